@@ -1,0 +1,91 @@
+// The native module `pacl_kernels._native`: raw addresses, sizes and strides; Python allocates every buffer.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "cpu/dispatch.h"
+#include "cpu/score.h"
+
+namespace py = pybind11;
+using namespace pacl;
+
+namespace {
+
+Dtype parse_dtype(const std::string& name) {
+  if (name == "float32") return Dtype::float32;
+  if (name == "bfloat16") return Dtype::bfloat16;
+  if (name == "float16") return Dtype::float16;
+  throw std::invalid_argument("dtype is '" + name + "', expected float32, bfloat16 or float16");
+}
+
+template <class T>
+T* address(uintptr_t value) {
+  return reinterpret_cast<T*>(value);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "Native kernels of pacl_kernels; see csrc/cpu/score.h.";
+
+  py::class_<ScoreParams>(m, "ScoreParams")
+      .def(py::init([](std::array<int64_t, 4> sizes, const std::string& dtype, bool cosine, float temperature, int threads,
+                       uintptr_t patches, std::array<int64_t, 3> patch_strides, uintptr_t texts,
+                       std::array<int64_t, 2> text_strides, uintptr_t mask, std::array<int64_t, 2> mask_strides,
+                       uintptr_t phi, uintptr_t lse) {
+             ScoreParams p{};
+             p.images = sizes[0], p.patches_per_image = sizes[1], p.texts_count = sizes[2], p.dim = sizes[3];
+             p.dtype = parse_dtype(dtype);
+             p.form = cosine ? Form::cosine : Form::dot;
+             p.temperature = temperature;
+             p.threads = threads;
+             p.patches = address<const void>(patches);
+             p.patch_stride_image = patch_strides[0], p.patch_stride_row = patch_strides[1];
+             p.patch_stride_dim = patch_strides[2];
+             p.texts = address<const void>(texts);
+             p.text_stride_row = text_strides[0], p.text_stride_dim = text_strides[1];
+             p.mask = address<const uint8_t>(mask);
+             p.mask_stride_image = mask_strides[0], p.mask_stride_row = mask_strides[1];
+             p.phi = address<float>(phi);
+             p.lse = address<float>(lse);
+             return p;
+           }),
+           py::kw_only(), py::arg("sizes"), py::arg("dtype"), py::arg("cosine"), py::arg("temperature"),
+           py::arg("threads"), py::arg("patches"), py::arg("patch_strides"), py::arg("texts"), py::arg("text_strides"),
+           py::arg("mask"), py::arg("mask_strides"), py::arg("phi"), py::arg("lse"))
+      .def(
+          "set_gradients",
+          [](ScoreParams& p, uintptr_t grad_phi, uintptr_t grad_patches, uintptr_t grad_texts, uintptr_t texts_sum,
+             uintptr_t grad_temperature) {
+            p.grad_phi = address<const float>(grad_phi);
+            p.grad_patches = address<void>(grad_patches);
+            p.grad_texts = address<void>(grad_texts);
+            p.texts_sum = address<float>(texts_sum);
+            p.grad_temperature = address<float>(grad_temperature);
+          },
+          py::kw_only(), py::arg("grad_phi"), py::arg("grad_patches"), py::arg("grad_texts"), py::arg("texts_sum"),
+          py::arg("grad_temperature"))
+      .def("set_workspace",
+           [](ScoreParams& p, uintptr_t at, int64_t bytes) {
+             p.workspace = address<char>(at);
+             p.workspace_bytes = bytes;
+           })
+      .def("workspace_bytes", &workspace_bytes, py::arg("backward"))
+      .def("accumulator_floats", &accumulator_floats);
+
+  m.def("score_forward", &score_forward, py::call_guard<py::gil_scoped_release>());
+  m.def("score_backward", &score_backward, py::call_guard<py::gil_scoped_release>());
+  m.def("isas", [] {
+    std::vector<std::string> names;
+    for (const Isa& isa : isas()) names.push_back(isa.name);
+    return names;
+  });
+  m.def("cpu_isa", [] { return std::string(select_isa().name); });
+  m.def(
+      "fma_peak",
+      [](const std::string& dtype, int threads, double seconds) {
+        return multiply_add_rate(parse_dtype(dtype), threads, seconds);
+      },
+      py::arg("dtype"), py::arg("threads"), py::arg("seconds"), py::call_guard<py::gil_scoped_release>(),
+      "Flop per second of independent multiply-adds on `threads` threads.");
+}

@@ -1,0 +1,17 @@
+#pragma once
+
+#include <vector>
+
+#include "score.h"
+
+namespace pacl {
+
+struct Isa {
+  const char* name;
+  const Kernels *float_kernels, *bfloat16_kernels;
+};
+
+const std::vector<Isa>& isas();  // those that this machine runs, the best one last
+const Isa& select_isa();         // throws std::invalid_argument if PACL_CPU_ISA names another
+
+}  // namespace pacl

@@ -1,0 +1,382 @@
+// The order of the work: which rows and texts are in memory together, which thread does what, and where it all lies.
+// Everything that decides a result's bits depends on shapes alone, so any number of threads gives the same bits.
+
+#include "score.h"
+
+#include <atomic>
+#include <chrono>
+#include <stdexcept>
+#include <string>
+#include <system_error>
+#include <thread>
+#include <vector>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace pacl {
+namespace {
+
+constexpr int64_t kMiB = 1 << 20;
+constexpr int64_t kBudget = 60 * kMiB;       // workspace of a call, whatever its shape and threads; [N, N] comes on top
+constexpr int64_t kTextsBudget = 10 * kMiB;  // packed texts
+constexpr int64_t kRowsBudget = 26 * kMiB;   // a block of rows of the backward: patches, their gradient, weights
+
+// Threads that run the same program and meet after each phase.
+class Team {
+ public:
+  template <class Program>
+  Team(int threads, Program program) {
+    std::vector<std::thread> others;
+    others.reserve(threads);
+    try {
+      while ((int)others.size() < threads - 1)
+        others.emplace_back([this, program, id = (int)others.size() + 1] {
+          started_.wait(0);
+          program(*this, id);
+        });
+    } catch (const std::system_error&) {  // the machine gives no more threads: fewer do the same work
+    }
+    size_ = (int)others.size() + 1;
+    started_ = 1;
+    started_.notify_all();
+    program(*this, 0);
+    for (auto& thread : others) thread.join();
+  }
+
+  // Calls task(i) once for each i < count, spread over the threads; returns when all are done.
+  template <class Task>
+  void phase(int64_t count, Task task) {
+    for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < count;) task(i);
+    meet();
+  }
+
+ private:
+  void meet() {
+    const int round = round_.load();
+    if (arrived_.fetch_add(1) + 1 == size_) {
+      next_ = 0;
+      arrived_ = 0;
+      round_ = round + 1;
+      round_.notify_all();
+      return;
+    }
+    for (int spin = 0; spin < 2000; ++spin)  // phases are short: look for a while before sleeping
+      if (round_.load(std::memory_order_acquire) != round) return;
+    round_.wait(round);
+  }
+
+  std::atomic<int> started_{0}, arrived_{0}, round_{0};
+  std::atomic<int64_t> next_{0};
+  int size_ = 1;
+};
+
+// Hands out aligned pieces of the workspace; without a base it only counts.
+struct Arena {
+  char* base;
+  int64_t used = 0;
+
+  template <class T = float>
+  T* take(int64_t count) {
+    T* piece = base ? (T*)(base + used) : nullptr;
+    used += round_up(count * (int64_t)sizeof(T), 64);
+    return piece;
+  }
+};
+
+struct Plan {
+  const Kernels& kernels;
+  const ScoreParams& p;
+  bool backward, cosine;
+  int64_t row_align;               // rows of an image are padded to this
+  int64_t units, dims;             // padded units of D, padded D
+  int64_t image_rows;              // most rows of an image
+  int64_t chunk;                   // rows of a task
+  int64_t rows_block, capacity;    // backward: rows in memory together
+  int64_t texts_block;             // texts in memory together
+  int64_t group, text_panels;      // forward: images and panels of texts of a task
+  int64_t gram_capacity;
+  int threads;
+  int64_t shared_bytes, scratch_bytes;
+
+  Plan(const ScoreParams& params, bool is_backward)
+      : kernels(select_kernels(params.dtype)), p(params), backward(is_backward), cosine(params.form == Form::cosine) {
+    const int64_t tile = kernels.tile_rows, panel = kernels.panel, pair = kernels.pair;
+    units = round_up(ceil_div(p.dim, pair), panel);
+    dims = round_up(p.dim, panel);
+    row_align = cosine ? 4 * pair : 1;
+    image_rows = round_up(p.patches_per_image, row_align);
+    gram_capacity = round_up(image_rows, tile);
+    chunk = most(1, least(112, 512 * 1024 / (4 * units)) / tile) * tile;  // stays in the second-level cache
+
+    const int64_t text_bytes = 4 * units + (backward && p.grad_patches ? 4 * dims / pair : 0);
+    texts_block = most(1, least(backward ? 1024 : 4096, kTextsBudget / text_bytes) / panel) * panel;
+    texts_block = least(texts_block, round_up(p.texts_count, panel));
+
+    group = cosine ? 1 : ceil_div(4 * chunk, p.patches_per_image);
+    text_panels = (ceil_div(p.images, group) >= 32 ? 1024 : 256) / panel;
+    text_panels = least(text_panels, texts_block / panel);
+    group = most(1, least(group, 512 * 1024 / (12 * text_panels * panel)));
+
+    const int64_t row_bytes = 4 * (units + texts_block + (p.grad_patches ? dims : 0)) + (pair == 2 ? 2 * dims : 0);
+    rows_block = most(1, least(3584, kRowsBudget / row_bytes) / chunk) * chunk;
+    rows_block = least(rows_block, round_up(p.images * image_rows, chunk));
+    if (cosine) rows_block = most(rows_block, image_rows);
+    capacity = round_up(rows_block, 2 * tile) + 2 * tile;  // tiles read past the last row
+
+    Arena counter{nullptr};
+    Texts texts;
+    take_texts(counter, texts);
+    Rows rows;
+    Weights weights;
+    float* sum;
+    if (backward) take_block(counter, rows, weights, sum);
+    shared_bytes = counter.used;
+    counter.used = 0;
+    Scratch scratch;
+    take_scratch(counter, scratch);
+    scratch_bytes = counter.used;
+    const int64_t beyond = scratch_bytes - (cosine ? 4 * gram_capacity * round_up(image_rows, panel) : 0);
+    threads = (int)most(1, least(p.threads, (kBudget - shared_bytes) / most(1, beyond)));
+  }
+
+  int64_t workspace_bytes() const { return shared_bytes + threads * scratch_bytes + 64; }
+
+  void take_texts(Arena& arena, Texts& texts) const {
+    texts.transposed = arena.take(units * texts_block);
+    texts.row_units = backward && p.grad_patches ? arena.take(dims * texts_block / kernels.pair) : nullptr;
+    texts.inv_norm = arena.take(texts_block);
+  }
+
+  void take_rows(Arena& arena, Rows& rows, int64_t size, bool as_right_operand) const {
+    rows.capacity = size;
+    rows.units = arena.take(units * size);
+    rows.row_units = kernels.pair == 1 ? rows.units : as_right_operand ? arena.take(dims * size / 2) : nullptr;
+    rows.inv_norm = arena.take(size);
+    rows.image = arena.take<int32_t>(size);
+    rows.index = arena.take<int32_t>(size);
+  }
+
+  void take_block(Arena& arena, Rows& rows, Weights& weights, float*& patches_sum) const {
+    take_rows(arena, rows, capacity, p.grad_texts || (cosine && p.grad_patches));
+    weights.units = arena.take(capacity * round_up(texts_block, 2 * kernels.panel) / kernels.pair);
+    weights.row_units = kernels.pair == 1 ? weights.units : arena.take(capacity / 2 * texts_block);
+    patches_sum = p.grad_patches ? arena.take(capacity * dims) : nullptr;
+  }
+
+  void take_scratch(Arena& arena, Scratch& s) const {
+    const int64_t panel = kernels.panel, rows = cosine ? gram_capacity : chunk, columns = round_up(image_rows, panel);
+    s.row = arena.take(panel * most(units, dims));
+    s.scores = arena.take((rows + panel) * panel);
+    s.rows.capacity = rows;
+    if (!backward) {
+      take_rows(arena, s.rows, rows, false);
+      s.largest = arena.take(group * text_panels * panel);
+      s.sum = arena.take(group * text_panels * panel);
+      s.weighted = arena.take(group * text_panels * panel);
+    }
+    if (!cosine) return;
+    s.attention = arena.take((rows + panel) * panel);
+    s.pooled = arena.take((rows + panel) * panel);
+    s.transposed = arena.take(units * panel);
+    s.gram = arena.take(rows * columns);
+    if (!backward) return;
+    s.scaled = arena.take((rows + panel) * panel);
+    if (!p.grad_patches) return;
+    s.attention_t = arena.take(columns * panel);
+    s.outer = arena.take(rows * columns);
+    if (kernels.pair == 2) s.outer_units = arena.take(rows * round_up(columns, 2 * panel) / 2);
+  }
+};
+
+// Rows of the valid patches of each image, one after the other: image b has [row_start[b], row_start[b + 1]).
+std::vector<int64_t> count_rows(const ScoreParams& p, int64_t align) {
+  std::vector<int64_t> row_start(p.images + 1, 0);
+  for (int64_t b = 0; b < p.images; ++b) {
+    int64_t count = p.patches_per_image;
+    if (p.mask) {
+      count = 0;
+      for (int64_t n = 0; n < p.patches_per_image; ++n)
+        count += p.mask[b * p.mask_stride_image + n * p.mask_stride_row] != 0;
+    }
+    row_start[b + 1] = row_start[b] + round_up(count, align);
+  }
+  return row_start;
+}
+
+Arena open_workspace(const ScoreParams& p, const Plan& plan) {
+  if (p.workspace_bytes < plan.workspace_bytes())
+    throw std::invalid_argument("workspace has " + std::to_string(p.workspace_bytes) + " bytes, expected " +
+                                std::to_string(plan.workspace_bytes()));
+  char* base = (char*)round_up((int64_t)p.workspace, 64);
+#if defined(__linux__)
+  const int64_t huge = 2 * kMiB, first = round_up((int64_t)base, huge);
+  const int64_t last = ((int64_t)p.workspace + p.workspace_bytes) / huge * huge;
+  if (last > first) madvise((void*)first, last - first, MADV_HUGEPAGE);  // a hint: fewer page faults, no failure
+#endif
+  return {base};
+}
+
+void open_texts(const ScoreParams& p, const Plan& plan, int64_t first, Texts& texts) {
+  texts.first = first;
+  texts.count = least(plan.texts_block, p.texts_count - first);
+  texts.padded = round_up(texts.count, plan.kernels.panel);
+}
+
+}  // namespace
+
+int64_t workspace_bytes(const ScoreParams& p, bool backward) { return Plan(p, backward).workspace_bytes(); }
+
+int64_t accumulator_floats(const ScoreParams& p) {
+  const int64_t panel = select_kernels(p.dtype).panel;
+  return round_up(p.texts_count, panel) * round_up(p.dim, panel);
+}
+
+void score_forward(const ScoreParams& p) {
+  const Plan plan(p, false);
+  const Kernels& kernels = plan.kernels;
+  Arena arena = open_workspace(p, plan);
+  const std::vector<int64_t> row_start = count_rows(p, plan.row_align);
+  Texts shared_texts;
+  plan.take_texts(arena, shared_texts);
+  const int64_t scratch_at = arena.used;
+
+  Team(plan.threads, [&, shared_texts](Team& team, int id) {
+    Arena own{arena.base, scratch_at + id * plan.scratch_bytes};
+    Scratch scratch;
+    plan.take_scratch(own, scratch);
+    Texts texts = shared_texts;
+    const int64_t groups = ceil_div(p.images, plan.group);
+    for (int64_t first = 0; first < p.texts_count; first += plan.texts_block) {
+      open_texts(p, plan, first, texts);
+      const int64_t panels = texts.padded / kernels.panel, ranges = ceil_div(panels, plan.text_panels);
+      team.phase(panels, [&](int64_t panel) { kernels.pack_texts(p, texts, panel, scratch.row); });
+      team.phase(groups * ranges, [&](int64_t task) {
+        const int64_t image = task / ranges * plan.group, panel = task % ranges * plan.text_panels;
+        kernels.forward(p, row_start.data(), image, least(image + plan.group, p.images), texts, panel,
+                        least(panel + plan.text_panels, panels), scratch);
+      });
+    }
+  });
+}
+
+void score_backward(const ScoreParams& p) {
+  const Plan plan(p, true);
+  const Kernels& kernels = plan.kernels;
+  Arena arena = open_workspace(p, plan);
+  const std::vector<int64_t> row_start = count_rows(p, plan.row_align);
+  const int64_t rows_total = row_start[p.images];
+  if (p.grad_patches && p.mask)  // masked patches are never visited
+    __builtin_memset(p.grad_patches, 0,
+                     p.images * p.patches_per_image * p.dim * (p.dtype == Dtype::float32 ? 4 : 2));
+
+  Texts shared_texts;
+  Rows shared_rows;
+  Weights weights;
+  float* patches_sum;
+  plan.take_texts(arena, shared_texts);
+  plan.take_block(arena, shared_rows, weights, patches_sum);
+  const int64_t scratch_at = arena.used;
+
+  struct Block {
+    int64_t first_row, last_row;
+    std::vector<int64_t> starts;  // of the tasks that make weights: chunks of rows, or (cosine) images; then the end
+  };
+  std::vector<Block> blocks;
+  if (plan.cosine) {
+    for (int64_t b = 0; b < p.images; ++b) {
+      if (row_start[b] == row_start[b + 1]) continue;
+      if (blocks.empty() || row_start[b + 1] - blocks.back().first_row > plan.rows_block)
+        blocks.push_back({row_start[b], 0, {0}});
+      Block& block = blocks.back();
+      block.last_row = row_start[b + 1];
+      block.starts.push_back(block.last_row - block.first_row);
+    }
+  } else {
+    for (int64_t row = 0; row < rows_total; row += plan.rows_block) {
+      Block block{row, least(row + plan.rows_block, rows_total), {}};
+      const int64_t count = round_up(block.last_row - row, 8);
+      for (int64_t at = 0; at < count; at += plan.chunk) block.starts.push_back(at);
+      block.starts.push_back(count);
+      blocks.push_back(block);
+    }
+  }
+  const int64_t text_blocks = ceil_div(p.texts_count, plan.texts_block);
+  std::vector<double> along(plan.rows_block * ceil_div(plan.texts_block, 256) + 1, 0.0);  // Σ dS s by task
+
+  Team(plan.threads, [&](Team& team, int id) {
+    Arena own{arena.base, scratch_at + id * plan.scratch_bytes};
+    Scratch scratch;
+    plan.take_scratch(own, scratch);
+    Texts texts = shared_texts;
+    Rows rows = shared_rows;
+    for (const Block& block : blocks) {
+      rows.count = block.starts.back();
+      const int64_t chunks = ceil_div(rows.count, plan.chunk);
+      const auto chunk_rows = [&](int64_t i) { return least((i + 1) * plan.chunk, rows.count); };
+      team.phase(chunks, [&](int64_t i) {
+        // Past the last row of all, rows are padding.
+        kernels.pack_rows(p, row_start.data(), block.first_row + i * plan.chunk, block.first_row + chunk_rows(i), rows,
+                          i * plan.chunk, scratch.row);
+      });
+      for (int64_t text_block = 0; text_block < text_blocks; ++text_block) {
+        const bool add = text_block > 0;
+        open_texts(p, plan, text_block * plan.texts_block, texts);
+        const int64_t panels = texts.padded / kernels.panel;
+        if (text_blocks > 1 || &block == &blocks.front())
+          team.phase(panels, [&](int64_t panel) { kernels.pack_texts(p, texts, panel, scratch.row); });
+
+        const int64_t range = plan.cosine ? panels : 256 / kernels.panel, ranges = ceil_div(panels, range);
+        team.phase(((int64_t)block.starts.size() - 1) * ranges, [&](int64_t task) {
+          const int64_t panel = task % ranges * range;
+          along[task] += kernels.weights(p, rows, block.starts[task / ranges], block.starts[task / ranges + 1], texts,
+                                         panel, least(panel + range, panels), weights, patches_sum, add, scratch);
+        });
+        if (p.grad_patches)
+          team.phase(chunks, [&](int64_t i) {
+            const int64_t first = i * plan.chunk, last = chunk_rows(i);
+            kernels.patches_product(p, rows, first, last, texts, weights, patches_sum, add || plan.cosine);
+            if (text_block == text_blocks - 1) kernels.finish_patches(p, rows, first, last, patches_sum, scratch.row);
+          });
+        if (p.grad_texts) {
+          const int64_t columns = texts.padded / kernels.tile_columns, dim_panels = plan.dims / kernels.panel;
+          const int64_t column_step = 128 / kernels.tile_columns, panel_step = most(1, 128 / kernels.panel);
+          const int64_t across = ceil_div(dim_panels, panel_step);
+          team.phase(ceil_div(columns, column_step) * across, [&](int64_t task) {
+            const int64_t column = task / across * column_step, panel = task % across * panel_step;
+            kernels.texts_product(p, rows, texts, weights, column, least(column + column_step, columns), panel,
+                                  least(panel + panel_step, dim_panels));
+          });
+        }
+      }
+    }
+    if (p.grad_texts)
+      team.phase(ceil_div(p.texts_count, 16), [&](int64_t i) {
+        kernels.finish_texts(p, i * 16, least(i * 16 + 16, p.texts_count), scratch.row);
+      });
+  });
+
+  if (p.grad_temperature) {
+    double direct = 0, through_scores = 0;
+    for (int64_t i = 0; i < p.images * p.texts_count; ++i) direct += (double)p.grad_phi[i] * p.phi[i];
+    for (double value : along) through_scores += value;
+    *p.grad_temperature = (float)((direct - through_scores) / p.temperature);
+  }
+}
+
+double multiply_add_rate(Dtype dtype, int threads, double seconds) {
+  const Kernels& kernels = select_kernels(dtype);
+  using Clock = std::chrono::steady_clock;
+  std::atomic<double> total{0};
+  const auto begin = Clock::now();
+  Team(threads, [&](Team& team, int) {
+    double flop = 0;
+    while (std::chrono::duration<double>(Clock::now() - begin).count() < seconds) flop += kernels.multiply_adds(100000);
+    for (double old = total; !total.compare_exchange_weak(old, old + flop);) {
+    }
+    team.phase(0, [](int64_t) {});
+  });
+  return total / std::chrono::duration<double>(Clock::now() - begin).count();
+}
+
+}  // namespace pacl

@@ -1,0 +1,118 @@
+// The two fused functions on a CPU: what is asked (ScoreParams), the plan of tiles and memory, and the table of kernels
+// that each instruction set fills. All sizes are in elements unless they say bytes; strides are in elements.
+#pragma once
+
+#include <cstdint>
+
+namespace pacl {
+
+enum class Dtype { float32, bfloat16, float16 };
+enum class Form { dot, cosine };
+
+struct ScoreParams {
+  int64_t images, patches_per_image, texts_count, dim;  // B, N, K, D
+  Dtype dtype;                                          // of patches, texts and their gradients
+  Form form;
+  float temperature;
+  int threads;
+  const void* patches;  // [B, N, D]
+  int64_t patch_stride_image, patch_stride_row, patch_stride_dim;
+  const void* texts;  // [K, D]
+  int64_t text_stride_row, text_stride_dim;
+  const uint8_t* mask;  // [B, N] of bool, or null
+  int64_t mask_stride_image, mask_stride_row;
+  float* phi;  // [B, K], written by forward, read by backward
+  float* lse;  // [B, K], log-sum-exp over patches of s / temperature
+  // Backward only; a null gradient is not computed.
+  const float* grad_phi;     // [B, K]
+  void* grad_patches;        // [B, N, D], contiguous
+  void* grad_texts;          // [K, D], contiguous
+  float* texts_sum;          // [accumulator_floats], needed with grad_texts
+  float* grad_temperature;   // [1]
+  char* workspace;
+  int64_t workspace_bytes;
+};
+
+// A matrix is stored as panels, `[columns / panel][rows][panel]` of 4-byte units: the row of a tile is then contiguous
+// whether it is broadcast (left operand) or loaded (right operand), and every stride is a compile-time constant.
+
+struct Rows {              // patches that take part, gathered one after the other; masked ones leave no trace
+  float* units;            // panels of [rows, units of D]: left operand of the scores
+  float* row_units;        // panels of [row units, D]: right operand of the texts' gradient; = units for float32
+  float* inv_norm;         // [capacity], 0 for a row without a direction and for padding
+  int32_t* image;          // [capacity]
+  int32_t* index;          // [capacity], position n in its image, -1 for padding
+  int64_t capacity, count; // rows between panels; rows in use, padding included
+};
+
+struct Texts {             // a block of texts
+  float* transposed;       // panels of [units of D, texts]: right operand of the scores
+  float* row_units;        // panels of [text units, D]: right operand of the patches' gradient, or null
+  float* inv_norm;         // [padded], 0 for padding
+  int64_t first, count, padded;
+};
+
+struct Weights {           // W = dS / (|p| |t|) of a block of rows and a block of texts
+  float* units;            // panels of [rows, text units]: left operand of the patches' gradient
+  float* row_units;        // panels of [row units, texts]: left operand of the texts' gradient; = units for float32
+};
+
+struct Scratch {           // one thread's own
+  Rows rows;               // forward
+  float* row;              // one row in float32
+  float* scores;           // panel [rows, panel]
+  float* attention;        // cosine: panel
+  float* pooled;           // cosine: panel, G a
+  float* scaled;           // cosine backward: panel
+  float* attention_t;      // cosine backward: panels [panel, N]
+  float* gram;             // cosine: panels [N, N]
+  float* outer;            // cosine backward: panels [N, N]
+  float* outer_units;      // cosine backward, bfloat16: the same in units
+  float* transposed;       // cosine: panel [units of D, panel]
+  float *largest, *sum, *weighted;  // forward: running softmax statistics [images, texts]
+};
+
+struct Kernels {
+  const char* isa;
+  int lanes, panel, tile_rows, tile_columns, pair;
+  // Gathers rows [first, last) of the call's valid patches (row_start: their prefix count by image) into `to` at `at`.
+  void (*pack_rows)(const ScoreParams&, const int64_t* row_start, int64_t first, int64_t last, Rows& to, int64_t at,
+                    float* row);
+  // Packs panel `panel` of the block.
+  void (*pack_texts)(const ScoreParams&, Texts& to, int64_t panel, float* row);
+  // phi and lse of images [first, last) and panels [panel_first, panel_last) of the block.
+  void (*forward)(const ScoreParams&, const int64_t* row_start, int64_t first, int64_t last, const Texts&,
+                  int64_t panel_first, int64_t panel_last, Scratch&);
+  // Weights of rows [first, last) and panels [panel_first, panel_last); returns the sum of dS s. For the cosine form the
+  // rows are those of one image and the part of its gradient that the pooled norm adds goes to patches_sum.
+  double (*weights)(const ScoreParams&, const Rows&, int64_t first, int64_t last, const Texts&, int64_t panel_first,
+                    int64_t panel_last, Weights&, float* patches_sum, bool add, Scratch&);
+  // patches_sum (panels [rows, D]) (+)= W texts for rows [first, last).
+  void (*patches_product)(const ScoreParams&, const Rows&, int64_t first, int64_t last, const Texts&, const Weights&,
+                          float* patches_sum, bool add);
+  // texts_sum (panels [padded K, D]) += W' patches for tile columns [first, last) of the block and panels of D.
+  void (*texts_product)(const ScoreParams&, const Rows&, const Texts&, const Weights&, int64_t first, int64_t last,
+                        int64_t panel_first, int64_t panel_last);
+  // Gradient through the norm, from the sums to the caller's buffers.
+  void (*finish_patches)(const ScoreParams&, const Rows&, int64_t first, int64_t last, const float* patches_sum,
+                         float* row);
+  void (*finish_texts)(const ScoreParams&, int64_t first, int64_t last, float* row);
+  double (*multiply_adds)(int64_t repeats);  // runs independent multiply-adds, returns their flop
+};
+
+// static: a shared inline function could be linked from an object that this machine cannot run.
+constexpr int64_t kInnerBlock = 128;  // units of a right-hand panel that stay in the first-level cache
+
+static inline int64_t round_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
+static inline int64_t ceil_div(int64_t x, int64_t step) { return (x + step - 1) / step; }
+static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
+const Kernels& select_kernels(Dtype dtype);  // by PACL_CPU_ISA or what the machine has
+void score_forward(const ScoreParams&);
+void score_backward(const ScoreParams&);
+int64_t workspace_bytes(const ScoreParams&, bool backward);
+int64_t accumulator_floats(const ScoreParams&);
+double multiply_add_rate(Dtype dtype, int threads, double seconds);
+
+}  // namespace pacl

@@ -1,0 +1,163 @@
+// Vectors as wide as the instruction set that this file is compiled for, through the compiler's vector extensions.
+// Everything is internal to the including file: nothing here may be shared between instruction sets by the linker.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16, kTileRows = 14, kTileColumns = 8;  // 14 x 2 accumulators, 2 loads, 1 broadcast of 32 registers
+#elif defined(__AVX2__)
+constexpr int kLanes = 8, kTileRows = 6, kTileColumns = 4;  // 16 registers
+#elif defined(__aarch64__)
+constexpr int kLanes = 4, kTileRows = 14, kTileColumns = 8;  // 32 registers
+#else
+constexpr int kLanes = 4, kTileRows = 6, kTileColumns = 4;
+#endif
+constexpr int kPanel = 2 * kLanes;  // a panel is two vectors wide
+
+typedef float V __attribute__((vector_size(4 * kLanes)));
+typedef int32_t I __attribute__((vector_size(4 * kLanes)));
+
+inline V load(const float* p) {
+  V v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+inline void store(float* p, V v) { memcpy(p, &v, sizeof v); }
+inline V broadcast(float x) { return x - V{}; }  // V{} + x would keep an addition: -0.0 + 0.0 is not -0.0
+inline I bits(V v) {
+  I i;
+  memcpy(&i, &v, sizeof i);
+  return i;
+}
+inline V from_bits(I i) {
+  V v;
+  memcpy(&v, &i, sizeof v);
+  return v;
+}
+inline V select(I mask, V yes, V no) { return from_bits((mask & bits(yes)) | (~mask & bits(no))); }
+inline V maximum(V a, V b) { return select(a > b, a, b); }
+inline float sum(V v) {
+  float total = 0;
+  for (int i = 0; i < kLanes; ++i) total += v[i];
+  return total;
+}
+
+// e^x for x <= 88, relative error below 2e-7; results below e^-87 become about 1e-38, NaN stays NaN.
+inline V exponential(V x) {
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low mantissa bits
+  x = select(x < broadcast(-87.0f), broadcast(-87.0f), x);
+  V shifted = x * 1.44269504f + kRound;
+  V n = shifted - kRound;
+  V f = x - n * 0.693359375f;
+  f = f + n * 2.12194440e-4f;
+  V p = f * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * f + 8.3334519073e-3f;
+  p = p * f + 4.1665795894e-2f;
+  p = p * f + 1.6666665459e-1f;
+  p = p * f + 5.0000001201e-1f;
+  p = p * (f * f) + f + 1.0f;
+  // Multiplying by 2^n, instead of adding n to the exponent bits, keeps a NaN a NaN.
+  return p * from_bits((bits(shifted) + (127 - 0x4B400000)) << 23);
+}
+
+// Natural logarithm of positive, normal x (Cephes' logf), relative error about 1e-7.
+inline V logarithm(V x) {
+  I exponent = ((bits(x) - 0x3F3504F3) >> 23);  // so that the mantissa lies in [sqrt(1/2), sqrt(2))
+  V f = from_bits(bits(x) - (exponent << 23)) - 1.0f;
+  V n = __builtin_convertvector(exponent, V);
+  V p = f * 7.0376836292e-2f - 1.1514610310e-1f;
+  p = p * f + 1.1676998740e-1f;
+  p = p * f - 1.2420140846e-1f;
+  p = p * f + 1.4249322787e-1f;
+  p = p * f - 1.6668057665e-1f;
+  p = p * f + 2.0000714765e-1f;
+  p = p * f - 2.4999993993e-1f;
+  p = p * f + 3.3333331174e-1f;
+  V square = f * f;
+  V y = p * f * square + n * -2.12194440e-4f - 0.5f * square;
+  V result = f + y + n * 0.693359375f;
+  return select(x != x, x, result);
+}
+
+// Transposes a square of kLanes x kLanes units; strides in units.
+#if defined(__clang__)
+template <int... N>
+struct Lanes {};
+template <int N, int... Rest>
+struct CountLanes : CountLanes<N - 1, N - 1, Rest...> {};
+template <int... N>
+struct CountLanes<0, N...> {
+  typedef Lanes<N...> type;
+};
+template <int kHalf, int... N>
+inline void exchange(V& a, V& b, Lanes<N...>) {
+  V low = __builtin_shufflevector(a, b, ((N & kHalf) ? kLanes + N - kHalf : N)...);
+  b = __builtin_shufflevector(a, b, ((N & kHalf) ? kLanes + N : N + kHalf)...);
+  a = low;
+}
+template <int kHalf>
+inline void exchange(V& a, V& b) {
+  exchange<kHalf>(a, b, typename CountLanes<kLanes>::type());
+}
+#else
+template <int kHalf>
+inline void exchange(V& a, V& b) {
+  I low{}, high{};
+  for (int i = 0; i < kLanes; ++i) {
+    low[i] = (i & kHalf) ? kLanes + i - kHalf : i;
+    high[i] = (i & kHalf) ? kLanes + i : i + kHalf;
+  }
+  V first = __builtin_shuffle(a, b, low);
+  b = __builtin_shuffle(a, b, high);
+  a = first;
+}
+#endif
+
+template <int kHalf>
+inline void exchange_rows(V* rows) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i)
+    if (!(i & kHalf)) exchange<kHalf>(rows[i], rows[i + kHalf]);
+  if constexpr (kHalf > 1) exchange_rows<kHalf / 2>(rows);
+}
+
+inline void transpose(const float* in, int64_t in_stride, float* out, int64_t out_stride) {
+  V rows[kLanes];
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) rows[i] = load(in + i * in_stride);
+  exchange_rows<kLanes / 2>(rows);
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) store(out + i * out_stride, rows[i]);
+}
+
+// The two kinds of product. A unit is 4 bytes: one float, or two adjacent bfloat16 whose products are summed.
+struct Float32 {
+  static constexpr int kPair = 1;
+  static V broadcast_unit(const float* p) { return broadcast(*p); }
+  static V multiply_add(V sum, V a, V b) { return sum + a * b; }
+};
+
+#if defined(__AVX512BF16__)
+typedef uint16_t H __attribute__((vector_size(2 * kLanes)));
+
+struct BFloat16 {
+  static constexpr int kPair = 2;
+  static V broadcast_unit(const float* p) {
+    int32_t unit;
+    memcpy(&unit, p, sizeof unit);
+    return from_bits(unit - I{});
+  }
+  static V multiply_add(V sum, V a, V b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
+};
+
+inline H round_to_bfloat16(V v) { return (H)_mm512_cvtneps_pbh(v); }
+#endif
+
+}  // namespace

@@ -1,0 +1,8 @@
+"""`python -m pacl_kernels`: which backends can run on this machine, and what is missing for the others."""
+
+from . import __version__, available_backends
+
+if __name__ == "__main__":
+    print(f"pacl_kernels {__version__}")
+    for name, reason in available_backends().items():
+        print(f"  {name:<10} {'available' if reason is None else reason}")

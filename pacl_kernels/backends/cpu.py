@@ -1,0 +1,79 @@
+"""The two fused functions in C++ for CPUs: hands addresses, sizes and strides to the native module."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+try:
+    from .. import _native
+except ImportError as error:  # built without a C++ compiler, or for another Python
+    _native, _missing = None, str(error)
+
+_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+def why_not(device: torch.device | None = None, dtype: torch.dtype | None = None) -> str | None:
+    if _native is None:
+        return f"the native module is not built ({_missing}); install a C++ compiler, then run `pip install .` again"
+    if device is not None and device.type != "cpu":
+        return f"it takes tensors on the CPU, not on {device.type}"
+    if dtype is not None and dtype not in _DTYPES:
+        return f"it takes float32, bfloat16 and float16, not {dtype}"
+    return None
+
+
+def score_forward(patches, texts, patch_mask, temperature, form, phi, lse) -> None:
+    params = _params(patches, texts, patch_mask, temperature, form, phi, lse)
+    if phi.numel():
+        workspace = _workspace(params, backward=False)  # noqa: F841  (alive during the call)
+        _native.score_forward(params)
+
+
+def score_backward(
+    patches, texts, patch_mask, temperature, form, phi, lse, grad_phi, grad_patches, grad_texts, grad_temperature
+) -> None:
+    if not phi.numel():
+        for grad in (grad_patches, grad_texts, grad_temperature):
+            if grad is not None:
+                grad.zero_()
+        return
+    params = _params(patches, texts, patch_mask, temperature, form, phi, lse)
+    texts_sum = phi.new_zeros(params.accumulator_floats()) if grad_texts is not None else None
+    params.set_gradients(
+        grad_phi=grad_phi.data_ptr(),
+        grad_patches=_address(grad_patches),
+        grad_texts=_address(grad_texts),
+        texts_sum=_address(texts_sum),
+        grad_temperature=_address(grad_temperature),
+    )
+    workspace = _workspace(params, backward=True)  # noqa: F841
+    _native.score_backward(params)
+
+
+def _params(patches: Tensor, texts: Tensor, patch_mask: Tensor | None, temperature, form, phi, lse):
+    return _native.ScoreParams(
+        sizes=(*patches.shape[:2], len(texts), patches.shape[2]),
+        dtype=_DTYPES[patches.dtype],
+        cosine=form == "cosine",
+        temperature=float(temperature),
+        threads=torch.get_num_threads(),
+        patches=patches.data_ptr(),
+        patch_strides=patches.stride(),
+        texts=texts.data_ptr(),
+        text_strides=texts.stride(),
+        mask=_address(patch_mask),
+        mask_strides=(0, 0) if patch_mask is None else patch_mask.stride(),
+        phi=phi.data_ptr(),
+        lse=lse.data_ptr(),
+    )
+
+
+def _workspace(params, backward: bool) -> Tensor:
+    workspace = torch.empty(params.workspace_bytes(backward), dtype=torch.uint8)
+    params.set_workspace(workspace.data_ptr(), workspace.numel())
+    return workspace
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()

@@ -1,0 +1,72 @@
+"""Which implementation of the two fused functions runs.
+
+A backend is a module with `why_not(device, dtype) -> str | None` (None: it can; otherwise one sentence that says what is
+missing and how to get it), `score_forward` and `score_backward`. `backends/torch.py` documents the two functions.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from types import ModuleType
+
+import torch
+
+from .backends import cpu
+from .backends import torch as blockwise
+
+_MODULES: dict[str, ModuleType] = {"cpu": cpu, "torch": blockwise}
+_PLANNED = ("cuda", "triton")
+NAMES = ("auto", *_PLANNED, *_MODULES, "reference")
+
+
+def available_backends() -> dict[str, str | None]:
+    """Backend name to None if it can run on this machine, otherwise to the reason why not."""
+    reasons: dict[str, str | None] = dict.fromkeys(_PLANNED, "not part of this release yet; 'torch' runs on a GPU")
+    return reasons | {name: module.why_not() for name, module in _MODULES.items()} | {"reference": None}
+
+
+@torch.compiler.assume_constant_result  # decided while tracing, warning included
+def resolve(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The name of the backend to run: `backend` itself, or for `"auto"` what `PACL_BACKEND` says or the best there is.
+
+    Raises ValueError if the one asked for is unknown or cannot run on this device and dtype.
+    """
+    if backend == "auto":
+        backend = os.environ.get("PACL_BACKEND", "auto")
+    if backend not in NAMES:
+        raise ValueError(f"backend is {backend!r}, expected one of {', '.join(map(repr, NAMES))}")
+    if backend == "auto":
+        return _best(device, dtype)
+    if backend == "reference":
+        return backend
+    reason = available_backends()[backend] if backend in _PLANNED else _MODULES[backend].why_not(device, dtype)
+    if reason is not None:
+        raise ValueError(f"backend {backend!r} cannot run here: {reason}")
+    return backend
+
+
+def module(name: str) -> ModuleType:
+    return _MODULES[name]
+
+
+def _best(device: torch.device, dtype: torch.dtype) -> str:
+    if dtype == torch.float64:
+        return "torch"  # the only one that keeps 53 bits
+    if device.type != "cpu":
+        _warn_once(f"pacl_kernels has no fused kernel for {device.type} yet and runs its blockwise PyTorch backend")
+        return "torch"
+    reason = cpu.why_not(device, dtype)
+    if reason is None:
+        return "cpu"
+    _warn_once(f"pacl_kernels runs its blockwise PyTorch backend, several times slower than 'cpu': {reason}")
+    return "torch"
+
+
+_warned: set[str] = set()
+
+
+def _warn_once(message: str) -> None:
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, stacklevel=2)

@@ -1,0 +1,141 @@
+"""The autograd Functions: buffers, the operators, and the loss over `[B, K]` with its gradient.
+
+They check nothing (`loss.py` does) and keep no more than four `[B, K]` arrays alive at a time.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from . import ops
+
+Scalar = float | Tensor
+
+
+class CompatibilityFunction(torch.autograd.Function):
+    """φ `[B, K]` of patches `[B, N, D]` and texts `[K, D]`, float32 (float64 for float64 inputs)."""
+
+    @staticmethod
+    def forward(ctx, patches, texts, temperature, patch_mask, form, backend):
+        inputs, ctx.options = _operator_arguments(patches, texts, patch_mask, temperature, form, backend)
+        phi, lse = _score(inputs, ctx.options)
+        ctx.save_for_backward(*inputs, phi, lse)
+        return phi
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_phi):
+        *inputs, phi, lse = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        grads = _score_gradients(inputs, ctx.options, phi, lse, grad_phi.contiguous(), needs[0], needs[1], needs[2])
+        return *grads, None, None, None
+
+
+class PaclFunction(torch.autograd.Function):
+    """The loss (0-D) of φ; gradients for patches, texts, logit scale, logit bias and temperature."""
+
+    @staticmethod
+    def forward(ctx, patches, texts, logit_scale, logit_bias, temperature, patch_mask, form, loss, backend):
+        inputs, ctx.options = _operator_arguments(patches, texts, patch_mask, temperature, form, backend)
+        phi, lse = _score(inputs, ctx.options)
+        value, statistics = _LOSSES[loss][0](_logits(phi, logit_scale, logit_bias))
+        ctx.loss = loss
+        scale, ctx.scale = _tensor_or_number(logit_scale)
+        bias, ctx.bias = _tensor_or_number(logit_bias)
+        ctx.save_for_backward(*inputs, phi, lse, scale, bias, *statistics)
+        return value
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss):
+        *inputs, phi, lse, scale, bias = ctx.saved_tensors[:8]
+        statistics = ctx.saved_tensors[8:]
+        scale = ctx.scale if scale is None else scale
+        bias = ctx.bias if bias is None else bias
+        needs = ctx.needs_input_grad
+        grad_logits = _LOSSES[ctx.loss][1](_logits(phi, scale, bias), *statistics).mul_(grad_loss)
+        grad_scale = (grad_logits * phi).sum().to(scale.dtype).reshape(scale.shape) if needs[2] else None
+        grad_bias = grad_logits.sum().to(bias.dtype).reshape(bias.shape) if needs[3] else None
+        grad_phi = grad_logits.mul_(_as(scale, phi))
+        grad_patches, grad_texts, grad_temperature = _score_gradients(
+            inputs, ctx.options, phi, lse, grad_phi, needs[0], needs[1], needs[4]
+        )
+        return grad_patches, grad_texts, grad_scale, grad_bias, grad_temperature, None, None, None, None
+
+
+def _tensor_or_number(value: Scalar | None) -> tuple[Tensor | None, float | None]:
+    return (value, None) if isinstance(value, Tensor) else (None, value)
+
+
+def _operator_arguments(patches, texts, patch_mask, temperature, form, backend) -> tuple[tuple, tuple]:
+    """What the operators take first: tensors (to be saved), then numbers and names."""
+    tensor, number = _tensor_or_number(temperature)
+    return (patches, texts, patch_mask, tensor), (1.0 if number is None else number, form, backend)
+
+
+def _score(inputs, options) -> tuple[Tensor, Tensor]:
+    patches, texts = inputs[:2]
+    dtype = torch.float64 if patches.dtype == torch.float64 else torch.float32
+    phi = patches.new_empty(patches.shape[0], texts.shape[0], dtype=dtype)
+    lse = torch.empty_like(phi)
+    ops.score_forward(*inputs, *options, phi, lse)
+    return phi, lse
+
+
+def _score_gradients(inputs, options, phi, lse, grad_phi, patches_need, texts_need, temperature_needs):
+    patches, texts, _, temperature = inputs
+    grad_patches = patches.new_empty(patches.shape) if patches_need else None
+    grad_texts = texts.new_empty(texts.shape) if texts_need else None
+    grad_temperature = phi.new_empty(()) if temperature_needs else None
+    if patches_need or texts_need or temperature_needs:
+        ops.score_backward(*inputs, *options, phi, lse, grad_phi, grad_patches, grad_texts, grad_temperature)
+    if temperature_needs:
+        grad_temperature = grad_temperature.to(temperature.dtype).reshape(temperature.shape)
+    return grad_patches, grad_texts, grad_temperature
+
+
+def _as(value: Scalar, like: Tensor) -> Scalar:
+    return value.to(like.dtype) if isinstance(value, Tensor) else value
+
+
+def _logits(phi: Tensor, scale: Scalar, bias: Scalar | None) -> Tensor:
+    logits = phi * _as(scale, phi)
+    return logits if bias is None else logits.add_(_as(bias, phi))
+
+
+def _infonce(logits: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    # Maximum and log-sum apart: their sum would round away a saturated loss (log-sum 1e-6 beside a maximum of 100).
+    statistics = [part for dim in (1, 0) for part in _shifted_logsumexp(logits, dim)]
+    row_max, row_log, column_max, column_log = statistics
+    pair = logits.diagonal()
+    return ((row_max - pair + row_log).mean() + (column_max - pair + column_log).mean()) / 2, tuple(statistics)
+
+
+def _shifted_logsumexp(logits: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    largest = logits.amax(dim)
+    return largest, (logits - largest.unsqueeze(dim)).exp_().sum(dim).log_()
+
+
+def _infonce_gradient(logits, row_max, row_log, column_max, column_log) -> Tensor:
+    columns = (logits - column_max).sub_(column_log).exp_()
+    grad = logits.sub_(row_max[:, None]).sub_(row_log[:, None]).exp_().add_(columns)
+    grad.diagonal().sub_(2.0)
+    return grad.div_(2 * len(grad))
+
+
+def _sigmoid(logits: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    logits.diagonal().neg_()
+    return F.softplus(logits).sum() / len(logits), ()
+
+
+def _sigmoid_gradient(logits: Tensor) -> Tensor:
+    logits.diagonal().neg_()
+    grad = logits.sigmoid_().div_(len(logits))
+    grad.diagonal().neg_()
+    return grad
+
+
+_LOSSES = {"infonce": (_infonce, _infonce_gradient), "sigmoid": (_sigmoid, _sigmoid_gradient)}

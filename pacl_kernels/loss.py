@@ -1,0 +1,237 @@
+"""The public functions: they check their arguments, settle dtypes and backend, and call the autograd Functions."""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+
+import torch
+from torch import Tensor, nn
+
+from . import reference
+from .dispatch import resolve
+from .function import CompatibilityFunction, PaclFunction
+
+FORMS = ("dot", "cosine")
+LOSSES = ("infonce", "sigmoid")
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def fused_pacl_loss(
+    patches: Tensor,
+    texts: Tensor,
+    logit_scale: float | Tensor,
+    *,
+    patch_mask: Tensor | None = None,
+    attn_temperature: float | Tensor = 1.0,
+    form: str = "dot",
+    loss: str = "infonce",
+    logit_bias: float | Tensor | None = None,
+    group=None,
+    backend: str = "auto",
+) -> Tensor:
+    """Patch Aligned Contrastive Learning loss of all B × B pairs, without a `[B, B, N]` tensor. Equals
+
+    ```python
+    p, t = F.normalize(patches, dim=-1), F.normalize(texts, dim=-1)
+    s = torch.einsum("bnd,kd->bkn", p, t)
+    phi = ((s / attn_temperature).softmax(-1) * s).sum(-1)          # form="dot"
+    logits, target = logit_scale * phi, torch.arange(len(phi))
+    loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+    ```
+
+    Args:
+        patches: `[B, N, D]` patch embeddings, not normalised; float32, bfloat16, float16 or float64, any strides.
+        texts: `[B, D]` text embeddings, not normalised, same dtype and device; text i belongs to image i.
+        logit_scale: the factor of the logits, already exponentiated: a number or a tensor of one element.
+        patch_mask: bool `[B, N]`, True at real patches. What a masked patch holds is never read (NaN included) and its
+            gradient is 0; an image without a real patch has compatibility 0 and gradient 0.
+        attn_temperature: τ > 0 of the softmax over patches, a number or a (learnable) tensor of one element; a tensor's
+            value is not checked, because that would make the host wait for the device.
+        form: `"dot"`, φ = Σ a s (the product of the pooled patch with the text), or `"cosine"`, which divides that by
+            the pooled patch's norm, floored at 1e-6.
+        loss: `"infonce"`, the mean of row and column cross-entropy, or `"sigmoid"` (SigLIP), summed over all pairs and
+            divided by B.
+        logit_bias: added to the logits (SigLIP), a number or a tensor of one element.
+        group: reserved for a `torch.distributed` group; only None (this process alone) works in this release.
+        backend: `"auto"`, or one of `available_backends()`; the environment variable PACL_BACKEND replaces `"auto"`.
+
+    Returns:
+        The loss, 0-D, float32 (float64 for float64 inputs). Gradients flow to patches, texts, and whichever of
+        logit_scale, logit_bias and attn_temperature are tensors; each is computed only if it is needed. A patch or text
+        with a norm below 1e-12 has similarity 0 and gradient 0. Inside autocast, patches and texts are cast to the
+        autocast dtype first.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was expected.
+
+    Source: Mukhoti et al., Open Vocabulary Semantic Segmentation with Patch Aligned Contrastive Learning, CVPR 2023.
+    """
+    patches, texts = _check_pair(patches, texts, patch_mask)
+    if len(patches) != len(texts):
+        raise ValueError(f"texts has {len(texts)} rows, expected one for each of the {len(patches)} images of patches")
+    for name, size in zip("BND", patches.shape, strict=True):
+        if size == 0:
+            raise ValueError(f"patches has shape {list(patches.shape)}, expected [B, N, D] with {name} of at least 1")
+    _check_choice("form", form, FORMS)
+    _check_choice("loss", loss, LOSSES)
+    attn_temperature = _check_scalar("attn_temperature", attn_temperature, patches, positive=True)
+    logit_scale = _check_scalar("logit_scale", logit_scale, patches)
+    if logit_bias is not None:
+        logit_bias = _check_scalar("logit_bias", logit_bias, patches)
+    if group is not None:
+        raise NotImplementedError("group is not None, expected None: the batch of many processes is not supported yet")
+    backend = resolve(backend, patches.device, patches.dtype)
+    if backend == "reference":
+        return reference.pacl_loss(
+            patches,
+            texts,
+            logit_scale if isinstance(logit_scale, float) else logit_scale.reshape(()),
+            patch_mask=patch_mask,
+            attn_temperature=attn_temperature,
+            form=form,
+            loss=loss,
+            logit_bias=logit_bias,
+        )
+    return PaclFunction.apply(
+        patches, texts, logit_scale, logit_bias, attn_temperature, patch_mask, form, loss, backend
+    )
+
+
+def compatibility(
+    patches: Tensor,
+    texts: Tensor,
+    *,
+    patch_mask: Tensor | None = None,
+    attn_temperature: float | Tensor = 1.0,
+    form: str = "dot",
+    backend: str = "auto",
+) -> Tensor:
+    """Compatibility φ `[B, K]` of patches `[B, N, D]` with texts `[K, D]`, differentiable; K need not equal B.
+
+    The arguments are those of `fused_pacl_loss`; the result is float32 (float64 for float64 inputs), and `[0, K]` or
+    `[B, 0]` for an empty side.
+    """
+    patches, texts = _check_pair(patches, texts, patch_mask)
+    for name, size in zip("ND", patches.shape[1:], strict=True):
+        if size == 0:
+            raise ValueError(f"patches has shape {list(patches.shape)}, expected [B, N, D] with {name} of at least 1")
+    _check_choice("form", form, FORMS)
+    attn_temperature = _check_scalar("attn_temperature", attn_temperature, patches, positive=True)
+    backend = resolve(backend, patches.device, patches.dtype)
+    if backend == "reference":
+        return reference.compatibility(
+            patches, texts, patch_mask=patch_mask, attn_temperature=attn_temperature, form=form
+        )
+    return CompatibilityFunction.apply(patches, texts, attn_temperature, patch_mask, form, backend)
+
+
+class PaclLoss(nn.Module):
+    """`fused_pacl_loss` behind the call of open_clip's losses: `loss(image_features, text_features, logit_scale)`.
+
+    `attn_temperature` may be a tensor, but a learnable one belongs to the model: an optimiser that is built from
+    `model.parameters()` does not see this module's.
+    """
+
+    def __init__(
+        self,
+        attn_temperature: float | Tensor = 1.0,
+        form: str = "dot",
+        loss: str = "infonce",
+        rank: int = 0,
+        world_size: int = 1,
+        group=None,
+        backend: str = "auto",
+    ):
+        super().__init__()
+        if world_size != 1 or rank != 0:
+            raise NotImplementedError(
+                f"rank is {rank} and world_size {world_size}, expected 0 and 1: the batch of many processes is not "
+                "supported yet"
+            )
+        self.attn_temperature, self.form, self.loss = attn_temperature, form, loss
+        self.group, self.backend = group, backend
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: float | Tensor,
+        logit_bias: float | Tensor | None = None,
+        patch_mask: Tensor | None = None,
+        output_dict: bool = False,
+    ) -> Tensor | dict[str, Tensor]:
+        """The loss (0-D) of `image_features` `[B, N, D]` and `text_features` `[B, D]`; open_clip's keyword names."""
+        value = fused_pacl_loss(
+            image_features,
+            text_features,
+            logit_scale,
+            patch_mask=patch_mask,
+            attn_temperature=self.attn_temperature,
+            form=self.form,
+            loss=self.loss,
+            logit_bias=logit_bias,
+            group=self.group,
+            backend=self.backend,
+        )
+        return {"contrastive_loss": value} if output_dict else value
+
+    def extra_repr(self) -> str:
+        return (
+            f"attn_temperature={self.attn_temperature}, form={self.form!r}, loss={self.loss!r}, "
+            f"backend={self.backend!r}"
+        )
+
+
+def _check_pair(patches, texts, patch_mask) -> tuple[Tensor, Tensor]:
+    """patches and texts, in the autocast dtype where autocast is on."""
+    for name, value, layout in (("patches", patches, "[B, N, D]"), ("texts", texts, "[K, D]")):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} is a {type(value).__name__}, expected a tensor of shape {layout}")
+        if value.dtype not in _DTYPES:
+            raise TypeError(f"{name} is {value.dtype}, expected float32, bfloat16, float16 or float64")
+        if value.ndim != layout.count(",") + 1:
+            raise ValueError(f"{name} has shape {list(value.shape)}, expected {layout}")
+    if texts.device != patches.device:
+        raise ValueError(f"texts is on {texts.device}, expected {patches.device} like patches")
+    device = patches.device.type
+    if torch.is_autocast_enabled(device) and torch.float64 not in (patches.dtype, texts.dtype):
+        dtype = torch.get_autocast_dtype(device)
+        patches, texts = patches.to(dtype), texts.to(dtype)
+    if texts.dtype != patches.dtype:
+        raise TypeError(f"texts is {texts.dtype}, expected {patches.dtype} like patches")
+    if texts.shape[1] != patches.shape[2]:
+        raise ValueError(f"texts has D = {texts.shape[1]}, expected {patches.shape[2]} like patches")
+    if patch_mask is not None:
+        if not isinstance(patch_mask, Tensor):
+            raise TypeError(f"patch_mask is a {type(patch_mask).__name__}, expected a bool tensor of shape [B, N]")
+        if patch_mask.dtype != torch.bool:
+            raise TypeError(f"patch_mask is {patch_mask.dtype}, expected torch.bool")
+        if patch_mask.shape != patches.shape[:2]:
+            raise ValueError(
+                f"patch_mask has shape {list(patch_mask.shape)}, expected {list(patches.shape[:2])} like patches"
+            )
+        if patch_mask.device != patches.device:
+            raise ValueError(f"patch_mask is on {patch_mask.device}, expected {patches.device} like patches")
+    return patches, texts
+
+
+def _check_scalar(name: str, value, patches: Tensor, positive: bool = False) -> float | Tensor:
+    if isinstance(value, Tensor):
+        if not value.dtype.is_floating_point:
+            raise TypeError(f"{name} is a {value.dtype} tensor, expected a floating-point one")
+        if value.numel() != 1:
+            raise ValueError(f"{name} has shape {list(value.shape)}, expected one element")
+        if value.device != patches.device:
+            raise ValueError(f"{name} is on {value.device}, expected {patches.device} like patches")
+        return value
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} is a {type(value).__name__}, expected a number or a tensor of one element")
+    if positive and not 0 < value < math.inf:  # NaN fails it too
+        raise ValueError(f"{name} is {value}, expected a finite number above 0")
+    return float(value)
+
+
+def _check_choice(name: str, value, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(repr, choices))}")

@@ -1,0 +1,73 @@
+"""The two fused functions as `torch.library` operators, so that `torch.compile` takes them whole.
+
+They write into buffers that the caller allocated and return nothing: the fake implementations then have nothing to say.
+They carry no autograd formula; `PaclFunction` is the only one that differentiates.
+"""
+
+from __future__ import annotations
+
+from typing import Optional  # torch.library reads the annotations below and knows no `Tensor | None` before torch 2.8
+
+import torch
+from torch import Tensor
+
+from . import dispatch
+
+
+@torch.library.custom_op("pacl_kernels::score_forward", mutates_args=("phi", "lse"))
+def score_forward(
+    patches: Tensor,
+    texts: Tensor,
+    patch_mask: Optional[Tensor],  # noqa: UP045
+    temperature: Optional[Tensor],  # noqa: UP045
+    temperature_value: float,
+    form: str,
+    backend: str,
+    phi: Tensor,
+    lse: Tensor,
+) -> None:
+    """Compatibility φ `[B, K]` and log-sum-exp over patches of s / τ `[B, K]`.
+
+    `patches` `[B, N, D]`, `texts` `[K, D]`, `patch_mask` bool `[B, N]`; τ is the one-element tensor `temperature`, or
+    `temperature_value` where that is None.
+    """
+    tau = temperature_value if temperature is None else temperature.to(phi.dtype).reshape(())
+    # An operator runs inside the caller's autocast region, which would cast the backend's own products once more.
+    with torch.autocast(patches.device.type, enabled=False):
+        dispatch.module(backend).score_forward(patches, texts, patch_mask, tau, form, phi, lse)
+
+
+@score_forward.register_fake
+def _(patches, texts, patch_mask, temperature, temperature_value, form, backend, phi, lse):
+    return None
+
+
+@torch.library.custom_op(
+    "pacl_kernels::score_backward", mutates_args=("grad_patches", "grad_texts", "grad_temperature")
+)
+def score_backward(
+    patches: Tensor,
+    texts: Tensor,
+    patch_mask: Optional[Tensor],  # noqa: UP045
+    temperature: Optional[Tensor],  # noqa: UP045
+    temperature_value: float,
+    form: str,
+    backend: str,
+    phi: Tensor,
+    lse: Tensor,
+    grad_phi: Tensor,
+    grad_patches: Optional[Tensor],  # noqa: UP045
+    grad_texts: Optional[Tensor],  # noqa: UP045
+    grad_temperature: Optional[Tensor],  # noqa: UP045
+) -> None:
+    """Gradients from ∂L/∂φ `[B, K]`, into those buffers that are given: like patches, like texts, and 0-D."""
+    tau = temperature_value if temperature is None else temperature.to(phi.dtype).reshape(())
+    with torch.autocast(patches.device.type, enabled=False):
+        dispatch.module(backend).score_backward(
+            patches, texts, patch_mask, tau, form, phi, lse, grad_phi, grad_patches, grad_texts, grad_temperature
+        )
+
+
+@score_backward.register_fake
+def _(patches, texts, patch_mask, temperature, temperature_value, form, backend, phi, lse, grad_phi, *grads):
+    return None

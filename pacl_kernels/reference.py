@@ -1,0 +1,78 @@
+"""The formula in plain PyTorch: the specification that every backend is tested against.
+
+It builds the `[B, K, N]` tensor, works in the dtype of its inputs on any device, and lets autograd differentiate it.
+Equation numbers are those of Mukhoti et al., CVPR 2023 (arXiv 2212.04994).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+MIN_NORM = 1e-12  # a shorter patch or text has no direction: similarity 0, gradient 0
+MIN_POOLED_NORM = 1e-6  # floor of the pooled patch's norm in the cosine form
+
+
+def unit(x: Tensor) -> Tensor:
+    """`x / ‖x‖` along the last dimension, 0 (and gradient 0) where the norm is below `MIN_NORM`."""
+    squared = (x * x).sum(-1, keepdim=True)
+    short = squared < MIN_NORM**2  # NaN compares false, so it passes through
+    return torch.where(short, 0.0, x * torch.where(short, 1.0, squared).rsqrt())
+
+
+def compatibility(
+    patches: Tensor,
+    texts: Tensor,
+    *,
+    patch_mask: Tensor | None = None,
+    attn_temperature: float | Tensor = 1.0,
+    form: str = "dot",
+) -> Tensor:
+    """φ `[B, K]` of patches `[B, N, D]` and texts `[K, D]` (eq. 2 to 4), `patch_mask` `[B, N]` True at real patches."""
+    if patch_mask is not None:
+        patches = patches.masked_fill(~patch_mask[..., None], 0.0)
+    patches, texts = unit(patches), unit(texts)
+    scores = torch.einsum("bnd,kd->bkn", patches, texts)
+    attention = scores / attn_temperature
+    if patch_mask is None:
+        attention = attention.softmax(-1)
+    else:
+        valid = patch_mask[:, None]
+        # An image without a patch would give softmax(-inf, ..) = NaN: let it attend anywhere, then select 0.
+        attention = attention.masked_fill(~valid & valid.any(-1, keepdim=True), float("-inf")).softmax(-1)
+        attention = attention.masked_fill(~valid, 0.0)
+    if form == "dot":
+        return (attention * scores).sum(-1)
+    pooled = torch.einsum("bkn,bnd->bkd", attention, patches)
+    squared = (pooled * pooled).sum(-1)
+    norm = squared.clamp_min(MIN_POOLED_NORM**2).sqrt()
+    return torch.einsum("bkd,kd->bk", pooled, texts) / norm
+
+
+def contrastive_loss(logits: Tensor, loss: str = "infonce") -> Tensor:
+    """Symmetric InfoNCE, or the sigmoid loss of SigLIP divided by B, of logits `[B, B]` with the pairs on the diagonal."""
+    if loss == "infonce":
+        target = torch.arange(len(logits), device=logits.device)
+        return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+    sign = 2 * torch.eye(len(logits), dtype=logits.dtype, device=logits.device) - 1
+    return -F.logsigmoid(sign * logits).sum() / len(logits)
+
+
+def pacl_loss(
+    patches: Tensor,
+    texts: Tensor,
+    logit_scale: float | Tensor,
+    *,
+    patch_mask: Tensor | None = None,
+    attn_temperature: float | Tensor = 1.0,
+    form: str = "dot",
+    loss: str = "infonce",
+    logit_bias: float | Tensor | None = None,
+) -> Tensor:
+    """The loss (0-D) that `pacl_kernels.fused_pacl_loss` computes, with the same arguments."""
+    phi = compatibility(patches, texts, patch_mask=patch_mask, attn_temperature=attn_temperature, form=form)
+    logits = logit_scale * phi
+    if logit_bias is not None:
+        logits = logits + logit_bias
+    return contrastive_loss(logits, loss)
