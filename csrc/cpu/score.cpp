@@ -5,6 +5,7 @@
 
 #include <atomic>
 #include <chrono>
+#include <cstring>
 #include <stdexcept>
 #include <string>
 #include <system_error>
@@ -104,7 +105,7 @@ struct Plan {
     const int64_t tile = kernels.tile_rows, panel = kernels.panel, pair = kernels.pair;
     units = round_up(ceil_div(p.dim, pair), panel);
     dims = round_up(p.dim, panel);
-    row_align = cosine ? 4 * pair : 1;
+    row_align = cosine ? 8 : 1;  // products over the rows of one image take 4 units at a time
     image_rows = round_up(p.patches_per_image, row_align);
     gram_capacity = round_up(image_rows, tile);
     chunk = most(1, least(112, 512 * 1024 / (4 * units)) / tile) * tile;  // stays in the second-level cache
@@ -118,8 +119,9 @@ struct Plan {
     text_panels = least(text_panels, texts_block / panel);
     group = most(1, least(group, 512 * 1024 / (12 * text_panels * panel)));
 
-    const int64_t row_bytes = 4 * (units + texts_block + (p.grad_patches ? dims : 0)) + (pair == 2 ? 2 * dims : 0);
-    rows_block = most(1, least(3584, kRowsBudget / row_bytes) / chunk) * chunk;
+    const int64_t row_bytes =
+        4 * (2 * units + texts_block + (p.grad_patches ? dims : 0)) + (pair == 2 ? 2 * 2 * dims : 0);
+    rows_block = most(1, least(1792, kRowsBudget / row_bytes) / chunk) * chunk;
     rows_block = least(rows_block, round_up(p.images * image_rows, chunk));
     if (cosine) rows_block = most(rows_block, image_rows);
     capacity = round_up(rows_block, 2 * tile) + 2 * tile;  // tiles read past the last row
@@ -127,13 +129,13 @@ struct Plan {
     Arena counter{nullptr};
     Texts texts;
     take_texts(counter, texts);
-    Rows rows;
+    Rows rows[2];
     Weights weights;
     float* sum;
     if (backward) take_block(counter, rows, weights, sum);
     shared_bytes = counter.used;
     counter.used = 0;
-    Scratch scratch;
+    Scratch scratch{};
     take_scratch(counter, scratch);
     scratch_bytes = counter.used;
     const int64_t beyond = scratch_bytes - (cosine ? 4 * gram_capacity * round_up(image_rows, panel) : 0);
@@ -157,8 +159,8 @@ struct Plan {
     rows.index = arena.take<int32_t>(size);
   }
 
-  void take_block(Arena& arena, Rows& rows, Weights& weights, float*& patches_sum) const {
-    take_rows(arena, rows, capacity, p.grad_texts || (cosine && p.grad_patches));
+  void take_block(Arena& arena, Rows (&rows)[2], Weights& weights, float*& patches_sum) const {
+    for (Rows& half : rows) take_rows(arena, half, capacity, p.grad_texts || (cosine && p.grad_patches));
     weights.units = arena.take(capacity * round_up(texts_block, 2 * kernels.panel) / kernels.pair);
     weights.row_units = kernels.pair == 1 ? weights.units : arena.take(capacity / 2 * texts_block);
     patches_sum = p.grad_patches ? arena.take(capacity * dims) : nullptr;
@@ -176,16 +178,21 @@ struct Plan {
       s.weighted = arena.take(group * text_panels * panel);
     }
     if (!cosine) return;
+    const int64_t matrix = rows * columns, square = panel * panel;
+    const bool pairs = kernels.pair == 2;
     s.attention = arena.take((rows + panel) * panel);
+    s.attention_units = pairs ? arena.take((rows + panel) * panel) : nullptr;
     s.pooled = arena.take((rows + panel) * panel);
     s.transposed = arena.take(units * panel);
-    s.gram = arena.take(rows * columns);
+    s.gram = arena.take(matrix);
     if (!backward) return;
+    s.gram_units = pairs ? arena.take(rows * round_up(columns, 2 * panel) / 2) : nullptr;
     s.scaled = arena.take((rows + panel) * panel);
+    s.scaled_units = pairs ? arena.take((rows + panel) * panel) : nullptr;
     if (!p.grad_patches) return;
-    s.attention_t = arena.take(columns * panel);
-    s.outer = arena.take(rows * columns);
-    if (kernels.pair == 2) s.outer_units = arena.take(rows * round_up(columns, 2 * panel) / 2);
+    s.attention_t = arena.take(square);
+    s.outer = arena.take(matrix);
+    s.outer_units = pairs ? arena.take(rows * round_up(columns, 2 * panel) / 2) : nullptr;
   }
 };
 
@@ -204,16 +211,20 @@ std::vector<int64_t> count_rows(const ScoreParams& p, int64_t align) {
   return row_start;
 }
 
+// Fewer page faults in memory that is written for the first time; a hint that cannot fail.
+void advise_huge_pages(void* memory, int64_t bytes) {
+#if defined(__linux__)
+  const int64_t huge = 2 * kMiB, first = round_up((int64_t)memory, huge), last = ((int64_t)memory + bytes) / huge * huge;
+  if (last > first) madvise((void*)first, last - first, MADV_HUGEPAGE);
+#endif
+}
+
 Arena open_workspace(const ScoreParams& p, const Plan& plan) {
   if (p.workspace_bytes < plan.workspace_bytes())
     throw std::invalid_argument("workspace has " + std::to_string(p.workspace_bytes) + " bytes, expected " +
                                 std::to_string(plan.workspace_bytes()));
   char* base = (char*)round_up((int64_t)p.workspace, 64);
-#if defined(__linux__)
-  const int64_t huge = 2 * kMiB, first = round_up((int64_t)base, huge);
-  const int64_t last = ((int64_t)p.workspace + p.workspace_bytes) / huge * huge;
-  if (last > first) madvise((void*)first, last - first, MADV_HUGEPAGE);  // a hint: fewer page faults, no failure
-#endif
+  advise_huge_pages(p.workspace, p.workspace_bytes);
   return {base};
 }
 
@@ -243,7 +254,7 @@ void score_forward(const ScoreParams& p) {
 
   Team(plan.threads, [&, shared_texts](Team& team, int id) {
     Arena own{arena.base, scratch_at + id * plan.scratch_bytes};
-    Scratch scratch;
+    Scratch scratch{};
     plan.take_scratch(own, scratch);
     Texts texts = shared_texts;
     const int64_t groups = ceil_div(p.images, plan.group);
@@ -254,7 +265,7 @@ void score_forward(const ScoreParams& p) {
       team.phase(groups * ranges, [&](int64_t task) {
         const int64_t image = task / ranges * plan.group, panel = task % ranges * plan.text_panels;
         kernels.forward(p, row_start.data(), image, least(image + plan.group, p.images), texts, panel,
-                        least(panel + plan.text_panels, panels), scratch);
+                        least(panel + plan.text_panels, panels), image + plan.group * plan.threads, scratch);
       });
     }
   });
@@ -267,11 +278,10 @@ void score_backward(const ScoreParams& p) {
   const std::vector<int64_t> row_start = count_rows(p, plan.row_align);
   const int64_t rows_total = row_start[p.images];
   if (p.grad_patches && p.mask)  // masked patches are never visited
-    __builtin_memset(p.grad_patches, 0,
-                     p.images * p.patches_per_image * p.dim * (p.dtype == Dtype::float32 ? 4 : 2));
+    std::memset(p.grad_patches, 0, p.images * p.patches_per_image * p.dim * (p.dtype == Dtype::float32 ? 4 : 2));
 
   Texts shared_texts;
-  Rows shared_rows;
+  Rows shared_rows[2];  // a block's and the next one's
   Weights weights;
   float* patches_sum;
   plan.take_texts(arena, shared_texts);
@@ -306,24 +316,27 @@ void score_backward(const ScoreParams& p) {
 
   Team(plan.threads, [&](Team& team, int id) {
     Arena own{arena.base, scratch_at + id * plan.scratch_bytes};
-    Scratch scratch;
+    Scratch scratch{};
     plan.take_scratch(own, scratch);
     Texts texts = shared_texts;
-    Rows rows = shared_rows;
-    for (const Block& block : blocks) {
+    const auto chunks = [&](const Block& block) { return ceil_div(block.starts.back(), plan.chunk); };
+    const auto pack = [&](const Block& block, Rows rows, int64_t i) {
+      const int64_t first = i * plan.chunk, last = least(first + plan.chunk, block.starts.back());
+      // Past the last row of all, rows are padding.
+      kernels.pack_rows(p, row_start.data(), block.first_row + first, block.first_row + last, rows, first, scratch.row);
+    };
+    if (!blocks.empty())
+      team.phase(chunks(blocks[0]), [&](int64_t i) { pack(blocks[0], shared_rows[0], i); });
+    for (size_t number = 0; number < blocks.size(); ++number) {
+      const Block& block = blocks[number];
+      const Block* next = number + 1 < blocks.size() ? &blocks[number + 1] : nullptr;
+      Rows rows = shared_rows[number % 2];
       rows.count = block.starts.back();
-      const int64_t chunks = ceil_div(rows.count, plan.chunk);
-      const auto chunk_rows = [&](int64_t i) { return least((i + 1) * plan.chunk, rows.count); };
-      team.phase(chunks, [&](int64_t i) {
-        // Past the last row of all, rows are padding.
-        kernels.pack_rows(p, row_start.data(), block.first_row + i * plan.chunk, block.first_row + chunk_rows(i), rows,
-                          i * plan.chunk, scratch.row);
-      });
       for (int64_t text_block = 0; text_block < text_blocks; ++text_block) {
-        const bool add = text_block > 0;
+        const bool add = text_block > 0, finish = text_block == text_blocks - 1;
         open_texts(p, plan, text_block * plan.texts_block, texts);
         const int64_t panels = texts.padded / kernels.panel;
-        if (text_blocks > 1 || &block == &blocks.front())
+        if (text_blocks > 1 || number == 0)
           team.phase(panels, [&](int64_t panel) { kernels.pack_texts(p, texts, panel, scratch.row); });
 
         const int64_t range = plan.cosine ? panels : 256 / kernels.panel, ranges = ceil_div(panels, range);
@@ -332,15 +345,20 @@ void score_backward(const ScoreParams& p) {
           along[task] += kernels.weights(p, rows, block.starts[task / ranges], block.starts[task / ranges + 1], texts,
                                          panel, least(panel + range, panels), weights, patches_sum, add, scratch);
         });
-        if (p.grad_patches)
-          team.phase(chunks, [&](int64_t i) {
-            const int64_t first = i * plan.chunk, last = chunk_rows(i);
-            kernels.patches_product(p, rows, first, last, texts, weights, patches_sum, add || plan.cosine);
-            if (text_block == text_blocks - 1) kernels.finish_patches(p, rows, first, last, patches_sum, scratch.row);
-          });
+        // The next block is packed in between, when its rows have been fetched behind the product.
+        const int64_t next_chunks = finish && next ? chunks(*next) : 0;
+        team.phase(most(chunks(block), next_chunks), [&](int64_t i) {
+          const int64_t first = i * plan.chunk, last = least(first + plan.chunk, rows.count);
+          if (p.grad_patches && first < last) {
+            kernels.patches_product(p, row_start.data(), i < next_chunks ? next->first_row + first : -1, rows, first,
+                                    last, texts, weights, patches_sum, add || plan.cosine);
+            if (finish) kernels.finish_patches(p, rows, first, last, patches_sum, scratch.row);
+          }
+          if (i < next_chunks) pack(*next, shared_rows[(number + 1) % 2], i);
+        });
         if (p.grad_texts) {
           const int64_t columns = texts.padded / kernels.tile_columns, dim_panels = plan.dims / kernels.panel;
-          const int64_t column_step = 128 / kernels.tile_columns, panel_step = most(1, 128 / kernels.panel);
+          const int64_t column_step = 128 / kernels.tile_columns, panel_step = most(1, 256 / kernels.panel);
           const int64_t across = ceil_div(dim_panels, panel_step);
           team.phase(ceil_div(columns, column_step) * across, [&](int64_t task) {
             const int64_t column = task / across * column_step, panel = task % across * panel_step;

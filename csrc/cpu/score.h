@@ -57,19 +57,18 @@ struct Weights {           // W = dS / (|p| |t|) of a block of rows and a block 
   float* row_units;        // panels of [row units, texts]: left operand of the texts' gradient; = units for float32
 };
 
-struct Scratch {           // one thread's own
-  Rows rows;               // forward
-  float* row;              // one row in float32
-  float* scores;           // panel [rows, panel]
-  float* attention;        // cosine: panel
-  float* pooled;           // cosine: panel, G a
-  float* scaled;           // cosine backward: panel
-  float* attention_t;      // cosine backward: panels [panel, N]
-  float* gram;             // cosine: panels [N, N]
-  float* outer;            // cosine backward: panels [N, N]
-  float* outer_units;      // cosine backward, bfloat16: the same in units
-  float* transposed;       // cosine: panel [units of D, panel]
+struct Scratch {  // one thread's own; panels are [rows, panel] of float32 unless they say units
+  Rows rows;      // forward: the rows at hand
+  float* row;     // rows of D as they are read or written
+  float* scores;
   float *largest, *sum, *weighted;  // forward: running softmax statistics [images, texts]
+  // Cosine form only.
+  float *attention, *attention_units;
+  float *gram, *gram_units;  // panels [N, N] and the same in units
+  float* pooled;             // G a
+  float* transposed;         // [units of D, panel]
+  float *scaled, *scaled_units, *attention_t;  // backward
+  float *outer, *outer_units;                  // backward: panels [N, N]
 };
 
 struct Kernels {
@@ -80,23 +79,25 @@ struct Kernels {
                     float* row);
   // Packs panel `panel` of the block.
   void (*pack_texts)(const ScoreParams&, Texts& to, int64_t panel, float* row);
-  // phi and lse of images [first, last) and panels [panel_first, panel_last) of the block.
+  // phi and lse of images [first, last) and panels [panel_first, panel_last) of the block; image `next` is likely to
+  // be this thread's next.
   void (*forward)(const ScoreParams&, const int64_t* row_start, int64_t first, int64_t last, const Texts&,
-                  int64_t panel_first, int64_t panel_last, Scratch&);
+                  int64_t panel_first, int64_t panel_last, int64_t next, Scratch&);
   // Weights of rows [first, last) and panels [panel_first, panel_last); returns the sum of dS s. For the cosine form the
   // rows are those of one image and the part of its gradient that the pooled norm adds goes to patches_sum.
   double (*weights)(const ScoreParams&, const Rows&, int64_t first, int64_t last, const Texts&, int64_t panel_first,
                     int64_t panel_last, Weights&, float* patches_sum, bool add, Scratch&);
-  // patches_sum (panels [rows, D]) (+)= W texts for rows [first, last).
-  void (*patches_product)(const ScoreParams&, const Rows&, int64_t first, int64_t last, const Texts&, const Weights&,
+  // patches_sum (panels [rows, D]) (+)= W texts for rows [first, last); as many rows of the call from `next` on will be
+  // packed soon (-1: none).
+  void (*patches_product)(const ScoreParams&, const int64_t* row_start, int64_t next, const Rows&, int64_t first, int64_t last, const Texts&, const Weights&,
                           float* patches_sum, bool add);
   // texts_sum (panels [padded K, D]) += W' patches for tile columns [first, last) of the block and panels of D.
   void (*texts_product)(const ScoreParams&, const Rows&, const Texts&, const Weights&, int64_t first, int64_t last,
                         int64_t panel_first, int64_t panel_last);
   // Gradient through the norm, from the sums to the caller's buffers.
   void (*finish_patches)(const ScoreParams&, const Rows&, int64_t first, int64_t last, const float* patches_sum,
-                         float* row);
-  void (*finish_texts)(const ScoreParams&, int64_t first, int64_t last, float* row);
+                         float* buffer);
+  void (*finish_texts)(const ScoreParams&, int64_t first, int64_t last, float* buffer);
   double (*multiply_adds)(int64_t repeats);  // runs independent multiply-adds, returns their flop
 };
 

@@ -49,22 +49,22 @@ inline float sum(V v) {
   return total;
 }
 
-// e^x for x <= 88, relative error below 2e-7; results below e^-87 become about 1e-38, NaN stays NaN.
-inline V exponential(V x) {
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low mantissa bits
-  x = select(x < broadcast(-87.0f), broadcast(-87.0f), x);
-  V shifted = x * 1.44269504f + kRound;
-  V n = shifted - kRound;
-  V f = x - n * 0.693359375f;
-  f = f + n * 2.12194440e-4f;
-  V p = f * 1.9875691500e-4f + 1.3981999507e-3f;
-  p = p * f + 8.3334519073e-3f;
-  p = p * f + 4.1665795894e-2f;
-  p = p * f + 1.6666665459e-1f;
-  p = p * f + 5.0000001201e-1f;
-  p = p * (f * f) + f + 1.0f;
-  // Multiplying by 2^n, instead of adding n to the exponent bits, keeps a NaN a NaN.
-  return p * from_bits((bits(shifted) + (127 - 0x4B400000)) << 23);
+// 2^x for x < 127, relative error below 1e-7; NaN stays NaN. Without kClamp x must be above -126, with it smaller x give
+// about 1e-38.
+template <bool kClamp>
+inline V exp2(V x) {
+  // Adding 1.5 * 2^23 rounds to an integer in the low mantissa bits; 127 more make those bits an exponent.
+  constexpr float kRound = 12582912.0f + 127.0f;
+  if (kClamp) x = select(x < broadcast(-126.0f), broadcast(-126.0f), x);
+  const V shifted = x + kRound;
+  const V f = x - (shifted - kRound);
+  V p = f * 1.5345811977e-4f + 1.3399931386e-3f;  // minimax in relative error on [-1/2, 1/2]
+  p = p * f + 9.6184889587e-3f;
+  p = p * f + 5.5503287766e-2f;
+  p = p * f + 2.4022646891e-1f;
+  p = p * f + 6.9314720574e-1f;
+  p = p * f + 1.0f;
+  return p * from_bits(bits(shifted) << 23);  // a product, not a sum of exponents: NaN times anything is NaN
 }
 
 // Natural logarithm of positive, normal x (Cephes' logf), relative error about 1e-7.
@@ -158,6 +158,12 @@ struct BFloat16 {
 };
 
 inline H round_to_bfloat16(V v) { return (H)_mm512_cvtneps_pbh(v); }
+
+// Units of the elements of two rows, the first in the low halves.
+inline V interleave_bfloat16(V low, V high) {
+  const I a = __builtin_convertvector(round_to_bfloat16(low), I), b = __builtin_convertvector(round_to_bfloat16(high), I);
+  return from_bits(a | b << 16);
+}
 #endif
 
 }  // namespace

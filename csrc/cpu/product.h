@@ -1,0 +1,118 @@
+// The register-tiled product that everything else is built on, and the fetching of memory ahead of it.
+#pragma once
+
+#include "score.h"
+#include "simd.h"
+
+namespace {
+
+using namespace pacl;
+
+// The image that holds row `row`, below row_start[images].
+inline int64_t image_of_row(const ScoreParams& p, const int64_t* row_start, int64_t row) {
+  int64_t image = 0;
+  for (int64_t high = p.images; high - image > 1;) {
+    const int64_t middle = (image + high) / 2;
+    (row_start[middle] <= row ? image : high) = middle;
+  }
+  return image;
+}
+
+// One tile of kRows x kPanel sums in registers: c (+)= left right over `inner` units (a multiple of 4).
+// Left element (i, j) is left[i * kI + j * kJ] within a block of kPanel units, blocks are left_block apart.
+template <class Op, int kRows, int kI, int kJ>
+__attribute__((noinline)) void tile(const float* left, int64_t left_block, const float* right, float* c, int64_t inner,
+                                    bool add) {
+  V sum[kRows][2];
+#pragma GCC unroll 16
+  for (int i = 0; i < kRows; ++i) sum[i][0] = sum[i][1] = V{};
+  for (; inner > 0; inner -= kPanel, left += left_block) {
+    const int64_t steps = least(inner, kPanel);
+    for (int64_t j = 0; j < steps; j += 4) {
+#pragma GCC unroll 4
+      for (int step = 0; step < 4; ++step, right += kPanel) {
+        const V right0 = load(right), right1 = load(right + kLanes);
+#pragma GCC unroll 16
+        for (int i = 0; i < kRows; ++i) {
+          const V x = Op::broadcast_unit(left + i * kI + (j + step) * kJ);
+          sum[i][0] = Op::multiply_add(sum[i][0], x, right0);
+          sum[i][1] = Op::multiply_add(sum[i][1], x, right1);
+        }
+      }
+    }
+  }
+  // Added at the end, not at the start: a long sum is then one of short sums, whose rounding errors stay small.
+  if (add) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i) {
+      sum[i][0] += load(c + i * kPanel);
+      sum[i][1] += load(c + i * kPanel + kLanes);
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kRows; ++i) {
+    store(c + i * kPanel, sum[i][0]);
+    store(c + i * kPanel + kLanes, sum[i][1]);
+  }
+}
+
+// Memory that is needed soon, fetched towards the cache a few lines at a time while tiles are computed: `rows` pieces of
+// `row_bytes`, `stride` bytes apart. Only a hint, so it may be wrong.
+struct Ahead {
+  const char* at = nullptr;
+  int64_t rows = 0, row_bytes = 0, stride = 0, lines_per_step = 0, byte = 0;
+
+  Ahead() = default;
+  Ahead(const void* from, int64_t count, int64_t bytes, int64_t bytes_apart, int64_t steps)
+      : at((const char*)from), rows(count), row_bytes(bytes), stride(bytes_apart),
+        lines_per_step(ceil_div(count * ceil_div(bytes, 64), most(1, steps))) {}
+  void step() {
+    for (int64_t line = 0; line < lines_per_step && rows > 0; ++line) {
+      __builtin_prefetch(at + byte, 0, 2);
+      byte += 64;
+      if (byte < row_bytes) continue;
+      byte = 0;
+      at += stride;
+      --rows;
+    }
+  }
+};
+
+// Rows [row, row + count) of the call, in the caller's tensor, as if none were masked.
+Ahead ahead_of_rows(const ScoreParams& p, const int64_t* row_start, int64_t row, int64_t count, int64_t steps) {
+  if (row < 0 || row >= row_start[p.images] || p.patch_stride_dim != 1 ||
+      p.patch_stride_image != p.patches_per_image * p.patch_stride_row)
+    return {};
+  const int64_t image = image_of_row(p, row_start, row), bytes = p.dtype == Dtype::float32 ? 4 : 2;
+  const int64_t first = image * p.patches_per_image + row - row_start[image];
+  return {(const char*)p.patches + first * p.patch_stride_row * bytes,
+          least(count, p.images * p.patches_per_image - first), p.dim * bytes, p.patch_stride_row * bytes, steps};
+}
+
+// The left operand of a product beyond its first block of `inner`, which the product itself waits for.
+Ahead ahead_of_left(const float* left, int64_t capacity, int64_t rows, int64_t inner) {
+  const int64_t panels = ceil_div(inner, kPanel), first = kInnerBlock / kPanel, steps = ceil_div(rows, kTileRows);
+  if (panels <= first) return {};
+  return {left + first * capacity * kPanel, panels - first, rows * kPanel * 4, capacity * kPanel * 4,
+          steps * (ceil_div(inner, kInnerBlock) - 1)};
+}
+
+// One panel of the product: c [rows, panel] (+)= left [rows, inner] right [inner, panel], in whole tiles of rows.
+template <class Op>
+void product(const float* left, int64_t capacity, int64_t rows, const float* right, int64_t inner, float* c, bool add,
+             Ahead* ahead = nullptr) {
+  const int64_t block = capacity * kPanel;
+  for (int64_t at = 0; at < inner; at += kInnerBlock)
+    for (int64_t row = 0; row < rows; row += kTileRows) {
+      if (ahead) ahead->step();
+      tile<Op, kTileRows, kPanel, 1>(left + at / kPanel * block + row * kPanel, block, right + at * kPanel,
+                                     c + row * kPanel, least(kInnerBlock, inner - at), add || at > 0);
+    }
+}
+
+// Calls of step() that `panels` products make.
+inline int64_t product_steps(int64_t panels, int64_t rows, int64_t inner) {
+  return panels * ceil_div(rows, kTileRows) * ceil_div(inner, kInnerBlock);
+}
+
+}  // namespace

@@ -1,0 +1,250 @@
+// Between the caller's tensors and packed panels: rows in, gradients out, through the norm.
+#pragma once
+
+#include "product.h"
+
+namespace {
+
+using namespace pacl;
+
+constexpr float kMinNormSquared = 1e-24f;  // a shorter patch or text has no direction: similarity 0, gradient 0
+
+inline float float_from_bits(uint32_t i) {
+  float f;
+  memcpy(&f, &i, sizeof f);
+  return f;
+}
+inline uint32_t float_bits(float f) {
+  uint32_t i;
+  memcpy(&i, &f, sizeof i);
+  return i;
+}
+inline float from_bfloat16(uint16_t x) { return float_from_bits((uint32_t)x << 16); }
+inline uint16_t to_bfloat16(float f) {
+  uint32_t i = float_bits(f);
+  if (f != f) return (uint16_t)((i >> 16) | 64);
+  return (uint16_t)((i + 0x7FFF + ((i >> 16) & 1)) >> 16);
+}
+inline float from_float16(uint16_t x) {
+  uint32_t magnitude = (uint32_t)(x & 0x7FFF) << 13, sign = (uint32_t)(x & 0x8000) << 16;
+  float f = float_from_bits(magnitude) * float_from_bits(239u << 23);  // 2^112 moves the exponent, denormals too
+  uint32_t special = (x & 0x7C00) == 0x7C00 ? 0x7F800000u : 0;         // infinity and NaN
+  return float_from_bits(float_bits(f) | special | sign);
+}
+inline uint16_t to_float16(float f) {
+  uint32_t i = float_bits(f), sign = (i >> 16) & 0x8000;
+  i &= 0x7FFFFFFF;
+  if (i > 0x7F800000) return (uint16_t)(sign | 0x7E00);
+  if (i >= 0x477FF000) return (uint16_t)(sign | 0x7C00);  // rounds to 65536 or more
+  if (i < 0x38800000) {                                    // denormal: let an addition round
+    float g = float_from_bits(i) + 0.5f;
+    return (uint16_t)(sign | (float_bits(g) - 0x3F000000));
+  }
+  return (uint16_t)(sign | ((i - 0x38000000 + 0xFFF + ((i >> 13) & 1)) >> 13));
+}
+
+void read_row(const void* base, int64_t offset, int64_t stride, int64_t dim, Dtype dtype, float* out) {
+  const uint16_t* half = (const uint16_t*)base + offset;
+  if (dtype == Dtype::float32) {
+    const float* in = (const float*)base + offset;
+    if (stride == 1)
+      memcpy(out, in, sizeof(float) * dim);
+    else
+      for (int64_t d = 0; d < dim; ++d) out[d] = in[d * stride];
+  } else if (dtype == Dtype::bfloat16) {
+    for (int64_t d = 0; d < dim; ++d) out[d] = from_bfloat16(half[d * stride]);
+  } else {
+    for (int64_t d = 0; d < dim; ++d) out[d] = from_float16(half[d * stride]);
+  }
+}
+
+void write_row(void* base, int64_t offset, int64_t dim, Dtype dtype, const float* in) {
+  uint16_t* half = (uint16_t*)base + offset;
+  if (dtype == Dtype::float32)
+    memcpy((float*)base + offset, in, sizeof(float) * dim);
+  else if (dtype == Dtype::bfloat16)
+    for (int64_t d = 0; d < dim; ++d) half[d] = to_bfloat16(in[d]);
+  else
+    for (int64_t d = 0; d < dim; ++d) half[d] = to_float16(in[d]);
+}
+
+inline int64_t padded_dim(int64_t dim) { return round_up(dim, kPanel); }
+
+// One row as units, zero up to `padded` units. For bfloat16 units they are the caller's own bits.
+template <class Op>
+void read_units(const void* base, int64_t offset, int64_t stride, int64_t dim, Dtype dtype, float* out, int64_t padded) {
+  if (Op::kPair == 1) {
+    read_row(base, offset, stride, dim, dtype, out);
+  } else {
+    const uint16_t* in = (const uint16_t*)base + offset;
+    uint16_t* to = (uint16_t*)out;
+    if (stride == 1)
+      memcpy(to, in, sizeof(uint16_t) * dim);
+    else
+      for (int64_t d = 0; d < dim; ++d) to[d] = in[d * stride];
+  }
+  memset((char*)out + dim * 4 / Op::kPair, 0, padded * 4 - dim * 4 / Op::kPair);
+}
+
+template <class Op>
+float inverse_norm(const float* units, int64_t padded) {
+  V even{}, odd{};
+  for (int64_t i = 0; i < padded; i += kLanes) {
+    V x = load(units + i);
+    if (Op::kPair == 1) {
+      even += x * x;
+    } else {
+      V low = from_bits(bits(x) << 16), high = from_bits(bits(x) & (int32_t)0xFFFF0000);
+      even += low * low;
+      odd += high * high;
+    }
+  }
+  float squared = sum(even + odd);
+  return squared < kMinNormSquared ? 0.0f : 1.0f / __builtin_sqrtf(squared);
+}
+
+// Units of D, padded to whole panels.
+template <class Op>
+inline int64_t dim_units(const ScoreParams& p) {
+  return round_up(ceil_div(p.dim, Op::kPair), kPanel);
+}
+
+// Inner length of a product over D: units that hold something, in fours.
+template <class Op>
+inline int64_t dim_inner(const ScoreParams& p) {
+  return round_up(ceil_div(p.dim, Op::kPair), 4);
+}
+
+// Two rows of bfloat16 as one row of units (first row in the low halves), over panels `panels_apart` floats apart.
+inline void interleave(const float* even_units, const float* odd_units, int64_t dim, float* out, int64_t panels_apart) {
+  const uint16_t *even = (const uint16_t*)even_units, *odd = (const uint16_t*)odd_units;
+  for (int64_t d = 0; d < dim; d += kPanel, out += panels_apart)
+    for (int i = 0; i < kPanel; ++i) {
+      uint32_t unit = (uint32_t)even[d + i] | (uint32_t)odd[d + i] << 16;
+      memcpy(out + i, &unit, sizeof unit);
+    }
+}
+
+template <class Op>
+void pack_rows(const ScoreParams& p, const int64_t* row_start, int64_t first, int64_t last, Rows& to, int64_t at,
+               float* row) {
+  const int64_t units = dim_units<Op>(p), dims = padded_dim(p.dim), row_floats = most(units, dims);
+  int64_t image = image_of_row(p, row_start, first);
+  int64_t n = -1, place = row_start[image] - 1;  // the last patch looked at, and its row
+  for (int64_t r = first; r < last; ++r, ++at) {
+    while (image < p.images && r >= row_start[image + 1]) {
+      ++image;
+      n = -1;
+      place = image < p.images ? row_start[image] - 1 : 0;
+    }
+    if (image < p.images) {
+      const uint8_t* mask = p.mask ? p.mask + image * p.mask_stride_image : nullptr;
+      while (place < r && n < p.patches_per_image) {
+        ++n;
+        if (n < p.patches_per_image && (!mask || mask[n * p.mask_stride_row])) ++place;
+      }
+    }
+    const bool padding = image >= p.images || n >= p.patches_per_image;
+    float* buffer = row + (Op::kPair == 2 && (at & 1) ? row_floats : 0);
+    if (padding)
+      memset(buffer, 0, sizeof(float) * row_floats);
+    else
+      read_units<Op>(p.patches, image * p.patch_stride_image + n * p.patch_stride_row, p.patch_stride_dim, p.dim,
+                     p.dtype, buffer, row_floats);
+    to.image[at] = padding ? -1 : (int32_t)image;
+    to.index[at] = padding ? -1 : (int32_t)n;
+    to.inv_norm[at] = padding ? 0.0f : inverse_norm<Op>(buffer, units);
+    for (int64_t u = 0; u < units; u += kPanel)
+      memcpy(to.units + (u / kPanel * to.capacity + at) * kPanel, buffer + u, sizeof(float) * kPanel);
+    if (Op::kPair == 2 && to.row_units && (at & 1))
+      interleave(row, row + row_floats, dims, to.row_units + at / 2 * kPanel, to.capacity / 2 * kPanel);
+  }
+}
+
+template <class Op>
+void pack_texts(const ScoreParams& p, Texts& to, int64_t panel, float* row) {
+  const int64_t units = dim_units<Op>(p), dims = padded_dim(p.dim), row_floats = most(units, dims);
+  float* transposed = to.transposed + panel * units * kPanel;
+  for (int64_t i = 0; i < kPanel; ++i) {
+    const int64_t k = panel * kPanel + i;
+    float* buffer = row + i * row_floats;
+    if (k < to.count)
+      read_units<Op>(p.texts, (to.first + k) * p.text_stride_row, p.text_stride_dim, p.dim, p.dtype, buffer, row_floats);
+    else
+      memset(buffer, 0, sizeof(float) * row_floats);
+    to.inv_norm[k] = inverse_norm<Op>(buffer, units);
+    if (!to.row_units) continue;
+    if (Op::kPair == 1)
+      for (int64_t d = 0; d < dims; d += kPanel)
+        memcpy(to.row_units + (d / kPanel * to.padded + k) * kPanel, buffer + d, sizeof(float) * kPanel);
+    else if (i & 1)
+      interleave(buffer - row_floats, buffer, dims, to.row_units + k / 2 * kPanel, to.padded / 2 * kPanel);
+  }
+  for (int64_t u = 0; u < units; u += kLanes)
+    for (int64_t i = 0; i < kPanel; i += kLanes)
+      transpose(row + i * row_floats + u, row_floats, transposed + u * kPanel + i, kPanel);
+}
+
+// Elements [d, d + kLanes) of row `row` of a matrix of units of D, as float32.
+template <class Op>
+inline V load_dims(const float* units, int64_t capacity, int64_t row, int64_t d) {
+  const int64_t u = d / Op::kPair;
+  const float* at = units + (u / kPanel * capacity + row) * kPanel + u % kPanel;
+#if defined(__AVX512BF16__)
+  if (Op::kPair == 2) {
+    H half;
+    memcpy(&half, at, sizeof half);
+    return from_bits(__builtin_convertvector(half, I) << 16);
+  }
+#endif
+  return load(at);
+}
+
+// ∂L/∂x = sum - (sum · x) x / |x|²: what points along x does not change its direction. Both are rows of panels.
+template <class Op>
+void finish_row(const float* sums, int64_t sums_capacity, const float* units, int64_t capacity, int64_t row, int64_t dim,
+                float inv_norm, Dtype dtype, void* out, int64_t out_offset, float* buffer) {
+  const int64_t dims = padded_dim(dim);
+  V dot{};
+  for (int64_t d = 0; d < dims; d += kLanes)
+    dot += load_dims<Op>(units, capacity, row, d) * load_dims<Float32>(sums, sums_capacity, row, d);
+  const float along = sum(dot) * inv_norm * inv_norm;
+  for (int64_t d = 0; d < dims; d += kLanes) {
+    const V x =
+        load_dims<Float32>(sums, sums_capacity, row, d) - load_dims<Op>(units, capacity, row, d) * along;
+#if defined(__AVX512BF16__)
+    if (Op::kPair == 2) {
+      const H half = round_to_bfloat16(x);
+      memcpy((uint16_t*)buffer + d, &half, sizeof half);
+      continue;
+    }
+#endif
+    store(buffer + d, x);
+  }
+  if (Op::kPair == 2)
+    memcpy((uint16_t*)out + out_offset, buffer, sizeof(uint16_t) * dim);
+  else
+    write_row(out, out_offset, dim, dtype, buffer);
+}
+
+template <class Op>
+void finish_patches(const ScoreParams& p, const Rows& rows, int64_t first, int64_t last, const float* patches_sum,
+                    float* buffer) {
+  for (int64_t r = first; r < last; ++r)
+    if (rows.image[r] >= 0)
+      finish_row<Op>(patches_sum, rows.capacity, rows.units, rows.capacity, r, p.dim, rows.inv_norm[r], p.dtype,
+                     p.grad_patches, (rows.image[r] * p.patches_per_image + rows.index[r]) * p.dim, buffer);
+}
+
+void finish_texts(const ScoreParams& p, int64_t first, int64_t last, float* buffer) {
+  const int64_t dims = padded_dim(p.dim), capacity = round_up(p.texts_count, kPanel);
+  float* text = buffer + dims;  // as panels of one row
+  for (int64_t k = first; k < last; ++k) {
+    read_row(p.texts, k * p.text_stride_row, p.text_stride_dim, p.dim, p.dtype, text);
+    memset(text + p.dim, 0, sizeof(float) * (dims - p.dim));
+    finish_row<Float32>(p.texts_sum + k * kPanel, capacity, text, 1, 0, p.dim, inverse_norm<Float32>(text, dims), p.dtype,
+                        p.grad_texts, k * p.dim, buffer);
+  }
+}
+
+}  // namespace

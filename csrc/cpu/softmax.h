@@ -1,0 +1,72 @@
+// The softmax over patches of a panel of scores.
+#pragma once
+
+#include "rows.h"
+
+namespace {
+
+using namespace pacl;
+
+// [K] values of one image for one panel of texts, 0 past the last text.
+struct Lane {
+  V half[2];
+  Lane(const float* values, int64_t available) {
+    float buffer[kPanel] = {};
+    memcpy(buffer, values, sizeof(float) * least(available, kPanel));
+    half[0] = load(buffer);
+    half[1] = load(buffer + kLanes);
+  }
+  Lane() : half{V{}, V{}} {}
+};
+
+void store_lanes(float* to, const V half[2], int64_t available) {
+  float buffer[kPanel];
+  store(buffer, half[0]);
+  store(buffer + kLanes, half[1]);
+  memcpy(to, buffer, sizeof(float) * least(available, kPanel));
+}
+
+// The rows of one image in [row, last): where they end.
+inline int64_t segment_end(const Rows& rows, int64_t row, int64_t last) {
+  const int32_t image = rows.image[row];
+  while (row < last && rows.image[row] == image) ++row;
+  return row;
+}
+
+constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f;
+
+// |s / τ| <= 20: e^(s / τ) and its sums need no offset, and no bound on the exponent. Smaller τ subtract the maximum.
+inline bool is_bounded(const ScoreParams& p) { return p.temperature >= 0.05f; }
+
+struct Softmax {  // running statistics of one image and one panel of texts, with z = s log2(e) / τ
+  V largest[2], sum[2], weighted[2];  // of z (0 where bounded), Σ e, Σ z e with e = 2^(z - largest)
+};
+
+// Adds the scores (raw products) of rows [row, last), all of one image; leaves e in `attention` if that is given.
+template <bool kBounded>
+inline void accumulate(Softmax& running, const Rows& rows, int64_t row, int64_t last, const float* text_norm,
+                       float temperature, float* scores, float* attention) {
+  for (int v = 0; v < 2; ++v) {
+    const V norm = load(text_norm + v * kLanes) * (kLog2e / temperature);
+    V largest = running.largest[v], total = running.sum[v], weighted = running.weighted[v];
+    if (!kBounded) {
+      for (int64_t r = row; r < last; ++r)
+        largest = maximum(load(scores + r * kPanel + v * kLanes) * (norm * rows.inv_norm[r]), largest);
+      const V shrink = exp2<true>(running.largest[v] - largest);
+      total *= shrink;
+      weighted *= shrink;
+    }
+    for (int64_t r = row; r < last; ++r) {
+      const V z = load(scores + r * kPanel + v * kLanes) * (norm * rows.inv_norm[r]);
+      const V e = kBounded ? exp2<false>(z) : exp2<true>(z - largest);
+      if (attention) store(attention + r * kPanel + v * kLanes, e);
+      total += e;
+      weighted += z * e;
+    }
+    running.largest[v] = largest;
+    running.sum[v] = total;
+    running.weighted[v] = weighted;
+  }
+}
+
+}  // namespace
