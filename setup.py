@@ -13,8 +13,10 @@ ROOT = Path(__file__).parent.resolve()
 
 
 def compiler() -> str | None:
+    """The C++ compiler that CMake will take: CXX if that is set, otherwise the first that is found."""
     named = os.environ.get("CXX", "").split()
-    return next((found for name in (*named[:1], "c++", "g++", "clang++") if (found := shutil.which(name))), None)
+    names = named[:1] or ["c++", "g++", "clang++"]
+    return next((found for name in names if (found := shutil.which(name))), None)
 
 
 class CMakeBuild(build_ext):

@@ -26,7 +26,6 @@ def available_backends() -> dict[str, str | None]:
     return reasons | {name: module.why_not() for name, module in _MODULES.items()} | {"reference": None}
 
 
-@torch.compiler.assume_constant_result  # decided while tracing, warning included
 def resolve(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     """The name of the backend to run: `backend` itself, or for `"auto"` what `PACL_BACKEND` says or the best there is.
 
@@ -44,6 +43,11 @@ def resolve(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     if reason is not None:
         raise ValueError(f"backend {backend!r} cannot run here: {reason}")
     return backend
+
+
+# What torch.compiler.assume_constant_result sets: decided while tracing, warning included. The decorator itself would
+# import the compiler, 1.7 s, into every program that imports this package.
+resolve._dynamo_marked_constant = True
 
 
 def module(name: str) -> ModuleType:

@@ -5,14 +5,42 @@ They check nothing (`loss.py` does) and keep no more than four `[B, K]` arrays a
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from . import ops
 
 Scalar = float | Tensor
+
+
+class _NoSecondOrder(torch.autograd.Function):
+    """Passes a gradient through, tied to the tensors it depends on, and refuses to be differentiated."""
+
+    @staticmethod
+    def forward(ctx, grad, *sources):
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise RuntimeError("the PACL loss cannot be differentiated twice: only its first derivative is supported")
+
+
+def _first_order(backward):
+    """`once_differentiable`, which lets pass unnoticed a gradient that depends on saved tensors alone (a penalty)."""
+
+    @functools.wraps(backward)
+    def wrapper(ctx, grad):
+        with torch.no_grad():
+            grads = backward(ctx, grad)
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return grads
+        sources = [tensor for tensor in (grad, *ctx.saved_tensors) if tensor is not None and tensor.requires_grad]
+        return tuple(None if grad is None else _NoSecondOrder.apply(grad, *sources) for grad in grads)
+
+    return wrapper
 
 
 class CompatibilityFunction(torch.autograd.Function):
@@ -26,7 +54,7 @@ class CompatibilityFunction(torch.autograd.Function):
         return phi
 
     @staticmethod
-    @once_differentiable
+    @_first_order
     def backward(ctx, grad_phi):
         *inputs, phi, lse = ctx.saved_tensors
         needs = ctx.needs_input_grad
@@ -49,7 +77,7 @@ class PaclFunction(torch.autograd.Function):
         return value
 
     @staticmethod
-    @once_differentiable
+    @_first_order
     def backward(ctx, grad_loss):
         *inputs, phi, lse, scale, bias = ctx.saved_tensors[:8]
         statistics = ctx.saved_tensors[8:]

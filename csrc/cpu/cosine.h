@@ -13,7 +13,7 @@ constexpr float kMinPooledNorm = 1e-6f;
 
 // Units of pairs of rows of a panel [count, kPanel] of float32, `count` even; for float32 the panel itself.
 template <class Op>
-const float* row_units_of(const float* panel, int64_t count, float* to) {
+const float* row_units_of(const float* panel, [[maybe_unused]] int64_t count, [[maybe_unused]] float* to) {
 #if defined(__AVX512BF16__)
   if (Op::kPair == 2) {
     for (int64_t r = 0; r < count; r += 2)
@@ -29,7 +29,8 @@ const float* row_units_of(const float* panel, int64_t count, float* to) {
 
 // Panels [rows, columns] of float32 as panels of units of pairs of columns; for float32 the matrix itself.
 template <class Op>
-const float* column_units_of(const float* matrix, int64_t capacity, int64_t rows, int64_t columns, float* to) {
+const float* column_units_of(const float* matrix, [[maybe_unused]] int64_t capacity, [[maybe_unused]] int64_t rows,
+                             [[maybe_unused]] int64_t columns, [[maybe_unused]] float* to) {
 #if defined(__AVX512BF16__)
   if (Op::kPair == 2) {
     for (int64_t c = 0; c < columns; c += kLanes)
@@ -82,29 +83,26 @@ void gram(const ScoreParams& p, const Rows& rows, int64_t first, int64_t count, 
                 scratch.gram + (column / kPanel * capacity + top) * kPanel, false);
   }
   complete_symmetric(scratch.gram, capacity, count, rows.inv_norm + first, 1.0f);
-  if (scratch.gram_units) column_units_of<Op>(scratch.gram, capacity, count, count, scratch.gram_units);
 }
 
-// Whether q may be a product of bfloat16 in the backward: its error is divided by τ, and few patches do not average it.
-// φ is multiplied by the logit scale, so the forward never does.
-inline bool rounds_pooled(const ScoreParams& p) { return is_bounded(p) && p.patches_per_image >= 64; }
-
-// q = G a for a panel of attention over `count` rows, whose rows up to the next multiple of 8 are set to 0.
-template <class Op>
+// q = G a for a panel of attention over `count` rows, whose rows up to the next multiple of 4 are set to 0. In float32
+// for bfloat16 too: in φ the error would be multiplied by the logit scale, in the gradient divided by r τ.
 void gram_product(Scratch& scratch, int64_t capacity, int64_t count) {
-  const int64_t padded = round_up(count, 8);
+  const int64_t padded = round_up(count, 4);
   memset(scratch.attention + count * kPanel, 0, sizeof(float) * (padded - count) * kPanel);
-  product<Op>(Op::kPair == 2 ? scratch.gram_units : scratch.gram, capacity, count,
-              row_units_of<Op>(scratch.attention, padded, scratch.attention_units), padded / Op::kPair, scratch.pooled,
-              false);
+  product<Float32>(scratch.gram, capacity, count, scratch.attention, padded, scratch.pooled, false);
 }
 
 // r = sqrt(aᵀ q) for half `v` of a panel.
 inline V pooled_norm(const Scratch& scratch, int64_t count, int v) {
   V squared{};
-  for (int64_t r = 0; r < count; ++r) {
-    const int64_t i = r * kPanel + v * kLanes;
-    squared += load(scratch.attention + i) * load(scratch.pooled + i);
+  for (int64_t begin = 0; begin < count; begin += kSumRows) {
+    V part{};
+    for (int64_t r = begin; r < least(begin + kSumRows, count); ++r) {
+      const int64_t i = r * kPanel + v * kLanes;
+      part += load(scratch.attention + i) * load(scratch.pooled + i);
+    }
+    squared += part;
   }
   for (int i = 0; i < kLanes; ++i) squared[i] = __builtin_sqrtf(squared[i] < 0 ? 0.0f : squared[i]);  // NaN stays NaN
   return squared;
@@ -113,7 +111,7 @@ inline V pooled_norm(const Scratch& scratch, int64_t count, int v) {
 // Forward: u -> u / max(r, floor), both not yet divided by the sum l of the attention: hence floor l, and times l.
 inline void divide_by_pooled_norm(Scratch& scratch, int64_t capacity, int64_t count, const float* total,
                                   float* weighted) {
-  gram_product<Float32>(scratch, capacity, count);
+  gram_product(scratch, capacity, count);
   for (int v = 0; v < 2; ++v) {
     const V l = load(total + v * kLanes), norm = maximum(kMinPooledNorm * l, pooled_norm(scratch, count, v));
     store(weighted + v * kLanes, load(weighted + v * kLanes) / norm * l);
@@ -132,7 +130,7 @@ void outer_product(Scratch& scratch, int64_t count, int64_t capacity, bool add) 
       for (int64_t k = 0; k < kPanel; k += kLanes)
         transpose(scratch.attention + (m + i) * kPanel + k, kPanel, transposed + k * kPanel + i, kPanel);
     const int64_t top = m / kTileRows * kTileRows;
-    product<Op>(left + top * kPanel, 0, count - top, row_units_of<Op>(transposed, kPanel, scratch.attention_units),
+    product<Op>(left + top * kPanel, 0, count - top, row_units_of<Op>(transposed, kPanel, scratch.attention_t_units),
                 kPanel / Op::kPair, scratch.outer + (m / kPanel * capacity + top) * kPanel, add);
   }
 }
@@ -154,18 +152,28 @@ void subtract_pooled(const ScoreParams& p, const Rows& rows, int64_t first, int6
   }
 }
 
-// The attention a of a panel, in scratch.attention; scratch.scores become s.
+// The attention of a panel, not yet divided by its sum, into scratch.attention; scratch.scores become s. Σ e and Σ e s are
+// made again and not taken from lse and φ, whose rounding, divided by τ, would not cancel.
 template <bool kBounded>
 inline void attend(Scratch& scratch, const float* inv_norm, int64_t count, const float* text_norm, float temperature,
-                   const Lane& lse) {
+                   const Lane& lse, V total[2], V weighted[2]) {
   const float scale = kLog2e / temperature;
   for (int v = 0; v < 2; ++v) {
     const V norm = load(text_norm + v * kLanes), shift = lse.half[v] * kLog2e;
-    for (int64_t r = 0; r < count; ++r) {
-      const int64_t i = r * kPanel + v * kLanes;
-      const V s = load(scratch.scores + i) * (norm * inv_norm[r]);
-      store(scratch.scores + i, s);
-      store(scratch.attention + i, exp2<!kBounded>(s * scale - shift));
+    total[v] = weighted[v] = V{};
+    for (int64_t begin = 0; begin < count; begin += kSumRows) {
+      V part{}, part_weighted{};
+      for (int64_t r = begin; r < least(begin + kSumRows, count); ++r) {
+        const int64_t i = r * kPanel + v * kLanes;
+        const V s = load(scratch.scores + i) * (norm * inv_norm[r]);
+        const V e = kBounded ? exp2<false>(s * scale) : exp2<true>(s * scale - shift);
+        store(scratch.scores + i, s);
+        store(scratch.attention + i, e);
+        part += e;
+        part_weighted += e * s;
+      }
+      total[v] += part;
+      weighted[v] += part_weighted;
     }
   }
 }
@@ -186,26 +194,28 @@ double weights_cosine(const ScoreParams& p, const Rows& rows, int64_t first, int
     product<Op>(left, rows.capacity, count, texts.transposed + panel * units * kPanel, inner, scratch.scores, false,
                 &ahead);
     const int64_t at = rows.image[first] * p.texts_count + texts.first + k;
-    const Lane phi(p.phi + at, live), lse(p.lse + at, live), g(p.grad_phi + at, live);
-    (is_bounded(p) ? attend<true> : attend<false>)(scratch, inv_norm, count, texts.inv_norm + k, p.temperature, lse);
-    (rounds_pooled(p) ? gram_product<Op> : gram_product<Float32>)(scratch, capacity, count);
+    const Lane lse(p.lse + at, live), g(p.grad_phi + at, live);
+    V sums[2], weighted[2];
+    (is_bounded(p) ? attend<true> : attend<false>)(scratch, inv_norm, count, texts.inv_norm + k, p.temperature, lse, sums,
+                                                   weighted);
+    gram_product(scratch, capacity, count);
     for (int v = 0; v < 2; ++v) {
-      const V norm = load(texts.inv_norm + k + v * kLanes);
-      V radius = pooled_norm(scratch, count, v), along{};
+      const V norm = load(texts.inv_norm + k + v * kLanes), share = 1.0f / sums[v];  // a = e share
+      const V u = weighted[v] * share;
+      V radius = pooled_norm(scratch, count, v) * share, along{};
       const I floored = radius <= broadcast(kMinPooledNorm);
       radius = select(floored, broadcast(kMinPooledNorm), radius);
-      const V slope = select(floored, V{}, phi.half[v] / radius);
-      const V centre = select(floored, phi.half[v] * radius, V{});
-      const V alpha = g.half[v] / radius, beta = alpha / p.temperature, outer_scale = alpha * slope;
+      const V slope = select(floored, V{}, u / (radius * radius) * share), centre = select(floored, u, V{});
+      const V alpha = g.half[v] / radius * share, beta = alpha / p.temperature, outer_scale = alpha * slope;
       for (int64_t r = 0; r < count; ++r) {
         const int64_t i = r * kPanel + v * kLanes;
-        const V s = load(scratch.scores + i), a = load(scratch.attention + i), q = load(scratch.pooled + i);
-        const V ds = a * (alpha + beta * (s - centre - slope * q));
-        along += ds * s;
-        store(scratch.scores + i, ds * (norm * inv_norm[r]));
-        store(scratch.scaled + i, a * outer_scale);
+        const V s = load(scratch.scores + i), e = load(scratch.attention + i), q = load(scratch.pooled + i);
+        const V centred = s - centre - slope * q;
+        along += e * centred * (s - u);
+        store(scratch.scores + i, e * (alpha + beta * centred) * (norm * inv_norm[r]));
+        store(scratch.scaled + i, e * outer_scale);
       }
-      total += sum(along);
+      total += sum(along * alpha);
     }
     memset(scratch.scores + count * kPanel, 0, sizeof(float) * (padded - count) * kPanel);
     store_weights<Op>(scratch.scores, rows, first, last, panel, to);

@@ -47,9 +47,10 @@ const Isa& select_isa() {
                               names);
 }
 
-const Kernels& select_kernels(Dtype dtype) {
+const Kernels& select_kernels(Dtype dtype, int64_t dim) {
   const Isa& isa = select_isa();
-  return dtype == Dtype::bfloat16 ? *isa.bfloat16_kernels : *isa.float_kernels;
+  // Below one panel of pairs most of the product would be padding: widened to float32 it costs no more and rounds less.
+  return dtype == Dtype::bfloat16 && dim >= 64 ? *isa.bfloat16_kernels : *isa.float_kernels;
 }
 
 }  // namespace pacl

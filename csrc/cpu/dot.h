@@ -33,25 +33,27 @@ void store_weights(const float* panel_weights, const Rows& rows, int64_t first, 
 }
 
 // From raw products to weights, in place, for rows of one image and one panel of texts:
-//   dS = e (α + β s) with e = exp(s / τ - lse),  β = g / τ,  α = g - β φ,  and W = dS / (‖p‖ ‖t‖).
-// Returns Σ dS s, which only the temperature's gradient needs.
+//   dS = e (g + β (s - φ)) with e = exp(s / τ - lse) and β = g / τ, and W = dS / (‖p‖ ‖t‖).
+// Returns Σ g e (s - φ)², which only the temperature's gradient needs.
 template <bool kBounded, bool kSum>
 inline float dot_weights(const float* inv_norm, int64_t count, const float* text_norm, float temperature, const Lane& phi,
-                         const Lane& lse, const Lane& g, float* scores) {
+                         const Lane& lse, const Lane& grad, float* scores) {
   float total = 0;
   for (int v = 0; v < 2; ++v) {
-    const V norm = load(text_norm + v * kLanes), shift = lse.half[v] * kLog2e;
-    const V beta = g.half[v] / temperature, alpha = g.half[v] - beta * phi.half[v];
+    const V norm = load(text_norm + v * kLanes), log_sum = lse.half[v] * kLog2e;
+    // Where nothing can overflow, e^-lse is a factor: the exponent's rounding error is then that of s / τ alone.
+    const V shift = kBounded ? V{} : log_sum, g = kBounded ? grad.half[v] * exp2<true>(-log_sum) : grad.half[v];
+    const V beta = g / temperature;
     const float scale = kLog2e / temperature;
     V along{};
     for (int64_t r = 0; r < count; ++r) {
       float* at = scores + r * kPanel + v * kLanes;
-      const V inv = norm * inv_norm[r], s = load(at) * inv;
-      const V ds = exp2<!kBounded>(s * scale - shift) * (alpha + beta * s);
-      if (kSum) along += ds * s;
-      store(at, ds * inv);
+      const V inv = norm * inv_norm[r], s = load(at) * inv, centred = s - phi.half[v];
+      const V e = exp2<!kBounded>(kBounded ? s * scale : s * scale - shift);
+      if (kSum) along += e * centred * centred;
+      store(at, e * (g + beta * centred) * inv);
     }
-    if (kSum) total += sum(along);
+    if (kSum) total += sum(along * g);
   }
   return total;
 }

@@ -79,8 +79,12 @@ void patches_product(const ScoreParams& p, const int64_t* row_start, int64_t nex
   const int64_t inner = texts.padded / Op::kPair, panels = padded_dim(p.dim) / kPanel, count = last - first;
   const float* left = w.units + first * kPanel;
   Ahead ahead = ahead_of_left(left, rows.capacity, count, inner);
-  const int64_t late = panels - ceil_div(panels, 3);  // fetched earlier, the rows would be evicted again
+  // Fetched earlier, the rows would be evicted again.
+  const int64_t middle = ceil_div(panels, 3), late = panels - ceil_div(panels, 3);
   for (int64_t panel = 0; panel < panels; ++panel) {
+    if (panel == middle && middle < late)  // for finish_patches
+      ahead = Ahead(rows.units + first * kPanel, dim_units<Op>(p) / kPanel, count * kPanel * 4, rows.capacity * kPanel * 4,
+                    product_steps(late - middle, count, inner));
     if (panel == late) ahead = ahead_of_rows(p, row_start, next, count, product_steps(panels - late, count, inner));
     product<Op>(left, rows.capacity, count, texts.row_units + panel * inner * kPanel, inner,
                 patches_sum + (panel * rows.capacity + first) * kPanel, add, &ahead);

@@ -70,20 +70,21 @@ void write_row(void* base, int64_t offset, int64_t dim, Dtype dtype, const float
 
 inline int64_t padded_dim(int64_t dim) { return round_up(dim, kPanel); }
 
-// One row as units, zero up to `padded` units. For bfloat16 units they are the caller's own bits.
+// One row as units, zero up to `padded` units: the caller's own memory where that will do, otherwise `buffer`.
 template <class Op>
-void read_units(const void* base, int64_t offset, int64_t stride, int64_t dim, Dtype dtype, float* out, int64_t padded) {
+const float* row_units_at(const void* base, int64_t offset, int64_t stride, int64_t dim, Dtype dtype, int64_t padded,
+                          float* buffer) {
+  const uint16_t* half = (const uint16_t*)base + offset;
+  const bool whole = stride == 1 && dim == padded * Op::kPair;
   if (Op::kPair == 1) {
-    read_row(base, offset, stride, dim, dtype, out);
-  } else {
-    const uint16_t* in = (const uint16_t*)base + offset;
-    uint16_t* to = (uint16_t*)out;
-    if (stride == 1)
-      memcpy(to, in, sizeof(uint16_t) * dim);
-    else
-      for (int64_t d = 0; d < dim; ++d) to[d] = in[d * stride];
+    if (whole && dtype == Dtype::float32) return (const float*)base + offset;
+    read_row(base, offset, stride, dim, dtype, buffer);
+  } else {  // the units are the caller's bits
+    if (whole) return (const float*)half;
+    for (int64_t d = 0; d < dim; ++d) ((uint16_t*)buffer)[d] = half[d * stride];
   }
-  memset((char*)out + dim * 4 / Op::kPair, 0, padded * 4 - dim * 4 / Op::kPair);
+  memset((char*)buffer + dim * 4 / Op::kPair, 0, (padded * Op::kPair - dim) * 4 / Op::kPair);
+  return buffer;
 }
 
 template <class Op>
@@ -120,7 +121,7 @@ inline void interleave(const float* even_units, const float* odd_units, int64_t 
   const uint16_t *even = (const uint16_t*)even_units, *odd = (const uint16_t*)odd_units;
   for (int64_t d = 0; d < dim; d += kPanel, out += panels_apart)
     for (int i = 0; i < kPanel; ++i) {
-      uint32_t unit = (uint32_t)even[d + i] | (uint32_t)odd[d + i] << 16;
+      const uint32_t unit = (uint32_t)even[d + i] | (uint32_t)odd[d + i] << 16;
       memcpy(out + i, &unit, sizeof unit);
     }
 }
@@ -128,9 +129,10 @@ inline void interleave(const float* even_units, const float* odd_units, int64_t 
 template <class Op>
 void pack_rows(const ScoreParams& p, const int64_t* row_start, int64_t first, int64_t last, Rows& to, int64_t at,
                float* row) {
-  const int64_t units = dim_units<Op>(p), dims = padded_dim(p.dim), row_floats = most(units, dims);
+  const int64_t units = dim_units<Op>(p);
   int64_t image = image_of_row(p, row_start, first);
   int64_t n = -1, place = row_start[image] - 1;  // the last patch looked at, and its row
+  const float* even = row;
   for (int64_t r = first; r < last; ++r, ++at) {
     while (image < p.images && r >= row_start[image + 1]) {
       ++image;
@@ -145,44 +147,48 @@ void pack_rows(const ScoreParams& p, const int64_t* row_start, int64_t first, in
       }
     }
     const bool padding = image >= p.images || n >= p.patches_per_image;
-    float* buffer = row + (Op::kPair == 2 && (at & 1) ? row_floats : 0);
-    if (padding)
-      memset(buffer, 0, sizeof(float) * row_floats);
-    else
-      read_units<Op>(p.patches, image * p.patch_stride_image + n * p.patch_stride_row, p.patch_stride_dim, p.dim,
-                     p.dtype, buffer, row_floats);
+    float* buffer = row + (Op::kPair == 2 && (at & 1) ? units : 0);
+    if (padding) memset(buffer, 0, sizeof(float) * units);
+    const float* source =
+        padding ? buffer
+                : row_units_at<Op>(p.patches, image * p.patch_stride_image + n * p.patch_stride_row, p.patch_stride_dim,
+                                   p.dim, p.dtype, units, buffer);
     to.image[at] = padding ? -1 : (int32_t)image;
     to.index[at] = padding ? -1 : (int32_t)n;
-    to.inv_norm[at] = padding ? 0.0f : inverse_norm<Op>(buffer, units);
+    to.inv_norm[at] = padding ? 0.0f : inverse_norm<Op>(source, units);
     for (int64_t u = 0; u < units; u += kPanel)
-      memcpy(to.units + (u / kPanel * to.capacity + at) * kPanel, buffer + u, sizeof(float) * kPanel);
+      memcpy(to.units + (u / kPanel * to.capacity + at) * kPanel, source + u, sizeof(float) * kPanel);
     if (Op::kPair == 2 && to.row_units && (at & 1))
-      interleave(row, row + row_floats, dims, to.row_units + at / 2 * kPanel, to.capacity / 2 * kPanel);
+      interleave(even, source, padded_dim(p.dim), to.row_units + at / 2 * kPanel, to.capacity / 2 * kPanel);
+    even = source;
   }
 }
 
 template <class Op>
 void pack_texts(const ScoreParams& p, Texts& to, int64_t panel, float* row) {
-  const int64_t units = dim_units<Op>(p), dims = padded_dim(p.dim), row_floats = most(units, dims);
+  const int64_t units = dim_units<Op>(p), dims = padded_dim(p.dim);
   float* transposed = to.transposed + panel * units * kPanel;
   for (int64_t i = 0; i < kPanel; ++i) {
     const int64_t k = panel * kPanel + i;
-    float* buffer = row + i * row_floats;
-    if (k < to.count)
-      read_units<Op>(p.texts, (to.first + k) * p.text_stride_row, p.text_stride_dim, p.dim, p.dtype, buffer, row_floats);
-    else
-      memset(buffer, 0, sizeof(float) * row_floats);
+    float* buffer = row + i * units;
+    if (k < to.count) {
+      const float* source = row_units_at<Op>(p.texts, (to.first + k) * p.text_stride_row, p.text_stride_dim, p.dim,
+                                             p.dtype, units, buffer);
+      if (source != buffer) memcpy(buffer, source, sizeof(float) * units);
+    } else {
+      memset(buffer, 0, sizeof(float) * units);
+    }
     to.inv_norm[k] = inverse_norm<Op>(buffer, units);
     if (!to.row_units) continue;
     if (Op::kPair == 1)
       for (int64_t d = 0; d < dims; d += kPanel)
         memcpy(to.row_units + (d / kPanel * to.padded + k) * kPanel, buffer + d, sizeof(float) * kPanel);
     else if (i & 1)
-      interleave(buffer - row_floats, buffer, dims, to.row_units + k / 2 * kPanel, to.padded / 2 * kPanel);
+      interleave(buffer - units, buffer, dims, to.row_units + k / 2 * kPanel, to.padded / 2 * kPanel);
   }
   for (int64_t u = 0; u < units; u += kLanes)
     for (int64_t i = 0; i < kPanel; i += kLanes)
-      transpose(row + i * row_floats + u, row_floats, transposed + u * kPanel + i, kPanel);
+      transpose(row + i * units + u, units, transposed + u * kPanel + i, kPanel);
 }
 
 // Elements [d, d + kLanes) of row `row` of a matrix of units of D, as float32.

@@ -23,6 +23,8 @@ constexpr int64_t kBudget = 60 * kMiB;       // workspace of a call, whatever it
 constexpr int64_t kTextsBudget = 10 * kMiB;  // packed texts
 constexpr int64_t kRowsBudget = 26 * kMiB;   // a block of rows of the backward: patches, their gradient, weights
 
+constexpr int64_t kTextRange = 256;          // texts of a task
+
 // Threads that run the same program and meet after each phase.
 class Team {
  public:
@@ -101,7 +103,7 @@ struct Plan {
   int64_t shared_bytes, scratch_bytes;
 
   Plan(const ScoreParams& params, bool is_backward)
-      : kernels(select_kernels(params.dtype)), p(params), backward(is_backward), cosine(params.form == Form::cosine) {
+      : kernels(select_kernels(params.dtype, params.dim)), p(params), backward(is_backward), cosine(params.form == Form::cosine) {
     const int64_t tile = kernels.tile_rows, panel = kernels.panel, pair = kernels.pair;
     units = round_up(ceil_div(p.dim, pair), panel);
     dims = round_up(p.dim, panel);
@@ -115,7 +117,7 @@ struct Plan {
     texts_block = least(texts_block, round_up(p.texts_count, panel));
 
     group = cosine ? 1 : ceil_div(4 * chunk, p.patches_per_image);
-    text_panels = (ceil_div(p.images, group) >= 32 ? 1024 : 256) / panel;
+    text_panels = (ceil_div(p.images, group) >= 32 ? 1024 : kTextRange) / panel;
     text_panels = least(text_panels, texts_block / panel);
     group = most(1, least(group, 512 * 1024 / (12 * text_panels * panel)));
 
@@ -168,7 +170,7 @@ struct Plan {
 
   void take_scratch(Arena& arena, Scratch& s) const {
     const int64_t panel = kernels.panel, rows = cosine ? gram_capacity : chunk, columns = round_up(image_rows, panel);
-    s.row = arena.take(panel * most(units, dims));
+    s.row = arena.take(most(panel * units, 2 * dims));
     s.scores = arena.take((rows + panel) * panel);
     s.rows.capacity = rows;
     if (!backward) {
@@ -181,16 +183,15 @@ struct Plan {
     const int64_t matrix = rows * columns, square = panel * panel;
     const bool pairs = kernels.pair == 2;
     s.attention = arena.take((rows + panel) * panel);
-    s.attention_units = pairs ? arena.take((rows + panel) * panel) : nullptr;
     s.pooled = arena.take((rows + panel) * panel);
     s.transposed = arena.take(units * panel);
     s.gram = arena.take(matrix);
     if (!backward) return;
-    s.gram_units = pairs ? arena.take(rows * round_up(columns, 2 * panel) / 2) : nullptr;
     s.scaled = arena.take((rows + panel) * panel);
     s.scaled_units = pairs ? arena.take((rows + panel) * panel) : nullptr;
     if (!p.grad_patches) return;
     s.attention_t = arena.take(square);
+    s.attention_t_units = pairs ? arena.take(square / 2) : nullptr;
     s.outer = arena.take(matrix);
     s.outer_units = pairs ? arena.take(rows * round_up(columns, 2 * panel) / 2) : nullptr;
   }
@@ -239,7 +240,7 @@ void open_texts(const ScoreParams& p, const Plan& plan, int64_t first, Texts& te
 int64_t workspace_bytes(const ScoreParams& p, bool backward) { return Plan(p, backward).workspace_bytes(); }
 
 int64_t accumulator_floats(const ScoreParams& p) {
-  const int64_t panel = select_kernels(p.dtype).panel;
+  const int64_t panel = select_kernels(p.dtype, p.dim).panel;
   return round_up(p.texts_count, panel) * round_up(p.dim, panel);
 }
 
@@ -312,7 +313,9 @@ void score_backward(const ScoreParams& p) {
     }
   }
   const int64_t text_blocks = ceil_div(p.texts_count, plan.texts_block);
-  std::vector<double> along(plan.rows_block * ceil_div(plan.texts_block, 256) + 1, 0.0);  // Σ dS s by task
+  size_t most_tasks = 0;
+  for (const Block& block : blocks) most_tasks = most(most_tasks, block.starts.size());
+  std::vector<double> temperature_sums(most_tasks * ceil_div(plan.texts_block, kTextRange), 0.0);  // by task
 
   Team(plan.threads, [&](Team& team, int id) {
     Arena own{arena.base, scratch_at + id * plan.scratch_bytes};
@@ -339,10 +342,10 @@ void score_backward(const ScoreParams& p) {
         if (text_blocks > 1 || number == 0)
           team.phase(panels, [&](int64_t panel) { kernels.pack_texts(p, texts, panel, scratch.row); });
 
-        const int64_t range = plan.cosine ? panels : 256 / kernels.panel, ranges = ceil_div(panels, range);
+        const int64_t range = plan.cosine ? panels : kTextRange / kernels.panel, ranges = ceil_div(panels, range);
         team.phase(((int64_t)block.starts.size() - 1) * ranges, [&](int64_t task) {
           const int64_t panel = task % ranges * range;
-          along[task] += kernels.weights(p, rows, block.starts[task / ranges], block.starts[task / ranges + 1], texts,
+          temperature_sums[task] += kernels.weights(p, rows, block.starts[task / ranges], block.starts[task / ranges + 1], texts,
                                          panel, least(panel + range, panels), weights, patches_sum, add, scratch);
         });
         // The next block is packed in between, when its rows have been fetched behind the product.
@@ -375,15 +378,14 @@ void score_backward(const ScoreParams& p) {
   });
 
   if (p.grad_temperature) {
-    double direct = 0, through_scores = 0;
-    for (int64_t i = 0; i < p.images * p.texts_count; ++i) direct += (double)p.grad_phi[i] * p.phi[i];
-    for (double value : along) through_scores += value;
-    *p.grad_temperature = (float)((direct - through_scores) / p.temperature);
+    double total = 0;
+    for (double value : temperature_sums) total += value;
+    *p.grad_temperature = (float)(-total / p.temperature / p.temperature);
   }
 }
 
 double multiply_add_rate(Dtype dtype, int threads, double seconds) {
-  const Kernels& kernels = select_kernels(dtype);
+  const Kernels& kernels = select_kernels(dtype, 64);
   using Clock = std::chrono::steady_clock;
   std::atomic<double> total{0};
   const auto begin = Clock::now();

@@ -63,11 +63,11 @@ struct Scratch {  // one thread's own; panels are [rows, panel] of float32 unles
   float* scores;
   float *largest, *sum, *weighted;  // forward: running softmax statistics [images, texts]
   // Cosine form only.
-  float *attention, *attention_units;
-  float *gram, *gram_units;  // panels [N, N] and the same in units
-  float* pooled;             // G a
-  float* transposed;         // [units of D, panel]
-  float *scaled, *scaled_units, *attention_t;  // backward
+  float* attention;
+  float* gram;        // panels [N, N]
+  float* pooled;      // G a
+  float* transposed;  // [units of D, panel]
+  float *scaled, *scaled_units, *attention_t, *attention_t_units;  // backward
   float *outer, *outer_units;                  // backward: panels [N, N]
 };
 
@@ -83,7 +83,8 @@ struct Kernels {
   // be this thread's next.
   void (*forward)(const ScoreParams&, const int64_t* row_start, int64_t first, int64_t last, const Texts&,
                   int64_t panel_first, int64_t panel_last, int64_t next, Scratch&);
-  // Weights of rows [first, last) and panels [panel_first, panel_last); returns the sum of dS s. For the cosine form the
+  // Weights of rows [first, last) and panels [panel_first, panel_last); returns the temperature's sum,
+  // -τ² ∂L/∂τ. For the cosine form the
   // rows are those of one image and the part of its gradient that the pooled norm adds goes to patches_sum.
   double (*weights)(const ScoreParams&, const Rows&, int64_t first, int64_t last, const Texts&, int64_t panel_first,
                     int64_t panel_last, Weights&, float* patches_sum, bool add, Scratch&);
@@ -109,7 +110,7 @@ static inline int64_t ceil_div(int64_t x, int64_t step) { return (x + step - 1) 
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
-const Kernels& select_kernels(Dtype dtype);  // by PACL_CPU_ISA or what the machine has
+const Kernels& select_kernels(Dtype dtype, int64_t dim);  // by PACL_CPU_ISA or what the machine has
 void score_forward(const ScoreParams&);
 void score_backward(const ScoreParams&);
 int64_t workspace_bytes(const ScoreParams&, bool backward);

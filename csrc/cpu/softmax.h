@@ -38,6 +38,9 @@ constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f;
 // |s / τ| <= 20: e^(s / τ) and its sums need no offset, and no bound on the exponent. Smaller τ subtract the maximum.
 inline bool is_bounded(const ScoreParams& p) { return p.temperature >= 0.05f; }
 
+// Rows summed by themselves before they join a longer sum, whose rounding error would otherwise grow with N.
+constexpr int64_t kSumRows = 32;
+
 struct Softmax {  // running statistics of one image and one panel of texts, with z = s log2(e) / τ
   V largest[2], sum[2], weighted[2];  // of z (0 where bounded), Σ e, Σ z e with e = 2^(z - largest)
 };
@@ -56,12 +59,17 @@ inline void accumulate(Softmax& running, const Rows& rows, int64_t row, int64_t 
       total *= shrink;
       weighted *= shrink;
     }
-    for (int64_t r = row; r < last; ++r) {
-      const V z = load(scores + r * kPanel + v * kLanes) * (norm * rows.inv_norm[r]);
-      const V e = kBounded ? exp2<false>(z) : exp2<true>(z - largest);
-      if (attention) store(attention + r * kPanel + v * kLanes, e);
-      total += e;
-      weighted += z * e;
+    for (int64_t begin = row; begin < last; begin += kSumRows) {
+      V part{}, part_weighted{};
+      for (int64_t r = begin; r < least(begin + kSumRows, last); ++r) {
+        const V z = load(scores + r * kPanel + v * kLanes) * (norm * rows.inv_norm[r]);
+        const V e = kBounded ? exp2<false>(z) : exp2<true>(z - largest);
+        if (attention) store(attention + r * kPanel + v * kLanes, e);
+        part += e;
+        part_weighted += z * e;
+      }
+      total += part;
+      weighted += part_weighted;
     }
     running.largest[v] = largest;
     running.sum[v] = total;

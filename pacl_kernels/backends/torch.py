@@ -23,14 +23,12 @@ def score_forward(patches, texts, patch_mask, temperature, form, phi, lse) -> No
         p, _ = _unit(_masked(patches, patch_mask, images), phi.dtype)
         for columns in text_blocks:
             t, _ = _unit(texts[columns], phi.dtype)
-            s, z = _scores(p, t, patch_mask, images, temperature)
-            block_lse = z.logsumexp(1).nan_to_num(nan=float("nan"), neginf=0.0, posinf=float("inf"))
-            a = z.sub_(block_lse[:, None]).exp_()
-            block_phi = torch.linalg.vecdot(a, s, dim=1)
+            s, a, lse[images, columns] = _attend(p, t, patch_mask, images, temperature)
+            block_phi = (a * s).sum(1)
             if form == "cosine":
-                block_phi /= _pooled_norm(a, _gram_product(p, a))
+                block_phi, _, r = _pool(p, t, a, block_phi)
+                block_phi /= r
             phi[images, columns] = block_phi
-            lse[images, columns] = block_lse
 
 
 def score_backward(
@@ -44,25 +42,26 @@ def score_backward(
         patches_sum = torch.zeros_like(p)
         for columns in text_blocks:
             t, _ = _unit(texts[columns], phi.dtype)
-            s, z = _scores(p, t, patch_mask, images, temperature)
-            a = z.sub_(lse[images, None, columns]).exp_()
+            # The attention and its mean are made again, not taken from φ and lse: their rounding, divided by τ, would
+            # not cancel against that of s.
+            s, a, _ = _attend(p, t, patch_mask, images, temperature)
             g = grad_phi[images, columns]
-            block_phi = phi[images, columns]
+            u = (a * s).sum(1)
             if form == "dot":
-                centred = s - block_phi[:, None]
+                centred = s - u[:, None]
             else:
-                q = _gram_product(p, a)
-                r = _pooled_norm(a, q)
+                u, q, r = _pool(p, t, a, u)
                 # At its floor r is a constant: then the derivative is that of u / r alone.
                 moves = r > MIN_POOLED_NORM
-                slope = torch.where(moves, block_phi / r, 0.0)
-                centred = s - torch.where(moves, 0.0, block_phi * r)[:, None] - slope[:, None] * q
+                slope = torch.where(moves, u / r.square(), 0.0)
+                centred = s - torch.where(moves, 0.0, u)[:, None] - slope[:, None] * q
                 g = g / r
                 if grad_patches is not None:
                     patches_sum -= _outer_product(a * (g * slope)[:, None], a, p)
-            ds = centred.div_(temperature).add_(1.0).mul_(a).mul_(g[:, None])
             if grad_temperature is not None:
-                temperature_sum += (grad_phi[images, columns] * block_phi).sum() - torch.sum(ds * s)
+                # Σ (s - u) centred a, and not Σ s dS - Σ φ g, whose two terms are nearly equal.
+                temperature_sum -= (((s - u[:, None]) * centred * a).sum(1) * g).sum()
+            ds = centred.div_(temperature).add_(1.0).mul_(a).mul_(g[:, None])
             if grad_patches is not None:
                 patches_sum += ds @ t
             if texts_sum is not None:
@@ -74,7 +73,7 @@ def score_backward(
             t, inv_norm = _unit(texts[rows], phi.dtype)
             _project_out(texts_sum[rows], t, inv_norm, into=grad_texts[rows])
     if grad_temperature is not None:
-        grad_temperature.copy_(temperature_sum / temperature)
+        grad_temperature.copy_(temperature_sum / temperature / temperature)
 
 
 def _split(size: int, step: int) -> list[slice]:
@@ -103,29 +102,39 @@ def _unit(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return x * inv_norm, inv_norm
 
 
-def _scores(p: Tensor, t: Tensor, patch_mask: Tensor | None, images: slice, temperature) -> tuple[Tensor, Tensor]:
-    """s `[I, N, K]`, and s / τ with the masked patches at -inf."""
+def _attend(p: Tensor, t: Tensor, patch_mask: Tensor | None, images: slice, temperature) -> tuple[Tensor, ...]:
+    """s `[I, N, K]`, its softmax a over patches (0 where masked), and the log-sum-exp `[I, K]` of s / τ."""
     s = p @ t.T
     z = s / temperature
     if patch_mask is not None:
         z.masked_fill_(~patch_mask[images, :, None], float("-inf"))
-    return s, z
+    largest = z.amax(1, keepdim=True)
+    largest.masked_fill_(largest == float("-inf"), 0.0)  # an image without a patch: every e below is 0
+    e = z.sub_(largest).exp_()
+    total = e.sum(1, keepdim=True)
+    total.masked_fill_(total == 0.0, 1.0)
+    return s, e.div_(total), (largest + total.log())[:, 0]
 
 
-def _gram_product(p: Tensor, a: Tensor) -> Tensor:
-    """`(p pᵀ) a`, multiplied in the cheaper order."""
+def _pool(p: Tensor, t: Tensor, a: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """u `[I, K]`, q = (p pᵀ) a `[I, N, K]` and the pooled norm r `[I, K]`, multiplied in the cheaper order.
+
+    Where the pooled patches exist, u and r come from them: gradients cancel between u and r.
+    """
     n, d = p.shape[1:]
-    return (p @ p.mT) @ a if n <= d else p @ (p.mT @ a)
+    if n <= d:
+        q = (p @ p.mT) @ a
+        squared = (a * q).sum(1)
+    else:
+        pooled = p.mT @ a
+        q, squared, u = p @ pooled, pooled.square().sum(1), (pooled * t.T).sum(1)
+    return u, q, squared.clamp_min(0).sqrt_().clamp_min(MIN_POOLED_NORM)
 
 
 def _outer_product(left: Tensor, right: Tensor, p: Tensor) -> Tensor:
     """`(left rightᵀ) p`, multiplied in the cheaper order."""
     n, d = p.shape[1:]
     return (left @ right.mT) @ p if n <= d else left @ (right.mT @ p)
-
-
-def _pooled_norm(a: Tensor, q: Tensor) -> Tensor:
-    return torch.linalg.vecdot(a, q, dim=1).clamp_min(0).sqrt_().clamp_min(MIN_POOLED_NORM)
 
 
 def _project_out(grad_unit: Tensor, unit: Tensor, inv_norm: Tensor, into: Tensor) -> None:

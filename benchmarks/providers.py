@@ -1,0 +1,146 @@
+"""Who is compared: the fused loss, what people run instead of it, and the bare matrix products.
+
+A peer is `phi(patches, texts, temperature, form)`, the compatibility `[B, K]` of patches `[B, N, D]` and texts
+`[K, D]`, written as its authors would write it, normalisation included.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from pacl_kernels import dispatch, fused_pacl_loss, reference
+
+LOGIT_SCALE = 1 / 0.07
+PRODUCTS = "matrix products"
+BLOCK = 2**24  # elements of the scores that the bare products write at a time
+MIN_POOLED_NORM = 1e-6
+CHUNK = 16  # images: at the usual sizes the scores of a chunk then stay in the last-level cache
+
+
+def pooled(patches: Tensor, texts: Tensor, temperature: float, form: str) -> Tensor:
+    """As the paper writes it: scores, softmax, the pooled patch of every pair, its product with the text."""
+    p, t = F.normalize(patches, dim=-1), F.normalize(texts, dim=-1)
+    scores = torch.einsum("bnd,kd->bkn", p, t)
+    return _compare(torch.einsum("bkn,bnd->bkd", (scores / temperature).softmax(-1), p), t, form)
+
+
+def weighted_scores(patches: Tensor, texts: Tensor, temperature: float, form: str) -> Tensor:
+    """The same number without a pooled patch: Σ a s, over sqrt(aᵀ G a) with G = p̂ p̂ᵀ for the cosine."""
+    p, t = F.normalize(patches, dim=-1), F.normalize(texts, dim=-1)
+    scores = torch.einsum("bnd,kd->bkn", p, t)
+    a = (scores / temperature).softmax(-1)
+    phi = (a * scores).sum(-1)
+    if form == "dot":
+        return phi
+    squared = (a * torch.einsum("bkn,bnm->bkm", a, p @ p.mT)).sum(-1)
+    return phi / squared.clamp_min(MIN_POOLED_NORM**2).sqrt()
+
+
+def attention(patches: Tensor, texts: Tensor, temperature: float, form: str) -> Tensor:
+    """PyTorch's fused attention: the texts are the queries of every image, its patches are keys and values."""
+    p, t = F.normalize(patches, dim=-1), F.normalize(texts, dim=-1)
+    queries = t.expand(len(p), 1, *t.shape)
+    v = F.scaled_dot_product_attention(queries, p[:, None], p[:, None], scale=1 / temperature)
+    return _compare(v[:, 0], t, form)
+
+
+def chunked(patches: Tensor, texts: Tensor, temperature: float, form: str, phi=weighted_scores) -> Tensor:
+    """A few images at a time, each chunk computed again in the backward pass."""
+    chunks = patches.split(CHUNK)
+    return torch.cat([checkpoint(phi, chunk, texts, temperature, form, use_reentrant=False) for chunk in chunks])
+
+
+def _compare(v: Tensor, t: Tensor, form: str) -> Tensor:
+    if form == "cosine":
+        v = v / v.norm(dim=-1, keepdim=True).clamp_min(MIN_POOLED_NORM)
+    return torch.einsum("bkd,kd->bk", v, t)
+
+
+# Name to: φ, whether it is compiled, and what a step holds at its peak beside inputs and gradients, for dot and for
+# cosine, in sizes of patches, of scores [B, K, N] and of pooled patches [B, K, D] (measured on a CPU).
+PEERS = {
+    "eager, pooled patch (paper)": (pooled, False, {"dot": (1, 2, 1), "cosine": (1, 2, 6)}),
+    "eager, sum of a s": (weighted_scores, False, {"dot": (1, 4, 0), "cosine": (1, 11, 0)}),
+    "compiled, pooled patch": (pooled, True, {"dot": (1, 2, 1), "cosine": (1, 2, 2)}),
+    "compiled, sum of a s": (weighted_scores, True, {"dot": (1, 2, 0), "cosine": (1, 8, 0)}),
+    "scaled_dot_product_attention": (attention, False, {"dot": (1, 0, 4), "cosine": (1, 0, 5)}),
+    "eager, chunks + checkpoint": (chunked, False, {"dot": (3, 0, 0), "cosine": (3, 0, 0)}),
+}
+
+
+def losses(args) -> dict:
+    """Name to loss(patches, texts): the same number from each."""
+
+    def fused(backend):
+        return lambda patches, texts: fused_pacl_loss(
+            patches, texts, LOGIT_SCALE, attn_temperature=args.temperature, form=args.form, backend=backend
+        )
+
+    def peer(phi, compiled, _):
+        def loss(patches, texts):
+            return reference.contrastive_loss(LOGIT_SCALE * phi(patches, texts, args.temperature, args.form).float())
+
+        return torch.compile(loss, fullgraph=True, dynamic=False) if compiled else loss
+
+    functions = {f"fused {name}": fused(name) for name in args.backend}
+    return functions | {name: peer(*description) for name, description in PEERS.items()}
+
+
+def why_not(name: str, args) -> str | None:
+    """The reason why a provider cannot run. Memory is estimated: a machine that runs out of it may kill anything."""
+    if name not in PEERS:
+        try:
+            dispatch.resolve(name.removeprefix("fused "), args.torch_device, args.torch_dtype)
+        except ValueError as error:
+            return str(error)
+        return does_not_fit(3, args)
+    _, compiled, at_peak = PEERS[name]
+    patches, scores, pooled_patches = at_peak[args.form]
+    if compiled and "1" in map(os.environ.get, ("TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE")):
+        return "torch.compile is disabled by an environment variable"
+    return does_not_fit(3 + patches + scores * args.batch / args.dim + pooled_patches * args.batch / args.patches, args)
+
+
+def does_not_fit(copies_of_patches: float, args) -> str | None:
+    size = torch.empty((), dtype=args.torch_dtype).element_size() * args.batch * args.patches * args.dim
+    needed, free = copies_of_patches * size, _free_bytes(args.torch_device)
+    return f"needs about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free" if needed > 0.9 * free else None
+
+
+def _free_bytes(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    try:
+        return 1024 * int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1])
+    except OSError:
+        return math.inf
+
+
+def products(inputs, clock):
+    """A function that does the bare products of a step, into buffers that exist: a floor without page faults."""
+    patches, texts = inputs[0].detach().flatten(0, 1), inputs[1].detach()
+    blocks = patches.split(max(1, BLOCK // len(texts)))
+    scores = patches.new_empty(len(blocks[0]), len(texts))
+    grad_patches, grad_texts = torch.empty_like(blocks[0]), torch.empty_like(texts)
+
+    def run() -> None:
+        clock.start()
+        for block in blocks:
+            torch.mm(block, texts.T, out=scores[: len(block)])
+        clock.mark()
+        for block in blocks:
+            w = torch.mm(block, texts.T, out=scores[: len(block)])
+            torch.mm(w, texts, out=grad_patches[: len(block)])
+            if inputs[1].requires_grad:
+                torch.mm(w.T, block, out=grad_texts)
+        clock.mark()
+
+    return run

@@ -1,0 +1,124 @@
+"""The result of `throughput.py` for people: the machine it ran on, a table, a chart."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import re
+import subprocess
+from pathlib import Path
+
+import torch
+
+import pacl_kernels
+
+EXPLANATION = """
+Medians of interleaved runs; ± is half the distance from the 20th to the 80th percentile.
+/ products: time over that of the bare matrix products of a step ({products:.0f} units; forward 1).
+% of peak: {forward:.3g} and {step:.3g} units, what the fused loss needs (the products: their own), over time and peak.
+speed: time of forward + backward of the fastest row that is not ours over that of this row; above 1 beats them all.
+extra: peak memory beyond inputs and gradients. error: the largest of loss and gradients, norm of difference over norm
+of the float64 truth, at B = K = {error_batch}."""
+
+
+def machine(device: torch.device, native) -> dict:
+    cuda = device.type == "cuda"
+    try:
+        cpu = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())[1]
+    except (OSError, TypeError):  # not Linux, or an Arm without the line
+        cpu = platform.processor() or platform.machine()
+    describe = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty"]
+    try:
+        commit = subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = None
+    return {
+        "cpu": cpu,
+        "cpu_isa": native.cpu_isa() if hasattr(native, "cpu_isa") else None,
+        "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name(device) if cuda else None,
+        "cuda": torch.version.cuda if cuda else None,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "compiler": None,  # of the native module, which does not tell
+        "pacl_kernels": pacl_kernels.__version__,
+        "commit": commit,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def table(result: dict) -> str:
+    on, settings, peak = result["machine"], result["settings"], result["peak"]
+    isa = on["cpu_isa"] or "no native module"
+    peak_text = f"{peak / 1e9:.4g} GFLOP/s{_spread(peak, result['peak_spread'])}" if peak else "unknown"
+    source = "" if not peak else " (data sheet)" if on["gpu"] else " (a loop of multiply-adds in this run)"
+    lines = [
+        on["gpu"] or f"{on['cpu']}, {isa}, {settings['threads']} threads on {on['cores']} cores",
+        f"pacl_kernels {on['pacl_kernels']}, commit {on['commit'] or 'unknown'}; torch {on['torch']}"
+        f" ({on['torch_cpu_capability']}), Python {on['python']}; {on['date']}",
+        _shape(settings) + f", temperature {settings['temperature']}, seed {settings['seed']}",
+        f"unit {result['unit'] / 1e9:.3g} GFLOP, peak {peak_text}{source}",
+        "",
+        f"{'':<28}{'forward':>11}{'fwd + bwd':>15}{'/ products':>17}{'% of peak':>14}{'speed vs':>11}"
+        f"{'extra':>7}{'error':>9}{'runs':>5}",
+        f"{'':<28}{'ms':>7}{'':6}{'ms':>8}{'':6}{'fwd':>7}{'step':>7}{'fwd':>7}{'step':>6}{'best peer':>12}"
+        f"{'MiB':>7}{'vs f64':>9}",
+    ]
+    for row in result["rows"]:
+        if row["reason"] is not None:
+            lines.append(f"{row['name']:<28}   {row['reason']}")
+            continue
+        lines.append(
+            f"{row['name']:<28}"
+            + f"{_number(row['forward_ms'], 7)}{_spread(row['forward_ms'], row['forward_spread']):6}"
+            + f"{_number(row['step_ms'], 8)}{_spread(row['step_ms'], row['step_spread']):6}"
+            + f"{_number(row['forward_vs_products'], 7)}{_number(row['step_vs_products'], 7)}"
+            + f"{_number(row['forward_share_of_peak'], 7, '.0%')}{_number(row['step_share_of_peak'], 6, '.0%')}"
+            + f"{_number(row['step_vs_best_peer'], 12)}{_number(row['extra_memory_mib'], 7, '.0f')}"
+            + f"{_number(row['relative_error'], 9, '.1e')}{row['runs']:>5}"
+        )
+    numbers = {"products": 3 if settings["frozen_texts"] else 4, "error_batch": settings["error_batch"]}
+    return "\n".join(lines) + "\n" + EXPLANATION.format(**numbers, **result["units"])
+
+
+def plot(result: dict, path: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    rows = [row for row in reversed(result["rows"]) if row["reason"] is None]
+    figure, axes = plt.subplots(figsize=(8, 0.4 * len(rows) + 1.5), layout="constrained")
+    for y, row in enumerate(rows):
+        colour = "C0" if row["name"].startswith("fused") else "C7" if row["name"].startswith("matrix") else "C1"
+        whiskers = [[max(0, row["step_ms"] - row["step_spread"][0])], [max(0, row["step_spread"][1] - row["step_ms"])]]
+        axes.barh(y, row["step_ms"], xerr=whiskers, color=colour, alpha=0.5)
+        axes.barh(y, row["forward_ms"], color=colour)
+    if result["peak"]:
+        at_peak = 1e3 * result["units"]["step"] * result["unit"] / result["peak"]
+        axes.axvline(at_peak, color="black", linestyle="--", linewidth=1, label="the fused loss at the machine's peak")
+        axes.legend(frameon=False)
+    axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
+    axes.set_xlabel("ms a training step (dark: forward), median and 20th to 80th percentile")
+    on = result["machine"]
+    axes.set_title(f"{_shape(result['settings'])}\n{on['gpu'] or on['cpu']}, torch {on['torch']}", fontsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+
+
+def _shape(settings: dict) -> str:
+    frozen = ", frozen texts" if settings["frozen_texts"] else ""
+    return "B = K = {batch}, N = {patches}, D = {dim}, {dtype}, {form}".format(**settings) + frozen
+
+
+def _number(value: float | None, width: int, form: str | None = None) -> str:
+    if value is None:
+        return f"{'-':>{width}}"
+    return f"{format(value, form or ('.0f' if value >= 99.95 else '#.3g')):>{width}}"
+
+
+def _spread(median: float, spread: list[float]) -> str:
+    percent = 50 * (spread[1] - spread[0]) / median
+    return " ±" + (f"{percent:.0f}%" if percent < 99.5 else "big")

@@ -1,0 +1,341 @@
+"""Time, memory and accuracy of the fused loss and of everything else that computes it, on this machine, in one run.
+
+    python benchmarks/throughput.py                             # under two minutes, B = K = 256, N = 196, D = 512
+    python benchmarks/throughput.py --form cosine --dtype bfloat16 --json result.json --plot result.svg
+
+One unit is the product of all patches with all texts, 2·B·N·K·D floating-point operations. A training step needs 4 of
+them (forward; the scores again, the gradient of the patches and that of the texts), 3 with frozen texts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import functools
+import gc
+import json
+import logging
+import math
+import multiprocessing
+import os
+import re
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import report
+import torch
+from providers import LOGIT_SCALE, PEERS, PRODUCTS, chunked, does_not_fit, losses, products, why_not
+
+from pacl_kernels import dispatch, reference
+
+try:
+    from pacl_kernels import _native
+except ImportError:  # the package works without its native module, and so does its benchmark
+    _native = None
+
+SECONDS = 4.0  # of timed runs for one provider: a slow one runs less often than --repeats, but 3 times
+ERROR_UNIT = 2e10  # where a unit is larger, errors are taken at a smaller batch: the float64 truth is slow
+# NVIDIA's data sheets (A100 SXM, H100 SXM, H200 SXM): FP32, and half of the tensor figures printed "with sparsity".
+CUDA_PEAKS = {
+    "NVIDIA A100-SXM4": {"float32": 19.5e12, "bfloat16": 312e12, "float16": 312e12},
+    "NVIDIA H100 80GB HBM3": {"float32": 67e12, "bfloat16": 989e12, "float16": 989e12},
+    "NVIDIA H200": {"float32": 67e12, "bfloat16": 989e12, "float16": 989e12},
+}
+# torch.compile says three times on a machine without a GPU that it found none.
+logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+
+
+def make_inputs(args, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Patches and texts; random directions cost the same as real ones."""
+    generator = torch.Generator().manual_seed(args.seed)
+    patches = torch.randn(batch, args.patches, args.dim, generator=generator).to(args.torch_device, args.torch_dtype)
+    texts = torch.randn(batch, args.dim, generator=generator).to(args.torch_device, args.torch_dtype)
+    return patches.requires_grad_(), texts.requires_grad_(not args.frozen_texts)
+
+
+class Clock:
+    """Milliseconds between marks. A GPU gets a pause first, so that launches are queued before the first mark, and a
+    sweep of its cache, since a training step does not find its patches there either."""
+
+    def __init__(self, device: torch.device):
+        self.sweep = torch.empty(2**28, dtype=torch.int8, device=device) if device.type == "cuda" else None
+
+    def start(self) -> None:
+        self.marks = []
+        if self.sweep is not None:
+            self.sweep.zero_()
+            torch.cuda._sleep(20_000_000)  # cycles, some 10 ms
+        self.mark()
+
+    def mark(self) -> None:
+        if self.sweep is None:
+            self.marks.append(time.perf_counter())
+        else:
+            self.marks.append(torch.cuda.Event(enable_timing=True))
+            self.marks[-1].record()
+
+    def read(self) -> list[float]:
+        first, *others = self.marks
+        if self.sweep is None:
+            return [1e3 * (mark - first) for mark in others]
+        torch.cuda.synchronize()
+        return [first.elapsed_time(mark) for mark in others]
+
+
+def step(loss, inputs, clock: Clock) -> list[torch.Tensor]:
+    """Loss and gradients. The forward pass is that of a training step: it keeps what the backward pass needs."""
+    clock.start()
+    value = loss(*inputs)
+    clock.mark()
+    gradients = torch.autograd.grad(value, [x for x in inputs if x.requires_grad])
+    clock.mark()
+    return [value.detach(), *gradients]
+
+
+def unit(args) -> int:
+    return 2 * args.batch**2 * args.patches * args.dim
+
+
+def units(args) -> dict[str, float]:
+    """What the fused loss needs; for the cosine the norm of the pooled patch adds N/D of a unit, and 2N/D backward."""
+    norm = min(args.patches / args.dim, 1.0) if args.form == "cosine" else 0.0
+    return {"forward": 1 + norm, "step": (3 if args.frozen_texts else 4) + 3 * norm}
+
+
+def extra_memory(args, name: str) -> float:
+    """MiB at the peak of a step beyond inputs and gradients. On a CPU that is the growth of this process."""
+    loss, inputs, clock = losses(args)[name], make_inputs(args, args.batch), Clock(args.torch_device)
+    gradients = sum(x.numel() * x.element_size() for x in inputs if x.requires_grad)
+    step(loss, inputs, clock)  # loads code, starts threads, compiles: none of it belongs to the step
+    gc.collect()
+    if args.torch_device.type == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step(loss, inputs, clock)
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        ctypes.CDLL(None).malloc_trim(0)
+        before = _resident("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM, the peak, starts again from here
+        step(loss, inputs, clock)
+        peak = _resident("VmHWM")
+    return max(0, peak - before - gradients) / 2**20
+
+
+def _resident(field: str) -> int:
+    return 1024 * int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+
+def _memory_process(args, name: str, pipe) -> None:
+    os.environ["MKL_DISABLE_FAST_MM"] = "1"  # otherwise MKL keeps its buffers, and the second step shows none
+    torch.set_num_threads(args.threads)
+    pipe.send(_attempt(extra_memory, args, name))
+
+
+def measure_memory(args, name: str) -> tuple[float | None, str | None]:
+    """(MiB, None), or (None, why it fails), or (None, None) where the system cannot tell."""
+    if args.torch_device.type == "cuda":
+        return _attempt(extra_memory, args, name)
+    if not os.path.exists("/proc/self/clear_refs"):
+        return None, None
+    context = multiprocessing.get_context("forkserver")  # forks from a process that has loaded torch and run nothing
+    context.set_forkserver_preload(["torch", "pacl_kernels"])
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_memory_process, args=(args, name, sender))
+    process.start()
+    sender.close()
+    try:
+        return receiver.recv()
+    except EOFError:
+        process.join()
+        return None, f"its process died with exit code {process.exitcode} (-9 is most often out of memory)"
+
+
+def _attempt(function, *arguments) -> tuple:
+    """(result, None) or (None, one line that says what went wrong): any failure of a provider is a row of the table."""
+    try:
+        return function(*arguments), None
+    except Exception as error:
+        return None, f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"[:110]
+
+
+def float64_truth(args, inputs, clock: Clock) -> list[torch.Tensor]:
+    def phi(patches, texts, temperature, form):
+        return reference.compatibility(patches, texts, attn_temperature=temperature, form=form)
+
+    def loss(patches, texts):
+        return reference.contrastive_loss(LOGIT_SCALE * chunked(patches, texts, args.temperature, args.form, phi))
+
+    return step(loss, [x.detach().double().requires_grad_(x.requires_grad) for x in inputs], clock)
+
+
+def relative_error(results, truth) -> float:
+    return max(((x.double() - y).norm() / y.norm()).item() for x, y in zip(results, truth, strict=True))
+
+
+def machine_peak(args) -> float | None:
+    """Floating-point operations a second: measured on a CPU, from the data sheet on a GPU."""
+    if args.torch_device.type == "cuda":
+        name = torch.cuda.get_device_name()
+        return next((peaks[args.dtype] for prefix, peaks in CUDA_PEAKS.items() if name.startswith(prefix)), None)
+    if not hasattr(_native, "fma_peak"):
+        return None
+    try:
+        return _native.fma_peak(args.dtype, args.threads, 0.1)
+    except ValueError:  # no instruction for this dtype
+        return None
+
+
+def measure(args) -> dict:
+    """The whole run; the result is what --json writes."""
+    functions, clock = losses(args), Clock(args.torch_device)
+    rows = {name: {"reason": why_not(name, args)} for name in functions} | {PRODUCTS: {"reason": None}}
+    for name in functions:
+        if rows[name]["reason"] is None:
+            _note(f"memory of {name}")
+            rows[name]["extra_memory_mib"], rows[name]["reason"] = measure_memory(args, name)
+
+    # Accuracy, and a warm-up
+    inputs = make_inputs(args, args.batch)
+    runs = {PRODUCTS: products(inputs, clock)}
+    for name, loss in functions.items():
+        if rows[name]["reason"] is None:
+            runs[name] = functools.partial(step, loss, inputs, clock)
+    small = inputs if args.error_batch == args.batch else make_inputs(args, args.error_batch)
+    _note("float64 truth")
+    truth = float64_truth(args, small, clock)
+    for name in list(runs):
+        _note(f"warm-up of {name}")
+        results, rows[name]["reason"] = _attempt(runs[name])
+        if rows[name]["reason"] is not None:
+            del runs[name]
+        elif name != PRODUCTS:
+            rows[name]["relative_error"] = relative_error(
+                results if small is inputs else step(functions[name], small, clock), truth
+            )
+        del results
+    del truth, small
+
+    # Every round runs each provider at most once, and each round starts with another one.
+    order, samples, peaks, counts = list(runs), {name: [] for name in runs}, [], {}
+    for turn in range(args.repeats):
+        _note(f"timed round {turn + 1} of {args.repeats}")
+        peaks.append(machine_peak(args))
+        shift = turn % len(order)
+        for name in order[shift:] + order[:shift]:
+            count = counts.get(name, args.repeats)
+            if turn * count // args.repeats < (turn + 1) * count // args.repeats:
+                runs[name]()
+                samples[name].append(clock.read())
+                if name not in counts:
+                    counts[name] = min(args.repeats, max(3, int(1e3 * SECONDS / samples[name][0][1])))
+    _note("")
+    for name, pairs in samples.items():
+        rows[name]["runs"] = len(pairs)
+        for part, values in zip(("forward", "step"), zip(*pairs, strict=True), strict=True):
+            rows[name][f"{part}_ms"], rows[name][f"{part}_spread"] = statistics.median(values), _p20_p80(values)
+    if args.profile:
+        write_profile(args, runs)
+    peak = None if None in peaks else statistics.median(peaks)
+    return {
+        "machine": report.machine(args.torch_device, _native),
+        "settings": {key: value for key, value in vars(args).items() if not key.startswith("torch_")},
+        "unit": unit(args),
+        "units": units(args),
+        "peak": peak,
+        "peak_spread": peak and _p20_p80(peaks),
+        "rows": complete(rows, peak, args),
+    }
+
+
+def complete(rows: dict, peak: float | None, args) -> list[dict]:
+    """The rows with their ratios; a key without a value is None."""
+    best_peer = min((rows[name]["step_ms"] for name in PEERS if "step_ms" in rows[name]), default=None)
+    full = []
+    for name, row in rows.items():
+        count = units(args) if name != PRODUCTS else {"forward": 1, "step": 3 if args.frozen_texts else 4}
+        new = {"name": name}
+        for part in ("forward", "step"):
+            ms = row.get(f"{part}_ms")
+            new[f"{part}_ms"], new[f"{part}_spread"] = ms, row.get(f"{part}_spread")
+            new[f"{part}_vs_products"] = ms and ms / rows[PRODUCTS][f"{part}_ms"]
+            new[f"{part}_share_of_peak"] = ms and peak and 1e3 * count[part] * unit(args) / ms / peak
+        new["step_vs_best_peer"] = new["step_ms"] and best_peer and best_peer / new["step_ms"]
+        full.append(new | {key: row.get(key) for key in ("extra_memory_mib", "relative_error", "runs", "reason")})
+    return full
+
+
+def _p20_p80(values) -> list[float]:
+    fifths = statistics.quantiles(values, n=5, method="inclusive") if len(values) > 1 else list(values)
+    return [fifths[0], fifths[-1]]
+
+
+def write_profile(args, runs: dict) -> None:
+    """A trace of one step of every provider, for ui.perfetto.dev or chrome://tracing."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if args.torch_device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as trace:
+        for name, run in runs.items():
+            with torch.profiler.record_function(name):
+                run()
+    trace.export_chrome_trace(args.profile)
+
+
+def _note(text: str) -> None:
+    if sys.stderr.isatty():
+        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--batch", type=int, default=256, help="images, and as many texts")
+    add("--patches", type=int, default=196, help="of an image")
+    add("--dim", type=int, default=512, help="of the embeddings")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    add("--form", choices=("dot", "cosine"), default="dot")
+    add("--temperature", type=float, default=0.1, help="of the softmax over patches")
+    add("--frozen-texts", action="store_true", help="texts need no gradient")
+    add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--threads", type=int, default=torch.get_num_threads(), help="on the CPU")
+    add("--backend", help="of the fused loss, a comma list (default: all for this device)")
+    add("--repeats", type=int, default=11, help="timed runs of each; slow ones get fewer, but 3")
+    add("--seed", type=int, default=0)
+    add("--json", metavar="FILE", help="write the result, with the machine it is from")
+    add("--plot", metavar="FILE", help="write a chart, .svg or .png")
+    add("--profile", metavar="FILE", help="write a trace of one step of each, for Perfetto")
+    add("--quick", action="store_true", help="small shapes, 3 repeats: shows that it runs, not how fast")
+    if parser.parse_args().quick:
+        parser.set_defaults(batch=16, patches=49, dim=64, repeats=3)
+    args = parser.parse_args()
+    for name in ("batch", "patches", "dim", "threads", "repeats"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} is {getattr(args, name)}, expected at least 1")
+    if not 0 < args.temperature < math.inf:
+        parser.error(f"--temperature is {args.temperature}, expected a finite number above 0")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device is cuda, but torch finds no GPU here")
+    every = "cpu,torch" if args.device == "cpu" else "cuda,triton,torch"
+    args.backend = (args.backend or every).split(",")
+    for name in args.backend:
+        if name not in dispatch.NAMES:
+            parser.error(f"--backend names {name!r}, expected some of {', '.join(dispatch.NAMES)}")
+    args.torch_device, args.torch_dtype = torch.device(args.device), getattr(torch, args.dtype)
+    args.error_batch = min(args.batch, max(2, int(args.batch * math.sqrt(ERROR_UNIT / unit(args)))))
+    return args
+
+
+if __name__ == "__main__":
+    arguments = parse()
+    torch.set_num_threads(arguments.threads)
+    if reason := does_not_fit(2, arguments):
+        sys.exit(f"patches and their gradient at these sizes do not fit: {reason}")
+    outcome = measure(arguments)
+    print(report.table(outcome))
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps(outcome, indent=1) + "\n")
+    if arguments.plot:
+        report.plot(outcome, arguments.plot)

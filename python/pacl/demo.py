@@ -1,0 +1,190 @@
+"""`pacl demo`: generated scenes, a CLIP from scratch, PACL on top of it, and what that buys, in a few minutes."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import open_clip
+import torch
+from torch import Tensor
+
+from . import scenes, training
+from .backbones import freeze, patch_tokens
+from .embedder import VisionEmbedder, save_embedder
+from .evaluation import Evaluation, evaluate
+from .files import write_bytes
+from .picture import draw_picture
+from .progress import Progress
+from .scene_shards import write_scenes
+from .shards import Shards, loader
+from .toy_clip import new_clip, normalise, save_clip, tokenizer
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """What a demo run depends on: the same values on the same machine give the same numbers."""
+
+    seed: int = 0
+    threads: int = 1  # two collapse when another process holds one of two cores; one is steady
+    train_scenes: int = 16_000
+    eval_scenes: int = 600
+    clip_steps: int = 700
+    embedder_scenes: int = 8_000  # whose frozen tokens are kept in memory: 32 kB each
+    embedder_steps: int = 2_500
+    batch_size: int = 64
+
+    def __post_init__(self):
+        for item in fields(self):
+            value, least = getattr(self, item.name), 0 if item.name == "seed" else 1
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{item.name}: got {value!r}, expected an integer of at least {least}")
+        if self.train_scenes < self.batch_size:
+            raise ValueError(f"train_scenes: got {self.train_scenes}, expected at least one batch ({self.batch_size})")
+
+
+# Every stage once, in seconds: to see that it runs, not what it learns.
+QUICK = {"train_scenes": 512, "eval_scenes": 96, "clip_steps": 20, "embedder_scenes": 256, "embedder_steps": 40}
+
+
+@dataclass
+class Trained:
+    """What a run has trained so far, with how far each part got."""
+
+    config: DemoConfig
+    clip: open_clip.CLIP
+    embedders: dict[str, VisionEmbedder] = field(default_factory=dict)
+    stages: dict[str, Progress] = field(default_factory=dict)
+
+    def save(self, folder: Path) -> list[str]:
+        """Write the CLIP and the PACL embedder to `folder`, as far as they are trained; one line for each."""
+        lines = []
+        for name, write, model in (
+            ("clip", save_clip, self.clip),
+            ("pacl", save_embedder, self.embedders.get("pacl")),
+        ):
+            stage = self.stages.get(name)
+            if stage is None or stage.done == 0:
+                continue
+            target = folder / ("embedder" if name == "pacl" else name)
+            notes = {"steps": stage.done, "planned_steps": stage.total, "seed": self.config.seed}
+            if name == "pacl":
+                notes |= {"form": "cosine", "attn_temperature": training.ATTN_TEMPERATURE}
+            write(model, target, **notes)
+            lines.append(f"{target}: {stage.label}, {stage.done} of {stage.total} steps")
+        return lines
+
+
+def run(config: DemoConfig, out: Path) -> dict:
+    """Run the whole demo, write its files to `out`, print its table, and return the contents of metrics.json.
+
+    On KeyboardInterrupt what was trained goes to `out`/interrupted, so that a complete run in `out` stays as it is,
+    and the exception goes on.
+    """
+    start = time.perf_counter()
+    out.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(config.threads)
+    torch.manual_seed(config.seed)
+    trained = Trained(config, new_clip())
+    try:
+        train_shards, eval_shards = _write_scenes(config, out / "scenes")
+        _train_clip(trained, train_shards)
+        _train_embedders(trained, train_shards)
+        evaluation = evaluate(trained.clip, trained.embedders, Shards(eval_shards, masks=True))
+    except KeyboardInterrupt:
+        lines = trained.save(out / "interrupted")
+        first = "Interrupted. Kept:" if lines else "Interrupted before anything was trained: nothing is kept."
+        print(f"\n{first}", *lines, sep="\n  ")
+        raise
+    trained.save(out)
+    metrics = {**evaluation.metrics, "seconds": round(time.perf_counter() - start, 1), "seed": config.seed}
+    draw_picture(evaluation, out / "segmentation.png")
+    write_bytes(out / "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
+    print(_summary(config, evaluation, metrics, out))
+    return metrics
+
+
+def _write_scenes(config: DemoConfig, folder: Path) -> tuple[list[Path], list[Path]]:
+    with Progress("Scenes", config.train_scenes + config.eval_scenes, unit="scene") as progress:
+        train = write_scenes(
+            folder, "train", config.train_scenes, seed=config.seed, pairs=scenes.SEEN, progress=progress.step
+        )
+        evaluation = write_scenes(
+            folder, "eval", config.eval_scenes, seed=config.seed, masks=True, progress=progress.step
+        )
+    return train, evaluation
+
+
+def _train_clip(trained: Trained, shards: list[Path]) -> None:
+    config, encode = trained.config, tokenizer()
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        data = Shards(shards, shuffle=2000, seed=config.seed, repeat=True)
+        for batch in loader(data, config.batch_size, drop_last=True):
+            yield normalise(batch["image"]), encode(batch["caption"])
+
+    with Progress("CLIP", config.clip_steps) as trained.stages["clip"]:
+        training.train_clip(trained.clip, batches(), trained.stages["clip"])
+    freeze(trained.clip)
+
+
+def _train_embedders(trained: Trained, shards: list[Path]) -> None:
+    """PACL's embedder and the control's, from the same initial weights, on the same batches."""
+    config = trained.config
+    tokens, texts = _frozen_features(trained.clip, shards, min(config.embedder_scenes, config.train_scenes))
+    for name, label, loss in (("pacl", "PACL", training.pacl), ("mean_pooling", "Mean pooling", training.mean_pooling)):
+        torch.manual_seed(config.seed)
+        embedder = trained.embedders[name] = VisionEmbedder(tokens.shape[2], texts.shape[1])
+        with Progress(label, config.embedder_steps) as progress:
+            trained.stages[name] = progress
+            training.train_embedder(
+                embedder, loss, tokens, texts, progress, batch_size=config.batch_size, seed=config.seed
+            )
+        freeze(embedder)
+
+
+def _frozen_features(clip: open_clip.CLIP, shards: list[Path], count: int) -> tuple[Tensor, Tensor]:
+    """Patch tokens [count, N, width] and text embeddings [count, D] of the first `count` scenes."""
+    encode, tokens, texts = tokenizer(), [], []
+    with Progress("Frozen tokens", count, unit="scene") as progress:
+        for batch in loader(Shards(shards), 64):
+            tokens.append(patch_tokens(clip.visual, normalise(batch["image"])))
+            texts.append(clip.encode_text(encode(batch["caption"]), normalize=True))
+            progress.step(count=min(len(texts[-1]), count - progress.done))
+            if progress.done >= count:
+                break
+    return torch.cat(tokens)[:count], torch.cat(texts)[:count]
+
+
+def _summary(config: DemoConfig, evaluation: Evaluation, metrics: dict, out: Path) -> str:
+    """The table, in percent, and what to do next."""
+    rows = [
+        "                        seen pairs        held-out pairs",
+        "                      mIoU  patches        mIoU  patches",
+    ]
+    for name, label in evaluation.methods.items():
+        seen, held_out = metrics[name]["seen"], metrics[name]["held_out"]
+        values = [_percent(part[key]) for part in (seen, held_out) for key in ("miou", "patch_accuracy")]
+        rows.append(f"{label:<20}{values[0]:>6}{values[1]:>9}{values[2]:>12}{values[3]:>9}")
+    return "\n".join(
+        [
+            "",
+            f"Zero-shot segmentation of {config.eval_scenes} unseen scenes, {len(scenes.CLASSES)} classes, percent:",
+            "",
+            *rows,
+            "",
+            "patches: accuracy over the patches of such shapes; held-out pairs never occur in training.",
+            *(["This run was too short to learn anything: leave out --quick."] if config.clip_steps < 100 else []),
+            f"{metrics['seconds']:.0f} s with seed {config.seed}. Written to {out}:",
+            "  segmentation.png  metrics.json  embedder/  clip/  scenes/",
+            f"Next: open {out / 'segmentation.png'}, then put fused_pacl_loss into your own training loop (README).",
+        ]
+    )
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None or math.isnan(value) else f"{100 * value:.1f}"

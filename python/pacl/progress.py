@@ -1,0 +1,42 @@
+"""A bar with loss and rate at a terminal, ten plain lines in a file."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from tqdm import tqdm
+
+
+class Progress:
+    """Counts `total` steps of `label` on standard error; as a context manager it ends its bar on an interrupt."""
+
+    def __init__(self, label: str, total: int, unit: str = "step"):
+        self.label, self.total, self.unit = label, total, unit
+        self.done = 0
+        self._loss = ""
+        self._start = time.perf_counter()
+        self._bar = None
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=total, desc=label, unit=unit, dynamic_ncols=True)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def step(self, loss=None, count: int = 1) -> None:
+        """Count `count` more; `loss` (number or tensor) is read, and shown, only when a line is due."""
+        before, self.done = self.done, self.done + count
+        due = self.done * 10 // self.total > before * 10 // self.total
+        if loss is not None and (due or (self._bar is not None and self.done % 10 == 0)):
+            self._loss = f"loss {float(loss):.3f}"
+        if self._bar is not None:
+            self._bar.set_postfix_str(self._loss, refresh=False)
+            self._bar.update(count)
+        elif due:
+            rate = self.done / (time.perf_counter() - self._start)
+            line = f"{self.label}: {self.done}/{self.total}, {rate:.1f} {self.unit}/s, {self._loss}"
+            print(line.rstrip(", "), file=sys.stderr, flush=True)

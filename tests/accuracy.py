@@ -1,0 +1,197 @@
+"""What a backend answers to a problem, and the one tolerance that every answer is held to.
+
+The truth is the reference in float64 on the same numbers, already rounded to the dtype that the backend is given. An
+error is the norm of the difference over the norm of the truth; it may be twice that of the plain formula (the reference
+in float32, same numbers) plus `EXTRA`, which allows for the rounding of the result to its dtype.
+
+Truths may vanish (saturated losses, one patch, D = 1), so their norm is floored at 1 % of a natural size. For a
+gradient that is `logit_scale / ‖x‖`, where x is one embedding: the loss depends on its direction only. In general, with
+g = ∂L/∂φ `[B, K]`, |∂φ/∂p̂| about 1/N and |∂φ/∂t̂| about 1, the norm is what terms of independent sign give:
+
+    patches          ‖g‖ · rms(1/‖p‖) / √N      (each of B N rows: ‖g‖/√B · 1/N · 1/‖p‖)
+    texts            ‖g‖ · rms(1/‖t‖)           (each of K rows: ‖g‖/√K · 1/‖t‖)
+    temperature      ‖g‖ / τ  for `compatibility`; logit_scale / τ for a loss, whose g is not of random sign
+    scale, bias      1: the factor of a mean of φ, or of 1
+    φ                1 for each element; the loss: 1
+
+and an unsaturated loss has ‖g‖ = logit_scale / √B, from the pairs. Everything is times the incoming gradient.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from dataclasses import replace
+
+import torch
+from problems import DIFFERENTIABLE, Problem
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import pacl_kernels
+from pacl_kernels import reference
+
+EXTRA = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+FLOOR = 0.01
+MAX_LOSS_SCALE = 2.0**16  # where torch.amp.GradScaler starts
+
+
+def check(
+    problem: Problem, backend: str, needs: tuple[str, ...] = DIFFERENTIABLE, condition: float = 1.0
+) -> dict[str, Tensor | None]:
+    """Assert that the backend answers within the tolerance; returns its answer.
+
+    `condition` is by how much the gradients' terms are larger than natural (1/r in the cosine form).
+    """
+    truth = evaluate(problem.to(torch.float64), "reference", needs)
+    if problem.patches.dtype == torch.float16:
+        # As a gradient scaler does: the gradients of a mean over many patches lie below what float16 can hold.
+        problem = replace(problem, upstream=problem.upstream * _loss_scale(truth))
+        truth = evaluate(problem.to(torch.float64), "reference", needs)
+    dtype = problem.patches.dtype
+    plain = evaluate(problem.to(torch.promote_types(dtype, torch.float32)), "reference", needs)
+    answer = evaluate(problem, backend, needs)
+    sizes = natural_sizes(problem)
+    for name, true in truth.items():
+        size = sizes[name] if name == "value" else sizes[name] * condition
+        # A float32 scalar beside float64 patches has a float32 gradient.
+        coarser = max(dtype, answer[name].dtype, key=EXTRA.__getitem__)
+        assert_accurate(f"{problem.objective}, {name}", answer[name], true, coarser, plain[name], size)
+    for name in set(answer) - set(truth):
+        assert answer[name] is None, f"gradient of {name}, which nobody asked for"
+    return answer
+
+
+def assert_accurate(what, answer: Tensor, truth: Tensor, dtype, plain: Tensor | None = None, natural: float = 0.0):
+    """`answer`, computed from inputs of `dtype`, equals `truth` within the tolerance that the module describes."""
+    assert answer.shape == truth.shape, f"{what}: shape {list(answer.shape)}, expected {list(truth.shape)}"
+    answer, truth = answer.detach().double(), truth.detach().double()
+    for kind in (torch.isnan, torch.isposinf, torch.isneginf):
+        wrong = (kind(answer) != kind(truth)).nonzero()
+        if len(wrong):
+            at = tuple(wrong[0].tolist())
+            raise AssertionError(
+                f"{what}: {kind.__name__} differs at {len(wrong)} of {answer.numel()} elements, first at {at}: "
+                f"{answer[at].item()}, expected {truth[at].item()}"
+            )
+    error = relative_error(answer, truth, natural)
+    allowed = EXTRA[dtype] + (2 * relative_error(plain.double(), truth, natural) if plain is not None else 0.0)
+    if not error <= allowed:
+        worst = (answer - truth).nan_to_num(0, 0, 0).abs().argmax()
+        at = tuple(int(i) for i in torch.unravel_index(worst, truth.shape))
+        raise AssertionError(
+            f"{what}: error {error:.3g}, allowed {allowed:.3g}; worst at {at}: {answer[at].item()}, "
+            f"expected {truth[at].item()}"
+        )
+
+
+def relative_error(answer: Tensor, truth: Tensor, natural: float) -> float:
+    """Norm of the difference over norm of the truth, floored; over the elements whose truth is finite."""
+    finite = truth.isfinite()
+    difference = (answer - truth)[finite].norm().item()
+    if difference == 0:
+        return 0.0
+    size = max(truth[finite].norm().item(), FLOOR * natural)
+    return difference / size if size > 0 else math.inf
+
+
+def natural_sizes(problem: Problem) -> dict[str, float]:
+    """The natural size of the value and of each gradient, see above."""
+    (b, n, _), k, tau = problem.patches.shape, len(problem.texts), float(problem.attn_temperature)
+    if problem.objective == "compatibility":
+        factor, value = 1.0, math.sqrt(b * k)
+        grad_phi = temperature = problem.upstream.double().norm().item()
+    else:
+        factor, value = abs(float(problem.upstream)), 1.0
+        temperature = factor * abs(float(problem.logit_scale))
+        grad_phi = temperature / math.sqrt(b)
+    return {
+        "value": value,
+        "patches": grad_phi * _inverse_norm(problem.patches, problem.patch_mask) / math.sqrt(n),
+        "texts": grad_phi * _inverse_norm(problem.texts),
+        "attn_temperature": temperature / tau,
+        "logit_scale": factor,
+        "logit_bias": factor,
+    }
+
+
+def _inverse_norm(x: Tensor, mask: Tensor | None = None) -> float:
+    """Root mean square of 1/‖x‖ over the rows that have a direction; 0, hence an exact answer, if there is none."""
+    norms = x.double().norm(dim=-1)
+    norms = norms[norms.isfinite() & (norms > 0) & (True if mask is None else mask)]
+    return norms.pow(-2).mean().sqrt().item() if len(norms) else 0.0
+
+
+def _loss_scale(truth: dict[str, Tensor]) -> float:
+    """The power of two, at most `MAX_LOSS_SCALE`, that brings the largest gradient to about 256."""
+    grads = [truth[name] for name in ("patches", "texts") if truth.get(name) is not None and truth[name].numel()]
+    largest = max((grad.nan_to_num(0, 0, 0).abs().max().item() for grad in grads), default=0.0)
+    return min(MAX_LOSS_SCALE, 2.0 ** math.floor(math.log2(256 / largest))) if largest else MAX_LOSS_SCALE
+
+
+class Spy(TorchDispatchMode):
+    """Sees which operators of this library run: `calls` holds (operator, its arguments by name)."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls: list[tuple[str, dict]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "pacl_kernels":
+            names = [argument.name for argument in func._schema.arguments]
+            name = func._schema.name.removeprefix("pacl_kernels::")
+            self.calls.append((name, dict(zip(names, args, strict=False)) | (kwargs or {})))
+        return func(*args, **(kwargs or {}))
+
+    def backends(self) -> set[tuple[str, str]]:
+        return {(name, arguments["backend"]) for name, arguments in self.calls}
+
+
+def evaluate(problem: Problem, backend: str, needs: tuple[str, ...] = DIFFERENTIABLE) -> dict[str, Tensor | None]:
+    """The value and the gradients for those of `needs` that are tensors and take part (None for the others).
+
+    Asserts that the fused operators ran with that backend and computed only what was asked for, that no input was
+    written to, and that every gradient is a contiguous tensor like its input.
+    """
+    names = DIFFERENTIABLE if problem.objective != "compatibility" else ("patches", "texts", "attn_temperature")
+    leaves = {name: getattr(problem, name) for name in names}
+    leaves = {
+        name: x.detach().requires_grad_(name in needs) if isinstance(x, Tensor) else x for name, x in leaves.items()
+    }
+    copies = {name: x.detach().clone() for name, x in leaves.items() if isinstance(x, Tensor)}
+    with Spy() if backend != "reference" else contextlib.nullcontext() as spy:
+        value = call(replace(problem, **leaves), backend)
+        asked = {name: x for name, x in leaves.items() if isinstance(x, Tensor) and x.requires_grad}
+        upstream = problem.upstream
+        upstream = upstream.clone() if isinstance(upstream, Tensor) else torch.full_like(value, upstream)
+        grads = torch.autograd.grad(value, list(asked.values()), upstream, allow_unused=True) if asked else ()
+    for name, copy in copies.items():
+        torch.testing.assert_close(leaves[name].detach(), copy, rtol=0, atol=0, equal_nan=True)
+    if backend == "reference":
+        return {"value": value.detach(), **dict(zip(asked, grads, strict=True))}
+    if isinstance(problem.upstream, Tensor):
+        assert torch.equal(upstream, problem.upstream), "the incoming gradient was written to"
+    scores = set(asked) & {"patches", "texts", "attn_temperature"}
+    expected = {"score_forward", "score_backward"} if asked and scores else {"score_forward"}
+    assert spy.backends() == {(name, backend) for name in expected}
+    for operator, arguments in spy.calls:
+        if operator == "score_backward":
+            given = {name for name in ("patches", "texts", "temperature") if arguments[f"grad_{name}"] is not None}
+            assert given == {name.removeprefix("attn_") for name in scores}, "buffers for gradients not asked for"
+    for name, grad in zip(asked, grads, strict=True):
+        assert (grad.shape, grad.dtype) == (leaves[name].shape, leaves[name].dtype), name
+        assert grad.is_contiguous(), f"the gradient of {name} is not contiguous"
+    return {"value": value.detach(), **dict.fromkeys(names), **dict(zip(asked, grads, strict=True))}
+
+
+def call(problem: Problem, backend: str) -> Tensor:
+    """φ or the loss; "reference" calls the formula itself, everything else the public functions."""
+    inputs, options = (problem.patches, problem.texts), problem.options()
+    if problem.objective == "compatibility":
+        if backend == "reference":
+            return reference.compatibility(*inputs, **options)
+        return pacl_kernels.compatibility(*inputs, **options, backend=backend)
+    options |= {"logit_bias": problem.logit_bias, "loss": problem.objective}
+    if backend == "reference":
+        return reference.pacl_loss(*inputs, problem.logit_scale, **options)
+    return pacl_kernels.fused_pacl_loss(*inputs, problem.logit_scale, **options, backend=backend)

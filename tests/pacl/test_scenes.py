@@ -1,0 +1,98 @@
+"""Generated scenes: same seed, same bytes; exact masks; held-out pairs nowhere in training."""
+
+import numpy as np
+import pytest
+import torch
+from pacl import scenes
+from pacl.scene_shards import write_scenes
+from pacl.scenes import CLASSES, HELD_OUT, PAIRS, SEEN, draw_scene, phrase
+from pacl.shards import Shards
+
+
+def draw(index: int, pairs=PAIRS, seed: int = 0) -> scenes.Scene:
+    return draw_scene(np.random.default_rng([seed, 0, index]), pairs)
+
+
+def test_classes():
+    assert len(CLASSES) == len(set(CLASSES)) == 24
+    assert set(SEEN) | set(HELD_OUT) == set(PAIRS) and not set(SEEN) & set(HELD_OUT)
+    # Every colour and every pattern of a held-out pair is learnt from others.
+    assert {colour for colour, _ in SEEN} == set(scenes.COLOURS)
+    assert {pattern for _, pattern in SEEN} == set(scenes.PATTERNS)
+    assert phrase(("orange", "dotted")) == "an orange dotted shape"
+
+
+def test_shards_are_deterministic(tmp_path):
+    def shards(name: str, seed: int, split: str = "train") -> list[bytes]:
+        paths = write_scenes(tmp_path / name, split, 30, seed=seed, masks=True, shard_size=20)
+        assert [path.name for path in paths] == [f"{split}-000.tar", f"{split}-001.tar"]
+        return [path.read_bytes() for path in paths]
+
+    assert shards("a", 3) == shards("b", 3)
+    assert shards("c", 4) != shards("a", 3)
+    assert shards("a", 3, "eval") != shards("a", 3)
+
+
+def test_masks_survive_the_shards_and_images_nearly(tmp_path):
+    paths = write_scenes(tmp_path, "train", 20, seed=0, masks=True)
+    for index, sample in enumerate(Shards(paths, masks=True)):
+        scene = draw(index)
+        assert sample["key"] == f"train-{index:06d}"
+        assert sample["caption"] == scene.caption
+        assert torch.equal(sample["mask"], torch.from_numpy(scene.mask))
+        image = torch.from_numpy(scene.image).permute(2, 0, 1)
+        assert (sample["image"].float() - image.float()).abs().mean() < 6  # JPEG, of 255
+
+
+@pytest.mark.parametrize("pattern", scenes.PATTERNS)
+def test_masks_are_exact(pattern):
+    """Every pixel that a mask gives to a shape has that shape's paint, and no pixel outside has."""
+    checked = 0
+    for index in range(60):
+        scene = draw(index)
+        for label in scene.labels:
+            colour, kind = PAIRS[label]
+            if kind != pattern:
+                continue
+            # What may be painted there: the colour +- 12, stripes, dots; sensor noise is 4 and 5 deviations wide.
+            allowed = [(scenes.COLOURS[colour], 12 + 20)]
+            allowed += [((255,) * 3, 20)] if kind == "striped" else [((15,) * 3, 20)] if kind == "dotted" else []
+            pixels = scene.image[scene.mask == label].astype(int)
+            near = [np.abs(pixels - np.array(value)).max(1) <= width for value, width in allowed]
+            assert np.any(near, axis=0).all()
+            if len(near) == 2:
+                assert 0.05 < near[1].mean() < 0.6  # the pattern is there
+            assert len(pixels) >= 150
+            checked += 1
+    assert checked > 10
+
+
+def test_labels_and_masks_agree():
+    for index in range(50):
+        scene = draw(index)
+        found = np.unique(scene.mask)
+        assert set(found[found < len(PAIRS)]) == set(scene.labels)
+        assert (found >= len(PAIRS)).sum() <= 1 and found.max() < len(CLASSES)
+        assert 1 <= len(scene.labels) <= 3
+
+
+def test_captions_name_only_what_is_there():
+    bare = 0
+    for index in range(200):
+        scene = draw(index)
+        named = {name for name in CLASSES if name in scene.caption}
+        assert named and named <= {CLASSES[label] for label in np.unique(scene.mask)}
+        bare += scene.caption in CLASSES
+    assert bare > 20  # bare phrases are what the class prompts look like
+
+
+def test_held_out_pairs_are_absent_from_training(tmp_path):
+    held_out = {phrase(pair) for pair in HELD_OUT}
+    samples = list(Shards(write_scenes(tmp_path, "train", 300, seed=0, pairs=SEEN, masks=True), masks=True))
+    assert len(samples) == 300
+    for sample in samples:
+        assert not any(name in sample["caption"] for name in held_out)
+        assert not set(sample["mask"].unique().tolist()) & set(scenes.HELD_OUT_LABELS)
+    evaluation = Shards(write_scenes(tmp_path, "eval", 300, seed=0, masks=True), masks=True)
+    present = set(torch.stack([sample["mask"] for sample in evaluation]).unique().tolist())
+    assert present == set(range(len(CLASSES)))

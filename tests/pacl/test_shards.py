@@ -1,0 +1,184 @@
+"""The loader on real tar files: what goes in comes out, and what is bad is skipped under its name."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from conftest import encode, picture
+from pacl.shards import Shards, expand_shards, loader
+from PIL import Image
+
+
+def pairs(count: int, start: int = 0) -> dict[str, bytes]:
+    members = {}
+    for i in range(start, start + count):
+        members[f"{i:04d}.png"] = encode(picture(i), "PNG")
+        members[f"{i:04d}.txt"] = f"caption {i}\n".encode()
+    return members
+
+
+def keys(dataset: Shards) -> list[str]:
+    return [sample["key"] for sample in dataset]
+
+
+def test_round_trip_of_every_suffix(write_tar):
+    members = {}
+    for suffix, kind in (("jpg", "JPEG"), ("jpeg", "JPEG"), ("png", "PNG"), ("webp", "WEBP"), ("JPG", "JPEG")):
+        members[f"{suffix}1.{suffix}"] = encode(picture(1), kind)
+        members[f"{suffix}1.txt"] = "größe".encode()
+    members["png1.json"] = b"{}"  # what others put beside it is left alone
+    samples = list(Shards(write_tar("a.tar", members)))
+    assert [sample["key"] for sample in samples] == ["jpg1", "jpeg1", "png1", "webp1", "JPG1"]
+    assert {sample["caption"] for sample in samples} == {"größe"}
+    assert torch.equal(samples[2]["image"], torch.from_numpy(picture(1)).permute(2, 0, 1))
+    decoded = np.array(Image.open(io.BytesIO(members["jpg1.jpg"])))
+    assert torch.equal(samples[0]["image"], torch.from_numpy(decoded).permute(2, 0, 1))
+
+
+def test_mask_is_exact(write_tar):
+    mask = np.random.default_rng(0).integers(0, 256, (8, 8), dtype=np.uint8)
+    members = pairs(1) | {"0000.mask.png": encode(mask, "PNG")}
+    (sample,) = Shards(write_tar("a.tar", members), masks=True)
+    assert torch.equal(sample["mask"], torch.from_numpy(mask))
+
+
+def test_bad_samples_are_skipped_and_counted(write_tar):
+    members = pairs(8)
+    members["0001.png"] = b"not an image"
+    members["0002.png"] = members["0002.png"][:-40]  # truncated
+    members["0003.txt"] = b"  \n"
+    members["0004.txt"] = b"\xff\xfe\xff"  # not UTF-8
+    del members["0005.txt"], members["0006.png"]
+    dataset = Shards(write_tar("a.tar", members))
+    assert keys(dataset) == ["0000", "0007"]
+    assert dataset.skipped == {"archive": 0, "image": 3, "pixels": 0, "caption": 3, "mask": 0}
+
+
+def test_corrupt_jpeg_is_skipped(write_tar):
+    good = encode(picture(0, 32, 32))
+    members = {"a.jpg": good[: len(good) // 2], "a.txt": b"half", "b.jpg": good, "b.txt": b"whole"}
+    dataset = Shards(write_tar("a.tar", members))
+    assert keys(dataset) == ["b"]
+    assert dataset.skipped["image"] == 1
+
+
+def test_wrong_masks_are_skipped(write_tar):
+    members = pairs(3)
+    members["0000.mask.png"] = encode(picture(0)[:4, :, 0].copy(), "PNG")  # half as high
+    members["0001.mask.png"] = encode(picture(0), "PNG")  # colours, no labels
+    members["0002.mask.png"] = encode(picture(0)[:, :, 0].copy(), "PNG")
+    dataset = Shards(write_tar("a.tar", dict(sorted(members.items()))), masks=True)  # a sample's members are neighbours
+    assert keys(dataset) == ["0002"]
+    assert dataset.skipped["mask"] == 2
+
+
+def bomb(side: int) -> bytes:
+    """A PNG of a few bytes whose header promises side x side pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("side", [5_001, 12_000, 60_000])  # past our cap, Pillow's warning, Pillow's error
+@pytest.mark.filterwarnings("error")
+def test_oversize_image_is_skipped_by_its_header(write_tar, side):
+    dataset = Shards(write_tar("a.tar", pairs(1) | {"x.png": bomb(side), "x.txt": b"bomb"}))
+    assert keys(dataset) == ["0000"]
+    assert dataset.skipped == {"archive": 0, "image": 0, "pixels": 1, "caption": 0, "mask": 0}
+
+
+def test_pixel_cap_is_an_argument(write_tar):
+    path = write_tar("a.tar", pairs(1) | {"x.png": encode(picture(0, 8, 9), "PNG"), "x.txt": b"wide"})
+    assert keys(Shards(path, max_image_pixels=64)) == ["0000"]
+    assert keys(Shards(path, max_image_pixels=72)) == ["0000", "x"]
+
+
+def test_other_image_formats_are_not_opened(write_tar):
+    dataset = Shards(write_tar("a.tar", pairs(1) | {"x.png": encode(picture(0), "BMP"), "x.txt": b"a bitmap"}))
+    assert keys(dataset) == ["0000"]
+    assert dataset.skipped["image"] == 1
+
+
+def test_truncated_tar_gives_what_it_holds(write_tar):
+    path = write_tar("a.tar", pairs(4))
+    path.write_bytes(path.read_bytes()[: 512 * 9])  # in the middle of the third sample
+    dataset = Shards([path, write_tar("b.tar", pairs(2, start=10))])
+    assert keys(dataset) == ["0000", "0001", "0010", "0011"]
+    assert sum(dataset.skipped.values()) >= 1
+
+
+def test_samples_are_not_joined_across_shards(write_tar):
+    first = write_tar("a.tar", {"x.png": encode(picture(0), "PNG")})
+    second = write_tar("b.tar", {"x.txt": b"somebody else's caption"} | pairs(1))
+    assert keys(Shards([first, second])) == ["0000"]
+
+
+def test_nothing_is_unpickled(write_tar, tmp_path):
+    flag = tmp_path / "ran"
+    payload = f"cposix\nsystem\n(S'touch {flag}'\ntR.".encode()
+    members = pairs(1)
+    for suffix in ("pyd", "pkl", "pth", "cls", "json"):
+        members[f"0000.{suffix}"] = payload
+    assert keys(Shards(write_tar("a.tar", members))) == ["0000"]
+    assert not flag.exists()
+
+
+def test_pipe_is_refused_and_not_run(tmp_path):
+    flag = tmp_path / "ran"
+    for url in (f"pipe:touch {flag}", "https://example.org/a.tar", "s3://bucket/a.tar", "hf://datasets/x/a.tar"):
+        with pytest.raises(ValueError, match="shards: got .*expected the path of a local .tar file"):
+            Shards(url)
+    assert not flag.exists()
+
+
+def test_shard_lists(write_tar, tmp_path):
+    a, b, c = (write_tar(f"{name}-0.tar", pairs(1)) for name in "abc")
+    assert expand_shards(f"{tmp_path}/{{a,b}}-0.tar::{c}") == [a, b, c]
+    assert expand_shards([a, str(b)]) == [a, b]
+    with pytest.raises(FileNotFoundError, match="missing.tar"):
+        Shards(tmp_path / "missing.tar")
+    with pytest.raises(ValueError, match="empty list"):
+        Shards([])
+
+
+def test_fewer_shards_than_workers(write_tar):
+    paths = [write_tar(f"{i}.tar", pairs(3, start=10 * i)) for i in range(2)]
+    dataset = Shards(paths)
+    with pytest.warns(UserWarning, match="got 5 for 2 shard"):
+        batches = loader(dataset, 2, workers=5)
+    found = sorted(key for batch in batches for key in batch["key"])
+    assert found == ["0000", "0001", "0002", "0010", "0011", "0012"]
+
+
+def test_workers_count_together(write_tar):
+    bad = [pairs(2, start=10 * i) | {f"bad{i}.jpg": b"", f"bad{i}.txt": b"x"} for i in range(2)]
+    dataset = Shards([write_tar(f"{i}.tar", members) for i, members in enumerate(bad)])
+    assert sum(len(batch["key"]) for batch in loader(dataset, 2, workers=2)) == 4
+    assert dataset.skipped["image"] == 2
+
+
+def test_order_depends_on_seed_and_epoch_alone(write_tar):
+    paths = [write_tar(f"{i}.tar", pairs(10, start=10 * i)) for i in range(4)]
+
+    def two_epochs(seed: int) -> list[str]:
+        stream = iter(Shards(paths, shuffle=15, seed=seed, repeat=True))
+        return [next(stream)["key"] for _ in range(80)]
+
+    first = two_epochs(0)
+    assert first == two_epochs(0)
+    assert first != two_epochs(1)
+    assert first[:40] != first[40:]
+    assert sorted(first[:40]) == sorted(first[40:]) == sorted(keys(Shards(paths)))
+    assert first[:40] != keys(Shards(paths))
+
+
+def test_an_epoch_without_a_good_sample_stops(write_tar):
+    path = write_tar("a.tar", {"a.jpg": b"no", "a.txt": b"x"})
+    with pytest.raises(RuntimeError, match="no usable sample"):
+        next(iter(Shards(path, repeat=True)))

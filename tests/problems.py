@@ -1,0 +1,203 @@
+"""Problems to solve: the inputs of one call, made from a short description."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+FORMS = ("dot", "cosine")
+OBJECTIVES = ("compatibility", "infonce", "sigmoid")
+DIFFERENTIABLE = ("patches", "texts", "logit_scale", "logit_bias", "attn_temperature")
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a problem looks like; `K` None stands for a square problem, which the losses take as well."""
+
+    B: int = 5
+    N: int = 7
+    D: int = 33
+    K: int | None = None
+    tau: float = 0.1
+    scale: float = 10.0
+    data: str = "related"
+    mask: str | None = None
+    layout: str = "contiguous"
+
+    def __str__(self) -> str:
+        size = f"B{self.B}-N{self.N}-D{self.D}" + (f"-K{self.K}" if self.K is not None else "")
+        default, other = Case(), []
+        for name in ("tau", "scale", "data", "mask", "layout"):
+            if getattr(self, name) != getattr(default, name):
+                other.append(f"{name}={getattr(self, name)}" if name in ("tau", "scale") else str(getattr(self, name)))
+        return "-".join([size, *other])
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        return OBJECTIVES if self.K is None else OBJECTIVES[:1]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Inputs of `compatibility` or of a loss, and the gradient that comes from above: a factor, or `[B, K]`."""
+
+    patches: Tensor
+    texts: Tensor
+    logit_scale: float | Tensor
+    logit_bias: float | Tensor | None
+    attn_temperature: float | Tensor
+    patch_mask: Tensor | None
+    form: str
+    objective: str
+    upstream: float | Tensor
+
+    def options(self) -> dict:
+        return {"patch_mask": self.patch_mask, "attn_temperature": self.attn_temperature, "form": self.form}
+
+    def to(self, dtype: torch.dtype) -> Problem:
+        """The same numbers in another dtype."""
+        floats = (*DIFFERENTIABLE, "upstream")
+        values = {name: getattr(self, name) for name in floats}
+        return replace(self, **{name: x.to(dtype) for name, x in values.items() if isinstance(x, Tensor)})
+
+
+def make(case: Case, form: str, objective: str, dtype=torch.float32, device="cpu", seed: int = 0) -> Problem:
+    """A problem of that description. The scalars are 0-D tensors in float32, or float64 for float64 inputs."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    b, n, d, k = case.B, case.N, case.D, case.B if case.K is None else case.K
+    patches, texts = randn(b, n, d), randn(k, d)
+    _DATA[case.data](patches, texts, randn, dtype)
+    mask = None if case.mask is None else _masked(case.mask, patches, generator)
+    patches, texts = _LAYOUTS[case.layout](patches.to(device, dtype)), texts.to(device, dtype)
+    # A text expanded along D as well would leave D = 1 in disguise, all of whose gradients are rounding errors.
+    texts = _LAYOUTS["strided" if case.layout == "expanded_last" else case.layout](texts)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    scale, bias, tau = (torch.tensor(x, dtype=wide, device=device) for x in (case.scale, -0.7, case.tau))
+    upstream = randn(b, k).to(device, wide) if objective == "compatibility" else 1.0
+    mask = None if mask is None else mask.to(device)
+    return Problem(patches, texts, scale, bias, tau, mask, form, objective, upstream)
+
+
+def _related(patches, texts, randn, dtype):
+    """Texts that resemble one patch of an image, as after some training: the softmax has something to choose."""
+    for i in range(min(len(patches), len(texts)) if patches.shape[1] else 0):
+        texts[i] += 2 * patches[i, i % patches.shape[1]]
+
+
+def _aligned(patches, texts, randn, dtype):
+    """Saturated: with a large logit scale every pair is certain and all gradients vanish."""
+    patches.mul_(1e-2)
+    for i in range(len(patches)):
+        patches[i] += texts[i]
+
+
+def _norms(patches, texts, randn, dtype):
+    """Norms over six (float16, which holds no more) or eighteen orders of magnitude."""
+    decades = 3 if dtype == torch.float16 else 9
+    for x in (patches, texts):
+        x *= 10 ** (decades * torch.tanh(randn(*x.shape[:-1], 1)))
+
+
+def _large(patches, texts, randn, dtype):
+    patches.mul_(1e3 / patches.shape[-1] ** 0.5)
+    texts.mul_(1e3 / patches.shape[-1] ** 0.5)
+
+
+def _small(patches, texts, randn, dtype):
+    patches.mul_(1e-3 / patches.shape[-1] ** 0.5)
+    texts.mul_(1e-3 / patches.shape[-1] ** 0.5)
+
+
+def _zero_patches(patches, texts, randn, dtype):
+    patches[:, ::2] = 0
+    patches[0] = 0
+
+
+def _zero_texts(patches, texts, randn, dtype):
+    texts[::2] = 0
+
+
+def _duplicated(patches, texts, randn, dtype):
+    patches[:, 1:] = patches[:, :1]
+    texts[1:] = texts[:1]
+
+
+def _opposite(patches, texts, randn, dtype):
+    """Patches p and -p: the pooled patch of the cosine form is a small difference."""
+    half = patches.shape[1] // 2
+    patches[:, half : 2 * half] = -patches[:, :half]
+
+
+def _cancelled(patches, texts, randn, dtype):
+    """p and -p orthogonal to every text: the pooled patch is exactly 0, its norm at the floor.
+
+    With one such pair the gradient of the texts, 1e6 (p - p), is exactly 0 in any order of summation.
+    """
+    patches.zero_(), texts.zero_()
+    texts[:, 1::2] = randn(*texts[:, 1::2].shape)
+    half = patches.shape[1] // 2
+    patches[:, :half, ::2] = randn(*patches[:, :half, ::2].shape)
+    patches[:, half : 2 * half] = -patches[:, :half]
+
+
+def _nan(patches, texts, randn, dtype):
+    patches[0, 0, 0] = float("nan")
+    patches[-1, -1, -1] = float("inf")
+
+
+_DATA = {
+    "related": _related,
+    "random": lambda *_: None,
+    "aligned": _aligned,
+    "norms": _norms,
+    "large": _large,
+    "small": _small,
+    "zero_patches": _zero_patches,
+    "zero_texts": _zero_texts,
+    "duplicated": _duplicated,
+    "opposite": _opposite,
+    "cancelled": _cancelled,
+    "nan": _nan,
+}
+
+
+def _masked(kind: str, patches: Tensor, generator: torch.Generator) -> Tensor:
+    """The mask, with poison put behind it: NaN, and infinity in every second masked patch."""
+    b, n = patches.shape[:2]
+    mask = {
+        "random": torch.rand(b, n, generator=generator) < 0.6,
+        "all": torch.ones(b, n, dtype=torch.bool),
+        "none": torch.zeros(b, n, dtype=torch.bool),
+        "one": torch.arange(n) == torch.randint(n, (b, 1), generator=generator),
+        "first": torch.arange(n) < torch.randint(1, n + 1, (b, 1), generator=generator),
+        "last": (torch.arange(n) == n - 1).expand(b, n).clone(),
+    }[kind]
+    if kind == "random":
+        mask[0] = False  # one image without a patch among others that have some
+    patches[~mask] = float("nan")
+    patches[~mask & (torch.arange(n) % 2 == 1)] = float("inf")
+    return mask
+
+
+def _offset(x: Tensor) -> Tensor:
+    """Contiguous, at an address that no vector load likes."""
+    return x.new_empty(x.numel() + 1)[1:].view(x.shape).copy_(x)
+
+
+_LAYOUTS = {
+    "contiguous": lambda x: x.contiguous(),
+    "offset": _offset,
+    "strided": lambda x: x.repeat_interleave(2, -1)[..., ::2],  # last dimension strided
+    "spaced": lambda x: x.repeat_interleave(3, -2)[..., ::3, :],  # rows apart
+    "transposed": lambda x: x.mT.contiguous().mT,
+    "permuted": lambda x: x.permute(*reversed(range(x.ndim))).contiguous().permute(*reversed(range(x.ndim))),
+    "expanded": lambda x: x[:1].expand_as(x),
+    "expanded_rows": lambda x: x[..., :1, :].expand_as(x),
+    "expanded_last": lambda x: x[..., :1].expand_as(x),
+}

@@ -1,0 +1,82 @@
+"""`benchmarks/throughput.py` runs, computes the right thing with every provider, and says why one is missing."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1}  # plain PyTorch rounds its scores to the input's dtype
+KEYS = (
+    "name forward_ms forward_spread step_ms step_spread forward_vs_products step_vs_products forward_share_of_peak "
+    "step_share_of_peak step_vs_best_peer extra_memory_mib relative_error reason"
+).split()
+
+
+def throughput(*options, **environment):
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "throughput.py"), "--device", "cpu", *options],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def run(tmp_path, *options, compiler=False):
+    out = tmp_path / "result.json"
+    environment = {} if compiler else {"TORCH_COMPILE_DISABLE": "1"}
+    done = throughput("--quick", "--repeats", "2", "--json", str(out), *options, **environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, json.loads(out.read_text())
+
+
+def check(result, expect_reason=()):
+    assert result["rows"][-1]["name"] == "matrix products"
+    for row in result["rows"]:
+        assert set(KEYS) <= set(row)
+        assert result["peak"] is None or result["peak"] > 1e9
+        if row["name"].startswith(expect_reason):
+            assert row["reason"] and row["step_ms"] is None
+            continue
+        assert row["reason"] is None, row
+        assert 0 < row["forward_ms"] < row["step_ms"]
+        assert row["step_spread"][0] <= row["step_ms"] <= row["step_spread"][1]
+        if row["name"] != "matrix products":
+            assert row["relative_error"] < TOLERANCE[result["settings"]["dtype"]], row
+
+
+def missing(result):
+    """Fused rows that say they cannot run here: allowed, because the native module may not be built."""
+    return tuple(row["name"] for row in result["rows"] if row["name"].startswith("fused cpu") and row["reason"])
+
+
+def test_every_provider_agrees_and_the_files_are_written(tmp_path):
+    chart, trace = tmp_path / "chart.svg", tmp_path / "trace.json"
+    printed, result = run(tmp_path, "--plot", str(chart), "--profile", str(trace), compiler=True)
+    check(result, ("no such provider", *missing(result)))
+    assert all(row["name"] in printed for row in result["rows"])
+    assert len(result["rows"]) == 9
+    assert "<svg" in chart.read_text()
+    names = {event.get("name") for event in json.loads(trace.read_text())["traceEvents"]}
+    assert {"fused torch", "eager, sum of a s", "matrix products"} <= names
+
+
+def test_cosine_in_bfloat16_with_frozen_texts_and_without_a_compiler(tmp_path):
+    printed, result = run(tmp_path, "--form", "cosine", "--frozen-texts", "--dtype", "bfloat16")
+    check(result, ("compiled", *missing(result)))
+    assert "torch.compile is disabled" in printed
+    assert result["units"] == {"forward": 1 + 49 / 64, "step": 3 + 3 * 49 / 64}
+
+
+def test_what_does_not_fit_is_said():
+    done = throughput("--batch", "10000000", "--backend", "torch")
+    assert done.returncode != 0
+    assert done.stderr.count("\n") < 5 and "GiB" in done.stderr, done.stderr
+
+
+def test_a_wrong_option_is_one_clear_line():
+    done = throughput("--temperature", "0")
+    assert done.returncode == 2 and "--temperature is 0.0, expected a finite number above 0" in done.stderr

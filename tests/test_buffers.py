@@ -1,0 +1,101 @@
+"""The operators write all of their buffers, whatever those held, and nothing beside them."""
+
+from itertools import product
+
+import pytest
+import torch
+from accuracy import assert_accurate, evaluate, natural_sizes
+from problems import FORMS, Case, make
+
+CANARY = 12345.0
+PAD = 64
+CASES = [
+    Case(1, 1, 1),
+    Case(3, 7, 5, K=2),
+    Case(5, 50, 33, K=49),
+    Case(17, 3, 67, K=97),
+    Case(2, 1369, 31, K=5),
+    Case(3, 197, 130, K=7, mask="random"),
+    Case(4, 9, 16, K=5, mask="none"),
+    Case(4, 9, 16, K=5, data="zero_patches"),
+    Case(4, 9, 16, K=5, data="zero_texts"),
+    Case(2, 9, 16, K=5, tau=0.01),
+    Case(0, 3, 4, K=5),
+    Case(5, 3, 4, K=0),
+]
+
+
+class Guarded:
+    """A buffer full of NaN inside a larger one full of canaries."""
+
+    def __init__(self, shape, dtype, device):
+        size = torch.Size(shape).numel()
+        self.whole = torch.full((size + 2 * PAD,), CANARY, dtype=dtype, device=device)
+        self.inside = self.whole[PAD : PAD + size].view(shape)
+        self.inside.fill_(float("nan"))
+
+    def assert_written(self, what):
+        assert not self.inside.isnan().any(), f"{what}: {int(self.inside.isnan().sum())} elements were left out"
+        canary = torch.tensor(CANARY).to(self.whole.dtype).item()
+        around = torch.cat([self.whole[:PAD], self.whole[len(self.whole) - PAD :]])
+        assert (around == canary).all(), f"{what}: written past its end"
+
+
+def _guarded_inputs(problem):
+    """Patches and texts with NaN right before and after what may be read."""
+    guarded = []
+    for x in (problem.patches, problem.texts):
+        whole = torch.full((x.numel() + 2 * PAD,), float("nan"), dtype=x.dtype, device=x.device)
+        guarded.append(whole[PAD : PAD + x.numel()].view(x.shape).copy_(x))
+    return guarded
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_buffers(case, form, target):
+    problem = make(case, form, "compatibility", target.dtype, target.device)
+    patches, texts = _guarded_inputs(problem)
+    arguments = (patches, texts, problem.patch_mask, problem.attn_temperature, 1.0, form, target.backend)
+    wide = problem.upstream.dtype
+    phi, lse = (Guarded(problem.upstream.shape, wide, target.device) for _ in range(2))
+    torch.ops.pacl_kernels.score_forward(*arguments, phi.inside, lse.inside)
+    phi.assert_written("phi")
+    lse.assert_written("lse")
+    saved = phi.inside.clone(), lse.inside.clone()
+    expected = evaluate(problem, target.backend)
+    assert_accurate("phi", phi.inside, expected["value"], target.dtype)
+    shapes = {
+        "patches": (patches.shape, target.dtype),
+        "texts": (texts.shape, target.dtype),
+        "attn_temperature": ((), wide),
+    }
+    for asked in product((True, False), repeat=3):
+        grads = {
+            name: Guarded(*shape, target.device)
+            for (name, shape), ask in zip(shapes.items(), asked, strict=True)
+            if ask
+        }
+        buffers = [grads[name].inside if name in grads else None for name in shapes]
+        torch.ops.pacl_kernels.score_backward(*arguments, phi.inside, lse.inside, problem.upstream, *buffers)
+        sizes = natural_sizes(problem)
+        for name, grad in grads.items():
+            grad.assert_written(name)
+            assert_accurate(name, grad.inside, expected[name], target.dtype, natural=sizes[name])
+    assert torch.equal(phi.inside, saved[0]) and torch.equal(lse.inside, saved[1]), "backward wrote to what it reads"
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_nan_from_above(form, target):
+    """A NaN in ∂L/∂φ reaches the gradients of its image, of its text and of the temperature, and no other."""
+    problem = make(Case(4, 9, 16, K=5), form, "compatibility", target.dtype, target.device)
+    clean = evaluate(problem, target.backend)
+    upstream = problem.upstream.clone()
+    upstream[1, 2] = float("nan")
+    arguments = (problem.patches, problem.texts, None, problem.attn_temperature, 1.0, form, target.backend)
+    phi, lse = torch.empty_like(upstream), torch.empty_like(upstream)
+    torch.ops.pacl_kernels.score_forward(*arguments, phi, lse)
+    patches, texts, tau = torch.empty_like(problem.patches), torch.empty_like(problem.texts), phi.new_empty(())
+    torch.ops.pacl_kernels.score_backward(*arguments, phi, lse, upstream, patches, texts, tau)
+    assert patches[1].isnan().all() and texts[2].isnan().all() and tau.isnan()
+    assert_accurate("patches", patches[[0, 2, 3]], clean["patches"][[0, 2, 3]], target.dtype)
+    assert_accurate("texts", texts[[0, 1, 3, 4]], clean["texts"][[0, 1, 3, 4]], target.dtype)

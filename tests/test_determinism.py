@@ -1,0 +1,93 @@
+"""The same bits every time and for any number of threads, and the symmetries of the loss."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from accuracy import assert_accurate, evaluate, natural_sizes
+from problems import FORMS, OBJECTIVES, Case, make
+
+CASES = [
+    Case(1, 1, 1),
+    Case(13, 50, 65),
+    Case(5, 197, 70, mask="random"),
+    Case(3, 1369, 33, tau=0.01),
+    Case(67, 9, 31, tau=1.0),
+    Case(2, 700, 129, mask="first"),
+]
+
+
+def _assert_same_bits(one, two):
+    for name, value in one.items():
+        assert torch.equal(value, two[name]), name
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_two_runs(case, form, target):
+    for objective in case.objectives:
+        problem = make(case, form, objective, target.dtype, target.device)
+        first = evaluate(problem, target.backend)
+        # Memory that the allocator hands out again holds something else than before.
+        rubbish = [torch.full((size,), 7e8, device=target.device) for size in (100, 10_000, 1_000_000)]
+        del rubbish
+        _assert_same_bits(first, evaluate(problem, target.backend))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("case", [*CASES, Case(3, 50, 65, K=200), Case(200, 50, 65, K=3)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_any_number_of_threads(case, form, dtype, cpu_backend):
+    for objective in case.objectives:
+        problem = make(case, form, objective, dtype)
+        torch.set_num_threads(1)
+        alone = evaluate(problem, cpu_backend)
+        for threads in (2, 3, 7):
+            torch.set_num_threads(threads)
+            assert torch.get_num_threads() == threads
+            _assert_same_bits(alone, evaluate(problem, cpu_backend))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_permuted_batch(form, objective, target):
+    """Pairs in another order: the same loss, and gradients (and compatibilities) in that order."""
+    problem = make(Case(19, 7, 33, mask="random"), form, objective, target.dtype, target.device)
+    order = torch.randperm(19, generator=torch.Generator().manual_seed(0)).to(target.device)
+    permuted = {name: getattr(problem, name)[order] for name in ("patches", "texts", "patch_mask")}
+    if objective == "compatibility":
+        permuted["upstream"] = problem.upstream[order][:, order]
+    expected = evaluate(problem, target.backend)
+    answer = evaluate(replace(problem, **permuted), target.backend)
+    for name in ("patches", "texts"):
+        expected[name] = expected[name][order]
+    if objective == "compatibility":
+        expected["value"] = expected["value"][order][:, order]
+    for name, size in natural_sizes(problem).items():
+        if name in answer:
+            assert_accurate(name, answer[name], expected[name], target.dtype, natural=size)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_permuted_patches(form, target):
+    """The patches of an image are a set: their order moves nothing but their gradients."""
+    problem = make(Case(4, 53, 33, K=6), form, "compatibility", target.dtype, target.device)
+    order = torch.randperm(53, generator=torch.Generator().manual_seed(0)).to(target.device)
+    expected = evaluate(problem, target.backend)
+    expected["patches"] = expected["patches"][:, order]
+    answer = evaluate(replace(problem, patches=problem.patches[:, order]), target.backend)
+    for name, value in answer.items():
+        assert_accurate(name, value, expected[name], target.dtype)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_scaled_embeddings(form, target):
+    """Only directions matter; a power of two changes no mantissa, so the gradients are exactly that much smaller."""
+    problem = make(Case(5, 21, 33), form, "infonce", target.dtype, target.device)
+    problem = replace(problem, upstream=64.0)
+    expected = evaluate(problem, target.backend)
+    answer = evaluate(replace(problem, patches=4 * problem.patches, texts=problem.texts / 2), target.backend)
+    expected["patches"] = expected["patches"] / 4
+    expected["texts"] = expected["texts"] * 2
+    for name, value in answer.items():
+        assert_accurate(name, value, expected[name], target.dtype)

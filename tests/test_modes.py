@@ -1,0 +1,115 @@
+"""Around the Function: autocast, modes without gradients, open_clip's call, a training step."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from accuracy import Spy, assert_accurate, call, check, evaluate, natural_sizes
+from problems import FORMS, OBJECTIVES, Case, make
+from torch import nn
+
+import pacl_kernels
+from pacl_kernels import PaclLoss, fused_pacl_loss
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(form, objective, dtype, single):
+    """float32 inputs: the operators see the autocast dtype, gradients come back in float32, the loss is float32."""
+    problem = make(Case(9, 17, 40), form, objective, torch.float32, single.device)
+    # Only patches and texts are multiplied, so only they are rounded.
+    rounded = replace(problem, patches=problem.patches.to(dtype).float(), texts=problem.texts.to(dtype).float())
+    truth, plain = (evaluate(rounded.to(wide), "reference") for wide in (torch.float64, torch.float32))
+    with torch.autocast(single.device, dtype), Spy() as spy:
+        answer = evaluate(problem, single.backend)
+    assert {arguments["patches"].dtype for _, arguments in spy.calls} == {dtype}
+    assert {arguments["phi"].dtype for _, arguments in spy.calls} == {torch.float32}
+    sizes = natural_sizes(rounded)
+    for name, true in truth.items():
+        assert answer[name].dtype == torch.float32
+        assert_accurate(name, answer[name], true, dtype, plain[name], sizes[name])
+
+
+def test_autocast_turned_off_inside(single):
+    """A region without autocast inside one with it computes in float32."""
+    problem = make(Case(9, 17, 40), "cosine", "infonce", torch.float32, single.device)
+    with torch.autocast(single.device, torch.bfloat16), torch.autocast(single.device, enabled=False):
+        check(problem, single.backend)
+
+
+def test_autocast_leaves_float64_alone():
+    problem = make(Case(9, 17, 40), "cosine", "infonce", torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        check(problem, "torch")
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients(form, objective, mode, target):
+    problem = make(Case(5, 7, 33), form, objective, target.dtype, target.device)
+    expected = evaluate(problem, target.backend)["value"]
+    problem.patches.requires_grad_()
+    with mode():
+        value = call(problem, target.backend)
+    assert not value.requires_grad and value.is_inference() == (mode is torch.inference_mode)
+    assert torch.equal(value, expected)
+
+
+def test_value_types(target):
+    """0-D loss and [B, K] compatibility in float32, float64 for float64."""
+    wide = torch.float64 if target.dtype == torch.float64 else torch.float32
+    for objective, shape in (("compatibility", (5, 5)), ("infonce", ()), ("sigmoid", ())):
+        value = call(make(Case(), "dot", objective, target.dtype, target.device), target.backend)
+        assert (value.shape, value.dtype, value.device.type) == (shape, wide, target.device)
+
+
+def test_open_clip_call(single):
+    """open_clip's keywords, its dictionary, and the scalars as its models hand them over."""
+    problem = make(Case(5, 7, 33, mask="random"), "cosine", "sigmoid", device=single.device)
+    module = PaclLoss(attn_temperature=0.1, form="cosine", loss="sigmoid", backend=single.backend)
+    outputs = {"image_features": problem.patches, "text_features": problem.texts, "logit_scale": problem.logit_scale}
+    got = module(**outputs, logit_bias=problem.logit_bias, patch_mask=problem.patch_mask, output_dict=True)
+    assert list(got) == ["contrastive_loss"]
+    assert torch.equal(got["contrastive_loss"], call(problem, single.backend))
+    positional = module(problem.patches, problem.texts, problem.logit_scale, problem.logit_bias, problem.patch_mask)
+    assert torch.equal(positional, got["contrastive_loss"])
+    defaults = PaclLoss()(problem.texts[:, None], problem.texts, problem.logit_scale)
+    assert torch.equal(defaults, fused_pacl_loss(problem.texts[:, None], problem.texts, problem.logit_scale))
+    assert not list(module.parameters()) and "cosine" in repr(module) and "sigmoid" in repr(module)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("loss", ["infonce", "sigmoid"])
+def test_training_learns(form, loss, single):
+    """A few steps of gradient descent on everything that can be learned bring the loss down."""
+    torch.manual_seed(0)
+    images = torch.randn(16, 12, 24, device=single.device)
+    words = torch.randn(16, 20, device=single.device)
+    embed = nn.Linear(24, 20).to(single.device)
+    log_scale, bias, log_tau = (nn.Parameter(torch.tensor(x, device=single.device)) for x in (2.0, -2.0, -1.5))
+    optimiser = torch.optim.Adam([*embed.parameters(), log_scale, bias, log_tau], 1e-2)
+    history = []
+    for _ in range(40):
+        optimiser.zero_grad()
+        value = fused_pacl_loss(
+            embed(images),
+            words,
+            log_scale.exp(),
+            logit_bias=bias,
+            attn_temperature=log_tau.exp(),
+            form=form,
+            loss=loss,
+            backend=single.backend,
+        )
+        value.backward()
+        optimiser.step()
+        history.append(value.item())
+    assert history[-1] < 0.5 * history[0]
+
+
+def test_public_names():
+    assert set(pacl_kernels.__all__) >= {"PaclFunction", "PaclLoss", "compatibility", "fused_pacl_loss"}
+    assert all(hasattr(pacl_kernels, name) for name in pacl_kernels.__all__)
+    assert issubclass(pacl_kernels.PaclFunction, torch.autograd.Function)
