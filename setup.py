@@ -23,7 +23,10 @@ class CMakeBuild(build_ext):
     def build_extension(self, extension: Extension) -> None:
         target = Path(self.get_ext_fullpath(extension.name)).resolve()
         if compiler() is None:
-            print("pacl-kernels: no C++ compiler (GCC or Clang) found, installing without the 'cpu' backend", file=sys.stderr)
+            print(
+                "pacl-kernels: no C++ compiler (GCC or Clang) found, installing without the 'cpu' backend",
+                file=sys.stderr,
+            )
             return
         import pybind11
 

@@ -1,7 +1,7 @@
 """Which implementation of the two fused functions runs.
 
-A backend is a module with `why_not(device, dtype) -> str | None` (None: it can; otherwise one sentence that says what is
-missing and how to get it), `score_forward` and `score_backward`. `backends/torch.py` documents the two functions.
+A backend is a module with `why_not(device, dtype) -> str | None` (None: it can; otherwise one sentence that says what
+is missing and how to get it), `score_forward` and `score_backward`. `backends/torch.py` documents the two functions.
 """
 
 from __future__ import annotations

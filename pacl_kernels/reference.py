@@ -51,7 +51,7 @@ def compatibility(
 
 
 def contrastive_loss(logits: Tensor, loss: str = "infonce") -> Tensor:
-    """Symmetric InfoNCE, or the sigmoid loss of SigLIP divided by B, of logits `[B, B]` with the pairs on the diagonal."""
+    """Symmetric InfoNCE, or SigLIP's sigmoid loss divided by B, of logits `[B, B]` with the pairs on the diagonal."""
     if loss == "infonce":
         target = torch.arange(len(logits), device=logits.device)
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2

@@ -7,8 +7,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from problems import FORMS, Case, make
 
-from pacl_kernels.reference import MIN_POOLED_NORM
-
 SHAPES = [
     Case(1, 1, 1),
     Case(1, 1, 1, K=3),
@@ -135,7 +133,7 @@ def test_pooled_norm_at_its_floor(case, target):
     """Patches that cancel exactly: φ = 0 / 1e-6, and the norm's floor is a constant for the gradient."""
     for objective in case.objectives:
         problem = make(case, "cosine", objective, target.dtype, target.device)
-        check(problem, target.backend, condition=1 / MIN_POOLED_NORM)
+        check(problem, target.backend)
 
 
 @pytest.mark.parametrize("form", FORMS)

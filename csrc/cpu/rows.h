@@ -61,7 +61,7 @@ void read_row(const void* base, int64_t offset, int64_t stride, int64_t dim, Dty
 void write_row(void* base, int64_t offset, int64_t dim, Dtype dtype, const float* in) {
   uint16_t* half = (uint16_t*)base + offset;
   if (dtype == Dtype::float32)
-    memcpy((float*)base + offset, in, sizeof(float) * dim);
+    copy_past_cache((float*)base + offset, in, sizeof(float) * dim);
   else if (dtype == Dtype::bfloat16)
     for (int64_t d = 0; d < dim; ++d) half[d] = to_bfloat16(in[d]);
   else
@@ -209,26 +209,38 @@ inline V load_dims(const float* units, int64_t capacity, int64_t row, int64_t d)
 // ∂L/∂x = sum - (sum · x) x / |x|²: what points along x does not change its direction. Both are rows of panels.
 template <class Op>
 void finish_row(const float* sums, int64_t sums_capacity, const float* units, int64_t capacity, int64_t row, int64_t dim,
-                float inv_norm, Dtype dtype, void* out, int64_t out_offset, float* buffer) {
+                Dtype dtype, void* out, int64_t out_offset, float* buffer) {
   const int64_t dims = padded_dim(dim);
-  V dot{};
-  for (int64_t d = 0; d < dims; d += kLanes)
-    dot += load_dims<Op>(units, capacity, row, d) * load_dims<Float32>(sums, sums_capacity, row, d);
-  const float along = sum(dot) * inv_norm * inv_norm;
+  V dot{}, squared{};
   for (int64_t d = 0; d < dims; d += kLanes) {
-    const V x =
-        load_dims<Float32>(sums, sums_capacity, row, d) - load_dims<Op>(units, capacity, row, d) * along;
+    const V x = load_dims<Op>(units, capacity, row, d);
+    dot += x * load_dims<Float32>(sums, sums_capacity, row, d);
+    squared += x * x;
+  }
+  const float total = sum(squared), inverse = total < kMinNormSquared ? 0.0f : 1.0f / total;
+  const float along = sum(dot) * inverse;
+  V rest{};
+  for (int64_t d = 0; d < dims; d += kLanes) {
+    const V x = load_dims<Op>(units, capacity, row, d);
+    const V result = load_dims<Float32>(sums, sums_capacity, row, d) - x * along;
+    rest += result * x;
+    store(buffer + d, result);
+  }
+  // Once more: what the first projection leaves along x is its own rounding, and all of the result where D = 1.
+  const float remainder = sum(rest) * inverse;
+  for (int64_t d = 0; d < dims; d += kLanes) {
+    const V result = load(buffer + d) - load_dims<Op>(units, capacity, row, d) * remainder;
 #if defined(__AVX512BF16__)
     if (Op::kPair == 2) {
-      const H half = round_to_bfloat16(x);
+      const H half = round_to_bfloat16(result);
       memcpy((uint16_t*)buffer + d, &half, sizeof half);
       continue;
     }
 #endif
-    store(buffer + d, x);
+    store(buffer + d, result);
   }
   if (Op::kPair == 2)
-    memcpy((uint16_t*)out + out_offset, buffer, sizeof(uint16_t) * dim);
+    copy_past_cache((uint16_t*)out + out_offset, buffer, sizeof(uint16_t) * dim);
   else
     write_row(out, out_offset, dim, dtype, buffer);
 }
@@ -238,8 +250,9 @@ void finish_patches(const ScoreParams& p, const Rows& rows, int64_t first, int64
                     float* buffer) {
   for (int64_t r = first; r < last; ++r)
     if (rows.image[r] >= 0)
-      finish_row<Op>(patches_sum, rows.capacity, rows.units, rows.capacity, r, p.dim, rows.inv_norm[r], p.dtype,
+      finish_row<Op>(patches_sum, rows.capacity, rows.units, rows.capacity, r, p.dim, p.dtype,
                      p.grad_patches, (rows.image[r] * p.patches_per_image + rows.index[r]) * p.dim, buffer);
+  finish_copies();
 }
 
 void finish_texts(const ScoreParams& p, int64_t first, int64_t last, float* buffer) {
@@ -248,9 +261,9 @@ void finish_texts(const ScoreParams& p, int64_t first, int64_t last, float* buff
   for (int64_t k = first; k < last; ++k) {
     read_row(p.texts, k * p.text_stride_row, p.text_stride_dim, p.dim, p.dtype, text);
     memset(text + p.dim, 0, sizeof(float) * (dims - p.dim));
-    finish_row<Float32>(p.texts_sum + k * kPanel, capacity, text, 1, 0, p.dim, inverse_norm<Float32>(text, dims), p.dtype,
-                        p.grad_texts, k * p.dim, buffer);
+    finish_row<Float32>(p.texts_sum + k * kPanel, capacity, text, 1, 0, p.dim, p.dtype, p.grad_texts, k * p.dim, buffer);
   }
+  finish_copies();
 }
 
 }  // namespace

@@ -4,7 +4,7 @@
 
 #include <cstdint>
 #include <cstring>
-#if defined(__AVX512BF16__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -30,6 +30,29 @@ inline V load(const float* p) {
   return v;
 }
 inline void store(float* p, V v) { memcpy(p, &v, sizeof v); }
+
+// Copies what this machine will not read soon past its caches, where that is possible: a large result is then not first
+// read from memory to be overwritten. finish_copies() makes such copies visible to other threads.
+inline void copy_past_cache(void* to, const void* from, int64_t bytes) {
+#if defined(__SSE2__)
+  if (((uintptr_t)to & 63) == 0) {
+#if defined(__AVX512F__)
+    for (; bytes >= 64; bytes -= 64, to = (char*)to + 64, from = (const char*)from + 64)
+      _mm512_stream_si512((__m512i*)to, _mm512_loadu_si512(from));
+#else
+    for (; bytes >= 64; bytes -= 64, to = (char*)to + 64, from = (const char*)from + 64)
+      for (int i = 0; i < 4; ++i) _mm_stream_si128((__m128i*)to + i, _mm_loadu_si128((const __m128i*)from + i));
+#endif
+  }
+#endif
+  memcpy(to, from, bytes);
+}
+inline void finish_copies() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
 inline V broadcast(float x) { return x - V{}; }  // V{} + x would keep an addition: -0.0 + 0.0 is not -0.0
 inline I bits(V v) {
   I i;

@@ -24,11 +24,11 @@ def score_forward(patches, texts, patch_mask, temperature, form, phi, lse) -> No
         for columns in text_blocks:
             t, _ = _unit(texts[columns], phi.dtype)
             s, a, lse[images, columns] = _attend(p, t, patch_mask, images, temperature)
-            block_phi = (a * s).sum(1)
+            u = (a * s).sum(1)
             if form == "cosine":
-                block_phi, _, r = _pool(p, t, a, block_phi)
-                block_phi /= r
-            phi[images, columns] = block_phi
+                u, _, r = _pool(p, t, a)
+                u /= r
+            phi[images, columns] = u
 
 
 def score_backward(
@@ -46,22 +46,28 @@ def score_backward(
             # not cancel against that of s.
             s, a, _ = _attend(p, t, patch_mask, images, temperature)
             g = grad_phi[images, columns]
-            u = (a * s).sum(1)
             if form == "dot":
+                u = (a * s).sum(1)
                 centred = s - u[:, None]
             else:
-                u, q, r = _pool(p, t, a, u)
+                u, pooled, r = _pool(p, t, a)
                 # At its floor r is a constant: then the derivative is that of u / r alone.
                 moves = r > MIN_POOLED_NORM
-                slope = torch.where(moves, u / r.square(), 0.0)
-                centred = s - torch.where(moves, 0.0, u)[:, None] - slope[:, None] * q
+                # One product with the difference, not the difference of two: it is small where φ is near 1.
+                direction = t - torch.where(moves, u / r.square(), 0.0)[..., None] * pooled
+                centred = p @ direction.mT - torch.where(moves, 0.0, u)[:, None]
                 g = g / r
                 if grad_patches is not None:
-                    patches_sum -= _outer_product(a * (g * slope)[:, None], a, p)
+                    patches_sum += (a * g[:, None]) @ direction
+                if texts_sum is not None:
+                    texts_sum[columns] += (g[..., None] * pooled).sum(0)
             if grad_temperature is not None:
                 # Σ (s - u) centred a, and not Σ s dS - Σ φ g, whose two terms are nearly equal.
                 temperature_sum -= (((s - u[:, None]) * centred * a).sum(1) * g).sum()
-            ds = centred.div_(temperature).add_(1.0).mul_(a).mul_(g[:, None])
+            ds = centred.div_(temperature)
+            if form == "dot":
+                ds.add_(1.0)
+            ds.mul_(a).mul_(g[:, None])
             if grad_patches is not None:
                 patches_sum += ds @ t
             if texts_sum is not None:
@@ -82,11 +88,12 @@ def _split(size: int, step: int) -> list[slice]:
 
 
 def _blocks(patches: Tensor, texts: Tensor):
-    """Slices of images, each with its slices of texts, such that neither scores nor patches pass `_BLOCK` elements."""
+    """Slices of images, each with its slices of texts, such that patches, scores and pooled patches have at most
+    `_BLOCK` elements (or one image and one text)."""
     (b, n, d), k = patches.shape, len(texts)
-    columns = _split(k, _BLOCK // n)
-    rows_per_image = n * max(d, min(k, _BLOCK // n), 1)
-    return [(images, columns) for images in _split(b, _BLOCK // rows_per_image)]
+    columns = _split(k, _BLOCK // max(n, d))
+    widest = max(n * d, max(n, d) * min(k, _BLOCK // max(n, d)))
+    return [(images, columns) for images in _split(b, _BLOCK // max(1, widest))]
 
 
 def _masked(patches: Tensor, patch_mask: Tensor | None, images: slice) -> Tensor:
@@ -116,25 +123,10 @@ def _attend(p: Tensor, t: Tensor, patch_mask: Tensor | None, images: slice, temp
     return s, e.div_(total), (largest + total.log())[:, 0]
 
 
-def _pool(p: Tensor, t: Tensor, a: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """u `[I, K]`, q = (p pᵀ) a `[I, N, K]` and the pooled norm r `[I, K]`, multiplied in the cheaper order.
-
-    Where the pooled patches exist, u and r come from them: gradients cancel between u and r.
-    """
-    n, d = p.shape[1:]
-    if n <= d:
-        q = (p @ p.mT) @ a
-        squared = (a * q).sum(1)
-    else:
-        pooled = p.mT @ a
-        q, squared, u = p @ pooled, pooled.square().sum(1), (pooled * t.T).sum(1)
-    return u, q, squared.clamp_min(0).sqrt_().clamp_min(MIN_POOLED_NORM)
-
-
-def _outer_product(left: Tensor, right: Tensor, p: Tensor) -> Tensor:
-    """`(left rightᵀ) p`, multiplied in the cheaper order."""
-    n, d = p.shape[1:]
-    return (left @ right.mT) @ p if n <= d else left @ (right.mT @ p)
+def _pool(p: Tensor, t: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """u = v · t `[I, K]`, the pooled patches v `[I, K, D]` and their norm r `[I, K]`, not below its floor."""
+    pooled = a.mT @ p
+    return (pooled * t).sum(-1), pooled, torch.linalg.vector_norm(pooled, dim=-1).clamp_min(MIN_POOLED_NORM)
 
 
 def _project_out(grad_unit: Tensor, unit: Tensor, inv_norm: Tensor, into: Tensor) -> None:
