@@ -131,5 +131,7 @@ def _pool(p: Tensor, t: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _project_out(grad_unit: Tensor, unit: Tensor, inv_norm: Tensor, into: Tensor) -> None:
     """`into = ∂L/∂x` from `∂L/∂(x / ‖x‖)`: what points along x does not change its direction."""
-    along = torch.linalg.vecdot(grad_unit, unit)[..., None]
-    into.copy_((grad_unit - along * unit) * inv_norm)
+    # Twice: the first leaves along x its own rounding, which is all there is where D = 1.
+    for _ in range(2):
+        grad_unit = grad_unit - torch.linalg.vecdot(grad_unit, unit)[..., None] * unit
+    into.copy_(grad_unit * inv_norm)
