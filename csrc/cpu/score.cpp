@@ -278,11 +278,8 @@ void score_backward(const ScoreParams& p) {
   Arena arena = open_workspace(p, plan);
   const std::vector<int64_t> row_start = count_rows(p, plan.row_align);
   const int64_t rows_total = row_start[p.images];
-  if (p.grad_patches) {
-    const int64_t bytes = p.images * p.patches_per_image * p.dim * (p.dtype == Dtype::float32 ? 4 : 2);
-    advise_huge_pages(p.grad_patches, bytes);  // freshly allocated: its page faults took a tenth of the step
-    if (p.mask) std::memset(p.grad_patches, 0, bytes);  // masked patches are never visited
-  }
+  if (p.grad_patches && p.mask)  // masked patches are never visited
+    std::memset(p.grad_patches, 0, p.images * p.patches_per_image * p.dim * (p.dtype == Dtype::float32 ? 4 : 2));
 
   Texts shared_texts;
   Rows shared_rows[2];  // a block's and the next one's
