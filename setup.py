@@ -23,6 +23,7 @@ class CMakeBuild(build_ext):
     def build_extension(self, extension: Extension) -> None:
         target = Path(self.get_ext_fullpath(extension.name)).resolve()
         if compiler() is None:
+            target.unlink(missing_ok=True)  # an earlier build's, which the wheel would pick up
             print(
                 "pacl-kernels: no C++ compiler (GCC or Clang) found, installing without the 'cpu' backend",
                 file=sys.stderr,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 try:
-    from .. import _native
+    import pacl_kernels._native as _native  # `from .. import` would call a missing module a circular import
 except ImportError as error:  # built without a C++ compiler, or for another Python
     _native, _missing = None, str(error)
 
