@@ -12,17 +12,17 @@ from types import ModuleType
 
 import torch
 
-from .backends import cpu
+from .backends import cpu, triton
 from .backends import torch as blockwise
 
-_MODULES: dict[str, ModuleType] = {"cpu": cpu, "torch": blockwise}
-_PLANNED = ("cuda", "triton")
+_MODULES: dict[str, ModuleType] = {"triton": triton, "cpu": cpu, "torch": blockwise}
+_PLANNED = ("cuda",)
 NAMES = ("auto", *_PLANNED, *_MODULES, "reference")
 
 
 def available_backends() -> dict[str, str | None]:
     """Backend name to None if it can run on this machine, otherwise to the reason why not."""
-    reasons: dict[str, str | None] = dict.fromkeys(_PLANNED, "not part of this release yet; 'torch' runs on a GPU")
+    reasons: dict[str, str | None] = dict.fromkeys(_PLANNED, "not part of this release yet; 'triton' runs on a GPU")
     return reasons | {name: module.why_not() for name, module in _MODULES.items()} | {"reference": None}
 
 
@@ -57,13 +57,11 @@ def module(name: str) -> ModuleType:
 def _best(device: torch.device, dtype: torch.dtype) -> str:
     if dtype == torch.float64:
         return "torch"  # the only one that keeps 53 bits
-    if device.type != "cpu":
-        _warn_once(f"pacl_kernels has no fused kernel for {device.type} yet and runs its blockwise PyTorch backend")
-        return "torch"
-    reason = cpu.why_not(device, dtype)
+    best = "cpu" if device.type == "cpu" else "triton"
+    reason = _MODULES[best].why_not(device, dtype)
     if reason is None:
-        return "cpu"
-    _warn_once(f"pacl_kernels runs its blockwise PyTorch backend, several times slower than 'cpu': {reason}")
+        return best
+    _warn_once(f"pacl_kernels runs its blockwise PyTorch backend, several times slower than {best!r}: {reason}")
     return "torch"
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from typing import NamedTuple
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
 
 from pacl_kernels import available_backends
 
@@ -26,6 +30,7 @@ _TARGETS = [
     *(Target("torch", "cpu", dtype) for dtype in (*_LOW, torch.float64)),
     *(Target("cpu", "cpu", dtype) for dtype in _LOW),
     *(Target("torch", "cuda", dtype) for dtype in (*_LOW, torch.float64)),
+    *(Target("triton", "cuda", dtype) for dtype in _LOW),
 ]
 
 

@@ -1,0 +1,489 @@
+"""The two fused functions in Triton, for every GPU that it supports; `triton_kernels.py` holds the kernels.
+
+Forward: the inverse norms, then one persistent product whose epilogue sums the softmax. Backward: for blocks of images,
+the product again with an epilogue that writes W `[texts, rows]` into a workspace of fixed size, then ∂P = Wᵀ T and
+∂T += W P as the library's products, and the projection that takes the norms into account. No atomics: the result is
+deterministic. With TRITON_INTERPRET=1 set before triton is imported, the same kernels run on CPU tensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.metadata
+import importlib.util
+import os
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..reference import MIN_POOLED_NORM
+
+_WORKSPACE = 256 * 2**20  # bytes of W in memory at once
+_MIN_TRITON = (3, 3)
+_PADDED = 64  # patches of an image up to which it is padded to a power of two, several images to a tile
+_INTERPRETER_PROGRAMS = 3  # fewer than items, so that programs of the interpreter loop as those of a GPU do
+
+
+class Config(NamedTuple):
+    """Tile of texts and patches, step along D, and how Triton compiles it; `per_processor` programs run on one SM."""
+
+    block_t: int
+    block_p: int
+    block_d: int
+    warps: int
+    stages: int
+    per_processor: int
+
+
+# (kernel, bytes of an element) to configuration. None has been timed on hardware yet: two programs of 4 warps on each
+# SM, so that one's epilogue hides behind the other's product, in the registers and shared memory that an H100 has.
+CONFIGS = {
+    ("forward", 2): Config(128, 128, 64, 4, 3, 2),
+    ("forward", 4): Config(128, 64, 32, 4, 3, 2),
+    ("backward", 2): Config(128, 128, 64, 4, 3, 2),
+    ("backward", 4): Config(128, 64, 32, 4, 3, 2),
+}
+
+# Of the cosine form's products with the Gram matrix: texts, patches of the result, patches summed over.
+_POOL_TILE = Config(64, 64, 32, 4, 3, 2)
+
+
+def config(kernel: str, itemsize: int, texts: int, dim: int) -> Config:
+    """The table's entry, with smaller tiles where there are fewer texts or dimensions."""
+    entry = CONFIGS[kernel, itemsize]
+    return entry._replace(
+        block_t=min(entry.block_t, max(16, _power_of_two(texts))),
+        block_d=min(entry.block_d, max(16, _power_of_two(dim))),
+    )
+
+
+def why_not(device: torch.device | None = None, dtype: torch.dtype | None = None) -> str | None:
+    version = _triton_version()
+    if version is None:
+        return "triton is not installed; `pip install triton`"
+    if version < _MIN_TRITON:
+        return f"triton is {'.'.join(map(str, version))}, expected at least {'.'.join(map(str, _MIN_TRITON))}"
+    if dtype is not None and dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"it takes float32, bfloat16 and float16, not {dtype}"
+    if interpreted():
+        return None
+    if device is not None and device.type != "cuda":
+        return f"it takes tensors on a GPU, not on {device.type} (unless TRITON_INTERPRET=1, which is slow)"
+    if not torch.cuda.is_available():
+        return "torch finds no GPU (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)"
+    index = device if device is not None else torch.device("cuda", torch.cuda.current_device())
+    if torch.version.hip is None and torch.cuda.get_device_capability(index) < (8, 0):
+        return f"{torch.cuda.get_device_name(index)} is older than compute capability 8.0"
+    return None
+
+
+@functools.cache
+def _triton_version() -> tuple[int, ...] | None:
+    for name in ("triton", "pytorch-triton", "pytorch-triton-rocm", "triton-rocm"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return tuple(int(part) for part in importlib.metadata.version(name).split(".")[:2])
+    return None
+
+
+def interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y", "yes")
+
+
+@functools.cache
+def kernels() -> SimpleNamespace:
+    """The kernels' module, which imports triton: not before a kernel is needed."""
+    from . import triton_kernels
+
+    return triton_kernels
+
+
+def score_forward(patches, texts, patch_mask, temperature, form, phi, stat) -> None:
+    if not phi.numel():
+        return
+    with _on_device(patches):
+        call = _Call(patches, texts, patch_mask, temperature, phi, stat)
+        call.forward()
+        if form == "cosine":
+            _divide_by_pooled_norm(call)
+
+
+def _divide_by_pooled_norm(call: _Call) -> None:
+    """φ of `dot` to that of `cosine`: the attention again, now that its sum is known, and r² = aᵀ G a from that."""
+    blocks = call.blocks(call.attention_dtype.itemsize)
+    attention = call.workspace(blocks, call.attention_dtype)
+    gram = call.gram_workspace(blocks)
+    for b0, b1 in _ranges(call.b, blocks.images):
+        call.gram(b0, b1, gram)
+        for k0, k1 in _ranges(call.k, blocks.texts):
+            call.weights(b0, b1, k0, k1, attention, entropy_over=call.phi)
+            call.cosine_forward(b0, b1, k0, k1, attention, gram)
+
+
+def score_backward(
+    patches, texts, patch_mask, temperature, form, phi, stat, grad_phi, grad_patches, grad_texts, grad_temperature
+) -> None:
+    if not phi.numel():
+        for grad in (grad_patches, grad_texts, grad_temperature):
+            if grad is not None:
+                grad.zero_()
+        return
+    with _on_device(patches):
+        call = _Call(patches, texts, patch_mask, temperature, phi, stat)
+        call.backward(form, grad_phi, grad_patches, grad_texts, grad_temperature)
+
+
+class _Call:
+    """The inputs of one call, and the launches that are made of them for images [b0, b1) and texts [k0, k1)."""
+
+    def __init__(self, patches: Tensor, texts: Tensor, patch_mask: Tensor | None, temperature, phi, stat):
+        (self.b, self.n, self.d), self.k = patches.shape, len(texts)
+        self.patches, self.texts, self.mask, self.temperature = patches, texts, patch_mask, temperature
+        self.phi, self.stat = phi, stat
+        self.inv_p, self.inv_t = _inverse_norms(patches, patch_mask), _inverse_norms(texts[:, None], None)
+        self.strides = (*patches.stride(), *texts.stride(), *_mask_strides(patch_mask))
+        # In float16, because a <= 1 and its rounding is divided by r τ: bfloat16 loses too much.
+        self.attention_dtype = torch.float32 if patches.dtype == torch.float32 else torch.float16
+        self.tau = dict(TAU_IS_TENSOR=isinstance(temperature, Tensor))
+        self.precision = _float32_precision() if patches.dtype == torch.float32 else "ieee"
+
+    def forward(self) -> None:
+        """φ and the entropy of the `dot` form."""
+        chosen = config("forward", self.patches.element_size(), self.k, self.d)
+        pad = _power_of_two(self.n) if self.n <= _PADDED else 0
+        images = max(1, chosen.block_p // pad) if pad else _images_of_a_tile(self.n, chosen.block_p)
+        programs = _programs(self.patches.device, chosen.per_processor)
+        text_tiles = _ceil_div(self.k, chosen.block_t)
+        run = images if pad else images_per_run(self.b, self.n, text_tiles, chosen.block_p, programs)
+        p, t, tile = self._operands(chosen, self.texts, descriptors=not pad)
+        for safe in _variants(self.temperature):
+            _launch(
+                kernels().score_forward_kernel,
+                min(programs, text_tiles * _ceil_div(self.b, run)),
+                (p, t, self.mask, self.temperature, self.inv_p, self.inv_t, self.phi, self.stat)
+                + (self.b, self.n, self.k, self.d, *self.strides, run),
+                tile | dict(PAD=pad, IMAGES=images, SAFE=safe),
+                chosen,
+            )
+
+    def backward(self, form: str, grad_phi, grad_patches, grad_texts, grad_temperature) -> None:
+        cosine, dtype = form == "cosine", self.patches.dtype
+        self.scale = self._weight_scale(grad_phi) if dtype == torch.float16 else None
+        itemsize = dtype.itemsize + (self.attention_dtype.itemsize if cosine else 0)
+        blocks = self.blocks(itemsize)
+        w = self.workspace(blocks, dtype)
+        # float16 may overflow before the scale is undone; a sum over blocks of texts would be rounded each time.
+        widened = self.scale is not None or self.k > blocks.texts
+        texts_sum = self.phi.new_zeros(self.k, self.d) if grad_texts is not None else None
+        tau_sum = self.phi.new_zeros((), dtype=torch.float64) if grad_temperature is not None else None
+        if cosine:
+            attention, gram = self.workspace(blocks, self.attention_dtype), self.gram_workspace(blocks)
+            curvature = self.phi.new_empty(blocks.images * blocks.texts)
+            pooled_dtype = torch.float32 if widened else dtype
+            pooled = self.patches.new_empty(blocks.images, self.n, self.n, dtype=pooled_dtype)
+        if grad_patches is not None and widened:
+            patches_sum = self.phi.new_empty(blocks.images * self.n, self.d)
+
+        for b0, b1 in _ranges(self.b, blocks.images):
+            rows = (b1 - b0) * self.n
+            if grad_patches is not None:
+                into = grad_patches[b0:b1].view(rows, self.d)
+                raw = patches_sum[:rows] if widened else into
+            if grad_texts is not None or cosine:
+                some_patches = self.patches[b0:b1]
+                if self.mask is not None:  # 0 times the NaN behind a mask is not 0
+                    some_patches = some_patches.masked_fill(~self.mask[b0:b1, :, None], 0.0)
+                some_patches = some_patches.reshape(rows, self.d)
+            if cosine:
+                self.gram(b0, b1, gram)
+            for k0, k1 in _ranges(self.k, blocks.texts):
+                if cosine:
+                    self.weights(b0, b1, k0, k1, attention)
+                    sums = self.cosine_backward(
+                        b0, b1, k0, k1, attention, gram, grad_phi, w, curvature, grad_temperature is not None
+                    )
+                else:
+                    sums = self.weights(b0, b1, k0, k1, w, grad_phi, grad_temperature is not None)
+                if grad_temperature is not None:
+                    tau_sum += sums.sum(dtype=torch.float64)
+                weights = w[: k1 - k0, :rows]
+                if grad_patches is not None:
+                    if not widened:
+                        torch.mm(weights.T, self.texts[k0:k1], out=raw)
+                    elif k0 == 0:
+                        raw.copy_(_product(weights.T, self.texts[k0:k1]))
+                    else:
+                        raw += _product(weights.T, self.texts[k0:k1])
+                    if cosine:
+                        self.curvature(b0, b1, k0, k1, attention, curvature, pooled)
+                if grad_texts is not None:
+                    texts_sum[k0:k1] += _product(weights, some_patches)
+            if grad_patches is not None:
+                if cosine:
+                    shape = (b1 - b0, self.n, self.d)
+                    raw.view(shape).baddbmm_(pooled[: b1 - b0], some_patches.view(shape).to(pooled.dtype))
+                mask = None if self.mask is None else self.mask[b0:b1]
+                _project_out(raw, self.patches[b0:b1], into, mask, self.scale)
+        if grad_texts is not None:
+            _project_out(texts_sum, self.texts[:, None], grad_texts, None, self.scale)
+        if grad_temperature is not None:
+            grad_temperature.copy_(-tau_sum / self.temperature**2)
+
+    def weights(
+        self, b0, b1, k0, k1, w: Tensor, grad_phi: Tensor | None = None, needs_tau=False, entropy_over=None
+    ) -> Tensor | None:
+        """W of the `dot` form into `w`, or without `grad_phi` the attention; returns the temperature's sums if needed.
+
+        `entropy_over`: the `dot` φ that STAT is relative to; without it the attention takes STAT for the log-sum-exp.
+        """
+        attention = grad_phi is None
+        chosen = config("backward", self.patches.element_size(), self.k, self.d)
+        rows = (b1 - b0) * self.n
+        items = _ceil_div(rows, chosen.block_p) * _ceil_div(k1 - k0, chosen.block_t)
+        sums = self.phi.new_empty(items) if needs_tau else None
+        some = self.texts[k0:k1]
+        p, t, tile = self._operands(chosen, some)
+        phi = entropy_over if attention else self.phi
+        _launch(
+            kernels().score_backward_kernel,
+            min(_programs(self.patches.device, chosen.per_processor), items),
+            (p, t, self.mask, self.temperature, self.inv_p, self.inv_t[k0:])
+            + (None if phi is None else phi[:, k0:], self.stat[:, k0:], None if attention else grad_phi[:, k0:])
+            + (None if attention else self.scale, w, sums, b0, b1, self.n, k1 - k0, self.d)
+            + (*self.strides, self.k, w.stride(0)),
+            tile
+            | dict(IMAGES=_images_of_a_tile(self.n, chosen.block_p // 2), ATTENTION=attention, NEEDS_TAU=needs_tau)
+            | dict(SCALED=not attention and self.scale is not None),
+            chosen,
+        )
+        return sums
+
+    def gram(self, b0, b1, gram: Tensor) -> None:
+        block = _POOL_TILE.block_p
+        _launch(
+            kernels().gram_kernel,
+            (b1 - b0) * _ceil_div(self.n, block) ** 2,
+            (self.patches, self.mask, self.inv_p, gram, b0, self.n, self.d)
+            + (*self.patches.stride(), *_mask_strides(self.mask), gram.stride(1)),
+            dict(BLOCK_N=block, BLOCK_D=32, HAS_MASK=self.mask is not None, PRECISION=self.precision),
+            _POOL_TILE,
+        )
+
+    def cosine_forward(self, b0, b1, k0, k1, attention: Tensor, gram: Tensor) -> None:
+        _launch(
+            kernels().cosine_forward_kernel,
+            (b1 - b0) * _ceil_div(k1 - k0, _POOL_TILE.block_t),
+            (attention, gram, self.temperature, self.phi[:, k0:], self.stat[:, k0:], b0, self.n, k1 - k0)
+            + (attention.stride(0), gram.stride(1), self.k, MIN_POOLED_NORM),
+            self._pool_tile(),
+            _POOL_TILE,
+        )
+
+    def cosine_backward(self, b0, b1, k0, k1, attention, gram, grad_phi, w, curvature, needs_tau) -> Tensor | None:
+        """W of the cosine form from the attention, and the factors of Σ a aᵀ; returns the temperature's sums."""
+        items = (b1 - b0) * _ceil_div(k1 - k0, _POOL_TILE.block_t)
+        sums = self.phi.new_empty(items) if needs_tau else None
+        _launch(
+            kernels().cosine_backward_kernel,
+            items,
+            (attention, gram, self.temperature, self.inv_p, self.inv_t[k0:], self.stat[:, k0:], grad_phi[:, k0:])
+            + (self.scale, w, curvature, sums, b0, self.n, k1 - k0)
+            + (attention.stride(0), gram.stride(1), self.k, MIN_POOLED_NORM),
+            self._pool_tile() | dict(NEEDS_TAU=needs_tau, SCALED=self.scale is not None),
+            _POOL_TILE,
+        )
+        return sums
+
+    def curvature(self, b0, b1, k0, k1, attention, curvature, pooled) -> None:
+        block = _POOL_TILE.block_p
+        operands = torch.float32 if self.patches.dtype == torch.float32 else torch.bfloat16
+        _launch(
+            kernels().curvature_kernel,
+            (b1 - b0) * _ceil_div(self.n, block) ** 2,
+            (attention, curvature, self.inv_p, pooled, b0, self.n, k1 - k0, attention.stride(0), k0 > 0),
+            dict(BLOCK_M=block, BLOCK_K=32, OPERANDS=kernels().DTYPES[operands], PRECISION=self.precision),
+            _POOL_TILE,
+        )
+
+    def blocks(self, itemsize: int) -> Blocks:
+        return plan_blocks(self.b, self.n, self.k, itemsize)
+
+    def workspace(self, blocks: Blocks, dtype: torch.dtype) -> Tensor:
+        """Room for whole tiles `[texts, rows]` of a block."""
+        chosen = config("backward", self.patches.element_size(), self.k, self.d)
+        rows, texts = min(self.b, blocks.images) * self.n, min(self.k, blocks.texts)
+        texts, rows = (_ceil_div(x, step) * step for x, step in ((texts, chosen.block_t), (rows, chosen.block_p)))
+        return self.patches.new_empty(texts, rows, dtype=dtype)
+
+    def gram_workspace(self, blocks: Blocks) -> Tensor:
+        return self.patches.new_empty(blocks.images, self.n, _ceil_div(self.n, 16) * 16, dtype=self.attention_dtype)
+
+    def _operands(self, chosen: Config, texts: Tensor, descriptors: bool = True) -> tuple:
+        """Patches and texts as the kernels take them, and the constants of their tiles."""
+        p, t, descriptors = _operands(self.patches, texts, chosen) if descriptors else (self.patches, texts, False)
+        return (
+            p,
+            t,
+            self.tau
+            | dict(
+                BLOCK_T=chosen.block_t,
+                BLOCK_P=chosen.block_p,
+                BLOCK_D=chosen.block_d,
+                DESCRIPTORS=descriptors,
+                HAS_MASK=self.mask is not None,
+                EVEN_D=self.d % chosen.block_d == 0,
+                PRECISION=self.precision,
+            ),
+        )
+
+    def _pool_tile(self) -> dict:
+        tile = dict(BLOCK_T=_POOL_TILE.block_t, BLOCK_M=_POOL_TILE.block_p, BLOCK_N=_POOL_TILE.block_d)
+        return tile | self.tau | dict(PRECISION=self.precision)
+
+    def _weight_scale(self, grad_phi: Tensor) -> Tensor:
+        """The power of two that brings the bound of |W|, max|g| (1 + 2 / τ) max 1/‖p‖ max 1/‖t‖, to 2¹⁴.
+
+        Computed on the device. In the cosine form W may reach 1 / r times that bound; infinity begins at 4 times it.
+        """
+        bound = grad_phi.abs().amax() * self.inv_p.amax() * self.inv_t.amax() * (1.0 + 2.0 / self.temperature)
+        exponent = torch.floor(14.0 - torch.log2(bound)).nan_to_num(0.0, 100.0, -100.0).clamp_(-100.0, 100.0)
+        return torch.exp2(exponent)
+
+
+class Blocks(NamedTuple):
+    """Images and texts whose W is in memory at once."""
+
+    images: int
+    texts: int
+
+
+def plan_blocks(b: int, n: int, k: int, itemsize: int) -> Blocks:
+    texts = min(k, max(128, _WORKSPACE // (itemsize * n) // 128 * 128))
+    return Blocks(max(1, min(b, _WORKSPACE // (itemsize * n * texts))), texts)
+
+
+@functools.lru_cache(maxsize=1024)
+def images_per_run(b: int, n: int, text_tiles: int, block_p: int, programs: int) -> int:
+    """Images that a program walks through: fewest rounds of tiles over all programs, the last tile's waste included."""
+
+    def rounds(run: int) -> int:
+        return _ceil_div(text_tiles * _ceil_div(b, run), programs) * _ceil_div(run * n, block_p)
+
+    return min(range(1, min(b, 64) + 1), key=rounds)
+
+
+def _ranges(size: int, step: int) -> list[tuple[int, int]]:
+    return [(start, min(start + step, size)) for start in range(0, size, step)]
+
+
+def _images_of_a_tile(n: int, block_p: int) -> int:
+    """Most images that a tile of rows touches, where tiles start at the border of an image."""
+    return 1 if n % block_p == 0 else (block_p - 2) // n + 2
+
+
+def _float32_precision() -> str:
+    """How products of float32 are computed: as torch's own setting says, "highest" in three tf32 products."""
+    if torch.version.hip is not None:
+        return "ieee"
+    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def _operands(patches: Tensor, texts: Tensor, chosen: Config) -> tuple:
+    """Patches and texts as the kernels take them, and whether as descriptors of bulk copies (TMA)."""
+    (b, n, d), k = patches.shape, len(texts)
+    flat = patches.stride(0) == n * patches.stride(1) or b == 1
+    if not (flat and _has_bulk_copies(patches.device) and all(map(_is_describable, (patches, texts)))):
+        return patches, texts, False
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return (
+        TensorDescriptor(patches, [b * n, d], [patches.stride(1), 1], [chosen.block_p, chosen.block_d]),
+        TensorDescriptor(texts, [k, d], [texts.stride(0), 1], [chosen.block_t, chosen.block_d]),
+        True,
+    )
+
+
+def _is_describable(x: Tensor) -> bool:
+    rows = x.stride(-2)
+    aligned = rows * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0
+    return x.stride(-1) == 1 and rows >= x.shape[-1] and aligned
+
+
+@functools.cache
+def _has_bulk_copies(device: torch.device) -> bool:
+    if importlib.util.find_spec("triton.tools.tensor_descriptor") is None:
+        return False
+    return device.type == "cpu" or (torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0))
+
+
+def _variants(temperature) -> tuple[bool, ...]:
+    """Whether with a running maximum: a temperature on the device is not read, both are launched and one returns."""
+    if isinstance(temperature, Tensor):
+        return (False, True)
+    return (temperature < kernels().PLAIN_TEMPERATURE.value,)
+
+
+def _inverse_norms(x: Tensor, mask: Tensor | None) -> Tensor:
+    """1 / ‖x‖ `[B N]` of `[B, N, D]`."""
+    rows_count, d = x.shape[0] * x.shape[1], x.shape[2]
+    inverse = x.new_empty(rows_count, dtype=torch.float32)
+    block_d, rows = _row_blocks(d)
+    arguments = (x, mask, inverse, rows_count, x.shape[1], d, *x.stride(), *_mask_strides(mask))
+    constants = dict(ROWS=rows, BLOCK_D=block_d, HAS_MASK=mask is not None)
+    kernels().inverse_norms_kernel[(_ceil_div(rows_count, rows),)](*arguments, **constants)
+    return inverse
+
+
+def _project_out(grad: Tensor, x: Tensor, out: Tensor, mask: Tensor | None, scale: Tensor | None) -> None:
+    rows_count, d = grad.shape
+    block_d, rows = _row_blocks(d)
+    arguments = (grad, x, out, mask, scale, rows_count, x.shape[1], d, *x.stride(), *_mask_strides(mask))
+    constants = dict(ROWS=rows, BLOCK_D=block_d, HAS_MASK=mask is not None, SCALED=scale is not None)
+    kernels().project_out_kernel[(_ceil_div(rows_count, rows),)](*arguments, **constants)
+
+
+def _row_blocks(d: int) -> tuple[int, int]:
+    """Step along D, and rows of a program."""
+    block_d = min(512, max(16, _power_of_two(d)))
+    return block_d, 2048 // block_d
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a b in float32, whatever their dtype."""
+    if a.dtype == torch.float32:
+        return a @ b
+    if a.is_cuda and "dtype" in torch.ops.aten.mm.overloads():  # torch 2.8
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
+
+
+def _launch(kernel, programs: int, arguments: tuple, constants: dict, chosen: Config) -> None:
+    kernel[(programs,)](*arguments, **constants, num_warps=chosen.warps, num_stages=chosen.stages)
+
+
+def _programs(device: torch.device, per_processor: int) -> int:
+    return _INTERPRETER_PROGRAMS if device.type == "cpu" else _processors(device) * per_processor
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _on_device(x: Tensor):
+    """Triton launches on the current device, which need not be that of the tensors."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def _mask_strides(mask: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if mask is None else mask.stride()
+
+
+def _power_of_two(x: int) -> int:
+    return 1 << (x - 1).bit_length() if x > 1 else 1
+
+
+def _ceil_div(x: int, y: int) -> int:
+    return -(-x // y)

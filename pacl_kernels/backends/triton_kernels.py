@@ -1,0 +1,590 @@
+"""The Triton kernels. `triton.py` launches them and explains their order; docs/kernels.md draws the tiles.
+
+A tile has texts as its rows and patches as its columns, so that sums over patches run along a thread's own registers.
+Operands are raw; the two inverse norms enter behind the product. The patches of all images lie one after the other: a
+tile may end in the middle of an image, and nothing is padded but the last tile of a run of images. Images of at most
+64 patches are padded to a power of two instead (`PAD`), several to a tile.
+
+    P [B, N, D]  T [K, D]  MASK [B, N]  PHI, STAT, G [B, K]  INV_P [B N]  INV_T [K]      sizes and strides in elements
+
+STAT is what the backward needs beside φ: for `dot` the entropy of the attention in bits, lse(s / τ) - φ / τ over ln 2.
+Unlike the log-sum-exp it is small where τ is, so `a = exp2((s - φ) log2(e) / τ - STAT)` loses nothing.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .triton import interpreted
+
+LOG2E = tl.constexpr(1.4426950408889634)
+PLAIN_TEMPERATURE = tl.constexpr(0.05)  # from here on exp(s / τ) <= e^20 needs no running maximum, since |s| <= 1
+MIN_NORM_SQUARED = tl.constexpr(1e-24)
+DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
+INTERPRETED = tl.constexpr(interpreted())
+
+
+@triton.jit
+def _temperature(TAU, TAU_IS_TENSOR: tl.constexpr):
+    if TAU_IS_TENSOR:
+        return tl.load(TAU).to(tl.float32)
+    else:
+        return TAU
+
+
+@triton.jit
+def _product(
+    P, T, p_offsets, p_live, row0, t_offsets, t_live, text0, D, stride_pd, stride_td,
+    BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Raw products `[BLOCK_T, BLOCK_P]` of the texts from `text0` on and the patches from row `row0` on."""
+    acc = tl.zeros([BLOCK_T, BLOCK_P], tl.float32)
+    for d in range(0, D, BLOCK_D):
+        if DESCRIPTORS:
+            t = T.load([text0, d])
+            p = P.load([row0, d])
+        else:
+            offs_d = d + tl.arange(0, BLOCK_D)
+            t_mask, p_mask = t_live[:, None], p_live[:, None]
+            if not EVEN_D:
+                t_mask &= offs_d[None, :] < D
+                p_mask &= offs_d[None, :] < D
+            t = tl.load(T + t_offsets[:, None] + (offs_d * stride_td)[None, :], mask=t_mask, other=0.0)
+            p = tl.load(P + p_offsets[:, None] + (offs_d * stride_pd)[None, :], mask=p_mask, other=0.0)
+        if INTERPRETED:  # its tl.dot takes the bits of a bfloat16 for an integer
+            t, p = t.to(tl.float32), p.to(tl.float32)
+        acc = tl.dot(t, p.T, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def _patch_columns(
+    MASK, image0, row0, image_end, N, stride_pb, stride_pn, stride_mb, stride_mn,
+    BLOCK_P: tl.constexpr, PAD: tl.constexpr, HAS_MASK: tl.constexpr,
+):  # fmt: skip
+    """Of each column of a tile: its row in `[B N]`, the offset of its patch, and whether it is one (and not masked)."""
+    cols = tl.arange(0, BLOCK_P)
+    if PAD > 0:
+        image, n = image0 + cols // PAD, cols % PAD
+        rows = image * N + n
+        live = (n < N) & (image < image_end)
+    else:
+        rows = row0 + cols
+        image = rows // N
+        n = rows - image * N
+        live = image < image_end
+    offsets = image.to(tl.int64) * stride_pb + n.to(tl.int64) * stride_pn
+    if HAS_MASK:
+        at = MASK + image.to(tl.int64) * stride_mb + n.to(tl.int64) * stride_mn
+        live &= tl.load(at, mask=live, other=0) != 0
+    return rows, offsets, live
+
+
+@triton.jit
+def _add_pairs(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
+def _sum_pair(a, b, AXIS: tl.constexpr):
+    """Both sums in one pass, so that neither operand is ever whole in registers."""
+    if INTERPRETED:  # a reduction with its own function is a loop over elements there
+        return tl.sum(a, AXIS), tl.sum(b, AXIS)
+    else:
+        return tl.reduce((a, b), AXIS, _add_pairs)
+
+
+@triton.jit
+def _add_softmax(
+    s, inside, scale, total, weighted, largest,
+    SELECT: tl.constexpr, SAFE: tl.constexpr, AXIS: tl.constexpr,
+):  # fmt: skip
+    """Adds the columns `inside` of a tile of cosines to Σ e, Σ e s and, if SAFE, the running maximum of s."""
+    if SAFE:
+        known = tl.where(inside, s, float("-inf")) if SELECT else s
+        raised = tl.maximum(largest, tl.max(known, AXIS))
+        anchor = tl.where(raised == float("-inf"), 0.0, raised)  # no patch so far: every e is 0
+        shrink = tl.exp2((largest - anchor) * scale)
+        e = tl.exp2((known - tl.expand_dims(anchor, AXIS)) * scale)
+        total *= shrink
+        weighted *= shrink
+        largest = raised
+    else:
+        e = tl.exp2(s * scale)
+    es = e * s
+    if SELECT:  # NaN elsewhere must not come in: select, do not multiply
+        e = tl.where(inside, e, 0.0)
+        es = tl.where(inside, es, 0.0)
+    e_sum, es_sum = _sum_pair(e, es, AXIS)
+    return total + e_sum, weighted + es_sum, largest
+
+
+@triton.jit
+def _softmax_result(total, weighted, largest, scale, SAFE: tl.constexpr):
+    """φ and the entropy in bits; 0 for an image without a patch."""
+    empty = total == 0.0
+    phi = tl.where(empty, 0.0, weighted / tl.where(empty, 1.0, total))
+    offset = (tl.where(empty, 0.0, largest) - phi) * scale if SAFE else -phi * scale
+    return phi, tl.where(empty, 0.0, tl.log2(tl.where(empty, 1.0, total)) + offset)
+
+
+@triton.jit
+def score_forward_kernel(
+    P, T, MASK, TAU, INV_P, INV_T, PHI, STAT,
+    B, N, K, D, stride_pb, stride_pn, stride_pd, stride_tk, stride_td, stride_mb, stride_mn, images_per_run,
+    BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, PAD: tl.constexpr, IMAGES: tl.constexpr,
+    SAFE: tl.constexpr, TAU_IS_TENSOR: tl.constexpr, HAS_MASK: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """φ and STAT of the `dot` form. Persistent: each program takes runs of images against one tile of texts.
+
+    IMAGES: how many a tile touches at most. A temperature in device memory chooses between the launch that is SAFE (a
+    running maximum) and the one that is not, without the host reading it: the other has no items.
+    """
+    tau = _temperature(TAU, TAU_IS_TENSOR)
+    scale = LOG2E / tau
+    text_tiles = tl.cdiv(K, BLOCK_T)
+    items = text_tiles * tl.cdiv(B, images_per_run)
+    if TAU_IS_TENSOR:
+        items = tl.where((tau < PLAIN_TEMPERATURE) == SAFE, items, 0)
+    cols = tl.arange(0, BLOCK_P)
+    # Texts change fastest: programs that run together then read the same patches.
+    for item in range(tl.program_id(0), items, tl.num_programs(0)):
+        text0 = item % text_tiles * BLOCK_T
+        image_begin = item // text_tiles * images_per_run
+        image_end = tl.minimum(image_begin + images_per_run, B)
+        texts = text0 + tl.arange(0, BLOCK_T)
+        t_live = texts < K
+        t_offsets = texts.to(tl.int64) * stride_tk
+        inv_t = tl.load(INV_T + texts, mask=t_live, other=0.0)
+        total = tl.zeros([BLOCK_T], tl.float32)
+        weighted = tl.zeros([BLOCK_T], tl.float32)
+        largest = tl.full([BLOCK_T], float("-inf"), tl.float32)
+        if PAD > 0:
+            tiles = tl.cdiv(image_end - image_begin, IMAGES)
+        else:
+            tiles = tl.cdiv((image_end - image_begin) * N, BLOCK_P)
+        for tile in range(tiles):
+            row0 = image_begin * N + tile * BLOCK_P
+            image0 = image_begin + tile * IMAGES if PAD > 0 else row0 // N
+            rows, p_offsets, p_live = _patch_columns(
+                MASK, image0, row0, image_end, N, stride_pb, stride_pn, stride_mb, stride_mn, BLOCK_P, PAD, HAS_MASK
+            )
+            acc = _product(
+                P, T, p_offsets, p_live, row0, t_offsets, t_live, text0, D, stride_pd, stride_td,
+                BLOCK_T, BLOCK_P, BLOCK_D, DESCRIPTORS, EVEN_D, PRECISION,
+            )  # fmt: skip
+            inv_p = tl.load(INV_P + rows, mask=p_live, other=0.0)
+            s = acc * inv_t[:, None] * inv_p[None, :]
+            if PAD > 0:
+                one = tl.zeros([BLOCK_T, IMAGES], tl.float32)
+                parts = tl.reshape(s, [BLOCK_T, IMAGES, PAD])
+                inside = tl.reshape(p_live, [1, IMAGES, PAD])
+                e_sum, es_sum, top = _add_softmax(parts, inside, scale, one, one, one + float("-inf"), True, SAFE, 2)
+                phi, stat = _softmax_result(e_sum, es_sum, top, scale, SAFE)
+                images = image0 + tl.arange(0, IMAGES)
+                at = images.to(tl.int64)[None, :] * K + texts[:, None]
+                stored = t_live[:, None] & (images < image_end)[None, :]
+                tl.store(PHI + at, phi, mask=stored)
+                tl.store(STAT + at, stat, mask=stored)
+            else:
+                for j in tl.static_range(IMAGES):
+                    image = image0 + j
+                    begin = image * N - row0
+                    end = begin + N
+                    if (begin < BLOCK_P) & (image < image_end):
+                        if HAS_MASK or (begin > 0) | (end < BLOCK_P):
+                            inside = (p_live & (cols >= begin) & (cols < end))[None, :]
+                            total, weighted, largest = _add_softmax(
+                                s, inside, scale, total, weighted, largest, True, SAFE, 1
+                            )
+                        else:
+                            total, weighted, largest = _add_softmax(
+                                s, True, scale, total, weighted, largest, False, SAFE, 1
+                            )
+                        if end <= BLOCK_P:
+                            phi, stat = _softmax_result(total, weighted, largest, scale, SAFE)
+                            at = image.to(tl.int64) * K + texts
+                            tl.store(PHI + at, phi, mask=t_live)
+                            tl.store(STAT + at, stat, mask=t_live)
+                            total = tl.zeros([BLOCK_T], tl.float32)
+                            weighted = tl.zeros([BLOCK_T], tl.float32)
+                            largest = tl.full([BLOCK_T], float("-inf"), tl.float32)
+
+
+@triton.jit
+def _of_two(X, at, stride, known, known_later, later, IMAGES: tl.constexpr):
+    """X `[texts, 1]` of one image or, in the columns `later`, of the next."""
+    x = tl.load(X + at, mask=known, other=0.0)[:, None]
+    if IMAGES == 2:
+        x = tl.where(later, tl.load(X + at + stride, mask=known_later, other=0.0)[:, None], x)
+    return x
+
+
+@triton.jit
+def _weights_slice(
+    acc, col0, inv_t, texts, t_live, row0, image_end, at_row,
+    MASK, INV_P, PHI, STAT, G, W, w_scale, N, scale, inv_tau, stride_mb, stride_mn, stride_phi, stride_w,
+    COLS: tl.constexpr, IMAGES: tl.constexpr,
+    ATTENTION: tl.constexpr, HAS_MASK: tl.constexpr, NEEDS_TAU: tl.constexpr, SCALED: tl.constexpr,
+):  # fmt: skip
+    """Stores the weights (or attention) of a tile's columns from `col0` on; returns their part of TAU_SUMS."""
+    cols = col0 + tl.arange(0, COLS)
+    rows, _, p_live = _patch_columns(MASK, 0, row0 + col0, image_end, N, 0, 0, stride_mb, stride_mn, COLS, 0, HAS_MASK)
+    inv_p = tl.load(INV_P + rows, mask=p_live, other=0.0)[None, :]
+    phi, stat, g = 0.0, 0.0, 0.0
+    if IMAGES > 2:
+        at = (rows // N).to(tl.int64)[None, :] * stride_phi + texts[:, None]
+        known = t_live[:, None] & p_live[None, :]
+        stat = tl.load(STAT + at, mask=known, other=0.0)
+        if PHI is not None:
+            phi = tl.load(PHI + at, mask=known, other=0.0)
+        if not ATTENTION:
+            g = tl.load(G + at, mask=known, other=0.0)
+    else:
+        image = (row0 + col0) // N
+        at = image.to(tl.int64) * stride_phi + texts
+        known = t_live & (image < image_end)
+        later = (cols >= (image + 1) * N - row0)[None, :]
+        known_later = t_live & (image + 1 < image_end)
+        stat = _of_two(STAT, at, stride_phi, known, known_later, later, IMAGES)
+        if PHI is not None:
+            phi = _of_two(PHI, at, stride_phi, known, known_later, later, IMAGES)
+        if not ATTENTION:
+            g = _of_two(G, at, stride_phi, known, known_later, later, IMAGES)
+    inv_t = inv_t[:, None]
+    s = acc * inv_t * inv_p
+    centred = s - phi
+    a = tl.exp2(centred * scale - stat)
+    if ATTENTION:
+        w = a
+    else:
+        w = a * (g * (1.0 + centred * inv_tau)) * inv_t * inv_p
+    if SCALED:
+        w *= w_scale
+    if HAS_MASK or ATTENTION:  # columns behind the mask hold anything, NaN included
+        w = tl.where(p_live[None, :], w, 0.0)
+    tl.store(W + (texts.to(tl.int64) * stride_w)[:, None] + (at_row + cols)[None, :], w.to(W.dtype.element_ty))
+    if NEEDS_TAU:
+        part = tl.where(t_live[:, None] & p_live[None, :], a * g * centred * centred, 0.0)
+        return tl.sum(tl.sum(part, 1), 0)
+    else:
+        return 0.0
+
+
+@triton.jit
+def score_backward_kernel(
+    P, T, MASK, TAU, INV_P, INV_T, PHI, STAT, G, W_SCALE, W, TAU_SUMS,
+    image_begin, image_end, N, K, D,
+    stride_pb, stride_pn, stride_pd, stride_tk, stride_td, stride_mb, stride_mn, stride_phi, stride_w,
+    BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, IMAGES: tl.constexpr,
+    ATTENTION: tl.constexpr, TAU_IS_TENSOR: tl.constexpr, HAS_MASK: tl.constexpr,
+    NEEDS_TAU: tl.constexpr, SCALED: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """W `[K, rows]` = dS / (‖p‖ ‖t‖) of the `dot` form, dS = a g (1 + (s - φ) / τ), for a block of images. With
+    ATTENTION, W = a for the cosine form; without PHI, STAT is the log-sum-exp.
+
+    W has room for whole tiles; what lies past its last text or row is not read. PHI, STAT and G have rows `stride_phi`
+    apart, so that a block of texts can be taken. IMAGES: how many half a tile touches at most. TAU_SUMS gets
+    Σ a g (s - φ)² of each item: -τ² times its part of the temperature's gradient.
+    """
+    tau = _temperature(TAU, TAU_IS_TENSOR)
+    scale, inv_tau = LOG2E / tau, 1.0 / tau
+    w_scale = tl.load(W_SCALE) if SCALED else 1.0
+    text_tiles = tl.cdiv(K, BLOCK_T)
+    items = text_tiles * tl.cdiv((image_end - image_begin) * N, BLOCK_P)
+    HALF: tl.constexpr = BLOCK_P // 2
+    for item in range(tl.program_id(0), items, tl.num_programs(0)):
+        text0 = item % text_tiles * BLOCK_T
+        at_row = item // text_tiles * BLOCK_P
+        row0 = image_begin * N + at_row
+        texts = text0 + tl.arange(0, BLOCK_T)
+        t_live = texts < K
+        t_offsets = texts.to(tl.int64) * stride_tk
+        inv_t = tl.load(INV_T + texts, mask=t_live, other=0.0)
+        rows, p_offsets, p_live = _patch_columns(
+            MASK, 0, row0, image_end, N, stride_pb, stride_pn, stride_mb, stride_mn, BLOCK_P, 0, HAS_MASK
+        )
+        acc = _product(
+            P, T, p_offsets, p_live, row0, t_offsets, t_live, text0, D, stride_pd, stride_td,
+            BLOCK_T, BLOCK_P, BLOCK_D, DESCRIPTORS, EVEN_D, PRECISION,
+        )  # fmt: skip
+        # Half the columns at a time: the whole tile's intermediate values do not fit into registers.
+        left, right = tl.split(tl.permute(tl.reshape(acc, [BLOCK_T, 2, HALF]), [0, 2, 1]))
+        tau_sum = _weights_slice(
+            left, 0, inv_t, texts, t_live, row0, image_end, at_row,
+            MASK, INV_P, PHI, STAT, G, W, w_scale, N, scale, inv_tau, stride_mb, stride_mn, stride_phi, stride_w,
+            HALF, IMAGES, ATTENTION, HAS_MASK, NEEDS_TAU, SCALED,
+        )  # fmt: skip
+        tau_sum += _weights_slice(
+            right, HALF, inv_t, texts, t_live, row0, image_end, at_row,
+            MASK, INV_P, PHI, STAT, G, W, w_scale, N, scale, inv_tau, stride_mb, stride_mn, stride_phi, stride_w,
+            HALF, IMAGES, ATTENTION, HAS_MASK, NEEDS_TAU, SCALED,
+        )  # fmt: skip
+        if NEEDS_TAU:
+            tl.store(TAU_SUMS + item, tau_sum)
+
+
+@triton.jit
+def gram_kernel(
+    P, MASK, INV_P, GRAM, image_begin, N, D, stride_pb, stride_pn, stride_pd, stride_mb, stride_mn, stride_gram,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """GRAM `[images, N, stride_gram]`: cosines between the patches of each image, 0 for masked ones."""
+    tiles = tl.cdiv(N, BLOCK_N)
+    image = tl.program_id(0) // (tiles * tiles)
+    tile = tl.program_id(0) % (tiles * tiles)
+    n = tile // tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    m = tile % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    n_live, m_live = n < N, m < N
+    if HAS_MASK:
+        mask = MASK + (image_begin + image).to(tl.int64) * stride_mb
+        n_live &= tl.load(mask + n * stride_mn, mask=n_live, other=0) != 0
+        m_live &= tl.load(mask + m * stride_mn, mask=m_live, other=0) != 0
+    base = P + (image_begin + image).to(tl.int64) * stride_pb
+    acc = tl.zeros([BLOCK_N, BLOCK_N], tl.float32)
+    for d in range(0, D, BLOCK_D):
+        offs_d = (d + tl.arange(0, BLOCK_D)).to(tl.int64)
+        d_live = (offs_d < D)[None, :]
+        offs_d = (offs_d * stride_pd)[None, :]
+        left = tl.load(base + n.to(tl.int64)[:, None] * stride_pn + offs_d, mask=n_live[:, None] & d_live, other=0.0)
+        right = tl.load(base + m.to(tl.int64)[:, None] * stride_pn + offs_d, mask=m_live[:, None] & d_live, other=0.0)
+        if INTERPRETED:
+            left, right = left.to(tl.float32), right.to(tl.float32)
+        acc = tl.dot(left, right.T, acc, input_precision=PRECISION)
+    inv = INV_P + (image_begin + image) * N
+    acc *= tl.load(inv + n, mask=n_live, other=0.0)[:, None] * tl.load(inv + m, mask=m_live, other=0.0)[None, :]
+    at = (image.to(tl.int64) * N + n)[:, None] * stride_gram + m[None, :]
+    tl.store(GRAM + at, acc.to(GRAM.dtype.element_ty), mask=(n < N)[:, None] & (m < stride_gram)[None, :])
+
+
+@triton.jit
+def _pool(
+    A, GRAM, a_rows, t_live, m0, N, stride_gram,
+    BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """q = G a and a `[BLOCK_T, BLOCK_M]` of the patches from `m0` on, of the image at whose first patch A points."""
+    m = m0 + tl.arange(0, BLOCK_M)
+    q = tl.zeros([BLOCK_T, BLOCK_M], tl.float32)
+    for n0 in range(0, N, BLOCK_N):
+        n = n0 + tl.arange(0, BLOCK_N)
+        left = tl.load(A + a_rows[:, None] + n[None, :], mask=t_live[:, None] & (n < N)[None, :], other=0.0)
+        right = tl.load(
+            GRAM + n[:, None] * stride_gram + m[None, :], mask=(n < N)[:, None] & (m < N)[None, :], other=0.0
+        )
+        if INTERPRETED:
+            left, right = left.to(tl.float32), right.to(tl.float32)
+        q = tl.dot(left, right, q, input_precision=PRECISION)
+    a = tl.load(A + a_rows[:, None] + m[None, :], mask=t_live[:, None] & (m < N)[None, :], other=0.0)
+    return q, a.to(tl.float32)
+
+
+@triton.jit
+def cosine_forward_kernel(
+    A, GRAM, TAU, PHI, STAT, image_begin, N, K, stride_a, stride_gram, stride_phi, floor,
+    BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    TAU_IS_TENSOR: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """φ of the cosine form over that of `dot`, φ / max(r, floor) with r² = aᵀ G a, and in STAT the log-sum-exp in bits
+    over the entropy, since the backward has no `dot` φ any more. One program for an image and a tile of texts.
+    """
+    scale = LOG2E / _temperature(TAU, TAU_IS_TENSOR)
+    text_tiles = tl.cdiv(K, BLOCK_T)
+    image = tl.program_id(0) // text_tiles
+    texts = tl.program_id(0) % text_tiles * BLOCK_T + tl.arange(0, BLOCK_T)
+    t_live = texts < K
+    a_rows = texts.to(tl.int64) * stride_a + image * N
+    gram = GRAM + image.to(tl.int64) * N * stride_gram
+    squared = tl.zeros([BLOCK_T], tl.float32)
+    total = tl.zeros([BLOCK_T], tl.float32)
+    for m0 in range(0, N, BLOCK_M):
+        q, a = _pool(A, gram, a_rows, t_live, m0, N, stride_gram, BLOCK_T, BLOCK_M, BLOCK_N, PRECISION)
+        part, a_part = _sum_pair(q * a, a, 1)
+        squared += part
+        total += a_part
+    at = (image_begin + image).to(tl.int64) * stride_phi + texts
+    phi = tl.load(PHI + at, mask=t_live, other=0.0)
+    entropy = tl.load(STAT + at, mask=t_live, other=0.0)
+    # The rounded attention does not sum to 1; NaN stays NaN.
+    radius = tl.sqrt(tl.where(squared < 0.0, 0.0, squared)) / tl.where(total == 0.0, 1.0, total)
+    radius = tl.where(radius < floor, floor, radius)
+    tl.store(PHI + at, phi / radius, mask=t_live)
+    tl.store(STAT + at, entropy + phi * scale, mask=t_live)
+
+
+@triton.jit
+def _scores_of(a, stat, scale):
+    """s from `a = exp2(s scale - stat)`; where a is 0 any finite number will do."""
+    return (tl.log2(tl.where(a > 0.0, a, 1.0)) + stat[:, None]) / scale
+
+
+@triton.jit
+def cosine_backward_kernel(
+    A, GRAM, TAU, INV_P, INV_T, STAT, G, W_SCALE, W, CURVATURE, TAU_SUMS,
+    image_begin, N, K, stride_a, stride_gram, stride_phi, floor,
+    BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    TAU_IS_TENSOR: tl.constexpr, NEEDS_TAU: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """W `[K, rows]` of the cosine form from the attention A, and CURVATURE `[images, K]` = g u / r³, what Σ a aᵀ is
+    weighted with in the part that r adds to the patches' gradient.
+
+    dS = g (a / r) (1 + (s - (u / r²) q) / τ); where r is at its floor it is a constant, and u takes the place of
+    (u / r²) q. u, r and Σ a are summed again over the rounded A, so that what must cancel cancels.
+    """
+    tau = _temperature(TAU, TAU_IS_TENSOR)
+    scale = LOG2E / tau
+    w_scale = tl.load(W_SCALE) if SCALED else 1.0
+    text_tiles = tl.cdiv(K, BLOCK_T)
+    image = tl.program_id(0) // text_tiles
+    texts = tl.program_id(0) % text_tiles * BLOCK_T + tl.arange(0, BLOCK_T)
+    t_live = texts < K
+    a_rows = texts.to(tl.int64) * stride_a + image * N
+    gram = GRAM + image.to(tl.int64) * N * stride_gram
+    at = (image_begin + image).to(tl.int64) * stride_phi + texts
+    stat = tl.load(STAT + at, mask=t_live, other=0.0)
+    squared = tl.zeros([BLOCK_T], tl.float32)
+    total = tl.zeros([BLOCK_T], tl.float32)
+    weighted = tl.zeros([BLOCK_T], tl.float32)
+    for m0 in range(0, N, BLOCK_M):
+        q, a = _pool(A, gram, a_rows, t_live, m0, N, stride_gram, BLOCK_T, BLOCK_M, BLOCK_N, PRECISION)
+        part, as_part = _sum_pair(q * a, a * _scores_of(a, stat, scale), 1)
+        squared += part
+        weighted += as_part
+        total += tl.sum(a, 1)
+    share = 1.0 / tl.where(total == 0.0, 1.0, total)
+    radius = tl.sqrt(tl.where(squared < 0.0, 0.0, squared)) * share
+    moves = radius > floor
+    radius = tl.where(radius < floor, floor, radius)
+    u = weighted * share
+    slope = tl.where(moves, u / (radius * radius) * share, 0.0)  # of q, which is not divided by Σ a
+    constant = tl.where(moves, 0.0, u)
+    g = tl.load(G + at, mask=t_live, other=0.0) / radius
+    curvature = tl.where(moves, g * u / (radius * radius), 0.0) * share * share
+    tl.store(CURVATURE + image * K + texts, curvature * w_scale, mask=t_live)
+    g *= share
+    inv_t = tl.load(INV_T + texts, mask=t_live, other=0.0) * w_scale
+    tau_sum = 0.0
+    for m0 in range(0, N, BLOCK_M):
+        q, a = _pool(A, gram, a_rows, t_live, m0, N, stride_gram, BLOCK_T, BLOCK_M, BLOCK_N, PRECISION)
+        m = m0 + tl.arange(0, BLOCK_M)
+        inv_p = tl.load(INV_P + (image_begin + image) * N + m, mask=m < N, other=0.0)
+        s = _scores_of(a, stat, scale)
+        centred = s - slope[:, None] * q - constant[:, None]
+        ds = a * g[:, None]
+        if NEEDS_TAU:
+            tau_sum += tl.sum(tl.sum(ds * centred * (s - u[:, None]), 1), 0)
+        w = ds * (1.0 + centred / tau) * inv_t[:, None] * inv_p[None, :]
+        at_w = a_rows[:, None] + m[None, :]
+        tl.store(W + at_w, w.to(W.dtype.element_ty), mask=t_live[:, None] & (m < N)[None, :])
+    if NEEDS_TAU:
+        tl.store(TAU_SUMS + tl.program_id(0), tau_sum)
+
+
+@triton.jit
+def curvature_kernel(
+    A, CURVATURE, INV_P, C, image_begin, N, K, stride_a, add,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, OPERANDS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """C `[images, N, N]` (+)= -Σ_k curvature_k a_kn a_km / (‖p_n‖ ‖p_m‖): times P, what r adds to ∂L/∂P."""
+    tiles = tl.cdiv(N, BLOCK_M)
+    image = tl.program_id(0) // (tiles * tiles)
+    tile = tl.program_id(0) % (tiles * tiles)
+    n = tile // tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    m = tile % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    acc = tl.zeros([BLOCK_M, BLOCK_M], tl.float32)
+    for k0 in range(0, K, BLOCK_K):
+        k = k0 + tl.arange(0, BLOCK_K)
+        rows = A + k.to(tl.int64)[:, None] * stride_a + image * N
+        known = (k < K)[:, None]
+        left = tl.load(rows + n[None, :], mask=known & (n < N)[None, :], other=0.0)
+        right = tl.load(rows + m[None, :], mask=known & (m < N)[None, :], other=0.0)
+        factor = tl.load(CURVATURE + image * K + k, mask=k < K, other=0.0)
+        left = left.to(tl.float32) * factor[:, None]  # beyond the range of float16, hence bfloat16 operands
+        if not INTERPRETED:
+            left = left.to(OPERANDS)
+        acc = tl.dot(left.T, right.to(left.dtype), acc, input_precision=PRECISION)
+    inv = INV_P + (image_begin + image) * N
+    acc *= tl.load(inv + n, mask=n < N, other=0.0)[:, None] * tl.load(inv + m, mask=m < N, other=0.0)[None, :]
+    at = C + (image.to(tl.int64) * N + n)[:, None] * N + m[None, :]
+    live = (n < N)[:, None] & (m < N)[None, :]
+    acc = -acc
+    if add:
+        acc += tl.load(at, mask=live, other=0.0)
+    tl.store(at, acc.to(C.dtype.element_ty), mask=live)
+
+
+@triton.jit
+def inverse_norms_kernel(
+    X, MASK, INV, rows_count, N, D, stride_b, stride_n, stride_d, stride_mb, stride_mn,
+    ROWS: tl.constexpr, BLOCK_D: tl.constexpr, HAS_MASK: tl.constexpr,
+):  # fmt: skip
+    """1 / ‖x‖ of each row of `[rows / N, N, D]`; 0 for a row without a direction and for a masked one."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    live, offsets = _rows(MASK, rows, rows_count, N, stride_b, stride_n, stride_mb, stride_mn, HAS_MASK)
+    squared = tl.zeros([ROWS], tl.float32)
+    for d in range(0, D, BLOCK_D):
+        x = _load_row(X, offsets, live, d, D, stride_d, BLOCK_D)
+        squared += tl.sum(x * x, 1)
+    inverse = tl.where(squared < MIN_NORM_SQUARED, 0.0, 1.0 / tl.sqrt(squared))
+    tl.store(INV + rows, inverse, mask=rows < rows_count)
+
+
+@triton.jit
+def project_out_kernel(
+    GRAD, X, OUT, MASK, W_SCALE, rows_count, N, D, stride_b, stride_n, stride_d, stride_mb, stride_mn,
+    ROWS: tl.constexpr, BLOCK_D: tl.constexpr, HAS_MASK: tl.constexpr, SCALED: tl.constexpr,
+):  # fmt: skip
+    """OUT = GRAD - (GRAD · x) x / ‖x‖² by rows: what points along x does not change its direction.
+
+    GRAD and OUT are contiguous `[rows, D]` and may be the same memory. Twice, because the first projection leaves along
+    x its own rounding, which is all there is where D = 1. From GRAD itself, so that the rounding of W along x cancels.
+    """
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    live, offsets = _rows(MASK, rows, rows_count, N, stride_b, stride_n, stride_mb, stride_mn, HAS_MASK)
+    at = rows.to(tl.int64) * D
+    squared = tl.zeros([ROWS], tl.float32)
+    along = tl.zeros([ROWS], tl.float32)
+    for d in range(0, D, BLOCK_D):
+        x = _load_row(X, offsets, live, d, D, stride_d, BLOCK_D)
+        grad = _load_row(GRAD, at, live, d, D, 1, BLOCK_D)
+        squared += tl.sum(x * x, 1)
+        along += tl.sum(grad * x, 1)
+    inverse = tl.where(squared < MIN_NORM_SQUARED, 0.0, 1.0 / squared)
+    along *= inverse
+    rest = tl.zeros([ROWS], tl.float32)
+    for d in range(0, D, BLOCK_D):
+        x = _load_row(X, offsets, live, d, D, stride_d, BLOCK_D)
+        grad = _load_row(GRAD, at, live, d, D, 1, BLOCK_D)
+        rest += tl.sum((grad - along[:, None] * x) * x, 1)
+    rest *= inverse
+    undo = 1.0 / tl.load(W_SCALE) if SCALED else 1.0
+    # A row without a direction has W = 0 and so GRAD = 0 already.
+    for d in range(0, D, BLOCK_D):
+        offs_d = d + tl.arange(0, BLOCK_D)
+        x = _load_row(X, offsets, live, d, D, stride_d, BLOCK_D)
+        grad = _load_row(GRAD, at, live, d, D, 1, BLOCK_D)
+        out = (grad - along[:, None] * x - rest[:, None] * x) * undo
+        inside = (rows < rows_count)[:, None] & (offs_d < D)[None, :]
+        tl.store(OUT + at[:, None] + offs_d[None, :], out.to(OUT.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _rows(MASK, rows, rows_count, N, stride_b, stride_n, stride_mb, stride_mn, HAS_MASK: tl.constexpr):
+    """Whether each row counts, and its offset in a tensor `[rows / N, N, D]`."""
+    live = rows < rows_count
+    image = rows // N
+    n = rows - image * N
+    if HAS_MASK:
+        at = MASK + image.to(tl.int64) * stride_mb + n.to(tl.int64) * stride_mn
+        live &= tl.load(at, mask=live, other=0) != 0
+    return live, image.to(tl.int64) * stride_b + n.to(tl.int64) * stride_n
+
+
+@triton.jit
+def _load_row(X, offsets, live, d, D, stride_d, BLOCK_D: tl.constexpr):
+    """`[ROWS, BLOCK_D]` in float32, 0 for rows that do not count, which are not read."""
+    offs_d = (d + tl.arange(0, BLOCK_D)).to(tl.int64)
+    mask = live[:, None] & (offs_d < D)[None, :]
+    return tl.load(X + offsets[:, None] + (offs_d * stride_d)[None, :], mask=mask, other=0.0).to(tl.float32)

@@ -1,0 +1,189 @@
+"""The Triton kernels in Triton's interpreter, which runs them on CPU tensors; with a GPU, on that."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from accuracy import check, evaluate
+from problems import FORMS, Case, make
+
+from pacl_kernels import available_backends, dispatch
+from pacl_kernels.backends import triton as backend
+
+pytestmark = pytest.mark.skipif(available_backends()["triton"] is not None, reason=str(available_backends()["triton"]))
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CASES = [
+    Case(1, 1, 1),
+    Case(3, 5, 2),
+    Case(5, 49, 67),  # images padded, two to a tile
+    Case(3, 64, 17, mask="random"),
+    Case(2, 196, 64),  # a tile that ends in the middle of an image, descriptors
+    Case(3, 65, 40, K=7, mask="first"),  # three images in a tile
+    Case(2, 257, 33, K=131),
+    Case(1, 300, 16, K=3, tau=0.01),
+    Case(9, 15, 64, tau=0.01, scale=100.0),
+    Case(5, 70, 20, tau=10.0, scale=100.0),
+    Case(6, 30, 70, data="norms"),
+    Case(4, 9, 33, data="zero_patches"),
+    Case(4, 9, 33, data="zero_texts"),
+    Case(4, 72, 33, data="nan"),
+    Case(4, 80, 48, mask="random"),
+    Case(4, 80, 48, mask="none"),
+    Case(3, 70, 40, layout="permuted"),
+    Case(3, 70, 48, layout="strided", mask="one"),
+    Case(3, 66, 40, layout="offset"),
+    Case(4, 9, 33, data="duplicated"),
+    Case(0, 3, 4, K=5),
+    Case(5, 3, 4, K=0),
+]
+
+
+@pytest.fixture
+def launches(monkeypatch) -> list[tuple[str, dict]]:
+    """Name and constants of each kernel with a configuration, in the order in which they ran."""
+    seen, launch = [], backend._launch
+
+    def spy(kernel, programs, arguments, constants, chosen):
+        assert programs > 0
+        seen.append((getattr(kernel, "fn", kernel).__name__, constants))
+        launch(kernel, programs, arguments, constants, chosen)
+
+    monkeypatch.setattr(backend, "_launch", spy)
+    return seen
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_compatibility(case, dtype, form):
+    check(make(case, form, "compatibility", dtype, DEVICE), "triton")
+
+
+@pytest.mark.parametrize("objective", ["infonce", "sigmoid"])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("case", [Case(6, 70, 40), Case(4, 9, 33, scale=100.0, data="aligned", mask="random")], ids=str)
+def test_losses(case, form, objective):
+    check(make(case, form, objective, device=DEVICE), "triton")
+
+
+@pytest.mark.parametrize("needs", [("patches",), ("texts",), ("attn_temperature",), ("patches", "texts")], ids=str)
+@pytest.mark.parametrize("form", FORMS)
+def test_only_what_is_needed(form, needs):
+    check(make(Case(3, 70, 20), form, "infonce", device=DEVICE), "triton", needs)
+
+
+def _launched(launches, name):
+    return [constants for kernel, constants in launches if kernel == name]
+
+
+@pytest.mark.parametrize("tau, safe", [(0.07, [False]), (0.05, [False]), (0.049, [True])])
+def test_a_number_chooses_the_kernel(tau, safe, launches):
+    problem = make(Case(2, 70, 20), "dot", "compatibility", device=DEVICE)
+    call = dispatch.module("triton").score_forward
+    phi, stat = problem.patches.new_empty(2, 2), problem.patches.new_empty(2, 2)
+    call(problem.patches, problem.texts, None, tau, "dot", phi, stat)
+    assert [constants["SAFE"] for constants in _launched(launches, "score_forward_kernel")] == safe
+
+
+@pytest.mark.parametrize("tau", [0.02, 0.5])
+def test_a_tensor_launches_both_and_one_works(tau, launches):
+    problem = make(Case(2, 70, 20, tau=tau), "dot", "compatibility", device=DEVICE)
+    check(problem, "triton", ())
+    assert {constants["SAFE"] for constants in _launched(launches, "score_forward_kernel")} == {False, True}
+
+
+@pytest.mark.parametrize(
+    "case, expected",
+    [
+        (Case(3, 64, 16), dict(PAD=64, IMAGES=2, HAS_MASK=False, DESCRIPTORS=False)),
+        (Case(3, 10, 24, mask="one"), dict(PAD=16, IMAGES=8, HAS_MASK=True, EVEN_D=False)),
+        (Case(3, 65, 64), dict(PAD=0, IMAGES=3, EVEN_D=True)),
+        (Case(2, 128, 64), dict(PAD=0, IMAGES=1)),
+        (Case(2, 196, 64), dict(PAD=0, IMAGES=2)),
+        (Case(2, 196, 60), dict(EVEN_D=False)),
+    ],
+    ids=str,
+)
+def test_the_shape_chooses_the_tile(case, expected, launches):
+    check(make(case, "dot", "compatibility", torch.bfloat16, DEVICE), "triton")
+    for constants in _launched(launches, "score_forward_kernel"):
+        assert expected.items() <= constants.items()
+
+
+@pytest.mark.parametrize(
+    "case, dtype, expected",
+    [
+        (Case(2, 70, 8), torch.bfloat16, True),
+        (Case(2, 70, 12), torch.bfloat16, False),  # rows of 24 bytes
+        (Case(2, 70, 12), torch.float32, True),
+        (Case(2, 70, 16, layout="offset"), torch.float32, False),
+        (Case(2, 70, 16, layout="permuted"), torch.float32, False),
+        (Case(2, 70, 16, layout="expanded"), torch.float32, False),
+    ],
+    ids=str,
+)
+def test_descriptors_where_alignment_allows(case, dtype, expected, launches):
+    if not backend._has_bulk_copies(torch.device(DEVICE)):
+        pytest.skip("no bulk copies here")
+    check(make(case, "dot", "compatibility", dtype, DEVICE), "triton")
+    for name in ("score_forward_kernel", "score_backward_kernel"):
+        assert _launched(launches, name) and all(x["DESCRIPTORS"] == expected for x in _launched(launches, name))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("workspace, k", [(2**12, 7), (2**12, 150)])
+def test_blocks_of_images_and_of_texts(workspace, k, dtype, form, launches, monkeypatch):
+    """A small workspace: several blocks of images, and where K is large of texts as well, then summed in float32."""
+    monkeypatch.setattr(backend, "_WORKSPACE", workspace)
+    check(make(Case(5, 70, 20, K=k, mask="random"), form, "compatibility", dtype, DEVICE), "triton")
+    blocks = backend.plan_blocks(5, 70, k, 4)
+    assert (blocks.images, blocks.texts) == ((2, 7) if k == 7 else (1, 128))
+    assert len(_launched(launches, "score_backward_kernel")) >= 3
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_same_bits_on_every_run(form):
+    problem = make(Case(5, 70, 33, mask="random"), form, "infonce", torch.bfloat16, DEVICE)
+    first, second = (evaluate(problem, "triton") for _ in range(2))
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_permuting_the_batch_permutes_the_answer(form):
+    """Where an image lies in a tile does not matter beyond rounding."""
+    problem = make(Case(7, 70, 33, K=5), form, "compatibility", device=DEVICE)
+    order = torch.tensor([3, 0, 6, 1, 5, 2, 4], device=DEVICE)
+    moved = replace(problem, patches=problem.patches[order], upstream=problem.upstream[order])
+    here, there = evaluate(problem, "triton"), evaluate(moved, "triton")
+    torch.testing.assert_close(here["value"][order], there["value"], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(here["patches"][order], there["patches"], rtol=1e-5, atol=1e-5)
+
+
+def test_runs_of_images_waste_nothing():
+    """At the shape of the benchmark the tiles of a run are full, and small batches are spread over all programs."""
+    run = backend.images_per_run(4096, 196, 32, 128, 264)
+    assert run * 196 / (backend._ceil_div(run * 196, 128) * 128) > 0.97
+    assert backend.images_per_run(256, 196, 2, 128, 264) < 4
+
+
+@pytest.mark.parametrize(
+    "b, n, k, itemsize", [(4096, 196, 4096, 2), (32768, 196, 32768, 2), (3, 1369, 2**20, 4), (1, 1, 1, 2)]
+)
+def test_workspace_is_bounded(b, n, k, itemsize):
+    blocks = backend.plan_blocks(b, n, k, itemsize)
+    assert 1 <= blocks.images <= b and 1 <= blocks.texts <= k
+    assert blocks.images * n * blocks.texts * itemsize <= backend._WORKSPACE
+
+
+def test_a_tensor_on_the_cpu_without_the_interpreter(monkeypatch):
+    monkeypatch.setattr(backend, "interpreted", lambda: False)
+    with pytest.raises(ValueError, match="'triton' cannot run here: .*on a GPU, not on cpu"):
+        dispatch.resolve("triton", torch.device("cpu"), torch.float32)
+
+
+def test_float64_is_refused():
+    with pytest.raises(ValueError, match="'triton' cannot run here: .*float64"):
+        dispatch.resolve("triton", torch.device(DEVICE), torch.float64)
