@@ -14,17 +14,19 @@ constexpr float kNoScore = -__builtin_inff();
 // The running maximum and its index for one image and one panel of texts, over scores (raw products) [row, last).
 inline void accumulate_largest(V best[2], V index[2], const Rows& rows, int64_t row, int64_t last, const float* text_norm,
                                const float* scores) {
-  for (int v = 0; v < 2; ++v) {
-    const V norm = load(text_norm + v * kLanes);
-    V largest = best[v], place = index[v];
-    for (int64_t r = row; r < last; ++r) {
-      const V s = load(scores + r * kPanel + v * kLanes) * (norm * rows.inv_norm[r]);
-      const I better = ~(s <= largest) & (largest == largest);  // a NaN wins and stays
-      largest = select(better, s, largest);
-      place = select(better, broadcast((float)rows.index[r]), place);
+  const V norm[2] = {load(text_norm), load(text_norm + kLanes)};
+  V largest[2] = {best[0], best[1]}, place[2] = {index[0], index[1]};
+  for (int64_t r = row; r < last; ++r)
+#pragma GCC unroll 2
+    for (int v = 0; v < 2; ++v) {
+      const V s = load(scores + r * kPanel + v * kLanes) * (norm[v] * rows.inv_norm[r]);
+      const I stays = (s <= largest[v]) | (largest[v] != largest[v]);  // a NaN wins and stays
+      largest[v] = select(stays, largest[v], s);
+      place[v] = select(stays, place[v], broadcast((float)rows.index[r]));
     }
-    best[v] = largest;
-    index[v] = place;
+  for (int v = 0; v < 2; ++v) {
+    best[v] = largest[v];
+    index[v] = place[v];
   }
 }
 
