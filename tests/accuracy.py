@@ -20,7 +20,7 @@ cosine form, φ = u / r, every one of those terms carries 1/r, so its sizes are 
 one patch whole, so the size of the patches' gradient has no 1/√N.
 
 There rounding may decide between patches that are nearly equal, and the gradients of the two choices have nothing in
-common. So the truth takes the backend's own choice, after asserting that its score is the true maximum but for rounding.
+common. So the truth takes the backend's own choice, once that choice's score is the true maximum but for rounding.
 """
 
 from __future__ import annotations
