@@ -144,7 +144,7 @@ constexpr Kernels table() {
   return {PACL_STRING(PACL_ISA), kLanes, kPanel, kTileRows, kTileColumns, Op::kPair,
           pack_rows<Op>, pack_texts<Op>, forward<Op>, weights<Op>, patches_product<Op>, texts_product<Op>,
           finish_patches<Op>, finish_texts, multiply_adds<Op>,
-          max_pack_texts, max_patches, max_texts, max_finish_texts};
+          max_pack_texts, max_sort, max_patches, max_texts, max_finish_texts};
 }
 
 }  // namespace

@@ -109,47 +109,56 @@ void max_pack_texts(const ScoreParams& p, MaxBlock& block, int64_t first, int64_
   }
 }
 
-// The part of the patches' gradient that the block's texts give to patches [first, last) of an image, after which those
-// that won are in block.patch for the texts; with the last block of texts, through the norm to the caller.
-void max_patches(const ScoreParams& p, MaxBlock& block, int64_t image, int64_t first, int64_t last, bool first_texts,
-                 bool last_texts, MaxScratch& scratch) {
-  const int64_t dims = padded_dim(p.dim), pairs = image * p.texts_count + block.text_first;
-  const int64_t slot = (image - block.image_first) * block.patches + first - block.patch_first, count = last - first;
-  if (first_texts)
-    for (int64_t r = 0; r < count; ++r) block.patch[slot + r] = nullptr;
-  // The texts in the order of their winners: a counting sort, which keeps their own order among equals.
-  int32_t* start = scratch.start;
-  memset(start, 0, sizeof(int32_t) * (count + 1));
+// The block's texts in the order of the patches of `image` that they chose: a counting sort, which keeps their own order
+// among equals.
+void max_sort(const ScoreParams& p, MaxBlock& block, int64_t image) {
+  const float* chosen = p.lse + image * p.texts_count + block.text_first;
+  int32_t* order = block.order + (image - block.image_first) * block.text_count;
+  int32_t* start = block.start + (image - block.image_first) * (block.patches + 1);
+  memset(start, 0, sizeof(int32_t) * (block.patches + 1));
   for (int64_t k = 0; k < block.text_count; ++k) {
-    const int64_t r = (int64_t)p.lse[pairs + k] - first;
-    if (r >= 0 && r < count) ++start[r + 1];
+    const int64_t n = (int64_t)chosen[k] - block.patch_first;
+    if (n >= 0 && n < block.patches) ++start[n];
   }
-  for (int64_t r = 0; r < count; ++r) start[r + 1] += start[r];
-  for (int64_t k = 0; k < block.text_count; ++k) {
-    const int64_t r = (int64_t)p.lse[pairs + k] - first;
-    if (r >= 0 && r < count) scratch.order[start[r]++] = (int32_t)k;
+  int32_t end = 0;
+  for (int64_t n = 0; n <= block.patches; ++n) start[n] = end += start[n];
+  for (int64_t k = block.text_count; k-- > 0;) {  // from the back: each start moves down to where it belongs
+    const int64_t n = (int64_t)chosen[k] - block.patch_first;
+    if (n >= 0 && n < block.patches) order[--start[n]] = (int32_t)k;
   }
-  for (int64_t r = 0; r < count; ++r) {  // start[r] is now where row r ends
-    const int64_t begin = r > 0 ? start[r - 1] : 0, won = start[r] - begin, at = slot + r;
-    const float*& patch = block.patch[at];
+}
+
+// The part of the patches' gradient that the block's texts give to patches [first, last) of the block and one image, after
+// which those that won are in block.patch for the texts; with the last block of texts, through the norm to the caller.
+void max_patches(const ScoreParams& p, MaxBlock& block, int64_t image, int64_t first, int64_t last, MaxScratch& scratch) {
+  const int64_t dims = padded_dim(p.dim), width = p.dtype == Dtype::float32 ? 4 : 2;
+  const int64_t slots = (image - block.image_first) * block.patches;
+  const int32_t* order = block.order + (image - block.image_first) * block.text_count;
+  const int32_t* start = block.start + slots + image - block.image_first;
+  const float* grad = p.grad_phi + image * p.texts_count + block.text_first;
+  const bool last_texts = block.text_first + block.text_count == p.texts_count;
+  for (int64_t r = first; r < last; ++r) {
+    const int64_t slot = slots + r, n = block.patch_first + r, won = start[r + 1] - start[r];
+    const float*& patch = block.patch[slot];
+    if (block.text_first == 0) patch = nullptr;
     const bool seen = patch != nullptr;
     if (won > 0 && !seen) {
-      patch = row_units_at<Float32>(p.patches, image * p.patch_stride_image + (first + r) * p.patch_stride_row,
-                                    p.patch_stride_dim, p.dim, p.dtype, dims, block.patch_rows + at * dims);
-      block.patch_norm[at] = inverse_norm<Float32>(patch, dims);
+      patch = row_units_at<Float32>(p.patches, image * p.patch_stride_image + n * p.patch_stride_row, p.patch_stride_dim,
+                                    p.dim, p.dtype, dims, block.patch_rows + slot * dims);
+      block.patch_norm[slot] = inverse_norm<Float32>(patch, dims);
     }
     if (!p.grad_patches) continue;
-    float* sum = block.patch_sums ? block.patch_sums + at * dims : scratch.sum;
+    float* sum = block.patch_sums ? block.patch_sums + slot * dims : scratch.sum;
     if (won > 0) {
       for (int64_t i = 0; i < won; ++i) {
-        const int32_t k = scratch.order[begin + i];
+        const int32_t k = order[start[r] + i];
         scratch.rows[i] = block.text[k];
-        scratch.weights[i] = p.grad_phi[pairs + k] * block.patch_norm[at] * block.text_norm[k];
+        scratch.weights[i] = grad[k] * block.patch_norm[slot] * block.text_norm[k];
       }
       add_rows(scratch.rows, scratch.weights, won, dims, sum, seen);
     }
     if (!last_texts) continue;
-    const int64_t offset = (image * p.patches_per_image + first + r) * p.dim, width = p.dtype == Dtype::float32 ? 4 : 2;
+    const int64_t offset = (image * p.patches_per_image + n) * p.dim;
     if (patch)
       finish_row<Float32>(sum, 1, patch, 1, 0, p.dim, p.dtype, p.grad_patches, offset, scratch.buffer);
     else

@@ -242,7 +242,6 @@ struct MaxPlan {
   const Kernels& kernels;
   const ScoreParams& p;
   int64_t dims, texts_block, patches, images;  // padded D; texts, patches of an image and images of a block
-  int64_t range;                               // patches of a task
   int64_t shared_bytes, scratch_bytes;
   int threads;
 
@@ -251,8 +250,7 @@ struct MaxPlan {
     texts_block = least(p.texts_count, most(1, least(4096, kTextsBudget / (4 * dims))));
     const int64_t rows = most(1, kMaxRowsBudget / (4 * dims));
     patches = least(p.patches_per_image, rows);
-    images = least(p.images, least(1024, rows / patches));
-    range = images >= 8 ? patches : least(patches, 64);
+    images = least(p.images, least(256, rows / patches));
     Arena counter{nullptr};
     MaxBlock block;
     MaxScratch scratch;
@@ -274,11 +272,11 @@ struct MaxPlan {
     block.text = arena.take<const float*>(texts_block);
     block.text_norm = arena.take(texts_block);
     block.text_rows = arena.take(texts_block * dims);
+    block.order = arena.take<int32_t>(images * texts_block);
+    block.start = arena.take<int32_t>(images * (patches + 1));
   }
 
   void take_scratch(Arena& arena, MaxScratch& scratch) const {
-    scratch.start = arena.take<int32_t>(range + 1);
-    scratch.order = arena.take<int32_t>(texts_block);
     scratch.rows = arena.take<const float*>(most(texts_block, images));
     scratch.weights = arena.take(most(texts_block, images));
     scratch.sum = arena.take(dims);
@@ -314,12 +312,11 @@ void backward_max(const ScoreParams& p) {
               kernels.max_pack_texts(p, block, i * 16, least(i * 16 + 16, block.text_count));
             });
           packed = true;
-          const int64_t ranges = ceil_div(block.patches, plan.range);
+          team.phase(block.image_last - image, [&](int64_t i) { kernels.max_sort(p, block, image + i); });
+          const int64_t ranges = ceil_div(block.patches, 64);
           team.phase((block.image_last - image) * ranges, [&](int64_t task) {
-            const int64_t first = patch + task % ranges * plan.range;
-            kernels.max_patches(p, block, image + task / ranges, first,
-                                least(first + plan.range, patch + block.patches), text_block == 0,
-                                text_block == text_blocks - 1, scratch);
+            const int64_t first = task % ranges * 64;
+            kernels.max_patches(p, block, image + task / ranges, first, least(first + 64, block.patches), scratch);
           });
           if (p.grad_texts)
             team.phase(ceil_div(block.text_count, 16), [&](int64_t i) {

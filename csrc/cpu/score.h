@@ -80,10 +80,10 @@ struct MaxBlock {
   float* patch_sums;       // rows of D, or null where one block holds all texts
   const float** text;      // the same for texts
   float *text_norm, *text_rows;
+  int32_t *order, *start;  // the texts of each image by the patch they chose, and where those of patch n begin
 };
 
 struct MaxScratch {  // one thread's own
-  int32_t *start, *order;  // texts by the patch they chose
   const float** rows;      // what a sum adds up
   float* weights;
   float *sum, *buffer;     // rows of D
@@ -120,8 +120,8 @@ struct Kernels {
   double (*multiply_adds)(int64_t repeats);  // runs independent multiply-adds, returns their flop
   // The max form's backward, see max.h.
   void (*max_pack_texts)(const ScoreParams&, MaxBlock&, int64_t first, int64_t last);
-  void (*max_patches)(const ScoreParams&, MaxBlock&, int64_t image, int64_t first, int64_t last, bool first_texts,
-                      bool last_texts, MaxScratch&);
+  void (*max_sort)(const ScoreParams&, MaxBlock&, int64_t image);
+  void (*max_patches)(const ScoreParams&, MaxBlock&, int64_t image, int64_t first, int64_t last, MaxScratch&);
   void (*max_texts)(const ScoreParams&, const MaxBlock&, int64_t first, int64_t last, MaxScratch&);
   void (*max_finish_texts)(const ScoreParams&, int64_t first, int64_t last, MaxScratch&);
 };
