@@ -1,14 +1,17 @@
 """Who is compared: the fused loss, what people run instead of it, and the bare matrix products.
 
 A peer is `phi(patches, texts, temperature, form)`, the compatibility `[B, K]` of patches `[B, N, D]` and texts
-`[K, D]`, written as its authors would write it, normalisation included.
+`[K, D]`, written as its authors would write it, normalisation included. Each form has those peers that can express it;
+for `max` these are two published MaxSim packages too, where they and a GPU are there.
 """
 
 from __future__ import annotations
 
+import importlib
 import math
 import os
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -52,8 +55,26 @@ def attention(patches: Tensor, texts: Tensor, temperature: float, form: str) -> 
     return _compare(v[:, 0], t, form)
 
 
-def chunked(patches: Tensor, texts: Tensor, temperature: float, form: str, phi=weighted_scores) -> Tensor:
+def largest_score(patches: Tensor, texts: Tensor, temperature: float, form: str) -> Tensor:
+    """The max form as everybody writes it; its backward is a product with a tensor that is nearly all zeros."""
+    p, t = F.normalize(patches, dim=-1), F.normalize(texts, dim=-1)
+    return torch.einsum("bnd,kd->bkn", p, t).max(-1).values
+
+
+def late_interaction_kernels(patches: Tensor, texts: Tensor, temperature: float, form: str) -> Tensor:
+    """MaxSim of queries `[K, 1, D]` and documents `[B, N, D]`, which it normalises itself."""
+    return importlib.import_module("late_interaction_kernels").maxsim(texts[:, None], patches, normalize=True).T
+
+
+def flash_maxsim(patches: Tensor, texts: Tensor, temperature: float, form: str) -> Tensor:
+    """The same arguments, already normalised; its kernels multiply in float16, whatever comes in."""
+    p, t = F.normalize(patches, dim=-1), F.normalize(texts, dim=-1)
+    return importlib.import_module("flash_maxsim").flash_maxsim_batched_train(t[:, None], p).T
+
+
+def chunked(patches: Tensor, texts: Tensor, temperature: float, form: str, phi=None) -> Tensor:
     """A few images at a time, each chunk computed again in the backward pass."""
+    phi = phi or (largest_score if form == "max" else weighted_scores)
     chunks = patches.split(CHUNK)
     return torch.cat([checkpoint(phi, chunk, texts, temperature, form, use_reentrant=False) for chunk in chunks])
 
@@ -64,16 +85,22 @@ def _compare(v: Tensor, t: Tensor, form: str) -> Tensor:
     return torch.einsum("bkd,kd->bk", v, t)
 
 
-# Name to: φ, whether it is compiled, and what a step holds at its peak beside inputs and gradients, for dot and for
-# cosine, in sizes of patches, of scores [B, K, N] and of pooled patches [B, K, D] (measured on a CPU).
+# Name to: φ, whether it is compiled, and for each form that it has what a step holds at its peak beside inputs and
+# gradients, in sizes of patches, of scores [B, K, N] and of pooled patches [B, K, D] (measured on a CPU; packages: by
+# their documentation).
 PEERS = {
     "eager, pooled patch (paper)": (pooled, False, {"dot": (1, 2, 1), "cosine": (1, 2, 6)}),
     "eager, sum of a s": (weighted_scores, False, {"dot": (1, 4, 0), "cosine": (1, 11, 0)}),
     "compiled, pooled patch": (pooled, True, {"dot": (1, 2, 1), "cosine": (1, 2, 2)}),
     "compiled, sum of a s": (weighted_scores, True, {"dot": (1, 2, 0), "cosine": (1, 8, 0)}),
     "scaled_dot_product_attention": (attention, False, {"dot": (1, 0, 4), "cosine": (1, 0, 5)}),
-    "eager, chunks + checkpoint": (chunked, False, {"dot": (3, 0, 0), "cosine": (3, 0, 0)}),
+    "eager, max of s": (largest_score, False, {"max": (1, 2, 0)}),
+    "compiled, max of s": (largest_score, True, {"max": (1, 2, 0)}),
+    "eager, chunks + checkpoint": (chunked, False, {"dot": (3, 0, 0), "cosine": (3, 0, 0), "max": (3, 0, 0)}),
+    "late-interaction-kernels": (late_interaction_kernels, False, {"max": (2, 0, 0)}),
+    "flash-maxsim": (flash_maxsim, False, {"max": (3, 0, 0)}),
 }
+PACKAGES = {"late-interaction-kernels": "late_interaction_kernels", "flash-maxsim": "flash_maxsim"}  # name to module
 
 
 def losses(args) -> dict:
@@ -91,7 +118,7 @@ def losses(args) -> dict:
         return torch.compile(loss, fullgraph=True, dynamic=False) if compiled else loss
 
     functions = {f"fused {name}": fused(name) for name in args.backend}
-    return functions | {name: peer(*description) for name, description in PEERS.items()}
+    return functions | {name: peer(*description) for name, description in PEERS.items() if args.form in description[2]}
 
 
 def why_not(name: str, args) -> str | None:
@@ -106,6 +133,10 @@ def why_not(name: str, args) -> str | None:
     patches, scores, pooled_patches = at_peak[args.form]
     if compiled and "1" in map(os.environ.get, ("TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE")):
         return "torch.compile is disabled by an environment variable"
+    if name in PACKAGES and args.torch_device.type != "cuda":
+        return f"its kernels take CUDA tensors, not tensors on {args.torch_device.type}"
+    if name in PACKAGES and find_spec(PACKAGES[name]) is None:
+        return f"not installed; `pip install {name}`"
     return does_not_fit(3 + patches + scores * args.batch / args.dim + pooled_patches * args.batch / args.patches, args)
 
 
@@ -124,8 +155,11 @@ def _free_bytes(device: torch.device) -> float:
         return math.inf
 
 
-def products(inputs, clock):
-    """A function that does the bare products of a step, into buffers that exist: a floor without page faults."""
+def products(inputs, clock, form):
+    """A function that does the bare products of a step, into buffers that exist: a floor without page faults.
+
+    The max form needs one product, that of its forward.
+    """
     patches, texts = inputs[0].detach().flatten(0, 1), inputs[1].detach()
     blocks = patches.split(max(1, BLOCK // len(texts)))
     scores = patches.new_empty(len(blocks[0]), len(texts))
@@ -136,7 +170,7 @@ def products(inputs, clock):
         for block in blocks:
             torch.mm(block, texts.T, out=scores[: len(block)])
         clock.mark()
-        for block in blocks:
+        for block in blocks if form != "max" else ():
             w = torch.mm(block, texts.T, out=scores[: len(block)])
             torch.mm(w, texts, out=grad_patches[: len(block)])
             if inputs[1].requires_grad:

@@ -79,7 +79,8 @@ def table(result: dict) -> str:
             + f"{_number(row['step_vs_best_peer'], 12)}{_number(row['extra_memory_mib'], 7, '.0f')}"
             + f"{_number(row['relative_error'], 9, '.1e')}{row['runs']:>5}"
         )
-    numbers = {"products": 3 if settings["frozen_texts"] else 4, "error_batch": settings["error_batch"]}
+    products = 1 if settings["form"] == "max" else 3 if settings["frozen_texts"] else 4
+    numbers = {"products": products, "error_batch": settings["error_batch"]}
     return "\n".join(lines) + "\n" + EXPLANATION.format(**numbers, **result["units"])
 
 

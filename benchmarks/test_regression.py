@@ -9,6 +9,7 @@ import torch
 
 from pacl_kernels import fused_pacl_loss
 from pacl_kernels.dispatch import resolve
+from pacl_kernels.loss import FORMS
 
 pytest.importorskip("pytest_benchmark")
 
@@ -40,7 +41,7 @@ def run(benchmark, function):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("form", ("dot", "cosine"))
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("backend", ("cpu", "cuda", "triton", "torch"))
 def test_forward(benchmark, backend, dtype, form, shape):
@@ -51,7 +52,7 @@ def test_forward(benchmark, backend, dtype, form, shape):
 
 @pytest.mark.parametrize("frozen_texts", (False, True), ids=("all_gradients", "frozen_texts"))
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("form", ("dot", "cosine"))
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("backend", ("cpu", "cuda", "triton", "torch"))
 def test_step(benchmark, backend, dtype, form, shape, frozen_texts):

@@ -4,7 +4,8 @@
     python benchmarks/throughput.py --form cosine --dtype bfloat16 --json result.json --plot result.svg
 
 One unit is the product of all patches with all texts, 2·B·N·K·D floating-point operations. A training step needs 4 of
-them (forward; the scores again, the gradient of the patches and that of the texts), 3 with frozen texts.
+them (forward; the scores again, the gradient of the patches and that of the texts), 3 with frozen texts. The max form
+needs one: its backward adds one row of D for each pair and gradient, 1/N of a unit each.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import torch
 from providers import LOGIT_SCALE, PEERS, PRODUCTS, chunked, does_not_fit, losses, products, why_not
 
 from pacl_kernels import dispatch, reference
+from pacl_kernels.loss import FORMS
 
 try:
     from pacl_kernels import _native
@@ -99,7 +101,12 @@ def unit(args) -> int:
 
 
 def units(args) -> dict[str, float]:
-    """What the fused loss needs; for the cosine the norm of the pooled patch adds N/D of a unit, and 2N/D backward."""
+    """What the fused loss needs; for the cosine the norm of the pooled patch adds N/D of a unit, and 2N/D backward.
+
+    The max form: one product, and one row of D per pair for each of its gradients.
+    """
+    if args.form == "max":
+        return {"forward": 1, "step": 1 + (1 if args.frozen_texts else 2) / args.patches}
     norm = min(args.patches / args.dim, 1.0) if args.form == "cosine" else 0.0
     return {"forward": 1 + norm, "step": (3 if args.frozen_texts else 4) + 3 * norm}
 
@@ -172,6 +179,7 @@ def float64_truth(args, inputs, clock: Clock) -> list[torch.Tensor]:
 
 
 def relative_error(results, truth) -> float:
+    """The largest of loss and gradients; in the max form it has pairs whose two best patches rounding swaps."""
     return max(((x.double() - y).norm() / y.norm()).item() for x, y in zip(results, truth, strict=True))
 
 
@@ -199,7 +207,7 @@ def measure(args) -> dict:
 
     # Accuracy, and a warm-up
     inputs = make_inputs(args, args.batch)
-    runs = {PRODUCTS: products(inputs, clock)}
+    runs = {PRODUCTS: products(inputs, clock, args.form)}
     for name, loss in functions.items():
         if rows[name]["reason"] is None:
             runs[name] = functools.partial(step, loss, inputs, clock)
@@ -252,10 +260,11 @@ def measure(args) -> dict:
 
 def complete(rows: dict, peak: float | None, args) -> list[dict]:
     """The rows with their ratios; a key without a value is None."""
-    best_peer = min((rows[name]["step_ms"] for name in PEERS if "step_ms" in rows[name]), default=None)
+    best_peer = min((row["step_ms"] for name, row in rows.items() if name in PEERS and "step_ms" in row), default=None)
     full = []
     for name, row in rows.items():
-        count = units(args) if name != PRODUCTS else {"forward": 1, "step": 3 if args.frozen_texts else 4}
+        of_products = {"forward": 1, "step": 1 if args.form == "max" else 3 if args.frozen_texts else 4}
+        count = units(args) if name != PRODUCTS else of_products
         new = {"name": name}
         for part in ("forward", "step"):
             ms = row.get(f"{part}_ms")
@@ -296,7 +305,7 @@ def parse() -> argparse.Namespace:
     add("--patches", type=int, default=196, help="of an image")
     add("--dim", type=int, default=512, help="of the embeddings")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    add("--form", choices=("dot", "cosine"), default="dot")
+    add("--form", choices=FORMS, default="dot")
     add("--temperature", type=float, default=0.1, help="of the softmax over patches")
     add("--frozen-texts", action="store_true", help="texts need no gradient")
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")

@@ -18,6 +18,13 @@ Dtype parse_dtype(const std::string& name) {
   throw std::invalid_argument("dtype is '" + name + "', expected float32, bfloat16 or float16");
 }
 
+Form parse_form(const std::string& name) {
+  if (name == "dot") return Form::dot;
+  if (name == "cosine") return Form::cosine;
+  if (name == "max") return Form::max;
+  throw std::invalid_argument("form is '" + name + "', expected dot, cosine or max");
+}
+
 template <class T>
 T* address(uintptr_t value) {
   return reinterpret_cast<T*>(value);
@@ -29,14 +36,14 @@ PYBIND11_MODULE(_native, m) {
   m.doc() = "Native kernels of pacl_kernels; see csrc/cpu/score.h.";
 
   py::class_<ScoreParams>(m, "ScoreParams")
-      .def(py::init([](std::array<int64_t, 4> sizes, const std::string& dtype, bool cosine, float temperature, int threads,
-                       uintptr_t patches, std::array<int64_t, 3> patch_strides, uintptr_t texts,
+      .def(py::init([](std::array<int64_t, 4> sizes, const std::string& dtype, const std::string& form, float temperature,
+                       int threads, uintptr_t patches, std::array<int64_t, 3> patch_strides, uintptr_t texts,
                        std::array<int64_t, 2> text_strides, uintptr_t mask, std::array<int64_t, 2> mask_strides,
                        uintptr_t phi, uintptr_t lse) {
              ScoreParams p{};
              p.images = sizes[0], p.patches_per_image = sizes[1], p.texts_count = sizes[2], p.dim = sizes[3];
              p.dtype = parse_dtype(dtype);
-             p.form = cosine ? Form::cosine : Form::dot;
+             p.form = parse_form(form);
              p.temperature = temperature;
              p.threads = threads;
              p.patches = address<const void>(patches);
@@ -50,7 +57,7 @@ PYBIND11_MODULE(_native, m) {
              p.lse = address<float>(lse);
              return p;
            }),
-           py::kw_only(), py::arg("sizes"), py::arg("dtype"), py::arg("cosine"), py::arg("temperature"),
+           py::kw_only(), py::arg("sizes"), py::arg("dtype"), py::arg("form"), py::arg("temperature"),
            py::arg("threads"), py::arg("patches"), py::arg("patch_strides"), py::arg("texts"), py::arg("text_strides"),
            py::arg("mask"), py::arg("mask_strides"), py::arg("phi"), py::arg("lse"))
       .def(

@@ -12,7 +12,7 @@ from . import reference
 from .dispatch import resolve
 from .function import CompatibilityFunction, PaclFunction
 
-FORMS = ("dot", "cosine")
+FORMS = ("dot", "cosine", "max")
 LOSSES = ("infonce", "sigmoid")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -47,9 +47,11 @@ def fused_pacl_loss(
         patch_mask: bool `[B, N]`, True at real patches. What a masked patch holds is never read (NaN included) and its
             gradient is 0; an image without a real patch has compatibility 0 and gradient 0.
         attn_temperature: τ > 0 of the softmax over patches, a number or a (learnable) tensor of one element; a tensor's
-            value is not checked, because that would make the host wait for the device.
-        form: `"dot"`, φ = Σ a s (the product of the pooled patch with the text), or `"cosine"`, which divides that by
-            the pooled patch's norm, floored at 1e-6.
+            value is not checked, because that would make the host wait for the device. `form="max"` ignores it: the
+            gradient of a learnable one is then 0 (not None).
+        form: `"dot"`, φ = Σ a s (the product of the pooled patch with the text); `"cosine"`, which divides that by
+            the pooled patch's norm, floored at 1e-6; or `"max"`, φ = max s (MaxSim, the limit of both for τ → 0),
+            whose gradient goes to the first of the largest. With `"max"` a step costs little more than its forward.
         loss: `"infonce"`, the mean of row and column cross-entropy, or `"sigmoid"` (SigLIP), summed over all pairs and
             divided by B.
         logit_bias: added to the logits (SigLIP), a number or a tensor of one element.
@@ -130,7 +132,7 @@ class PaclLoss(nn.Module):
     """`fused_pacl_loss` behind the call of open_clip's losses: `loss(image_features, text_features, logit_scale)`.
 
     `attn_temperature` may be a tensor, but a learnable one belongs to the model: an optimiser that is built from
-    `model.parameters()` does not see this module's.
+    `model.parameters()` does not see this module's. `form="max"` ignores it.
     """
 
     def __init__(

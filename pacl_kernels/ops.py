@@ -26,7 +26,10 @@ def score_forward(
     phi: Tensor,
     lse: Tensor,
 ) -> None:
-    """Compatibility φ `[B, K]` and log-sum-exp over patches of s / τ `[B, K]`.
+    """Compatibility φ `[B, K]`, and in `lse` `[B, K]` what the same backend's backward needs beside it.
+
+    That is the log-sum-exp over patches of s / τ, or for form "max" the index n of the winning patch (exact in float32
+    for N < 2**24), -1 for an image without a patch. Callers hand it on and do not read it.
 
     `patches` `[B, N, D]`, `texts` `[K, D]`, `patch_mask` bool `[B, N]`; τ is the one-element tensor `temperature`, or
     `temperature_value` where that is None.

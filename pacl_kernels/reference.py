@@ -21,6 +21,13 @@ def unit(x: Tensor) -> Tensor:
     return torch.where(short, 0.0, x * torch.where(short, 1.0, squared).rsqrt())
 
 
+def first_maximum(scores: Tensor) -> Tensor:
+    """Index of the first maximum along the last dimension, of the first NaN where there is one."""
+    largest = (scores == scores.amax(-1, keepdim=True)) | scores.isnan()
+    places = torch.arange(scores.shape[-1], device=scores.device)
+    return torch.where(largest, places, scores.shape[-1]).amin(-1)
+
+
 def compatibility(
     patches: Tensor,
     texts: Tensor,
@@ -29,11 +36,17 @@ def compatibility(
     attn_temperature: float | Tensor = 1.0,
     form: str = "dot",
 ) -> Tensor:
-    """φ `[B, K]` of patches `[B, N, D]` and texts `[K, D]` (eq. 2 to 4), `patch_mask` `[B, N]` True at real patches."""
+    """φ `[B, K]` of patches `[B, N, D]` and texts `[K, D]` (eq. 2 to 4), `patch_mask` `[B, N]` True at real patches.
+
+    `form="max"`, φ = max s, is the limit of both other forms for τ → 0: the first maximum on ties, which alone has a
+    gradient; NaN if any real patch has s = NaN.
+    """
     if patch_mask is not None:
         patches = patches.masked_fill(~patch_mask[..., None], 0.0)
     patches, texts = unit(patches), unit(texts)
     scores = torch.einsum("bnd,kd->bkn", patches, texts)
+    if form == "max":
+        return _largest(scores, patch_mask, attn_temperature)
     attention = scores / attn_temperature
     if patch_mask is None:
         attention = attention.softmax(-1)
@@ -48,6 +61,19 @@ def compatibility(
     squared = (pooled * pooled).sum(-1)
     norm = squared.clamp_min(MIN_POOLED_NORM**2).sqrt()
     return torch.einsum("bkd,kd->bk", pooled, texts) / norm
+
+
+def _largest(scores: Tensor, patch_mask: Tensor | None, attn_temperature: float | Tensor) -> Tensor:
+    some = torch.ones(len(scores), 1, dtype=torch.bool, device=scores.device)
+    if patch_mask is not None:
+        some = patch_mask.any(-1, keepdim=True)
+        scores = scores.masked_fill(~patch_mask[:, None], float("-inf"))
+    phi = scores.gather(-1, first_maximum(scores.detach())[..., None])[..., 0]
+    phi = torch.where(some, phi, 0.0)  # an image without a patch
+    if isinstance(attn_temperature, Tensor):
+        # Selected nowhere: a learnable temperature has gradient 0 and not None, which DDP would wait for.
+        phi = torch.where(torch.zeros_like(some), attn_temperature.reshape(()), phi)
+    return phi
 
 
 def contrastive_loss(logits: Tensor, loss: str = "infonce") -> Tensor:

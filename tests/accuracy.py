@@ -16,7 +16,11 @@ g = ∂L/∂φ `[B, K]`, |∂φ/∂p̂| about 1/N and |∂φ/∂t̂| about 1, th
 
 and an unsaturated loss has ‖g‖ = logit_scale / √B, from the pairs. Everything is times the incoming gradient. In the
 cosine form, φ = u / r, every one of those terms carries 1/r, so its sizes are times the root mean square of 1/r (about
-1 for patches that agree, 37 for 1369 random directions, which nearly cancel).
+1 for patches that agree, 37 for 1369 random directions, which nearly cancel). In the form "max" every pair's g reaches
+one patch whole, so the size of the patches' gradient has no 1/√N.
+
+There rounding may decide between patches that are nearly equal, and the gradients of the two choices have nothing in
+common. So the truth takes the backend's own choice, once that choice's score is the true maximum but for rounding.
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ from __future__ import annotations
 import contextlib
 import math
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
@@ -42,13 +47,15 @@ MAX_LOSS_SCALE = 2.0**16  # where torch.amp.GradScaler starts
 
 def check(problem: Problem, backend: str, needs: tuple[str, ...] = DIFFERENTIABLE) -> dict[str, Tensor | None]:
     """Assert that the backend answers within the tolerance; returns its answer."""
-    truth = evaluate(problem.to(torch.float64), "reference", needs)
-    if problem.patches.dtype == torch.float16:
-        # As a gradient scaler does: the gradients of a mean over many patches lie below what float16 can hold.
-        problem = replace(problem, upstream=problem.upstream * _loss_scale(truth))
+    chosen = as_chosen(problem, winners(problem, backend)) if problem.form == "max" else contextlib.nullcontext()
+    with chosen:
         truth = evaluate(problem.to(torch.float64), "reference", needs)
-    dtype = problem.patches.dtype
-    plain = evaluate(problem.to(torch.promote_types(dtype, torch.float32)), "reference", needs)
+        if problem.patches.dtype == torch.float16:
+            # As a gradient scaler does: the gradients of a mean over many patches lie below what float16 can hold.
+            problem = replace(problem, upstream=problem.upstream * _loss_scale(truth))
+            truth = evaluate(problem.to(torch.float64), "reference", needs)
+        dtype = problem.patches.dtype
+        plain = evaluate(problem.to(torch.promote_types(dtype, torch.float32)), "reference", needs)
     answer = evaluate(problem, backend, needs)
     sizes = natural_sizes(problem)
     for name, true in truth.items():
@@ -65,6 +72,42 @@ def check(problem: Problem, backend: str, needs: tuple[str, ...] = DIFFERENTIABL
     for name in set(answer) - set(truth):
         assert answer[name] is None, f"gradient of {name}, which nobody asked for"
     return answer
+
+
+def winners(problem: Problem, backend: str) -> Tensor:
+    """The patch `[B, K]` that the backend's "max" chose, -1 where there is none; asserts that it is a real one."""
+    phi = problem.patches.new_full((len(problem.patches), len(problem.texts)), math.nan, dtype=_wide(problem))
+    lse = phi.clone()
+    inputs = (problem.patches.detach(), problem.texts.detach(), problem.patch_mask, None, 1.0)
+    torch.ops.pacl_kernels.score_forward(*inputs, "max", backend, phi, lse)
+    index = lse.long()
+    assert torch.equal(index.to(lse.dtype), lse), "winners are not whole numbers"
+    n = problem.patches.shape[1]
+    mask = problem.patch_mask
+    mask = torch.ones(len(phi), n, dtype=torch.bool, device=phi.device) if mask is None else mask
+    some = mask.any(1, keepdim=True).expand_as(index)
+    assert (index[~some] == -1).all() and ((index >= 0) & (index < n))[some].all(), "a winner that is no patch"
+    assert mask.gather(1, index.clamp_min(0))[some].all(), "a masked patch won"
+    return index
+
+
+def as_chosen(problem: Problem, index: Tensor):
+    """While this context lasts, the reference's maximum is patch `index` `[B, K]` of each pair: see the module."""
+    epsilon = torch.finfo(_wide(problem)).eps
+    rounding = epsilon * (4 + 2 * math.sqrt(problem.patches.shape[-1]))  # of two scores, each a sum over D
+
+    def first_maximum(scores: Tensor) -> Tensor:
+        score = scores.gather(-1, index.clamp_min(0)[..., None])[..., 0]
+        short = scores.amax(-1) - score
+        wrong = (short > rounding) | (score.isnan() != scores.amax(-1).isnan())
+        assert not (wrong & (index >= 0)).any(), f"the winner's score is {short.nan_to_num(9).max():.3g} too low"
+        return index.clamp_min(0)
+
+    return mock.patch.object(reference, "first_maximum", first_maximum)
+
+
+def _wide(problem: Problem) -> torch.dtype:
+    return torch.promote_types(problem.patches.dtype, torch.float32)
 
 
 def _is_known_gap(problem: Problem) -> bool:
@@ -123,9 +166,10 @@ def natural_sizes(problem: Problem) -> dict[str, float]:
     if problem.form == "cosine":
         inverse = _inverse_pooled_norm(problem)
         grad_phi, temperature = grad_phi * inverse, temperature * inverse
+    shared_by = 1 if problem.form == "max" else n
     return {
         "value": value,
-        "patches": grad_phi * _inverse_norm(problem.patches, problem.patch_mask) / math.sqrt(n),
+        "patches": grad_phi * _inverse_norm(problem.patches, problem.patch_mask) / math.sqrt(shared_by),
         "texts": grad_phi * _inverse_norm(problem.texts),
         "attn_temperature": temperature / tau,
         "logit_scale": factor,

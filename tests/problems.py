@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-FORMS = ("dot", "cosine")
+FORMS = ("dot", "cosine", "max")
 OBJECTIVES = ("compatibility", "infonce", "sigmoid")
 DIFFERENTIABLE = ("patches", "texts", "logit_scale", "logit_bias", "attn_temperature")
 

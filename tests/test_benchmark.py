@@ -71,6 +71,16 @@ def test_cosine_in_bfloat16_with_frozen_texts_and_without_a_compiler(tmp_path):
     assert result["units"] == {"forward": 1 + 49 / 64, "step": 3 + 3 * 49 / 64}
 
 
+def test_max_has_its_own_peers_and_one_product(tmp_path):
+    printed, result = run(tmp_path, "--form", "max")
+    packages = ("late-interaction-kernels", "flash-maxsim")
+    check(result, ("compiled", *packages, *missing(result)))
+    reasons = {row["name"]: row["reason"] for row in result["rows"]}
+    assert all("CUDA" in reasons[name] and name in printed for name in packages)
+    assert {"eager, max of s", "eager, chunks + checkpoint"} <= set(reasons) and "eager, sum of a s" not in reasons
+    assert result["units"] == {"forward": 1, "step": 1 + 2 / 49}
+
+
 def test_what_does_not_fit_is_said():
     done = throughput("--batch", "10000000", "--backend", "torch")
     assert done.returncode != 0

@@ -13,7 +13,7 @@ import pacl_kernels
 
 MIB = 2**20
 SHAPES = [(1024, 64, 256), (16, 1369, 1024)]
-FORMS = ("dot", "cosine")
+FORMS = ("dot", "cosine", "max")
 THREADS = (1, 4)
 WIDTH = {"float32": 4, "bfloat16": 2}
 PROBE = """

@@ -2,6 +2,7 @@
 // No std:: templates and no shared inline functions: the linker could keep an AVX-512 copy of them for everyone.
 
 #include "cosine.h"
+#include "max.h"
 
 namespace {
 
@@ -11,6 +12,7 @@ using namespace pacl;
 template <class Op>
 void forward(const ScoreParams& p, const int64_t* row_start, int64_t first, int64_t last, const Texts& texts,
              int64_t panel_first, int64_t panel_last, int64_t next, Scratch& scratch) {
+  if (p.form == Form::max) return forward_max<Op>(p, row_start, first, last, texts, panel_first, panel_last, next, scratch);
   const int64_t units = dim_units<Op>(p), inner = dim_inner<Op>(p), columns = (panel_last - panel_first) * kPanel;
   const bool cosine = p.form == Form::cosine, bounded = is_bounded(p);
   Rows& rows = scratch.rows;
@@ -141,7 +143,8 @@ template <class Op>
 constexpr Kernels table() {
   return {PACL_STRING(PACL_ISA), kLanes, kPanel, kTileRows, kTileColumns, Op::kPair,
           pack_rows<Op>, pack_texts<Op>, forward<Op>, weights<Op>, patches_product<Op>, texts_product<Op>,
-          finish_patches<Op>, finish_texts, multiply_adds<Op>};
+          finish_patches<Op>, finish_texts, multiply_adds<Op>,
+          max_pack_texts, max_sort, max_patches, max_texts, max_finish_texts};
 }
 
 }  // namespace

@@ -23,6 +23,7 @@ constexpr int64_t kBudget = 60 * kMiB;       // workspace of a call, whatever it
 constexpr int64_t kTextsBudget = 10 * kMiB;  // packed texts
 constexpr int64_t kRowsBudget = 26 * kMiB;   // a block of rows of the backward: patches, their gradient, weights
 
+constexpr int64_t kMaxRowsBudget = 8 * kMiB; // a block of patches of the max form's backward
 constexpr int64_t kTextRange = 256;          // texts of a task
 
 // Threads that run the same program and meet after each phase.
@@ -220,7 +221,8 @@ void advise_huge_pages(void* memory, int64_t bytes) {
 #endif
 }
 
-Arena open_workspace(const ScoreParams& p, const Plan& plan) {
+template <class AnyPlan>
+Arena open_workspace(const ScoreParams& p, const AnyPlan& plan) {
   if (p.workspace_bytes < plan.workspace_bytes())
     throw std::invalid_argument("workspace has " + std::to_string(p.workspace_bytes) + " bytes, expected " +
                                 std::to_string(plan.workspace_bytes()));
@@ -235,9 +237,105 @@ void open_texts(const ScoreParams& p, const Plan& plan, int64_t first, Texts& te
   texts.padded = round_up(texts.count, plan.kernels.panel);
 }
 
+// The backward of the max form: blocks of patches, whole images where they fit, against blocks of texts.
+struct MaxPlan {
+  const Kernels& kernels;
+  const ScoreParams& p;
+  int64_t dims, texts_block, patches, images;  // padded D; texts, patches of an image and images of a block
+  int64_t shared_bytes, scratch_bytes;
+  int threads;
+
+  explicit MaxPlan(const ScoreParams& params) : kernels(select_kernels(params.dtype, params.dim)), p(params) {
+    dims = round_up(p.dim, kernels.panel);
+    texts_block = least(p.texts_count, most(1, least(4096, kTextsBudget / (4 * dims))));
+    const int64_t rows = most(1, kMaxRowsBudget / (4 * dims));
+    patches = least(p.patches_per_image, rows);
+    images = least(p.images, least(256, rows / patches));
+    Arena counter{nullptr};
+    MaxBlock block;
+    MaxScratch scratch;
+    take_block(counter, block);
+    shared_bytes = counter.used;
+    counter.used = 0;
+    take_scratch(counter, scratch);
+    scratch_bytes = counter.used;
+    threads = (int)most(1, least(p.threads, (kBudget - shared_bytes) / scratch_bytes));
+  }
+
+  int64_t workspace_bytes() const { return shared_bytes + threads * scratch_bytes + 64; }
+
+  void take_block(Arena& arena, MaxBlock& block) const {
+    block.patch = arena.take<const float*>(images * patches);
+    block.patch_norm = arena.take(images * patches);
+    block.patch_rows = arena.take(images * patches * dims);
+    block.patch_sums = p.grad_patches && texts_block < p.texts_count ? arena.take(images * patches * dims) : nullptr;
+    block.text = arena.take<const float*>(texts_block);
+    block.text_norm = arena.take(texts_block);
+    block.text_rows = arena.take(texts_block * dims);
+    block.order = arena.take<int32_t>(images * texts_block);
+    block.start = arena.take<int32_t>(images * (patches + 1));
+  }
+
+  void take_scratch(Arena& arena, MaxScratch& scratch) const {
+    scratch.rows = arena.take<const float*>(most(texts_block, images));
+    scratch.weights = arena.take(most(texts_block, images));
+    scratch.sum = arena.take(dims);
+    scratch.buffer = arena.take(dims);
+  }
+};
+
+void backward_max(const ScoreParams& p) {
+  const MaxPlan plan(p);
+  const Kernels& kernels = plan.kernels;
+  Arena arena = open_workspace(p, plan);
+  MaxBlock shared_block;
+  plan.take_block(arena, shared_block);
+  const int64_t scratch_at = arena.used, text_blocks = ceil_div(p.texts_count, plan.texts_block);
+
+  Team(plan.threads, [&, shared_block](Team& team, int id) {
+    Arena own{arena.base, scratch_at + id * plan.scratch_bytes};
+    MaxScratch scratch;
+    plan.take_scratch(own, scratch);
+    MaxBlock block = shared_block;
+    bool packed = false;
+    for (int64_t image = 0; image < p.images; image += plan.images)
+      for (int64_t patch = 0; patch < p.patches_per_image; patch += plan.patches) {
+        block.image_first = image;
+        block.image_last = least(image + plan.images, p.images);
+        block.patch_first = patch;
+        block.patches = least(plan.patches, p.patches_per_image - patch);
+        for (int64_t text_block = 0; text_block < text_blocks; ++text_block) {
+          block.text_first = text_block * plan.texts_block;
+          block.text_count = least(plan.texts_block, p.texts_count - block.text_first);
+          if (!packed || text_blocks > 1)
+            team.phase(ceil_div(block.text_count, 16), [&](int64_t i) {
+              kernels.max_pack_texts(p, block, i * 16, least(i * 16 + 16, block.text_count));
+            });
+          packed = true;
+          team.phase(block.image_last - image, [&](int64_t i) { kernels.max_sort(p, block, image + i); });
+          const int64_t ranges = ceil_div(block.patches, 64);
+          team.phase((block.image_last - image) * ranges, [&](int64_t task) {
+            const int64_t first = task % ranges * 64;
+            kernels.max_patches(p, block, image + task / ranges, first, least(first + 64, block.patches), scratch);
+          });
+          if (p.grad_texts)
+            team.phase(ceil_div(block.text_count, 16), [&](int64_t i) {
+              kernels.max_texts(p, block, i * 16, least(i * 16 + 16, block.text_count), scratch);
+            });
+        }
+      }
+    if (p.grad_texts)
+      team.phase(ceil_div(p.texts_count, 16), [&](int64_t i) {
+        kernels.max_finish_texts(p, i * 16, least(i * 16 + 16, p.texts_count), scratch);
+      });
+  });
+}
+
 }  // namespace
 
-int64_t workspace_bytes(const ScoreParams& p, bool backward) { return Plan(p, backward).workspace_bytes(); }
+int64_t workspace_bytes(const ScoreParams& p, bool backward) {
+  return backward && p.form == Form::max ? MaxPlan(p).workspace_bytes() : Plan(p, backward).workspace_bytes();
+}
 
 int64_t accumulator_floats(const ScoreParams& p) {
   const int64_t panel = select_kernels(p.dtype, p.dim).panel;
@@ -273,6 +371,11 @@ void score_forward(const ScoreParams& p) {
 }
 
 void score_backward(const ScoreParams& p) {
+  if (p.form == Form::max) {
+    if (p.grad_temperature) *p.grad_temperature = 0.0f;
+    if (p.grad_patches || p.grad_texts) backward_max(p);
+    return;
+  }
   const Plan plan(p, true);
   const Kernels& kernels = plan.kernels;
   Arena arena = open_workspace(p, plan);

@@ -7,7 +7,7 @@
 namespace pacl {
 
 enum class Dtype { float32, bfloat16, float16 };
-enum class Form { dot, cosine };
+enum class Form { dot, cosine, max };
 
 struct ScoreParams {
   int64_t images, patches_per_image, texts_count, dim;  // B, N, K, D
@@ -22,7 +22,7 @@ struct ScoreParams {
   const uint8_t* mask;  // [B, N] of bool, or null
   int64_t mask_stride_image, mask_stride_row;
   float* phi;  // [B, K], written by forward, read by backward
-  float* lse;  // [B, K], log-sum-exp over patches of s / temperature
+  float* lse;  // [B, K], log-sum-exp over patches of s / temperature; max form: the winner's index n, -1 without a patch
   // Backward only; a null gradient is not computed.
   const float* grad_phi;     // [B, K]
   void* grad_patches;        // [B, N, D], contiguous
@@ -71,6 +71,24 @@ struct Scratch {  // one thread's own; panels are [rows, panel] of float32 unles
   float *outer, *outer_units;                  // backward: panels [N, N]
 };
 
+// The max form's backward: patches [patch_first, patch_first + patches) of a run of images, and a run of texts.
+struct MaxBlock {
+  int64_t image_first, image_last, patch_first, patches, text_first, text_count;
+  const float** patch;     // [images * patches], rows of D in float32; null where no text has chosen the patch
+  float* patch_norm;       // inverse
+  float* patch_rows;       // where such rows lie that are not the caller's own
+  float* patch_sums;       // rows of D, or null where one block holds all texts
+  const float** text;      // the same for texts
+  float *text_norm, *text_rows;
+  int32_t *order, *start;  // the texts of each image by the patch they chose, and where those of patch n begin
+};
+
+struct MaxScratch {  // one thread's own
+  const float** rows;      // what a sum adds up
+  float* weights;
+  float *sum, *buffer;     // rows of D
+};
+
 struct Kernels {
   const char* isa;
   int lanes, panel, tile_rows, tile_columns, pair;
@@ -100,6 +118,12 @@ struct Kernels {
                          float* buffer);
   void (*finish_texts)(const ScoreParams&, int64_t first, int64_t last, float* buffer);
   double (*multiply_adds)(int64_t repeats);  // runs independent multiply-adds, returns their flop
+  // The max form's backward, see max.h.
+  void (*max_pack_texts)(const ScoreParams&, MaxBlock&, int64_t first, int64_t last);
+  void (*max_sort)(const ScoreParams&, MaxBlock&, int64_t image);
+  void (*max_patches)(const ScoreParams&, MaxBlock&, int64_t image, int64_t first, int64_t last, MaxScratch&);
+  void (*max_texts)(const ScoreParams&, const MaxBlock&, int64_t first, int64_t last, MaxScratch&);
+  void (*max_finish_texts)(const ScoreParams&, int64_t first, int64_t last, MaxScratch&);
 };
 
 // static: a shared inline function could be linked from an object that this machine cannot run.

@@ -55,7 +55,7 @@ def _params(patches: Tensor, texts: Tensor, patch_mask: Tensor | None, temperatu
     return _native.ScoreParams(
         sizes=(*patches.shape[:2], len(texts), patches.shape[2]),
         dtype=_DTYPES[patches.dtype],
-        cosine=form == "cosine",
+        form=form,
         temperature=float(temperature),
         threads=torch.get_num_threads(),
         patches=patches.data_ptr(),

@@ -18,11 +18,17 @@ def why_not(device: torch.device | None = None, dtype: torch.dtype | None = None
 
 
 def score_forward(patches, texts, patch_mask, temperature, form, phi, lse) -> None:
-    """Write φ and the log-sum-exp over patches of s / τ (0 for an image without a patch), both `[B, K]`."""
+    """Write φ and the log-sum-exp over patches of s / τ (0 for an image without a patch), both `[B, K]`.
+
+    For the form "max", which ignores τ, `lse` takes the index of the winning patch (-1 for an image without a patch).
+    """
     for images, text_blocks in _blocks(patches, texts):
         p, _ = _unit(_masked(patches, patch_mask, images), phi.dtype)
         for columns in text_blocks:
             t, _ = _unit(texts[columns], phi.dtype)
+            if form == "max":
+                phi[images, columns], lse[images, columns] = _largest(p, t, patch_mask, images)
+                continue
             s, a, lse[images, columns] = _attend(p, t, patch_mask, images, temperature)
             u = (a * s).sum(1)
             if form == "cosine":
@@ -34,14 +40,17 @@ def score_forward(patches, texts, patch_mask, temperature, form, phi, lse) -> No
 def score_backward(
     patches, texts, patch_mask, temperature, form, phi, lse, grad_phi, grad_patches, grad_texts, grad_temperature
 ) -> None:
-    """Write the gradients whose buffers are given: `[B, N, D]`, `[K, D]` and `[]`."""
+    """Write the gradients whose buffers are given: `[B, N, D]`, `[K, D]` and `[]` (0 for the form "max")."""
     texts_sum = None if grad_texts is None else texts.new_zeros(texts.shape, dtype=phi.dtype)
     temperature_sum = phi.new_zeros(())
     for images, text_blocks in _blocks(patches, texts):
         p, inv_norm = _unit(_masked(patches, patch_mask, images), phi.dtype)
-        patches_sum = torch.zeros_like(p)
+        patches_sum = None if grad_patches is None else p.new_zeros(p.shape)
         for columns in text_blocks:
             t, _ = _unit(texts[columns], phi.dtype)
+            if form == "max":
+                _add_largest(p, t, lse[images, columns], grad_phi[images, columns], patches_sum, texts_sum, columns)
+                continue
             # The attention and its mean are made again, not taken from φ and lse: their rounding, divided by τ, would
             # not cancel against that of s.
             s, a, _ = _attend(p, t, patch_mask, images, temperature)
@@ -79,7 +88,7 @@ def score_backward(
             t, inv_norm = _unit(texts[rows], phi.dtype)
             _project_out(texts_sum[rows], t, inv_norm, into=grad_texts[rows])
     if grad_temperature is not None:
-        grad_temperature.copy_(temperature_sum / temperature / temperature)
+        grad_temperature.copy_(temperature_sum if form == "max" else temperature_sum / temperature / temperature)
 
 
 def _split(size: int, step: int) -> list[slice]:
@@ -121,6 +130,34 @@ def _attend(p: Tensor, t: Tensor, patch_mask: Tensor | None, images: slice, temp
     total = e.sum(1, keepdim=True)
     total.masked_fill_(total == 0.0, 1.0)
     return s, e.div_(total), (largest + total.log())[:, 0]
+
+
+def _largest(p: Tensor, t: Tensor, patch_mask: Tensor | None, images: slice) -> tuple[Tensor, Tensor]:
+    """The largest s of each pair and the first index that has it; 0 and -1 for an image without a patch."""
+    s = p @ t.T
+    if patch_mask is None:
+        return s.max(1)
+    phi, index = s.masked_fill_(~patch_mask[images, :, None], float("-inf")).max(1)
+    none = ~patch_mask[images].any(1, keepdim=True)
+    return phi.masked_fill_(none, 0.0), index.masked_fill_(none, -1)
+
+
+def _add_largest(p, t, index, g, patches_sum, texts_sum, columns) -> None:
+    """Add `g t` to the winner's row and `g p` to the text's: backward needs no second product."""
+    g = g.masked_fill(index < 0, 0.0)[..., None]
+    rows = index.clamp_min(0).long() + p.shape[1] * torch.arange(len(p), device=p.device)[:, None]
+    if patches_sum is not None:
+        _add_rows(patches_sum.view(-1, p.shape[2]), rows.flatten(), (g * t).flatten(0, 1))
+    if texts_sum is not None:
+        texts_sum[columns] += (g * p.flatten(0, 1)[rows]).sum(0)
+
+
+def _add_rows(sums: Tensor, rows: Tensor, values: Tensor) -> None:
+    """`sums[rows[i]] += values[i]` in the same order on every run."""
+    if sums.is_cuda:  # sorts there, where scatter_add_ has atomics
+        sums.index_put_((rows,), values, accumulate=True)
+    else:
+        sums.scatter_add_(0, rows[:, None].expand_as(values), values)
 
 
 def _pool(p: Tensor, t: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
