@@ -12,6 +12,7 @@ import contextlib
 import functools
 import importlib.metadata
 import importlib.util
+import math
 import os
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -38,26 +39,58 @@ class Config(NamedTuple):
     per_processor: int
 
 
-# (kernel, bytes of an element) to configuration. None has been timed on hardware yet: two programs of 4 warps on each
-# SM, so that one's epilogue hides behind the other's product, in the registers and shared memory that an H100 has.
+# (kernel, architecture, bytes of an element) to configuration; an architecture without an entry takes that of the
+# newest older one. None has been timed on hardware yet. What `benchmarks/kernel_report.py` shows without it: no spills,
+# the tensor cores' own instructions, and registers and shared memory for `per_processor` programs on each SM, so that
+# one's epilogue hides behind another's product.
 CONFIGS = {
-    ("forward", 2): Config(128, 128, 64, 4, 3, 2),
-    ("forward", 4): Config(128, 64, 32, 4, 3, 2),
-    ("backward", 2): Config(128, 128, 64, 4, 3, 2),
-    ("backward", 4): Config(128, 64, 32, 4, 3, 2),
+    ("forward", 80, 2): Config(128, 128, 32, 8, 4, 1),
+    ("forward_safe", 80, 2): Config(128, 128, 32, 8, 4, 1),
+    ("backward", 80, 2): Config(128, 128, 32, 8, 4, 1),
+    ("backward_masked", 80, 2): Config(128, 128, 32, 8, 4, 1),
+    ("forward", 80, 4): Config(64, 64, 32, 4, 3, 2),
+    ("forward_safe", 80, 4): Config(64, 64, 32, 8, 3, 1),
+    ("backward", 80, 4): Config(64, 64, 32, 4, 3, 2),
+    ("backward_masked", 80, 4): Config(64, 64, 32, 8, 3, 1),
+    ("forward", 90, 2): Config(128, 128, 64, 4, 3, 2),
+    ("forward_safe", 90, 2): Config(128, 128, 64, 8, 4, 1),
+    ("backward", 90, 2): Config(128, 128, 64, 4, 3, 2),
+    ("backward_masked", 90, 2): Config(128, 128, 64, 8, 4, 1),
+    ("forward", 90, 4): Config(128, 64, 32, 4, 3, 2),
+    ("forward_safe", 90, 4): Config(128, 64, 32, 8, 3, 1),
+    ("backward", 90, 4): Config(128, 64, 32, 4, 3, 2),
+    ("backward_masked", 90, 4): Config(128, 64, 32, 8, 3, 1),
+    ("forward", 100, 2): Config(128, 64, 64, 4, 4, 2),
+    ("forward_safe", 100, 2): Config(128, 64, 64, 4, 4, 2),
+    ("backward", 100, 2): Config(128, 64, 64, 4, 4, 2),
+    ("backward_masked", 100, 2): Config(128, 64, 64, 4, 4, 2),
+    ("forward", 100, 4): Config(128, 64, 32, 8, 3, 1),
+    ("forward_safe", 100, 4): Config(128, 64, 32, 8, 3, 1),
+    ("backward", 100, 4): Config(128, 64, 32, 8, 3, 1),
+    ("backward_masked", 100, 4): Config(128, 64, 32, 8, 3, 1),
 }
+# Tiles of the cosine form's products with the Gram matrix: texts, patches of the result, patches summed over.
+_POOL_TEXTS, _POOL_PATCHES, _POOL_INNER = 64, 64, 64
 
-# Of the cosine form's products with the Gram matrix: texts, patches of the result, patches summed over.
-_POOL_TILE = Config(64, 64, 32, 4, 3, 2)
 
-
-def config(kernel: str, itemsize: int, texts: int, dim: int) -> Config:
+def config(kernel: str, patches: Tensor, texts: Tensor) -> Config:
     """The table's entry, with smaller tiles where there are fewer texts or dimensions."""
-    entry = CONFIGS[kernel, itemsize]
+    architectures = {architecture for _, architecture, _ in CONFIGS}
+    newest = max(x for x in architectures if x <= max(_architecture(patches.device), min(architectures)))
+    entry = CONFIGS[kernel, newest, patches.element_size()]
     return entry._replace(
-        block_t=min(entry.block_t, max(16, _power_of_two(texts))),
-        block_d=min(entry.block_d, max(16, _power_of_two(dim))),
+        block_t=min(entry.block_t, max(16, _power_of_two(len(texts)))),
+        block_d=min(entry.block_d, max(16, _power_of_two(texts.shape[1]))),
     )
+
+
+@functools.cache
+def _architecture(device: torch.device) -> int:
+    """Compute capability times ten; that of an A100 for what has none (AMD, the interpreter)."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return 80
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def why_not(device: torch.device | None = None, dtype: torch.dtype | None = None) -> str | None:
@@ -105,7 +138,7 @@ def score_forward(patches, texts, patch_mask, temperature, form, phi, stat) -> N
         return
     with _on_device(patches):
         call = _Call(patches, texts, patch_mask, temperature, phi, stat)
-        call.forward()
+        call.forward(form)
         if form == "cosine":
             _divide_by_pooled_norm(call)
 
@@ -149,23 +182,27 @@ class _Call:
         self.tau = dict(TAU_IS_TENSOR=isinstance(temperature, Tensor))
         self.precision = _float32_precision() if patches.dtype == torch.float32 else "ieee"
 
-    def forward(self) -> None:
-        """φ and the entropy of the `dot` form."""
-        chosen = config("forward", self.patches.element_size(), self.k, self.d)
+    def forward(self, form: str) -> None:
+        """φ and STAT of the `max` form, or of `dot`."""
+        largest = form == "max"  # reads no temperature, so nothing depends on where that is
+        temperature = 1.0 if largest else self.temperature
         pad = _power_of_two(self.n) if self.n <= _PADDED else 0
-        images = max(1, chosen.block_p // pad) if pad else _images_of_a_tile(self.n, chosen.block_p)
-        programs = _programs(self.patches.device, chosen.per_processor)
-        text_tiles = _ceil_div(self.k, chosen.block_t)
-        run = images if pad else images_per_run(self.b, self.n, text_tiles, chosen.block_p, programs)
-        p, t, tile = self._operands(chosen, self.texts, descriptors=not pad)
-        for safe in _variants(self.temperature):
+        for safe in _variants(temperature):
+            chosen = config("forward_safe" if safe else "forward", self.patches, self.texts)
+            images = max(1, chosen.block_p // pad) if pad else _images_of_a_tile(self.n, chosen.block_p)
+            programs = _programs(self.patches.device, chosen.per_processor)
+            text_tiles = _ceil_div(self.k, chosen.block_t)
+            run = images if pad else images_per_run(self.b, self.n, text_tiles, chosen.block_p, programs)
+            p, t, tile = self._operands(chosen, self.texts, descriptors=not pad)
+            tile |= dict(PAD=pad, IMAGES=images, MAX=largest, SAFE=safe)
             _launch(
                 kernels().score_forward_kernel,
                 min(programs, text_tiles * _ceil_div(self.b, run)),
-                (p, t, self.mask, self.temperature, self.inv_p, self.inv_t, self.phi, self.stat)
+                (p, t, self.mask, temperature, self.inv_p, self.inv_t, self.phi, self.stat)
                 + (self.b, self.n, self.k, self.d, *self.strides, run),
-                tile | dict(PAD=pad, IMAGES=images, SAFE=safe),
-                chosen,
+                tile | dict(TAU_IS_TENSOR=isinstance(temperature, Tensor)),
+                chosen.warps,
+                chosen.stages,
             )
 
     def backward(self, form: str, grad_phi, grad_patches, grad_texts, grad_temperature) -> None:
@@ -204,9 +241,11 @@ class _Call:
                     sums = self.cosine_backward(
                         b0, b1, k0, k1, attention, gram, grad_phi, w, curvature, grad_temperature is not None
                     )
+                elif form == "max":
+                    self.max_weights(b0, b1, k0, k1, w, grad_phi)
                 else:
                     sums = self.weights(b0, b1, k0, k1, w, grad_phi, grad_temperature is not None)
-                if grad_temperature is not None:
+                if grad_temperature is not None and form != "max":
                     tau_sum += sums.sum(dtype=torch.float64)
                 weights = w[: k1 - k0, :rows]
                 if grad_patches is not None:
@@ -239,7 +278,7 @@ class _Call:
         `entropy_over`: the `dot` φ that STAT is relative to; without it the attention takes STAT for the log-sum-exp.
         """
         attention = grad_phi is None
-        chosen = config("backward", self.patches.element_size(), self.k, self.d)
+        chosen = config("backward" if self.mask is None else "backward_masked", self.patches, self.texts)
         rows = (b1 - b0) * self.n
         items = _ceil_div(rows, chosen.block_p) * _ceil_div(k1 - k0, chosen.block_t)
         sums = self.phi.new_empty(items) if needs_tau else None
@@ -254,36 +293,46 @@ class _Call:
             + (None if attention else self.scale, w, sums, b0, b1, self.n, k1 - k0, self.d)
             + (*self.strides, self.k, w.stride(0)),
             tile
-            | dict(IMAGES=_images_of_a_tile(self.n, chosen.block_p // 2), ATTENTION=attention, NEEDS_TAU=needs_tau)
+            | dict(IMAGES=_images_of_a_tile(self.n, chosen.block_p // 4), ATTENTION=attention, NEEDS_TAU=needs_tau)
             | dict(SCALED=not attention and self.scale is not None),
-            chosen,
+            chosen.warps,
+            chosen.stages,
         )
         return sums
 
+    def max_weights(self, b0, b1, k0, k1, w: Tensor, grad_phi: Tensor) -> None:
+        chosen = config("backward", self.patches, self.texts)
+        block_t, block_p = min(64, chosen.block_t), min(64, chosen.block_p)
+        _launch(
+            kernels().max_weights_kernel,
+            _ceil_div((b1 - b0) * self.n, block_p) * _ceil_div(k1 - k0, block_t),
+            (self.inv_p, self.inv_t[k0:], self.stat[:, k0:], grad_phi[:, k0:], self.scale, w, b0, b1, self.n, k1 - k0)
+            + (self.k, w.stride(0)),
+            dict(BLOCK_T=block_t, BLOCK_P=block_p, SCALED=self.scale is not None),
+        )
+
     def gram(self, b0, b1, gram: Tensor) -> None:
-        block = _POOL_TILE.block_p
+        block = _POOL_PATCHES
         _launch(
             kernels().gram_kernel,
             (b1 - b0) * _ceil_div(self.n, block) ** 2,
             (self.patches, self.mask, self.inv_p, gram, b0, self.n, self.d)
             + (*self.patches.stride(), *_mask_strides(self.mask), gram.stride(1)),
-            dict(BLOCK_N=block, BLOCK_D=32, HAS_MASK=self.mask is not None, PRECISION=self.precision),
-            _POOL_TILE,
+            dict(BLOCK_N=block, BLOCK_D=_POOL_INNER, HAS_MASK=self.mask is not None, PRECISION=self.precision),
         )
 
     def cosine_forward(self, b0, b1, k0, k1, attention: Tensor, gram: Tensor) -> None:
         _launch(
             kernels().cosine_forward_kernel,
-            (b1 - b0) * _ceil_div(k1 - k0, _POOL_TILE.block_t),
+            (b1 - b0) * _ceil_div(k1 - k0, _POOL_TEXTS),
             (attention, gram, self.temperature, self.phi[:, k0:], self.stat[:, k0:], b0, self.n, k1 - k0)
             + (attention.stride(0), gram.stride(1), self.k, MIN_POOLED_NORM),
             self._pool_tile(),
-            _POOL_TILE,
         )
 
     def cosine_backward(self, b0, b1, k0, k1, attention, gram, grad_phi, w, curvature, needs_tau) -> Tensor | None:
         """W of the cosine form from the attention, and the factors of Σ a aᵀ; returns the temperature's sums."""
-        items = (b1 - b0) * _ceil_div(k1 - k0, _POOL_TILE.block_t)
+        items = (b1 - b0) * _ceil_div(k1 - k0, _POOL_TEXTS)
         sums = self.phi.new_empty(items) if needs_tau else None
         _launch(
             kernels().cosine_backward_kernel,
@@ -292,19 +341,23 @@ class _Call:
             + (self.scale, w, curvature, sums, b0, self.n, k1 - k0)
             + (attention.stride(0), gram.stride(1), self.k, MIN_POOLED_NORM),
             self._pool_tile() | dict(NEEDS_TAU=needs_tau, SCALED=self.scale is not None),
-            _POOL_TILE,
         )
         return sums
 
     def curvature(self, b0, b1, k0, k1, attention, curvature, pooled) -> None:
-        block = _POOL_TILE.block_p
+        block = _POOL_PATCHES
         operands = torch.float32 if self.patches.dtype == torch.float32 else torch.bfloat16
         _launch(
             kernels().curvature_kernel,
             (b1 - b0) * _ceil_div(self.n, block) ** 2,
             (attention, curvature, self.inv_p, pooled, b0, self.n, k1 - k0, attention.stride(0), k0 > 0),
-            dict(BLOCK_M=block, BLOCK_K=32, OPERANDS=kernels().DTYPES[operands], PRECISION=self.precision),
-            _POOL_TILE,
+            dict(
+                BLOCK_M=block,
+                BLOCK_K=_POOL_INNER,
+                N_ALIGN=math.gcd(self.n, 16),
+                OPERANDS=kernels().DTYPES[operands],
+                PRECISION=self.precision,
+            ),
         )
 
     def blocks(self, itemsize: int) -> Blocks:
@@ -312,7 +365,7 @@ class _Call:
 
     def workspace(self, blocks: Blocks, dtype: torch.dtype) -> Tensor:
         """Room for whole tiles `[texts, rows]` of a block."""
-        chosen = config("backward", self.patches.element_size(), self.k, self.d)
+        chosen = config("backward", self.patches, self.texts)
         rows, texts = min(self.b, blocks.images) * self.n, min(self.k, blocks.texts)
         texts, rows = (_ceil_div(x, step) * step for x, step in ((texts, chosen.block_t), (rows, chosen.block_p)))
         return self.patches.new_empty(texts, rows, dtype=dtype)
@@ -339,8 +392,8 @@ class _Call:
         )
 
     def _pool_tile(self) -> dict:
-        tile = dict(BLOCK_T=_POOL_TILE.block_t, BLOCK_M=_POOL_TILE.block_p, BLOCK_N=_POOL_TILE.block_d)
-        return tile | self.tau | dict(PRECISION=self.precision)
+        tile = dict(BLOCK_T=_POOL_TEXTS, BLOCK_M=_POOL_PATCHES, BLOCK_N=_POOL_INNER)
+        return tile | self.tau | dict(N_ALIGN=math.gcd(self.n, 16), PRECISION=self.precision)
 
     def _weight_scale(self, grad_phi: Tensor) -> Tensor:
         """The power of two that brings the bound of |W|, max|g| (1 + 2 / τ) max 1/‖p‖ max 1/‖t‖, to 2¹⁴.
@@ -415,7 +468,7 @@ def _is_describable(x: Tensor) -> bool:
 def _has_bulk_copies(device: torch.device) -> bool:
     if importlib.util.find_spec("triton.tools.tensor_descriptor") is None:
         return False
-    return device.type == "cpu" or (torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0))
+    return device.type == "cpu" or _architecture(device) >= 90
 
 
 def _variants(temperature) -> tuple[bool, ...]:
@@ -432,7 +485,7 @@ def _inverse_norms(x: Tensor, mask: Tensor | None) -> Tensor:
     block_d, rows = _row_blocks(d)
     arguments = (x, mask, inverse, rows_count, x.shape[1], d, *x.stride(), *_mask_strides(mask))
     constants = dict(ROWS=rows, BLOCK_D=block_d, HAS_MASK=mask is not None)
-    kernels().inverse_norms_kernel[(_ceil_div(rows_count, rows),)](*arguments, **constants)
+    _launch(kernels().inverse_norms_kernel, _ceil_div(rows_count, rows), arguments, constants)
     return inverse
 
 
@@ -441,7 +494,7 @@ def _project_out(grad: Tensor, x: Tensor, out: Tensor, mask: Tensor | None, scal
     block_d, rows = _row_blocks(d)
     arguments = (grad, x, out, mask, scale, rows_count, x.shape[1], d, *x.stride(), *_mask_strides(mask))
     constants = dict(ROWS=rows, BLOCK_D=block_d, HAS_MASK=mask is not None, SCALED=scale is not None)
-    kernels().project_out_kernel[(_ceil_div(rows_count, rows),)](*arguments, **constants)
+    _launch(kernels().project_out_kernel, _ceil_div(rows_count, rows), arguments, constants)
 
 
 def _row_blocks(d: int) -> tuple[int, int]:
@@ -459,8 +512,8 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return a.float() @ b.float()
 
 
-def _launch(kernel, programs: int, arguments: tuple, constants: dict, chosen: Config) -> None:
-    kernel[(programs,)](*arguments, **constants, num_warps=chosen.warps, num_stages=chosen.stages)
+def _launch(kernel, programs: int, arguments: tuple, constants: dict, warps: int = 4, stages: int = 3) -> None:
+    kernel[(programs,)](*arguments, **constants, num_warps=warps, num_stages=stages)
 
 
 def _programs(device: torch.device, per_processor: int) -> int:

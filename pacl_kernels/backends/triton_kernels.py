@@ -8,7 +8,8 @@ tile may end in the middle of an image, and nothing is padded but the last tile 
     P [B, N, D]  T [K, D]  MASK [B, N]  PHI, STAT, G [B, K]  INV_P [B N]  INV_T [K]      sizes and strides in elements
 
 STAT is what the backward needs beside φ: for `dot` the entropy of the attention in bits, lse(s / τ) - φ / τ over ln 2.
-Unlike the log-sum-exp it is small where τ is, so `a = exp2((s - φ) log2(e) / τ - STAT)` loses nothing.
+Unlike the log-sum-exp it is small where τ is, so `a = exp2((s - φ) log2(e) / τ - STAT)` loses nothing. For `cosine`
+the log-sum-exp in bits, for `max` the index of the winning patch.
 """
 
 import torch
@@ -130,14 +131,32 @@ def _softmax_result(total, weighted, largest, scale, SAFE: tl.constexpr):
 
 
 @triton.jit
+def _add_largest(s, first_n, inside, best, index, SELECT: tl.constexpr, AXIS: tl.constexpr):
+    """The first maximum of `best` so far and the columns `inside`, whose first is patch `first_n`. NaN wins, as inf."""
+    key = tl.where(s != s, float("inf"), s)
+    if SELECT:
+        key = tl.where(inside, key, float("-inf"))
+    top, at = tl.max(key, AXIS, return_indices=True, return_indices_tie_break_left=True)
+    higher = top > best
+    return tl.where(higher, top, best), tl.where(higher, (first_n + at).to(tl.float32), index)
+
+
+@triton.jit
+def _max_result(best, index):
+    phi = tl.where(best == float("inf"), float("nan"), best)
+    return tl.where(index < 0.0, 0.0, phi), index
+
+
+@triton.jit(do_not_specialize=("B", "N", "K", "images_per_run"))
 def score_forward_kernel(
     P, T, MASK, TAU, INV_P, INV_T, PHI, STAT,
     B, N, K, D, stride_pb, stride_pn, stride_pd, stride_tk, stride_td, stride_mb, stride_mn, images_per_run,
     BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, PAD: tl.constexpr, IMAGES: tl.constexpr,
-    SAFE: tl.constexpr, TAU_IS_TENSOR: tl.constexpr, HAS_MASK: tl.constexpr,
+    MAX: tl.constexpr, SAFE: tl.constexpr, TAU_IS_TENSOR: tl.constexpr, HAS_MASK: tl.constexpr,
     DESCRIPTORS: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """φ and STAT of the `dot` form. Persistent: each program takes runs of images against one tile of texts.
+    """φ and STAT of the `dot` form, or with MAX of that one. Persistent: each program takes runs of images against one
+    tile of texts.
 
     IMAGES: how many a tile touches at most. A temperature in device memory chooses between the launch that is SAFE (a
     running maximum) and the one that is not, without the host reading it: the other has no items.
@@ -149,6 +168,7 @@ def score_forward_kernel(
     if TAU_IS_TENSOR:
         items = tl.where((tau < PLAIN_TEMPERATURE) == SAFE, items, 0)
     cols = tl.arange(0, BLOCK_P)
+    EMPTY: tl.constexpr = -1.0 if MAX else 0.0  # `total` is Σ e, or the winner's index
     # Texts change fastest: programs that run together then read the same patches.
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
         text0 = item % text_tiles * BLOCK_T
@@ -158,7 +178,7 @@ def score_forward_kernel(
         t_live = texts < K
         t_offsets = texts.to(tl.int64) * stride_tk
         inv_t = tl.load(INV_T + texts, mask=t_live, other=0.0)
-        total = tl.zeros([BLOCK_T], tl.float32)
+        total = tl.zeros([BLOCK_T], tl.float32) + EMPTY
         weighted = tl.zeros([BLOCK_T], tl.float32)
         largest = tl.full([BLOCK_T], float("-inf"), tl.float32)
         if PAD > 0:
@@ -181,8 +201,14 @@ def score_forward_kernel(
                 one = tl.zeros([BLOCK_T, IMAGES], tl.float32)
                 parts = tl.reshape(s, [BLOCK_T, IMAGES, PAD])
                 inside = tl.reshape(p_live, [1, IMAGES, PAD])
-                e_sum, es_sum, top = _add_softmax(parts, inside, scale, one, one, one + float("-inf"), True, SAFE, 2)
-                phi, stat = _softmax_result(e_sum, es_sum, top, scale, SAFE)
+                if MAX:
+                    top, index = _add_largest(parts, 0, inside, one + float("-inf"), one - 1.0, True, 2)
+                    phi, stat = _max_result(top, index)
+                else:
+                    e_sum, es_sum, top = _add_softmax(
+                        parts, inside, scale, one, one, one + float("-inf"), True, SAFE, 2
+                    )
+                    phi, stat = _softmax_result(e_sum, es_sum, top, scale, SAFE)
                 images = image0 + tl.arange(0, IMAGES)
                 at = images.to(tl.int64)[None, :] * K + texts[:, None]
                 stored = t_live[:, None] & (images < image_end)[None, :]
@@ -194,8 +220,10 @@ def score_forward_kernel(
                     begin = image * N - row0
                     end = begin + N
                     if (begin < BLOCK_P) & (image < image_end):
-                        if HAS_MASK or (begin > 0) | (end < BLOCK_P):
-                            inside = (p_live & (cols >= begin) & (cols < end))[None, :]
+                        inside = (p_live & (cols >= begin) & (cols < end))[None, :]
+                        if MAX:
+                            largest, total = _add_largest(s, -begin, inside, largest, total, True, 1)
+                        elif HAS_MASK or (begin > 0) | (end < BLOCK_P):
                             total, weighted, largest = _add_softmax(
                                 s, inside, scale, total, weighted, largest, True, SAFE, 1
                             )
@@ -204,11 +232,14 @@ def score_forward_kernel(
                                 s, True, scale, total, weighted, largest, False, SAFE, 1
                             )
                         if end <= BLOCK_P:
-                            phi, stat = _softmax_result(total, weighted, largest, scale, SAFE)
+                            if MAX:
+                                phi, stat = _max_result(largest, total)
+                            else:
+                                phi, stat = _softmax_result(total, weighted, largest, scale, SAFE)
                             at = image.to(tl.int64) * K + texts
                             tl.store(PHI + at, phi, mask=t_live)
                             tl.store(STAT + at, stat, mask=t_live)
-                            total = tl.zeros([BLOCK_T], tl.float32)
+                            total = tl.zeros([BLOCK_T], tl.float32) + EMPTY
                             weighted = tl.zeros([BLOCK_T], tl.float32)
                             largest = tl.full([BLOCK_T], float("-inf"), tl.float32)
 
@@ -224,7 +255,7 @@ def _of_two(X, at, stride, known, known_later, later, IMAGES: tl.constexpr):
 
 @triton.jit
 def _weights_slice(
-    acc, col0, inv_t, texts, t_live, row0, image_end, at_row,
+    acc, col0, inv_t, text0, texts, t_live, row0, image_end, at_row,
     MASK, INV_P, PHI, STAT, G, W, w_scale, N, scale, inv_tau, stride_mb, stride_mn, stride_phi, stride_w,
     COLS: tl.constexpr, IMAGES: tl.constexpr,
     ATTENTION: tl.constexpr, HAS_MASK: tl.constexpr, NEEDS_TAU: tl.constexpr, SCALED: tl.constexpr,
@@ -265,7 +296,9 @@ def _weights_slice(
         w *= w_scale
     if HAS_MASK or ATTENTION:  # columns behind the mask hold anything, NaN included
         w = tl.where(p_live[None, :], w, 0.0)
-    tl.store(W + (texts.to(tl.int64) * stride_w)[:, None] + (at_row + cols)[None, :], w.to(W.dtype.element_ty))
+    # One 64-bit address and small offsets: an address for each element takes twice the registers.
+    base = W + text0.to(tl.int64) * stride_w + at_row
+    tl.store(base + ((texts - text0) * stride_w)[:, None] + cols[None, :], w.to(W.dtype.element_ty))
     if NEEDS_TAU:
         part = tl.where(t_live[:, None] & p_live[None, :], a * g * centred * centred, 0.0)
         return tl.sum(tl.sum(part, 1), 0)
@@ -273,7 +306,7 @@ def _weights_slice(
         return 0.0
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("image_begin", "image_end", "N", "K"))
 def score_backward_kernel(
     P, T, MASK, TAU, INV_P, INV_T, PHI, STAT, G, W_SCALE, W, TAU_SUMS,
     image_begin, image_end, N, K, D,
@@ -287,7 +320,7 @@ def score_backward_kernel(
     ATTENTION, W = a for the cosine form; without PHI, STAT is the log-sum-exp.
 
     W has room for whole tiles; what lies past its last text or row is not read. PHI, STAT and G have rows `stride_phi`
-    apart, so that a block of texts can be taken. IMAGES: how many half a tile touches at most. TAU_SUMS gets
+    apart, so that a block of texts can be taken. IMAGES: how many a quarter of a tile touches at most. TAU_SUMS gets
     Σ a g (s - φ)² of each item: -τ² times its part of the temperature's gradient.
     """
     tau = _temperature(TAU, TAU_IS_TENSOR)
@@ -295,7 +328,7 @@ def score_backward_kernel(
     w_scale = tl.load(W_SCALE) if SCALED else 1.0
     text_tiles = tl.cdiv(K, BLOCK_T)
     items = text_tiles * tl.cdiv((image_end - image_begin) * N, BLOCK_P)
-    HALF: tl.constexpr = BLOCK_P // 2
+    QUARTER: tl.constexpr = BLOCK_P // 4
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
         text0 = item % text_tiles * BLOCK_T
         at_row = item // text_tiles * BLOCK_P
@@ -311,23 +344,25 @@ def score_backward_kernel(
             P, T, p_offsets, p_live, row0, t_offsets, t_live, text0, D, stride_pd, stride_td,
             BLOCK_T, BLOCK_P, BLOCK_D, DESCRIPTORS, EVEN_D, PRECISION,
         )  # fmt: skip
-        # Half the columns at a time: the whole tile's intermediate values do not fit into registers.
-        left, right = tl.split(tl.permute(tl.reshape(acc, [BLOCK_T, 2, HALF]), [0, 2, 1]))
-        tau_sum = _weights_slice(
-            left, 0, inv_t, texts, t_live, row0, image_end, at_row,
-            MASK, INV_P, PHI, STAT, G, W, w_scale, N, scale, inv_tau, stride_mb, stride_mn, stride_phi, stride_w,
-            HALF, IMAGES, ATTENTION, HAS_MASK, NEEDS_TAU, SCALED,
-        )  # fmt: skip
-        tau_sum += _weights_slice(
-            right, HALF, inv_t, texts, t_live, row0, image_end, at_row,
-            MASK, INV_P, PHI, STAT, G, W, w_scale, N, scale, inv_tau, stride_mb, stride_mn, stride_phi, stride_w,
-            HALF, IMAGES, ATTENTION, HAS_MASK, NEEDS_TAU, SCALED,
-        )  # fmt: skip
+        # A quarter of the columns at a time: the whole tile's intermediate values do not fit into registers.
+        left, right = tl.split(tl.permute(tl.reshape(acc, [BLOCK_T, 2, BLOCK_P // 2]), [0, 2, 1]))
+        tau_sum = 0.0
+        for half in tl.static_range(2):
+            both = left if half == 0 else right
+            first, second = tl.split(tl.permute(tl.reshape(both, [BLOCK_T, 2, QUARTER]), [0, 2, 1]))
+            for quarter in tl.static_range(2):
+                tau_sum += _weights_slice(
+                    first if quarter == 0 else second, (2 * half + quarter) * QUARTER,
+                    inv_t, text0, texts, t_live, row0, image_end, at_row,
+                    MASK, INV_P, PHI, STAT, G, W, w_scale, N, scale, inv_tau,
+                    stride_mb, stride_mn, stride_phi, stride_w,
+                    QUARTER, IMAGES, ATTENTION, HAS_MASK, NEEDS_TAU, SCALED,
+                )  # fmt: skip
         if NEEDS_TAU:
             tl.store(TAU_SUMS + item, tau_sum)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("image_begin", "N"))
 def gram_kernel(
     P, MASK, INV_P, GRAM, image_begin, N, D, stride_pb, stride_pn, stride_pd, stride_mb, stride_mn, stride_gram,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
@@ -381,26 +416,29 @@ def _pool(
     return q, a.to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("image_begin", "N", "K"))
 def cosine_forward_kernel(
     A, GRAM, TAU, PHI, STAT, image_begin, N, K, stride_a, stride_gram, stride_phi, floor,
-    BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, N_ALIGN: tl.constexpr,
     TAU_IS_TENSOR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """φ of the cosine form over that of `dot`, φ / max(r, floor) with r² = aᵀ G a, and in STAT the log-sum-exp in bits
     over the entropy, since the backward has no `dot` φ any more. One program for an image and a tile of texts.
     """
+    N = N // N_ALIGN * N_ALIGN  # tells the compiler how rows of A are aligned
     scale = LOG2E / _temperature(TAU, TAU_IS_TENSOR)
     text_tiles = tl.cdiv(K, BLOCK_T)
     image = tl.program_id(0) // text_tiles
-    texts = tl.program_id(0) % text_tiles * BLOCK_T + tl.arange(0, BLOCK_T)
+    text0 = tl.program_id(0) % text_tiles * BLOCK_T
+    texts = text0 + tl.arange(0, BLOCK_T)
     t_live = texts < K
-    a_rows = texts.to(tl.int64) * stride_a + image * N
+    at_a = text0.to(tl.int64) * stride_a + image * N
+    a_rows = tl.arange(0, BLOCK_T) * stride_a
     gram = GRAM + image.to(tl.int64) * N * stride_gram
     squared = tl.zeros([BLOCK_T], tl.float32)
     total = tl.zeros([BLOCK_T], tl.float32)
     for m0 in range(0, N, BLOCK_M):
-        q, a = _pool(A, gram, a_rows, t_live, m0, N, stride_gram, BLOCK_T, BLOCK_M, BLOCK_N, PRECISION)
+        q, a = _pool(A + at_a, gram, a_rows, t_live, m0, N, stride_gram, BLOCK_T, BLOCK_M, BLOCK_N, PRECISION)
         part, a_part = _sum_pair(q * a, a, 1)
         squared += part
         total += a_part
@@ -420,11 +458,11 @@ def _scores_of(a, stat, scale):
     return (tl.log2(tl.where(a > 0.0, a, 1.0)) + stat[:, None]) / scale
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("image_begin", "N", "K"))
 def cosine_backward_kernel(
     A, GRAM, TAU, INV_P, INV_T, STAT, G, W_SCALE, W, CURVATURE, TAU_SUMS,
     image_begin, N, K, stride_a, stride_gram, stride_phi, floor,
-    BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, N_ALIGN: tl.constexpr,
     TAU_IS_TENSOR: tl.constexpr, NEEDS_TAU: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """W `[K, rows]` of the cosine form from the attention A, and CURVATURE `[images, K]` = g u / r³, what Σ a aᵀ is
@@ -433,14 +471,17 @@ def cosine_backward_kernel(
     dS = g (a / r) (1 + (s - (u / r²) q) / τ); where r is at its floor it is a constant, and u takes the place of
     (u / r²) q. u, r and Σ a are summed again over the rounded A, so that what must cancel cancels.
     """
+    N = N // N_ALIGN * N_ALIGN  # tells the compiler how rows of A are aligned
     tau = _temperature(TAU, TAU_IS_TENSOR)
     scale = LOG2E / tau
     w_scale = tl.load(W_SCALE) if SCALED else 1.0
     text_tiles = tl.cdiv(K, BLOCK_T)
     image = tl.program_id(0) // text_tiles
-    texts = tl.program_id(0) % text_tiles * BLOCK_T + tl.arange(0, BLOCK_T)
+    text0 = tl.program_id(0) % text_tiles * BLOCK_T
+    texts = text0 + tl.arange(0, BLOCK_T)
     t_live = texts < K
-    a_rows = texts.to(tl.int64) * stride_a + image * N
+    at_a = text0.to(tl.int64) * stride_a + image * N
+    a_rows = tl.arange(0, BLOCK_T) * stride_a
     gram = GRAM + image.to(tl.int64) * N * stride_gram
     at = (image_begin + image).to(tl.int64) * stride_phi + texts
     stat = tl.load(STAT + at, mask=t_live, other=0.0)
@@ -448,7 +489,7 @@ def cosine_backward_kernel(
     total = tl.zeros([BLOCK_T], tl.float32)
     weighted = tl.zeros([BLOCK_T], tl.float32)
     for m0 in range(0, N, BLOCK_M):
-        q, a = _pool(A, gram, a_rows, t_live, m0, N, stride_gram, BLOCK_T, BLOCK_M, BLOCK_N, PRECISION)
+        q, a = _pool(A + at_a, gram, a_rows, t_live, m0, N, stride_gram, BLOCK_T, BLOCK_M, BLOCK_N, PRECISION)
         part, as_part = _sum_pair(q * a, a * _scores_of(a, stat, scale), 1)
         squared += part
         weighted += as_part
@@ -467,7 +508,7 @@ def cosine_backward_kernel(
     inv_t = tl.load(INV_T + texts, mask=t_live, other=0.0) * w_scale
     tau_sum = 0.0
     for m0 in range(0, N, BLOCK_M):
-        q, a = _pool(A, gram, a_rows, t_live, m0, N, stride_gram, BLOCK_T, BLOCK_M, BLOCK_N, PRECISION)
+        q, a = _pool(A + at_a, gram, a_rows, t_live, m0, N, stride_gram, BLOCK_T, BLOCK_M, BLOCK_N, PRECISION)
         m = m0 + tl.arange(0, BLOCK_M)
         inv_p = tl.load(INV_P + (image_begin + image) * N + m, mask=m < N, other=0.0)
         s = _scores_of(a, stat, scale)
@@ -477,26 +518,28 @@ def cosine_backward_kernel(
             tau_sum += tl.sum(tl.sum(ds * centred * (s - u[:, None]), 1), 0)
         w = ds * (1.0 + centred / tau) * inv_t[:, None] * inv_p[None, :]
         at_w = a_rows[:, None] + m[None, :]
-        tl.store(W + at_w, w.to(W.dtype.element_ty), mask=t_live[:, None] & (m < N)[None, :])
+        tl.store(W + at_a + at_w, w.to(W.dtype.element_ty), mask=t_live[:, None] & (m < N)[None, :])
     if NEEDS_TAU:
         tl.store(TAU_SUMS + tl.program_id(0), tau_sum)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("image_begin", "N", "K", "add"))
 def curvature_kernel(
     A, CURVATURE, INV_P, C, image_begin, N, K, stride_a, add,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, OPERANDS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, N_ALIGN: tl.constexpr,
+    OPERANDS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """C `[images, N, N]` (+)= -Σ_k curvature_k a_kn a_km / (‖p_n‖ ‖p_m‖): times P, what r adds to ∂L/∂P."""
+    N = N // N_ALIGN * N_ALIGN  # tells the compiler how rows of A are aligned
     tiles = tl.cdiv(N, BLOCK_M)
     image = tl.program_id(0) // (tiles * tiles)
     tile = tl.program_id(0) % (tiles * tiles)
     n = tile // tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     m = tile % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     acc = tl.zeros([BLOCK_M, BLOCK_M], tl.float32)
+    rows = A + image * N + (tl.arange(0, BLOCK_K) * stride_a)[:, None]
     for k0 in range(0, K, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
-        rows = A + k.to(tl.int64)[:, None] * stride_a + image * N
         known = (k < K)[:, None]
         left = tl.load(rows + n[None, :], mask=known & (n < N)[None, :], other=0.0)
         right = tl.load(rows + m[None, :], mask=known & (m < N)[None, :], other=0.0)
@@ -505,6 +548,7 @@ def curvature_kernel(
         if not INTERPRETED:
             left = left.to(OPERANDS)
         acc = tl.dot(left.T, right.to(left.dtype), acc, input_precision=PRECISION)
+        rows += BLOCK_K * stride_a
     inv = INV_P + (image_begin + image) * N
     acc *= tl.load(inv + n, mask=n < N, other=0.0)[:, None] * tl.load(inv + m, mask=m < N, other=0.0)[None, :]
     at = C + (image.to(tl.int64) * N + n)[:, None] * N + m[None, :]
@@ -515,7 +559,34 @@ def curvature_kernel(
     tl.store(at, acc.to(C.dtype.element_ty), mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("image_begin", "image_end", "N", "K"))
+def max_weights_kernel(
+    INV_P, INV_T, INDEX, G, W_SCALE, W, image_begin, image_end, N, K, stride_phi, stride_w,
+    BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr, SCALED: tl.constexpr,
+):  # fmt: skip
+    """W `[K, rows]` of the `max` form: g / (‖p‖ ‖t‖) at the patch that won, 0 elsewhere."""
+    text_tiles = tl.cdiv(K, BLOCK_T)
+    row0 = tl.program_id(0) // text_tiles * BLOCK_P
+    text0 = tl.program_id(0) % text_tiles * BLOCK_T
+    at_row = row0 + tl.arange(0, BLOCK_P)
+    texts = text0 + tl.arange(0, BLOCK_T)
+    image = image_begin + at_row // N
+    n = at_row % N
+    t_live, p_live = texts < K, image < image_end
+    known = t_live[:, None] & p_live[None, :]
+    at = image.to(tl.int64)[None, :] * stride_phi + texts[:, None]
+    won = tl.load(INDEX + at, mask=known, other=-1.0) == n.to(tl.float32)[None, :]
+    inv_t = tl.load(INV_T + texts, mask=t_live, other=0.0)
+    inv_p = tl.load(INV_P + image_begin * N + at_row, mask=p_live, other=0.0)
+    w = tl.load(G + at, mask=known & won, other=0.0) * inv_t[:, None] * inv_p[None, :]
+    if SCALED:
+        w *= tl.load(W_SCALE)
+    w = tl.where(won, w, 0.0)
+    base = W + text0.to(tl.int64) * stride_w + row0
+    tl.store(base + ((texts - text0) * stride_w)[:, None] + (at_row - row0)[None, :], w.to(W.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=("rows_count", "N"))
 def inverse_norms_kernel(
     X, MASK, INV, rows_count, N, D, stride_b, stride_n, stride_d, stride_mb, stride_mn,
     ROWS: tl.constexpr, BLOCK_D: tl.constexpr, HAS_MASK: tl.constexpr,
@@ -531,7 +602,7 @@ def inverse_norms_kernel(
     tl.store(INV + rows, inverse, mask=rows < rows_count)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("rows_count", "N"))
 def project_out_kernel(
     GRAD, X, OUT, MASK, W_SCALE, rows_count, N, D, stride_b, stride_n, stride_d, stride_mb, stride_mn,
     ROWS: tl.constexpr, BLOCK_D: tl.constexpr, HAS_MASK: tl.constexpr, SCALED: tl.constexpr,

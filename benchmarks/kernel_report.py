@@ -1,0 +1,242 @@
+"""What the compiler makes of every Triton kernel that the library launches: registers, spills, shared memory, tensor
+cores, read from the machine code. Needs no GPU.
+
+    python benchmarks/kernel_report.py                    # the shipped configurations at common shapes, under 3 minutes
+    python benchmarks/kernel_report.py --all --json report.json
+
+The launches are recorded from the library's own code on tensors without data, so that nothing is listed twice.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+import torch
+import triton
+import triton.backends.nvidia
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from pacl_kernels.backends import triton as backend
+from pacl_kernels.backends import triton_kernels
+
+TARGETS = (80, 90, 100)
+# Shared memory of a program, and registers of a multiprocessor (NVIDIA's programming guide, compute capabilities).
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+REGISTERS = 65536
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+TOOLS = Path(triton.backends.nvidia.__file__).parent / "bin"
+POINTERS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.bool: "i1"}
+
+
+class Variant(NamedTuple):
+    """One call whose launches are reported; a Python number for the temperature unless `tensor_tau`."""
+
+    form: str = "dot"
+    dtype: str = "bf16"
+    patches: int = 196
+    dim: int = 512
+    mask: bool = False
+    tau: float = 0.07
+    tensor_tau: bool = False
+    aligned: bool = True
+
+    def __str__(self) -> str:
+        marks = [f"N{self.patches}", f"D{self.dim}"]
+        marks += ["mask"] * self.mask + [f"tau{self.tau}"] * (self.tau != 0.07) + ["tensor-tau"] * self.tensor_tau
+        return "-".join([self.form, *marks, *(["unaligned"] * (not self.aligned))])
+
+
+DEFAULT = [
+    *(Variant(dim=dim, mask=mask) for dim in (512, 768) for mask in (False, True)),
+    Variant(form="cosine"),
+    Variant(form="max"),
+    Variant(tau=0.01),
+    Variant(dtype="fp32"),
+]
+# Kernels of a row each, and of variants that the first ones cover.
+ONCE = ("inverse_norms_kernel", "project_out_kernel", "gram_kernel")
+
+
+class Launch(NamedTuple):
+    """What Triton compiles: types, constants and alignments by argument name."""
+
+    kernel: str
+    config: str
+    dtype: str
+    target: int
+    signature: dict
+    constants: dict
+    aligned: tuple
+    warps: int
+    stages: int
+
+
+def launches(variant: Variant, target: int) -> list[Launch]:
+    """The launches of forward and backward of a call, on tensors without data."""
+    seen: list[Launch] = []
+
+    def record(kernel, programs, arguments, constants, warps=4, stages=3) -> None:
+        named = dict(zip(kernel.arg_names, arguments, strict=False)) | constants
+        index = {name: i for i, name in enumerate(kernel.arg_names)}
+        signature, fixed, aligned = {}, {}, []
+        for name, value in named.items():
+            kind = _type(value)
+            number = type(value) is int and kernel.params[index[name]].do_not_specialize is False
+            if name in constants or value is None or (number and value == 1):
+                signature[name], fixed[name] = "constexpr", value
+                continue
+            signature[name] = kind
+            # As Triton specialises: addresses and numbers divisible by 16. Slices are taken to be what they mostly are.
+            if (isinstance(value, torch.Tensor) and variant.aligned) or (number and value % 16 == 0):
+                aligned.append(name)
+        seen.append(
+            Launch(
+                kernel.fn.__name__, str(variant), variant.dtype, target, signature, fixed, tuple(aligned), warps, stages
+            )
+        )
+
+    dtype = DTYPES[variant.dtype]
+    dim = variant.dim
+    padding = 0 if variant.aligned else 1
+    patches = torch.empty(1024, variant.patches, dim + padding, dtype=dtype, device="meta")[..., :dim]
+    texts = torch.empty(1024, dim + padding, dtype=dtype, device="meta")[:, :dim]
+    mask = torch.empty(patches.shape[:2], dtype=torch.bool, device="meta") if variant.mask else None
+    tau = torch.empty((), device="meta") if variant.tensor_tau else variant.tau
+    phi, stat, grad_phi = (torch.empty(1024, 1024, device="meta") for _ in range(3))
+    grads = torch.empty_like(patches), torch.empty_like(texts), phi.new_empty(()) if variant.tensor_tau else None
+    grads = grads[0].contiguous(), grads[1].contiguous(), grads[2]
+    replaced = dict(_launch=record, _architecture=lambda device: target, _processors=lambda device: 132)
+    replaced["_has_bulk_copies"] = lambda device: target >= 90
+    originals = {name: getattr(backend, name) for name in replaced}
+    try:
+        for name, function in replaced.items():
+            setattr(backend, name, function)
+        backend.score_forward(patches, texts, mask, tau, variant.form, phi, stat)
+        backend.score_backward(patches, texts, mask, tau, variant.form, phi, stat, grad_phi, *grads)
+    finally:
+        for name, function in originals.items():
+            setattr(backend, name, function)
+    return seen
+
+
+def _type(value) -> str | None:
+    if isinstance(value, torch.Tensor):
+        return "*" + POINTERS[value.dtype]
+    if hasattr(value, "block_shape"):
+        return f"tensordesc<{POINTERS[value.base.dtype]}[{','.join(map(str, value.block_shape))}]>"
+    if isinstance(value, bool):
+        return "i1"
+    if isinstance(value, int):
+        return "i32" if value < 2**31 else "i64"
+    return "fp32" if isinstance(value, float) else None
+
+
+def compile_launch(launch: Launch) -> dict:
+    """The row of a launch: what the machine code holds."""
+    kernel = getattr(triton_kernels, launch.kernel)
+    index = {name: i for i, name in enumerate(kernel.arg_names)}
+    source = ASTSource(
+        kernel,
+        {name: launch.signature[name] for name in kernel.arg_names},
+        {(index[name],): value for name, value in launch.constants.items()},
+        {(index[name],): [["tt.divisibility", 16]] for name in launch.aligned},
+    )
+    options = dict(num_warps=launch.warps, num_stages=launch.stages)
+    compiled = triton.compile(source, target=GPUTarget("cuda", launch.target, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(compiled.asm["cubin"])
+        usage = _run("cuobjdump", "--dump-resource-usage", file.name)
+        code = _run("nvdisasm", "-c", file.name)
+    registers = int(re.search(r"REG:(\d+)", usage)[1])
+    tile = {key: launch.constants[key] for key in ("BLOCK_T", "BLOCK_P", "BLOCK_D") if key in launch.constants}
+    return {
+        "kernel": launch.kernel.removesuffix("_kernel"),
+        "config": f"{launch.config} {'x'.join(map(str, tile.values()))} warps {launch.warps} stages {launch.stages}",
+        "dtype": launch.dtype,
+        "target": f"sm_{launch.target}",
+        "registers": registers,
+        "spills": len(re.findall(r"\b(?:LDL|STL)\b", code)),
+        "shared_bytes": compiled.metadata.shared,
+        "tensor_core": _tensor_core(code),
+        "programs_per_sm": min(
+            REGISTERS // (registers * 32 * launch.warps),
+            SHARED_LIMIT[launch.target] // max(1, compiled.metadata.shared),
+        ),
+    }
+
+
+def _run(tool: str, *arguments: str) -> str:
+    # nvdisasm of the wheel is for the newest chips under another name in some versions.
+    found = next((path for path in (TOOLS / tool, TOOLS / f"{tool}-blackwell") if path.exists()), tool)
+    return subprocess.run([found, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def _tensor_core(code: str) -> str:
+    """The instruction family of the products: wgmma (Hopper), tcgen05 (Blackwell), mma (Ampere), or none."""
+    for instruction, name in (("GMMA", "wgmma"), (r"UTC\w*MMA", "tcgen05"), (r"[HI]MMA", "mma")):
+        if re.search(rf"\b\w?{instruction}", code):
+            return name
+    return "none"
+
+
+def rows_of(variants: list[Variant], targets) -> list[Launch]:
+    """Every launch once: two with the same types, constants and alignments are one binary."""
+    unique: dict[tuple, Launch] = {}
+    for target, variant in itertools.product(targets, variants):
+        for launch in launches(variant, target):
+            key = (launch.kernel, target, *(str(part) for part in launch[4:]))
+            if launch.kernel in ONCE:
+                key = (launch.kernel, target)
+            unique.setdefault(key, launch)
+    return list(unique.values())
+
+
+def every_variant() -> list[Variant]:
+    found = [
+        Variant(form, dtype, patches, dim, mask, tau, tensor_tau, aligned)
+        for form, dtype, patches, dim, mask, tau, tensor_tau, aligned in itertools.product(
+            ("dot", "cosine", "max"), DTYPES, (49, 100, 196, 256), (512, 520), (False, True), (0.07, 0.01),
+            (False, True), (True, False),
+        )
+    ]  # fmt: skip
+    return found
+
+
+def report(variants: list[Variant], targets, jobs: int) -> list[dict]:
+    with ProcessPoolExecutor(jobs) as pool:
+        return list(pool.map(compile_launch, rows_of(variants, targets)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--all", action="store_true", help="every variant, not only the common ones (hours)")
+    parser.add_argument("--targets", default=",".join(map(str, TARGETS)), help="compute capabilities times ten")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--json", metavar="FILE", help="write the rows")
+    args = parser.parse_args()
+    targets = [int(target) for target in args.targets.split(",")]
+    rows = report(every_variant() if args.all else DEFAULT, targets, args.jobs)
+    if args.json:
+        Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")
+    widths = {key: max(len(key), *(len(str(row[key])) for row in rows)) for key in rows[0]}
+    print("  ".join(key.ljust(width) for key, width in widths.items()))
+    for row in rows:
+        print("  ".join(str(row[key]).ljust(width) for key, width in widths.items()))
+    print(f"{len(rows)} kernels, triton {triton.__version__}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

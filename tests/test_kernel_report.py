@@ -1,0 +1,56 @@
+"""What the compiler makes of the shipped Triton kernels: no spills, the tensor cores, shared memory that fits."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pacl_kernels.backends import triton as backend
+
+ROOT = Path(__file__).parent.parent
+SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
+TENSOR_CORE = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05"}
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory) -> list[dict]:
+    if backend._triton_version() is None or backend._triton_version() < (3, 6):
+        pytest.skip("ahead-of-time compilation is checked with Triton 3.6 and later")
+    path = tmp_path_factory.mktemp("report") / "report.json"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, ROOT / "benchmarks" / "kernel_report.py", "--json", path]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    return json.loads(path.read_text())
+
+
+def test_every_kernel_and_target_is_there(rows):
+    assert 30 <= len(rows) <= 60
+    kernels = {
+        "score_forward", "score_backward", "cosine_forward", "cosine_backward", "gram", "curvature", "max_weights",
+        "inverse_norms", "project_out",
+    }  # fmt: skip
+    for target in SHARED:
+        assert {row["kernel"] for row in rows if row["target"] == target} == kernels
+        assert {row["dtype"] for row in rows if row["target"] == target} == {"bf16", "fp32"}
+
+
+def test_nothing_spills(rows):
+    assert [row for row in rows if row["spills"]] == []
+
+
+def test_products_run_on_the_tensor_cores(rows):
+    for row in rows:
+        products = row["kernel"] not in ("inverse_norms", "project_out", "max_weights")
+        assert row["tensor_core"] == (TENSOR_CORE[row["target"]] if products else "none"), row
+
+
+def test_the_programs_that_share_a_multiprocessor_fit(rows):
+    for row in rows:
+        assert 0 < row["registers"] <= 255 and row["shared_bytes"] <= SHARED[row["target"]], row
+        if row["kernel"].startswith("score_"):
+            expected = 2 if "warps 4" in row["config"] else 1
+            assert row["programs_per_sm"] >= expected, row
