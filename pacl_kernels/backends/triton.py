@@ -350,11 +350,12 @@ class _Call:
         _launch(
             kernels().curvature_kernel,
             (b1 - b0) * _ceil_div(self.n, block) ** 2,
-            (attention, curvature, self.inv_p, pooled, b0, self.n, k1 - k0, attention.stride(0), k0 > 0),
+            (attention, curvature, self.inv_p, pooled, b0, self.n, k1 - k0, attention.stride(0)),
             dict(
                 BLOCK_M=block,
                 BLOCK_K=_POOL_INNER,
                 N_ALIGN=math.gcd(self.n, 16),
+                ADD=k0 > 0,
                 OPERANDS=kernels().DTYPES[operands],
                 PRECISION=self.precision,
             ),

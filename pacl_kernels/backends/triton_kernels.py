@@ -523,11 +523,11 @@ def cosine_backward_kernel(
         tl.store(TAU_SUMS + tl.program_id(0), tau_sum)
 
 
-@triton.jit(do_not_specialize=("image_begin", "N", "K", "add"))
+@triton.jit(do_not_specialize=("image_begin", "N", "K"))
 def curvature_kernel(
-    A, CURVATURE, INV_P, C, image_begin, N, K, stride_a, add,
+    A, CURVATURE, INV_P, C, image_begin, N, K, stride_a,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, N_ALIGN: tl.constexpr,
-    OPERANDS: tl.constexpr, PRECISION: tl.constexpr,
+    ADD: tl.constexpr, OPERANDS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """C `[images, N, N]` (+)= -Σ_k curvature_k a_kn a_km / (‖p_n‖ ‖p_m‖): times P, what r adds to ∂L/∂P."""
     N = N // N_ALIGN * N_ALIGN  # tells the compiler how rows of A are aligned
@@ -554,7 +554,7 @@ def curvature_kernel(
     at = C + (image.to(tl.int64) * N + n)[:, None] * N + m[None, :]
     live = (n < N)[:, None] & (m < N)[None, :]
     acc = -acc
-    if add:
+    if ADD:
         acc += tl.load(at, mask=live, other=0.0)
     tl.store(at, acc.to(C.dtype.element_ty), mask=live)
 
