@@ -1,7 +1,8 @@
 """Which implementation of the two fused functions runs.
 
 A backend is a module with `why_not(device, dtype) -> str | None` (None: it can; otherwise one sentence that says what
-is missing and how to get it), `score_forward` and `score_backward`. `backends/torch.py` documents the two functions.
+is missing and how to get it), `score_forward` and `score_backward`. `backends/torch.py` documents the two functions. It
+may have `loss_forward` and `loss_backward` as well, see `backends/triton.py`.
 """
 
 from __future__ import annotations
@@ -52,6 +53,11 @@ resolve._dynamo_marked_constant = True
 
 def module(name: str) -> ModuleType:
     return _MODULES[name]
+
+
+def fuses_loss(name: str) -> bool:
+    """Whether the backend has kernels of its own for the loss over `[B, K]`, `loss_forward` and `loss_backward`."""
+    return hasattr(_MODULES[name], "loss_forward")
 
 
 def _best(device: torch.device, dtype: torch.dtype) -> str:

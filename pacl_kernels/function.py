@@ -1,6 +1,7 @@
 """The autograd Functions: buffers, the operators, and the loss over `[B, K]` with its gradient.
 
-They check nothing (`loss.py` does) and keep no more than four `[B, K]` arrays alive at a time.
+They check nothing (`loss.py` does) and keep no more than four `[B, K]` arrays alive at a time, three where the backend
+fuses the loss (φ, what the backward needs beside it, and ∂L/∂φ).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import ops
+from . import dispatch, ops
 
 Scalar = float | Tensor
 
@@ -69,10 +70,16 @@ class PaclFunction(torch.autograd.Function):
     def forward(ctx, patches, texts, logit_scale, logit_bias, temperature, patch_mask, form, loss, backend):
         inputs, ctx.options = _operator_arguments(patches, texts, patch_mask, temperature, form, backend)
         phi, lse = _score(inputs, ctx.options)
-        value, statistics = _LOSSES[loss][0](_logits(phi, logit_scale, logit_bias))
         ctx.loss = loss
         scale, ctx.scale = _tensor_or_number(logit_scale)
         bias, ctx.bias = _tensor_or_number(logit_bias)
+        if dispatch.fuses_loss(backend):
+            value = phi.new_empty(())
+            statistics = (phi.new_empty(4, len(phi)),) if loss == "infonce" else ()
+            scalars = scale, ctx.scale or 0.0, bias, ctx.bias
+            ops.loss_forward(phi, *scalars, loss, backend, value, *(statistics or (None,)))
+        else:
+            value, statistics = _LOSSES[loss][0](_logits(phi, logit_scale, logit_bias))
         ctx.save_for_backward(*inputs, phi, lse, scale, bias, *statistics)
         return value
 
@@ -81,13 +88,22 @@ class PaclFunction(torch.autograd.Function):
     def backward(ctx, grad_loss):
         *inputs, phi, lse, scale, bias = ctx.saved_tensors[:8]
         statistics = ctx.saved_tensors[8:]
-        scale = ctx.scale if scale is None else scale
-        bias = ctx.bias if bias is None else bias
         needs = ctx.needs_input_grad
-        grad_logits = _LOSSES[ctx.loss][1](_logits(phi, scale, bias), *statistics).mul_(grad_loss)
-        grad_scale = (grad_logits * phi).sum().to(scale.dtype).reshape(scale.shape) if needs[2] else None
-        grad_bias = grad_logits.sum().to(bias.dtype).reshape(bias.shape) if needs[3] else None
-        grad_phi = grad_logits.mul_(_as(scale, phi))
+        if dispatch.fuses_loss(ctx.options[-1]):
+            grad_phi, grad_scale, grad_bias = torch.empty_like(phi), phi.new_empty(()), phi.new_empty(())
+            scalars = scale, ctx.scale or 0.0, bias, ctx.bias
+            ops.loss_backward(
+                *(phi, *scalars, ctx.loss, ctx.options[-1], *(statistics or (None,))),
+                *(grad_loss, grad_phi, grad_scale, grad_bias),
+            )
+        else:
+            number_or_tensor = ctx.scale if scale is None else scale, ctx.bias if bias is None else bias
+            grad_logits = _LOSSES[ctx.loss][1](_logits(phi, *number_or_tensor), *statistics).mul_(grad_loss)
+            grad_scale = (grad_logits * phi).sum() if needs[2] else None
+            grad_bias = grad_logits.sum() if needs[3] else None
+            grad_phi = grad_logits.mul_(_as(number_or_tensor[0], phi))
+        grad_scale = grad_scale.to(scale.dtype).reshape(scale.shape) if needs[2] else None
+        grad_bias = grad_bias.to(bias.dtype).reshape(bias.shape) if needs[3] else None
         grad_patches, grad_texts, grad_temperature = _score_gradients(
             inputs, ctx.options, phi, lse, grad_phi, needs[0], needs[1], needs[4]
         )

@@ -74,3 +74,59 @@ def score_backward(
 @score_backward.register_fake
 def _(patches, texts, patch_mask, temperature, temperature_value, form, backend, phi, lse, grad_phi, *grads):
     return None
+
+
+@torch.library.custom_op("pacl_kernels::loss_forward", mutates_args=("value", "statistics"))
+def loss_forward(
+    phi: Tensor,
+    scale: Optional[Tensor],  # noqa: UP045
+    scale_value: float,
+    bias: Optional[Tensor],  # noqa: UP045
+    bias_value: Optional[float],  # noqa: UP045
+    loss: str,
+    backend: str,
+    value: Tensor,
+    statistics: Optional[Tensor],  # noqa: UP045
+) -> None:
+    """The loss (0-D) of φ `[B, B]`, and for InfoNCE what its backward needs, `[4, B]`; only where a backend fuses it.
+
+    A scalar is its one-element tensor or, where that is None, its value; a bias may be neither.
+    """
+    scale, bias = _scalar(scale, scale_value, phi), _scalar(bias, bias_value, phi)
+    dispatch.module(backend).loss_forward(phi, scale, bias, loss, value, statistics)
+
+
+@loss_forward.register_fake
+def _(phi, scale, scale_value, bias, bias_value, loss, backend, value, statistics):
+    return None
+
+
+@torch.library.custom_op("pacl_kernels::loss_backward", mutates_args=("grad_phi", "grad_scale", "grad_bias"))
+def loss_backward(
+    phi: Tensor,
+    scale: Optional[Tensor],  # noqa: UP045
+    scale_value: float,
+    bias: Optional[Tensor],  # noqa: UP045
+    bias_value: Optional[float],  # noqa: UP045
+    loss: str,
+    backend: str,
+    statistics: Optional[Tensor],  # noqa: UP045
+    grad_loss: Tensor,
+    grad_phi: Tensor,
+    grad_scale: Tensor,
+    grad_bias: Tensor,
+) -> None:
+    """∂L/∂φ `[B, B]` and the gradients of logit scale and bias (0-D), times `grad_loss`."""
+    scale, bias = _scalar(scale, scale_value, phi), _scalar(bias, bias_value, phi)
+    dispatch.module(backend).loss_backward(
+        phi, scale, bias, loss, statistics, grad_loss, grad_phi, grad_scale, grad_bias
+    )
+
+
+@loss_backward.register_fake
+def _(phi, scale, scale_value, bias, bias_value, loss, backend, statistics, grad_loss, grad_phi, *grads):
+    return None
+
+
+def _scalar(tensor, value, like: Tensor):
+    return value if tensor is None else tensor.to(like.dtype).reshape(())

@@ -37,7 +37,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pacl_kernels
-from pacl_kernels import reference
+from pacl_kernels import dispatch, reference
 from pacl_kernels.reference import MIN_POOLED_NORM
 
 EXTRA = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -249,6 +249,8 @@ def evaluate(problem: Problem, backend: str, needs: tuple[str, ...] = DIFFERENTI
         assert torch.equal(upstream, problem.upstream), "the incoming gradient was written to"
     scores = set(asked) & {"patches", "texts", "attn_temperature"}
     expected = {"score_forward", "score_backward"} if asked and scores else {"score_forward"}
+    if problem.objective != "compatibility" and dispatch.fuses_loss(backend):
+        expected |= {"loss_forward", "loss_backward"} if asked else {"loss_forward"}
     assert spy.backends() == {(name, backend) for name in expected}
     for operator, arguments in spy.calls:
         if operator == "score_backward":

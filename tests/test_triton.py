@@ -63,9 +63,30 @@ def test_compatibility(case, dtype, form):
 
 @pytest.mark.parametrize("objective", ["infonce", "sigmoid"])
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("case", [Case(6, 70, 40), Case(4, 9, 33, scale=100.0, data="aligned", mask="random")], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(1, 2, 3),
+        Case(6, 70, 40),
+        Case(4, 9, 33, scale=100.0, data="aligned", mask="random"),
+    ],
+    ids=str,
+)
 def test_losses(case, form, objective):
     check(make(case, form, objective, device=DEVICE), "triton")
+
+
+@pytest.mark.parametrize("objective", ["infonce", "sigmoid"])
+def test_a_loss_of_more_than_a_block_of_columns(objective):
+    check(make(Case(600, 1, 2), "dot", objective, device=DEVICE), "triton")
+
+
+@pytest.mark.parametrize("loss", ["infonce", "sigmoid"])
+@pytest.mark.parametrize("bias", [None, -3.0, torch.tensor(-3.0, device=DEVICE)])
+@pytest.mark.parametrize("scale", [20.0, torch.tensor([100.0], device=DEVICE)])
+def test_scalars_as_numbers_and_as_tensors(loss, bias, scale):
+    problem = make(Case(33, 3, 8), "dot", loss, device=DEVICE)
+    check(replace(problem, logit_scale=scale, logit_bias=bias, attn_temperature=0.2), "triton")
 
 
 @pytest.mark.parametrize("needs", [("patches",), ("texts",), ("attn_temperature",), ("patches", "texts")], ids=str)

@@ -168,6 +168,51 @@ def score_backward(
         call.backward(form, grad_phi, grad_patches, grad_texts, grad_temperature)
 
 
+def loss_forward(phi: Tensor, scale, bias, loss: str, value: Tensor, statistics: Tensor | None) -> None:
+    """Write the loss of φ `[B, B]`; for InfoNCE also `statistics` `[4, B]`, maximum and log-sum of rows and columns."""
+    b = len(phi)
+    with _on_device(phi):
+        constants = _loss_constants(scale, bias)
+        if loss == "sigmoid":
+            sums = phi.new_empty(_ceil_div(b, constants["ROWS"]))
+            _launch(kernels().sigmoid_loss_kernel, len(sums), (phi, scale, bias, sums, b), constants)
+            value.copy_(sums.sum() / b)
+            return
+        row_largest, row_log, column_largest, column_log = statistics
+        arguments = (phi, scale, bias, row_largest, row_log, b, b, b, 1)
+        _launch(kernels().shifted_logsumexp_kernel, _ceil_div(b, constants["ROWS"]), arguments, constants)
+        # A column's neighbours in memory are other columns, so a program takes 32 of them.
+        arguments, constants = (phi, scale, bias, column_largest, column_log, b, b, 1, b), constants | _COLUMN_TILE
+        _launch(kernels().shifted_logsumexp_kernel, _ceil_div(b, constants["ROWS"]), arguments, constants)
+        pair = phi.diagonal() * scale
+        if bias is not None:
+            pair = pair + bias
+        value.copy_(((row_largest - pair + row_log).mean() + (column_largest - pair + column_log).mean()) / 2)
+
+
+def loss_backward(phi, scale, bias, loss: str, statistics, grad_loss, grad_phi, grad_scale, grad_bias) -> None:
+    """Write ∂L/∂φ `[B, B]` and, 0-D, the gradients of logit scale and bias."""
+    with _on_device(phi):
+        constants = _loss_constants(scale, bias)
+        programs = _ceil_div(len(phi), constants["ROWS"])
+        sums = phi.new_empty(2, programs)
+        statistics = (None,) * 4 if statistics is None else tuple(statistics)
+        arguments = (phi, scale, bias, *statistics, grad_loss, grad_phi, *sums, len(phi))
+        _launch(
+            kernels().loss_backward_kernel, programs, arguments, constants | dict(SIGMOID=loss == "sigmoid"), stages=2
+        )
+        grad_scale.copy_(sums[0].sum())
+        grad_bias.copy_(sums[1].sum())
+
+
+_ROW_TILE = dict(ROWS=4, BLOCK=512)
+_COLUMN_TILE = dict(ROWS=32, BLOCK=64)
+
+
+def _loss_constants(scale, bias) -> dict:
+    return _ROW_TILE | dict(SCALE_IS_TENSOR=isinstance(scale, Tensor), BIAS_IS_TENSOR=isinstance(bias, Tensor))
+
+
 class _Call:
     """The inputs of one call, and the launches that are made of them for images [b0, b1) and texts [k0, k1)."""
 
