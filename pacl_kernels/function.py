@@ -87,6 +87,8 @@ class PaclFunction(torch.autograd.Function):
         grad_logits = _LOSSES[ctx.loss][1](_logits(phi, scale, bias), *statistics).mul_(grad_loss)
         grad_scale = (grad_logits * phi).sum().to(scale.dtype).reshape(scale.shape) if needs[2] else None
         grad_bias = grad_logits.sum().to(bias.dtype).reshape(bias.shape) if needs[3] else None
+        if grad_bias is not None and ctx.loss == "infonce":
+            grad_bias.mul_(0.0)  # the loss does not depend on it: the sum is rounding, or NaN
         grad_phi = grad_logits.mul_(_as(scale, phi))
         grad_patches, grad_texts, grad_temperature = _score_gradients(
             inputs, ctx.options, phi, lse, grad_phi, needs[0], needs[1], needs[4]

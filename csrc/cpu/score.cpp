@@ -186,6 +186,8 @@ struct Plan {
     s.pooled = arena.take((rows + panel) * panel);
     s.transposed = arena.take(units * panel);
     s.gram = arena.take(matrix);
+    s.pool = arena.take(dims * panel);
+    s.direction = arena.take(dims * panel);
     if (!backward) return;
     s.scaled = arena.take((rows + panel) * panel);
     s.scaled_units = pairs ? arena.take((rows + panel) * panel) : nullptr;

@@ -22,7 +22,9 @@ struct ScoreParams {
   const uint8_t* mask;  // [B, N] of bool, or null
   int64_t mask_stride_image, mask_stride_row;
   float* phi;  // [B, K], written by forward, read by backward
-  float* lse;  // [B, K], log-sum-exp over patches of s / temperature
+  // [B, K], for the dot form's backward: over patches, log Σ exp(s / τ) for τ of 0.05 and more, and below
+  // log Σ exp((s - phi) / τ), the entropy of the attention: it is small, hence its rounding error as well.
+  float* lse;
   // Backward only; a null gradient is not computed.
   const float* grad_phi;     // [B, K]
   void* grad_patches;        // [B, N, D], contiguous
@@ -67,6 +69,7 @@ struct Scratch {  // one thread's own; panels are [rows, panel] of float32 unles
   float* gram;        // panels [N, N]
   float* pooled;      // G a
   float* transposed;  // [units of D, panel]
+  float *pool, *direction;  // panels [D], where G a will not do
   float *scaled, *scaled_units, *attention_t, *attention_t_units;  // backward
   float *outer, *outer_units;                  // backward: panels [N, N]
 };
