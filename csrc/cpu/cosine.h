@@ -68,7 +68,8 @@ void complete_symmetric(float* matrix, int64_t capacity, int64_t count, const fl
   }
 }
 
-// scratch.gram = p pᵀ / (‖p‖ ‖p‖) of rows [first, first + count), as panels [count, count] with `capacity` rows each.
+// scratch.gram = p pᵀ of rows [first, first + count), as panels [count, count] with `capacity` rows each, of which each
+// is known from its own first row on.
 template <class Op>
 void gram(const ScoreParams& p, const Rows& rows, int64_t first, int64_t count, Scratch& scratch, int64_t capacity) {
   const int64_t units = dim_units<Op>(p);
@@ -82,15 +83,43 @@ void gram(const ScoreParams& p, const Rows& rows, int64_t first, int64_t count, 
     product<Op>(rows.units + (first + top) * kPanel, rows.capacity, count - top, scratch.transposed, dim_inner<Op>(p),
                 scratch.gram + (column / kPanel * capacity + top) * kPanel, false);
   }
-  complete_symmetric(scratch.gram, capacity, count, rows.inv_norm + first, 1.0f);
 }
 
-// q = G a for a panel of attention over `count` rows, whose rows up to the next multiple of 4 are set to 0. In float32
-// for bfloat16 too: in φ the error would be multiplied by the logit scale, in the gradient divided by r τ.
+// G, known as above, for eᵀ G e alone: its lower triangle, everything below the diagonal twice; rows and columns times
+// `norms`.
+inline void fold_symmetric(float* matrix, int64_t capacity, int64_t count, const float* norms) {
+  I lane{};
+  for (int i = 0; i < kLanes; ++i) lane[i] = i;
+  for (int64_t column = 0; column < count; column += kPanel) {
+    float* panel = matrix + column / kPanel * capacity * kPanel;
+    float scale[kPanel] = {};
+    memcpy(scale, norms + column, sizeof(float) * least(kPanel, count - column));
+    // The tile of earlier rows may reach into this panel, up to the next multiple of 4 after its last row.
+    for (int64_t row = most(0, column - kTileRows - 2); row < count; ++row)
+      for (int v = 0; v < 2; ++v) {
+        float* at = panel + row * kPanel + v * kLanes;
+        const I before = lane + (int32_t)(column + v * kLanes - row);  // negative below the diagonal
+        const V x = load(at) * (load(scale + v * kLanes) * norms[row]);
+        store(at, select(before < 0, x + x, select(before == 0, x, V{})));
+      }
+  }
+}
+
+// scratch.pooled = G a for a panel of attention over `count` rows, whose rows up to the next multiple of 4 are set to 0.
+// In float32 for bfloat16 too: in φ the error would be multiplied by the logit scale, in the gradient divided by r τ.
+// kLower: of G's lower triangle.
+template <bool kLower>
 void gram_product(Scratch& scratch, int64_t capacity, int64_t count) {
   const int64_t padded = round_up(count, 4);
   memset(scratch.attention + count * kPanel, 0, sizeof(float) * (padded - count) * kPanel);
-  product<Float32>(scratch.gram, capacity, count, scratch.attention, padded, scratch.pooled, false);
+  for (int64_t at = 0; at < padded; at += kInnerBlock)
+    for (int64_t row = 0; row < count; row += kTileRows) {
+      const int64_t end = kLower ? least(padded, round_up(row + kTileRows, 4)) : padded;
+      if (at < end)
+        tile<Float32, kTileRows, kPanel, 1>(scratch.gram + (at / kPanel * capacity + row) * kPanel, capacity * kPanel,
+                                            scratch.attention + at * kPanel, scratch.pooled + row * kPanel,
+                                            least(kInnerBlock, end - at), at > 0);
+    }
 }
 
 // r² = eᵀ q for half `v` of a panel, with e not yet divided by its sum. `cancels` becomes true where r² is much smaller
@@ -125,7 +154,8 @@ inline V element(V unit, [[maybe_unused]] int half) {
 }
 
 typedef double Wide __attribute__((vector_size(8 * kLanes)));
-inline Wide widen(V v) { return __builtin_convertvector(v, Wide); }
+inline void add_product(Wide& sum, V a, V b) { sum += __builtin_convertvector(a, Wide) * __builtin_convertvector(b, Wide); }
+
 
 // `to` = p̂ · (t̂ - slope v) for the `count` rows from `first` on and a panel of texts, v in scratch.pool (no slope: p̂ · t̂).
 template <class Op>
@@ -146,7 +176,7 @@ void scores_in_double(const ScoreParams& p, const Rows& rows, int64_t first, int
       for (int64_t d = 0; d < dims; ++d) {
         const int64_t u = d / Op::kPair;
         const V unit = Op::broadcast_unit(rows.units + (u / kPanel * rows.capacity + first + r) * kPanel + u % kPanel);
-        sum += widen(element<Op>(unit, d % Op::kPair)) * widen(load(scratch.direction + d * kPanel + v * kLanes));
+        add_product(sum, element<Op>(unit, d % Op::kPair), load(scratch.direction + d * kPanel + v * kLanes));
       }
       store(to + r * kPanel + v * kLanes, __builtin_convertvector(sum, V) * rows.inv_norm[first + r]);
     }
@@ -173,7 +203,8 @@ void pool(const ScoreParams& p, const Rows& rows, int64_t first, int64_t count, 
       for (int64_t r = 0; r < count; ++r) {
         const int64_t i = r * kPanel + v * kLanes;
         const V x = element<Op>(Op::broadcast_unit(unit + r * kPanel), d % Op::kPair) * rows.inv_norm[first + r];
-        sum += widen(x) * (widen(load(scratch.attention + i)) + widen(load(scratch.pooled + i)));
+        add_product(sum, x, load(scratch.attention + i));
+        add_product(sum, x, load(scratch.pooled + i));
       }
       store(scratch.pool + d * kPanel + v * kLanes, __builtin_convertvector(sum, V));
     }
@@ -189,8 +220,8 @@ void pooled_score(const ScoreParams& p, const Texts& texts, int64_t panel, const
     Wide dot{}, norm{};
     for (int64_t d = 0; d < dim_inner<Op>(p) * Op::kPair; ++d) {
       const V x = load(scratch.pool + d * kPanel + v * kLanes);
-      dot += widen(x) * widen(element<Op>(load(text + d / Op::kPair * kPanel + v * kLanes), d % Op::kPair));
-      norm += widen(x) * widen(x);
+      add_product(dot, x, element<Op>(load(text + d / Op::kPair * kPanel + v * kLanes), d % Op::kPair));
+      add_product(norm, x, x);
     }
     along[v] = __builtin_convertvector(dot, V) * load(texts.inv_norm + panel * kPanel + v * kLanes);
     squared[v] = __builtin_convertvector(norm, V);
@@ -202,7 +233,7 @@ void pooled_score(const ScoreParams& p, const Texts& texts, int64_t panel, const
 template <class Op>
 void cosine_of_pooled(const ScoreParams& p, const Rows& rows, int64_t count, const Texts& texts, int64_t panel,
                       const Softmax& sums, Scratch& scratch, float* phi) {
-  gram_product(scratch, rows.capacity, count);
+  gram_product<true>(scratch, rows.capacity, count);
   V along[2], squared[2];
   bool cancels = false;
   for (int v = 0; v < 2; ++v) {
@@ -349,6 +380,7 @@ double weights_cosine(const ScoreParams& p, const Rows& rows, int64_t first, int
   Ahead ahead = ahead_of_left(left, rows.capacity, count, inner);
   double total = 0;
   gram<Op>(p, rows, first, count, scratch, capacity);
+  complete_symmetric(scratch.gram, capacity, count, inv_norm, 1.0f);
   for (int64_t panel = panel_first; panel < panel_last; ++panel) {
     const int64_t k = panel * kPanel, live = texts.count - k;
     product<Op>(left, rows.capacity, count, texts.transposed + panel * units * kPanel, inner, scratch.scores, false,
@@ -356,7 +388,7 @@ double weights_cosine(const ScoreParams& p, const Rows& rows, int64_t first, int
     const Lane g(p.grad_phi + rows.image[first] * p.texts_count + texts.first + k, live);
     Softmax sums;
     (bounded ? attend<true> : attend<false>)(scratch, inv_norm, count, texts.inv_norm + k, p.temperature, sums);
-    gram_product(scratch, capacity, count);
+    gram_product<false>(scratch, capacity, count);
     V along[2], squared[2];  // u, less `largest`, and r²
     bool cancels = false;
     for (int v = 0; v < 2; ++v) {

@@ -22,8 +22,8 @@ void store_weights(const float* panel_weights, const Rows& rows, int64_t first, 
         }
       }
       for (int v = 0; v < 2; ++v) {
-        I low = __builtin_convertvector(rounded[0][v], I), high = __builtin_convertvector(rounded[1][v], I);
-        store(to.row_units + (panel * (rows.capacity / 2) + r / 2) * kPanel + v * kLanes, from_bits(low | high << 16));
+        const I unit = zero_extend(rounded[0][v]) | zero_extend(rounded[1][v]) << 16;
+        store(to.row_units + (panel * (rows.capacity / 2) + r / 2) * kPanel + v * kLanes, from_bits(unit));
       }
     }
     return;

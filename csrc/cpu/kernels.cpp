@@ -24,7 +24,10 @@ void forward(const ScoreParams& p, const int64_t* row_start, int64_t first, int6
     const int64_t following = row + count < row_start[last] ? row + count : row_start[least(next, p.images)];
     Ahead ahead = ahead_of_rows(p, row_start, following, rows.capacity,
                                 product_steps(panel_last - panel_first, count, inner));
-    if (cosine) gram<Op>(p, rows, 0, count, scratch, rows.capacity);
+    if (cosine) {
+      gram<Op>(p, rows, 0, count, scratch, rows.capacity);
+      fold_symmetric(scratch.gram, rows.capacity, count, rows.inv_norm);
+    }
     for (int64_t panel = panel_first; panel < panel_last; ++panel) {
       product<Op>(rows.units, rows.capacity, count, texts.transposed + panel * units * kPanel, inner, scratch.scores,
                   false, &ahead);

@@ -13,6 +13,7 @@
 #include <vector>
 #if defined(__linux__)
 #include <sys/mman.h>
+#include <unistd.h>
 #endif
 
 namespace pacl {
@@ -222,6 +223,27 @@ void advise_huge_pages(void* memory, int64_t bytes) {
 #endif
 }
 
+// Takes the page faults of memory that is about to be written for the first time all at once, in half the time of one
+// by one. A hint: where it fails (before Linux 5.14), they come as they are.
+void populate([[maybe_unused]] void* memory, [[maybe_unused]] int64_t bytes) {
+#if defined(__linux__) && defined(MADV_POPULATE_WRITE)
+  static const int64_t page = sysconf(_SC_PAGESIZE);
+  const int64_t first = (int64_t)memory / page * page;
+  madvise((void*)first, (int64_t)memory + bytes - first, MADV_POPULATE_WRITE);
+#endif
+}
+
+// The gradients of rows [first, last) of a block.
+void populate_gradients(const ScoreParams& p, const Rows& rows, int64_t first, int64_t last) {
+  while (first < last && rows.image[last - 1] < 0) --last;
+  while (first < last && rows.image[first] < 0) ++first;
+  if (first == last) return;
+  const int64_t begin = rows.image[first] * p.patches_per_image + rows.index[first];
+  const int64_t end = rows.image[last - 1] * p.patches_per_image + rows.index[last - 1] + 1;
+  const int64_t row_bytes = p.dim * (p.dtype == Dtype::float32 ? 4 : 2);
+  populate((char*)p.grad_patches + begin * row_bytes, (end - begin) * row_bytes);
+}
+
 Arena open_workspace(const ScoreParams& p, const Plan& plan) {
   if (p.workspace_bytes < plan.workspace_bytes())
     throw std::invalid_argument("workspace has " + std::to_string(p.workspace_bytes) + " bytes, expected " +
@@ -357,6 +379,7 @@ void score_backward(const ScoreParams& p) {
           if (p.grad_patches && first < last) {
             kernels.patches_product(p, row_start.data(), i < next_chunks ? next->first_row + first : -1, rows, first,
                                     last, texts, weights, patches_sum, add || plan.cosine);
+            if (finish) populate_gradients(p, rows, first, last);
             if (finish) kernels.finish_patches(p, rows, first, last, patches_sum, scratch.row);
           }
           if (i < next_chunks) pack(*next, shared_rows[(number + 1) % 2], i);
