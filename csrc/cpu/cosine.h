@@ -122,23 +122,34 @@ void gram_product(Scratch& scratch, int64_t capacity, int64_t count) {
     }
 }
 
-// r² = eᵀ q for half `v` of a panel, with e not yet divided by its sum. `cancels` becomes true where r² is much smaller
-// than Σ e², which it is for patches of random directions: what is left of G is then its rounding error.
-inline V pooled_norm_squared(const Scratch& scratch, const float* inv_norm, int64_t count, int v, bool& cancels) {
-  V squared{}, incoherent{};
+// r² = eᵀ q for half `v` of a panel, with e not yet divided by its sum.
+inline V pooled_norm_squared(const Scratch& scratch, int64_t count, int v) {
+  V squared{};
   for (int64_t begin = 0; begin < count; begin += kSumRows) {
     V part{};
     for (int64_t r = begin; r < least(begin + kSumRows, count); ++r) {
       const int64_t i = r * kPanel + v * kLanes;
-      const V e = load(scratch.attention + i);
-      part += e * load(scratch.pooled + i);
-      incoherent += inv_norm[r] > 0 ? e * e : V{};
+      part += load(scratch.attention + i) * load(scratch.pooled + i);
     }
     squared += part;
   }
-  const I below = squared < incoherent * (1.0f / 4);
-  for (int i = 0; i < kLanes; ++i) cancels |= below[i] != 0;
   return squared;
+}
+
+// Whether r² is much smaller than Σ e², which it is about for patches of random directions: what is left is then
+// the rounding of G.
+inline bool cancels(const Scratch& scratch, const float* inv_norm, int64_t count, const V squared[2]) {
+  bool any = false;
+  for (int v = 0; v < 2; ++v) {
+    V incoherent{};
+    for (int64_t r = 0; r < count; ++r) {
+      const V e = load(scratch.attention + r * kPanel + v * kLanes);
+      incoherent += inv_norm[r] > 0 ? e * e : V{};
+    }
+    const I below = squared[v] < incoherent * 0.25f;
+    for (int i = 0; i < kLanes; ++i) any |= below[i] != 0;
+  }
+  return any;
 }
 
 inline V square_root(V x) {
@@ -157,23 +168,27 @@ typedef double Wide __attribute__((vector_size(8 * kLanes)));
 inline void add_product(Wide& sum, V a, V b) { sum += __builtin_convertvector(a, Wide) * __builtin_convertvector(b, Wide); }
 
 
-// `to` = p̂ · (t̂ - slope v) for the `count` rows from `first` on and a panel of texts, v in scratch.pool (no slope: p̂ · t̂).
+// scratch.direction = t̂ - slope v [D, panel] with v in scratch.pool; without `slope` t̂.
 template <class Op>
-void scores_in_double(const ScoreParams& p, const Rows& rows, int64_t first, int64_t count, const Texts& texts,
-                      int64_t panel, const V* slope, Scratch& scratch, float* to) {
-  const int64_t dims = dim_inner<Op>(p) * Op::kPair;
+void set_direction(const ScoreParams& p, const Texts& texts, int64_t panel, const V* slope, Scratch& scratch) {
   const float* text = texts.transposed + panel * dim_units<Op>(p) * kPanel;
-  for (int64_t d = 0; d < dims; ++d)
+  for (int64_t d = 0; d < dim_inner<Op>(p) * Op::kPair; ++d)
     for (int v = 0; v < 2; ++v) {
       const int64_t i = d * kPanel + v * kLanes;
       V t = element<Op>(load(text + d / Op::kPair * kPanel + v * kLanes), d % Op::kPair);
       t *= load(texts.inv_norm + panel * kPanel + v * kLanes);
       store(scratch.direction + i, slope ? t - slope[v] * load(scratch.pool + i) : t);
     }
+}
+
+// `to` = p̂ · scratch.direction for the `count` rows from `first` on.
+template <class Op>
+void scores_in_double(const ScoreParams& p, const Rows& rows, int64_t first, int64_t count, Scratch& scratch,
+                      float* to) {
   for (int64_t r = 0; r < count; ++r)
     for (int v = 0; v < 2; ++v) {
       Wide sum{};
-      for (int64_t d = 0; d < dims; ++d) {
+      for (int64_t d = 0; d < dim_inner<Op>(p) * Op::kPair; ++d) {
         const int64_t u = d / Op::kPair;
         const V unit = Op::broadcast_unit(rows.units + (u / kPanel * rows.capacity + first + r) * kPanel + u % kPanel);
         add_product(sum, element<Op>(unit, d % Op::kPair), load(scratch.direction + d * kPanel + v * kLanes));
@@ -187,7 +202,8 @@ void scores_in_double(const ScoreParams& p, const Rows& rows, int64_t first, int
 template <class Op>
 void pool(const ScoreParams& p, const Rows& rows, int64_t first, int64_t count, const Texts& texts, int64_t panel,
           const Softmax& sums, Scratch& scratch) {
-  scores_in_double<Op>(p, rows, first, count, texts, panel, nullptr, scratch, scratch.scores);
+  set_direction<Op>(p, texts, panel, nullptr, scratch);
+  scores_in_double<Op>(p, rows, first, count, scratch, scratch.scores);
   for (int64_t i = 0; i < count * kPanel; i += kLanes) {  // what e lacks in float32
     const V s = load(scratch.scores + i), e = load(scratch.attention + i), largest = sums.largest[i / kLanes % 2];
     V rest{};
@@ -209,6 +225,25 @@ void pool(const ScoreParams& p, const Rows& rows, int64_t first, int64_t count, 
       store(scratch.pool + d * kPanel + v * kLanes, __builtin_convertvector(sum, V));
     }
   }
+}
+
+// With more patches than dimensions it is cheaper to pool them than to make G.
+template <class Op>
+inline bool pools(const ScoreParams& p, int64_t count) {
+  return Op::kPair == 1 && count > p.dim;
+}
+
+// scratch.pool = Σ e p̂ [D, panel] in float32; writes over scratch.scaled.
+inline void pool_product(const ScoreParams& p, const Rows& rows, int64_t first, int64_t count, Scratch& scratch) {
+  const int64_t padded = round_up(count, 4);
+  for (int64_t i = 0; i < count * kPanel; i += kLanes)
+    store(scratch.scaled + i, load(scratch.attention + i) * rows.inv_norm[first + i / kPanel]);
+  memset(scratch.scaled + count * kPanel, 0, sizeof(float) * (padded - count) * kPanel);
+  for (int64_t at = 0; at < padded; at += kInnerBlock)
+    for (int64_t d = 0; d < padded_dim(p.dim); d += kTileColumns)
+      tile<Float32, kTileColumns, 1, kPanel>(
+          rows.units + (d / kPanel * rows.capacity + first + at) * kPanel + d % kPanel, kPanel * kPanel,
+          scratch.scaled + at * kPanel, scratch.pool + d * kPanel, least(kInnerBlock, padded - at), at > 0);
 }
 
 // From scratch.pool: Σ e p̂ · t̂, and the squared norm.
@@ -233,14 +268,19 @@ void pooled_score(const ScoreParams& p, const Texts& texts, int64_t panel, const
 template <class Op>
 void cosine_of_pooled(const ScoreParams& p, const Rows& rows, int64_t count, const Texts& texts, int64_t panel,
                       const Softmax& sums, Scratch& scratch, float* phi) {
-  gram_product<true>(scratch, rows.capacity, count);
   V along[2], squared[2];
-  bool cancels = false;
-  for (int v = 0; v < 2; ++v) {
-    along[v] = is_bounded(p) ? sums.weighted[v] * (kLn2 * p.temperature) : sums.largest[v] * sums.sum[v] + sums.weighted[v];
-    squared[v] = pooled_norm_squared(scratch, rows.inv_norm, count, v, cancels);
+  if (pools<Op>(p, count)) {
+    pool_product(p, rows, 0, count, scratch);
+    pooled_score<Op>(p, texts, panel, scratch, along, squared);
+  } else {
+    gram_product<true>(scratch, rows.capacity, count);
+    for (int v = 0; v < 2; ++v) {
+      along[v] = is_bounded(p) ? sums.weighted[v] * (kLn2 * p.temperature)
+                               : sums.largest[v] * sums.sum[v] + sums.weighted[v];
+      squared[v] = pooled_norm_squared(scratch, count, v);
+    }
   }
-  if (cancels) {
+  if (cancels(scratch, rows.inv_norm, count, squared)) {
     pool<Op>(p, rows, 0, count, texts, panel, sums, scratch);
     pooled_score<Op>(p, texts, panel, scratch, along, squared);
   }
@@ -313,6 +353,15 @@ inline void attend(Scratch& scratch, const float* inv_norm, int64_t count, const
   }
 }
 
+// scratch.pooled = p̂ · scratch.direction in float32, for the `count` rows from `first` on.
+inline void scores_of_direction(const ScoreParams& p, const Rows& rows, int64_t first, int64_t count,
+                                Scratch& scratch) {
+  product<Float32>(rows.units + first * kPanel, rows.capacity, count, scratch.direction, dim_inner<Float32>(p),
+                   scratch.pooled, false);
+  for (int64_t i = 0; i < count * kPanel; i += kLanes)
+    store(scratch.pooled + i, load(scratch.pooled + i) * rows.inv_norm[first + i / kPanel]);
+}
+
 // patches_sum -= scratch.scaled v / ‖p‖ for the `count` rows from `first` on: what C P̂ is for one panel of texts whose pooled
 // patches v are in scratch.pool.
 inline void subtract_pool(const ScoreParams& p, const Rows& rows, int64_t first, int64_t count, float* patches_sum,
@@ -379,8 +428,10 @@ double weights_cosine(const ScoreParams& p, const Rows& rows, int64_t first, int
   bool outer_started = false;
   Ahead ahead = ahead_of_left(left, rows.capacity, count, inner);
   double total = 0;
-  gram<Op>(p, rows, first, count, scratch, capacity);
-  complete_symmetric(scratch.gram, capacity, count, inv_norm, 1.0f);
+  if (!pools<Op>(p, count)) {
+    gram<Op>(p, rows, first, count, scratch, capacity);
+    complete_symmetric(scratch.gram, capacity, count, inv_norm, 1.0f);
+  }
   for (int64_t panel = panel_first; panel < panel_last; ++panel) {
     const int64_t k = panel * kPanel, live = texts.count - k;
     product<Op>(left, rows.capacity, count, texts.transposed + panel * units * kPanel, inner, scratch.scores, false,
@@ -388,18 +439,23 @@ double weights_cosine(const ScoreParams& p, const Rows& rows, int64_t first, int
     const Lane g(p.grad_phi + rows.image[first] * p.texts_count + texts.first + k, live);
     Softmax sums;
     (bounded ? attend<true> : attend<false>)(scratch, inv_norm, count, texts.inv_norm + k, p.temperature, sums);
-    gram_product<false>(scratch, capacity, count);
     V along[2], squared[2];  // u, less `largest`, and r²
-    bool cancels = false;
-    for (int v = 0; v < 2; ++v) {
-      along[v] = sums.weighted[v] / sums.sum[v];
-      squared[v] = pooled_norm_squared(scratch, inv_norm, count, v, cancels);
+    bool pooled = pools<Op>(p, count);
+    if (pooled) {
+      pool_product(p, rows, first, count, scratch);
+      pooled_score<Op>(p, texts, panel, scratch, along, squared);
+    } else {
+      gram_product<false>(scratch, capacity, count);
+      for (int v = 0; v < 2; ++v) squared[v] = pooled_norm_squared(scratch, count, v);
     }
-    if (cancels) {
+    const bool cancel = cancels(scratch, inv_norm, count, squared);
+    if (cancel) {
       pool<Op>(p, rows, first, count, texts, panel, sums, scratch);
       pooled_score<Op>(p, texts, panel, scratch, along, squared);
-      for (int v = 0; v < 2; ++v) along[v] = along[v] / sums.sum[v] - sums.largest[v];
+      pooled = true;
     }
+    for (int v = 0; v < 2; ++v)
+      along[v] = pooled ? along[v] / sums.sum[v] - sums.largest[v] : sums.weighted[v] / sums.sum[v];
     V slope[2], radius[2], centre[2];
     for (int v = 0; v < 2; ++v) {
       const V share = 1.0f / sums.sum[v], u = sums.largest[v] + along[v];  // a = e share
@@ -409,9 +465,13 @@ double weights_cosine(const ScoreParams& p, const Rows& rows, int64_t first, int
       slope[v] = select(floored, V{}, u / (radius[v] * radius[v]) * share);
       centre[v] = select(floored, u, V{});
     }
-    if (cancels) scores_in_double<Op>(p, rows, first, count, texts, panel, slope, scratch, scratch.pooled);
-    const bool ready = cancels || !bounded;
-    if (ready) recentre(scratch, count, sums, slope, centre, cancels);
+    if (pooled) set_direction<Op>(p, texts, panel, slope, scratch);
+    if (cancel)
+      scores_in_double<Op>(p, rows, first, count, scratch, scratch.pooled);
+    else if (pooled)
+      scores_of_direction(p, rows, first, count, scratch);
+    const bool ready = pooled || !bounded;
+    if (ready) recentre(scratch, count, sums, slope, centre, pooled);
     for (int v = 0; v < 2; ++v) {
       const V alpha = g.half[v] / (radius[v] * sums.sum[v]);
       total += (ready ? cosine_weights<true> : cosine_weights<false>)(
@@ -421,7 +481,7 @@ double weights_cosine(const ScoreParams& p, const Rows& rows, int64_t first, int
     memset(scratch.scores + count * kPanel, 0, sizeof(float) * (padded - count) * kPanel);
     store_weights<Op>(scratch.scores, rows, first, last, panel, to);
     if (!patches_sum) continue;
-    if (!cancels) {
+    if (!pooled) {
       outer_product<Op>(scratch, count, capacity, outer_started);
       outer_started = true;
       continue;

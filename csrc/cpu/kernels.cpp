@@ -24,7 +24,7 @@ void forward(const ScoreParams& p, const int64_t* row_start, int64_t first, int6
     const int64_t following = row + count < row_start[last] ? row + count : row_start[least(next, p.images)];
     Ahead ahead = ahead_of_rows(p, row_start, following, rows.capacity,
                                 product_steps(panel_last - panel_first, count, inner));
-    if (cosine) {
+    if (cosine && !pools<Op>(p, segment_end(rows, 0, count))) {
       gram<Op>(p, rows, 0, count, scratch, rows.capacity);
       fold_symmetric(scratch.gram, rows.capacity, count, rows.inv_norm);
     }

@@ -100,8 +100,12 @@ float inverse_norm(const float* units, int64_t padded) {
       odd += high * high;
     }
   }
-  float squared = sum(even + odd);
-  return squared < kMinNormSquared ? 0.0f : 1.0f / __builtin_sqrtf(squared);
+  // In double: the error of a text's norm is the same in all its scores, so τ magnifies it and nothing averages it.
+  typedef double Wide __attribute__((vector_size(8 * kLanes)));
+  const Wide lanes = __builtin_convertvector(even, Wide) + __builtin_convertvector(odd, Wide);
+  double squared = 0;
+  for (int i = 0; i < kLanes; ++i) squared += lanes[i];
+  return squared < kMinNormSquared ? 0.0f : (float)(1.0 / __builtin_sqrt(squared));
 }
 
 // Units of D, padded to whole panels.

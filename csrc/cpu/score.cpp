@@ -189,8 +189,8 @@ struct Plan {
     s.gram = arena.take(matrix);
     s.pool = arena.take(dims * panel);
     s.direction = arena.take(dims * panel);
-    if (!backward) return;
     s.scaled = arena.take((rows + panel) * panel);
+    if (!backward) return;
     s.scaled_units = pairs ? arena.take((rows + panel) * panel) : nullptr;
     if (!p.grad_patches) return;
     s.attention_t = arena.take(square);
