@@ -65,6 +65,7 @@ CONTENTS = [
     Case(3, 348, 132, tau=0.01, data="duplicated"),
     Case(9, 10, 16, K=14, tau=0.2, layout="expanded_last"),
 ]
+LONG_OPPOSITE = [Case(N=8, D=D, tau=tau, data="opposite") for D in (65, 96) for tau in (0.1, 1.0, 10.0)]
 LAYOUTS = [
     Case(layout=layout)
     for layout in (
@@ -133,7 +134,7 @@ def test_anything(case, form, seed, target):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("case", [Case(N=8, D=96, data="opposite"), Case(D=65, tau=10.0, data="opposite")], ids=str)
+@pytest.mark.parametrize("case", LONG_OPPOSITE, ids=str)
 def test_long_patches_that_cancel(case, form, target):
     """Where p and -p cancel, gradients are small beside the weights they are made of."""
     try:

@@ -141,12 +141,9 @@ double multiply_adds(int64_t repeats) {
   return 2.0 * Op::kPair * kLanes * kChains * repeats;
 }
 
-#define PACL_STRING_(x) #x
-#define PACL_STRING(x) PACL_STRING_(x)
-
 template <class Op>
 constexpr Kernels table() {
-  return {PACL_STRING(PACL_ISA), kLanes, kPanel, kTileRows, kTileColumns, Op::kPair,
+  return {kPanel, kTileRows, kTileColumns, Op::kPair,
           pack_rows<Op>, pack_texts<Op>, forward<Op>, weights<Op>, patches_product<Op>, texts_product<Op>,
           finish_patches<Op>, finish_texts, multiply_adds<Op>};
 }

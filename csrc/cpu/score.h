@@ -75,8 +75,7 @@ struct Scratch {  // one thread's own; panels are [rows, panel] of float32 unles
 };
 
 struct Kernels {
-  const char* isa;
-  int lanes, panel, tile_rows, tile_columns, pair;
+  int panel, tile_rows, tile_columns, pair;
   // Gathers rows [first, last) of the call's valid patches (row_start: their prefix count by image) into `to` at `at`.
   void (*pack_rows)(const ScoreParams&, const int64_t* row_start, int64_t first, int64_t last, Rows& to, int64_t at,
                     float* row);
@@ -86,9 +85,9 @@ struct Kernels {
   // be this thread's next.
   void (*forward)(const ScoreParams&, const int64_t* row_start, int64_t first, int64_t last, const Texts&,
                   int64_t panel_first, int64_t panel_last, int64_t next, Scratch&);
-  // Weights of rows [first, last) and panels [panel_first, panel_last); returns the temperature's sum,
-  // -τ² ∂L/∂τ. For the cosine form the
-  // rows are those of one image and the part of its gradient that the pooled norm adds goes to patches_sum.
+  // Weights of rows [first, last) and panels [panel_first, panel_last); returns the temperature's sum, -τ² ∂L/∂τ. For
+  // the cosine form the rows are those of one image, and the part of its gradient that the pooled norm adds goes to
+  // patches_sum.
   double (*weights)(const ScoreParams&, const Rows&, int64_t first, int64_t last, const Texts&, int64_t panel_first,
                     int64_t panel_last, Weights&, float* patches_sum, bool add, Scratch&);
   // patches_sum (panels [rows, D]) (+)= W texts for rows [first, last); as many rows of the call from `next` on will be
