@@ -472,11 +472,11 @@ double weights_cosine(const ScoreParams& p, const Rows& rows, int64_t first, int
       scores_of_direction(p, rows, first, count, scratch);
     const bool ready = pooled || !bounded;
     if (ready) recentre(scratch, count, sums, slope, centre, pooled);
+    const auto to_weights = ready ? cosine_weights<true> : cosine_weights<false>;
     for (int v = 0; v < 2; ++v) {
-      const V alpha = g.half[v] / (radius[v] * sums.sum[v]);
-      total += (ready ? cosine_weights<true> : cosine_weights<false>)(
-          scratch, inv_norm, count, load(texts.inv_norm + k + v * kLanes), p.temperature, alpha, slope[v], centre[v],
-          sums.largest[v], along[v], v);
+      const V norm = load(texts.inv_norm + k + v * kLanes), alpha = g.half[v] / (radius[v] * sums.sum[v]);
+      total += to_weights(scratch, inv_norm, count, norm, p.temperature, alpha, slope[v], centre[v], sums.largest[v],
+                          along[v], v);
     }
     memset(scratch.scores + count * kPanel, 0, sizeof(float) * (padded - count) * kPanel);
     store_weights<Op>(scratch.scores, rows, first, last, panel, to);

@@ -100,12 +100,8 @@ float inverse_norm(const float* units, int64_t padded) {
       odd += high * high;
     }
   }
-  // In double: the error of a text's norm is the same in all its scores, so τ magnifies it and nothing averages it.
-  typedef double Wide __attribute__((vector_size(8 * kLanes)));
-  const Wide lanes = __builtin_convertvector(even, Wide) + __builtin_convertvector(odd, Wide);
-  double squared = 0;
-  for (int i = 0; i < kLanes; ++i) squared += lanes[i];
-  return squared < kMinNormSquared ? 0.0f : (float)(1.0 / __builtin_sqrt(squared));
+  float squared = sum(even + odd);
+  return squared < kMinNormSquared ? 0.0f : 1.0f / __builtin_sqrtf(squared);
 }
 
 // Units of D, padded to whole panels.
@@ -200,19 +196,24 @@ void pack_texts(const ScoreParams& p, Texts& to, int64_t panel, float* row) {
       transpose(row + i * units + u, units, transposed + u * kPanel + i, kPanel);
 }
 
-// Elements [d, d + kLanes) of row `row` of a matrix of units of D, as float32.
+// Where the elements [d, d + kPanel) of row `row` of a matrix of units of D begin; d is a multiple of kPanel.
 template <class Op>
-inline V load_dims(const float* units, int64_t capacity, int64_t row, int64_t d) {
+inline const float* dims_at(const float* units, int64_t capacity, int64_t row, int64_t d) {
   const int64_t u = d / Op::kPair;
-  const float* at = units + (u / kPanel * capacity + row) * kPanel + u % kPanel;
+  return units + (u / kPanel * capacity + row) * kPanel + u % kPanel;
+}
+
+// Half `v` of those, as float32.
+template <class Op>
+inline V load_dims(const float* at, int v) {
 #if defined(__AVX512BF16__)
   if (Op::kPair == 2) {
     H half;
-    memcpy(&half, at, sizeof half);
+    memcpy(&half, (const uint16_t*)at + v * kLanes, sizeof half);
     return from_bits(zero_extend(half) << 16);
   }
 #endif
-  return load(at);
+  return load(at + v * kLanes);
 }
 
 // ∂L/∂x = sum - (sum · x) x / |x|²: what points along x does not change its direction. Both are rows of panels;
@@ -222,30 +223,34 @@ void finish_row(const float* sums, int64_t sums_capacity, const float* units, in
                 float inv_squared, int64_t dim, Dtype dtype, void* out, int64_t out_offset, float* buffer) {
   const int64_t dims = padded_dim(dim);
   V dot[2]{}, rest[2]{};
-  for (int64_t d = 0; d < dims; d += kPanel)
-    for (int v = 0; v < 2; ++v)
-      dot[v] += load_dims<Op>(units, capacity, row, d + v * kLanes) *
-                load_dims<Float32>(sums, sums_capacity, row, d + v * kLanes);
+  for (int64_t d = 0; d < dims; d += kPanel) {
+    const float *x = dims_at<Op>(units, capacity, row, d), *sum_at = dims_at<Float32>(sums, sums_capacity, row, d);
+    for (int v = 0; v < 2; ++v) dot[v] += load_dims<Op>(x, v) * load(sum_at + v * kLanes);
+  }
   const float along = sum(dot[0] + dot[1]) * inv_squared;
-  for (int64_t d = 0; d < dims; d += kPanel)
+  for (int64_t d = 0; d < dims; d += kPanel) {
+    const float *x = dims_at<Op>(units, capacity, row, d), *sum_at = dims_at<Float32>(sums, sums_capacity, row, d);
     for (int v = 0; v < 2; ++v) {
-      const V x = load_dims<Op>(units, capacity, row, d + v * kLanes);
-      const V result = load_dims<Float32>(sums, sums_capacity, row, d + v * kLanes) - x * along;
-      rest[v] += result * x;
+      const V result = load(sum_at + v * kLanes) - load_dims<Op>(x, v) * along;
+      rest[v] += result * load_dims<Op>(x, v);
       store(buffer + d + v * kLanes, result);
     }
+  }
   // Once more: what the first projection leaves along x is its own rounding, and all of the result where D = 1.
   const float remainder = sum(rest[0] + rest[1]) * inv_squared;
-  for (int64_t d = 0; d < dims; d += kLanes) {
-    const V result = load(buffer + d) - load_dims<Op>(units, capacity, row, d) * remainder;
+  for (int64_t d = 0; d < dims; d += kPanel) {
+    const float* x = dims_at<Op>(units, capacity, row, d);
+    for (int v = 0; v < 2; ++v) {
+      const V result = load(buffer + d + v * kLanes) - load_dims<Op>(x, v) * remainder;
 #if defined(__AVX512BF16__)
-    if (Op::kPair == 2) {
-      const H half = round_to_bfloat16(result);
-      memcpy((uint16_t*)buffer + d, &half, sizeof half);
-      continue;
-    }
+      if (Op::kPair == 2) {
+        const H half = round_to_bfloat16(result);
+        memcpy((uint16_t*)buffer + d + v * kLanes, &half, sizeof half);
+        continue;
+      }
 #endif
-    store(buffer + d, result);
+      store(buffer + d + v * kLanes, result);
+    }
   }
   if (Op::kPair == 2)
     copy_past_cache((uint16_t*)out + out_offset, buffer, sizeof(uint16_t) * dim);

@@ -228,8 +228,10 @@ void advise_huge_pages(void* memory, int64_t bytes) {
 void populate([[maybe_unused]] void* memory, [[maybe_unused]] int64_t bytes) {
 #if defined(__linux__) && defined(MADV_POPULATE_WRITE)
   static const int64_t page = sysconf(_SC_PAGESIZE);
-  const int64_t first = (int64_t)memory / page * page;
-  madvise((void*)first, (int64_t)memory + bytes - first, MADV_POPULATE_WRITE);
+  const int64_t first = (int64_t)memory / page * page, last = ((int64_t)memory + bytes - 1) / page * page;
+  unsigned char present = 0;  // memory that was used before is not worth the call
+  if (mincore((void*)last, page, &present) == 0 && !(present & 1))
+    madvise((void*)first, last + page - first, MADV_POPULATE_WRITE);
 #endif
 }
 

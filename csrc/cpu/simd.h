@@ -11,7 +11,7 @@
 namespace {
 
 #if defined(__AVX512F__)
-constexpr int kLanes = 16, kTileRows = 14, kTileColumns = 8;  // 14 x 2 accumulators, 2 loads, 1 broadcast of 32 registers
+constexpr int kLanes = 16, kTileRows = 14, kTileColumns = 8;  // 32 registers: 14 x 2 sums, 2 loads, 1 broadcast
 #elif defined(__AVX2__)
 constexpr int kLanes = 8, kTileRows = 6, kTileColumns = 4;  // 16 registers
 #elif defined(__aarch64__)
