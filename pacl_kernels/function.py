@@ -102,6 +102,8 @@ class PaclFunction(torch.autograd.Function):
             grad_scale = (grad_logits * phi).sum() if needs[2] else None
             grad_bias = grad_logits.sum() if needs[3] else None
             grad_phi = grad_logits.mul_(_as(number_or_tensor[0], phi))
+        if grad_bias is not None and ctx.loss == "infonce":
+            grad_bias.mul_(0.0)  # the loss does not depend on it: the sum is rounding, or NaN
         grad_scale = grad_scale.to(scale.dtype).reshape(scale.shape) if needs[2] else None
         grad_bias = grad_bias.to(bias.dtype).reshape(bias.shape) if needs[3] else None
         grad_patches, grad_texts, grad_temperature = _score_gradients(

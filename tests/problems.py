@@ -93,7 +93,7 @@ def _related(patches, texts, randn, dtype):
 def _aligned(patches, texts, randn, dtype):
     """Saturated: with a large logit scale every pair is certain and all gradients vanish."""
     patches.mul_(1e-2)
-    for i in range(len(patches)):
+    for i in range(min(len(patches), len(texts))):
         patches[i] += texts[i]
 
 

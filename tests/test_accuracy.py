@@ -60,7 +60,12 @@ CONTENTS = [
     Case(N=8, data="opposite", tau=1.0),
     Case(N=8, data="opposite", tau=10.0),
     Case(N=2, D=1, data="opposite"),
+    Case(7, 29, 69, tau=0.01, scale=100.0, data="zero_patches"),
+    Case(4, 24, 5, K=51, tau=0.01, data="duplicated"),
+    Case(3, 348, 132, tau=0.01, data="duplicated"),
+    Case(9, 10, 16, K=14, tau=0.2, layout="expanded_last"),
 ]
+LONG_OPPOSITE = [Case(N=8, D=D, tau=tau, data="opposite") for D in (65, 96) for tau in (0.1, 1.0, 10.0)]
 LAYOUTS = [
     Case(layout=layout)
     for layout in (
@@ -126,6 +131,18 @@ def test_layouts(case, form, target):
 )
 def test_anything(case, form, seed, target):
     _check(case, form, target, seed)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("case", LONG_OPPOSITE, ids=str)
+def test_long_patches_that_cancel(case, form, target):
+    """Where p and -p cancel, gradients are small beside the weights they are made of."""
+    try:
+        _check(case, form, target)
+    except AssertionError as error:
+        if (target.backend, target.dtype) != ("cpu", torch.bfloat16):
+            raise
+        pytest.xfail(f"weights rounded to bfloat16, see docs/kernels.md: {error}")
 
 
 @pytest.mark.parametrize("case", [Case(N=2, data="cancelled"), Case(N=9, tau=0.01, data="cancelled")], ids=str)

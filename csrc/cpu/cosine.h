@@ -68,7 +68,8 @@ void complete_symmetric(float* matrix, int64_t capacity, int64_t count, const fl
   }
 }
 
-// scratch.gram = p pᵀ / (‖p‖ ‖p‖) of rows [first, first + count), as panels [count, count] with `capacity` rows each.
+// scratch.gram = p pᵀ of rows [first, first + count), as panels [count, count] with `capacity` rows each, of which each
+// is known from its own first row on.
 template <class Op>
 void gram(const ScoreParams& p, const Rows& rows, int64_t first, int64_t count, Scratch& scratch, int64_t capacity) {
   const int64_t units = dim_units<Op>(p);
@@ -82,19 +83,47 @@ void gram(const ScoreParams& p, const Rows& rows, int64_t first, int64_t count, 
     product<Op>(rows.units + (first + top) * kPanel, rows.capacity, count - top, scratch.transposed, dim_inner<Op>(p),
                 scratch.gram + (column / kPanel * capacity + top) * kPanel, false);
   }
-  complete_symmetric(scratch.gram, capacity, count, rows.inv_norm + first, 1.0f);
 }
 
-// q = G a for a panel of attention over `count` rows, whose rows up to the next multiple of 4 are set to 0. In float32
-// for bfloat16 too: in φ the error would be multiplied by the logit scale, in the gradient divided by r τ.
+// G, known as above, for eᵀ G e alone: its lower triangle, everything below the diagonal twice; rows and columns times
+// `norms`.
+inline void fold_symmetric(float* matrix, int64_t capacity, int64_t count, const float* norms) {
+  I lane{};
+  for (int i = 0; i < kLanes; ++i) lane[i] = i;
+  for (int64_t column = 0; column < count; column += kPanel) {
+    float* panel = matrix + column / kPanel * capacity * kPanel;
+    float scale[kPanel] = {};
+    memcpy(scale, norms + column, sizeof(float) * least(kPanel, count - column));
+    // The tile of earlier rows may reach into this panel, up to the next multiple of 4 after its last row.
+    for (int64_t row = most(0, column - kTileRows - 2); row < count; ++row)
+      for (int v = 0; v < 2; ++v) {
+        float* at = panel + row * kPanel + v * kLanes;
+        const I before = lane + (int32_t)(column + v * kLanes - row);  // negative below the diagonal
+        const V x = load(at) * (load(scale + v * kLanes) * norms[row]);
+        store(at, select(before < 0, x + x, select(before == 0, x, V{})));
+      }
+  }
+}
+
+// scratch.pooled = G a for a panel of attention over `count` rows, whose rows up to the next multiple of 4 are set to 0.
+// In float32 for bfloat16 too: in φ the error would be multiplied by the logit scale, in the gradient divided by r τ.
+// kLower: of G's lower triangle.
+template <bool kLower>
 void gram_product(Scratch& scratch, int64_t capacity, int64_t count) {
   const int64_t padded = round_up(count, 4);
   memset(scratch.attention + count * kPanel, 0, sizeof(float) * (padded - count) * kPanel);
-  product<Float32>(scratch.gram, capacity, count, scratch.attention, padded, scratch.pooled, false);
+  for (int64_t at = 0; at < padded; at += kInnerBlock)
+    for (int64_t row = 0; row < count; row += kTileRows) {
+      const int64_t end = kLower ? least(padded, round_up(row + kTileRows, 4)) : padded;
+      if (at < end)
+        tile<Float32, kTileRows, kPanel, 1>(scratch.gram + (at / kPanel * capacity + row) * kPanel, capacity * kPanel,
+                                            scratch.attention + at * kPanel, scratch.pooled + row * kPanel,
+                                            least(kInnerBlock, end - at), at > 0);
+    }
 }
 
-// r = sqrt(aᵀ q) for half `v` of a panel.
-inline V pooled_norm(const Scratch& scratch, int64_t count, int v) {
+// r² = eᵀ q for half `v` of a panel, with e not yet divided by its sum.
+inline V pooled_norm_squared(const Scratch& scratch, int64_t count, int v) {
   V squared{};
   for (int64_t begin = 0; begin < count; begin += kSumRows) {
     V part{};
@@ -104,18 +133,159 @@ inline V pooled_norm(const Scratch& scratch, int64_t count, int v) {
     }
     squared += part;
   }
-  for (int i = 0; i < kLanes; ++i) squared[i] = __builtin_sqrtf(squared[i] < 0 ? 0.0f : squared[i]);  // NaN stays NaN
   return squared;
 }
 
-// Forward: u -> u / max(r, floor), both not yet divided by the sum l of the attention: hence floor l, and times l.
-inline void divide_by_pooled_norm(Scratch& scratch, int64_t capacity, int64_t count, const float* total,
-                                  float* weighted) {
-  gram_product(scratch, capacity, count);
+// Whether r² is much smaller than Σ e², which it is about for patches of random directions: what is left is then
+// the rounding of G.
+inline bool cancels(const Scratch& scratch, const float* inv_norm, int64_t count, const V squared[2]) {
+  bool any = false;
   for (int v = 0; v < 2; ++v) {
-    const V l = load(total + v * kLanes), norm = maximum(kMinPooledNorm * l, pooled_norm(scratch, count, v));
-    store(weighted + v * kLanes, load(weighted + v * kLanes) / norm * l);
+    V incoherent{};
+    for (int64_t r = 0; r < count; ++r) {
+      const V e = load(scratch.attention + r * kPanel + v * kLanes);
+      incoherent += inv_norm[r] > 0 ? e * e : V{};
+    }
+    const I below = squared[v] < incoherent * 0.25f;
+    for (int i = 0; i < kLanes; ++i) any |= below[i] != 0;
   }
+  return any;
+}
+
+inline V square_root(V x) {
+  for (int i = 0; i < kLanes; ++i) x[i] = __builtin_sqrtf(x[i] < 0 ? 0.0f : x[i]);  // NaN stays NaN
+  return x;
+}
+
+// Half `half` of a unit, in all lanes, as a float.
+template <class Op>
+inline V element(V unit, [[maybe_unused]] int half) {
+  if (Op::kPair == 1) return unit;
+  return from_bits(half ? bits(unit) & (int32_t)0xFFFF0000 : bits(unit) << 16);
+}
+
+typedef double Wide __attribute__((vector_size(8 * kLanes)));
+inline void add_product(Wide& sum, V a, V b) { sum += __builtin_convertvector(a, Wide) * __builtin_convertvector(b, Wide); }
+
+
+// scratch.direction = t̂ - slope v [D, panel] with v in scratch.pool; without `slope` t̂.
+template <class Op>
+void set_direction(const ScoreParams& p, const Texts& texts, int64_t panel, const V* slope, Scratch& scratch) {
+  const float* text = texts.transposed + panel * dim_units<Op>(p) * kPanel;
+  for (int64_t d = 0; d < dim_inner<Op>(p) * Op::kPair; ++d)
+    for (int v = 0; v < 2; ++v) {
+      const int64_t i = d * kPanel + v * kLanes;
+      V t = element<Op>(load(text + d / Op::kPair * kPanel + v * kLanes), d % Op::kPair);
+      t *= load(texts.inv_norm + panel * kPanel + v * kLanes);
+      store(scratch.direction + i, slope ? t - slope[v] * load(scratch.pool + i) : t);
+    }
+}
+
+// `to` = p̂ · scratch.direction for the `count` rows from `first` on.
+template <class Op>
+void scores_in_double(const ScoreParams& p, const Rows& rows, int64_t first, int64_t count, Scratch& scratch,
+                      float* to) {
+  for (int64_t r = 0; r < count; ++r)
+    for (int v = 0; v < 2; ++v) {
+      Wide sum{};
+      for (int64_t d = 0; d < dim_inner<Op>(p) * Op::kPair; ++d) {
+        const int64_t u = d / Op::kPair;
+        const V unit = Op::broadcast_unit(rows.units + (u / kPanel * rows.capacity + first + r) * kPanel + u % kPanel);
+        add_product(sum, element<Op>(unit, d % Op::kPair), load(scratch.direction + d * kPanel + v * kLanes));
+      }
+      store(to + r * kPanel + v * kLanes, __builtin_convertvector(sum, V) * rows.inv_norm[first + r]);
+    }
+}
+
+// scratch.pool = Σ e p̂ [D, panel] where patches cancel, with e = exp((s - largest) / τ); scratch.scores become s, and
+// scratch.pooled is written over. Rare, so short rather than fast: in double, whose rounding is small beside what is left.
+template <class Op>
+void pool(const ScoreParams& p, const Rows& rows, int64_t first, int64_t count, const Texts& texts, int64_t panel,
+          const Softmax& sums, Scratch& scratch) {
+  set_direction<Op>(p, texts, panel, nullptr, scratch);
+  scores_in_double<Op>(p, rows, first, count, scratch, scratch.scores);
+  for (int64_t i = 0; i < count * kPanel; i += kLanes) {  // what e lacks in float32
+    const V s = load(scratch.scores + i), e = load(scratch.attention + i), largest = sums.largest[i / kLanes % 2];
+    V rest{};
+    for (int lane = 0; lane < kLanes; ++lane)
+      rest[lane] = __builtin_exp(((double)s[lane] - (is_bounded(p) ? 0.0f : largest[lane])) / p.temperature) - e[lane];
+    store(scratch.pooled + i, rest);
+  }
+  for (int64_t d = 0; d < padded_dim(p.dim); ++d) {
+    const int64_t u = d / Op::kPair;
+    const float* unit = rows.units + (u / kPanel * rows.capacity + first) * kPanel + u % kPanel;
+    for (int v = 0; v < 2; ++v) {
+      Wide sum{};
+      for (int64_t r = 0; r < count; ++r) {
+        const int64_t i = r * kPanel + v * kLanes;
+        const V x = element<Op>(Op::broadcast_unit(unit + r * kPanel), d % Op::kPair) * rows.inv_norm[first + r];
+        add_product(sum, x, load(scratch.attention + i));
+        add_product(sum, x, load(scratch.pooled + i));
+      }
+      store(scratch.pool + d * kPanel + v * kLanes, __builtin_convertvector(sum, V));
+    }
+  }
+}
+
+// With more patches than dimensions it is cheaper to pool them than to make G.
+template <class Op>
+inline bool pools(const ScoreParams& p, int64_t count) {
+  return Op::kPair == 1 && count > p.dim;
+}
+
+// scratch.pool = Σ e p̂ [D, panel] in float32; writes over scratch.scaled.
+inline void pool_product(const ScoreParams& p, const Rows& rows, int64_t first, int64_t count, Scratch& scratch) {
+  const int64_t padded = round_up(count, 4);
+  for (int64_t i = 0; i < count * kPanel; i += kLanes)
+    store(scratch.scaled + i, load(scratch.attention + i) * rows.inv_norm[first + i / kPanel]);
+  memset(scratch.scaled + count * kPanel, 0, sizeof(float) * (padded - count) * kPanel);
+  for (int64_t at = 0; at < padded; at += kInnerBlock)
+    for (int64_t d = 0; d < padded_dim(p.dim); d += kTileColumns)
+      tile<Float32, kTileColumns, 1, kPanel>(
+          rows.units + (d / kPanel * rows.capacity + first + at) * kPanel + d % kPanel, kPanel * kPanel,
+          scratch.scaled + at * kPanel, scratch.pool + d * kPanel, least(kInnerBlock, padded - at), at > 0);
+}
+
+// From scratch.pool: Σ e p̂ · t̂, and the squared norm.
+template <class Op>
+void pooled_score(const ScoreParams& p, const Texts& texts, int64_t panel, const Scratch& scratch, V along[2],
+                  V squared[2]) {
+  const float* text = texts.transposed + panel * dim_units<Op>(p) * kPanel;
+  for (int v = 0; v < 2; ++v) {
+    Wide dot{}, norm{};
+    for (int64_t d = 0; d < dim_inner<Op>(p) * Op::kPair; ++d) {
+      const V x = load(scratch.pool + d * kPanel + v * kLanes);
+      add_product(dot, x, element<Op>(load(text + d / Op::kPair * kPanel + v * kLanes), d % Op::kPair));
+      add_product(norm, x, x);
+    }
+    along[v] = __builtin_convertvector(dot, V) * load(texts.inv_norm + panel * kPanel + v * kLanes);
+    squared[v] = __builtin_convertvector(norm, V);
+  }
+}
+
+// Forward, for an image whose `count` rows lead `rows`: φ = u / max(r, floor). u and r are not yet divided by Σ e,
+// hence a floor times that.
+template <class Op>
+void cosine_of_pooled(const ScoreParams& p, const Rows& rows, int64_t count, const Texts& texts, int64_t panel,
+                      const Softmax& sums, Scratch& scratch, float* phi) {
+  V along[2], squared[2];
+  if (pools<Op>(p, count)) {
+    pool_product(p, rows, 0, count, scratch);
+    pooled_score<Op>(p, texts, panel, scratch, along, squared);
+  } else {
+    gram_product<true>(scratch, rows.capacity, count);
+    for (int v = 0; v < 2; ++v) {
+      along[v] = is_bounded(p) ? sums.weighted[v] * (kLn2 * p.temperature)
+                               : sums.largest[v] * sums.sum[v] + sums.weighted[v];
+      squared[v] = pooled_norm_squared(scratch, count, v);
+    }
+  }
+  if (cancels(scratch, rows.inv_norm, count, squared)) {
+    pool<Op>(p, rows, 0, count, texts, panel, sums, scratch);
+    pooled_score<Op>(p, texts, panel, scratch, along, squared);
+  }
+  for (int v = 0; v < 2; ++v)
+    store(phi + v * kLanes, along[v] / maximum(kMinPooledNorm * sums.sum[v], square_root(squared[v])));
 }
 
 // C (lower half of its panels) += scaled attentionᵀ over the texts of one panel.
@@ -137,10 +307,10 @@ void outer_product(Scratch& scratch, int64_t count, int64_t capacity, bool add) 
 
 // patches_sum (+)= -C P̂ for the `count` rows from `first` on, `padded` of them with their padding.
 template <class Op>
-void subtract_pooled(const ScoreParams& p, const Rows& rows, int64_t first, int64_t count, int64_t padded, float* outer,
-                     int64_t capacity, float* patches_sum, bool add, Scratch& scratch) {
-  complete_symmetric(outer, capacity, count, rows.inv_norm + first, -1.0f);
-  const float* left = column_units_of<Op>(outer, capacity, count, count, scratch.outer_units);
+void subtract_pooled(const ScoreParams& p, const Rows& rows, int64_t first, int64_t count, int64_t padded, int64_t capacity,
+                     float* patches_sum, bool add, Scratch& scratch) {
+  complete_symmetric(scratch.outer, capacity, count, rows.inv_norm + first, -1.0f);
+  const float* left = column_units_of<Op>(scratch.outer, capacity, count, count, scratch.outer_units);
   const int64_t row_units = rows.capacity / Op::kPair;
   for (int64_t panel = 0; panel < padded_dim(p.dim) / kPanel; ++panel) {
     product<Op>(left, capacity, count, rows.row_units + (panel * row_units + first / Op::kPair) * kPanel,
@@ -152,30 +322,98 @@ void subtract_pooled(const ScoreParams& p, const Rows& rows, int64_t first, int6
   }
 }
 
-// The attention of a panel, not yet divided by its sum, into scratch.attention; scratch.scores become s. Σ e and Σ e s are
-// made again and not taken from lse and φ, whose rounding, divided by τ, would not cancel.
+// The softmax of a panel: scratch.scores become s, scratch.attention e, not yet divided by Σ e. Its sums are made again
+// and not taken from forward's, whose rounding, divided by τ, would not cancel. s is relative to `largest` in
+// `weighted`; without kBounded that is the largest s, and 0 otherwise.
 template <bool kBounded>
 inline void attend(Scratch& scratch, const float* inv_norm, int64_t count, const float* text_norm, float temperature,
-                   const Lane& lse, V total[2], V weighted[2]) {
+                   Softmax& sums) {
   const float scale = kLog2e / temperature;
   for (int v = 0; v < 2; ++v) {
-    const V norm = load(text_norm + v * kLanes), shift = lse.half[v] * kLog2e;
-    total[v] = weighted[v] = V{};
+    const V norm = load(text_norm + v * kLanes);
+    V largest = kBounded ? V{} : broadcast(kBelowEveryScore);
+    for (int64_t r = 0; !kBounded && r < count; ++r)
+      largest = maximum(load(scratch.scores + r * kPanel + v * kLanes) * (norm * inv_norm[r]), largest);
+    sums.largest[v] = largest;
+    sums.sum[v] = sums.weighted[v] = V{};
     for (int64_t begin = 0; begin < count; begin += kSumRows) {
       V part{}, part_weighted{};
       for (int64_t r = begin; r < least(begin + kSumRows, count); ++r) {
         const int64_t i = r * kPanel + v * kLanes;
-        const V s = load(scratch.scores + i) * (norm * inv_norm[r]);
-        const V e = kBounded ? exp2<false>(s * scale) : exp2<true>(s * scale - shift);
+        const V s = load(scratch.scores + i) * (norm * inv_norm[r]), z = kBounded ? s : s - largest;
+        const V e = exp2<!kBounded>(z * scale);
         store(scratch.scores + i, s);
         store(scratch.attention + i, e);
         part += e;
-        part_weighted += e * s;
+        part_weighted += e * z;
       }
-      total[v] += part;
-      weighted[v] += part_weighted;
+      sums.sum[v] += part;
+      sums.weighted[v] += part_weighted;
     }
   }
+}
+
+// scratch.pooled = p̂ · scratch.direction in float32, for the `count` rows from `first` on.
+inline void scores_of_direction(const ScoreParams& p, const Rows& rows, int64_t first, int64_t count,
+                                Scratch& scratch) {
+  product<Float32>(rows.units + first * kPanel, rows.capacity, count, scratch.direction, dim_inner<Float32>(p),
+                   scratch.pooled, false);
+  for (int64_t i = 0; i < count * kPanel; i += kLanes)
+    store(scratch.pooled + i, load(scratch.pooled + i) * rows.inv_norm[first + i / kPanel]);
+}
+
+// patches_sum -= scratch.scaled v / ‖p‖ for the `count` rows from `first` on: what C P̂ is for one panel of texts whose pooled
+// patches v are in scratch.pool.
+inline void subtract_pool(const ScoreParams& p, const Rows& rows, int64_t first, int64_t count, float* patches_sum,
+                          Scratch& scratch) {
+  for (int64_t panel = 0; panel < padded_dim(p.dim) / kPanel; ++panel) {
+    for (int64_t i = 0; i < kPanel; i += kLanes)
+      for (int64_t k = 0; k < kPanel; k += kLanes)
+        transpose(scratch.pool + (panel * kPanel + i) * kPanel + k, kPanel, scratch.attention_t + k * kPanel + i,
+                  kPanel);
+    product<Float32>(scratch.scaled, 0, count, scratch.attention_t, kPanel, scratch.pooled, false);
+    float* to = patches_sum + (panel * rows.capacity + first) * kPanel;
+    for (int64_t i = 0; i < count * kPanel; i += kLanes)
+      store(to + i, load(to + i) - load(scratch.pooled + i) * rows.inv_norm[first + i / kPanel]);
+  }
+}
+
+// scratch.pooled = s - centre - slope q (`given`: s - slope q is there already), less its mean, which is 0 but for
+// rounding: divided by τ, that would show where all s are nearly equal.
+inline void recentre(Scratch& scratch, int64_t count, const Softmax& sums, const V slope[2], const V centre[2],
+                     bool given) {
+  for (int v = 0; v < 2; ++v) {
+    V mean{};
+    for (int64_t r = 0; r < count; ++r) {
+      const int64_t i = r * kPanel + v * kLanes;
+      const V q = load(scratch.pooled + i), x = (given ? q : load(scratch.scores + i) - slope[v] * q) - centre[v];
+      store(scratch.pooled + i, x);
+      mean += load(scratch.attention + i) * x;
+    }
+    mean /= sums.sum[v];
+    for (int64_t r = 0; r < count; ++r) {
+      float* at = scratch.pooled + r * kPanel + v * kLanes;
+      store(at, load(at) - mean);
+    }
+  }
+}
+
+// Half `v` of a panel: scratch.scores become weights, scratch.scaled what C is made of. kReady: scratch.pooled holds
+// s - centre - slope q. Returns the temperature's sum.
+template <bool kReady>
+inline float cosine_weights(Scratch& scratch, const float* inv_norm, int64_t count, V norm, float temperature, V alpha,
+                            V slope, V centre, V largest, V along, int v) {
+  const V beta = alpha / temperature, outer_scale = alpha * slope;
+  V total{};
+  for (int64_t r = 0; r < count; ++r) {
+    const int64_t i = r * kPanel + v * kLanes;
+    const V s = load(scratch.scores + i), e = load(scratch.attention + i), q = load(scratch.pooled + i);
+    const V centred = kReady ? q : s - centre - slope * q;
+    total += e * centred * (s - largest - along);
+    store(scratch.scores + i, e * (alpha + beta * centred) * (norm * inv_norm[r]));
+    store(scratch.scaled + i, e * outer_scale);
+  }
+  return sum(total * alpha);
 }
 
 template <class Op>
@@ -186,44 +424,75 @@ double weights_cosine(const ScoreParams& p, const Rows& rows, int64_t first, int
   const int64_t count = segment_end(rows, first, last) - first, capacity = scratch.rows.capacity;
   const float* left = rows.units + first * kPanel;
   const float* inv_norm = rows.inv_norm + first;
+  const bool bounded = is_bounded(p);
+  bool outer_started = false;
   Ahead ahead = ahead_of_left(left, rows.capacity, count, inner);
   double total = 0;
-  gram<Op>(p, rows, first, count, scratch, capacity);
+  if (!pools<Op>(p, count)) {
+    gram<Op>(p, rows, first, count, scratch, capacity);
+    complete_symmetric(scratch.gram, capacity, count, inv_norm, 1.0f);
+  }
   for (int64_t panel = panel_first; panel < panel_last; ++panel) {
     const int64_t k = panel * kPanel, live = texts.count - k;
     product<Op>(left, rows.capacity, count, texts.transposed + panel * units * kPanel, inner, scratch.scores, false,
                 &ahead);
-    const int64_t at = rows.image[first] * p.texts_count + texts.first + k;
-    const Lane lse(p.lse + at, live), g(p.grad_phi + at, live);
-    V sums[2], weighted[2];
-    (is_bounded(p) ? attend<true> : attend<false>)(scratch, inv_norm, count, texts.inv_norm + k, p.temperature, lse, sums,
-                                                   weighted);
-    gram_product(scratch, capacity, count);
+    const Lane g(p.grad_phi + rows.image[first] * p.texts_count + texts.first + k, live);
+    Softmax sums;
+    (bounded ? attend<true> : attend<false>)(scratch, inv_norm, count, texts.inv_norm + k, p.temperature, sums);
+    V along[2], squared[2];  // u, less `largest`, and r²
+    bool pooled = pools<Op>(p, count);
+    if (pooled) {
+      pool_product(p, rows, first, count, scratch);
+      pooled_score<Op>(p, texts, panel, scratch, along, squared);
+    } else {
+      gram_product<false>(scratch, capacity, count);
+      for (int v = 0; v < 2; ++v) squared[v] = pooled_norm_squared(scratch, count, v);
+    }
+    const bool cancel = cancels(scratch, inv_norm, count, squared);
+    if (cancel) {
+      pool<Op>(p, rows, first, count, texts, panel, sums, scratch);
+      pooled_score<Op>(p, texts, panel, scratch, along, squared);
+      pooled = true;
+    }
+    for (int v = 0; v < 2; ++v)
+      along[v] = pooled ? along[v] / sums.sum[v] - sums.largest[v] : sums.weighted[v] / sums.sum[v];
+    V slope[2], radius[2], centre[2];
     for (int v = 0; v < 2; ++v) {
-      const V norm = load(texts.inv_norm + k + v * kLanes), share = 1.0f / sums[v];  // a = e share
-      const V u = weighted[v] * share;
-      V radius = pooled_norm(scratch, count, v) * share, along{};
-      const I floored = radius <= broadcast(kMinPooledNorm);
-      radius = select(floored, broadcast(kMinPooledNorm), radius);
-      const V slope = select(floored, V{}, u / (radius * radius) * share), centre = select(floored, u, V{});
-      const V alpha = g.half[v] / radius * share, beta = alpha / p.temperature, outer_scale = alpha * slope;
-      for (int64_t r = 0; r < count; ++r) {
-        const int64_t i = r * kPanel + v * kLanes;
-        const V s = load(scratch.scores + i), e = load(scratch.attention + i), q = load(scratch.pooled + i);
-        const V centred = s - centre - slope * q;
-        along += e * centred * (s - u);
-        store(scratch.scores + i, e * (alpha + beta * centred) * (norm * inv_norm[r]));
-        store(scratch.scaled + i, e * outer_scale);
-      }
-      total += sum(along * alpha);
+      const V share = 1.0f / sums.sum[v], u = sums.largest[v] + along[v];  // a = e share
+      radius[v] = square_root(squared[v]) * share;
+      const I floored = radius[v] <= broadcast(kMinPooledNorm);
+      radius[v] = select(floored, broadcast(kMinPooledNorm), radius[v]);
+      slope[v] = select(floored, V{}, u / (radius[v] * radius[v]) * share);
+      centre[v] = select(floored, u, V{});
+    }
+    if (pooled) set_direction<Op>(p, texts, panel, slope, scratch);
+    if (cancel)
+      scores_in_double<Op>(p, rows, first, count, scratch, scratch.pooled);
+    else if (pooled)
+      scores_of_direction(p, rows, first, count, scratch);
+    const bool ready = pooled || !bounded;
+    if (ready) recentre(scratch, count, sums, slope, centre, pooled);
+    const auto to_weights = ready ? cosine_weights<true> : cosine_weights<false>;
+    for (int v = 0; v < 2; ++v) {
+      const V norm = load(texts.inv_norm + k + v * kLanes), alpha = g.half[v] / (radius[v] * sums.sum[v]);
+      total += to_weights(scratch, inv_norm, count, norm, p.temperature, alpha, slope[v], centre[v], sums.largest[v],
+                          along[v], v);
     }
     memset(scratch.scores + count * kPanel, 0, sizeof(float) * (padded - count) * kPanel);
     store_weights<Op>(scratch.scores, rows, first, last, panel, to);
-    if (patches_sum)
-      outer_product<Op>(scratch, count, capacity, panel > panel_first);
+    if (!patches_sum) continue;
+    if (!pooled) {
+      outer_product<Op>(scratch, count, capacity, outer_started);
+      outer_started = true;
+      continue;
+    }
+    for (int64_t d = 0; !add && d < padded_dim(p.dim) / kPanel; ++d)
+      memset(patches_sum + (d * rows.capacity + first) * kPanel, 0, sizeof(float) * padded * kPanel);
+    add = true;
+    subtract_pool(p, rows, first, count, patches_sum, scratch);
   }
-  if (patches_sum)
-    subtract_pooled<Op>(p, rows, first, count, padded, scratch.outer, capacity, patches_sum, add, scratch);
+  if (outer_started)
+    subtract_pooled<Op>(p, rows, first, count, padded, capacity, patches_sum, add, scratch);
   return total;
 }
 

@@ -22,8 +22,8 @@ void store_weights(const float* panel_weights, const Rows& rows, int64_t first, 
         }
       }
       for (int v = 0; v < 2; ++v) {
-        I low = __builtin_convertvector(rounded[0][v], I), high = __builtin_convertvector(rounded[1][v], I);
-        store(to.row_units + (panel * (rows.capacity / 2) + r / 2) * kPanel + v * kLanes, from_bits(low | high << 16));
+        const I unit = zero_extend(rounded[0][v]) | zero_extend(rounded[1][v]) << 16;
+        store(to.row_units + (panel * (rows.capacity / 2) + r / 2) * kPanel + v * kLanes, from_bits(unit));
       }
     }
     return;
@@ -33,23 +33,23 @@ void store_weights(const float* panel_weights, const Rows& rows, int64_t first, 
 }
 
 // From raw products to weights, in place, for rows of one image and one panel of texts:
-//   dS = e (g + β (s - φ)) with e = exp(s / τ - lse) and β = g / τ, and W = dS / (‖p‖ ‖t‖).
-// Returns Σ g e (s - φ)², which only the temperature's gradient needs.
+//   dS = a (g + β (s - φ)) with the attention a and β = g / τ, and W = dS / (‖p‖ ‖t‖).
+// Returns Σ g a (s - φ)², which only the temperature's gradient needs.
 template <bool kBounded, bool kSum>
-inline float dot_weights(const float* inv_norm, int64_t count, const float* text_norm, float temperature, const Lane& phi,
-                         const Lane& lse, const Lane& grad, float* scores) {
+inline float dot_weights(const float* inv_norm, int64_t count, const float* text_norm, float temperature,
+                         const Lane& phi, const Lane& lse, const Lane& grad, float* scores) {
   float total = 0;
   for (int v = 0; v < 2; ++v) {
-    const V norm = load(text_norm + v * kLanes), log_sum = lse.half[v] * kLog2e;
-    // Where nothing can overflow, e^-lse is a factor: the exponent's rounding error is then that of s / τ alone.
-    const V shift = kBounded ? V{} : log_sum, g = kBounded ? grad.half[v] * exp2<true>(-log_sum) : grad.half[v];
+    const V norm = load(text_norm + v * kLanes), shift = lse.half[v] * kLog2e;
+    // Bounded: a = e^(s / τ) e^-lse, a factor. Otherwise a = e^((s - φ) / τ - lse), see score.h.
+    const V g = kBounded ? grad.half[v] * exp2<true>(-shift) : grad.half[v];
     const V beta = g / temperature;
     const float scale = kLog2e / temperature;
     V along{};
     for (int64_t r = 0; r < count; ++r) {
       float* at = scores + r * kPanel + v * kLanes;
       const V inv = norm * inv_norm[r], s = load(at) * inv, centred = s - phi.half[v];
-      const V e = exp2<!kBounded>(kBounded ? s * scale : s * scale - shift);
+      const V e = exp2<!kBounded>(kBounded ? s * scale : centred * scale - shift);
       if (kSum) along += e * centred * centred;
       store(at, e * (g + beta * centred) * inv);
     }

@@ -17,7 +17,7 @@ void forward(const ScoreParams& p, const int64_t* row_start, int64_t first, int6
   const bool cosine = p.form == Form::cosine, bounded = is_bounded(p);
   Rows& rows = scratch.rows;
   for (int64_t i = 0; i < (last - first) * columns; ++i) {
-    scratch.largest[i] = bounded ? 0.0f : -2.0f * kLog2e / p.temperature;  // below every z, and finite
+    scratch.largest[i] = kBelowEveryScore;
     scratch.sum[i] = scratch.weighted[i] = 0.0f;
   }
   for (int64_t row = row_start[first]; row < row_start[last]; row += rows.capacity) {
@@ -26,7 +26,10 @@ void forward(const ScoreParams& p, const int64_t* row_start, int64_t first, int6
     const int64_t following = row + count < row_start[last] ? row + count : row_start[least(next, p.images)];
     Ahead ahead = ahead_of_rows(p, row_start, following, rows.capacity,
                                 product_steps(panel_last - panel_first, count, inner));
-    if (cosine) gram<Op>(p, rows, 0, count, scratch, rows.capacity);
+    if (cosine && !pools<Op>(p, segment_end(rows, 0, count))) {
+      gram<Op>(p, rows, 0, count, scratch, rows.capacity);
+      fold_symmetric(scratch.gram, rows.capacity, count, rows.inv_norm);
+    }
     for (int64_t panel = panel_first; panel < panel_last; ++panel) {
       product<Op>(rows.units, rows.capacity, count, texts.transposed + panel * units * kPanel, inner, scratch.scores,
                   false, &ahead);
@@ -48,8 +51,8 @@ void forward(const ScoreParams& p, const int64_t* row_start, int64_t first, int6
           store(scratch.sum + at + v * kLanes, running.sum[v]);
           store(scratch.weighted + at + v * kLanes, running.weighted[v]);
         }
-        if (cosine)  // the image is whole: Σ z e becomes Σ z e / r, still to be divided by Σ e below
-          divide_by_pooled_norm(scratch, rows.capacity, end, scratch.sum + at, scratch.weighted + at);
+        if (cosine)  // the image is whole: the sums become φ
+          cosine_of_pooled<Op>(p, rows, end, texts, panel, running, scratch, scratch.weighted + at);
       }
     }
   }
@@ -58,10 +61,14 @@ void forward(const ScoreParams& p, const int64_t* row_start, int64_t first, int6
       const int64_t at = (image - first) * columns + (panel - panel_first) * kPanel, k = panel * kPanel;
       V phi[2], lse[2];
       for (int v = 0; v < 2; ++v) {
-        const V total = load(scratch.sum + at + v * kLanes);
+        const V total = load(scratch.sum + at + v * kLanes), weighted = load(scratch.weighted + at + v * kLanes);
+        const V largest = load(scratch.largest + at + v * kLanes);
         const I empty = total == V{};  // no valid patch
-        phi[v] = select(empty, V{}, load(scratch.weighted + at + v * kLanes) / total * (kLn2 * p.temperature));
-        lse[v] = select(empty, V{}, load(scratch.largest + at + v * kLanes) * kLn2 + logarithm(total));
+        phi[v] = cosine ? weighted : bounded ? weighted / total * (kLn2 * p.temperature) : largest + weighted / total;
+        phi[v] = select(empty, V{}, phi[v]);
+        lse[v] = logarithm(total);
+        if (!bounded) lse[v] += (largest - phi[v]) / p.temperature;
+        lse[v] = select(empty, V{}, lse[v]);
       }
       store_lanes(p.phi + image * p.texts_count + texts.first + k, phi, texts.count - k);
       store_lanes(p.lse + image * p.texts_count + texts.first + k, lse, texts.count - k);
@@ -136,12 +143,9 @@ double multiply_adds(int64_t repeats) {
   return 2.0 * Op::kPair * kLanes * kChains * repeats;
 }
 
-#define PACL_STRING_(x) #x
-#define PACL_STRING(x) PACL_STRING_(x)
-
 template <class Op>
 constexpr Kernels table() {
-  return {PACL_STRING(PACL_ISA), kLanes, kPanel, kTileRows, kTileColumns, Op::kPair,
+  return {kPanel, kTileRows, kTileColumns, Op::kPair,
           pack_rows<Op>, pack_texts<Op>, forward<Op>, weights<Op>, patches_product<Op>, texts_product<Op>,
           finish_patches<Op>, finish_texts, multiply_adds<Op>,
           max_pack_texts, max_sort, max_patches, max_texts, max_finish_texts};

@@ -117,13 +117,18 @@ inline int64_t dim_inner(const ScoreParams& p) {
 }
 
 // Two rows of bfloat16 as one row of units (first row in the low halves), over panels `panels_apart` floats apart.
-inline void interleave(const float* even_units, const float* odd_units, int64_t dim, float* out, int64_t panels_apart) {
-  const uint16_t *even = (const uint16_t*)even_units, *odd = (const uint16_t*)odd_units;
+inline void interleave([[maybe_unused]] const float* even_units, [[maybe_unused]] const float* odd_units,
+                       [[maybe_unused]] int64_t dim, [[maybe_unused]] float* out,
+                       [[maybe_unused]] int64_t panels_apart) {
+#if defined(__AVX512BF16__)
   for (int64_t d = 0; d < dim; d += kPanel, out += panels_apart)
-    for (int i = 0; i < kPanel; ++i) {
-      const uint32_t unit = (uint32_t)even[d + i] | (uint32_t)odd[d + i] << 16;
-      memcpy(out + i, &unit, sizeof unit);
+    for (int v = 0; v < 2; ++v) {
+      H even, odd;
+      memcpy(&even, (const uint16_t*)even_units + d + v * kLanes, sizeof even);
+      memcpy(&odd, (const uint16_t*)odd_units + d + v * kLanes, sizeof odd);
+      store(out + v * kLanes, from_bits(zero_extend(even) | zero_extend(odd) << 16));
     }
+#endif
 }
 
 template <class Op>
@@ -191,53 +196,61 @@ void pack_texts(const ScoreParams& p, Texts& to, int64_t panel, float* row) {
       transpose(row + i * units + u, units, transposed + u * kPanel + i, kPanel);
 }
 
-// Elements [d, d + kLanes) of row `row` of a matrix of units of D, as float32.
+// Where the elements [d, d + kPanel) of row `row` of a matrix of units of D begin; d is a multiple of kPanel.
 template <class Op>
-inline V load_dims(const float* units, int64_t capacity, int64_t row, int64_t d) {
+inline const float* dims_at(const float* units, int64_t capacity, int64_t row, int64_t d) {
   const int64_t u = d / Op::kPair;
-  const float* at = units + (u / kPanel * capacity + row) * kPanel + u % kPanel;
+  return units + (u / kPanel * capacity + row) * kPanel + u % kPanel;
+}
+
+// Half `v` of those, as float32.
+template <class Op>
+inline V load_dims(const float* at, int v) {
 #if defined(__AVX512BF16__)
   if (Op::kPair == 2) {
     H half;
-    memcpy(&half, at, sizeof half);
-    return from_bits(__builtin_convertvector(half, I) << 16);
+    memcpy(&half, (const uint16_t*)at + v * kLanes, sizeof half);
+    return from_bits(zero_extend(half) << 16);
   }
 #endif
-  return load(at);
+  return load(at + v * kLanes);
 }
 
-// ∂L/∂x = sum - (sum · x) x / |x|²: what points along x does not change its direction. Both are rows of panels.
+// ∂L/∂x = sum - (sum · x) x / |x|²: what points along x does not change its direction. Both are rows of panels;
+// inv_squared is 1 / |x|², or 0.
 template <class Op>
-void finish_row(const float* sums, int64_t sums_capacity, const float* units, int64_t capacity, int64_t row, int64_t dim,
-                Dtype dtype, void* out, int64_t out_offset, float* buffer) {
+void finish_row(const float* sums, int64_t sums_capacity, const float* units, int64_t capacity, int64_t row,
+                float inv_squared, int64_t dim, Dtype dtype, void* out, int64_t out_offset, float* buffer) {
   const int64_t dims = padded_dim(dim);
-  V dot{}, squared{};
-  for (int64_t d = 0; d < dims; d += kLanes) {
-    const V x = load_dims<Op>(units, capacity, row, d);
-    dot += x * load_dims<Float32>(sums, sums_capacity, row, d);
-    squared += x * x;
+  V dot[2]{}, rest[2]{};
+  for (int64_t d = 0; d < dims; d += kPanel) {
+    const float *x = dims_at<Op>(units, capacity, row, d), *sum_at = dims_at<Float32>(sums, sums_capacity, row, d);
+    for (int v = 0; v < 2; ++v) dot[v] += load_dims<Op>(x, v) * load(sum_at + v * kLanes);
   }
-  const float total = sum(squared), inverse = total < kMinNormSquared ? 0.0f : 1.0f / total;
-  const float along = sum(dot) * inverse;
-  V rest{};
-  for (int64_t d = 0; d < dims; d += kLanes) {
-    const V x = load_dims<Op>(units, capacity, row, d);
-    const V result = load_dims<Float32>(sums, sums_capacity, row, d) - x * along;
-    rest += result * x;
-    store(buffer + d, result);
+  const float along = sum(dot[0] + dot[1]) * inv_squared;
+  for (int64_t d = 0; d < dims; d += kPanel) {
+    const float *x = dims_at<Op>(units, capacity, row, d), *sum_at = dims_at<Float32>(sums, sums_capacity, row, d);
+    for (int v = 0; v < 2; ++v) {
+      const V result = load(sum_at + v * kLanes) - load_dims<Op>(x, v) * along;
+      rest[v] += result * load_dims<Op>(x, v);
+      store(buffer + d + v * kLanes, result);
+    }
   }
   // Once more: what the first projection leaves along x is its own rounding, and all of the result where D = 1.
-  const float remainder = sum(rest) * inverse;
-  for (int64_t d = 0; d < dims; d += kLanes) {
-    const V result = load(buffer + d) - load_dims<Op>(units, capacity, row, d) * remainder;
+  const float remainder = sum(rest[0] + rest[1]) * inv_squared;
+  for (int64_t d = 0; d < dims; d += kPanel) {
+    const float* x = dims_at<Op>(units, capacity, row, d);
+    for (int v = 0; v < 2; ++v) {
+      const V result = load(buffer + d + v * kLanes) - load_dims<Op>(x, v) * remainder;
 #if defined(__AVX512BF16__)
-    if (Op::kPair == 2) {
-      const H half = round_to_bfloat16(result);
-      memcpy((uint16_t*)buffer + d, &half, sizeof half);
-      continue;
-    }
+      if (Op::kPair == 2) {
+        const H half = round_to_bfloat16(result);
+        memcpy((uint16_t*)buffer + d + v * kLanes, &half, sizeof half);
+        continue;
+      }
 #endif
-    store(buffer + d, result);
+      store(buffer + d + v * kLanes, result);
+    }
   }
   if (Op::kPair == 2)
     copy_past_cache((uint16_t*)out + out_offset, buffer, sizeof(uint16_t) * dim);
@@ -250,8 +263,8 @@ void finish_patches(const ScoreParams& p, const Rows& rows, int64_t first, int64
                     float* buffer) {
   for (int64_t r = first; r < last; ++r)
     if (rows.image[r] >= 0)
-      finish_row<Op>(patches_sum, rows.capacity, rows.units, rows.capacity, r, p.dim, p.dtype,
-                     p.grad_patches, (rows.image[r] * p.patches_per_image + rows.index[r]) * p.dim, buffer);
+      finish_row<Op>(patches_sum, rows.capacity, rows.units, rows.capacity, r, rows.inv_norm[r] * rows.inv_norm[r],
+                     p.dim, p.dtype, p.grad_patches, (rows.image[r] * p.patches_per_image + rows.index[r]) * p.dim, buffer);
   finish_copies();
 }
 
@@ -261,7 +274,9 @@ void finish_texts(const ScoreParams& p, int64_t first, int64_t last, float* buff
   for (int64_t k = first; k < last; ++k) {
     read_row(p.texts, k * p.text_stride_row, p.text_stride_dim, p.dim, p.dtype, text);
     memset(text + p.dim, 0, sizeof(float) * (dims - p.dim));
-    finish_row<Float32>(p.texts_sum + k * kPanel, capacity, text, 1, 0, p.dim, p.dtype, p.grad_texts, k * p.dim, buffer);
+    const float inv_norm = inverse_norm<Float32>(text, dims);
+    finish_row<Float32>(p.texts_sum + k * kPanel, capacity, text, 1, 0, inv_norm * inv_norm, p.dim, p.dtype,
+                        p.grad_texts, k * p.dim, buffer);
   }
   finish_copies();
 }

@@ -13,6 +13,7 @@
 #include <vector>
 #if defined(__linux__)
 #include <sys/mman.h>
+#include <unistd.h>
 #endif
 
 namespace pacl {
@@ -187,8 +188,10 @@ struct Plan {
     s.pooled = arena.take((rows + panel) * panel);
     s.transposed = arena.take(units * panel);
     s.gram = arena.take(matrix);
-    if (!backward) return;
+    s.pool = arena.take(dims * panel);
+    s.direction = arena.take(dims * panel);
     s.scaled = arena.take((rows + panel) * panel);
+    if (!backward) return;
     s.scaled_units = pairs ? arena.take((rows + panel) * panel) : nullptr;
     if (!p.grad_patches) return;
     s.attention_t = arena.take(square);
@@ -219,6 +222,29 @@ void advise_huge_pages(void* memory, int64_t bytes) {
   const int64_t huge = 2 * kMiB, first = round_up((int64_t)memory, huge), last = ((int64_t)memory + bytes) / huge * huge;
   if (last > first) madvise((void*)first, last - first, MADV_HUGEPAGE);
 #endif
+}
+
+// Takes the page faults of memory that is about to be written for the first time all at once, in half the time of one
+// by one. A hint: where it fails (before Linux 5.14), they come as they are.
+void populate([[maybe_unused]] void* memory, [[maybe_unused]] int64_t bytes) {
+#if defined(__linux__) && defined(MADV_POPULATE_WRITE)
+  static const int64_t page = sysconf(_SC_PAGESIZE);
+  const int64_t first = (int64_t)memory / page * page, last = ((int64_t)memory + bytes - 1) / page * page;
+  unsigned char present = 0;  // memory that was used before is not worth the call
+  if (mincore((void*)last, page, &present) == 0 && !(present & 1))
+    madvise((void*)first, last + page - first, MADV_POPULATE_WRITE);
+#endif
+}
+
+// The gradients of rows [first, last) of a block.
+void populate_gradients(const ScoreParams& p, const Rows& rows, int64_t first, int64_t last) {
+  while (first < last && rows.image[last - 1] < 0) --last;
+  while (first < last && rows.image[first] < 0) ++first;
+  if (first == last) return;
+  const int64_t begin = rows.image[first] * p.patches_per_image + rows.index[first];
+  const int64_t end = rows.image[last - 1] * p.patches_per_image + rows.index[last - 1] + 1;
+  const int64_t row_bytes = p.dim * (p.dtype == Dtype::float32 ? 4 : 2);
+  populate((char*)p.grad_patches + begin * row_bytes, (end - begin) * row_bytes);
 }
 
 template <class AnyPlan>
@@ -458,6 +484,7 @@ void score_backward(const ScoreParams& p) {
           if (p.grad_patches && first < last) {
             kernels.patches_product(p, row_start.data(), i < next_chunks ? next->first_row + first : -1, rows, first,
                                     last, texts, weights, patches_sum, add || plan.cosine);
+            if (finish) populate_gradients(p, rows, first, last);
             if (finish) kernels.finish_patches(p, rows, first, last, patches_sum, scratch.row);
           }
           if (i < next_chunks) pack(*next, shared_rows[(number + 1) % 2], i);

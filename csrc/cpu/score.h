@@ -22,7 +22,10 @@ struct ScoreParams {
   const uint8_t* mask;  // [B, N] of bool, or null
   int64_t mask_stride_image, mask_stride_row;
   float* phi;  // [B, K], written by forward, read by backward
-  float* lse;  // [B, K], log-sum-exp over patches of s / temperature; max form: the winner's index n, -1 without a patch
+  // [B, K], for the dot form's backward: over patches, log Σ exp(s / τ) for τ of 0.05 and more, and below
+  // log Σ exp((s - phi) / τ), the entropy of the attention: it is small, hence its rounding error as well.
+  // Max form: the winner's index n, -1 without a patch.
+  float* lse;
   // Backward only; a null gradient is not computed.
   const float* grad_phi;     // [B, K]
   void* grad_patches;        // [B, N, D], contiguous
@@ -67,6 +70,7 @@ struct Scratch {  // one thread's own; panels are [rows, panel] of float32 unles
   float* gram;        // panels [N, N]
   float* pooled;      // G a
   float* transposed;  // [units of D, panel]
+  float *pool, *direction;  // panels [D], where G a will not do
   float *scaled, *scaled_units, *attention_t, *attention_t_units;  // backward
   float *outer, *outer_units;                  // backward: panels [N, N]
 };
@@ -90,8 +94,7 @@ struct MaxScratch {  // one thread's own
 };
 
 struct Kernels {
-  const char* isa;
-  int lanes, panel, tile_rows, tile_columns, pair;
+  int panel, tile_rows, tile_columns, pair;
   // Gathers rows [first, last) of the call's valid patches (row_start: their prefix count by image) into `to` at `at`.
   void (*pack_rows)(const ScoreParams&, const int64_t* row_start, int64_t first, int64_t last, Rows& to, int64_t at,
                     float* row);
@@ -101,9 +104,9 @@ struct Kernels {
   // be this thread's next.
   void (*forward)(const ScoreParams&, const int64_t* row_start, int64_t first, int64_t last, const Texts&,
                   int64_t panel_first, int64_t panel_last, int64_t next, Scratch&);
-  // Weights of rows [first, last) and panels [panel_first, panel_last); returns the temperature's sum,
-  // -τ² ∂L/∂τ. For the cosine form the
-  // rows are those of one image and the part of its gradient that the pooled norm adds goes to patches_sum.
+  // Weights of rows [first, last) and panels [panel_first, panel_last); returns the temperature's sum, -τ² ∂L/∂τ. For
+  // the cosine form the rows are those of one image, and the part of its gradient that the pooled norm adds goes to
+  // patches_sum.
   double (*weights)(const ScoreParams&, const Rows&, int64_t first, int64_t last, const Texts&, int64_t panel_first,
                     int64_t panel_last, Weights&, float* patches_sum, bool add, Scratch&);
   // patches_sum (panels [rows, D]) (+)= W texts for rows [first, last); as many rows of the call from `next` on will be

@@ -11,7 +11,7 @@
 namespace {
 
 #if defined(__AVX512F__)
-constexpr int kLanes = 16, kTileRows = 14, kTileColumns = 8;  // 14 x 2 accumulators, 2 loads, 1 broadcast of 32 registers
+constexpr int kLanes = 16, kTileRows = 14, kTileColumns = 8;  // 32 registers: 14 x 2 sums, 2 loads, 1 broadcast
 #elif defined(__AVX2__)
 constexpr int kLanes = 8, kTileRows = 6, kTileColumns = 4;  // 16 registers
 #elif defined(__aarch64__)
@@ -67,9 +67,13 @@ inline V from_bits(I i) {
 inline V select(I mask, V yes, V no) { return from_bits((mask & bits(yes)) | (~mask & bits(no))); }
 inline V maximum(V a, V b) { return select(a > b, a, b); }
 inline float sum(V v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)v);
+#else
   float total = 0;
   for (int i = 0; i < kLanes; ++i) total += v[i];
   return total;
+#endif
 }
 
 // 2^x for x < 127, relative error below 1e-7; NaN stays NaN. Without kClamp x must be above -126, with it smaller x give
@@ -181,11 +185,11 @@ struct BFloat16 {
 };
 
 inline H round_to_bfloat16(V v) { return (H)_mm512_cvtneps_pbh(v); }
+inline I zero_extend(H h) { return (I)_mm512_cvtepu16_epi32((__m256i)h); }  // GCC's own conversion takes two halves
 
 // Units of the elements of two rows, the first in the low halves.
 inline V interleave_bfloat16(V low, V high) {
-  const I a = __builtin_convertvector(round_to_bfloat16(low), I), b = __builtin_convertvector(round_to_bfloat16(high), I);
-  return from_bits(a | b << 16);
+  return from_bits(zero_extend(round_to_bfloat16(low)) | zero_extend(round_to_bfloat16(high)) << 16);
 }
 #endif
 

@@ -41,29 +41,36 @@ inline bool is_bounded(const ScoreParams& p) { return p.temperature >= 0.05f; }
 // Rows summed by themselves before they join a longer sum, whose rounding error would otherwise grow with N.
 constexpr int64_t kSumRows = 32;
 
-struct Softmax {  // running statistics of one image and one panel of texts, with z = s log2(e) / τ
-  V largest[2], sum[2], weighted[2];  // of z (0 where bounded), Σ e, Σ z e with e = 2^(z - largest)
+// Running statistics of one image and one panel of texts. Bounded: z = s log2(e) / τ, e = 2^z, and `largest` is unused.
+// Otherwise everything is relative to the largest s, so that rounding is divided by τ only where it is small:
+// e = exp((s - largest) / τ), and `weighted` is Σ e (s - largest).
+struct Softmax {
+  V largest[2], sum[2], weighted[2];  // sum = Σ e, weighted = Σ e z (bounded) or Σ e (s - largest)
 };
+
+constexpr float kBelowEveryScore = -2.0f;  // where `largest` starts
 
 // Adds the scores (raw products) of rows [row, last), all of one image; leaves e in `attention` if that is given.
 template <bool kBounded>
 inline void accumulate(Softmax& running, const Rows& rows, int64_t row, int64_t last, const float* text_norm,
                        float temperature, float* scores, float* attention) {
+  const float scale = kLog2e / temperature;
   for (int v = 0; v < 2; ++v) {
-    const V norm = load(text_norm + v * kLanes) * (kLog2e / temperature);
+    const V norm = kBounded ? load(text_norm + v * kLanes) * scale : load(text_norm + v * kLanes);
     V largest = running.largest[v], total = running.sum[v], weighted = running.weighted[v];
     if (!kBounded) {
       for (int64_t r = row; r < last; ++r)
         largest = maximum(load(scores + r * kPanel + v * kLanes) * (norm * rows.inv_norm[r]), largest);
-      const V shrink = exp2<true>(running.largest[v] - largest);
+      const V moved = running.largest[v] - largest, shrink = exp2<true>(moved * scale);
+      weighted = (weighted + moved * total) * shrink;
       total *= shrink;
-      weighted *= shrink;
     }
     for (int64_t begin = row; begin < last; begin += kSumRows) {
       V part{}, part_weighted{};
       for (int64_t r = begin; r < least(begin + kSumRows, last); ++r) {
-        const V z = load(scores + r * kPanel + v * kLanes) * (norm * rows.inv_norm[r]);
-        const V e = kBounded ? exp2<false>(z) : exp2<true>(z - largest);
+        const V s = load(scores + r * kPanel + v * kLanes) * (norm * rows.inv_norm[r]);
+        const V z = kBounded ? s : s - largest;
+        const V e = kBounded ? exp2<false>(z) : exp2<true>(z * scale);
         if (attention) store(attention + r * kPanel + v * kLanes, e);
         part += e;
         part_weighted += z * e;

@@ -18,10 +18,11 @@ def why_not(device: torch.device | None = None, dtype: torch.dtype | None = None
 
 
 def score_forward(patches, texts, patch_mask, temperature, form, phi, lse) -> None:
-    """Write φ and the log-sum-exp over patches of s / τ (0 for an image without a patch), both `[B, K]`.
+    """Write φ `[B, K]`. The backward makes the softmax again and does not read `lse`, which is filled with 0.
 
     For the form "max", which ignores τ, `lse` takes the index of the winning patch (-1 for an image without a patch).
     """
+    lse.zero_()
     for images, text_blocks in _blocks(patches, texts):
         p, _ = _unit(_masked(patches, patch_mask, images), phi.dtype)
         for columns in text_blocks:
@@ -29,12 +30,12 @@ def score_forward(patches, texts, patch_mask, temperature, form, phi, lse) -> No
             if form == "max":
                 phi[images, columns], lse[images, columns] = _largest(p, t, patch_mask, images)
                 continue
-            s, a, lse[images, columns] = _attend(p, t, patch_mask, images, temperature)
-            u = (a * s).sum(1)
-            if form == "cosine":
+            s, a, largest = _attend(p, t, patch_mask, images, temperature)
+            if form == "dot":
+                phi[images, columns] = (a * s).sum(1) + largest[:, 0]
+            else:
                 u, _, r = _pool(p, t, a)
-                u /= r
-            phi[images, columns] = u
+                phi[images, columns] = u / r
 
 
 def score_backward(
@@ -53,7 +54,7 @@ def score_backward(
                 continue
             # The attention and its mean are made again, not taken from φ and lse: their rounding, divided by τ, would
             # not cancel against that of s.
-            s, a, _ = _attend(p, t, patch_mask, images, temperature)
+            s, a, largest = _attend(p, t, patch_mask, images, temperature)
             g = grad_phi[images, columns]
             if form == "dot":
                 u = (a * s).sum(1)
@@ -65,6 +66,9 @@ def score_backward(
                 # One product with the difference, not the difference of two: it is small where φ is near 1.
                 direction = t - torch.where(moves, u / r.square(), 0.0)[..., None] * pooled
                 centred = p @ direction.mT - torch.where(moves, 0.0, u)[:, None]
+                # Its mean is 0 but for rounding, which τ magnifies where all s are nearly equal.
+                centred -= (a * centred).sum(1, keepdim=True)
+                u = u - largest[:, 0]
                 g = g / r
                 if grad_patches is not None:
                     patches_sum += (a * g[:, None]) @ direction
@@ -119,17 +123,18 @@ def _unit(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def _attend(p: Tensor, t: Tensor, patch_mask: Tensor | None, images: slice, temperature) -> tuple[Tensor, ...]:
-    """s `[I, N, K]`, its softmax a over patches (0 where masked), and the log-sum-exp `[I, K]` of s / τ."""
+    """s less its largest `[I, N, K]`, its softmax a over patches (0 where masked), and the largest s `[I, 1, K]`.
+
+    Relative to the largest, because τ divides the rounding of s.
+    """
     s = p @ t.T
-    z = s / temperature
-    if patch_mask is not None:
-        z.masked_fill_(~patch_mask[images, :, None], float("-inf"))
-    largest = z.amax(1, keepdim=True)
+    masked = s if patch_mask is None else s.masked_fill(~patch_mask[images, :, None], float("-inf"))
+    largest = masked.amax(1, keepdim=True)
     largest.masked_fill_(largest == float("-inf"), 0.0)  # an image without a patch: every e below is 0
-    e = z.sub_(largest).exp_()
+    e = (masked - largest).div_(temperature).exp_()
     total = e.sum(1, keepdim=True)
     total.masked_fill_(total == 0.0, 1.0)
-    return s, e.div_(total), (largest + total.log())[:, 0]
+    return s.sub_(largest), e.div_(total), largest
 
 
 def _largest(p: Tensor, t: Tensor, patch_mask: Tensor | None, images: slice) -> tuple[Tensor, Tensor]:
