@@ -36,10 +36,10 @@ PYBIND11_MODULE(_native, m) {
   m.doc() = "Native kernels of pacl_kernels; see csrc/cpu/score.h.";
 
   py::class_<ScoreParams>(m, "ScoreParams")
-      .def(py::init([](std::array<int64_t, 4> sizes, const std::string& dtype, const std::string& form, float temperature,
-                       int threads, uintptr_t patches, std::array<int64_t, 3> patch_strides, uintptr_t texts,
-                       std::array<int64_t, 2> text_strides, uintptr_t mask, std::array<int64_t, 2> mask_strides,
-                       uintptr_t phi, uintptr_t lse) {
+      .def(py::init([](std::array<int64_t, 4> sizes, const std::string& dtype, const std::string& form,
+                       float temperature, int threads, uintptr_t patches, std::array<int64_t, 3> patch_strides,
+                       uintptr_t texts, std::array<int64_t, 2> text_strides, uintptr_t mask,
+                       std::array<int64_t, 2> mask_strides, uintptr_t phi, uintptr_t lse) {
              ScoreParams p{};
              p.images = sizes[0], p.patches_per_image = sizes[1], p.texts_count = sizes[2], p.dim = sizes[3];
              p.dtype = parse_dtype(dtype);

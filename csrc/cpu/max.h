@@ -12,8 +12,8 @@ using namespace pacl;
 constexpr float kNoScore = -__builtin_inff();
 
 // The running maximum and its index for one image and one panel of texts, over scores (raw products) [row, last).
-inline void accumulate_largest(V best[2], V index[2], const Rows& rows, int64_t row, int64_t last, const float* text_norm,
-                               const float* scores) {
+inline void accumulate_largest(V best[2], V index[2], const Rows& rows, int64_t row, int64_t last,
+                               const float* text_norm, const float* scores) {
   const V norm[2] = {load(text_norm), load(text_norm + kLanes)};
   V largest[2] = {best[0], best[1]}, place[2] = {index[0], index[1]};
   for (int64_t r = row; r < last; ++r)
@@ -44,8 +44,8 @@ void forward_max(const ScoreParams& p, const int64_t* row_start, int64_t first, 
     const int64_t count = least(rows.capacity, row_start[last] - row);
     pack_rows<Op>(p, row_start, row, row + count, rows, 0, scratch.row);
     const int64_t following = row + count < row_start[last] ? row + count : row_start[least(next, p.images)];
-    Ahead ahead = ahead_of_rows(p, row_start, following, rows.capacity,
-                                product_steps(panel_last - panel_first, count, inner));
+    Ahead ahead =
+        ahead_of_rows(p, row_start, following, rows.capacity, product_steps(panel_last - panel_first, count, inner));
     for (int64_t panel = panel_first; panel < panel_last; ++panel) {
       product<Op>(rows.units, rows.capacity, count, texts.transposed + panel * units * kPanel, inner, scratch.scores,
                   false, &ahead);
@@ -74,7 +74,8 @@ void forward_max(const ScoreParams& p, const int64_t* row_start, int64_t first, 
 }
 
 // sum [padded dim] (+)= Σ weights[i] rows[i], `count` rows.
-inline void add_rows(const float* const* rows, const float* weights, int64_t count, int64_t dims, float* sum, bool add) {
+inline void add_rows(const float* const* rows, const float* weights, int64_t count, int64_t dims, float* sum,
+                     bool add) {
   constexpr int kSums = kTileRows < 12 ? 6 : 16;
   int64_t d = 0;
   for (; d + kSums * kLanes <= dims; d += kSums * kLanes) {
@@ -109,8 +110,8 @@ void max_pack_texts(const ScoreParams& p, MaxBlock& block, int64_t first, int64_
   }
 }
 
-// The block's texts in the order of the patches of `image` that they chose: a counting sort, which keeps their own order
-// among equals.
+// The block's texts in the order of the patches of `image` that they chose: a counting sort, which keeps their own
+// order among equals.
 void max_sort(const ScoreParams& p, MaxBlock& block, int64_t image) {
   const float* chosen = p.lse + image * p.texts_count + block.text_first;
   int32_t* order = block.order + (image - block.image_first) * block.text_count;
@@ -128,9 +129,11 @@ void max_sort(const ScoreParams& p, MaxBlock& block, int64_t image) {
   }
 }
 
-// The part of the patches' gradient that the block's texts give to patches [first, last) of the block and one image, after
-// which those that won are in block.patch for the texts; with the last block of texts, through the norm to the caller.
-void max_patches(const ScoreParams& p, MaxBlock& block, int64_t image, int64_t first, int64_t last, MaxScratch& scratch) {
+// The part of the patches' gradient that the block's texts give to patches [first, last) of the block and one image,
+// after which those that won are in block.patch for the texts; with the last block of texts, through the norm to the
+// caller.
+void max_patches(const ScoreParams& p, MaxBlock& block, int64_t image, int64_t first, int64_t last,
+                 MaxScratch& scratch) {
   const int64_t dims = padded_dim(p.dim), width = p.dtype == Dtype::float32 ? 4 : 2;
   const int64_t slots = (image - block.image_first) * block.patches;
   const int32_t* order = block.order + (image - block.image_first) * block.text_count;
@@ -143,8 +146,8 @@ void max_patches(const ScoreParams& p, MaxBlock& block, int64_t image, int64_t f
     if (block.text_first == 0) patch = nullptr;
     const bool seen = patch != nullptr;
     if (won > 0 && !seen) {
-      patch = row_units_at<Float32>(p.patches, image * p.patch_stride_image + n * p.patch_stride_row, p.patch_stride_dim,
-                                    p.dim, p.dtype, dims, block.patch_rows + slot * dims);
+      patch = row_units_at<Float32>(p.patches, image * p.patch_stride_image + n * p.patch_stride_row,
+                                    p.patch_stride_dim, p.dim, p.dtype, dims, block.patch_rows + slot * dims);
       block.patch_norm[slot] = inverse_norm<Float32>(patch, dims);
     }
     if (!p.grad_patches) continue;
@@ -188,8 +191,8 @@ void max_texts(const ScoreParams& p, const MaxBlock& block, int64_t first, int64
 void max_finish_texts(const ScoreParams& p, int64_t first, int64_t last, MaxScratch& scratch) {
   const int64_t dims = padded_dim(p.dim);
   for (int64_t k = first; k < last; ++k) {
-    const float* text = row_units_at<Float32>(p.texts, k * p.text_stride_row, p.text_stride_dim, p.dim, p.dtype, dims,
-                                              scratch.sum);
+    const float* text =
+        row_units_at<Float32>(p.texts, k * p.text_stride_row, p.text_stride_dim, p.dim, p.dtype, dims, scratch.sum);
     const float inv_norm = inverse_norm<Float32>(text, dims);
     finish_row<Float32>(p.texts_sum + k * dims, 1, text, 1, 0, inv_norm * inv_norm, p.dim, p.dtype, p.grad_texts,
                         k * p.dim, scratch.buffer);

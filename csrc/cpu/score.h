@@ -27,11 +27,11 @@ struct ScoreParams {
   // Max form: the winner's index n, -1 without a patch.
   float* lse;
   // Backward only; a null gradient is not computed.
-  const float* grad_phi;     // [B, K]
-  void* grad_patches;        // [B, N, D], contiguous
-  void* grad_texts;          // [K, D], contiguous
-  float* texts_sum;          // [accumulator_floats], needed with grad_texts
-  float* grad_temperature;   // [1]
+  const float* grad_phi;    // [B, K]
+  void* grad_patches;       // [B, N, D], contiguous
+  void* grad_texts;         // [K, D], contiguous
+  float* texts_sum;         // [accumulator_floats], needed with grad_texts
+  float* grad_temperature;  // [1]
   char* workspace;
   int64_t workspace_bytes;
 };
@@ -39,25 +39,25 @@ struct ScoreParams {
 // A matrix is stored as panels, `[columns / panel][rows][panel]` of 4-byte units: the row of a tile is then contiguous
 // whether it is broadcast (left operand) or loaded (right operand), and every stride is a compile-time constant.
 
-struct Rows {              // patches that take part, gathered one after the other; masked ones leave no trace
-  float* units;            // panels of [rows, units of D]: left operand of the scores
-  float* row_units;        // panels of [row units, D]: right operand of the texts' gradient; = units for float32
-  float* inv_norm;         // [capacity], 0 for a row without a direction and for padding
-  int32_t* image;          // [capacity]
-  int32_t* index;          // [capacity], position n in its image, -1 for padding
-  int64_t capacity, count; // rows between panels; rows in use, padding included
+struct Rows {               // patches that take part, gathered one after the other; masked ones leave no trace
+  float* units;             // panels of [rows, units of D]: left operand of the scores
+  float* row_units;         // panels of [row units, D]: right operand of the texts' gradient; = units for float32
+  float* inv_norm;          // [capacity], 0 for a row without a direction and for padding
+  int32_t* image;           // [capacity]
+  int32_t* index;           // [capacity], position n in its image, -1 for padding
+  int64_t capacity, count;  // rows between panels; rows in use, padding included
 };
 
-struct Texts {             // a block of texts
-  float* transposed;       // panels of [units of D, texts]: right operand of the scores
-  float* row_units;        // panels of [text units, D]: right operand of the patches' gradient, or null
-  float* inv_norm;         // [padded], 0 for padding
+struct Texts {        // a block of texts
+  float* transposed;  // panels of [units of D, texts]: right operand of the scores
+  float* row_units;   // panels of [text units, D]: right operand of the patches' gradient, or null
+  float* inv_norm;    // [padded], 0 for padding
   int64_t first, count, padded;
 };
 
-struct Weights {           // W = dS / (|p| |t|) of a block of rows and a block of texts
-  float* units;            // panels of [rows, text units]: left operand of the patches' gradient
-  float* row_units;        // panels of [row units, texts]: left operand of the texts' gradient; = units for float32
+struct Weights {     // W = dS / (|p| |t|) of a block of rows and a block of texts
+  float* units;      // panels of [rows, text units]: left operand of the patches' gradient
+  float* row_units;  // panels of [row units, texts]: left operand of the texts' gradient; = units for float32
 };
 
 struct Scratch {  // one thread's own; panels are [rows, panel] of float32 unless they say units
@@ -67,30 +67,30 @@ struct Scratch {  // one thread's own; panels are [rows, panel] of float32 unles
   float *largest, *sum, *weighted;  // forward: running softmax statistics [images, texts]
   // Cosine form only.
   float* attention;
-  float* gram;        // panels [N, N]
-  float* pooled;      // G a
-  float* transposed;  // [units of D, panel]
-  float *pool, *direction;  // panels [D], where G a will not do
+  float* gram;                                                     // panels [N, N]
+  float* pooled;                                                   // G a
+  float* transposed;                                               // [units of D, panel]
+  float *pool, *direction;                                         // panels [D], where G a will not do
   float *scaled, *scaled_units, *attention_t, *attention_t_units;  // backward
-  float *outer, *outer_units;                  // backward: panels [N, N]
+  float *outer, *outer_units;                                      // backward: panels [N, N]
 };
 
 // The max form's backward: patches [patch_first, patch_first + patches) of a run of images, and a run of texts.
 struct MaxBlock {
   int64_t image_first, image_last, patch_first, patches, text_first, text_count;
-  const float** patch;     // [images * patches], rows of D in float32; null where no text has chosen the patch
-  float* patch_norm;       // inverse
-  float* patch_rows;       // where such rows lie that are not the caller's own
-  float* patch_sums;       // rows of D, or null where one block holds all texts
-  const float** text;      // the same for texts
+  const float** patch;  // [images * patches], rows of D in float32; null where no text has chosen the patch
+  float* patch_norm;    // inverse
+  float* patch_rows;    // where such rows lie that are not the caller's own
+  float* patch_sums;    // rows of D, or null where one block holds all texts
+  const float** text;   // the same for texts
   float *text_norm, *text_rows;
   int32_t *order, *start;  // the texts of each image by the patch they chose, and where those of patch n begin
 };
 
-struct MaxScratch {  // one thread's own
-  const float** rows;      // what a sum adds up
+struct MaxScratch {    // one thread's own
+  const float** rows;  // what a sum adds up
   float* weights;
-  float *sum, *buffer;     // rows of D
+  float *sum, *buffer;  // rows of D
 };
 
 struct Kernels {
@@ -111,8 +111,8 @@ struct Kernels {
                     int64_t panel_last, Weights&, float* patches_sum, bool add, Scratch&);
   // patches_sum (panels [rows, D]) (+)= W texts for rows [first, last); as many rows of the call from `next` on will be
   // packed soon (-1: none).
-  void (*patches_product)(const ScoreParams&, const int64_t* row_start, int64_t next, const Rows&, int64_t first, int64_t last, const Texts&, const Weights&,
-                          float* patches_sum, bool add);
+  void (*patches_product)(const ScoreParams&, const int64_t* row_start, int64_t next, const Rows&, int64_t first,
+                          int64_t last, const Texts&, const Weights&, float* patches_sum, bool add);
   // texts_sum (panels [padded K, D]) += W' patches for tile columns [first, last) of the block and panels of D.
   void (*texts_product)(const ScoreParams&, const Rows&, const Texts&, const Weights&, int64_t first, int64_t last,
                         int64_t panel_first, int64_t panel_last);
