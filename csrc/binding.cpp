@@ -29,8 +29,8 @@ PYBIND11_MODULE(_native, m) {
   m.doc() = "Native kernels of pacl_kernels; see csrc/cpu/score.h.";
 
   py::class_<ScoreParams>(m, "ScoreParams")
-      .def(py::init([](std::array<int64_t, 4> sizes, const std::string& dtype, bool cosine, float temperature, int threads,
-                       uintptr_t patches, std::array<int64_t, 3> patch_strides, uintptr_t texts,
+      .def(py::init([](std::array<int64_t, 4> sizes, const std::string& dtype, bool cosine, float temperature,
+                       int threads, uintptr_t patches, std::array<int64_t, 3> patch_strides, uintptr_t texts,
                        std::array<int64_t, 2> text_strides, uintptr_t mask, std::array<int64_t, 2> mask_strides,
                        uintptr_t phi, uintptr_t lse) {
              ScoreParams p{};

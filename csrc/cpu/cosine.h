@@ -105,9 +105,9 @@ inline void fold_symmetric(float* matrix, int64_t capacity, int64_t count, const
   }
 }
 
-// scratch.pooled = G a for a panel of attention over `count` rows, whose rows up to the next multiple of 4 are set to 0.
-// In float32 for bfloat16 too: in φ the error would be multiplied by the logit scale, in the gradient divided by r τ.
-// kLower: of G's lower triangle.
+// scratch.pooled = G a for a panel of attention over `count` rows, whose rows up to the next multiple of 4 are set to
+// 0. In float32 for bfloat16 too: in φ the error would be multiplied by the logit scale, in the gradient divided by r
+// τ. kLower: of G's lower triangle.
 template <bool kLower>
 void gram_product(Scratch& scratch, int64_t capacity, int64_t count) {
   const int64_t padded = round_up(count, 4);
@@ -165,8 +165,9 @@ inline V element(V unit, [[maybe_unused]] int half) {
 }
 
 typedef double Wide __attribute__((vector_size(8 * kLanes)));
-inline void add_product(Wide& sum, V a, V b) { sum += __builtin_convertvector(a, Wide) * __builtin_convertvector(b, Wide); }
-
+inline void add_product(Wide& sum, V a, V b) {
+  sum += __builtin_convertvector(a, Wide) * __builtin_convertvector(b, Wide);
+}
 
 // scratch.direction = t̂ - slope v [D, panel] with v in scratch.pool; without `slope` t̂.
 template <class Op>
@@ -198,7 +199,8 @@ void scores_in_double(const ScoreParams& p, const Rows& rows, int64_t first, int
 }
 
 // scratch.pool = Σ e p̂ [D, panel] where patches cancel, with e = exp((s - largest) / τ); scratch.scores become s, and
-// scratch.pooled is written over. Rare, so short rather than fast: in double, whose rounding is small beside what is left.
+// scratch.pooled is written over. Rare, so short rather than fast: in double, whose rounding is small beside what is
+// left.
 template <class Op>
 void pool(const ScoreParams& p, const Rows& rows, int64_t first, int64_t count, const Texts& texts, int64_t panel,
           const Softmax& sums, Scratch& scratch) {
@@ -275,8 +277,8 @@ void cosine_of_pooled(const ScoreParams& p, const Rows& rows, int64_t count, con
   } else {
     gram_product<true>(scratch, rows.capacity, count);
     for (int v = 0; v < 2; ++v) {
-      along[v] = is_bounded(p) ? sums.weighted[v] * (kLn2 * p.temperature)
-                               : sums.largest[v] * sums.sum[v] + sums.weighted[v];
+      along[v] =
+          is_bounded(p) ? sums.weighted[v] * (kLn2 * p.temperature) : sums.largest[v] * sums.sum[v] + sums.weighted[v];
       squared[v] = pooled_norm_squared(scratch, count, v);
     }
   }
@@ -307,8 +309,8 @@ void outer_product(Scratch& scratch, int64_t count, int64_t capacity, bool add) 
 
 // patches_sum (+)= -C P̂ for the `count` rows from `first` on, `padded` of them with their padding.
 template <class Op>
-void subtract_pooled(const ScoreParams& p, const Rows& rows, int64_t first, int64_t count, int64_t padded, int64_t capacity,
-                     float* patches_sum, bool add, Scratch& scratch) {
+void subtract_pooled(const ScoreParams& p, const Rows& rows, int64_t first, int64_t count, int64_t padded,
+                     int64_t capacity, float* patches_sum, bool add, Scratch& scratch) {
   complete_symmetric(scratch.outer, capacity, count, rows.inv_norm + first, -1.0f);
   const float* left = column_units_of<Op>(scratch.outer, capacity, count, count, scratch.outer_units);
   const int64_t row_units = rows.capacity / Op::kPair;
@@ -362,8 +364,8 @@ inline void scores_of_direction(const ScoreParams& p, const Rows& rows, int64_t 
     store(scratch.pooled + i, load(scratch.pooled + i) * rows.inv_norm[first + i / kPanel]);
 }
 
-// patches_sum -= scratch.scaled v / ‖p‖ for the `count` rows from `first` on: what C P̂ is for one panel of texts whose pooled
-// patches v are in scratch.pool.
+// patches_sum -= scratch.scaled v / ‖p‖ for the `count` rows from `first` on: what C P̂ is for one panel of texts whose
+// pooled patches v are in scratch.pool.
 inline void subtract_pool(const ScoreParams& p, const Rows& rows, int64_t first, int64_t count, float* patches_sum,
                           Scratch& scratch) {
   for (int64_t panel = 0; panel < padded_dim(p.dim) / kPanel; ++panel) {
@@ -491,8 +493,7 @@ double weights_cosine(const ScoreParams& p, const Rows& rows, int64_t first, int
     add = true;
     subtract_pool(p, rows, first, count, patches_sum, scratch);
   }
-  if (outer_started)
-    subtract_pooled<Op>(p, rows, first, count, padded, capacity, patches_sum, add, scratch);
+  if (outer_started) subtract_pooled<Op>(p, rows, first, count, padded, capacity, patches_sum, add, scratch);
   return total;
 }
 

@@ -1,15 +1,15 @@
 // Which instruction set runs: the best that processor and operating system offer, or what PACL_CPU_ISA names.
 
+#include "dispatch.h"
+
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
 
-#include "dispatch.h"
-
 namespace pacl {
 
-#define PACL_DECLARE(isa) \
-  namespace isa {         \
+#define PACL_DECLARE(isa)                     \
+  namespace isa {                             \
   extern const Kernels kernels, pair_kernels; \
   }
 PACL_DECLARE(baseline)
@@ -43,8 +43,8 @@ const Isa& select_isa() {
     if (std::string(wanted) == isa.name) return isa;
     names += (names.empty() ? "" : ", ") + std::string(isa.name);
   }
-  throw std::invalid_argument("PACL_CPU_ISA is '" + std::string(wanted) + "', expected one of those this machine has: " +
-                              names);
+  throw std::invalid_argument("PACL_CPU_ISA is '" + std::string(wanted) +
+                              "', expected one of those this machine has: " + names);
 }
 
 const Kernels& select_kernels(Dtype dtype, int64_t dim) {

@@ -9,7 +9,8 @@ using namespace pacl;
 
 // A panel of weights [first, last) in float32, into the units of the two products.
 template <class Op>
-void store_weights(const float* panel_weights, const Rows& rows, int64_t first, int64_t last, int64_t panel, Weights& to) {
+void store_weights(const float* panel_weights, const Rows& rows, int64_t first, int64_t last, int64_t panel,
+                   Weights& to) {
 #if defined(__AVX512BF16__)
   if (Op::kPair == 2) {
     for (int64_t r = first; r < last; r += 2) {

@@ -7,7 +7,6 @@ namespace {
 
 using namespace pacl;
 
-
 template <class Op>
 void forward(const ScoreParams& p, const int64_t* row_start, int64_t first, int64_t last, const Texts& texts,
              int64_t panel_first, int64_t panel_last, int64_t next, Scratch& scratch) {
@@ -22,8 +21,8 @@ void forward(const ScoreParams& p, const int64_t* row_start, int64_t first, int6
     const int64_t count = least(rows.capacity, row_start[last] - row);
     pack_rows<Op>(p, row_start, row, row + count, rows, 0, scratch.row);
     const int64_t following = row + count < row_start[last] ? row + count : row_start[least(next, p.images)];
-    Ahead ahead = ahead_of_rows(p, row_start, following, rows.capacity,
-                                product_steps(panel_last - panel_first, count, inner));
+    Ahead ahead =
+        ahead_of_rows(p, row_start, following, rows.capacity, product_steps(panel_last - panel_first, count, inner));
     if (cosine && !pools<Op>(p, segment_end(rows, 0, count))) {
       gram<Op>(p, rows, 0, count, scratch, rows.capacity);
       fold_symmetric(scratch.gram, rows.capacity, count, rows.inv_norm);
@@ -90,8 +89,8 @@ void patches_product(const ScoreParams& p, const int64_t* row_start, int64_t nex
   const int64_t middle = ceil_div(panels, 3), late = panels - ceil_div(panels, 3);
   for (int64_t panel = 0; panel < panels; ++panel) {
     if (panel == middle && middle < late)  // for finish_patches
-      ahead = Ahead(rows.units + first * kPanel, dim_units<Op>(p) / kPanel, count * kPanel * 4, rows.capacity * kPanel * 4,
-                    product_steps(late - middle, count, inner));
+      ahead = Ahead(rows.units + first * kPanel, dim_units<Op>(p) / kPanel, count * kPanel * 4,
+                    rows.capacity * kPanel * 4, product_steps(late - middle, count, inner));
     if (panel == late) ahead = ahead_of_rows(p, row_start, next, count, product_steps(panels - late, count, inner));
     product<Op>(left, rows.capacity, count, texts.row_units + panel * inner * kPanel, inner,
                 patches_sum + (panel * rows.capacity + first) * kPanel, add, &ahead);
@@ -106,7 +105,8 @@ void texts_product(const ScoreParams& p, const Rows& rows, const Texts& texts, c
   const int64_t steps = (last - first) * (panel_last - panel_first);
   for (int64_t at = 0; at < inner; at += kInnerBlock) {
     const int64_t length = least(kInnerBlock, inner - at), following = least(kInnerBlock, inner - at - length);
-    const int64_t text_panel = first * kTileColumns / kPanel, text_panels = ceil_div(last * kTileColumns, kPanel) - text_panel;
+    const int64_t text_panel = first * kTileColumns / kPanel,
+                  text_panels = ceil_div(last * kTileColumns, kPanel) - text_panel;
     Ahead left(w.row_units + text_panel * panel_floats + (at + length) * kPanel, text_panels, following * kPanel * 4,
                panel_floats * 4, steps);
     Ahead right(rows.row_units + panel_first * panel_floats + (at + length) * kPanel, panel_last - panel_first,
@@ -143,9 +143,9 @@ double multiply_adds(int64_t repeats) {
 
 template <class Op>
 constexpr Kernels table() {
-  return {kPanel, kTileRows, kTileColumns, Op::kPair,
-          pack_rows<Op>, pack_texts<Op>, forward<Op>, weights<Op>, patches_product<Op>, texts_product<Op>,
-          finish_patches<Op>, finish_texts, multiply_adds<Op>};
+  return {kPanel,           kTileRows,   kTileColumns,        Op::kPair,         pack_rows<Op>,      pack_texts<Op>,
+          forward<Op>,      weights<Op>, patches_product<Op>, texts_product<Op>, finish_patches<Op>, finish_texts,
+          multiply_adds<Op>};
 }
 
 }  // namespace

@@ -56,15 +56,18 @@ __attribute__((noinline)) void tile(const float* left, int64_t left_block, const
   }
 }
 
-// Memory that is needed soon, fetched towards the cache a few lines at a time while tiles are computed: `rows` pieces of
-// `row_bytes`, `stride` bytes apart. Only a hint, so it may be wrong.
+// Memory that is needed soon, fetched towards the cache a few lines at a time while tiles are computed: `rows` pieces
+// of `row_bytes`, `stride` bytes apart. Only a hint, so it may be wrong.
 struct Ahead {
   const char* at = nullptr;
   int64_t rows = 0, row_bytes = 0, stride = 0, lines_per_step = 0, byte = 0;
 
   Ahead() = default;
   Ahead(const void* from, int64_t count, int64_t bytes, int64_t bytes_apart, int64_t steps)
-      : at((const char*)from), rows(count), row_bytes(bytes), stride(bytes_apart),
+      : at((const char*)from),
+        rows(count),
+        row_bytes(bytes),
+        stride(bytes_apart),
         lines_per_step(ceil_div(count * ceil_div(bytes, 64), most(1, steps))) {}
   void step() {
     for (int64_t line = 0; line < lines_per_step && rows > 0; ++line) {

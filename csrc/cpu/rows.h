@@ -36,7 +36,7 @@ inline uint16_t to_float16(float f) {
   i &= 0x7FFFFFFF;
   if (i > 0x7F800000) return (uint16_t)(sign | 0x7E00);
   if (i >= 0x477FF000) return (uint16_t)(sign | 0x7C00);  // rounds to 65536 or more
-  if (i < 0x38800000) {                                    // denormal: let an addition round
+  if (i < 0x38800000) {                                   // denormal: let an addition round
     float g = float_from_bits(i) + 0.5f;
     return (uint16_t)(sign | (float_bits(g) - 0x3F000000));
   }
@@ -154,10 +154,9 @@ void pack_rows(const ScoreParams& p, const int64_t* row_start, int64_t first, in
     const bool padding = image >= p.images || n >= p.patches_per_image;
     float* buffer = row + (Op::kPair == 2 && (at & 1) ? units : 0);
     if (padding) memset(buffer, 0, sizeof(float) * units);
-    const float* source =
-        padding ? buffer
-                : row_units_at<Op>(p.patches, image * p.patch_stride_image + n * p.patch_stride_row, p.patch_stride_dim,
-                                   p.dim, p.dtype, units, buffer);
+    const float* source = padding ? buffer
+                                  : row_units_at<Op>(p.patches, image * p.patch_stride_image + n * p.patch_stride_row,
+                                                     p.patch_stride_dim, p.dim, p.dtype, units, buffer);
     to.image[at] = padding ? -1 : (int32_t)image;
     to.index[at] = padding ? -1 : (int32_t)n;
     to.inv_norm[at] = padding ? 0.0f : inverse_norm<Op>(source, units);
@@ -264,7 +263,8 @@ void finish_patches(const ScoreParams& p, const Rows& rows, int64_t first, int64
   for (int64_t r = first; r < last; ++r)
     if (rows.image[r] >= 0)
       finish_row<Op>(patches_sum, rows.capacity, rows.units, rows.capacity, r, rows.inv_norm[r] * rows.inv_norm[r],
-                     p.dim, p.dtype, p.grad_patches, (rows.image[r] * p.patches_per_image + rows.index[r]) * p.dim, buffer);
+                     p.dim, p.dtype, p.grad_patches, (rows.image[r] * p.patches_per_image + rows.index[r]) * p.dim,
+                     buffer);
   finish_copies();
 }
 

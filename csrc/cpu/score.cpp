@@ -24,7 +24,7 @@ constexpr int64_t kBudget = 60 * kMiB;       // workspace of a call, whatever it
 constexpr int64_t kTextsBudget = 10 * kMiB;  // packed texts
 constexpr int64_t kRowsBudget = 26 * kMiB;   // a block of rows of the backward: patches, their gradient, weights
 
-constexpr int64_t kTextRange = 256;          // texts of a task
+constexpr int64_t kTextRange = 256;  // texts of a task
 
 // Threads that run the same program and meet after each phase.
 class Team {
@@ -92,19 +92,22 @@ struct Plan {
   const Kernels& kernels;
   const ScoreParams& p;
   bool backward, cosine;
-  int64_t row_align;               // rows of an image are padded to this
-  int64_t units, dims;             // padded units of D, padded D
-  int64_t image_rows;              // most rows of an image
-  int64_t chunk;                   // rows of a task
-  int64_t rows_block, capacity;    // backward: rows in memory together
-  int64_t texts_block;             // texts in memory together
-  int64_t group, text_panels;      // forward: images and panels of texts of a task
+  int64_t row_align;             // rows of an image are padded to this
+  int64_t units, dims;           // padded units of D, padded D
+  int64_t image_rows;            // most rows of an image
+  int64_t chunk;                 // rows of a task
+  int64_t rows_block, capacity;  // backward: rows in memory together
+  int64_t texts_block;           // texts in memory together
+  int64_t group, text_panels;    // forward: images and panels of texts of a task
   int64_t gram_capacity;
   int threads;
   int64_t shared_bytes, scratch_bytes;
 
   Plan(const ScoreParams& params, bool is_backward)
-      : kernels(select_kernels(params.dtype, params.dim)), p(params), backward(is_backward), cosine(params.form == Form::cosine) {
+      : kernels(select_kernels(params.dtype, params.dim)),
+        p(params),
+        backward(is_backward),
+        cosine(params.form == Form::cosine) {
     const int64_t tile = kernels.tile_rows, panel = kernels.panel, pair = kernels.pair;
     units = round_up(ceil_div(p.dim, pair), panel);
     dims = round_up(p.dim, panel);
@@ -218,7 +221,8 @@ std::vector<int64_t> count_rows(const ScoreParams& p, int64_t align) {
 // Fewer page faults in memory that is written for the first time; a hint that cannot fail.
 void advise_huge_pages(void* memory, int64_t bytes) {
 #if defined(__linux__)
-  const int64_t huge = 2 * kMiB, first = round_up((int64_t)memory, huge), last = ((int64_t)memory + bytes) / huge * huge;
+  const int64_t huge = 2 * kMiB, first = round_up((int64_t)memory, huge),
+                last = ((int64_t)memory + bytes) / huge * huge;
   if (last > first) madvise((void*)first, last - first, MADV_HUGEPAGE);
 #endif
 }
@@ -354,8 +358,7 @@ void score_backward(const ScoreParams& p) {
       // Past the last row of all, rows are padding.
       kernels.pack_rows(p, row_start.data(), block.first_row + first, block.first_row + last, rows, first, scratch.row);
     };
-    if (!blocks.empty())
-      team.phase(chunks(blocks[0]), [&](int64_t i) { pack(blocks[0], shared_rows[0], i); });
+    if (!blocks.empty()) team.phase(chunks(blocks[0]), [&](int64_t i) { pack(blocks[0], shared_rows[0], i); });
     for (size_t number = 0; number < blocks.size(); ++number) {
       const Block& block = blocks[number];
       const Block* next = number + 1 < blocks.size() ? &blocks[number + 1] : nullptr;
@@ -371,8 +374,9 @@ void score_backward(const ScoreParams& p) {
         const int64_t range = plan.cosine ? panels : kTextRange / kernels.panel, ranges = ceil_div(panels, range);
         team.phase(((int64_t)block.starts.size() - 1) * ranges, [&](int64_t task) {
           const int64_t panel = task % ranges * range;
-          temperature_sums[task] += kernels.weights(p, rows, block.starts[task / ranges], block.starts[task / ranges + 1], texts,
-                                         panel, least(panel + range, panels), weights, patches_sum, add, scratch);
+          temperature_sums[task] +=
+              kernels.weights(p, rows, block.starts[task / ranges], block.starts[task / ranges + 1], texts, panel,
+                              least(panel + range, panels), weights, patches_sum, add, scratch);
         });
         // The next block is packed in between, when its rows have been fetched behind the product.
         const int64_t next_chunks = finish && next ? chunks(*next) : 0;
@@ -399,9 +403,8 @@ void score_backward(const ScoreParams& p) {
       }
     }
     if (p.grad_texts)
-      team.phase(ceil_div(p.texts_count, 16), [&](int64_t i) {
-        kernels.finish_texts(p, i * 16, least(i * 16 + 16, p.texts_count), scratch.row);
-      });
+      team.phase(ceil_div(p.texts_count, 16),
+                 [&](int64_t i) { kernels.finish_texts(p, i * 16, least(i * 16 + 16, p.texts_count), scratch.row); });
   });
 
   if (p.grad_temperature) {

@@ -26,11 +26,11 @@ struct ScoreParams {
   // log Σ exp((s - phi) / τ), the entropy of the attention: it is small, hence its rounding error as well.
   float* lse;
   // Backward only; a null gradient is not computed.
-  const float* grad_phi;     // [B, K]
-  void* grad_patches;        // [B, N, D], contiguous
-  void* grad_texts;          // [K, D], contiguous
-  float* texts_sum;          // [accumulator_floats], needed with grad_texts
-  float* grad_temperature;   // [1]
+  const float* grad_phi;    // [B, K]
+  void* grad_patches;       // [B, N, D], contiguous
+  void* grad_texts;         // [K, D], contiguous
+  float* texts_sum;         // [accumulator_floats], needed with grad_texts
+  float* grad_temperature;  // [1]
   char* workspace;
   int64_t workspace_bytes;
 };
@@ -38,25 +38,25 @@ struct ScoreParams {
 // A matrix is stored as panels, `[columns / panel][rows][panel]` of 4-byte units: the row of a tile is then contiguous
 // whether it is broadcast (left operand) or loaded (right operand), and every stride is a compile-time constant.
 
-struct Rows {              // patches that take part, gathered one after the other; masked ones leave no trace
-  float* units;            // panels of [rows, units of D]: left operand of the scores
-  float* row_units;        // panels of [row units, D]: right operand of the texts' gradient; = units for float32
-  float* inv_norm;         // [capacity], 0 for a row without a direction and for padding
-  int32_t* image;          // [capacity]
-  int32_t* index;          // [capacity], position n in its image, -1 for padding
-  int64_t capacity, count; // rows between panels; rows in use, padding included
+struct Rows {               // patches that take part, gathered one after the other; masked ones leave no trace
+  float* units;             // panels of [rows, units of D]: left operand of the scores
+  float* row_units;         // panels of [row units, D]: right operand of the texts' gradient; = units for float32
+  float* inv_norm;          // [capacity], 0 for a row without a direction and for padding
+  int32_t* image;           // [capacity]
+  int32_t* index;           // [capacity], position n in its image, -1 for padding
+  int64_t capacity, count;  // rows between panels; rows in use, padding included
 };
 
-struct Texts {             // a block of texts
-  float* transposed;       // panels of [units of D, texts]: right operand of the scores
-  float* row_units;        // panels of [text units, D]: right operand of the patches' gradient, or null
-  float* inv_norm;         // [padded], 0 for padding
+struct Texts {        // a block of texts
+  float* transposed;  // panels of [units of D, texts]: right operand of the scores
+  float* row_units;   // panels of [text units, D]: right operand of the patches' gradient, or null
+  float* inv_norm;    // [padded], 0 for padding
   int64_t first, count, padded;
 };
 
-struct Weights {           // W = dS / (|p| |t|) of a block of rows and a block of texts
-  float* units;            // panels of [rows, text units]: left operand of the patches' gradient
-  float* row_units;        // panels of [row units, texts]: left operand of the texts' gradient; = units for float32
+struct Weights {     // W = dS / (|p| |t|) of a block of rows and a block of texts
+  float* units;      // panels of [rows, text units]: left operand of the patches' gradient
+  float* row_units;  // panels of [row units, texts]: left operand of the texts' gradient; = units for float32
 };
 
 struct Scratch {  // one thread's own; panels are [rows, panel] of float32 unless they say units
@@ -66,12 +66,12 @@ struct Scratch {  // one thread's own; panels are [rows, panel] of float32 unles
   float *largest, *sum, *weighted;  // forward: running softmax statistics [images, texts]
   // Cosine form only.
   float* attention;
-  float* gram;        // panels [N, N]
-  float* pooled;      // G a
-  float* transposed;  // [units of D, panel]
-  float *pool, *direction;  // panels [D], where G a will not do
+  float* gram;                                                     // panels [N, N]
+  float* pooled;                                                   // G a
+  float* transposed;                                               // [units of D, panel]
+  float *pool, *direction;                                         // panels [D], where G a will not do
   float *scaled, *scaled_units, *attention_t, *attention_t_units;  // backward
-  float *outer, *outer_units;                  // backward: panels [N, N]
+  float *outer, *outer_units;                                      // backward: panels [N, N]
 };
 
 struct Kernels {
@@ -92,8 +92,8 @@ struct Kernels {
                     int64_t panel_last, Weights&, float* patches_sum, bool add, Scratch&);
   // patches_sum (panels [rows, D]) (+)= W texts for rows [first, last); as many rows of the call from `next` on will be
   // packed soon (-1: none).
-  void (*patches_product)(const ScoreParams&, const int64_t* row_start, int64_t next, const Rows&, int64_t first, int64_t last, const Texts&, const Weights&,
-                          float* patches_sum, bool add);
+  void (*patches_product)(const ScoreParams&, const int64_t* row_start, int64_t next, const Rows&, int64_t first,
+                          int64_t last, const Texts&, const Weights&, float* patches_sum, bool add);
   // texts_sum (panels [padded K, D]) += W' patches for tile columns [first, last) of the block and panels of D.
   void (*texts_product)(const ScoreParams&, const Rows&, const Texts&, const Weights&, int64_t first, int64_t last,
                         int64_t panel_first, int64_t panel_last);

@@ -76,8 +76,8 @@ inline float sum(V v) {
 #endif
 }
 
-// 2^x for x < 127, relative error below 1e-7; NaN stays NaN. Without kClamp x must be above -126, with it smaller x give
-// about 1e-38.
+// 2^x for x < 127, relative error below 1e-7; NaN stays NaN. Without kClamp x must be above -126, with it smaller x
+// give about 1e-38.
 template <bool kClamp>
 inline V exp2(V x) {
   // Adding 1.5 * 2^23 rounds to an integer in the low mantissa bits; 127 more make those bits an exponent.
