@@ -21,7 +21,7 @@ CASES = [
     Case(5, 9, 33, data="nan"),
     Case(4, 24, 5, K=51, tau=0.01, data="duplicated"),
     Case(5, 26, 56, K=40, data="opposite"),  # the cosine form's pooled patches nearly cancel
-    Case(9, 2, 56, tau=10.0, layout="expanded_last"),
+    Case(9, 10, 16, K=14, tau=0.2, layout="expanded_last"),
     Case(3, 50, 48, K=40),  # one patch more than D or two: pooled directly, or not, whichever way rows are padded
     Case(3, 50, 49, K=40, mask="random"),
     Case(3, 50, 52, K=40),

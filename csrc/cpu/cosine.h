@@ -100,7 +100,7 @@ inline void fold_symmetric(float* matrix, int64_t capacity, int64_t count, const
         float* at = panel + row * kPanel + v * kLanes;
         const I before = lane + (int32_t)(column + v * kLanes - row);  // negative below the diagonal
         const V x = load(at) * (load(scale + v * kLanes) * norms[row]);
-        store(at, select(before < 0, x + x, select(before == 0, x, V{})));
+        store(at, select(before < I{}, x + x, select(before == I{}, x, V{})));
       }
   }
 }
