@@ -118,7 +118,8 @@ def losses(args) -> dict:
         return torch.compile(loss, fullgraph=True, dynamic=False) if compiled else loss
 
     functions = {f"fused {name}": fused(name) for name in args.backend}
-    return functions | {name: peer(*description) for name, description in PEERS.items() if args.form in description[2]}
+    peers = {name: peer(*description) for name, description in PEERS.items() if args.form in description[2]}
+    return functions | {name: loss for name, loss in peers.items() if args.peers == "all" or args.peers in name}
 
 
 def why_not(name: str, args) -> str | None:

@@ -311,6 +311,7 @@ def parse() -> argparse.Namespace:
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     add("--threads", type=int, default=torch.get_num_threads(), help="on the CPU")
     add("--backend", help="of the fused loss, a comma list (default: all for this device)")
+    add("--peers", default="all", help="only those with this in their names; any other word for none")
     add("--repeats", type=int, default=11, help="timed runs of each; slow ones get fewer, but 3")
     add("--seed", type=int, default=0)
     add("--json", metavar="FILE", help="write the result, with the machine it is from")

@@ -160,8 +160,7 @@ def test_blocks_of_images_and_of_texts(workspace, k, dtype, form, launches, monk
     """A small workspace: several blocks of images, and where K is large of texts as well, then summed in float32."""
     monkeypatch.setattr(backend, "_WORKSPACE", workspace)
     check(make(Case(5, 70, 20, K=k, mask="random"), form, "compatibility", dtype, DEVICE), "triton")
-    blocks = backend.plan_blocks(5, 70, k, 4)
-    assert (blocks.images, blocks.texts) == ((2, 7) if k == 7 else (1, 128))
+    assert backend.text_block(70, k, 4) == (7 if k == 7 else 128)
     assert len(_launched(launches, "max_weights_kernel" if form == "max" else "score_backward_kernel")) >= 2
 
 
@@ -183,6 +182,22 @@ def test_permuting_the_batch_permutes_the_answer(form):
     torch.testing.assert_close(here["patches"][order], there["patches"], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.skipif(torch.version.hip is not None, reason="NVIDIA's setting")
+def test_float32_follows_torchs_setting():
+    """Both of torch's interfaces; after the newer one was used, reading the older one is an error."""
+    before = torch.get_float32_matmul_precision()
+    try:
+        for setting, expected in (("highest", "tf32x3"), ("high", "tf32"), ("medium", "tf32")):
+            torch.set_float32_matmul_precision(setting)
+            assert backend._float32_precision() == expected
+        if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+            for setting, expected in (("ieee", "tf32x3"), ("tf32", "tf32")):
+                torch.backends.cuda.matmul.fp32_precision = setting
+                assert backend._float32_precision() == expected
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def test_runs_of_images_waste_nothing():
     """At the shape of the benchmark the tiles of a run are full, and small batches are spread over all programs."""
     run = backend.images_per_run(4096, 196, 32, 128, 264)
@@ -190,13 +205,16 @@ def test_runs_of_images_waste_nothing():
     assert backend.images_per_run(256, 196, 2, 128, 264) < 4
 
 
+@pytest.mark.parametrize("image_bytes", [0, 200_000])
 @pytest.mark.parametrize(
-    "b, n, k, itemsize", [(4096, 196, 4096, 2), (32768, 196, 32768, 2), (3, 1369, 2**20, 4), (1, 1, 1, 2)]
+    "b, n, k, itemsize",
+    [(4096, 196, 4096, 2), (32768, 196, 32768, 2), (3, 1369, 2**20, 4), (9999, 196, 3, 6), (1, 1, 1, 2)],
 )
-def test_workspace_is_bounded(b, n, k, itemsize):
-    blocks = backend.plan_blocks(b, n, k, itemsize)
+def test_workspace_is_bounded(b, n, k, itemsize, image_bytes):
+    blocks = backend.plan_blocks(b, n, k, itemsize, image_bytes)
     assert 1 <= blocks.images <= b and 1 <= blocks.texts <= k
-    assert blocks.images * n * blocks.texts * itemsize <= backend._WORKSPACE
+    taken = blocks.images * (n * blocks.texts * itemsize + image_bytes)
+    assert taken <= backend._WORKSPACE + (image_bytes if blocks.images == 1 else 0)
 
 
 def test_a_tensor_on_the_cpu_without_the_interpreter(monkeypatch):

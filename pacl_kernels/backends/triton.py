@@ -14,7 +14,7 @@ import importlib.metadata
 import importlib.util
 import math
 import os
-from types import SimpleNamespace
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -126,7 +126,7 @@ def interpreted() -> bool:
 
 
 @functools.cache
-def kernels() -> SimpleNamespace:
+def kernels() -> ModuleType:
     """The kernels' module, which imports triton: not before a kernel is needed."""
     from . import triton_kernels
 
@@ -145,7 +145,8 @@ def score_forward(patches, texts, patch_mask, temperature, form, phi, stat) -> N
 
 def _divide_by_pooled_norm(call: _Call) -> None:
     """φ of `dot` to that of `cosine`: the attention again, now that its sum is known, and r² = aᵀ G a from that."""
-    blocks = call.blocks(call.attention_dtype.itemsize)
+    gram_bytes = call.n * _ceil_div(call.n, 16) * 16 * call.attention_dtype.itemsize
+    blocks = plan_blocks(call.b, call.n, call.k, call.attention_dtype.itemsize, gram_bytes)
     attention = call.workspace(blocks, call.attention_dtype)
     gram = call.gram_workspace(blocks)
     for b0, b1 in _ranges(call.b, blocks.images):
@@ -254,10 +255,12 @@ class _Call:
         cosine, dtype = form == "cosine", self.patches.dtype
         self.scale = self._weight_scale(grad_phi) if dtype == torch.float16 else None
         itemsize = dtype.itemsize + (self.attention_dtype.itemsize if cosine else 0)
-        blocks = self.blocks(itemsize)
-        w = self.workspace(blocks, dtype)
         # float16 may overflow before the scale is undone; a sum over blocks of texts would be rounded each time.
-        widened = self.scale is not None or self.k > blocks.texts
+        widened = self.scale is not None or self.k > text_block(self.n, self.k, itemsize)
+        image_bytes = 4 * self.d * widened + dtype.itemsize * self.d * (self.mask is not None)
+        image_bytes += (self.n + 16) * (4 + self.attention_dtype.itemsize) * cosine
+        blocks = plan_blocks(self.b, self.n, self.k, itemsize, self.n * image_bytes)
+        w = self.workspace(blocks, dtype)
         texts_sum = self.phi.new_zeros(self.k, self.d) if grad_texts is not None else None
         tau_sum = self.phi.new_zeros((), dtype=torch.float64) if grad_temperature is not None else None
         if cosine:
@@ -323,7 +326,7 @@ class _Call:
         `entropy_over`: the `dot` φ that STAT is relative to; without it the attention takes STAT for the log-sum-exp.
         """
         attention = grad_phi is None
-        chosen = config("backward" if self.mask is None else "backward_masked", self.patches, self.texts)
+        chosen = self.backward_config()
         rows = (b1 - b0) * self.n
         items = _ceil_div(rows, chosen.block_p) * _ceil_div(k1 - k0, chosen.block_t)
         sums = self.phi.new_empty(items) if needs_tau else None
@@ -346,7 +349,7 @@ class _Call:
         return sums
 
     def max_weights(self, b0, b1, k0, k1, w: Tensor, grad_phi: Tensor) -> None:
-        chosen = config("backward", self.patches, self.texts)
+        chosen = self.backward_config()
         block_t, block_p = min(64, chosen.block_t), min(64, chosen.block_p)
         _launch(
             kernels().max_weights_kernel,
@@ -398,7 +401,7 @@ class _Call:
             (attention, curvature, self.inv_p, pooled, b0, self.n, k1 - k0, attention.stride(0)),
             dict(
                 BLOCK_M=block,
-                BLOCK_K=_POOL_INNER,
+                BLOCK_K=32,
                 N_ALIGN=math.gcd(self.n, 16),
                 ADD=k0 > 0,
                 OPERANDS=kernels().DTYPES[operands],
@@ -406,12 +409,12 @@ class _Call:
             ),
         )
 
-    def blocks(self, itemsize: int) -> Blocks:
-        return plan_blocks(self.b, self.n, self.k, itemsize)
+    def backward_config(self) -> Config:
+        return config("backward" if self.mask is None else "backward_masked", self.patches, self.texts)
 
     def workspace(self, blocks: Blocks, dtype: torch.dtype) -> Tensor:
         """Room for whole tiles `[texts, rows]` of a block."""
-        chosen = config("backward", self.patches, self.texts)
+        chosen = self.backward_config()
         rows, texts = min(self.b, blocks.images) * self.n, min(self.k, blocks.texts)
         texts, rows = (_ceil_div(x, step) * step for x, step in ((texts, chosen.block_t), (rows, chosen.block_p)))
         return self.patches.new_empty(texts, rows, dtype=dtype)
@@ -458,9 +461,15 @@ class Blocks(NamedTuple):
     texts: int
 
 
-def plan_blocks(b: int, n: int, k: int, itemsize: int) -> Blocks:
-    texts = min(k, max(128, _WORKSPACE // (itemsize * n) // 128 * 128))
-    return Blocks(max(1, min(b, _WORKSPACE // (itemsize * n * texts))), texts)
+def text_block(n: int, k: int, itemsize: int) -> int:
+    """Texts against which one image at least fits into the workspace."""
+    return min(k, max(128, _WORKSPACE // (itemsize * n) // 128 * 128))
+
+
+def plan_blocks(b: int, n: int, k: int, itemsize: int, image_bytes: int = 0) -> Blocks:
+    """What fits into the workspace with `itemsize` bytes for each score and `image_bytes` for each image."""
+    texts = text_block(n, k, itemsize)
+    return Blocks(max(1, min(b, _WORKSPACE // (itemsize * n * texts + image_bytes))), texts)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -483,9 +492,13 @@ def _images_of_a_tile(n: int, block_p: int) -> int:
 
 
 def _float32_precision() -> str:
-    """How products of float32 are computed: as torch's own setting says, "highest" in three tf32 products."""
+    """How products of float32 are computed: in one tf32 product where torch's own setting allows it, else in three."""
     if torch.version.hip is not None:
         return "ieee"
+    if hasattr(
+        torch.backends.cuda.matmul, "fp32_precision"
+    ):  # torch 2.9; once it is set, the older setting is an error
+        return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
     return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 

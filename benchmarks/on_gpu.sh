@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, unattended: tests, tables, tuning. usage: benchmarks/on_gpu.sh DIR (logs and JSON go there)
+set -uo pipefail
+out=$(realpath -m "${1:?usage: $0 DIR}")
+mkdir -p "$out"
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3}
+export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD:$PWD/python${PYTHONPATH:+:$PYTHONPATH}"
+seconds() { date +%s; }
+begin=$(seconds)
+run() { # name, then a command under a limit of seconds; what it printed is kept, failure does not stop the rest
+  local name=$1 limit=$2
+  shift 2
+  timeout "$limit" "$@" >"$out/$name.log" 2>&1
+  echo "$name: exit $?, $(($(seconds) - begin)) s so far; $(tail -n 1 "$out/$name.log")"
+}
+
+nvidia-smi >"$out/nvidia-smi.log" 2>&1
+run sanity 120 $python -m pytest -q -x -p no:cacheprovider tests/test_gpu.py -m gpu -k "auto or never_waits or graph"
+for form in dot cosine max; do
+  run "throughput-$form" 120 $python benchmarks/throughput.py --device cuda --dtype bfloat16 --form $form \
+    --batch 4096 --repeats 7 --json "$out/throughput-bfloat16-$form.json"
+done
+run tune 150 $python benchmarks/tune_triton.py --repeats 5 --json "$out/tune.json"
+run gpu-tests 900 $python -m pytest -q -p no:cacheprovider -m gpu --maxfail=40
+for shape in "256 196 512" "4096 196 768" "4096 256 1024" "2048 576 768"; do
+  read -r batch patches dim <<<"$shape"
+  run "throughput-$batch-$patches-$dim" 120 $python benchmarks/throughput.py --device cuda --dtype bfloat16 \
+    --batch "$batch" --patches "$patches" --dim "$dim" --repeats 5 --json "$out/throughput-$batch-$patches-$dim.json"
+done
+run sanitizer 300 compute-sanitizer --error-exitcode 1 $python -m pytest -q -p no:cacheprovider tests/test_triton.py \
+  -k "compatibility and bfloat16 and (N65 or N49)"
