@@ -37,15 +37,18 @@ PYBIND11_MODULE(_native, m) {
 
   py::class_<ScoreParams>(m, "ScoreParams")
       .def(py::init([](std::array<int64_t, 4> sizes, const std::string& dtype, const std::string& form,
-                       float temperature, int threads, uintptr_t patches, std::array<int64_t, 3> patch_strides,
-                       uintptr_t texts, std::array<int64_t, 2> text_strides, uintptr_t mask,
-                       std::array<int64_t, 2> mask_strides, uintptr_t phi, uintptr_t lse) {
+                       float temperature, int threads, std::array<uintptr_t, 3> openmp, uintptr_t patches,
+                       std::array<int64_t, 3> patch_strides, uintptr_t texts, std::array<int64_t, 2> text_strides,
+                       uintptr_t mask, std::array<int64_t, 2> mask_strides, uintptr_t phi, uintptr_t lse) {
              ScoreParams p{};
              p.images = sizes[0], p.patches_per_image = sizes[1], p.texts_count = sizes[2], p.dim = sizes[3];
              p.dtype = parse_dtype(dtype);
              p.form = parse_form(form);
              p.temperature = temperature;
              p.threads = threads;
+             p.openmp.parallel = reinterpret_cast<decltype(p.openmp.parallel)>(openmp[0]);
+             p.openmp.thread_num = reinterpret_cast<decltype(p.openmp.thread_num)>(openmp[1]);
+             p.openmp.num_threads = reinterpret_cast<decltype(p.openmp.num_threads)>(openmp[2]);
              p.patches = address<const void>(patches);
              p.patch_stride_image = patch_strides[0], p.patch_stride_row = patch_strides[1];
              p.patch_stride_dim = patch_strides[2];
@@ -58,8 +61,8 @@ PYBIND11_MODULE(_native, m) {
              return p;
            }),
            py::kw_only(), py::arg("sizes"), py::arg("dtype"), py::arg("form"), py::arg("temperature"),
-           py::arg("threads"), py::arg("patches"), py::arg("patch_strides"), py::arg("texts"), py::arg("text_strides"),
-           py::arg("mask"), py::arg("mask_strides"), py::arg("phi"), py::arg("lse"))
+           py::arg("threads"), py::arg("openmp"), py::arg("patches"), py::arg("patch_strides"), py::arg("texts"),
+           py::arg("text_strides"), py::arg("mask"), py::arg("mask_strides"), py::arg("phi"), py::arg("lse"))
       .def(
           "set_gradients",
           [](ScoreParams& p, uintptr_t grad_phi, uintptr_t grad_patches, uintptr_t grad_texts, uintptr_t texts_sum,

@@ -1,5 +1,7 @@
 """The same bits every time and for any number of threads, and the symmetries of the loss."""
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -91,3 +93,49 @@ def test_scaled_embeddings(form, target):
     expected["texts"] = expected["texts"] * 2
     for name, value in answer.items():
         assert_accurate(name, value, expected[name], target.dtype)
+
+
+FORK = """
+import os, signal, torch
+from pacl_kernels import compatibility
+
+def phi():  # the loss over it is torch's, which hangs in a forked process by itself
+    return compatibility(patches, texts, form="cosine", backend="cpu").tolist()
+
+torch.set_num_threads(2)
+patches, texts = torch.randn(64, 50, 96), torch.randn(64, 96)
+torch.randn(1 << 20).add_(1.0)  # torch's own threads exist now
+before = phi()
+child = os.fork()
+if child == 0:
+    signal.alarm(20)  # a deadlock ends the child, and the test says so
+    os._exit(0 if phi() == before else 1)
+assert os.waitpid(child, 0)[1] == 0, "the child gave something else, or nothing"
+assert phi() == before
+"""
+
+
+def test_a_forked_process_works_too(cpu_backend):
+    """The parent's threads do not exist in the child: whoever waits for them hangs."""
+    done = subprocess.run([sys.executable, "-c", FORK], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_torchs_own_threads_do_the_work(cpu_backend):
+    """PyTorch's wheels for Linux bring an OpenMP runtime; elsewhere threads of our own are started."""
+    from pacl_kernels.backends import cpu
+
+    if sys.platform != "linux" or "OpenMP" not in torch.__config__.parallel_info():
+        pytest.skip("no OpenMP here")
+    assert all(cpu._openmp())
+
+
+def test_borrowed_and_own_threads_give_the_same_bits(cpu_backend, monkeypatch):
+    from pacl_kernels.backends import cpu
+
+    problem = make(Case(13, 50, 65, mask="random"), "cosine", "infonce")
+    torch.set_num_threads(3)
+    borrowed = evaluate(problem, cpu_backend)
+    monkeypatch.setattr(cpu, "_openmp", lambda: (0, 0, 0))
+    own = evaluate(problem, cpu_backend)
+    assert all(torch.equal(own[name], value) for name, value in borrowed.items())

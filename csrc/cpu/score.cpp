@@ -31,22 +31,11 @@ constexpr int64_t kTextRange = 256;           // texts of a task
 class Team {
  public:
   template <class Program>
-  Team(int threads, Program program) {
-    std::vector<std::thread> others;
-    others.reserve(threads);
-    try {
-      while ((int)others.size() < threads - 1)
-        others.emplace_back([this, program, id = (int)others.size() + 1] {
-          started_.wait(0);
-          program(*this, id);
-        });
-    } catch (const std::system_error&) {  // the machine gives no more threads: fewer do the same work
-    }
-    size_ = (int)others.size() + 1;
-    started_ = 1;
-    started_.notify_all();
-    program(*this, 0);
-    for (auto& thread : others) thread.join();
+  Team(const OpenMp& openmp, int threads, Program program) {
+    if (openmp.parallel && threads > 1)
+      borrow(openmp, threads, program);
+    else
+      start(threads, program);
   }
 
   // Calls task(i) once for each i < count, spread over the threads; returns when all are done.
@@ -57,6 +46,49 @@ class Team {
   }
 
  private:
+  template <class Program>
+  void start(int threads, Program& program) {
+    std::vector<std::thread> others;
+    others.reserve(threads);
+    try {
+      while ((int)others.size() < threads - 1)
+        others.emplace_back([this, program, id = (int)others.size() + 1] {
+          started_.wait(0);
+          program(*this, id);
+        });
+    } catch (const std::system_error&) {  // the machine gives no more threads: fewer do the same work
+    }
+    begin((int)others.size() + 1);
+    program(*this, 0);
+    for (auto& thread : others) thread.join();
+  }
+
+  template <class Program>
+  void borrow(const OpenMp& openmp, int threads, Program& program) {
+    struct Job {
+      Team* team;
+      const OpenMp* openmp;
+      Program* program;
+    } job{this, &openmp, &program};
+    openmp.parallel(
+        [](void* data) {
+          const Job& job = *(const Job*)data;
+          const int id = job.openmp->thread_num();
+          if (id == 0)
+            job.team->begin(job.openmp->num_threads());  // may be fewer than were asked for
+          else
+            job.team->started_.wait(0);
+          (*job.program)(*job.team, id);
+        },
+        &job, threads, 0);
+  }
+
+  void begin(int size) {
+    size_ = size;
+    started_ = 1;
+    started_.notify_all();
+  }
+
   void meet() {
     const int round = round_.load();
     if (arrived_.fetch_add(1) + 1 == size_) {
@@ -322,7 +354,7 @@ void backward_max(const ScoreParams& p) {
   plan.take_block(arena, shared_block);
   const int64_t scratch_at = arena.used, text_blocks = ceil_div(p.texts_count, plan.texts_block);
 
-  Team(plan.threads, [&, shared_block](Team& team, int id) {
+  Team(p.openmp, plan.threads, [&, shared_block](Team& team, int id) {
     Arena own{arena.base, scratch_at + id * plan.scratch_bytes};
     MaxScratch scratch;
     plan.take_scratch(own, scratch);
@@ -380,7 +412,7 @@ void score_forward(const ScoreParams& p) {
   plan.take_texts(arena, shared_texts);
   const int64_t scratch_at = arena.used;
 
-  Team(plan.threads, [&, shared_texts](Team& team, int id) {
+  Team(p.openmp, plan.threads, [&, shared_texts](Team& team, int id) {
     Arena own{arena.base, scratch_at + id * plan.scratch_bytes};
     Scratch scratch{};
     plan.take_scratch(own, scratch);
@@ -449,7 +481,7 @@ void score_backward(const ScoreParams& p) {
   for (const Block& block : blocks) most_tasks = most(most_tasks, block.starts.size());
   std::vector<double> temperature_sums(most_tasks * ceil_div(plan.texts_block, kTextRange), 0.0);  // by task
 
-  Team(plan.threads, [&](Team& team, int id) {
+  Team(p.openmp, plan.threads, [&](Team& team, int id) {
     Arena own{arena.base, scratch_at + id * plan.scratch_bytes};
     Scratch scratch{};
     plan.take_scratch(own, scratch);
@@ -521,7 +553,7 @@ double multiply_add_rate(Dtype dtype, int threads, double seconds) {
   using Clock = std::chrono::steady_clock;
   std::atomic<double> total{0};
   const auto begin = Clock::now();
-  Team(threads, [&](Team& team, int) {
+  Team(OpenMp{}, threads, [&](Team& team, int) {
     double flop = 0;
     while (std::chrono::duration<double>(Clock::now() - begin).count() < seconds) flop += kernels.multiply_adds(100000);
     for (double old = total; !total.compare_exchange_weak(old, old + flop);) {

@@ -9,12 +9,21 @@ namespace pacl {
 enum class Dtype { float32, bfloat16, float16 };
 enum class Form { dot, cosine, max };
 
+// The OpenMP runtime that the process has anyway (PyTorch's), by address. After each parallel region its workers spin
+// for milliseconds, and threads of our own would share the cores with them. Null: std::thread.
+struct OpenMp {
+  void (*parallel)(void (*body)(void*), void* data, unsigned threads, unsigned flags);  // GOMP_parallel
+  int (*thread_num)();
+  int (*num_threads)();
+};
+
 struct ScoreParams {
   int64_t images, patches_per_image, texts_count, dim;  // B, N, K, D
   Dtype dtype;                                          // of patches, texts and their gradients
   Form form;
   float temperature;
   int threads;
+  OpenMp openmp;
   const void* patches;  // [B, N, D]
   int64_t patch_stride_image, patch_stride_row, patch_stride_dim;
   const void* texts;  // [K, D]

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import os
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
@@ -11,6 +16,34 @@ except ImportError as error:  # built without a C++ compiler, or for another Pyt
     _native, _missing = None, str(error)
 
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+@functools.cache
+def _openmp() -> tuple[int, int, int]:
+    """Addresses of what starts parallel regions in PyTorch's own OpenMP runtime; zeros if it cannot be found.
+
+    Its workers spin for milliseconds after each of torch's operators and would share the cores with threads of ours.
+    """
+    library = next((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*"), None)
+    names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")  # GNU's, and LLVM's and Intel's as well
+    try:
+        # Looked up in that library's own dependencies: a process may hold several such runtimes.
+        library = ctypes.CDLL(str(library), mode=os.RTLD_NOLOAD | os.RTLD_LAZY)
+        return tuple(ctypes.cast(getattr(library, name), ctypes.c_void_p).value for name in names)
+    except (OSError, AttributeError):
+        return (0, 0, 0)
+
+
+def _forget_openmp() -> None:
+    """Its workers do not exist in a forked process, which would wait for them for ever."""
+    global _openmp
+
+    def _openmp() -> tuple[int, int, int]:
+        return (0, 0, 0)
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_forget_openmp)
 
 
 def why_not(device: torch.device | None = None, dtype: torch.dtype | None = None) -> str | None:
@@ -58,6 +91,7 @@ def _params(patches: Tensor, texts: Tensor, patch_mask: Tensor | None, temperatu
         form=form,
         temperature=float(temperature),
         threads=torch.get_num_threads(),
+        openmp=_openmp(),
         patches=patches.data_ptr(),
         patch_strides=patches.stride(),
         texts=texts.data_ptr(),
