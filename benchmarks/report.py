@@ -1,12 +1,17 @@
-"""The result of `throughput.py` for people: the machine it ran on, a table, a chart."""
+"""The result of `throughput.py` for people: the machine it ran on, a table, a chart.
+
+`python benchmarks/report.py FILE...` prints the README's tables of results that were written with --json.
+"""
 
 from __future__ import annotations
 
 import datetime
+import json
 import os
 import platform
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -84,6 +89,27 @@ def table(result: dict) -> str:
     return "\n".join(lines) + "\n" + EXPLANATION.format(**numbers, **result["units"])
 
 
+def markdown(result: dict) -> str:
+    """The table as the README shows it."""
+    settings = result["settings"]
+    lines = [
+        f"**{settings['dtype']}, `{settings['form']}`** (peak {result['peak'] / 1e9:.0f} GFLOP/s)",
+        "",
+        "| | forward ms | forward / products | step ms | step / products | step of peak | vs best peer | extra MiB "
+        "| error vs float64 |",
+        "| " + " | ".join(["---"] * 9) + " |",
+    ]
+    for row in result["rows"]:
+        if row["reason"] is None:
+            name = f"**{row['name']}**" if row["name"].startswith("fused") else row["name"]
+            cells = [_number(row["forward_ms"], 0, ".0f"), _number(row["forward_vs_products"], 0, ".2f")]
+            cells += [_number(row["step_ms"], 0, ".0f"), _number(row["step_vs_products"], 0, ".2f")]
+            cells += [_number(row["step_share_of_peak"], 0, ".0%"), _number(row["step_vs_best_peer"], 0, ".2f")]
+            cells += [_number(row["extra_memory_mib"], 0, ".0f"), _number(row["relative_error"], 0, ".0e")]
+            lines.append("| " + " | ".join([name, *cells]) + " |")
+    return "\n".join(lines)
+
+
 def plot(result: dict, path: str) -> None:
     import matplotlib
 
@@ -123,3 +149,7 @@ def _number(value: float | None, width: int, form: str | None = None) -> str:
 def _spread(median: float, spread: list[float]) -> str:
     percent = 50 * (spread[1] - spread[0]) / median
     return " ±" + (f"{percent:.0f}%" if percent < 99.5 else "big")
+
+
+if __name__ == "__main__":
+    print("\n\n".join(markdown(json.loads(Path(file).read_text())) for file in sys.argv[1:]))
