@@ -36,6 +36,7 @@ CASES = [
     Case(3, 70, 48, layout="strided", mask="one"),
     Case(3, 66, 40, layout="offset"),
     Case(4, 9, 33, data="duplicated"),
+    Case(2, 150, 20, data="duplicated"),  # the first of equals, over several tiles
     Case(0, 3, 4, K=5),
     Case(5, 3, 4, K=0),
 ]
@@ -229,6 +230,15 @@ def test_float32_follows_torchs_setting():
                 assert backend._float32_precision() == expected
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("case", [Case(5, 70, 20, tau=0.01), Case(5, 70, 20, mask="random"), Case(3, 196, 16)], ids=str)
+@pytest.mark.parametrize("run", [1, 2, 64])
+def test_any_run_of_images(run, case, form, monkeypatch):
+    """How many images a program walks through, and so where in a tile they begin and end, changes nothing."""
+    monkeypatch.setattr(backend, "images_per_run", lambda *_: run)
+    check(make(case, form, "compatibility", device=DEVICE), "triton", ())
 
 
 def test_runs_of_images_waste_nothing():
