@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from accuracy import check, evaluate
+from accuracy import check, evaluate, winners
 from problems import FORMS, Case, make
 from test_accuracy import CONTENTS, LAYOUTS, SHAPES
 
@@ -36,7 +36,6 @@ CASES = [
     Case(3, 70, 48, layout="strided", mask="one"),
     Case(3, 66, 40, layout="offset"),
     Case(4, 9, 33, data="duplicated"),
-    Case(2, 150, 20, data="duplicated"),  # the first of equals, over several tiles
     Case(0, 3, 4, K=5),
     Case(5, 3, 4, K=0),
 ]
@@ -239,6 +238,13 @@ def test_any_run_of_images(run, case, form, monkeypatch):
     """How many images a program walks through, and so where in a tile they begin and end, changes nothing."""
     monkeypatch.setattr(backend, "images_per_run", lambda *_: run)
     check(make(case, form, "compatibility", device=DEVICE), "triton", ())
+
+
+@pytest.mark.parametrize("n", [5, 64, 150, 300])
+def test_the_first_of_equals_wins(n):
+    """In one tile, and over several."""
+    problem = make(Case(3, n, 20, data="duplicated"), "max", "compatibility", device=DEVICE)
+    assert (winners(problem, "triton") == 0).all()
 
 
 def test_runs_of_images_waste_nothing():
