@@ -52,11 +52,12 @@ class Variant(NamedTuple):
     tau: float = 0.07
     tensor_tau: bool = False
     aligned: bool = True
+    flat: bool = True  # without gaps between images, which a class token in front leaves
 
     def __str__(self) -> str:
         marks = [f"N{self.patches}", f"D{self.dim}"]
         marks += ["mask"] * self.mask + [f"tau{self.tau}"] * (self.tau != 0.07) + ["tensor-tau"] * self.tensor_tau
-        return "-".join([self.form, *marks, *(["unaligned"] * (not self.aligned))])
+        return "-".join([self.form, *marks, *(["unaligned"] * (not self.aligned)), *(["gaps"] * (not self.flat))])
 
 
 DEFAULT = [
@@ -66,8 +67,23 @@ DEFAULT = [
     Variant(tau=0.01),
     Variant(dtype="fp32"),
 ]
-# Kernels of a row each, and of variants that the first ones cover.
-ONCE = ("inverse_norms_kernel", "project_out_kernel", "gram_kernel")
+# What differs from those little enough that one architecture stands for all.
+ON_90 = [
+    Variant(dtype="fp16"),
+    Variant(aligned=False),
+    Variant(flat=False),
+    Variant(patches=48),
+    Variant(tensor_tau=True),
+]
+# Kernels without a tile of scores: a row each, of the same architecture.
+ONCE = (
+    "inverse_norms_kernel",
+    "project_out_kernel",
+    "gram_kernel",
+    "shifted_logsumexp_kernel",
+    "sigmoid_loss_kernel",
+    "loss_backward_kernel",
+)
 
 
 class Launch(NamedTuple):
@@ -111,7 +127,8 @@ def launches(variant: Variant, target: int) -> list[Launch]:
     dtype = DTYPES[variant.dtype]
     dim = variant.dim
     padding = 0 if variant.aligned else 1
-    patches = torch.empty(1024, variant.patches, dim + padding, dtype=dtype, device="meta")[..., :dim]
+    gap = 0 if variant.flat else 1
+    patches = torch.empty(1024, gap + variant.patches, dim + padding, dtype=dtype, device="meta")[:, gap:, :dim]
     texts = torch.empty(1024, dim + padding, dtype=dtype, device="meta")[:, :dim]
     mask = torch.empty(patches.shape[:2], dtype=torch.bool, device="meta") if variant.mask else None
     tau = torch.empty((), device="meta") if variant.tensor_tau else variant.tau
@@ -126,6 +143,10 @@ def launches(variant: Variant, target: int) -> list[Launch]:
             setattr(backend, name, function)
         backend.score_forward(patches, texts, mask, tau, variant.form, phi, stat)
         backend.score_backward(patches, texts, mask, tau, variant.form, phi, stat, grad_phi, *grads)
+        value, scale, statistics = phi.new_empty(()), phi.new_empty(()), phi.new_empty(4, len(phi))
+        for loss, kept in (("infonce", statistics), ("sigmoid", None)):
+            backend.loss_forward(phi, scale, None, loss, value, kept)
+            backend.loss_backward(phi, scale, None, loss, kept, value, grad_phi, value, value)
     finally:
         for name, function in originals.items():
             setattr(backend, name, function)
@@ -195,12 +216,13 @@ def _tensor_core(code: str) -> str:
 def rows_of(variants: list[Variant], targets) -> list[Launch]:
     """Every launch once: two with the same types, constants and alignments are one binary."""
     unique: dict[tuple, Launch] = {}
-    for target, variant in itertools.product(targets, variants):
-        for launch in launches(variant, target):
-            key = (launch.kernel, target, *(str(part) for part in launch[4:]))
-            if launch.kernel in ONCE:
-                key = (launch.kernel, target)
-            unique.setdefault(key, launch)
+    for target in targets:
+        for variant in [*variants, *(ON_90 if target == 90 else ())]:
+            for launch in launches(variant, target):
+                if launch.kernel not in ONCE:
+                    unique.setdefault((launch.kernel, target, *(str(part) for part in launch[4:])), launch)
+                elif target == 90 or 90 not in targets:
+                    unique.setdefault((launch.kernel,), launch)
     return list(unique.values())
 
 

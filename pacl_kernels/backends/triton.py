@@ -39,6 +39,7 @@ class Config(NamedTuple):
     per_processor: int
 
 
+# "safe" is with a running maximum, "full" with a mask or the temperature's gradient: both need more registers.
 # (kernel, architecture, bytes of an element) to configuration; an architecture without an entry takes that of the
 # newest older one. None has been timed on hardware yet. What `benchmarks/kernel_report.py` shows without it: no spills,
 # the tensor cores' own instructions, and registers and shared memory for `per_processor` programs on each SM, so that
@@ -47,37 +48,42 @@ CONFIGS = {
     ("forward", 80, 2): Config(128, 128, 32, 8, 4, 1),
     ("forward_safe", 80, 2): Config(128, 128, 32, 8, 4, 1),
     ("backward", 80, 2): Config(128, 128, 32, 8, 4, 1),
-    ("backward_masked", 80, 2): Config(128, 128, 32, 8, 4, 1),
+    ("backward_full", 80, 2): Config(128, 128, 32, 8, 4, 1),
     ("forward", 80, 4): Config(64, 64, 32, 4, 3, 2),
     ("forward_safe", 80, 4): Config(64, 64, 32, 8, 3, 1),
     ("backward", 80, 4): Config(64, 64, 32, 4, 3, 2),
-    ("backward_masked", 80, 4): Config(64, 64, 32, 8, 3, 1),
+    ("backward_full", 80, 4): Config(64, 64, 32, 8, 3, 1),
     ("forward", 90, 2): Config(128, 128, 64, 4, 3, 2),
     ("forward_safe", 90, 2): Config(128, 128, 64, 8, 4, 1),
     ("backward", 90, 2): Config(128, 128, 64, 4, 3, 2),
-    ("backward_masked", 90, 2): Config(128, 128, 64, 8, 4, 1),
+    ("backward_full", 90, 2): Config(128, 128, 64, 8, 4, 1),
     ("forward", 90, 4): Config(128, 64, 32, 4, 3, 2),
     ("forward_safe", 90, 4): Config(128, 64, 32, 8, 3, 1),
     ("backward", 90, 4): Config(128, 64, 32, 4, 3, 2),
-    ("backward_masked", 90, 4): Config(128, 64, 32, 8, 3, 1),
+    ("backward_full", 90, 4): Config(128, 64, 32, 8, 3, 1),
     ("forward", 100, 2): Config(128, 64, 64, 4, 4, 2),
     ("forward_safe", 100, 2): Config(128, 64, 64, 4, 4, 2),
     ("backward", 100, 2): Config(128, 64, 64, 4, 4, 2),
-    ("backward_masked", 100, 2): Config(128, 64, 64, 4, 4, 2),
+    ("backward_full", 100, 2): Config(128, 64, 64, 4, 4, 2),
     ("forward", 100, 4): Config(128, 64, 32, 8, 3, 1),
     ("forward_safe", 100, 4): Config(128, 64, 32, 8, 3, 1),
     ("backward", 100, 4): Config(128, 64, 32, 8, 3, 1),
-    ("backward_masked", 100, 4): Config(128, 64, 32, 8, 3, 1),
+    ("backward_full", 100, 4): Config(128, 64, 32, 8, 3, 1),
 }
+# For rows that are not evenly spaced, contiguous and aligned, by bytes of an element: their addresses take registers.
+STRIDED = {2: Config(128, 64, 32, 8, 4, 1), 4: Config(64, 64, 32, 8, 3, 1)}
 # Tiles of the cosine form's products with the Gram matrix: texts, patches of the result, patches summed over.
 _POOL_TEXTS, _POOL_PATCHES, _POOL_INNER = 64, 64, 64
 
 
 def config(kernel: str, patches: Tensor, texts: Tensor) -> Config:
     """The table's entry, with smaller tiles where there are fewer texts or dimensions."""
-    architectures = {architecture for _, architecture, _ in CONFIGS}
-    newest = max(x for x in architectures if x <= max(_architecture(patches.device), min(architectures)))
-    entry = CONFIGS[kernel, newest, patches.element_size()]
+    if _are_describable(patches, texts):
+        architectures = {architecture for _, architecture, _ in CONFIGS}
+        newest = max(x for x in architectures if x <= max(_architecture(patches.device), min(architectures)))
+        entry = CONFIGS[kernel, newest, patches.element_size()]
+    else:
+        entry = STRIDED[patches.element_size()]
     return entry._replace(
         block_t=min(entry.block_t, max(16, _power_of_two(len(texts)))),
         block_d=min(entry.block_d, max(16, _power_of_two(texts.shape[1]))),
@@ -221,6 +227,7 @@ class _Call:
         (self.b, self.n, self.d), self.k = patches.shape, len(texts)
         self.patches, self.texts, self.mask, self.temperature = patches, texts, patch_mask, temperature
         self.phi, self.stat = phi, stat
+        self.full = patch_mask is not None  # whether the epilogue of the backward needs more registers
         self.inv_p, self.inv_t = _inverse_norms(patches, patch_mask), _inverse_norms(texts[:, None], None)
         self.strides = (*patches.stride(), *texts.stride(), *_mask_strides(patch_mask))
         # In float16, because a <= 1 and its rounding is divided by r τ: bfloat16 loses too much.
@@ -253,6 +260,7 @@ class _Call:
 
     def backward(self, form: str, grad_phi, grad_patches, grad_texts, grad_temperature) -> None:
         cosine, dtype = form == "cosine", self.patches.dtype
+        self.full |= form == "dot" and grad_temperature is not None
         self.scale = self._weight_scale(grad_phi) if dtype == torch.float16 else None
         itemsize = dtype.itemsize + (self.attention_dtype.itemsize if cosine else 0)
         # float16 may overflow before the scale is undone; a sum over blocks of texts would be rounded each time.
@@ -410,7 +418,7 @@ class _Call:
         )
 
     def backward_config(self) -> Config:
-        return config("backward" if self.mask is None else "backward_masked", self.patches, self.texts)
+        return config("backward_full" if self.full else "backward", self.patches, self.texts)
 
     def workspace(self, blocks: Blocks, dtype: torch.dtype) -> Tensor:
         """Room for whole tiles `[texts, rows]` of a block."""
@@ -505,8 +513,7 @@ def _float32_precision() -> str:
 def _operands(patches: Tensor, texts: Tensor, chosen: Config) -> tuple:
     """Patches and texts as the kernels take them, and whether as descriptors of bulk copies (TMA)."""
     (b, n, d), k = patches.shape, len(texts)
-    flat = patches.stride(0) == n * patches.stride(1) or b == 1
-    if not (flat and _has_bulk_copies(patches.device) and all(map(_is_describable, (patches, texts)))):
+    if not (_has_bulk_copies(patches.device) and _are_describable(patches, texts)):
         return patches, texts, False
     from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -517,10 +524,17 @@ def _operands(patches: Tensor, texts: Tensor, chosen: Config) -> tuple:
     )
 
 
-def _is_describable(x: Tensor) -> bool:
-    rows = x.stride(-2)
-    aligned = rows * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0
-    return x.stride(-1) == 1 and rows >= x.shape[-1] and aligned
+def _are_describable(patches: Tensor, texts: Tensor) -> bool:
+    """Whether both are matrices of evenly spaced rows, contiguous and aligned to 16 bytes."""
+
+    def aligned(x: Tensor) -> bool:
+        rows = x.stride(-2)
+        return (
+            x.stride(-1) == 1 and rows >= x.shape[-1] and rows * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0
+        )
+
+    flat = len(patches) == 1 or patches.stride(0) == patches.shape[1] * patches.stride(1)
+    return flat and aligned(patches) and aligned(texts)
 
 
 @functools.cache
