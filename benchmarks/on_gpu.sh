@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, unattended: tests, tables, tuning. usage: benchmarks/on_gpu.sh DIR (logs and JSON go there)
+# Everything that needs a GPU, unattended: tests, tables, tuning. Logs and JSON go to DIR.
+#   benchmarks/on_gpu.sh DIR [STAGE...]     all stages, or those whose names begin so: sanity throughput tune tests sanitizer
 set -uo pipefail
-out=$(realpath -m "${1:?usage: $0 DIR}")
+out=$(realpath -m "${1:?usage: $0 DIR [STAGE...]}")
+stages=("${@:2}")
 mkdir -p "$out"
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
@@ -9,8 +11,10 @@ export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD:$PWD/python${PYTHONPATH:+:$PYTHONPATH
 seconds() { date +%s; }
 begin=$(seconds)
 run() { # name, then a command under a limit of seconds; what it printed is kept, failure does not stop the rest
-  local name=$1 limit=$2
+  local name=$1 limit=$2 wanted=$((${#stages[@]} == 0)) stage
   shift 2
+  for stage in ${stages[@]+"${stages[@]}"}; do [[ $name == "$stage"* ]] && wanted=1; done
+  ((wanted)) || return 0
   timeout "$limit" "$@" >"$out/$name.log" 2>&1
   echo "$name: exit $?, $(($(seconds) - begin)) s so far; $(tail -n 1 "$out/$name.log")"
 }
@@ -22,7 +26,8 @@ for form in dot cosine max; do
     --batch 4096 --repeats 7 --json "$out/throughput-bfloat16-$form.json"
 done
 run tune 150 $python benchmarks/tune_triton.py --repeats 5 --json "$out/tune.json"
-run gpu-tests 900 $python -m pytest -q -p no:cacheprovider -m gpu --maxfail=40
+run tests 900 $python -m pytest -q -p no:cacheprovider -m gpu --maxfail=40 \
+  --continue-on-collection-errors
 for shape in "256 196 512" "4096 196 768" "4096 256 1024" "2048 576 768"; do
   read -r batch patches dim <<<"$shape"
   run "throughput-$batch-$patches-$dim" 120 $python benchmarks/throughput.py --device cuda --dtype bfloat16 \

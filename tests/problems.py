@@ -201,3 +201,82 @@ _LAYOUTS = {
     "expanded_rows": lambda x: x[..., :1, :].expand_as(x),
     "expanded_last": lambda x: x[..., :1].expand_as(x),
 }
+
+
+# What every backend is tried on: sizes, contents, strides.
+SHAPES = [
+    Case(1, 1, 1),
+    Case(1, 1, 1, K=3),
+    Case(2, 1, 1),
+    Case(4, 9, 1),
+    Case(3, 5, 2),
+    Case(1, 7, 33),
+    Case(1, 1369, 5),
+    Case(7, 1, 129),
+    Case(2, 2, 1023),
+    Case(3, 1369, 17),
+    Case(2, 1369, 1024),
+    Case(17, 13, 31),
+    Case(9, 196, 67),
+    Case(5, 49, 511),
+    Case(33, 50, 65),
+    Case(49, 15, 64),
+    Case(65, 8, 96),
+    Case(97, 3, 7),
+    Case(3, 577, 40),
+    Case(1, 3, 5, K=100),
+    Case(100, 3, 5, K=1),
+    Case(3, 21, 19, K=47),
+    Case(5, 197, 77, K=49),
+    Case(2, 255, 257, K=131),
+    Case(0, 3, 4, K=5),
+    Case(5, 3, 4, K=0),
+    Case(0, 3, 4, K=0),
+]
+CONTENTS = [
+    *(Case(tau=tau) for tau in (0.01, 0.02, 0.049, 0.05, 0.3, 1.0, 10.0)),
+    *(Case(9, 100, 20, tau=tau, scale=100.0) for tau in (0.01, 0.07, 10.0)),
+    Case(scale=100.0),
+    Case(scale=100.0, data="aligned"),
+    Case(12, 20, 40, scale=100.0, data="aligned", tau=1.0),
+    Case(data="random"),
+    Case(data="random", tau=0.01),
+    Case(6, 30, 70, data="norms"),
+    Case(6, 30, 70, data="norms", tau=0.01, scale=100.0),
+    Case(data="large"),
+    Case(data="small"),
+    Case(data="small", tau=0.01, scale=100.0),
+    Case(data="zero_patches"),
+    Case(N=1, data="zero_patches"),
+    Case(data="zero_texts"),
+    Case(B=1, data="zero_texts"),
+    Case(data="duplicated"),
+    Case(data="duplicated", tau=0.01),
+    Case(data="opposite"),
+    Case(N=8, data="opposite"),
+    Case(N=8, data="opposite", tau=1.0),
+    Case(N=8, data="opposite", tau=10.0),
+    Case(N=2, D=1, data="opposite"),
+    Case(7, 29, 69, tau=0.01, scale=100.0, data="zero_patches"),
+    Case(4, 24, 5, K=51, tau=0.01, data="duplicated"),
+    Case(3, 348, 132, tau=0.01, data="duplicated"),
+    Case(9, 10, 16, K=14, tau=0.2, layout="expanded_last"),
+]
+LONG_OPPOSITE = [Case(N=8, D=D, tau=tau, data="opposite") for D in (65, 96) for tau in (0.1, 1.0, 10.0)]
+LAYOUTS = [
+    Case(layout=layout)
+    for layout in (
+        "offset",
+        "strided",
+        "spaced",
+        "transposed",
+        "permuted",
+        "expanded",
+        "expanded_rows",
+        "expanded_last",
+    )
+] + [
+    Case(3, 50, 64, layout="strided"),
+    Case(3, 50, 64, layout="permuted", mask="random"),
+    Case(3, 21, 19, K=47, layout="transposed"),
+]

@@ -5,8 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from accuracy import check, evaluate, winners
-from problems import FORMS, Case, make
-from test_accuracy import CONTENTS, LAYOUTS, SHAPES
+from problems import CONTENTS, FORMS, LAYOUTS, SHAPES, Case, make
 
 from pacl_kernels import available_backends, dispatch, fused_pacl_loss
 from pacl_kernels.backends import triton as backend
