@@ -1,4 +1,4 @@
-"""The Triton kernels. `triton.py` launches them and explains their order; docs/kernels.md draws the tiles.
+"""The Triton kernels. `triton.py` launches them and explains their order; docs/triton.md draws the tiles.
 
 A tile has texts as its rows and patches as its columns, so that sums over patches run along a thread's own registers.
 Operands are raw; the two inverse norms enter behind the product. The patches of all images lie one after the other: a
@@ -26,11 +26,14 @@ INTERPRETED = tl.constexpr(interpreted())
 
 
 @triton.jit
-def _temperature(TAU, TAU_IS_TENSOR: tl.constexpr):
-    if TAU_IS_TENSOR:
-        return tl.load(TAU).to(tl.float32)
+def _scalar(X, IS_TENSOR: tl.constexpr):
+    """A number, or what is at that address; 0 for None."""
+    if X is None:
+        return 0.0
+    elif IS_TENSOR:
+        return tl.load(X).to(tl.float32)
     else:
-        return TAU
+        return X
 
 
 @triton.jit
@@ -131,11 +134,9 @@ def _softmax_result(total, weighted, largest, scale, SAFE: tl.constexpr):
 
 
 @triton.jit
-def _add_largest(s, first_n, inside, best, index, SELECT: tl.constexpr, AXIS: tl.constexpr):
+def _add_largest(s, first_n, inside, best, index, AXIS: tl.constexpr):
     """The first maximum of `best` so far and the columns `inside`, whose first is patch `first_n`. NaN wins, as inf."""
-    key = tl.where(s != s, float("inf"), s)
-    if SELECT:
-        key = tl.where(inside, key, float("-inf"))
+    key = tl.where(inside, tl.where(s != s, float("inf"), s), float("-inf"))
     top, at = tl.max(key, AXIS, return_indices=True, return_indices_tie_break_left=True)
     higher = top > best
     return tl.where(higher, top, best), tl.where(higher, (first_n + at).to(tl.float32), index)
@@ -161,7 +162,7 @@ def score_forward_kernel(
     IMAGES: how many a tile touches at most. A temperature in device memory chooses between the launch that is SAFE (a
     running maximum) and the one that is not, without the host reading it: the other has no items.
     """
-    tau = _temperature(TAU, TAU_IS_TENSOR)
+    tau = _scalar(TAU, TAU_IS_TENSOR)
     scale = LOG2E / tau
     text_tiles = tl.cdiv(K, BLOCK_T)
     items = text_tiles * tl.cdiv(B, images_per_run)
@@ -202,7 +203,7 @@ def score_forward_kernel(
                 parts = tl.reshape(s, [BLOCK_T, IMAGES, PAD])
                 inside = tl.reshape(p_live, [1, IMAGES, PAD])
                 if MAX:
-                    top, index = _add_largest(parts, 0, inside, one + float("-inf"), one - 1.0, True, 2)
+                    top, index = _add_largest(parts, 0, inside, one + float("-inf"), one - 1.0, 2)
                     phi, stat = _max_result(top, index)
                 else:
                     e_sum, es_sum, top = _add_softmax(
@@ -222,7 +223,7 @@ def score_forward_kernel(
                     if (begin < BLOCK_P) & (image < image_end):
                         inside = (p_live & (cols >= begin) & (cols < end))[None, :]
                         if MAX:
-                            largest, total = _add_largest(s, -begin, inside, largest, total, True, 1)
+                            largest, total = _add_largest(s, -begin, inside, largest, total, 1)
                         elif HAS_MASK or (begin > 0) | (end < BLOCK_P):
                             total, weighted, largest = _add_softmax(
                                 s, inside, scale, total, weighted, largest, True, SAFE, 1
@@ -323,7 +324,7 @@ def score_backward_kernel(
     apart, so that a block of texts can be taken. IMAGES: how many a quarter of a tile touches at most. TAU_SUMS gets
     Σ a g (s - φ)² of each item: -τ² times its part of the temperature's gradient.
     """
-    tau = _temperature(TAU, TAU_IS_TENSOR)
+    tau = _scalar(TAU, TAU_IS_TENSOR)
     scale, inv_tau = LOG2E / tau, 1.0 / tau
     w_scale = tl.load(W_SCALE) if SCALED else 1.0
     text_tiles = tl.cdiv(K, BLOCK_T)
@@ -426,7 +427,7 @@ def cosine_forward_kernel(
     over the entropy, since the backward has no `dot` φ any more. One program for an image and a tile of texts.
     """
     N = N // N_ALIGN * N_ALIGN  # tells the compiler how rows of A are aligned
-    scale = LOG2E / _temperature(TAU, TAU_IS_TENSOR)
+    scale = LOG2E / _scalar(TAU, TAU_IS_TENSOR)
     text_tiles = tl.cdiv(K, BLOCK_T)
     image = tl.program_id(0) // text_tiles
     text0 = tl.program_id(0) % text_tiles * BLOCK_T
@@ -472,7 +473,7 @@ def cosine_backward_kernel(
     (u / r²) q. u, r and Σ a are summed again over the rounded A, so that what must cancel cancels.
     """
     N = N // N_ALIGN * N_ALIGN  # tells the compiler how rows of A are aligned
-    tau = _temperature(TAU, TAU_IS_TENSOR)
+    tau = _scalar(TAU, TAU_IS_TENSOR)
     scale = LOG2E / tau
     w_scale = tl.load(W_SCALE) if SCALED else 1.0
     text_tiles = tl.cdiv(K, BLOCK_T)
@@ -659,17 +660,6 @@ def _load_row(X, offsets, live, d, D, stride_d, BLOCK_D: tl.constexpr):
     offs_d = (d + tl.arange(0, BLOCK_D)).to(tl.int64)
     mask = live[:, None] & (offs_d < D)[None, :]
     return tl.load(X + offsets[:, None] + (offs_d * stride_d)[None, :], mask=mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _scalar(X, IS_TENSOR: tl.constexpr):
-    """A number, or what is at that address; 0 for None."""
-    if X is None:
-        return 0.0
-    elif IS_TENSOR:
-        return tl.load(X).to(tl.float32)
-    else:
-        return X
 
 
 @triton.jit(do_not_specialize=("rows_count", "length"))
