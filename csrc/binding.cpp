@@ -65,16 +65,17 @@ PYBIND11_MODULE(_native, m) {
            py::arg("text_strides"), py::arg("mask"), py::arg("mask_strides"), py::arg("phi"), py::arg("lse"))
       .def(
           "set_gradients",
-          [](ScoreParams& p, uintptr_t grad_phi, uintptr_t grad_patches, uintptr_t grad_texts, uintptr_t texts_sum,
-             uintptr_t grad_temperature) {
+          [](ScoreParams& p, uintptr_t grad_phi, uintptr_t grad_patches, uintptr_t grad_texts,
+             const std::string& grad_texts_dtype, uintptr_t texts_sum, uintptr_t grad_temperature) {
             p.grad_phi = address<const float>(grad_phi);
             p.grad_patches = address<void>(grad_patches);
             p.grad_texts = address<void>(grad_texts);
+            p.grad_texts_dtype = parse_dtype(grad_texts_dtype);
             p.texts_sum = address<float>(texts_sum);
             p.grad_temperature = address<float>(grad_temperature);
           },
-          py::kw_only(), py::arg("grad_phi"), py::arg("grad_patches"), py::arg("grad_texts"), py::arg("texts_sum"),
-          py::arg("grad_temperature"))
+          py::kw_only(), py::arg("grad_phi"), py::arg("grad_patches"), py::arg("grad_texts"), py::arg("grad_texts_dtype"),
+          py::arg("texts_sum"), py::arg("grad_temperature"))
       .def("set_workspace",
            [](ScoreParams& p, uintptr_t at, int64_t bytes) {
              p.workspace = address<char>(at);

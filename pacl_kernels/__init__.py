@@ -1,8 +1,9 @@
 """Patch Aligned Contrastive Learning, all pairs of a batch, at the cost of its matrix products and almost no memory."""
 
+from .cached import cached_step
 from .dispatch import available_backends
 from .function import PaclFunction
 from .loss import PaclLoss, compatibility, fused_pacl_loss
 
 __version__ = "0.1.0.dev0"
-__all__ = ["PaclFunction", "PaclLoss", "available_backends", "compatibility", "fused_pacl_loss"]
+__all__ = ["PaclFunction", "PaclLoss", "available_backends", "cached_step", "compatibility", "fused_pacl_loss"]

@@ -6,9 +6,10 @@ import math
 from numbers import Real
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from . import reference
+from . import distributed, reference
 from .dispatch import resolve
 from .function import CompatibilityFunction, PaclFunction
 
@@ -27,7 +28,8 @@ def fused_pacl_loss(
     form: str = "dot",
     loss: str = "infonce",
     logit_bias: float | Tensor | None = None,
-    group=None,
+    group: dist.ProcessGroup | None = None,
+    exchange: str = "auto",
     backend: str = "auto",
 ) -> Tensor:
     """Patch Aligned Contrastive Learning loss of all B × B pairs, without a `[B, B, N]` tensor. Equals
@@ -55,7 +57,16 @@ def fused_pacl_loss(
         loss: `"infonce"`, the mean of row and column cross-entropy, or `"sigmoid"` (SigLIP), summed over all pairs and
             divided by B.
         logit_bias: added to the logits (SigLIP), a number or a tensor of one element.
-        group: reserved for a `torch.distributed` group; only None (this process alone) works in this release.
+        group: a `torch.distributed` process group: the batch is that of all its processes, B this one's part of it,
+            which may differ between them (on a GPU the first step must have the largest part). None is this process
+            alone. Every process returns the loss of the global batch. Gradients of patches and texts are the number of
+            processes times those of the global batch, so that the averaging of DDP and FSDP makes every parameter's
+            gradient that of one process with the whole batch; whoever sums gradients instead divides by it. Gradients
+            of the scalars are exact in each process. The gradient that comes from above must be the same everywhere,
+            and |logit_scale| + |logit_bias| at most 300 (the float64 sums of the columns are taken relative to it).
+        exchange: how texts travel in the group: `"gather"` (all at once), `"ring"` (from neighbour to neighbour, for
+            when `[B_global, D]` or `[B, B_global]` does not fit; a step is 5 units of work instead of 4), or `"auto"`,
+            which takes the ring once those arrays pass 8 GiB.
         backend: `"auto"`, or one of `available_backends()`; the environment variable PACL_BACKEND replaces `"auto"`.
 
     Returns:
@@ -81,9 +92,14 @@ def fused_pacl_loss(
     logit_scale = _check_scalar("logit_scale", logit_scale, patches)
     if logit_bias is not None:
         logit_bias = _check_scalar("logit_bias", logit_bias, patches)
-    if group is not None:
-        raise NotImplementedError("group is not None, expected None: the batch of many processes is not supported yet")
+    _check_choice("exchange", exchange, distributed.EXCHANGES)
+    _check_group(group)
     backend = resolve(backend, patches.device, patches.dtype)
+    if group is not None and group.size() > 1:
+        return _global_loss(
+            *(patches, texts, logit_scale, logit_bias, attn_temperature, patch_mask),
+            *(form, loss, backend, group, exchange),
+        )
     if backend == "reference":
         return reference.pacl_loss(
             patches,
@@ -97,6 +113,38 @@ def fused_pacl_loss(
         )
     return PaclFunction.apply(
         patches, texts, logit_scale, logit_bias, attn_temperature, patch_mask, form, loss, backend
+    )
+
+
+def _global_loss(
+    patches, texts, logit_scale, logit_bias, attn_temperature, patch_mask, form, loss, backend, group, exchange
+) -> Tensor:
+    if backend == "reference":
+        raise ValueError("backend is 'reference', expected another one with a group: the reference is one process")
+
+    setting = distributed.Setting
+    settings = {
+        "form": setting(form, FORMS),
+        "loss": setting(loss, LOSSES),
+        "exchange": setting(exchange, distributed.EXCHANGES),
+        "patches' D": setting(patches.shape[2], int),
+        "patches' dtype": setting(patches.dtype, _DTYPES),
+        "attn_temperature": setting(attn_temperature, float),
+        "logit_scale": setting(logit_scale, float),
+        "logit_bias": setting(logit_bias, float),
+    }
+    for name, value in (
+        ("texts", texts),
+        ("attn_temperature", attn_temperature),
+        ("logit_scale", logit_scale),
+        ("logit_bias", logit_bias),
+    ):
+        # The collectives of the backward depend on it.
+        needed = torch.is_grad_enabled() and isinstance(value, Tensor) and value.requires_grad
+        settings[f"{name}.requires_grad"] = setting(needed, bool)
+    plan, headers = distributed.make_plan(group, texts, settings)
+    return distributed.GlobalPaclFunction.apply(
+        patches, texts, logit_scale, logit_bias, attn_temperature, patch_mask, form, loss, backend, plan, headers
     )
 
 
@@ -132,7 +180,8 @@ class PaclLoss(nn.Module):
     """`fused_pacl_loss` behind the call of open_clip's losses: `loss(image_features, text_features, logit_scale)`.
 
     `attn_temperature` may be a tensor, but a learnable one belongs to the model: an optimiser that is built from
-    `model.parameters()` does not see this module's. `form="max"` ignores it.
+    `model.parameters()` does not see this module's. `form="max"` ignores it. `group` and `exchange` are those of
+    `fused_pacl_loss`; as in open_clip's losses, a `world_size` above 1 (with its `rank`) stands for the default group.
     """
 
     def __init__(
@@ -142,17 +191,15 @@ class PaclLoss(nn.Module):
         loss: str = "infonce",
         rank: int = 0,
         world_size: int = 1,
-        group=None,
+        group: dist.ProcessGroup | None = None,
+        exchange: str = "auto",
         backend: str = "auto",
     ):
         super().__init__()
-        if world_size != 1 or rank != 0:
-            raise NotImplementedError(
-                f"rank is {rank} and world_size {world_size}, expected 0 and 1: the batch of many processes is not "
-                "supported yet"
-            )
+        if world_size > 1:
+            group = _open_clip_group(rank, world_size, group)
         self.attn_temperature, self.form, self.loss = attn_temperature, form, loss
-        self.group, self.backend = group, backend
+        self.group, self.exchange, self.backend = group, exchange, backend
 
     def forward(
         self,
@@ -174,6 +221,7 @@ class PaclLoss(nn.Module):
             loss=self.loss,
             logit_bias=logit_bias,
             group=self.group,
+            exchange=self.exchange,
             backend=self.backend,
         )
         return {"contrastive_loss": value} if output_dict else value
@@ -190,6 +238,8 @@ def _check_pair(patches, texts, patch_mask) -> tuple[Tensor, Tensor]:
     for name, value, layout in (("patches", patches, "[B, N, D]"), ("texts", texts, "[K, D]")):
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} is a {type(value).__name__}, expected a tensor of shape {layout}")
+        if hasattr(value, "full_tensor"):
+            raise TypeError(f"{name} is a DTensor, expected this process's own rows as a plain tensor (to_local())")
         if value.dtype not in _DTYPES:
             raise TypeError(f"{name} is {value.dtype}, expected float32, bfloat16, float16 or float64")
         if value.ndim != layout.count(",") + 1:
@@ -220,6 +270,8 @@ def _check_pair(patches, texts, patch_mask) -> tuple[Tensor, Tensor]:
 
 def _check_scalar(name: str, value, patches: Tensor, positive: bool = False) -> float | Tensor:
     if isinstance(value, Tensor):
+        if hasattr(value, "full_tensor"):  # a parameter under FSDP; the gradient is the same on every rank, as it asks
+            value = value.full_tensor()
         if not value.dtype.is_floating_point:
             raise TypeError(f"{name} is a {value.dtype} tensor, expected a floating-point one")
         if value.numel() != 1:
@@ -232,6 +284,26 @@ def _check_scalar(name: str, value, patches: Tensor, positive: bool = False) -> 
     if positive and not 0 < value < math.inf:  # NaN fails it too
         raise ValueError(f"{name} is {value}, expected a finite number above 0")
     return float(value)
+
+
+def _check_group(group) -> None:
+    if group is not None and not isinstance(group, getattr(dist, "ProcessGroup", ())):
+        raise TypeError(
+            f"group is a {type(group).__name__}, expected a torch.distributed process group with this process in it"
+        )
+
+
+def _open_clip_group(rank: int, world_size: int, group):
+    """The default group, or `group`, once it is what rank and world size say."""
+    if group is None:
+        if not (dist.is_available() and dist.is_initialized()):
+            raise ValueError(f"world_size is {world_size}, expected 1 without an initialised torch.distributed")
+        group = dist.group.WORLD
+    if (group.rank(), group.size()) != (rank, world_size):
+        raise ValueError(
+            f"rank is {rank} and world_size {world_size}, expected {group.rank()} and {group.size()} as in the group"
+        )
+    return group
 
 
 def _check_choice(name: str, value, choices: tuple[str, ...]) -> None:

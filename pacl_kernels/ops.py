@@ -63,7 +63,10 @@ def score_backward(
     grad_texts: Optional[Tensor],  # noqa: UP045
     grad_temperature: Optional[Tensor],  # noqa: UP045
 ) -> None:
-    """Gradients from ∂L/∂φ `[B, K]`, into those buffers that are given: like patches, like texts, and 0-D."""
+    """Gradients from ∂L/∂φ `[B, K]`, into those buffers that are given: like patches, like texts, and 0-D.
+
+    That of the texts may be float32 whatever they are.
+    """
     tau = temperature_value if temperature is None else temperature.to(phi.dtype).reshape(())
     with torch.autocast(patches.device.type, enabled=False):
         dispatch.module(backend).score_backward(

@@ -83,6 +83,9 @@ LOSS_ONLY = [
     ({"logit_bias": torch.zeros((), device="meta")}, ValueError, "logit_bias is on meta", "cpu"),
     ({"loss": "hinge"}, ValueError, "loss is 'hinge'", "'infonce', 'sigmoid'"),
     ({"loss": None}, ValueError, "loss is None", "'infonce', 'sigmoid'"),
+    ({"group": object()}, TypeError, "group is a object", "torch.distributed process group"),
+    ({"group": 0}, TypeError, "group is a int", "torch.distributed process group"),
+    ({"exchange": "star"}, ValueError, "exchange is 'star'", "'auto', 'gather', 'ring'"),
 ]
 
 
@@ -107,11 +110,9 @@ def _assert_refuses(function, arguments, error, came, expected):
     assert "\n" not in message and len(message) < 200, "one clear sentence"
 
 
-def test_a_process_group_is_refused_not_ignored():
-    with pytest.raises(NotImplementedError, match="group.*expected None"):
-        fused_pacl_loss(**_inputs(), logit_scale=10.0, group=object())
+def test_module_of_many_processes_needs_a_process_group():
     for places in ({"world_size": 2}, {"rank": 1, "world_size": 2}):
-        with pytest.raises(NotImplementedError, match="world_size.*expected"):
+        with pytest.raises(ValueError, match="world_size is 2, expected 1 without an initialised torch.distributed"):
             PaclLoss(**places)
 
 

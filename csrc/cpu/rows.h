@@ -275,8 +275,8 @@ void finish_texts(const ScoreParams& p, int64_t first, int64_t last, float* buff
     read_row(p.texts, k * p.text_stride_row, p.text_stride_dim, p.dim, p.dtype, text);
     memset(text + p.dim, 0, sizeof(float) * (dims - p.dim));
     const float inv_norm = inverse_norm<Float32>(text, dims);
-    finish_row<Float32>(p.texts_sum + k * kPanel, capacity, text, 1, 0, inv_norm * inv_norm, p.dim, p.dtype,
-                        p.grad_texts, k * p.dim, buffer);
+    finish_row<Float32>(p.texts_sum + k * kPanel, capacity, text, 1, 0, inv_norm * inv_norm, p.dim,
+                        p.grad_texts_dtype, p.grad_texts, k * p.dim, buffer);
   }
   finish_copies();
 }

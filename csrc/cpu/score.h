@@ -19,7 +19,7 @@ struct OpenMp {
 
 struct ScoreParams {
   int64_t images, patches_per_image, texts_count, dim;  // B, N, K, D
-  Dtype dtype;                                          // of patches, texts and their gradients
+  Dtype dtype;                                          // of patches, texts and the patches' gradient
   Form form;
   float temperature;
   int threads;
@@ -39,6 +39,7 @@ struct ScoreParams {
   const float* grad_phi;    // [B, K]
   void* grad_patches;       // [B, N, D], contiguous
   void* grad_texts;         // [K, D], contiguous
+  Dtype grad_texts_dtype;   // that of the texts, or float32 for sums that go on
   float* texts_sum;         // [accumulator_floats], needed with grad_texts
   float* grad_temperature;  // [1]
   char* workspace;

@@ -77,6 +77,7 @@ def score_backward(
         grad_phi=grad_phi.data_ptr(),
         grad_patches=_address(grad_patches),
         grad_texts=_address(grad_texts),
+        grad_texts_dtype=_DTYPES[texts.dtype if grad_texts is None else grad_texts.dtype],
         texts_sum=_address(texts_sum),
         grad_temperature=_address(grad_temperature),
     )

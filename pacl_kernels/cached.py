@@ -1,0 +1,155 @@
+"""Batches beyond memory: a training step in two passes, with the gradients of one (GradCache, arXiv 2101.06983)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+
+def cached_step(
+    encode: Callable[[Any], Any],
+    batch: Any,
+    loss: Callable[..., Tensor],
+    *,
+    micro_batch: int,
+    modules: Iterable[nn.Module] = (),
+) -> Tensor:
+    """Forward and backward of `loss(*encode(batch))` with the activations of `micro_batch` samples in memory.
+
+    All samples are encoded without a graph, the loss of the whole batch gives the gradients of their embeddings, and
+    each micro-batch but the last is encoded once more to pass them on. Gradients are added to `.grad`, as by
+    `backward()`, and are those of one pass over the same micro-batches: torch's random numbers are replayed, so dropout
+    agrees. Batch normalisation in training mode normalises, and updates its statistics, by micro-batch.
+
+    ```python
+    def encode(batch):
+        images, tokens = batch
+        return embedder(images), text_encoder(tokens), log_scale.exp()
+
+    loss = cached_step(encode, (images, tokens), partial(fused_pacl_loss, group=group), micro_batch=64)
+    optimiser.step()
+    ```
+
+    Args:
+        encode: takes a part of `batch` and returns a tensor, or a tuple of tensors: embeddings with one row for each
+            sample, or scalars (0-D or one element `[1]`), which must not depend on the samples.
+        batch: a tensor, or tuples, lists and dicts of tensors that all have the samples along their first dimension;
+            whatever is not a tensor is handed to each part as it is.
+        loss: takes the whole batch's outputs of `encode`, one argument each, and returns a scalar. It may communicate
+            (`group=`) and may use parameters of its own, whose gradients it adds as usual.
+        micro_batch: samples encoded at a time, at least 1.
+        modules: those under DistributedDataParallel or `fully_shard` that `encode` calls: they exchange gradients after
+            the last micro-batch only. With `fully_shard` every process needs as many micro-batches.
+
+    Returns:
+        The loss, detached.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was expected.
+    """
+    if isinstance(micro_batch, bool) or not isinstance(micro_batch, int):
+        raise TypeError(f"micro_batch is a {type(micro_batch).__name__}, expected an int")
+    if micro_batch < 1:
+        raise ValueError(f"micro_batch is {micro_batch}, expected at least 1")
+    parts, sizes = _split(batch, micro_batch)
+    modules = tuple(modules)
+    random, outputs = [], []
+    with _no_exchange(modules), torch.no_grad():
+        for part in parts[:-1]:
+            random.append(_random_state())
+            outputs.append(_outputs(encode, part))
+    final = len(parts) == 1  # whether what comes next is the last backward, after which processes exchange gradients
+    with contextlib.nullcontext() if final else _no_exchange(modules):
+        last = _outputs(encode, parts[-1])
+        after = _random_state()
+        leaves = []
+        for i, example in enumerate(last):
+            rows = [output[i] for output in outputs] + [example.detach()]
+            leaf = torch.cat(rows) if _has_rows(example) else rows[-1].clone()
+            leaves.append(leaf.requires_grad_(example.requires_grad))
+        value = loss(*leaves)
+        value.backward()
+        grads = [
+            leaf.grad.split(sizes) if leaf.grad is not None and _has_rows(leaf) else [leaf.grad] * len(parts)
+            for leaf in leaves
+        ]
+        _pass_on(last, [grad[-1] for grad in grads], scalars=final)
+    del last  # with its graph
+    for i, (part, state) in enumerate(zip(parts[:-1], random, strict=True)):
+        final = i == len(parts) - 2
+        with contextlib.nullcontext() if final else _no_exchange(modules):
+            _set_random_state(state)
+            _pass_on(_outputs(encode, part), [grad[i] for grad in grads], scalars=final)
+    _set_random_state(after)
+    return value.detach()
+
+
+def _split(batch: Any, micro_batch: int) -> tuple[list[Any], list[int]]:
+    """Parts of at most `micro_batch` samples, and how many each has."""
+    leaves, structure = tree_flatten(batch)
+    counts = {len(x) if x.ndim else 0 for x in leaves if isinstance(x, Tensor)}
+    if len(counts) != 1 or counts == {0}:
+        raise ValueError(f"batch has tensors of {sorted(counts)} rows, expected the same number of at least 1 in each")
+    sizes = [min(micro_batch, counts_left) for counts_left in range(counts.pop(), 0, -micro_batch)]
+    columns = [x.split(sizes) if isinstance(x, Tensor) else [x] * len(sizes) for x in leaves]
+    return [tree_unflatten([column[i] for column in columns], structure) for i in range(len(sizes))], sizes
+
+
+def _outputs(encode, part: Any) -> tuple[Tensor, ...]:
+    # Autocast remembers weights that it has cast, without a graph from the first pass, or with one that is used up.
+    torch.clear_autocast_cache()
+    outputs = encode(part)
+    outputs = outputs if isinstance(outputs, tuple | list) else (outputs,)
+    for output in outputs:
+        if not isinstance(output, Tensor):
+            raise TypeError(f"encode returned a {type(output).__name__}, expected a tensor or a tuple of tensors")
+        if output.ndim == 1 and len(output) != 1:
+            raise ValueError(f"encode returned shape {list(output.shape)}, expected rows of samples, or one element")
+    return tuple(outputs)
+
+
+def _has_rows(output: Tensor) -> bool:
+    return output.ndim > 1
+
+
+def _pass_on(outputs: tuple[Tensor, ...], grads: list[Tensor | None], scalars: bool) -> None:
+    """Backward through `encode`. Scalars take part once, in the last backward: DDP waits for every parameter there."""
+    pairs = [
+        (output, grad)
+        for output, grad in zip(outputs, grads, strict=True)
+        if output.requires_grad and grad is not None and (scalars or _has_rows(output))
+    ]
+    if pairs:
+        torch.autograd.backward(*zip(*pairs, strict=True))
+
+
+@contextlib.contextmanager
+def _no_exchange(modules: tuple[nn.Module, ...]):
+    """Gradients of these modules stay in this process."""
+    with contextlib.ExitStack() as stack:
+        for module in modules:
+            if hasattr(module, "no_sync"):  # DistributedDataParallel
+                stack.enter_context(module.no_sync())
+            elif hasattr(module, "set_requires_gradient_sync"):  # fully_shard
+                module.set_requires_gradient_sync(False)
+                stack.callback(module.set_requires_gradient_sync, True)
+            else:
+                raise TypeError(
+                    f"modules has a {type(module).__name__}, expected DistributedDataParallel or fully_shard's modules"
+                )
+        yield
+
+
+def _random_state() -> tuple[Tensor, list[Tensor]]:
+    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+
+
+def _set_random_state(state: tuple[Tensor, list[Tensor]]) -> None:
+    torch.set_rng_state(state[0])
+    if state[1]:
+        torch.cuda.set_rng_state_all(state[1])

@@ -1,0 +1,29 @@
+"""Started by tests/test_distributed.py in each of three processes: the last one does not reach the second step."""
+
+import datetime
+import os
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+
+from pacl_kernels import fused_pacl_loss
+
+how, exchange = sys.argv[1:]
+dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=4))
+rank, last = dist.get_rank(), dist.get_world_size() - 1
+for step in range(2):
+    if step == 1 and rank == last:
+        print("leaves", flush=True)
+        if how == "dies":
+            os._exit(0)
+        time.sleep(60)  # is stopped before
+    patches, texts = torch.randn(4, 3, 5, requires_grad=True), torch.randn(4, 5, requires_grad=True)
+    begin = time.monotonic()
+    try:
+        fused_pacl_loss(patches, texts, 10.0, group=dist.group.WORLD, exchange=exchange).backward()
+    except Exception as error:
+        print(f"{type(error).__name__} after {time.monotonic() - begin:.0f} s", flush=True)
+        os._exit(3)
+print("finished", flush=True)
