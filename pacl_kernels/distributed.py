@@ -6,7 +6,8 @@ need one all-reduce. Two ways for the texts to come round:
 - "gather": one all-gather of the texts (the local ones are scored meanwhile), and in the backward one reduce-scatter
   of their gradient.
 - "ring": texts, and in the backward their gradient, go from neighbour to neighbour, and each block of φ is made again
-  in the backward (5 units of work instead of 4). Nothing grows with the global batch but a few numbers for each text.
+  in the backward (5 units of work instead of 4). Nothing grows with the global batch but a few numbers for each text,
+  and no block of φ is larger than `_RING_BYTES` allow.
 
 No step waits for the device: texts are padded to the largest local batch that the processes agreed on, the number of
 real ones is a tensor, and padding is masked out of every sum.
@@ -39,6 +40,7 @@ from .function import (
 
 EXCHANGES = ("auto", "gather", "ring")
 _GATHER_BYTES = 8 * 2**30  # of what grows with the global batch in one process, up to which "auto" gathers
+_RING_BYTES = 2 * 2**30  # of the four float32 arrays `[B_local, texts]` of a block
 
 
 class Plan(NamedTuple):
@@ -89,7 +91,7 @@ def make_plan(group: dist.ProcessGroup, texts: Tensor, settings: dict[str, Setti
     compiling = torch.compiler.is_compiling()
     codes = (capacity, *(setting.code() for setting in settings.values()))
     header = torch.tensor(codes, device=texts.device) if compiling else _on_device(codes, texts.device)
-    headers = torch.ops._c10d_functional.all_gather_into_tensor(header, world, group.group_name).view(world, -1)
+    headers = _all_gather(header, world, group.group_name).view(world, -1)
     if not compiling:
         agreed = _capacities.setdefault(group, {})
         if texts.device.type == "cpu" or codes[1:] not in agreed:
@@ -152,7 +154,12 @@ class GlobalPaclFunction(torch.autograd.Function):
         sums = _GlobalSums(plan, loss, logit_scale, logit_bias, headers)
         if plan.ring:
             arrays = ()
-            _send_round(_padded(texts, plan), plan, lambda at, block: sums.add(at, *_score(inputs, block, ctx.options)))
+
+            def visit(blocks):
+                for at, block in blocks:
+                    sums.add(at, *_score(inputs, block, ctx.options))
+
+            _send_round(_padded(texts, plan), plan, len(patches), visit)
         else:
             gathered, phi, lse = arrays = _gather_and_score(inputs, ctx.options, plan)
             sums.add(slice(0, len(gathered)), phi, lse)
@@ -214,7 +221,7 @@ def _score(inputs, texts: Tensor, options) -> tuple[Tensor, Tensor]:
 def _gather_and_score(inputs, options, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
     """All texts `[B_global, D]`, and φ and what the backward needs, `[B_local, B_global]`; the local texts first."""
     sent = _padded(inputs[1], plan)
-    gathered = _all_gather(sent, plan)
+    gathered = _all_gather(sent, plan.world, plan.group)
     local = _score(inputs, sent, options)
     gathered = _wait(gathered)
     phi, lse = (x.new_empty(len(x), len(gathered)) for x in local)
@@ -226,11 +233,18 @@ def _gather_and_score(inputs, options, plan: Plan) -> tuple[Tensor, Tensor, Tens
     return gathered, phi, lse
 
 
-def _send_round(texts: Tensor, plan: Plan, visit: Callable[[slice, Tensor], None]) -> None:
-    """Calls `visit` with columns and texts of each process, the own first; the next ones travel meanwhile."""
+Blocks = list[tuple[slice, Tensor]]  # columns and texts whose scores with the images are in memory at once
+
+
+def _send_round(texts: Tensor, plan: Plan, images: int, visit: Callable[[Blocks], None]) -> None:
+    """Calls `visit` with the texts of each process, the own first; the next ones travel meanwhile."""
+    size = max(1, _RING_BYTES // (16 * images))
+    size -= size % 128 if size > 128 else 0
     for step in range(plan.world):
         coming = _hop(texts, plan) if step + 1 < plan.world else None
-        visit(plan.columns((plan.rank - step) % plan.world), texts)
+        first = plan.columns((plan.rank - step) % plan.world).start
+        starts = range(0, len(texts), size)
+        visit([(slice(first + at, first + at + len(x)), x) for at, x in zip(starts, texts.split(size), strict=True)])
         texts = texts if coming is None else _wait(coming)
 
 
@@ -239,15 +253,19 @@ def _ring_gradients(gradients, inputs, options, needs, plan: Plan) -> tuple[Tens
     patches, texts = inputs[:2]
     patches_sum, travelling, wide = None, None, torch.promote_types(patches.dtype, torch.float32)
 
-    def visit(at: slice, block: Tensor) -> None:
+    def visit(blocks: Blocks) -> None:
         nonlocal patches_sum, travelling
-        grad_patches, grad_texts = gradients(at, block, *_score(inputs, block, options))
-        if needs[0]:
-            patches_sum = grad_patches.to(wide) if patches_sum is None else patches_sum.add_(grad_patches)
+        parts = []
+        for at, block in blocks:
+            grad_patches, grad_texts = gradients(at, block, *_score(inputs, block, options))
+            parts.append(grad_texts)
+            if needs[0]:
+                patches_sum = grad_patches.to(wide) if patches_sum is None else patches_sum.add_(grad_patches)
         if needs[1]:
+            grad_texts = torch.cat(parts) if len(parts) > 1 else parts[0]
             travelling = _hop(grad_texts if travelling is None else grad_texts.add_(_wait(travelling)), plan)
 
-    _send_round(_padded(texts, plan), plan, visit)
+    _send_round(_padded(texts, plan), plan, len(patches), visit)
     return patches_sum.to(patches.dtype) if needs[0] else None, _wait(travelling) if needs[1] else None
 
 
@@ -256,7 +274,8 @@ class _GlobalSums:
 
     def __init__(self, plan: Plan, loss: str, logit_scale, logit_bias, headers: Tensor):
         self.plan, self.loss, self.scalars, self.headers = plan, loss, (logit_scale, logit_bias), headers
-        self.valid = self.pair = self.rows = None
+        self.valid = self.rows = None
+        self.pairs: list[Tensor] = []
         self.columns: list[tuple[slice, contrast.Sums]] = []
         self.total = 0.0
 
@@ -269,7 +288,7 @@ class _GlobalSums:
             self.total = self.total + contrast.sigmoid(logits, pairs).double()
             return
         if pairs is not None:
-            self.pair = logits.diagonal(pairs).double()
+            self.pairs.append(logits.diagonal(pairs).double())
         rows = contrast.sums(logits, 1)
         self.rows = rows if self.rows is None else contrast.merge(self.rows, rows)
         self.columns.append((at, contrast.sums(logits, 0)))
@@ -279,14 +298,14 @@ class _GlobalSums:
         count = self.sizes.sum()
         if self.loss == "sigmoid":
             return (_wait(_all_reduce(self.total, self.plan)) / count).to(self.dtype), ()
-        rows = self.rows.finish()
+        rows, pair = self.rows.finish(), torch.cat(self.pairs)
         # |φ| <= 1, so this bounds every logit of every process, and in float64 exp(-600) is still a number.
-        bound = sum(_float64(x, self.pair).abs() for x in self.scalars if x is not None)
-        shares = self.pair.new_empty(len(self.valid) + 2)
+        bound = sum(_float64(x, pair).abs() for x in self.scalars if x is not None)
+        shares = pair.new_empty(len(self.valid) + 2)
         for at, columns in self.columns:
             shares[at] = columns.total.double() * (columns.largest.double() - bound).exp()
-        shares[-2] = contrast.cross_entropy(self.pair, rows).sum()
-        shares[-1] = self.pair.sum()
+        shares[-2] = contrast.cross_entropy(pair, rows).sum()
+        shares[-1] = pair.sum()
         shares = _wait(_all_reduce(shares, self.plan))
         columns = (bound + shares[:-2].log()).masked_fill(~self.valid, 0.0)
         value = (shares[-2] + (columns.sum() - shares[-1])) / (2 * count)
@@ -308,9 +327,9 @@ def _logits(phi: Tensor, valid: Tensor, scale, bias) -> Tensor:
 
 
 def _pairs(at: slice, plan: Plan) -> int | None:
-    """The column, within the block, of the first local text; None if the block is of other processes."""
-    own = plan.columns(plan.rank).start
-    return own - at.start if at.start <= own < at.stop else None
+    """The diagonal of the block on which the pairs lie; None if the block is of other processes."""
+    own = plan.columns(plan.rank)
+    return own.start - at.start if at.start < own.stop and own.start < at.stop else None
 
 
 def _valid(sizes: Tensor, plan: Plan) -> Tensor:
@@ -329,8 +348,8 @@ def _float64(value: float | Tensor, like: Tensor) -> Tensor:
 # The functional collectives, by name: `torch.compile` takes them, and they are under way until `_wait`.
 
 
-def _all_gather(x: Tensor, plan: Plan) -> Tensor:
-    return torch.ops._c10d_functional.all_gather_into_tensor(x, plan.world, plan.group)
+def _all_gather(x: Tensor, world: int, group: str) -> Tensor:
+    return torch.ops._c10d_functional.all_gather_into_tensor(x, world, group)
 
 
 def _all_reduce(x: Tensor, plan: Plan) -> Tensor:

@@ -135,7 +135,7 @@ def _train_clip(trained: Trained, shards: list[Path]) -> None:
 def _train_embedders(trained: Trained, shards: list[Path]) -> None:
     """PACL's embedder and the control's, from the same initial weights, on the same batches."""
     config = trained.config
-    tokens, texts = _frozen_features(trained.clip, shards, min(config.embedder_scenes, config.train_scenes))
+    tokens, texts = frozen_features(trained.clip, shards, min(config.embedder_scenes, config.train_scenes))
     for name, label, loss in (("pacl", "PACL", training.pacl), ("mean_pooling", "Mean pooling", training.mean_pooling)):
         torch.manual_seed(config.seed)
         embedder = trained.embedders[name] = VisionEmbedder(tokens.shape[2], texts.shape[1])
@@ -147,7 +147,7 @@ def _train_embedders(trained: Trained, shards: list[Path]) -> None:
         freeze(embedder)
 
 
-def _frozen_features(clip: open_clip.CLIP, shards: list[Path], count: int) -> tuple[Tensor, Tensor]:
+def frozen_features(clip: open_clip.CLIP, shards: list[Path], count: int) -> tuple[Tensor, Tensor]:
     """Patch tokens [count, N, width] and text embeddings [count, D] of the first `count` scenes."""
     encode, tokens, texts = tokenizer(), [], []
     with Progress("Frozen tokens", count, unit="scene") as progress:

@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterable
 
 import open_clip
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 from pacl_kernels import fused_pacl_loss
 
@@ -19,9 +21,10 @@ ATTN_TEMPERATURE = 0.05  # decides whether patches learn to point: at 1 the loss
 MAX_LOG_SCALE = math.log(100)  # CLIP's own clamp
 
 
-def pacl(patches: Tensor, texts: Tensor, logit_scale: Tensor) -> Tensor:
-    """The product: attention over patches by each text, `cosine` form."""
-    return fused_pacl_loss(patches, texts, logit_scale, form="cosine", attn_temperature=ATTN_TEMPERATURE)
+def pacl(patches: Tensor, texts: Tensor, logit_scale: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """The product: attention over patches by each text, `cosine` form; over the batch of the whole group."""
+    options = {"form": "cosine", "attn_temperature": ATTN_TEMPERATURE, "group": group}
+    return fused_pacl_loss(patches, texts, logit_scale, **options)
 
 
 def mean_pooling(patches: Tensor, texts: Tensor, logit_scale: Tensor) -> Tensor:
@@ -55,11 +58,15 @@ def train_embedder(
     *,
     batch_size: int,
     seed: int,
+    group: dist.ProcessGroup | None = None,
 ) -> None:
     """Train on cached tokens [S, N, width] and text embeddings [S, D] for `progress.total` steps, in place.
 
-    The logit scale is learned beside the embedder, from 20.
+    The logit scale is learned beside the embedder, from 20. With a group, whose processes hold the same data, each
+    takes its part of every batch; `loss_function` must then compute the loss of the group's batch.
     """
+    rank, world = (0, 1) if group is None else (group.rank(), group.size())
+    model = embedder if group is None else DistributedDataParallel(embedder, process_group=group)
     log_scale = nn.Parameter(torch.tensor(math.log(20.0)))
     optimiser, scheduler = _optimiser([*embedder.parameters(), log_scale], 2e-3, 0.05, progress.total)
     generator = torch.Generator().manual_seed(seed)
@@ -67,7 +74,8 @@ def train_embedder(
         for index in torch.randperm(len(tokens), generator=generator).split(batch_size):
             if len(index) < min(batch_size, len(tokens)):
                 continue  # a short last batch has fewer negatives
-            loss = loss_function(embedder(tokens[index]), texts[index], log_scale.exp())
+            index = index.tensor_split(world)[rank]
+            loss = loss_function(model(tokens[index]), texts[index], log_scale.exp())
             _step(loss, optimiser, scheduler)
             with torch.no_grad():
                 log_scale.clamp_(0, MAX_LOG_SCALE)

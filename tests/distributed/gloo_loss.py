@@ -99,6 +99,21 @@ def test_bits_are_the_same_on_every_run_and_rank(exchange, sizes, group):
         assert all(torch.equal(x, other[name]) for name, x in scalars.items())
 
 
+@pytest.mark.parametrize("exchange, collective", [("gather", "all_reduce"), ("ring", "all_to_all_single")])
+def test_gradients_of_texts_travel_in_float32(exchange, collective, group):
+    """Whatever the texts are: every process adds to them."""
+    world = group.size()
+    if world == 1:
+        pytest.skip("nothing travels")
+    rows = local_rows([3] * world, group.rank())
+    problem = local_part(make(Case(3 * world, 5, 8), "dot", "infonce", torch.bfloat16), rows)
+    with Traffic() as traffic:
+        got = answer(problem, group=group, exchange=exchange)
+    assert got["texts"].dtype == torch.bfloat16
+    dtypes = {dtype for name, shape, dtype in traffic.typed if name == collective and shape[-1] == 8}
+    assert torch.float32 in dtypes and (exchange == "ring" or torch.bfloat16 not in dtypes)
+
+
 @pytest.mark.parametrize("exchange", EXCHANGES)
 def test_batches_that_grow_and_shrink(exchange, group):
     """In some processes or in all."""
@@ -128,16 +143,20 @@ def test_numbers_and_one_element_tensors(group):
 
 
 class Traffic(TorchDispatchMode):
-    """Collects (collective, shape) of what is sent."""
+    """Collects (collective, shape, dtype) of what is sent."""
 
     def __init__(self):
         super().__init__()
-        self.sent: list[tuple[str, tuple[int, ...]]] = []
+        self.typed: list[tuple[str, tuple[int, ...], torch.dtype]] = []
+
+    @property
+    def sent(self) -> list[tuple[str, tuple[int, ...]]]:
+        return [(name, shape) for name, shape, _ in self.typed]
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func._schema.name
         if name.startswith("_c10d_functional::") and "wait" not in name:
-            self.sent.append((name.removeprefix("_c10d_functional::"), tuple(args[0].shape)))
+            self.typed.append((name.removeprefix("_c10d_functional::"), tuple(args[0].shape), args[0].dtype))
         return func(*args, **(kwargs or {}))
 
 
@@ -301,3 +320,13 @@ def test_module_with_the_arguments_of_open_clip(group):
         assert torch.equal(PaclLoss(rank=rank, world_size=world)(mine.patches, mine.texts, 10.0), expected)
         with pytest.raises(ValueError, match=f"world_size {world + 1}, expected {rank} and {world} as in the group"):
             PaclLoss(rank=rank, world_size=world + 1)
+
+
+@pytest.mark.parametrize("loss", ["infonce", "sigmoid"])
+@pytest.mark.parametrize("columns", [1, 2])
+def test_ring_in_blocks(loss, columns, sizes, group, monkeypatch):
+    """Fewer texts at a time than a process sends, where their scores would be too large."""
+    problem, rows = make(Case(sum(sizes), 5, 9), "cosine", loss, torch.float64), local_rows(sizes, group.rank())
+    monkeypatch.setattr("pacl_kernels.distributed._RING_BYTES", 16 * sizes[group.rank()] * columns)
+    got = answer(local_part(problem, rows), group=group, exchange="ring")
+    assert_close(got, shares(answer(problem), rows, group.size()), 1e-10, natural_sizes(problem))

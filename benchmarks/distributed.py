@@ -1,0 +1,278 @@
+"""What the batch of many processes costs: bytes sent, memory and time, on this machine with Gloo, and a model of H200s.
+
+    python benchmarks/distributed.py                       # 1 to 4 processes, a few minutes on two cores
+    python benchmarks/distributed.py --json result.json
+    python benchmarks/distributed.py --model-only          # the model's table alone
+
+Compared are the two exchanges of `fused_pacl_loss(group=)`, the same with all patches gathered (what ClipLoss does with
+its features, done to patches), and open_clip's ClipLoss on pooled features. "sent" is what the loopback device counted,
+"formula" what ring algorithms send: all-gather and reduce-scatter of x bytes by W processes (W - 1) x / W each per
+process for the whole, all-reduce twice that. Time "without" is the same step with every collective replaced by local
+copies, in all processes at once, so that they compete for the cores alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import math
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+import torch.distributed.nn
+from torch.nn import functional as F
+
+from pacl_kernels import distributed, fused_pacl_loss
+
+SCALE = 1 / 0.07
+HEADER = 13 * 8  # bytes that each process says about itself
+# Assumed for the model: nothing here has been measured on such a machine.
+H200 = {"flops": 450e12, "link_bytes": 50e9, "latency": 10e-6}  # bf16 products of the loss; 400 Gb/s; one hop
+
+
+def step_gather(patches, texts):
+    return fused_pacl_loss(patches, texts, SCALE, group=dist.group.WORLD, exchange="gather")
+
+
+def step_ring(patches, texts):
+    return fused_pacl_loss(patches, texts, SCALE, group=dist.group.WORLD, exchange="ring")
+
+
+def step_patches(patches, texts):
+    """Everybody gathers everything, with gradients, and computes the whole batch."""
+    if dist.get_world_size() > 1:
+        patches, texts = (torch.cat(torch.distributed.nn.all_gather(x)) for x in (patches, texts))
+    return fused_pacl_loss(patches, texts, SCALE)
+
+
+def step_clip_loss(patches, texts):
+    from open_clip import ClipLoss
+
+    world, rank = dist.get_world_size(), dist.get_rank()
+    loss = ClipLoss(local_loss=True, gather_with_grad=True, rank=rank, world_size=world)
+    return loss(F.normalize(patches.mean(1), dim=-1), F.normalize(texts, dim=-1), torch.tensor(SCALE))
+
+
+STEPS = {"gather": step_gather, "ring": step_ring, "all patches": step_patches, "ClipLoss, pooled": step_clip_loss}
+
+
+def formula(provider: str, world: int, batch: int, patches: int, dim: int, size: int, scatters: bool) -> float:
+    """Bytes that one process sends in a step; float32 gradients of texts, and twice as many where nothing scatters."""
+    texts, others, gradient = batch * dim * size, world - 1, batch * dim * 4
+    sums = 2 * others / world * 8 * (world * batch + 2) + HEADER * others
+    if provider == "gather":
+        return others * (texts + gradient * (1 if scatters else 2)) + sums
+    if provider == "ring":
+        return 2 * others * texts + (world * gradient if others else 0) + sums
+    if provider == "all patches":
+        return 2 * others * (patches + 1) * texts
+    return 2 * others * 2 * texts
+
+
+# One process
+
+
+def worker(args) -> None:
+    dist.init_process_group("gloo")
+    world, rank = dist.get_world_size(), dist.get_rank()
+    torch.set_num_threads(1)
+    generator = torch.Generator().manual_seed(rank)
+    dtype = getattr(torch, args.dtype)
+    patches = torch.randn(args.batch, args.patches, args.dim, generator=generator).to(dtype).requires_grad_()
+    texts = torch.randn(args.batch, args.dim, generator=generator).to(dtype).requires_grad_()
+    rows = {}
+    for name, step in STEPS.items():
+        run = lambda step=step: torch.autograd.grad(step(patches, texts), (patches, texts))  # noqa: E731
+        run()
+        before = _sent_on_loopback()
+        times = [_time(run) for _ in range(args.repeats)]
+        sent = (_sent_on_loopback() - before) / args.repeats / world
+        rows[name] = {"sent": sent, "ms": times, "memory": _memory(run, patches, texts)}
+        if name in ("gather", "ring"):
+            with no_communication():
+                run()
+                rows[name]["ms_without"] = [_time(run) for _ in range(args.repeats)]
+    everyone = [None] * world
+    dist.all_gather_object(everyone, rows)
+    if rank == 0:
+        for name, row in rows.items():
+            for key in ("ms", "ms_without"):
+                if key in row:  # a step lasts until the last process has finished
+                    row[key] = statistics.median(map(max, zip(*(other[name][key] for other in everyone), strict=True)))
+            row["memory"] = max(other[name]["memory"] for other in everyone)
+        Path(args.worker).write_text(json.dumps(rows))
+    dist.destroy_process_group()
+
+
+def no_communication():
+    """Local stand-ins of the same shapes."""
+
+    def all_gather(x, world, group):
+        return x.repeat(world, *[1] * (x.ndim - 1))
+
+    def reduce_scatter(x, plan):
+        return x[plan.columns(plan.rank)].clone()
+
+    return mock.patch.multiple(
+        distributed,
+        _all_gather=all_gather,
+        _all_reduce=lambda x, plan: x.clone(),
+        _reduce_scatter=reduce_scatter,
+        _hop=lambda x, plan: x.clone(),
+        _wait=lambda x: x,
+    )
+
+
+def _time(run) -> float:
+    dist.barrier()
+    begin = time.perf_counter()
+    run()
+    return 1e3 * (time.perf_counter() - begin)
+
+
+def _sent_on_loopback() -> int:
+    dist.barrier()
+    fields = re.search(r"^\s*lo:(.*)$", Path("/proc/net/dev").read_text(), re.MULTILINE)[1].split()
+    dist.barrier()
+    return int(fields[8])
+
+
+def _memory(run, patches, texts) -> float:
+    """MiB at the peak of a step beyond inputs and gradients."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    before = _resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM, the peak, starts again from here
+    run()
+    gradients = sum(x.numel() * x.element_size() for x in (patches, texts))
+    return max(0, _resident("VmHWM") - before - gradients) / 2**20
+
+
+def _resident(field: str) -> int:
+    return 1024 * int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+
+# All of them
+
+
+def measure(args) -> list[dict]:
+    rows = []
+    for world in args.processes:
+        with tempfile.NamedTemporaryFile() as file:
+            command = [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--standalone",
+                f"--nproc-per-node={world}",
+                __file__,
+            ]
+            options = [f"--{name}={getattr(args, name)}" for name in ("batch", "patches", "dim", "dtype", "repeats")]
+            subprocess.run(
+                [*command, *options, f"--worker={file.name}"], env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True
+            )
+            measured = json.loads(Path(file.name).read_text())
+        size = getattr(torch, args.dtype).itemsize
+        for name, row in measured.items():
+            sent = formula(name, world, args.batch, args.patches, args.dim, size, scatters=False)
+            rows.append({"processes": world, "what": name, **row, "formula": sent})
+    return rows
+
+
+def print_measured(args, rows: list[dict]) -> None:
+    print(
+        f"\nLocal batch {args.batch}, N = {args.patches}, D = {args.dim}, {args.dtype}, one thread for each process, "
+        f"{os.cpu_count()} cores, Gloo\n"
+    )
+    print("| processes | what | MB sent | formula | step ms | without | extra MiB |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for row in rows:
+        without = f"{row['ms_without']:.0f}" if "ms_without" in row else "-"
+        print(
+            f"| {row['processes']} | {row['what']} | {row['sent'] / 1e6:.2f} | {row['formula'] / 1e6:.2f} "
+            f"| {row['ms']:.0f} | {without} | {row['memory']:.0f} |"
+        )
+
+
+def model(patches: int = 196, dim: int = 512, size: int = 2) -> list[dict]:
+    """Seconds of a step of the loss on H200s: its products, and what is sent if nothing of it were hidden."""
+    rows = []
+    for batch in (2**15, 2**17, 2**20):
+        for world in (8, 64, 256, 1024):
+            local = batch // world
+            arrays = batch * dim * (size + 8) + 16 * local * batch
+            ring = arrays > distributed._GATHER_BYTES
+            sent = formula("ring" if ring else "gather", world, local, patches, dim, size, scatters=True)
+            hops = (3 * world if ring else 2 * world) + 2 * math.ceil(math.log2(world))
+            compute = (5 if ring else 4) * 2 * local * patches * batch * dim / H200["flops"]
+            rows.append(
+                {
+                    "batch": batch,
+                    "gpus": world,
+                    "exchange": "ring" if ring else "gather",
+                    "sent": sent,
+                    "patches_sent": formula("all patches", world, local, patches, dim, size, scatters=True),
+                    "communication": sent / H200["link_bytes"] + hops * H200["latency"],
+                    "compute": compute,
+                    "arrays": 4 * local * dim * (2 + size) + min(16 * local**2, distributed._RING_BYTES)
+                    if ring
+                    else arrays,
+                }
+            )
+    return rows
+
+
+def print_model(rows: list[dict]) -> None:
+    print(
+        f"\nModel, not measured: H200s at an assumed {H200['flops'] / 1e12:.0f} TFLOP/s in the loss's products, "
+        f"{H200['link_bytes'] / 1e9:.0f} GB/s and {1e6 * H200['latency']:.0f} µs a hop; N = 196, D = 512, bfloat16\n"
+    )
+    print("| global batch | GPUs | exchange | MB sent | all patches | communication | products | arrays GiB |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    for row in rows:
+        print(
+            f"| {row['batch']} | {row['gpus']} | {row['exchange']} | {row['sent'] / 1e6:.0f} "
+            f"| {row['patches_sent'] / 1e6:.0f} | {1e3 * row['communication']:.1f} ms | {1e3 * row['compute']:.1f} ms "
+            f"| {row['arrays'] / 2**30:.2f} |"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 3, 4], metavar="N")
+    parser.add_argument("--batch", type=int, default=64, help="local batch (%(default)s)")
+    parser.add_argument("--patches", type=int, default=196)
+    parser.add_argument("--dim", type=int, default=512)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--model-only", action="store_true")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        worker(args)
+        return
+    from report import machine
+
+    result = {"machine": machine(torch.device("cpu"), None), "settings": vars(args), "model": model(), "assumed": H200}
+    if not args.model_only:
+        result["rows"] = measure(args)
+        print_measured(args, result["rows"])
+    print_model(result["model"])
+    if args.json:
+        Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+"""`examples/distributed.py`: two processes train the demo's embedder with the losses of one."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("open_clip")
+import torch
+from pacl import scenes
+from pacl.scene_shards import write_scenes
+from pacl.toy_clip import new_clip, save_clip
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "distributed.py"
+
+
+@pytest.fixture
+def demo(tmp_path) -> Path:
+    """What the demo leaves behind, with an untrained CLIP."""
+    torch.manual_seed(0)
+    save_clip(new_clip(), tmp_path / "clip")
+    write_scenes(tmp_path / "scenes", "train", 48, seed=0, pairs=scenes.SEEN)
+    return tmp_path
+
+
+def losses(*command: str) -> list[float]:
+    run = subprocess.run(
+        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300, check=True
+    )
+    return [float(value) for value in re.findall(r"loss ([\d.]+)$", run.stdout, re.MULTILINE)]
+
+
+def test_two_processes_and_one_have_the_same_losses(demo):
+    options = [str(EXAMPLE), str(demo), "--scenes=48", "--steps=40", "--batch-size=15"]
+    one = losses(sys.executable, *options)
+    two = losses(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *options)
+    assert len(one) == 3 and one[-1] < one[0]
+    assert two == pytest.approx(one, rel=1e-5)
