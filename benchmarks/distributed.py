@@ -2,6 +2,7 @@
 
     python benchmarks/distributed.py                       # 1 to 4 processes, a few minutes on two cores
     python benchmarks/distributed.py --json result.json
+    python benchmarks/distributed.py --show result.json    # the tables of such a file
     python benchmarks/distributed.py --model-only          # the model's table alone
 
 Compared are the two exchanges of `fused_pacl_loss(group=)`, the same with all patches gathered (what ClipLoss does with
@@ -25,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from pathlib import Path
 from unittest import mock
 
@@ -84,6 +86,7 @@ def formula(provider: str, world: int, batch: int, patches: int, dim: int, size:
 
 
 def worker(args) -> None:
+    warnings.simplefilter("ignore", FutureWarning)  # ClipLoss's collectives
     dist.init_process_group("gloo")
     world, rank = dist.get_world_size(), dist.get_rank()
     torch.set_num_threads(1)
@@ -190,10 +193,10 @@ def measure(args) -> list[dict]:
     return rows
 
 
-def print_measured(args, rows: list[dict]) -> None:
+def print_measured(args, machine: dict, rows: list[dict]) -> None:
     print(
         f"\nLocal batch {args.batch}, N = {args.patches}, D = {args.dim}, {args.dtype}, one thread for each process, "
-        f"{os.cpu_count()} cores, Gloo\n"
+        f"Gloo, {machine['cores']} cores of an {machine['cpu']}, torch {machine['torch']}, {machine['date'][:10]}\n"
     )
     print("| processes | what | MB sent | formula | step ms | without | extra MiB |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
@@ -257,18 +260,24 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--show", metavar="FILE", help="print the tables of an earlier --json")
     parser.add_argument("--model-only", action="store_true")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         worker(args)
         return
+    if args.show:
+        result = json.loads(Path(args.show).read_text())
+        print_measured(argparse.Namespace(**result["settings"]), result["machine"], result["rows"])
+        print_model(result["model"])
+        return
     from report import machine
 
     result = {"machine": machine(torch.device("cpu"), None), "settings": vars(args), "model": model(), "assumed": H200}
     if not args.model_only:
         result["rows"] = measure(args)
-        print_measured(args, result["rows"])
+        print_measured(args, result["machine"], result["rows"])
     print_model(result["model"])
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=1) + "\n")

@@ -299,15 +299,14 @@ class _GlobalSums:
         if self.loss == "sigmoid":
             return (_wait(_all_reduce(self.total, self.plan)) / count).to(self.dtype), ()
         rows, pair = self.rows.finish(), torch.cat(self.pairs)
-        # |φ| <= 1, so this bounds every logit of every process, and in float64 exp(-600) is still a number.
-        bound = sum(_float64(x, pair).abs() for x in self.scalars if x is not None)
+        # Without a common maximum, which would be one more exchange: |φ| <= 1, and float64 holds exp(±600).
         shares = pair.new_empty(len(self.valid) + 2)
         for at, columns in self.columns:
-            shares[at] = columns.total.double() * (columns.largest.double() - bound).exp()
+            shares[at] = columns.total.double() * columns.largest.double().exp()
         shares[-2] = contrast.cross_entropy(pair, rows).sum()
         shares[-1] = pair.sum()
         shares = _wait(_all_reduce(shares, self.plan))
-        columns = (bound + shares[:-2].log()).masked_fill(~self.valid, 0.0)
+        columns = shares[:-2].log().masked_fill(~self.valid, 0.0)
         value = (shares[-2] + (columns.sum() - shares[-1])) / (2 * count)
         largest = columns.to(self.dtype)
         return value.to(self.dtype), (*rows, largest, (columns - largest).to(self.dtype))
@@ -339,10 +338,6 @@ def _valid(sizes: Tensor, plan: Plan) -> Tensor:
 
 def _padded(texts: Tensor, plan: Plan) -> Tensor:
     return F.pad(texts, (0, 0, 0, plan.capacity - len(texts))).contiguous()
-
-
-def _float64(value: float | Tensor, like: Tensor) -> Tensor:
-    return value.to(torch.float64).reshape(()) if isinstance(value, Tensor) else like.new_tensor(value)
 
 
 # The functional collectives, by name: `torch.compile` takes them, and they are under way until `_wait`.

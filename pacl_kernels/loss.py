@@ -63,7 +63,7 @@ def fused_pacl_loss(
             processes times those of the global batch, so that the averaging of DDP and FSDP makes every parameter's
             gradient that of one process with the whole batch; whoever sums gradients instead divides by it. Gradients
             of the scalars are exact in each process. The gradient that comes from above must be the same everywhere,
-            and |logit_scale| + |logit_bias| at most 300 (the float64 sums of the columns are taken relative to it).
+            and |logit_scale| + |logit_bias| at most 600 (columns are summed in float64 without their maximum).
         exchange: how texts travel in the group: `"gather"` (all at once), `"ring"` (from neighbour to neighbour, for
             when `[B_global, D]` or `[B, B_global]` does not fit; a step is 5 units of work instead of 4), or `"auto"`,
             which takes the ring once those arrays pass 8 GiB.
@@ -96,7 +96,7 @@ def fused_pacl_loss(
     _check_group(group)
     backend = resolve(backend, patches.device, patches.dtype)
     if group is not None and group.size() > 1:
-        return _global_loss(
+        return global_loss(
             *(patches, texts, logit_scale, logit_bias, attn_temperature, patch_mask),
             *(form, loss, backend, group, exchange),
         )
@@ -116,9 +116,10 @@ def fused_pacl_loss(
     )
 
 
-def _global_loss(
+def global_loss(
     patches, texts, logit_scale, logit_bias, attn_temperature, patch_mask, form, loss, backend, group, exchange
 ) -> Tensor:
+    """The loss of a group's batch, of arguments that have been checked."""
     if backend == "reference":
         raise ValueError("backend is 'reference', expected another one with a group: the reference is one process")
 
