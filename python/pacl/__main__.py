@@ -1,3 +1,5 @@
+"""`python -m pacl`, which torchrun starts: `torchrun --nproc-per-node 2 -m pacl train ...`."""
+
 import sys
 
 from .cli import main

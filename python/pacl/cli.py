@@ -11,7 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 INTERRUPTED = 130  # what shells report for a program ended by Ctrl-C
-NEEDS = {"open_clip": "open_clip_torch", "webdataset": "webdataset", "torchvision": "torchvision", "PIL": "pillow"}
+NEEDS = {
+    "open_clip": "open_clip_torch",
+    "webdataset": "webdataset",
+    "torchvision": "torchvision",
+    "PIL": "pillow",
+    "tyro": "tyro",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -19,9 +25,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     # open_clip writes hyphens, its peers underscores: both work.
     argv = [re.sub(r"^--[^=]+", lambda flag: flag[0].replace("_", "-"), word) for word in argv]
+    if argv[:1] == ["train"]:
+        return _train(argv[1:])
     parser = argparse.ArgumentParser(prog="pacl", description="Patch Aligned Contrastive Learning: train and look.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_demo(commands)
+    commands.add_parser("train", help="train the vision embedder on image-caption shards")  # parses its own flags
     arguments = parser.parse_args(argv)
     try:
         return arguments.run(arguments, parser)
@@ -50,10 +59,26 @@ def _add_demo(commands) -> None:
         demo.add_argument(f"--{name}", type=int, metavar="N", help=text)
 
 
-def _demo(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+def _missing(command: str) -> str | None:
+    """What a command says where the packages of the extra "train" are not installed."""
     missing = [package for module, package in NEEDS.items() if importlib.util.find_spec(module) is None]
+    return f"{command} needs {', '.join(missing)}: pip install 'pacl-kernels[train]'" if missing else None
+
+
+def _train(argv: Sequence[str]) -> int:
+    missing = _missing("train")
     if missing:
-        parser.error(f"demo needs {', '.join(missing)}: pip install 'pacl-kernels[train]'")
+        print(f"pacl: error: {missing}", file=sys.stderr)
+        return 2
+    from .train import main
+
+    return main(argv)
+
+
+def _demo(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    missing = _missing("demo")
+    if missing:
+        parser.error(missing)
     if arguments.out.exists() and not arguments.out.is_dir():
         parser.error(f"argument --out: {arguments.out} is a file, expected a folder")
     from .demo import QUICK, DemoConfig, run

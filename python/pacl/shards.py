@@ -11,6 +11,7 @@ import itertools
 import os
 import random
 import re
+import tarfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -38,6 +39,8 @@ class Shards(IterableDataset):
     seed: the order depends on (seed, epoch, worker) alone. repeat: start over for ever instead of stopping.
     masks: require a mask (uint8 tensor [H, W], a class label per pixel) of the image's size.
     max_image_pixels: larger images are skipped by what their header says, before they are decoded.
+    rank, world: this process of how many: each takes its share of the shards, or of the samples where there are fewer
+        shards than processes.
 
     Yields dicts: key (str), image, caption (str), and mask where asked for. A bad sample is skipped and counted:
     `skipped` is a dict of reason to count, shared by all workers, where "archive" counts unreadable stretches of tar
@@ -55,6 +58,8 @@ class Shards(IterableDataset):
         repeat: bool = False,
         masks: bool = False,
         max_image_pixels: int = 25_000_000,
+        rank: int = 0,
+        world: int = 1,
     ):
         self.paths = expand_shards(shards)
         self.transform = transform
@@ -63,6 +68,8 @@ class Shards(IterableDataset):
         self.repeat = repeat
         self.masks = masks
         self.max_image_pixels = max_image_pixels
+        self.rank, self.world = rank, world
+        self.start = (0, 1)  # batches that `loader` leaves out, and their size
         # In shared memory, one row per worker: a count that lives in a worker process would be lost with it.
         self._skipped = torch.zeros(len(self.paths), len(REASONS), dtype=torch.int64).share_memory_()
 
@@ -74,15 +81,32 @@ class Shards(IterableDataset):
     def __iter__(self) -> Iterator[dict[str, Any]]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        if workers > len(self.paths):
+        if workers > self.most_workers:
             raise ValueError(f"workers: got {workers} for {len(self.paths)} shard(s), expected at most one per shard")
+        # Workers take turns; the first batch after those left out is that of worker `batches % workers`.
+        batches, size = self.start
+        worker = (worker + batches) % workers
+        samples = self._samples(worker, workers)
+        return itertools.islice(samples, size * len(range(worker, batches, workers)), None)
+
+    @property
+    def most_workers(self) -> int:
+        """Worker processes of which each has a shard to read."""
+        return max(1, len(self.paths) // self.world)
+
+    def _samples(self, worker: int, workers: int) -> Iterator[dict[str, Any]]:
+        by_shard = len(self.paths) >= self.world
+        first, step = (self.rank * workers + worker, self.world * workers) if by_shard else (0, 1)
         for epoch in itertools.count() if self.repeat else range(1):
             order = list(self.paths)
             if self.shuffle:
                 random.Random(f"{self.seed} {epoch}").shuffle(order)
-            samples = itertools.chain.from_iterable(self._read(path, worker) for path in order[worker::workers])
+            order = order[first::step]
+            samples = itertools.chain.from_iterable(self._read(path, worker) for path in order)
+            if not by_shard:
+                samples = itertools.islice(samples, self.rank, None, self.world)
             if self.shuffle:
-                rng = random.Random(f"{self.seed} {epoch} {worker}")
+                rng = random.Random(f"{self.seed} {epoch} {first}")
                 samples = shuffle_samples(self.shuffle, initial=self.shuffle, rng=rng)(samples)
             good = 0
             for sample in samples:
@@ -91,7 +115,7 @@ class Shards(IterableDataset):
                     good += 1
                     yield decoded
             if good == 0:
-                raise RuntimeError(f"shards: no usable sample in {order[worker::workers]}, skipped {self.skipped}")
+                raise RuntimeError(f"shards: no usable sample in {order}, skipped {self.skipped}")
 
     def _skip(self, reason: str, worker: int) -> None:
         self._skipped[worker, REASONS.index(reason)] += 1
@@ -158,19 +182,37 @@ def expand_shards(shards: str | os.PathLike | Iterable[str | os.PathLike]) -> li
     return [Path(name) for name in names]
 
 
-def loader(dataset: Shards, batch_size: int, *, workers: int = 0, drop_last: bool = False) -> DataLoader:
+def count_samples(paths: Iterable[Path]) -> int:
+    """Samples in shards by the names of their members: images that have a caption. Nothing is decoded."""
+    total = 0
+    for path in paths:
+        suffixes: dict[str, set[str]] = {}
+        with tarfile.open(path) as tar:
+            for member in tar:
+                stem, _, suffix = member.name.rpartition("/")[2].partition(".")
+                suffixes.setdefault(f"{Path(member.name).parent}/{stem}", set()).add(suffix.lower())
+        total += sum("txt" in found and not found.isdisjoint(IMAGE_SUFFIXES) for found in suffixes.values())
+    return total
+
+
+def loader(
+    dataset: Shards, batch_size: int, *, workers: int = 0, drop_last: bool = False, start: int = 0
+) -> DataLoader:
     """Batches of `dataset` as dicts: tensors stacked, keys and captions in lists.
 
     workers: processes that read and decode, 0 for this one; no more of them than shards, and a warning says so
-    (a worker without a shard would wait for ever under `repeat`).
+    (a worker without a shard would wait for ever under `repeat`). start: leaves out that many batches, which are
+    decoded all the same; what follows is what followed them.
     """
-    if workers > len(dataset.paths):
+    if workers > dataset.most_workers:
+        processes = f" and {dataset.world} processes" if dataset.world > 1 else ""
         warnings.warn(
-            f"workers: got {workers} for {len(dataset.paths)} shard(s), using {len(dataset.paths)}; "
+            f"workers: got {workers} for {len(dataset.paths)} shard(s){processes}, using {dataset.most_workers}; "
             "write more shards for more workers",
             stacklevel=2,
         )
-        workers = len(dataset.paths)
+        workers = dataset.most_workers
+    dataset.start = (start, batch_size)
     return DataLoader(
         dataset, batch_size=batch_size, num_workers=workers, drop_last=drop_last, persistent_workers=workers > 0
     )

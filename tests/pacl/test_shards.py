@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import encode, picture
-from pacl.shards import Shards, expand_shards, loader
+from pacl.scene_shards import write_scenes
+from pacl.shards import Shards, count_samples, expand_shards, loader
 from PIL import Image
 
 
@@ -182,3 +183,35 @@ def test_an_epoch_without_a_good_sample_stops(write_tar):
     path = write_tar("a.tar", {"a.jpg": b"no", "a.txt": b"x"})
     with pytest.raises(RuntimeError, match="no usable sample"):
         next(iter(Shards(path, repeat=True)))
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+@pytest.mark.parametrize("start", [0, 1, 2, 3, 7])
+def test_a_later_start_gives_what_would_have_followed(start, workers, tmp_path):
+    write_scenes(tmp_path, "train", 30, seed=0, shard_size=10)
+    paths = sorted(tmp_path.glob("*.tar"))
+
+    def keys(start: int) -> list[list[str]]:
+        batches = loader(Shards(paths, shuffle=5, seed=3, repeat=True), 4, workers=workers, start=start)
+        return [batch["key"] for batch, _ in zip(batches, range(12 - start), strict=False)]
+
+    assert keys(start) == keys(0)[start:]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+def test_processes_share_the_samples(world, tmp_path):
+    """By shards, or by samples where there are fewer shards than processes."""
+    write_scenes(tmp_path, "train", 30, seed=0, shard_size=10)
+    paths = sorted(tmp_path.glob("*.tar"))
+    shares = [[sample["key"] for sample in Shards(paths, rank=rank, world=world)] for rank in range(world)]
+    assert sorted(sum(shares, [])) == [f"train-{i:06d}" for i in range(30)]
+    assert all(shares)
+
+
+def test_counting_reads_names_only(tmp_path, write_tar):
+    write_scenes(tmp_path, "train", 30, seed=0, shard_size=10, masks=True)
+    odd = write_tar(
+        "odd.tar", {"a.jpg": b"-", "a.txt": b"-", "b.jpg": b"-", "c.txt": b"-", "d/a.PNG": b"", "d/a.txt": b""}
+    )
+    assert count_samples(sorted(tmp_path.glob("train-*.tar"))) == 30
+    assert count_samples([odd]) == 2

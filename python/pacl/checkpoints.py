@@ -1,0 +1,37 @@
+"""Checkpoints of a run: tensors and plain Python only, written whole or not at all, read with `weights_only=True`."""
+
+from __future__ import annotations
+
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .files import atomic_writer
+
+
+def save_checkpoint(folder: Path, state: dict[str, Any], *, keep: int) -> Path:
+    """Write `state` as `folder`/step_N.pt with N = state["step"], and delete all but the newest `keep`."""
+    path = folder / f"step_{state['step']:08d}.pt"
+    with atomic_writer(path) as file:
+        torch.save(state, file)
+    for old in checkpoints(folder)[:-keep]:
+        old.unlink(missing_ok=True)
+    return path
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Those in `folder`, oldest first."""
+    return sorted(path for path in folder.glob("step_*.pt") if re.fullmatch(r"step_\d+\.pt", path.name))
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """What save_checkpoint wrote. A file that holds anything but tensors and plain Python is a ValueError; it is never
+    unpickled without that check."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"resume: {path} is not a checkpoint of tensors and plain Python ({first[:120]})") from error

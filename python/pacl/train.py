@@ -1,0 +1,434 @@
+"""`pacl train`: the vision embedder on a frozen CLIP, in one process or under torchrun."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import json
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+import torch.distributed as dist
+import tyro
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from pacl_kernels import cached_step, fused_pacl_loss
+
+from .backbones import freeze, patch_tokens
+from .checkpoints import checkpoints, load_checkpoint, save_checkpoint
+from .embedder import VisionEmbedder, save_embedder
+from .files import write_bytes
+from .shards import Shards, count_samples, loader
+from .train_config import TrainConfig, dump_config, read_config
+
+SIGMOID_BIAS = -10.0  # where SigLIP's begins
+
+
+class Trainable(nn.Module):
+    """What the optimiser sees: the embedder, the logit scale, and, where learned, attention temperature and bias."""
+
+    def __init__(self, embedder: VisionEmbedder, config: TrainConfig):
+        super().__init__()
+        self.embedder = embedder
+        self.log_scale = nn.Parameter(torch.tensor(math.log(config.logit_scale)))
+        temperature = torch.tensor(math.log(config.attn_temperature))
+        if config.learn_attn_temperature:
+            self.log_temperature = nn.Parameter(temperature)
+        else:
+            self.register_buffer("log_temperature", temperature)
+        if config.loss == "sigmoid":
+            self.bias = nn.Parameter(torch.tensor(SIGMOID_BIAS))
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, ...]:
+        """Patch embeddings of tokens, the logit scale, the attention temperature, and SigLIP's bias if there is one."""
+        bias = (self.bias * 1.0,) if hasattr(self, "bias") else ()
+        return self.embedder(tokens), self.log_scale.exp(), self.log_temperature.exp(), *bias
+
+
+class Run:
+    """One training run: its models, its data, and how far it got."""
+
+    def __init__(self, config: TrainConfig):
+        self.config = config
+        self.group = _process_group()
+        self.rank, self.world = (self.group.rank(), self.group.size()) if self.group else (0, 1)
+        self.device = _device(config.device)
+        self.amp = config.precision == "amp_bf16" or (config.precision == "auto" and self.device.type == "cuda")
+        self.step, self.stopped_by = 0, None
+        self.clip, preprocess, self.tokenize = _frozen_clip(config, self.device)
+        self.data = Shards(
+            config.train_data,
+            transform=preprocess,
+            shuffle=config.shuffle,
+            seed=config.seed,
+            repeat=True,
+            max_image_pixels=config.max_image_pixels,
+            rank=self.rank,
+            world=self.world,
+        )
+        self.samples = config.train_num_samples or self._count()
+        self.global_batch = config.batch_size * config.accum_freq * self.world
+        self.epoch_steps = self.samples // self.global_batch
+        if self.epoch_steps == 0:
+            raise ValueError(f"batch_size: a step takes {self.global_batch} pairs, expected at most {self.samples}")
+        self.steps = config.max_steps or config.epochs * self.epoch_steps
+        torch.manual_seed(config.seed)
+        self.model = Trainable(VisionEmbedder(*_widths(self.clip, self.data)), config).to(self.device)
+        self.wrapped = DistributedDataParallel(self.model, process_group=self.group) if self.group else self.model
+        decayed = [x for x in self.model.parameters() if x.ndim >= 2]
+        others = [x for x in self.model.parameters() if x.ndim < 2]
+        self.optimiser = torch.optim.AdamW(
+            [{"params": decayed, "weight_decay": config.wd}, {"params": others, "weight_decay": 0.0}],
+            lr=config.lr,
+            betas=(config.beta1, config.beta2),
+            eps=config.eps,
+        )
+
+    def _count(self) -> int:
+        """Counted by the first process, for all."""
+        counts = [count_samples(self.data.paths) if self.rank == 0 else None]
+        if self.group:
+            dist.broadcast_object_list(counts, src=0, group=self.group)
+        return counts[0]
+
+    def plan(self) -> str:
+        trained = sum(x.numel() for x in self.model.parameters())
+        frozen = sum(x.numel() for x in self.clip.parameters())
+        tag = self.config.pretrained or ("from a folder" if ":" in self.config.model else "RANDOM, no --pretrained")
+        return "\n".join(
+            [
+                f"model: {self.config.model} ({tag}), {frozen:,} parameters frozen, {trained:,} trained",
+                f"data: {self.samples:,} pairs in {len(self.data.paths)} shard(s)",
+                f"steps: {self.steps:,} of {self.global_batch:,} pairs ({self.world} process(es) x "
+                f"{self.config.accum_freq} x {self.config.batch_size}), {self.epoch_steps:,} an epoch",
+                f"device: {self.device}, {'bfloat16 autocast' if self.amp else 'float32'}",
+                f"folder: {self.config.folder}",
+            ]
+        )
+
+    def learning_rate(self) -> float:
+        config = self.config
+        warm = min(1.0, (self.step + 1) / config.warmup) if config.warmup else 1.0
+        if config.lr_scheduler == "const":
+            return config.lr * warm
+        done = max(0, self.step - config.warmup) / max(1, self.steps - config.warmup)
+        return config.lr * warm * (1 + math.cos(math.pi * done)) / 2
+
+    # Training
+
+    def train(self) -> None:
+        """From the current step to the last, with checkpoints; on a signal the step under way is finished and saved."""
+        with self._signals(), _Log(self) as log:
+            for batch, waited in self._batches():
+                begin = time.perf_counter()
+                loss = self._step(batch)
+                self.step += 1
+                log.step(loss, batch["key"], waited, time.perf_counter() - begin)
+                stop = self._anyone_stopped()
+                if stop or self.step == self.steps or self.step % self.config.save_frequency == 0:
+                    log.check()
+                    self.save()
+                if stop or self.step == self.steps:
+                    return
+
+    def _batches(self) -> Iterator[tuple[dict[str, Any], float]]:
+        """Batches of a step of this process, and the seconds that each was waited for."""
+        size, parts = self.config.batch_size, self.config.accum_freq
+        batches = iter(loader(self.data, size * parts, workers=self.config.workers, drop_last=True, start=self.step))
+        while True:
+            begin = time.perf_counter()
+            try:
+                batch = next(batches)
+            except RuntimeError as error:  # a worker's, with its traceback
+                if "shards: no usable sample" not in str(error):
+                    raise
+                raise ValueError(f"train_data: no usable sample; skipped {self.data.skipped}") from error
+            yield batch, time.perf_counter() - begin
+
+    def _step(self, batch: dict[str, Any]) -> Tensor:
+        self.lr = self.learning_rate()
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.lr
+        self.optimiser.zero_grad()
+        options = {
+            "form": self.config.form,
+            "loss": self.config.loss,
+            "group": self.group,
+            "backend": self.config.backend,
+        }
+
+        def loss(patches, texts, scale, temperature, bias=None):
+            return fused_pacl_loss(patches, texts, scale, attn_temperature=temperature, logit_bias=bias, **options)
+
+        pairs = {"images": batch["image"], "texts": self.tokenize(batch["caption"])}
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
+            modules = [self.wrapped] if self.group else []
+            value = cached_step(self._encode, pairs, loss, micro_batch=self.config.batch_size, modules=modules)
+        if self.config.grad_clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip_norm)
+        self.optimiser.step()
+        with torch.no_grad():
+            self.model.log_scale.clamp_(0, math.log(self.config.max_logit_scale))
+        return value
+
+    def _encode(self, pairs: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        images, texts = (pairs[name].to(self.device, non_blocking=True) for name in ("images", "texts"))
+        with torch.no_grad():
+            tokens = patch_tokens(self.clip.visual, images)
+            embedded = self.clip.encode_text(texts, normalize=True)
+        patches, *scalars = self.wrapped(tokens)
+        return patches, embedded.to(patches.dtype), *scalars
+
+    @contextlib.contextmanager
+    def _signals(self):
+        """SIGTERM and Ctrl-C are remembered, and answered after the step."""
+
+        def remember(number, frame):
+            if self.stopped_by is not None:  # a second one is meant
+                raise KeyboardInterrupt
+            self.stopped_by = number
+
+        old = {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in old.items():
+                signal.signal(number, handler)
+
+    def _anyone_stopped(self) -> bool:
+        """All processes stop at the same step: they ask each other at every step on a CPU, when they log on a GPU."""
+        due = self.device.type == "cpu" or self.step % self.config.log_every_n_steps == 0 or self.step == self.steps
+        if self.group is None or not due:
+            return self.group is None and self.stopped_by is not None
+        flag = torch.tensor([self.stopped_by or 0], device=self.device)
+        dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.group)
+        self.stopped_by = int(flag) or None
+        return self.stopped_by is not None
+
+    # What stays
+
+    def save(self) -> None:
+        """The checkpoint, and the embedder alone as safetensors; by the first process."""
+        if self.rank != 0:
+            return
+        state = {
+            "step": self.step,
+            "name": self.config.name,
+            "state_dict": {name: x.detach().cpu() for name, x in self.model.state_dict().items()},
+            "optimizer": self.optimiser.state_dict(),
+            "global_batch": self.global_batch,
+            "world": self.world,
+        }
+        save_checkpoint(self.config.folder / "checkpoints", state, keep=self.config.keep_checkpoints)
+        notes = {
+            name: getattr(self.config, name) for name in ("model", "pretrained", "form", "attn_temperature", "loss")
+        }
+        notes |= {"attn_temperature": self.model.log_temperature.exp().item(), "steps": self.step}
+        notes |= {"global_batch": self.global_batch, "logit_scale": self.model.log_scale.exp().item()}
+        save_embedder(self.model.embedder, self.config.folder / "embedder", **notes)
+
+    def restore(self, path: Path) -> None:
+        state = load_checkpoint(path)
+        for name, mine in (("global_batch", self.global_batch), ("world", self.world)):
+            if state.get(name) != mine:
+                raise ValueError(f"resume: {path} is of a run with {name} {state.get(name)}, expected {mine}")
+        self.model.load_state_dict(state["state_dict"])
+        self.optimiser.load_state_dict(state["optimizer"])
+        self.step = state["step"]
+
+
+class _Log:
+    """Losses as they come: checked to be finite, printed and written to the run's files, by the first process."""
+
+    def __init__(self, run: Run):
+        self.run, self.config = run, run.config
+        self.pending: list[tuple[int, Tensor, list[str]]] = []
+        self.mean, self.seconds, self.waited = _Mean(), 0.0, 0.0
+        self.steps = 0
+        self.file = self.board = None
+
+    def __enter__(self) -> _Log:
+        if self.run.rank == 0:
+            self.config.folder.mkdir(parents=True, exist_ok=True)
+            self.file = open(self.config.folder / "metrics.jsonl", "a")
+            if self.config.tensorboard:
+                with contextlib.suppress(ImportError):
+                    from torch.utils.tensorboard import SummaryWriter
+
+                    self.board = SummaryWriter(self.config.folder / "tensorboard", purge_step=self.run.step)
+        return self
+
+    def __exit__(self, *_) -> None:
+        for sink in (self.file, self.board):
+            if sink is not None:
+                sink.close()
+
+    def step(self, loss: Tensor, keys: list[str], waited: float, seconds: float) -> None:
+        self.pending.append((self.run.step, loss, keys))
+        self.steps, self.waited, self.seconds = self.steps + 1, self.waited + waited, self.seconds + waited + seconds
+        due = self.run.step % self.config.log_every_n_steps == 0 or self.run.step == self.run.steps
+        if due or self.run.device.type == "cpu":  # reading a loss makes the host wait for a GPU
+            self.check()
+        if due and self.run.rank == 0:
+            self._write()
+        if due:
+            self.steps, self.waited, self.seconds = 0, 0.0, 0.0
+
+    def check(self) -> None:
+        """Read the losses since the last time; one that is not finite ends the run."""
+        for step, loss, keys in self.pending:
+            self.mean.add(loss.item())
+            if not math.isfinite(self.mean.last):
+                path = self.config.folder / f"not_finite_rank{self.run.rank}.json"
+                write_bytes(path, json.dumps({"step": step, "loss": str(self.mean.last), "keys": keys}).encode())
+                raise FloatingPointError(
+                    f"the loss of step {step} is {self.mean.last}; the keys of its samples are in {path}, and the last "
+                    "checkpoint is of an earlier step"
+                )
+        self.pending.clear()
+
+    def _write(self) -> None:
+        run, batch = self.run, self.run.global_batch
+        data, seconds = self.waited / self.steps, self.seconds / self.steps
+        scale = run.model.log_scale.exp().item()
+        done = run.step % run.epoch_steps * batch
+        print(
+            f"Train Epoch: {run.step // run.epoch_steps} [{done}/{run.samples} ({100 * done / run.samples:.0f}%)] "
+            f"Data (t): {data:.3f} Batch (t): {seconds:.3f}, {batch / seconds:.1f}/s, "
+            f"{batch / seconds / run.world:.1f}/s/process LR: {run.lr:.6f} Logit Scale: {scale:.3f} "
+            f"Contrastive_loss: {self.mean.last:.5g} ({self.mean.value:.5g})",
+            flush=True,
+        )
+        values = {
+            "train/loss": self.mean.last,
+            "train/contrastive_loss": self.mean.last,
+            "train/data_time": data,
+            "train/batch_time": seconds,
+            "train/samples_per_second": batch / seconds,
+            "train/scale": scale,
+            "train/attn_temperature": run.model.log_temperature.exp().item(),
+            "train/lr": run.lr,
+            "train/skipped": sum(run.data.skipped.values()),
+        }
+        self.file.write(json.dumps({"step": run.step, **values}) + "\n")
+        self.file.flush()
+        if self.board is not None:
+            for name, value in values.items():
+                self.board.add_scalar(name, value, run.step)
+
+
+class _Mean:
+    def __init__(self):
+        self.total, self.count, self.last = 0.0, 0, math.nan
+
+    def add(self, value: float) -> None:
+        self.total, self.count, self.last = self.total + value, self.count + 1, value
+
+    @property
+    def value(self) -> float:
+        return self.total / self.count
+
+
+def _process_group() -> dist.ProcessGroup | None:
+    """All processes that torchrun started, or None for one alone."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return None
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    return dist.group.WORLD
+
+
+def _device(name: str) -> torch.device:
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+
+
+def _frozen_clip(config: TrainConfig, device: torch.device):
+    """The model, its deterministic image transform and its tokenizer."""
+    if ":" not in config.model and config.model not in open_clip.list_models():
+        close = difflib.get_close_matches(config.model, open_clip.list_models(), 3)
+        raise ValueError(
+            f"model: got {config.model!r}, which open_clip does not know; it knows {', '.join(close)}, ..."
+        )
+    model, _, preprocess = open_clip.create_model_and_transforms(config.model, pretrained=config.pretrained)
+    return freeze(model).to(device), preprocess, open_clip.get_tokenizer(config.model)
+
+
+@torch.no_grad()
+def _widths(clip: nn.Module, data: Shards) -> tuple[int, int]:
+    """Of patch tokens and of text embeddings."""
+    device = next(clip.parameters()).device
+    size = open_clip.get_model_preprocess_cfg(clip)["size"]
+    height, width = (size, size) if isinstance(size, int) else size
+    tokens = patch_tokens(clip.visual, torch.zeros(1, 3, height, width, device=device))
+    texts = clip.encode_text(torch.zeros(1, clip.context_length, dtype=torch.long, device=device))
+    return tokens.shape[2], texts.shape[1]
+
+
+def main(argv: Sequence[str], prog: str = "pacl train") -> int:
+    """Run `pacl train` with these arguments; returns its exit status."""
+    try:
+        config = _parse(list(argv), prog)
+        if not config.dry_run:
+            _refuse_to_overwrite(config)
+        run = Run(config)
+        if run.rank == 0:
+            print(run.plan(), flush=True)
+        if config.dry_run:
+            return 0
+        if config.resume:
+            path = _checkpoint(config)
+            if path is not None:
+                run.restore(path)
+                if run.rank == 0:
+                    print(f"resume: {path}, step {run.step}", flush=True)
+        if run.rank == 0:
+            write_bytes(config.folder / "config.yaml", dump_config(dataclasses.replace(config, resume=None)).encode())
+        run.train()
+    except (ValueError, FloatingPointError, OSError) as error:
+        print(f"pacl: error: {error}", file=sys.stderr)
+        return 1
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    if run.stopped_by is not None:
+        if run.rank == 0:
+            print(f"stopped at step {run.step} of {run.steps}; go on with --resume latest", flush=True)
+        return 128 + run.stopped_by
+    if run.rank == 0:
+        print(f"finished {run.steps} steps: {config.folder / 'embedder'}", flush=True)
+    return 0
+
+
+def _parse(argv: list[str], prog: str) -> TrainConfig:
+    """`--config FILE` gives the values of a run, flags change them."""
+    if "--config" not in argv:
+        return tyro.cli(TrainConfig, args=argv, prog=prog).check()
+    at = argv.index("--config")
+    if at + 1 == len(argv):
+        raise ValueError("config: got no file, expected the config.yaml of a run")
+    config = read_config(Path(argv[at + 1]))
+    return tyro.cli(TrainConfig, args=argv[:at] + argv[at + 2 :], default=config, prog=prog).check()
+
+
+def _checkpoint(config: TrainConfig) -> Path | None:
+    """The one to go on from; None for "latest" in a folder that has none, where the run begins."""
+    if config.resume != "latest":
+        return Path(config.resume)
+    found = checkpoints(config.folder / "checkpoints")
+    return found[-1] if found else None
+
+
+def _refuse_to_overwrite(config: TrainConfig) -> None:
+    if config.resume is None and checkpoints(config.folder / "checkpoints"):
+        raise ValueError(f"name: {config.folder} has checkpoints of an earlier run; --resume latest or another --name")

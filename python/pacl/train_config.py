@@ -1,0 +1,116 @@
+"""What a training run depends on: the flags of `pacl train`, and config.yaml in its folder."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import yaml
+
+from pacl_kernels.loss import FORMS, LOSSES
+
+POSITIVE = (
+    "batch_size accum_freq epochs max_steps train_num_samples lr eps attn_temperature logit_scale max_logit_scale "
+    "grad_clip_norm save_frequency keep_checkpoints log_every_n_steps max_image_pixels"
+).split()
+NOT_NEGATIVE = "wd warmup workers shuffle seed".split()
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train PACL's vision embedder on a frozen CLIP and image-caption shards. Flags are named as in open_clip."""
+
+    train_data: str
+    """Shards: a path, braces and :: as in open_clip (`a-{000..015}.tar::b.tar`). Local files."""
+    model: str = "ViT-B-16"
+    """Name of an open_clip model, or local-dir:FOLDER as save_pretrained and the demo write it."""
+    pretrained: str | None = None
+    """open_clip's tag of its weights, such as openai. Without it a named model is random."""
+    batch_size: int = 256
+    """Pairs that one process encodes at a time."""
+    accum_freq: int = 1
+    """Such batches in a step of a process; all of them, of all processes, are contrasted with each other."""
+    epochs: int = 10
+    max_steps: int | None = None
+    """Stop after that many steps, with the schedule of a run of that length."""
+    train_num_samples: int | None = None
+    """Pairs in an epoch; counted in the shards without it."""
+    lr: float = 5e-4
+    wd: float = 0.2
+    """Weight decay of matrices; gains, biases and scalars have none."""
+    beta1: float = 0.9
+    beta2: float = 0.98
+    eps: float = 1e-6
+    warmup: int = 0
+    """Steps of linear warm-up."""
+    lr_scheduler: Literal["cosine", "const"] = "cosine"
+    grad_clip_norm: float | None = 1.0
+    form: Literal["dot", "cosine", "max"] = "cosine"
+    loss: Literal["infonce", "sigmoid"] = "infonce"
+    attn_temperature: float = 0.05
+    """Of the softmax over patches; the paper states none (1), with which the loss is almost a mean over patches."""
+    learn_attn_temperature: bool = False
+    logit_scale: float = 1 / 0.07
+    """Where the learned logit scale begins."""
+    max_logit_scale: float = 100.0
+    precision: Literal["auto", "fp32", "amp_bf16"] = "auto"
+    """auto: amp_bf16 on a GPU, fp32 on a CPU."""
+    workers: int = 4
+    """Processes that read and decode, for each training process; no more than shards."""
+    shuffle: int = 2000
+    """Samples held for shuffling, for each worker."""
+    max_image_pixels: int = 25_000_000
+    seed: int = 0
+    device: str = "auto"
+    backend: str = "auto"
+    """Of the loss; see python -m pacl_kernels."""
+    log_dir: Path = Path("logs")
+    name: str = "pacl"
+    """The folder of the run is LOG_DIR/NAME."""
+    save_frequency: int = 1000
+    """Steps between checkpoints."""
+    keep_checkpoints: int = 2
+    log_every_n_steps: int = 50
+    tensorboard: bool = True
+    """Write curves to LOG_DIR/NAME/tensorboard if tensorboard is installed."""
+    resume: str | None = None
+    """latest, or a checkpoint: go on with the same data order."""
+    dry_run: bool = False
+    """Print the plan and stop."""
+
+    def check(self) -> TrainConfig:
+        """This config; ValueError for a value that cannot be."""
+        for name in (*POSITIVE, *NOT_NEGATIVE):
+            value = getattr(self, name)
+            if value is not None and not (value > 0 or value == 0 and name in NOT_NEGATIVE):
+                least = "at least 0" if name in NOT_NEGATIVE else "above 0"
+                raise ValueError(f"{name}: got {value!r}, expected a number {least}")
+        for name, choices in (("form", FORMS), ("loss", LOSSES)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected one of {', '.join(choices)}")
+        return self
+
+    @property
+    def folder(self) -> Path:
+        return self.log_dir / self.name
+
+
+def dump_config(config: TrainConfig) -> str:
+    """As YAML; `--config` reads it back."""
+    values = {name: str(x) if isinstance(x, Path) else x for name, x in dataclasses.asdict(config).items()}
+    return yaml.safe_dump(values, sort_keys=False)
+
+
+def read_config(path: Path) -> TrainConfig:
+    """A config that dump_config wrote; ValueError for what is no such file."""
+    try:
+        values = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"config: {path} is not YAML ({str(error).splitlines()[0]})") from error
+    fields = {item.name for item in dataclasses.fields(TrainConfig)}
+    if not isinstance(values, dict) or "train_data" not in values or not set(values) <= fields:
+        unknown = sorted(set(values) - fields) if isinstance(values, dict) else values
+        raise ValueError(f"config: {path} is not the config.yaml of a run (unknown: {unknown})")
+    return TrainConfig(**{**values, "log_dir": Path(values.get("log_dir", "logs"))})

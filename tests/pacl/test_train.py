@@ -1,0 +1,235 @@
+"""`pacl train`: what it writes, that it goes on where it was cut off, and what it says about bad input."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("open_clip")
+pytest.importorskip("tyro")
+import torch
+from pacl import scenes
+from pacl.checkpoints import checkpoints, load_checkpoint
+from pacl.cli import main
+from pacl.embedder import load_embedder
+from pacl.scene_shards import write_scenes
+from pacl.toy_clip import new_clip, save_clip
+from safetensors.torch import load_file
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """Three shards of 40 scenes and an untrained CLIP."""
+    folder = tmp_path_factory.mktemp("world")
+    torch.manual_seed(0)
+    save_clip(new_clip(), folder / "clip")
+    write_scenes(folder / "scenes", "train", 120, seed=0, pairs=scenes.SEEN, shard_size=40)
+    return folder
+
+
+def flags(world: Path, logs: Path, **changes) -> list[str]:
+    values = {
+        "train_data": world / "scenes/train-{000..002}.tar",
+        "model": f"local-dir:{world / 'clip'}",
+        "log_dir": logs,
+        "batch_size": 12,
+        "max_steps": 8,
+        "workers": 0,
+        "log_every_n_steps": 2,
+        "save_frequency": 3,
+        "no_tensorboard": None,
+    }
+    words = []
+    for name, value in (values | changes).items():
+        words += [f"--{name}"] if value is None else [f"--{name}", str(value)]
+    return words
+
+
+def start(world: Path, logs: Path, processes: int = 1, **changes) -> subprocess.Popen:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    return subprocess.Popen(
+        [sys.executable, *launcher, "-m", "pacl", "train", *flags(world, logs, **changes)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def kill_tree(pid: int) -> None:
+    """kill -9 of a process and of what it started."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    os.kill(pid, signal.SIGKILL)
+    for child in children:
+        kill_tree(int(child))
+
+
+def finish(process: subprocess.Popen) -> str:
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output[-4000:]
+    return output
+
+
+def final(logs: Path) -> dict:
+    return load_checkpoint(checkpoints(logs / "pacl/checkpoints")[-1])
+
+
+def assert_same_state(a, b, path: str = "checkpoint"):
+    assert type(a) is type(b), path
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for key in a:
+            assert_same_state(a[key], b[key], f"{path}.{key}")
+    elif isinstance(a, list | tuple):
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same_state(x, y, f"{path}.{i}")
+    else:
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, path
+
+
+def test_what_a_run_leaves(world, tmp_path, capsys):
+    changes = {"accum_freq": 2, "max_steps": 20, "learn-attn-temperature": None, "lr": 0.01}
+    assert main(["train", *flags(world, tmp_path, **changes)]) == 0
+    printed = capsys.readouterr().out
+    assert "steps: 20 of 24 pairs (1 process(es) x 2 x 12), 5 an epoch" in printed
+    assert "Train Epoch: 0 [48/120 (40%)] Data (t): " in printed and "Contrastive_loss: " in printed
+    rows = [json.loads(line) for line in (tmp_path / "pacl/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(2, 21, 2))
+    assert rows[-1]["train/loss"] < rows[0]["train/loss"] - 0.2, "nothing was learned"
+    assert rows[-1]["train/skipped"] == 0 and rows[-1]["train/lr"] < 1e-3 < rows[0]["train/lr"]
+    assert [path.name for path in checkpoints(tmp_path / "pacl/checkpoints")] == [
+        "step_00000018.pt",
+        "step_00000020.pt",
+    ]
+    embedder = load_embedder(tmp_path / "pacl/embedder")
+    assert embedder(torch.zeros(1, 3, 128)).shape == (1, 3, 128)
+    notes = json.loads((tmp_path / "pacl/embedder/config.json").read_text())["training"]
+    assert notes["model"].startswith("local-dir:") and notes["form"] == "cosine" and notes["global_batch"] == 24
+    assert notes["attn_temperature"] != 0.05, "it was not learned"
+
+    again = ["train", "--config", str(tmp_path / "pacl/config.yaml"), "--name", "again"]
+    assert main(again) == 0
+    first, second = (load_file(tmp_path / name / "embedder/model.safetensors") for name in ("pacl", "again"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux to find a process's children")
+@pytest.mark.parametrize("processes, workers", [(1, 0), (1, 2), (2, 1)])
+def test_killed_and_resumed(processes, workers, world, tmp_path):
+    """kill -9 in mid-epoch; the run that goes on ends with the bits of one that was not interrupted."""
+    changes = {"workers": workers, "save_frequency": 1, "max_steps": 12, "batch_size": 12 // processes}
+    finish(start(world, tmp_path / "whole", processes, **changes))
+    process = start(world, tmp_path / "cut", processes, **changes)
+    folder = tmp_path / "cut/pacl/checkpoints"
+    while not (folder.exists() and len(checkpoints(folder)) >= 2):
+        assert process.poll() is None, process.stdout.read()[-4000:]
+        time.sleep(0.02)
+    kill_tree(process.pid)
+    process.communicate()
+    reached = int(checkpoints(folder)[-1].stem.removeprefix("step_"))
+    assert 2 <= reached < 12, "too late to see anything"
+    output = finish(start(world, tmp_path / "cut", processes, **changes, resume="latest"))
+    assert f"step {reached}\n" in output
+    assert_same_state(final(tmp_path / "cut"), final(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_exits(number, world, tmp_path):
+    process = start(world, tmp_path, max_steps=500, save_frequency=1000)
+    for line in process.stdout:
+        if line.startswith("Train Epoch"):
+            break
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 128 + number, output[-4000:]
+    step = final(tmp_path)["step"]
+    assert f"stopped at step {step} of 500; go on with --resume latest" in output and 2 <= step < 500
+    assert main(["train", *flags(world, tmp_path, max_steps=step + 1, resume="latest")]) == 0
+    assert final(tmp_path)["step"] == step + 1
+
+
+def test_accumulation_is_one_big_batch(world, tmp_path):
+    for name, batch, accum in (("one", 25, 1), ("many", 5, 5)):
+        changes = {"batch_size": batch, "accum_freq": accum, "max_steps": 4}
+        assert main(["train", *flags(world, tmp_path / name, **changes)]) == 0
+    one, many = (final(tmp_path / name)["state_dict"] for name in ("one", "many"))
+    for name, x in one.items():
+        torch.testing.assert_close(many[name], x, rtol=1e-3, atol=1e-5)
+
+
+def test_siglip_loss_and_float_bias(world, tmp_path):
+    assert main(["train", *flags(world, tmp_path, loss="sigmoid", lr=0.01)]) == 0
+    assert final(tmp_path)["state_dict"]["bias"] != -10
+
+
+def test_bad_samples_are_skipped_and_counted(world, tmp_path, write_tar):
+    members = {f"bad{i}.{suffix}": data for i in range(5) for suffix, data in (("jpg", b"no jpeg"), ("txt", b"a word"))}
+    data = f"{world}/scenes/train-000.tar::{write_tar('bad.tar', members)}"
+    assert main(["train", *flags(world, tmp_path, train_data=data, train_num_samples=40)]) == 0
+    last = json.loads((tmp_path / "pacl/metrics.jsonl").read_text().splitlines()[-1])
+    assert last["train/skipped"] >= 5 and math.isfinite(last["train/loss"])
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(world, tmp_path, capsys):
+    assert main(["train", *flags(world, tmp_path, lr=1e37, grad_clip_norm="None", save_frequency=1)]) == 1
+    assert "the loss of step 2 is nan" in capsys.readouterr().err
+    report = json.loads((tmp_path / "pacl/not_finite_rank0.json").read_text())
+    assert report["step"] == 2 and len(report["keys"]) == 12 and report["keys"][0].startswith("train-")
+    assert final(tmp_path)["step"] == 1
+
+
+class Malicious:
+    def __reduce__(self):
+        return (os.mkdir, ("executed",))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"train_data": "missing.tar"}, "'missing.tar' is not a file"),
+        ({"train_data": "pipe:touch executed"}, "expected the path of a local .tar file"),
+        ({"model": "ViT-B-61"}, "model: got 'ViT-B-61', which open_clip does not know; it knows ViT-B-16"),
+        ({"batch_size": 1000}, "batch_size: a step takes 1000 pairs, expected at most 120"),
+        ({"lr": -1}, "lr: got -1.0, expected a number above 0"),
+        ({"lr": "nan"}, "lr: got nan, expected a number above 0"),
+        ({"resume": "malicious.pt"}, "malicious.pt is not a checkpoint of tensors and plain Python"),
+        ({"resume": "text.pt"}, "text.pt is not a checkpoint of tensors and plain Python"),
+        ({"resume": "missing.pt"}, "missing.pt"),
+        ({"resume": "other.pt"}, "other.pt is of a run with global_batch 7, expected 12"),
+        ({"config": "text.pt"}, "config: text.pt is not the config.yaml of a run"),
+    ],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
+)
+def test_bad_input_is_one_line(changes, message, world, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("malicious.pt").write_bytes(pickle.dumps(Malicious()))
+    Path("text.pt").write_text("no checkpoint")
+    torch.save({"global_batch": 7}, "other.pt")
+    torch.save({"state": Malicious()}, "malicious.pt")
+    assert main(["train", *flags(world, tmp_path / "logs", **changes)]) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("pacl: error: ") and message in error
+    assert not Path("executed").exists(), "something was executed"
+
+
+def test_an_earlier_run_is_not_overwritten(world, tmp_path, capsys):
+    assert main(["train", *flags(world, tmp_path, max_steps=1)]) == 0
+    before = final(tmp_path)
+    assert main(["train", *flags(world, tmp_path, max_steps=2)]) == 1
+    assert "has checkpoints of an earlier run; --resume latest or another --name" in capsys.readouterr().err
+    assert_same_state(final(tmp_path), before)
+
+
+def test_dry_run_writes_nothing(world, tmp_path, capsys):
+    assert main(["train", *flags(world, tmp_path, dry_run=None)]) == 0
+    assert "120 pairs in 3 shard(s)" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
