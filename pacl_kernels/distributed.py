@@ -41,6 +41,7 @@ from .function import (
 EXCHANGES = ("auto", "gather", "ring")
 _GATHER_BYTES = 8 * 2**30  # of what grows with the global batch in one process, up to which "auto" gathers
 _RING_BYTES = 2 * 2**30  # of the four float32 arrays `[B_local, texts]` of a block
+_NONE, _A_TENSOR, _A_NUMBER = -1, -2, -3  # codes of settings, see `Setting`
 
 
 class Plan(NamedTuple):
@@ -66,52 +67,69 @@ class Setting(NamedTuple):
 
     def code(self) -> int:
         if self.value is None or isinstance(self.value, Tensor):
-            return -1 if self.value is None else -2
+            return _NONE if self.value is None else _A_TENSOR
         if self.kind is float:
             return struct.unpack("q", struct.pack("d", self.value))[0]
         return int(self.value) if self.kind in (int, bool) else self.kind.index(self.value)
 
     def name(self, code: int) -> str:
-        if code < 0 and self.kind is not float or code in (-1, -2):
-            return {-1: "None", -2: "a tensor"}[code]
+        if code in (_NONE, _A_TENSOR):  # as floating-point numbers these are NaN
+            return "None" if code == _NONE else "a tensor"
         if self.kind is float:
             return repr(struct.unpack("d", struct.pack("q", code))[0])
         return repr(self.kind(code) if isinstance(self.kind, type) else self.kind[code])
 
 
 def make_plan(group: dist.ProcessGroup, texts: Tensor, settings: dict[str, Setting]) -> tuple[Plan, Tensor]:
-    """The plan for `texts` `[B_local, D]`, and the number of texts of each process `[world]` (to be waited for).
+    """The plan for `texts` `[B_local, D]`, and what each process said, `[world, 1 + settings]`, to be waited for.
 
-    Settings that differ are a ValueError in every process that looks: each one at its first call with its settings, and
-    on a CPU at every call. There the capacity is what this step needs. Elsewhere looking would make the host wait for
-    the device, so it is fixed by the first call: smaller batches may follow, a larger one is a ValueError. Inside
-    `torch.compile` nobody looks, and every process must bring as many texts.
+    First in a row is the number of texts. Settings that differ are a ValueError in every process that looks: on a CPU
+    at every call, and there the capacity is what this step needs. Elsewhere looking would make the host wait for the
+    device, so processes look at their first call (numbers, which a schedule may change, aside) and the capacity stays:
+    smaller batches may follow, a larger one is a ValueError. Inside `torch.compile` nobody looks, and every process
+    must bring as many texts.
     """
-    world, capacity, d = group.size(), len(texts), texts.shape[1]
-    compiling = torch.compiler.is_compiling()
-    codes = (capacity, *(setting.code() for setting in settings.values()))
-    header = torch.tensor(codes, device=texts.device) if compiling else _on_device(codes, texts.device)
+    world, capacity, d, device = group.size(), len(texts), texts.shape[1], texts.device
+    compiling, agreed = torch.compiler.is_compiling(), None
+    codes = tuple(setting.code() for setting in settings.values())
+    if compiling or _may_read(device):
+        header = torch.tensor((capacity, *codes), device=device)
+    else:
+        key = tuple(
+            _A_NUMBER if setting.kind is float and code not in (_NONE, _A_TENSOR) else code
+            for setting, code in zip(settings.values(), codes, strict=True)
+        )
+        capacities = _capacities.setdefault(group, {})
+        agreed = capacities.get(key)
+        header = _on_device((capacity, *(codes if agreed is None else key)), device)
     headers = _all_gather(header, world, group.group_name).view(world, -1)
     if not compiling:
-        agreed = _capacities.setdefault(group, {})
-        if texts.device.type == "cpu" or codes[1:] not in agreed:
-            agreed[codes[1:]] = _compare(_wait(headers).tolist(), settings)
-        if capacity > agreed[codes[1:]]:
+        if agreed is None:
+            agreed = _compare(_wait(headers).tolist(), settings)
+            if not _may_read(device):
+                capacities[key] = agreed
+        if capacity > agreed:
             raise ValueError(
-                f"texts has {capacity} rows, expected at most {agreed[codes[1:]]}, the largest local batch of the "
-                "first step with this group (pacl_kernels.distributed.forget(group) in every process allows more)"
+                f"texts has {capacity} rows, expected at most {agreed}, the largest local batch of the first step with "
+                "this group (pacl_kernels.distributed.forget(group) in every process allows more)"
             )
-        capacity = agreed[codes[1:]]
+        capacity = agreed
     exchange = settings["exchange"].value
     ring = exchange == "ring"
     if exchange == "auto":
         # Texts, two float32 arrays of their gradient, and four of [B_local, B_global].
         ring = world * capacity * (d * (texts.element_size() + 8) + 16 * capacity) > _GATHER_BYTES
-    return Plan(group.group_name, group.rank(), world, capacity, ring, texts.device.type != "cpu"), headers
+    scatters = device.type != "cpu" and (compiling or dist.get_backend(group) != "gloo")
+    return Plan(group.group_name, group.rank(), world, capacity, ring, scatters), headers
 
 
-# By settings: the largest local batch of any process.
+# By settings: the largest local batch of any process (not for a CPU, where every step asks).
 _capacities: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[tuple, int]] = weakref.WeakKeyDictionary()
+
+
+def _may_read(device: torch.device) -> bool:
+    """Whether the host may read what a collective on this device returned, at every step."""
+    return device.type == "cpu"
 
 
 def forget(group: dist.ProcessGroup) -> None:
@@ -121,7 +139,7 @@ def forget(group: dist.ProcessGroup) -> None:
 
 @functools.lru_cache(maxsize=256)
 def _on_device(codes: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor(codes, device=device)  # copied once: a copy from the host may wait for the device
+    return torch.tensor(codes, device=device)  # kept: a copy from the host may wait for the device
 
 
 def _compare(headers: list[list[int]], settings: dict[str, Setting]) -> int:
@@ -157,12 +175,12 @@ class GlobalPaclFunction(torch.autograd.Function):
 
             def visit(blocks):
                 for at, block in blocks:
-                    sums.add(at, *_score(inputs, block, ctx.options))
+                    sums.add(at, _score(inputs, block, ctx.options)[0])
 
             _send_round(_padded(texts, plan), plan, len(patches), visit)
         else:
-            gathered, phi, lse = arrays = _gather_and_score(inputs, ctx.options, plan)
-            sums.add(slice(0, len(gathered)), phi, lse)
+            gathered, phi, _ = arrays = _gather_and_score(inputs, ctx.options, plan)
+            sums.add(slice(0, len(gathered)), phi)
         value, statistics = sums.finish()
         ctx.save_for_backward(*inputs, scale, bias, sums.sizes, *arrays, *statistics)
         return value
@@ -279,7 +297,7 @@ class _GlobalSums:
         self.columns: list[tuple[slice, contrast.Sums]] = []
         self.total = 0.0
 
-    def add(self, at: slice, phi: Tensor, lse: Tensor) -> None:
+    def add(self, at: slice, phi: Tensor) -> None:
         if self.valid is None:  # not before the first block has been scored
             self.sizes = _wait(self.headers)[:, 0].clone()
             self.valid, self.dtype = _valid(self.sizes, self.plan), phi.dtype

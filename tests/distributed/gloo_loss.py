@@ -12,7 +12,7 @@ from problems import DIFFERENTIABLE, FORMS, Case, Problem, make
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pacl_kernels import PaclLoss, available_backends, fused_pacl_loss
+from pacl_kernels import PaclLoss, available_backends, distributed, fused_pacl_loss
 from pacl_kernels.loss import global_loss
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
@@ -267,6 +267,33 @@ def test_processes_that_differ(name, changes, group):
         fused_pacl_loss(**arguments, group=group)
     same = {argument: values[0] for argument, values in changes.items()}
     assert fused_pacl_loss(**(arguments | same), group=group).isfinite()
+
+
+def test_without_reading_what_others_say(group, monkeypatch):
+    """As on a GPU: the first step decides on the largest local batch, later ones may be smaller and change numbers."""
+    world, rank = group.size(), group.rank()
+    if world == 1:
+        pytest.skip("one process agrees with itself")
+    monkeypatch.setattr("pacl_kernels.distributed._may_read", lambda device: False)
+
+    def check(sizes, scale):
+        problem = make(Case(sum(sizes), 4, 11), "dot", "infonce", torch.float64)
+        mine = local_part(problem, local_rows(sizes, rank))
+        inputs = {"attn_temperature": 0.2, "group": group}
+        got = fused_pacl_loss(mine.patches, mine.texts, scale, **inputs)
+        expected = fused_pacl_loss(problem.patches, problem.texts, scale, attn_temperature=0.2)
+        assert got.item() == pytest.approx(expected.item(), rel=1e-10)
+
+    check([3, 4, 2, 1][:world], 10.0)
+    check([1, 2, 2, 1][:world], 10.0)
+    check([1, 4, 2, 2][:world], 11.0)
+    with pytest.raises(ValueError, match="texts has 5 rows, expected at most 4, the largest local batch of the first"):
+        check([5] * world, 10.0)
+    distributed.forget(group)
+    check([5] * world, 10.0)
+    with pytest.raises(ValueError, match=f"form is .* on rank 0 of the group and .* on rank {world - 1}"):
+        form = "cosine" if rank == world - 1 else "max"
+        fused_pacl_loss(torch.ones(2, 3, 11), torch.ones(2, 11), 10.0, form=form, group=group)
 
 
 def test_nan_reaches_every_process(sizes, group):
