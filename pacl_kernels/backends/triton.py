@@ -365,6 +365,7 @@ class _Call:
             (self.inv_p, self.inv_t[k0:], self.stat[:, k0:], grad_phi[:, k0:], self.scale, w, b0, b1, self.n, k1 - k0)
             + (self.k, w.stride(0)),
             dict(BLOCK_T=block_t, BLOCK_P=block_p, SCALED=self.scale is not None),
+            warps=8,
         )
 
     def gram(self, b0, b1, gram: Tensor) -> None:
