@@ -103,6 +103,19 @@ def _sum_pair(a, b, AXIS: tl.constexpr):
 
 
 @triton.jit
+def _add_threes(a, b, c, d, e, f):
+    return a + d, b + e, c + f
+
+
+@triton.jit
+def _sum_three(a, b, c, AXIS: tl.constexpr):
+    if INTERPRETED:
+        return tl.sum(a, AXIS), tl.sum(b, AXIS), tl.sum(c, AXIS)
+    else:
+        return tl.reduce((a, b, c), AXIS, _add_threes)
+
+
+@triton.jit
 def _add_softmax(
     s, inside, scale, total, weighted, largest,
     SELECT: tl.constexpr, SAFE: tl.constexpr, AXIS: tl.constexpr,
@@ -494,10 +507,10 @@ def cosine_backward_kernel(
     weighted = tl.zeros([BLOCK_T], tl.float32)
     for m0 in range(0, N, BLOCK_M):
         q, a = _pool(A + at_a, gram, a_rows, t_live, m0, N, stride_gram, BLOCK_T, BLOCK_M, BLOCK_N, PRECISION)
-        part, as_part = _sum_pair(q * a, a * _scores_of(a, stat, scale), 1)
+        part, as_part, a_part = _sum_three(q * a, a * _scores_of(a, stat, scale), a, 1)
         squared += part
         weighted += as_part
-        total += tl.sum(a, 1)
+        total += a_part
     share = 1.0 / tl.where(total == 0.0, 1.0, total)
     radius = tl.sqrt(tl.where(squared < 0.0, 0.0, squared)) * share
     moves = radius > floor
