@@ -64,6 +64,11 @@ def score_backward(
     grad_temperature: Optional[Tensor],  # noqa: UP045
 ) -> None:
     """Gradients from ∂L/∂φ `[B, K]`, into those buffers that are given: like patches, like texts, and 0-D."""
+    if not phi.numel():
+        for grad in (grad_patches, grad_texts, grad_temperature):
+            if grad is not None:
+                grad.zero_()
+        return
     tau = temperature_value if temperature is None else temperature.to(phi.dtype).reshape(())
     with torch.autocast(patches.device.type, enabled=False):
         dispatch.module(backend).score_backward(

@@ -167,11 +167,6 @@ def _divide_by_pooled_norm(call: _Call) -> None:
 def score_backward(
     patches, texts, patch_mask, temperature, form, phi, stat, grad_phi, grad_patches, grad_texts, grad_temperature
 ) -> None:
-    if not phi.numel():
-        for grad in (grad_patches, grad_texts, grad_temperature):
-            if grad is not None:
-                grad.zero_()
-        return
     with _on_device(patches):
         call = _Call(patches, texts, patch_mask, temperature, phi, stat)
         call.backward(form, grad_phi, grad_patches, grad_texts, grad_temperature)
