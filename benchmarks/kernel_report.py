@@ -27,7 +27,8 @@ import torch
 import triton
 import triton.backends.nvidia
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
 
 from pacl_kernels.backends import triton as backend
 from pacl_kernels.backends import triton_kernels
@@ -38,7 +39,6 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 REGISTERS = 65536
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TOOLS = Path(triton.backends.nvidia.__file__).parent / "bin"
-POINTERS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.bool: "i1"}
 
 
 class Variant(NamedTuple):
@@ -66,6 +66,7 @@ DEFAULT = [
     Variant(form="max"),
     Variant(tau=0.01),
     Variant(dtype="fp32"),
+    Variant(form="cosine", dtype="fp32"),
 ]
 # What differs from those little enough that one architecture stands for all.
 ON_90 = [
@@ -74,6 +75,8 @@ ON_90 = [
     Variant(flat=False),
     Variant(patches=48),
     Variant(tensor_tau=True),
+    Variant(form="cosine", dtype="fp32", patches=49),
+    Variant(form="max", patches=49, dim=520, mask=True),
 ]
 # Kernels without a tile of scores: a row each, of the same architecture.
 ONCE = (
@@ -87,7 +90,7 @@ ONCE = (
 
 
 class Launch(NamedTuple):
-    """What Triton compiles: types, constants and alignments by argument name."""
+    """What Triton compiles, by its own rules: types, constants and alignments by argument name."""
 
     kernel: str
     config: str
@@ -100,39 +103,28 @@ class Launch(NamedTuple):
     stages: int
 
 
-def launches(variant: Variant, target: int) -> list[Launch]:
+def launches(variant: Variant, target: int, batch: int = 1024) -> list[Launch]:
     """The launches of forward and backward of a call, on tensors without data."""
     seen: list[Launch] = []
+    compiler = make_backend(GPUTarget("cuda", target, 32))
 
     def record(kernel, programs, arguments, constants, warps=4, stages=3) -> None:
-        named = dict(zip(kernel.arg_names, arguments, strict=False)) | constants
-        index = {name: i for i, name in enumerate(kernel.arg_names)}
-        signature, fixed, aligned = {}, {}, []
-        for name, value in named.items():
-            kind = _type(value)
-            number = type(value) is int and kernel.params[index[name]].do_not_specialize is False
-            if name in constants or value is None or (number and value == 1):
-                signature[name], fixed[name] = "constexpr", value
-                continue
-            signature[name] = kind
-            # As Triton specialises: addresses and numbers divisible by 16. Slices are taken to be what they mostly are.
-            if (isinstance(value, torch.Tensor) and variant.aligned) or (number and value % 16 == 0):
-                aligned.append(name)
-        seen.append(
-            Launch(
-                kernel.fn.__name__, str(variant), variant.dtype, target, signature, fixed, tuple(aligned), warps, stages
-            )
-        )
+        bind = create_function_from_signature(kernel.signature, kernel.params, compiler)
+        kinds = dict(zip(kernel.arg_names, bind(*arguments, **constants)[1], strict=True))
+        signature = {name: kind for name, (kind, _) in kinds.items()}
+        fixed = {name: value for name, (kind, value) in kinds.items() if kind == "constexpr"}
+        aligned = tuple(name for name, (kind, value) in kinds.items() if kind != "constexpr" and value == "D")
+        names = kernel.fn.__name__, str(variant), variant.dtype
+        seen.append(Launch(*names, target, signature, fixed, aligned, warps, stages))
 
-    dtype = DTYPES[variant.dtype]
-    dim = variant.dim
+    dtype, dim = DTYPES[variant.dtype], variant.dim
     padding = 0 if variant.aligned else 1
     gap = 0 if variant.flat else 1
-    patches = torch.empty(1024, gap + variant.patches, dim + padding, dtype=dtype, device="meta")[:, gap:, :dim]
-    texts = torch.empty(1024, dim + padding, dtype=dtype, device="meta")[:, :dim]
+    patches = torch.empty(batch, gap + variant.patches, padding + dim, dtype=dtype, device="meta")[:, gap:, padding:]
+    texts = torch.empty(batch, padding + dim, dtype=dtype, device="meta")[:, padding:]
     mask = torch.empty(patches.shape[:2], dtype=torch.bool, device="meta") if variant.mask else None
     tau = torch.empty((), device="meta") if variant.tensor_tau else variant.tau
-    phi, stat, grad_phi = (torch.empty(1024, 1024, device="meta") for _ in range(3))
+    phi, stat, grad_phi = (torch.empty(batch, batch, device="meta") for _ in range(3))
     grads = torch.empty_like(patches), torch.empty_like(texts), phi.new_empty(()) if variant.tensor_tau else None
     grads = grads[0].contiguous(), grads[1].contiguous(), grads[2]
     replaced = dict(_launch=record, _architecture=lambda device: target, _processors=lambda device: 132)
@@ -151,18 +143,6 @@ def launches(variant: Variant, target: int) -> list[Launch]:
         for name, function in originals.items():
             setattr(backend, name, function)
     return seen
-
-
-def _type(value) -> str | None:
-    if isinstance(value, torch.Tensor):
-        return "*" + POINTERS[value.dtype]
-    if hasattr(value, "block_shape"):
-        return f"tensordesc<{POINTERS[value.base.dtype]}[{','.join(map(str, value.block_shape))}]>"
-    if isinstance(value, bool):
-        return "i1"
-    if isinstance(value, int):
-        return "i32" if value < 2**31 else "i64"
-    return "fp32" if isinstance(value, float) else None
 
 
 def compile_launch(launch: Launch) -> dict:

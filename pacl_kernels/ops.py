@@ -67,6 +67,11 @@ def score_backward(
 
     That of the texts may be float32 whatever they are.
     """
+    if not phi.numel():
+        for grad in (grad_patches, grad_texts, grad_temperature):
+            if grad is not None:
+                grad.zero_()
+        return
     tau = temperature_value if temperature is None else temperature.to(phi.dtype).reshape(())
     with torch.autocast(patches.device.type, enabled=False):
         dispatch.module(backend).score_backward(

@@ -70,7 +70,8 @@ def test_the_host_never_waits(form):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_batch_of_unseen_size_compiles_nothing(form):
-    _step(_inputs(64, 196, 128), form)
+    """Once there are texts for whole tiles; `test_kernel_report.py` asks the same of Triton's rules without a GPU."""
+    _step(_inputs(128, 196, 128), form)
     names = [name for name in vars(backend.kernels()) if name.endswith("_kernel")]
 
     def compiled():
@@ -78,7 +79,7 @@ def test_a_batch_of_unseen_size_compiles_nothing(form):
         return sum(len(cache[0]) for devices in caches for cache in devices.values())
 
     before = compiled()
-    for b in (63, 65, 96, 128, 200, 257):
+    for b in (129, 130, 144, 200, 257, 1000):
         _step(_inputs(b, 196, 128), form)
     assert compiled() == before
 

@@ -151,7 +151,7 @@ def test_a_tensor_launches_both_and_one_works(tau, launches):
     "case, expected",
     [
         (Case(3, 64, 16), dict(PAD=64, IMAGES=2, HAS_MASK=False, DESCRIPTORS=False)),
-        (Case(3, 10, 24, mask="one"), dict(PAD=16, IMAGES=8, HAS_MASK=True, EVEN_D=False)),
+        (Case(3, 10, 24, mask="one"), dict(PAD=16, IMAGES=4, HAS_MASK=True, EVEN_D=False)),
         (Case(3, 65, 64), dict(PAD=0, IMAGES=3, EVEN_D=True)),
         (Case(2, 128, 64), dict(PAD=0, IMAGES=1)),
         (Case(2, 196, 64), dict(PAD=0, IMAGES=2)),

@@ -66,11 +66,6 @@ def score_forward(patches, texts, patch_mask, temperature, form, phi, lse) -> No
 def score_backward(
     patches, texts, patch_mask, temperature, form, phi, lse, grad_phi, grad_patches, grad_texts, grad_temperature
 ) -> None:
-    if not phi.numel():
-        for grad in (grad_patches, grad_texts, grad_temperature):
-            if grad is not None:
-                grad.zero_()
-        return
     params = _params(patches, texts, patch_mask, temperature, form, phi, lse)
     texts_sum = phi.new_zeros(params.accumulator_floats()) if grad_texts is not None else None
     params.set_gradients(

@@ -70,15 +70,17 @@ CONFIGS = {
     ("backward", 100, 4): Config(128, 64, 32, 8, 3, 1),
     ("backward_full", 100, 4): Config(128, 64, 32, 8, 3, 1),
 }
-# For rows that are not evenly spaced, contiguous and aligned, by bytes of an element: their addresses take registers.
+# By bytes of an element, where rows are loaded by address, which takes registers: rows that are not evenly spaced,
+# contiguous and aligned, and padded images whose dimensions do not fill the steps along D.
 STRIDED = {2: Config(128, 64, 32, 8, 4, 1), 4: Config(64, 64, 32, 8, 3, 1)}
-# Tiles of the cosine form's products with the Gram matrix: texts, patches of the result, patches summed over.
-_POOL_TEXTS, _POOL_PATCHES, _POOL_INNER = 64, 64, 64
+# Texts of a tile of the cosine form's products with the Gram matrix, and the side of a tile of the Gram matrix.
+_POOL_TEXTS, _GRAM_PATCHES = 64, 64
 
 
-def config(kernel: str, patches: Tensor, texts: Tensor) -> Config:
+def config(kernel: str, patches: Tensor, texts: Tensor, padded: bool = False) -> Config:
     """The table's entry, with smaller tiles where there are fewer texts or dimensions."""
-    if _are_describable(patches, texts):
+    d = patches.shape[2]
+    if _are_describable(patches, texts) and not (padded and d % min(64, _power_of_two(d))):
         architectures = {architecture for _, architecture, _ in CONFIGS}
         newest = max(x for x in architectures if x <= max(_architecture(patches.device), min(architectures)))
         entry = CONFIGS[kernel, newest, patches.element_size()]
@@ -86,7 +88,7 @@ def config(kernel: str, patches: Tensor, texts: Tensor) -> Config:
         entry = STRIDED[patches.element_size()]
     return entry._replace(
         block_t=min(entry.block_t, max(16, _power_of_two(len(texts)))),
-        block_d=min(entry.block_d, max(16, _power_of_two(texts.shape[1]))),
+        block_d=min(entry.block_d, max(16, _power_of_two(d))),
     )
 
 
@@ -165,11 +167,6 @@ def _divide_by_pooled_norm(call: _Call) -> None:
 def score_backward(
     patches, texts, patch_mask, temperature, form, phi, stat, grad_phi, grad_patches, grad_texts, grad_temperature
 ) -> None:
-    if not phi.numel():
-        for grad in (grad_patches, grad_texts, grad_temperature):
-            if grad is not None:
-                grad.zero_()
-        return
     with _on_device(patches):
         call = _Call(patches, texts, patch_mask, temperature, phi, stat)
         call.backward(form, grad_phi, grad_patches, grad_texts, grad_temperature)
@@ -241,7 +238,7 @@ class _Call:
         temperature = 1.0 if largest else self.temperature
         pad = _power_of_two(self.n) if self.n <= _PADDED else 0
         for safe in _variants(temperature):
-            chosen = config("forward_safe" if safe else "forward", self.patches, self.texts)
+            chosen = config("forward_safe" if safe else "forward", self.patches, self.texts, padded=pad > 0)
             images = max(1, chosen.block_p // pad) if pad else _images_of_a_tile(self.n, chosen.block_p)
             programs = _programs(self.patches.device, chosen.per_processor)
             text_tiles = _ceil_div(self.k, chosen.block_t)
@@ -365,16 +362,18 @@ class _Call:
             (self.inv_p, self.inv_t[k0:], self.stat[:, k0:], grad_phi[:, k0:], self.scale, w, b0, b1, self.n, k1 - k0)
             + (self.k, w.stride(0)),
             dict(BLOCK_T=block_t, BLOCK_P=block_p, SCALED=self.scale is not None),
+            8,
         )
 
     def gram(self, b0, b1, gram: Tensor) -> None:
-        block = _POOL_PATCHES
+        block, (step, warps) = _GRAM_PATCHES, (32, 8) if self.patches.dtype == torch.float32 else (64, 4)
         _launch(
             kernels().gram_kernel,
             (b1 - b0) * _ceil_div(self.n, block) ** 2,
             (self.patches, self.mask, self.inv_p, gram, b0, self.n, self.d)
             + (*self.patches.stride(), *_mask_strides(self.mask), gram.stride(1)),
-            dict(BLOCK_N=block, BLOCK_D=_POOL_INNER, HAS_MASK=self.mask is not None, PRECISION=self.precision),
+            dict(BLOCK_N=block, BLOCK_D=step, HAS_MASK=self.mask is not None, PRECISION=self.precision),
+            warps,
         )
 
     def cosine_forward(self, b0, b1, k0, k1, attention: Tensor, gram: Tensor) -> None:
@@ -383,7 +382,7 @@ class _Call:
             (b1 - b0) * _ceil_div(k1 - k0, _POOL_TEXTS),
             (attention, gram, self.temperature, self.phi[:, k0:], self.stat[:, k0:], b0, self.n, k1 - k0)
             + (attention.stride(0), gram.stride(1), self.k, MIN_POOLED_NORM),
-            self._pool_tile(),
+            *self._pool_tile(),
         )
 
     def cosine_backward(self, b0, b1, k0, k1, attention, gram, grad_phi, w, curvature, needs_tau) -> Tensor | None:
@@ -396,12 +395,12 @@ class _Call:
             (attention, gram, self.temperature, self.inv_p, self.inv_t[k0:], self.stat[:, k0:], grad_phi[:, k0:])
             + (self.scale, w, curvature, sums, b0, self.n, k1 - k0)
             + (attention.stride(0), gram.stride(1), self.k, MIN_POOLED_NORM),
-            self._pool_tile() | dict(NEEDS_TAU=needs_tau, SCALED=self.scale is not None),
+            *self._pool_tile(NEEDS_TAU=needs_tau, SCALED=self.scale is not None),
         )
         return sums
 
     def curvature(self, b0, b1, k0, k1, attention, curvature, pooled) -> None:
-        block = _POOL_PATCHES
+        block = _GRAM_PATCHES
         operands = torch.float32 if self.patches.dtype == torch.float32 else torch.bfloat16
         _launch(
             kernels().curvature_kernel,
@@ -448,9 +447,16 @@ class _Call:
             ),
         )
 
-    def _pool_tile(self) -> dict:
-        tile = dict(BLOCK_T=_POOL_TEXTS, BLOCK_M=_POOL_PATCHES, BLOCK_N=_POOL_INNER)
-        return tile | self.tau | dict(N_ALIGN=math.gcd(self.n, 16), PRECISION=self.precision)
+    def _pool_tile(self, **constants) -> tuple[dict, int, int]:
+        """Constants, warps and stages of the products with the Gram matrix."""
+        alignment, wide = math.gcd(self.n, 16), self.attention_dtype == torch.float32
+        block = 32 if wide else 64  # three tf32 products keep six operands
+        constants |= dict(
+            BLOCK_T=_POOL_TEXTS, BLOCK_M=block, BLOCK_N=block, N_ALIGN=alignment, PRECISION=self.precision
+        )
+        # Rows that are not aligned to 16 bytes are loaded by an address for each element.
+        warps, stages = (8, 2) if wide and alignment < 4 else (4, 3)
+        return constants | self.tau, warps, stages
 
     def _weight_scale(self, grad_phi: Tensor) -> Tensor:
         """The power of two that brings the bound of |W|, max|g| (1 + 2 / τ) max 1/‖p‖ max 1/‖t‖, to 2¹⁴.

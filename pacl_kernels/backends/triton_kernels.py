@@ -7,6 +7,9 @@ tile may end in the middle of an image, and nothing is padded but the last tile 
 
     P [B, N, D]  T [K, D]  MASK [B, N]  PHI, STAT, G [B, K]  INV_P [B N]  INV_T [K]      sizes and strides in elements
 
+`do_not_specialize` names what depends on B, N or K, numbers and the addresses of slices: Triton would compile again
+where one is a multiple of 16 and was not before, and the last batch of an epoch would wait for that.
+
 STAT is what the backward needs beside φ: for `dot` the entropy of the attention in bits, lse(s / τ) - φ / τ over ln 2.
 Unlike the log-sum-exp it is small where τ is, so `a = exp2((s - φ) log2(e) / τ - STAT)` loses nothing. For `cosine`
 the log-sum-exp in bits, for `max` the index of the winning patch.
@@ -97,6 +100,19 @@ def _sum_pair(a, b, AXIS: tl.constexpr):
         return tl.sum(a, AXIS), tl.sum(b, AXIS)
     else:
         return tl.reduce((a, b), AXIS, _add_pairs)
+
+
+@triton.jit
+def _add_threes(a, b, c, d, e, f):
+    return a + d, b + e, c + f
+
+
+@triton.jit
+def _sum_three(a, b, c, AXIS: tl.constexpr):
+    if INTERPRETED:
+        return tl.sum(a, AXIS), tl.sum(b, AXIS), tl.sum(c, AXIS)
+    else:
+        return tl.reduce((a, b, c), AXIS, _add_threes)
 
 
 @triton.jit
@@ -307,7 +323,7 @@ def _weights_slice(
         return 0.0
 
 
-@triton.jit(do_not_specialize=("image_begin", "image_end", "N", "K"))
+@triton.jit(do_not_specialize=("image_begin", "image_end", "N", "K", "stride_phi"))
 def score_backward_kernel(
     P, T, MASK, TAU, INV_P, INV_T, PHI, STAT, G, W_SCALE, W, TAU_SUMS,
     image_begin, image_end, N, K, D,
@@ -417,7 +433,7 @@ def _pool(
     return q, a.to(tl.float32)
 
 
-@triton.jit(do_not_specialize=("image_begin", "N", "K"))
+@triton.jit(do_not_specialize=("image_begin", "N", "K", "stride_phi"))
 def cosine_forward_kernel(
     A, GRAM, TAU, PHI, STAT, image_begin, N, K, stride_a, stride_gram, stride_phi, floor,
     BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, N_ALIGN: tl.constexpr,
@@ -459,7 +475,7 @@ def _scores_of(a, stat, scale):
     return (tl.log2(tl.where(a > 0.0, a, 1.0)) + stat[:, None]) / scale
 
 
-@triton.jit(do_not_specialize=("image_begin", "N", "K"))
+@triton.jit(do_not_specialize=("image_begin", "N", "K", "stride_phi"))
 def cosine_backward_kernel(
     A, GRAM, TAU, INV_P, INV_T, STAT, G, W_SCALE, W, CURVATURE, TAU_SUMS,
     image_begin, N, K, stride_a, stride_gram, stride_phi, floor,
@@ -491,10 +507,10 @@ def cosine_backward_kernel(
     weighted = tl.zeros([BLOCK_T], tl.float32)
     for m0 in range(0, N, BLOCK_M):
         q, a = _pool(A + at_a, gram, a_rows, t_live, m0, N, stride_gram, BLOCK_T, BLOCK_M, BLOCK_N, PRECISION)
-        part, as_part = _sum_pair(q * a, a * _scores_of(a, stat, scale), 1)
+        part, as_part, a_part = _sum_three(q * a, a * _scores_of(a, stat, scale), a, 1)
         squared += part
         weighted += as_part
-        total += tl.sum(a, 1)
+        total += a_part
     share = 1.0 / tl.where(total == 0.0, 1.0, total)
     radius = tl.sqrt(tl.where(squared < 0.0, 0.0, squared)) * share
     moves = radius > floor
@@ -560,7 +576,7 @@ def curvature_kernel(
     tl.store(at, acc.to(C.dtype.element_ty), mask=live)
 
 
-@triton.jit(do_not_specialize=("image_begin", "image_end", "N", "K"))
+@triton.jit(do_not_specialize=("image_begin", "image_end", "N", "K", "stride_phi"))
 def max_weights_kernel(
     INV_P, INV_T, INDEX, G, W_SCALE, W, image_begin, image_end, N, K, stride_phi, stride_w,
     BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr, SCALED: tl.constexpr,
@@ -603,7 +619,7 @@ def inverse_norms_kernel(
     tl.store(INV + rows, inverse, mask=rows < rows_count)
 
 
-@triton.jit(do_not_specialize=("rows_count", "N"))
+@triton.jit(do_not_specialize=("MASK", "rows_count", "N"))
 def project_out_kernel(
     GRAD, X, OUT, MASK, W_SCALE, rows_count, N, D, stride_b, stride_n, stride_d, stride_mb, stride_mn,
     ROWS: tl.constexpr, BLOCK_D: tl.constexpr, HAS_MASK: tl.constexpr, SCALED: tl.constexpr,
@@ -662,7 +678,10 @@ def _load_row(X, offsets, live, d, D, stride_d, BLOCK_D: tl.constexpr):
     return tl.load(X + offsets[:, None] + (offs_d * stride_d)[None, :], mask=mask, other=0.0).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=("rows_count", "length"))
+@triton.jit(
+    do_not_specialize=("LARGEST", "LOG", "rows_count", "length"),
+    do_not_specialize_on_alignment=("stride_row", "stride"),  # but on 1: then neighbours are loaded together
+)
 def shifted_logsumexp_kernel(
     PHI, SCALE, BIAS, LARGEST, LOG, rows_count, length, stride_row, stride,
     SCALE_IS_TENSOR: tl.constexpr, BIAS_IS_TENSOR: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -711,7 +730,9 @@ def sigmoid_loss_kernel(
     tl.store(SUMS + tl.program_id(0), tl.sum(total, 0))
 
 
-@triton.jit(do_not_specialize=("B",))
+@triton.jit(
+    do_not_specialize=("ROW_LARGEST", "ROW_LOG", "COLUMN_LARGEST", "COLUMN_LOG", "SCALE_SUMS", "BIAS_SUMS", "B")
+)
 def loss_backward_kernel(
     PHI, SCALE, BIAS, ROW_LARGEST, ROW_LOG, COLUMN_LARGEST, COLUMN_LOG, GRAD_LOSS, GRAD_PHI, SCALE_SUMS, BIAS_SUMS, B,
     SIGMOID: tl.constexpr, SCALE_IS_TENSOR: tl.constexpr, BIAS_IS_TENSOR: tl.constexpr,
