@@ -64,19 +64,16 @@ DEFAULT = [
     *(Variant(dim=dim, mask=mask) for dim in (512, 768) for mask in (False, True)),
     Variant(form="cosine"),
     Variant(form="max"),
-    Variant(tau=0.01),
     Variant(dtype="fp32"),
-    Variant(form="cosine", dtype="fp32"),
 ]
 # What differs from those little enough that one architecture stands for all.
 ON_90 = [
     Variant(dtype="fp16"),
     Variant(aligned=False),
-    Variant(flat=False),
     Variant(patches=48),
+    Variant(tau=0.01),
     Variant(tensor_tau=True),
     Variant(form="cosine", dtype="fp32", patches=49),
-    Variant(form="max", patches=49, dim=520, mask=True),
 ]
 # Kernels without a tile of scores: a row each, of the same architecture.
 ONCE = (
