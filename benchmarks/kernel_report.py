@@ -20,6 +20,7 @@ import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 os.environ.pop("TRITON_INTERPRET", None)
 
@@ -31,7 +32,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from pacl_kernels.backends import triton as backend
-from pacl_kernels.backends import triton_kernels
+from pacl_kernels.backends import triton_kernels, triton_tiles
 
 TARGETS = (80, 90, 100)
 # Shared memory of a program, and registers of a multiprocessor (NVIDIA's programming guide, compute capabilities).
@@ -124,10 +125,9 @@ def launches(variant: Variant, target: int, batch: int = 1024) -> list[Launch]:
     phi, stat, grad_phi = (torch.empty(batch, batch, device="meta") for _ in range(3))
     grads = torch.empty_like(patches), torch.empty_like(texts), phi.new_empty(()) if variant.tensor_tau else None
     grads = grads[0].contiguous(), grads[1].contiguous(), grads[2]
-    replaced = dict(_launch=record, _architecture=lambda device: target, _processors=lambda device: 132)
-    replaced["_has_bulk_copies"] = lambda device: target >= 90
-    originals = {name: getattr(backend, name) for name in replaced}
-    try:
+    replaced = dict(_launch=record, _processors=lambda device: 132)
+    chip = dict(architecture=lambda device: target, has_bulk_copies=lambda device: target >= 90)
+    with mock.patch.multiple(backend, **replaced), mock.patch.multiple(triton_tiles, **chip):
         for name, function in replaced.items():
             setattr(backend, name, function)
         backend.score_forward(patches, texts, mask, tau, variant.form, phi, stat)
@@ -136,9 +136,6 @@ def launches(variant: Variant, target: int, batch: int = 1024) -> list[Launch]:
         for loss, kept in (("infonce", statistics), ("sigmoid", None)):
             backend.loss_forward(phi, scale, None, loss, value, kept)
             backend.loss_backward(phi, scale, None, loss, kept, value, grad_phi, value, value)
-    finally:
-        for name, function in originals.items():
-            setattr(backend, name, function)
     return seen
 
 

@@ -2,7 +2,7 @@
 
     python benchmarks/tune_triton.py --json tuning.json          # bfloat16, B = K = 4096, N = 196, D = 512
 
-The library itself never searches: `CONFIGS` in pacl_kernels/backends/triton.py is a table, and this is how to fill it.
+The library itself never searches: `CONFIGS` in pacl_kernels/backends/triton_tiles.py is filled by hand, from this.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import report
 import torch
 
 from pacl_kernels.backends import triton as backend
+from pacl_kernels.backends import triton_tiles as tiles
 
 # Texts, patches, step along D, warps, stages, programs for each multiprocessor.
 CANDIDATES = [
@@ -60,7 +61,7 @@ def main() -> None:
     phi, stat, grad_phi = (torch.empty(args.batch, args.batch, device="cuda") for _ in range(3))
     call = backend._Call(patches, texts, None, 0.07, phi, stat)
     call.scale = None
-    block = backend.plan_blocks(args.batch, args.patches, args.batch, dtype.itemsize)
+    block = tiles.plan_blocks(args.batch, args.patches, args.batch, dtype.itemsize)
     room = torch.empty(args.batch + 256, block.images * args.patches + 256, device="cuda", dtype=dtype)
     rows = patches[: block.images].flatten(0, 1)
     product_out = torch.empty(args.batch, len(rows), device="cuda", dtype=dtype)
@@ -71,20 +72,20 @@ def main() -> None:
         "forward": (lambda: call.forward("dot"), args.batch),
         "backward": (lambda: call.weights(0, block.images, 0, args.batch, room, grad_phi), block.images),
     }
-    architecture = max(a for _, a, _ in backend.CONFIGS if a <= backend._architecture(patches.device))
+    architecture = max(a for _, a, _ in tiles.CONFIGS if a <= tiles.architecture(patches.device))
     results = []
     for kernel, (run, images) in runs.items():
         key = (kernel, architecture, dtype.itemsize)
-        shipped = backend.CONFIGS[key]
-        for candidate in [shipped, *(backend.Config(*values) for values in CANDIDATES)]:
-            backend.CONFIGS[key] = candidate
+        shipped = tiles.CONFIGS[key]
+        for candidate in [shipped, *(tiles.Config(*values) for values in CANDIDATES)]:
+            tiles.CONFIGS[key] = candidate
             try:
                 ms = milliseconds(run, args.repeats) / images
                 ratio, reason = product / ms, None
             except Exception as error:  # too much shared memory, say
                 ms, ratio, reason = None, None, f"{type(error).__name__}: {str(error).splitlines()[0]}"[:100]
             finally:
-                backend.CONFIGS[key] = shipped
+                tiles.CONFIGS[key] = shipped
             results.append(
                 {
                     "kernel": kernel,

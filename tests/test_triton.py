@@ -9,6 +9,7 @@ from problems import CONTENTS, FORMS, LAYOUTS, SHAPES, Case, make
 
 from pacl_kernels import available_backends, dispatch, fused_pacl_loss
 from pacl_kernels.backends import triton as backend
+from pacl_kernels.backends import triton_tiles as tiles
 
 pytestmark = pytest.mark.skipif(available_backends()["triton"] is not None, reason=str(available_backends()["triton"]))
 
@@ -178,7 +179,7 @@ def test_the_shape_chooses_the_tile(case, expected, launches):
     ids=str,
 )
 def test_descriptors_where_alignment_allows(case, dtype, expected, launches):
-    if not backend._has_bulk_copies(torch.device(DEVICE)):
+    if not tiles.has_bulk_copies(torch.device(DEVICE)):
         pytest.skip("no bulk copies here")
     check(make(case, "dot", "compatibility", dtype, DEVICE), "triton")
     for name in ("score_forward_kernel", "score_backward_kernel"):
@@ -190,9 +191,9 @@ def test_descriptors_where_alignment_allows(case, dtype, expected, launches):
 @pytest.mark.parametrize("workspace, k", [(2**12, 7), (2**12, 150)])
 def test_blocks_of_images_and_of_texts(workspace, k, dtype, form, launches, monkeypatch):
     """A small workspace: several blocks of images, and where K is large of texts as well, then summed in float32."""
-    monkeypatch.setattr(backend, "_WORKSPACE", workspace)
+    monkeypatch.setattr(tiles, "WORKSPACE", workspace)
     check(make(Case(5, 70, 20, K=k, mask="random"), form, "compatibility", dtype, DEVICE), "triton")
-    assert backend.text_block(70, k, 4) == (7 if k == 7 else 128)
+    assert tiles.text_block(70, k, 4) == (7 if k == 7 else 128)
     assert len(_launched(launches, "max_weights_kernel" if form == "max" else "score_backward_kernel")) >= 2
 
 
@@ -235,7 +236,7 @@ def test_float32_follows_torchs_setting():
 @pytest.mark.parametrize("run", [1, 2, 64])
 def test_any_run_of_images(run, case, form, monkeypatch):
     """How many images a program walks through, and so where in a tile they begin and end, changes nothing."""
-    monkeypatch.setattr(backend, "images_per_run", lambda *_: run)
+    monkeypatch.setattr(tiles, "images_per_run", lambda *_: run)
     check(make(case, form, "compatibility", device=DEVICE), "triton", ())
 
 
@@ -248,9 +249,9 @@ def test_the_first_of_equals_wins(n):
 
 def test_runs_of_images_waste_nothing():
     """At the shape of the benchmark the tiles of a run are full, and small batches are spread over all programs."""
-    run = backend.images_per_run(4096, 196, 32, 128, 264)
-    assert run * 196 / (backend._ceil_div(run * 196, 128) * 128) > 0.97
-    assert backend.images_per_run(256, 196, 2, 128, 264) < 4
+    run = tiles.images_per_run(4096, 196, 32, 128, 264)
+    assert run * 196 / (tiles.ceil_div(run * 196, 128) * 128) > 0.97
+    assert tiles.images_per_run(256, 196, 2, 128, 264) < 4
 
 
 @pytest.mark.parametrize("image_bytes", [0, 200_000])
@@ -259,10 +260,10 @@ def test_runs_of_images_waste_nothing():
     [(4096, 196, 4096, 2), (32768, 196, 32768, 2), (3, 1369, 2**20, 4), (9999, 196, 3, 6), (1, 1, 1, 2)],
 )
 def test_workspace_is_bounded(b, n, k, itemsize, image_bytes):
-    blocks = backend.plan_blocks(b, n, k, itemsize, image_bytes)
+    blocks = tiles.plan_blocks(b, n, k, itemsize, image_bytes)
     assert 1 <= blocks.images <= b and 1 <= blocks.texts <= k
     taken = blocks.images * (n * blocks.texts * itemsize + image_bytes)
-    assert taken <= backend._WORKSPACE + (image_bytes if blocks.images == 1 else 0)
+    assert taken <= tiles.WORKSPACE + (image_bytes if blocks.images == 1 else 0)
 
 
 def test_a_tensor_on_the_cpu_without_the_interpreter(monkeypatch):

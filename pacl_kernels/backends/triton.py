@@ -15,90 +15,15 @@ import importlib.util
 import math
 import os
 from types import ModuleType
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..reference import MIN_POOLED_NORM
+from . import triton_tiles as tiles
 
-_WORKSPACE = 256 * 2**20  # bytes of W in memory at once
 _MIN_TRITON = (3, 3)
-_PADDED = 64  # patches of an image up to which it is padded to a power of two, several images to a tile
 _INTERPRETER_PROGRAMS = 3  # fewer than items, so that programs of the interpreter loop as those of a GPU do
-
-
-class Config(NamedTuple):
-    """Tile of texts and patches, step along D, and how Triton compiles it; `per_processor` programs run on one SM."""
-
-    block_t: int
-    block_p: int
-    block_d: int
-    warps: int
-    stages: int
-    per_processor: int
-
-
-# "safe" is with a running maximum, "full" with a mask or the temperature's gradient: both need more registers.
-# (kernel, architecture, bytes of an element) to configuration; an architecture without an entry takes that of the
-# newest older one. None has been timed on hardware yet. What `benchmarks/kernel_report.py` shows without it: no spills,
-# the tensor cores' own instructions, and registers and shared memory for `per_processor` programs on each SM, so that
-# one's epilogue hides behind another's product.
-CONFIGS = {
-    ("forward", 80, 2): Config(128, 128, 32, 8, 4, 1),
-    ("forward_safe", 80, 2): Config(128, 128, 32, 8, 4, 1),
-    ("backward", 80, 2): Config(128, 128, 32, 8, 4, 1),
-    ("backward_full", 80, 2): Config(128, 128, 32, 8, 4, 1),
-    ("forward", 80, 4): Config(64, 64, 32, 4, 3, 2),
-    ("forward_safe", 80, 4): Config(64, 64, 32, 8, 3, 1),
-    ("backward", 80, 4): Config(64, 64, 32, 4, 3, 2),
-    ("backward_full", 80, 4): Config(64, 64, 32, 8, 3, 1),
-    ("forward", 90, 2): Config(128, 128, 64, 4, 3, 2),
-    ("forward_safe", 90, 2): Config(128, 128, 64, 8, 4, 1),
-    ("backward", 90, 2): Config(128, 128, 64, 4, 3, 2),
-    ("backward_full", 90, 2): Config(128, 128, 64, 8, 4, 1),
-    ("forward", 90, 4): Config(128, 64, 32, 4, 3, 2),
-    ("forward_safe", 90, 4): Config(128, 64, 32, 8, 3, 1),
-    ("backward", 90, 4): Config(128, 64, 32, 4, 3, 2),
-    ("backward_full", 90, 4): Config(128, 64, 32, 8, 3, 1),
-    ("forward", 100, 2): Config(128, 64, 64, 4, 4, 2),
-    ("forward_safe", 100, 2): Config(128, 64, 64, 4, 4, 2),
-    ("backward", 100, 2): Config(128, 64, 64, 4, 4, 2),
-    ("backward_full", 100, 2): Config(128, 64, 64, 4, 4, 2),
-    ("forward", 100, 4): Config(128, 64, 32, 8, 3, 1),
-    ("forward_safe", 100, 4): Config(128, 64, 32, 8, 3, 1),
-    ("backward", 100, 4): Config(128, 64, 32, 8, 3, 1),
-    ("backward_full", 100, 4): Config(128, 64, 32, 8, 3, 1),
-}
-# By bytes of an element, where rows are loaded by address, which takes registers: rows that are not evenly spaced,
-# contiguous and aligned, and padded images whose dimensions do not fill the steps along D.
-STRIDED = {2: Config(128, 64, 32, 8, 4, 1), 4: Config(64, 64, 32, 8, 3, 1)}
-# Texts of a tile of the cosine form's products with the Gram matrix, and the side of a tile of the Gram matrix.
-_POOL_TEXTS, _GRAM_PATCHES = 64, 64
-
-
-def config(kernel: str, patches: Tensor, texts: Tensor, padded: bool = False) -> Config:
-    """The table's entry, with smaller tiles where there are fewer texts or dimensions."""
-    d = patches.shape[2]
-    if _are_describable(patches, texts) and not (padded and d % min(64, _power_of_two(d))):
-        architectures = {architecture for _, architecture, _ in CONFIGS}
-        newest = max(x for x in architectures if x <= max(_architecture(patches.device), min(architectures)))
-        entry = CONFIGS[kernel, newest, patches.element_size()]
-    else:
-        entry = STRIDED[patches.element_size()]
-    return entry._replace(
-        block_t=min(entry.block_t, max(16, _power_of_two(len(texts)))),
-        block_d=min(entry.block_d, max(16, _power_of_two(d))),
-    )
-
-
-@functools.cache
-def _architecture(device: torch.device) -> int:
-    """Compute capability times ten; that of an A100 for what has none (AMD, the interpreter)."""
-    if device.type != "cuda" or torch.version.hip is not None:
-        return 80
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
 
 
 def why_not(device: torch.device | None = None, dtype: torch.dtype | None = None) -> str | None:
@@ -153,8 +78,8 @@ def score_forward(patches, texts, patch_mask, temperature, form, phi, stat) -> N
 
 def _divide_by_pooled_norm(call: _Call) -> None:
     """φ of `dot` to that of `cosine`: the attention again, now that its sum is known, and r² = aᵀ G a from that."""
-    gram_bytes = call.n * _ceil_div(call.n, 16) * 16 * call.attention_dtype.itemsize
-    blocks = plan_blocks(call.b, call.n, call.k, call.attention_dtype.itemsize, gram_bytes)
+    gram_bytes = call.n * tiles.ceil_div(call.n, 16) * 16 * call.attention_dtype.itemsize
+    blocks = tiles.plan_blocks(call.b, call.n, call.k, call.attention_dtype.itemsize, gram_bytes)
     attention = call.workspace(blocks, call.attention_dtype)
     gram = call.gram_workspace(blocks)
     for b0, b1 in _ranges(call.b, blocks.images):
@@ -178,16 +103,16 @@ def loss_forward(phi: Tensor, scale, bias, loss: str, value: Tensor, statistics:
     with _on_device(phi):
         constants = _loss_constants(scale, bias)
         if loss == "sigmoid":
-            sums = phi.new_empty(_ceil_div(b, constants["ROWS"]))
+            sums = phi.new_empty(tiles.ceil_div(b, constants["ROWS"]))
             _launch(kernels().sigmoid_loss_kernel, len(sums), (phi, scale, bias, sums, b), constants)
             value.copy_(sums.sum() / b)
             return
         row_largest, row_log, column_largest, column_log = statistics
         arguments = (phi, scale, bias, row_largest, row_log, b, b, b, 1)
-        _launch(kernels().shifted_logsumexp_kernel, _ceil_div(b, constants["ROWS"]), arguments, constants)
+        _launch(kernels().shifted_logsumexp_kernel, tiles.ceil_div(b, constants["ROWS"]), arguments, constants)
         # A column's neighbours in memory are other columns, so a program takes 32 of them.
         arguments, constants = (phi, scale, bias, column_largest, column_log, b, b, 1, b), constants | _COLUMN_TILE
-        _launch(kernels().shifted_logsumexp_kernel, _ceil_div(b, constants["ROWS"]), arguments, constants)
+        _launch(kernels().shifted_logsumexp_kernel, tiles.ceil_div(b, constants["ROWS"]), arguments, constants)
         pair = phi.diagonal() * scale
         if bias is not None:
             pair = pair + bias
@@ -198,7 +123,7 @@ def loss_backward(phi, scale, bias, loss: str, statistics, grad_loss, grad_phi, 
     """Write ∂L/∂φ `[B, B]` and, 0-D, the gradients of logit scale and bias."""
     with _on_device(phi):
         constants = _loss_constants(scale, bias)
-        programs = _ceil_div(len(phi), constants["ROWS"])
+        programs = tiles.ceil_div(len(phi), constants["ROWS"])
         sums = phi.new_empty(2, programs)
         statistics = (None,) * 4 if statistics is None else tuple(statistics)
         arguments = (phi, scale, bias, *statistics, grad_loss, grad_phi, *sums, len(phi))
@@ -236,18 +161,18 @@ class _Call:
         """φ and STAT of the `max` form, or of `dot`."""
         largest = form == "max"  # reads no temperature, so nothing depends on where that is
         temperature = 1.0 if largest else self.temperature
-        pad = _power_of_two(self.n) if self.n <= _PADDED else 0
+        pad = tiles.power_of_two(self.n) if self.n <= tiles.PADDED else 0
         for safe in _variants(temperature):
-            chosen = config("forward_safe" if safe else "forward", self.patches, self.texts, padded=pad > 0)
+            chosen = tiles.config("forward_safe" if safe else "forward", self.patches, self.texts, padded=pad > 0)
             images = max(1, chosen.block_p // pad) if pad else _images_of_a_tile(self.n, chosen.block_p)
             programs = _programs(self.patches.device, chosen.per_processor)
-            text_tiles = _ceil_div(self.k, chosen.block_t)
-            run = images if pad else images_per_run(self.b, self.n, text_tiles, chosen.block_p, programs)
+            text_tiles = tiles.ceil_div(self.k, chosen.block_t)
+            run = images if pad else tiles.images_per_run(self.b, self.n, text_tiles, chosen.block_p, programs)
             p, t, tile = self._operands(chosen, self.texts, descriptors=not pad)
             tile |= dict(PAD=pad, IMAGES=images, MAX=largest, SAFE=safe)
             _launch(
                 kernels().score_forward_kernel,
-                min(programs, text_tiles * _ceil_div(self.b, run)),
+                min(programs, text_tiles * tiles.ceil_div(self.b, run)),
                 (p, t, self.mask, temperature, self.inv_p, self.inv_t, self.phi, self.stat)
                 + (self.b, self.n, self.k, self.d, *self.strides, run),
                 tile | dict(TAU_IS_TENSOR=isinstance(temperature, Tensor)),
@@ -261,10 +186,10 @@ class _Call:
         self.scale = self._weight_scale(grad_phi) if dtype == torch.float16 else None
         itemsize = dtype.itemsize + (self.attention_dtype.itemsize if cosine else 0)
         # float16 may overflow before the scale is undone; a sum over blocks of texts would be rounded each time.
-        widened = self.scale is not None or self.k > text_block(self.n, self.k, itemsize)
+        widened = self.scale is not None or self.k > tiles.text_block(self.n, self.k, itemsize)
         image_bytes = 4 * self.d * widened + dtype.itemsize * self.d * (self.mask is not None)
         image_bytes += (self.n + 16) * (4 + self.attention_dtype.itemsize) * cosine
-        blocks = plan_blocks(self.b, self.n, self.k, itemsize, self.n * image_bytes)
+        blocks = tiles.plan_blocks(self.b, self.n, self.k, itemsize, self.n * image_bytes)
         w = self.workspace(blocks, dtype)
         texts_sum = self.phi.new_zeros(self.k, self.d) if grad_texts is not None else None
         tau_sum = self.phi.new_zeros((), dtype=torch.float64) if grad_temperature is not None else None
@@ -333,7 +258,7 @@ class _Call:
         attention = grad_phi is None
         chosen = self.backward_config()
         rows = (b1 - b0) * self.n
-        items = _ceil_div(rows, chosen.block_p) * _ceil_div(k1 - k0, chosen.block_t)
+        items = tiles.ceil_div(rows, chosen.block_p) * tiles.ceil_div(k1 - k0, chosen.block_t)
         sums = self.phi.new_empty(items) if needs_tau else None
         some = self.texts[k0:k1]
         p, t, tile = self._operands(chosen, some)
@@ -358,7 +283,7 @@ class _Call:
         block_t, block_p = min(64, chosen.block_t), min(64, chosen.block_p)
         _launch(
             kernels().max_weights_kernel,
-            _ceil_div((b1 - b0) * self.n, block_p) * _ceil_div(k1 - k0, block_t),
+            tiles.ceil_div((b1 - b0) * self.n, block_p) * tiles.ceil_div(k1 - k0, block_t),
             (self.inv_p, self.inv_t[k0:], self.stat[:, k0:], grad_phi[:, k0:], self.scale, w, b0, b1, self.n, k1 - k0)
             + (self.k, w.stride(0)),
             dict(BLOCK_T=block_t, BLOCK_P=block_p, SCALED=self.scale is not None),
@@ -366,10 +291,10 @@ class _Call:
         )
 
     def gram(self, b0, b1, gram: Tensor) -> None:
-        block, (step, warps) = _GRAM_PATCHES, (32, 8) if self.patches.dtype == torch.float32 else (64, 4)
+        block, (step, warps) = tiles.GRAM_PATCHES, (32, 8) if self.patches.dtype == torch.float32 else (64, 4)
         _launch(
             kernels().gram_kernel,
-            (b1 - b0) * _ceil_div(self.n, block) ** 2,
+            (b1 - b0) * tiles.ceil_div(self.n, block) ** 2,
             (self.patches, self.mask, self.inv_p, gram, b0, self.n, self.d)
             + (*self.patches.stride(), *_mask_strides(self.mask), gram.stride(1)),
             dict(BLOCK_N=block, BLOCK_D=step, HAS_MASK=self.mask is not None, PRECISION=self.precision),
@@ -379,7 +304,7 @@ class _Call:
     def cosine_forward(self, b0, b1, k0, k1, attention: Tensor, gram: Tensor) -> None:
         _launch(
             kernels().cosine_forward_kernel,
-            (b1 - b0) * _ceil_div(k1 - k0, _POOL_TEXTS),
+            (b1 - b0) * tiles.ceil_div(k1 - k0, tiles.POOL_TEXTS),
             (attention, gram, self.temperature, self.phi[:, k0:], self.stat[:, k0:], b0, self.n, k1 - k0)
             + (attention.stride(0), gram.stride(1), self.k, MIN_POOLED_NORM),
             *self._pool_tile(),
@@ -387,7 +312,7 @@ class _Call:
 
     def cosine_backward(self, b0, b1, k0, k1, attention, gram, grad_phi, w, curvature, needs_tau) -> Tensor | None:
         """W of the cosine form from the attention, and the factors of Σ a aᵀ; returns the temperature's sums."""
-        items = (b1 - b0) * _ceil_div(k1 - k0, _POOL_TEXTS)
+        items = (b1 - b0) * tiles.ceil_div(k1 - k0, tiles.POOL_TEXTS)
         sums = self.phi.new_empty(items) if needs_tau else None
         _launch(
             kernels().cosine_backward_kernel,
@@ -400,11 +325,11 @@ class _Call:
         return sums
 
     def curvature(self, b0, b1, k0, k1, attention, curvature, pooled) -> None:
-        block = _GRAM_PATCHES
+        block = tiles.GRAM_PATCHES
         operands = torch.float32 if self.patches.dtype == torch.float32 else torch.bfloat16
         _launch(
             kernels().curvature_kernel,
-            (b1 - b0) * _ceil_div(self.n, block) ** 2,
+            (b1 - b0) * tiles.ceil_div(self.n, block) ** 2,
             (attention, curvature, self.inv_p, pooled, b0, self.n, k1 - k0, attention.stride(0)),
             dict(
                 BLOCK_M=block,
@@ -416,20 +341,22 @@ class _Call:
             ),
         )
 
-    def backward_config(self) -> Config:
-        return config("backward_full" if self.full else "backward", self.patches, self.texts)
+    def backward_config(self) -> tiles.Config:
+        return tiles.config("backward_full" if self.full else "backward", self.patches, self.texts)
 
-    def workspace(self, blocks: Blocks, dtype: torch.dtype) -> Tensor:
+    def workspace(self, blocks: tiles.Blocks, dtype: torch.dtype) -> Tensor:
         """Room for whole tiles `[texts, rows]` of a block."""
         chosen = self.backward_config()
         rows, texts = min(self.b, blocks.images) * self.n, min(self.k, blocks.texts)
-        texts, rows = (_ceil_div(x, step) * step for x, step in ((texts, chosen.block_t), (rows, chosen.block_p)))
+        texts, rows = (tiles.ceil_div(x, step) * step for x, step in ((texts, chosen.block_t), (rows, chosen.block_p)))
         return self.patches.new_empty(texts, rows, dtype=dtype)
 
-    def gram_workspace(self, blocks: Blocks) -> Tensor:
-        return self.patches.new_empty(blocks.images, self.n, _ceil_div(self.n, 16) * 16, dtype=self.attention_dtype)
+    def gram_workspace(self, blocks: tiles.Blocks) -> Tensor:
+        return self.patches.new_empty(
+            blocks.images, self.n, tiles.ceil_div(self.n, 16) * 16, dtype=self.attention_dtype
+        )
 
-    def _operands(self, chosen: Config, texts: Tensor, descriptors: bool = True) -> tuple:
+    def _operands(self, chosen: tiles.Config, texts: Tensor, descriptors: bool = True) -> tuple:
         """Patches and texts as the kernels take them, and the constants of their tiles."""
         p, t, descriptors = _operands(self.patches, texts, chosen) if descriptors else (self.patches, texts, False)
         return (
@@ -452,7 +379,7 @@ class _Call:
         alignment, wide = math.gcd(self.n, 16), self.attention_dtype == torch.float32
         block = 32 if wide else 64  # three tf32 products keep six operands
         constants |= dict(
-            BLOCK_T=_POOL_TEXTS, BLOCK_M=block, BLOCK_N=block, N_ALIGN=alignment, PRECISION=self.precision
+            BLOCK_T=tiles.POOL_TEXTS, BLOCK_M=block, BLOCK_N=block, N_ALIGN=alignment, PRECISION=self.precision
         )
         # Rows that are not aligned to 16 bytes are loaded by an address for each element.
         warps, stages = (8, 2) if wide and alignment < 4 else (4, 3)
@@ -466,34 +393,6 @@ class _Call:
         bound = grad_phi.abs().amax() * self.inv_p.amax() * self.inv_t.amax() * (1.0 + 2.0 / self.temperature)
         exponent = torch.floor(14.0 - torch.log2(bound)).nan_to_num(0.0, 100.0, -100.0).clamp_(-100.0, 100.0)
         return torch.exp2(exponent)
-
-
-class Blocks(NamedTuple):
-    """Images and texts whose W is in memory at once."""
-
-    images: int
-    texts: int
-
-
-def text_block(n: int, k: int, itemsize: int) -> int:
-    """Texts against which one image at least fits into the workspace."""
-    return min(k, max(128, _WORKSPACE // (itemsize * n) // 128 * 128))
-
-
-def plan_blocks(b: int, n: int, k: int, itemsize: int, image_bytes: int = 0) -> Blocks:
-    """What fits into the workspace with `itemsize` bytes for each score and `image_bytes` for each image."""
-    texts = text_block(n, k, itemsize)
-    return Blocks(max(1, min(b, _WORKSPACE // (itemsize * n * texts + image_bytes))), texts)
-
-
-@functools.lru_cache(maxsize=1024)
-def images_per_run(b: int, n: int, text_tiles: int, block_p: int, programs: int) -> int:
-    """Images that a program walks through: fewest rounds of tiles over all programs, the last tile's waste included."""
-
-    def rounds(run: int) -> int:
-        return _ceil_div(text_tiles * _ceil_div(b, run), programs) * _ceil_div(run * n, block_p)
-
-    return min(range(1, min(b, 64) + 1), key=rounds)
 
 
 def _ranges(size: int, step: int) -> list[tuple[int, int]]:
@@ -516,10 +415,10 @@ def _float32_precision() -> str:
     return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
-def _operands(patches: Tensor, texts: Tensor, chosen: Config) -> tuple:
+def _operands(patches: Tensor, texts: Tensor, chosen: tiles.Config) -> tuple:
     """Patches and texts as the kernels take them, and whether as descriptors of bulk copies (TMA)."""
     (b, n, d), k = patches.shape, len(texts)
-    if not (_has_bulk_copies(patches.device) and _are_describable(patches, texts)):
+    if not (tiles.has_bulk_copies(patches.device) and tiles.are_describable(patches, texts)):
         return patches, texts, False
     from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -528,26 +427,6 @@ def _operands(patches: Tensor, texts: Tensor, chosen: Config) -> tuple:
         TensorDescriptor(texts, [k, d], [texts.stride(0), 1], [chosen.block_t, chosen.block_d]),
         True,
     )
-
-
-def _are_describable(patches: Tensor, texts: Tensor) -> bool:
-    """Whether both are matrices of evenly spaced rows, contiguous and aligned to 16 bytes."""
-
-    def aligned(x: Tensor) -> bool:
-        rows = x.stride(-2)
-        return (
-            x.stride(-1) == 1 and rows >= x.shape[-1] and rows * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0
-        )
-
-    flat = len(patches) == 1 or patches.stride(0) == patches.shape[1] * patches.stride(1)
-    return flat and aligned(patches) and aligned(texts)
-
-
-@functools.cache
-def _has_bulk_copies(device: torch.device) -> bool:
-    if importlib.util.find_spec("triton.tools.tensor_descriptor") is None:
-        return False
-    return device.type == "cpu" or _architecture(device) >= 90
 
 
 def _variants(temperature) -> tuple[bool, ...]:
@@ -564,7 +443,7 @@ def _inverse_norms(x: Tensor, mask: Tensor | None) -> Tensor:
     block_d, rows = _row_blocks(d)
     arguments = (x, mask, inverse, rows_count, x.shape[1], d, *x.stride(), *_mask_strides(mask))
     constants = dict(ROWS=rows, BLOCK_D=block_d, HAS_MASK=mask is not None)
-    _launch(kernels().inverse_norms_kernel, _ceil_div(rows_count, rows), arguments, constants)
+    _launch(kernels().inverse_norms_kernel, tiles.ceil_div(rows_count, rows), arguments, constants)
     return inverse
 
 
@@ -573,12 +452,12 @@ def _project_out(grad: Tensor, x: Tensor, out: Tensor, mask: Tensor | None, scal
     block_d, rows = _row_blocks(d)
     arguments = (grad, x, out, mask, scale, rows_count, x.shape[1], d, *x.stride(), *_mask_strides(mask))
     constants = dict(ROWS=rows, BLOCK_D=block_d, HAS_MASK=mask is not None, SCALED=scale is not None)
-    _launch(kernels().project_out_kernel, _ceil_div(rows_count, rows), arguments, constants)
+    _launch(kernels().project_out_kernel, tiles.ceil_div(rows_count, rows), arguments, constants)
 
 
 def _row_blocks(d: int) -> tuple[int, int]:
     """Step along D, and rows of a program."""
-    block_d = min(512, max(16, _power_of_two(d)))
+    block_d = min(512, max(16, tiles.power_of_two(d)))
     return block_d, 2048 // block_d
 
 
@@ -611,11 +490,3 @@ def _on_device(x: Tensor):
 
 def _mask_strides(mask: Tensor | None) -> tuple[int, int]:
     return (0, 0) if mask is None else mask.stride()
-
-
-def _power_of_two(x: int) -> int:
-    return 1 << (x - 1).bit_length() if x > 1 else 1
-
-
-def _ceil_div(x: int, y: int) -> int:
-    return -(-x // y)

@@ -1,0 +1,142 @@
+"""Which tiles the Triton kernels use, and how much of a batch is in memory at once: tables and arithmetic only."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+WORKSPACE = 256 * 2**20  # bytes of W in memory at once
+PADDED = 64  # patches of an image up to which it is padded to a power of two, several images to a tile
+
+
+class Config(NamedTuple):
+    """Tile of texts and patches, step along D, and how Triton compiles it; `per_processor` programs run on one SM."""
+
+    block_t: int
+    block_p: int
+    block_d: int
+    warps: int
+    stages: int
+    per_processor: int
+
+
+# "safe" is with a running maximum, "full" with a mask or the temperature's gradient: both need more registers.
+# (kernel, architecture, bytes of an element) to configuration; an architecture without an entry takes that of the
+# newest older one. None has been timed on hardware yet. What `benchmarks/kernel_report.py` shows without it: no spills,
+# the tensor cores' own instructions, and registers and shared memory for `per_processor` programs on each SM, so that
+# one's epilogue hides behind another's product.
+CONFIGS = {
+    ("forward", 80, 2): Config(128, 128, 32, 8, 4, 1),
+    ("forward_safe", 80, 2): Config(128, 128, 32, 8, 4, 1),
+    ("backward", 80, 2): Config(128, 128, 32, 8, 4, 1),
+    ("backward_full", 80, 2): Config(128, 128, 32, 8, 4, 1),
+    ("forward", 80, 4): Config(64, 64, 32, 4, 3, 2),
+    ("forward_safe", 80, 4): Config(64, 64, 32, 8, 3, 1),
+    ("backward", 80, 4): Config(64, 64, 32, 4, 3, 2),
+    ("backward_full", 80, 4): Config(64, 64, 32, 8, 3, 1),
+    ("forward", 90, 2): Config(128, 128, 64, 4, 3, 2),
+    ("forward_safe", 90, 2): Config(128, 128, 64, 8, 4, 1),
+    ("backward", 90, 2): Config(128, 128, 64, 4, 3, 2),
+    ("backward_full", 90, 2): Config(128, 128, 64, 8, 4, 1),
+    ("forward", 90, 4): Config(128, 64, 32, 4, 3, 2),
+    ("forward_safe", 90, 4): Config(128, 64, 32, 8, 3, 1),
+    ("backward", 90, 4): Config(128, 64, 32, 4, 3, 2),
+    ("backward_full", 90, 4): Config(128, 64, 32, 8, 3, 1),
+    ("forward", 100, 2): Config(128, 64, 64, 4, 4, 2),
+    ("forward_safe", 100, 2): Config(128, 64, 64, 4, 4, 2),
+    ("backward", 100, 2): Config(128, 64, 64, 4, 4, 2),
+    ("backward_full", 100, 2): Config(128, 64, 64, 4, 4, 2),
+    ("forward", 100, 4): Config(128, 64, 32, 8, 3, 1),
+    ("forward_safe", 100, 4): Config(128, 64, 32, 8, 3, 1),
+    ("backward", 100, 4): Config(128, 64, 32, 8, 3, 1),
+    ("backward_full", 100, 4): Config(128, 64, 32, 8, 3, 1),
+}
+# By bytes of an element, where rows are loaded by address, which takes registers: rows that are not evenly spaced,
+# contiguous and aligned, and padded images whose dimensions do not fill the steps along D.
+STRIDED = {2: Config(128, 64, 32, 8, 4, 1), 4: Config(64, 64, 32, 8, 3, 1)}
+# Texts of a tile of the cosine form's products with the Gram matrix, and the side of a tile of the Gram matrix.
+POOL_TEXTS, GRAM_PATCHES = 64, 64
+
+
+def config(kernel: str, patches: Tensor, texts: Tensor, padded: bool = False) -> Config:
+    """The table's entry, with smaller tiles where there are fewer texts or dimensions."""
+    d = patches.shape[2]
+    if are_describable(patches, texts) and not (padded and d % min(64, power_of_two(d))):
+        architectures = {number for _, number, _ in CONFIGS}
+        newest = max(x for x in architectures if x <= max(architecture(patches.device), min(architectures)))
+        entry = CONFIGS[kernel, newest, patches.element_size()]
+    else:
+        entry = STRIDED[patches.element_size()]
+    return entry._replace(
+        block_t=min(entry.block_t, max(16, power_of_two(len(texts)))),
+        block_d=min(entry.block_d, max(16, power_of_two(d))),
+    )
+
+
+class Blocks(NamedTuple):
+    """Images and texts whose W is in memory at once."""
+
+    images: int
+    texts: int
+
+
+def text_block(n: int, k: int, itemsize: int) -> int:
+    """Texts against which one image at least fits into the workspace."""
+    return min(k, max(128, WORKSPACE // (itemsize * n) // 128 * 128))
+
+
+def plan_blocks(b: int, n: int, k: int, itemsize: int, image_bytes: int = 0) -> Blocks:
+    """What fits into the workspace with `itemsize` bytes for each score and `image_bytes` for each image."""
+    texts = text_block(n, k, itemsize)
+    return Blocks(max(1, min(b, WORKSPACE // (itemsize * n * texts + image_bytes))), texts)
+
+
+@functools.lru_cache(maxsize=1024)
+def images_per_run(b: int, n: int, text_tiles: int, block_p: int, programs: int) -> int:
+    """Images that a program walks through: fewest rounds of tiles over all programs, the last tile's waste included."""
+
+    def rounds(run: int) -> int:
+        return ceil_div(text_tiles * ceil_div(b, run), programs) * ceil_div(run * n, block_p)
+
+    return min(range(1, min(b, 64) + 1), key=rounds)
+
+
+@functools.cache
+def architecture(device: torch.device) -> int:
+    """Compute capability times ten; that of an A100 for what has none (AMD, the interpreter)."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return 80
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+@functools.cache
+def has_bulk_copies(device: torch.device) -> bool:
+    if importlib.util.find_spec("triton.tools.tensor_descriptor") is None:
+        return False
+    return device.type == "cpu" or architecture(device) >= 90
+
+
+def are_describable(patches: Tensor, texts: Tensor) -> bool:
+    """Whether both are matrices of evenly spaced rows, contiguous and aligned to 16 bytes."""
+
+    def aligned(x: Tensor) -> bool:
+        rows = x.stride(-2)
+        return (
+            x.stride(-1) == 1 and rows >= x.shape[-1] and rows * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0
+        )
+
+    flat = len(patches) == 1 or patches.stride(0) == patches.shape[1] * patches.stride(1)
+    return flat and aligned(patches) and aligned(texts)
+
+
+def power_of_two(x: int) -> int:
+    return 1 << (x - 1).bit_length() if x > 1 else 1
+
+
+def ceil_div(x: int, y: int) -> int:
+    return -(-x // y)
