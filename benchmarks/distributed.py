@@ -9,7 +9,8 @@ Compared are the two exchanges of `fused_pacl_loss(group=)`, the same with all p
 its features, done to patches), and open_clip's ClipLoss on pooled features. "sent" is what the loopback device counted,
 "formula" what ring algorithms send: all-gather and reduce-scatter of x bytes by W processes (W - 1) x / W each per
 process for the whole, all-reduce twice that. Time "without" is the same step with every collective replaced by local
-copies, in all processes at once, so that they compete for the cores alike.
+copies, in all processes at once, so that they compete for the cores alike; "model" is the H200 model's formula with the
+bandwidth and latency of all-gathers in the same run.
 """
 
 from __future__ import annotations
@@ -106,6 +107,11 @@ def worker(args) -> None:
             with no_communication():
                 run()
                 rows[name]["ms_without"] = [_time(run) for _ in range(args.repeats)]
+    measured_link = link()
+    for name in ("gather", "ring"):
+        size = formula(name, world, args.batch, args.patches, args.dim, texts.element_size(), scatters=False)
+        rows[name]["ms_model"] = 1e3 * communication(size, world, name == "ring", measured_link) if world > 1 else 0.0
+        rows[name]["link"] = measured_link
     everyone = [None] * world
     dist.all_gather_object(everyone, rows)
     if rank == 0:
@@ -116,6 +122,24 @@ def worker(args) -> None:
             row["memory"] = max(other[name]["memory"] for other in everyone)
         Path(args.worker).write_text(json.dumps(rows))
     dist.destroy_process_group()
+
+
+def link() -> dict[str, float]:
+    """Bytes per second and seconds per hop of this group, from all-gathers of 8 bytes and of 1 MiB."""
+    world, times = dist.get_world_size(), []
+    for size in (2, 2**18):
+        x, out = torch.ones(size), torch.empty(world * size)
+        times.append(
+            statistics.median(_time(lambda x=x, out=out: dist.all_gather_into_tensor(out, x)) for _ in range(9))
+        )
+    others = max(1, world - 1)
+    return {"link_bytes": others * 2**20 / max(1e-6, 1e-3 * (times[1] - times[0])), "latency": 1e-3 * times[0] / others}
+
+
+def communication(sent: float, world: int, ring: bool, link: dict[str, float]) -> float:
+    """Seconds to send `sent` bytes in the hops of an exchange, if nothing of it were hidden."""
+    hops = (3 if ring else 2) * (world - 1) + 2 * math.ceil(math.log2(world))
+    return sent / link["link_bytes"] + hops * link["latency"]
 
 
 def no_communication():
@@ -198,13 +222,15 @@ def print_measured(args, machine: dict, rows: list[dict]) -> None:
         f"\nLocal batch {args.batch}, N = {args.patches}, D = {args.dim}, {args.dtype}, one thread for each process, "
         f"Gloo, {machine['cores']} cores of an {machine['cpu']}, torch {machine['torch']}, {machine['date'][:10]}\n"
     )
-    print("| processes | what | MB sent | formula | step ms | without | extra MiB |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
+    print("| processes | what | MB sent | formula | step ms | without | communication | model | extra MiB |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for row in rows:
-        without = f"{row['ms_without']:.0f}" if "ms_without" in row else "-"
+        times = "- | - | -"
+        if "ms_without" in row:
+            times = f"{row['ms_without']:.0f} | {row['ms'] - row['ms_without']:.0f} | {row['ms_model']:.0f}"
         print(
             f"| {row['processes']} | {row['what']} | {row['sent'] / 1e6:.2f} | {row['formula'] / 1e6:.2f} "
-            f"| {row['ms']:.0f} | {without} | {row['memory']:.0f} |"
+            f"| {row['ms']:.0f} | {times} | {row['memory']:.0f} |"
         )
 
 
@@ -217,7 +243,6 @@ def model(patches: int = 196, dim: int = 512, size: int = 2) -> list[dict]:
             arrays = batch * dim * (size + 8) + 16 * local * batch
             ring = arrays > distributed._GATHER_BYTES
             sent = formula("ring" if ring else "gather", world, local, patches, dim, size, scatters=True)
-            hops = (3 * world if ring else 2 * world) + 2 * math.ceil(math.log2(world))
             compute = (5 if ring else 4) * 2 * local * patches * batch * dim / H200["flops"]
             rows.append(
                 {
@@ -226,7 +251,7 @@ def model(patches: int = 196, dim: int = 512, size: int = 2) -> list[dict]:
                     "exchange": "ring" if ring else "gather",
                     "sent": sent,
                     "patches_sent": formula("all patches", world, local, patches, dim, size, scatters=True),
-                    "communication": sent / H200["link_bytes"] + hops * H200["latency"],
+                    "communication": communication(sent, world, ring, H200),
                     "compute": compute,
                     "arrays": 4 * local * dim * (2 + size) + min(16 * local**2, distributed._RING_BYTES)
                     if ring

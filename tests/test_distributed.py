@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import socket
@@ -58,3 +59,19 @@ def test_a_process_that_fails_is_an_error_in_the_others(how, exchange):
     for process, output in zip(processes, outputs, strict=False):
         assert process.returncode == 3 and "finished" not in output
         assert int(re.search(r"Error after (\d+) s", output)[1]) <= 10
+
+
+@pytest.mark.skipif(not Path("/proc/net/dev").exists(), reason="needs Linux to count what is sent")
+def test_benchmark_counts_what_its_formulas_say(tmp_path):
+    """Bytes on the loopback device; patches that were gathered would be many times as many."""
+    pytest.importorskip("open_clip")
+    path = tmp_path / "result.json"
+    script = FOLDER.parents[1] / "benchmarks" / "distributed.py"
+    options = ["--processes=2", "--batch=64", "--patches=16", "--dim=256", "--repeats=3", f"--json={path}"]
+    subprocess.run([sys.executable, str(script), *options], check=True, capture_output=True, timeout=300)
+    result = json.loads(path.read_text())
+    sent = {row["what"]: row["sent"] for row in result["rows"]}
+    for row in result["rows"]:
+        assert 0.95 * row["formula"] <= row["sent"] <= 1.2 * row["formula"] + 10_000, row["what"]
+    assert sent["all patches"] > 10 * sent["gather"]
+    assert {row["exchange"] for row in result["model"]} == {"gather", "ring"}
