@@ -101,7 +101,7 @@ def unit(args) -> int:
 
 
 def units(args) -> dict[str, float]:
-    """What the fused loss needs; for the cosine the norm of the pooled patch adds N/D of a unit, and 2N/D backward.
+    """What grows with B K N; for the cosine the norm of the pooled patch adds N/D of a unit, and 2N/D backward.
 
     The max form: one product, and one row of D per pair for each of its gradients.
     """
@@ -109,6 +109,22 @@ def units(args) -> dict[str, float]:
         return {"forward": 1, "step": 1 + (1 if args.frozen_texts else 2) / args.patches}
     norm = min(args.patches / args.dim, 1.0) if args.form == "cosine" else 0.0
     return {"forward": 1 + norm, "step": (3 if args.frozen_texts else 4) + 3 * norm}
+
+
+def operations(args) -> dict[str, float]:
+    """What the fused loss has to compute, in units: what the shares of the peak count.
+
+    For the cosine that is the cheaper of two ways to the pooled patch's norm. With the Gram matrix G = P̂ P̂ᵀ of each
+    image, half of what is symmetric: G takes N/2K, in forward and again in backward, aᵀ G a N/2D, and in backward
+    G a N/D, C = Σ w a aᵀ N/2D, C P̂ N/K. With the pooled patches v = Σ a p̂ themselves: v is 1 in forward and again in
+    backward, as are p̂ · (t̂ - (φ / r) v) and what v adds to the patches' gradient.
+    """
+    if args.form != "cosine":
+        return units(args)
+    n, d, k, products = args.patches, args.dim, args.batch, 3 if args.frozen_texts else 4
+    gram = {"forward": 1 + n / 2 / d + n / 2 / k, "step": products + 2 * n / d + 2 * n / k}
+    pooled = {"forward": 2, "step": products + 4}
+    return min(gram, pooled, key=lambda way: way["step"])
 
 
 def extra_memory(args, name: str) -> float:
@@ -252,6 +268,7 @@ def measure(args) -> dict:
         "settings": {key: value for key, value in vars(args).items() if not key.startswith("torch_")},
         "unit": unit(args),
         "units": units(args),
+        "operations": operations(args),
         "peak": peak,
         "peak_spread": peak and _p20_p80(peaks),
         "rows": complete(rows, peak, args),
@@ -264,7 +281,7 @@ def complete(rows: dict, peak: float | None, args) -> list[dict]:
     full = []
     for name, row in rows.items():
         of_products = {"forward": 1, "step": 1 if args.form == "max" else 3 if args.frozen_texts else 4}
-        count = units(args) if name != PRODUCTS else of_products
+        count = operations(args) if name != PRODUCTS else of_products
         new = {"name": name}
         for part in ("forward", "step"):
             ms = row.get(f"{part}_ms")
