@@ -96,7 +96,7 @@ void patches_product(const ScoreParams& p, const int64_t* row_start, int64_t nex
                     rows.capacity * kPanel * 4, product_steps(late - middle, count, inner));
     if (panel == late) ahead = ahead_of_rows(p, row_start, next, count, product_steps(panels - late, count, inner));
     product<Op>(left, rows.capacity, count, texts.row_units + panel * inner * kPanel, inner,
-                patches_sum + (panel * rows.capacity + first) * kPanel, add, &ahead);
+                patches_sum + (panel * rows.capacity + first) * kPanel, add, &ahead, true);
   }
 }
 
