@@ -122,6 +122,10 @@ def losses(args) -> dict:
     return functions | {name: loss for name, loss in peers.items() if args.peers == "all" or args.peers in name}
 
 
+def is_compiled(name: str) -> bool:
+    return name in PEERS and PEERS[name][1]
+
+
 def why_not(name: str, args) -> str | None:
     """The reason why a provider cannot run. Memory is estimated: a machine that runs out of it may kill anything."""
     if name not in PEERS:

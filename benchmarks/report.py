@@ -21,7 +21,7 @@ import pacl_kernels
 EXPLANATION = """
 Medians of interleaved runs; ± is half the distance from the 20th to the 80th percentile.
 / products: time over that of the bare matrix products of a step ({products:.0f} units; forward 1).
-% of peak: {forward:.3g} and {step:.3g} units, what the fused loss needs (the products: their own), over time and peak.
+% of peak: {forward:.3g} and {step:.3g} units, what the fused loss computes (products: their own), over time and peak.
 speed: time of forward + backward of the fastest row that is not ours over that of this row; above 1 beats them all.
 extra: peak memory beyond inputs and gradients. error: the largest of loss and gradients, norm of difference over norm
 of the float64 truth, at B = K = {error_batch}."""
@@ -86,7 +86,7 @@ def table(result: dict) -> str:
         )
     products = 1 if settings["form"] == "max" else 3 if settings["frozen_texts"] else 4
     numbers = {"products": products, "error_batch": settings["error_batch"]}
-    return "\n".join(lines) + "\n" + EXPLANATION.format(**numbers, **result["units"])
+    return "\n".join(lines) + "\n" + EXPLANATION.format(**numbers, **result["operations"])
 
 
 def markdown(result: dict) -> str:
@@ -124,7 +124,7 @@ def plot(result: dict, path: str) -> None:
         axes.barh(y, row["step_ms"], xerr=whiskers, color=colour, alpha=0.5)
         axes.barh(y, row["forward_ms"], color=colour)
     if result["peak"]:
-        at_peak = 1e3 * result["units"]["step"] * result["unit"] / result["peak"]
+        at_peak = 1e3 * result["operations"]["step"] * result["unit"] / result["peak"]
         axes.axvline(at_peak, color="black", linestyle="--", linewidth=1, label="the fused loss at the machine's peak")
         axes.legend(frameon=False)
     axes.set_yticks(range(len(rows)), [row["name"] for row in rows])

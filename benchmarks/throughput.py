@@ -27,7 +27,7 @@ from pathlib import Path
 
 import report
 import torch
-from providers import LOGIT_SCALE, PEERS, PRODUCTS, chunked, does_not_fit, losses, products, why_not
+from providers import LOGIT_SCALE, PEERS, PRODUCTS, chunked, does_not_fit, is_compiled, losses, products, why_not
 
 from pacl_kernels import dispatch, reference
 from pacl_kernels.loss import FORMS
@@ -39,6 +39,7 @@ except ImportError:  # the package works without its native module, and so does 
 
 SECONDS = 4.0  # of timed runs for one provider: a slow one runs less often than --repeats, but 3 times
 ERROR_UNIT = 2e10  # where a unit is larger, errors are taken at a smaller batch: the float64 truth is slow
+SLOW = 10.0  # seconds: what takes longer has no warm-up but the run at that smaller batch
 # NVIDIA's data sheets (A100 SXM, H100 SXM, H200 SXM): FP32, and half of the tensor figures printed "with sparsity".
 CUDA_PEAKS = {
     "NVIDIA A100-SXM4": {"float32": 19.5e12, "bfloat16": 312e12, "float16": 312e12},
@@ -101,7 +102,7 @@ def unit(args) -> int:
 
 
 def units(args) -> dict[str, float]:
-    """What the fused loss needs; for the cosine the norm of the pooled patch adds N/D of a unit, and 2N/D backward.
+    """What grows with B K N; for the cosine the norm of the pooled patch adds N/D of a unit, and 2N/D backward.
 
     The max form: one product, and one row of D per pair for each of its gradients.
     """
@@ -111,22 +112,48 @@ def units(args) -> dict[str, float]:
     return {"forward": 1 + norm, "step": (3 if args.frozen_texts else 4) + 3 * norm}
 
 
+def operations(args) -> dict[str, float]:
+    """What the fused loss has to compute, in units: what the shares of the peak count.
+
+    For the cosine that is the cheaper of two ways to the pooled patch's norm. With the Gram matrix G = P̂ P̂ᵀ of each
+    image, half of what is symmetric: G takes N/2K, in forward and again in backward, aᵀ G a N/2D, and in backward
+    G a N/D, C = Σ w a aᵀ N/2D, C P̂ N/K. With the pooled patches v = Σ a p̂ themselves: v is 1 in forward and again in
+    backward, as are p̂ · (t̂ - (φ / r) v) and what v adds to the patches' gradient.
+    """
+    if args.form != "cosine":
+        return units(args)
+    n, d, k, products = args.patches, args.dim, args.batch, 3 if args.frozen_texts else 4
+    gram = {"forward": 1 + n / 2 / d + n / 2 / k, "step": products + 2 * n / d + 2 * n / k}
+    pooled = {"forward": 2, "step": products + 4}
+    return min(gram, pooled, key=lambda way: way["step"])
+
+
+def warm_up(args, run, small_run, clock: Clock, compiled: bool = False):
+    """Loads code, starts threads, compiles (again for each shape). Returns the result of the small run."""
+    result = small_run()
+    seconds = 1e-3 * clock.read()[-1] * (args.batch / args.error_batch) ** 2  # that `run` will take, about
+    if args.error_batch < args.batch and (compiled or seconds < SLOW):
+        run()
+    return result
+
+
 def extra_memory(args, name: str) -> float:
     """MiB at the peak of a step beyond inputs and gradients. On a CPU that is the growth of this process."""
     loss, inputs, clock = losses(args)[name], make_inputs(args, args.batch), Clock(args.torch_device)
     gradients = sum(x.numel() * x.element_size() for x in inputs if x.requires_grad)
-    step(loss, inputs, clock)  # loads code, starts threads, compiles: none of it belongs to the step
+    run, small = functools.partial(step, loss, inputs, clock), make_inputs(args, args.error_batch)
+    warm_up(args, run, functools.partial(step, loss, small, clock), clock, is_compiled(name))
     gc.collect()
     if args.torch_device.type == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        step(loss, inputs, clock)
+        run()
         peak = torch.cuda.max_memory_allocated()
     else:
         ctypes.CDLL(None).malloc_trim(0)
         before = _resident("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM, the peak, starts again from here
-        step(loss, inputs, clock)
+        run()
         peak = _resident("VmHWM")
     return max(0, peak - before - gradients) / 2**20
 
@@ -207,24 +234,25 @@ def measure(args) -> dict:
 
     # Accuracy, and a warm-up
     inputs = make_inputs(args, args.batch)
-    runs = {PRODUCTS: products(inputs, clock, args.form)}
-    for name, loss in functions.items():
-        if rows[name]["reason"] is None:
-            runs[name] = functools.partial(step, loss, inputs, clock)
     small = inputs if args.error_batch == args.batch else make_inputs(args, args.error_batch)
+    able = {name: loss for name, loss in functions.items() if rows[name]["reason"] is None}
+
+    def runs_with(tensors) -> dict:
+        steps = {name: functools.partial(step, loss, tensors, clock) for name, loss in able.items()}
+        return {PRODUCTS: products(tensors, clock, args.form)} | steps
+
+    runs, small_runs = runs_with(inputs), runs_with(small)
     _note("float64 truth")
     truth = float64_truth(args, small, clock)
     for name in list(runs):
         _note(f"warm-up of {name}")
-        results, rows[name]["reason"] = _attempt(runs[name])
+        results, rows[name]["reason"] = _attempt(warm_up, args, runs[name], small_runs[name], clock, is_compiled(name))
         if rows[name]["reason"] is not None:
             del runs[name]
         elif name != PRODUCTS:
-            rows[name]["relative_error"] = relative_error(
-                results if small is inputs else step(functions[name], small, clock), truth
-            )
+            rows[name]["relative_error"] = relative_error(results, truth)
         del results
-    del truth, small
+    del truth, small, small_runs
 
     # Every round runs each provider at most once, and each round starts with another one.
     order, samples, peaks, counts = list(runs), {name: [] for name in runs}, [], {}
@@ -252,6 +280,7 @@ def measure(args) -> dict:
         "settings": {key: value for key, value in vars(args).items() if not key.startswith("torch_")},
         "unit": unit(args),
         "units": units(args),
+        "operations": operations(args),
         "peak": peak,
         "peak_spread": peak and _p20_p80(peaks),
         "rows": complete(rows, peak, args),
@@ -264,7 +293,7 @@ def complete(rows: dict, peak: float | None, args) -> list[dict]:
     full = []
     for name, row in rows.items():
         of_products = {"forward": 1, "step": 1 if args.form == "max" else 3 if args.frozen_texts else 4}
-        count = units(args) if name != PRODUCTS else of_products
+        count = operations(args) if name != PRODUCTS else of_products
         new = {"name": name}
         for part in ("forward", "step"):
             ms = row.get(f"{part}_ms")

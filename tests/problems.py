@@ -261,6 +261,9 @@ CONTENTS = [
     Case(4, 24, 5, K=51, tau=0.01, data="duplicated"),
     Case(3, 348, 132, tau=0.01, data="duplicated"),
     Case(9, 10, 16, K=14, tau=0.2, layout="expanded_last"),
+    Case(70, 5, 66, tau=1.0),
+    Case(70, 5, 66, tau=1.0, mask="random"),
+    Case(4, 600, 64, K=1060, tau=2.0),
 ]
 LONG_OPPOSITE = [Case(N=8, D=D, tau=tau, data="opposite") for D in (65, 96) for tau in (0.1, 1.0, 10.0)]
 LAYOUTS = [

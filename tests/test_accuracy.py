@@ -60,12 +60,7 @@ def test_anything(case, form, seed, target):
 @pytest.mark.parametrize("case", LONG_OPPOSITE, ids=str)
 def test_long_patches_that_cancel(case, form, target):
     """Where p and -p cancel, gradients are small beside the weights they are made of."""
-    try:
-        _check(case, form, target)
-    except AssertionError as error:
-        if (target.backend, target.dtype) != ("cpu", torch.bfloat16):
-            raise
-        pytest.xfail(f"weights rounded to bfloat16, see docs/kernels.md: {error}")
+    _check(case, form, target)
 
 
 @pytest.mark.parametrize("case", [Case(N=2, data="cancelled"), Case(N=9, tau=0.01, data="cancelled")], ids=str)

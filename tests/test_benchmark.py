@@ -73,6 +73,16 @@ def test_cosine_in_bfloat16_with_frozen_texts_and_without_a_compiler(tmp_path):
     check(result, ("compiled", *missing(result)))
     assert "torch.compile is disabled" in printed
     assert result["units"] == {"forward": 1 + 49 / 64, "step": 3 + 3 * 49 / 64}
+    assert result["operations"] == {"forward": 2, "step": 7}  # 16 texts: pooling costs less than a Gram matrix
+
+
+def test_cosine_counts_what_does_not_grow_with_the_texts(tmp_path):
+    _, result = run(tmp_path, "--form", "cosine", "--batch", "32", "--patches", "16", "--peers", "none")
+    n, d, k = 16, 64, 32
+    assert result["operations"] == {"forward": 1 + n / 2 / d + n / 2 / k, "step": 4 + 2 * n / d + 2 * n / k}
+    share, peak = result["rows"][-2]["step_share_of_peak"], result["peak"]
+    time = 1e-3 * result["rows"][-2]["step_ms"]
+    assert peak is None or abs(share * peak * time / result["operations"]["step"] / result["unit"] - 1) < 1e-9
 
 
 def test_max_has_its_own_peers_and_one_product(tmp_path):

@@ -404,7 +404,7 @@ inline void recentre(Scratch& scratch, int64_t count, const Softmax& sums, const
 // s - centre - slope q. Returns the temperature's sum.
 template <bool kReady>
 inline float cosine_weights(Scratch& scratch, const float* inv_norm, int64_t count, V norm, float temperature, V alpha,
-                            V slope, V centre, V largest, V along, int v) {
+                            V slope, V centre, V largest, V along, V mean, int v) {
   const V beta = alpha / temperature, outer_scale = alpha * slope;
   V total{};
   for (int64_t r = 0; r < count; ++r) {
@@ -412,7 +412,7 @@ inline float cosine_weights(Scratch& scratch, const float* inv_norm, int64_t cou
     const V s = load(scratch.scores + i), e = load(scratch.attention + i), q = load(scratch.pooled + i);
     const V centred = kReady ? q : s - centre - slope * q;
     total += e * centred * (s - largest - along);
-    store(scratch.scores + i, e * (alpha + beta * centred) * (norm * inv_norm[r]));
+    store(scratch.scores + i, (e * (alpha + beta * centred) * norm - mean) * inv_norm[r]);
     store(scratch.scaled + i, e * outer_scale);
   }
   return sum(total * alpha);
@@ -475,10 +475,15 @@ double weights_cosine(const ScoreParams& p, const Rows& rows, int64_t first, int
     const bool ready = pooled || !bounded;
     if (ready) recentre(scratch, count, sums, slope, centre, pooled);
     const auto to_weights = ready ? cosine_weights<true> : cosine_weights<false>;
+    V mean[2]{};
+    if (rows.means) {  // Σ dS = g / r
+      for (int v = 0; v < 2; ++v) mean[v] = g.half[v] / (radius[v] * (float)count);
+      store_mean<Op>(rows, mean_of_row(rows, first), texts.inv_norm + k, panel, true, to, mean);
+    }
     for (int v = 0; v < 2; ++v) {
       const V norm = load(texts.inv_norm + k + v * kLanes), alpha = g.half[v] / (radius[v] * sums.sum[v]);
       total += to_weights(scratch, inv_norm, count, norm, p.temperature, alpha, slope[v], centre[v], sums.largest[v],
-                          along[v], v);
+                          along[v], mean[v], v);
     }
     memset(scratch.scores + count * kPanel, 0, sizeof(float) * (padded - count) * kPanel);
     store_weights<Op>(scratch.scores, rows, first, last, panel, to);

@@ -33,12 +33,34 @@ void store_weights(const float* panel_weights, const Rows& rows, int64_t first, 
   memcpy(to.units + (panel * rows.capacity + first) * kPanel, panel_weights, sizeof(float) * (last - first) * kPanel);
 }
 
+// c of W (see Weights) for image `i` of a block and one panel of texts, from about the mean of dS over its patches.
+// `first`: of the tasks that share this image, the one that stores it.
+template <class Op>
+void store_mean([[maybe_unused]] const Rows& rows, [[maybe_unused]] int64_t i, [[maybe_unused]] const float* text_norm,
+                [[maybe_unused]] int64_t panel, [[maybe_unused]] bool first, [[maybe_unused]] Weights& to,
+                [[maybe_unused]] V mean[2]) {
+#if defined(__AVX512BF16__)
+  if (Op::kPair == 1) return;
+  const int64_t padding = i + 1 == rows.means ? round_up(rows.means, 4) - rows.means : 0;
+  float* units = to.units + (panel / 2 * rows.capacity + row_of_mean(rows, i)) * kPanel + panel % 2 * kLanes;
+  float* row_units = to.row_units + (panel * (rows.capacity / 2) + rows.count / 2 + i) * kPanel;
+  for (int v = 0; v < 2; ++v) {
+    const H rounded = round_to_bfloat16(mean[v] * load(text_norm + v * kLanes));
+    mean[v] = from_bfloat16(rounded);
+    if (!first) continue;
+    memcpy(units + v * kLanes / 2, &rounded, sizeof rounded);
+    store(row_units + v * kLanes, from_bits(zero_extend(rounded) | zero_extend(rounded) << 16));
+  }
+  if (first) memset(row_units + kPanel, 0, sizeof(float) * padding * kPanel);
+#endif
+}
+
 // From raw products to weights, in place, for rows of one image and one panel of texts:
-//   dS = a (g + β (s - φ)) with the attention a and β = g / τ, and W = dS / (‖p‖ ‖t‖).
+//   dS = a (g + β (s - φ)) with the attention a and β = g / τ, and W = (dS / ‖t‖ - c) / ‖p‖.
 // Returns Σ g a (s - φ)², which only the temperature's gradient needs.
-template <bool kBounded, bool kSum>
+template <bool kBounded, bool kSum, bool kMean>
 inline float dot_weights(const float* inv_norm, int64_t count, const float* text_norm, float temperature,
-                         const Lane& phi, const Lane& lse, const Lane& grad, float* scores) {
+                         const Lane& phi, const Lane& lse, const Lane& grad, const V mean[2], float* scores) {
   float total = 0;
   for (int v = 0; v < 2; ++v) {
     const V norm = load(text_norm + v * kLanes), shift = lse.half[v] * kLog2e;
@@ -52,7 +74,7 @@ inline float dot_weights(const float* inv_norm, int64_t count, const float* text
       const V inv = norm * inv_norm[r], s = load(at) * inv, centred = s - phi.half[v];
       const V e = exp2<!kBounded>(kBounded ? s * scale : centred * scale - shift);
       if (kSum) along += e * centred * centred;
-      store(at, e * (g + beta * centred) * inv);
+      store(at, kMean ? (e * (g + beta * centred) * norm - mean[v]) * inv_norm[r] : e * (g + beta * centred) * inv);
     }
     if (kSum) total += sum(along * g);
   }
@@ -63,8 +85,10 @@ template <class Op>
 double weights_dot(const ScoreParams& p, const Rows& rows, int64_t first, int64_t last, const Texts& texts,
                    int64_t panel_first, int64_t panel_last, Weights& to, Scratch& scratch) {
   const int64_t units = dim_units<Op>(p), inner = dim_inner<Op>(p);
-  const auto to_weights = is_bounded(p) ? (p.grad_temperature ? dot_weights<true, true> : dot_weights<true, false>)
-                                        : (p.grad_temperature ? dot_weights<false, true> : dot_weights<false, false>);
+  const bool sum = p.grad_temperature;
+  const auto to_weights = rows.means      ? (sum ? dot_weights<true, true, true> : dot_weights<true, false, true>)
+                          : is_bounded(p) ? (sum ? dot_weights<true, true, false> : dot_weights<true, false, false>)
+                                          : (sum ? dot_weights<false, true, false> : dot_weights<false, false, false>);
   const float* left = rows.units + first * kPanel;
   Ahead ahead = ahead_of_left(left, rows.capacity, last - first, inner);
   double total = 0;
@@ -80,8 +104,15 @@ double weights_dot(const ScoreParams& p, const Rows& rows, int64_t first, int64_
         continue;
       }
       const int64_t at = rows.image[begin] * p.texts_count + texts.first + k;
+      const Lane g(p.grad_phi + at, live);
+      V mean[2]{};
+      if (rows.means) {  // Σ dS = g
+        const int64_t i = mean_of_row(rows, begin);
+        for (int v = 0; v < 2; ++v) mean[v] = g.half[v] * rows.share[i];
+        store_mean<Op>(rows, i, texts.inv_norm + k, panel, begin == rows.image_begin[i], to, mean);
+      }
       total += to_weights(rows.inv_norm + begin, end - begin, texts.inv_norm + k, p.temperature, Lane(p.phi + at, live),
-                          Lane(p.lse + at, live), Lane(p.grad_phi + at, live), scores);
+                          Lane(p.lse + at, live), g, mean, scores);
     }
     store_weights<Op>(scratch.scores, rows, first, last, panel, to);
   }

@@ -96,14 +96,44 @@ void patches_product(const ScoreParams& p, const int64_t* row_start, int64_t nex
                     rows.capacity * kPanel * 4, product_steps(late - middle, count, inner));
     if (panel == late) ahead = ahead_of_rows(p, row_start, next, count, product_steps(panels - late, count, inner));
     product<Op>(left, rows.capacity, count, texts.row_units + panel * inner * kPanel, inner,
-                patches_sum + (panel * rows.capacity + first) * kPanel, add, &ahead);
+                patches_sum + (panel * rows.capacity + first) * kPanel, add, &ahead, true);
   }
+}
+
+template <class Op>
+void sum_rows([[maybe_unused]] const ScoreParams& p, [[maybe_unused]] Rows& rows, [[maybe_unused]] int64_t i) {
+#if defined(__AVX512BF16__)
+  if (Op::kPair == 1) return;
+  const int64_t padding = i + 1 == rows.means ? round_up(rows.means, 4) - rows.means : 0;
+  for (int64_t d = 0; d < padded_dim(p.dim); d += kPanel) {
+    float* to = rows.row_units + (d / kPanel * (rows.capacity / 2) + rows.count / 2 + i) * kPanel;
+    V sum[2]{};
+    for (int64_t r = rows.image_begin[i]; r < rows.image_begin[i + 1]; ++r)
+      for (int v = 0; v < 2; ++v)
+        sum[v] += load_dims<Op>(dims_at<Op>(rows.units, rows.capacity, r, d), v) * rows.inv_norm[r];
+    for (int v = 0; v < 2; ++v) {
+      const V high = from_bfloat16(round_to_bfloat16(sum[v]));
+      store(to + v * kLanes, interleave_bfloat16(high, sum[v] - high));
+    }
+    memset(to + kPanel, 0, sizeof(float) * padding * kPanel);
+  }
+#endif
+}
+
+template <class Op>
+void means_product(const Rows& rows, const Texts& texts, const Weights& w, float* patches_sum, int64_t panel,
+                   bool add) {
+  const int64_t inner = texts.padded / Op::kPair;
+  product<Op>(w.units + row_of_mean(rows, 0) * kPanel, rows.capacity, rows.means,
+              texts.row_units + panel * inner * kPanel, inner,
+              patches_sum + (panel * rows.capacity + row_of_mean(rows, 0)) * kPanel, add);
 }
 
 template <class Op>
 void texts_product(const ScoreParams& p, const Rows& rows, const Texts& texts, const Weights& w, int64_t first,
                    int64_t last, int64_t panel_first, int64_t panel_last) {
-  const int64_t inner = rows.count / Op::kPair, panel_floats = rows.capacity / Op::kPair * kPanel;
+  const int64_t inner = rows.count / Op::kPair + round_up(rows.means, 4),
+                panel_floats = rows.capacity / Op::kPair * kPanel;
   const int64_t sum_floats = round_up(p.texts_count, kPanel) * kPanel;
   const int64_t steps = (last - first) * (panel_last - panel_first);
   for (int64_t at = 0; at < inner; at += kInnerBlock) {
@@ -155,6 +185,8 @@ constexpr Kernels table() {
           forward<Op>,
           weights<Op>,
           patches_product<Op>,
+          sum_rows<Op>,
+          means_product<Op>,
           texts_product<Op>,
           finish_patches<Op>,
           finish_texts,

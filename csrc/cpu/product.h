@@ -101,13 +101,16 @@ Ahead ahead_of_left(const float* left, int64_t capacity, int64_t rows, int64_t i
 }
 
 // One panel of the product: c [rows, panel] (+)= left [rows, inner] right [inner, panel], in whole tiles of rows.
+// `fetch`: c is in no near cache, and a tile's stores would wait for their lines.
 template <class Op>
 void product(const float* left, int64_t capacity, int64_t rows, const float* right, int64_t inner, float* c, bool add,
-             Ahead* ahead = nullptr) {
+             Ahead* ahead = nullptr, bool fetch = false) {
   const int64_t block = capacity * kPanel;
   for (int64_t at = 0; at < inner; at += kInnerBlock)
     for (int64_t row = 0; row < rows; row += kTileRows) {
       if (ahead) ahead->step();
+      if (fetch && at == 0)
+        for (int i = 0; i < kTileRows * kPanel; i += kLanes) __builtin_prefetch(c + row * kPanel + i, 1);
       tile<Op, kTileRows, kPanel, 1>(left + at / kPanel * block + row * kPanel, block, right + at * kPanel,
                                      c + row * kPanel, least(kInnerBlock, inner - at), add || at > 0);
     }

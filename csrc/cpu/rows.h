@@ -216,21 +216,27 @@ inline V load_dims(const float* at, int v) {
 }
 
 // ∂L/∂x = sum - (sum · x) x / |x|²: what points along x does not change its direction. Both are rows of panels;
-// inv_squared is 1 / |x|², or 0.
-template <class Op>
+// inv_norm is 1 / |x|, or 0. kMean: inv_norm times `mean`, a row like those of `sums`, belongs to the sum.
+template <class Op, bool kMean = false>
 void finish_row(const float* sums, int64_t sums_capacity, const float* units, int64_t capacity, int64_t row,
-                float inv_squared, int64_t dim, Dtype dtype, void* out, int64_t out_offset, float* buffer) {
+                float inv_norm, int64_t dim, Dtype dtype, void* out, int64_t out_offset, float* buffer,
+                [[maybe_unused]] const float* mean = nullptr) {
   const int64_t dims = padded_dim(dim);
+  const float inv_squared = inv_norm * inv_norm;
+  const auto sum_of = [&](int64_t d, int v) {
+    const V x = load(dims_at<Float32>(sums, sums_capacity, row, d) + v * kLanes);
+    return kMean ? x + load(dims_at<Float32>(mean, sums_capacity, 0, d) + v * kLanes) * inv_norm : x;
+  };
   V dot[2]{}, rest[2]{};
   for (int64_t d = 0; d < dims; d += kPanel) {
-    const float *x = dims_at<Op>(units, capacity, row, d), *sum_at = dims_at<Float32>(sums, sums_capacity, row, d);
-    for (int v = 0; v < 2; ++v) dot[v] += load_dims<Op>(x, v) * load(sum_at + v * kLanes);
+    const float* x = dims_at<Op>(units, capacity, row, d);
+    for (int v = 0; v < 2; ++v) dot[v] += load_dims<Op>(x, v) * sum_of(d, v);
   }
   const float along = sum(dot[0] + dot[1]) * inv_squared;
   for (int64_t d = 0; d < dims; d += kPanel) {
-    const float *x = dims_at<Op>(units, capacity, row, d), *sum_at = dims_at<Float32>(sums, sums_capacity, row, d);
+    const float* x = dims_at<Op>(units, capacity, row, d);
     for (int v = 0; v < 2; ++v) {
-      const V result = load(sum_at + v * kLanes) - load_dims<Op>(x, v) * along;
+      const V result = sum_of(d, v) - load_dims<Op>(x, v) * along;
       rest[v] += result * load_dims<Op>(x, v);
       store(buffer + d + v * kLanes, result);
     }
@@ -257,14 +263,28 @@ void finish_row(const float* sums, int64_t sums_capacity, const float* units, in
     write_row(out, out_offset, dim, dtype, buffer);
 }
 
+// The image of a block that holds row `row`, as its means are counted.
+inline int64_t mean_of_row(const Rows& rows, int64_t row) {
+  int64_t mean = 0;
+  while (mean + 1 < rows.means && rows.image_begin[mean + 1] <= row) ++mean;
+  return mean;
+}
+
+// Its row of Weights.units and of the patches' sums: past those that the last tile of the products overwrites.
+inline int64_t row_of_mean(const Rows& rows, int64_t mean) { return rows.count + kTileRows + mean; }
+
 template <class Op>
 void finish_patches(const ScoreParams& p, const Rows& rows, int64_t first, int64_t last, const float* patches_sum,
                     float* buffer) {
-  for (int64_t r = first; r < last; ++r)
-    if (rows.image[r] >= 0)
-      finish_row<Op>(patches_sum, rows.capacity, rows.units, rows.capacity, r, rows.inv_norm[r] * rows.inv_norm[r],
-                     p.dim, p.dtype, p.grad_patches, (rows.image[r] * p.patches_per_image + rows.index[r]) * p.dim,
-                     buffer);
+  const auto finish = rows.means ? finish_row<Op, Op::kPair == 2> : finish_row<Op>;
+  int64_t mean = mean_of_row(rows, first);
+  for (int64_t r = first; r < last; ++r) {
+    if (rows.image[r] < 0) continue;
+    if (rows.means && r >= rows.image_begin[mean + 1]) ++mean;
+    finish(patches_sum, rows.capacity, rows.units, rows.capacity, r, rows.inv_norm[r], p.dim, p.dtype, p.grad_patches,
+           (rows.image[r] * p.patches_per_image + rows.index[r]) * p.dim, buffer,
+           patches_sum + row_of_mean(rows, mean) * kPanel);
+  }
   finish_copies();
 }
 
@@ -275,8 +295,8 @@ void finish_texts(const ScoreParams& p, int64_t first, int64_t last, float* buff
     read_row(p.texts, k * p.text_stride_row, p.text_stride_dim, p.dim, p.dtype, text);
     memset(text + p.dim, 0, sizeof(float) * (dims - p.dim));
     const float inv_norm = inverse_norm<Float32>(text, dims);
-    finish_row<Float32>(p.texts_sum + k * kPanel, capacity, text, 1, 0, inv_norm * inv_norm, p.dim,
-                        p.grad_texts_dtype, p.grad_texts, k * p.dim, buffer);
+    finish_row<Float32>(p.texts_sum + k * kPanel, capacity, text, 1, 0, inv_norm, p.dim, p.grad_texts_dtype,
+                        p.grad_texts, k * p.dim, buffer);
   }
   finish_copies();
 }

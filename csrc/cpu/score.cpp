@@ -3,6 +3,7 @@
 
 #include "score.h"
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstring>
@@ -26,6 +27,11 @@ constexpr int64_t kRowsBudget = 26 * kMiB;   // a block of rows of the backward:
 
 constexpr int64_t kMaxRowsBudget = 8 * kMiB;  // a block of patches of the max form's backward
 constexpr int64_t kTextRange = 256;           // texts of a task
+
+// From this τ on the attention is nearly uniform, and weights in bfloat16 are stored less their mean (see Weights).
+// At small τ the mean is far from most weights, and would give patches that no text looks at its own rounding.
+constexpr float kMeanTemperature = 0.5f;
+constexpr size_t kMeans = 64;  // images of a block then, at most
 
 // Threads that run the same program and meet after each phase.
 class Team {
@@ -124,7 +130,7 @@ struct Arena {
 struct Plan {
   const Kernels& kernels;
   const ScoreParams& p;
-  bool backward, cosine;
+  bool backward, cosine, means;
   int64_t row_align;             // rows of an image are padded to this
   int64_t units, dims;           // padded units of D, padded D
   int64_t image_rows;            // most rows of an image
@@ -140,7 +146,8 @@ struct Plan {
       : kernels(select_kernels(params.dtype, params.dim)),
         p(params),
         backward(is_backward),
-        cosine(params.form == Form::cosine) {
+        cosine(params.form == Form::cosine),
+        means(is_backward && kernels.pair == 2 && params.temperature >= kMeanTemperature) {
     const int64_t tile = kernels.tile_rows, panel = kernels.panel, pair = kernels.pair;
     units = round_up(ceil_div(p.dim, pair), panel);
     dims = round_up(p.dim, panel);
@@ -163,7 +170,7 @@ struct Plan {
     rows_block = most(1, least(1792, kRowsBudget / row_bytes) / chunk) * chunk;
     rows_block = least(rows_block, round_up(p.images * image_rows, chunk));
     if (cosine) rows_block = most(rows_block, image_rows);
-    capacity = round_up(rows_block, 2 * tile) + 2 * tile;  // tiles read past the last row
+    capacity = round_up(rows_block, 2 * tile) + 2 * tile + (means ? 2 * kMeans : 0);  // tiles read past the last row
 
     Arena counter{nullptr};
     Texts texts;
@@ -456,25 +463,48 @@ void score_backward(const ScoreParams& p) {
   struct Block {
     int64_t first_row, last_row;
     std::vector<int64_t> starts;  // of the tasks that make weights: chunks of rows, or (cosine) images; then the end
+    std::vector<int64_t> image_begin;  // see Rows
+    std::vector<float> share;
   };
   std::vector<Block> blocks;
+  const auto count_images = [&](Block& block) {
+    if (!plan.means) return;
+    int64_t b = std::upper_bound(row_start.begin(), row_start.end(), block.first_row) - row_start.begin() - 1;
+    for (; row_start[b] < block.last_row; ++b) {
+      if (row_start[b] == row_start[b + 1]) continue;
+      block.image_begin.push_back(most(0, row_start[b] - block.first_row));
+      block.share.push_back(1.0f / (float)(row_start[b + 1] - row_start[b]));
+      if (block.share.size() == kMeans)  // the block ends here, or up to 7 rows before: only the last is padded to 8
+        block.last_row = least(block.last_row, block.first_row + (row_start[b + 1] - block.first_row) / 8 * 8);
+    }
+    while (block.image_begin.back() >= block.last_row - block.first_row) {
+      block.image_begin.pop_back();
+      block.share.pop_back();
+    }
+  };
   if (plan.cosine) {
     for (int64_t b = 0; b < p.images; ++b) {
       if (row_start[b] == row_start[b + 1]) continue;
-      if (blocks.empty() || row_start[b + 1] - blocks.back().first_row > plan.rows_block)
-        blocks.push_back({row_start[b], 0, {0}});
+      if (blocks.empty() || row_start[b + 1] - blocks.back().first_row > plan.rows_block ||
+          (plan.means && blocks.back().starts.size() > kMeans))
+        blocks.push_back({row_start[b], 0, {0}, {}, {}});
       Block& block = blocks.back();
       block.last_row = row_start[b + 1];
       block.starts.push_back(block.last_row - block.first_row);
     }
   } else {
-    for (int64_t row = 0; row < rows_total; row += plan.rows_block) {
-      Block block{row, least(row + plan.rows_block, rows_total), {}};
+    for (int64_t row = 0; row < rows_total; row = blocks.back().last_row) {
+      Block block{row, least(row + plan.rows_block, rows_total), {}, {}, {}};
+      count_images(block);
       const int64_t count = round_up(block.last_row - row, 8);
       for (int64_t at = 0; at < count; at += plan.chunk) block.starts.push_back(at);
       block.starts.push_back(count);
       blocks.push_back(block);
     }
+  }
+  for (Block& block : blocks) {
+    if (plan.cosine) count_images(block);
+    block.image_begin.push_back(block.starts.back());
   }
   const int64_t text_blocks = ceil_div(p.texts_count, plan.texts_block);
   size_t most_tasks = 0;
@@ -498,6 +528,9 @@ void score_backward(const ScoreParams& p) {
       const Block* next = number + 1 < blocks.size() ? &blocks[number + 1] : nullptr;
       Rows rows = shared_rows[number % 2];
       rows.count = block.starts.back();
+      rows.means = block.share.size();
+      rows.image_begin = block.image_begin.data();
+      rows.share = block.share.data();
       for (int64_t text_block = 0; text_block < text_blocks; ++text_block) {
         const bool add = text_block > 0, finish = text_block == text_blocks - 1;
         open_texts(p, plan, text_block * plan.texts_block, texts);
@@ -506,12 +539,17 @@ void score_backward(const ScoreParams& p) {
           team.phase(panels, [&](int64_t panel) { kernels.pack_texts(p, texts, panel, scratch.row); });
 
         const int64_t range = plan.cosine ? panels : kTextRange / kernels.panel, ranges = ceil_div(panels, range);
-        team.phase(((int64_t)block.starts.size() - 1) * ranges, [&](int64_t task) {
+        const int64_t tasks = ((int64_t)block.starts.size() - 1) * ranges;
+        team.phase(tasks + (text_block == 0 && p.grad_texts ? rows.means : 0), [&](int64_t task) {
+          if (task >= tasks) return kernels.sum_rows(p, rows, task - tasks);
           const int64_t panel = task % ranges * range;
           temperature_sums[task] +=
               kernels.weights(p, rows, block.starts[task / ranges], block.starts[task / ranges + 1], texts, panel,
                               least(panel + range, panels), weights, patches_sum, add, scratch);
         });
+        if (rows.means && p.grad_patches)
+          team.phase(plan.dims / kernels.panel,
+                     [&](int64_t panel) { kernels.means_product(rows, texts, weights, patches_sum, panel, add); });
         // The next block is packed in between, when its rows have been fetched behind the product.
         const int64_t next_chunks = finish && next ? chunks(*next) : 0;
         team.phase(most(chunks(block), next_chunks), [&](int64_t i) {

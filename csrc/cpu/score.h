@@ -56,6 +56,11 @@ struct Rows {               // patches that take part, gathered one after the ot
   int32_t* image;           // [capacity]
   int32_t* index;           // [capacity], position n in its image, -1 for padding
   int64_t capacity, count;  // rows between panels; rows in use, padding included
+  // Where weights are stored less their means (score.cpp), see Weights: for each image of the block the first of its
+  // rows (and behind the last image `count`), and 1 / (number of its valid patches).
+  int64_t means;
+  const int64_t* image_begin;  // [means + 1]
+  const float* share;          // [means]
 };
 
 struct Texts {        // a block of texts
@@ -65,7 +70,12 @@ struct Texts {        // a block of texts
   int64_t first, count, padded;
 };
 
-struct Weights {     // W = dS / (|p| |t|) of a block of rows and a block of texts
+// W = dS / (|p| |t|) of a block of rows and a block of texts. In bfloat16 it may be less a mean of its image and text:
+//   W = (dS / |t| - c) / |p|,  W T = that + (c T) / |p|,  W' P = that + c' Σ p̂
+// for any c; near the mean it leaves small numbers to be rounded. c itself is a number of bfloat16 and thus exact.
+// Image i of the block has it in a row of its own of `units`, hence c T in that row of the patches' sums, and in both
+// halves of row `count / 2 + i` of `row_units`, where Rows.row_units holds Σ p̂ as the sum of two numbers of bfloat16.
+struct Weights {
   float* units;      // panels of [rows, text units]: left operand of the patches' gradient
   float* row_units;  // panels of [row units, texts]: left operand of the texts' gradient; = units for float32
 };
@@ -123,6 +133,9 @@ struct Kernels {
   // packed soon (-1: none).
   void (*patches_product)(const ScoreParams&, const int64_t* row_start, int64_t next, const Rows&, int64_t first,
                           int64_t last, const Texts&, const Weights&, float* patches_sum, bool add);
+  // With means: Σ p̂ of image `i` of the block, and (panel `panel` of D) what c T adds to all its patches.
+  void (*sum_rows)(const ScoreParams&, Rows&, int64_t i);
+  void (*means_product)(const Rows&, const Texts&, const Weights&, float* patches_sum, int64_t panel, bool add);
   // texts_sum (panels [padded K, D]) += W' patches for tile columns [first, last) of the block and panels of D.
   void (*texts_product)(const ScoreParams&, const Rows&, const Texts&, const Weights&, int64_t first, int64_t last,
                         int64_t panel_first, int64_t panel_last);

@@ -187,6 +187,8 @@ struct BFloat16 {
 inline H round_to_bfloat16(V v) { return (H)_mm512_cvtneps_pbh(v); }
 inline I zero_extend(H h) { return (I)_mm512_cvtepu16_epi32((__m256i)h); }  // GCC's own conversion takes two halves
 
+inline V from_bfloat16(H h) { return from_bits(zero_extend(h) << 16); }
+
 // Units of the elements of two rows, the first in the low halves.
 inline V interleave_bfloat16(V low, V high) {
   return from_bits(zero_extend(round_to_bfloat16(low)) | zero_extend(round_to_bfloat16(high)) << 16);
