@@ -41,18 +41,17 @@ class Trainable(nn.Module):
         super().__init__()
         self.embedder = embedder
         self.log_scale = nn.Parameter(torch.tensor(math.log(config.logit_scale)))
-        temperature = torch.tensor(math.log(config.attn_temperature))
+        self.log_temperature = self.bias = None
         if config.learn_attn_temperature:
-            self.log_temperature = nn.Parameter(temperature)
-        else:
-            self.register_buffer("log_temperature", temperature)
+            self.log_temperature = nn.Parameter(torch.tensor(math.log(config.attn_temperature)))
         if config.loss == "sigmoid":
             self.bias = nn.Parameter(torch.tensor(SIGMOID_BIAS))
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, ...]:
-        """Patch embeddings of tokens, the logit scale, the attention temperature, and SigLIP's bias if there is one."""
-        bias = (self.bias * 1.0,) if hasattr(self, "bias") else ()
-        return self.embedder(tokens), self.log_scale.exp(), self.log_temperature.exp(), *bias
+        """Patch embeddings of tokens, the logit scale, and what is learned of attention temperature and bias."""
+        temperature = () if self.log_temperature is None else (self.log_temperature.exp(),)
+        bias = () if self.bias is None else (self.bias * 1.0,)
+        return self.embedder(tokens), self.log_scale.exp(), *temperature, *bias
 
 
 class Run:
@@ -83,7 +82,7 @@ class Run:
             raise ValueError(f"batch_size: a step takes {self.global_batch} pairs, expected at most {self.samples}")
         self.steps = config.max_steps or config.epochs * self.epoch_steps
         torch.manual_seed(config.seed)
-        self.model = Trainable(VisionEmbedder(*_widths(self.clip, self.data)), config).to(self.device)
+        self.model = Trainable(VisionEmbedder(*_widths(self.clip)), config).to(self.device)
         self.wrapped = DistributedDataParallel(self.model, process_group=self.group) if self.group else self.model
         decayed = [x for x in self.model.parameters() if x.ndim >= 2]
         others = [x for x in self.model.parameters() if x.ndim < 2]
@@ -116,6 +115,11 @@ class Run:
             ]
         )
 
+    @property
+    def temperature(self) -> float:
+        learned = self.model.log_temperature
+        return self.config.attn_temperature if learned is None else learned.exp().item()
+
     def learning_rate(self) -> float:
         config = self.config
         warm = min(1.0, (self.step + 1) / config.warmup) if config.warmup else 1.0
@@ -128,6 +132,8 @@ class Run:
 
     def train(self) -> None:
         """From the current step to the last, with checkpoints; on a signal the step under way is finished and saved."""
+        if self.step >= self.steps:
+            return
         with self._signals(), _Log(self) as log:
             for batch, waited in self._batches():
                 begin = time.perf_counter()
@@ -167,7 +173,10 @@ class Run:
             "backend": self.config.backend,
         }
 
-        def loss(patches, texts, scale, temperature, bias=None):
+        def loss(patches, texts, scale, *learned):
+            # A temperature that is not learned is a number, by which the loss chooses its kernel.
+            temperature = learned[0] if self.config.learn_attn_temperature else self.config.attn_temperature
+            bias = learned[-1] if self.config.loss == "sigmoid" else None
             return fused_pacl_loss(patches, texts, scale, attn_temperature=temperature, logit_bias=bias, **options)
 
         pairs = {"images": batch["image"], "texts": self.tokenize(batch["caption"])}
@@ -230,10 +239,8 @@ class Run:
             "world": self.world,
         }
         save_checkpoint(self.config.folder / "checkpoints", state, keep=self.config.keep_checkpoints)
-        notes = {
-            name: getattr(self.config, name) for name in ("model", "pretrained", "form", "attn_temperature", "loss")
-        }
-        notes |= {"attn_temperature": self.model.log_temperature.exp().item(), "steps": self.step}
+        notes = {name: getattr(self.config, name) for name in ("model", "pretrained", "form", "loss")}
+        notes |= {"attn_temperature": self.temperature, "steps": self.step}
         notes |= {"global_batch": self.global_batch, "logit_scale": self.model.log_scale.exp().item()}
         save_embedder(self.model.embedder, self.config.folder / "embedder", **notes)
 
@@ -316,7 +323,7 @@ class _Log:
             "train/batch_time": seconds,
             "train/samples_per_second": batch / seconds,
             "train/scale": scale,
-            "train/attn_temperature": run.model.log_temperature.exp().item(),
+            "train/attn_temperature": run.temperature,
             "train/lr": run.lr,
             "train/skipped": sum(run.data.skipped.values()),
         }
@@ -365,7 +372,7 @@ def _frozen_clip(config: TrainConfig, device: torch.device):
 
 
 @torch.no_grad()
-def _widths(clip: nn.Module, data: Shards) -> tuple[int, int]:
+def _widths(clip: nn.Module) -> tuple[int, int]:
     """Of patch tokens and of text embeddings."""
     device = next(clip.parameters()).device
     size = open_clip.get_model_preprocess_cfg(clip)["size"]

@@ -229,6 +229,12 @@ def test_an_earlier_run_is_not_overwritten(world, tmp_path, capsys):
     assert_same_state(final(tmp_path), before)
 
 
+def test_a_finished_run_is_not_trained_again(world, tmp_path):
+    for resume in ({}, {"resume": "latest"}, {"resume": "latest", "max_steps": 1}):
+        assert main(["train", *flags(world, tmp_path, **({"max_steps": 2} | resume))]) == 0
+    assert final(tmp_path)["step"] == 2 and len((tmp_path / "pacl/metrics.jsonl").read_text().splitlines()) == 1
+
+
 def test_dry_run_writes_nothing(world, tmp_path, capsys):
     assert main(["train", *flags(world, tmp_path, dry_run=None)]) == 0
     assert "120 pairs in 3 shard(s)" in capsys.readouterr().out
