@@ -30,6 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="pacl", description="Patch Aligned Contrastive Learning: train and look.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_demo(commands)
+    doctor = commands.add_parser("doctor", help="what can run here, what is missing, and a self-check")
+    doctor.add_argument("--json", action="store_true", help="for a bug report")
+    doctor.set_defaults(run=_doctor)
     commands.add_parser("train", help="train the vision embedder on image-caption shards")  # parses its own flags
     arguments = parser.parse_args(argv)
     try:
@@ -63,6 +66,12 @@ def _missing(command: str) -> str | None:
     """What a command says where the packages of the extra "train" are not installed."""
     missing = [package for module, package in NEEDS.items() if importlib.util.find_spec(module) is None]
     return f"{command} needs {', '.join(missing)}: pip install 'pacl-kernels[train]'" if missing else None
+
+
+def _doctor(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    from .doctor import main
+
+    return main(arguments.json)
 
 
 def _train(argv: Sequence[str]) -> int:
