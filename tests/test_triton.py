@@ -72,8 +72,9 @@ def test_compatibility(case, dtype, form):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("case", SMALL, ids=str)
 def test_the_small_ones_of_every_backend(case, form, request):
-    if form == "cosine" and case.layout == "expanded_last":
+    if form == "cosine" and case == Case(layout="expanded_last"):
         # Patches p and -p only: r² = aᵀ G a keeps float32's rounding of G, 1.4 times what is allowed.
+        # Not strict: the interpreter's products are those of the CPU's own library.
         request.applymarker(pytest.mark.xfail(strict=False, reason="float32 Gram matrix of patches that cancel"))
     check(make(case, form, "compatibility", device=DEVICE), "triton")
 
