@@ -70,7 +70,7 @@ DEFAULT = [
 # What differs from those little enough that one architecture stands for all.
 ON_90 = [
     Variant(dtype="fp16"),
-    Variant(aligned=False),
+    Variant(flat=False),
     Variant(patches=48),
     Variant(tau=0.01),
     Variant(tensor_tau=True),
