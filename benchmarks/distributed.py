@@ -16,8 +16,6 @@ bandwidth and latency of all-gathers in the same run.
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
 import json
 import math
 import os
@@ -34,6 +32,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 import torch.distributed.nn
+from throughput import peak_growth
 from torch.nn import functional as F
 
 from pacl_kernels import distributed, fused_pacl_loss
@@ -177,17 +176,8 @@ def _sent_on_loopback() -> int:
 
 def _memory(run, patches, texts) -> float:
     """MiB at the peak of a step beyond inputs and gradients."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    before = _resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM, the peak, starts again from here
-    run()
     gradients = sum(x.numel() * x.element_size() for x in (patches, texts))
-    return max(0, _resident("VmHWM") - before - gradients) / 2**20
-
-
-def _resident(field: str) -> int:
-    return 1024 * int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+    return max(0, peak_growth(run) - gradients) / 2**20
 
 
 # All of them
@@ -240,7 +230,7 @@ def model(patches: int = 196, dim: int = 512, size: int = 2) -> list[dict]:
     for batch in (2**15, 2**17, 2**20):
         for world in (8, 64, 256, 1024):
             local = batch // world
-            arrays = batch * dim * (size + 8) + 16 * local * batch
+            arrays = distributed.gathered_bytes(world, local, dim, size)
             ring = arrays > distributed._GATHER_BYTES
             sent = formula("ring" if ring else "gather", world, local, patches, dim, size, scatters=True)
             compute = (5 if ring else 4) * 2 * local * patches * batch * dim / H200["flops"]

@@ -143,19 +143,25 @@ def extra_memory(args, name: str) -> float:
     gradients = sum(x.numel() * x.element_size() for x in inputs if x.requires_grad)
     run, small = functools.partial(step, loss, inputs, clock), make_inputs(args, args.error_batch)
     warm_up(args, run, functools.partial(step, loss, small, clock), clock, is_compiled(name))
-    gc.collect()
     if args.torch_device.type == "cuda":
+        gc.collect()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         run()
-        peak = torch.cuda.max_memory_allocated()
+        growth = torch.cuda.max_memory_allocated() - before
     else:
-        ctypes.CDLL(None).malloc_trim(0)
-        before = _resident("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM, the peak, starts again from here
-        run()
-        peak = _resident("VmHWM")
-    return max(0, peak - before - gradients) / 2**20
+        growth = peak_growth(run)
+    return max(0, growth - gradients) / 2**20
+
+
+def peak_growth(run) -> int:
+    """Bytes by which this process's memory grows while `run()` lasts, at most."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    before = _resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM, the peak, starts again from here
+    run()
+    return _resident("VmHWM") - before
 
 
 def _resident(field: str) -> int:

@@ -1,7 +1,7 @@
 """The losses over logits `[B, K]` and their gradients, for all columns at once or a block of them at a time.
 
 The pairs may lie anywhere: row i belongs to column `pairs + i`. Rows are complete in one process; columns may go on in
-others, so their sums are handed out before they are finished (`Columns`).
+others, so their sums are handed out before they are finished (`Sums`).
 """
 
 from __future__ import annotations

@@ -117,10 +117,14 @@ def make_plan(group: dist.ProcessGroup, texts: Tensor, settings: dict[str, Setti
     exchange = settings["exchange"].value
     ring = exchange == "ring"
     if exchange == "auto":
-        # Texts, two float32 arrays of their gradient, and four of [B_local, B_global].
-        ring = world * capacity * (d * (texts.element_size() + 8) + 16 * capacity) > _GATHER_BYTES
+        ring = gathered_bytes(world, capacity, d, texts.element_size()) > _GATHER_BYTES
     scatters = device.type != "cpu" and (compiling or dist.get_backend(group) != "gloo")
     return Plan(group.group_name, group.rank(), world, capacity, ring, scatters), headers
+
+
+def gathered_bytes(world: int, capacity: int, d: int, itemsize: int) -> int:
+    """What grows with the global batch: texts, two float32 arrays of their gradient, four of [B_local, B_global]."""
+    return world * capacity * (d * (itemsize + 8) + 16 * capacity)
 
 
 # By settings: the largest local batch of any process (not for a CPU, where every step asks).
@@ -190,9 +194,8 @@ class GlobalPaclFunction(torch.autograd.Function):
     def backward(ctx, grad_loss):
         plan, needs = ctx.plan, ctx.needs_input_grad
         *inputs, scale, bias, sizes = ctx.saved_tensors[:7]
-        arrays, statistics = ctx.saved_tensors[7:-4], ctx.saved_tensors[-4:]
-        if ctx.loss == "sigmoid":
-            arrays, statistics = ctx.saved_tensors[7:], ()
+        first = 7 if plan.ring else 10  # a ring saves no gathered texts, φ and lse
+        arrays, statistics = ctx.saved_tensors[7:first], ctx.saved_tensors[first:]
         texts, temperature = inputs[1], inputs[3]
         scalars = ctx.scale if scale is None else scale, ctx.bias if bias is None else bias
         valid, factor = _valid(sizes, plan), grad_loss * plan.world / sizes.sum()

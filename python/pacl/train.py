@@ -30,6 +30,7 @@ from .embedder import VisionEmbedder, save_embedder
 from .files import write_bytes
 from .shards import Shards, count_samples, loader
 from .train_config import TrainConfig, dump_config, read_config
+from .training import parameter_groups
 
 SIGMOID_BIAS = -10.0  # where SigLIP's begins
 
@@ -84,10 +85,8 @@ class Run:
         torch.manual_seed(config.seed)
         self.model = Trainable(VisionEmbedder(*_widths(self.clip)), config).to(self.device)
         self.wrapped = DistributedDataParallel(self.model, process_group=self.group) if self.group else self.model
-        decayed = [x for x in self.model.parameters() if x.ndim >= 2]
-        others = [x for x in self.model.parameters() if x.ndim < 2]
         self.optimiser = torch.optim.AdamW(
-            [{"params": decayed, "weight_decay": config.wd}, {"params": others, "weight_decay": 0.0}],
+            parameter_groups(self.model.parameters(), config.wd),
             lr=config.lr,
             betas=(config.beta1, config.beta2),
             eps=config.eps,

@@ -84,13 +84,18 @@ def train_embedder(
                 return
 
 
-def _optimiser(parameters: Iterable[nn.Parameter], lr: float, weight_decay: float, steps: int):
-    """AdamW and its schedule: warm-up over at most 50 steps, then a cosine to 0. Gains and biases do not decay."""
+def parameter_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict]:
+    """For an optimiser: matrices decay; gains, biases and scalars do not."""
     parameters = [parameter for parameter in parameters if parameter.requires_grad]
-    groups = [
+    return [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
+
+
+def _optimiser(parameters: Iterable[nn.Parameter], lr: float, weight_decay: float, steps: int):
+    """AdamW and its schedule: warm-up over at most 50 steps, then a cosine to 0. Gains and biases do not decay."""
+    groups = parameter_groups(parameters, weight_decay)
     optimiser = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=True)  # CLIP's and the paper's betas
     warmup = min(50, max(1, steps // 10))
 
