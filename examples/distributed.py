@@ -12,9 +12,9 @@ from pathlib import Path
 import open_clip
 import torch
 import torch.distributed as dist
-from pacl import training
 from pacl.backbones import freeze
-from pacl.demo import frozen_features
+from pacl.demo import loops
+from pacl.demo.run import frozen_features
 from pacl.embedder import VisionEmbedder
 from pacl.progress import Progress
 
@@ -50,9 +50,9 @@ freeze(clip)
 shards = sorted((arguments.folder / "scenes").glob("train-*.tar"))
 tokens, texts = frozen_features(clip, shards, arguments.scenes)
 embedder = VisionEmbedder(tokens.shape[2], texts.shape[1])
-training.train_embedder(
+loops.train_embedder(
     embedder,
-    functools.partial(training.pacl, group=group),
+    functools.partial(loops.pacl, group=group),
     tokens,
     texts,
     Losses(arguments.steps, group.rank() if group else 0),

@@ -79,7 +79,7 @@ def _train(argv: Sequence[str]) -> int:
     if missing:
         print(f"pacl: error: {missing}", file=sys.stderr)
         return 2
-    from .train import main
+    from .training.command import main
 
     return main(argv)
 
@@ -90,7 +90,7 @@ def _demo(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int
         parser.error(missing)
     if arguments.out.exists() and not arguments.out.is_dir():
         parser.error(f"argument --out: {arguments.out} is a file, expected a folder")
-    from .demo import QUICK, DemoConfig, run
+    from .demo.run import QUICK, DemoConfig, run
 
     given = vars(arguments)
     values = {item.name: given.get(item.name) for item in dataclasses.fields(DemoConfig)}

@@ -8,12 +8,13 @@ import pytest
 
 pytest.importorskip("open_clip")
 import torch
-from pacl import scenes, training
 from pacl.backbones import freeze
-from pacl.demo import frozen_features
+from pacl.data import scenes
+from pacl.data.scene_shards import write_scenes
+from pacl.demo import loops
+from pacl.demo.run import frozen_features
+from pacl.demo.toy_clip import new_clip
 from pacl.embedder import VisionEmbedder
-from pacl.scene_shards import write_scenes
-from pacl.toy_clip import new_clip
 
 from pacl_kernels import available_backends, fused_pacl_loss
 
@@ -50,9 +51,9 @@ def curve(features, form: str, backend: str, seed: int = 0) -> torch.Tensor:
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     embedder, losses = VisionEmbedder(tokens.shape[2], texts.shape[1]), Curve()
-    options = {"form": form, "attn_temperature": training.ATTN_TEMPERATURE, "backend": backend}
+    options = {"form": form, "attn_temperature": loops.ATTN_TEMPERATURE, "backend": backend}
     loss = functools.partial(fused_pacl_loss, **options)
-    training.train_embedder(embedder, loss, tokens, texts, losses, batch_size=16, seed=seed)
+    loops.train_embedder(embedder, loss, tokens, texts, losses, batch_size=16, seed=seed)
     return torch.tensor(losses.losses)
 
 

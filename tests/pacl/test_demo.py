@@ -11,9 +11,9 @@ import open_clip
 import pytest
 import torch
 from pacl.cli import main
+from pacl.data.scenes import CLASSES
+from pacl.demo.toy_clip import tokenizer
 from pacl.embedder import load_embedder
-from pacl.scenes import CLASSES
-from pacl.toy_clip import tokenizer
 from PIL import Image
 from safetensors.torch import load_file
 

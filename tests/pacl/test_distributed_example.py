@@ -12,9 +12,9 @@ import pytest
 
 pytest.importorskip("open_clip")
 import torch
-from pacl import scenes
-from pacl.scene_shards import write_scenes
-from pacl.toy_clip import new_clip, save_clip
+from pacl.data import scenes
+from pacl.data.scene_shards import write_scenes
+from pacl.demo.toy_clip import new_clip, save_clip
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "distributed.py"
 

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from pacl import scenes
-from pacl.scene_shards import write_scenes
-from pacl.scenes import CLASSES, HELD_OUT, PAIRS, SEEN, draw_scene, phrase
-from pacl.shards import Shards
+from pacl.data import scenes
+from pacl.data.scene_shards import write_scenes
+from pacl.data.scenes import CLASSES, HELD_OUT, PAIRS, SEEN, draw_scene, phrase
+from pacl.data.shards import Shards
 
 
 def draw(index: int, pairs=PAIRS, seed: int = 0) -> scenes.Scene:

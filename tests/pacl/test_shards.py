@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import encode, picture
-from pacl.scene_shards import write_scenes
-from pacl.shards import Shards, count_samples, expand_shards, loader
+from pacl.data.scene_shards import write_scenes
+from pacl.data.shards import Shards, count_samples, expand_shards, loader
 from PIL import Image
 
 

@@ -17,12 +17,12 @@ import pytest
 pytest.importorskip("open_clip")
 pytest.importorskip("tyro")
 import torch
-from pacl import scenes
-from pacl.checkpoints import checkpoints, load_checkpoint
 from pacl.cli import main
+from pacl.data import scenes
+from pacl.data.scene_shards import write_scenes
+from pacl.demo.toy_clip import new_clip, save_clip
 from pacl.embedder import load_embedder
-from pacl.scene_shards import write_scenes
-from pacl.toy_clip import new_clip, save_clip
+from pacl.training.checkpoints import checkpoints, load_checkpoint
 from safetensors.torch import load_file
 
 

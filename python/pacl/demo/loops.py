@@ -14,8 +14,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pacl_kernels import fused_pacl_loss
 
-from .embedder import VisionEmbedder
-from .progress import Progress
+from ..embedder import VisionEmbedder
+from ..progress import Progress
+from ..training.optimiser import parameter_groups
 
 ATTN_TEMPERATURE = 0.05  # decides whether patches learn to point: at 1 the loss pools almost by the mean
 MAX_LOG_SCALE = math.log(100)  # CLIP's own clamp
@@ -82,15 +83,6 @@ def train_embedder(
             progress.step(loss.detach())
             if progress.done >= progress.total:
                 return
-
-
-def parameter_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict]:
-    """For an optimiser: matrices decay; gains, biases and scalars do not."""
-    parameters = [parameter for parameter in parameters if parameter.requires_grad]
-    return [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
 
 
 def _optimiser(parameters: Iterable[nn.Parameter], lr: float, weight_decay: float, steps: int):

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 from webdataset import TarWriter
 
-from .files import atomic_writer
+from ..files import atomic_writer
 from .scenes import PAIRS, Scene, draw_scene
 
 SPLITS = ("train", "eval")  # their order is part of what a seed means

@@ -13,15 +13,16 @@ import open_clip
 import torch
 from torch import Tensor
 
-from . import scenes, training
-from .backbones import freeze, patch_tokens
-from .embedder import VisionEmbedder, save_embedder
+from ..backbones import freeze, patch_tokens
+from ..data import scenes
+from ..data.scene_shards import write_scenes
+from ..data.shards import Shards, loader
+from ..embedder import VisionEmbedder, save_embedder
+from ..files import write_bytes
+from ..progress import Progress
+from . import loops
 from .evaluation import Evaluation, evaluate
-from .files import write_bytes
 from .picture import draw_picture
-from .progress import Progress
-from .scene_shards import write_scenes
-from .shards import Shards, loader
 from .toy_clip import new_clip, normalise, save_clip, tokenizer
 
 
@@ -73,7 +74,7 @@ class Trained:
             target = folder / ("embedder" if name == "pacl" else name)
             notes = {"steps": stage.done, "planned_steps": stage.total, "seed": self.config.seed}
             if name == "pacl":
-                notes |= {"form": "cosine", "attn_temperature": training.ATTN_TEMPERATURE}
+                notes |= {"form": "cosine", "attn_temperature": loops.ATTN_TEMPERATURE}
             write(model, target, **notes)
             lines.append(f"{target}: {stage.label}, {stage.done} of {stage.total} steps")
         return lines
@@ -128,7 +129,7 @@ def _train_clip(trained: Trained, shards: list[Path]) -> None:
             yield normalise(batch["image"]), encode(batch["caption"])
 
     with Progress("CLIP", config.clip_steps) as trained.stages["clip"]:
-        training.train_clip(trained.clip, batches(), trained.stages["clip"])
+        loops.train_clip(trained.clip, batches(), trained.stages["clip"])
     freeze(trained.clip)
 
 
@@ -136,12 +137,12 @@ def _train_embedders(trained: Trained, shards: list[Path]) -> None:
     """PACL's embedder and the control's, from the same initial weights, on the same batches."""
     config = trained.config
     tokens, texts = frozen_features(trained.clip, shards, min(config.embedder_scenes, config.train_scenes))
-    for name, label, loss in (("pacl", "PACL", training.pacl), ("mean_pooling", "Mean pooling", training.mean_pooling)):
+    for name, label, loss in (("pacl", "PACL", loops.pacl), ("mean_pooling", "Mean pooling", loops.mean_pooling)):
         torch.manual_seed(config.seed)
         embedder = trained.embedders[name] = VisionEmbedder(tokens.shape[2], texts.shape[1])
         with Progress(label, config.embedder_steps) as progress:
             trained.stages[name] = progress
-            training.train_embedder(
+            loops.train_embedder(
                 embedder, loss, tokens, texts, progress, batch_size=config.batch_size, seed=config.seed
             )
         freeze(embedder)

@@ -9,9 +9,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from ..data.scenes import BACKGROUNDS, COLOURS, HELD_OUT, PAIRS, PATTERNS, background_texture, paint
+from ..files import write_bytes
 from .evaluation import Evaluation
-from .files import write_bytes
-from .scenes import BACKGROUNDS, COLOURS, HELD_OUT, PAIRS, PATTERNS, background_texture, paint
 
 SCALE = 3  # pixels per scene pixel
 CELL, GAP, LEFT, TOP, LEGEND = 64 * SCALE, 12, 24, 92, 330

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from .files import write_bytes
+from ..files import write_bytes
 
 # open_clip's own config format, so that `open_clip.create_model("local-dir:...")` reads what save_clip writes.
 CONFIG = {

@@ -1,36 +1,32 @@
-"""`pacl train`: the vision embedder on a frozen CLIP, in one process or under torchrun."""
+"""A run of `pacl train`: the vision embedder on a frozen CLIP, in one process or under torchrun."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import difflib
-import json
 import math
 import os
 import signal
-import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import open_clip
 import torch
 import torch.distributed as dist
-import tyro
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pacl_kernels import cached_step, fused_pacl_loss
 
-from .backbones import freeze, patch_tokens
-from .checkpoints import checkpoints, load_checkpoint, save_checkpoint
-from .embedder import VisionEmbedder, save_embedder
-from .files import write_bytes
-from .shards import Shards, count_samples, loader
-from .train_config import TrainConfig, dump_config, read_config
-from .training import parameter_groups
+from ..backbones import freeze, patch_tokens
+from ..data.shards import Shards, count_samples, loader
+from ..embedder import VisionEmbedder, save_embedder
+from .checkpoints import load_checkpoint, save_checkpoint
+from .config import TrainConfig
+from .log import Log
+from .optimiser import learning_rate, parameter_groups
 
 SIGMOID_BIAS = -10.0  # where SigLIP's begins
 
@@ -119,21 +115,13 @@ class Run:
         learned = self.model.log_temperature
         return self.config.attn_temperature if learned is None else learned.exp().item()
 
-    def learning_rate(self) -> float:
-        config = self.config
-        warm = min(1.0, (self.step + 1) / config.warmup) if config.warmup else 1.0
-        if config.lr_scheduler == "const":
-            return config.lr * warm
-        done = max(0, self.step - config.warmup) / max(1, self.steps - config.warmup)
-        return config.lr * warm * (1 + math.cos(math.pi * done)) / 2
-
     # Training
 
     def train(self) -> None:
         """From the current step to the last, with checkpoints; on a signal the step under way is finished and saved."""
         if self.step >= self.steps:
             return
-        with self._signals(), _Log(self) as log:
+        with self._signals(), Log(self) as log:
             for batch, waited in self._batches():
                 begin = time.perf_counter()
                 loss = self._step(batch)
@@ -161,7 +149,9 @@ class Run:
             yield batch, time.perf_counter() - begin
 
     def _step(self, batch: dict[str, Any]) -> Tensor:
-        self.lr = self.learning_rate()
+        config = self.config
+        factor = learning_rate(self.step, self.steps, config.warmup, config.lr_scheduler)
+        self.lr = config.lr * factor
         for group in self.optimiser.param_groups:
             group["lr"] = self.lr
         self.optimiser.zero_grad()
@@ -253,98 +243,6 @@ class Run:
         self.step = state["step"]
 
 
-class _Log:
-    """Losses as they come: checked to be finite, printed and written to the run's files, by the first process."""
-
-    def __init__(self, run: Run):
-        self.run, self.config = run, run.config
-        self.pending: list[tuple[int, Tensor, list[str]]] = []
-        self.mean, self.seconds, self.waited = _Mean(), 0.0, 0.0
-        self.steps = 0
-        self.file = self.board = None
-
-    def __enter__(self) -> _Log:
-        if self.run.rank == 0:
-            self.config.folder.mkdir(parents=True, exist_ok=True)
-            self.file = open(self.config.folder / "metrics.jsonl", "a")
-            if self.config.tensorboard:
-                with contextlib.suppress(ImportError):
-                    from torch.utils.tensorboard import SummaryWriter
-
-                    self.board = SummaryWriter(self.config.folder / "tensorboard", purge_step=self.run.step)
-        return self
-
-    def __exit__(self, *_) -> None:
-        for sink in (self.file, self.board):
-            if sink is not None:
-                sink.close()
-
-    def step(self, loss: Tensor, keys: list[str], waited: float, seconds: float) -> None:
-        self.pending.append((self.run.step, loss, keys))
-        self.steps, self.waited, self.seconds = self.steps + 1, self.waited + waited, self.seconds + waited + seconds
-        due = self.run.step % self.config.log_every_n_steps == 0 or self.run.step == self.run.steps
-        if due or self.run.device.type == "cpu":  # reading a loss makes the host wait for a GPU
-            self.check()
-        if due and self.run.rank == 0:
-            self._write()
-        if due:
-            self.steps, self.waited, self.seconds = 0, 0.0, 0.0
-
-    def check(self) -> None:
-        """Read the losses since the last time; one that is not finite ends the run."""
-        for step, loss, keys in self.pending:
-            self.mean.add(loss.item())
-            if not math.isfinite(self.mean.last):
-                path = self.config.folder / f"not_finite_rank{self.run.rank}.json"
-                write_bytes(path, json.dumps({"step": step, "loss": str(self.mean.last), "keys": keys}).encode())
-                raise FloatingPointError(
-                    f"the loss of step {step} is {self.mean.last}; the keys of its samples are in {path}, and the last "
-                    "checkpoint is of an earlier step"
-                )
-        self.pending.clear()
-
-    def _write(self) -> None:
-        run, batch = self.run, self.run.global_batch
-        data, seconds = self.waited / self.steps, self.seconds / self.steps
-        scale = run.model.log_scale.exp().item()
-        done = run.step % run.epoch_steps * batch
-        print(
-            f"Train Epoch: {run.step // run.epoch_steps} [{done}/{run.samples} ({100 * done / run.samples:.0f}%)] "
-            f"Data (t): {data:.3f} Batch (t): {seconds:.3f}, {batch / seconds:.1f}/s, "
-            f"{batch / seconds / run.world:.1f}/s/process LR: {run.lr:.6f} Logit Scale: {scale:.3f} "
-            f"Contrastive_loss: {self.mean.last:.5g} ({self.mean.value:.5g})",
-            flush=True,
-        )
-        values = {
-            "train/loss": self.mean.last,
-            "train/contrastive_loss": self.mean.last,
-            "train/data_time": data,
-            "train/batch_time": seconds,
-            "train/samples_per_second": batch / seconds,
-            "train/scale": scale,
-            "train/attn_temperature": run.temperature,
-            "train/lr": run.lr,
-            "train/skipped": sum(run.data.skipped.values()),
-        }
-        self.file.write(json.dumps({"step": run.step, **values}) + "\n")
-        self.file.flush()
-        if self.board is not None:
-            for name, value in values.items():
-                self.board.add_scalar(name, value, run.step)
-
-
-class _Mean:
-    def __init__(self):
-        self.total, self.count, self.last = 0.0, 0, math.nan
-
-    def add(self, value: float) -> None:
-        self.total, self.count, self.last = self.total + value, self.count + 1, value
-
-    @property
-    def value(self) -> float:
-        return self.total / self.count
-
-
 def _process_group() -> dist.ProcessGroup | None:
     """All processes that torchrun started, or None for one alone."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
@@ -379,62 +277,3 @@ def _widths(clip: nn.Module) -> tuple[int, int]:
     tokens = patch_tokens(clip.visual, torch.zeros(1, 3, height, width, device=device))
     texts = clip.encode_text(torch.zeros(1, clip.context_length, dtype=torch.long, device=device))
     return tokens.shape[2], texts.shape[1]
-
-
-def main(argv: Sequence[str], prog: str = "pacl train") -> int:
-    """Run `pacl train` with these arguments; returns its exit status."""
-    try:
-        config = _parse(list(argv), prog)
-        if not config.dry_run:
-            _refuse_to_overwrite(config)
-        run = Run(config)
-        if run.rank == 0:
-            print(run.plan(), flush=True)
-        if config.dry_run:
-            return 0
-        if config.resume:
-            path = _checkpoint(config)
-            if path is not None:
-                run.restore(path)
-                if run.rank == 0:
-                    print(f"resume: {path}, step {run.step}", flush=True)
-        if run.rank == 0:
-            write_bytes(config.folder / "config.yaml", dump_config(dataclasses.replace(config, resume=None)).encode())
-        run.train()
-    except (ValueError, FloatingPointError, OSError) as error:
-        print(f"pacl: error: {error}", file=sys.stderr)
-        return 1
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    if run.stopped_by is not None:
-        if run.rank == 0:
-            print(f"stopped at step {run.step} of {run.steps}; go on with --resume latest", flush=True)
-        return 128 + run.stopped_by
-    if run.rank == 0:
-        print(f"finished {run.steps} steps: {config.folder / 'embedder'}", flush=True)
-    return 0
-
-
-def _parse(argv: list[str], prog: str) -> TrainConfig:
-    """`--config FILE` gives the values of a run, flags change them."""
-    if "--config" not in argv:
-        return tyro.cli(TrainConfig, args=argv, prog=prog).check()
-    at = argv.index("--config")
-    if at + 1 == len(argv):
-        raise ValueError("config: got no file, expected the config.yaml of a run")
-    config = read_config(Path(argv[at + 1]))
-    return tyro.cli(TrainConfig, args=argv[:at] + argv[at + 2 :], default=config, prog=prog).check()
-
-
-def _checkpoint(config: TrainConfig) -> Path | None:
-    """The one to go on from; None for "latest" in a folder that has none, where the run begins."""
-    if config.resume != "latest":
-        return Path(config.resume)
-    found = checkpoints(config.folder / "checkpoints")
-    return found[-1] if found else None
-
-
-def _refuse_to_overwrite(config: TrainConfig) -> None:
-    if config.resume is None and checkpoints(config.folder / "checkpoints"):
-        raise ValueError(f"name: {config.folder} has checkpoints of an earlier run; --resume latest or another --name")

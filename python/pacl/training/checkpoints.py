@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .files import atomic_writer
+from ..files import atomic_writer
 
 
 def save_checkpoint(folder: Path, state: dict[str, Any], *, keep: int) -> Path:

@@ -9,11 +9,11 @@ import open_clip
 import torch
 from torch import Tensor
 
-from .backbones import patch_tokens
-from .embedder import VisionEmbedder
-from .scenes import CLASSES, HELD_OUT_LABELS, PAIRS, SEEN_LABELS
-from .segmentation import ConfusionMatrix, class_scores, label_map, patch_labels, patch_shares
-from .shards import Shards, loader
+from ..backbones import patch_tokens
+from ..data.scenes import CLASSES, HELD_OUT_LABELS, PAIRS, SEEN_LABELS
+from ..data.shards import Shards, loader
+from ..embedder import VisionEmbedder
+from ..segmentation import ConfusionMatrix, class_scores, label_map, patch_labels, patch_shares
 from .toy_clip import normalise, tokenizer
 
 METHODS = {

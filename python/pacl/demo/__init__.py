@@ -1,0 +1,1 @@
+"""`pacl demo`: a world, a CLIP and an embedder that train in minutes."""

@@ -1,0 +1,1 @@
+"""`pacl train`: the embedder on your pairs and frozen towers."""
