@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, unattended: tests, tables, tuning. Logs and JSON go to DIR.
-#   benchmarks/on_gpu.sh DIR [STAGE...]     all stages, or those whose names begin so: sanity throughput tune tests sanitizer
+#   benchmarks/on_gpu.sh DIR [STAGE...]     all stages, or those whose names begin so: sanity throughput tune training-step tests sanitizer
 set -uo pipefail
 out=$(realpath -m "${1:?usage: $0 DIR [STAGE...]}")
 stages=("${@:2}")
@@ -26,6 +26,7 @@ for form in dot cosine max; do
     --batch 4096 --repeats 7 --json "$out/throughput-bfloat16-$form.json"
 done
 run tune 150 $python benchmarks/tune_triton.py --repeats 5 --json "$out/tune.json"
+run training-step 200 $python benchmarks/training_step.py --device cuda --json "$out/training-step.json"
 run tests 900 $python -m pytest -q -p no:cacheprovider -m gpu --maxfail=40 \
   --continue-on-collection-errors
 for shape in "256 196 512" "4096 196 768" "4096 256 1024" "2048 576 768"; do

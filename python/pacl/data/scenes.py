@@ -69,7 +69,7 @@ def draw_scene(rng: np.random.Generator, pairs: tuple[tuple[str, str], ...] = PA
         chosen = rng.choice(len(pairs), size=min(int(rng.integers(1, 4)), len(pairs)), replace=False)
         labels = tuple(PAIRS.index(pairs[i]) for i in chosen)
         for label in labels:
-            inside = _silhouette(rng)
+            inside = silhouette(rng)
             mask[inside] = label
             image[inside] = paint(PAIRS[label], SIZE, rng)[inside]
         # A shape hidden by a later one would be named in the caption and absent from the picture.
@@ -96,7 +96,7 @@ def paint(pair: tuple[str, str], size: int, rng: np.random.Generator | None = No
     return out
 
 
-def _silhouette(rng: np.random.Generator) -> np.ndarray:
+def silhouette(rng: np.random.Generator) -> np.ndarray:
     """Bool [64, 64]: an ellipse or a polygon of 3 to 8 corners around a random centre."""
     centre, radius = rng.uniform(12, SIZE - 12, 2), rng.uniform(13, 22)
     angles = np.linspace(0, 2 * np.pi, 24, endpoint=False)

@@ -59,6 +59,7 @@ def train_embedder(
     *,
     batch_size: int,
     seed: int,
+    lr: float = 2e-3,
     group: dist.ProcessGroup | None = None,
 ) -> None:
     """Train on cached tokens [S, N, width] and text embeddings [S, D] for `progress.total` steps, in place.
@@ -69,7 +70,7 @@ def train_embedder(
     rank, world = (0, 1) if group is None else (group.rank(), group.size())
     model = embedder if group is None else DistributedDataParallel(embedder, process_group=group)
     log_scale = nn.Parameter(torch.tensor(math.log(20.0)))
-    optimiser, scheduler = _optimiser([*embedder.parameters(), log_scale], 2e-3, 0.05, progress.total)
+    optimiser, scheduler = _optimiser([*embedder.parameters(), log_scale], lr, 0.05, progress.total)
     generator = torch.Generator().manual_seed(seed)
     while True:
         for index in torch.randperm(len(tokens), generator=generator).split(batch_size):

@@ -1,0 +1,427 @@
+"""What a larger batch, the attention and the temperature buy, in two generated worlds: curves, controls, a picture.
+
+    python benchmarks/study.py run DIR                 # everything, two processes of one thread; go on by running again
+    python benchmarks/study.py report DIR --json study.json --plot study.png
+
+Each world (the demo's, and hard_scenes.py's near-duplicates) gets one small CLIP, trained and frozen; its patch tokens
+are cached, and every run trains a new embedder on them from the same number of images: batches of 64 to 4,096, then
+at one batch size the temperatures, forms and controls. The learning rate of each batch size is the better of two on
+scenes of their own, in the hard world. Losses are computed in bfloat16. Seeds change the embedder and the order of the
+images; the CLIP, the training scenes and the 512 evaluation scenes are the same for all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import hard_scenes
+import numpy as np
+import open_clip
+import torch
+from pacl.backbones import freeze, patch_tokens
+from pacl.data import scenes
+from pacl.demo import loops, toy_clip
+from pacl.embedder import VisionEmbedder
+from pacl.files import write_bytes
+from pacl.progress import Progress
+from pacl.segmentation import ConfusionMatrix, class_scores, label_map, patch_labels, patch_shares
+from report import machine
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pacl_kernels import compatibility, fused_pacl_loss
+
+
+@dataclass(frozen=True)
+class World:
+    """draw: one scene; kinds: the attributes of the first labels; held_out: labels that training never shows."""
+
+    draw: Callable
+    draw_train: Callable
+    classes: tuple[str, ...]
+    kinds: tuple[tuple[str, ...], ...]
+    held_out: tuple[int, ...] = ()
+
+
+WORLDS = {
+    "demo": World(
+        scenes.draw_scene,
+        partial(scenes.draw_scene, pairs=scenes.SEEN),
+        scenes.CLASSES,
+        scenes.PAIRS,
+        scenes.HELD_OUT_LABELS,
+    ),
+    "hard": World(hard_scenes.draw_scene, hard_scenes.draw_scene, hard_scenes.CLASSES, hard_scenes.KINDS),
+}
+# Batch sizes, and the learning rates tried for each: around what a rate that grows with the root of the batch gives.
+LRS = {64: (2e-3, 4e-3), 256: (4e-3, 8e-3), 1024: (4e-3, 8e-3), 4096: (8e-3, 16e-3)}
+SEEDS = (0, 1, 2)
+CONTROL_BATCH, TUNE_SEED = 256, 100
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much of everything: `images` are seen by each run, `scenes` are drawn and cached."""
+
+    images: int = 131_072
+    scenes: int = 8_192
+    eval_scenes: int = 512
+    clip_steps: int = 700
+    clip_scenes: int = 16_384
+
+
+QUICK = Size(images=8_192, scenes=4_096, eval_scenes=64, clip_steps=2, clip_scenes=4_096)
+
+
+@dataclass(frozen=True)
+class Run:
+    world: str
+    batch: int
+    lr: float
+    seed: int
+    tau: float | None = loops.ATTN_TEMPERATURE  # None: learned, from the default
+    form: str = "cosine"
+    pooling: str = "all pairs"  # "paired": attention of an image's own caption for every text; "mean": none
+    tower: str = "clip"  # "random": as it was before training
+    split: str = "eval"
+
+    @property
+    def name(self) -> str:
+        return "_".join(str(x).replace(" ", "-") for x in dataclasses.astuple(self))
+
+
+# Worlds
+
+
+def prepare(name: str, out: Path, size: Size) -> None:
+    """Write `out`/NAME.safetensors: tokens, texts and masks of everything that runs of that world read."""
+    path = out / f"{name}.safetensors"
+    if path.exists():
+        return
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    world, encode = WORLDS[name], toy_clip.tokenizer()
+    clip = toy_clip.new_clip()
+    random = freeze(toy_clip.new_clip())
+    images, captions, _ = _scenes(world.draw_train, size.clip_scenes, 0)
+    with Progress(f"{name}: CLIP", size.clip_steps) as progress:
+        loops.train_clip(clip, _batches(images, encode(captions)), progress)
+    freeze(clip)
+    images, captions = images[: size.scenes], captions[: size.scenes]
+    data = {
+        "train.tokens": _tokens(clip, images),
+        "train.random_tokens": _tokens(random, images),
+        "train.texts": _texts(clip, encode(captions)),
+        "classes": _texts(clip, encode(list(world.classes))),
+    }
+    for seed, split in enumerate(("eval", "tune"), start=1):
+        images, captions, masks = _scenes(world.draw, size.eval_scenes, seed)
+        data |= {f"{split}.tokens": _tokens(clip, images), f"{split}.random_tokens": _tokens(random, images)}
+        data |= {f"{split}.texts": _texts(clip, encode(captions)), f"{split}.masks": masks}
+    write_bytes(path, save(data))
+
+
+def _scenes(draw: Callable, count: int, seed: int) -> tuple[Tensor, list[str], Tensor]:
+    drawn = [draw(np.random.default_rng([seed, index])) for index in range(count)]
+    images = torch.from_numpy(np.stack([scene.image for scene in drawn])).permute(0, 3, 1, 2)
+    return images, [scene.caption for scene in drawn], torch.from_numpy(np.stack([scene.mask for scene in drawn]))
+
+
+def _batches(images: Tensor, tokens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    while True:
+        for index in torch.randperm(len(images), generator=generator).split(64):
+            yield toy_clip.normalise(images[index]), tokens[index]
+
+
+@torch.no_grad()
+def _tokens(clip: open_clip.CLIP, images: Tensor) -> Tensor:
+    return torch.cat([patch_tokens(clip.visual, toy_clip.normalise(part)) for part in images.split(256)])
+
+
+@torch.no_grad()
+def _texts(clip: open_clip.CLIP, tokens: Tensor) -> Tensor:
+    return torch.cat([clip.encode_text(part, normalize=True) for part in tokens.split(256)])
+
+
+# Runs
+
+
+def plan(out: Path) -> tuple[list[Run], list[Run]]:
+    """The runs that choose learning rates, and, once those are there, all others, most wanted first."""
+    tune = [Run("hard", batch, lr, TUNE_SEED, split="tune") for batch, rates in LRS.items() for lr in rates]
+    found = {run: _result(out, run) for run in tune}
+    if None in found.values():
+        return tune, []
+    lr = {}
+    for run in sorted(tune, key=lambda run: found[run][-1]["miou"]):
+        lr[run.batch] = run.lr  # the best comes last
+    rest = []
+    for seed in SEEDS:
+        for world in reversed(WORLDS):
+            rest += [Run(world, batch, lr[batch], seed) for batch in LRS]
+            control = Run(world, CONTROL_BATCH, lr[CONTROL_BATCH], seed)
+            changes = [{"tau": tau} for tau in (1.0, 0.1, None)] + [{"form": "dot"}, {"tower": "random"}]
+            changes += [{"pooling": pooling} for pooling in ("paired", "mean")]
+            rest += [dataclasses.replace(control, **change) for change in changes]
+    return tune, rest
+
+
+def _result(out: Path, run: Run) -> list[dict] | None:
+    path = out / "runs" / f"{run.name}.json"
+    return json.loads(path.read_text())["points"] if path.exists() else None
+
+
+def train(run: Run, out: Path, size: Size) -> str:
+    """One run, from cached tokens to `out`/runs/NAME.json; returns a line about it."""
+    torch.set_num_threads(1)
+    torch.manual_seed(run.seed)
+    begin = time.perf_counter()
+    data = load_file(out / f"{run.world}.safetensors")
+    kind = "random_tokens" if run.tower == "random" else "tokens"
+    embedder = VisionEmbedder(data["train.tokens"].shape[2], data["classes"].shape[1])
+    if run.tau is None:  # among the embedder's parameters, where the optimiser finds it
+        embedder.log_tau = nn.Parameter(torch.tensor(math.log(loops.ATTN_TEMPERATURE)))
+    points = Points(run, embedder, data, size.images // run.batch)
+    texts, tokens = data["train.texts"], data[f"train.{kind}"]
+    loops.train_embedder(
+        embedder, _loss(run, embedder), tokens, texts, points, batch_size=run.batch, seed=run.seed, lr=run.lr
+    )
+    seconds = time.perf_counter() - begin
+    result = {**dataclasses.asdict(run), "points": points.rows, "seconds": round(seconds, 1)}
+    write_bytes(out / "runs" / f"{run.name}.json", (json.dumps(result) + "\n").encode())
+    return f"{run.name}: mIoU {points.rows[-1]['miou']:.3f}, {seconds:.0f} s"
+
+
+def _loss(run: Run, embedder: VisionEmbedder) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    if run.pooling == "mean":
+        return loops.mean_pooling
+    if run.pooling == "paired":
+        return partial(paired, tau=run.tau)
+
+    def loss(patches: Tensor, texts: Tensor, logit_scale: Tensor) -> Tensor:
+        tau = embedder.log_tau.exp() if run.tau is None else run.tau
+        patches, texts = patches.bfloat16(), texts.bfloat16()
+        return fused_pacl_loss(patches, texts, logit_scale, attn_temperature=tau, form=run.form)
+
+    return loss
+
+
+def paired(patches: Tensor, texts: Tensor, logit_scale: Tensor, *, tau: float) -> Tensor:
+    """What re-implementations do: an image is pooled for its own caption, and that pooled patch meets every text."""
+    patches, texts = F.normalize(patches, dim=-1), F.normalize(texts, dim=-1)
+    weights = ((patches @ texts[:, :, None]) / tau).softmax(1)
+    return open_clip.ClipLoss()(F.normalize((weights * patches).sum(1), dim=-1), texts, logit_scale)
+
+
+class Points:
+    """Takes the place of a progress bar: measures the embedder after 1/16, 1/8, ... of the steps."""
+
+    def __init__(self, run: Run, embedder: VisionEmbedder, data: dict[str, Tensor], total: int):
+        self.run, self.embedder, self.data, self.total, self.done = run, embedder, data, total, 0
+        self.rows: list[dict] = []
+        self.due = {max(1, total >> shift) for shift in range(5)}
+
+    def step(self, loss: Tensor) -> None:
+        self.done += 1
+        if self.done in self.due:
+            row = {"step": self.done, "images": self.done * self.run.batch, "loss": loss.item()}
+            self.rows.append(row | measure(self.run, self.embedder, self.data))
+
+
+@torch.no_grad()
+def measure(run: Run, embedder: VisionEmbedder, data: dict[str, Tensor]) -> dict[str, float]:
+    """mIoU, patch accuracy (all attributes, and each), and image-to-text R@1 among the evaluation's own captions."""
+    world, split = WORLDS[run.world], run.split
+    masks, classes = data[f"{split}.masks"], data["classes"]
+    tokens = data[f"{split}.{'random_tokens' if run.tower == 'random' else 'tokens'}"]
+    seen = [label for label in range(len(world.kinds)) if label not in world.held_out]
+    pixels, patches = ConfusionMatrix(len(world.classes)), ConfusionMatrix(len(world.classes))
+    for part, truth in zip(tokens.split(32), masks.split(32), strict=True):
+        scores = class_scores(embedder(part), classes)
+        shares = patch_shares(truth, len(world.classes), scores.shape[2:])
+        pixels.update(truth, label_map(scores, truth.shape[1:]))
+        patches.update(patch_labels(shares), scores.argmax(1))
+    out = {"miou": pixels.miou(seen), "patch_accuracy": patches.accuracy(seen)}
+    if world.held_out:
+        out |= {
+            "held_out_miou": pixels.miou(world.held_out),
+            "held_out_patch_accuracy": patches.accuracy(world.held_out),
+        }
+    counts = patches.counts[seen].double()
+    for position, name in enumerate(("colour", "pattern", "accent")[: len(world.kinds[0])]):
+        values = [kind[position] for kind in world.kinds] + [None] * (len(world.classes) - len(world.kinds))
+        right = torch.tensor([[values[k] == values[label] for k in range(len(values))] for label in seen])
+        out[name] = float((counts * right).sum() / counts.sum())
+    texts = data[f"{split}.texts"]
+    form = {"form": run.form, "attn_temperature": run.tau or embedder_tau(embedder)}
+    phi = compatibility(embedder(tokens), texts, **form)
+    own = phi.diagonal()[:, None]
+    # Equal captions are not mistakes: a text counts against the pair only where its score is larger.
+    out["retrieval_r1"] = float(((phi > own + 1e-6).sum(1) == 0).float().mean())
+    return out
+
+
+def embedder_tau(embedder: VisionEmbedder) -> float:
+    return embedder.log_tau.exp().item()
+
+
+def work(out: Path, size: Size, processes: int) -> None:
+    """Prepare both worlds, then all runs that are not there yet, `processes` at a time."""
+    (out / "runs").mkdir(parents=True, exist_ok=True)
+    settings = out / "size.json"
+    if settings.exists() and json.loads(settings.read_text()) != dataclasses.asdict(size):
+        raise SystemExit(f"study: {out} holds runs of another size; give another folder")
+    write_bytes(settings, json.dumps(dataclasses.asdict(size)).encode())
+    begin = time.perf_counter()
+    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(partial(prepare, out=out, size=size), reversed(WORLDS)))
+        for stage in (0, 1):
+            todo = [run for run in plan(out)[stage] if _result(out, run) is None]
+            for count, line in enumerate(pool.map(partial(train, out=out, size=size), todo), start=1):
+                print(f"[{count}/{len(todo)}, {(time.perf_counter() - begin) / 60:.0f} min] {line}", flush=True)
+
+
+# Report
+
+
+def report(out: Path) -> dict:
+    """Means and spreads over seeds of every kind of run that is there; what is missing is left out, and counted."""
+    tune, rest = plan(out)
+    found = {run: points for run in (*tune, *rest) if (points := _result(out, run)) is not None}
+    groups: dict[Run, list[list[dict]]] = {}
+    for run in rest:
+        if run in found:
+            groups.setdefault(dataclasses.replace(run, seed=0), []).append(found[run])
+    rows = []
+    for run, curves in groups.items():
+        points = [
+            {name: _mean([curve[i][name] for curve in curves]) for name in curves[0][i]} for i in range(len(curves[0]))
+        ]
+        rows.append({**dataclasses.asdict(run), "seeds": len(curves), "points": points})
+    seconds = [json.loads(path.read_text())["seconds"] for path in (out / "runs").glob("*.json")]
+    return {
+        "machine": machine(torch.device("cpu"), None),
+        "size": json.loads((out / "size.json").read_text()),
+        "missing_runs": len(tune) + len(rest) - len(found),
+        "core_minutes": round(sum(seconds) / 60, 1),
+        "tuning": [{"batch": r.batch, "lr": r.lr, "miou": found[r][-1]["miou"]} for r in tune if r in found],
+        "rows": rows,
+    }
+
+
+def _mean(values: list[float]) -> dict[str, float] | float:
+    if len(set(values)) == 1:
+        return values[0]
+    return {"mean": statistics.mean(values), "min": min(values), "max": max(values)}
+
+
+def centre(value: dict[str, float] | float) -> float:
+    return value["mean"] if isinstance(value, dict) else value
+
+
+def label(row: dict) -> str:
+    """What is special about a control."""
+    if row["pooling"] != "all pairs":
+        return {"paired": "attention of the paired caption only", "mean": "mean pooling"}[row["pooling"]]
+    if row["tower"] == "random":
+        return "random frozen tower"
+    if row["form"] != "cosine":
+        return f"form {row['form']}"
+    tau = row["tau"]
+    return "τ learned" if tau is None else f"τ = {tau:g}"
+
+
+def tables(result: dict) -> str:
+    """Markdown: batch sizes, then controls, of each world; percent, mean (least to most) over seeds."""
+
+    def cell(value) -> str:
+        text = f"{100 * centre(value):.1f}"
+        return f"{text} ({100 * value['min']:.1f}–{100 * value['max']:.1f})" if isinstance(value, dict) else text
+
+    lines = []
+    names = {"miou": "mIoU", "patch_accuracy": "patches right", "retrieval_r1": "image→text R@1"}
+    for world in WORLDS:
+        rows = [row for row in result["rows"] if row["world"] == world]
+        for title, chosen in (
+            ("batch", [row for row in rows if label(row) == f"τ = {loops.ATTN_TEMPERATURE:g}"]),
+            (f"at a batch of {CONTROL_BATCH}", [row for row in rows if row["batch"] == CONTROL_BATCH]),
+        ):
+            lines += [f"\n**{world} world**, {result['size']['images']:,} images seen\n"]
+            lines += ["| " + " | ".join([title, "steps", "learning rate", *names.values(), "seeds"]) + " |"]
+            lines += ["| --- " * (4 + len(names)) + "|"]
+            for row in chosen:
+                last = row["points"][-1]
+                first = f"{row['batch']:,}" if title == "batch" else label(row)
+                cells = [first, str(last["step"]), f"{row['lr']:g}", *(cell(last[n]) for n in names), str(row["seeds"])]
+                lines += ["| " + " | ".join(cells) + " |"]
+    return "\n".join(lines)
+
+
+def plot(result: dict, path: Path) -> None:
+    """mIoU against images seen and against steps, a line per batch size; the controls as bars."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(len(WORLDS), 3, figsize=(13, 4 * len(WORLDS)), squeeze=False)
+    for line, world in zip(axes, WORLDS, strict=True):
+        rows = [row for row in result["rows"] if row["world"] == world]
+        for row in rows:
+            if label(row) != f"τ = {loops.ATTN_TEMPERATURE:g}":
+                continue
+            miou = [100 * centre(point["miou"]) for point in row["points"]]
+            for axis, name in zip(line, ("images", "step"), strict=False):
+                axis.plot([point[name] for point in row["points"]], miou, marker="o", label=f"batch {row['batch']:,}")
+        for axis, name in zip(line, ("images seen", "steps"), strict=False):
+            axis.set(xscale="log", xlabel=name, ylabel="mIoU, %", title=f"{world} world", ylim=(0, None))
+        line[0].legend()
+        controls = [row for row in rows if row["batch"] == CONTROL_BATCH]
+        last = [row["points"][-1]["miou"] for row in controls]
+        line[2].barh([label(row) for row in controls], [100 * centre(value) for value in last])
+        spread = [value if isinstance(value, dict) else {"min": value, "max": value} for value in last]
+        line[2].hlines(range(len(last)), *([100 * s[k] for s in spread] for k in ("min", "max")), colors="black")
+        line[2].set(xlabel="mIoU, %", title=f"{world} world, batch {CONTROL_BATCH}")
+        line[2].invert_yaxis()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run")
+    run.add_argument("out", type=Path)
+    run.add_argument("--processes", type=int, default=2, help="of one thread each (default: %(default)s)")
+    run.add_argument("--quick", action="store_true", help="everything once in minutes, numbers without meaning")
+    show = commands.add_parser("report")
+    show.add_argument("out", type=Path)
+    show.add_argument("--json", type=Path)
+    show.add_argument("--plot", type=Path)
+    arguments = parser.parse_args()
+    if arguments.command == "run":
+        work(arguments.out, QUICK if arguments.quick else Size(), arguments.processes)
+        return
+    result = report(arguments.out)
+    print(tables(result))
+    if arguments.json:
+        write_bytes(arguments.json, (json.dumps(result, indent=1) + "\n").encode())
+    if arguments.plot:
+        plot(result, arguments.plot)
+
+
+if __name__ == "__main__":
+    main()

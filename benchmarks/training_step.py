@@ -1,0 +1,216 @@
+"""How much of a training step the loss takes, fused and eager: a frozen ViT-B/16, the embedder, one step of AdamW.
+
+    python benchmarks/training_step.py                          # CPU: batches of 64, 256 and 1,024, tens of minutes
+    python benchmarks/training_step.py --device cuda --json F   # 1,024 to 16,384
+    python benchmarks/training_step.py --show F
+
+Weights are random and the images noise: neither changes the time. Towers are open_clip's ViT-B-16, or timm's vision
+tower alone where open_clip is not installed (the table says which), and are timed once. "of a step" counts towers,
+embedder, loss and optimiser; "from cached tokens" leaves the towers out, as `pacl train --features` does. Eager is the
+formula of the paper, the pooled patch of every pair, with autograd.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import timm
+import torch
+from pacl.embedder import VisionEmbedder
+from pacl.files import write_bytes
+from providers import LOGIT_SCALE, pooled
+from report import machine
+from throughput import peak_growth
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pacl_kernels import fused_pacl_loss
+
+CHUNK = 64  # images that the towers take at a time
+TAU = 0.05
+N, WIDTH, D = 196, 768, 512
+BATCHES = {"cpu": (64, 256, 1024), "cuda": (1024, 4096, 16384)}
+
+
+def eager(patches: Tensor, texts: Tensor, form: str) -> Tensor:
+    logits = LOGIT_SCALE * pooled(patches, texts, TAU, form)
+    target = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+def fused(patches: Tensor, texts: Tensor, form: str) -> Tensor:
+    return fused_pacl_loss(patches, texts, LOGIT_SCALE, attn_temperature=TAU, form=form)
+
+
+LOSSES: dict[str, Callable[[Tensor, Tensor, str], Tensor]] = {"fused": fused, "eager": eager}
+
+
+class Towers:
+    """Tokens and text embeddings of a batch, a chunk at a time, without a graph."""
+
+    def __init__(self, device: torch.device):
+        self.clip = None
+        if importlib.util.find_spec("open_clip"):
+            import open_clip
+
+            self.clip = open_clip.create_model("ViT-B-16").to(device).eval().requires_grad_(False)
+            self.name = "open_clip ViT-B-16, both towers"
+        else:
+            self.vision = timm.create_model("vit_base_patch16_clip_224", num_classes=0)
+            self.vision = self.vision.to(device).eval().requires_grad_(False)
+            self.name = "timm vit_base_patch16_clip_224, vision tower alone"
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        tokens, texts = [], []
+        for image, words in zip(images.split(CHUNK), ids.split(CHUNK), strict=True):
+            if self.clip is None:
+                tokens.append(self.vision.forward_features(image)[:, 1:])
+                texts.append(torch.randn(len(image), D, device=image.device))
+                continue
+            from pacl.backbones import patch_tokens
+
+            tokens.append(patch_tokens(self.clip.visual, image))
+            texts.append(self.clip.encode_text(words, normalize=True))
+        return torch.cat(tokens), torch.cat(texts)
+
+
+class Step:
+    """One training step in parts that are timed apart."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, batch: int, form: str):
+        self.device, self.dtype, self.form = device, dtype, form
+        self.towers = Towers(device)
+        self.embedder = VisionEmbedder(WIDTH, D).to(device)
+        self.optimiser = torch.optim.AdamW(self.embedder.parameters(), lr=5e-4, fused=True)
+        self.images = torch.randn(1, 3, 224, 224, device=device).expand(batch, 3, 224, 224)
+        self.ids = torch.randint(1, 49_000, (1, 77), device=device).expand(batch, 77)
+
+    def _autocast(self):
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def _clock(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def encode(self) -> tuple[tuple[Tensor, Tensor], float]:
+        begin = self._clock()
+        with self._autocast():
+            out = self.towers(self.images, self.ids)
+        return out, self._clock() - begin
+
+    def rest(self, tokens: Tensor, texts: Tensor, name: str) -> tuple[float, float]:
+        """Seconds of the loss, forward and backward, and of embedder and optimiser."""
+        self.optimiser.zero_grad()
+        begin = self._clock()
+        with self._autocast():
+            patches = self.embedder(tokens)
+        leaf = patches.detach().requires_grad_()  # splits the backward of the loss from that of the embedder
+        middle = self._clock()
+        with self._autocast():
+            loss = LOSSES[name](leaf, texts.to(leaf.dtype), self.form)
+        loss.backward()
+        after = self._clock()
+        patches.backward(leaf.grad)
+        nn.utils.clip_grad_norm_(self.embedder.parameters(), 1.0)
+        self.optimiser.step()
+        return after - middle, middle - begin + self._clock() - after
+
+    def memory(self, tokens: Tensor, texts: Tensor, name: str) -> int:
+        """Bytes that a step from these tokens takes at most."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            before = torch.cuda.memory_allocated(self.device)
+            self.rest(tokens, texts, name)
+            return torch.cuda.max_memory_allocated(self.device) - before
+        return peak_growth(lambda: self.rest(tokens, texts, name))
+
+
+def measure(device: torch.device, dtype: torch.dtype, batch: int, form: str, repeats: int) -> dict:
+    step = Step(device, dtype, batch, form)
+    row: dict = {"batch": batch, "towers": step.towers.name}
+    step.towers(step.images[:CHUNK], step.ids[:CHUNK])  # warm-up
+    (tokens, texts), row["towers_s"] = step.encode()
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in LOSSES}
+    for name in LOSSES:
+        try:
+            row[f"{name}_extra_mib"] = round(step.memory(tokens, texts, name) / 2**20)
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "memory" not in str(error):
+                raise
+            row[f"{name}_reason"] = "out of memory"
+            del times[name]
+    for _ in range(repeats):
+        for name in times:
+            times[name].append(step.rest(tokens, texts, name))
+    for name, values in times.items():
+        row[f"{name}_loss_s"] = statistics.median(loss for loss, _ in values)
+        row[f"{name}_embedder_s"] = statistics.median(other for _, other in values)
+    return row
+
+
+def table(result: dict) -> str:
+    on, settings = result["machine"], result["settings"]
+    lines = [
+        f"{result['rows'][0]['towers']}; {settings['dtype']}, {settings['form']}, {on['gpu'] or on['cpu']}, "
+        f"{settings['threads']} thread(s), towers once, the rest medians of {settings['repeats']}\n",
+        "| batch | towers s | embedder s | loss s, fused | eager | of a step, fused | eager "
+        "| of a step from cached tokens, fused | eager | extra MiB, fused | eager |",
+        "| --- " * 11 + "|",
+    ]
+    for row in result["rows"]:
+        cells = [f"{row['batch']:,}", f"{row['towers_s']:.2f}", f"{row['fused_embedder_s']:.2f}"]
+        names = tuple(LOSSES)
+        cells += [f"{row[f'{n}_loss_s']:.3f}" if f"{n}_loss_s" in row else row[f"{n}_reason"] for n in names]
+        for towers in (row["towers_s"], 0.0):
+            for n in names:
+                loss, other = row.get(f"{n}_loss_s"), towers + row["fused_embedder_s"]
+                cells.append("-" if loss is None else f"{100 * loss / (loss + other):.0f}%")
+        cells += [f"{row[f'{n}_extra_mib']:,}" if f"{n}_extra_mib" in row else "-" for n in names]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=list(BATCHES))
+    parser.add_argument("--batches", type=int, nargs="+", help="default: by device")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="autocast's; default: float32 on a CPU")
+    parser.add_argument("--form", default="cosine", choices=["dot", "cosine"])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--show", type=Path, metavar="FILE", help="print the table of a result")
+    arguments = parser.parse_args()
+    if arguments.show:
+        print(table(json.loads(arguments.show.read_text())))
+        return
+    dtype = arguments.dtype or ("float32" if arguments.device == "cpu" else "bfloat16")
+    result = {
+        "machine": machine(torch.device(arguments.device), None),
+        "settings": {
+            "dtype": dtype,
+            "form": arguments.form,
+            "repeats": arguments.repeats,
+            "threads": torch.get_num_threads(),
+            "load_average": os.getloadavg()[0],
+        },
+        "rows": [],
+    }
+    for batch in arguments.batches or BATCHES[arguments.device]:
+        device = torch.device(arguments.device)
+        result["rows"].append(measure(device, getattr(torch, dtype), batch, arguments.form, arguments.repeats))
+        print(table(result), flush=True)
+        if arguments.json:
+            write_bytes(arguments.json, (json.dumps(result, indent=1) + "\n").encode())
+
+
+if __name__ == "__main__":
+    main()

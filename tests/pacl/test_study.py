@@ -1,0 +1,95 @@
+"""benchmarks/study.py measures what it says, and its runs can be taken up again."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("open_clip")
+import torch
+from pacl.embedder import VisionEmbedder
+from pacl.segmentation import IGNORE, patch_labels, patch_shares
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+import hard_scenes
+import study
+
+SIZE = study.Size(images=64, scenes=32, eval_scenes=12, clip_steps=1, clip_scenes=64)
+
+
+def test_hard_scenes_name_what_they_show():
+    near = 0
+    for seed in range(40):
+        scene = hard_scenes.draw_scene(np.random.default_rng(seed))
+        kinds = [hard_scenes.KINDS[label] for label in scene.labels]
+        assert set(np.unique(scene.mask)) - set(range(168, 174)) == set(scene.labels), "a shape is hidden"
+        for label in range(len(hard_scenes.KINDS)):
+            assert hard_scenes.CLASSES[label] not in scene.caption or label in scene.labels
+        near += len(kinds) > 1 and all(sum(map(str.__ne__, kind, kinds[0])) == 1 for kind in kinds[1:])
+    assert 5 < near < 30, "half of the scenes with several shapes hold near-duplicates"
+    assert len(hard_scenes.CLASSES) == len(set(hard_scenes.CLASSES)) == 174
+
+
+def test_an_embedder_that_knows_everything():
+    """Tokens that are their patch's class text, and an embedder that passes them on."""
+    scenes = [hard_scenes.draw_scene(np.random.default_rng(seed)) for seed in range(6)]
+    masks = torch.from_numpy(np.stack([scene.mask for scene in scenes]))
+    classes = torch.nn.functional.normalize(torch.randn(174, 64, generator=torch.Generator().manual_seed(0)), dim=1)
+    truth = patch_labels(patch_shares(masks, 174, (8, 8))).flatten(1)
+    tokens = classes[truth.masked_fill(truth == IGNORE, 0)]
+    embedder = VisionEmbedder(64, 64)
+    with torch.no_grad():
+        for parameter in embedder.parameters():
+            parameter.zero_()
+        embedder.skip.weight.copy_(torch.eye(64))
+    texts = classes[[scene.labels[0] for scene in scenes]]
+    data = {"eval.tokens": tokens, "eval.masks": masks, "eval.texts": texts, "classes": classes}
+    found = study.measure(study.Run("hard", 1, 1.0, 0), embedder, data)
+    assert found["patch_accuracy"] == found["colour"] == found["pattern"] == found["accent"] == 1
+    assert 0.5 < found["miou"] < 1 and found["retrieval_r1"] > 0.5
+    data["eval.tokens"] = tokens.roll(1, 0)
+    assert study.measure(study.Run("hard", 1, 1.0, 0), embedder, data)["patch_accuracy"] < 0.3
+
+
+def test_runs_are_kept_and_reported(tmp_path):
+    for world in study.WORLDS:
+        study.prepare(world, tmp_path, SIZE)
+    (tmp_path / "size.json").write_text(json.dumps({"images": 64}))
+    tune, rest = study.plan(tmp_path)
+    assert len(tune) == 8 and rest == []
+    runs = [run for run in tune if run.batch == 64]
+    for run in runs:
+        study.train(run, tmp_path, SIZE)
+    assert [study._result(tmp_path, run) is not None for run in tune] == [run in runs for run in tune]
+    for changes in (
+        {},
+        {"tau": None},
+        {"form": "dot"},
+        {"pooling": "paired"},
+        {"pooling": "mean"},
+        {"tower": "random"},
+    ):
+        run = study.Run("demo", 16, 1e-3, 0, **changes)
+        study.train(run, tmp_path, SIZE)
+        assert [point["step"] for point in study._result(tmp_path, run)] == [1, 2, 4]
+    result = study.report(tmp_path)
+    assert result["missing_runs"] == 6 and len(result["tuning"]) == 2
+
+
+def test_attention_of_the_paired_caption_only():
+    """Each image is pooled once; its own pair is scored as PACL does, the others are not."""
+    generator = torch.Generator().manual_seed(0)
+    patches, texts = torch.randn(3, 5, 8, generator=generator), torch.randn(3, 8, generator=generator)
+    p, t = (torch.nn.functional.normalize(x, dim=-1) for x in (patches, texts))
+    logits = torch.empty(3, 3)
+    for i in range(3):
+        pooled = ((p[i] @ t[i] / 0.1).softmax(0)[:, None] * p[i]).sum(0)
+        logits[i] = 10 * t @ (pooled / pooled.norm())
+    own = torch.arange(3)
+    expected = (torch.nn.functional.cross_entropy(logits, own) + torch.nn.functional.cross_entropy(logits.T, own)) / 2
+    torch.testing.assert_close(study.paired(patches, texts, torch.tensor(10.0), tau=0.1), expected)
+    phi = study.compatibility(patches, texts, attn_temperature=0.1, form="cosine")
+    torch.testing.assert_close(10 * phi.diagonal(), logits.diagonal())
+    assert (10 * phi - logits).abs().max() > 0.1
