@@ -5,8 +5,8 @@
 
 Each world (the demo's, and hard_scenes.py's near-duplicates) gets one small CLIP, trained and frozen; its patch tokens
 are cached, and every run trains a new embedder on them from the same number of images: batches of 64 to 4,096, then
-at one batch size the temperatures, forms and controls. The learning rate of each batch size is the better of two on
-scenes of their own, in the hard world. Losses are computed in bfloat16. Seeds change the embedder and the order of the
+at one batch size the temperatures, forms and controls. The learning rate of each batch size is chosen on scenes of
+their own, in the hard world. Losses are computed in bfloat16. Seeds change the embedder and the order of the
 images; the CLIP, the training scenes and the 512 evaluation scenes are the same for all.
 """
 
@@ -65,8 +65,8 @@ WORLDS = {
     ),
     "hard": World(hard_scenes.draw_scene, hard_scenes.draw_scene, hard_scenes.CLASSES, hard_scenes.KINDS),
 }
-# Batch sizes, and the learning rates tried for each: around what a rate that grows with the root of the batch gives.
-LRS = {64: (2e-3, 4e-3), 256: (4e-3, 8e-3), 1024: (4e-3, 8e-3), 4096: (8e-3, 16e-3)}
+# Batch sizes, and the learning rates tried first for each; twice the largest is tried for as long as that is the best.
+LRS = {64: (4e-3, 8e-3), 256: (8e-3, 16e-3), 1024: (8e-3, 16e-3), 4096: (8e-3, 16e-3)}
 SEEDS = (0, 1, 2)
 CONTROL_BATCH, TUNE_SEED = 256, 100
 
@@ -160,14 +160,23 @@ def _texts(clip: open_clip.CLIP, tokens: Tensor) -> Tensor:
 
 
 def plan(out: Path) -> tuple[list[Run], list[Run]]:
-    """The runs that choose learning rates, and, once those are there, all others, most wanted first."""
-    tune = [Run("hard", batch, lr, TUNE_SEED, split="tune") for batch, rates in LRS.items() for lr in rates]
-    found = {run: _result(out, run) for run in tune}
-    if None in found.values():
+    """The runs that choose learning rates, as far as is known yet, and, once those are there, all others."""
+    tune, lr = [], {}
+    for batch, rates in LRS.items():
+        runs = [Run("hard", batch, rate, TUNE_SEED, split="tune") for rate in rates]
+        while True:
+            found = [_result(out, run) for run in runs]
+            tune += [run for run in runs if run not in tune]
+            if None in found:
+                break
+            best = max(range(len(runs)), key=lambda i: found[i][-1]["miou"])
+            lr[batch] = runs[best].lr
+            if best < len(runs) - 1:
+                break
+            runs.append(dataclasses.replace(runs[-1], lr=2 * runs[-1].lr))
+            lr.pop(batch)
+    if len(lr) < len(LRS):
         return tune, []
-    lr = {}
-    for run in sorted(tune, key=lambda run: found[run][-1]["miou"]):
-        lr[run.batch] = run.lr  # the best comes last
     rest = []
     for seed in SEEDS:
         for world in reversed(WORLDS):
@@ -288,8 +297,7 @@ def work(out: Path, size: Size, processes: int) -> None:
     begin = time.perf_counter()
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
         list(pool.map(partial(prepare, out=out, size=size), reversed(WORLDS)))
-        for stage in (0, 1):
-            todo = [run for run in plan(out)[stage] if _result(out, run) is None]
+        while todo := [run for stage in plan(out) for run in stage if _result(out, run) is None]:
             for count, line in enumerate(pool.map(partial(train, out=out, size=size), todo), start=1):
                 print(f"[{count}/{len(todo)}, {(time.perf_counter() - begin) / 60:.0f} min] {line}", flush=True)
 
