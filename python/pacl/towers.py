@@ -1,0 +1,351 @@
+"""A vision tower beside a text tower, what goes into them, and proof that they are those an embedder was trained on."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import timm
+import torch
+from huggingface_hub import snapshot_download
+from open_clip.factory import parse_model_name
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .backbones import TIMM_VITS, freeze, patch_tokens, tower_blocks
+from .embedder import CONFIG, VisionEmbedder
+
+SENTENCE = "A photo of two small dogs, left of a red-brick house."
+# How far off a fingerprint may be, relative. Seen with a random ViT-B-32: 0.01 for its weights in bfloat16, and 0.007
+# for the other activation, which is why its name is compared too. Other kernels for float32 differ by about 1e-5.
+TOLERANCE = {torch.float32: 0.003, torch.bfloat16: 0.05, torch.float16: 0.05}
+
+
+@dataclass(eq=False)
+class Towers:
+    """Two towers, in eval mode: unlocked ones too, so that a batch's parts and the processes compute the same.
+
+    visual, text: modules; `text` takes token ids [B, L]. transform: PIL image to float [3, H, W]. tokenize: list of
+    strings to ids [B, L]. names: the arguments of load_towers.
+    """
+
+    visual: nn.Module
+    text: nn.Module
+    transform: Callable[[Image.Image], Tensor]
+    tokenize: Callable[[list[str]], Tensor]
+    names: dict[str, Any]
+
+    def tokens(self, images: Tensor) -> Tensor:
+        """Patch tokens [B, N, width] of normalised images [B, 3, H, W], as patch_tokens says."""
+        return patch_tokens(self.visual, images)
+
+    def encode_text(self, ids: Tensor) -> Tensor:
+        """Text embeddings [B, D] of token ids [B, L], normalised."""
+        return encode_text(self.text, ids)
+
+    @property
+    def trained(self) -> list[str]:
+        """Which of "visual" and "text" have gradients."""
+        return [name for name in ("visual", "text") if any(x.requires_grad for x in getattr(self, name).parameters())]
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Of patch tokens and of text embeddings."""
+        image, ids = self._probe()
+        with torch.no_grad():
+            return self.tokens(image).shape[2], self.encode_text(ids).shape[1]
+
+    def to(self, device: torch.device | str) -> Towers:
+        self.visual.to(device), self.text.to(device)
+        return self
+
+    def _probe(self) -> tuple[Tensor, Tensor]:
+        """A picture made by a formula, through the towers' own transform, and a sentence: [1, 3, H, W] and [1, L]."""
+        y, x = np.mgrid[0:384, 0:512] / 64.0
+        channels = [np.sin(x * (1 + c) + y**2 / (2 + c)) + np.cos(y * (3 - c) - x) for c in range(3)]
+        picture = Image.fromarray(np.uint8(127.5 + 63 * np.stack(channels, -1)))
+        weight = next(self.visual.parameters())
+        image = self.transform(picture)[None].to(weight.device, weight.dtype)
+        return image, self.tokenize([SENTENCE]).to(next(self.text.parameters()).device)
+
+    @torch.no_grad()
+    def describe(self, folder: Path) -> dict[str, Any]:
+        """What an embedder's config.json in `folder` keeps of its towers: plain values, local paths relative to it."""
+        image, ids = self._probe()
+        with torch.autocast(image.device.type, enabled=False):
+            tokens, text = self.tokens(image)[0], self.encode_text(ids)[0]
+        rows, columns, places = map(_spread, (*tokens.shape, len(text)), (8, 6, 24))
+        return {
+            **{name: _relative(x, folder) if name in ("model", "pretrained") else x for name, x in self.names.items()},
+            "trained": self.trained,
+            "activation": {name: activation(getattr(self, name)) for name in ("visual", "text")},
+            "image_size": list(image.shape[2:]),
+            "base_model": _base_models(self),
+            "fingerprint": {
+                "visual": _floats(tokens[rows][:, columns]),
+                "text": _floats(text[places]),
+            },
+        }
+
+
+def encode_text(text: nn.Module, ids: Tensor) -> Tensor:
+    """Normalised embeddings [B, D] of a text tower; CoCa's returns its tokens too."""
+    out = text(ids)
+    return F.normalize(out[0] if isinstance(out, tuple) else out, dim=-1)
+
+
+def load_towers(
+    model: str = "ViT-B-16",
+    pretrained: str | None = None,
+    *,
+    vision_model: str | None = None,
+    vision_pretrained: bool = True,
+    force_image_size: int | None = None,
+    lock_image: bool = True,
+    lock_image_unlocked_groups: int = 0,
+    lock_text: bool = True,
+    grad_checkpointing: bool = False,
+    device: torch.device | str = "cpu",
+) -> Towers:
+    """Towers of an open_clip model, or its text tower beside timm's `vision_model`; frozen unless asked otherwise.
+
+    Args:
+        model, pretrained: open_clip's names; `pretrained` may be a file (safetensors, or tensors only). QuickGELU is
+            used where the weights' tag was trained with it, whatever the model's name says.
+        vision_model: a timm name, with timm's tag (vit_base_patch16_224.dino); its own size, mean and deviation are
+            those of the transform. vision_pretrained: load its weights.
+        force_image_size: pixels of a side, where the towers' own size is not wanted.
+        lock_image: False trains the whole vision tower. lock_image_unlocked_groups: its last blocks (a convolutional
+            tower's stages) that are trained, and the norm behind them; open_clip counts the projection, which PACL
+            does not use, as one. lock_text: False trains the text tower. Parameters that do not take part stay off.
+        grad_checkpointing: of the towers that are trained.
+
+    Raises:
+        ValueError: one line naming the argument: a name that does not exist, with close ones; weights that do not load.
+    """
+    names = {
+        "model": model,
+        "pretrained": pretrained,
+        "vision_model": vision_model,
+        "vision_pretrained": vision_pretrained,
+        "force_image_size": force_image_size,
+    }
+    if not lock_image and lock_image_unlocked_groups:
+        raise ValueError("lock_image_unlocked_groups: got it with no_lock_image, which unlocks every group")
+    size = None if vision_model else force_image_size
+    clip, transform = _load_clip(model, pretrained, size)
+    visual = clip.visual
+    if vision_model:
+        visual, transform = _load_timm(vision_model, vision_pretrained, force_image_size)
+    trainable = {x for module in (visual, clip.text) for x in module.parameters() if x.requires_grad}
+    towers = Towers(freeze(visual), freeze(clip.text), transform, open_clip.get_tokenizer(model), names).to(device)
+    try:
+        blocks, norms = tower_blocks(visual)
+    except TypeError as error:
+        raise ValueError(str(error)) from error
+    if lock_image_unlocked_groups > len(blocks):
+        raise ValueError(
+            f"lock_image_unlocked_groups: got {lock_image_unlocked_groups}, expected at most the {len(blocks)} blocks"
+        )
+    image, ids = towers._probe()
+    if not lock_image:
+        _unlock(trainable, [visual], lambda: towers.tokens(image))
+    elif lock_image_unlocked_groups:
+        _unlock(trainable, [*blocks[-lock_image_unlocked_groups:], *norms], lambda: towers.tokens(image))
+    if not lock_text:
+        _unlock(trainable, [towers.text], lambda: towers.encode_text(ids))
+    if grad_checkpointing:
+        if isinstance(visual, open_clip.modified_resnet.ModifiedResNet) and "visual" in towers.trained:
+            raise ValueError(f"grad_checkpointing: open_clip has none for {model}")
+        for name in towers.trained:
+            getattr(towers, name).set_grad_checkpointing(True)
+    return towers
+
+
+def load_pacl(
+    folder: str | os.PathLike, device: torch.device | str = "cpu", **download
+) -> tuple[Towers, VisionEmbedder]:
+    """What a run, or the demo, left in its embedder's folder, or a name on the Hub: towers and embedder, to be used.
+
+    Both are frozen and in eval mode, and the towers compute what they did in training. Raises ValueError where they
+    do not, or where the folder says nothing of its towers. download: of snapshot_download, such as revision.
+    """
+    local = Path(folder).is_dir()
+    folder = Path(folder) if local else Path(snapshot_download(str(folder), **download))
+    embedder = freeze(VisionEmbedder.from_pretrained(folder)).to(device)
+    described = embedder.towers
+    if not described:
+        raise ValueError(f"folder: {folder / CONFIG} does not say of which towers it is")
+    names = {name: described[name] for name in ("vision_model", "vision_pretrained", "force_image_size")}
+    trained = described["trained"]
+    names["vision_pretrained"] = names["vision_pretrained"] and "visual" not in trained
+    model, pretrained = (_absolute(described[name], folder, local) for name in ("model", "pretrained"))
+    towers = load_towers(model, pretrained, **names)
+    towers.names["vision_pretrained"] = described["vision_pretrained"]
+    for name in trained:
+        if name not in ("visual", "text"):
+            raise ValueError(f"folder: {folder / CONFIG} has trained {name!r}, expected visual or text")
+        getattr(towers, name).load_state_dict(load_file(folder / f"{name}.safetensors"))
+    check_towers(described, towers.to(device))
+    return towers, embedder
+
+
+def check_towers(described: dict[str, Any], towers: Towers) -> None:
+    """ValueError that says what differs, unless `towers` are those of `described`, an embedder's `towers`."""
+    found = towers.describe(Path())
+    wrong = []
+    for name, label in (("visual", "vision"), ("text", "text")):
+        have, expected = found["activation"][name], described["activation"][name]
+        if have != expected:
+            wrong.append(f"the {label} tower's activation is {have}, not {expected}")
+        dtype = next(getattr(towers, name).parameters()).dtype
+        have, expected = (torch.tensor(x["fingerprint"][name], dtype=torch.float64) for x in (found, described))
+        error = (have - expected).norm() / expected.norm() if have.shape == expected.shape else math.inf
+        if not error <= TOLERANCE.get(dtype, 0.003):
+            wrong.append(f"the {label} tower's output is off by {error:.1%} (other weights?)")
+    if found["image_size"] != described["image_size"]:
+        wrong.append(f"images have {found['image_size']} pixels, not {described['image_size']}")
+    if wrong:
+        have, expected = (_tag(x) for x in (found, described))
+        wrong += [f"they are {have}, not {expected}"] if have != expected else []
+        raise ValueError(f"towers: not those that the embedder was trained on: {'; '.join(wrong)}")
+
+
+def activation(module: nn.Module) -> str:
+    """Class names of a tower's activations: GELU, QuickGELU, ..."""
+    kinds = {type(m) for m in module.modules() if not any(True for _ in m.children())}
+    found = (k.__name__ for k in kinds if "activation" in k.__module__ or k is open_clip.transformer.QuickGELU)
+    return ", ".join(sorted(found)) or "functional"
+
+
+def _load_clip(model: str, pretrained: str | None, size: int | None) -> tuple[nn.Module, Callable]:
+    quick = False
+    if parse_model_name(model)[0] is None:
+        known = open_clip.list_models()
+        if model not in known:
+            raise ValueError(f"model: got {model!r}, which open_clip does not know; it knows {_close(model, known)}")
+        config = open_clip.get_pretrained_cfg(model, pretrained) if pretrained else {}
+        if pretrained and not config and not Path(pretrained).is_file():
+            tags = open_clip.list_pretrained_tags_by_model(model)
+            raise ValueError(
+                f"pretrained: got {pretrained!r}, which is no file and no tag of {model}; it has "
+                f"{_close(pretrained, tags)}"
+            )
+        quick = bool(config.get("quick_gelu", False))
+        if config and not quick and open_clip.get_model_config(model).get("quick_gelu", False):
+            raise ValueError(f"pretrained: {pretrained} was trained with GELU, but {model} has QuickGELU")
+    elif pretrained:
+        raise ValueError(f"pretrained: got {pretrained!r} for {model}, which brings weights of its own")
+    try:
+        # A text tower of its own class for every model. Weights are read with weights_only=True, open_clip's default.
+        clip, _, transform = open_clip.create_model_and_transforms(
+            model,
+            pretrained=pretrained,
+            force_quick_gelu=quick,
+            force_custom_text=True,
+            force_image_size=size,
+            weights_only=True,
+        )
+    except OSError:
+        raise
+    except Exception as error:  # whatever its download, unpickler or state dict raised
+        raise ValueError(
+            f"pretrained: open_clip cannot load {pretrained!r} into {model}: {_first_line(error)}"
+        ) from error
+    return clip, transform
+
+
+def _load_timm(name: str, pretrained: bool, size: int | None) -> tuple[nn.Module, Callable]:
+    base = name.split(".")[0]
+    if ":" not in name:
+        if not timm.is_model(base):
+            close = _close(base, timm.list_models())
+            raise ValueError(f"vision_model: got {name!r}, which timm does not know; it knows {close}")
+        tagged = timm.list_models(f"{base}.*", pretrained=True)
+        if pretrained and (not tagged or "." in name and name not in tagged):
+            have = f"it has {_close(name, tagged)}" if tagged else "it has none; --no-vision-pretrained is random"
+            raise ValueError(f"vision_model: got {name!r}, of which timm has no weights; {have}")
+    try:
+        visual = timm.create_model(name, pretrained=pretrained, num_classes=0)
+        if size is not None and isinstance(visual, TIMM_VITS):
+            visual.set_input_size(size)
+    except OSError:
+        raise
+    except Exception as error:
+        raise ValueError(f"vision_model: timm cannot make {name!r}: {_first_line(error)}") from error
+    data = timm.data.resolve_model_data_config(visual, {} if size is None else {"img_size": size})
+    return visual, timm.data.create_transform(**data, is_training=False)
+
+
+def _unlock(trainable: set[nn.Parameter], modules: list[nn.Module], output: Callable[[], Tensor]) -> None:
+    """Turn on those of the modules' parameters that the output depends on: DDP waits for the gradient of every one."""
+    parameters = [x for module in modules for x in module.parameters() if x in trainable]
+    for x in parameters:
+        x.requires_grad_(True)
+    grads = torch.autograd.grad(output().sum(), parameters, allow_unused=True)
+    for x, grad in zip(parameters, grads, strict=True):
+        x.requires_grad_(grad is not None)
+
+
+def _relative(name: str | None, folder: Path) -> str | None:
+    """A local folder or file relative to `folder`, so that both can be moved; any other name as it is."""
+    schema, path = parse_model_name(name or "")
+    if schema == "local-dir" or schema is None and os.path.isfile(path):
+        return ("local-dir:" if schema else "") + Path(os.path.relpath(path, folder)).as_posix()
+    return name
+
+
+def _absolute(name: str | None, folder: Path, trusted: bool) -> str | None:
+    """What _relative made. A folder from the Hub names nothing outside itself."""
+    schema, path = parse_model_name(name or "")
+    if schema == "local-dir" or schema is None and path and (folder / path).is_file():
+        found = folder / path
+        if not trusted and not found.resolve().is_relative_to(folder.resolve()):
+            raise ValueError(f"folder: {folder / CONFIG} names {name!r}, which is outside of it")
+        return ("local-dir:" if schema else "") + str(found)
+    return name
+
+
+def _base_models(towers: Towers) -> list[str]:
+    """Names on the Hub of the weights that the towers began with."""
+    model, pretrained, vision = (towers.names[name] for name in ("model", "pretrained", "vision_model"))
+    schema, identifier = parse_model_name(model)
+    hub = (
+        identifier
+        if schema == "hf-hub"
+        else (open_clip.get_pretrained_cfg(model, pretrained or "") or {}).get("hf_hub")
+    )
+    found = ["/".join(hub.split("/")[:2])] if hub else []
+    if vision and towers.names["vision_pretrained"]:
+        found += [towers.visual.pretrained_cfg.get("hf_hub_id") or vision]
+    return found
+
+
+def _tag(names: dict[str, Any]) -> str:
+    vision = f" with {names['vision_model']}" if names.get("vision_model") else ""
+    return f"{names['model']} ({names['pretrained'] or 'no tag'}){vision}"
+
+
+def _close(name: str, known: list[str]) -> str:
+    return ", ".join(difflib.get_close_matches(name, known, 3, cutoff=0.3)) + ", ..."
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def _spread(size: int, count: int) -> Tensor:
+    return torch.linspace(0, size - 1, count).long()
+
+
+def _floats(x: Tensor) -> list[float]:
+    return [float(f"{value:.6g}") for value in x.flatten().tolist()]
