@@ -16,6 +16,8 @@ import timm
 import torch
 from huggingface_hub import snapshot_download
 from open_clip.factory import parse_model_name
+from open_clip.modified_resnet import ModifiedResNet
+from open_clip.transformer import QuickGELU
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -24,9 +26,11 @@ from torch.nn import functional as F
 from .backbones import TIMM_VITS, freeze, patch_tokens, tower_blocks
 from .embedder import CONFIG, VisionEmbedder
 
+HUB_FILES = {"allow_patterns": ["*.json", "*.safetensors"]}
+LOADED = ("model", "pretrained", "vision_model")  # names that may be local paths
 SENTENCE = "A photo of two small dogs, left of a red-brick house."
-# How far off a fingerprint may be, relative. Weights in bfloat16 made 0.005 to 0.01, from 3 layers to a random ViT-B-32,
-# the other activation only 0.003 to 0.007, which is why its name is compared too.
+# How far off a fingerprint may be, relative. With random weights, 3 to 12 layers, bfloat16 made 0.005 to 0.01, and the
+# other activation 0.003 to 0.016, which is why its name is compared too.
 TOLERANCE = {torch.float32: 0.001, torch.bfloat16: 0.05, torch.float16: 0.05}
 
 
@@ -85,7 +89,7 @@ class Towers:
             tokens, text = self.tokens(image)[0], self.encode_text(ids)[0]
         rows, columns, places = map(_spread, (*tokens.shape, len(text)), (8, 6, 24))
         return {
-            **{name: _relative(x, folder) if name in ("model", "pretrained") else x for name, x in self.names.items()},
+            **{name: _relative(x, folder) if name in LOADED else x for name, x in self.names.items()},
             "trained": self.trained,
             "activation": {name: activation(getattr(self, name)) for name in ("visual", "text")},
             "image_size": list(image.shape[2:]),
@@ -164,7 +168,7 @@ def load_towers(
     if not lock_text:
         _unlock(trainable, [towers.text], lambda: towers.encode_text(ids))
     if grad_checkpointing:
-        if isinstance(visual, open_clip.modified_resnet.ModifiedResNet) and "visual" in towers.trained:
+        if isinstance(visual, ModifiedResNet) and "visual" in towers.trained:
             raise ValueError(f"grad_checkpointing: open_clip has none for {model}")
         for name in towers.trained:
             getattr(towers, name).set_grad_checkpointing(True)
@@ -180,17 +184,16 @@ def load_pacl(
     do not, or where the folder says nothing of its towers. download: of snapshot_download, such as revision.
     """
     local = Path(folder).is_dir()
-    folder = Path(folder) if local else Path(snapshot_download(str(folder), **download))
+    folder = Path(folder) if local else Path(snapshot_download(str(folder), **HUB_FILES | download))
     embedder = freeze(VisionEmbedder.from_pretrained(folder)).to(device)
     described = embedder.towers
     if not described:
         raise ValueError(f"folder: {folder / CONFIG} does not say of which towers it is")
-    names = {name: described[name] for name in ("vision_model", "vision_pretrained", "force_image_size")}
-    trained = described["trained"]
-    names["vision_pretrained"] = names["vision_pretrained"] and "visual" not in trained
-    model, pretrained = (_absolute(described[name], folder, local) for name in ("model", "pretrained"))
-    towers = load_towers(model, pretrained, **names)
-    towers.names["vision_pretrained"] = described["vision_pretrained"]
+    names = {name: _absolute(described[name], folder, local) for name in LOADED}
+    trained, vision_pretrained = described["trained"], described["vision_pretrained"]
+    names |= {"vision_pretrained": vision_pretrained and "visual" not in trained}
+    towers = load_towers(**names, force_image_size=described["force_image_size"])
+    towers.names["vision_pretrained"] = vision_pretrained
     for name in trained:
         if name not in ("visual", "text"):
             raise ValueError(f"folder: {folder / CONFIG} has trained {name!r}, expected visual or text")
@@ -223,7 +226,7 @@ def check_towers(described: dict[str, Any], towers: Towers) -> None:
 def activation(module: nn.Module) -> str:
     """Class names of a tower's activations: GELU, QuickGELU, ..."""
     kinds = {type(m) for m in module.modules() if not any(True for _ in m.children())}
-    found = (k.__name__ for k in kinds if "activation" in k.__module__ or k is open_clip.transformer.QuickGELU)
+    found = (k.__name__ for k in kinds if "activation" in k.__module__ or k is QuickGELU)
     return ", ".join(sorted(found)) or "functional"
 
 

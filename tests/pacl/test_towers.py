@@ -318,6 +318,23 @@ def test_trained_towers_are_saved_resumed_and_loaded(world, tmp_path):
         load_pacl(embedder)
 
 
+@pytest.mark.parametrize("name", ["test_vit", "test_convnext"])
+def test_a_run_with_a_timm_tower(name, world, tmp_path):
+    """One step of the embedder, none to speak of of the tower, and both are found again."""
+    changes = {"vision-model": name, "no-vision-pretrained": None, "force-image-size": 64, "max-steps": 1}
+    assert train(world, tmp_path, **changes, **{"lock-image-unlocked-groups": 1, "tower-lr": 1e-9}) == 0
+    towers, embedder = load_pacl(tmp_path / "pacl/embedder")
+    assert embedder.towers["vision_model"] == towers.names["vision_model"] == name
+    torch.manual_seed(0)
+    names = {"vision_model": name, "vision_pretrained": False, "force_image_size": 64}
+    before = load_towers(f"local-dir:{world / 'clip'}", **names)
+    torch.manual_seed(0)
+    moved = (embedder.skip.weight - VisionEmbedder(*towers.widths).skip.weight).abs().max()
+    after, before = towers.visual.state_dict(), before.visual.state_dict()
+    assert moved > 1e-4 and max((after[key] - x).abs().max() for key, x in before.items() if x.ndim) < 1e-6
+    assert (embedder.notes["steps"], embedder.notes["pairs_seen"]) == (1, 8)
+
+
 # What the fingerprint tells apart
 
 
