@@ -33,9 +33,9 @@ class VisionEmbedder(
     embeddings [..., out_dim], not normalised. Source: Mukhoti et al., CVPR 2023, appendix A.1: two linear layers with
     a ReLU between them, and a linear skip.
 
-    towers: what `Towers.describe` says of those it belongs to; training: notes on the run; both plain values, kept as
+    towers: what `describe_towers` says of those it belongs to; training: notes on the run; both plain values, kept as
     attributes `towers` and `notes`. `save_pretrained(folder)` writes weights (safetensors), config and model card,
-    `from_pretrained` reads a folder or the Hub; `pacl.towers.load_pacl` reads the towers too, and checks them.
+    `from_pretrained` reads a folder or the Hub; `pacl.sharing.load_pacl` reads the towers too, and checks them.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ def save_embedder(
 ) -> None:
     """`embedder.save_pretrained(folder)` that never leaves half a file, with `towers` and `notes` in place of its own.
 
-    config.json holds the sizes, "towers" (Towers.describe) and "training" (notes on how it was trained, JSON values).
+    config.json holds the sizes, "towers" (describe_towers) and "training" (notes on how it was trained, JSON values).
     """
     folder = Path(folder)
     config = {**embedder.config, "towers": towers or embedder.towers, "training": notes or embedder.notes}
@@ -101,7 +101,7 @@ def model_card(config: dict[str, Any]) -> str:
         f"The vision embedder of [Patch Aligned Contrastive Learning]({SOURCE}): patch tokens of a vision tower, "
         f"{config['in_dim']} wide, to the space of its text embeddings, {config['out_dim']} wide, where their cosines "
         "segment images by words. Trained with `pacl-kernels`. The towers keep their own licences.",
-        "```python\nimport torch.nn.functional as F\nfrom pacl.towers import load_pacl\n\n"
+        "```python\nimport torch.nn.functional as F\nfrom pacl.sharing import load_pacl\n\n"
         'towers, embedder = load_pacl("FOLDER OR NAME ON THE HUB")\n'
         "patches = embedder(towers.tokens(towers.transform(image)[None]))  # [1, N, D], row by row\n"
         'texts = towers.encode_text(towers.tokenize(["a dog", "grass"]))  # [2, D]\n'

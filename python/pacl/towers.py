@@ -1,10 +1,8 @@
-"""A vision tower beside a text tower, what goes into them, and proof that they are those an embedder was trained on."""
+"""A vision tower beside a text tower: open_clip's two, or one of timm's beside open_clip's text; frozen or trained."""
 
 from __future__ import annotations
 
 import difflib
-import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,24 +12,15 @@ import numpy as np
 import open_clip
 import timm
 import torch
-from huggingface_hub import snapshot_download
 from open_clip.factory import parse_model_name
 from open_clip.modified_resnet import ModifiedResNet
-from open_clip.transformer import QuickGELU
 from PIL import Image
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .backbones import TIMM_VITS, freeze, patch_tokens, tower_blocks
-from .embedder import CONFIG, VisionEmbedder
 
-HUB_FILES = {"allow_patterns": ["*.json", "*.safetensors"]}
-LOADED = ("model", "pretrained", "vision_model")  # names that may be local paths
 SENTENCE = "A photo of two small dogs, left of a red-brick house."
-# How far off a fingerprint may be, relative. With random weights, 3 to 12 layers, bfloat16 made 0.005 to 0.01, and the
-# other activation 0.003 to 0.016, which is why its name is compared too.
-TOLERANCE = {torch.float32: 0.001, torch.bfloat16: 0.05, torch.float16: 0.05}
 
 
 @dataclass(eq=False)
@@ -64,7 +53,7 @@ class Towers:
     @property
     def widths(self) -> tuple[int, int]:
         """Of patch tokens and of text embeddings."""
-        image, ids = self._probe()
+        image, ids = self.probe()
         with torch.no_grad():
             return self.tokens(image).shape[2], self.encode_text(ids).shape[1]
 
@@ -72,7 +61,7 @@ class Towers:
         self.visual.to(device), self.text.to(device)
         return self
 
-    def _probe(self) -> tuple[Tensor, Tensor]:
+    def probe(self) -> tuple[Tensor, Tensor]:
         """A picture made by a formula, through the towers' own transform, and a sentence: [1, 3, H, W] and [1, L]."""
         y, x = np.mgrid[0:384, 0:512] / 64.0
         channels = [np.sin(x * (1 + c) + y**2 / (2 + c)) + np.cos(y * (3 - c) - x) for c in range(3)]
@@ -80,25 +69,6 @@ class Towers:
         weight = next(self.visual.parameters())
         image = self.transform(picture)[None].to(weight.device, weight.dtype)
         return image, self.tokenize([SENTENCE]).to(next(self.text.parameters()).device)
-
-    @torch.no_grad()
-    def describe(self, folder: Path) -> dict[str, Any]:
-        """What an embedder's config.json in `folder` keeps of its towers: plain values, local paths relative to it."""
-        image, ids = self._probe()
-        with torch.autocast(image.device.type, enabled=False):
-            tokens, text = self.tokens(image)[0], self.encode_text(ids)[0]
-        rows, columns, places = map(_spread, (*tokens.shape, len(text)), (8, 6, 24))
-        return {
-            **{name: _relative(x, folder) if name in LOADED else x for name, x in self.names.items()},
-            "trained": self.trained,
-            "activation": {name: activation(getattr(self, name)) for name in ("visual", "text")},
-            "image_size": list(image.shape[2:]),
-            "base_model": _base_models(self),
-            "fingerprint": {
-                "visual": _floats(tokens[rows][:, columns]),
-                "text": _floats(text[places]),
-            },
-        }
 
 
 def encode_text(text: nn.Module, ids: Tensor) -> Tensor:
@@ -146,12 +116,12 @@ def load_towers(
     if not lock_image and lock_image_unlocked_groups:
         raise ValueError("lock_image_unlocked_groups: got it with no_lock_image, which unlocks every group")
     size = None if vision_model else force_image_size
-    clip, transform = _load_clip(model, pretrained, size)
+    clip, transform, tokenize = _load_clip(model, pretrained, size)
     visual = clip.visual
     if vision_model:
         visual, transform = _load_timm(vision_model, vision_pretrained, force_image_size)
     trainable = {x for module in (visual, clip.text) for x in module.parameters() if x.requires_grad}
-    towers = Towers(freeze(visual), freeze(clip.text), transform, open_clip.get_tokenizer(model), names).to(device)
+    towers = Towers(freeze(visual), freeze(clip.text), transform, tokenize, names).to(device)
     try:
         blocks, norms = tower_blocks(visual)
     except TypeError as error:
@@ -160,7 +130,7 @@ def load_towers(
         raise ValueError(
             f"lock_image_unlocked_groups: got {lock_image_unlocked_groups}, expected at most the {len(blocks)} blocks"
         )
-    image, ids = towers._probe()
+    image, ids = towers.probe()
     if not lock_image:
         _unlock(trainable, [visual], lambda: towers.tokens(image))
     elif lock_image_unlocked_groups:
@@ -173,61 +143,6 @@ def load_towers(
         for name in towers.trained:
             getattr(towers, name).set_grad_checkpointing(True)
     return towers
-
-
-def load_pacl(
-    folder: str | os.PathLike, device: torch.device | str = "cpu", **download
-) -> tuple[Towers, VisionEmbedder]:
-    """What a run, or the demo, left in its embedder's folder, or a name on the Hub: towers and embedder, to be used.
-
-    Both are frozen and in eval mode, and the towers compute what they did in training. Raises ValueError where they
-    do not, or where the folder says nothing of its towers. download: of snapshot_download, such as revision.
-    """
-    local = Path(folder).is_dir()
-    folder = Path(folder) if local else Path(snapshot_download(str(folder), **HUB_FILES | download))
-    embedder = freeze(VisionEmbedder.from_pretrained(folder)).to(device)
-    described = embedder.towers
-    if not described:
-        raise ValueError(f"folder: {folder / CONFIG} does not say of which towers it is")
-    names = {name: _absolute(described[name], folder, local) for name in LOADED}
-    trained, vision_pretrained = described["trained"], described["vision_pretrained"]
-    names |= {"vision_pretrained": vision_pretrained and "visual" not in trained}
-    towers = load_towers(**names, force_image_size=described["force_image_size"])
-    towers.names["vision_pretrained"] = vision_pretrained
-    for name in trained:
-        if name not in ("visual", "text"):
-            raise ValueError(f"folder: {folder / CONFIG} has trained {name!r}, expected visual or text")
-        getattr(towers, name).load_state_dict(load_file(folder / f"{name}.safetensors"))
-    check_towers(described, towers.to(device))
-    return towers, embedder
-
-
-def check_towers(described: dict[str, Any], towers: Towers) -> None:
-    """ValueError that says what differs, unless `towers` are those of `described`, an embedder's `towers`."""
-    found = towers.describe(Path())
-    wrong = []
-    for name, label in (("visual", "vision"), ("text", "text")):
-        have, expected = found["activation"][name], described["activation"][name]
-        if have != expected:
-            wrong.append(f"the {label} tower's activation is {have}, not {expected}")
-        dtype = next(getattr(towers, name).parameters()).dtype
-        have, expected = (torch.tensor(x["fingerprint"][name], dtype=torch.float64) for x in (found, described))
-        error = (have - expected).norm() / expected.norm() if have.shape == expected.shape else math.inf
-        if not error <= TOLERANCE.get(dtype, 0.001):
-            wrong.append(f"the {label} tower's output is off by {error:.1%} (other weights?)")
-    if found["image_size"] != described["image_size"]:
-        wrong.append(f"images have {found['image_size']} pixels, not {described['image_size']}")
-    if wrong:
-        have, expected = (_tag(x) for x in (found, described))
-        wrong += [f"they are {have}, not {expected}"] if have != expected else []
-        raise ValueError(f"towers: not those that the embedder was trained on: {'; '.join(wrong)}")
-
-
-def activation(module: nn.Module) -> str:
-    """Class names of a tower's activations: GELU, QuickGELU, ..."""
-    kinds = {type(m) for m in module.modules() if not any(True for _ in m.children())}
-    found = (k.__name__ for k in kinds if "activation" in k.__module__ or k is QuickGELU)
-    return ", ".join(sorted(found)) or "functional"
 
 
 def quick_gelu(model: str, pretrained: str | None) -> bool:
@@ -245,7 +160,7 @@ def quick_gelu(model: str, pretrained: str | None) -> bool:
     return bool(config.get("quick_gelu", False))
 
 
-def _load_clip(model: str, pretrained: str | None, size: int | None) -> tuple[nn.Module, Callable]:
+def _load_clip(model: str, pretrained: str | None, size: int | None) -> tuple[nn.Module, Callable, Callable]:
     if parse_model_name(model)[0] is None:
         quick = quick_gelu(model, pretrained)
     elif pretrained:
@@ -262,13 +177,13 @@ def _load_clip(model: str, pretrained: str | None, size: int | None) -> tuple[nn
             force_image_size=size,
             weights_only=True,
         )
+        return clip, transform, open_clip.get_tokenizer(model)
     except OSError:
         raise
     except Exception as error:  # whatever its download, unpickler or state dict raised
         raise ValueError(
             f"pretrained: open_clip cannot load {pretrained!r} into {model}: {_first_line(error)}"
         ) from error
-    return clip, transform
 
 
 def _load_timm(name: str, pretrained: bool, size: int | None) -> tuple[nn.Module, Callable]:
@@ -305,56 +220,9 @@ def _unlock(trainable: set[nn.Parameter], modules: list[nn.Module], output: Call
         x.requires_grad_(grad is not None)
 
 
-def _relative(name: str | None, folder: Path) -> str | None:
-    """A local folder or file relative to `folder`, so that both can be moved; any other name as it is."""
-    schema, path = parse_model_name(name or "")
-    if schema == "local-dir" or schema is None and os.path.isfile(path):
-        return ("local-dir:" if schema else "") + Path(os.path.relpath(path, folder)).as_posix()
-    return name
-
-
-def _absolute(name: str | None, folder: Path, trusted: bool) -> str | None:
-    """What _relative made. A folder from the Hub names nothing outside itself."""
-    schema, path = parse_model_name(name or "")
-    if schema == "local-dir" or schema is None and path and (folder / path).is_file():
-        found = folder / path
-        if not trusted and not found.resolve().is_relative_to(folder.resolve()):
-            raise ValueError(f"folder: {folder / CONFIG} names {name!r}, which is outside of it")
-        return ("local-dir:" if schema else "") + str(found)
-    return name
-
-
-def _base_models(towers: Towers) -> list[str]:
-    """Names on the Hub of the weights that the towers began with."""
-    model, pretrained, vision = (towers.names[name] for name in ("model", "pretrained", "vision_model"))
-    schema, identifier = parse_model_name(model)
-    hub = (
-        identifier
-        if schema == "hf-hub"
-        else (open_clip.get_pretrained_cfg(model, pretrained or "") or {}).get("hf_hub")
-    )
-    found = ["/".join(hub.split("/")[:2])] if hub else []
-    if vision and towers.names["vision_pretrained"]:
-        found += [towers.visual.pretrained_cfg.get("hf_hub_id") or vision]
-    return found
-
-
-def _tag(names: dict[str, Any]) -> str:
-    vision = f" with {names['vision_model']}" if names.get("vision_model") else ""
-    return f"{names['model']} ({names['pretrained'] or 'no tag'}){vision}"
-
-
 def _close(name: str, known: list[str]) -> str:
     return ", ".join(difflib.get_close_matches(name, known, 3, cutoff=0.3)) + ", ..."
 
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-
-
-def _spread(size: int, count: int) -> Tensor:
-    return torch.linspace(0, size - 1, count).long()
-
-
-def _floats(x: Tensor) -> list[float]:
-    return [float(f"{value:.6g}") for value in x.flatten().tolist()]

@@ -15,7 +15,7 @@ from pacl.cli import main
 from pacl.data.scenes import CLASSES
 from pacl.demo.toy_clip import tokenizer
 from pacl.embedder import VisionEmbedder
-from pacl.towers import load_pacl
+from pacl.sharing import load_pacl
 from PIL import Image
 from safetensors.torch import load_file
 

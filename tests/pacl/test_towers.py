@@ -20,8 +20,11 @@ from pacl.cli import main
 from pacl.data import scenes
 from pacl.data.scene_shards import write_scenes
 from pacl.embedder import VisionEmbedder, save_embedder
-from pacl.towers import check_towers, load_pacl, load_towers, quick_gelu
+from pacl.sharing import _absolute, check_towers, describe_towers, load_pacl
+from pacl.towers import load_towers, quick_gelu
 from pacl.training.checkpoints import checkpoints, load_checkpoint
+from pacl.training.config import TrainConfig
+from pacl.training.model import Trainable
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -199,13 +202,20 @@ def test_towers_without_weights_are_the_same_in_every_run(world, tmp_path):
 def grads(towers) -> dict[str, torch.Tensor]:
     """Gradients of a loss on both towers, by "visual" or "text" and the parameter's name."""
     torch.manual_seed(1)
-    image, ids = towers._probe()
+    image, ids = towers.probe()
     tokens, texts = towers.tokens(image), towers.encode_text(ids)
     loss = (tokens * torch.randn_like(tokens)).sum() + (texts * torch.randn_like(texts)).sum()
     loss.backward()
     found = {f"{part}.{name}": x for part in ("visual", "text") for name, x in getattr(towers, part).named_parameters()}
     assert all((x.grad is not None) == x.requires_grad for x in found.values())
     return {name: x.grad for name, x in found.items() if x.grad is not None}
+
+
+def test_unlocked_towers_stay_in_eval_mode(world):
+    towers = load_towers(f"local-dir:{world / 'clip'}", lock_image=False, lock_text=False)
+    model = Trainable(VisionEmbedder(64, 48), TrainConfig("x"), towers)
+    model.eval().train()
+    assert model.embedder.training and not any(m.training for x in (towers.visual, towers.text) for m in x.modules())
 
 
 TIMM = {"vision_pretrained": False, "force_image_size": 64}
@@ -248,7 +258,10 @@ def test_checkpointing_gives_the_same_gradients(vision, world):
     both = []
     for checkpointing in (False, True):
         torch.manual_seed(0)
-        both.append(grads(load_towers(f"local-dir:{world / 'clip'}", grad_checkpointing=checkpointing, **options)))
+        towers = load_towers(f"local-dir:{world / 'clip'}", grad_checkpointing=checkpointing, **options)
+        for part in (towers.visual, towers.text):
+            assert any(getattr(m, "grad_checkpointing", False) for m in part.modules()) == checkpointing
+        both.append(grads(towers))
     assert both[0].keys() == both[1].keys()
     for name, grad in both[0].items():
         torch.testing.assert_close(both[1][name], grad, msg=name)
@@ -344,7 +357,7 @@ def shared(world, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("shared")
     shutil.copytree(world / "clip", folder / "clip")
     change_config(folder / "clip", quick_gelu=True)
-    towers = load_towers(f"local-dir:{folder / 'clip'}").describe(folder / "embedder")
+    towers = describe_towers(load_towers(f"local-dir:{folder / 'clip'}"), folder / "embedder")
     save_embedder(VisionEmbedder(64, 48), folder / "embedder", towers)
     return folder
 
@@ -427,8 +440,6 @@ def test_an_embedder_without_towers_is_an_error(tmp_path):
 
 
 def test_a_folder_from_the_hub_names_nothing_outside_itself(shared):
-    from pacl.towers import _absolute
-
     folder = shared / "embedder"
     for name in ("local-dir:../clip", "../clip/open_clip_model.safetensors"):
         assert _absolute(name, folder, trusted=True).endswith(str(folder / name.removeprefix("local-dir:")))

@@ -21,7 +21,7 @@ from pacl.cli import main
 from pacl.data import scenes
 from pacl.data.scene_shards import write_scenes
 from pacl.demo.toy_clip import new_clip, save_clip
-from pacl.towers import load_pacl
+from pacl.sharing import load_pacl
 from pacl.training.checkpoints import checkpoints, load_checkpoint
 from safetensors.torch import load_file
 

@@ -20,6 +20,7 @@ from ..data.shards import Shards, loader
 from ..embedder import VisionEmbedder, save_embedder
 from ..files import write_bytes
 from ..progress import Progress
+from ..sharing import describe_towers
 from ..towers import load_towers
 from . import loops
 from .evaluation import Evaluation, evaluate
@@ -75,7 +76,7 @@ class Trained:
                 save_clip(self.clip, target, **notes)
             else:
                 notes |= {"form": "cosine", "attn_temperature": loops.ATTN_TEMPERATURE}
-                towers = load_towers(f"local-dir:{folder / 'clip'}").describe(target)
+                towers = describe_towers(load_towers(f"local-dir:{folder / 'clip'}"), target)
                 save_embedder(self.embedders["pacl"], target, towers, **notes)
             lines.append(f"{target}: {stage.label}, {stage.done} of {stage.total} steps")
         return lines

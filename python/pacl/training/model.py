@@ -36,6 +36,14 @@ class Trainable(nn.Module):
         if config.loss == "sigmoid":
             self.bias = nn.Parameter(torch.tensor(SIGMOID_BIAS))
 
+    def train(self, mode: bool = True) -> Trainable:
+        """Towers stay in eval mode, as `Towers` says."""
+        super().train(mode)
+        for tower in (self.visual, self.text):
+            if tower is not None:
+                tower.eval()
+        return self
+
     def forward(self, images: Tensor, texts: Tensor) -> tuple[Tensor, ...]:
         """Patch embeddings, text embeddings, the logit scale, and what is learned of attention temperature and bias.
 

@@ -1,4 +1,4 @@
-"""A run of `pacl train`: the vision embedder on a frozen CLIP, in one process or under torchrun."""
+"""A run of `pacl train`: the vision embedder on its towers, in one process or under torchrun."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from pacl_kernels import cached_step, fused_pacl_loss
 from ..data.shards import Shards, count_samples, loader
 from ..embedder import VisionEmbedder, save_embedder
 from ..files import write_bytes
+from ..sharing import describe_towers
 from ..towers import load_towers
 from .checkpoints import load_checkpoint, save_checkpoint
 from .config import TrainConfig, command
@@ -45,7 +46,7 @@ class Run:
         self.rank, self.world = (self.group.rank(), self.group.size()) if self.group else (0, 1)
         self.device = _device(config.device)
         self.amp = config.precision == "amp_bf16" or (config.precision == "auto" and self.device.type == "cuda")
-        self.step, self.stopped_by = 0, None
+        self.step, self.stopped_by, self.described = 0, None, None
         torch.manual_seed(config.seed)  # towers without weights are the same in every process, and on resuming
         self.towers = load_towers(**{name: getattr(config, name) for name in TOWERS}, device=self.device)
         self.data = Shards(
@@ -70,7 +71,7 @@ class Run:
         if self.group:  # the buffers of towers never change
             self.wrapped = DistributedDataParallel(self.model, process_group=self.group, broadcast_buffers=False)
         towers = self.model.tower_parameters()
-        others = [x for x in self.model.parameters() if x not in set(towers)]
+        others = [x for name, x in self.model.named_parameters() if not name.startswith(("visual.", "text."))]
         self.optimiser = torch.optim.AdamW(
             [
                 {**group, "initial_lr": rate or config.lr}
@@ -236,8 +237,9 @@ class Run:
         notes = {"form": config.form, "loss": config.loss, "attn_temperature": self.temperature, "steps": self.step}
         notes |= {"global_batch": self.global_batch, "logit_scale": model.log_scale.exp().item()}
         notes |= {"pairs_seen": self.step * self.global_batch, "command": command(config)}
-        towers = dataclasses.replace(self.towers, **trained).describe(folder)
-        save_embedder(model.embedder, folder, towers, **notes)
+        if trained or self.described is None:
+            self.described = describe_towers(dataclasses.replace(self.towers, **trained), folder, trained)
+        save_embedder(model.embedder, folder, self.described, **notes)
 
     def restore(self, path: Path) -> None:
         state = load_checkpoint(path)
