@@ -196,16 +196,20 @@ def _load_timm(name: str, pretrained: bool, size: int | None) -> tuple[nn.Module
         if pretrained and (not tagged or "." in name and name not in tagged):
             have = f"it has {_close(name, tagged)}" if tagged else "it has none; --no-vision-pretrained is random"
             raise ValueError(f"vision_model: got {name!r}, of which timm has no weights; {have}")
+    options = {"num_classes": 0}
     try:
-        visual = timm.create_model(name, pretrained=pretrained, num_classes=0)
-        if size is not None and isinstance(visual, TIMM_VITS):  # others take any
-            visual.set_input_size(size)
-    except OSError:
+        if size is not None:
+            shape = timm.create_model(name, **options)
+            if isinstance(shape, TIMM_VITS):  # others take any size
+                patch = shape.patch_embed.patch_size
+                if any(size % x for x in patch):
+                    raise ValueError(f"force_image_size: got {size}, expected a multiple of {patch[0]}")
+                options["img_size"] = size
+        visual = timm.create_model(name, pretrained=pretrained, **options)
+    except (OSError, ValueError):
         raise
     except Exception as error:
         raise ValueError(f"vision_model: timm cannot make {name!r}: {_first_line(error)}") from error
-    if size is not None and isinstance(visual, TIMM_VITS) and any(size % x for x in visual.patch_embed.patch_size):
-        raise ValueError(f"force_image_size: got {size}, expected a multiple of {visual.patch_embed.patch_size[0]}")
     data = timm.data.resolve_model_data_config(visual, {} if size is None else {"img_size": size})
     return visual, timm.data.create_transform(**data, is_training=False)
 
