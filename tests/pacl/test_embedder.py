@@ -5,7 +5,7 @@ import pytest
 import torch
 import yaml
 from pacl.embedder import VisionEmbedder, save_embedder
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 TOWERS = {"model": "ViT-B-16", "pretrained": "openai", "vision_model": None, "base_model": ["timm/x"], "trained": []}
 
@@ -61,6 +61,15 @@ def test_wrong_weights_are_an_error(change, tmp_path):
     config = json.loads((tmp_path / "config.json").read_text()) | change
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(RuntimeError, match="main.0.weight|skip.weight"):
+        VisionEmbedder.from_pretrained(tmp_path)
+
+
+def test_a_missing_weight_is_an_error(tmp_path):
+    save_embedder(VisionEmbedder(6, 4), tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    del state["skip.bias"]
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(RuntimeError, match="skip.bias"):
         VisionEmbedder.from_pretrained(tmp_path)
 
 
