@@ -1,12 +1,20 @@
-"""Patch tokens of frozen vision towers, one function for every family that is known to give the right tensor."""
+"""Patch tokens of vision towers, one function for every family that is known to give the right tensor."""
 
 from __future__ import annotations
 
-import math
-
+import timm.models as timm_models
+from open_clip.modified_resnet import ModifiedResNet
 from open_clip.timm_model import TimmModel
 from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
+
+TIMM_VITS = (
+    timm_models.VisionTransformer,
+    timm_models.Eva,
+    timm_models.Beit,
+    timm_models.VisionTransformerRelPos,
+)
+TIMM_CONVNETS = (timm_models.ConvNeXt, timm_models.ResNet)
 
 
 def freeze(model: nn.Module) -> nn.Module:
@@ -15,41 +23,86 @@ def freeze(model: nn.Module) -> nn.Module:
 
 
 def patch_tokens(visual: nn.Module, images: Tensor) -> Tensor:
-    """Tokens of the last block, one per patch, class and register tokens left out.
+    """The last feature of every patch, class and register tokens left out.
 
-    visual: an open_clip model's vision tower, `model.visual`. Which tensor that gives:
+    visual: an open_clip model's vision tower, `model.visual`, or a timm model. Which tensor that gives:
 
     - open_clip `VisionTransformer` (ViT-B-32, ViT-B-16, ViT-L-14, ...): the last block's output after `ln_post` and
       before `proj`, as its `output_tokens=True` gives, so 768 wide for ViT-B-16. OpenAI's code applies `ln_post` to
       the class token alone; PACL's paper does not say.
-    - open_clip `TimmModel` around a timm vision transformer (SigLIP, EVA, DINOv2, ...): the last block's output after
-      the trunk's final `norm` and before its pooling and head.
+    - timm's vision transformers (`VisionTransformer`, `Eva`, `Beit`, `VisionTransformerRelPos`: DINO, DINOv2, DINOv3,
+      SigLIP, EVA, MAE, ...): the last block's output after the final `norm` and before pooling and head. A model that
+      pools before its norm has it in `fc_norm`, which is then applied to each token.
+    - timm `ConvNeXt` (DINOv3 too): the last stage's feature map, each position through the norm that the model has
+      before its head (after pooling in most: `head.norm`).
+    - timm `ResNet` and open_clip's `ModifiedResNet` (OpenAI's RN50, ...): the last stage's feature map, before the
+      pooling; they have no norm there.
+    - open_clip `TimmModel`: as its trunk.
 
-    images: float [B, 3, H, W], normalised as the tower expects, H x W its own size.
-    Returns [B, N, width] in the tower's dtype, N = (H / patch) * (W / patch), row by row from the top left.
+    images: float [B, 3, H, W], normalised as the tower expects; H x W its own size, but any for a convolutional one.
+    Returns [B, N, width] in the tower's dtype, row by row from the top left; N = (H / patch) * (W / patch), with a
+    stride of 32 in place of the patch for the convolutional ones.
     Raises TypeError for any other tower, ValueError for towers or images of a known family that do not fit.
     """
     if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
         raise ValueError(f"images: got {images.dtype} {list(images.shape)}, expected floats of shape [B, 3, H, W]")
-    if isinstance(visual, VisionTransformer):
-        if tuple(images.shape[-2:]) != tuple(visual.image_size):  # its position embedding has one size
-            raise ValueError(f"images: got {list(images.shape[-2:])} pixels, expected {list(visual.image_size)}")
-        if visual.attn_pool is not None:  # ln_post then normalises what the pooler returns, not the patches
-            raise ValueError("visual: got an open_clip tower with an attention pooler, whose patches have no norm")
-    elif isinstance(visual, TimmModel):
-        if not hasattr(visual.trunk, "num_prefix_tokens"):
-            raise TypeError(f"visual: got timm's {type(visual.trunk).__name__}, expected a vision transformer")
+    trunk = _trunk(visual)
+    _check_size(trunk, images)
+    if isinstance(trunk, VisionTransformer):
+        _check_transformer(trunk, trunk.patch_dropout)
+        options = {"indices": 1, "normalize_intermediates": True, "output_fmt": "NLC", "intermediates_only": True}
+        return trunk.forward_intermediates(images, **options)["image_intermediates"][0]
+    if isinstance(trunk, TIMM_VITS):
+        _check_transformer(trunk, getattr(trunk, "patch_drop", None))
+        return trunk.fc_norm(trunk.forward_features(images)[:, trunk.num_prefix_tokens :])
+    if isinstance(trunk, ModifiedResNet):
+        features = trunk.forward_intermediates(images, indices=1, intermediates_only=True)["image_intermediates"][0]
     else:
+        features = trunk.forward_features(images)
+        if isinstance(trunk, timm_models.ConvNeXt):
+            features = getattr(trunk.head, "norm", nn.Identity())(features)
+    return features.flatten(2).transpose(1, 2)
+
+
+def tower_blocks(visual: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
+    """The blocks of a tower that patch_tokens takes, a convolutional one's stages, first to last; and the norms behind.
+
+    Raises TypeError as patch_tokens does.
+    """
+    trunk = _trunk(visual)
+    if isinstance(trunk, VisionTransformer):
+        return list(trunk.transformer.resblocks), [trunk.ln_post]
+    if isinstance(trunk, TIMM_VITS):
+        return list(trunk.blocks), [trunk.norm, trunk.fc_norm]
+    if isinstance(trunk, timm_models.ConvNeXt):
+        return list(trunk.stages), [trunk.norm_pre, getattr(trunk.head, "norm", nn.Identity())]
+    return [trunk.layer1, trunk.layer2, trunk.layer3, trunk.layer4], []
+
+
+def _trunk(visual: nn.Module) -> nn.Module:
+    trunk = visual.trunk if isinstance(visual, TimmModel) else visual
+    if not isinstance(trunk, (VisionTransformer, ModifiedResNet, *TIMM_VITS, *TIMM_CONVNETS)):
         raise TypeError(
-            f"visual: got {type(visual).__name__}, expected model.visual of an open_clip ViT "
-            "(VisionTransformer, or TimmModel around a timm vision transformer)"
+            f"visual: got {type(trunk).__name__}, expected model.visual of an open_clip model (VisionTransformer, "
+            "ModifiedResNet, or TimmModel) or a timm vision transformer, ConvNeXt or ResNet"
         )
-    tokens = visual.forward_intermediates(
-        images, indices=1, normalize_intermediates=True, output_fmt="NLC", intermediates_only=True
-    )["image_intermediates"][0]
-    if isinstance(visual, VisionTransformer) and tokens.shape[1] != math.prod(visual.grid_size):
-        raise ValueError(
-            f"visual: its patch dropout left {tokens.shape[1]} of {math.prod(visual.grid_size)} patches, "
-            "expected a tower in eval mode"
-        )
-    return tokens
+    return trunk
+
+
+def _check_size(trunk: nn.Module, images: Tensor) -> None:
+    """A position embedding has one size, unless timm resamples it."""
+    size = None
+    if isinstance(trunk, VisionTransformer):
+        size = trunk.image_size
+    elif isinstance(trunk, TIMM_VITS) and trunk.patch_embed.strict_img_size:
+        size = trunk.patch_embed.img_size
+    if size is not None and tuple(images.shape[-2:]) != tuple(size):
+        raise ValueError(f"images: got {list(images.shape[-2:])} pixels, expected {list(size)}")
+
+
+def _check_transformer(trunk: nn.Module, dropout: nn.Module | None) -> None:
+    if not isinstance(dropout, nn.Identity | None) and dropout.training:
+        raise ValueError("visual: got a tower that drops patches, expected it in eval mode")
+    if isinstance(trunk, VisionTransformer) and trunk.attn_pool is not None:
+        # ln_post then normalises what the pooler returns, not the patches.
+        raise ValueError("visual: got an open_clip tower with an attention pooler, whose patches have no norm")

@@ -1,34 +1,57 @@
-"""The vision embedder: the only part that PACL trains."""
+"""The vision embedder: what PACL trains, and what is shared of it."""
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 from pathlib import Path
+from typing import Any
 
+import yaml
+from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from .files import write_bytes
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"  # the names that the Hugging Face Hub expects
+CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"  # the names that the Hugging Face Hub expects
+SOURCE = "https://arxiv.org/abs/2212.04994"
 
 
-class VisionEmbedder(nn.Module):
+class VisionEmbedder(
+    nn.Module,
+    PyTorchModelHubMixin,
+    library_name="pacl-kernels",
+    license="mit",
+    tags=["zero-shot-image-segmentation", "pacl"],
+):
     """The paper's residual block, from patch tokens to the text embedding's space: `main(x) + skip(x)`.
 
     in_dim: width of the tokens, 768 for ViT-B-16; out_dim: width of the text embeddings; hidden_dim: out_dim unless
     given. The defaults make 1,050,112 parameters, the paper's "about 1.1M". Takes tokens [..., in_dim], returns patch
     embeddings [..., out_dim], not normalised. Source: Mukhoti et al., CVPR 2023, appendix A.1: two linear layers with
     a ReLU between them, and a linear skip.
+
+    towers: what `describe_towers` says of those it belongs to; training: notes on the run; both plain values, kept as
+    attributes `towers` and `notes`. `save_pretrained(folder)` writes weights (safetensors), config and model card,
+    `from_pretrained` reads a folder or the Hub; `pacl.sharing.load_pacl` reads the towers too, and checks them.
     """
 
-    def __init__(self, in_dim: int = 768, out_dim: int = 512, hidden_dim: int | None = None):
+    def __init__(
+        self,
+        in_dim: int = 768,
+        out_dim: int = 512,
+        hidden_dim: int | None = None,
+        towers: dict[str, Any] | None = None,
+        training: dict[str, Any] | None = None,
+    ):
         super().__init__()
         self.config = {"in_dim": in_dim, "out_dim": out_dim, "hidden_dim": hidden_dim or out_dim}
         for name, value in self.config.items():
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}: got {value!r}, expected a positive integer")
+        self.towers, self.notes = towers or {}, training or {}
         hidden = self.config["hidden_dim"]
         self.main = nn.Sequential(nn.Linear(in_dim, hidden), nn.ReLU(), nn.Linear(hidden, out_dim))
         self.skip = nn.Linear(in_dim, out_dim)
@@ -36,18 +59,65 @@ class VisionEmbedder(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         return self.main(tokens) + self.skip(tokens)
 
+    def _save_pretrained(self, save_directory: Path) -> None:
+        save_embedder(self, save_directory)
 
-def save_embedder(embedder: VisionEmbedder, folder: str | os.PathLike, **notes) -> None:
-    """Write `folder`/model.safetensors and config.json: the sizes, and `notes` on how it was trained (JSON values)."""
+    @classmethod
+    def _from_pretrained(cls, *, model_id: str, map_location: str = "cpu", strict: bool = True, **options):
+        """Safetensors only, and strictly, where the mixin's own would take a pickle or leave weights random."""
+        mine = {name: options.pop(name) for name in inspect.signature(cls).parameters if name in options}
+        path = Path(model_id) / WEIGHTS if Path(model_id).is_dir() else hf_hub_download(model_id, WEIGHTS, **options)
+        embedder = cls(**mine)
+        embedder.load_state_dict(load_file(path, device=str(map_location)), strict=strict)
+        return embedder.eval()
+
+
+def save_embedder(
+    embedder: VisionEmbedder, folder: str | os.PathLike, towers: dict[str, Any] | None = None, **notes
+) -> None:
+    """`embedder.save_pretrained(folder)` that never leaves half a file, with `towers` and `notes` in place of its own.
+
+    config.json holds the sizes, "towers" (describe_towers) and "training" (notes on how it was trained, JSON values).
+    """
     folder = Path(folder)
+    config = {**embedder.config, "towers": towers or embedder.towers, "training": notes or embedder.notes}
     write_bytes(folder / WEIGHTS, save(embedder.state_dict()))
-    write_bytes(folder / CONFIG, (json.dumps({**embedder.config, "training": notes}, indent=2) + "\n").encode())
+    write_bytes(folder / CARD, model_card(config).encode())
+    write_bytes(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
 
 
-def load_embedder(folder: str | os.PathLike) -> VisionEmbedder:
-    """Read what save_embedder wrote; weights that do not match the config are a RuntimeError that names them."""
-    folder = Path(folder)
-    config = json.loads((folder / CONFIG).read_text())
-    embedder = VisionEmbedder(config["in_dim"], config["out_dim"], config["hidden_dim"])
-    embedder.load_state_dict(load_file(folder / WEIGHTS))
-    return embedder
+def model_card(config: dict[str, Any]) -> str:
+    """README.md for the Hub, from what config.json holds; "command" and "metrics" among the notes get their places."""
+    info = VisionEmbedder._hub_mixin_info.model_card_data
+    towers, notes = config["towers"], dict(config["training"])
+    command, metrics = notes.pop("command", None), notes.pop("metrics", {})
+    head = {"library_name": info.library_name, "license": info.license, "tags": info.tags}
+    if towers.get("base_model"):
+        head["base_model"] = towers["base_model"]
+    tower = towers.get("vision_model") or towers.get("model", "towers that are not recorded")
+    parts = [
+        f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
+        f"# PACL on {tower}",
+        f"The vision embedder of [Patch Aligned Contrastive Learning]({SOURCE}): patch tokens of a vision tower, "
+        f"{config['in_dim']} wide, to the space of its text embeddings, {config['out_dim']} wide, where their cosines "
+        "segment images by words. Trained with `pacl-kernels`. The towers keep their own licences.",
+        "```python\nimport torch.nn.functional as F\nfrom pacl.sharing import load_pacl\n\n"
+        'towers, embedder = load_pacl("FOLDER OR NAME ON THE HUB")\n'
+        "patches = embedder(towers.tokens(towers.transform(image)[None]))  # [1, N, D], row by row\n"
+        'texts = towers.encode_text(towers.tokenize(["a dog", "grass"]))  # [2, D]\n'
+        "cosines = F.normalize(patches, dim=-1) @ texts.T  # [1, N, 2]\n```",
+    ]
+    if metrics:
+        parts += ["## Figures of the run", _table(metrics)]
+    parts += ["## Training", _table({name: x for name, x in towers.items() if name != "fingerprint"} | notes)]
+    if command:
+        parts.append(f"```\n{command}\n```")
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(values: dict[str, Any]) -> str:
+    return "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {_cell(x)} |" for name, x in values.items())])
+
+
+def _cell(x: Any) -> str:
+    return f"{x:.6g}" if isinstance(x, float) else json.dumps(x) if isinstance(x, dict | list) else str(x)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,8 @@ import torch
 from pacl.cli import main
 from pacl.data.scenes import CLASSES
 from pacl.demo.toy_clip import tokenizer
-from pacl.embedder import load_embedder
+from pacl.embedder import VisionEmbedder
+from pacl.sharing import load_pacl
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -80,9 +82,13 @@ def test_saved_clip_opens_in_open_clip(finished):
     assert torch.linalg.matrix_rank(texts) > 10
 
 
-def test_saved_embedder(finished):
-    embedder = load_embedder(finished[0] / "embedder")
-    assert embedder(torch.zeros(2, 3, 128)).shape == (2, 3, 128)
+def test_saved_embedder(finished, tmp_path):
+    """It finds its CLIP after the whole folder has been moved."""
+    shutil.copytree(finished[0], tmp_path / "moved", ignore=shutil.ignore_patterns("scenes"))
+    towers, embedder = load_pacl(tmp_path / "moved/embedder")
+    assert towers.names["model"] == f"local-dir:{tmp_path / 'moved/embedder/../clip'}"
+    tokens = towers.tokens(towers.transform(Image.new("RGB", (64, 64)))[None])
+    assert embedder(tokens).shape == (1, 64, 128)
     notes = json.loads((finished[0] / "embedder" / "config.json").read_text())["training"]
     assert notes == {"steps": 40, "planned_steps": 40, "seed": 0, "form": "cosine", "attn_temperature": 0.05}
 
@@ -132,7 +138,7 @@ def test_interrupt_keeps_the_embedder(tmp_path):
     assert "PACL" in printed and "of 2000 steps" in printed
     notes = json.loads((tmp_path / "interrupted/embedder/config.json").read_text())["training"]
     assert 200 <= notes["steps"] < 2000 and notes["planned_steps"] == 2000
-    load_embedder(tmp_path / "interrupted/embedder")
+    VisionEmbedder.from_pretrained(tmp_path / "interrupted/embedder")
     assert (tmp_path / "interrupted/clip/open_clip_model.safetensors").exists()
     assert not (tmp_path / "metrics.json").exists()
 

@@ -1,9 +1,13 @@
 import json
+import re
 
 import pytest
 import torch
-from pacl.embedder import VisionEmbedder, load_embedder, save_embedder
-from safetensors.torch import load_file
+import yaml
+from pacl.embedder import VisionEmbedder, save_embedder
+from safetensors.torch import load_file, save_file
+
+TOWERS = {"model": "ViT-B-16", "pretrained": "openai", "vision_model": None, "base_model": ["timm/x"], "trained": []}
 
 
 def test_default_size_is_the_papers():
@@ -20,23 +24,60 @@ def test_residual_formula():
     torch.testing.assert_close(embedder(tokens), by_hand)
 
 
-def test_save_and_load(tmp_path):
-    embedder = VisionEmbedder(6, 4)
-    save_embedder(embedder, tmp_path / "e", steps=7)
-    again = load_embedder(tmp_path / "e")
+@pytest.mark.parametrize("through_the_mixin", [False, True])
+def test_save_and_load(through_the_mixin, tmp_path, capsys):
+    embedder = VisionEmbedder(6, 4, towers=TOWERS, training={"steps": 7})
+    for _ in range(2):  # over what is there
+        embedder.save_pretrained(tmp_path / "e") if through_the_mixin else save_embedder(embedder, tmp_path / "e")
+    again = VisionEmbedder.from_pretrained(tmp_path / "e")
     tokens = torch.randn(2, 6)
-    assert torch.equal(again(tokens), embedder(tokens))
+    assert torch.equal(again(tokens), embedder(tokens)) and not again.training
+    assert (again.towers, again.notes) == (TOWERS, {"steps": 7})
     config = json.loads((tmp_path / "e" / "config.json").read_text())
-    assert config == {"in_dim": 6, "out_dim": 4, "hidden_dim": 4, "training": {"steps": 7}}
+    sizes = {"in_dim": 6, "out_dim": 4, "hidden_dim": 4}
+    assert config == {**sizes, "towers": TOWERS, "training": {"steps": 7}}
     assert set(load_file(tmp_path / "e" / "model.safetensors")) == set(embedder.state_dict())
+    assert sorted(path.name for path in (tmp_path / "e").iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    assert capsys.readouterr().out == ""
 
 
-def test_wrong_weights_are_an_error(tmp_path):
+def test_the_card_is_made_from_the_run(tmp_path):
+    notes = {"steps": 7, "logit_scale": 1 / 3, "command": "pacl train --lr 0.1", "metrics": {"mIoU": 41.25}}
+    save_embedder(VisionEmbedder(6, 4), tmp_path, TOWERS, **notes)
+    card = (tmp_path / "README.md").read_text()
+    head = yaml.safe_load(re.match("---\n(.*?)---\n", card, re.S)[1])
+    assert head["library_name"] == "pacl-kernels" and head["license"] == "mit" and head["base_model"] == ["timm/x"]
+    assert {"zero-shot-image-segmentation", "pacl"} <= set(head["tags"])
+    for line in ("| mIoU | 41.25 |", "| steps | 7 |", "| logit_scale | 0.333333 |", "| pretrained | openai |"):
+        assert line in card.splitlines()
+    assert "```\npacl train --lr 0.1\n```" in card and "6 wide" in card and "4 wide" in card
+    lines = re.search("```python\n(.*?)```", card, re.S)[1]
+    compile(lines, "card", "exec")
+
+
+@pytest.mark.parametrize("change", [{"out_dim": 5}, {"hidden_dim": 3}])
+def test_wrong_weights_are_an_error(change, tmp_path):
     save_embedder(VisionEmbedder(6, 4), tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text()) | {"out_dim": 5}
+    config = json.loads((tmp_path / "config.json").read_text()) | change
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(RuntimeError, match="skip.weight"):
-        load_embedder(tmp_path)
+    with pytest.raises(RuntimeError, match="main.0.weight|skip.weight"):
+        VisionEmbedder.from_pretrained(tmp_path)
+
+
+def test_a_missing_weight_is_an_error(tmp_path):
+    save_embedder(VisionEmbedder(6, 4), tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    del state["skip.bias"]
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(RuntimeError, match="skip.bias"):
+        VisionEmbedder.from_pretrained(tmp_path)
+
+
+def test_a_pickle_is_not_taken_in_place_of_safetensors(tmp_path):
+    save_embedder(VisionEmbedder(6, 4), tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+    with pytest.raises(FileNotFoundError):
+        VisionEmbedder.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("sizes", [{"in_dim": 0}, {"out_dim": -1}, {"hidden_dim": 2.5}])

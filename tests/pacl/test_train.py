@@ -21,7 +21,7 @@ from pacl.cli import main
 from pacl.data import scenes
 from pacl.data.scene_shards import write_scenes
 from pacl.demo.toy_clip import new_clip, save_clip
-from pacl.embedder import load_embedder
+from pacl.sharing import load_pacl
 from pacl.training.checkpoints import checkpoints, load_checkpoint
 from safetensors.torch import load_file
 
@@ -110,10 +110,14 @@ def test_what_a_run_leaves(world, tmp_path, capsys):
         "step_00000018.pt",
         "step_00000020.pt",
     ]
-    embedder = load_embedder(tmp_path / "pacl/embedder")
-    assert embedder(torch.zeros(1, 3, 128)).shape == (1, 3, 128)
-    notes = json.loads((tmp_path / "pacl/embedder/config.json").read_text())["training"]
-    assert notes["model"].startswith("local-dir:") and notes["form"] == "cosine" and notes["global_batch"] == 24
+    towers, embedder = load_pacl(tmp_path / "pacl/embedder")
+    assert embedder(torch.zeros(1, 3, 128)).shape == (1, 3, 128) and towers.widths == (128, 128)
+    config = json.loads((tmp_path / "pacl/embedder/config.json").read_text())
+    assert config["towers"]["model"] == f"local-dir:{os.path.relpath(world / 'clip', tmp_path / 'pacl/embedder')}"
+    notes = config["training"]
+    assert notes["form"] == "cosine" and notes["global_batch"] == 24 and notes["pairs_seen"] == 480
+    card = (tmp_path / "pacl/embedder/README.md").read_text()
+    assert notes["command"] in card and "--accum-freq 2" in card and "--learn-attn-temperature" in card
     assert notes["attn_temperature"] != 0.05, "it was not learned"
 
     again = ["train", "--config", str(tmp_path / "pacl/config.yaml"), "--name", "again"]

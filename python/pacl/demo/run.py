@@ -20,6 +20,8 @@ from ..data.shards import Shards, loader
 from ..embedder import VisionEmbedder, save_embedder
 from ..files import write_bytes
 from ..progress import Progress
+from ..sharing import describe_towers
+from ..towers import load_towers
 from . import loops
 from .evaluation import Evaluation, evaluate
 from .picture import draw_picture
@@ -64,18 +66,18 @@ class Trained:
     def save(self, folder: Path) -> list[str]:
         """Write the CLIP and the PACL embedder to `folder`, as far as they are trained; one line for each."""
         lines = []
-        for name, write, model in (
-            ("clip", save_clip, self.clip),
-            ("pacl", save_embedder, self.embedders.get("pacl")),
-        ):
+        for name in ("clip", "pacl"):
             stage = self.stages.get(name)
             if stage is None or stage.done == 0:
                 continue
             target = folder / ("embedder" if name == "pacl" else name)
             notes = {"steps": stage.done, "planned_steps": stage.total, "seed": self.config.seed}
-            if name == "pacl":
+            if name == "clip":
+                save_clip(self.clip, target, **notes)
+            else:
                 notes |= {"form": "cosine", "attn_temperature": loops.ATTN_TEMPERATURE}
-            write(model, target, **notes)
+                towers = describe_towers(load_towers(f"local-dir:{folder / 'clip'}"), target)
+                save_embedder(self.embedders["pacl"], target, towers, **notes)
             lines.append(f"{target}: {stage.label}, {stage.done} of {stage.total} steps")
         return lines
 

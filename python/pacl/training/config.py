@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -13,9 +14,9 @@ from pacl_kernels.loss import FORMS, LOSSES
 
 POSITIVE = (
     "batch_size accum_freq epochs max_steps train_num_samples lr eps attn_temperature logit_scale max_logit_scale "
-    "grad_clip_norm save_frequency keep_checkpoints log_every_n_steps max_image_pixels"
+    "grad_clip_norm tower_lr force_image_size save_frequency keep_checkpoints log_every_n_steps max_image_pixels"
 ).split()
-NOT_NEGATIVE = "wd warmup workers shuffle seed".split()
+NOT_NEGATIVE = "wd warmup workers shuffle seed lock_image_unlocked_groups".split()
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,23 @@ class TrainConfig:
     model: str = "ViT-B-16"
     """Name of an open_clip model, or local-dir:FOLDER as save_pretrained and the demo write it."""
     pretrained: str | None = None
-    """open_clip's tag of its weights, such as openai. Without it a named model is random."""
+    """open_clip's tag of its weights, such as openai, or a file of them. Without it a named model is random."""
+    vision_model: str | None = None
+    """A timm model, such as vit_base_patch16_224.dino, in place of the open_clip model's vision tower."""
+    vision_pretrained: bool = True
+    """Load timm's weights of it."""
+    force_image_size: int | None = None
+    """Pixels of a side, if not the vision tower's own."""
+    lock_image: bool = True
+    """Keep the vision tower as it is; --no-lock-image trains all of it."""
+    lock_image_unlocked_groups: int = 0
+    """Train its last blocks (stages of a convolutional one) all the same, and the norm behind them."""
+    lock_text: bool = True
+    """Keep the text tower as it is."""
+    tower_lr: float | None = None
+    """Learning rate of towers that are trained, if not that of the embedder."""
+    grad_checkpointing: bool = False
+    """Recompute the activations of towers that are trained."""
     batch_size: int = 256
     """Pairs that one process encodes at a time."""
     accum_freq: int = 1
@@ -90,7 +107,17 @@ class TrainConfig:
         for name, choices in (("form", FORMS), ("loss", LOSSES)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, expected one of {', '.join(choices)}")
+        locked = self.lock_image and self.lock_text and not self.lock_image_unlocked_groups
+        for name in ("tower_lr", "grad_checkpointing"):
+            if getattr(self, name) and locked:
+                raise ValueError(f"{name}: got {getattr(self, name)!r}, but every tower is locked")
         return self
+
+    def tower_names(self) -> str:
+        """The towers and their weights, for the plan."""
+        weights = self.pretrained or ("from a folder" if ":" in self.model else "RANDOM, no --pretrained")
+        vision = "" if self.vision_pretrained else " (RANDOM)"
+        return f"{self.model} ({weights})" + (f" with {self.vision_model}{vision}" if self.vision_model else "")
 
     @property
     def folder(self) -> Path:
@@ -101,6 +128,18 @@ def dump_config(config: TrainConfig) -> str:
     """As YAML; `--config` reads it back."""
     values = {name: str(x) if isinstance(x, Path) else x for name, x in dataclasses.asdict(config).items()}
     return yaml.safe_dump(values, sort_keys=False)
+
+
+def command(config: TrainConfig) -> str:
+    """The command that gives this config: every flag that is not at its default."""
+    words = ["pacl", "train"]
+    for item in dataclasses.fields(config):
+        value, flag = getattr(config, item.name), item.name.replace("_", "-")
+        if value != item.default and item.name not in ("resume", "dry_run"):
+            words += (
+                [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
+            )
+    return shlex.join(words)
 
 
 def read_config(path: Path) -> TrainConfig:

@@ -1,9 +1,9 @@
-"""A run of `pacl train`: the vision embedder on a frozen CLIP, in one process or under torchrun."""
+"""A run of `pacl train`: the vision embedder on its towers, in one process or under torchrun."""
 
 from __future__ import annotations
 
 import contextlib
-import difflib
+import dataclasses
 import math
 import os
 import signal
@@ -12,43 +12,29 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import open_clip
 import torch
 import torch.distributed as dist
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pacl_kernels import cached_step, fused_pacl_loss
 
-from ..backbones import freeze, patch_tokens
 from ..data.shards import Shards, count_samples, loader
 from ..embedder import VisionEmbedder, save_embedder
+from ..files import write_bytes
+from ..sharing import describe_towers
+from ..towers import load_towers
 from .checkpoints import load_checkpoint, save_checkpoint
-from .config import TrainConfig
+from .config import TrainConfig, command
 from .log import Log
+from .model import Trainable
 from .optimiser import learning_rate, parameter_groups
 
-SIGMOID_BIAS = -10.0  # where SigLIP's begins
-
-
-class Trainable(nn.Module):
-    """What the optimiser sees: the embedder, the logit scale, and, where learned, attention temperature and bias."""
-
-    def __init__(self, embedder: VisionEmbedder, config: TrainConfig):
-        super().__init__()
-        self.embedder = embedder
-        self.log_scale = nn.Parameter(torch.tensor(math.log(config.logit_scale)))
-        self.log_temperature = self.bias = None
-        if config.learn_attn_temperature:
-            self.log_temperature = nn.Parameter(torch.tensor(math.log(config.attn_temperature)))
-        if config.loss == "sigmoid":
-            self.bias = nn.Parameter(torch.tensor(SIGMOID_BIAS))
-
-    def forward(self, tokens: Tensor) -> tuple[Tensor, ...]:
-        """Patch embeddings of tokens, the logit scale, and what is learned of attention temperature and bias."""
-        temperature = () if self.log_temperature is None else (self.log_temperature.exp(),)
-        bias = () if self.bias is None else (self.bias * 1.0,)
-        return self.embedder(tokens), self.log_scale.exp(), *temperature, *bias
+TOWERS = (
+    "model pretrained vision_model vision_pretrained force_image_size lock_image lock_image_unlocked_groups lock_text "
+    "grad_checkpointing"
+).split()
 
 
 class Run:
@@ -60,11 +46,12 @@ class Run:
         self.rank, self.world = (self.group.rank(), self.group.size()) if self.group else (0, 1)
         self.device = _device(config.device)
         self.amp = config.precision == "amp_bf16" or (config.precision == "auto" and self.device.type == "cuda")
-        self.step, self.stopped_by = 0, None
-        self.clip, preprocess, self.tokenize = _frozen_clip(config, self.device)
+        self.step, self.stopped_by, self.described = 0, None, None
+        torch.manual_seed(config.seed)  # towers without weights are the same in every process, and on resuming
+        self.towers = load_towers(**{name: getattr(config, name) for name in TOWERS}, device=self.device)
         self.data = Shards(
             config.train_data,
-            transform=preprocess,
+            transform=self.towers.transform,
             shuffle=config.shuffle,
             seed=config.seed,
             repeat=True,
@@ -79,10 +66,19 @@ class Run:
             raise ValueError(f"batch_size: a step takes {self.global_batch} pairs, expected at most {self.samples}")
         self.steps = config.max_steps or config.epochs * self.epoch_steps
         torch.manual_seed(config.seed)
-        self.model = Trainable(VisionEmbedder(*_widths(self.clip)), config).to(self.device)
-        self.wrapped = DistributedDataParallel(self.model, process_group=self.group) if self.group else self.model
+        self.model = Trainable(VisionEmbedder(*self.towers.widths), config, self.towers).to(self.device)
+        self.wrapped = self.model
+        if self.group:  # the buffers of towers never change
+            self.wrapped = DistributedDataParallel(self.model, process_group=self.group, broadcast_buffers=False)
+        towers = self.model.tower_parameters()
+        others = [x for name, x in self.model.named_parameters() if not name.startswith(("visual.", "text."))]
         self.optimiser = torch.optim.AdamW(
-            parameter_groups(self.model.parameters(), config.wd),
+            [
+                {**group, "initial_lr": rate or config.lr}
+                for parameters, rate in ((others, None), (towers, config.tower_lr))
+                for group in parameter_groups(parameters, config.wd)
+                if group["params"]
+            ],
             lr=config.lr,
             betas=(config.beta1, config.beta2),
             eps=config.eps,
@@ -96,12 +92,12 @@ class Run:
         return counts[0]
 
     def plan(self) -> str:
-        trained = sum(x.numel() for x in self.model.parameters())
-        frozen = sum(x.numel() for x in self.clip.parameters())
-        tag = self.config.pretrained or ("from a folder" if ":" in self.config.model else "RANDOM, no --pretrained")
+        trained = sum(x.numel() for x in self.model.parameters() if x.requires_grad)
+        towers = (x for module in (self.towers.visual, self.towers.text) for x in module.parameters())
+        frozen = sum(x.numel() for x in towers if not x.requires_grad)
         return "\n".join(
             [
-                f"model: {self.config.model} ({tag}), {frozen:,} parameters frozen, {trained:,} trained",
+                f"model: {self.config.tower_names()}, {frozen:,} parameters frozen, {trained:,} trained",
                 f"data: {self.samples:,} pairs in {len(self.data.paths)} shard(s)",
                 f"steps: {self.steps:,} of {self.global_batch:,} pairs ({self.world} process(es) x "
                 f"{self.config.accum_freq} x {self.config.batch_size}), {self.epoch_steps:,} an epoch",
@@ -153,7 +149,7 @@ class Run:
         factor = learning_rate(self.step, self.steps, config.warmup, config.lr_scheduler)
         self.lr = config.lr * factor
         for group in self.optimiser.param_groups:
-            group["lr"] = self.lr
+            group["lr"] = group["initial_lr"] * factor
         self.optimiser.zero_grad()
         options = {
             "form": self.config.form,
@@ -168,7 +164,7 @@ class Run:
             bias = learned[-1] if self.config.loss == "sigmoid" else None
             return fused_pacl_loss(patches, texts, scale, attn_temperature=temperature, logit_bias=bias, **options)
 
-        pairs = {"images": batch["image"], "texts": self.tokenize(batch["caption"])}
+        pairs = {"images": batch["image"], "texts": self.towers.tokenize(batch["caption"])}
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
             modules = [self.wrapped] if self.group else []
             value = cached_step(self._encode, pairs, loss, micro_batch=self.config.batch_size, modules=modules)
@@ -182,10 +178,11 @@ class Run:
     def _encode(self, pairs: dict[str, Tensor]) -> tuple[Tensor, ...]:
         images, texts = (pairs[name].to(self.device, non_blocking=True) for name in ("images", "texts"))
         with torch.no_grad():
-            tokens = patch_tokens(self.clip.visual, images)
-            embedded = self.clip.encode_text(texts, normalize=True)
-        patches, *scalars = self.wrapped(tokens)
-        return patches, embedded.to(patches.dtype), *scalars
+            if self.model.visual is None:
+                images = self.towers.tokens(images)
+            if self.model.text is None:
+                texts = self.towers.encode_text(texts)
+        return self.wrapped(images, texts)
 
     @contextlib.contextmanager
     def _signals(self):
@@ -228,10 +225,21 @@ class Run:
             "world": self.world,
         }
         save_checkpoint(self.config.folder / "checkpoints", state, keep=self.config.keep_checkpoints)
-        notes = {name: getattr(self.config, name) for name in ("model", "pretrained", "form", "loss")}
-        notes |= {"attn_temperature": self.temperature, "steps": self.step}
-        notes |= {"global_batch": self.global_batch, "logit_scale": self.model.log_scale.exp().item()}
-        save_embedder(self.model.embedder, self.config.folder / "embedder", **notes)
+        self.export(self.model)
+
+    def export(self, model: Trainable) -> None:
+        """The embedder's folder, as load_pacl reads it: embedder, model card, and towers that were trained."""
+        folder, config = self.config.folder / "embedder", self.config
+        trained = {name: getattr(model, name) for name in self.towers.trained}
+        for name, tower in trained.items():
+            state = {key: x.detach().cpu().contiguous() for key, x in tower.state_dict().items()}
+            write_bytes(folder / f"{name}.safetensors", save(state))
+        notes = {"form": config.form, "loss": config.loss, "attn_temperature": self.temperature, "steps": self.step}
+        notes |= {"global_batch": self.global_batch, "logit_scale": model.log_scale.exp().item()}
+        notes |= {"pairs_seen": self.step * self.global_batch, "command": command(config)}
+        if trained or self.described is None:
+            self.described = describe_towers(dataclasses.replace(self.towers, **trained), folder, trained)
+        save_embedder(model.embedder, folder, self.described, **notes)
 
     def restore(self, path: Path) -> None:
         state = load_checkpoint(path)
@@ -255,25 +263,3 @@ def _process_group() -> dist.ProcessGroup | None:
 
 def _device(name: str) -> torch.device:
     return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-
-
-def _frozen_clip(config: TrainConfig, device: torch.device):
-    """The model, its deterministic image transform and its tokenizer."""
-    if ":" not in config.model and config.model not in open_clip.list_models():
-        close = difflib.get_close_matches(config.model, open_clip.list_models(), 3)
-        raise ValueError(
-            f"model: got {config.model!r}, which open_clip does not know; it knows {', '.join(close)}, ..."
-        )
-    model, _, preprocess = open_clip.create_model_and_transforms(config.model, pretrained=config.pretrained)
-    return freeze(model).to(device), preprocess, open_clip.get_tokenizer(config.model)
-
-
-@torch.no_grad()
-def _widths(clip: nn.Module) -> tuple[int, int]:
-    """Of patch tokens and of text embeddings."""
-    device = next(clip.parameters()).device
-    size = open_clip.get_model_preprocess_cfg(clip)["size"]
-    height, width = (size, size) if isinstance(size, int) else size
-    tokens = patch_tokens(clip.visual, torch.zeros(1, 3, height, width, device=device))
-    texts = clip.encode_text(torch.zeros(1, clip.context_length, dtype=torch.long, device=device))
-    return tokens.shape[2], texts.shape[1]

@@ -1,0 +1,161 @@
+"""What is shared of a run: the embedder's folder with its towers, and proof that they are those it was trained on."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from huggingface_hub import snapshot_download
+from open_clip.factory import parse_model_name
+from open_clip.transformer import QuickGELU
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from .backbones import freeze
+from .embedder import CONFIG, VisionEmbedder
+from .towers import Towers, load_towers
+
+HUB_FILES = {"allow_patterns": ["*.json", "*.safetensors"]}
+LOADED = ("model", "pretrained", "vision_model")  # names that may be local paths
+# How far off a fingerprint may be, relative. With random weights, 3 to 12 layers, bfloat16 made 0.005 to 0.01, and the
+# other activation 0.003 to 0.016, which is why its name is compared too.
+TOLERANCE = {torch.float32: 0.001, torch.bfloat16: 0.05, torch.float16: 0.05}
+
+
+def load_pacl(
+    folder: str | os.PathLike, device: torch.device | str = "cpu", **download
+) -> tuple[Towers, VisionEmbedder]:
+    """What a run, or the demo, left in its embedder's folder, or a name on the Hub: towers and embedder, to be used.
+
+    Both are frozen and in eval mode, and the towers compute what they did in training. Raises ValueError where they
+    do not, or where the folder says nothing of its towers. download: of snapshot_download, such as revision.
+    """
+    local = Path(folder).is_dir()
+    folder = Path(folder) if local else Path(snapshot_download(str(folder), **HUB_FILES | download))
+    embedder = freeze(VisionEmbedder.from_pretrained(folder)).to(device)
+    described = embedder.towers
+    if not {*LOADED, "vision_pretrained", "force_image_size", "trained", "fingerprint", "activation"} <= set(described):
+        raise ValueError(f"folder: {folder / CONFIG} does not say of which towers it is")
+    names = {name: _absolute(described[name], folder, local) for name in LOADED}
+    trained, vision_pretrained = described["trained"], described["vision_pretrained"]
+    names |= {"vision_pretrained": vision_pretrained and "visual" not in trained}
+    towers = load_towers(**names, force_image_size=described["force_image_size"])
+    towers.names["vision_pretrained"] = vision_pretrained
+    for name in trained:
+        if name not in ("visual", "text"):
+            raise ValueError(f"folder: {folder / CONFIG} has trained {name!r}, expected visual or text")
+        getattr(towers, name).load_state_dict(load_file(folder / f"{name}.safetensors"))
+    check_towers(described, towers.to(device))
+    return towers, embedder
+
+
+def check_towers(described: dict[str, Any], towers: Towers) -> None:
+    """ValueError that says what differs, unless `towers` are those of `described`, an embedder's `towers`."""
+    found = describe_towers(towers, Path())
+    wrong = []
+    for name, label in (("visual", "vision"), ("text", "text")):
+        have, expected = found["activation"][name], described["activation"][name]
+        if have != expected:
+            wrong.append(f"the {label} tower's activation is {have}, not {expected}")
+        dtype = next(getattr(towers, name).parameters()).dtype
+        have, expected = (torch.tensor(x["fingerprint"][name], dtype=torch.float64) for x in (found, described))
+        error = (have - expected).norm() / expected.norm() if have.shape == expected.shape else math.inf
+        if not error <= TOLERANCE.get(dtype, 0.001):
+            wrong.append(f"the {label} tower's output is off by {error:.1%} (other weights?)")
+    if found["image_size"] != described["image_size"]:
+        wrong.append(f"images have {found['image_size']} pixels, not {described['image_size']}")
+    if wrong:
+        have, expected = (_tag(x) for x in (found, described))
+        wrong += [f"they are {have}, not {expected}"] if have != expected else []
+        raise ValueError(f"towers: not those that the embedder was trained on: {'; '.join(wrong)}")
+
+
+@torch.no_grad()
+def describe_towers(towers: Towers, folder: Path, trained: Iterable[str] = ()) -> dict[str, Any]:
+    """What an embedder's config.json in `folder` keeps of its towers: plain values, local paths relative to it.
+
+    trained: "visual", "text" or both, where `folder` has the tower's weights. The fingerprint is made on the CPU: TF32
+    and the like are no part of a tower.
+    """
+    towers = dataclasses.replace(towers, visual=_on_cpu(towers.visual), text=_on_cpu(towers.text))
+    image, ids = towers.probe()
+    with torch.autocast("cpu", enabled=False):
+        tokens, text = towers.tokens(image)[0], towers.encode_text(ids)[0]
+    rows, columns, places = map(_spread, (*tokens.shape, len(text)), (8, 6, 24))
+    return {
+        **{name: _relative(x, folder) if name in LOADED else x for name, x in towers.names.items()},
+        "trained": list(trained),
+        "activation": {name: activation(getattr(towers, name)) for name in ("visual", "text")},
+        "image_size": list(image.shape[2:]),
+        "base_model": _base_models(towers),
+        "fingerprint": {
+            "visual": _floats(tokens[rows][:, columns]),
+            "text": _floats(text[places]),
+        },
+    }
+
+
+def activation(module: nn.Module) -> str:
+    """Class names of a tower's activations: GELU, QuickGELU, ..."""
+    kinds = {type(m) for m in module.modules() if not any(True for _ in m.children())}
+    found = (k.__name__ for k in kinds if "activation" in k.__module__ or k is QuickGELU)
+    return ", ".join(sorted(found)) or "functional"
+
+
+def _on_cpu(module: nn.Module) -> nn.Module:
+    """The module, or a copy if it is elsewhere."""
+    held = [*module.parameters(), *module.buffers()]
+    if all(x.device.type == "cpu" for x in held):
+        return module
+    there = {id(x): nn.Parameter(x.cpu(), False) if isinstance(x, nn.Parameter) else x.cpu() for x in held}
+    return copy.deepcopy(module, there)  # which takes these in place of copying
+
+
+def _relative(name: str | None, folder: Path) -> str | None:
+    """A local folder or file relative to `folder`, so that both can be moved; any other name as it is."""
+    schema, path = parse_model_name(name or "")
+    if schema == "local-dir" or schema is None and os.path.isfile(path):
+        return ("local-dir:" if schema else "") + Path(os.path.relpath(path, folder)).as_posix()
+    return name
+
+
+def _absolute(name: str | None, folder: Path, trusted: bool) -> str | None:
+    """What _relative made. A folder from the Hub names nothing outside itself."""
+    schema, path = parse_model_name(name or "")
+    if schema == "local-dir" or schema is None and path and (folder / path).is_file():
+        found = folder / path
+        if not trusted and not found.resolve().is_relative_to(folder.resolve()):
+            raise ValueError(f"folder: {folder / CONFIG} names {name!r}, which is outside of it")
+        return ("local-dir:" if schema else "") + str(found)
+    return name
+
+
+def _base_models(towers: Towers) -> list[str]:
+    """Names on the Hub of the weights that the towers began with."""
+    model, pretrained, vision = (towers.names[name] for name in ("model", "pretrained", "vision_model"))
+    schema, identifier = parse_model_name(model)
+    hub = identifier if schema == "hf-hub" else open_clip.get_pretrained_cfg(model, pretrained or "").get("hf_hub")
+    found = ["/".join(hub.split("/")[:2])] if hub else []
+    if vision and towers.names["vision_pretrained"]:
+        found += [towers.visual.pretrained_cfg.get("hf_hub_id") or vision]
+    return found
+
+
+def _tag(names: dict[str, Any]) -> str:
+    vision = f" with {names['vision_model']}" if names.get("vision_model") else ""
+    return f"{names['model']} ({names['pretrained'] or 'no tag'}){vision}"
+
+
+def _spread(size: int, count: int) -> Tensor:
+    return torch.linspace(0, size - 1, count).long()
+
+
+def _floats(x: Tensor) -> list[float]:
+    return [float(f"{value:.6g}") for value in x.flatten().tolist()]

@@ -1,0 +1,232 @@
+"""A vision tower beside a text tower: open_clip's two, or one of timm's beside open_clip's text; frozen or trained."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import timm
+import torch
+from open_clip.factory import parse_model_name
+from open_clip.modified_resnet import ModifiedResNet
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .backbones import TIMM_VITS, freeze, patch_tokens, tower_blocks
+
+SENTENCE = "A photo of two small dogs, left of a red-brick house."
+
+
+@dataclass(eq=False)
+class Towers:
+    """Two towers, in eval mode: unlocked ones too, so that a batch's parts and the processes compute the same.
+
+    visual, text: modules; `text` takes token ids [B, L]. transform: PIL image to float [3, H, W]. tokenize: list of
+    strings to ids [B, L]. names: the arguments of load_towers.
+    """
+
+    visual: nn.Module
+    text: nn.Module
+    transform: Callable[[Image.Image], Tensor]
+    tokenize: Callable[[list[str]], Tensor]
+    names: dict[str, Any]
+
+    def tokens(self, images: Tensor) -> Tensor:
+        """Patch tokens [B, N, width] of normalised images [B, 3, H, W], as patch_tokens says."""
+        return patch_tokens(self.visual, images)
+
+    def encode_text(self, ids: Tensor) -> Tensor:
+        """Text embeddings [B, D] of token ids [B, L], normalised."""
+        return encode_text(self.text, ids)
+
+    @property
+    def trained(self) -> list[str]:
+        """Which of "visual" and "text" have gradients."""
+        return [name for name in ("visual", "text") if any(x.requires_grad for x in getattr(self, name).parameters())]
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Of patch tokens and of text embeddings."""
+        image, ids = self.probe()
+        with torch.no_grad():
+            return self.tokens(image).shape[2], self.encode_text(ids).shape[1]
+
+    def to(self, device: torch.device | str) -> Towers:
+        self.visual.to(device), self.text.to(device)
+        return self
+
+    def probe(self) -> tuple[Tensor, Tensor]:
+        """A picture made by a formula, through the towers' own transform, and a sentence: [1, 3, H, W] and [1, L]."""
+        y, x = np.mgrid[0:384, 0:512] / 64.0
+        channels = [np.sin(x * (1 + c) + y**2 / (2 + c)) + np.cos(y * (3 - c) - x) for c in range(3)]
+        picture = Image.fromarray(np.uint8(127.5 + 63 * np.stack(channels, -1)))
+        weight = next(self.visual.parameters())
+        image = self.transform(picture)[None].to(weight.device, weight.dtype)
+        return image, self.tokenize([SENTENCE]).to(next(self.text.parameters()).device)
+
+
+def encode_text(text: nn.Module, ids: Tensor) -> Tensor:
+    """Normalised embeddings [B, D] of a text tower; CoCa's returns its tokens too."""
+    out = text(ids)
+    return F.normalize(out[0] if isinstance(out, tuple) else out, dim=-1)
+
+
+def load_towers(
+    model: str = "ViT-B-16",
+    pretrained: str | None = None,
+    *,
+    vision_model: str | None = None,
+    vision_pretrained: bool = True,
+    force_image_size: int | None = None,
+    lock_image: bool = True,
+    lock_image_unlocked_groups: int = 0,
+    lock_text: bool = True,
+    grad_checkpointing: bool = False,
+    device: torch.device | str = "cpu",
+) -> Towers:
+    """Towers of an open_clip model, or its text tower beside timm's `vision_model`; frozen unless asked otherwise.
+
+    Args:
+        model, pretrained: open_clip's names; `pretrained` may be a file (safetensors, or tensors only). QuickGELU is
+            used where the weights' tag was trained with it, whatever the model's name says.
+        vision_model: a timm name, with timm's tag (vit_base_patch16_224.dino); its own size, mean and deviation are
+            those of the transform. vision_pretrained: load its weights.
+        force_image_size: pixels of a side, where the towers' own size is not wanted.
+        lock_image: False trains the whole vision tower. lock_image_unlocked_groups: its last blocks (a convolutional
+            tower's stages) that are trained, and the norm behind them; open_clip counts the projection, which PACL
+            does not use, as one. lock_text: False trains the text tower. Parameters that do not take part stay off.
+        grad_checkpointing: of the towers that are trained.
+
+    Raises:
+        ValueError: one line naming the argument: a name that does not exist, with close ones; weights that do not load.
+    """
+    names = {
+        "model": model,
+        "pretrained": pretrained,
+        "vision_model": vision_model,
+        "vision_pretrained": vision_pretrained,
+        "force_image_size": force_image_size,
+    }
+    if not lock_image and lock_image_unlocked_groups:
+        raise ValueError("lock_image_unlocked_groups: got it with no_lock_image, which unlocks every group")
+    size = None if vision_model else force_image_size
+    clip, transform, tokenize = _load_clip(model, pretrained, size)
+    visual = clip.visual
+    if vision_model:
+        visual, transform = _load_timm(vision_model, vision_pretrained, force_image_size)
+    trainable = {x for module in (visual, clip.text) for x in module.parameters() if x.requires_grad}
+    towers = Towers(freeze(visual), freeze(clip.text), transform, tokenize, names).to(device)
+    try:
+        blocks, norms = tower_blocks(visual)
+    except TypeError as error:
+        raise ValueError(str(error)) from error
+    if lock_image_unlocked_groups > len(blocks):
+        raise ValueError(
+            f"lock_image_unlocked_groups: got {lock_image_unlocked_groups}, expected at most the {len(blocks)} blocks"
+        )
+    image, ids = towers.probe()
+    if not lock_image:
+        _unlock(trainable, [visual], lambda: towers.tokens(image))
+    elif lock_image_unlocked_groups:
+        _unlock(trainable, [*blocks[-lock_image_unlocked_groups:], *norms], lambda: towers.tokens(image))
+    if not lock_text:
+        _unlock(trainable, [towers.text], lambda: towers.encode_text(ids))
+    if grad_checkpointing:
+        if isinstance(visual, ModifiedResNet) and "visual" in towers.trained:
+            raise ValueError(f"grad_checkpointing: open_clip has none for {model}")
+        for name in towers.trained:
+            getattr(towers, name).set_grad_checkpointing(True)
+    return towers
+
+
+def quick_gelu(model: str, pretrained: str | None) -> bool:
+    """Whether the weights of `pretrained`, a tag of an open_clip model, were trained with QuickGELU.
+
+    open_clip builds ViT-B-16 with GELU for OpenAI's weights too, and only warns. ValueError for unknown names.
+    """
+    known = open_clip.list_models()
+    if model not in known:
+        raise ValueError(f"model: got {model!r}, which open_clip does not know; it knows {_close(model, known)}")
+    config = open_clip.get_pretrained_cfg(model, pretrained) if pretrained else {}
+    if pretrained and not config and not Path(pretrained).is_file():
+        close = _close(pretrained, open_clip.list_pretrained_tags_by_model(model))
+        raise ValueError(f"pretrained: got {pretrained!r}, which is no file and no tag of {model}; it has {close}")
+    return bool(config.get("quick_gelu", False))
+
+
+def _load_clip(model: str, pretrained: str | None, size: int | None) -> tuple[nn.Module, Callable, Callable]:
+    if parse_model_name(model)[0] is None:
+        quick = quick_gelu(model, pretrained)
+    elif pretrained:
+        raise ValueError(f"pretrained: got {pretrained!r} for {model}, which brings weights of its own")
+    else:
+        quick = False  # as the folder's config says
+    try:
+        # A text tower of its own class for every model. Weights are read with weights_only=True, open_clip's default.
+        clip, _, transform = open_clip.create_model_and_transforms(
+            model,
+            pretrained=pretrained,
+            force_quick_gelu=quick,
+            force_custom_text=True,
+            force_image_size=size,
+            weights_only=True,
+        )
+        return clip, transform, open_clip.get_tokenizer(model)
+    except OSError:
+        raise
+    except Exception as error:  # whatever its download, unpickler or state dict raised
+        raise ValueError(
+            f"pretrained: open_clip cannot load {pretrained!r} into {model}: {_first_line(error)}"
+        ) from error
+
+
+def _load_timm(name: str, pretrained: bool, size: int | None) -> tuple[nn.Module, Callable]:
+    base = name.split(".")[0]
+    if ":" not in name:
+        if not timm.is_model(base):
+            close = _close(base, timm.list_models())
+            raise ValueError(f"vision_model: got {name!r}, which timm does not know; it knows {close}")
+        tagged = timm.list_models(f"{base}.*", pretrained=True)
+        if pretrained and (not tagged or "." in name and name not in tagged):
+            have = f"it has {_close(name, tagged)}" if tagged else "it has none; --no-vision-pretrained is random"
+            raise ValueError(f"vision_model: got {name!r}, of which timm has no weights; {have}")
+    options = {"num_classes": 0}
+    try:
+        if size is not None:
+            shape = timm.create_model(name, **options)
+            if isinstance(shape, TIMM_VITS):  # others take any size
+                patch = shape.patch_embed.patch_size
+                if any(size % x for x in patch):
+                    raise ValueError(f"force_image_size: got {size}, expected a multiple of {patch[0]}")
+                options["img_size"] = size
+        visual = timm.create_model(name, pretrained=pretrained, **options)
+    except (OSError, ValueError):
+        raise
+    except Exception as error:
+        raise ValueError(f"vision_model: timm cannot make {name!r}: {_first_line(error)}") from error
+    data = timm.data.resolve_model_data_config(visual, {} if size is None else {"img_size": size})
+    return visual, timm.data.create_transform(**data, is_training=False)
+
+
+def _unlock(trainable: set[nn.Parameter], modules: list[nn.Module], output: Callable[[], Tensor]) -> None:
+    """Turn on those of the modules' parameters that the output depends on: DDP waits for the gradient of every one."""
+    parameters = [x for module in modules for x in module.parameters() if x in trainable]
+    for x in parameters:
+        x.requires_grad_(True)
+    grads = torch.autograd.grad(output().sum(), parameters, allow_unused=True)
+    for x, grad in zip(parameters, grads, strict=True):
+        x.requires_grad_(grad is not None)
+
+
+def _close(name: str, known: list[str]) -> str:
+    return ", ".join(difflib.get_close_matches(name, known, 3, cutoff=0.3)) + ", ..."
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,0 +1,29 @@
+"""Three steps of a run on the same 12 pairs each, for test_towers.py: in this process, or under torchrun."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from pacl.training.config import TrainConfig
+from pacl.training.run import Run
+
+WORDS = "red blue green large small old new round flat hot cold wet".split()
+
+
+def main(values: dict) -> None:
+    """values: of TrainConfig. The checkpoint is saved."""
+    run = Run(TrainConfig(**values | {"log_dir": Path(values["log_dir"])}))
+    random = torch.Generator().manual_seed(0)
+    mine = slice(12 // run.world * run.rank, 12 // run.world * (run.rank + 1))
+    for step in range(3):
+        images = torch.randn(12, 3, 64, 64, generator=random)
+        captions = [f"a {word} thing {step}" for word in WORDS]
+        run._step({"image": images[mine], "caption": captions[mine]})
+        run.step += 1
+    run.save()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(json.loads(sys.argv[1]))
