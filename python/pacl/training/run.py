@@ -25,8 +25,10 @@ from ..data.shards import Shards, count_samples, loader
 from ..embedder import VisionEmbedder, save_embedder
 from .checkpoints import load_checkpoint, save_checkpoint
 from .config import TrainConfig
-from .log import Log
-from .optimiser import learning_rate, parameter_groups
+from .log import Log, pair_statistics, say
+from .optimiser import average_of, learning_rate, parameter_groups
+from .plan import plan
+from .validation import Validation
 
 SIGMOID_BIAS = -10.0  # where SigLIP's begins
 
@@ -61,10 +63,10 @@ class Run:
         self.device = _device(config.device)
         self.amp = config.precision == "amp_bf16" or (config.precision == "auto" and self.device.type == "cuda")
         self.step, self.stopped_by = 0, None
-        self.clip, preprocess, self.tokenize = _frozen_clip(config, self.device)
+        self.clip, self.preprocess, self.tokenize = _frozen_clip(config, self.device)
         self.data = Shards(
             config.train_data,
-            transform=preprocess,
+            transform=self.preprocess,
             shuffle=config.shuffle,
             seed=config.seed,
             repeat=True,
@@ -80,6 +82,9 @@ class Run:
         self.steps = config.max_steps or config.epochs * self.epoch_steps
         torch.manual_seed(config.seed)
         self.model = Trainable(VisionEmbedder(*_widths(self.clip)), config).to(self.device)
+        if config.torchcompile:
+            self.model.embedder.compile()
+        self.average = average_of(self.model, config.ema_decay) if config.ema_decay is not None else None
         self.wrapped = DistributedDataParallel(self.model, process_group=self.group) if self.group else self.model
         self.optimiser = torch.optim.AdamW(
             parameter_groups(self.model.parameters(), config.wd),
@@ -87,6 +92,7 @@ class Run:
             betas=(config.beta1, config.beta2),
             eps=config.eps,
         )
+        self.validation, self.validated = Validation(self), {}
 
     def _count(self) -> int:
         """Counted by the first process, for all."""
@@ -95,20 +101,18 @@ class Run:
             dist.broadcast_object_list(counts, src=0, group=self.group)
         return counts[0]
 
+    def say(self, text: str) -> None:
+        """A line for the console and out.log, of the first process."""
+        if self.rank == 0:
+            say(text, None if self.config.dry_run else self.config)
+
     def plan(self) -> str:
-        trained = sum(x.numel() for x in self.model.parameters())
-        frozen = sum(x.numel() for x in self.clip.parameters())
-        tag = self.config.pretrained or ("from a folder" if ":" in self.config.model else "RANDOM, no --pretrained")
-        return "\n".join(
-            [
-                f"model: {self.config.model} ({tag}), {frozen:,} parameters frozen, {trained:,} trained",
-                f"data: {self.samples:,} pairs in {len(self.data.paths)} shard(s)",
-                f"steps: {self.steps:,} of {self.global_batch:,} pairs ({self.world} process(es) x "
-                f"{self.config.accum_freq} x {self.config.batch_size}), {self.epoch_steps:,} an epoch",
-                f"device: {self.device}, {'bfloat16 autocast' if self.amp else 'float32'}",
-                f"folder: {self.config.folder}",
-            ]
-        )
+        return plan(self)
+
+    @property
+    def result(self) -> Trainable:
+        """The weights that are validated and kept: their average where there is one."""
+        return self.model if self.average is None else self.average.module
 
     @property
     def temperature(self) -> float:
@@ -121,18 +125,26 @@ class Run:
         """From the current step to the last, with checkpoints; on a signal the step under way is finished and saved."""
         if self.step >= self.steps:
             return
-        with self._signals(), Log(self) as log:
+        with self._signals(), Log(self) as self.log:
             for batch, waited in self._batches():
                 begin = time.perf_counter()
                 loss = self._step(batch)
                 self.step += 1
-                log.step(loss, batch["key"], waited, time.perf_counter() - begin)
+                self.log.step(loss, batch["key"], waited, time.perf_counter() - begin)
                 stop = self._anyone_stopped()
-                if stop or self.step == self.steps or self.step % self.config.save_frequency == 0:
-                    log.check()
+                if stop or self.due(self.config.save_frequency):
+                    self.log.check()
                     self.save()
+                if self.validation and not stop and self.due(self.config.val_frequency):
+                    self.validated = self.log.validated(self.validation(self.result))
+                    self.save_embedder()
                 if stop or self.step == self.steps:
                     return
+
+    def due(self, every: int, ahead: int = 0) -> bool:
+        """Whether what is done every so many steps, and at the last one, is done at this one, or `ahead` from it."""
+        step = self.step + ahead
+        return step % every == 0 or step == self.steps
 
     def _batches(self) -> Iterator[tuple[dict[str, Any], float]]:
         """Batches of a step of this process, and the seconds that each was waited for."""
@@ -150,7 +162,8 @@ class Run:
 
     def _step(self, batch: dict[str, Any]) -> Tensor:
         config = self.config
-        factor = learning_rate(self.step, self.steps, config.warmup, config.lr_scheduler)
+        cooldown = config.epochs_cooldown * self.epoch_steps
+        factor = learning_rate(self.step, self.steps, config.warmup, config.lr_scheduler, cooldown)
         self.lr = config.lr * factor
         for group in self.optimiser.param_groups:
             group["lr"] = self.lr
@@ -166,6 +179,8 @@ class Run:
             # A temperature that is not learned is a number, by which the loss chooses its kernel.
             temperature = learned[0] if self.config.learn_attn_temperature else self.config.attn_temperature
             bias = learned[-1] if self.config.loss == "sigmoid" else None
+            if self.rank == 0 and self.due(config.log_every_n_steps, ahead=1):
+                self.log.statistics = pair_statistics(patches, texts, temperature, config.form)
             return fused_pacl_loss(patches, texts, scale, attn_temperature=temperature, logit_bias=bias, **options)
 
         pairs = {"images": batch["image"], "texts": self.tokenize(batch["caption"])}
@@ -177,7 +192,19 @@ class Run:
         self.optimiser.step()
         with torch.no_grad():
             self.model.log_scale.clamp_(0, math.log(self.config.max_logit_scale))
+        if self.average is not None:
+            self.average.update_parameters(self.model)
         return value
+
+    @torch.no_grad()
+    def tokens(self, images: Tensor) -> Tensor:
+        """Patch tokens [B, N, width] of images."""
+        return patch_tokens(self.clip.visual, images.to(self.device, non_blocking=True))
+
+    @torch.no_grad()
+    def texts(self, captions: list[str]) -> Tensor:
+        """Embeddings [B, D] of captions."""
+        return self.clip.encode_text(self.tokenize(captions).to(self.device), normalize=True)
 
     def _encode(self, pairs: dict[str, Tensor]) -> tuple[Tensor, ...]:
         images, texts = (pairs[name].to(self.device, non_blocking=True) for name in ("images", "texts"))
@@ -205,7 +232,7 @@ class Run:
 
     def _anyone_stopped(self) -> bool:
         """All processes stop at the same step: they ask each other at every step on a CPU, when they log on a GPU."""
-        due = self.device.type == "cpu" or self.step % self.config.log_every_n_steps == 0 or self.step == self.steps
+        due = self.device.type == "cpu" or self.due(self.config.log_every_n_steps)
         if self.group is None or not due:
             return self.group is None and self.stopped_by is not None
         flag = torch.tensor([self.stopped_by or 0], device=self.device)
@@ -222,25 +249,41 @@ class Run:
         state = {
             "step": self.step,
             "name": self.config.name,
-            "state_dict": {name: x.detach().cpu() for name, x in self.model.state_dict().items()},
+            "state_dict": _on_cpu(self.model),
+            "ema": None if self.average is None else _on_cpu(self.average),
             "optimizer": self.optimiser.state_dict(),
             "global_batch": self.global_batch,
             "world": self.world,
         }
         save_checkpoint(self.config.folder / "checkpoints", state, keep=self.config.keep_checkpoints)
-        notes = {name: getattr(self.config, name) for name in ("model", "pretrained", "form", "loss")}
+        self.save_embedder()
+
+    def save_embedder(self) -> None:
+        """As safetensors, with what the last validation found; by the first process."""
+        if self.rank != 0:
+            return
+        notes = {name: getattr(self.config, name) for name in ("model", "pretrained", "form", "loss", "ema_decay")}
         notes |= {"attn_temperature": self.temperature, "steps": self.step}
-        notes |= {"global_batch": self.global_batch, "logit_scale": self.model.log_scale.exp().item()}
-        save_embedder(self.model.embedder, self.config.folder / "embedder", **notes)
+        notes |= {"global_batch": self.global_batch, "logit_scale": self.result.log_scale.exp().item()}
+        notes |= {"validation": self.validated} if self.validated else {}
+        save_embedder(self.result.embedder, self.config.folder / "embedder", **notes)
 
     def restore(self, path: Path) -> None:
         state = load_checkpoint(path)
         for name, mine in (("global_batch", self.global_batch), ("world", self.world)):
             if state.get(name) != mine:
                 raise ValueError(f"resume: {path} is of a run with {name} {state.get(name)}, expected {mine}")
+        if (state.get("ema") is None) != (self.average is None):
+            raise ValueError(f"resume: {path} is of a run {'without' if self.average else 'with'} --ema-decay")
+        if self.average is not None:
+            self.average.load_state_dict(state["ema"])
         self.model.load_state_dict(state["state_dict"])
         self.optimiser.load_state_dict(state["optimizer"])
         self.step = state["step"]
+
+
+def _on_cpu(module: nn.Module) -> dict[str, Tensor]:
+    return {name: x.detach().cpu() for name, x in module.state_dict().items()}
 
 
 def _process_group() -> dist.ProcessGroup | None:
