@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from pacl_kernels import compatibility
 
 from ..data.shards import Shards, loader
-from ..segmentation import ConfusionMatrix, class_scores, label_map, patch_labels, patch_shares
+from ..segmentation import IGNORE, ConfusionMatrix, class_scores, label_map, patch_labels, patch_shares
 
 if TYPE_CHECKING:
     from .run import Run, Trainable
@@ -124,11 +124,17 @@ class Validation:
         samples = iter(self._read(self.labelled, 1))  # masks have the sizes of their images
         while part := list(itertools.islice(samples, SEGMENTED)):
             images = torch.cat([sample["image"] for sample in part])
-            patches = model.embedder(self.run.tokens(images)).float()
-            with torch.autocast(patches.device.type, enabled=False):
-                scores = class_scores(patches, texts)
+            embedded = model.embedder(self.run.tokens(images)).float()
+            with torch.autocast(embedded.device.type, enabled=False):
+                scores = class_scores(embedded, texts)
             for score, sample in zip(scores.split(1), part, strict=True):
                 mask = sample["mask"]
+                wrong = mask[(mask >= len(self.classes)) & (mask != IGNORE)]
+                if len(wrong):
+                    raise ValueError(
+                        f"val_segmentation: {sample['key'][0]} has label {int(wrong[0])}, expected {IGNORE} or, as "
+                        f"--val-classes has {len(self.classes)} lines, 0 to {len(self.classes) - 1}"
+                    )
                 pixels.update(mask, label_map(score, mask.shape[1:]).cpu())
                 truth = patch_labels(patch_shares(mask, len(self.classes), score.shape[2:]))
                 patches.update(truth, score.argmax(1).cpu())
