@@ -13,7 +13,8 @@ from pacl.backbones import patch_tokens
 from pacl.data.shards import Shards
 from pacl.embedder import load_embedder
 from pacl.training.checkpoints import checkpoints, load_checkpoint
-from pacl.training.validation import RECALLS, Retrieval
+from pacl.training.validation import RECALLS, Retrieval, _Squashed
+from PIL import Image
 from running import lines, start, train
 
 from pacl_kernels.reference import compatibility, contrastive_loss
@@ -55,6 +56,14 @@ def test_a_collapsed_embedder_finds_nothing():
         retrieval.update(torch.full((20, 20), value), 0)
         found = retrieval.values()
         assert all(found[f"{way}_R@10"] == 0 for way in ("image_to_text", "text_to_image"))
+
+
+def test_a_long_image_is_squeezed_not_cropped():
+    preprocess = open_clip.image_transform(64, is_train=False)
+    image = Image.new("RGB", (256, 32))
+    image.paste("white", (0, 0, 32, 32))  # an eighth at the left, which a crop of the middle would lose
+    seen = _Squashed(preprocess)(image)[0]
+    assert seen.shape == (64, 64) and (seen[:, :7] > seen[:, 9:].max()).all()
 
 
 @pytest.fixture(scope="module")

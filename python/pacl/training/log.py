@@ -41,8 +41,8 @@ class Log:
         return self
 
     def __exit__(self, *_) -> None:
-        for sink in self.boards:
-            sink.close()
+        for board in self.boards:
+            board.finish()
         if self.file is not None:
             self.file.close()
 
@@ -114,7 +114,7 @@ class Log:
 
     def _report(self, values: dict[str, float]) -> None:
         for board in self.boards:
-            board.log(values, self.run.step)
+            board.log(values, step=self.run.step)
 
 
 @torch.no_grad()
@@ -146,7 +146,7 @@ class _Tensorboard:
         from torch.utils.tensorboard import SummaryWriter
 
         self.writer = SummaryWriter(config.folder / "tensorboard", purge_step=step)
-        self.close = self.writer.close
+        self.finish = self.writer.close
 
     def log(self, values: dict[str, float], step: int) -> None:
         for name, value in values.items():
@@ -154,14 +154,12 @@ class _Tensorboard:
 
 
 def _board(name: str, config: TrainConfig, step: int):
-    """Something with `log(values, step)` and `close()`."""
+    """Something with `log(values, step=...)` and `finish()`."""
     if name == "tensorboard":
         return _Tensorboard(config, step)
-    module = importlib.import_module(name)  # wandb and trackio have the same three calls
-    values = {key: value for key, value in dataclasses.asdict(config).items()}
-    run = module.init(project="pacl", name=config.name, config=json.loads(json.dumps(values, default=str)))
-    run.close = run.finish
-    return run
+    module = importlib.import_module(name)  # wandb's calls, which trackio has too
+    values = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    return module.init(project="pacl", name=config.name, config=values)
 
 
 def _peak_memory(device: torch.device) -> int:

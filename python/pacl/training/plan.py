@@ -40,7 +40,7 @@ def memory(run: Run) -> dict[str, int]:
     weights = sum(x.numel() * x.element_size() for module in (run.clip, run.model) for x in module.parameters())
     trained = sum(x.numel() * x.element_size() for x in run.model.parameters() if x.requires_grad)
     image = run.preprocess(Image.new("RGB", (8, 8)))
-    patches = run.tokens(image[None]).shape[1]
+    patches = run.patches_of(image[None], run.model).shape[1]
     local = config.batch_size * config.accum_freq
     width, hidden, out = (sizes[f"{name}_dim"] for name in ("in", "hidden", "out"))
     return {

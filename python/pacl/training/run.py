@@ -197,13 +197,13 @@ class Run:
         return value
 
     @torch.no_grad()
-    def tokens(self, images: Tensor) -> Tensor:
-        """Patch tokens [B, N, width] of images."""
-        return patch_tokens(self.clip.visual, images.to(self.device, non_blocking=True))
+    def patches_of(self, images: Tensor, model: Trainable) -> Tensor:
+        """Patch embeddings [B, N, D] of images by some weights of the run."""
+        return model.embedder(patch_tokens(self.clip.visual, images.to(self.device, non_blocking=True)))
 
     @torch.no_grad()
-    def texts(self, captions: list[str]) -> Tensor:
-        """Embeddings [B, D] of captions."""
+    def texts_of(self, captions: list[str], model: Trainable) -> Tensor:
+        """Text embeddings [B, D] of captions."""
         return self.clip.encode_text(self.tokenize(captions).to(self.device), normalize=True)
 
     def _encode(self, pairs: dict[str, Tensor]) -> tuple[Tensor, ...]:

@@ -83,13 +83,13 @@ class Validation:
             self._read_captions()
             blocks = range(0, len(self.captions), config.batch_size)
             # The text tower is frozen, so that its embeddings stay.
-            self.texts = torch.cat([run.texts(self.captions[i : i + config.batch_size]) for i in blocks])
+            self.texts = torch.cat([run.texts_of(self.captions[i : i + config.batch_size], model) for i in blocks])
         scale = model.log_scale.exp().item()
         bias = None if model.bias is None else model.bias.item()
         result = Retrieval(self.captions, scale, bias, run.device)
         at = self.first
         for batch in self._read(self.pairs, config.batch_size):
-            patches = model.embedder(run.tokens(batch["image"]))
+            patches = run.patches_of(batch["image"], model)
             temperature = config.attn_temperature if model.log_temperature is None else model.log_temperature.exp()
             phi = compatibility(
                 patches,
@@ -119,12 +119,12 @@ class Validation:
     # Segmentation
 
     def _segmentation(self, model: Trainable) -> dict[str, float]:
-        texts = self.run.texts(self.classes).float()
+        texts = self.run.texts_of(self.classes, model).float()
         pixels, patches = (ConfusionMatrix(len(self.classes)) for _ in range(2))
         samples = iter(self._read(self.labelled, 1))  # masks have the sizes of their images
         while part := list(itertools.islice(samples, SEGMENTED)):
             images = torch.cat([sample["image"] for sample in part])
-            embedded = model.embedder(self.run.tokens(images)).float()
+            embedded = self.run.patches_of(images, model).float()
             with torch.autocast(embedded.device.type, enabled=False):
                 scores = class_scores(embedded, texts)
             for score, sample in zip(scores.split(1), part, strict=True):
