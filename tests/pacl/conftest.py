@@ -31,3 +31,20 @@ def write_tar(tmp_path):
         return path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def run_world(tmp_path_factory) -> Path:
+    """For `pacl train`: three shards of 40 scenes, three of 20 with masks and their classes, an untrained CLIP."""
+    import torch
+    from pacl.data import scenes
+    from pacl.data.scene_shards import write_scenes
+    from pacl.demo.toy_clip import new_clip, save_clip
+
+    folder = tmp_path_factory.mktemp("run_world")
+    torch.manual_seed(0)
+    save_clip(new_clip(), folder / "clip")
+    write_scenes(folder / "scenes", "train", 120, seed=0, pairs=scenes.SEEN, shard_size=40)
+    write_scenes(folder / "scenes", "eval", 60, seed=0, masks=True, shard_size=20)
+    (folder / "classes.txt").write_text("\n".join(scenes.CLASSES) + "\n")
+    return folder

@@ -57,7 +57,7 @@ def train(world: Path, logs: Path, **changes) -> int:
         "batch-size": 8,
         "max-steps": 4,
         "workers": 0,
-        "no-tensorboard": None,
+        "report-to": "none",
     }
     words = [
         x for name, value in (values | changes).items() for x in ([f"--{name}"] + [str(value)] * (value is not None))

@@ -46,7 +46,7 @@ def flags(world: Path, logs: Path, **changes) -> list[str]:
         "workers": 0,
         "log_every_n_steps": 2,
         "save_frequency": 3,
-        "no_tensorboard": None,
+        "report_to": "none",
     }
     words = []
     for name, value in (values | changes).items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,20 @@ from ..files import atomic_writer
 
 
 def save_checkpoint(folder: Path, state: dict[str, Any], *, keep: int) -> Path:
-    """Write `state` as `folder`/step_N.pt with N = state["step"], and delete all but the newest `keep`."""
+    """Write `state` as `folder`/step_N.pt with N = state["step"], and delete all but the newest `keep`.
+
+    OSError where that fails, a full disk say; what was there before stays.
+    """
     path = folder / f"step_{state['step']:08d}.pt"
-    with atomic_writer(path) as file:
-        torch.save(state, file)
+    try:
+        with atomic_writer(path) as file:
+            torch.save(state, file)
+    except (OSError, RuntimeError) as error:  # torch's writer turns an OSError into its own RuntimeError
+        free = shutil.disk_usage(folder).free / 2**20
+        last = next(reversed(checkpoints(folder)), "none")
+        raise OSError(
+            f"checkpoint: {path} could not be written ({free:.0f} MiB free); the last one is {last}"
+        ) from error
     for old in checkpoints(folder)[:-keep]:
         old.unlink(missing_ok=True)
     return path

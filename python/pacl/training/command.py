@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
 from collections.abc import Sequence
@@ -18,36 +19,36 @@ from .run import Run
 
 def main(argv: Sequence[str], prog: str = "pacl train") -> int:
     """Run `pacl train` with these arguments; returns its exit status."""
+    config = None
     try:
         config = _parse(list(argv), prog)
         if not config.dry_run:
             _refuse_to_overwrite(config)
         run = Run(config)
-        if run.rank == 0:
-            print(run.plan(), flush=True)
+        run.say(run.plan())
         if config.dry_run:
             return 0
         if config.resume:
             path = _checkpoint(config)
             if path is not None:
                 run.restore(path)
-                if run.rank == 0:
-                    print(f"resume: {path}, step {run.step}", flush=True)
+                run.say(f"resume: {path}, step {run.step}")
         if run.rank == 0:
             write_bytes(config.folder / "config.yaml", dump_config(dataclasses.replace(config, resume=None)).encode())
         run.train()
     except (ValueError, FloatingPointError, OSError) as error:
         print(f"pacl: error: {error}", file=sys.stderr)
+        if config is not None and (config.folder / "out.log").exists():
+            with contextlib.suppress(OSError), open(config.folder / "out.log", "a") as file:
+                file.write(f"pacl: error: {error}\n")
         return 1
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
     if run.stopped_by is not None:
-        if run.rank == 0:
-            print(f"stopped at step {run.step} of {run.steps}; go on with --resume latest", flush=True)
+        run.say(f"stopped at step {run.step} of {run.steps}; go on with --resume latest")
         return 128 + run.stopped_by
-    if run.rank == 0:
-        print(f"finished {run.steps} steps: {config.folder / 'embedder'}", flush=True)
+    run.say(f"finished {run.steps} steps: {config.folder / 'embedder'}")
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +15,11 @@ from pacl_kernels.loss import FORMS, LOSSES
 
 POSITIVE = (
     "batch_size accum_freq epochs max_steps train_num_samples lr eps attn_temperature logit_scale max_logit_scale "
-    "grad_clip_norm tower_lr force_image_size save_frequency keep_checkpoints log_every_n_steps max_image_pixels"
+    "grad_clip_norm tower_lr force_image_size save_frequency keep_checkpoints log_every_n_steps max_image_pixels "
+    "val_frequency"
 ).split()
-NOT_NEGATIVE = "wd warmup workers shuffle seed lock_image_unlocked_groups".split()
+NOT_NEGATIVE = "wd warmup epochs_cooldown workers shuffle seed lock_image_unlocked_groups".split()
+REPORTERS = ("tensorboard", "wandb", "trackio")
 
 
 @dataclass(frozen=True)
@@ -62,8 +65,12 @@ class TrainConfig:
     eps: float = 1e-6
     warmup: int = 0
     """Steps of linear warm-up."""
-    lr_scheduler: Literal["cosine", "const"] = "cosine"
+    lr_scheduler: Literal["cosine", "const", "const-cooldown"] = "cosine"
+    epochs_cooldown: int = 1
+    """Epochs at the end in which const-cooldown goes linearly to 0."""
     grad_clip_norm: float | None = 1.0
+    ema_decay: float | None = None
+    """Keep a running average of the weights (0.999, say): it is what is validated and written as the embedder."""
     form: Literal["dot", "cosine", "max"] = "cosine"
     loss: Literal["infonce", "sigmoid"] = "infonce"
     attn_temperature: float = 0.05
@@ -83,6 +90,16 @@ class TrainConfig:
     device: str = "auto"
     backend: str = "auto"
     """Of the loss; see python -m pacl_kernels."""
+    torchcompile: bool = False
+    """Compile the embedder; needs a compiler where it runs."""
+    val_data: str | None = None
+    """Held-out pairs, named like --train-data: retrieval and loss among all of them."""
+    val_segmentation: str | None = None
+    """Shards with a .mask.png for each image, a label per pixel and 255 for none: mIoU and share of right patches."""
+    val_classes: Path | None = None
+    """The texts of the labels of --val-segmentation, one a line, from label 0."""
+    val_frequency: int = 1000
+    """Steps between validations; the last step has one too."""
     log_dir: Path = Path("logs")
     name: str = "pacl"
     """The folder of the run is LOG_DIR/NAME."""
@@ -90,8 +107,8 @@ class TrainConfig:
     """Steps between checkpoints."""
     keep_checkpoints: int = 2
     log_every_n_steps: int = 50
-    tensorboard: bool = True
-    """Write curves to LOG_DIR/NAME/tensorboard if tensorboard is installed."""
+    report_to: str = "auto"
+    """tensorboard, wandb, trackio, with commas between; auto: tensorboard if it is installed; none."""
     resume: str | None = None
     """latest, or a checkpoint: go on with the same data order."""
     dry_run: bool = False
@@ -111,6 +128,11 @@ class TrainConfig:
         for name in ("tower_lr", "grad_checkpointing"):
             if getattr(self, name) and locked:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, but every tower is locked")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ValueError(f"ema_decay: got {self.ema_decay!r}, expected a number between 0 and 1")
+        if (self.val_segmentation is None) != (self.val_classes is None):
+            raise ValueError("val_segmentation: expected --val-classes with it, and neither without the other")
+        reporters(self.report_to)
         return self
 
     def tower_names(self) -> str:
@@ -122,6 +144,19 @@ class TrainConfig:
     @property
     def folder(self) -> Path:
         return self.log_dir / self.name
+
+
+def reporters(names: str) -> list[str]:
+    """Where curves go; ValueError for a name that is unknown or not installed."""
+    if names == "auto":
+        return ["tensorboard"] if importlib.util.find_spec("tensorboard") else []
+    chosen = [name.strip() for name in names.split(",") if name.strip() not in ("", "none")]
+    for name in chosen:
+        if name not in REPORTERS:
+            raise ValueError(f"report_to: got {name!r}, expected auto, none, or some of {', '.join(REPORTERS)}")
+        if importlib.util.find_spec(name) is None:
+            raise ValueError(f"report_to: {name} is not installed (pip install {name})")
+    return chosen
 
 
 def dump_config(config: TrainConfig) -> str:
@@ -152,4 +187,5 @@ def read_config(path: Path) -> TrainConfig:
     if not isinstance(values, dict) or "train_data" not in values or not set(values) <= fields:
         unknown = sorted(set(values) - fields) if isinstance(values, dict) else values
         raise ValueError(f"config: {path} is not the config.yaml of a run (unknown: {unknown})")
-    return TrainConfig(**{**values, "log_dir": Path(values.get("log_dir", "logs"))})
+    paths = {name: Path(values[name]) for name in ("log_dir", "val_classes") if values.get(name) is not None}
+    return TrainConfig(**{**values, **paths})

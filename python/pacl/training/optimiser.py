@@ -1,4 +1,4 @@
-"""Which parameters decay, and how the learning rate runs."""
+"""Which parameters decay, how the learning rate runs, and the running average of the weights."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable
 
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 
 def parameter_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict]:
@@ -17,10 +18,18 @@ def parameter_groups(parameters: Iterable[nn.Parameter], weight_decay: float) ->
     ]
 
 
-def learning_rate(step: int, steps: int, warmup: int, scheduler: str) -> float:
-    """Share of the full learning rate at `step` of `steps`: linear warm-up, then "cosine" to 0 or "const"."""
+def learning_rate(step: int, steps: int, warmup: int, scheduler: str, cooldown: int = 0) -> float:
+    """Share of the full learning rate at `step` of `steps`: linear warm-up, then "cosine" to 0, "const", or
+    "const-cooldown", which falls linearly to 0 over the last `cooldown` steps."""
     warm = min(1.0, (step + 1) / warmup) if warmup else 1.0
     if scheduler == "const":
         return warm
+    if scheduler == "const-cooldown":
+        return warm * min(1.0, (steps - step) / max(1, cooldown))
     done = max(0, step - warmup) / max(1, steps - warmup)
     return warm * (1 + math.cos(math.pi * done)) / 2
+
+
+def average_of(model: nn.Module, decay: float) -> AveragedModel:
+    """A copy of `model` to be updated after every step: the first copies, later ones keep `decay` of what was there."""
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay)).requires_grad_(False)

@@ -24,12 +24,14 @@ from ..data.shards import Shards, count_samples, loader
 from ..embedder import VisionEmbedder, save_embedder
 from ..files import write_bytes
 from ..sharing import describe_towers
-from ..towers import load_towers
+from ..towers import Towers, load_towers
 from .checkpoints import load_checkpoint, save_checkpoint
 from .config import TrainConfig, command
-from .log import Log
+from .log import Log, pair_statistics, say
 from .model import Trainable
-from .optimiser import learning_rate, parameter_groups
+from .optimiser import average_of, learning_rate, parameter_groups
+from .plan import plan
+from .validation import Validation
 
 TOWERS = (
     "model pretrained vision_model vision_pretrained force_image_size lock_image lock_image_unlocked_groups lock_text "
@@ -67,6 +69,9 @@ class Run:
         self.steps = config.max_steps or config.epochs * self.epoch_steps
         torch.manual_seed(config.seed)
         self.model = Trainable(VisionEmbedder(*self.towers.widths), config, self.towers).to(self.device)
+        if config.torchcompile:
+            self.model.embedder.compile()
+        self.average = average_of(self.model, config.ema_decay) if config.ema_decay is not None else None
         self.wrapped = self.model
         if self.group:  # the buffers of towers never change
             self.wrapped = DistributedDataParallel(self.model, process_group=self.group, broadcast_buffers=False)
@@ -83,6 +88,7 @@ class Run:
             betas=(config.beta1, config.beta2),
             eps=config.eps,
         )
+        self.validation, self.validated = Validation(self), {}
 
     def _count(self) -> int:
         """Counted by the first process, for all."""
@@ -91,20 +97,18 @@ class Run:
             dist.broadcast_object_list(counts, src=0, group=self.group)
         return counts[0]
 
+    def say(self, text: str) -> None:
+        """A line for the console and out.log, of the first process."""
+        if self.rank == 0:
+            say(text, None if self.config.dry_run else self.config)
+
     def plan(self) -> str:
-        trained = sum(x.numel() for x in self.model.parameters() if x.requires_grad)
-        towers = (x for module in (self.towers.visual, self.towers.text) for x in module.parameters())
-        frozen = sum(x.numel() for x in towers if not x.requires_grad)
-        return "\n".join(
-            [
-                f"model: {self.config.tower_names()}, {frozen:,} parameters frozen, {trained:,} trained",
-                f"data: {self.samples:,} pairs in {len(self.data.paths)} shard(s)",
-                f"steps: {self.steps:,} of {self.global_batch:,} pairs ({self.world} process(es) x "
-                f"{self.config.accum_freq} x {self.config.batch_size}), {self.epoch_steps:,} an epoch",
-                f"device: {self.device}, {'bfloat16 autocast' if self.amp else 'float32'}",
-                f"folder: {self.config.folder}",
-            ]
-        )
+        return plan(self)
+
+    @property
+    def result(self) -> Trainable:
+        """The weights that are validated and kept: their average where there is one."""
+        return self.model if self.average is None else self.average.module
 
     @property
     def temperature(self) -> float:
@@ -117,18 +121,26 @@ class Run:
         """From the current step to the last, with checkpoints; on a signal the step under way is finished and saved."""
         if self.step >= self.steps:
             return
-        with self._signals(), Log(self) as log:
+        with self._signals(), Log(self) as self.log:
             for batch, waited in self._batches():
                 begin = time.perf_counter()
                 loss = self._step(batch)
                 self.step += 1
-                log.step(loss, batch["key"], waited, time.perf_counter() - begin)
+                self.log.step(loss, batch["key"], waited, time.perf_counter() - begin)
                 stop = self._anyone_stopped()
-                if stop or self.step == self.steps or self.step % self.config.save_frequency == 0:
-                    log.check()
+                if stop or self.due(self.config.save_frequency):
+                    self.log.check()
                     self.save()
+                if self.validation and not stop and self.due(self.config.val_frequency):
+                    self.validated = self.log.validated(self.validation(self.result))
+                    self.export()
                 if stop or self.step == self.steps:
                     return
+
+    def due(self, every: int, ahead: int = 0) -> bool:
+        """Whether what is done every so many steps, and at the last one, is done at this one, or `ahead` from it."""
+        step = self.step + ahead
+        return step % every == 0 or step == self.steps
 
     def _batches(self) -> Iterator[tuple[dict[str, Any], float]]:
         """Batches of a step of this process, and the seconds that each was waited for."""
@@ -146,7 +158,8 @@ class Run:
 
     def _step(self, batch: dict[str, Any]) -> Tensor:
         config = self.config
-        factor = learning_rate(self.step, self.steps, config.warmup, config.lr_scheduler)
+        cooldown = config.epochs_cooldown * self.epoch_steps
+        factor = learning_rate(self.step, self.steps, config.warmup, config.lr_scheduler, cooldown)
         self.lr = config.lr * factor
         for group in self.optimiser.param_groups:
             group["lr"] = group["initial_lr"] * factor
@@ -162,6 +175,8 @@ class Run:
             # A temperature that is not learned is a number, by which the loss chooses its kernel.
             temperature = learned[0] if self.config.learn_attn_temperature else self.config.attn_temperature
             bias = learned[-1] if self.config.loss == "sigmoid" else None
+            if self.rank == 0 and self.due(config.log_every_n_steps, ahead=1):
+                self.log.statistics = pair_statistics(patches, texts, temperature, config.form)
             return fused_pacl_loss(patches, texts, scale, attn_temperature=temperature, logit_bias=bias, **options)
 
         pairs = {"images": batch["image"], "texts": self.towers.tokenize(batch["caption"])}
@@ -173,7 +188,24 @@ class Run:
         self.optimiser.step()
         with torch.no_grad():
             self.model.log_scale.clamp_(0, math.log(self.config.max_logit_scale))
+        if self.average is not None:
+            self.average.update_parameters(self.model)
         return value
+
+    @torch.no_grad()
+    def patches_of(self, images: Tensor, model: Trainable) -> Tensor:
+        """Patch embeddings [B, N, D] of images by some weights of the run."""
+        tokens = self.towers_of(model).tokens(images.to(self.device, non_blocking=True))
+        return model.embedder(tokens)
+
+    @torch.no_grad()
+    def texts_of(self, captions: list[str], model: Trainable) -> Tensor:
+        """Text embeddings [B, D] of captions."""
+        return self.towers_of(model).encode_text(self.towers.tokenize(captions).to(self.device))
+
+    def towers_of(self, model: Trainable) -> Towers:
+        """The run's towers, with those of `model` that are trained."""
+        return dataclasses.replace(self.towers, **{name: getattr(model, name) for name in self.towers.trained})
 
     def _encode(self, pairs: dict[str, Tensor]) -> tuple[Tensor, ...]:
         images, texts = (pairs[name].to(self.device, non_blocking=True) for name in ("images", "texts"))
@@ -202,7 +234,7 @@ class Run:
 
     def _anyone_stopped(self) -> bool:
         """All processes stop at the same step: they ask each other at every step on a CPU, when they log on a GPU."""
-        due = self.device.type == "cpu" or self.step % self.config.log_every_n_steps == 0 or self.step == self.steps
+        due = self.device.type == "cpu" or self.due(self.config.log_every_n_steps)
         if self.group is None or not due:
             return self.group is None and self.stopped_by is not None
         flag = torch.tensor([self.stopped_by or 0], device=self.device)
@@ -219,26 +251,34 @@ class Run:
         state = {
             "step": self.step,
             "name": self.config.name,
-            "state_dict": {name: x.detach().cpu() for name, x in self.model.state_dict().items()},
+            "state_dict": _on_cpu(self.model),
+            "ema": None if self.average is None else _on_cpu(self.average),
             "optimizer": self.optimiser.state_dict(),
             "global_batch": self.global_batch,
             "world": self.world,
         }
         save_checkpoint(self.config.folder / "checkpoints", state, keep=self.config.keep_checkpoints)
-        self.export(self.model)
+        self.export()
 
-    def export(self, model: Trainable) -> None:
-        """The embedder's folder, as load_pacl reads it: embedder, model card, and towers that were trained."""
-        folder, config = self.config.folder / "embedder", self.config
-        trained = {name: getattr(model, name) for name in self.towers.trained}
-        for name, tower in trained.items():
-            state = {key: x.detach().cpu().contiguous() for key, x in tower.state_dict().items()}
+    def export(self) -> None:
+        """The embedder's folder, as load_pacl reads it: embedder, model card, and towers that were trained, with what
+        the last validation found; by the first process."""
+        if self.rank != 0:
+            return
+        folder, config, model = self.config.folder / "embedder", self.config, self.result
+        towers, trained = self.towers_of(model), self.towers.trained
+        for name in trained:
+            state = {key: x.contiguous() for key, x in _on_cpu(getattr(towers, name)).items()}
             write_bytes(folder / f"{name}.safetensors", save(state))
-        notes = {"form": config.form, "loss": config.loss, "attn_temperature": self.temperature, "steps": self.step}
+        learned = model.log_temperature
+        temperature = config.attn_temperature if learned is None else learned.exp().item()
+        notes = {"form": config.form, "loss": config.loss, "attn_temperature": temperature, "steps": self.step}
         notes |= {"global_batch": self.global_batch, "logit_scale": model.log_scale.exp().item()}
         notes |= {"pairs_seen": self.step * self.global_batch, "command": command(config)}
+        notes |= {} if config.ema_decay is None else {"ema_decay": config.ema_decay}
+        notes |= {"metrics": self.validated} if self.validated else {}
         if trained or self.described is None:
-            self.described = describe_towers(dataclasses.replace(self.towers, **trained), folder, trained)
+            self.described = describe_towers(towers, folder, trained)
         save_embedder(model.embedder, folder, self.described, **notes)
 
     def restore(self, path: Path) -> None:
@@ -246,9 +286,17 @@ class Run:
         for name, mine in (("global_batch", self.global_batch), ("world", self.world)):
             if state.get(name) != mine:
                 raise ValueError(f"resume: {path} is of a run with {name} {state.get(name)}, expected {mine}")
+        if (state.get("ema") is None) != (self.average is None):
+            raise ValueError(f"resume: {path} is of a run {'without' if self.average else 'with'} --ema-decay")
+        if self.average is not None:
+            self.average.load_state_dict(state["ema"])
         self.model.load_state_dict(state["state_dict"])
         self.optimiser.load_state_dict(state["optimizer"])
         self.step = state["step"]
+
+
+def _on_cpu(module: nn.Module) -> dict[str, Tensor]:
+    return {name: x.detach().cpu() for name, x in module.state_dict().items()}
 
 
 def _process_group() -> dist.ProcessGroup | None:

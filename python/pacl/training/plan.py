@@ -1,0 +1,78 @@
+"""What a run is about to do, and what it will need: the lines that `pacl train` begins with."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from PIL import Image
+from torch import nn
+
+from pacl_kernels.distributed import _GATHER_BYTES, gathered_bytes
+
+if TYPE_CHECKING:
+    from .run import Run
+
+
+def plan(run: Run) -> str:
+    """A few lines for the console."""
+    config = run.config
+    trained = sum(x.numel() for x in run.model.parameters() if x.requires_grad)
+    frozen = sum(x.numel() for x in _parameters(run) if not x.requires_grad)
+    need = memory(run)
+    lines = [
+        f"model: {config.tower_names()}, {frozen:,} parameters frozen, {trained:,} trained",
+        f"data: {run.samples:,} pairs in {len(run.data.paths)} shard(s)",
+        f"steps: {run.steps:,} of {run.global_batch:,} pairs ({run.world} process(es) x "
+        f"{config.accum_freq} x {config.batch_size}), {run.epoch_steps:,} an epoch",
+        f"device: {run.device}, {'bfloat16 autocast' if run.amp else 'float32'}",
+        f"memory: {_mib(sum(need.values()))} a process ({', '.join(f'{k} {_mib(x)}' for k, x in need.items())}), "
+        "beside PyTorch itself and what the towers need as they run",
+    ]
+    if run.world > 1:
+        lines.append(f"network: {_mib(sent_bytes(run))} sent by a process in a step")
+    return "\n".join([*lines, f"folder: {config.folder}"])
+
+
+def memory(run: Run) -> dict[str, int]:
+    """Bytes of one process by what needs them; of what is there at the same time, in the worst moment of a step."""
+    config, sizes = run.config, run.model.embedder.config
+    item = 2 if run.amp else 4
+    weights = sum(x.numel() * x.element_size() for x in _parameters(run))
+    trained = sum(x.numel() * x.element_size() for x in run.model.parameters() if x.requires_grad)
+    image = run.towers.transform(Image.new("RGB", (8, 8)))
+    patches = run.patches_of(image[None], run.model).shape[1]
+    local = config.batch_size * config.accum_freq
+    width, hidden, out = (sizes[f"{name}_dim"] for name in ("in", "hidden", "out"))
+    return {
+        "weights": weights,
+        # Gradients, Adam's two averages, and that of the weights.
+        "optimiser": trained * (3 + (config.ema_decay is not None)),
+        "images": local * image.numel() * 4,
+        "tokens": config.batch_size * patches * (width + 2 * hidden + 3 * out) * item,
+        # Patch embeddings and their gradient; with micro-batches their parts too.
+        "embeddings": (3 if config.accum_freq > 1 else 2) * local * patches * out * item,
+        "loss": gathered_bytes(run.world, local, out, item),
+    }
+
+
+def sent_bytes(run: Run) -> int:
+    """What a process sends in a step: gradients of the parameters, texts, and their float32 gradients (see
+    docs/distributed.md); ring algorithms, headers and sums left out."""
+    local, out = run.config.batch_size * run.config.accum_freq, run.model.embedder.config["out_dim"]
+    item, others = 2 if run.amp else 4, run.world - 1
+    trained = sum(x.numel() * x.element_size() for x in run.model.parameters() if x.requires_grad)
+    texts, gradients = local * out * item, local * out * 4
+    if gathered_bytes(run.world, local, out, item) > _GATHER_BYTES:
+        exchange = 2 * others * texts + run.world * gradients
+    else:
+        exchange = others * (texts + gradients * (2 if run.device.type == "cpu" else 1))
+    return 2 * trained * others // run.world + exchange
+
+
+def _parameters(run: Run) -> set[nn.Parameter]:
+    """Of towers and model, which share those that are trained."""
+    return {x for module in (run.towers.visual, run.towers.text, run.model) for x in module.parameters()}
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"

@@ -1,0 +1,234 @@
+"""What a run measures on data that it does not train on: retrieval among held-out pairs, and segmentation."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from pacl_kernels import compatibility
+
+from ..data.shards import Shards, loader
+from ..segmentation import IGNORE, ConfusionMatrix, class_scores, label_map, patch_labels, patch_shares
+
+if TYPE_CHECKING:
+    from .run import Run, Trainable
+
+RECALLS = (1, 5, 10)
+SEGMENTED = 32  # images at a time
+
+
+class Validation:
+    """The held-out data of a run. Every process reads its share, and all of them know the result."""
+
+    def __init__(self, run: Run):
+        self.run, config = run, run.config
+        self.captions: list[str] | None = None  # of all processes, from the first validation on
+        self.texts: Tensor | None = None
+        self.pairs = self.labelled = None
+        if config.val_data:
+            self.pairs = self._open(config.val_data, run.towers.transform)
+        if config.val_segmentation:
+            self.labelled = self._open(config.val_segmentation, _Squashed(run.towers.transform), masks=True)
+            self.classes = read_classes(config.val_classes)
+
+    def __bool__(self) -> bool:
+        return self.pairs is not None or self.labelled is not None
+
+    @torch.no_grad()
+    def __call__(self, model: Trainable) -> dict[str, float]:
+        """Measures of `model` as fractions, and the loss. Training keeps the random numbers that it would have had."""
+        run, values = self.run, {}
+        devices = [run.device] if run.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), torch.autocast(run.device.type, torch.bfloat16, enabled=run.amp):
+            if self.pairs is not None:
+                values |= self._retrieval(model)
+            if self.labelled is not None:
+                values |= self._segmentation(model)
+        return values
+
+    def _open(self, data: str, transform, masks: bool = False) -> Shards:
+        return Shards(
+            data,
+            transform=transform,
+            masks=masks,
+            max_image_pixels=self.run.config.max_image_pixels,
+            rank=self.run.rank,
+            world=self.run.world,
+        )
+
+    def _read(self, data: Shards, batch_size: int) -> Iterator[dict[str, Any]]:
+        workers = min(self.run.config.workers, data.most_workers)
+        try:
+            yield from loader(data, batch_size, workers=workers)
+        except RuntimeError as error:  # a worker's, with its traceback
+            if "no usable sample" not in str(error):
+                raise
+            name = "val_data" if data is self.pairs else "val_segmentation"
+            raise ValueError(f"{name}: no usable sample for a process; skipped {data.skipped}") from error
+
+    # Retrieval
+
+    def _retrieval(self, model: Trainable) -> dict[str, float]:
+        """Every image is encoded once and scored against all texts, one block in memory at a time."""
+        run, config = self.run, self.run.config
+        if self.captions is None:
+            self._read_captions()
+        if self.texts is None or model.text is not None:  # those of a frozen tower stay
+            blocks = range(0, len(self.captions), config.batch_size)
+            self.texts = torch.cat([run.texts_of(self.captions[i : i + config.batch_size], model) for i in blocks])
+        scale = model.log_scale.exp().item()
+        bias = None if model.bias is None else model.bias.item()
+        result = Retrieval(self.captions, scale, bias, run.device)
+        at = self.first
+        for batch in self._read(self.pairs, config.batch_size):
+            patches = run.patches_of(batch["image"], model)
+            temperature = config.attn_temperature if model.log_temperature is None else model.log_temperature.exp()
+            phi = compatibility(
+                patches,
+                self.texts.to(patches.dtype),
+                attn_temperature=temperature,
+                form=config.form,
+                backend=config.backend,
+            )
+            if batch["caption"] != self.captions[at : at + len(phi)]:
+                raise ValueError("val_data: its samples changed in the course of the run")
+            result.update(phi, at)
+            at += len(phi)
+        return result.values(run.group)
+
+    def _read_captions(self) -> None:
+        """A pass over the data without its pixels, because an image is to meet the texts that come after it."""
+        transform, self.pairs.transform = self.pairs.transform, _nothing
+        mine = [caption for batch in self._read(self.pairs, 256) for caption in batch["caption"]]
+        self.pairs.transform = transform
+        shares = [mine]
+        if self.run.group is not None:
+            shares = [None] * self.run.world
+            dist.all_gather_object(shares, mine, group=self.run.group)
+        self.captions = [caption for share in shares for caption in share]
+        self.first = sum(len(share) for share in shares[: self.run.rank])
+
+    # Segmentation
+
+    def _segmentation(self, model: Trainable) -> dict[str, float]:
+        texts = self.run.texts_of(self.classes, model).float()
+        pixels, patches = (ConfusionMatrix(len(self.classes)) for _ in range(2))
+        samples = iter(self._read(self.labelled, 1))  # masks have the sizes of their images
+        while part := list(itertools.islice(samples, SEGMENTED)):
+            images = torch.cat([sample["image"] for sample in part])
+            embedded = self.run.patches_of(images, model).float()
+            with torch.autocast(embedded.device.type, enabled=False):
+                scores = class_scores(embedded, texts)
+            for score, sample in zip(scores.split(1), part, strict=True):
+                mask = sample["mask"]
+                wrong = mask[(mask >= len(self.classes)) & (mask != IGNORE)]
+                if len(wrong):
+                    raise ValueError(
+                        f"val_segmentation: {sample['key'][0]} has label {int(wrong[0])}, expected {IGNORE} or, as "
+                        f"--val-classes has {len(self.classes)} lines, 0 to {len(self.classes) - 1}"
+                    )
+                pixels.update(mask, label_map(score, mask.shape[1:]).cpu())
+                truth = patch_labels(patch_shares(mask, len(self.classes), score.shape[2:]))
+                patches.update(truth, score.argmax(1).cpu())
+        for matrix in (pixels, patches):
+            matrix.counts = _summed(matrix.counts, self.run)
+        return {"mIoU": pixels.miou(), "patch_accuracy": patches.accuracy()}
+
+
+class Retrieval:
+    """Recalls and loss of M pairs from blocks of φ; keeps a dozen numbers for each text, whatever the number of images.
+
+    captions: of all M pairs; where two pairs have the same one, either is right for the other and neither is counted
+    against it. Another caption (or image) that ties with the pair, or is NaN, counts as better than the pair: an
+    embedder that gives everything the same score has recall 0. scale, bias: of the logits; a bias means the sigmoid
+    loss, and none InfoNCE, both with all M pairs as one batch.
+    """
+
+    def __init__(self, captions: list[str], scale: float, bias: float | None, device: torch.device):
+        known: dict[str, int] = {}
+        labels = [known.setdefault(caption, len(known)) for caption in captions]
+        self.labels = torch.tensor(labels, device=device)
+        self.scale, self.bias = scale, bias
+        pairs, best = len(captions), max(RECALLS)
+        # For each text: the best of the other images, what its column sums to, and its own image.
+        self.columns = torch.full((pairs, best + 2), -torch.inf, device=device)
+        self.hits, self.loss, self.images = [0] * len(RECALLS), 0.0, 0
+
+    def update(self, phi: Tensor, at: int) -> None:
+        """Rows [b, M] of φ, images `at` and following against all texts."""
+        rows, best = torch.arange(len(phi), device=phi.device), max(RECALLS)
+        phi, pair = phi.float(), phi[rows, at + rows].float()
+        others = phi.masked_fill(self.labels[at + rows, None] == self.labels, -torch.inf)
+        worse = (~(others < pair[:, None])).sum(1)
+        for i, k in enumerate(RECALLS):
+            self.hits[i] += int((worse < k).sum())
+        self.columns[:, :best] = torch.cat([self.columns[:, :best], others.T], 1).topk(best).values
+        self.columns[at + rows, -1] = pair
+        logits = self.scale * phi if self.bias is None else self.scale * phi + self.bias
+        if self.bias is None:
+            self.columns[:, -2] = torch.logaddexp(self.columns[:, -2], logits.logsumexp(0))
+            self.loss += (logits.logsumexp(1) - logits[rows, at + rows]).double().sum().item() / 2
+        else:
+            sign = torch.full_like(logits, -1.0)
+            sign[rows, at + rows] = 1.0
+            self.loss -= F.logsigmoid(sign * logits).double().sum().item()
+        self.images += len(phi)
+
+    def values(self, group: dist.ProcessGroup | None = None) -> dict[str, float]:
+        """Recalls as fractions and `clip_val_loss`; of the images of all processes of a group."""
+        columns, best = self.columns[None], max(RECALLS)
+        counts = torch.tensor([*self.hits, self.images, self.loss], dtype=torch.float64, device=columns.device)
+        if group is not None:
+            columns = columns.new_empty(group.size(), *self.columns.shape)
+            dist.all_gather(list(columns), self.columns, group=group)
+            dist.all_reduce(counts, group=group)
+        *hits, images, loss = counts.tolist()
+        pair = columns[..., -1].amax(0)
+        top = columns[..., :best].transpose(0, 1).flatten(1).topk(best).values
+        if self.bias is None:
+            logits = self.scale * pair
+            loss += (columns[..., -2].logsumexp(0) - logits).double().sum().item() / 2
+        found = {f"image_to_text_R@{k}": hit / images for k, hit in zip(RECALLS, hits, strict=True)}
+        for k in RECALLS:
+            found[f"text_to_image_R@{k}"] = (top[:, k - 1] < pair).double().mean().item()
+        return found | {"clip_val_loss": loss / images}
+
+
+def read_classes(path: Path) -> list[str]:
+    """The texts of a file's lines; the label of a class is its line, from 0. ValueError for an empty line or file."""
+    classes = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    if not classes or not all(classes):
+        raise ValueError(f"val_classes: {path} has {len(classes)} lines, expected one class in each and none empty")
+    return classes
+
+
+class _Squashed:
+    """`transform` of an image squeezed to the tower's size first: a crop would leave nothing to say of the rest."""
+
+    def __init__(self, transform):
+        self.transform = transform
+        height, width = transform(Image.new("RGB", (8, 8))).shape[-2:]
+        self.size = width, height
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        return self.transform(image.resize(self.size, Image.Resampling.BICUBIC))
+
+
+def _nothing(image: Image.Image) -> int:
+    return 0
+
+
+def _summed(counts: Tensor, run: Run) -> Tensor:
+    if run.group is None:
+        return counts
+    counts = counts.to(run.device)
+    dist.all_reduce(counts, group=run.group)
+    return counts.cpu()

@@ -1,0 +1,47 @@
+"""Runs of `pacl train` for tests: flags, a process or several, and what they leave."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from pacl.cli import main
+
+
+def flags(world: Path, logs: Path, **changes) -> list[str]:
+    values = {
+        "train_data": world / "scenes/train-{000..002}.tar",
+        "model": f"local-dir:{world / 'clip'}",
+        "log_dir": logs,
+        "batch_size": 12,
+        "max_steps": 6,
+        "workers": 0,
+        "log_every_n_steps": 2,
+        "report_to": "none",
+    }
+    words = []
+    for name, value in (values | changes).items():
+        words += [f"--{name}"] if value is None else [f"--{name}", str(value)]
+    return words
+
+
+def train(world: Path, logs: Path, **changes) -> int:
+    return main(["train", *flags(world, logs, **changes)])
+
+
+def start(world: Path, logs: Path, processes: int = 1, **changes) -> subprocess.Popen:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    return subprocess.Popen(
+        [sys.executable, *launcher, "-m", "pacl", "train", *flags(world, logs, **changes)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
