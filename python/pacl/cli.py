@@ -10,6 +10,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from .data.command import add_data
+
 INTERRUPTED = 130  # what shells report for a program ended by Ctrl-C
 NEEDS = {
     "open_clip": "open_clip_torch",
@@ -30,11 +32,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="pacl", description="Patch Aligned Contrastive Learning: train and look.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_demo(commands)
+    add_data(commands)
     doctor = commands.add_parser("doctor", help="what can run here, what is missing, and a self-check")
     doctor.add_argument("--json", action="store_true", help="for a bug report")
     doctor.set_defaults(run=_doctor)
-    commands.add_parser("train", help="train the vision embedder on image-caption shards")  # parses its own flags
+    commands.add_parser("train", help="train the vision embedder on image-caption pairs")  # parses its own flags
     arguments = parser.parse_args(argv)
+    missing = _missing("data") if arguments.command == "data" else None
+    if missing:
+        parser.error(missing)
     try:
         return arguments.run(arguments, parser)
     except KeyboardInterrupt:

@@ -6,25 +6,37 @@ import dataclasses
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 
 from pacl_kernels.loss import FORMS, LOSSES
 
+from ..data import Kind
+
 POSITIVE = (
     "batch_size accum_freq epochs max_steps train_num_samples lr eps attn_temperature logit_scale max_logit_scale "
     "grad_clip_norm tower_lr force_image_size save_frequency keep_checkpoints log_every_n_steps max_image_pixels"
 ).split()
-NOT_NEGATIVE = "wd warmup workers shuffle seed lock_image_unlocked_groups".split()
+NOT_NEGATIVE = "wd warmup workers shuffle seed lock_image_unlocked_groups max_bad_share".split()
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Train PACL's vision embedder on a frozen CLIP and image-caption shards. Flags are named as in open_clip."""
+    """Train PACL's vision embedder on a frozen CLIP and image-caption pairs. Flags are named as in open_clip."""
 
     train_data: str
-    """Shards: a path, braces and :: as in open_clip (`a-{000..015}.tar::b.tar`). Local files."""
+    """Shards (a path, braces and :: as in open_clip, `a-{000..015}.tar::b.tar`) or a folder of them, a .csv or .tsv
+    file, a folder of images with .txt files, an annotation .json of COCO captions, or synthetic. Local files."""
+    dataset_type: Kind = "auto"
+    dataset_resampled: bool = False
+    """Draw shards with replacement."""
+    csv_separator: str | None = None
+    """Without it, the one of tab and comma that finds both columns in the header."""
+    csv_img_key: str = "filepath"
+    csv_caption_key: str = "title"
+    image_root: Path | None = None
+    """Folder of the images that a csv or COCO file names, none of which may lie outside; by default beside it."""
     model: str = "ViT-B-16"
     """Name of an open_clip model, or local-dir:FOLDER as save_pretrained and the demo write it."""
     pretrained: str | None = None
@@ -53,7 +65,7 @@ class TrainConfig:
     max_steps: int | None = None
     """Stop after that many steps, with the schedule of a run of that length."""
     train_num_samples: int | None = None
-    """Pairs in an epoch; counted in the shards without it."""
+    """Pairs in an epoch, or generated scenes; without it they are counted (10,000 scenes)."""
     lr: float = 5e-4
     wd: float = 0.2
     """Weight decay of matrices; gains, biases and scalars have none."""
@@ -77,8 +89,10 @@ class TrainConfig:
     workers: int = 4
     """Processes that read and decode, for each training process; no more than shards."""
     shuffle: int = 2000
-    """Samples held for shuffling, for each worker."""
+    """Samples of shards held for shuffling, for each worker; other forms are shuffled whole. 0: not at all."""
     max_image_pixels: int = 25_000_000
+    max_bad_share: float = 0.1
+    """Stop once a larger share of the samples was skipped as bad, of at least 500 that a process has seen."""
     seed: int = 0
     device: str = "auto"
     backend: str = "auto"
@@ -123,6 +137,13 @@ class TrainConfig:
     def folder(self) -> Path:
         return self.log_dir / self.name
 
+    @property
+    def data_options(self) -> dict[str, Any]:
+        """What open_pairs takes of these."""
+        names = "csv_separator csv_img_key csv_caption_key image_root max_image_pixels max_bad_share".split()
+        options = {name: getattr(self, name) for name in names} | {"kind": self.dataset_type}
+        return options | ({"scenes": self.train_num_samples} if self.train_num_samples else {})
+
 
 def dump_config(config: TrainConfig) -> str:
     """As YAML; `--config` reads it back."""
@@ -152,4 +173,5 @@ def read_config(path: Path) -> TrainConfig:
     if not isinstance(values, dict) or "train_data" not in values or not set(values) <= fields:
         unknown = sorted(set(values) - fields) if isinstance(values, dict) else values
         raise ValueError(f"config: {path} is not the config.yaml of a run (unknown: {unknown})")
-    return TrainConfig(**{**values, "log_dir": Path(values.get("log_dir", "logs"))})
+    paths = {name: Path(values[name]) for name in ("log_dir", "image_root") if values.get(name) is not None}
+    return TrainConfig(**values | paths)

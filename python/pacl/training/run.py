@@ -20,7 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pacl_kernels import cached_step, fused_pacl_loss
 
-from ..data.shards import Shards, count_samples, loader
+from ..data.samples import BadData, loader
+from ..data.sources import open_pairs
 from ..embedder import VisionEmbedder, save_embedder
 from ..files import write_bytes
 from ..sharing import describe_towers
@@ -49,16 +50,18 @@ class Run:
         self.step, self.stopped_by, self.described = 0, None, None
         torch.manual_seed(config.seed)  # towers without weights are the same in every process, and on resuming
         self.towers = load_towers(**{name: getattr(config, name) for name in TOWERS}, device=self.device)
-        self.data = Shards(
+        self.data = open_pairs(
             config.train_data,
+            resampled=config.dataset_resampled,
             transform=self.towers.transform,
             shuffle=config.shuffle,
             seed=config.seed,
             repeat=True,
-            max_image_pixels=config.max_image_pixels,
             rank=self.rank,
             world=self.world,
+            **config.data_options,
         )
+        self.data_state = None
         self.samples = config.train_num_samples or self._count()
         self.global_batch = config.batch_size * config.accum_freq * self.world
         self.epoch_steps = self.samples // self.global_batch
@@ -86,7 +89,7 @@ class Run:
 
     def _count(self) -> int:
         """Counted by the first process, for all."""
-        counts = [count_samples(self.data.paths) if self.rank == 0 else None]
+        counts = [self.data.count() if self.rank == 0 else None]
         if self.group:
             dist.broadcast_object_list(counts, src=0, group=self.group)
         return counts[0]
@@ -98,7 +101,7 @@ class Run:
         return "\n".join(
             [
                 f"model: {self.config.tower_names()}, {frozen:,} parameters frozen, {trained:,} trained",
-                f"data: {self.samples:,} pairs in {len(self.data.paths)} shard(s)",
+                f"data: {self.samples:,} pairs in {self.data.name}",
                 f"steps: {self.steps:,} of {self.global_batch:,} pairs ({self.world} process(es) x "
                 f"{self.config.accum_freq} x {self.config.batch_size}), {self.epoch_steps:,} an epoch",
                 f"device: {self.device}, {'bfloat16 autocast' if self.amp else 'float32'}",
@@ -133,15 +136,16 @@ class Run:
     def _batches(self) -> Iterator[tuple[dict[str, Any], float]]:
         """Batches of a step of this process, and the seconds that each was waited for."""
         size, parts = self.config.batch_size, self.config.accum_freq
-        batches = iter(loader(self.data, size * parts, workers=self.config.workers, drop_last=True, start=self.step))
+        options = {"workers": self.config.workers, "drop_last": True, "start": self.data_state}
+        batches = loader(self.data, size * parts, **options)
+        iterator = iter(batches)
         while True:
             begin = time.perf_counter()
             try:
-                batch = next(batches)
-            except RuntimeError as error:  # a worker's, with its traceback
-                if "shards: no usable sample" not in str(error):
-                    raise
-                raise ValueError(f"train_data: no usable sample; skipped {self.data.skipped}") from error
+                batch = next(iterator)
+            except BadData as error:  # a worker's message holds its traceback
+                raise ValueError(f"train_data: {self.data.complaint()}; pacl data check shows which") from error
+            self.data_state = batches.state
             yield batch, time.perf_counter() - begin
 
     def _step(self, batch: dict[str, Any]) -> Tensor:
@@ -213,7 +217,11 @@ class Run:
     # What stays
 
     def save(self) -> None:
-        """The checkpoint, and the embedder alone as safetensors; by the first process."""
+        """The checkpoint, and the embedder alone as safetensors; by the first process, called by all."""
+        data = [self.data_state]
+        if self.group:
+            data = [None] * self.world
+            dist.all_gather_object(data, self.data_state, group=self.group)
         if self.rank != 0:
             return
         state = {
@@ -223,6 +231,7 @@ class Run:
             "optimizer": self.optimiser.state_dict(),
             "global_batch": self.global_batch,
             "world": self.world,
+            "data": data,
         }
         save_checkpoint(self.config.folder / "checkpoints", state, keep=self.config.keep_checkpoints)
         self.export(self.model)
@@ -248,7 +257,7 @@ class Run:
                 raise ValueError(f"resume: {path} is of a run with {name} {state.get(name)}, expected {mine}")
         self.model.load_state_dict(state["state_dict"])
         self.optimiser.load_state_dict(state["optimizer"])
-        self.step = state["step"]
+        self.step, self.data_state = state["step"], state["data"][self.rank]
 
 
 def _process_group() -> dist.ProcessGroup | None:
