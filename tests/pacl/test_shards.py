@@ -205,11 +205,11 @@ def test_going_on_gives_what_would_have_followed(workers, resampled, write_tar):
     def go_on(start, count: int):
         dataset = Shards(paths, shuffle=5, seed=3, repeat=True, resampled=resampled)
         batches = loader(dataset, 4, workers=workers, start=start)
-        out = [
-            (batch["key"], json.loads(json.dumps(batches.state)))
-            for batch, _ in zip(batches, range(count), strict=False)
-        ]
-        return [keys for keys, _ in out], [state for _, state in out], dataset
+        keys, states = [], []
+        for batch in itertools.islice(batches, count):
+            keys.append(batch["key"])
+            states.append(json.loads(json.dumps(batches.state)))
+        return keys, states, dataset
 
     whole, states, first = go_on(None, 20)
     assert workers or first.skipped["image"] >= 5, "no bad sample to stumble over"

@@ -80,8 +80,14 @@ class Shards(Samples):
     def _read(self, path: Path, worker: int = 0, epoch: int = 0) -> Iterator[Raw]:
         """Samples of one shard. One at a time: older webdataset joins samples across a shard's end."""
 
+        torn = False
+
         def skip(error: Exception) -> bool:
-            self.skip("archive", str(path), error, worker)
+            nonlocal torn
+            tear = isinstance(error, (tarfile.TarError, OSError, EOFError))
+            if not (tear and torn):  # webdataset tries once more, in vain
+                self.skip("archive", str(path), error, worker)
+            torn |= tear
             return True
 
         try:
