@@ -50,7 +50,8 @@ class Samples(IterableDataset):
     repeat: start over for ever instead of stopping.
     masks: require a mask (uint8 tensor [H, W], a class label per pixel) of the image's size.
     max_image_pixels: larger images are skipped by what their header says, before they are decoded.
-    max_bad_share: BadData once a larger share of at least 500 samples was skipped, by all workers of this process.
+    max_bad_share: BadData once a larger share of at least 500 samples was skipped, by all workers of this process; with
+        several processes none raises it alone, which would leave the others waiting, but all can ask for `too_many`.
     rank, world: this process of how many: each takes its share.
 
     Yields dicts: key (str), image, caption (str), mask where asked for, and place, (epoch, number of the sample in what
@@ -119,6 +120,11 @@ class Samples(IterableDataset):
         """Samples tried so far, good and bad, all workers together."""
         return int(self._counts.sum())
 
+    @property
+    def too_many(self) -> bool:
+        """Whether more samples were bad than max_bad_share allows."""
+        return self.seen >= LEAST_SEEN and sum(self.skipped.values()) > self.max_bad_share * self.seen
+
     def complaint(self) -> str:
         """One line on what was skipped so far."""
         skipped, seen = self.skipped, self.seen
@@ -184,7 +190,7 @@ class Samples(IterableDataset):
             if isinstance(error, Image.DecompressionBombError):  # Pillow's own cap, should ours be above 179 million
                 reason = "pixels"
             self.skip(reason, raw.key, error, worker)
-        if self.seen >= LEAST_SEEN and sum(self.skipped.values()) > self.max_bad_share * self.seen:
+        if self.world == 1 and self.too_many:
             raise BadData(self.complaint())
         return None
 

@@ -32,6 +32,7 @@ from .log import Log
 from .model import Trainable
 from .optimiser import learning_rate, parameter_groups
 
+BAD_DATA = 1000  # above the numbers of signals
 TOWERS = (
     "model pretrained vision_model vision_pretrained force_image_size lock_image lock_image_unlocked_groups lock_text "
     "grad_checkpointing"
@@ -144,7 +145,9 @@ class Run:
             try:
                 batch = next(iterator)
             except BadData as error:  # a worker's message holds its traceback
-                raise ValueError(f"train_data: {self.data.complaint()}; pacl data check shows which") from error
+                if self.group is None and self.step:
+                    self.save()
+                raise _bad_data([self.data.complaint()]) from error
             self.data_state = batches.state
             yield batch, time.perf_counter() - begin
 
@@ -209,8 +212,13 @@ class Run:
         due = self.device.type == "cpu" or self.step % self.config.log_every_n_steps == 0 or self.step == self.steps
         if self.group is None or not due:
             return self.group is None and self.stopped_by is not None
-        flag = torch.tensor([self.stopped_by or 0], device=self.device)
+        flag = torch.tensor([BAD_DATA if self.data.too_many else self.stopped_by or 0], device=self.device)
         dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.group)
+        if int(flag) == BAD_DATA:
+            self.save()
+            complaints = [None] * self.world
+            dist.all_gather_object(complaints, self.data.complaint() if self.data.too_many else "", group=self.group)
+            raise _bad_data(complaints) if self.rank == 0 else SystemExit(1)
         self.stopped_by = int(flag) or None
         return self.stopped_by is not None
 
@@ -268,6 +276,10 @@ def _process_group() -> dist.ProcessGroup | None:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     return dist.group.WORLD
+
+
+def _bad_data(complaints: list[str]) -> ValueError:
+    return ValueError(f"train_data: {'; '.join(filter(None, complaints))}; pacl data check shows which")
 
 
 def _device(name: str) -> torch.device:
