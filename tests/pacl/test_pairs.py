@@ -133,6 +133,8 @@ def test_csv_columns_and_separators(tmp_path, capsys):
 
 def test_csv_rows_that_are_bad(tmp_path):
     names, _ = write_images(tmp_path)
+    (tmp_path / "long.csv").write_text(f"filepath,title\n{names[0]},{'x' * 70_000}\n{names[0]},short\n")
+    assert [sample["caption"] for sample in open_pairs(tmp_path / "long.csv")] == ["short"]
     lines = [
         f"{names[0]},good",
         f"{names[1]},",
@@ -299,6 +301,9 @@ def test_packed_shards_hold_the_same_bytes(form, tmp_path, capsys, write_tar):
     before = sorted(path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir())
     assert main(["data", "pack", str(location), "--out", str(tmp_path / "out"), *options]) == 1
     assert "out has shards already, expected another folder" in capsys.readouterr().err
+    (tmp_path / "out/sizes.json").rename(tmp_path / "sizes.json")  # one that was interrupted has none
+    assert main(["data", "pack", str(location), "--out", str(tmp_path / "out"), *options]) == 1
+    (tmp_path / "sizes.json").rename(tmp_path / "out/sizes.json")
     assert before == sorted(path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir())
 
 
