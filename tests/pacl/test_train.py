@@ -213,7 +213,7 @@ def test_too_many_bad_samples_stop_all_processes(world, tmp_path):
     assert process.returncode != 0
     assert len(re.findall("^pacl: error: train_data: .* of 5.. samples of .* are bad", output, re.M)) == 1
     assert "[rank" not in output, "a process was left to find out by itself"
-    assert final(tmp_path)["step"] >= 20
+    assert final(tmp_path)["step"] >= 10  # workers read ahead
 
 
 def test_loose_pairs_scenes_and_resampled_shards_train(world, tmp_path, capsys):
