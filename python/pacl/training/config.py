@@ -18,6 +18,7 @@ POSITIVE = (
     "batch_size accum_freq epochs max_steps train_num_samples lr eps attn_temperature logit_scale max_logit_scale "
     "grad_clip_norm tower_lr force_image_size save_frequency keep_checkpoints log_every_n_steps max_image_pixels"
 ).split()
+NOTES = ("deviations", "left_open")  # in config.yaml, for people: see recipe.py
 NOT_NEGATIVE = "wd warmup workers shuffle seed lock_image_unlocked_groups max_bad_share".split()
 
 
@@ -25,7 +26,7 @@ NOT_NEGATIVE = "wd warmup workers shuffle seed lock_image_unlocked_groups max_ba
 class TrainConfig:
     """Train PACL's vision embedder on a frozen CLIP and image-caption pairs. Flags are named as in open_clip."""
 
-    train_data: str
+    train_data: str | None = None
     """Shards (a path, braces and :: as in open_clip, `a-{000..015}.tar::b.tar`) or a folder of them, a .csv or .tsv
     file, a folder of images with .txt files, an annotation .json of COCO captions, or synthetic. Local files."""
     dataset_type: Kind = "auto"
@@ -59,8 +60,9 @@ class TrainConfig:
     """Recompute the activations of towers that are trained."""
     batch_size: int = 256
     """Pairs that one process encodes at a time."""
-    accum_freq: int = 1
-    """Such batches in a step of a process; all of them, of all processes, are contrasted with each other."""
+    accum_freq: int | None = 1
+    """Such batches in a step of a process; all of them, of all processes, are contrasted with each other. None: as many
+    as make 4,096 pairs, the paper's batch."""
     epochs: int = 10
     max_steps: int | None = None
     """Stop after that many steps, with the schedule of a run of that length."""
@@ -83,7 +85,14 @@ class TrainConfig:
     learn_attn_temperature: bool = False
     logit_scale: float = 1 / 0.07
     """Where the learned logit scale begins."""
+    learn_logit_scale: bool = True
     max_logit_scale: float = 100.0
+    nouns: Literal["words", "nltk"] | None = None
+    """Train every other time on a noun of the caption in a prompt instead of the caption; nouns by the package's word
+    list, or by nltk's tagger."""
+    recipe: Literal["paper"] | None = None
+    """paper: defaults of all flags as in the paper, a batch of 4,096 pairs included; config.yaml lists what other flags
+    change, and what the paper leaves open."""
     precision: Literal["auto", "fp32", "amp_bf16"] = "auto"
     """auto: amp_bf16 on a GPU, fp32 on a CPU."""
     workers: int = 4
@@ -118,9 +127,12 @@ class TrainConfig:
             if value is not None and not (value > 0 or value == 0 and name in NOT_NEGATIVE):
                 least = "at least 0" if name in NOT_NEGATIVE else "above 0"
                 raise ValueError(f"{name}: got {value!r}, expected a number {least}")
-        for name, choices in (("form", FORMS), ("loss", LOSSES)):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected one of {', '.join(choices)}")
+        if self.train_data is None:
+            raise ValueError("train_data: got none, expected the path of shards")
+        choices = {"form": FORMS, "loss": LOSSES, "nouns": (None, "words", "nltk"), "recipe": (None, "paper")}
+        for name, values in choices.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected one of {', '.join(map(str, values))}")
         locked = self.lock_image and self.lock_text and not self.lock_image_unlocked_groups
         for name in ("tower_lr", "grad_checkpointing"):
             if getattr(self, name) and locked:
@@ -145,10 +157,10 @@ class TrainConfig:
         return options | ({"scenes": self.train_num_samples} if self.train_num_samples else {})
 
 
-def dump_config(config: TrainConfig) -> str:
-    """As YAML; `--config` reads it back."""
+def dump_config(config: TrainConfig, notes: dict[str, Any]) -> str:
+    """As YAML; `--config` reads it back, all but the notes of a recipe."""
     values = {name: str(x) if isinstance(x, Path) else x for name, x in dataclasses.asdict(config).items()}
-    return yaml.safe_dump(values, sort_keys=False)
+    return yaml.safe_dump(values | notes, sort_keys=False, width=120)
 
 
 def command(config: TrainConfig) -> str:
@@ -169,6 +181,8 @@ def read_config(path: Path) -> TrainConfig:
         values = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
         raise ValueError(f"config: {path} is not YAML ({str(error).splitlines()[0]})") from error
+    if isinstance(values, dict):
+        values = {name: value for name, value in values.items() if name not in NOTES}
     fields = {item.name for item in dataclasses.fields(TrainConfig)}
     if not isinstance(values, dict) or "train_data" not in values or not set(values) <= fields:
         unknown = sorted(set(values) - fields) if isinstance(values, dict) else values

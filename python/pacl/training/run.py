@@ -22,6 +22,7 @@ from pacl_kernels import cached_step, fused_pacl_loss
 
 from ..data.samples import BadData, loader
 from ..data.sources import open_pairs
+from ..data.texts import choose_text, noun_finder
 from ..embedder import VisionEmbedder, save_embedder
 from ..files import write_bytes
 from ..sharing import describe_towers
@@ -31,6 +32,7 @@ from .config import TrainConfig, command
 from .log import Log
 from .model import Trainable
 from .optimiser import learning_rate, parameter_groups
+from .recipe import recipe_notes
 
 BAD_DATA = 1000  # above the numbers of signals
 TOWERS = (
@@ -49,6 +51,7 @@ class Run:
         self.device = _device(config.device)
         self.amp = config.precision == "amp_bf16" or (config.precision == "auto" and self.device.type == "cuda")
         self.step, self.stopped_by, self.described = 0, None, None
+        self.nouns = noun_finder(config.nouns) if config.nouns else None
         torch.manual_seed(config.seed)  # towers without weights are the same in every process, and on resuming
         self.towers = load_towers(**{name: getattr(config, name) for name in TOWERS}, device=self.device)
         self.data = open_pairs(
@@ -107,8 +110,16 @@ class Run:
                 f"{self.config.accum_freq} x {self.config.batch_size}), {self.epoch_steps:,} an epoch",
                 f"device: {self.device}, {'bfloat16 autocast' if self.amp else 'float32'}",
                 f"folder: {self.config.folder}",
+                *self._recipe(),
             ]
         )
+
+    def _recipe(self) -> list[str]:
+        deviations = recipe_notes(self.config, self.global_batch).get("deviations")
+        if deviations is None:
+            return []
+        words = [f"{name} {value['run']} for {value['paper']}" for name, value in deviations.items()]
+        return [f"recipe: {self.config.recipe}" + (f", but {'; '.join(words)}" if words else "")]
 
     @property
     def temperature(self) -> float:
@@ -171,7 +182,7 @@ class Run:
             bias = learned[-1] if self.config.loss == "sigmoid" else None
             return fused_pacl_loss(patches, texts, scale, attn_temperature=temperature, logit_bias=bias, **options)
 
-        pairs = {"images": batch["image"], "texts": self.towers.tokenize(batch["caption"])}
+        pairs = {"images": batch["image"], "texts": self.towers.tokenize(self._texts(batch))}
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
             modules = [self.wrapped] if self.group else []
             value = cached_step(self._encode, pairs, loss, micro_batch=self.config.batch_size, modules=modules)
@@ -181,6 +192,14 @@ class Run:
         with torch.no_grad():
             self.model.log_scale.clamp_(0, math.log(self.config.max_logit_scale))
         return value
+
+    def _texts(self, batch: dict[str, Any]) -> list[str]:
+        """Captions, or what choose_text makes of them; the same after a resume and for any number of workers."""
+        if self.nouns is None:
+            return batch["caption"]
+        when = {"seed": self.config.seed, "epoch": self.step // self.epoch_steps}
+        pairs = zip(batch["caption"], batch["key"], strict=True)
+        return [choose_text(caption, key, nouns=self.nouns, **when) for caption, key in pairs]
 
     def _encode(self, pairs: dict[str, Tensor]) -> tuple[Tensor, ...]:
         images, texts = (pairs[name].to(self.device, non_blocking=True) for name in ("images", "texts"))
