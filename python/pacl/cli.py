@@ -27,8 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     # open_clip writes hyphens, its peers underscores: both work.
     argv = [re.sub(r"^--[^=]+", lambda flag: flag[0].replace("_", "-"), word) for word in argv]
-    if argv[:1] == ["train"]:
-        return _train(argv[1:])
+    if argv[:1] in (["train"], ["features"]):
+        return _train(argv[0], argv[1:])
     parser = argparse.ArgumentParser(prog="pacl", description="Patch Aligned Contrastive Learning: train and look.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_demo(commands)
@@ -37,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     doctor.add_argument("--json", action="store_true", help="for a bug report")
     doctor.set_defaults(run=_doctor)
     commands.add_parser("train", help="train the vision embedder on image-caption pairs")  # parses its own flags
+    commands.add_parser("features", help="compute what frozen towers give once, and store it for training")
     arguments = parser.parse_args(argv)
     missing = _missing("data") if arguments.command == "data" else None
     if missing:
@@ -80,13 +81,15 @@ def _doctor(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> i
     return main(arguments.json)
 
 
-def _train(argv: Sequence[str]) -> int:
-    missing = _missing("train")
+def _train(command: str, argv: Sequence[str]) -> int:
+    missing = _missing(command)
     if missing:
         print(f"pacl: error: {missing}", file=sys.stderr)
         return 2
-    from .training.command import main
-
+    if command == "features":
+        from .training.features import main
+    else:
+        from .training.command import main
     return main(argv)
 
 

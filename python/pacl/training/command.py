@@ -11,6 +11,7 @@ from pathlib import Path
 import torch.distributed as dist
 import tyro
 
+from ..data.features import tower_names
 from ..files import write_bytes
 from .checkpoints import checkpoints
 from .config import TrainConfig, dump_config, read_config
@@ -67,8 +68,11 @@ def _parse(argv: list[str], prog: str) -> TrainConfig:
         config = tyro.cli(TrainConfig, args=argv[:at] + argv[at + 2 :], default=config, prog=prog)
     else:
         config = tyro.cli(TrainConfig, args=argv, prog=prog)
-        if config.recipe is not None:
-            config = tyro.cli(TrainConfig, args=argv, default=recipe_config(), prog=prog)
+        if config.recipe is not None or config.features is not None:
+            default = recipe_config() if config.recipe is not None else TrainConfig()
+            if config.features is not None:
+                default = dataclasses.replace(default, **tower_names(config.features))
+            config = tyro.cli(TrainConfig, args=argv, default=default, prog=prog)
     return fill_batch(config.check(), int(os.environ.get("WORLD_SIZE", 1)))
 
 

@@ -29,6 +29,8 @@ class TrainConfig:
     train_data: str | None = None
     """Shards (a path, braces and :: as in open_clip, `a-{000..015}.tar::b.tar`) or a folder of them, a .csv or .tsv
     file, a folder of images with .txt files, an annotation .json of COCO captions, or synthetic. Local files."""
+    features: Path | None = None
+    """What pacl features stored, in place of --train-data; its towers are those of the run."""
     dataset_type: Kind = "auto"
     dataset_resampled: bool = False
     """Draw shards with replacement."""
@@ -127,13 +129,16 @@ class TrainConfig:
             if value is not None and not (value > 0 or value == 0 and name in NOT_NEGATIVE):
                 least = "at least 0" if name in NOT_NEGATIVE else "above 0"
                 raise ValueError(f"{name}: got {value!r}, expected a number {least}")
-        if self.train_data is None:
-            raise ValueError("train_data: got none, expected the path of shards")
+        if (self.train_data is None) == (self.features is None):
+            got = "none" if self.features is None else "--features too"
+            raise ValueError(f"train_data: got {got}, expected image-caption pairs or features")
         choices = {"form": FORMS, "loss": LOSSES, "nouns": (None, "words", "nltk"), "recipe": (None, "paper")}
         for name, values in choices.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, expected one of {', '.join(map(str, values))}")
         locked = self.lock_image and self.lock_text and not self.lock_image_unlocked_groups
+        if self.features is not None and not locked:
+            raise ValueError("features: got some, but towers that are trained change theirs; train on --train-data")
         for name in ("tower_lr", "grad_checkpointing"):
             if getattr(self, name) and locked:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, but every tower is locked")
@@ -187,5 +192,5 @@ def read_config(path: Path) -> TrainConfig:
     if not isinstance(values, dict) or "train_data" not in values or not set(values) <= fields:
         unknown = sorted(set(values) - fields) if isinstance(values, dict) else values
         raise ValueError(f"config: {path} is not the config.yaml of a run (unknown: {unknown})")
-    paths = {name: Path(values[name]) for name in ("log_dir", "image_root") if values.get(name) is not None}
+    paths = {name: Path(values[name]) for name in ("log_dir", "image_root", "features") if values.get(name) is not None}
     return TrainConfig(**values | paths)

@@ -12,6 +12,11 @@ BATCH = 4096  # of all processes: 1,024 on each of 4 GPUs
 PAPER: dict[str, Any] = {
     "model": "ViT-B-16",
     "pretrained": "openai",
+    "vision_model": None,
+    "force_image_size": None,
+    "lock_image": True,
+    "lock_image_unlocked_groups": 0,
+    "lock_text": True,
     "epochs": 10,
     "max_steps": None,
     "lr": 5e-4,

@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pacl_kernels import cached_step, fused_pacl_loss
 
+from ..data.features import Features
 from ..data.samples import BadData, loader
 from ..data.sources import open_pairs
 from ..data.texts import choose_text, noun_finder
@@ -54,17 +55,14 @@ class Run:
         self.nouns = noun_finder(config.nouns) if config.nouns else None
         torch.manual_seed(config.seed)  # towers without weights are the same in every process, and on resuming
         self.towers = load_towers(**{name: getattr(config, name) for name in TOWERS}, device=self.device)
-        self.data = open_pairs(
-            config.train_data,
-            resampled=config.dataset_resampled,
-            transform=self.towers.transform,
-            shuffle=config.shuffle,
-            seed=config.seed,
-            repeat=True,
-            rank=self.rank,
-            world=self.world,
-            **config.data_options,
-        )
+        order = {"shuffle": config.shuffle, "seed": config.seed, "repeat": True, "rank": self.rank, "world": self.world}
+        if config.features is not None:
+            self.data = Features(config.features, nouns=config.nouns, **order)
+            self.data.check(self.towers)
+        else:
+            transform, resampled = self.towers.transform, config.dataset_resampled
+            data = {"transform": transform, "resampled": resampled} | config.data_options
+            self.data = open_pairs(config.train_data, **order, **data)
         self.data_state = None
         self.samples = config.train_num_samples or self._count()
         self.global_batch = config.batch_size * config.accum_freq * self.world
@@ -182,7 +180,11 @@ class Run:
             bias = learned[-1] if self.config.loss == "sigmoid" else None
             return fused_pacl_loss(patches, texts, scale, attn_temperature=temperature, logit_bias=bias, **options)
 
-        pairs = {"images": batch["image"], "texts": self.towers.tokenize(self._texts(batch))}
+        texts = self._texts(batch)
+        if config.features is None:
+            pairs = {"images": batch["image"], "texts": self.towers.tokenize(texts)}
+        else:
+            pairs = {"images": batch["tokens"], "texts": self.data.embeddings(batch, texts)}
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
             modules = [self.wrapped] if self.group else []
             value = cached_step(self._encode, pairs, loss, micro_batch=self.config.batch_size, modules=modules)
@@ -203,6 +205,8 @@ class Run:
 
     def _encode(self, pairs: dict[str, Tensor]) -> tuple[Tensor, ...]:
         images, texts = (pairs[name].to(self.device, non_blocking=True) for name in ("images", "texts"))
+        if self.config.features is not None:
+            return self.wrapped(images.float(), texts)
         with torch.no_grad():
             if self.model.visual is None:
                 images = self.towers.tokens(images)
