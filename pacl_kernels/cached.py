@@ -72,12 +72,14 @@ def cached_step(
             rows = [output[i] for output in outputs] + [example.detach()]
             leaf = torch.cat(rows) if _has_rows(example) else rows[-1].clone()
             leaves.append(leaf.requires_grad_(example.requires_grad))
+        del outputs, rows, leaf, example  # the leaves hold copies
         value = loss(*leaves)
         value.backward()
         grads = [
             leaf.grad.split(sizes) if leaf.grad is not None and _has_rows(leaf) else [leaf.grad] * len(parts)
             for leaf in leaves
         ]
+        del leaves  # of which the gradients are left
         _pass_on(last, [grad[-1] for grad in grads], scalars=final)
     del last  # with its graph
     for i, (part, state) in enumerate(zip(parts[:-1], random, strict=True)):

@@ -10,6 +10,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from .data.command import add_data
+
 INTERRUPTED = 130  # what shells report for a program ended by Ctrl-C
 NEEDS = {
     "open_clip": "open_clip_torch",
@@ -25,16 +27,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     # open_clip writes hyphens, its peers underscores: both work.
     argv = [re.sub(r"^--[^=]+", lambda flag: flag[0].replace("_", "-"), word) for word in argv]
-    if argv[:1] == ["train"]:
-        return _train(argv[1:])
+    if argv[:1] in (["train"], ["features"]):
+        return _train(argv[0], argv[1:])
     parser = argparse.ArgumentParser(prog="pacl", description="Patch Aligned Contrastive Learning: train and look.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_demo(commands)
+    add_data(commands)
     doctor = commands.add_parser("doctor", help="what can run here, what is missing, and a self-check")
     doctor.add_argument("--json", action="store_true", help="for a bug report")
     doctor.set_defaults(run=_doctor)
-    commands.add_parser("train", help="train the vision embedder on image-caption shards")  # parses its own flags
+    commands.add_parser("train", help="train the vision embedder on image-caption pairs")  # parses its own flags
+    commands.add_parser("features", help="compute what frozen towers give once, and store it for training")
     arguments = parser.parse_args(argv)
+    missing = _missing("data") if arguments.command == "data" else None
+    if missing:
+        parser.error(missing)
     try:
         return arguments.run(arguments, parser)
     except KeyboardInterrupt:
@@ -74,13 +81,15 @@ def _doctor(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> i
     return main(arguments.json)
 
 
-def _train(argv: Sequence[str]) -> int:
-    missing = _missing("train")
+def _train(command: str, argv: Sequence[str]) -> int:
+    missing = _missing(command)
     if missing:
         print(f"pacl: error: {missing}", file=sys.stderr)
         return 2
-    from .training.command import main
-
+    if command == "features":
+        from .training.features import main
+    else:
+        from .training.command import main
     return main(argv)
 
 

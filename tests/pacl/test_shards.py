@@ -1,15 +1,22 @@
 """The loader on real tar files: what goes in comes out, and what is bad is skipped under its name."""
 
 import io
+import itertools
+import json
+import os
+import re
 import struct
+import time
 import zlib
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 from conftest import encode, picture
+from pacl.data.samples import BadData, loader
 from pacl.data.scene_shards import write_scenes
-from pacl.data.shards import Shards, count_samples, expand_shards, loader
+from pacl.data.shards import Shards, count_shards, expand_shards
 from PIL import Image
 
 
@@ -55,7 +62,7 @@ def test_bad_samples_are_skipped_and_counted(write_tar):
     del members["0005.txt"], members["0006.png"]
     dataset = Shards(write_tar("a.tar", members))
     assert keys(dataset) == ["0000", "0007"]
-    assert dataset.skipped == {"archive": 0, "image": 3, "pixels": 0, "caption": 3, "mask": 0}
+    assert dataset.skipped == {"archive": 0, "file": 0, "image": 3, "pixels": 0, "caption": 3, "mask": 0}
 
 
 def test_corrupt_jpeg_is_skipped(write_tar):
@@ -91,7 +98,7 @@ def bomb(side: int) -> bytes:
 def test_oversize_image_is_skipped_by_its_header(write_tar, side):
     dataset = Shards(write_tar("a.tar", pairs(1) | {"x.png": bomb(side), "x.txt": b"bomb"}))
     assert keys(dataset) == ["0000"]
-    assert dataset.skipped == {"archive": 0, "image": 0, "pixels": 1, "caption": 0, "mask": 0}
+    assert dataset.skipped == {"archive": 0, "file": 0, "image": 0, "pixels": 1, "caption": 0, "mask": 0}
 
 
 def test_pixel_cap_is_an_argument(write_tar):
@@ -181,21 +188,56 @@ def test_order_depends_on_seed_and_epoch_alone(write_tar):
 
 def test_an_epoch_without_a_good_sample_stops(write_tar):
     path = write_tar("a.tar", {"a.jpg": b"no", "a.txt": b"x"})
-    with pytest.raises(RuntimeError, match="no usable sample"):
+    with pytest.raises(BadData, match=r"no usable sample in 1 shard\(s\) \(image 1\)"):
         next(iter(Shards(path, repeat=True)))
 
 
+@pytest.mark.parametrize("resampled", [False, True])
 @pytest.mark.parametrize("workers", [0, 1, 2])
-@pytest.mark.parametrize("start", [0, 1, 2, 3, 7])
-def test_a_later_start_gives_what_would_have_followed(start, workers, tmp_path):
-    write_scenes(tmp_path, "train", 30, seed=0, shard_size=10)
-    paths = sorted(tmp_path.glob("*.tar"))
+def test_going_on_gives_what_would_have_followed(workers, resampled, write_tar):
+    """From every place of three epochs, bad samples among what came before; those are not decoded again."""
+    paths = []
+    for i in range(3):
+        members = pairs(10, start=10 * i)
+        members[f"{10 * i + 2 * i + 1:04d}.png"] = b"bad"
+        paths.append(write_tar(f"{i}.tar", members))
 
-    def keys(start: int) -> list[list[str]]:
-        batches = loader(Shards(paths, shuffle=5, seed=3, repeat=True), 4, workers=workers, start=start)
-        return [batch["key"] for batch, _ in zip(batches, range(12 - start), strict=False)]
+    def go_on(start, count: int):
+        dataset = Shards(paths, shuffle=5, seed=3, repeat=True, resampled=resampled)
+        batches = loader(dataset, 4, workers=workers, start=start)
+        keys, states = [], []
+        for batch in itertools.islice(batches, count):
+            keys.append(batch["key"])
+            states.append(json.loads(json.dumps(batches.state)))
+        return keys, states, dataset
 
-    assert keys(start) == keys(0)[start:]
+    whole, states, first = go_on(None, 20)
+    assert workers or first.skipped["image"] >= 5, "no bad sample to stumble over"
+    for at in (1, 6, 13) if workers else (1, 2, 3, 6, 7, 8, 13, 19):
+        keys, _, dataset = go_on(states[at - 1], 20 - at)
+        assert keys == whole[at:]
+        assert workers or dataset.seen + at * 4 <= first.seen
+    with pytest.raises(ValueError, match=f"workers: got {3 - workers}, expected as many as where .*, {workers}"):
+        loader(Shards(paths, repeat=True, resampled=resampled), 4, workers=3 - workers, start=states[0])
+
+
+def test_resampling_draws_shards_with_replacement(write_tar):
+    paths = [write_tar(f"{i}.tar", pairs(1, start=i)) for i in range(6)]
+
+    def epochs(**options) -> list[list[str]]:
+        stream = iter(Shards(paths, repeat=True, resampled=True, **options))
+        return [[next(stream)["key"] for _ in range(6)] for _ in range(30)]
+
+    first = epochs()
+    assert first == epochs() != epochs(seed=1)
+    counts = Counter(sum(first, []))
+    assert len(counts) == 6 and 12 < min(counts.values()) and max(counts.values()) < 55  # 30 each, on average
+    assert any(len(set(epoch)) < 6 for epoch in first), "no repetition within an epoch"
+    shares = [epochs(rank=rank, world=2) for rank in range(2)]
+    assert shares[0] != shares[1]
+    assert Shards(paths, repeat=True, resampled=True, world=9).most_workers > 6
+    with pytest.raises(ValueError, match="resampled: got True without repeat"):
+        Shards(paths, resampled=True)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
@@ -213,5 +255,63 @@ def test_counting_reads_names_only(tmp_path, write_tar):
     odd = write_tar(
         "odd.tar", {"a.jpg": b"-", "a.txt": b"-", "b.jpg": b"-", "c.txt": b"-", "d/a.PNG": b"", "d/a.txt": b""}
     )
-    assert count_samples(sorted(tmp_path.glob("train-*.tar"))) == 30
-    assert count_samples([odd]) == 2
+    assert Shards(sorted(tmp_path.glob("train-*.tar"))).count() == 30
+    assert Shards([odd, odd]).count() == 4
+
+
+def test_counts_are_kept_beside_the_shards_while_they_hold(write_tar, tmp_path):
+    paths = [write_tar(f"{i}.tar", pairs(3 + i)) for i in range(3)]
+    sizes = tmp_path / "sizes.json"
+    assert list(count_shards(paths).values()) == [3, 4, 5]
+    assert json.loads(sizes.read_text()) == {"0.tar": 3, "1.tar": 4, "2.tar": 5}
+    sizes.write_text('{"0.tar": 2, "1.tar": 900, "2.tar": "4", "other.tar": 7}')  # believed, impossible, believed
+    assert list(count_shards(paths).values()) == [2, 4, 4]
+    assert json.loads(sizes.read_text()) == {"0.tar": 2, "1.tar": 4, "2.tar": "4", "other.tar": 7}
+    write_tar("0.tar", pairs(6))
+    os.utime(paths[0], ns=(time.time_ns() + 10**9,) * 2)
+    assert list(count_shards(paths).values()) == [6, 4, 4]
+    sizes.write_text("[somebody else's]")
+    assert list(count_shards(paths).values()) == [6, 4, 5]
+    assert sizes.read_text() == "[somebody else's]"
+
+
+def test_counts_where_nothing_can_be_written_or_read(write_tar, tmp_path, monkeypatch):
+    path = write_tar("a.tar", pairs(4))
+    path.write_bytes(path.read_bytes()[: 512 * 9])
+    assert list(count_shards([path]).values()) == [2]
+    assert not (tmp_path / "sizes.json").exists(), "the count of half a shard was kept"
+    whole = write_tar("b.tar", pairs(2))
+
+    def refuse(*_):
+        raise PermissionError("read-only")  # as root, a folder's mode refuses nothing
+
+    monkeypatch.setattr("pacl.data.shards.write_bytes", refuse)
+    assert list(count_shards([whole]).values()) == [2]
+
+
+def test_a_shard_that_vanishes_is_counted(write_tar):
+    dataset = Shards([write_tar("a.tar", pairs(2)), gone := write_tar("b.tar", pairs(2))])
+    gone.unlink()
+    assert keys(dataset) == ["0000", "0001"]
+    assert dataset.skipped["file"] == 1
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_too_many_bad_samples_stop(workers, write_tar):
+    """All workers together: neither shard has 500 samples."""
+    paths = []
+    for shard in range(2):
+        members = {}
+        for i in range(300):
+            members |= {f"{i:04d}.jpg": b"-" if i % 4 == 0 else encode(picture(0)), f"{i:04d}.txt": b"x"}
+        paths.append(write_tar(f"{shard}.tar", members))
+    dataset = Shards(paths, repeat=True)
+    with pytest.raises(BadData, match="samples of 2 .* are bad"):
+        for _ in loader(dataset, 20, workers=workers):
+            pass
+    assert 500 <= dataset.seen <= 600
+    assert re.fullmatch(
+        r"1\d\d of 5\d\d samples of 2 shard\(s\) are bad \(image 1\d\d\); max_bad_share is 0.1", dataset.complaint()
+    )
+    allowed = Shards(paths, max_bad_share=0.3)
+    assert sum(len(batch["key"]) for batch in loader(allowed, 20, workers=workers)) == 450

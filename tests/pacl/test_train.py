@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ pytest.importorskip("tyro")
 import torch
 from pacl.cli import main
 from pacl.data import scenes
+from pacl.data.pairs import ScenePairs
 from pacl.data.scene_shards import write_scenes
 from pacl.demo.toy_clip import new_clip, save_clip
 from pacl.sharing import load_pacl
@@ -52,6 +54,15 @@ def flags(world: Path, logs: Path, **changes) -> list[str]:
     for name, value in (values | changes).items():
         words += [f"--{name}"] if value is None else [f"--{name}", str(value)]
     return words
+
+
+def loose_scenes(folder: Path, count: int, bad: int) -> Path:
+    """Images with captions beside them, of which the first `bad` images cannot be decoded."""
+    folder.mkdir()
+    for number, raw in enumerate(ScenePairs(scenes=count).undecoded(0, 0, 1)):
+        (folder / f"{number:04d}.jpg").write_bytes(raw.image if number >= bad else raw.image[:300])
+        (folder / f"{number:04d}.txt").write_bytes(raw.caption)
+    return folder
 
 
 def start(world: Path, logs: Path, processes: int = 1, **changes) -> subprocess.Popen:
@@ -127,10 +138,12 @@ def test_what_a_run_leaves(world, tmp_path, capsys):
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux to find a process's children")
-@pytest.mark.parametrize("processes, workers", [(1, 0), (1, 2), (2, 1)])
-def test_killed_and_resumed(processes, workers, world, tmp_path):
+@pytest.mark.parametrize("processes, workers, form", [(1, 0, "shards"), (1, 2, "folder"), (2, 1, "shards")])
+def test_killed_and_resumed(processes, workers, form, world, tmp_path):
     """kill -9 in mid-epoch; the run that goes on ends with the bits of one that was not interrupted."""
     changes = {"workers": workers, "save_frequency": 1, "max_steps": 12, "batch_size": 12 // processes}
+    if form == "folder":  # with bad images, which must not shift what follows
+        changes["train_data"] = loose_scenes(tmp_path / "loose", 120, bad=10)
     finish(start(world, tmp_path / "whole", processes, **changes))
     process = start(world, tmp_path / "cut", processes, **changes)
     folder = tmp_path / "cut/pacl/checkpoints"
@@ -184,6 +197,42 @@ def test_bad_samples_are_skipped_and_counted(world, tmp_path, write_tar):
     assert last["train/skipped"] >= 5 and math.isfinite(last["train/loss"])
 
 
+def test_too_many_bad_samples_stop_the_run(world, tmp_path, capsys):
+    changes = {"train_data": loose_scenes(tmp_path / "loose", 100, bad=15), "max_steps": 50, "workers": 2}
+    assert main(["train", *flags(world, tmp_path, **changes)]) == 1
+    (error,) = capsys.readouterr().err.strip().splitlines()[-1:]
+    line = r"pacl: error: train_data: \d+ of 5\d\d samples of .*loose are bad \(image \d+\); max_bad_share is 0.1; .*"
+    assert re.fullmatch(line, error)
+    assert main(["train", *flags(world, tmp_path, **changes, resume="latest", max_bad_share=0.2)]) == 0
+
+
+def test_too_many_bad_samples_stop_all_processes(world, tmp_path):
+    data = loose_scenes(tmp_path / "loose", 100, bad=15)
+    process = start(world, tmp_path, 2, train_data=data, batch_size=20, max_steps=100, workers=1)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode != 0
+    assert len(re.findall("^pacl: error: train_data: .* of 5.. samples of .* are bad", output, re.M)) == 1
+    assert "[rank" not in output, "a process was left to find out by itself"
+    assert final(tmp_path)["step"] >= 10  # workers read ahead
+
+
+def test_loose_pairs_scenes_and_resampled_shards_train(world, tmp_path, capsys):
+    folder = loose_scenes(tmp_path / "loose", 24, bad=0)
+    rows = "".join(f"{path.name}\t{path.with_suffix('.txt').read_text()}\n" for path in sorted(folder.glob("*.jpg")))
+    (folder / "pairs.tsv").write_text("filepath\ttitle\n" + rows)
+    for name, changes, expected in (
+        ("csv", {"train_data": folder / "pairs.tsv"}, f"24 pairs in {folder}/pairs.tsv"),
+        ("scenes", {"train_data": "synthetic", "train_num_samples": 36}, "36 pairs in generated scenes"),
+        ("drawn", {"dataset_resampled": None}, "120 pairs in 3 shard(s)"),
+    ):
+        assert main(["train", *flags(world, tmp_path, **{"max_steps": 3, "name": name} | changes)]) == 0
+        assert f"data: {expected}\n" in capsys.readouterr().out
+        again = ["train", "--config", str(tmp_path / name / "config.yaml"), "--name", f"{name}2"]
+        assert main(again) == 0
+        first, second = (load_file(tmp_path / x / "embedder/model.safetensors") for x in (name, f"{name}2"))
+        assert all(torch.equal(first[key], second[key]) for key in first)
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(world, tmp_path, capsys):
     assert main(["train", *flags(world, tmp_path, lr=1e37, grad_clip_norm="None", save_frequency=1)]) == 1
     assert "the loss of step 2 is nan" in capsys.readouterr().err
@@ -204,6 +253,9 @@ class Malicious:
         ({"train_data": "pipe:touch executed"}, "expected the path of a local .tar file"),
         ({"model": "ViT-B-61"}, "model: got 'ViT-B-61', which open_clip does not know; it knows ViT-B-16"),
         ({"batch_size": 1000}, "batch_size: a step takes 1000 pairs, expected at most 120"),
+        ({"train_data": "missing.csv"}, "'missing.csv' is not a file"),
+        ({"dataset_type": "folder"}, "is not a folder, expected one of images"),
+        ({"max_bad_share": -1}, "max_bad_share: got -1.0, expected a number at least 0"),
         ({"lr": -1}, "lr: got -1.0, expected a number above 0"),
         ({"lr": "nan"}, "lr: got nan, expected a number above 0"),
         ({"resume": "malicious.pt"}, "malicious.pt is not a checkpoint of tensors and plain Python"),

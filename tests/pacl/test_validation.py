@@ -139,7 +139,7 @@ def test_processes_agree_with_one(run_world, tmp_path):
     "changes, message",
     [
         ({"val_data": "missing.tar"}, "'missing.tar' is not a file"),
-        ({"val_data": "bad.tar"}, "val_data: no usable sample for a process; skipped {'archive': 0, 'image': 1"),
+        ({"val_data": "bad.tar"}, "val_data: no usable sample in 1 shard(s) (image 1)"),
         ({"val_segmentation": "eval"}, "val_segmentation: expected --val-classes with it"),
         ({"val_segmentation": "eval", "val_classes": "empty.txt"}, "val_classes: empty.txt has 0 lines"),
         ({"val_segmentation": "eval", "val_classes": "two.txt"}, "eval-000000 has label 2"),

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from ..backbones import freeze, patch_tokens
 from ..data import scenes
+from ..data.samples import loader
 from ..data.scene_shards import write_scenes
-from ..data.shards import Shards, loader
+from ..data.shards import Shards
 from ..embedder import VisionEmbedder, save_embedder
 from ..files import write_bytes
 from ..progress import Progress

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,9 +12,11 @@ from pathlib import Path
 import torch.distributed as dist
 import tyro
 
+from ..data.features import tower_names
 from ..files import write_bytes
 from .checkpoints import checkpoints
 from .config import TrainConfig, dump_config, read_config
+from .recipe import fill_batch, recipe_config, recipe_notes
 from .run import Run
 
 
@@ -34,7 +37,9 @@ def main(argv: Sequence[str], prog: str = "pacl train") -> int:
                 run.restore(path)
                 run.say(f"resume: {path}, step {run.step}")
         if run.rank == 0:
-            write_bytes(config.folder / "config.yaml", dump_config(dataclasses.replace(config, resume=None)).encode())
+            notes = recipe_notes(config, run.global_batch)
+            text = dump_config(dataclasses.replace(config, resume=None), notes)
+            write_bytes(config.folder / "config.yaml", text.encode())
         run.train()
     except (ValueError, FloatingPointError, OSError) as error:
         print(f"pacl: error: {error}", file=sys.stderr)
@@ -53,14 +58,23 @@ def main(argv: Sequence[str], prog: str = "pacl train") -> int:
 
 
 def _parse(argv: list[str], prog: str) -> TrainConfig:
-    """`--config FILE` gives the values of a run, flags change them."""
-    if "--config" not in argv:
-        return tyro.cli(TrainConfig, args=argv, prog=prog).check()
-    at = argv.index("--config")
-    if at + 1 == len(argv):
-        raise ValueError("config: got no file, expected the config.yaml of a run")
-    config = read_config(Path(argv[at + 1]))
-    return tyro.cli(TrainConfig, args=argv[:at] + argv[at + 2 :], default=config, prog=prog).check()
+    """`--config FILE` gives the values of a run, `--recipe` those of the paper; flags change them."""
+    if "--config" in argv:
+        at = argv.index("--config")
+        if at + 1 == len(argv):
+            raise ValueError("config: got no file, expected the config.yaml of a run")
+        if any(word.partition("=")[0] == "--recipe" for word in argv):
+            raise ValueError("recipe: got --config too, expected one of them")
+        config = read_config(Path(argv[at + 1]))
+        config = tyro.cli(TrainConfig, args=argv[:at] + argv[at + 2 :], default=config, prog=prog)
+    else:
+        config = tyro.cli(TrainConfig, args=argv, prog=prog)
+        if config.recipe is not None or config.features is not None:
+            default = recipe_config() if config.recipe is not None else TrainConfig()
+            if config.features is not None:
+                default = dataclasses.replace(default, **tower_names(config.features))
+            config = tyro.cli(TrainConfig, args=argv, default=default, prog=prog)
+    return fill_batch(config.check(), int(os.environ.get("WORLD_SIZE", 1)))
 
 
 def _checkpoint(config: TrainConfig) -> Path | None:

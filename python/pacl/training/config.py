@@ -7,27 +7,42 @@ import importlib.util
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 
 from pacl_kernels.loss import FORMS, LOSSES
+
+from ..data import Kind
 
 POSITIVE = (
     "batch_size accum_freq epochs max_steps train_num_samples lr eps attn_temperature logit_scale max_logit_scale "
     "grad_clip_norm tower_lr force_image_size save_frequency keep_checkpoints log_every_n_steps max_image_pixels "
     "val_frequency"
 ).split()
-NOT_NEGATIVE = "wd warmup epochs_cooldown workers shuffle seed lock_image_unlocked_groups".split()
+NOTES = ("deviations", "left_open")  # in config.yaml, for people: see recipe.py
+NOT_NEGATIVE = "wd warmup epochs_cooldown workers shuffle seed lock_image_unlocked_groups max_bad_share".split()
 REPORTERS = ("tensorboard", "wandb", "trackio")
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Train PACL's vision embedder on a frozen CLIP and image-caption shards. Flags are named as in open_clip."""
+    """Train PACL's vision embedder on a frozen CLIP and image-caption pairs. Flags are named as in open_clip."""
 
-    train_data: str
-    """Shards: a path, braces and :: as in open_clip (`a-{000..015}.tar::b.tar`). Local files."""
+    train_data: str | None = None
+    """Shards (a path, braces and :: as in open_clip, `a-{000..015}.tar::b.tar`) or a folder of them, a .csv or .tsv
+    file, a folder of images with .txt files, an annotation .json of COCO captions, or synthetic. Local files."""
+    features: Path | None = None
+    """What pacl features stored, in place of --train-data; its towers are those of the run."""
+    dataset_type: Kind = "auto"
+    dataset_resampled: bool = False
+    """Draw shards with replacement."""
+    csv_separator: str | None = None
+    """Without it, the one of tab and comma that finds both columns in the header."""
+    csv_img_key: str = "filepath"
+    csv_caption_key: str = "title"
+    image_root: Path | None = None
+    """Folder of the images that a csv or COCO file names, none of which may lie outside; by default beside it."""
     model: str = "ViT-B-16"
     """Name of an open_clip model, or local-dir:FOLDER as save_pretrained and the demo write it."""
     pretrained: str | None = None
@@ -50,13 +65,14 @@ class TrainConfig:
     """Recompute the activations of towers that are trained."""
     batch_size: int = 256
     """Pairs that one process encodes at a time."""
-    accum_freq: int = 1
-    """Such batches in a step of a process; all of them, of all processes, are contrasted with each other."""
+    accum_freq: int | None = 1
+    """Such batches in a step of a process; all of them, of all processes, are contrasted with each other. None: as many
+    as make 4,096 pairs, the paper's batch."""
     epochs: int = 10
     max_steps: int | None = None
     """Stop after that many steps, with the schedule of a run of that length."""
     train_num_samples: int | None = None
-    """Pairs in an epoch; counted in the shards without it."""
+    """Pairs in an epoch, or generated scenes; without it they are counted (10,000 scenes)."""
     lr: float = 5e-4
     wd: float = 0.2
     """Weight decay of matrices; gains, biases and scalars have none."""
@@ -78,14 +94,23 @@ class TrainConfig:
     learn_attn_temperature: bool = False
     logit_scale: float = 1 / 0.07
     """Where the learned logit scale begins."""
+    learn_logit_scale: bool = True
     max_logit_scale: float = 100.0
+    nouns: Literal["words", "nltk"] | None = None
+    """Train every other time on a noun of the caption in a prompt instead of the caption; nouns by the package's word
+    list, or by nltk's tagger."""
+    recipe: Literal["paper"] | None = None
+    """paper: defaults of all flags as in the paper, a batch of 4,096 pairs included; config.yaml lists what other flags
+    change, and what the paper leaves open."""
     precision: Literal["auto", "fp32", "amp_bf16"] = "auto"
     """auto: amp_bf16 on a GPU, fp32 on a CPU."""
     workers: int = 4
     """Processes that read and decode, for each training process; no more than shards."""
     shuffle: int = 2000
-    """Samples held for shuffling, for each worker."""
+    """Samples of shards held for shuffling, for each worker; other forms are shuffled whole. 0: not at all."""
     max_image_pixels: int = 25_000_000
+    max_bad_share: float = 0.1
+    """Stop once a larger share of the samples was skipped as bad, of at least 500 that a process has seen."""
     seed: int = 0
     device: str = "auto"
     backend: str = "auto"
@@ -121,10 +146,16 @@ class TrainConfig:
             if value is not None and not (value > 0 or value == 0 and name in NOT_NEGATIVE):
                 least = "at least 0" if name in NOT_NEGATIVE else "above 0"
                 raise ValueError(f"{name}: got {value!r}, expected a number {least}")
-        for name, choices in (("form", FORMS), ("loss", LOSSES)):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected one of {', '.join(choices)}")
+        if (self.train_data is None) == (self.features is None):
+            got = "none" if self.features is None else "--features too"
+            raise ValueError(f"train_data: got {got}, expected image-caption pairs or features")
+        choices = {"form": FORMS, "loss": LOSSES, "nouns": (None, "words", "nltk"), "recipe": (None, "paper")}
+        for name, values in choices.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected one of {', '.join(map(str, values))}")
         locked = self.lock_image and self.lock_text and not self.lock_image_unlocked_groups
+        if self.features is not None and not locked:
+            raise ValueError("features: got some, but towers that are trained change theirs; train on --train-data")
         for name in ("tower_lr", "grad_checkpointing"):
             if getattr(self, name) and locked:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, but every tower is locked")
@@ -145,6 +176,13 @@ class TrainConfig:
     def folder(self) -> Path:
         return self.log_dir / self.name
 
+    @property
+    def data_options(self) -> dict[str, Any]:
+        """What open_pairs takes of these."""
+        names = "csv_separator csv_img_key csv_caption_key image_root max_image_pixels max_bad_share".split()
+        options = {name: getattr(self, name) for name in names} | {"kind": self.dataset_type}
+        return options | ({"scenes": self.train_num_samples} if self.train_num_samples else {})
+
 
 def reporters(names: str) -> list[str]:
     """Where curves go; ValueError for a name that is unknown or not installed."""
@@ -159,10 +197,10 @@ def reporters(names: str) -> list[str]:
     return chosen
 
 
-def dump_config(config: TrainConfig) -> str:
-    """As YAML; `--config` reads it back."""
+def dump_config(config: TrainConfig, notes: dict[str, Any]) -> str:
+    """As YAML; `--config` reads it back, all but the notes of a recipe."""
     values = {name: str(x) if isinstance(x, Path) else x for name, x in dataclasses.asdict(config).items()}
-    return yaml.safe_dump(values, sort_keys=False)
+    return yaml.safe_dump(values | notes, sort_keys=False, width=120)
 
 
 def command(config: TrainConfig) -> str:
@@ -183,9 +221,12 @@ def read_config(path: Path) -> TrainConfig:
         values = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
         raise ValueError(f"config: {path} is not YAML ({str(error).splitlines()[0]})") from error
+    if isinstance(values, dict):
+        values = {name: value for name, value in values.items() if name not in NOTES}
     fields = {item.name for item in dataclasses.fields(TrainConfig)}
     if not isinstance(values, dict) or "train_data" not in values or not set(values) <= fields:
         unknown = sorted(set(values) - fields) if isinstance(values, dict) else values
         raise ValueError(f"config: {path} is not the config.yaml of a run (unknown: {unknown})")
-    paths = {name: Path(values[name]) for name in ("log_dir", "val_classes") if values.get(name) is not None}
-    return TrainConfig(**{**values, **paths})
+    names = ("log_dir", "image_root", "features", "val_classes")
+    paths = {name: Path(values[name]) for name in names if values.get(name) is not None}
+    return TrainConfig(**values | paths)

@@ -29,7 +29,7 @@ class Trainable(nn.Module):
         self.embedder = embedder
         self.visual = towers.visual if "visual" in towers.trained else None
         self.text = towers.text if "text" in towers.trained else None
-        self.log_scale = nn.Parameter(torch.tensor(math.log(config.logit_scale)))
+        self.log_scale = nn.Parameter(torch.tensor(math.log(config.logit_scale)), config.learn_logit_scale)
         self.log_temperature = self.bias = None
         if config.learn_attn_temperature:
             self.log_temperature = nn.Parameter(torch.tensor(math.log(config.attn_temperature)))

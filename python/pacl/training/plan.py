@@ -9,6 +9,8 @@ from torch import nn
 
 from pacl_kernels.distributed import _GATHER_BYTES, gathered_bytes
 
+from .recipe import recipe_notes
+
 if TYPE_CHECKING:
     from .run import Run
 
@@ -21,7 +23,7 @@ def plan(run: Run) -> str:
     need = memory(run)
     lines = [
         f"model: {config.tower_names()}, {frozen:,} parameters frozen, {trained:,} trained",
-        f"data: {run.samples:,} pairs in {len(run.data.paths)} shard(s)",
+        f"data: {run.samples:,} pairs in {run.data.name}",
         f"steps: {run.steps:,} of {run.global_batch:,} pairs ({run.world} process(es) x "
         f"{config.accum_freq} x {config.batch_size}), {run.epoch_steps:,} an epoch",
         f"device: {run.device}, {'bfloat16 autocast' if run.amp else 'float32'}",
@@ -30,7 +32,12 @@ def plan(run: Run) -> str:
     ]
     if run.world > 1:
         lines.append(f"network: {_mib(sent_bytes(run))} sent by a process in a step")
-    return "\n".join([*lines, f"folder: {config.folder}"])
+    lines.append(f"folder: {config.folder}")
+    deviations = recipe_notes(config, run.global_batch).get("deviations")
+    if deviations is not None:
+        words = [f"{name} {value['run']} for {value['paper']}" for name, value in deviations.items()]
+        lines.append(f"recipe: {config.recipe}" + (f", but {'; '.join(words)}" if words else ""))
+    return "\n".join(lines)
 
 
 def memory(run: Run) -> dict[str, int]:
@@ -48,7 +55,7 @@ def memory(run: Run) -> dict[str, int]:
         # Gradients, Adam's two averages, and that of the weights.
         "optimiser": trained * (3 + (config.ema_decay is not None)),
         "images": local * image.numel() * 4,
-        "tokens": config.batch_size * patches * (width + 2 * hidden + 3 * out) * item,
+        "tokens": (local * width + config.batch_size * (2 * hidden + 3 * out)) * patches * item,
         # Patch embeddings and their gradient; with micro-batches their parts too.
         "embeddings": (3 if config.accum_freq > 1 else 2) * local * patches * out * item,
         "loss": gathered_bytes(run.world, local, out, item),

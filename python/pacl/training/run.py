@@ -20,7 +20,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pacl_kernels import cached_step, fused_pacl_loss
 
-from ..data.shards import Shards, count_samples, loader
+from ..data.features import Features
+from ..data.samples import BadData, loader
+from ..data.sources import open_pairs
+from ..data.texts import choose_text, noun_finder
 from ..embedder import VisionEmbedder, save_embedder
 from ..files import write_bytes
 from ..sharing import describe_towers
@@ -33,6 +36,7 @@ from .optimiser import average_of, learning_rate, parameter_groups
 from .plan import plan
 from .validation import Validation
 
+BAD_DATA = 1000  # above the numbers of signals
 TOWERS = (
     "model pretrained vision_model vision_pretrained force_image_size lock_image lock_image_unlocked_groups lock_text "
     "grad_checkpointing"
@@ -49,18 +53,18 @@ class Run:
         self.device = _device(config.device)
         self.amp = config.precision == "amp_bf16" or (config.precision == "auto" and self.device.type == "cuda")
         self.step, self.stopped_by, self.described = 0, None, None
+        self.nouns = noun_finder(config.nouns) if config.nouns else None
         torch.manual_seed(config.seed)  # towers without weights are the same in every process, and on resuming
         self.towers = load_towers(**{name: getattr(config, name) for name in TOWERS}, device=self.device)
-        self.data = Shards(
-            config.train_data,
-            transform=self.towers.transform,
-            shuffle=config.shuffle,
-            seed=config.seed,
-            repeat=True,
-            max_image_pixels=config.max_image_pixels,
-            rank=self.rank,
-            world=self.world,
-        )
+        order = {"shuffle": config.shuffle, "seed": config.seed, "repeat": True, "rank": self.rank, "world": self.world}
+        if config.features is not None:
+            self.data = Features(config.features, nouns=config.nouns, **order)
+            self.data.check(self.towers)
+        else:
+            transform, resampled = self.towers.transform, config.dataset_resampled
+            data = {"transform": transform, "resampled": resampled} | config.data_options
+            self.data = open_pairs(config.train_data, **order, **data)
+        self.data_state = None
         self.samples = config.train_num_samples or self._count()
         self.global_batch = config.batch_size * config.accum_freq * self.world
         self.epoch_steps = self.samples // self.global_batch
@@ -92,7 +96,7 @@ class Run:
 
     def _count(self) -> int:
         """Counted by the first process, for all."""
-        counts = [count_samples(self.data.paths) if self.rank == 0 else None]
+        counts = [self.data.count() if self.rank == 0 else None]
         if self.group:
             dist.broadcast_object_list(counts, src=0, group=self.group)
         return counts[0]
@@ -145,15 +149,18 @@ class Run:
     def _batches(self) -> Iterator[tuple[dict[str, Any], float]]:
         """Batches of a step of this process, and the seconds that each was waited for."""
         size, parts = self.config.batch_size, self.config.accum_freq
-        batches = iter(loader(self.data, size * parts, workers=self.config.workers, drop_last=True, start=self.step))
+        options = {"workers": self.config.workers, "drop_last": True, "start": self.data_state}
+        batches = loader(self.data, size * parts, **options)
+        iterator = iter(batches)
         while True:
             begin = time.perf_counter()
             try:
-                batch = next(batches)
-            except RuntimeError as error:  # a worker's, with its traceback
-                if "shards: no usable sample" not in str(error):
-                    raise
-                raise ValueError(f"train_data: no usable sample; skipped {self.data.skipped}") from error
+                batch = next(iterator)
+            except BadData as error:  # a worker's message holds its traceback
+                if self.group is None and self.step:
+                    self.save()
+                raise _bad_data([self.data.complaint()]) from error
+            self.data_state = batches.state
             yield batch, time.perf_counter() - begin
 
     def _step(self, batch: dict[str, Any]) -> Tensor:
@@ -179,8 +186,13 @@ class Run:
                 self.log.statistics = pair_statistics(patches, texts, temperature, config.form)
             return fused_pacl_loss(patches, texts, scale, attn_temperature=temperature, logit_bias=bias, **options)
 
-        pairs = {"images": batch["image"], "texts": self.towers.tokenize(batch["caption"])}
+        texts = self._texts(batch)
+        if config.features is None:
+            images, texts = batch["image"], self.towers.tokenize(texts)
+        else:
+            images, texts = batch["tokens"], self.data.embeddings(batch, texts)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
+            pairs = {"images": images, "texts": texts} if config.features else self._frozen(images, texts)
             modules = [self.wrapped] if self.group else []
             value = cached_step(self._encode, pairs, loss, micro_batch=self.config.batch_size, modules=modules)
         if self.config.grad_clip_norm is not None:
@@ -191,6 +203,14 @@ class Run:
         if self.average is not None:
             self.average.update_parameters(self.model)
         return value
+
+    def _texts(self, batch: dict[str, Any]) -> list[str]:
+        """Captions, or what choose_text makes of them; the same after a resume and for any number of workers."""
+        if self.nouns is None:
+            return batch["caption"]
+        when = {"seed": self.config.seed, "epoch": self.step // self.epoch_steps}
+        pairs = zip(batch["caption"], batch["key"], strict=True)
+        return [choose_text(caption, key, nouns=self.nouns, **when) for caption, key in pairs]
 
     @torch.no_grad()
     def patches_of(self, images: Tensor, model: Trainable) -> Tensor:
@@ -207,13 +227,24 @@ class Run:
         """The run's towers, with those of `model` that are trained."""
         return dataclasses.replace(self.towers, **{name: getattr(model, name) for name in self.towers.trained})
 
+    @torch.no_grad()
+    def _frozen(self, images: Tensor, texts: Tensor) -> dict[str, Tensor]:
+        """The step's pairs after the frozen towers: cached_step encodes everything twice, and they need not be."""
+
+        def run(tower, x: Tensor) -> Tensor:
+            parts = x.split(self.config.batch_size)
+            return torch.cat([tower(part.to(self.device, non_blocking=True)) for part in parts])
+
+        if self.model.visual is None:
+            images = run(self.towers.tokens, images)
+        if self.model.text is None:
+            texts = run(self.towers.encode_text, texts)
+        return {"images": images, "texts": texts}
+
     def _encode(self, pairs: dict[str, Tensor]) -> tuple[Tensor, ...]:
         images, texts = (pairs[name].to(self.device, non_blocking=True) for name in ("images", "texts"))
-        with torch.no_grad():
-            if self.model.visual is None:
-                images = self.towers.tokens(images)
-            if self.model.text is None:
-                texts = self.towers.encode_text(texts)
+        if self.config.features is not None:
+            images = images.float()
         return self.wrapped(images, texts)
 
     @contextlib.contextmanager
@@ -237,15 +268,24 @@ class Run:
         due = self.device.type == "cpu" or self.due(self.config.log_every_n_steps)
         if self.group is None or not due:
             return self.group is None and self.stopped_by is not None
-        flag = torch.tensor([self.stopped_by or 0], device=self.device)
+        flag = torch.tensor([BAD_DATA if self.data.too_many else self.stopped_by or 0], device=self.device)
         dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.group)
+        if int(flag) == BAD_DATA:
+            self.save()
+            complaints = [None] * self.world
+            dist.all_gather_object(complaints, self.data.complaint() if self.data.too_many else "", group=self.group)
+            raise _bad_data(complaints) if self.rank == 0 else SystemExit(1)
         self.stopped_by = int(flag) or None
         return self.stopped_by is not None
 
     # What stays
 
     def save(self) -> None:
-        """The checkpoint, and the embedder alone as safetensors; by the first process."""
+        """The checkpoint, and the embedder alone as safetensors; by the first process, called by all."""
+        data = [self.data_state]
+        if self.group:
+            data = [None] * self.world
+            dist.all_gather_object(data, self.data_state, group=self.group)
         if self.rank != 0:
             return
         state = {
@@ -256,6 +296,7 @@ class Run:
             "optimizer": self.optimiser.state_dict(),
             "global_batch": self.global_batch,
             "world": self.world,
+            "data": data,
         }
         save_checkpoint(self.config.folder / "checkpoints", state, keep=self.config.keep_checkpoints)
         self.export()
@@ -283,6 +324,8 @@ class Run:
 
     def restore(self, path: Path) -> None:
         state = load_checkpoint(path)
+        if missing := {"state_dict", "optimizer", "step", "data"} - state.keys():
+            raise ValueError(f"resume: {path} has no {', '.join(sorted(missing))}, expected a checkpoint of pacl train")
         for name, mine in (("global_batch", self.global_batch), ("world", self.world)):
             if state.get(name) != mine:
                 raise ValueError(f"resume: {path} is of a run with {name} {state.get(name)}, expected {mine}")
@@ -292,7 +335,7 @@ class Run:
             self.average.load_state_dict(state["ema"])
         self.model.load_state_dict(state["state_dict"])
         self.optimiser.load_state_dict(state["optimizer"])
-        self.step = state["step"]
+        self.step, self.data_state = state["step"], state["data"][self.rank]
 
 
 def _on_cpu(module: nn.Module) -> dict[str, Tensor]:
@@ -307,6 +350,10 @@ def _process_group() -> dist.ProcessGroup | None:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     return dist.group.WORLD
+
+
+def _bad_data(complaints: list[str]) -> ValueError:
+    return ValueError(f"train_data: {'; '.join(filter(None, complaints))}; pacl data check shows which")
 
 
 def _device(name: str) -> torch.device:

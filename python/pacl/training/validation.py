@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 from pacl_kernels import compatibility
 
-from ..data.shards import Shards, loader
+from ..data.samples import BadData, Samples, loader
+from ..data.sources import open_pairs
 from ..segmentation import IGNORE, ConfusionMatrix, class_scores, label_map, patch_labels, patch_shares
 
 if TYPE_CHECKING:
@@ -54,25 +55,17 @@ class Validation:
                 values |= self._segmentation(model)
         return values
 
-    def _open(self, data: str, transform, masks: bool = False) -> Shards:
-        return Shards(
-            data,
-            transform=transform,
-            masks=masks,
-            max_image_pixels=self.run.config.max_image_pixels,
-            rank=self.run.rank,
-            world=self.run.world,
-        )
+    def _open(self, data: str, transform, masks: bool = False) -> Samples:
+        options = self.run.config.data_options | {"rank": self.run.rank, "world": self.run.world}
+        return open_pairs(data, transform=transform, masks=masks, **options)
 
-    def _read(self, data: Shards, batch_size: int) -> Iterator[dict[str, Any]]:
+    def _read(self, data: Samples, batch_size: int) -> Iterator[dict[str, Any]]:
         workers = min(self.run.config.workers, data.most_workers)
         try:
             yield from loader(data, batch_size, workers=workers)
-        except RuntimeError as error:  # a worker's, with its traceback
-            if "no usable sample" not in str(error):
-                raise
+        except BadData as error:  # a worker's, with its traceback
             name = "val_data" if data is self.pairs else "val_segmentation"
-            raise ValueError(f"{name}: no usable sample for a process; skipped {data.skipped}") from error
+            raise ValueError(f"{name}: {data.complaint()}") from error
 
     # Retrieval
 

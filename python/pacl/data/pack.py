@@ -1,0 +1,65 @@
+"""Shards out of any source of pairs: images as they are, byte for byte."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from webdataset import TarWriter
+
+from ..files import atomic_writer, write_bytes
+from .samples import Samples, read_caption
+from .shards import SIZES
+
+
+def pack(
+    source: Samples, out: Path, *, shard_size: int = 10_000, progress: Callable[[], None] = lambda: None
+) -> dict[str, int]:
+    """Write the good samples of `source` as `out/00000.tar`, ..., and sizes.json; returns what that holds.
+
+    Every sample is decoded once, to leave out bad ones (`source.skipped`), and its bytes are copied. Members are
+    numbered; their .json holds the source's `key`, and `captions` where an image has several (.txt is one of them), of
+    which Shards then takes one an epoch. progress: called once per sample. ValueError if `out` has shards already.
+    """
+    if shard_size < 1:
+        raise ValueError(f"shard_size: got {shard_size}, expected at least 1")
+    if any(out.glob("*.tar")) or (out / SIZES).exists():
+        raise ValueError(f"out: {out} has shards already, expected another folder")
+    samples = _members(source, progress)
+    sizes: dict[str, int] = {}
+    for number in itertools.count():
+        first = next(samples, None)
+        if first is None:
+            break
+        path = out / f"{number:05d}.tar"
+        with atomic_writer(path) as file, TarWriter(file, encoder=False, mtime=0) as tar:
+            sizes[path.name] = 0
+            for sample in itertools.chain([first], itertools.islice(samples, shard_size - 1)):
+                tar.write(sample)
+                sizes[path.name] += 1
+    write_bytes(out / SIZES, json.dumps(sizes, indent=0).encode())
+    return sizes
+
+
+def _members(source: Samples, progress: Callable[[], None]) -> Iterator[dict[str, str | bytes]]:
+    numbers = itertools.count()
+    for raw in source.undecoded(0, 0, 1):
+        progress()
+        if source.decode(raw) is None:
+            continue
+        notes = {"key": raw.key} | ({"captions": raw.captions} if raw.captions else {})
+        image = _read(raw.image)
+        sample = {"__key__": f"{next(numbers):09d}", _suffix(image): image}
+        sample |= {"txt": read_caption(raw.caption).encode(), "json": json.dumps(notes).encode()}
+        yield sample | ({"mask.png": _read(raw.mask)} if source.masks else {})
+
+
+def _read(data: bytes | Path) -> bytes:
+    return data if isinstance(data, bytes) else data.read_bytes()
+
+
+def _suffix(image: bytes) -> str:
+    """By what it is, not by how its file was called."""
+    return "jpg" if image.startswith(b"\xff\xd8") else "png" if image.startswith(b"\x89PNG") else "webp"

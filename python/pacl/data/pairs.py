@@ -1,0 +1,221 @@
+"""Image-caption pairs that lie in files of their own, or are drawn: any of them can be reached by its number."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from .samples import IMAGE_SUFFIXES, MOST_WORKERS, Raw, Samples
+from .scene_shards import SPLITS, encode_scene
+from .scenes import PAIRS, SEEN, draw_scene
+
+
+class Pairs(Samples):
+    """Base of sources with numbered samples. With `shuffle` (any number) an epoch is a permutation of all of them."""
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def get(self, index: int, epoch: int) -> Raw:
+        """Sample `index`; where an image has several captions, the one whose turn it is in this epoch."""
+        raise NotImplementedError
+
+    @property
+    def most_workers(self) -> int:
+        return max(1, min(MOST_WORKERS, len(self) // self.world))
+
+    def count(self) -> int:
+        return len(self)
+
+    def undecoded(self, epoch: int, worker: int, workers: int, start: int = 0) -> Iterator[Raw]:
+        order = np.random.default_rng([self.seed, epoch]).permutation(len(self)) if self.shuffle else range(len(self))
+        for index in order[self.rank * workers + worker :: self.world * workers][start:]:
+            yield self.get(int(index), epoch)
+
+    def spread(self, count: int) -> Iterator[Raw]:
+        for index in np.linspace(0, len(self) - 1, min(count, len(self))).astype(int):
+            yield self.get(int(index), 0)
+
+
+class CsvPairs(Pairs):
+    """Rows of a csv or tsv file with a header, as open_clip reads them: an image's path and its caption.
+
+    separator: default the one of tab and comma that finds both columns in the header; image_key, caption_key: their
+    names. root: the folder that paths are relative to, by default the file's; a path out of it is a bad sample (links
+    are followed, for they are yours). Raises ValueError for other columns or a file that is no csv.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        *,
+        separator: str | None = None,
+        image_key: str = "filepath",
+        caption_key: str = "title",
+        root: str | os.PathLike | None = None,
+        **options,
+    ):
+        path = Path(path)
+        super().__init__(str(path), **options)
+        if self.masks:
+            raise ValueError("masks: got True for a csv, expected False; shards, a folder, scenes have masks")
+        self.root = path.parent if root is None else Path(root)
+        # Bytes that are not UTF-8 reach the caption's own check.
+        with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+            header = file.readline()
+            separators = ["\t", ","] if separator is None else [separator.replace("\\t", "\t")]
+            columns = [next(csv.reader([header], delimiter=choice), []) for choice in separators]
+            fitting = [i for i, names in enumerate(columns) if {image_key, caption_key} <= set(names)]
+            if not fitting:
+                found = max(columns, key=len)
+                raise ValueError(
+                    f"csv_img_key, csv_caption_key: got {image_key!r} and {caption_key!r}, expected columns of {path}: "
+                    f"{', '.join(found)[:200] or 'it has none'}"
+                )
+            first, second = (columns[fitting[0]].index(key) for key in (image_key, caption_key))
+            rows = csv.reader(file, delimiter=separators[fitting[0]])
+            names, captions = [], []
+            try:
+                for row in filter(None, rows):
+                    whole = len(row) > max(first, second)
+                    names.append(row[first] if whole else "")
+                    captions.append(row[second] if whole else "")
+            except csv.Error as error:
+                raise ValueError(f"data: {path} is no csv from line {rows.line_num + 1} on: {error}") from error
+        self._images, self._captions = _Strings(names), _Strings(captions)
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def get(self, index: int, epoch: int) -> Raw:
+        name = self._images[index]
+        return Raw(name.decode(errors="replace"), below(self.root, os.fsdecode(name)), self._captions[index])
+
+
+class FolderPairs(Pairs):
+    """Images of a folder and its subfolders with captions beside them: `a/b.jpg`, `a/b.txt`, perhaps `a/b.mask.png`.
+
+    Hidden files and folders are left out. Raises ValueError for a folder without images.
+    """
+
+    def __init__(self, folder: str | os.PathLike, **options):
+        self.folder = Path(folder)
+        super().__init__(str(folder), **options)
+        names = []
+        for parent, folders, files in os.walk(self.folder):
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            names += [os.path.relpath(os.path.join(parent, name), self.folder) for name in files if _is_image(name)]
+        if not names:
+            raise ValueError(
+                f"data: {folder} holds no image (.{', .'.join(IMAGE_SUFFIXES)}), expected some and .txt files"
+            )
+        self._images = _Strings(sorted(names))
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def get(self, index: int, epoch: int) -> Raw:
+        name = os.fsdecode(self._images[index])
+        image = self.folder / name
+        mask = image.with_suffix(".mask.png")
+        key = name.encode(errors="replace").decode()
+        return Raw(key, image, image.with_suffix(".txt"), mask if self.masks else None)
+
+
+class CocoPairs(Pairs):
+    """The layout of torchvision's CocoCaptions: an annotation file and a folder of images.
+
+    An image is one sample; of its captions each epoch takes one, without `shuffle` always the first. root: the folder
+    of images, by default `X` for an annotation file captions_X.json, beside it or beside its folder, else the file's
+    own. An image without caption is left out. Raises ValueError for another file.
+    """
+
+    def __init__(self, path: str | os.PathLike, *, root: str | os.PathLike | None = None, **options):
+        path = Path(path)
+        super().__init__(str(path), **options)
+        if self.masks:
+            raise ValueError("masks: got True for COCO captions, expected False; shards, a folder, scenes have masks")
+        self.root = _coco_images(path) if root is None else Path(root)
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            names = {image["id"]: str(image["file_name"]) for image in content["images"]}
+            captions: dict[int, list[str]] = {}
+            for note in content["annotations"]:
+                captions.setdefault(note["image_id"], []).append(str(note["caption"]))
+            chosen = [number for number in names if number in captions]
+            self._images = _Strings([names[number] for number in chosen])
+            self._captions = _Strings([json.dumps(captions[number]) for number in chosen])
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            reason = f"{type(error).__name__}: {error}"[:120]
+            raise ValueError(
+                f"data: {path} is not COCO captions, expected `images` with file_name and `annotations` with caption "
+                f"({reason})"
+            ) from error
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def get(self, index: int, epoch: int) -> Raw:
+        name, captions = self._images[index].decode(errors="replace"), json.loads(self._captions[index])
+        return Raw(name, below(self.root, name), self.choose(captions, epoch, name), captions=captions)
+
+
+class ScenePairs(Pairs):
+    """Generated scenes, drawn when their turn comes: those that write_scenes with seed 0 writes, whatever `seed` is.
+
+    split: "train" (some pairs of colour and pattern never occur) or "eval" (all do, and no scene is of "train").
+    """
+
+    def __init__(self, split: str = "train", scenes: int = 10_000, **options):
+        super().__init__("generated scenes", **options)
+        self.split, self.scenes = split, scenes
+        self._pairs = SEEN if split == "train" else PAIRS
+
+    def __len__(self) -> int:
+        return self.scenes
+
+    def get(self, index: int, epoch: int) -> Raw:
+        scene = draw_scene(np.random.default_rng([0, SPLITS.index(self.split), index]), self._pairs)
+        sample = encode_scene(scene, f"{self.split}-{index:06d}", mask=self.masks)
+        return Raw(sample["__key__"], sample["jpg"], sample["txt"], sample.get("mask.png"))
+
+
+def below(root: Path, name: str) -> Path | str:
+    """The path of `name` below `root`, or a string that says why it may not be read."""
+    path = os.path.normpath(os.path.join(root, name))  # an absolute name stands for itself
+    inside = os.path.relpath(path, root).split(os.sep)[0] not in (os.pardir, os.curdir)
+    if not name or "\0" in name or not inside:
+        return f"{name!r} is not a path below {root}"
+    return Path(path)
+
+
+def _is_image(name: str) -> bool:
+    stem, _, suffix = name.lower().rpartition(".")
+    return bool(stem) and suffix in IMAGE_SUFFIXES and not name.startswith(".") and not stem.endswith(".mask")
+
+
+def _coco_images(path: Path) -> Path:
+    match = re.fullmatch(r"captions_(.+)\.json", path.name)
+    places = [path.parent / match[1], path.parent.parent / match[1]] if match else []
+    return next((place for place in places if place.is_dir()), path.parent)
+
+
+class _Strings:
+    """Many strings as one: forked workers share its pages, which reference counts of a list would copy."""
+
+    def __init__(self, strings: Iterable[str]):
+        parts = [os.fsencode(text) for text in strings]
+        self._ends = np.cumsum([len(part) for part in parts], dtype=np.int64)
+        self._data = b"".join(parts)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, index: int) -> bytes:
+        return self._data[self._ends[index - 1] if index else 0 : self._ends[index]]

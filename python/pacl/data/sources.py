@@ -1,0 +1,69 @@
+"""One call for every form that pairs come in."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import get_args
+
+from . import Kind
+from .pairs import CocoPairs, CsvPairs, FolderPairs, ScenePairs
+from .samples import Samples
+from .scene_shards import SPLITS
+from .shards import Shards
+
+
+def open_pairs(
+    location: str | os.PathLike,
+    *,
+    kind: Kind = "auto",
+    resampled: bool = False,
+    csv_separator: str | None = None,
+    csv_img_key: str = "filepath",
+    csv_caption_key: str = "title",
+    image_root: str | os.PathLike | None = None,
+    scenes: int = 10_000,
+    **options,
+) -> Samples:
+    """The pairs at `location`, by its form or by `kind`; options are those of Samples.
+
+    webdataset: .tar shards (see Shards) or a folder of them, `resampled` or not; csv: a .csv or .tsv file; folder:
+    images with .txt files beside them; coco: an annotation .json; synthetic: `synthetic`, or `synthetic:eval`.
+    image_root: folder of the images of csv and coco. scenes: how many generated ones. Raises ValueError or
+    FileNotFoundError, one line, for what is none of these.
+    """
+    if kind not in get_args(Kind):
+        raise ValueError(f"dataset_type: got {kind!r}, expected one of {', '.join(get_args(Kind))}")
+    path = Path(location)
+    if kind == "auto":
+        kind = _kind(os.fspath(location), path)
+    if resampled and kind != "webdataset":
+        raise ValueError(f"dataset_resampled: got True for {kind}, expected webdataset; only shards are drawn")
+    if kind == "webdataset":
+        shards = sorted(path.glob("*.tar")) if path.is_dir() else location
+        return Shards(shards, resampled=resampled, **options)
+    if kind == "synthetic":
+        name, _, split = os.fspath(location).partition(":")
+        if name != "synthetic" or split not in ("", *SPLITS):
+            raise ValueError(f"data: got {os.fspath(location)!r}, expected synthetic, synthetic:train, synthetic:eval")
+        return ScenePairs(split or "train", scenes, **options)
+    if image_root is not None and not Path(image_root).is_dir():
+        raise FileNotFoundError(f"image_root: {os.fspath(image_root)!r} is not a folder, expected that of the images")
+    if kind == "folder":
+        if not path.is_dir():
+            raise FileNotFoundError(f"data: {os.fspath(location)!r} is not a folder, expected one of images")
+        return FolderPairs(path, **options)
+    if not path.is_file():
+        raise FileNotFoundError(f"data: {os.fspath(location)!r} is not a file, expected a {kind} file")
+    if kind == "coco":
+        return CocoPairs(path, root=image_root, **options)
+    keys = {"image_key": csv_img_key, "caption_key": csv_caption_key}
+    return CsvPairs(path, separator=csv_separator, root=image_root, **keys, **options)
+
+
+def _kind(location: str, path: Path) -> str:
+    if path.is_dir():
+        return "webdataset" if any(path.glob("*.tar")) else "folder"
+    if location.split(":")[0] == "synthetic":
+        return "synthetic"
+    return {".csv": "csv", ".tsv": "csv", ".json": "coco"}.get(path.suffix.lower(), "webdataset")

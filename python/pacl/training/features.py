@@ -1,0 +1,246 @@
+"""`pacl features`: tokens and text embeddings of frozen towers, computed once, for `pacl train --features`."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+from PIL import Image
+from safetensors.torch import save
+from torch import Tensor
+from torch.utils.data import get_worker_info
+from tqdm import tqdm
+
+from ..cli import INTERRUPTED
+from ..data import Kind
+from ..data.features import MANIFEST, NOUNS, TOWERS, read_manifest, shard_files, stored_records, write_shard
+from ..data.samples import BadData, Samples, loader
+from ..data.sources import open_pairs
+from ..data.texts import PROMPTS, noun_finder
+from ..files import write_bytes
+from ..sharing import describe_towers
+from ..towers import Towers, load_towers
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DATA = "csv_separator csv_img_key csv_caption_key image_root max_image_pixels max_bad_share".split()
+SEPARATOR = "\0"  # between the captions of an image
+
+
+@dataclass(frozen=True)
+class FeaturesConfig:
+    """Store patch tokens and text embeddings of frozen towers, from which `pacl train --features OUT` trains. What is
+    there is kept: the same command goes on where it was stopped."""
+
+    train_data: str
+    """As for pacl train, and so the flags that follow."""
+    out: Path
+    """Folder of the features."""
+    dataset_type: Kind = "auto"
+    csv_separator: str | None = None
+    csv_img_key: str = "filepath"
+    csv_caption_key: str = "title"
+    image_root: Path | None = None
+    train_num_samples: int | None = None
+    """How many scenes are generated."""
+    max_image_pixels: int = 25_000_000
+    max_bad_share: float = 0.1
+    model: str = "ViT-B-16"
+    pretrained: str | None = None
+    vision_model: str | None = None
+    vision_pretrained: bool = True
+    force_image_size: int | None = None
+    nouns: Literal["words", "nltk"] | None = None
+    """Store the prompts of all nouns of the captions too, for `pacl train --nouns` and `--recipe paper`."""
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    """Of the stored tokens; on a GPU the towers run under autocast to it. Text embeddings are stored in float32."""
+    batch_size: int = 64
+    shard_size: int = 1000
+    """Images in a file."""
+    workers: int = 4
+    device: str = "auto"
+    seed: int = 0
+    """Of towers without weights."""
+    dry_run: bool = False
+    """Print how much would be stored and stop."""
+
+    def check(self) -> FeaturesConfig:
+        for name in ("batch_size", "shard_size", "max_image_pixels"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected at least 1")
+        return self
+
+    @property
+    def plan(self) -> dict[str, Any]:
+        """What must not change between two starts, as plain values."""
+        values = {name: str(x) if isinstance(x, Path) else x for name, x in asdict(self).items()}
+        return {name: x for name, x in values.items() if name not in ("out", "dry_run", "device", "batch_size")}
+
+
+def main(argv: Sequence[str], prog: str = "pacl features") -> int:
+    """Run `pacl features` with these arguments; returns its exit status."""
+    try:
+        _write(tyro.cli(FeaturesConfig, args=argv, prog=prog).check())
+    except (ValueError, OSError) as error:
+        print(f"pacl: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def _write(config: FeaturesConfig) -> None:
+    manifest = {"complete": False, "plan": config.plan, "shards": []}
+    if (config.out / MANIFEST).exists():
+        found = read_manifest(config.out)
+        changed = [name for name, value in config.plan.items() if found["plan"].get(name) != value]
+        if changed:
+            raise ValueError(f"out: {config.out} was begun with another {', '.join(changed)}; choose another folder")
+        if found["complete"]:
+            print(f"finished: {config.out}, {sum(shard['count'] for shard in found['shards']):,} images")
+            return
+    elif config.out.exists() and any(config.out.iterdir()):
+        raise ValueError(f"out: {config.out} holds something else, expected a new folder")
+    encoder = Encoder(config)
+    source = _source(config, encoder.towers)
+    done = shard_files(config.out)
+    print(_estimate(config, encoder, source.count() - sum(shard["count"] for shard in done)), flush=True)
+    if config.dry_run:
+        return
+    write_bytes(config.out / MANIFEST, json.dumps(manifest, indent=2).encode())
+    for number, shard in enumerate(_shards(config, encoder, source), len(done)):
+        write_shard(config.out, number, *shard)
+    if config.nouns:
+        find = noun_finder(config.nouns)
+        records = stored_records(config.out)
+        manifest["nouns"] = sorted({noun for each in records for text in each["captions"] for noun in find(text)})
+        prompts = encoder.texts([prompt.format(noun) for noun in manifest["nouns"] for prompt in PROMPTS])
+        write_bytes(config.out / NOUNS, save({"texts": prompts}))
+    manifest |= {
+        "complete": True,
+        "shards": shard_files(config.out),
+        "towers": describe_towers(encoder.towers, config.out),
+    }
+    write_bytes(config.out / MANIFEST, json.dumps(manifest, indent=2).encode())
+    count = sum(shard["count"] for shard in manifest["shards"])
+    skipped = ", ".join(f"{reason} {bad:,}" for reason, bad in source.skipped.items() if bad) or "none"
+    print(f"finished: {config.out}, {count:,} images; skipped: {skipped}", flush=True)
+
+
+class Encoder:
+    """Frozen towers that give what is stored."""
+
+    def __init__(self, config: FeaturesConfig):
+        name = config.device
+        self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        self.batch_size, self.dtype = config.batch_size, DTYPES[config.precision]
+        torch.manual_seed(config.seed)
+        self.towers = load_towers(**{name: getattr(config, name) for name in TOWERS}, device=self.device)
+
+    def tokens(self, images: Tensor) -> Tensor:
+        """Patch tokens [B, N, width] of images [B, 3, H, W], as they are stored."""
+        tokens = self._run(self.towers.tokens, images).to(self.dtype)
+        if not tokens.isfinite().all():
+            raise ValueError(f"precision: some token is not finite in {self.dtype}, expected a wider one")
+        return tokens.cpu()
+
+    def texts(self, texts: list[str]) -> Tensor:
+        """Normalised embeddings [B, D], float32."""
+        parts = [texts[i : i + self.batch_size] for i in range(0, len(texts), self.batch_size)]
+        rows = [self._run(self.towers.encode_text, self.towers.tokenize(part)).float().cpu() for part in parts]
+        return torch.cat(rows) if rows else torch.empty(0, self.towers.widths[1])
+
+    @torch.no_grad()
+    def _run(self, encode: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
+        amp = self.device.type == "cuda" and self.dtype != torch.float32
+        with torch.autocast(self.device.type, self.dtype, enabled=amp):
+            return encode(batch.to(self.device, non_blocking=True))
+
+
+def _source(config: FeaturesConfig, towers: Towers) -> Samples:
+    """The pairs, in order, each once; an image comes with the number of the worker that read it."""
+    options = {name: getattr(config, name) for name in DATA} | {"kind": config.dataset_type}
+    options |= {"scenes": config.train_num_samples} if config.train_num_samples else {}
+    source = open_pairs(config.train_data, transform=partial(_transform, towers.transform), **options)
+    source.choose = _all_captions
+    return source
+
+
+def _transform(transform: Callable[[Image.Image], Tensor], image: Image.Image) -> tuple[Tensor, int]:
+    info = get_worker_info()
+    return transform(image), info.id if info else 0
+
+
+def _all_captions(captions: Sequence[str], epoch: int, key: str) -> bytes:
+    """In place of Samples.choose: training takes one of an image's captions an epoch, so all are stored."""
+    return SEPARATOR.join(captions).encode(errors="surrogatepass")
+
+
+def _estimate(config: FeaturesConfig, encoder: Encoder, count: int) -> str:
+    """One line on what `count` images will take; ValueError where it does not fit."""
+    image, _ = encoder.towers.probe()
+    patches, width = encoder.tokens(image).shape[1:]
+    dim = encoder.towers.widths[1]
+    # A kilobyte is more than most keys, captions and offsets take.
+    size = max(0, count) * (patches * width * encoder.dtype.itemsize + 4 * dim + 1024)
+    folder = next(path for path in (config.out, *config.out.absolute().parents) if path.exists())
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        raise ValueError(
+            f"out: {count:,} images take {size / 1e9:,.1f} GB, {(size - free) / 1e9:,.1f} GB more than {folder} has "
+            "free; pacl train without --features computes tokens as it goes"
+        )
+    return (
+        f"features: {count:,} images, {patches} x {width} {config.precision} and texts of {dim} fp32: "
+        f"{size / 1e9:,.3f} GB of {free / 1e9:,.1f} GB free"
+    )
+
+
+def _shards(config: FeaturesConfig, encoder: Encoder, source: Samples) -> Iterator[tuple[Tensor, Tensor, list[dict]]]:
+    """Tokens, texts and records of each shard that is not there yet."""
+    workers = min(config.workers, source.most_workers)
+    # A worker's samples come in its order: what is there of them is their beginning.
+    places = [[0, 0] for _ in range(max(1, workers))]
+    for record in stored_records(config.out):
+        worker, number = record["place"]
+        places[worker][1] = max(places[worker][1], number + 1)
+    batches = loader(
+        source,
+        config.batch_size,
+        workers=workers,
+        start={"batches": 0, "workers": workers, "places": places},
+    )
+    tokens, texts, records = [], [], []
+    try:
+        for batch in tqdm(batches, unit=" batches", disable=None):
+            images, readers = batch["image"]
+            captions = [[text.strip() for text in given.split(SEPARATOR) if text.strip()] for given in batch["caption"]]
+            tokens += encoder.tokens(images)
+            texts += encoder.texts(sum(captions, [])).split([len(each) for each in captions])
+            where = zip(readers.tolist(), batch["place"][1].tolist(), strict=True)
+            for key, each, place in zip(batch["key"], captions, where, strict=True):
+                records.append({"key": key, "captions": each, "place": place})
+            while len(records) >= config.shard_size:
+                yield _take(config.shard_size, tokens, texts, records)
+    except BadData as error:
+        raise ValueError(f"train_data: {source.complaint()}; pacl data check shows which") from error
+    if records:
+        yield _take(config.shard_size, tokens, texts, records)
+
+
+def _take(size: int, tokens: list, texts: list, records: list) -> tuple[Tensor, Tensor, list[dict]]:
+    """The first `size` of each, removed, with the row of texts at which each image's begin."""
+    first = 0
+    for record, each in zip(records[:size], texts, strict=False):
+        record["text"], first = first, first + len(each)
+    shard = torch.stack(tokens[:size]), torch.cat(texts[:size]), records[:size]
+    del tokens[:size], texts[:size], records[:size]
+    return shard

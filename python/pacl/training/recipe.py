@@ -1,0 +1,86 @@
+"""The paper's training recipe: defaults for the flags of `pacl train`, and what a run does otherwise."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from .config import TrainConfig
+
+BATCH = 4096  # of all processes: 1,024 on each of 4 GPUs
+# Mukhoti et al., CVPR 2023, section 4 and appendix A.2.
+PAPER: dict[str, Any] = {
+    "model": "ViT-B-16",
+    "pretrained": "openai",
+    "vision_model": None,
+    "force_image_size": None,
+    "lock_image": True,
+    "lock_image_unlocked_groups": 0,
+    "lock_text": True,
+    "epochs": 10,
+    "max_steps": None,
+    "lr": 5e-4,
+    "wd": 0.2,
+    "beta1": 0.9,
+    "beta2": 0.98,
+    "eps": 1e-6,
+    "warmup": 0,
+    "lr_scheduler": "cosine",
+    "grad_clip_norm": None,
+    "form": "dot",
+    "loss": "infonce",
+    "attn_temperature": 1.0,
+    "learn_attn_temperature": False,
+    "logit_scale": 100.0,
+    "learn_logit_scale": False,
+    "ema_decay": None,
+    "nouns": "words",
+}
+ALSO_THE_PAPERS = {"model": ("ViT-L-14",), "nouns": ("nltk",)}
+LEFT_OPEN = {
+    "data": "the paper trains on GCC-3M, GCC-12M and YFCC-15M, about 30 million pairs; here on those of the run",
+    "attn_temperature": "none is stated: 1, a plain softmax over patches",
+    "form": "dot or cosine of the pooled patch and the text: what is written about the paper has both",
+    "logit_scale": "not stated, and not learned according to SPARC (2024), who re-implemented it: 100, CLIP's own",
+    "tokens": "after ln_post and before proj, which gives the paper's 1.1 M parameters; neither is stated",
+    "weight_decay": "which parameters decay is not stated: matrices, not biases",
+    "grad_clip_norm": "not mentioned: none",
+    "warmup": "not mentioned: none",
+    "nouns": "how they are found is not stated; equal texts of two images of a batch are negatives of each other",
+    "image_transform": "size and augmentation are not stated: the tower's own size, resized and cropped at the centre",
+}
+
+
+def recipe_config() -> TrainConfig:
+    """The defaults under `--recipe paper`; accum_freq is left to fill_batch."""
+    return TrainConfig(**PAPER, recipe="paper", accum_freq=None)
+
+
+def fill_batch(config: TrainConfig, world: int) -> TrainConfig:
+    """`config`, its accum_freq of None made the number that gives all `world` processes together 4,096 pairs.
+
+    Raises ValueError where that is no whole number.
+    """
+    if config.accum_freq is not None:
+        return config
+    accum_freq, rest = divmod(BATCH, config.batch_size * world)
+    if rest or not accum_freq:
+        raise ValueError(
+            f"batch_size: got {config.batch_size} in {world} process(es), expected a divisor of the recipe's "
+            f"{BATCH} pairs; or give --accum-freq"
+        )
+    return dataclasses.replace(config, accum_freq=accum_freq)
+
+
+def recipe_notes(config: TrainConfig, global_batch: int) -> dict[str, Any]:
+    """For config.yaml: what the run does otherwise than its recipe, and what the paper leaves open; {} without one."""
+    if config.recipe is None:
+        return {}
+    deviations = {
+        name: {"paper": value, "run": getattr(config, name)}
+        for name, value in PAPER.items()
+        if getattr(config, name) not in (value, *ALSO_THE_PAPERS.get(name, ()))
+    }
+    if global_batch != BATCH:
+        deviations["global_batch"] = {"paper": BATCH, "run": global_batch}
+    return {"deviations": deviations, "left_open": LEFT_OPEN}

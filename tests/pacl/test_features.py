@@ -1,0 +1,277 @@
+"""`pacl features`, and `pacl train` on what it stored."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("open_clip")
+pytest.importorskip("tyro")
+import torch
+from pacl.cli import main
+from pacl.data.features import Features, read_manifest
+from pacl.data.samples import loader
+from pacl.data.sources import open_pairs
+from pacl.data.texts import PROMPTS
+from pacl.demo.toy_clip import new_clip, save_clip
+from pacl.towers import load_towers
+from pacl.training.checkpoints import checkpoints, load_checkpoint
+from PIL import Image
+from test_train import assert_same_state
+
+SCENES = 60
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """Two untrained CLIPs, and features of 60 scenes in float32, with nouns."""
+    folder = tmp_path_factory.mktemp("features")
+    for seed, name in enumerate(("clip", "other")):
+        torch.manual_seed(seed)
+        save_clip(new_clip(), folder / name)
+    assert features(folder, folder / "stored", nouns="words") == 0
+    return folder
+
+
+def words(values: dict) -> list[str]:
+    return [word for name, x in values.items() for word in ([f"--{name}"] if x is None else [f"--{name}", str(x)])]
+
+
+def feature_flags(world: Path, out: Path, **changes) -> list[str]:
+    values = {"train_data": "synthetic", "train_num_samples": SCENES, "model": f"local-dir:{world / 'clip'}"}
+    values |= {"out": out, "precision": "fp32", "workers": 0, "batch_size": 16, "shard_size": 25}
+    return ["features", *words(values | changes)]
+
+
+def features(world: Path, out: Path, **changes) -> int:
+    return main(feature_flags(world, out, **changes))
+
+
+def train(logs: Path, **changes) -> int:
+    values = {"log_dir": logs, "batch_size": 12, "max_steps": 7, "workers": 0, "log_every_n_steps": 1}
+    return main(["train", *words(values | {"report_to": "none"} | changes)])
+
+
+def losses(logs: Path) -> list[float]:
+    return [json.loads(line)["train/loss"] for line in (logs / "pacl/metrics.jsonl").read_text().splitlines()]
+
+
+def final(logs: Path) -> dict:
+    return load_checkpoint(checkpoints(logs / "pacl/checkpoints")[-1])
+
+
+def stored(folder: Path, **options) -> dict[str, dict]:
+    return {sample["key"]: sample for sample in Features(folder, **options)}
+
+
+@pytest.mark.parametrize("recipe", [{}, {"recipe": "paper", "accum_freq": 1}], ids=["plain", "recipe"])
+def test_training_has_the_losses_of_training_without_features(recipe, world, tmp_path):
+    direct = {"train_data": "synthetic", "train_num_samples": SCENES, "model": f"local-dir:{world / 'clip'}"}
+    direct |= {"pretrained": "None"}
+    assert train(tmp_path / "direct", **direct, **recipe) == 0
+    assert train(tmp_path / "stored", features=world / "stored", **recipe) == 0
+    assert len(losses(tmp_path / "direct")) == 7
+    assert losses(tmp_path / "stored") == pytest.approx(losses(tmp_path / "direct"), rel=1e-5)
+    values = (tmp_path / "stored/pacl/config.yaml").read_text()
+    assert str(world / "clip") in values and ("global_batch" in values) == bool(recipe)
+
+
+def test_bfloat16_rounds_the_tokens_alone(world, tmp_path, capsys):
+    assert features(world, tmp_path / "bf16", precision="bf16") == 0
+    printed = capsys.readouterr().out
+    exact, rounded = stored(world / "stored"), stored(tmp_path / "bf16")
+    assert list(exact) == list(rounded) and len(exact) == SCENES
+    for key, sample in exact.items():
+        assert torch.equal(sample["tokens"].bfloat16(), rounded[key]["tokens"])
+        assert torch.equal(sample["text"], rounded[key]["text"])
+    patches, width = sample["tokens"].shape
+    assert f"60 images, {patches} x {width} bf16 and texts of {len(sample['text'])} fp32" in printed
+    size = sum(path.stat().st_size for path in (tmp_path / "bf16").glob("features-*"))
+    assert f"{SCENES * (patches * width * 2 + len(sample['text']) * 4 + 1024) / 1e9:.3f} GB of" in printed
+    assert size < SCENES * (patches * width * 2 + len(sample["text"]) * 4 + 1024)
+    assert train(tmp_path / "logs", features=tmp_path / "bf16") == 0
+    assert train(tmp_path / "exact", features=world / "stored") == 0
+    assert losses(tmp_path / "logs") == pytest.approx(losses(tmp_path / "exact"), rel=1e-2)
+
+
+def test_what_is_stored(world):
+    """Against towers loaded here: tokens of the images, embeddings of captions and prompts."""
+    towers = load_towers(f"local-dir:{world / 'clip'}")
+    source = open_pairs("synthetic", scenes=SCENES, transform=towers.transform)
+    found = stored(world / "stored")
+    with torch.no_grad():
+        for sample in list(source)[:5]:
+            mine = found[sample["key"]]
+            assert mine["caption"] == sample["caption"]
+            torch.testing.assert_close(mine["tokens"], towers.tokens(sample["image"][None])[0])
+            torch.testing.assert_close(mine["text"], towers.encode_text(towers.tokenize([sample["caption"]]))[0])
+        data = Features(world / "stored", nouns="words")
+        assert set(data.prompts) >= {prompt.format("shape") for prompt in PROMPTS}
+        for text in ("a bad photo of the shape.", "art of the sand."):
+            torch.testing.assert_close(data.prompts[text], towers.encode_text(towers.tokenize([text]))[0])
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux")
+def test_killed_and_gone_on_with(world, tmp_path):
+    """kill -9 after a shard or two; what is there is kept, and every image is stored once."""
+    folder = tmp_path / "cut"
+    settings = {"workers": 2, "shard_size": 4, "batch_size": 4, "nouns": "words"}
+    command = [sys.executable, "-m", "pacl", *feature_flags(world, folder, **settings)]
+    process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
+    while not (folder / "features-00001.safetensors").exists():
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert read_manifest(folder)["complete"] is False, "too late to see anything"
+    times = {path.name: path.stat().st_mtime_ns for path in folder.glob("features-*")}
+    assert train(tmp_path, features=folder) == 1
+    assert features(world, folder, **settings) == 0
+    assert times.items() <= {path.name: path.stat().st_mtime_ns for path in folder.glob("features-*")}.items()
+    exact, mine = (list(Features(path)) for path in (world / "stored", folder))
+    assert len(mine) == SCENES
+    exact, mine = ({sample["key"]: sample for sample in samples} for samples in (exact, mine))
+    assert exact.keys() == mine.keys()
+    for key in exact:
+        assert mine[key]["caption"] == exact[key]["caption"]
+        torch.testing.assert_close(mine[key]["tokens"], exact[key]["tokens"])
+        torch.testing.assert_close(mine[key]["text"], exact[key]["text"])
+    assert read_manifest(folder)["nouns"] == read_manifest(world / "stored")["nouns"]
+    assert features(world, folder, **settings) == 0, "a finished folder stays as it is"
+    assert features(world, folder, **settings | {"precision": "bf16"}) == 1
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_order(workers, world):
+    """Every sample once an epoch, mixed across shards, another order in each; processes share, resuming is exact."""
+
+    def keys(count, rank=0, world_size=1, start=None):
+        data = Features(world / "stored", shuffle=1, seed=3, repeat=True, rank=rank, world=world_size)
+        batches = loader(data, 10, workers=workers, drop_last=True, start=start)
+        found = []
+        for batch in batches:
+            found.append(batch["key"])
+            if len(found) == count:
+                return found, batches.state
+
+    whole, _ = keys(12)
+    first, second = (sum(part, []) for part in (whole[:6], whole[6:]))
+    assert len(set(first)) == SCENES and first != second and set(first) == set(second)
+    stored_order = [sample["key"] for sample in Features(world / "stored")]
+    assert all(len({stored_order.index(key) // 25 for key in first[i : i + 20]}) == 3 for i in (0, 20, 40))
+    begun, state = keys(5)
+    assert begun + keys(7, start=state)[0] == whole
+    if not workers:
+        shares = [sum(keys(3, rank, 2)[0], []) for rank in range(2)]
+        assert len(set(shares[0]) | set(shares[1])) == SCENES
+
+
+def test_a_resumed_run_ends_with_the_same_bits(world, tmp_path):
+    settings = {"features": world / "stored", "recipe": "paper", "accum_freq": 2, "batch_size": 6}
+    assert train(tmp_path, **settings, save_frequency=4) == 0
+    whole = final(tmp_path)
+    checkpoints(tmp_path / "pacl/checkpoints")[-1].unlink()
+    assert final(tmp_path)["step"] == 4
+    assert train(tmp_path, **settings, save_frequency=4, resume="latest") == 0
+    assert_same_state(final(tmp_path), whole)
+
+
+def test_all_captions_of_an_image(world, tmp_path):
+    """Of COCO's layout: features give in every epoch the caption that the source itself gives."""
+    (tmp_path / "images").mkdir()
+    for i in range(8):
+        Image.new("RGB", (64, 64), (i * 30, 0, 0)).save(tmp_path / f"images/{i}.png")
+    images = [{"id": i, "file_name": f"{i}.png"} for i in range(8)]
+    notes = [{"image_id": i, "caption": f"dog {i} number {j}"} for i in range(8) for j in range(1 + i % 3)]
+    (tmp_path / "coco.json").write_text(json.dumps({"images": images, "annotations": notes}))
+    coco = {"image_root": tmp_path / "images"}
+    assert features(world, tmp_path / "out", train_data=tmp_path / "coco.json", train_num_samples="None", **coco) == 0
+    source = iter(open_pairs(tmp_path / "coco.json", shuffle=1, repeat=True, **coco))
+    data = iter(Features(tmp_path / "out", shuffle=1, repeat=True))
+    towers, seen = load_towers(f"local-dir:{world / 'clip'}"), set()
+    for _ in range(8 * 16):
+        theirs, mine = next(source), next(data)
+        assert (mine["key"], mine["caption"]) == (theirs["key"], theirs["caption"])
+        with torch.no_grad():
+            text = towers.encode_text(towers.tokenize([mine["caption"]]))[0]
+        torch.testing.assert_close(mine["text"], text)
+        seen.add(mine["caption"])
+    assert len(seen) == len(notes)
+
+
+def test_dry_run_writes_nothing(world, tmp_path, capsys):
+    assert features(world, tmp_path / "out", dry_run=None) == 0
+    assert "features: 60 images" in capsys.readouterr().out and not (tmp_path / "out").exists()
+
+
+def test_a_disk_that_is_too_small(world, tmp_path, capsys):
+    assert features(world, tmp_path / "out", train_num_samples=10**11) == 1
+    error = capsys.readouterr().err
+    assert "100,000,000,000 images take" in error and "GB more than" in error and not (tmp_path / "out").exists()
+
+
+def damage(folder: Path, kind: str) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    shard = folder / "features-00001.safetensors"
+    if kind == "truncated":
+        shard.write_bytes(shard.read_bytes()[:-1])
+    elif kind == "missing":
+        shard.unlink()
+    elif kind == "outside":
+        manifest["shards"][0]["name"] = "../features-00000.safetensors"
+    elif kind == "no manifest":
+        manifest = []
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    "kind, changes, message",
+    [
+        ("truncated", {}, "features-00001.safetensors is missing or not of"),
+        ("missing", {}, "features-00001.safetensors is missing or not of"),
+        ("outside", {}, "names '../features-00000.safetensors', expected"),
+        ("no manifest", {}, "has no manifest.json that pacl features wrote"),
+        ("", {"model": "local-dir:other"}, "towers: not those"),
+        ("", {"nouns": "words"}, "nouns: got 'words', but"),
+        ("", {"train_data": "a.tar"}, "train_data: got --features too"),
+        ("", {"no-lock-image": None}, "features: got some, but towers that are trained"),
+    ],
+)
+def test_bad_features_are_one_line(kind, changes, message, world, tmp_path, capsys):
+    if kind:
+        for path in (world / "stored").iterdir():
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+        damage(tmp_path, kind)
+    elif "nouns" in changes:
+        assert features(world, tmp_path, shard_size=100) == 0
+    changes = {name: str(x).replace("other", str(world / "other")) if x else x for name, x in changes.items()}
+    given = tmp_path if kind or "nouns" in changes else world / "stored"
+    assert train(tmp_path / "logs", features=given, **changes) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("pacl: error: ") and message in error
+
+
+def test_a_damaged_shard_is_not_gone_on_from(world, tmp_path, capsys):
+    manifest = json.loads((world / "stored/manifest.json").read_text())
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest | {"complete": False, "shards": []}))
+    data = (world / "stored/features-00000.safetensors").read_bytes()
+    (tmp_path / "features-00000.safetensors").write_bytes(data[:-1])
+    assert features(world, tmp_path, nouns="words") == 1
+    assert "features-00000.safetensors is not whole" in capsys.readouterr().err
+    (tmp_path / "features-00000.safetensors").unlink()
+    (tmp_path / "features-00001.safetensors").write_bytes(data)
+    assert features(world, tmp_path, nouns="words") == 1
+    assert "without the one before it" in capsys.readouterr().err
+
+
+def test_a_folder_of_something_else_is_left_alone(world, tmp_path, capsys):
+    (tmp_path / "precious").write_text("")
+    assert features(world, tmp_path) == 1
+    assert "holds something else" in capsys.readouterr().err
