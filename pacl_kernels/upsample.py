@@ -45,8 +45,8 @@ def upsample_argmax(
 
     Returns:
         labels, int16 `[B, H, W]`, alone or in a tuple with what was asked for, in that order, float32 (float64 for
-        float64 scores) `[B, H, W]`. The first of equal classes wins. A NaN wins too, as in `torch.argmax`, and is then
-        the best score and the entropy. No gradients.
+        float64 scores) `[B, H, W]`. The first of equal classes wins. The first NaN wins, as in `torch.argmax`, at
+        pixels where it has a weight above 0; best score and entropy are then NaN. No gradients.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what was expected.

@@ -1,4 +1,4 @@
-"""`upsample_argmax` against `F.interpolate` and `argmax` in float64: every backend, instruction set and kind of scores."""
+"""`upsample_argmax` against `F.interpolate` and `argmax` in float64, in every backend and instruction set."""
 
 import json
 import subprocess
@@ -41,9 +41,8 @@ def truth(scores, size, align_corners=False, logit_scale=3.0):
 
 
 def check(scores, size, backend, align_corners=False, logit_scale=3.0):
-    """Labels wherever the two best differ by more than 1e-6 of the scores' size, best scores to that, entropy to 1e-5.
-
-    Returns the labels.
+    """Labels wherever the two best differ by more than 1e-6 of the scores' size, best scores to that, entropy to 1e-5
+    (or what such a difference makes, where logits are above 10). Returns the labels.
     """
     x, entropy = truth(scores, size, align_corners, logit_scale)
     options = dict(align_corners=align_corners, return_best=True, return_entropy=True, logit_scale=logit_scale)
@@ -58,7 +57,7 @@ def check(scores, size, backend, align_corners=False, logit_scale=3.0):
     assert (best - two[:, 0]).abs().max() <= tolerance
     # What the winner has, where it is not sure which one that is.
     assert (x.gather(1, labels[:, None].long())[:, 0] - two[:, 0]).abs().max() <= tolerance
-    assert (found - entropy).abs().max() <= 1e-5
+    assert (found - entropy).abs().max() <= max(1e-5, logit_scale * tolerance)
     alone = upsample_argmax(scores, size, align_corners=align_corners, backend=backend)
     assert torch.equal(alone.cpu(), labels)
     return labels
@@ -85,9 +84,11 @@ def place(scores, backend):
 
 
 @pytest.mark.parametrize("align_corners", [False, True])
+@pytest.mark.parametrize("shape", [s for s in SHAPES if s[0] * s[1] * s[4] * s[5] < 20_000], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape[1] < 100], ids=str)
-def test_triton(shape, dtype, align_corners):
+def test_triton(dtype, shape, align_corners):
+    if dtype != torch.float32 and (align_corners or shape != SHAPES[0]):
+        pytest.skip("one shape for each of the other dtypes")
     if available_backends()["triton"] is not None:
         pytest.skip(f"backend 'triton': {available_backends()['triton']}")
     *sizes, height, width = shape
@@ -111,12 +112,12 @@ CONTENTS = {
 
 
 @pytest.mark.parametrize("content", CONTENTS)
-@pytest.mark.parametrize("size", [(80, 96), (11, 13), (3, 4)], ids=str)
+@pytest.mark.parametrize("size", [(40, 48), (11, 13), (3, 4)], ids=str)
 def test_contents(content, size, backend):
     check(place(CONTENTS[content](), backend), size, backend, logit_scale=1.0)
 
 
-@pytest.mark.parametrize("size", [(64, 96), (8, 12), (4, 6), (2, 3)], ids=str)
+@pytest.mark.parametrize("size", [(32, 48), (8, 12), (4, 6), (2, 3)], ids=str)
 def test_the_first_of_equal_classes(size, backend):
     """Small integers at scales that are powers of two: no rounding, many ties."""
     generator = torch.Generator().manual_seed(0)
@@ -124,15 +125,18 @@ def test_the_first_of_equal_classes(size, backend):
         scores = torch.randint(0, 4, (2, 6, 4, 6), generator=generator).float().repeat(1, copies, 1, 1)
         labels = upsample_argmax(place(scores, backend), size, backend=backend)
         assert torch.equal(labels.cpu().long(), truth(scores, size)[0].argmax(1))
-    assert not upsample_argmax(place(torch.ones(1, 50, 3, 3), backend), (30, 20), backend=backend).any()
+    assert not upsample_argmax(place(torch.ones(1, 50, 3, 3), backend), (21, 20), backend=backend).any()
 
 
-@pytest.mark.parametrize("size", [(64, 96), (8, 12), (4, 6)], ids=str)
-def test_nan_wins(size, backend):
+@pytest.mark.parametrize("size", [(32, 48), (12, 18), (4, 6), (7, 9), (3, 4)], ids=str)
+@pytest.mark.parametrize("align_corners", [False, True])
+def test_nan_wins(align_corners, size, backend):
+    """The first one, where it has a weight: not where a pixel lies on its neighbour."""
     scores = noise(2, 7, 4, 6)
-    scores[0, 3, 1, 2] = scores[0, 5, 1, 3] = scores[0, 0, 3, 5] = float("nan")
-    x = truth(scores, size)[0]
-    options = dict(return_best=True, return_entropy=True, backend=backend)
+    scores[0, 3, 1, 2] = scores[0, 5, 1, 3] = scores[0, 0, 3, 5] = scores[0, 1, 2, 2:4] = float("nan")
+    share = truth(scores.isnan(), size, align_corners)[0]
+    x = truth(scores.nan_to_num(0.0), size, align_corners)[0].masked_fill(share > 1e-9, float("nan"))
+    options = dict(return_best=True, return_entropy=True, align_corners=align_corners, backend=backend)
     labels, best, entropy = (y.cpu() for y in upsample_argmax(place(scores, backend), size, **options))
     assert torch.equal(labels.long(), x.argmax(1))
     nan = x.isnan().any(1)
@@ -144,16 +148,14 @@ def test_nan_wins(size, backend):
 def test_an_infinite_score_excludes_a_class(logit_scale, backend):
     """Also where its weight is 0, and the others are as if it were not there."""
     scores = noise(1, 8, 4, 6).abs()
-    for size in ((64, 90), (4, 6)):
+    for size in ((32, 45), (4, 6)):
         options = dict(return_best=True, return_entropy=True, logit_scale=logit_scale, backend=backend)
         expected = upsample_argmax(place(scores[:, 2:7], backend), size, **options)
-        for classes in ([0, 1, 7], [7]):
-            excluded = scores if classes != [7] else scores[:, 2:]
-            excluded = excluded.index_fill(1, torch.tensor([0, 1, 7] if excluded is scores else [5]), float("-inf"))
-            labels, *others = upsample_argmax(place(excluded, backend), size, **options)
-            assert torch.equal(labels, expected[0] + (2 if excluded.shape[1] == 8 else 0))
-            for one, other in zip(others, expected[1:], strict=True):
-                torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+        excluded = scores.index_fill(1, torch.tensor([0, 1, 7]), float("-inf"))
+        labels, *others = upsample_argmax(place(excluded, backend), size, **options)
+        assert torch.equal(labels, expected[0] + 2)
+        for one, other in zip(others, expected[1:], strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
 
 
 LAYOUTS = {
@@ -201,7 +203,8 @@ def test_isa(shape, dtype, isa, cpu_backend):
 
 def test_isa_ties_and_nan(isa, cpu_backend):
     test_the_first_of_equal_classes((64, 96), cpu_backend)
-    test_nan_wins((64, 96), cpu_backend)
+    test_nan_wins(False, (64, 96), cpu_backend)
+    test_nan_wins(True, (4, 6), cpu_backend)
 
 
 def test_any_number_of_threads(isa, cpu_backend):
@@ -272,6 +275,7 @@ def test_auto_takes_the_native_one(cpu_backend, monkeypatch):
 
 @pytest.mark.parametrize("shape", [(2, 5, 4, 6), (1, 3, 5, 5)], ids=str)
 def test_torch_compile_takes_it_whole(shape, target):
+    torch.compiler.reset()  # or one test after the other would be a recompilation
     scores = noise(*shape, target.dtype).to(target.device)
 
     def segment(scores, scale):
@@ -339,8 +343,8 @@ def growth(function):
     function()
     return status("VmHWM") - before
 
-torch.set_num_threads(2)
-scores, size = torch.randn(1, 600, 12, 16), (192, 256)
+torch.set_num_threads(1)
+scores, size = torch.randn(1, 300, 8, 16), (128, 256)
 ours = lambda: upsample_argmax(scores, size, return_best=True, return_entropy=True, backend="cpu")
 upsample_argmax(scores[:, :3], size, return_best=True, return_entropy=True)
 print(json.dumps([growth(ours), growth(lambda: F.interpolate(scores, size, mode="bilinear").argmax(1))]))
@@ -348,7 +352,7 @@ print(json.dumps([growth(ours), growth(lambda: F.interpolate(scores, size, mode=
 
 
 def test_memory(cpu_backend):
-    """A few MiB a thread, where the enlarged scores are 112 MiB: seen in the same way, so the probe is not blind."""
+    """A few MiB, where the enlarged scores are 38 MiB: seen in the same way, so the probe is not blind."""
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("no /proc/self/clear_refs, which resets the peak")
     environment = {"PYTHONPATH": str(Path(pacl_kernels.__path__[0]).parent)}
@@ -356,5 +360,5 @@ def test_memory(cpu_backend):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     ours, plain = json.loads(done.stdout)
-    assert plain > 100 * 2**20
+    assert plain > 36 * 2**20
     assert ours < 8 * 2**20

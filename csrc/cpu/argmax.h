@@ -95,11 +95,12 @@ inline void enlarge(const UpsampleParams& p, int64_t image, int64_t row, int64_t
       const float* from = tile.source + column[0];
       float* to = tile.rows[slot] + (v * p.classes + first) * kLanes;
       const V weight = load(tile.weight + v * kLanes);
+      const I exact = weight == 0;  // then what lies to the right is not read, it may be NaN
       if (column[kLanes - 1] - column[0] < kLanes) {
         const I index = load(column) - column[0];
         for (int64_t c = 0; c < classes; ++c, from += length, to += kLanes) {
           const V left = permute(load(from), index), right = permute(load(from + 1), index);
-          store(to, left + weight * (right - left));
+          store(to, choose(exact, left, left + weight * (right - left)));
         }
         continue;
       }
@@ -109,7 +110,7 @@ inline void enlarge(const UpsampleParams& p, int64_t image, int64_t row, int64_t
           left[i] = tile.source[c * length + column[i]];
           right[i] = tile.source[c * length + column[i] + 1];
         }
-        store(to, left + weight * (right - left));
+        store(to, choose(exact, left, left + weight * (right - left)));
       }
     }
   }
@@ -155,14 +156,14 @@ inline void find_best(const float* top, const float* bottom, const int32_t* clas
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
         y[r] = broadcast(weight[r]);
-        most[r] = a + y[r] * step;
+        most[r] = kNan ? choose(y[r] == 0, a, a + y[r] * step) : a + y[r] * step;
         winner[r] = number;
       }
       continue;
     }
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-      const V s = a + y[r] * step;
+      const V s = kNan ? choose(y[r] == 0, a, a + y[r] * step) : a + y[r] * step;
       // The first of equals stays; a NaN wins, and nothing replaces it.
       const I stays = kNan ? (s <= most[r]) | (most[r] != most[r]) : s <= most[r];
       most[r] = choose(stays, most[r], s);
@@ -185,7 +186,8 @@ inline void find_entropy(const float* top, const float* bottom, int64_t classes,
       const V a = load(top + c * kLanes), step = load(bottom + c * kLanes) - a;
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
-        V x = (a + weight[r] * step - best[r]) * (scale * kLog2e);
+        const V s = weight[r] == 0 ? a : a + weight[r] * step;
+        V x = (s - best[r]) * (scale * kLog2e);
         x = choose(x < broadcast(-125.0f), broadcast(-125.0f), x);
         const V e = exp2<false>(x);
         part[r] += e;

@@ -102,13 +102,13 @@ def upsample_argmax(scores, rows, columns, scale, labels, best, entropy) -> None
     """
     (classes, height, width), (size_h, size_w) = scores.shape[1:], labels.shape[1:]
     left, weight = columns[0].long(), columns[1]
-    right = (left + 1).clamp_max(width - 1)
+    right = (left + (weight > 0)).clamp_max(width - 1)  # a pixel on an element reads only that, the next may be NaN
     step = max(1, _BLOCK // (classes * size_w))
     for image in range(len(scores)):
         for first in range(0, size_h, step):
             band = slice(first, first + step)
             top = rows[0][band].long()
-            bottom = (top + 1).clamp_max(height - 1)
+            bottom = (top + (rows[1][band] > 0)).clamp_max(height - 1)
             used, at = torch.cat((top, bottom)).unique_consecutive(return_inverse=True)
             source = scores[image, :, used].to(weight.dtype).clamp(-LARGEST_SCORE, LARGEST_SCORE)
             wide = torch.lerp(source[..., left], source[..., right], weight)

@@ -802,8 +802,9 @@ def upsample_argmax_kernel(
     left = tl.load(COLUMN + x, mask=live, other=0)
     down = tl.load(ROW_WEIGHT + y, mask=live, other=0.0)
     along = tl.load(COLUMN_WEIGHT + x, mask=live, other=0.0)
-    bottom = tl.minimum(top + 1, source_h - 1).to(tl.int64) * stride_h
-    right = tl.minimum(left + 1, source_w - 1).to(tl.int64) * stride_w
+    # A pixel on an element reads only that: the next may be NaN.
+    bottom = tl.minimum(tl.where(down > 0.0, top + 1, top), source_h - 1).to(tl.int64) * stride_h
+    right = tl.minimum(tl.where(along > 0.0, left + 1, left), source_w - 1).to(tl.int64) * stride_w
     top = top.to(tl.int64) * stride_h
     left = left.to(tl.int64) * stride_w
     if ENTROPY is not None:
