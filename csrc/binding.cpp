@@ -81,8 +81,8 @@ PYBIND11_MODULE(_native, m) {
             p.texts_sum = address<float>(texts_sum);
             p.grad_temperature = address<float>(grad_temperature);
           },
-          py::kw_only(), py::arg("grad_phi"), py::arg("grad_patches"), py::arg("grad_texts"), py::arg("grad_texts_dtype"),
-          py::arg("texts_sum"), py::arg("grad_temperature"))
+          py::kw_only(), py::arg("grad_phi"), py::arg("grad_patches"), py::arg("grad_texts"),
+          py::arg("grad_texts_dtype"), py::arg("texts_sum"), py::arg("grad_temperature"))
       .def("set_workspace",
            [](ScoreParams& p, uintptr_t at, int64_t bytes) {
              p.workspace = address<char>(at);

@@ -18,9 +18,9 @@ constexpr int kPixelRows = 8;  // of a class at a time: best, label and weight o
 #else
 constexpr int kPixelRows = 4;
 #endif
-constexpr int64_t kFewRows = 6;        // for so few rows looking for candidates costs more than it saves
-constexpr float kLargest = 0x1p120f;   // what is beyond counts as this: an infinite score times a weight of 0 is not NaN
-constexpr int64_t kSumLength = 64;     // classes that are summed before they are added to the total
+constexpr int64_t kFewRows = 6;       // for so few rows, looking for candidates costs more than it saves
+constexpr float kLargest = 0x1p120f;  // what is beyond counts as this: an infinite score times a weight of 0 is not NaN
+constexpr int64_t kSumLength = 64;    // classes that are summed before they are added to the total
 
 inline V choose(I mask, V yes, V no) { return mask ? yes : no; }
 inline I choose(I mask, I yes, I no) { return mask ? yes : no; }
@@ -95,7 +95,7 @@ inline void enlarge(const UpsampleParams& p, int64_t image, int64_t row, int64_t
       const float* from = tile.source + column[0];
       float* to = tile.rows[slot] + (v * p.classes + first) * kLanes;
       const V weight = load(tile.weight + v * kLanes);
-      const I exact = weight == 0;  // then what lies to the right is not read, it may be NaN
+      const I exact = weight == broadcast(0.0f);  // then what lies to the right is not read, it may be NaN
       if (column[kLanes - 1] - column[0] < kLanes) {
         const I index = load(column) - column[0];
         for (int64_t c = 0; c < classes; ++c, from += length, to += kLanes) {
@@ -156,14 +156,14 @@ inline void find_best(const float* top, const float* bottom, const int32_t* clas
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
         y[r] = broadcast(weight[r]);
-        most[r] = kNan ? choose(y[r] == 0, a, a + y[r] * step) : a + y[r] * step;
+        most[r] = kNan ? choose(y[r] == broadcast(0.0f), a, a + y[r] * step) : a + y[r] * step;
         winner[r] = number;
       }
       continue;
     }
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-      const V s = kNan ? choose(y[r] == 0, a, a + y[r] * step) : a + y[r] * step;
+      const V s = kNan ? choose(y[r] == broadcast(0.0f), a, a + y[r] * step) : a + y[r] * step;
       // The first of equals stays; a NaN wins, and nothing replaces it.
       const I stays = kNan ? (s <= most[r]) | (most[r] != most[r]) : s <= most[r];
       most[r] = choose(stays, most[r], s);
@@ -242,7 +242,8 @@ void upsample_argmax(const UpsampleParams& p, int64_t image, int64_t y, int64_t 
     const int slot = hold(p, image, row, next, begin, tile), next_slot = hold(p, image, next, row, begin, tile);
     const bool nan = tile.nan[slot] || tile.nan[next_slot];
     for (int64_t v = 0; v < tile.vectors; ++v) {
-      const float *top = tile.rows[slot] + v * p.classes * kLanes, *bottom = tile.rows[next_slot] + v * p.classes * kLanes;
+      const float *top = tile.rows[slot] + v * p.classes * kLanes,
+                  *bottom = tile.rows[next_slot] + v * p.classes * kLanes;
       const int64_t x = tile.first + v * kLanes, columns = least(kLanes, p.out_width - x);
       const int32_t* classes = tile.all;
       int64_t count = p.classes, at = y;

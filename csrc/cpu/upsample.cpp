@@ -19,7 +19,8 @@ struct UpsamplePlan {
   const UpsampleParams& p;
   int64_t lanes, tiles, vectors;  // tiles of columns; vectors of a tile
   int64_t band, bands;            // rows of a task
-  int64_t scratch_bytes;
+  int64_t tasks, scratch_bytes;
+  int threads;
 
   explicit UpsamplePlan(const UpsampleParams& params) : kernels(*select_isa().float_kernels), p(params) {
     lanes = kernels.panel / 2;
@@ -29,13 +30,15 @@ struct UpsamplePlan {
     tiles = ceil_div(all, vectors);
     band = most(32, 4 * ceil_div(p.out_height, p.height));  // the first row of a band is enlarged once more
     bands = ceil_div(p.out_height, band);
+    tasks = p.images * tiles * bands;
+    threads = (int)most(1, least(p.threads, tasks));
     Arena counter{nullptr};
     UpsampleTile tile;
     take_tile(counter, tile);
     scratch_bytes = counter.used;
   }
 
-  int64_t workspace_bytes() const { return p.threads * scratch_bytes + 64; }
+  int64_t workspace_bytes() const { return threads * scratch_bytes + 64; }
 
   void take_tile(Arena& arena, UpsampleTile& tile) const {
     for (float*& row : tile.rows) row = arena.take(vectors * p.classes * lanes);
@@ -57,12 +60,12 @@ void upsample_argmax(const UpsampleParams& p) {
     throw std::invalid_argument("workspace has " + std::to_string(p.workspace_bytes) + " bytes, expected " +
                                 std::to_string(plan.workspace_bytes()));
   char* base = (char*)round_up((int64_t)p.workspace, 64);
-  Team(p.openmp, p.threads, [&](Team& team, int id) {
+  Team(p.openmp, plan.threads, [&](Team& team, int id) {
     Arena own{base, id * plan.scratch_bytes};
     UpsampleTile tile{};
     plan.take_tile(own, tile);
     for (int64_t c = 0; c < p.classes; ++c) tile.all[c] = (int32_t)c;
-    team.phase(p.images * plan.tiles * plan.bands, [&](int64_t task) {
+    team.phase(plan.tasks, [&](int64_t task) {
       const int64_t y = task % plan.bands * plan.band, x = task / plan.bands % plan.tiles * plan.vectors;
       tile.first = x * plan.lanes;
       tile.vectors = least(plan.vectors, ceil_div(p.out_width, plan.lanes) - x);
