@@ -54,8 +54,11 @@ class Variant(NamedTuple):
     tensor_tau: bool = False
     aligned: bool = True
     flat: bool = True  # without gaps between images, which a class token in front leaves
+    entropy: bool = False  # of `form="upsample"`, the arg-max of class scores: with best score and entropy
 
     def __str__(self) -> str:
+        if self.form == "upsample":
+            return "upsample" + "-entropy" * self.entropy
         marks = [f"N{self.patches}", f"D{self.dim}"]
         marks += ["mask"] * self.mask + [f"tau{self.tau}"] * (self.tau != 0.07) + ["tensor-tau"] * self.tensor_tau
         return "-".join([self.form, *marks, *(["unaligned"] * (not self.aligned)), *(["gaps"] * (not self.flat))])
@@ -66,6 +69,8 @@ DEFAULT = [
     Variant(form="cosine"),
     Variant(form="max"),
     Variant(dtype="fp32"),
+    Variant(form="upsample", dtype="fp32"),
+    Variant(form="upsample", entropy=True),
 ]
 # What differs from those little enough that one architecture stands for all.
 ON_90 = [
@@ -130,6 +135,9 @@ def launches(variant: Variant, target: int, batch: int = 1024) -> list[Launch]:
     with mock.patch.multiple(backend, **replaced), mock.patch.multiple(triton_tiles, **chip):
         for name, function in replaced.items():
             setattr(backend, name, function)
+        if variant.form == "upsample":
+            _upsample(dtype, variant.entropy)
+            return seen
         backend.score_forward(patches, texts, mask, tau, variant.form, phi, stat)
         backend.score_backward(patches, texts, mask, tau, variant.form, phi, stat, grad_phi, *grads)
         value, scale, statistics = phi.new_empty(()), phi.new_empty(()), phi.new_empty(4, len(phi))
@@ -137,6 +145,16 @@ def launches(variant: Variant, target: int, batch: int = 1024) -> list[Launch]:
             backend.loss_forward(phi, scale, None, loss, value, kept)
             backend.loss_backward(phi, scale, None, loss, kept, value, grad_phi, value, value)
     return seen
+
+
+def _upsample(dtype: torch.dtype, entropy: bool) -> None:
+    scores, labels = torch.empty(2, 150, 32, 43, dtype=dtype, device="meta"), torch.empty(2, 512, 683, device="meta")
+    rows, columns = (
+        (torch.empty(size, dtype=torch.int32, device="meta"), torch.empty(size, device="meta"))
+        for size in labels.shape[1:]
+    )
+    best = labels if entropy else None
+    backend.upsample_argmax(scores, rows, columns, 10.0, labels.short(), best, best)
 
 
 def compile_launch(launch: Launch) -> dict:

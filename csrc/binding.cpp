@@ -5,6 +5,7 @@
 
 #include "cpu/dispatch.h"
 #include "cpu/score.h"
+#include "cpu/upsample.h"
 
 namespace py = pybind11;
 using namespace pacl;
@@ -30,10 +31,18 @@ T* address(uintptr_t value) {
   return reinterpret_cast<T*>(value);
 }
 
+OpenMp parse_openmp(std::array<uintptr_t, 3> addresses) {
+  OpenMp openmp;
+  openmp.parallel = reinterpret_cast<decltype(openmp.parallel)>(addresses[0]);
+  openmp.thread_num = reinterpret_cast<decltype(openmp.thread_num)>(addresses[1]);
+  openmp.num_threads = reinterpret_cast<decltype(openmp.num_threads)>(addresses[2]);
+  return openmp;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
-  m.doc() = "Native kernels of pacl_kernels; see csrc/cpu/score.h.";
+  m.doc() = "Native kernels of pacl_kernels; see csrc/cpu/score.h and upsample.h.";
 
   py::class_<ScoreParams>(m, "ScoreParams")
       .def(py::init([](std::array<int64_t, 4> sizes, const std::string& dtype, const std::string& form,
@@ -46,9 +55,7 @@ PYBIND11_MODULE(_native, m) {
              p.form = parse_form(form);
              p.temperature = temperature;
              p.threads = threads;
-             p.openmp.parallel = reinterpret_cast<decltype(p.openmp.parallel)>(openmp[0]);
-             p.openmp.thread_num = reinterpret_cast<decltype(p.openmp.thread_num)>(openmp[1]);
-             p.openmp.num_threads = reinterpret_cast<decltype(p.openmp.num_threads)>(openmp[2]);
+             p.openmp = parse_openmp(openmp);
              p.patches = address<const void>(patches);
              p.patch_stride_image = patch_strides[0], p.patch_stride_row = patch_strides[1];
              p.patch_stride_dim = patch_strides[2];
@@ -74,16 +81,48 @@ PYBIND11_MODULE(_native, m) {
             p.texts_sum = address<float>(texts_sum);
             p.grad_temperature = address<float>(grad_temperature);
           },
-          py::kw_only(), py::arg("grad_phi"), py::arg("grad_patches"), py::arg("grad_texts"), py::arg("grad_texts_dtype"),
-          py::arg("texts_sum"), py::arg("grad_temperature"))
+          py::kw_only(), py::arg("grad_phi"), py::arg("grad_patches"), py::arg("grad_texts"),
+          py::arg("grad_texts_dtype"), py::arg("texts_sum"), py::arg("grad_temperature"))
       .def("set_workspace",
            [](ScoreParams& p, uintptr_t at, int64_t bytes) {
              p.workspace = address<char>(at);
              p.workspace_bytes = bytes;
            })
-      .def("workspace_bytes", &workspace_bytes, py::arg("backward"))
+      .def("workspace_bytes", py::overload_cast<const ScoreParams&, bool>(&workspace_bytes), py::arg("backward"))
       .def("accumulator_floats", &accumulator_floats);
 
+  py::class_<UpsampleParams>(m, "UpsampleParams")
+      .def(py::init([](std::array<int64_t, 6> sizes, const std::string& dtype, int threads,
+                       std::array<uintptr_t, 3> openmp, uintptr_t scores, std::array<int64_t, 4> strides, uintptr_t row,
+                       uintptr_t row_weight, uintptr_t column, uintptr_t column_weight, float scale, uintptr_t labels,
+                       uintptr_t best, uintptr_t entropy) {
+             UpsampleParams p{};
+             p.images = sizes[0], p.classes = sizes[1], p.height = sizes[2], p.width = sizes[3];
+             p.out_height = sizes[4], p.out_width = sizes[5];
+             p.dtype = parse_dtype(dtype);
+             p.threads = threads;
+             p.openmp = parse_openmp(openmp);
+             p.scores = address<const void>(scores);
+             p.stride_image = strides[0], p.stride_class = strides[1];
+             p.stride_row = strides[2], p.stride_column = strides[3];
+             p.row = address<const int32_t>(row), p.row_weight = address<const float>(row_weight);
+             p.column = address<const int32_t>(column), p.column_weight = address<const float>(column_weight);
+             p.scale = scale;
+             p.labels = address<int16_t>(labels);
+             p.best = address<float>(best), p.entropy = address<float>(entropy);
+             return p;
+           }),
+           py::kw_only(), py::arg("sizes"), py::arg("dtype"), py::arg("threads"), py::arg("openmp"), py::arg("scores"),
+           py::arg("strides"), py::arg("row"), py::arg("row_weight"), py::arg("column"), py::arg("column_weight"),
+           py::arg("scale"), py::arg("labels"), py::arg("best"), py::arg("entropy"))
+      .def("set_workspace",
+           [](UpsampleParams& p, uintptr_t at, int64_t bytes) {
+             p.workspace = address<char>(at);
+             p.workspace_bytes = bytes;
+           })
+      .def("workspace_bytes", py::overload_cast<const UpsampleParams&>(&workspace_bytes));
+
+  m.def("upsample_argmax", &upsample_argmax, py::call_guard<py::gil_scoped_release>());
   m.def("score_forward", &score_forward, py::call_guard<py::gil_scoped_release>());
   m.def("score_backward", &score_backward, py::call_guard<py::gil_scoped_release>());
   m.def("isas", [] {

@@ -4,6 +4,15 @@ from .cached import cached_step
 from .dispatch import available_backends
 from .function import PaclFunction
 from .loss import PaclLoss, compatibility, fused_pacl_loss
+from .upsample import upsample_argmax
 
 __version__ = "0.1.0.dev0"
-__all__ = ["PaclFunction", "PaclLoss", "available_backends", "cached_step", "compatibility", "fused_pacl_loss"]
+__all__ = [
+    "PaclFunction",
+    "PaclLoss",
+    "available_backends",
+    "cached_step",
+    "compatibility",
+    "fused_pacl_loss",
+    "upsample_argmax",
+]

@@ -1,8 +1,8 @@
 """Which implementation of the two fused functions runs.
 
 A backend is a module with `why_not(device, dtype) -> str | None` (None: it can; otherwise one sentence that says what
-is missing and how to get it), `score_forward` and `score_backward`. `backends/torch.py` documents the two functions. It
-may have `loss_forward` and `loss_backward` as well, see `backends/triton.py`.
+is missing and how to get it), `score_forward`, `score_backward` and `upsample_argmax`, see `backends/torch.py`. It may
+have `loss_forward` and `loss_backward` as well, see `backends/triton.py`.
 """
 
 from __future__ import annotations

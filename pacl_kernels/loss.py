@@ -15,7 +15,7 @@ from .function import CompatibilityFunction, PaclFunction
 
 FORMS = ("dot", "cosine", "max")
 LOSSES = ("infonce", "sigmoid")
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def fused_pacl_loss(
@@ -88,10 +88,10 @@ def fused_pacl_loss(
             raise ValueError(f"patches has shape {list(patches.shape)}, expected [B, N, D] with {name} of at least 1")
     _check_choice("form", form, FORMS)
     _check_choice("loss", loss, LOSSES)
-    attn_temperature = _check_scalar("attn_temperature", attn_temperature, patches, positive=True)
-    logit_scale = _check_scalar("logit_scale", logit_scale, patches)
+    attn_temperature = check_scalar("attn_temperature", attn_temperature, patches, positive=True)
+    logit_scale = check_scalar("logit_scale", logit_scale, patches)
     if logit_bias is not None:
-        logit_bias = _check_scalar("logit_bias", logit_bias, patches)
+        logit_bias = check_scalar("logit_bias", logit_bias, patches)
     _check_choice("exchange", exchange, distributed.EXCHANGES)
     _check_group(group)
     backend = resolve(backend, patches.device, patches.dtype)
@@ -129,7 +129,7 @@ def global_loss(
         "loss": setting(loss, LOSSES),
         "exchange": setting(exchange, distributed.EXCHANGES),
         "patches' D": setting(patches.shape[2], int),
-        "patches' dtype": setting(patches.dtype, _DTYPES),
+        "patches' dtype": setting(patches.dtype, DTYPES),
         "attn_temperature": setting(attn_temperature, float),
         "logit_scale": setting(logit_scale, float),
         "logit_bias": setting(logit_bias, float),
@@ -168,7 +168,7 @@ def compatibility(
         if size == 0:
             raise ValueError(f"patches has shape {list(patches.shape)}, expected [B, N, D] with {name} of at least 1")
     _check_choice("form", form, FORMS)
-    attn_temperature = _check_scalar("attn_temperature", attn_temperature, patches, positive=True)
+    attn_temperature = check_scalar("attn_temperature", attn_temperature, patches, positive=True)
     backend = resolve(backend, patches.device, patches.dtype)
     if backend == "reference":
         return reference.compatibility(
@@ -241,7 +241,7 @@ def _check_pair(patches, texts, patch_mask) -> tuple[Tensor, Tensor]:
             raise TypeError(f"{name} is a {type(value).__name__}, expected a tensor of shape {layout}")
         if hasattr(value, "full_tensor"):
             raise TypeError(f"{name} is a DTensor, expected this process's own rows as a plain tensor (to_local())")
-        if value.dtype not in _DTYPES:
+        if value.dtype not in DTYPES:
             raise TypeError(f"{name} is {value.dtype}, expected float32, bfloat16, float16 or float64")
         if value.ndim != layout.count(",") + 1:
             raise ValueError(f"{name} has shape {list(value.shape)}, expected {layout}")
@@ -269,7 +269,7 @@ def _check_pair(patches, texts, patch_mask) -> tuple[Tensor, Tensor]:
     return patches, texts
 
 
-def _check_scalar(name: str, value, patches: Tensor, positive: bool = False) -> float | Tensor:
+def check_scalar(name: str, value, like: Tensor, like_name: str = "patches", positive: bool = False) -> float | Tensor:
     if isinstance(value, Tensor):
         if hasattr(value, "full_tensor"):  # a parameter under FSDP; the gradient is the same on every rank, as it asks
             value = value.full_tensor()
@@ -277,8 +277,8 @@ def _check_scalar(name: str, value, patches: Tensor, positive: bool = False) -> 
             raise TypeError(f"{name} is a {value.dtype} tensor, expected a floating-point one")
         if value.numel() != 1:
             raise ValueError(f"{name} has shape {list(value.shape)}, expected one element")
-        if value.device != patches.device:
-            raise ValueError(f"{name} is on {value.device}, expected {patches.device} like patches")
+        if value.device != like.device:
+            raise ValueError(f"{name} is on {value.device}, expected {like.device} like {like_name}")
         return value
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} is a {type(value).__name__}, expected a number or a tensor of one element")

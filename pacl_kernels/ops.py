@@ -1,4 +1,4 @@
-"""The two fused functions as `torch.library` operators, so that `torch.compile` takes them whole.
+"""The fused functions as `torch.library` operators, so that `torch.compile` takes them whole.
 
 They write into buffers that the caller allocated and return nothing: the fake implementations then have nothing to say.
 They carry no autograd formula; `PaclFunction` is the only one that differentiates.
@@ -134,6 +134,47 @@ def loss_backward(
 @loss_backward.register_fake
 def _(phi, scale, scale_value, bias, bias_value, loss, backend, statistics, grad_loss, grad_phi, *grads):
     return None
+
+
+@torch.library.custom_op("pacl_kernels::upsample_argmax", mutates_args=("labels", "best", "entropy"))
+def upsample_argmax(
+    scores: Tensor,
+    align_corners: bool,
+    scale: Optional[Tensor],  # noqa: UP045
+    scale_value: float,
+    backend: str,
+    labels: Tensor,
+    best: Optional[Tensor],  # noqa: UP045
+    entropy: Optional[Tensor],  # noqa: UP045
+) -> None:
+    """Labels (int16), and into those buffers that are given best score and entropy, `[B, H, W]`, of `[B, C, h, w]`."""
+    if not labels.numel():
+        return
+    wide = torch.float64 if scores.dtype == torch.float64 else torch.float32
+    rows, columns = (
+        _positions(source, size, align_corners, scores.device, wide)
+        for source, size in zip(scores.shape[2:], labels.shape[1:], strict=True)
+    )
+    scale = scale_value if scale is None else scale.to(wide).reshape(())
+    dispatch.module(backend).upsample_argmax(scores, rows, columns, scale, labels, best, entropy)
+
+
+@upsample_argmax.register_fake
+def _(scores, align_corners, scale, scale_value, backend, labels, best, entropy):
+    return None
+
+
+def _positions(source: int, size: int, align_corners: bool, device, dtype) -> tuple[Tensor, Tensor]:
+    """For each of `size` pixels the element of `source` before it (int32) and how far it is to the next one, in [0, 1).
+
+    In integers, so exact: a float32 coordinate would be off by 1e-5 in the middle of a large picture.
+    """
+    pixels = torch.arange(size, device=device)
+    if align_corners:
+        above, below = pixels * (source - 1), max(size - 1, 1)
+    else:
+        above, below = ((2 * pixels + 1) * source - size).clamp_min(0), 2 * size
+    return (above // below).int(), (above % below).to(dtype) / below
 
 
 def _scalar(tensor, value, like: Tensor):

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 MIN_NORM = 1e-12  # a shorter patch or text has no direction: similarity 0, gradient 0
 MIN_POOLED_NORM = 1e-6  # floor of the pooled patch's norm in the cosine form
+LARGEST_SCORE = 2.0**120  # of upsample_argmax
 
 
 def unit(x: Tensor) -> Tensor:
@@ -102,3 +103,16 @@ def pacl_loss(
     if logit_bias is not None:
         logits = logits + logit_bias
     return contrastive_loss(logits, loss)
+
+
+def upsample_argmax(
+    scores: Tensor, size: tuple[int, int], align_corners: bool, logit_scale: float | Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Best score, label (int16) and entropy of the classes' softmax, `[B, H, W]` each, of scores `[B, C, h, w]`."""
+    wide = torch.float64 if scores.dtype == torch.float64 else torch.float32
+    # An infinite score would be NaN where its weight is 0.
+    x = scores.to(wide).clamp(-LARGEST_SCORE, LARGEST_SCORE)
+    x = F.interpolate(x, size, mode="bilinear", align_corners=align_corners)
+    best, labels = x.max(1)
+    entropy = torch.special.entr((logit_scale * x).softmax(1)).sum(1)
+    return best, labels.short(), entropy

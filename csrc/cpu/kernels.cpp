@@ -1,6 +1,7 @@
-// The two fused functions, written once on the vectors of simd.h and compiled once per instruction set.
+// The fused functions, written once on the vectors of simd.h and compiled once per instruction set.
 // No std:: templates and no shared inline functions: the linker could keep an AVX-512 copy of them for everyone.
 
+#include "argmax.h"
 #include "cosine.h"
 #include "max.h"
 
@@ -195,7 +196,8 @@ constexpr Kernels table() {
           max_sort,
           max_patches,
           max_texts,
-          max_finish_texts};
+          max_finish_texts,
+          upsample_argmax};
 }
 
 }  // namespace

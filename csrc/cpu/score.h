@@ -113,6 +113,9 @@ struct MaxScratch {    // one thread's own
   float *sum, *buffer;  // rows of D
 };
 
+struct UpsampleParams;  // upsample.h
+struct UpsampleTile;
+
 struct Kernels {
   int panel, tile_rows, tile_columns, pair;
   // Gathers rows [first, last) of the call's valid patches (row_start: their prefix count by image) into `to` at `at`.
@@ -150,6 +153,8 @@ struct Kernels {
   void (*max_patches)(const ScoreParams&, MaxBlock&, int64_t image, int64_t first, int64_t last, MaxScratch&);
   void (*max_texts)(const ScoreParams&, const MaxBlock&, int64_t first, int64_t last, MaxScratch&);
   void (*max_finish_texts)(const ScoreParams&, int64_t first, int64_t last, MaxScratch&);
+  // Labels (best scores, entropies) of rows [y, y_last) of an image and the columns of the tile, see argmax.h.
+  void (*upsample_argmax)(const UpsampleParams&, int64_t image, int64_t y, int64_t y_last, UpsampleTile&);
 };
 
 // static: a shared inline function could be linked from an object that this machine cannot run.

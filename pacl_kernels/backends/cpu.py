@@ -1,4 +1,4 @@
-"""The two fused functions in C++ for CPUs: hands addresses, sizes and strides to the native module."""
+"""The fused functions in C++ for CPUs: hands addresses, sizes and strides to the native module."""
 
 from __future__ import annotations
 
@@ -78,6 +78,28 @@ def score_backward(
     )
     workspace = _workspace(params, backward=True)  # noqa: F841
     _native.score_backward(params)
+
+
+def upsample_argmax(scores, rows, columns, scale, labels, best, entropy) -> None:
+    params = _native.UpsampleParams(
+        sizes=(*scores.shape, *labels.shape[1:]),
+        dtype=_DTYPES[scores.dtype],
+        threads=torch.get_num_threads(),
+        openmp=_openmp(),
+        scores=scores.data_ptr(),
+        strides=scores.stride(),
+        row=rows[0].data_ptr(),
+        row_weight=rows[1].data_ptr(),
+        column=columns[0].data_ptr(),
+        column_weight=columns[1].data_ptr(),
+        scale=float(scale),
+        labels=labels.data_ptr(),
+        best=_address(best),
+        entropy=_address(entropy),
+    )
+    workspace = torch.empty(params.workspace_bytes(), dtype=torch.uint8)
+    params.set_workspace(workspace.data_ptr(), workspace.numel())
+    _native.upsample_argmax(params)
 
 
 def _params(patches: Tensor, texts: Tensor, patch_mask: Tensor | None, temperature, form, phi, lse):

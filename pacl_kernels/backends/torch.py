@@ -1,4 +1,4 @@
-"""The two fused functions in plain PyTorch, over blocks of images and texts: any device, any dtype, fixed workspace.
+"""The fused functions in plain PyTorch, over blocks of images and texts: any device, any dtype, fixed workspace.
 
 Low-precision inputs are widened to float32 a block at a time: a product that is rounded to bfloat16 spoils s / τ.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..reference import MIN_NORM, MIN_POOLED_NORM
+from ..reference import LARGEST_SCORE, MIN_NORM, MIN_POOLED_NORM
 
 _BLOCK = 2**21  # elements of one block of scores; about five such blocks are alive at a time
 
@@ -93,6 +93,35 @@ def score_backward(
             _project_out(texts_sum[rows], t, inv_norm, into=grad_texts[rows])
     if grad_temperature is not None:
         grad_temperature.copy_(temperature_sum if form == "max" else temperature_sum / temperature / temperature)
+
+
+def upsample_argmax(scores, rows, columns, scale, labels, best, entropy) -> None:
+    """Write labels and, where their buffers are given, best scores and entropies, over bands of rows.
+
+    `rows` and `columns`: for each output row (column) the index before it and its weight, see `ops._positions`.
+    """
+    (classes, height, width), (size_h, size_w) = scores.shape[1:], labels.shape[1:]
+    left, weight = columns[0].long(), columns[1]
+    right = (left + (weight > 0)).clamp_max(width - 1)  # a pixel on an element reads only that, the next may be NaN
+    step = max(1, _BLOCK // (classes * size_w))
+    for image in range(len(scores)):
+        for first in range(0, size_h, step):
+            band = slice(first, first + step)
+            top = rows[0][band].long()
+            bottom = (top + (rows[1][band] > 0)).clamp_max(height - 1)
+            used, at = torch.cat((top, bottom)).unique_consecutive(return_inverse=True)
+            source = scores[image, :, used].to(weight.dtype).clamp(-LARGEST_SCORE, LARGEST_SCORE)
+            wide = torch.lerp(source[..., left], source[..., right], weight)
+            x = torch.lerp(wide[:, at[: len(top)]], wide[:, at[len(top) :]], rows[1][band, None])
+            largest, label = x.max(0)
+            labels[image, band] = label.short()
+            if best is not None:
+                best[image, band] = largest
+            if entropy is not None:
+                x = x.sub_(largest).mul_(scale).clamp_min_(-100.0)
+                e = x.exp()
+                total = e.sum(0)
+                entropy[image, band] = total.log() - (x * e).sum(0) / total
 
 
 def _split(size: int, step: int) -> list[slice]:

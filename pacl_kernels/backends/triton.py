@@ -19,7 +19,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ..reference import MIN_POOLED_NORM
+from ..reference import LARGEST_SCORE, MIN_POOLED_NORM
 from . import triton_tiles as tiles
 
 _MIN_TRITON = (3, 3)
@@ -134,6 +134,17 @@ def loss_backward(phi, scale, bias, loss: str, statistics, grad_loss, grad_phi, 
         grad_bias.copy_(sums[1].sum())
 
 
+def upsample_argmax(scores, rows, columns, scale, labels, best, entropy) -> None:
+    """As `backends/torch.py` says; a program takes a block of an image's pixels."""
+    with _on_device(scores):
+        arguments = (scores, *rows, *columns, scale, labels, best, entropy)
+        arguments += (*scores.shape[1:], *labels.shape[1:], *scores.stride())
+        constants = dict(SCALE_IS_TENSOR=isinstance(scale, Tensor), LARGEST=LARGEST_SCORE, BLOCK=_PIXELS)
+        programs = len(scores) * tiles.ceil_div(labels[0].numel(), _PIXELS)
+        _launch(kernels().upsample_argmax_kernel, programs, arguments, constants)
+
+
+_PIXELS = 512
 _ROW_TILE = dict(ROWS=4, BLOCK=512)
 _COLUMN_TILE = dict(ROWS=32, BLOCK=64)
 
