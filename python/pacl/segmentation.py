@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pacl_kernels import upsample_argmax
+
 IGNORE = 255  # the label of pixels that do not count
 
 
@@ -25,7 +27,7 @@ def class_scores(patches: Tensor, texts: Tensor) -> Tensor:
 
 def label_map(scores: Tensor, size: tuple[int, int]) -> Tensor:
     """Scores [B, K, h, w] enlarged bilinearly to `size` pixels, then the best class of each: int64 [B, H, W]."""
-    return F.interpolate(scores, size=size, mode="bilinear", align_corners=False).argmax(1)
+    return upsample_argmax(scores, size).long()
 
 
 def patch_shares(masks: Tensor, classes: int, grid: tuple[int, int]) -> Tensor:
