@@ -324,11 +324,11 @@ class Run:
 
     def restore(self, path: Path) -> None:
         state = load_checkpoint(path)
-        if missing := {"state_dict", "optimizer", "step", "data"} - state.keys():
-            raise ValueError(f"resume: {path} has no {', '.join(sorted(missing))}, expected a checkpoint of pacl train")
         for name, mine in (("global_batch", self.global_batch), ("world", self.world)):
             if state.get(name) != mine:
                 raise ValueError(f"resume: {path} is of a run with {name} {state.get(name)}, expected {mine}")
+        if missing := {"state_dict", "optimizer", "step", "data"} - state.keys():
+            raise ValueError(f"resume: {path} has no {', '.join(sorted(missing))}, expected a checkpoint of pacl train")
         if (state.get("ema") is None) != (self.average is None):
             raise ValueError(f"resume: {path} is of a run {'without' if self.average else 'with'} --ema-decay")
         if self.average is not None:
