@@ -115,9 +115,10 @@ def _labels(texts: Texts, rule: dict, palette: Callable[[int], np.ndarray]) -> t
     """Whether a rule makes label 0 background; the name and the colour of every label, background's being black."""
     has_background = rule["threshold"] is not None or rule["entropy"] is not None
     names = ["background"] * has_background + list(texts.names)
-    is_black = names[0].lower() == "background"
     colours = palette(len(names) + 1)[1:]
-    return has_background, names, np.concatenate([np.zeros((is_black, 3), np.uint8), colours])[: len(names)]
+    if names[0].lower() == "background":
+        colours = np.concatenate([np.zeros((1, 3), np.uint8), colours[:-1]])
+    return has_background, names, colours
 
 
 def _shares(labels: torch.Tensor, count: int) -> list[float]:

@@ -149,7 +149,9 @@ class Segmenter:
                 raise ValueError(f"{name}: got {value}, expected {expected}")
         if window is not None and window_stride > window - self.patch + self.step:
             most = window - self.patch + self.step
-            raise ValueError(f"window_stride: got {window_stride}, expected at most {most}, so that no token is left out")
+            raise ValueError(
+                f"window_stride: got {window_stride}, expected at most {most}, so that no token is left out"
+            )
         self.normalise = next((x for x in _steps(towers.transform) if isinstance(x, transforms.Normalize)), None)
         if self.normalise is None:
             raise ValueError("towers: their transform has no Normalize, whose mean and deviation the image needs")
