@@ -110,7 +110,8 @@ def main() -> None:
         size = f"{row['size'][1]} x {row['size'][0]}"
         print(
             f"{row['classes']:7}{size:>13}{row['tokens'][1]:>5} x {row['tokens'][0]:<3}"
-            f"{pacl['ms']:9.1f}{other['ms']:9.1f}{other['ms'] / pacl['ms']:7.2f}{pacl['peak_mib']:11.0f}{other['peak_mib']:11.0f}",
+            f"{pacl['ms']:9.1f}{other['ms']:9.1f}{other['ms'] / pacl['ms']:7.2f}"
+            f"{pacl['peak_mib']:11.0f}{other['peak_mib']:11.0f}",
             flush=True,
         )
     whole = []

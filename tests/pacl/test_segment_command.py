@@ -15,7 +15,8 @@ from pacl.embedder import VisionEmbedder, save_embedder
 from pacl.segment.command import _slug, _stems
 from pacl.segment.draw import SCALE, heat, label_image, overlay, png, voc_palette, with_legend, word_colours
 from pacl.segment.predict import Segmenter
-from pacl.towers import load_pacl, load_towers
+from pacl.sharing import describe_towers, load_pacl
+from pacl.towers import load_towers
 from PIL import Image
 
 torch.set_num_threads(1)
@@ -28,7 +29,7 @@ def world(tmp_path_factory):
     torch.manual_seed(0)
     save_clip(new_clip(), folder / "clip")
     towers = load_towers(f"local-dir:{folder / 'clip'}")
-    save_embedder(VisionEmbedder(128, 128), folder / "embedder", towers.describe(folder / "embedder"))
+    save_embedder(VisionEmbedder(128, 128), folder / "embedder", describe_towers(towers, folder / "embedder"))
     images = folder / "images"
     images.mkdir()
     (images / "a.jpg").write_bytes(encode(picture(0, 48, 64)))
@@ -180,10 +181,10 @@ def test_an_absent_word_stays_dark():
     """Brightness is the cosine's, whatever else is in the map."""
     image = Image.new("RGB", (40, 30), "white")
     absent, present = np.full((3, 4), 0.02, np.float32), np.full((3, 4), 0.02, np.float32)
-    absent[1, 1], present[1, 1] = 0.05, 0.45
+    absent[1, 1], present[1, 1] = 0.06, 0.54
     dark, bright = (np.asarray(overlay(image, x, alpha=1.0)).astype(int).sum(-1) for x in (absent, present))
     assert dark.max() < 150 and bright[15, 15] > 500
-    assert heat(np.array([-1.0, 0.0, 0.5, 9.0])).tolist() == [[0, 0, 4], [0, 0, 4], [252, 253, 191], [252, 253, 191]]
+    assert heat(np.array([-1.0, 0.0, 0.6, 9.0])).tolist() == [[0, 0, 4], [0, 0, 4], [252, 253, 191], [252, 253, 191]]
     assert (np.diff(heat(np.linspace(*SCALE, 50)).astype(int).sum(-1)) > 0).all()
 
 

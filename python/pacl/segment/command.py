@@ -15,7 +15,8 @@ from open_clip.factory import parse_model_name
 from PIL import Image
 
 from ..files import write_bytes
-from ..towers import load_pacl, load_towers
+from ..sharing import load_pacl
+from ..towers import load_towers
 from .draw import SCALE, label_image, overlay, png, voc_palette, with_legend, word_colours
 from .images import find_images, read_image
 from .predict import Dense, Segmenter

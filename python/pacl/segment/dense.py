@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from types import SimpleNamespace
 
+import timm.layers
 import timm.models as timm_models
 import torch
 from open_clip.modified_resnet import ModifiedResNet
@@ -20,10 +21,10 @@ from torch.nn import functional as F
 
 from ..backbones import TIMM_VITS, patch_tokens, tower_trunk
 
-try:
-    from timm.layers import RotaryEmbeddingDinoV3
-except ImportError:  # timm before DINOv3
-    RotaryEmbeddingDinoV3 = ()
+# timm before DINOv3 has only the first.
+ROTARY = tuple(
+    getattr(timm.layers, x) for x in ("RotaryEmbeddingCat", "RotaryEmbeddingDinoV3") if hasattr(timm.layers, x)
+)
 
 
 def patch_size(visual: nn.Module) -> int:
@@ -93,10 +94,9 @@ def _view(trunk: nn.Module, size: tuple[int, int], stride: int) -> nn.Module:
         view._parameters["positional_embedding"] = table[0]
         return view
     rope = getattr(trunk, "rope", None)
-    known = isinstance(trunk, (timm_models.VisionTransformer, timm_models.Eva)) and (
-        rope is None or isinstance(rope, RotaryEmbeddingCat) or isinstance(rope, RotaryEmbeddingDinoV3)
-    )
-    if not known or not isinstance(trunk.patch_embed, PatchEmbed):
+    known = isinstance(trunk, (timm_models.VisionTransformer, timm_models.Eva))
+    turns = isinstance(rope, ROTARY) and hasattr(rope, "update_feat_shape")  # old timm cannot be asked
+    if not known or not (rope is None or turns) or not isinstance(trunk.patch_embed, PatchEmbed):
         raise ValueError(
             f"images, stride: got {size[0]} x {size[1]} pixels and {stride}; the positions of this "
             f"{type(trunk).__name__} are for {_own_size(trunk)[0]} x {_own_size(trunk)[1]} and 1 alone"
@@ -105,7 +105,7 @@ def _view(trunk: nn.Module, size: tuple[int, int], stride: int) -> nn.Module:
     embed.proj = _strided(embed.proj, patch // stride)
     embed.img_size, embed.dynamic_img_pad = None, False  # no check of the size, no padding
     if trunk.pos_embed is not None:
-        prefix = 0 if trunk.no_embed_class else trunk.num_prefix_tokens
+        prefix = 0 if getattr(trunk, "no_embed_class", False) else trunk.num_prefix_tokens
         table = _resampled(trunk.pos_embed, embed.grid_size, size, patch, stride, prefix)
         view._parameters["pos_embed"] = table
     view.dynamic_img_size, embed.flatten = False, True  # tokens and table are flat and fit each other

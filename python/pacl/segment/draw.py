@@ -11,7 +11,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-SCALE = (0.0, 0.5)  # cosines from dark to bright, the same for every word and image: what is absent stays dark
+# Cosines from dark to bright, the same for every word and image, so that what is absent stays dark. The demo's highest
+# cosine of a class is 0.55 in the median where it is present, and 0.16 where it is not.
+SCALE = (0.0, 0.6)
 # matplotlib's "magma" at nine even places.
 MAGMA = np.array(
     [(0, 0, 4), (29, 17, 71), (81, 18, 124), (130, 38, 129), (182, 54, 121)]
