@@ -13,11 +13,11 @@ from pacl.cli import main
 from pacl.demo.toy_clip import new_clip, save_clip
 from pacl.embedder import VisionEmbedder, save_embedder
 from pacl.segment.command import _slug, _stems
-from pacl.segment.draw import SCALE, heat, label_image, overlay, png, voc_palette, with_legend, word_colours
+from pacl.segment.draw import SCALE, _fitting, heat, label_image, overlay, png, voc_palette, with_legend, word_colours
 from pacl.segment.predict import Segmenter
 from pacl.sharing import describe_towers, load_pacl
 from pacl.towers import load_towers
-from PIL import Image
+from PIL import Image, ImageFont
 
 torch.set_num_threads(1)
 
@@ -184,6 +184,7 @@ def test_an_absent_word_stays_dark():
     absent[1, 1], present[1, 1] = 0.06, 0.54
     dark, bright = (np.asarray(overlay(image, x, alpha=1.0)).astype(int).sum(-1) for x in (absent, present))
     assert dark.max() < 150 and bright[15, 15] > 500
+    assert len(np.unique(bright)) > 20  # enlarged smoothly
     assert heat(np.array([-1.0, 0.0, 0.6, 9.0])).tolist() == [[0, 0, 4], [0, 0, 4], [252, 253, 191], [252, 253, 191]]
     assert (np.diff(heat(np.linspace(*SCALE, 50)).astype(int).sum(-1)) > 0).all()
 
@@ -212,6 +213,9 @@ def test_legend_and_label_image():
     found = np.asarray(sheet)[100:]
     assert (found == (255, 0, 0)).all(-1).sum() > 100 and (found == (0, 255, 0)).all(-1).sum() > 100
     assert with_legend(Image.new("RGB", (10, 10))).width == 320
+    font = ImageFont.load_default(14)
+    fitting = _fitting(odd, font, 150)
+    assert fitting.startswith("two lines  [31mxx") and fitting.endswith("x...") and font.getlength(fitting) <= 150
     labels = torch.tensor([[0, 2], [1, 255]], dtype=torch.int16)
     again = Image.open(io.BytesIO(png(label_image(labels, voc_palette(256)))))
     assert np.array_equal(again, labels)

@@ -45,7 +45,7 @@ ROTARY = (
         "dinov3": lambda: timm_vit("vit_small_patch16_dinov3"),
         "eva02": lambda: timm_vit("eva02_tiny_patch14_224"),
         "eva02, kept": lambda: timm_vit("eva02_tiny_patch14_224", dynamic_img_size=False),
-        "rope, places in patches": lambda: timm_vit("vit_base_patch16_rope_reg1_gap_256"),
+        "places in patches": lambda: timm_vit("vit_base_patch16_rope_224", rope_grid_offset=0.5),
     }
 )
 

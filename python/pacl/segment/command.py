@@ -85,7 +85,7 @@ def _look(arguments: argparse.Namespace, texts: Texts, rule: dict) -> Callable:
         yield "overlay.png", png(with_legend(overlay(image, labels, colours=colours), entries))
         for i, (name, values) in enumerate(zip(texts.names, scores, strict=True), 1):
             picture = overlay(image, dense.enlarged(values[None])[0], scale=arguments.scale)
-            entry = ((255, 255, 255), f"{name}  {float(values.max()):.2f}")
+            entry = (None, f"{name}  {float(values.max()):.2f}")
             yield f"{i:02}-{_slug(name)}.png", png(with_legend(picture, [entry], arguments.scale))
 
     return show

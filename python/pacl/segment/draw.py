@@ -79,10 +79,10 @@ def overlay(
 
 def with_legend(
     picture: Image.Image,
-    entries: Sequence[tuple[Sequence[int], str]] = (),
+    entries: Sequence[tuple[Sequence[int] | None, str]] = (),
     scale: tuple[float, float] | None = None,
 ) -> Image.Image:
-    """The picture, small ones enlarged, with a legend below: a colour and a text per entry, or the scale of a map."""
+    """The picture, small ones enlarged, with a legend below: a colour, or none, and a text per entry; a scale."""
     factor = max(1, 320 // max(picture.size))
     picture = picture.resize([x * factor for x in picture.size], Image.Resampling.NEAREST)
     columns = max(1, picture.width // ENTRY)
@@ -93,8 +93,10 @@ def with_legend(
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(FONT)
     for i, (colour, text) in enumerate(entries):
         x, y = i % columns * (width // columns), picture.height + 4 + i // columns * LINE
-        draw.rectangle((x + 4, y + 3, x + 18, y + 17), fill=tuple(int(c) for c in colour), outline=FAINT)
-        draw.text((x + 24, y + 2), _fitting(text, font, width // columns - 28), INK, font)
+        if colour is not None:
+            draw.rectangle((x + 4, y + 3, x + 18, y + 17), fill=tuple(int(c) for c in colour), outline=FAINT)
+            x += 20
+        draw.text((x + 4, y + 2), _fitting(text, font, width // columns - 28), INK, font)
     if scale is not None:
         y = picture.height + 4 + (rows - 1) * LINE
         bar = heat(np.linspace(*scale, ENTRY - 100)[None].repeat(12, 0), scale)
