@@ -92,7 +92,7 @@ def images(settings: dict, towers, embedder: VisionEmbedder, repeats: int) -> di
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--large", action="store_true", help="the plain computation then takes 11 GB")
     parser.add_argument("--quick", action="store_true", help="two small cases, to see that it runs")
     parser.add_argument("--json", type=Path, metavar="FILE")

@@ -91,7 +91,11 @@ def test_segment_writes_labels_and_scores(world, tmp_path):
         assert found.mode == "P" and np.array_equal(found, expected)
         assert found.getpalette()[:9] == [0, 0, 0, 128, 0, 0, 0, 128, 0]
     scores = json.loads((tmp_path / "out" / "a-scores.json").read_text())
-    assert scores["size"] == [48, 64] and scores["settings"]["window"] == 64
+    assert scores["size"] == [48, 64]
+    found = {
+        name: scores["settings"][name] for name in ("stride", "short_side", "window", "window_stride", "templates")
+    }
+    assert found == {"stride": 2, "short_side": 72, "window": 64, "window_stride": 8, "templates": "photo"}
     assert [x["name"] for x in scores["classes"]] == ["background", "dog", "grass"]
     assert [x["pixels"] for x in scores["classes"]] == pytest.approx([(expected == i).mean() for i in range(3)])
 

@@ -1,10 +1,12 @@
 """Scores and label maps against plain loops over windows, whole interpolation, and towers called by hand."""
 
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from open_clip.model import CLIPVisionCfg, _build_vision_tower
 from pacl.backbones import patch_tokens
 from pacl.demo.toy_clip import new_clip, save_clip
 from pacl.embedder import VisionEmbedder
@@ -304,3 +306,33 @@ def test_own_projection_of_other_towers(towers):
     convolutional = load_towers(vision_model="test_convnext", **model)
     assert Segmenter(convolutional, VisionEmbedder(64, 128)).scores(photo(128, 64), ["x"]).shape == (1, 2, 4)
     assert own_projection(towers.visual)(torch.eye(128)).equal(towers.visual.proj)
+
+
+@pytest.mark.parametrize("projection", ["linear", ""])
+def test_a_timm_towers_own_projection(projection):
+    """A pooled mean through the projection is the mean of what it makes of single patches."""
+    options = {"timm_model_name": "test_resnet", "timm_pool": "avg", "timm_proj": projection}
+    visual = _build_vision_tower(24, CLIPVisionCfg(**options)).eval()
+    images = torch.randn(2, 3, 64, 96)
+    single = own_projection(visual)(patch_tokens(visual, images))
+    assert single.shape == (2, 6, 24)
+    torch.testing.assert_close(single.mean(1), visual(images))
+
+
+def test_an_attention_pooled_tower_has_no_projection_of_patches():
+    options = {"timm_model_name": "vit_base_patch16_siglip_224", "timm_pool": "map", "timm_proj": "none"}
+    with pytest.raises(ValueError, match="embedder: got none, and TimmModel has no projection of single patches"):
+        with torch.device("meta"):
+            visual = _build_vision_tower(24, CLIPVisionCfg(**options))
+        own_projection(visual)
+
+
+def test_the_benchmark_compares_the_same_label_maps(towers, embedder, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    import segmentation as benchmark
+
+    monkeypatch.setattr(benchmark, "D", 128)
+    row = benchmark.label_maps((7, 64, 48, 2), 1)
+    assert row["agree"] > 0.999 and row["tokens"] == [56, 74] and min(row["pacl"]["ms"], row["plain"]["ms"]) > 0
+    row = benchmark.images({"stride": 2}, towers, embedder, 1)
+    assert row["tokens"] == [15, 21] and row["images_per_second"] > 0

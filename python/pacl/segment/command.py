@@ -29,6 +29,8 @@ DESCRIPTIONS = {
     "numbers of lines of the class file from 0; with --threshold or --entropy, 0 is background and classes begin at 1.",
 }
 
+SETTINGS = ("stride", "short_side", "window", "window_stride")  # of a Segmenter
+
 
 def main(command: str, argv: Sequence[str]) -> int:
     """Run `pacl look` or `pacl segment` with these arguments; returns its exit status, 1 when no image was usable."""
@@ -40,7 +42,7 @@ def main(command: str, argv: Sequence[str]) -> int:
         paths = find_images(arguments.images)
         segmenter = _segmenter(arguments)
         texts = segmenter.texts(lines, sentences)
-        show = {"look": _look, "segment": _segment}[command](arguments, texts, rule)
+        show = {"look": _look, "segment": _segment}[command](arguments, segmenter, texts, rule)
         return _run(arguments, segmenter, paths, show)
     except (ValueError, OSError) as error:
         print(f"pacl: error: {error}", file=sys.stderr)
@@ -66,7 +68,7 @@ def _run(arguments: argparse.Namespace, segmenter: Segmenter, paths: list[Path],
     return 0 if done else 1
 
 
-def _look(arguments: argparse.Namespace, texts: Texts, rule: dict) -> Callable:
+def _look(arguments: argparse.Namespace, segmenter: Segmenter, texts: Texts, rule: dict) -> Callable:
     has_background, names, colours = _labels(texts, rule, word_colours)
 
     def show(path: Path, image: Image.Image, dense: Dense) -> Iterator[tuple[str, bytes]]:
@@ -91,10 +93,10 @@ def _look(arguments: argparse.Namespace, texts: Texts, rule: dict) -> Callable:
     return show
 
 
-def _segment(arguments: argparse.Namespace, texts: Texts, rule: dict) -> Callable:
+def _segment(arguments: argparse.Namespace, segmenter: Segmenter, texts: Texts, rule: dict) -> Callable:
     palette = word_colours if arguments.words else voc_palette
     has_background, names, colours = _labels(texts, rule, palette)
-    settings = {name: getattr(arguments, name) for name in ("stride", "short_side", "window", "window_stride")}
+    settings = {name: getattr(segmenter, name) for name in SETTINGS}
     settings |= {"templates": arguments.templates, "model": arguments.checkpoint or arguments.model, **rule}
 
     def show(path: Path, image: Image.Image, dense: Dense) -> Iterator[tuple[str, bytes]]:
@@ -137,7 +139,7 @@ def _rows(dense: Dense, texts: Texts, shares: list[float], has_background: bool)
 
 
 def _segmenter(arguments: argparse.Namespace) -> Segmenter:
-    settings = {name: getattr(arguments, name) for name in ("stride", "short_side", "window", "window_stride")}
+    settings = {name: getattr(arguments, name) for name in SETTINGS}
     if arguments.checkpoint:
         return Segmenter(*load_pacl(arguments.checkpoint, arguments.device), **settings)
     if arguments.pretrained is None and parse_model_name(arguments.model)[0] is None:
