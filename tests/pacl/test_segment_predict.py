@@ -149,11 +149,11 @@ def test_labels_are_those_of_the_whole_interpolation(monkeypatch, band, h, w, si
 def test_bands_of_rows_bound_the_memory(monkeypatch):
     """No step sees more than a band of scores."""
     seen = []
-    monkeypatch.setattr(predict, "BAND", 6 * 50 * 10)
+    monkeypatch.setattr(predict, "BAND", 6 * 9 * 7)
     original = predict._argmax
     monkeypatch.setattr(predict, "_argmax", lambda *args: seen.append(args[0].shape) or original(*args))
     random_dense(8, 9, (95, 50)).labels(random_texts(6, 16))
-    assert [shape[1] for shape in seen] == [10] * 9 + [5] and all(shape[2] == 9 for shape in seen)
+    assert [shape[1] for shape in seen] == [7] * 13 + [4] and all(shape[2] == 9 for shape in seen)
 
 
 def test_background_by_threshold_and_by_entropy():

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from ..data.shards import IMAGE_FORMATS, IMAGE_SUFFIXES, _open
+from ..data.samples import IMAGE_FORMATS, IMAGE_SUFFIXES, _open, _stream
 
 
 def find_images(paths: Iterable[Path]) -> list[Path]:
@@ -26,9 +26,7 @@ def find_images(paths: Iterable[Path]) -> list[Path]:
 
 def read_image(path: Path, max_pixels: int = 25_000_000) -> Image.Image:
     """RGB, turned as its EXIF orientation says; raises for what is no image, or by its header has more pixels."""
-    if not path.is_file():
-        raise FileNotFoundError("not a file")
-    with _open(path.read_bytes(), IMAGE_FORMATS) as image:
+    with _stream(path) as stream, _open(stream, IMAGE_FORMATS) as image:
         if image.width * image.height > max_pixels:
             raise ValueError(f"{image.width} x {image.height} pixels, more than {max_pixels:,}")
         return to_rgb(ImageOps.exif_transpose(image))

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms.functional import pil_to_tensor
 
+from pacl_kernels import upsample_argmax
+
 from ..towers import Towers
 from .dense import dense_tokens, patch_size, token_step
 from .images import to_rgb
@@ -22,7 +24,7 @@ from .prompts import TEMPLATES, Texts, class_texts
 
 LONG_SIDE = 2048  # of the resized image at most, as mmsegmentation's usual Resize((2048, short_side)) has it
 WINDOWS = 8  # that the tower takes at a time
-BAND = 2**24  # class scores that exist at the image's resolution at a time: 64 MiB
+BAND = 2**24  # class scores that exist at a time: 64 MiB
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class Dense:
     def labels(
         self, texts: Texts, *, threshold: float | None = None, entropy: float | None = None, logit_scale: float = 100.0
     ) -> Labels:
-        """The best class of every pixel, scores enlarged bilinearly, a band of rows at a time.
+        """The best class of every pixel, scores enlarged bilinearly.
 
         Labels are 0 to K - 1, or, with a rule for background, that at 0 and the classes at 1 to K. threshold: pixels
         whose best cosine is below it are background. entropy: those are whose softmax over the classes, of cosines
@@ -71,8 +73,8 @@ class Dense:
         """
         height, width = (side - 2 * pad for side, pad in zip(self.size, self._pads, strict=True))
         parts = [
-            _argmax(scores, (scores.shape[1], width), None if entropy is None else logit_scale)
-            for scores in self._bands(texts, height, width)
+            _argmax(scores, (rows, width), None if entropy is None else logit_scale)
+            for scores, rows in self._bands(texts, height)
         ]
         labels, best, *more = (_extend(torch.cat(x), self._pads) for x in zip(*parts, strict=True))
         if threshold is not None or entropy is not None:
@@ -93,20 +95,26 @@ class Dense:
         """The margins in pixels of the image."""
         return [min(round(x * side), (side - 1) // 2) for x, side in zip(self.margins, self.size, strict=True)]
 
-    def _bands(self, texts: Texts, height: int, width: int) -> Iterator[Tensor]:
-        """Class scores [K, rows, w] whose rows are pixels' and whose columns are still tokens', from top to bottom."""
+    def _bands(self, texts: Texts, height: int) -> Iterator[tuple[Tensor, int]]:
+        """Class scores and how many rows of pixels they make, from top to bottom.
+
+        Those of all tokens, [K, h, w], or, where they are too many, [K, rows, w] whose rows are pixels' already.
+        """
         rows = len(self.patches)
+        if len(texts.embeddings) * self.patches[..., 0].numel() <= BAND:
+            yield self.scores(texts), height
+            return
         # F.interpolate's places, clamped to the first and the last row.
         places = ((torch.arange(height) + 0.5) * (rows / height) - 0.5).clamp(0, rows - 1).to(self.patches.device)
         above = places.long().clamp(max=max(0, rows - 2))
         share = (places - above).float()
-        size = max(1, BAND // (len(texts.embeddings) * max(width, self.patches.shape[1])))
+        size = max(1, BAND // (len(texts.embeddings) * self.patches.shape[1]))
         for start in range(0, height, size):
             top, part = above[start : start + size], share[start : start + size, None]
             first, last = int(top[0]), min(int(top[-1]) + 2, rows)
             scores = Dense(self.patches[first:last], self.size).scores(texts)
             below = (top - first + 1).clamp(max=last - first - 1)
-            yield torch.lerp(scores[:, top - first], scores[:, below], part)
+            yield torch.lerp(scores[:, top - first], scores[:, below], part), len(top)
 
 
 class Segmenter:
@@ -250,11 +258,8 @@ def _best_synonym(scores: Tensor, texts: Texts) -> Tensor:
 
 def _argmax(scores: Tensor, size: tuple[int, int], logit_scale: float | None) -> tuple[Tensor, ...]:
     """Labels (int16), best scores and, with a logit_scale, entropies [H, W] of enlarged scores [K, h, w]."""
-    large = F.interpolate(scores[None], size, mode="bilinear", align_corners=False)[0]
-    best, labels = large.max(0)
-    if logit_scale is None:
-        return labels.short(), best
-    return labels.short(), best, torch.special.entr((logit_scale * large).softmax(0)).sum(0)
+    options = {} if logit_scale is None else {"return_entropy": True, "logit_scale": logit_scale}
+    return tuple(x[0] for x in upsample_argmax(scores[None], size, return_best=True, **options))
 
 
 def _extend(x: Tensor, pads: Sequence[int]) -> Tensor:
