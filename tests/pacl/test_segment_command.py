@@ -40,6 +40,7 @@ def world(tmp_path_factory):
     (images / "text.webp").write_bytes(b"no image")
     (images / "notes.txt").write_text("left alone")
     (images / "fifo.png").mkdir()
+    (images / "\x1b[2J.jpg").write_bytes(b"")
     return folder
 
 
@@ -69,7 +70,7 @@ def test_look_at_a_folder(world, tmp_path, capsys):
         ("fifo.png", "is not a"),
     ):
         assert re.search(rf"skipped .*{bad}: .*{reason}", said.err)
-    assert "2 image(s) in" in said.out and "4 skipped" in said.out
+    assert "2 image(s) in" in said.out and "5 skipped" in said.out and "\x1b" not in said.err
     # What is printed is what the functions under it say.
     segmenter = Segmenter(*load_pacl(world / "embedder"))
     image = Image.open(world / "images" / "a.jpg")
