@@ -46,7 +46,7 @@ def patch_tokens(visual: nn.Module, images: Tensor) -> Tensor:
     """
     if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
         raise ValueError(f"images: got {images.dtype} {list(images.shape)}, expected floats of shape [B, 3, H, W]")
-    trunk = _trunk(visual)
+    trunk = tower_trunk(visual)
     _check_size(trunk, images)
     if isinstance(trunk, VisionTransformer):
         _check_transformer(trunk, trunk.patch_dropout)
@@ -69,7 +69,7 @@ def tower_blocks(visual: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
 
     Raises TypeError as patch_tokens does.
     """
-    trunk = _trunk(visual)
+    trunk = tower_trunk(visual)
     if isinstance(trunk, VisionTransformer):
         return list(trunk.transformer.resblocks), [trunk.ln_post]
     if isinstance(trunk, TIMM_VITS):
@@ -79,7 +79,8 @@ def tower_blocks(visual: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
     return [trunk.layer1, trunk.layer2, trunk.layer3, trunk.layer4], []
 
 
-def _trunk(visual: nn.Module) -> nn.Module:
+def tower_trunk(visual: nn.Module) -> nn.Module:
+    """The tower itself, out of open_clip's TimmModel. Raises TypeError as patch_tokens does."""
     trunk = visual.trunk if isinstance(visual, TimmModel) else visual
     if not isinstance(trunk, (VisionTransformer, ModifiedResNet, *TIMM_VITS, *TIMM_CONVNETS)):
         raise TypeError(

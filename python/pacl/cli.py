@@ -29,6 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = [re.sub(r"^--[^=]+", lambda flag: flag[0].replace("_", "-"), word) for word in argv]
     if argv[:1] in (["train"], ["features"]):
         return _train(argv[0], argv[1:])
+    if argv[:1] in (["look"], ["segment"]):
+        return _segment(argv[0], argv[1:])
     parser = argparse.ArgumentParser(prog="pacl", description="Patch Aligned Contrastive Learning: train and look.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_demo(commands)
@@ -36,8 +38,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     doctor = commands.add_parser("doctor", help="what can run here, what is missing, and a self-check")
     doctor.add_argument("--json", action="store_true", help="for a bug report")
     doctor.set_defaults(run=_doctor)
-    commands.add_parser("train", help="train the vision embedder on image-caption pairs")  # parses its own flags
+    # These parse their own flags.
+    commands.add_parser("train", help="train the vision embedder on image-caption pairs")
     commands.add_parser("features", help="compute what frozen towers give once, and store it for training")
+    commands.add_parser("look", help="where in an image is what words say")
+    commands.add_parser("segment", help="segment images by a list of classes")
     arguments = parser.parse_args(argv)
     missing = _missing("data") if arguments.command == "data" else None
     if missing:
@@ -91,6 +96,19 @@ def _train(command: str, argv: Sequence[str]) -> int:
     else:
         from .training.command import main
     return main(argv)
+
+
+def _segment(command: str, argv: Sequence[str]) -> int:
+    missing = _missing(command)
+    if missing:
+        print(f"pacl: error: {missing}", file=sys.stderr)
+        return 2
+    from .segment.command import main
+
+    try:
+        return main(command, argv)
+    except KeyboardInterrupt:
+        return INTERRUPTED
 
 
 def _demo(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:

@@ -1,0 +1,167 @@
+"""Patch tokens on a grid, of images of any size and at a smaller stride than the tower's own (the "stride trick").
+
+A transformer's patches need not touch: its patch convolution may step by a fraction of the patch, with each token's
+position embedding read off the trained grid at the token's own centre. No weight changes and the tower is never
+touched: what runs is a second module over the same tensors.
+"""
+
+from __future__ import annotations
+
+import copy
+from types import SimpleNamespace
+
+import timm.layers
+import timm.models as timm_models
+import torch
+from open_clip.modified_resnet import ModifiedResNet
+from open_clip.transformer import VisionTransformer
+from timm.layers import PatchEmbed, RotaryEmbeddingCat
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..backbones import TIMM_VITS, patch_tokens, tower_trunk
+
+# timm before DINOv3 has only the first.
+ROTARY = tuple(
+    getattr(timm.layers, x) for x in ("RotaryEmbeddingCat", "RotaryEmbeddingDinoV3") if hasattr(timm.layers, x)
+)
+
+
+def patch_size(visual: nn.Module) -> int:
+    """Pixels of a side of the tower's patches; of a convolutional tower, its stride. Raises as patch_tokens does."""
+    trunk = tower_trunk(visual)
+    if isinstance(trunk, VisionTransformer):
+        sides = trunk.patch_size
+    elif isinstance(trunk, TIMM_VITS):
+        sides = trunk.patch_embed.patch_size
+    else:
+        return 32 if isinstance(trunk, ModifiedResNet) else trunk.feature_info[-1]["reduction"]
+    if sides[0] != sides[1]:
+        raise ValueError(f"visual: got patches of {sides[0]} x {sides[1]} pixels, expected square ones")
+    return sides[0]
+
+
+def token_step(visual: nn.Module, stride: int) -> int:
+    """Pixels from one token to the next; ValueError where `stride` does not divide the patch or the tower has none."""
+    patch = patch_size(visual)
+    if isinstance(stride, bool) or not isinstance(stride, int) or stride < 1 or patch % stride:
+        fit = ", ".join(str(x) for x in range(1, patch + 1) if patch % x == 0)
+        raise ValueError(f"stride: got {stride!r}, expected a divisor of the patch of {patch} pixels: {fit}")
+    trunk = tower_trunk(visual)
+    if stride > 1 and not isinstance(trunk, (VisionTransformer, *TIMM_VITS)):
+        raise ValueError(f"stride: got {stride}, expected 1 for {type(trunk).__name__}, which has no patch convolution")
+    return patch // stride
+
+
+def dense_tokens(visual: nn.Module, images: Tensor, stride: int = 1) -> Tensor:
+    """Tokens of images of any size, `stride` times as many along each side as the tower has by itself.
+
+    visual: what patch_tokens takes. images: float [B, 3, H, W], normalised; H and W of at least a patch, and a patch
+    plus a multiple of the step, patch / stride, so that the last token ends with the image. Returns [B, h, w, width],
+    h = (H - patch) / step + 1; token (i, j) sees the patch whose corner is at pixel (i * step, j * step).
+
+    Position embeddings are interpolated bicubically at the patches' centres, the trained grid covering the image; at
+    stride 1 that is the usual resizing. Rotary ones are computed there. ValueError for towers whose positions are of
+    another kind (relative biases, learnt rotations) unless images have their own size and stride is 1; for
+    convolutional towers at any stride but 1.
+    """
+    step, patch = token_step(visual, stride), patch_size(visual)
+    height, width = images.shape[-2:]
+    for side in (height, width):
+        if side < patch or (side - patch) % step:
+            raise ValueError(
+                f"images: got {height} x {width} pixels, expected {patch} and a multiple of {step} on each side"
+            )
+    trunk = tower_trunk(visual)
+    if isinstance(trunk, (VisionTransformer, *TIMM_VITS)) and (stride > 1 or (height, width) != _own_size(trunk)):
+        trunk = _view(trunk, (height, width), stride)
+    tokens = patch_tokens(trunk, images)
+    return tokens.unflatten(1, ((height - patch) // step + 1, (width - patch) // step + 1))
+
+
+def _own_size(trunk: nn.Module) -> tuple[int, int]:
+    return tuple(trunk.image_size if isinstance(trunk, VisionTransformer) else trunk.patch_embed.img_size)
+
+
+def _view(trunk: nn.Module, size: tuple[int, int], stride: int) -> nn.Module:
+    """The same tower for images of `size` and another stride, sharing all weights but the position embedding."""
+    view = _share(trunk)
+    patch = patch_size(trunk)
+    if isinstance(trunk, VisionTransformer):
+        view.conv1 = _strided(trunk.conv1, patch // stride)
+        view.image_size = size
+        table = _resampled(trunk.positional_embedding[None], trunk.grid_size, size, patch, stride)
+        view._parameters["positional_embedding"] = table[0]
+        return view
+    rope = getattr(trunk, "rope", None)
+    known = isinstance(trunk, (timm_models.VisionTransformer, timm_models.Eva))
+    turns = isinstance(rope, ROTARY) and hasattr(rope, "update_feat_shape")  # old timm cannot be asked
+    if not known or not (rope is None or turns) or not isinstance(trunk.patch_embed, PatchEmbed):
+        raise ValueError(
+            f"images, stride: got {size[0]} x {size[1]} pixels and {stride}; the positions of this "
+            f"{type(trunk).__name__} are for {_own_size(trunk)[0]} x {_own_size(trunk)[1]} and 1 alone"
+        )
+    embed = view.patch_embed = _share(trunk.patch_embed)
+    embed.proj = _strided(embed.proj, patch // stride)
+    embed.img_size, embed.dynamic_img_pad = None, False  # no check of the size, no padding
+    if trunk.pos_embed is not None:
+        prefix = 0 if getattr(trunk, "no_embed_class", False) else trunk.num_prefix_tokens
+        table = _resampled(trunk.pos_embed, embed.grid_size, size, patch, stride, prefix)
+        view._parameters["pos_embed"] = table
+    view.dynamic_img_size, embed.flatten = False, True  # tokens and table are flat and fit each other
+    if rope is not None:
+        turned = _turned(rope, size, patch, stride)
+        del view._modules["rope"]
+        view.rope = SimpleNamespace(feat_shape=None, get_embed=lambda shape=None: turned)
+    return view
+
+
+def _share(module: nn.Module) -> nn.Module:
+    """Another module over the same tensors and children, both of which can be replaced in it alone."""
+    twin = copy.copy(module)
+    twin._parameters, twin._modules = dict(module._parameters), dict(module._modules)
+    return twin
+
+
+def _strided(convolution: nn.Conv2d, step: int) -> nn.Conv2d:
+    twin = _share(convolution)
+    twin.stride = (step, step)
+    return twin
+
+
+def _resampled(
+    table: Tensor, grid: tuple[int, int], size: tuple[int, int], patch: int, stride: int, prefix: int = 1
+) -> Tensor:
+    """Position embeddings [1, prefix + grid, C] read at the centres of the patches of an image of `size`.
+
+    In units of the image's sides, so that at stride 1 it is F.interpolate(mode="bicubic"), and that at every stride a
+    patch which the tower itself has gets the embedding that it has there.
+    """
+    step = patch // stride
+    rows, columns = (torch.arange(patch / 2, side - patch / 2 + 1, step) * 2 / side - 1 for side in size)
+    points = torch.stack(torch.meshgrid(rows, columns, indexing="ij")[::-1], -1)[None].to(table.device)
+    old = table[:, prefix:].float().unflatten(1, tuple(grid)).permute(0, 3, 1, 2)
+    new = F.grid_sample(old, points, mode="bicubic", padding_mode="border", align_corners=False)
+    return torch.cat([table[:, :prefix], new.flatten(2).transpose(1, 2).to(table.dtype)], 1)
+
+
+def _turned(rope: nn.Module, size: tuple[int, int], patch: int, stride: int) -> Tensor:
+    """Rotary embedding [h * w, ...] at the patches' places in an image of `size`.
+
+    Angles are linear in a place, and timm computes them for whole grids: of one `stride` times as fine as the tower's,
+    the tokens are the first rows and columns, shifted by half the difference where timm measures from the centres.
+    """
+    fine = [side * stride // patch for side in size]
+    rope = copy.deepcopy(rope)
+    rope.grid_offset *= stride
+    if not isinstance(rope, RotaryEmbeddingCat):
+        rope.grid_offset += (stride - 1) / 2
+    elif stride > 1 and rope.ref_feat_shape is None:
+        rope.ref_feat_shape = [x / stride for x in fine]  # places count in patches, not in tokens
+    if isinstance(rope, RotaryEmbeddingCat) and rope.feat_shape is not None:
+        rope.feat_shape = [0, 0]  # not the shape of what it keeps, so that it computes
+        rope.update_feat_shape(fine)
+        embed = rope.get_embed()
+    else:
+        embed = rope.get_embed(fine)
+    return embed.unflatten(0, fine)[: fine[0] - stride + 1, : fine[1] - stride + 1].flatten(0, 1)

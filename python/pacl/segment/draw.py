@@ -1,0 +1,132 @@
+"""Pictures of label maps and of similarity maps, with NumPy and Pillow alone."""
+
+from __future__ import annotations
+
+import colorsys
+import io
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+# Cosines from dark to bright, the same for every word and image, so that what is absent stays dark. The demo's highest
+# cosine of a class is 0.55 in the median where it is present, and 0.16 where it is not.
+SCALE = (0.0, 0.6)
+# matplotlib's "magma" at nine even places.
+MAGMA = np.array(
+    [(0, 0, 4), (29, 17, 71), (81, 18, 124), (130, 38, 129), (182, 54, 121)]
+    + [(230, 81, 100), (251, 136, 97), (254, 194, 135), (252, 253, 191)]
+)
+INK, FAINT = (30, 30, 34), (110, 110, 118)
+LINE, ENTRY, FONT = 22, 220, 14  # pixels: height and width of an entry of the legend, size of its letters
+
+
+def voc_palette(count: int) -> np.ndarray:
+    """Pascal VOC's colours of the labels 0 (black), 1, ...: uint8 [count, 3]; they repeat after 256."""
+    labels = np.arange(count)[:, None, None] % 256
+    bits = labels >> (3 * np.arange(8)[:, None] + np.arange(3)) & 1  # the label's bits, in turn for red, green, blue
+    return (bits << (7 - np.arange(8)[:, None])).sum(1).astype(np.uint8)
+
+
+def word_colours(count: int) -> np.ndarray:
+    """Hues a golden ratio apart, so that any number of them in a row differ: uint8 [count, 3]."""
+    golden = (math.sqrt(5) - 1) / 2
+    colours = [colorsys.hsv_to_rgb((0.02 + i * golden) % 1, 0.85, (1.0, 0.8)[i // 5 % 2]) for i in range(count)]
+    return np.uint8(255 * np.array(colours).reshape(count, 3))
+
+
+def heat(values: np.ndarray, scale: tuple[float, float] = SCALE) -> np.ndarray:
+    """Colours uint8 [..., 3] of values; those beyond the scale get its end's."""
+    low, high = scale
+    place = (values.clip(low, high) - low) / (high - low) * (len(MAGMA) - 1)
+    channels = [np.interp(place, np.arange(len(MAGMA)), MAGMA[:, channel]) for channel in range(3)]
+    return np.stack(channels, -1).round().astype(np.uint8)
+
+
+def overlay(
+    image: Image.Image,
+    shown: Tensor | np.ndarray,
+    *,
+    colours: np.ndarray | None = None,
+    scale: tuple[float, float] = SCALE,
+    alpha: float = 0.6,
+) -> Image.Image:
+    """The image under a label map or under one similarity map.
+
+    shown: integers [H, W], labels painted in `colours` [K, 3] (default: VOC's), black leaving the image as it is; or
+    floats [h, w], cosines in magma from scale[0] to scale[1], enlarged bilinearly to the image's size.
+    alpha: the share of the colour.
+    """
+    values = np.asarray(shown.cpu() if isinstance(shown, Tensor) else shown)
+    picture = np.asarray(image.convert("RGB")).astype(np.float32)
+    if values.dtype.kind == "f":
+        if scale[0] >= scale[1]:
+            raise ValueError(f"scale: got {scale[0]} to {scale[1]}, expected an increasing pair")
+        if values.shape != picture.shape[:2]:
+            large = Image.fromarray(values.astype(np.float32)).resize(image.size, Image.Resampling.BILINEAR)
+            values = np.asarray(large)
+        grey = picture.mean(-1, keepdims=True)  # so that all colour is the map's
+        return Image.fromarray(((1 - alpha) * grey + alpha * heat(values, scale)).round().astype(np.uint8))
+    if values.shape != picture.shape[:2]:
+        raise ValueError(f"shown: got labels {list(values.shape)}, expected the image's {list(picture.shape[:2])}")
+    colours = voc_palette(int(values.max()) + 1) if colours is None else colours
+    painted = colours[values].astype(np.float32)
+    share = np.where((colours == 0).all(-1), 0, alpha)[values][..., None]
+    return Image.fromarray(((1 - share) * picture + share * painted).round().astype(np.uint8))
+
+
+def with_legend(
+    picture: Image.Image,
+    entries: Sequence[tuple[Sequence[int] | None, str]] = (),
+    scale: tuple[float, float] | None = None,
+) -> Image.Image:
+    """The picture, small ones enlarged, with a legend below: a colour, or none, and a text per entry; a scale."""
+    factor = max(1, 320 // max(picture.size))
+    picture = picture.resize([x * factor for x in picture.size], Image.Resampling.NEAREST)
+    columns = max(1, picture.width // ENTRY)
+    rows = math.ceil(len(entries) / columns) + (scale is not None)
+    width = max(picture.width, ENTRY)
+    sheet = Image.new("RGB", (width, picture.height + rows * LINE + 8), "white")
+    sheet.paste(picture)
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(FONT)
+    for i, (colour, text) in enumerate(entries):
+        x, y = i % columns * (width // columns), picture.height + 4 + i // columns * LINE
+        if colour is not None:
+            draw.rectangle((x + 4, y + 3, x + 18, y + 17), fill=tuple(int(c) for c in colour), outline=FAINT)
+            x += 20
+        draw.text((x + 4, y + 2), _fitting(text, font, width // columns - 28), INK, font)
+    if scale is not None:
+        y = picture.height + 4 + (rows - 1) * LINE
+        bar = heat(np.linspace(*scale, ENTRY - 100)[None].repeat(12, 0), scale)
+        sheet.paste(Image.fromarray(bar), (46, y + 4))
+        draw.text((4, y + 2), f"{scale[0]:.2f}", INK, font)
+        draw.text((ENTRY - 48, y + 2), f"{scale[1]:.2f}", INK, font)
+    return sheet
+
+
+def label_image(labels: Tensor, colours: np.ndarray) -> Image.Image:
+    """Labels [H, W] as a palette image, whose pixels are the labels; of 16 bits, without colours, for more than 256."""
+    values = labels.cpu().numpy()
+    if len(colours) > 256:
+        return Image.fromarray(values.astype(np.uint16))
+    image = Image.fromarray(values.astype(np.uint8))
+    image.putpalette(colours.astype(np.uint8).ravel().tolist())
+    return image
+
+
+def png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _fitting(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+    """As much of the text as fits, on one line."""
+    text = "".join(c if c.isprintable() else " " for c in text)[:200]
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "...") > width:
+        text = text[:-1]
+    return text + "..."

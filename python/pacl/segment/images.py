@@ -1,0 +1,42 @@
+"""Images of users: found in folders, read with a cap on their pixels, of any mode."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from ..data.samples import IMAGE_FORMATS, IMAGE_SUFFIXES, _open, _stream
+
+
+def find_images(paths: Iterable[Path]) -> list[Path]:
+    """Files as given, folders as the images in them by name; ValueError where there is none."""
+    paths, found = list(paths), []
+    for path in paths:
+        if path.is_dir():
+            found += sorted(x for x in path.iterdir() if x.suffix.lower()[1:] in IMAGE_SUFFIXES)
+        else:
+            found.append(path)
+    if not found:
+        raise ValueError(f"images: none in {', '.join(map(str, paths))}, expected {', '.join(IMAGE_SUFFIXES)} files")
+    return found
+
+
+def read_image(path: Path, max_pixels: int = 25_000_000) -> Image.Image:
+    """RGB, turned as its EXIF orientation says; raises for what is no image, or by its header has more pixels."""
+    with _stream(path) as stream, _open(stream, IMAGE_FORMATS) as image:
+        if image.width * image.height > max_pixels:
+            raise ValueError(f"{image.width} x {image.height} pixels, more than {max_pixels:,}")
+        return to_rgb(ImageOps.exif_transpose(image))
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Of any mode: 16 bits are scaled to 8, and what is transparent lies on white."""
+    if image.mode.startswith("I"):  # Pillow would clip them
+        return Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8)).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")

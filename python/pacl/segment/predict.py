@@ -1,0 +1,271 @@
+"""Scores and label maps of an image for classes given by words."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torchvision.transforms as transforms
+from open_clip.timm_model import TimmModel
+from open_clip.transformer import VisionTransformer
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.transforms.functional import pil_to_tensor
+
+from pacl_kernels import upsample_argmax
+
+from ..towers import Towers
+from .dense import dense_tokens, patch_size, token_step
+from .images import to_rgb
+from .prompts import TEMPLATES, Texts, class_texts
+
+LONG_SIDE = 2048  # of the resized image at most, as mmsegmentation's usual Resize((2048, short_side)) has it
+WINDOWS = 8  # that the tower takes at a time
+BAND = 2**24  # class scores that exist at a time: 64 MiB
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Of every pixel [H, W]: label (int16), the best class's cosine and, where asked for, the classes' entropy."""
+
+    labels: Tensor
+    best: Tensor
+    entropy: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Dense:
+    """An image's patch embeddings, once for any number of words.
+
+    patches: float32 [h, w, D]; normalised, or the mean over windows of normalised ones, so that its product with a text
+    is the mean of the windows' cosines. size: H and W of the image. margins: what part of its height and width lies
+    outside of the cells at each end: the tokens' centres lie evenly, but from half a patch to half a patch.
+    """
+
+    patches: Tensor
+    size: tuple[int, int]
+    margins: tuple[float, float] = (0.0, 0.0)
+
+    def scores(self, texts: Texts) -> Tensor:
+        """Raw cosines [K, h, w]; of a class with synonyms, its best one's."""
+        return _best_synonym(self.patches @ texts.embeddings.T, texts).permute(2, 0, 1)
+
+    def summary(self, texts: Texts) -> tuple[Tensor, Tensor]:
+        """Highest and mean cosine of each class over the tokens, [K] each, a band of token rows at a time."""
+        size = max(1, BAND // (len(texts.embeddings) * self.patches.shape[1]))
+        highest, total = -math.inf, 0.0
+        for rows in self.patches.split(size):
+            scores = Dense(rows, self.size).scores(texts).flatten(1)
+            highest, total = scores.amax(1).clamp(min=highest), total + scores.sum(1)
+        return highest, total / self.patches[..., 0].numel()
+
+    def labels(
+        self, texts: Texts, *, threshold: float | None = None, entropy: float | None = None, logit_scale: float = 100.0
+    ) -> Labels:
+        """The best class of every pixel, scores enlarged bilinearly.
+
+        Labels are 0 to K - 1, or, with a rule for background, that at 0 and the classes at 1 to K. threshold: pixels
+        whose best cosine is below it are background. entropy: those are whose softmax over the classes, of cosines
+        times logit_scale, has more (the paper's 1.5; it does not say which scale).
+        """
+        height, width = (side - 2 * pad for side, pad in zip(self.size, self._pads, strict=True))
+        parts = [
+            _argmax(scores, (rows, width), None if entropy is None else logit_scale)
+            for scores, rows in self._bands(texts, height)
+        ]
+        labels, best, *more = (_extend(torch.cat(x), self._pads) for x in zip(*parts, strict=True))
+        if threshold is not None or entropy is not None:
+            labels = labels + 1
+            if threshold is not None:
+                labels[best < threshold] = 0
+            if entropy is not None:
+                labels[more[0] > entropy] = 0
+        return Labels(labels, best, *more)
+
+    def enlarged(self, scores: Tensor) -> Tensor:
+        """Scores [K, h, w] at the image's resolution [K, H, W], as `labels` sees them; for a few words."""
+        inner = [side - 2 * pad for side, pad in zip(self.size, self._pads, strict=True)]
+        return _extend(F.interpolate(scores[None], inner, mode="bilinear", align_corners=False)[0], self._pads)
+
+    @property
+    def _pads(self) -> list[int]:
+        """The margins in pixels of the image."""
+        return [min(round(x * side), (side - 1) // 2) for x, side in zip(self.margins, self.size, strict=True)]
+
+    def _bands(self, texts: Texts, height: int) -> Iterator[tuple[Tensor, int]]:
+        """Class scores and how many rows of pixels they make, from top to bottom.
+
+        Those of all tokens, [K, h, w], or, where they are too many, [K, rows, w] whose rows are pixels' already.
+        """
+        rows = len(self.patches)
+        if len(texts.embeddings) * self.patches[..., 0].numel() <= BAND:
+            yield self.scores(texts), height
+            return
+        # F.interpolate's places, clamped to the first and the last row.
+        places = ((torch.arange(height) + 0.5) * (rows / height) - 0.5).clamp(0, rows - 1).to(self.patches.device)
+        above = places.long().clamp(max=max(0, rows - 2))
+        share = (places - above).float()
+        size = max(1, BAND // (len(texts.embeddings) * self.patches.shape[1]))
+        for start in range(0, height, size):
+            top, part = above[start : start + size], share[start : start + size, None]
+            first, last = int(top[0]), min(int(top[-1]) + 2, rows)
+            scores = Dense(self.patches[first:last], self.size).scores(texts)
+            below = (top - first + 1).clamp(max=last - first - 1)
+            yield torch.lerp(scores[:, top - first], scores[:, below], part), len(top)
+
+
+class Segmenter:
+    """Scores images for words: `Segmenter(*load_pacl(folder))`, or `Segmenter(load_towers(...))` for plain CLIP.
+
+    embedder: from patch tokens to the text embedding's space; None takes the model's own projection, which it must
+    then have for single patches. stride: tokens along a side per one of the tower's own, a divisor of its patch: 4 with
+    patches of 16 pixels is the paper's stride of 4. short_side: pixels of the resized image's shorter side, default the
+    tower's own; sides are rounded to whole patches, the longer one to at most 2,048. window, window_stride: pixels;
+    the tower sees squares of that side, clipped to the image, the last of a row ending with it; default: the image
+    whole, and half a window. Both are multiples of the patch and of the token step.
+    """
+
+    def __init__(
+        self,
+        towers: Towers,
+        embedder: nn.Module | None = None,
+        *,
+        stride: int = 1,
+        short_side: int | None = None,
+        window: int | None = None,
+        window_stride: int | None = None,
+    ):
+        self.towers, self.embed = towers, embedder or own_projection(towers.visual)
+        self.patch, self.step = patch_size(towers.visual), token_step(towers.visual, stride)
+        self.stride = stride
+        self.short_side = short_side or min(towers.transform(Image.new("RGB", (64, 64))).shape[1:])
+        if window_stride is not None and window is None:
+            raise ValueError(f"window_stride: got {window_stride} without a window")
+        if window is not None and window_stride is None:
+            window_stride = max(self.step, window // 2 // self.step * self.step)
+        self.window, self.window_stride = window, window_stride
+        for name, value, unit in (
+            ("short_side", self.short_side, 1),
+            ("window", window, self.patch),
+            ("window_stride", window_stride, self.step),
+        ):
+            if value is not None and (value < 1 or value % unit):
+                expected = f"a positive multiple of {unit}" if unit > 1 else "a positive number of pixels"
+                raise ValueError(f"{name}: got {value}, expected {expected}")
+        if window is not None and window_stride > window - self.patch + self.step:
+            most = window - self.patch + self.step
+            raise ValueError(
+                f"window_stride: got {window_stride}, expected at most {most}, so that no token is left out"
+            )
+        self.normalise = next((x for x in _steps(towers.transform) if isinstance(x, transforms.Normalize)), None)
+        if self.normalise is None:
+            raise ValueError("towers: their transform has no Normalize, whose mean and deviation the image needs")
+
+    @torch.no_grad()
+    def dense(self, image: Image.Image) -> Dense:
+        """Patch embeddings of a PIL image of any mode and size."""
+        picture = self._resized(image)
+        sides = picture.shape[1:]
+        window = [min(self.window or side, side) for side in sides]
+        corners = [(y, x) for y in self._offsets(sides[0], window[0]) for x in self._offsets(sides[1], window[1])]
+        grid = [(side - self.patch) // self.step + 1 for side in sides]
+        total, count = None, torch.zeros(*grid, 1, device=picture.device)
+        for start in range(0, len(corners), WINDOWS):
+            part = corners[start : start + WINDOWS]
+            crops = torch.stack([picture[:, y : y + window[0], x : x + window[1]] for y, x in part])
+            tokens = dense_tokens(self.towers.visual, crops, self.stride)
+            embedded = F.normalize(self.embed(tokens).float(), dim=-1)
+            if total is None:
+                total = embedded.new_zeros(*grid, embedded.shape[3])
+            for (y, x), one in zip(part, embedded, strict=True):
+                place = (slice(y // self.step, y // self.step + len(one)), slice(x // self.step, None))
+                total[place][:, : one.shape[1]] += one
+                count[place][:, : one.shape[1]] += 1
+        margin = (self.patch - self.step) / 2
+        return Dense(total / count, (image.height, image.width), (margin / sides[0], margin / sides[1]))
+
+    def texts(self, classes: Sequence[str], templates: Sequence[str] = TEMPLATES["simple"]) -> Texts:
+        """Class texts, to be used for many images; see class_texts."""
+        return class_texts(self.towers, classes, templates)
+
+    def scores(self, image: Image.Image, classes: Texts | Sequence[str]) -> Tensor:
+        """Raw cosines [K, h, w] on the grid of tokens."""
+        return self.dense(image).scores(classes if isinstance(classes, Texts) else self.texts(classes))
+
+    def labels(self, image: Image.Image, classes: Texts | Sequence[str], **rule) -> Tensor:
+        """Label map int16 [H, W] of the image's own size; `rule` for background as Dense.labels has it."""
+        texts = classes if isinstance(classes, Texts) else self.texts(classes)
+        return self.dense(image).labels(texts, **rule).labels
+
+    def _resized(self, image: Image.Image) -> Tensor:
+        """Normalised [3, H, W] on the tower's device, sides in whole patches, at least one."""
+        scale = min(self.short_side / min(image.size), LONG_SIDE / max(image.size))
+        width, height = (max(self.patch, round(x * scale / self.patch) * self.patch) for x in image.size)
+        picture = to_rgb(image).resize((width, height), Image.Resampling.BICUBIC)
+        weight = next(self.towers.visual.parameters())
+        return self.normalise(pil_to_tensor(picture).float() / 255).to(weight.device, weight.dtype)
+
+    def _offsets(self, side: int, window: int) -> list[int]:
+        """Where windows begin, the last one ending with the side. All are multiples of the step, as the sides are."""
+        if window == side:
+            return [0]
+        steps = math.ceil((side - window) / self.window_stride)
+        return [min(i * self.window_stride, side - window) for i in range(steps + 1)]
+
+
+def similarity_map(
+    image: Image.Image, words: Sequence[str], towers: Towers, embedder: nn.Module | None = None, **settings
+) -> Tensor:
+    """Raw cosines [K, h, w] of an image's patches with words; `settings` are Segmenter's."""
+    return Segmenter(towers, embedder, **settings).scores(image, words)
+
+
+def own_projection(visual: nn.Module) -> nn.Module:
+    """An open_clip tower's projection, for single tokens; ValueError where pooling is more than a mean or a token."""
+    if isinstance(visual, VisionTransformer) and visual.proj is not None:
+        return _Projection(visual.proj)
+    if isinstance(visual, TimmModel) and getattr(visual.trunk, "attn_pool", None) is None:
+        if "pool" not in dict(visual.head.named_children()):
+            return visual.head if len(visual.head) else visual.trunk.get_classifier()
+    raise ValueError(
+        f"embedder: got none, and {type(visual).__name__} has no projection of single patches; "
+        "a checkpoint's embedder is needed"
+    )
+
+
+class _Projection(nn.Module):
+    def __init__(self, weight: Tensor):
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return tokens @ self.weight
+
+
+def _steps(transform) -> list:
+    return list(getattr(transform, "transforms", []))
+
+
+def _best_synonym(scores: Tensor, texts: Texts) -> Tensor:
+    """[..., S] to [..., K]."""
+    if len(texts.names) == scores.shape[-1]:
+        return scores
+    return torch.stack([part.amax(-1) for part in scores.split(texts.synonyms, -1)], -1)
+
+
+def _argmax(scores: Tensor, size: tuple[int, int], logit_scale: float | None) -> tuple[Tensor, ...]:
+    """Labels (int16), best scores and, with a logit_scale, entropies [H, W] of enlarged scores [K, h, w]."""
+    options = {} if logit_scale is None else {"return_entropy": True, "logit_scale": logit_scale}
+    return tuple(x[0] for x in upsample_argmax(scores[None], size, return_best=True, **options))
+
+
+def _extend(x: Tensor, pads: Sequence[int]) -> Tensor:
+    """Repeat the outermost values of [H, W] or [K, H, W] by so many pixels: beyond the tokens' centres all is one."""
+    y, z = (
+        torch.arange(-pad, side + pad, device=x.device).clamp(0, side - 1)
+        for side, pad in zip(x.shape[-2:], pads, strict=True)
+    )
+    return x[..., y, :][..., z]

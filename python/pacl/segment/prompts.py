@@ -1,0 +1,85 @@
+"""Class names, their synonyms, and the templates that make sentences of them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import open_clip
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..towers import Towers
+
+# open_clip has them as functions of the class name.
+TEMPLATES = {
+    "none": ("{}",),
+    "photo": ("a photo of a {}.",),
+    "simple": tuple(template("{}") for template in open_clip.SIMPLE_IMAGENET_TEMPLATES),
+    "openai": tuple(template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES),
+}
+BATCH = 256  # sentences that the text tower takes at a time
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Text embeddings of classes. names: K; synonyms: how many rows each has; embeddings: [S, D], normalised."""
+
+    names: tuple[str, ...]
+    synonyms: tuple[int, ...]
+    embeddings: Tensor
+
+
+def templates(name: str) -> tuple[str, ...]:
+    """Of a set by name (TEMPLATES: 1, 1, 7 and 80 sentences), or of a file with a template per line, {} the class."""
+    if name in TEMPLATES:
+        return TEMPLATES[name]
+    if not Path(name).is_file():
+        raise ValueError(f"templates: got {name!r}, expected {', '.join(TEMPLATES)} or a file of templates")
+    lines = _lines(name, "templates")
+    wrong = [line for line in lines if "{}" not in line]
+    if wrong:
+        raise ValueError(f"templates: got {wrong[0]!r} in {name}, expected {{}} where the class goes")
+    return tuple(lines)
+
+
+def read_classes(path: str | os.PathLike) -> list[str]:
+    """A class per line, its synonyms separated by commas; the first is its name, the first line usually background."""
+    return _lines(path, "classes")
+
+
+@torch.no_grad()
+def class_texts(towers: Towers, classes: Sequence[str], templates: Sequence[str] = TEMPLATES["simple"]) -> Texts:
+    """Embed classes, each "name" or "name, synonym, ...": per synonym the normalised mean of its normalised sentences.
+
+    That mean is OpenAI's; a class's score is its best synonym's, as in SCLIP, and not that of a mean over synonyms.
+    Raises ValueError for no classes and for one without a name.
+    """
+    words = [[" ".join(word.split()) for word in str(line).split(",")] for line in classes]
+    words = [[word for word in line if word] for line in words]
+    if not words or not all(words):
+        raise ValueError(f"classes: got {list(classes)!r}, expected at least one, and a name for each")
+    device = next(towers.text.parameters()).device
+    flat, rows = [word for line in words for word in line], []
+    size = max(1, BATCH // len(templates))
+    for start in range(0, len(flat), size):
+        part = flat[start : start + size]
+        # Not str.format, to which braces in a word would mean something.
+        sentences = [template.replace("{}", word) for word in part for template in templates]
+        found = towers.encode_text(towers.tokenize(sentences).to(device)).float()
+        rows.append(F.normalize(found.unflatten(0, (len(part), len(templates))).mean(1), dim=-1))
+    return Texts(tuple(line[0] for line in words), tuple(map(len, words)), torch.cat(rows))
+
+
+def _lines(path: str | os.PathLike, name: str) -> list[str]:
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name}: {path} is not UTF-8 text: {error.reason}") from error
+    found = [line.strip() for line in lines if line.strip()]
+    if not found:
+        raise ValueError(f"{name}: {path} is empty, expected one per line")
+    return found
