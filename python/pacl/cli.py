@@ -31,6 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _train(argv[0], argv[1:])
     if argv[:1] in (["look"], ["segment"]):
         return _segment(argv[0], argv[1:])
+    if argv[:1] == ["evaluate"]:
+        return _evaluate(argv[1:])
     parser = argparse.ArgumentParser(prog="pacl", description="Patch Aligned Contrastive Learning: train and look.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_demo(commands)
@@ -43,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands.add_parser("features", help="compute what frozen towers give once, and store it for training")
     commands.add_parser("look", help="where in an image is what words say")
     commands.add_parser("segment", help="segment images by a list of classes")
+    commands.add_parser("evaluate", help="mIoU on data sets, tables of results")
     arguments = parser.parse_args(argv)
     missing = _missing("data") if arguments.command == "data" else None
     if missing:
@@ -107,6 +110,19 @@ def _segment(command: str, argv: Sequence[str]) -> int:
 
     try:
         return main(command, argv)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def _evaluate(argv: Sequence[str]) -> int:
+    missing = _missing("evaluate")
+    if missing:
+        print(f"pacl: error: {missing}", file=sys.stderr)
+        return 2
+    from .evaluate.command import main
+
+    try:
+        return main(argv)
     except KeyboardInterrupt:
         return INTERRUPTED
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -45,19 +46,33 @@ def patch_labels(shares: Tensor) -> Tensor:
 class ConfusionMatrix:
     """Counts of (true, predicted) label pairs over any number of batches; exact, and K x K whatever the data's size."""
 
-    def __init__(self, classes: int):
+    def __init__(self, classes: int, ignore: int = IGNORE):
         self.counts = torch.zeros(classes, classes, dtype=torch.int64)
+        self.ignore = ignore
 
     def update(self, truth: Tensor, predicted: Tensor) -> None:
-        """Count label tensors of equal shape; where `truth` is IGNORE nothing counts. Other labels are below K."""
+        """Count label tensors of equal shape; where `truth` is `ignore` nothing counts. Other labels are below K."""
         classes = len(self.counts)
-        keep = truth != IGNORE
+        keep = truth != self.ignore
         truth, predicted = truth[keep].long(), predicted[keep].long()
         for name, labels in (("truth", truth), ("predicted", predicted)):
             if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
-                raise ValueError(f"{name}: got label {int(labels.max())}, expected 0 to {classes - 1} or {IGNORE}")
+                bad = int(labels.min()) if labels.min() < 0 else int(labels.max())
+                raise ValueError(f"{name}: got label {bad}, expected 0 to {classes - 1} or {self.ignore}")
         pairs = torch.bincount(classes * truth + predicted, minlength=classes**2)
         self.counts += pairs.reshape(classes, classes)
+
+    def all_reduce(self, group: dist.ProcessGroup | None = None) -> None:
+        """Add up the counts of every process of `group`, whose data are disjoint; None: this process alone."""
+        if group is not None:
+            on_gpu = dist.get_backend(group) == "nccl"
+            counts = self.counts.to("cuda" if on_gpu else "cpu")
+            dist.all_reduce(counts, group=group)
+            self.counts = counts.cpu()
+
+    def recall(self) -> Tensor:
+        """Share of each class's pixels that was found, float64 [K]; NaN for a class that is not present."""
+        return self.counts.diagonal().double() / self.counts.sum(1)
 
     def iou(self) -> Tensor:
         """Intersection over union per class, float64 [K]; NaN for a class neither present nor predicted."""
