@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
 import importlib.util
 import re
 import sys
@@ -13,6 +14,14 @@ from pathlib import Path
 from .data.command import add_data
 
 INTERRUPTED = 130  # what shells report for a program ended by Ctrl-C
+# Commands that parse their own flags: the module whose main(argv, prog) does it, and a line of help.
+OWN_FLAGS = {
+    "train": ("pacl.training.command", "train the vision embedder on image-caption pairs"),
+    "features": ("pacl.training.features", "compute what frozen towers give once, and store it for training"),
+    "look": ("pacl.segment.command", "where in an image is what words say"),
+    "segment": ("pacl.segment.command", "segment images by a list of classes"),
+    "evaluate": ("pacl.evaluate.command", "measures on data sets, tables of results"),
+}
 NEEDS = {
     "open_clip": "open_clip_torch",
     "webdataset": "webdataset",
@@ -27,12 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     # open_clip writes hyphens, its peers underscores: both work.
     argv = [re.sub(r"^--[^=]+", lambda flag: flag[0].replace("_", "-"), word) for word in argv]
-    if argv[:1] in (["train"], ["features"]):
-        return _train(argv[0], argv[1:])
-    if argv[:1] in (["look"], ["segment"]):
-        return _segment(argv[0], argv[1:])
-    if argv[:1] == ["evaluate"]:
-        return _evaluate(argv[1:])
+    if argv and argv[0] in OWN_FLAGS:
+        return _run(argv[0], argv[1:])
     parser = argparse.ArgumentParser(prog="pacl", description="Patch Aligned Contrastive Learning: train and look.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_demo(commands)
@@ -40,12 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     doctor = commands.add_parser("doctor", help="what can run here, what is missing, and a self-check")
     doctor.add_argument("--json", action="store_true", help="for a bug report")
     doctor.set_defaults(run=_doctor)
-    # These parse their own flags.
-    commands.add_parser("train", help="train the vision embedder on image-caption pairs")
-    commands.add_parser("features", help="compute what frozen towers give once, and store it for training")
-    commands.add_parser("look", help="where in an image is what words say")
-    commands.add_parser("segment", help="segment images by a list of classes")
-    commands.add_parser("evaluate", help="mIoU on data sets, tables of results")
+    for name, (_, text) in OWN_FLAGS.items():
+        commands.add_parser(name, help=text)
     arguments = parser.parse_args(argv)
     missing = _missing("data") if arguments.command == "data" else None
     if missing:
@@ -89,40 +90,13 @@ def _doctor(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> i
     return main(arguments.json)
 
 
-def _train(command: str, argv: Sequence[str]) -> int:
+def _run(command: str, argv: Sequence[str]) -> int:
     missing = _missing(command)
     if missing:
         print(f"pacl: error: {missing}", file=sys.stderr)
         return 2
-    if command == "features":
-        from .training.features import main
-    else:
-        from .training.command import main
-    return main(argv)
-
-
-def _segment(command: str, argv: Sequence[str]) -> int:
-    missing = _missing(command)
-    if missing:
-        print(f"pacl: error: {missing}", file=sys.stderr)
-        return 2
-    from .segment.command import main
-
     try:
-        return main(command, argv)
-    except KeyboardInterrupt:
-        return INTERRUPTED
-
-
-def _evaluate(argv: Sequence[str]) -> int:
-    missing = _missing("evaluate")
-    if missing:
-        print(f"pacl: error: {missing}", file=sys.stderr)
-        return 2
-    from .evaluate.command import main
-
-    try:
-        return main(argv)
+        return importlib.import_module(OWN_FLAGS[command][0]).main(argv, f"pacl {command}")
     except KeyboardInterrupt:
         return INTERRUPTED
 

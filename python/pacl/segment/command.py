@@ -32,8 +32,9 @@ DESCRIPTIONS = {
 SETTINGS = ("stride", "short_side", "window", "window_stride")  # of a Segmenter
 
 
-def main(command: str, argv: Sequence[str]) -> int:
-    """Run `pacl look` or `pacl segment` with these arguments; returns its exit status, 1 when no image was usable."""
+def main(argv: Sequence[str], prog: str) -> int:
+    """Run "pacl look" or "pacl segment", as `prog` says; returns its exit status, 1 when no image was usable."""
+    command = prog.removeprefix("pacl ")
     arguments = _parser(command).parse_args(argv)
     try:
         rule = {"threshold": arguments.threshold, "entropy": arguments.entropy, "logit_scale": arguments.logit_scale}
