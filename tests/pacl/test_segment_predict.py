@@ -319,11 +319,11 @@ def test_a_timm_towers_own_projection(projection):
     torch.testing.assert_close(single.mean(1), visual(images))
 
 
-def test_an_attention_pooled_tower_has_no_projection_of_patches():
-    options = {"timm_model_name": "vit_base_patch16_siglip_224", "timm_pool": "map", "timm_proj": "none"}
+@pytest.mark.parametrize("name, pool, projection", [("test_vit3", "map", "none"), ("test_convnext", "rot_attn", "")])
+def test_an_attention_pooled_tower_has_no_projection_of_patches(name, pool, projection):
+    options = {"timm_model_name": name, "timm_pool": pool, "timm_proj": projection}
+    visual = _build_vision_tower(128, CLIPVisionCfg(**options))
     with pytest.raises(ValueError, match="embedder: got none, and TimmModel has no projection of single patches"):
-        with torch.device("meta"):
-            visual = _build_vision_tower(24, CLIPVisionCfg(**options))
         own_projection(visual)
 
 
