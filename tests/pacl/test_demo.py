@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import shlex
 import signal
 import subprocess
 import sys
@@ -65,6 +66,12 @@ def test_picture(finished):
     with Image.open(finished[0] / "segmentation.png") as picture:
         assert picture.format == "PNG" and min(picture.size) >= 500
         picture.load()
+
+
+def test_the_command_to_type_next_works(finished, tmp_path):
+    (line,) = [line for line in finished[1].splitlines() if line.startswith("  pacl look ")]
+    assert main([*shlex.split(line)[1:-1], str(tmp_path)]) == 0
+    assert len(list(tmp_path.glob("scene-*.png"))) >= 3
 
 
 def test_no_temporary_files_are_left(finished):

@@ -168,9 +168,9 @@ class Samples(IterableDataset):
         """The sample's key, image, caption and mask, or None, counted under its reason."""
         reason = "file" if isinstance(raw.image, (Path, str)) else "image"
         try:
-            with _stream(raw.image) as stream:
+            with open_source(raw.image) as stream:
                 reason = "image"
-                with _open(stream, IMAGE_FORMATS) as image:
+                with open_image(stream, IMAGE_FORMATS) as image:
                     size = image.size
                     if size[0] * size[1] > self.max_image_pixels:
                         reason = "pixels"
@@ -180,7 +180,7 @@ class Samples(IterableDataset):
             out["caption"] = read_caption(raw.caption)
             if self.masks:
                 reason = "mask"
-                with _stream(raw.mask) as stream, _open(stream, ("PNG",)) as mask:
+                with open_source(raw.mask) as stream, open_image(stream, ("PNG",)) as mask:
                     if mask.size != size or mask.mode not in ("L", "P"):
                         raise ValueError("a mask has one byte per pixel and the size of its image")
                     out["mask"] = pil_to_tensor(mask)[0]
@@ -205,7 +205,7 @@ def _ignore(reason: str, key: str, message: str) -> None:
 
 def read_caption(caption: bytes | Path | None) -> str:
     """Its text, stripped; ValueError for none, an empty one, or one that is not UTF-8."""
-    with _stream(caption) as stream:
+    with open_source(caption) as stream:
         data = stream.read(MAX_CAPTION_BYTES + 1)
     if len(data) > MAX_CAPTION_BYTES:
         raise ValueError(f"more than {MAX_CAPTION_BYTES:,} bytes")
@@ -215,7 +215,7 @@ def read_caption(caption: bytes | Path | None) -> str:
     return text
 
 
-def _stream(source: bytes | Path | str | None) -> BinaryIO:
+def open_source(source: bytes | Path | str | None) -> BinaryIO:
     if source is None:
         raise ValueError("there is none")
     if isinstance(source, str):
@@ -227,7 +227,7 @@ def _stream(source: bytes | Path | str | None) -> BinaryIO:
     return open(source, "rb")
 
 
-def _open(stream: BinaryIO, formats: tuple[str, ...]) -> Image.Image:
+def open_image(stream: BinaryIO, formats: tuple[str, ...]) -> Image.Image:
     """Image with its header read and nothing decoded; our own cap replaces Pillow's warning."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)

@@ -12,6 +12,7 @@ from pathlib import Path
 import open_clip
 import torch
 from torch import Tensor
+from torchvision.transforms.functional import to_pil_image
 
 from ..backbones import freeze, patch_tokens
 from ..data import scenes
@@ -185,9 +186,20 @@ def _summary(config: DemoConfig, evaluation: Evaluation, metrics: dict, out: Pat
             *(["This run was too short to learn anything: leave out --quick."] if config.clip_steps < 100 else []),
             f"{metrics['seconds']:.0f} s with seed {config.seed}. Written to {out}:",
             "  segmentation.png  metrics.json  embedder/  clip/  scenes/",
-            f"Next: open {out / 'segmentation.png'}, then put fused_pacl_loss into your own training loop (README).",
+            *_next(evaluation, out),
         ]
     )
+
+
+def _next(evaluation: Evaluation, out: Path) -> list[str]:
+    """What to type next; the scene that it looks at is written here. A short run may have none worth a picture."""
+    if not evaluation.rows:
+        return []
+    row = evaluation.rows[0]
+    to_pil_image(row.image).save(out / "scene.png")
+    words = ",".join(scenes.CLASSES[label] for label in row.maps["truth"].unique().tolist())
+    command = f'pacl look {out / "scene.png"} --words "{words}" --templates none --checkpoint {out / "embedder"}'
+    return [f"Next: open {out / 'segmentation.png'}, then", f"  {command} --out {out / 'look'}"]
 
 
 def _percent(value: float | None) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from ..data.samples import IMAGE_FORMATS, IMAGE_SUFFIXES, _open, _stream
+from ..data.samples import IMAGE_FORMATS, IMAGE_SUFFIXES, open_image, open_source
 
 
 def find_images(paths: Iterable[Path]) -> list[Path]:
@@ -26,7 +26,7 @@ def find_images(paths: Iterable[Path]) -> list[Path]:
 
 def read_image(path: Path, max_pixels: int = 25_000_000) -> Image.Image:
     """RGB, turned as its EXIF orientation says; raises for what is no image, or by its header has more pixels."""
-    with _stream(path) as stream, _open(stream, IMAGE_FORMATS) as image:
+    with open_source(path) as stream, open_image(stream, IMAGE_FORMATS) as image:
         if image.width * image.height > max_pixels:
             raise ValueError(f"{image.width} x {image.height} pixels, more than {max_pixels:,}")
         return to_rgb(ImageOps.exif_transpose(image))
