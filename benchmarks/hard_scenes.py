@@ -7,18 +7,13 @@ nearest neighbours, one of 4,096 always does. Concepts are local texture, as in 
 
 from __future__ import annotations
 
-import numpy as np
-from pacl.data.scenes import BACKGROUNDS, SIZE, Scene, background_texture, silhouette
+from functools import partial
 
-COLOURS = {
-    "red": (215, 35, 40),
-    "orange": (250, 130, 15),
-    "yellow": (250, 225, 40),
-    "cyan": (40, 200, 215),
-    "blue": (35, 70, 215),
-    "purple": (140, 45, 180),
-    "pink": (250, 140, 190),
-}
+import numpy as np
+from pacl.data import scenes
+from pacl.data.scenes import BACKGROUNDS, SIZE, Scene
+
+COLOURS = scenes.COLOURS | {"pink": (250, 140, 190)}
 ACCENTS = COLOURS | {"white": (255, 255, 255), "black": (15, 15, 15)}
 PATTERNS = ("stripes", "bars", "dots")
 KINDS = tuple((c, p, a) for c in COLOURS for p in PATTERNS for a in ACCENTS if a != c)
@@ -28,28 +23,16 @@ INDEX = {kind: label for label, kind in enumerate(KINDS)}
 
 def draw_scene(rng: np.random.Generator) -> Scene:
     """One to three shapes on a background; in half of the scenes each differs from the first in one attribute."""
-    while True:
-        background = int(rng.integers(len(BACKGROUNDS)))
-        canvas = background_texture(BACKGROUNDS[background])
-        top, left = rng.integers(canvas.shape[0] - SIZE, size=2)
-        image = canvas[top : top + SIZE, left : left + SIZE] + rng.uniform(-10, 10)
-        mask = np.full((SIZE, SIZE), len(KINDS) + background, dtype=np.uint8)
-        labels = _labels(rng, int(rng.integers(1, 4)))
-        for label in labels:
-            inside = silhouette(rng)
-            mask[inside] = label
-            image[inside] = paint(KINDS[label], rng)[inside]
-        if all(np.count_nonzero(mask == label) >= 150 for label in labels):
-            break
-    image = np.clip(image + rng.normal(0, 4, image.shape), 0, 255).astype(np.uint8)
+    image, mask, labels, background = scenes.draw_shapes(rng, _labels, partial(paint, rng=rng), len(KINDS))
     named = [CLASSES[label] for label in rng.permutation(labels) if rng.random() < 0.9]
     words = " and ".join(named)
     if not named or rng.random() < 0.5:
-        words = f"{words} on {BACKGROUNDS[background]}" if named else BACKGROUNDS[background]
-    return Scene(image, mask, words, tuple(labels))
+        words = f"{words} on {background}" if named else background
+    return Scene(image, mask, words, labels)
 
 
-def _labels(rng: np.random.Generator, count: int) -> list[int]:
+def _labels(rng: np.random.Generator) -> list[int]:
+    count = int(rng.integers(1, 4))
     first = KINDS[rng.integers(len(KINDS))]
     near = [kind for kind in KINDS if sum(x != y for x, y in zip(kind, first, strict=True)) == 1]
     pool = near if rng.random() < 0.5 else [kind for kind in KINDS if kind != first]
@@ -57,9 +40,9 @@ def _labels(rng: np.random.Generator, count: int) -> list[int]:
     return [INDEX[first], *(INDEX[pool[i]] for i in others)]
 
 
-def paint(kind: tuple[str, str, str], rng: np.random.Generator) -> np.ndarray:
-    """Float [64, 64, 3] of a texture: two rows or columns of six in the accent, or dots 5 across of seven."""
-    colour, pattern, accent = kind
+def paint(label: int, rng: np.random.Generator) -> np.ndarray:
+    """Float [64, 64, 3] of a kind's texture: two rows or columns of six in the accent, or dots 5 across of seven."""
+    colour, pattern, accent = KINDS[label]
     y, x = np.ogrid[:SIZE, :SIZE]
     dy, dx = rng.integers(0, 42, size=2)
     if pattern == "dots":

@@ -9,7 +9,6 @@ import pickle
 import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,43 +16,22 @@ import pytest
 
 pytest.importorskip("open_clip")
 pytest.importorskip("tyro")
+import running
 import torch
 from pacl.cli import main
-from pacl.data import scenes
 from pacl.data.pairs import ScenePairs
-from pacl.data.scene_shards import write_scenes
-from pacl.demo.toy_clip import new_clip, save_clip
 from pacl.sharing import load_pacl
 from pacl.training.checkpoints import checkpoints, load_checkpoint
 from safetensors.torch import load_file
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory) -> Path:
-    """Three shards of 40 scenes and an untrained CLIP."""
-    folder = tmp_path_factory.mktemp("world")
-    torch.manual_seed(0)
-    save_clip(new_clip(), folder / "clip")
-    write_scenes(folder / "scenes", "train", 120, seed=0, pairs=scenes.SEEN, shard_size=40)
-    return folder
+@pytest.fixture
+def world(run_world) -> Path:
+    return run_world
 
 
 def flags(world: Path, logs: Path, **changes) -> list[str]:
-    values = {
-        "train_data": world / "scenes/train-{000..002}.tar",
-        "model": f"local-dir:{world / 'clip'}",
-        "log_dir": logs,
-        "batch_size": 12,
-        "max_steps": 8,
-        "workers": 0,
-        "log_every_n_steps": 2,
-        "save_frequency": 3,
-        "report_to": "none",
-    }
-    words = []
-    for name, value in (values | changes).items():
-        words += [f"--{name}"] if value is None else [f"--{name}", str(value)]
-    return words
+    return running.flags(world, logs, **{"max_steps": 8, "save_frequency": 3} | changes)
 
 
 def loose_scenes(folder: Path, count: int, bad: int) -> Path:
@@ -66,14 +44,7 @@ def loose_scenes(folder: Path, count: int, bad: int) -> Path:
 
 
 def start(world: Path, logs: Path, processes: int = 1, **changes) -> subprocess.Popen:
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
-    return subprocess.Popen(
-        [sys.executable, *launcher, "-m", "pacl", "train", *flags(world, logs, **changes)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    return running.start(world, logs, processes, **{"max_steps": 8, "save_frequency": 3} | changes)
 
 
 def kill_tree(pid: int) -> None:

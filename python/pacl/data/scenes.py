@@ -7,6 +7,7 @@ training scenes; whoever names them has composed what it knows of the colour and
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
@@ -60,23 +61,41 @@ class Scene:
 
 def draw_scene(rng: np.random.Generator, pairs: tuple[tuple[str, str], ...] = PAIRS) -> Scene:
     """Draw one to three shapes with different `pairs` on a random background; the same `rng` state, the same scene."""
+
+    def choose(rng: np.random.Generator) -> list[int]:
+        chosen = rng.choice(len(pairs), size=min(int(rng.integers(1, 4)), len(pairs)), replace=False)
+        return [PAIRS.index(pairs[i]) for i in chosen]
+
+    image, mask, labels, background = draw_shapes(rng, choose, lambda label: paint(PAIRS[label], SIZE, rng), len(PAIRS))
+    return Scene(image, mask, _caption(rng, labels, background), labels)
+
+
+def draw_shapes(
+    rng: np.random.Generator,
+    choose: Callable[[np.random.Generator], list[int]],
+    texture: Callable[[int], np.ndarray],
+    first_background: int,
+) -> tuple[np.ndarray, np.ndarray, tuple[int, ...], str]:
+    """Image, mask, labels and background of a scene: shapes with the labels that `choose` draws, back to front.
+
+    texture: of a label, float [64, 64, 3]. first_background: the mask's label of the first of BACKGROUNDS.
+    """
     while True:
         background = int(rng.integers(len(BACKGROUNDS)))
         canvas = background_texture(BACKGROUNDS[background])
         top, left = rng.integers(canvas.shape[0] - SIZE, size=2)
         image = canvas[top : top + SIZE, left : left + SIZE] + rng.uniform(-10, 10)
-        mask = np.full((SIZE, SIZE), len(PAIRS) + background, dtype=np.uint8)
-        chosen = rng.choice(len(pairs), size=min(int(rng.integers(1, 4)), len(pairs)), replace=False)
-        labels = tuple(PAIRS.index(pairs[i]) for i in chosen)
+        mask = np.full((SIZE, SIZE), first_background + background, dtype=np.uint8)
+        labels = tuple(choose(rng))
         for label in labels:
-            inside = silhouette(rng)
+            inside = _silhouette(rng)
             mask[inside] = label
-            image[inside] = paint(PAIRS[label], SIZE, rng)[inside]
+            image[inside] = texture(label)[inside]
         # A shape hidden by a later one would be named in the caption and absent from the picture.
         if all(np.count_nonzero(mask == label) >= 150 for label in labels):
             break
     image = np.clip(image + rng.normal(0, 4, image.shape), 0, 255).astype(np.uint8)
-    return Scene(image, mask, _caption(rng, labels, BACKGROUNDS[background]), labels)
+    return image, mask, labels, BACKGROUNDS[background]
 
 
 def paint(pair: tuple[str, str], size: int, rng: np.random.Generator | None = None, scale: int = 1) -> np.ndarray:
@@ -96,7 +115,7 @@ def paint(pair: tuple[str, str], size: int, rng: np.random.Generator | None = No
     return out
 
 
-def silhouette(rng: np.random.Generator) -> np.ndarray:
+def _silhouette(rng: np.random.Generator) -> np.ndarray:
     """Bool [64, 64]: an ellipse or a polygon of 3 to 8 corners around a random centre."""
     centre, radius = rng.uniform(12, SIZE - 12, 2), rng.uniform(13, 22)
     angles = np.linspace(0, 2 * np.pi, 24, endpoint=False)
