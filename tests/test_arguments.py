@@ -83,7 +83,7 @@ LOSS_ONLY = [
     ({"logit_bias": torch.zeros((), device="meta")}, ValueError, "logit_bias is on meta", "cpu"),
     ({"loss": "hinge"}, ValueError, "loss is 'hinge'", "'infonce', 'sigmoid'"),
     ({"loss": None}, ValueError, "loss is None", "'infonce', 'sigmoid'"),
-    ({"group": object()}, TypeError, "group is a object", "torch.distributed process group"),
+    ({"group": {}}, TypeError, "group is a dict", "torch.distributed process group"),
     ({"group": 0}, TypeError, "group is a int", "torch.distributed process group"),
     ({"exchange": "star"}, ValueError, "exchange is 'star'", "'auto', 'gather', 'ring'"),
 ]
