@@ -53,7 +53,7 @@ def test_several_captions_of_an_image(block):
     owners = [i for i in range(IMAGES) for _ in range(1 + i % 5)]
     phi = (torch.randn(IMAGES, len(owners)) * 2).round() / 4  # full of ties
     phi += 0.5 * F.one_hot(torch.tensor(owners), IMAGES).T
-    captions = [f"caption {t % (len(owners) - 3)}" for t in range(len(owners))]  # three of them twice
+    captions = [f"caption {t % (len(owners) // 2)}" for t in range(len(owners))]  # each of them twice
     found = Retrieval(captions, None, None, torch.device("cpu"), owners)
     for at in range(0, IMAGES, block):
         found.update(phi[at : at + block], at)

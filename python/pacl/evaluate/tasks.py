@@ -8,14 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import tyro
 from torch import nn
 
 from ..data import Kind
 from ..data.sources import open_pairs
+from ..segment.predict import Segmenter
+from ..segment.prompts import class_texts, templates
 from ..sharing import load_pacl
 from ..towers import Towers, load_towers
 from ..training.run import _device
+from .data import SegmentationData
 from .report import names_of, write_row
 
 
@@ -99,4 +103,119 @@ def _retrieval(argv: Sequence[str], prog: str) -> int:
     return 0
 
 
-TASKS: dict[str, Callable[[Sequence[str], str], int]] = {"retrieval": _retrieval}
+@dataclass(frozen=True, kw_only=True)
+class PatchConfig(ModelConfig):
+    data_root: Path
+    """Folder of the data set, or the one above it that mmsegmentation calls data."""
+    dataset: str = "voc20"
+    """A data set of pacl evaluate segmentation; background is no class here."""
+    short_side: int | None = None
+    """Pixels of the resized image's shorter side; default: the tower's own."""
+    class_file: Path | None = None
+    """Other class names: a class per line in the labels' order, synonyms separated by commas."""
+    limit: int | None = None
+    """Only so many images, spread over the set."""
+    partial: bool = False
+    """Accept a data set that lacks images."""
+
+    def read(self) -> SegmentationData:
+        options = {name: getattr(self, name) for name in ("class_file", "limit", "partial")}
+        return SegmentationData(self.dataset, self.data_root, **options)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignmentConfig(PatchConfig):
+    """Whether words find patches: a patch's class by the most similar word, among all and the image's own classes."""
+
+    templates: str = "simple"
+    """none, photo, simple or openai, or a file of templates."""
+    plain: bool = False
+    """The model's own projection of patches beside the checkpoint's embedder."""
+
+
+def _alignment(argv: Sequence[str], prog: str) -> int:
+    from .patches import SHARE, alignment
+    from .plots import bars, write_plot
+
+    config = tyro.cli(AlignmentConfig, args=list(argv), prog=prog)
+    sentences, data = templates(config.templates), config.read()
+    towers, embedder = config.load()
+    texts = class_texts(towers, [", ".join(names) for names in data.synonyms], sentences)
+    first, shown = int(data.spec.background), {}
+    for name, embed in _embedders(embedder, config.plain).items():
+        segmenter = Segmenter(towers, embed, short_side=config.short_side)
+        found = alignment(data, segmenter, texts, f"alignment {name}")
+        rules = {"name": f"alignment {name}", "short_side": segmenter.short_side, "share": SHARE}
+        patches, *hits = found.counts[:, first:].tolist()
+        more = _set_of(data) | {"patches": sum(patches), "chance_image_classes": found.chance}
+        more["patches_of_class"] = dict(zip(data.classes[first:], patches, strict=True))
+        rules["templates"] = list(sentences)
+        path = config.write("patch_classification", data.spec.name, rules, found.metrics(), towers, **more)
+        for what, each in zip(("all classes", "the image's classes"), hits, strict=True):
+            shown[f"{name}, among {what}"] = [x / max(1, n) for x, n in zip(each, patches, strict=True)]
+    there = [k for k, n in enumerate(patches) if n]
+    shown = {name: [each[k] for k in there] for name, each in shown.items()}
+    plot = bars([data.classes[first + k] for k in there], shown, f"{data.spec.title}: patches by words")
+    return _plotted(write_plot(path.with_suffix(".png"), (8, 2 + 0.15 * len(there) * len(shown)), plot))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CoherenceConfig(PatchConfig):
+    """Whether patches of one class have more similar tokens than others: ROC and AUC, without any text; of the vision
+    tower's tokens, and of the checkpoint's embeddings."""
+
+    patches: int = 20_000
+    """Drawn of the data set's."""
+    pairs: int = 1_000_000
+    """Drawn of theirs."""
+    seed: int = 0
+
+
+def _coherence(argv: Sequence[str], prog: str) -> int:
+    from .patches import SHARE, coherence
+    from .plots import curves, write_plot
+
+    config = tyro.cli(CoherenceConfig, args=list(argv), prog=prog)
+    for name, least in (("patches", 2), ("pairs", 1)):
+        if getattr(config, name) < least:
+            raise ValueError(f"{name}: got {getattr(config, name)}, expected at least {least}")
+    data, shown = config.read(), {}
+    towers, embedder = config.load()
+    for name, embed in {"vision": nn.Identity(), **({"embedder": embedder} if embedder else {})}.items():
+        segmenter = Segmenter(towers, embed, short_side=config.short_side)
+        sample = {x: getattr(config, x) for x in ("patches", "pairs", "seed")}
+        found = coherence(data, segmenter, **sample, label=f"coherence {name}")
+        rules = {"name": f"coherence {name}", "short_side": segmenter.short_side, "share": SHARE, **sample}
+        false, true = found.curve()
+        at = torch.searchsorted(false, torch.linspace(0, 1, 101, dtype=false.dtype), right=True) - 1
+        roc = {"false_positive_rate": false[at].tolist(), "true_positive_rate": true[at].tolist()}
+        counts = {"pairs": len(found.same), "pairs_of_one_class": int(found.same.sum())}
+        metrics = {"auc": found.auc()}
+        path = config.write(
+            "semantic_coherence", data.spec.name, rules, metrics, towers, **_set_of(data), **counts, roc=roc
+        )
+        shown[f"{name}, AUC {metrics['auc']:.3f}"] = tuple(roc.values())
+    return _plotted(write_plot(path.with_suffix(".png"), (6, 6), curves(shown, f"{data.spec.title}: pairs of patches")))
+
+
+def _embedders(embedder: nn.Module | None, plain: bool) -> dict[str, nn.Module | None]:
+    """By the name that results have; the model's own projection is the only one without a checkpoint."""
+    return ({"embedder": embedder} if embedder else {}) | ({"plain": None} if plain or not embedder else {})
+
+
+def _set_of(data: SegmentationData) -> dict[str, Any]:
+    classes = {"count": len(data.classes), "sha256": data.class_hash, "background": data.spec.background}
+    return {"classes": classes, "images": len(data), "images_of_the_set": data.spec.count[0]}
+
+
+def _plotted(path: Path | None) -> int:
+    if path is not None:
+        print(path)
+    return 0
+
+
+TASKS: dict[str, Callable[[Sequence[str], str], int]] = {
+    "retrieval": _retrieval,
+    "alignment": _alignment,
+    "coherence": _coherence,
+}
