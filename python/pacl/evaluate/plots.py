@@ -37,7 +37,7 @@ def bars(classes: Sequence[str], values: Mapping[str, Sequence[float]], title: s
             axes.barh([k + (i + 0.5) * height - 0.4 for k in range(len(classes))], each, height, label=name)
         axes.set_yticks(range(len(classes)), [name.replace("$", r"\$") for name in classes])
         axes.set(xlim=(0, 1), ylim=(len(classes) - 0.5, -0.5), xlabel="accuracy over patches", title=title)
-        axes.legend()
+        axes.figure.legend(loc="outside lower center")  # not over the bars
 
     return draw
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +12,14 @@ from typing import Any
 import torch
 import tyro
 from torch import nn
+from torch.utils.data import DataLoader
 
 from ..data import Kind
 from ..data.sources import open_pairs
+from ..progress import Progress
 from ..segment.predict import Segmenter
-from ..segment.prompts import class_texts, templates
+from ..segment.predict import _best_synonym as best_synonym
+from ..segment.prompts import TEMPLATES, class_texts, templates
 from ..sharing import load_pacl
 from ..towers import Towers, load_towers
 from ..training.run import _device
@@ -50,7 +54,7 @@ class ModelConfig:
         row = {"dataset": dataset, **names_of(towers, self.checkpoint), "task": task, "language": "en"}
         row |= {"protocol": rules, **more, "metrics": metrics}
         path = write_row(self.out, row)
-        print(f"{dataset} {rules['name']}: " + ", ".join(f"{k} {x:.4f}" for k, x in metrics.items() if k[0] != "_"))
+        print(f"{dataset} {rules['name']}: " + ", ".join(f"{k} {x:.4f}" for k, x in metrics.items() if x is not None))
         print(path, flush=True)
         return path
 
@@ -214,8 +218,66 @@ def _plotted(path: Path | None) -> int:
     return 0
 
 
+@dataclass(frozen=True, kw_only=True)
+class ClassificationConfig(ModelConfig):
+    """Zero-shot classification with φ as a class's score, and by the model's own image embedding: acc1, acc5 and mean
+    per-class recall, as fractions."""
+
+    data_root: Path
+    """Folder that the data set's files lie in, as torchvision has it."""
+    dataset: str
+    """imagenet, cifar10, cifar100, food101, caltech101, dtd, eurosat, flowers102, pets, cars, sun397, stl10; folder: a
+    folder per class; wds: clip-benchmark's tar files."""
+    class_file: Path | None = None
+    """Other class names: a class per line in the labels' order, synonyms separated by commas, the best one counts."""
+    templates: str | None = None
+    """none, photo, simple or openai, or a file; default: what the data brings, else simple."""
+    plain: bool = True
+    """The model's own image embedding beside φ."""
+    limit: int | None = None
+    """Only so many images, spread over the set."""
+    partial: bool = False
+    """Accept a data set that lacks images."""
+    batch_size: int = 64
+    workers: int = 4
+
+
+def _classification(argv: Sequence[str], prog: str) -> int:
+    from .labelled import Labelled, accuracies, count_hits
+    from .scorer import Scorer
+
+    config = tyro.cli(ClassificationConfig, args=list(argv), prog=prog)
+    options = {name: getattr(config, name) for name in ("class_file", "limit", "partial")}
+    data = Labelled(config.dataset, config.data_root, **options)
+    sentences = data.templates if config.templates is None else templates(config.templates)
+    sentences = sentences or TEMPLATES["simple"]
+    towers, embedder = config.load()
+    data.transform = towers.transform
+    texts = class_texts(towers, [", ".join(names) for names in data.synonyms], sentences)
+    plain = config.plain and not towers.names["vision_model"]
+    if config.plain and not plain:
+        print("plain: this vision tower has no image embedding in the texts' space, left out", file=sys.stderr)
+    scorers = [Scorer(towers, embedder)] + ([Scorer(towers, plain=True)] if plain else [])
+    counts = torch.zeros(len(scorers), 3, len(data.synonyms), dtype=torch.int64)
+    loader = DataLoader(data, config.batch_size, num_workers=config.workers)
+    with Progress(f"classification {config.dataset}", len(loader), "batch") as progress:
+        for images, labels in loader:
+            for count, scorer in zip(counts, scorers, strict=True):
+                scores = torch.cat(list(scorer.blocks(images, texts.embeddings)))
+                count_hits(count, best_synonym(scores, texts), labels)
+            progress.step()
+    dataset = config.dataset if data.kind.count else config.data_root.resolve().name
+    classes = {"count": len(data.synonyms), "sha256": data.class_hash}
+    sizes = {"classes": classes, "images": len(data), "images_of_the_set": data.kind.count}
+    for scorer, count in zip(scorers, counts, strict=True):
+        rules = scorer.rules | {"name": f"classification {scorer.rules['name']}", "templates": list(sentences)}
+        config.write("zeroshot_classification", dataset, rules, accuracies(count), towers, **sizes)
+    return 0
+
+
 TASKS: dict[str, Callable[[Sequence[str], str], int]] = {
     "retrieval": _retrieval,
     "alignment": _alignment,
     "coherence": _coherence,
+    "classification": _classification,
 }
