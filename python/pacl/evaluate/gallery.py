@@ -9,7 +9,7 @@ from PIL import Image
 
 from ..data.samples import BadData, Samples, loader
 from ..progress import Progress
-from ..training.features import SEPARATOR, _all_captions
+from ..training.features import SEPARATOR, all_captions
 from .retrieval import Retrieval
 from .scorer import Scorer
 
@@ -30,7 +30,7 @@ def read_gallery(data: Samples, *, batch_size: int = 64, workers: int = 0) -> Ga
     """All captions of every image of `data`, which is then ready for `retrieval` with the same batch size and
     workers, by which samples come in another order. ValueError without a usable pair.
     """
-    data.choose = _all_captions
+    data.choose = all_captions
     transform, data.transform = data.transform, _nothing
     captions, owners = [], []
     image = 0

@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 
 from ..data.samples import IMAGE_FORMATS, IMAGE_SUFFIXES
 from ..segment.images import to_rgb
-from .data import _read
+from .data import read_picture
 from .specs import fingerprint, read_classes
 
 
@@ -102,7 +102,7 @@ class Folder(tv.ImageFolder):
     """A folder per class, their names the classes in order; Pillow sees JPEG, PNG and WebP alone."""
 
     def __init__(self, root: Path):
-        super().__init__(str(root), loader=lambda path: _read(Path(path), IMAGE_FORMATS, to_rgb))
+        super().__init__(str(root), loader=lambda path: read_picture(Path(path), IMAGE_FORMATS, to_rgb))
 
 
 class ImageNet(Folder):

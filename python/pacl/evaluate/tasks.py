@@ -17,8 +17,7 @@ from torch.utils.data import DataLoader
 from ..data import Kind
 from ..data.sources import open_pairs
 from ..progress import Progress
-from ..segment.predict import Segmenter
-from ..segment.predict import _best_synonym as best_synonym
+from ..segment.predict import Segmenter, best_synonym
 from ..segment.prompts import TEMPLATES, class_texts, templates
 from ..sharing import load_pacl
 from ..towers import Towers, load_towers
