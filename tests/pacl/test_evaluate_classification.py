@@ -90,6 +90,7 @@ def test_torchvision_s_layouts(write, tmp_path):
         Labelled(name, tmp_path)
     data = Labelled(name, tmp_path, partial=True)
     data.transform = np.asarray
+    data = pickle.loads(pickle.dumps(data))  # as worker processes get it
     assert [each[0] for each in data.synonyms] == LAYOUTS[write]
     assert sorted(label for _, label in data) == [0, 1] and data[0][0].shape == (8, 8, 3)
 
@@ -213,6 +214,8 @@ def expected(folder, pictures, names, sentences):
 def test_command_on_tar_files_and_folders(world, tmp_path, capsys):
     folder, pictures = world
     model = ["--checkpoint", folder / "run/embedder", "--out", tmp_path, "--batch-size", "7", "--workers", "0"]
+    for name, place in (("wds", "wds"), ("folder", "images")):
+        pickle.dumps(Labelled(name, folder / place))  # for worker processes
     words = ["evaluate", "classification", "--dataset", "wds", "--data-root", folder / "wds", *model]
     assert main([str(x) for x in words]) == 0
     names = [[name.replace("_", " ")] for name in NAMES]
@@ -254,6 +257,18 @@ def test_bad_tar_files_are_one_line(members, message, tmp_path, write_tar):
     (tmp_path / "test/0.tar").write_bytes(b"no tar file" * 100)
     with pytest.raises(ValueError, match="is no whole tar file"):
         Labelled("wds", tmp_path)
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_a_damaged_image_is_one_line(world, workers, tmp_path, capsys):
+    for name in ("cat", "dog"):
+        put(tmp_path / f"images/{name}/1.jpg")
+    put(tmp_path / "images/dog/2.jpg", JPEG[:99])
+    model = ["--model", f"local-dir:{world[0] / 'clip'}", "--workers", workers, "--out", str(tmp_path / "out")]
+    words = ["evaluate", "classification", "--dataset", "folder", "--data-root", str(tmp_path / "images"), *model]
+    assert main(words) == 1
+    lines = [x for x in capsys.readouterr().err.splitlines() if "pacl: error" in x or "Error" in x]
+    assert len(lines) == 1 and lines[0].startswith("pacl: error: data: cannot read ") and "dog/2.jpg" in lines[0]
 
 
 def test_names():

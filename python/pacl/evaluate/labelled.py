@@ -8,6 +8,7 @@ import re
 import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ class Kind:
 
     title: str
     layout: str
-    open: Callable[[Path], Any]
+    open: Callable[[Path], Any]  # can be pickled
     count: int | None = None
 
 
@@ -102,7 +103,7 @@ class Folder(tv.ImageFolder):
     """A folder per class, their names the classes in order; Pillow sees JPEG, PNG and WebP alone."""
 
     def __init__(self, root: Path):
-        super().__init__(str(root), loader=lambda path: read_picture(Path(path), IMAGE_FORMATS, to_rgb))
+        super().__init__(str(root), loader=_rgb)
 
 
 class ImageNet(Folder):
@@ -181,11 +182,12 @@ class Tars:
 
 
 def _lines(path: Path) -> list[str]:
-    return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    return [line.strip() for line in path.read_text(encoding="utf-8-sig").rstrip().splitlines()]
 
 
-def _test(kind: Callable, **options) -> Callable[[Path], Any]:
-    return lambda root: kind(str(root), download=False, **options)
+def _rgb(path: str) -> Image.Image:
+    """A function with a name, as worker processes may be handed the data pickled."""
+    return read_picture(Path(path), IMAGE_FORMATS, to_rgb)
 
 
 MATLAB = ("flowers102", "cars")
@@ -195,31 +197,31 @@ KINDS = {
         "ILSVRC2012 val (image-net.org)", "val/n01440764/*.JPEG, a folder per WordNet id", ImageNet, 50_000
     ),
     "cifar10": Kind(
-        "CIFAR-10 python version (Krizhevsky)", "cifar-10-batches-py", _test(tv.CIFAR10, train=False), 10_000
+        "CIFAR-10 python version (Krizhevsky)", "cifar-10-batches-py", partial(tv.CIFAR10, train=False), 10_000
     ),
     "cifar100": Kind(
-        "CIFAR-100 python version (Krizhevsky)", "cifar-100-python", _test(tv.CIFAR100, train=False), 10_000
+        "CIFAR-100 python version (Krizhevsky)", "cifar-100-python", partial(tv.CIFAR100, train=False), 10_000
     ),
     "food101": Kind(
-        "Food-101 (ETH Zurich)", "food-101/images and food-101/meta", _test(tv.Food101, split="test"), 25_250
+        "Food-101 (ETH Zurich)", "food-101/images and food-101/meta", partial(tv.Food101, split="test"), 25_250
     ),
     "caltech101": Kind("Caltech-101", "caltech101/101_ObjectCategories", Caltech101, 8_677),
-    "dtd": Kind("Describable Textures (Oxford VGG)", "dtd/dtd/images and labels", _test(tv.DTD, split="test"), 1_880),
-    "eurosat": Kind("EuroSAT RGB", "eurosat/2750, a folder per class", _test(tv.EuroSAT), 27_000),
+    "dtd": Kind("Describable Textures (Oxford VGG)", "dtd/dtd/images and labels", partial(tv.DTD, split="test"), 1_880),
+    "eurosat": Kind("EuroSAT RGB", "eurosat/2750, a folder per class", partial(tv.EuroSAT), 27_000),
     "flowers102": Kind(
-        "Flowers-102 (Oxford VGG)", "flowers-102/jpg and its .mat files", _test(tv.Flowers102, split="test"), 6_149
+        "Flowers-102 (Oxford VGG)", "flowers-102/jpg and its .mat files", partial(tv.Flowers102, split="test"), 6_149
     ),
     "pets": Kind(
-        "Oxford-IIIT Pet", "oxford-iiit-pet/images and annotations", _test(tv.OxfordIIITPet, split="test"), 3_669
+        "Oxford-IIIT Pet", "oxford-iiit-pet/images and annotations", partial(tv.OxfordIIITPet, split="test"), 3_669
     ),
     "cars": Kind(
         "Stanford Cars",
         "stanford_cars/cars_test, devkit and cars_test_annos_withlabels.mat",
-        _test(tv.StanfordCars, split="test"),
+        partial(tv.StanfordCars, split="test"),
         8_041,
     ),
-    "sun397": Kind("SUN397 (Princeton)", "SUN397/ClassName.txt and folders", _test(tv.SUN397), 108_754),
-    "stl10": Kind("STL-10 (Stanford)", "stl10_binary", _test(tv.STL10, split="test"), 8_000),
+    "sun397": Kind("SUN397 (Princeton)", "SUN397/ClassName.txt and folders", partial(tv.SUN397), 108_754),
+    "stl10": Kind("STL-10 (Stanford)", "stl10_binary", partial(tv.STL10, split="test"), 8_000),
     "folder": Kind("your own", "a folder of images per class", Folder),
     "wds": Kind("clip-benchmark's layout", "classnames.txt and test/*.tar with .cls", Tars),
 }

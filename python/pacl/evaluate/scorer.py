@@ -16,7 +16,7 @@ from ..towers import Towers
 from ..training.config import TrainConfig
 
 BATCH = 256  # texts that the tower takes at a time
-SCORES = 2**25  # that exist at a time: 128 MiB
+SCORES = 2**23  # that are made at a time: 32 MiB
 
 
 class Scorer:

@@ -259,12 +259,15 @@ def _classification(argv: Sequence[str], prog: str) -> int:
     scorers = [Scorer(towers, embedder)] + ([Scorer(towers, plain=True)] if plain else [])
     counts = torch.zeros(len(scorers), 3, len(data.synonyms), dtype=torch.int64)
     loader = DataLoader(data, config.batch_size, num_workers=config.workers)
-    with Progress(f"classification {config.dataset}", len(loader), "batch") as progress:
-        for images, labels in loader:
-            for count, scorer in zip(counts, scorers, strict=True):
-                scores = torch.cat(list(scorer.blocks(images, texts.embeddings)))
-                count_hits(count, best_synonym(scores, texts), labels)
-            progress.step()
+    try:
+        with Progress(f"classification {config.dataset}", len(loader), "batch") as progress:
+            for images, labels in loader:
+                for count, scorer in zip(counts, scorers, strict=True):
+                    scores = torch.cat(list(scorer.blocks(images, texts.embeddings)))
+                    count_hits(count, best_synonym(scores, texts), labels)
+                progress.step()
+    except (ValueError, OSError) as error:  # a worker's has its traceback before the line that says it
+        raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
     dataset = config.dataset if data.kind.count else config.data_root.resolve().name
     classes = {"count": len(data.synonyms), "sha256": data.class_hash}
     sizes = {"classes": classes, "images": len(data), "images_of_the_set": data.kind.count}
