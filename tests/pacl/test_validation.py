@@ -12,8 +12,9 @@ import torch
 from pacl.backbones import patch_tokens
 from pacl.data.shards import Shards
 from pacl.embedder import VisionEmbedder
+from pacl.evaluate.retrieval import RECALLS, Retrieval
 from pacl.training.checkpoints import checkpoints, load_checkpoint
-from pacl.training.validation import RECALLS, Retrieval, _Squashed
+from pacl.training.validation import _Squashed
 from PIL import Image
 from running import lines, start, train
 
@@ -133,6 +134,14 @@ def test_processes_agree_with_one(run_world, tmp_path):
     losses = [row[0].pop("clip_val_loss") for row in (one, two)]
     assert one == two and one[0]["text_to_image_R@10"] > 0
     assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+
+
+def test_several_readers(run_world, tmp_path):
+    """Whose batches take turns: captions and images must come in the same order."""
+    assert train(run_world, tmp_path, val_data=run_world / HELD_OUT, workers=2, max_steps=1, lr=1e-30) == 0
+    assert train(run_world, tmp_path / "one", val_data=run_world / HELD_OUT, max_steps=1, lr=1e-30) == 0
+    two, one = (lines(folder / "pacl/results.jsonl")[0] for folder in (tmp_path, tmp_path / "one"))
+    assert two == pytest.approx(one, rel=1e-5)
 
 
 @pytest.mark.parametrize(

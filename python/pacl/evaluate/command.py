@@ -1,4 +1,4 @@
-"""`pacl evaluate`: segmentation of data sets, and tables of the results."""
+"""`pacl evaluate`: segmentation of data sets, tables of the results, and the tasks of tasks.py."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..training.run import _device, _process_group
 from .check import check_segmentation
 from .data import SegmentationData
 from .measure import check_background, evaluate_segmentation
-from .report import class_table, read_row, result_row, tables, write_row
+from .report import class_table, names_of, read_row, result_row, tables, write_row
 from .sheet import contact_sheet
 from .specs import Protocol, protocol, spec
 
@@ -60,7 +60,9 @@ class SegmentationConfig:
 
 def main(argv: Sequence[str], prog: str = "pacl evaluate") -> int:
     """Run `pacl evaluate` with these arguments; returns its exit status."""
-    tasks = {"segmentation": _segmentation, "table": _table}
+    from .tasks import TASKS
+
+    tasks = {"segmentation": _segmentation, "table": _table} | TASKS
     if not argv or argv[0] not in tasks:
         print(f"usage: {prog} {{{','.join(tasks)}}} ...; {prog} segmentation --help", file=sys.stderr)
         return 0 if argv and argv[0] in ("-h", "--help") else 2
@@ -111,7 +113,7 @@ def _measure(data: SegmentationData, towers: Towers, embedder, rules: Protocol, 
 
     predict = SegmenterPredictor(towers, embedder, data, rules)
     measured = evaluate_segmentation(data, predict, rules, group=group)
-    row = result_row(data, rules, measured, **_names(towers, config.checkpoint))
+    row = result_row(data, rules, measured, **names_of(towers, config.checkpoint))
     if first:
         path = write_row(config.out, row)
         sheet = path.with_suffix(".png")
@@ -131,20 +133,6 @@ def _check(config: SegmentationConfig) -> int:
         print(f"{found.text()}\n{picture}", flush=True)
         bad += bool(found.problems)
     return 1 if bad else 0
-
-
-def _names(towers: Towers, checkpoint: str | None) -> dict[str, str | None]:
-    """How a row calls the model: without the folders of this machine, and a run's `embedder` by the run's name."""
-    model, pretrained, vision = (towers.names[name] for name in ("model", "pretrained", "vision_model"))
-    if model.startswith("local-dir:"):
-        model = Path(model).name
-    if pretrained and Path(pretrained).is_file():
-        pretrained = Path(pretrained).name
-    if checkpoint and Path(checkpoint).is_dir():
-        folder = Path(checkpoint).resolve()
-        checkpoint = folder.parent.name if folder.name == "embedder" else folder.name
-    model += f" with {vision}" if vision else ""
-    return {"model": model, "pretrained": pretrained, "embedder": checkpoint}
 
 
 @dataclass(frozen=True)

@@ -77,14 +77,14 @@ class SegmentationData:
 
     def image(self, i: int) -> Image.Image:
         # As stored: masks were drawn on the stored pixels, so an orientation in EXIF is not followed.
-        return _read(self._image_path(self.names[i]), IMAGE_FORMATS, lambda x: x.convert("RGB"))
+        return read_picture(self._image_path(self.names[i]), IMAGE_FORMATS, lambda x: x.convert("RGB"))
 
     def values(self, i: int) -> np.ndarray:
         """A mask's values as its file has them, [H, W]; ValueError for a file that has no labels, such as colours."""
         if self._detail:
             return self._detail.values(self.names[i])
         path = self._mask_path(self.names[i])
-        values = _read(path, MASK_FORMATS, np.asarray)
+        values = read_picture(path, MASK_FORMATS, np.asarray)
         if values.ndim != 2 or values.dtype.kind not in "ui":
             raise ValueError(f"data: {path} has colours, expected a label per pixel (palette or gray)")
         if values.size and not 0 <= int(values.min()) <= int(values.max()) < 1 << 16:
@@ -197,7 +197,7 @@ def _few(values: list) -> str:
     return ", ".join(map(str, values[:5])) + (", ..." if len(values) > 5 else "")
 
 
-def _read(path: Path, formats: tuple[str, ...], use: Callable):
+def read_picture(path: Path, formats: tuple[str, ...], use: Callable):
     """What `use` makes of the image in `path`; ValueError that names the file for one that is damaged or too large."""
     try:
         with warnings.catch_warnings():

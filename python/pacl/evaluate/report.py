@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import write_bytes
+from ..towers import Towers
 from .data import SegmentationData
 from .measure import Measured
 from .specs import Protocol, datasets, fingerprint, spec
@@ -44,6 +45,20 @@ def result_row(
         "chance_mIoU": round(measured.chance, 2),
         "warnings": measured.warnings,
     }
+
+
+def names_of(towers: Towers, checkpoint: str | None) -> dict[str, str | None]:
+    """How a row calls the model: without the folders of this machine, and a run's `embedder` by the run's name."""
+    model, pretrained, vision = (towers.names[name] for name in ("model", "pretrained", "vision_model"))
+    if model.startswith("local-dir:"):
+        model = Path(model).name
+    if pretrained and Path(pretrained).is_file():
+        pretrained = Path(pretrained).name
+    if checkpoint and Path(checkpoint).is_dir():
+        folder = Path(checkpoint).resolve()
+        checkpoint = folder.parent.name if folder.name == "embedder" else folder.name
+    model += f" with {vision}" if vision else ""
+    return {"model": model, "pretrained": pretrained, "embedder": checkpoint}
 
 
 def write_row(folder: Path, row: dict[str, Any]) -> Path:

@@ -51,7 +51,7 @@ class Dense:
 
     def scores(self, texts: Texts) -> Tensor:
         """Raw cosines [K, h, w]; of a class with synonyms, its best one's."""
-        return _best_synonym(self.patches @ texts.embeddings.T, texts).permute(2, 0, 1)
+        return best_synonym(self.patches @ texts.embeddings.T, texts).permute(2, 0, 1)
 
     def summary(self, texts: Texts) -> tuple[Tensor, Tensor]:
         """Highest and mean cosine of each class over the tokens, [K] each, a band of token rows at a time."""
@@ -249,7 +249,7 @@ def _steps(transform) -> list:
     return list(getattr(transform, "transforms", []))
 
 
-def _best_synonym(scores: Tensor, texts: Texts) -> Tensor:
+def best_synonym(scores: Tensor, texts: Texts) -> Tensor:
     """[..., S] to [..., K]."""
     if len(texts.names) == scores.shape[-1]:
         return scores

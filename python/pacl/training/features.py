@@ -170,7 +170,7 @@ def _source(config: FeaturesConfig, towers: Towers) -> Samples:
     options = {name: getattr(config, name) for name in DATA} | {"kind": config.dataset_type}
     options |= {"scenes": config.train_num_samples} if config.train_num_samples else {}
     source = open_pairs(config.train_data, transform=partial(_transform, towers.transform), **options)
-    source.choose = _all_captions
+    source.choose = all_captions
     return source
 
 
@@ -179,7 +179,7 @@ def _transform(transform: Callable[[Image.Image], Tensor], image: Image.Image) -
     return transform(image), info.id if info else 0
 
 
-def _all_captions(captions: Sequence[str], epoch: int, key: str) -> bytes:
+def all_captions(captions: Sequence[str], epoch: int, key: str) -> bytes:
     """In place of Samples.choose: training takes one of an image's captions an epoch, so all are stored."""
     return SEPARATOR.join(captions).encode(errors="surrogatepass")
 

@@ -11,18 +11,17 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
-from torch.nn import functional as F
 
 from pacl_kernels import compatibility
 
 from ..data.samples import BadData, Samples, loader
 from ..data.sources import open_pairs
+from ..evaluate.retrieval import Retrieval
 from ..segmentation import IGNORE, ConfusionMatrix, class_scores, label_map, patch_labels, patch_shares
 
 if TYPE_CHECKING:
     from .run import Run, Trainable
 
-RECALLS = (1, 5, 10)
 SEGMENTED = 32  # images at a time
 
 
@@ -98,9 +97,12 @@ class Validation:
         return result.values(run.group)
 
     def _read_captions(self) -> None:
-        """A pass over the data without its pixels, because an image is to meet the texts that come after it."""
+        """A pass over the data without its pixels, because an image is to meet the texts that come after it.
+
+        In the same batches: by their size several workers give another order.
+        """
         transform, self.pairs.transform = self.pairs.transform, _nothing
-        mine = [caption for batch in self._read(self.pairs, 256) for caption in batch["caption"]]
+        mine = [caption for batch in self._read(self.pairs, self.run.config.batch_size) for caption in batch["caption"]]
         self.pairs.transform = transform
         shares = [mine]
         if self.run.group is not None:
@@ -134,65 +136,6 @@ class Validation:
         for matrix in (pixels, patches):
             matrix.all_reduce(self.run.group)
         return {"mIoU": pixels.miou(), "patch_accuracy": patches.accuracy()}
-
-
-class Retrieval:
-    """Recalls and loss of M pairs from blocks of φ; keeps a dozen numbers for each text, whatever the number of images.
-
-    captions: of all M pairs; where two pairs have the same one, either is right for the other and neither is counted
-    against it. Another caption (or image) that ties with the pair, or is NaN, counts as better than the pair: an
-    embedder that gives everything the same score has recall 0. scale, bias: of the logits; a bias means the sigmoid
-    loss, and none InfoNCE, both with all M pairs as one batch.
-    """
-
-    def __init__(self, captions: list[str], scale: float, bias: float | None, device: torch.device):
-        known: dict[str, int] = {}
-        labels = [known.setdefault(caption, len(known)) for caption in captions]
-        self.labels = torch.tensor(labels, device=device)
-        self.scale, self.bias = scale, bias
-        pairs, best = len(captions), max(RECALLS)
-        # For each text: the best of the other images, what its column sums to, and its own image.
-        self.columns = torch.full((pairs, best + 2), -torch.inf, device=device)
-        self.hits, self.loss, self.images = [0] * len(RECALLS), 0.0, 0
-
-    def update(self, phi: Tensor, at: int) -> None:
-        """Rows [b, M] of φ, images `at` and following against all texts."""
-        rows, best = torch.arange(len(phi), device=phi.device), max(RECALLS)
-        phi, pair = phi.float(), phi[rows, at + rows].float()
-        others = phi.masked_fill(self.labels[at + rows, None] == self.labels, -torch.inf)
-        worse = (~(others < pair[:, None])).sum(1)
-        for i, k in enumerate(RECALLS):
-            self.hits[i] += int((worse < k).sum())
-        self.columns[:, :best] = torch.cat([self.columns[:, :best], others.T], 1).topk(best).values
-        self.columns[at + rows, -1] = pair
-        logits = self.scale * phi if self.bias is None else self.scale * phi + self.bias
-        if self.bias is None:
-            self.columns[:, -2] = torch.logaddexp(self.columns[:, -2], logits.logsumexp(0))
-            self.loss += (logits.logsumexp(1) - logits[rows, at + rows]).double().sum().item() / 2
-        else:
-            sign = torch.full_like(logits, -1.0)
-            sign[rows, at + rows] = 1.0
-            self.loss -= F.logsigmoid(sign * logits).double().sum().item()
-        self.images += len(phi)
-
-    def values(self, group: dist.ProcessGroup | None = None) -> dict[str, float]:
-        """Recalls as fractions and `clip_val_loss`; of the images of all processes of a group."""
-        columns, best = self.columns[None], max(RECALLS)
-        counts = torch.tensor([*self.hits, self.images, self.loss], dtype=torch.float64, device=columns.device)
-        if group is not None:
-            columns = columns.new_empty(group.size(), *self.columns.shape)
-            dist.all_gather(list(columns), self.columns, group=group)
-            dist.all_reduce(counts, group=group)
-        *hits, images, loss = counts.tolist()
-        pair = columns[..., -1].amax(0)
-        top = columns[..., :best].transpose(0, 1).flatten(1).topk(best).values
-        if self.bias is None:
-            logits = self.scale * pair
-            loss += (columns[..., -2].logsumexp(0) - logits).double().sum().item() / 2
-        found = {f"image_to_text_R@{k}": hit / images for k, hit in zip(RECALLS, hits, strict=True)}
-        for k in RECALLS:
-            found[f"text_to_image_R@{k}"] = (top[:, k - 1] < pair).double().mean().item()
-        return found | {"clip_val_loss": loss / images}
 
 
 def read_classes(path: Path) -> list[str]:

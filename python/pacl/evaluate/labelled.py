@@ -1,0 +1,247 @@
+"""Images with a class each: torchvision's data sets, ImageNet, any folder of folders, clip-benchmark's tar files."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import re
+import tarfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+import torchvision.datasets as tv
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ..data.samples import IMAGE_FORMATS, IMAGE_SUFFIXES
+from ..segment.images import to_rgb
+from .data import read_picture
+from .specs import fingerprint, read_classes
+
+
+@dataclass(frozen=True)
+class Kind:
+    """title: as it is cited; layout: what must lie below the root; count: images of the set, None for a user's own."""
+
+    title: str
+    layout: str
+    open: Callable[[Path], Any]  # can be pickled
+    count: int | None = None
+
+
+class Labelled(Dataset):
+    """`data[i]` is a transformed image and its class, an int.
+
+    name: of KINDS. root: the folder that the set's files lie in. class_file: other names, a class per line in the order
+    of the labels, synonyms separated by commas. partial: accept a number of images other than the official one. limit:
+    only so many, spread evenly. `synonyms` are the words for each class, `templates` those of the data or None.
+    Raises FileNotFoundError, one line, for what is not there, ValueError for what is not as it should be.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        root: str | Path,
+        *,
+        class_file: str | Path | None = None,
+        partial: bool = False,
+        limit: int | None = None,
+    ):
+        if name not in KINDS:
+            raise ValueError(f"dataset: got {name!r}, expected one of {', '.join(KINDS)}")
+        if limit is not None and limit < 1:
+            raise ValueError(f"limit: got {limit}, expected at least 1")
+        if name in MATLAB and importlib.util.find_spec("scipy") is None:
+            raise ValueError(f"dataset: {name} has its labels in Matlab's files, which need scipy: pip install scipy")
+        self.name, self.kind, self.transform = name, KINDS[name], None
+        expected = f"expected {self.kind.layout} ({self.kind.title})"
+        try:
+            self.images = self.kind.open(Path(root))
+        except (RuntimeError, OSError) as error:
+            raise FileNotFoundError(f"data_root: {root} has no whole {name}; {expected}") from error
+        found = len(self.images)
+        if found != self.kind.count and self.kind.count is not None and not partial or not found:
+            raise FileNotFoundError(
+                f"data_root: {root} has {found} of the {self.kind.count or 'images'} images of {name}; {expected}"
+                + ("; --partial takes what is there" if found else "")
+            )
+        names = self.images.classes
+        if name == "imagenet":
+            names = open_clip.IMAGENET_CLASSNAMES
+        self.synonyms = [[x if name == "imagenet" else spoken(x, name)] for x in names]
+        if class_file is not None:
+            self.synonyms = read_classes(Path(class_file))
+            if len(self.synonyms) != len(names):
+                raise ValueError(f"class_file: {class_file} has {len(self.synonyms)} classes, expected {len(names)}")
+        self.class_hash = fingerprint(self.synonyms)
+        self.templates: tuple[str, ...] | None = getattr(self.images, "templates", None)
+        step = 1.0 if limit is None else max(1.0, found / limit)
+        self._chosen = [int(i * step) for i in range(found if limit is None else min(limit, found))]
+
+    def __len__(self) -> int:
+        return len(self._chosen)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        image, label = self.images[self._chosen[i]]
+        return self.transform(to_rgb(image)), int(label)
+
+
+def spoken(name: str, dataset: str = "") -> str:
+    """A class's name as words: commas would part synonyms, and the names of files and folders have no blanks."""
+    if dataset == "eurosat":
+        name = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower()
+    return " ".join(re.sub(r"[_/,]+", " ", name).split())
+
+
+class Folder(tv.ImageFolder):
+    """A folder per class, their names the classes in order; Pillow sees JPEG, PNG and WebP alone."""
+
+    def __init__(self, root: Path):
+        super().__init__(str(root), loader=_rgb)
+
+
+class ImageNet(Folder):
+    """The 1,000 folders n01440764, ... of the validation images, in the root or in its `val`."""
+
+    def __init__(self, root: Path):
+        super().__init__(root / "val" if (root / "val").is_dir() else root)
+        strange = [name for name in self.classes if not re.fullmatch(r"n\d{8}", name)]
+        if strange or len(self.classes) != 1000:
+            raise FileNotFoundError(f"{root} has {len(self.classes)} folders")
+
+
+class Caltech101(Folder):
+    """torchvision's would need scipy; what is in BACKGROUND_Google is of no class."""
+
+    def __init__(self, root: Path):
+        super().__init__(root / "caltech101/101_ObjectCategories")
+
+    def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
+        names = [name for name in super().find_classes(directory)[0] if name != "BACKGROUND_Google"]
+        return names, {name: i for i, name in enumerate(names)}
+
+
+class Tars:
+    """clip-benchmark's layout: `test/*.tar` with an image and a .cls each, classnames.txt, and templates with {c}.
+
+    The headers are read once and images when they are asked for; a label is a number in digits, nothing is unpickled.
+    """
+
+    def __init__(self, root: Path):
+        self.classes = _lines(root / "classnames.txt")
+        templates = root / "zeroshot_classification_templates.txt"
+        self.templates = tuple(x.replace("{c}", "{}") for x in _lines(templates)) if templates.is_file() else None
+        if self.templates and not all("{}" in x for x in self.templates):
+            raise ValueError(f"data_root: {templates} has a line without {{c}}, where the class goes")
+        self._places: list[tuple[Path, int, int, int]] = []
+        for path in sorted((root / "test").glob("*.tar")):
+            try:
+                self._index(path)
+            except tarfile.TarError as error:
+                raise ValueError(f"data_root: {path} is no whole tar file: {error}") from error
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, i: int) -> tuple[Image.Image, int]:
+        path, offset, size, label = self._places[i]
+        with open(path, "rb") as file:
+            file.seek(offset)
+            try:
+                with Image.open(io.BytesIO(file.read(size)), formats=IMAGE_FORMATS) as image:
+                    return to_rgb(image), label
+            except Exception as error:  # decoders raise anything on damaged bytes
+                raise ValueError(f"data_root: cannot read the image at byte {offset} of {path}: {error}") from error
+
+    def _index(self, path: Path) -> None:
+        images, labels = {}, {}
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                folder, _, file = member.name.rpartition("/")
+                stem, _, suffix = file.partition(".")
+                key, suffix = f"{folder}/{stem}", suffix.lower()
+                if member.isfile() and suffix in IMAGE_SUFFIXES:
+                    images[key] = member.offset_data, member.size
+                elif member.isfile() and suffix == "cls":
+                    text = tar.extractfile(member).read(32).decode(errors="replace").strip()
+                    if not text.isdecimal() or int(text) >= len(self.classes):
+                        raise ValueError(
+                            f"data_root: {member.name} of {path} has {text!r}, expected 0 to {len(self.classes) - 1}"
+                        )
+                    labels[key] = int(text)
+        odd = sorted(images.keys() ^ labels.keys())
+        if odd:
+            raise ValueError(f"data_root: {odd[0].lstrip('/')} of {path} lacks its image or its .cls")
+        self._places += [(path, *images[key], labels[key]) for key in images]
+
+
+def _lines(path: Path) -> list[str]:
+    return [line.strip() for line in path.read_text(encoding="utf-8-sig").rstrip().splitlines()]
+
+
+def _rgb(path: str) -> Image.Image:
+    """A function with a name, as worker processes may be handed the data pickled."""
+    return read_picture(Path(path), IMAGE_FORMATS, to_rgb)
+
+
+MATLAB = ("flowers102", "cars")
+# torchvision's own splits and class lists. Its CIFAR files are pickles, and read only if their digests are official.
+KINDS = {
+    "imagenet": Kind(
+        "ILSVRC2012 val (image-net.org)", "val/n01440764/*.JPEG, a folder per WordNet id", ImageNet, 50_000
+    ),
+    "cifar10": Kind(
+        "CIFAR-10 python version (Krizhevsky)", "cifar-10-batches-py", partial(tv.CIFAR10, train=False), 10_000
+    ),
+    "cifar100": Kind(
+        "CIFAR-100 python version (Krizhevsky)", "cifar-100-python", partial(tv.CIFAR100, train=False), 10_000
+    ),
+    "food101": Kind(
+        "Food-101 (ETH Zurich)", "food-101/images and food-101/meta", partial(tv.Food101, split="test"), 25_250
+    ),
+    "caltech101": Kind("Caltech-101", "caltech101/101_ObjectCategories", Caltech101, 8_677),
+    "dtd": Kind("Describable Textures (Oxford VGG)", "dtd/dtd/images and labels", partial(tv.DTD, split="test"), 1_880),
+    "eurosat": Kind("EuroSAT RGB", "eurosat/2750, a folder per class", partial(tv.EuroSAT), 27_000),
+    "flowers102": Kind(
+        "Flowers-102 (Oxford VGG)", "flowers-102/jpg and its .mat files", partial(tv.Flowers102, split="test"), 6_149
+    ),
+    "pets": Kind(
+        "Oxford-IIIT Pet", "oxford-iiit-pet/images and annotations", partial(tv.OxfordIIITPet, split="test"), 3_669
+    ),
+    "cars": Kind(
+        "Stanford Cars",
+        "stanford_cars/cars_test, devkit and cars_test_annos_withlabels.mat",
+        partial(tv.StanfordCars, split="test"),
+        8_041,
+    ),
+    "sun397": Kind("SUN397 (Princeton)", "SUN397/ClassName.txt and folders", partial(tv.SUN397), 108_754),
+    "stl10": Kind("STL-10 (Stanford)", "stl10_binary", partial(tv.STL10, split="test"), 8_000),
+    "folder": Kind("your own", "a folder of images per class", Folder),
+    "wds": Kind("clip-benchmark's layout", "classnames.txt and test/*.tar with .cls", Tars),
+}
+
+
+def accuracies(counts: Tensor) -> dict[str, float | None]:
+    """CLIP_benchmark's measures from counts int64 [3, K]: images of a class, right, among the five best; fractions."""
+    there = counts[0] > 0
+    total = int(counts[0].sum())
+    return {
+        "acc1": int(counts[1].sum()) / total,
+        "acc5": int(counts[2].sum()) / total if len(there) >= 5 else None,
+        "mean_per_class_recall": float((counts[1, there].double() / counts[0, there]).mean()),
+    }
+
+
+def count_hits(counts: Tensor, scores: Tensor, labels: Tensor) -> None:
+    """Add to counts [3, K] the images with `scores` [B, K] and classes `labels` [B]. ValueError for NaN."""
+    if scores.isnan().any():
+        raise ValueError("scores: got NaN")
+    best = scores.topk(min(5, scores.shape[1])).indices.cpu() == labels[:, None]
+    for row, hit in zip(counts, (torch.ones_like(labels, dtype=torch.bool), best[:, 0], best.any(1)), strict=True):
+        row += labels[hit].bincount(minlength=len(row))

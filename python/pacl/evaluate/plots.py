@@ -1,0 +1,56 @@
+"""Plots of results, by matplotlib where it is installed."""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..files import write_bytes
+
+
+def write_plot(path: Path, size: tuple[float, float], draw: Callable[[Any], None]) -> Path | None:
+    """A PNG at `path` of `size` inches, in whose one axes `draw` draws; None, and a line, without matplotlib."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        print(f"no plot {path}: matplotlib is not installed, pip install matplotlib", file=sys.stderr)
+        return None
+    figure = Figure(size, dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    draw(figure.subplots())
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    write_bytes(path, buffer.getvalue())
+    return path
+
+
+def bars(classes: Sequence[str], values: Mapping[str, Sequence[float]], title: str) -> Callable[[Any], None]:
+    """Accuracies of classes, 0 to 1, a colour for each of `values`."""
+
+    def draw(axes) -> None:
+        height = 0.8 / len(values)
+        for i, (name, each) in enumerate(values.items()):
+            axes.barh([k + (i + 0.5) * height - 0.4 for k in range(len(classes))], each, height, label=name)
+        axes.set_yticks(range(len(classes)), [name.replace("$", r"\$") for name in classes])
+        axes.set(xlim=(0, 1), ylim=(len(classes) - 0.5, -0.5), xlabel="accuracy over patches", title=title)
+        axes.figure.legend(loc="outside lower center")  # not over the bars
+
+    return draw
+
+
+def curves(lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], title: str) -> Callable[[Any], None]:
+    """ROC curves, and the diagonal."""
+
+    def draw(axes) -> None:
+        axes.plot([0, 1], [0, 1], color="gray", linewidth=0.8)
+        for name, (false, true) in lines.items():
+            axes.plot(false, true, label=name)
+        axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", title=title)
+        axes.set(xlabel="pairs of two classes above the cosine", ylabel="pairs of one class above the cosine")
+        axes.legend(loc="lower right")
+
+    return draw

@@ -1,0 +1,64 @@
+"""Scores of whole images and texts: φ, or plain CLIP's cosine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pacl_kernels import compatibility
+
+from ..segment.predict import own_projection
+from ..towers import Towers
+from ..training.config import TrainConfig
+
+BATCH = 256  # texts that the tower takes at a time
+SCORES = 2**23  # that are made at a time: 32 MiB
+
+
+class Scorer:
+    """`scorer.blocks(images, texts)`: scores [b, K] of normalised images with text embeddings, block by block.
+
+    embedder: from patch tokens to the texts' space; None: the model's own projection of single patches, see
+    own_projection. plain: the model's own image embedding instead, without patches; ValueError where it has none.
+    φ has the form and attention temperature that the embedder was trained with, or `pacl train`'s defaults. `rules` is
+    what a result says of it.
+    """
+
+    def __init__(self, towers: Towers, embedder: nn.Module | None = None, *, plain: bool = False):
+        self.towers, self.rules = towers, {"name": "plain"}
+        self.device = next(towers.text.parameters()).device
+        self.embed = None
+        if plain:
+            if towers.names["vision_model"]:
+                raise ValueError(f"plain: got it with {towers.names['vision_model']}, whose images have no embedding")
+            return
+        self.embed = embedder or own_projection(towers.visual)
+        notes: dict[str, Any] = getattr(embedder, "notes", {})
+        self.rules = {"name": "phi"}
+        self.rules["form"] = notes.get("form", TrainConfig.form)
+        self.rules["attn_temperature"] = notes.get("attn_temperature", TrainConfig.attn_temperature)
+
+    @torch.no_grad()
+    def texts(self, texts: Sequence[str]) -> Tensor:
+        """Normalised embeddings [K, D]."""
+        parts = [texts[i : i + BATCH] for i in range(0, len(texts), BATCH)]
+        return torch.cat([self.towers.encode_text(self.towers.tokenize(x).to(self.device)).float() for x in parts])
+
+    @torch.no_grad()
+    def blocks(self, images: Tensor, texts: Tensor):
+        """Scores [b, K] of images [B, 3, H, W], in their order, never of too many at once."""
+        images = images.to(self.device)
+        size = max(1, SCORES // max(1, len(texts)))
+        if self.embed is None:
+            found = self.towers.visual(images)
+            found = found[0] if isinstance(found, tuple) else found  # CoCa's has its tokens too
+            for part in F.normalize(found.float(), dim=-1).split(size):
+                yield part @ texts.T
+            return
+        form, temperature = self.rules["form"], self.rules["attn_temperature"]
+        for part in self.embed(self.towers.tokens(images)).float().split(size):
+            yield compatibility(part, texts, attn_temperature=temperature, form=form)
