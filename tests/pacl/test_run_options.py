@@ -144,7 +144,7 @@ def test_plan(run_world, tmp_path, capsys):
     mib = {
         "optimiser": 4 * trained * 4,
         "images": 24 * 3 * 64 * 64 * 4,
-        "tokens": 12 * 64 * 6 * 128 * 4,
+        "tokens": (24 + 12 * 5) * 64 * 128 * 4,
         "embeddings": 3 * 24 * 64 * 128 * 4,
         "loss": 24 * 128 * 12 + 4 * 24 * 24 * 4,
     }

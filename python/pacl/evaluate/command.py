@@ -12,10 +12,10 @@ import torch.distributed as dist
 import tyro
 
 from ..files import write_bytes
+from ..processes import choose_device, process_group
 from ..segment.draw import png
 from ..sharing import load_pacl
 from ..towers import Towers, load_towers
-from ..training.run import _device, _process_group
 from .check import check_segmentation
 from .data import SegmentationData
 from .measure import check_background, evaluate_segmentation
@@ -95,9 +95,9 @@ def _segmentation(argv: Sequence[str], prog: str) -> int:
     ]
     for data in sets:
         check_background(data, rules)
-    group = _process_group()
+    group = process_group()
     first = group is None or dist.get_rank() == 0
-    device = _device(config.device)
+    device = choose_device(config.device)
     if config.checkpoint:
         towers, embedder = load_pacl(config.checkpoint, device)
     else:

@@ -16,12 +16,12 @@ from torch.utils.data import DataLoader
 
 from ..data import Kind
 from ..data.sources import open_pairs
+from ..processes import choose_device
 from ..progress import Progress
 from ..segment.predict import Segmenter, best_synonym
 from ..segment.prompts import TEMPLATES, class_texts, templates
 from ..sharing import load_pacl
 from ..towers import Towers, load_towers
-from ..training.run import _device
 from .data import SegmentationData
 from .report import names_of, write_row
 
@@ -45,8 +45,8 @@ class ModelConfig:
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise ValueError("WORLD_SIZE: got several processes, expected one; segmentation alone is shared among them")
         if self.checkpoint:
-            return load_pacl(self.checkpoint, _device(self.device))
-        return load_towers(self.model, self.pretrained, device=_device(self.device)), None
+            return load_pacl(self.checkpoint, choose_device(self.device))
+        return load_towers(self.model, self.pretrained, device=choose_device(self.device)), None
 
     def write(self, task: str, dataset: str, rules: dict[str, Any], metrics: dict, towers: Towers, **more) -> Path:
         """A row like CLIP_benchmark's, with the rules that make its numbers comparable."""

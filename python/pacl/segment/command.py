@@ -15,6 +15,7 @@ from open_clip.factory import parse_model_name
 from PIL import Image
 
 from ..files import write_bytes
+from ..processes import choose_device
 from ..sharing import load_pacl
 from ..towers import load_towers
 from .draw import SCALE, label_image, overlay, png, voc_palette, with_legend, word_colours
@@ -142,11 +143,12 @@ def _rows(dense: Dense, texts: Texts, shares: list[float], has_background: bool)
 def make_segmenter(arguments: argparse.Namespace) -> Segmenter:
     """Of the flags' checkpoint, or of plain CLIP; ValueError for an open_clip model without weights."""
     settings = {name: getattr(arguments, name) for name in SETTINGS}
+    device = choose_device(arguments.device)
     if arguments.checkpoint:
-        return Segmenter(*load_pacl(arguments.checkpoint, arguments.device), **settings)
+        return Segmenter(*load_pacl(arguments.checkpoint, device), **settings)
     if arguments.pretrained is None and parse_model_name(arguments.model)[0] is None:
         raise ValueError(f"pretrained: got none for {arguments.model}, whose weights would be random")
-    return Segmenter(load_towers(arguments.model, arguments.pretrained, device=arguments.device), **settings)
+    return Segmenter(load_towers(arguments.model, arguments.pretrained, device=device), **settings)
 
 
 def _stems(paths: Iterable[Path]) -> Iterator[str]:
@@ -195,7 +197,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
         parser.add_argument("--scale", type=_scale, default=SCALE, metavar="LOW,HIGH", help="cosines, dark to bright")
     parser.add_argument("--out", type=Path, default=Path(f"pacl-{command}"), metavar="DIR", help="(%(default)s)")
     parser.add_argument("--max-image-pixels", default=25_000_000, help="larger images are skipped", **number)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
+    parser.add_argument("--device", default="auto", help="(%(default)s)")
     return parser
 
 

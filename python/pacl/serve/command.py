@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 
 from ..data.scenes import CLASSES, draw_scene
@@ -107,6 +106,6 @@ def _parser(prog: str = "pacl serve") -> argparse.ArgumentParser:
     parser.add_argument("--examples", type=Path, metavar="DIR", help="images that the page offers")
     parser.add_argument("--no-browser", dest="browser", action="store_false", help="print the address only")
     parser.add_argument("--max-image-pixels", default=25_000_000, help="larger images are refused", **number)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
+    parser.add_argument("--device", default="auto", help="(%(default)s)")
     parser.set_defaults(short_side=None, window=None, window_stride=None)
     return parser

@@ -26,6 +26,7 @@ from ..data.samples import BadData, Samples, loader
 from ..data.sources import open_pairs
 from ..data.texts import PROMPTS, noun_finder
 from ..files import write_bytes
+from ..processes import choose_device
 from ..sharing import describe_towers
 from ..towers import Towers, load_towers
 
@@ -139,8 +140,7 @@ class Encoder:
     """Frozen towers that give what is stored."""
 
     def __init__(self, config: FeaturesConfig):
-        name = config.device
-        self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        self.device = choose_device(config.device)
         self.batch_size, self.dtype = config.batch_size, DTYPES[config.precision]
         torch.manual_seed(config.seed)
         self.towers = load_towers(**{name: getattr(config, name) for name in TOWERS}, device=self.device)

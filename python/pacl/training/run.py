@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import os
 import signal
 import time
 from collections.abc import Iterator
@@ -26,6 +25,7 @@ from ..data.sources import open_pairs
 from ..data.texts import choose_text, noun_finder
 from ..embedder import VisionEmbedder, save_embedder
 from ..files import write_bytes
+from ..processes import choose_device, process_group
 from ..sharing import describe_towers
 from ..towers import Towers, load_towers
 from .checkpoints import load_checkpoint, save_checkpoint
@@ -48,9 +48,9 @@ class Run:
 
     def __init__(self, config: TrainConfig):
         self.config = config
-        self.group = _process_group()
+        self.group = process_group()
         self.rank, self.world = (self.group.rank(), self.group.size()) if self.group else (0, 1)
-        self.device = _device(config.device)
+        self.device = choose_device(config.device)
         self.amp = config.precision == "amp_bf16" or (config.precision == "auto" and self.device.type == "cuda")
         self.step, self.stopped_by, self.described = 0, None, None
         self.nouns = noun_finder(config.nouns) if config.nouns else None
@@ -92,7 +92,7 @@ class Run:
             betas=(config.beta1, config.beta2),
             eps=config.eps,
         )
-        self.validation, self.validated = Validation(self), {}
+        self.validation, self.validated, self.log = Validation(self), {}, Log(self)
 
     def _count(self) -> int:
         """Counted by the first process, for all."""
@@ -125,7 +125,7 @@ class Run:
         """From the current step to the last, with checkpoints; on a signal the step under way is finished and saved."""
         if self.step >= self.steps:
             return
-        with self._signals(), Log(self) as self.log:
+        with self._signals(), self.log:
             for batch, waited in self._batches():
                 begin = time.perf_counter()
                 loss = self._step(batch)
@@ -342,19 +342,5 @@ def _on_cpu(module: nn.Module) -> dict[str, Tensor]:
     return {name: x.detach().cpu() for name, x in module.state_dict().items()}
 
 
-def _process_group() -> dist.ProcessGroup | None:
-    """All processes that torchrun started, or None for one alone."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return None
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    return dist.group.WORLD
-
-
 def _bad_data(complaints: list[str]) -> ValueError:
     return ValueError(f"train_data: {'; '.join(filter(None, complaints))}; pacl data check shows which")
-
-
-def _device(name: str) -> torch.device:
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)

@@ -1,0 +1,23 @@
+"""Where a command runs: its device, and the processes that torchrun started."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import torch.distributed as dist
+
+
+def choose_device(name: str) -> torch.device:
+    """Device of a --device flag; "auto" is a GPU where there is one."""
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+
+
+def process_group() -> dist.ProcessGroup | None:
+    """All processes that torchrun started, or None for one alone."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return None
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    return dist.group.WORLD
