@@ -21,6 +21,7 @@ OWN_FLAGS = {
     "look": ("pacl.segment.command", "where in an image is what words say"),
     "segment": ("pacl.segment.command", "segment images by a list of classes"),
     "evaluate": ("pacl.evaluate.command", "measures on data sets, tables of results"),
+    "serve": ("pacl.serve.command", "a local page: drop an image, type words, click patches"),
 }
 NEEDS = {
     "open_clip": "open_clip_torch",

@@ -24,8 +24,9 @@ def find_images(paths: Iterable[Path]) -> list[Path]:
     return found
 
 
-def read_image(path: Path, max_pixels: int = 25_000_000) -> Image.Image:
-    """RGB, turned as its EXIF orientation says; raises for what is no image, or by its header has more pixels."""
+def read_image(path: Path | bytes, max_pixels: int = 25_000_000) -> Image.Image:
+    """Of a file or its bytes: RGB, turned as its EXIF orientation says; raises for what is no image, or by its header
+    has more pixels."""
     with open_source(path) as stream, open_image(stream, IMAGE_FORMATS) as image:
         if image.width * image.height > max_pixels:
             raise ValueError(f"{image.width} x {image.height} pixels, more than {max_pixels:,}")

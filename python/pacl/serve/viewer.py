@@ -1,0 +1,163 @@
+"""What the page asks of the model: an image's tokens once, then any words and any patch of it."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from PIL import UnidentifiedImageError
+from torch import Tensor
+
+from ..data.samples import IMAGE_FORMATS
+from ..segment.draw import word_colours
+from ..segment.images import read_image
+from ..segment.predict import Dense, Segmenter
+from ..segment.prompts import Texts
+
+IMAGES = 8  # kept at a time, as their files
+MOST_WORDS, LONGEST = 64, 200  # words in a request, letters in a word
+KEPT_WORDS = 1024  # whose embeddings are kept
+DIGITS = 4  # of the cosines in an answer
+
+LINES = """\
+from pathlib import Path
+from pacl.segment.draw import overlay, word_colours
+from pacl.segment.images import read_image
+from pacl.segment.predict import Segmenter
+{load}
+image = read_image(Path(path))
+dense = segmenter.dense(image)
+"""
+WORDS = """\
+words = {words!r}
+texts = segmenter.texts(words)
+scores = dense.scores(texts)  # [K, h, w]
+labels = dense.labels(texts, threshold={threshold}).labels  # [H, W]
+colours = word_colours(len(words) + 1){colours}
+overlay(image, labels, colours=colours).save("overlay.png")
+"""
+PATCH = """\
+similarity = dense.patches @ dense.patches[{row}, {column}]  # [h, w]
+overlay(image, similarity, scale=(0.0, 1.0)).save("patch.png")
+"""
+
+
+class Gone(KeyError):
+    """An image that is not kept, or no more: send it again."""
+
+
+@dataclass
+class _Kept:
+    data: bytes
+    dense: dict[str, Dense] = field(default_factory=dict)
+
+
+class Viewer:
+    """Answers about images for one or several ways of embedding their patches.
+
+    segmenters: name to Segmenter, of the same towers; the first is the page's choice. load: name to the Python lines
+    that make `segmenter`. Images are known by the hash of their file; the last 8 are kept, with their patches. One
+    request at a time uses the model. All answers are JSON values; what cannot be answered is a ValueError of one line,
+    an image that is not kept is Gone.
+    """
+
+    def __init__(self, segmenters: dict[str, Segmenter], load: dict[str, str], max_image_pixels: int = 25_000_000):
+        self.segmenters, self.load, self.max_image_pixels = segmenters, load, max_image_pixels
+        self._kept: OrderedDict[str, _Kept] = OrderedDict()
+        self._texts: OrderedDict[str, Texts] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def add(self, data: bytes) -> dict[str, Any]:
+        """Take an image's file: its name for later requests, and its size in pixels and tokens."""
+        key = hashlib.sha256(data).hexdigest()
+        with self._lock:
+            kept = self._kept.get(key) or _Kept(data)
+            dense = self._dense(kept, next(iter(self.segmenters)))
+            self._kept[key] = kept
+            self._kept.move_to_end(key)
+            if len(self._kept) > IMAGES:
+                self._kept.popitem(last=False)
+        height, width = dense.size
+        return {"image": key, "width": width, "height": height, **_grid(dense)}
+
+    def words(self, image: Any, words: Any, model: Any = None, threshold: Any = None) -> dict[str, Any]:
+        """Cosines with words: {words, h, w, scores [K][h*w], colours [K], ...}; threshold is for the lines only."""
+        words = _checked(words)
+        if threshold is not None and not isinstance(threshold, (int, float)):
+            raise ValueError(f"threshold: got {type(threshold).__name__}, expected a number")
+        with self._lock:
+            dense, load = self._find(image, model)
+            scores = dense.scores(self._embedded(words))
+        first = "[1:]" if threshold is None else "\ncolours[0] = 0  # background"
+        lines = WORDS.format(words=words, threshold=threshold, colours=first)
+        colours = word_colours(len(words) + 1)[1:].tolist()
+        answer = {"words": words, "colours": colours, "scores": [_rounded(x) for x in scores]}
+        return answer | _grid(dense) | {"python": LINES.format(load=load) + lines}
+
+    def patch(self, image: Any, row: Any, column: Any, model: Any = None) -> dict[str, Any]:
+        """Cosines of a patch with all: {h, w, similarity [h*w], ...}."""
+        with self._lock:
+            dense, load = self._find(image, model)
+            for name, value, count in zip(("row", "column"), (row, column), dense.patches.shape[:2], strict=True):
+                if type(value) is not int or not 0 <= value < count:
+                    raise ValueError(f"{name}: got {str(value)[:40]}, expected 0 to {count - 1}")
+            similarity = dense.patches @ dense.patches[row, column]
+        lines = PATCH.format(row=row, column=column)
+        return {"similarity": _rounded(similarity), **_grid(dense), "python": LINES.format(load=load) + lines}
+
+    def _find(self, image: Any, model: Any) -> tuple[Dense, str]:
+        model = next(iter(self.segmenters)) if model is None else model
+        if not isinstance(model, str) or model not in self.segmenters:
+            raise ValueError(f"model: got {str(model)[:40]!r}, expected {' or '.join(self.segmenters)}")
+        if not isinstance(image, str) or image not in self._kept:
+            raise Gone("image: not kept, send it again")
+        self._kept.move_to_end(image)
+        return self._dense(self._kept[image], model), self.load[model]
+
+    def _dense(self, kept: _Kept, model: str) -> Dense:
+        if model not in kept.dense:
+            try:
+                image = read_image(kept.data, self.max_image_pixels)
+            except UnidentifiedImageError as error:
+                raise ValueError(f"image: not one of {', '.join(IMAGE_FORMATS)}") from error
+            except Exception as error:  # decoders raise anything on damaged bytes
+                raise ValueError(f"image: {error or type(error).__name__}") from error
+            kept.dense[model] = self.segmenters[model].dense(image)
+        return kept.dense[model]
+
+    def _embedded(self, words: Sequence[str]) -> Texts:
+        """Of words seen before, as they were: a text tower takes longer than all the rest of an answer."""
+        found = []
+        for word in words:
+            if word not in self._texts:
+                self._texts[word] = next(iter(self.segmenters.values())).texts([word])
+            self._texts.move_to_end(word)
+            found.append(self._texts[word])
+        while len(self._texts) > KEPT_WORDS:
+            self._texts.popitem(last=False)
+        names, synonyms = (sum((getattr(x, name) for x in found), ()) for name in ("names", "synonyms"))
+        return Texts(names, synonyms, torch.cat([x.embeddings for x in found]))
+
+
+def _checked(words: Any) -> list[str]:
+    if not isinstance(words, list) or not all(isinstance(x, str) for x in words):
+        raise ValueError("words: expected a list of strings")
+    words = [x.strip() for x in words]
+    if not 1 <= len(words) <= MOST_WORDS or not all(1 <= len(x) <= LONGEST for x in words):
+        raise ValueError(f"words: got {len(words)}, expected 1 to {MOST_WORDS}, each of 1 to {LONGEST} letters")
+    return words
+
+
+def _grid(dense: Dense) -> dict[str, Any]:
+    """margins: shares of height and width at each end outside of the cells."""
+    h, w = dense.patches.shape[:2]
+    return {"h": h, "w": w, "margins": list(dense.margins)}
+
+
+def _rounded(scores: Tensor) -> list[float]:
+    return [round(x, DIGITS) for x in scores.flatten().tolist()]
