@@ -22,13 +22,14 @@ import pytest
 import torch
 from conftest import encode, picture
 from pacl.cli import main
+from pacl.data.scenes import CLASSES
 from pacl.demo.toy_clip import new_clip, save_clip
 from pacl.embedder import VisionEmbedder, save_embedder
 from pacl.segment.draw import word_colours
 from pacl.segment.predict import similarity_map
 from pacl.serve import server as http_server
 from pacl.serve import viewer as viewing
-from pacl.serve.command import _parser, make_viewer
+from pacl.serve.command import _parser, demo_scenes, find_examples, make_viewer
 from pacl.serve.server import MOST_BYTES, PAGE, Server
 from pacl.sharing import describe_towers, load_pacl
 from pacl.towers import load_towers
@@ -67,7 +68,7 @@ def started(server: Server) -> Server:
 
 @pytest.fixture(scope="module")
 def server(world, viewer):
-    with started(Server(viewer, examples=[world / "examples" / "one.jpg"])) as server:
+    with started(Server(viewer, examples=find_examples(world / "examples", str(world / "embedder")))) as server:
         yield server
         server.shutdown()
 
@@ -237,11 +238,30 @@ def test_the_page_and_its_policy(server):
 def test_examples_are_by_number_alone(server):
     status, _, data = call(server, "GET", "/api/info")
     info = json.loads(data)
-    assert info["examples"] == ["one.jpg"] and info["models"] == ["PACL", "CLIP"] and info["scale"] == [0.0, 0.6]
+    assert (
+        info["examples"] == [{"name": "one.jpg", "words": ""}]
+        and info["models"] == ["PACL", "CLIP"]
+        and info["scale"] == [0.0, 0.6]
+    )
     assert call(server, "GET", "/api/example/0")[2] == PHOTO
     for path in ("1", "-1", "secret.txt", "../secret.txt", "%2e%2e%2fsecret.txt", "0/../../clip", "", "٠"):
         status, _, data = call(server, "GET", f"/api/example/{urllib.parse.quote(path, safe='/.%')}")
         assert refused(status, json.loads(data)) == "404 path: there is nothing here"
+
+
+def test_the_demo_brings_scenes_of_its_own(world, viewer, tmp_path):
+    assert find_examples(None, str(world / "embedder")) == [] == find_examples(None, None)
+    for name in ("clip", "scenes", "embedder"):
+        (tmp_path / name).mkdir()
+    examples = find_examples(None, str(tmp_path / "embedder"))
+    assert examples == demo_scenes() and len({x.image for x in examples}) == 6
+    with started(Server(viewer, examples=examples)) as server:
+        status, _, data = call(server, "GET", "/api/example/5")
+        server.shutdown()
+    scene = np.asarray(Image.open(io.BytesIO(data)))
+    assert status == 200 and scene.shape == (64, 64, 3) and data == examples[5].image
+    words = examples[5].words.split(", ")
+    assert set(words) <= set(CLASSES) and 3 <= len(words) <= 5
 
 
 # Refusals
@@ -437,10 +457,13 @@ def test_the_command_until_ctrl_c(world):
         assert address.hostname == "127.0.0.1" and len(address.query) > 30
         connection = http.client.HTTPConnection("127.0.0.1", address.port, timeout=30)
         connection.request("GET", f"/api/info?{address.query}")
-        assert json.loads(connection.getresponse().read())["examples"] == ["one.jpg"]
+        assert json.loads(connection.getresponse().read())["examples"][0]["name"] == "one.jpg"
+        idle = socket.create_connection(("127.0.0.1", address.port))  # as browsers keep some
+        start = time.monotonic()
         process.send_signal(signal.SIGINT)
         _, error = process.communicate(timeout=20)
-        assert process.returncode == 130 and error == ""
+        assert process.returncode == 130 and error == "" and time.monotonic() - start < 5
+        idle.close()
     finally:
         process.kill()
         process.wait()
@@ -493,7 +516,7 @@ def test_drop_type_and_click_in_a_browser(server, viewer, browser):
     page.wait_for_selector("#views canvas")  # the example is there at once
     data = encode(picture(9, 60, 90))
     page.evaluate(DROP, [base64.b64encode(data).decode(), "<img src=x onerror=alert(1)>.jpg"])
-    wait(page, "document.querySelector('#views canvas')?.height === 213")
+    wait(page, "document.querySelector('#views canvas')?.height === 320")
     plain = pixels(page.locator("#views canvas"))
     # Words: a legend of them all as text, and at full opacity nothing but their colours, as the scores have it.
     page.locator("#opacity").fill("1")
@@ -528,8 +551,6 @@ def test_drop_type_and_click_in_a_browser(server, viewer, browser):
     page.locator("#best").focus()
     page.keyboard.press("ArrowDown")
     wait(page, "view.row === 1 && patches.PACL")
-    if os.environ.get("PACL_SCREENSHOT"):
-        page.screenshot(path=os.environ["PACL_SCREENSHOT"])
     # Downloads.
     for button, name in (("png", "pacl.png"), ("json", "pacl.json"), ("python", "pacl_view.py")):
         with page.expect_download() as download:
@@ -539,7 +560,7 @@ def test_drop_type_and_click_in_a_browser(server, viewer, browser):
         if name == "pacl.json":
             assert json.loads(saved)["words"]["CLIP"]["words"] == words
         elif name == "pacl.png":
-            assert Image.open(io.BytesIO(saved)).width > 2 * 300
+            assert Image.open(io.BytesIO(saved)).width > 2 * 480
         else:
             compile(saved, name, "exec")
     # An image that the server let go of is sent again, unseen by the user.

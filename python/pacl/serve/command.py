@@ -9,12 +9,16 @@ import webbrowser
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 
+from ..data.scenes import CLASSES, draw_scene
 from ..segment.command import _segmenter
+from ..segment.draw import png
 from ..segment.images import find_images
 from ..segment.predict import Segmenter
-from .server import Server
+from .server import Example, Server
 from .viewer import Viewer
 
 DESCRIPTION = (
@@ -34,9 +38,8 @@ def main(argv: Sequence[str]) -> int:
     """Run `pacl serve`; returns 1 where it cannot begin, and ends by KeyboardInterrupt."""
     arguments = _parser().parse_args(argv)
     try:
-        examples = [x for x in find_images([arguments.examples]) if x.is_file()] if arguments.examples else []
-        viewer = make_viewer(arguments)
-        server = Server(viewer, arguments.port, examples)
+        examples = find_examples(arguments.examples, arguments.checkpoint)
+        server = Server(make_viewer(arguments), arguments.port, examples)
     except (ValueError, OSError, OverflowError) as error:
         print(f"pacl: error: {error}", file=sys.stderr)
         return 1
@@ -62,6 +65,27 @@ def make_viewer(arguments: argparse.Namespace) -> Viewer:
     return Viewer(segmenters, load, arguments.max_image_pixels)
 
 
+def find_examples(folder: Path | None, checkpoint: str | None) -> list[Example]:
+    """The images of a folder; where none is given and the checkpoint is the demo's, scenes that it has not seen."""
+    if folder is not None:
+        return [Example(x.name, x) for x in find_images([folder]) if x.is_file()]
+    if checkpoint and all((Path(checkpoint).resolve().parent / name).is_dir() for name in ("clip", "scenes")):
+        return demo_scenes()
+    return []
+
+
+def demo_scenes(count: int = 6) -> list[Example]:
+    """Generated scenes, each with the words for all that is in it and for one thing that is not."""
+    found = []
+    for number in range(count):
+        rng = np.random.default_rng((2**31, number))  # the demo's own seeds have three numbers
+        scene = draw_scene(rng)
+        inside = [CLASSES[i] for i in np.unique(scene.mask)]
+        absent = rng.choice([x for x in CLASSES if x not in inside])
+        found.append(Example(f"scene {number + 1}", png(Image.fromarray(scene.image)), ", ".join([*inside, absent])))
+    return found
+
+
 def _display() -> bool:
     return sys.platform in ("darwin", "win32") or any(os.environ.get(x) for x in ("DISPLAY", "WAYLAND_DISPLAY"))
 
@@ -77,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     number = {"type": int, "metavar": "N"}
     parser.add_argument("--stride", default=1, help="tokens per patch along each side (%(default)s)", **number)
     parser.add_argument("--port", default=8000, help="0 for any that is free (%(default)s)", **number)
-    parser.add_argument("--examples", type=Path, metavar="DIR", help="a folder of images that the page offers")
+    parser.add_argument("--examples", type=Path, metavar="DIR", help="images that the page offers")
     parser.add_argument("--no-browser", dest="browser", action="store_false", help="print the address only")
     parser.add_argument("--max-image-pixels", default=25_000_000, help="larger images are refused", **number)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")

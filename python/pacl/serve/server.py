@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import inspect
 import json
 import re
 import secrets
+import socket
 import time
+from collections.abc import Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import parse_qs, urlsplit
 
 from ..segment.draw import MAGMA, SCALE
@@ -29,20 +32,36 @@ class Refused(Exception):
         self.status = status
 
 
+class Example(NamedTuple):
+    """An image that the page offers: a file of the user's choice or its bytes, and words to begin with."""
+
+    name: str
+    image: Path | bytes
+    words: str = ""
+
+
 class Server(ThreadingHTTPServer):
-    """Serves `viewer` on 127.0.0.1 at `url`. port 0: any free one. examples: images offered on the page."""
+    """Serves `viewer` on 127.0.0.1 at `url`. port 0: any free one."""
 
-    daemon_threads = True
+    daemon_threads = False  # one cut off by the interpreter's end may abort the process
 
-    def __init__(self, viewer: Viewer, port: int = 0, examples: list[Path] | None = None):
-        self.viewer, self.examples = viewer, list(examples or ())
+    def __init__(self, viewer: Viewer, port: int = 0, examples: Sequence[Example] = ()):
+        self.viewer, self.examples = viewer, list(examples)
         self.token = secrets.token_urlsafe(24)
         self.page = PAGE.read_bytes()
+        self.connections: set[socket.socket] = set()
         super().__init__(("127.0.0.1", port), Handler)
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_port}/?token={self.token}"
+
+    def server_close(self) -> None:
+        """End what is still connected, and wait for it; a browser holds connections that it does not use."""
+        for connection in list(self.connections):
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+        super().server_close()
 
     def handle_error(self, request, client_address) -> None:
         """Connections that break off are no one's concern; what goes wrong in an answer is in it."""
@@ -50,6 +69,14 @@ class Server(ThreadingHTTPServer):
 
 class Handler(BaseHTTPRequestHandler):
     timeout = 10
+
+    def setup(self) -> None:
+        self.server.connections.add(self.request)
+        super().setup()
+
+    def finish(self) -> None:
+        self.server.connections.discard(self.request)
+        super().finish()
 
     def do_GET(self) -> None:
         self._answer(self._get)
@@ -62,12 +89,13 @@ class Handler(BaseHTTPRequestHandler):
             return "text/html; charset=utf-8", self.server.page
         if path == "/api/info":
             viewer = self.server.viewer
+            examples = [{"name": x.name, "words": x.words} for x in self.server.examples]
             info = {"models": list(viewer.segmenters), "scale": SCALE, "magma": MAGMA.tolist()}
-            return _json(info | {"most_bytes": MOST_BYTES, "examples": [x.name for x in self.server.examples]})
+            return _json(info | {"most_bytes": MOST_BYTES, "examples": examples})
         number = re.fullmatch(r"/api/example/(\d{1,6})", path)
         if number and int(number[1]) < len(self.server.examples):
-            data = self.server.examples[int(number[1])].read_bytes()
-            return "application/octet-stream", data
+            image = self.server.examples[int(number[1])].image
+            return "application/octet-stream", image if isinstance(image, bytes) else image.read_bytes()
         raise Refused(404, "path: there is nothing here")
 
     def _post(self, path: str) -> tuple[str, bytes]:
