@@ -26,7 +26,7 @@ from pacl.data.scenes import CLASSES
 from pacl.demo.toy_clip import new_clip, save_clip
 from pacl.embedder import VisionEmbedder, save_embedder
 from pacl.segment.draw import word_colours
-from pacl.segment.predict import similarity_map
+from pacl.segment.predict import Segmenter, similarity_map
 from pacl.serve import server as http_server
 from pacl.serve import viewer as viewing
 from pacl.serve.command import _parser, demo_scenes, find_examples, make_viewer
@@ -421,10 +421,17 @@ def test_bodies_that_are_no_request(server):
 
 def test_plain_clip_alone(world):
     model = f"local-dir:{world / 'clip'}"
-    viewer = make_viewer(_parser().parse_args(["--model", model, "--stride", "2", "--device", "cpu"]))
+    flags = ["--model", model, "--stride", "2", "--templates", "photo", "--device", "cpu"]
+    viewer = make_viewer(_parser().parse_args(flags))
     answer = viewer.words(viewer.add(PHOTO)["image"], ["grass"])
-    assert list(viewer.segmenters) == ["CLIP"] and "load_towers(" in answer["python"]
-    expected = similarity_map(Image.open(io.BytesIO(PHOTO)), ["grass"], load_towers(model), stride=2)
+    assert (
+        list(viewer.segmenters) == ["CLIP"]
+        and "load_towers(" in answer["python"]
+        and "templates('photo')" in answer["python"]
+    )
+    segmenter = Segmenter(load_towers(model), stride=2)
+    texts = segmenter.texts(["grass"], ["a photo of a {}."])
+    expected = segmenter.scores(Image.open(io.BytesIO(PHOTO)), texts)
     assert (answer["h"], answer["w"]) == tuple(expected.shape[1:]) and answer["margins"] == [2 / 64, 2 / 88]
     torch.testing.assert_close(torch.tensor(answer["scores"][0]), expected.flatten(), rtol=0, atol=6e-5)
 

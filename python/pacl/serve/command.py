@@ -18,6 +18,7 @@ from ..segment.command import _segmenter
 from ..segment.draw import png
 from ..segment.images import find_images
 from ..segment.predict import Segmenter
+from ..segment.prompts import TEMPLATES
 from .server import Example, Server
 from .viewer import Viewer
 
@@ -54,15 +55,16 @@ def main(argv: Sequence[str]) -> int:
 def make_viewer(arguments: argparse.Namespace) -> Viewer:
     """PACL of a checkpoint and the plain CLIP under it, where that projects single patches; or plain CLIP alone."""
     first, values = _segmenter(arguments), vars(arguments)
+    rest = {name: values[name] for name in ("templates", "max_image_pixels")}
     if not arguments.checkpoint:
-        return Viewer({"CLIP": first}, {"CLIP": LOADING["CLIP"].format(**values)}, arguments.max_image_pixels)
+        return Viewer({"CLIP": first}, {"CLIP": LOADING["CLIP"].format(**values)}, **rest)
     segmenters, load = {"PACL": first}, {"PACL": LOADING["PACL"].format(**values)}
     try:
         segmenters["CLIP"] = Segmenter(first.towers, stride=arguments.stride)
         load["CLIP"] = LOADING["CLIP of PACL"].format(**values)
     except ValueError:
         pass  # no projection: PACL alone
-    return Viewer(segmenters, load, arguments.max_image_pixels)
+    return Viewer(segmenters, load, **rest)
 
 
 def find_examples(folder: Path | None, checkpoint: str | None) -> list[Example]:
@@ -99,6 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument("--model", help="plain CLIP alone: an open_clip model")
     parser.add_argument("--pretrained", metavar="TAG", help="the open_clip model's weights")
     number = {"type": int, "metavar": "N"}
+    parser.add_argument("--templates", default="simple", help=f"{', '.join(TEMPLATES)} or a file (%(default)s)")
     parser.add_argument("--stride", default=1, help="tokens per patch along each side (%(default)s)", **number)
     parser.add_argument("--port", default=8000, help="0 for any that is free (%(default)s)", **number)
     parser.add_argument("--examples", type=Path, metavar="DIR", help="images that the page offers")

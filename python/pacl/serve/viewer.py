@@ -18,6 +18,7 @@ from ..segment.draw import word_colours
 from ..segment.images import read_image
 from ..segment.predict import Dense, Segmenter
 from ..segment.prompts import Texts
+from ..segment.prompts import templates as read_templates
 
 IMAGES = 8  # kept at a time, as their files
 MOST_WORDS, LONGEST = 64, 200  # words in a request, letters in a word
@@ -29,13 +30,14 @@ from pathlib import Path
 from pacl.segment.draw import overlay, word_colours
 from pacl.segment.images import read_image
 from pacl.segment.predict import Segmenter
+from pacl.segment.prompts import templates
 {load}
 image = read_image(Path(path))
 dense = segmenter.dense(image)
 """
 WORDS = """\
 words = {words!r}
-texts = segmenter.texts(words)
+texts = segmenter.texts(words, templates({templates!r}))
 scores = dense.scores(texts)  # [K, h, w]
 labels = dense.labels(texts, threshold={threshold}).labels  # [H, W]
 colours = word_colours(len(words) + 1){colours}
@@ -61,13 +63,21 @@ class Viewer:
     """Answers about images for one or several ways of embedding their patches.
 
     segmenters: name to Segmenter, of the same towers; the first is the page's choice. load: name to the Python lines
-    that make `segmenter`. Images are known by the hash of their file; the last 8 are kept, with their patches. One
+    that make `segmenter`. templates: as `pacl look` takes them. Images are known by the hash of their file; the last 8 are kept, with their patches. One
     request at a time uses the model. All answers are JSON values; what cannot be answered is a ValueError of one line,
     an image that is not kept is Gone.
     """
 
-    def __init__(self, segmenters: dict[str, Segmenter], load: dict[str, str], max_image_pixels: int = 25_000_000):
+    def __init__(
+        self,
+        segmenters: dict[str, Segmenter],
+        load: dict[str, str],
+        *,
+        templates: str = "simple",
+        max_image_pixels: int = 25_000_000,
+    ):
         self.segmenters, self.load, self.max_image_pixels = segmenters, load, max_image_pixels
+        self.templates, self.sentences = templates, read_templates(templates)
         self._kept: OrderedDict[str, _Kept] = OrderedDict()
         self._texts: OrderedDict[str, Texts] = OrderedDict()
         self._lock = threading.Lock()
@@ -94,7 +104,7 @@ class Viewer:
             dense, load = self._find(image, model)
             scores = dense.scores(self._embedded(words))
         first = "[1:]" if threshold is None else "\ncolours[0] = 0  # background"
-        lines = WORDS.format(words=words, threshold=threshold, colours=first)
+        lines = WORDS.format(words=words, templates=self.templates, threshold=threshold, colours=first)
         colours = word_colours(len(words) + 1)[1:].tolist()
         answer = {"words": words, "colours": colours, "scores": [_rounded(x) for x in scores]}
         return answer | _grid(dense) | {"python": LINES.format(load=load) + lines}
@@ -135,7 +145,7 @@ class Viewer:
         found = []
         for word in words:
             if word not in self._texts:
-                self._texts[word] = next(iter(self.segmenters.values())).texts([word])
+                self._texts[word] = next(iter(self.segmenters.values())).texts([word], self.sentences)
             self._texts.move_to_end(word)
             found.append(self._texts[word])
         while len(self._texts) > KEPT_WORDS:
