@@ -63,9 +63,9 @@ class Viewer:
     """Answers about images for one or several ways of embedding their patches.
 
     segmenters: name to Segmenter, of the same towers; the first is the page's choice. load: name to the Python lines
-    that make `segmenter`. templates: as `pacl look` takes them. Images are known by the hash of their file; the last 8 are kept, with their patches. One
-    request at a time uses the model. All answers are JSON values; what cannot be answered is a ValueError of one line,
-    an image that is not kept is Gone.
+    that make `segmenter`. templates: as `pacl look` takes them. Images are known by the hash of their file; the last 8
+    are kept, with their patches. One request at a time uses the model. All answers are JSON values; what cannot be
+    answered is a ValueError of one line, an image that is not kept is Gone.
     """
 
     def __init__(
