@@ -41,7 +41,7 @@ def main(argv: Sequence[str], prog: str) -> int:
         lines = read_classes(arguments.classes) if arguments.classes else arguments.words.split(",")
         sentences = templates(arguments.templates)
         paths = find_images(arguments.images)
-        segmenter = _segmenter(arguments)
+        segmenter = make_segmenter(arguments)
         texts = segmenter.texts(lines, sentences)
         show = {"look": _look, "segment": _segment}[command](arguments, segmenter, texts, rule)
         return _run(arguments, segmenter, paths, show)
@@ -139,7 +139,8 @@ def _rows(dense: Dense, texts: Texts, shares: list[float], has_background: bool)
     return rows
 
 
-def _segmenter(arguments: argparse.Namespace) -> Segmenter:
+def make_segmenter(arguments: argparse.Namespace) -> Segmenter:
+    """Of the flags' checkpoint, or of plain CLIP; ValueError for an open_clip model without weights."""
     settings = {name: getattr(arguments, name) for name in SETTINGS}
     if arguments.checkpoint:
         return Segmenter(*load_pacl(arguments.checkpoint, arguments.device), **settings)

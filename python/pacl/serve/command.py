@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from ..data.scenes import CLASSES, draw_scene
-from ..segment.command import _segmenter
+from ..segment.command import make_segmenter
 from ..segment.draw import png
 from ..segment.images import find_images
 from ..segment.predict import Segmenter
@@ -35,9 +35,9 @@ LOADING = {  # the Python lines for it
 }
 
 
-def main(argv: Sequence[str]) -> int:
+def main(argv: Sequence[str], prog: str) -> int:
     """Run `pacl serve`; returns 1 where it cannot begin, and ends by KeyboardInterrupt."""
-    arguments = _parser().parse_args(argv)
+    arguments = _parser(prog).parse_args(argv)
     try:
         examples = find_examples(arguments.examples, arguments.checkpoint)
         server = Server(make_viewer(arguments), arguments.port, examples)
@@ -54,7 +54,7 @@ def main(argv: Sequence[str]) -> int:
 
 def make_viewer(arguments: argparse.Namespace) -> Viewer:
     """PACL of a checkpoint and the plain CLIP under it, where that projects single patches; or plain CLIP alone."""
-    first, values = _segmenter(arguments), vars(arguments)
+    first, values = make_segmenter(arguments), vars(arguments)
     rest = {name: values[name] for name in ("templates", "max_image_pixels")}
     if not arguments.checkpoint:
         return Viewer({"CLIP": first}, {"CLIP": LOADING["CLIP"].format(**values)}, **rest)
@@ -92,8 +92,8 @@ def _display() -> bool:
     return sys.platform in ("darwin", "win32") or any(os.environ.get(x) for x in ("DISPLAY", "WAYLAND_DISPLAY"))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="pacl serve", description=DESCRIPTION)
+def _parser(prog: str = "pacl serve") -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=prog, description=DESCRIPTION)
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument(
         "--checkpoint", metavar="FOLDER", help="an embedder that pacl train or pacl demo wrote, or the Hub's"
