@@ -90,7 +90,7 @@ class Viewer:
             dense = self._dense(kept, next(iter(self.segmenters)))
             self._kept[key] = kept
             self._kept.move_to_end(key)
-            if len(self._kept) > IMAGES:
+            while len(self._kept) > IMAGES:
                 self._kept.popitem(last=False)
         height, width = dense.size
         return {"image": key, "width": width, "height": height, **_grid(dense)}
