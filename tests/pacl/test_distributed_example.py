@@ -30,8 +30,9 @@ def demo(tmp_path) -> Path:
 
 def losses(*command: str) -> list[float]:
     run = subprocess.run(
-        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300, check=True
+        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
     )
+    assert run.returncode == 0, run.stderr[-4000:]
     return [float(value) for value in re.findall(r"loss ([\d.]+)$", run.stdout, re.MULTILINE)]
 
 
