@@ -63,20 +63,21 @@ class Server(ThreadingHTTPServer):
                 connection.shutdown(socket.SHUT_RDWR)
         super().server_close()
 
+    def process_request(self, request, client_address) -> None:
+        """Remember the connection before its thread begins: the server may end before that."""
+        self.connections.add(request)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request) -> None:
+        self.connections.discard(request)
+        super().shutdown_request(request)
+
     def handle_error(self, request, client_address) -> None:
         """Connections that break off are no one's concern; what goes wrong in an answer is in it."""
 
 
 class Handler(BaseHTTPRequestHandler):
     timeout = 10
-
-    def setup(self) -> None:
-        self.server.connections.add(self.request)
-        super().setup()
-
-    def finish(self) -> None:
-        self.server.connections.discard(self.request)
-        super().finish()
 
     def do_GET(self) -> None:
         self._answer(self._get)
