@@ -447,8 +447,25 @@ def test_what_cannot_begin_is_one_line(world, server, capsys):
         assert message in error and error.count("\n") == 1
 
 
-# Failed once in about ten runs, at the assertion on how it ends, for a reason that is not known yet.
-@pytest.mark.xfail(strict=False, raises=AssertionError, reason="how Ctrl-C ends it is not yet the same every time")
+def test_ctrl_c_while_a_connection_begins(viewer):
+    """It ends that too, at once, though its client says nothing."""
+
+    class Interrupted(Server):
+        def process_request(self, request, client_address):
+            super().process_request(request, client_address)
+            time.sleep(0.2)  # its thread waits for the request by now
+            signal.raise_signal(signal.SIGINT)
+
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), Interrupted(viewer) as server:
+        idle = socket.create_connection(("127.0.0.1", server.server_port))
+        start = time.monotonic()
+        server.serve_until_interrupted()
+    assert time.monotonic() - start < http_server.Handler.timeout / 2
+    assert signal.getsignal(signal.SIGINT) is handler
+    idle.close()
+
+
 def test_the_command_until_ctrl_c(world):
     code = "import sys; from pacl.cli import main; sys.exit(main())"
     flags = ["--checkpoint", str(world / "embedder"), "--port", "0", "--device", "cpu", "--no-browser"]
@@ -465,11 +482,9 @@ def test_the_command_until_ctrl_c(world):
         connection.request("GET", f"/api/info?{address.query}")
         assert json.loads(connection.getresponse().read())["examples"][0]["name"] == "one.jpg"
         idle = socket.create_connection(("127.0.0.1", address.port))  # as browsers keep some
-        start = time.monotonic()
         process.send_signal(signal.SIGINT)
-        _, error = process.communicate(timeout=20)
+        _, error = process.communicate(timeout=60)  # the interpreter's end takes seconds on a busy machine
         assert (process.returncode, error) == (130, "")
-        assert time.monotonic() - start < 5
         idle.close()
     finally:
         process.kill()

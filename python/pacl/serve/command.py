@@ -47,7 +47,7 @@ def main(argv: Sequence[str], prog: str) -> int:
         print(f"{server.url}\nCtrl-C ends it.", flush=True)
         if arguments.browser and _display():
             webbrowser.open(server.url)
-        server.serve_forever()
+        server.serve_until_interrupted()
     return 0
 
 

@@ -9,6 +9,7 @@ import inspect
 import json
 import re
 import secrets
+import signal
 import socket
 import time
 from collections.abc import Sequence
@@ -44,6 +45,7 @@ class Server(ThreadingHTTPServer):
     """Serves `viewer` on 127.0.0.1 at `url`. port 0: any free one."""
 
     daemon_threads = False  # one cut off by the interpreter's end may abort the process
+    interrupted = False
 
     def __init__(self, viewer: Viewer, port: int = 0, examples: Sequence[Example] = ()):
         self.viewer, self.examples = viewer, list(examples)
@@ -55,6 +57,23 @@ class Server(ThreadingHTTPServer):
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_port}/?token={self.token}"
+
+    def serve_until_interrupted(self) -> None:
+        """Answer until Ctrl-C (SIGINT), then raise KeyboardInterrupt; in the main thread only.
+
+        Python's own handler would raise it anywhere: while a connection's thread starts, socketserver forgets the
+        connection without ending it, and its thread waits for the client.
+        """
+        before = signal.signal(signal.SIGINT, lambda *_: setattr(self, "interrupted", True))
+        try:
+            self.serve_forever()
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def service_actions(self) -> None:
+        """What `serve_forever` calls between requests, and twice a second."""
+        if self.interrupted:
+            raise KeyboardInterrupt
 
     def server_close(self) -> None:
         """End what is still connected, and wait for it; a browser holds connections that it does not use."""
