@@ -1,4 +1,4 @@
-"""The two fused functions in Triton, for every GPU that it supports; `triton_kernels.py` holds the kernels.
+"""The two fused functions in Triton, for every GPU that it supports; `triton_kernels` holds the kernels.
 
 Forward: the inverse norms, then one persistent product whose epilogue sums the softmax. Backward: for blocks of images,
 the product again with an epilogue that writes W `[texts, rows]` into a workspace of fixed size, then ∂P = Wᵀ T and
@@ -60,7 +60,7 @@ def interpreted() -> bool:
 
 @functools.cache
 def kernels() -> ModuleType:
-    """The kernels' module, which imports triton: not before a kernel is needed."""
+    """The kernels' package, which imports triton: not before a kernel is needed."""
     from . import triton_kernels
 
     return triton_kernels

@@ -1,0 +1,206 @@
+"""The cosine form: φ of `dot` over the norm of the pooled patches, by the Gram matrix of each image."""
+
+import torch
+import triton
+import triton.language as tl
+
+from .shared import INTERPRETED, LOG2E, scalar, sum_pair, sum_three
+
+DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}  # of the operands of `curvature_kernel`
+
+
+@triton.jit(do_not_specialize=("image_begin", "N"))
+def gram_kernel(
+    P, MASK, INV_P, GRAM, image_begin, N, D, stride_pb, stride_pn, stride_pd, stride_mb, stride_mn, stride_gram,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """GRAM `[images, N, stride_gram]`: cosines between the patches of each image, 0 for masked ones."""
+    tiles = tl.cdiv(N, BLOCK_N)
+    image = tl.program_id(0) // (tiles * tiles)
+    tile = tl.program_id(0) % (tiles * tiles)
+    n = tile // tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    m = tile % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    n_live, m_live = n < N, m < N
+    if HAS_MASK:
+        mask = MASK + (image_begin + image).to(tl.int64) * stride_mb
+        n_live &= tl.load(mask + n * stride_mn, mask=n_live, other=0) != 0
+        m_live &= tl.load(mask + m * stride_mn, mask=m_live, other=0) != 0
+    base = P + (image_begin + image).to(tl.int64) * stride_pb
+    acc = tl.zeros([BLOCK_N, BLOCK_N], tl.float32)
+    for d in range(0, D, BLOCK_D):
+        offs_d = (d + tl.arange(0, BLOCK_D)).to(tl.int64)
+        d_live = (offs_d < D)[None, :]
+        offs_d = (offs_d * stride_pd)[None, :]
+        left = tl.load(base + n.to(tl.int64)[:, None] * stride_pn + offs_d, mask=n_live[:, None] & d_live, other=0.0)
+        right = tl.load(base + m.to(tl.int64)[:, None] * stride_pn + offs_d, mask=m_live[:, None] & d_live, other=0.0)
+        if INTERPRETED:
+            left, right = left.to(tl.float32), right.to(tl.float32)
+        acc = tl.dot(left, right.T, acc, input_precision=PRECISION)
+    inv = INV_P + (image_begin + image) * N
+    acc *= tl.load(inv + n, mask=n_live, other=0.0)[:, None] * tl.load(inv + m, mask=m_live, other=0.0)[None, :]
+    at = (image.to(tl.int64) * N + n)[:, None] * stride_gram + m[None, :]
+    tl.store(GRAM + at, acc.to(GRAM.dtype.element_ty), mask=(n < N)[:, None] & (m < stride_gram)[None, :])
+
+
+@triton.jit
+def _pool(
+    A, GRAM, a_rows, t_live, m0, N, stride_gram,
+    BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """q = G a and a `[BLOCK_T, BLOCK_M]` of the patches from `m0` on, of the image at whose first patch A points."""
+    m = m0 + tl.arange(0, BLOCK_M)
+    q = tl.zeros([BLOCK_T, BLOCK_M], tl.float32)
+    for n0 in range(0, N, BLOCK_N):
+        n = n0 + tl.arange(0, BLOCK_N)
+        left = tl.load(A + a_rows[:, None] + n[None, :], mask=t_live[:, None] & (n < N)[None, :], other=0.0)
+        right = tl.load(
+            GRAM + n[:, None] * stride_gram + m[None, :], mask=(n < N)[:, None] & (m < N)[None, :], other=0.0
+        )
+        if INTERPRETED:
+            left, right = left.to(tl.float32), right.to(tl.float32)
+        q = tl.dot(left, right, q, input_precision=PRECISION)
+    a = tl.load(A + a_rows[:, None] + m[None, :], mask=t_live[:, None] & (m < N)[None, :], other=0.0)
+    return q, a.to(tl.float32)
+
+
+@triton.jit(do_not_specialize=("image_begin", "N", "K", "stride_phi"))
+def cosine_forward_kernel(
+    A, GRAM, TAU, PHI, STAT, image_begin, N, K, stride_a, stride_gram, stride_phi, floor,
+    BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, N_ALIGN: tl.constexpr,
+    TAU_IS_TENSOR: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """φ of the cosine form over that of `dot`, φ / max(r, floor) with r² = aᵀ G a, and in STAT the log-sum-exp in bits
+    over the entropy, since the backward has no `dot` φ any more. One program for an image and a tile of texts.
+    """
+    N = N // N_ALIGN * N_ALIGN  # tells the compiler how rows of A are aligned
+    scale = LOG2E / scalar(TAU, TAU_IS_TENSOR)
+    text_tiles = tl.cdiv(K, BLOCK_T)
+    image = tl.program_id(0) // text_tiles
+    text0 = tl.program_id(0) % text_tiles * BLOCK_T
+    texts = text0 + tl.arange(0, BLOCK_T)
+    t_live = texts < K
+    at_a = text0.to(tl.int64) * stride_a + image * N
+    a_rows = tl.arange(0, BLOCK_T) * stride_a
+    gram = GRAM + image.to(tl.int64) * N * stride_gram
+    squared = tl.zeros([BLOCK_T], tl.float32)
+    total = tl.zeros([BLOCK_T], tl.float32)
+    for m0 in range(0, N, BLOCK_M):
+        q, a = _pool(A + at_a, gram, a_rows, t_live, m0, N, stride_gram, BLOCK_T, BLOCK_M, BLOCK_N, PRECISION)
+        part, a_part = sum_pair(q * a, a, 1)
+        squared += part
+        total += a_part
+    at = (image_begin + image).to(tl.int64) * stride_phi + texts
+    phi = tl.load(PHI + at, mask=t_live, other=0.0)
+    entropy = tl.load(STAT + at, mask=t_live, other=0.0)
+    # The rounded attention does not sum to 1; NaN stays NaN.
+    radius = tl.sqrt(tl.where(squared < 0.0, 0.0, squared)) / tl.where(total == 0.0, 1.0, total)
+    radius = tl.where(radius < floor, floor, radius)
+    tl.store(PHI + at, phi / radius, mask=t_live)
+    tl.store(STAT + at, entropy + phi * scale, mask=t_live)
+
+
+@triton.jit
+def _scores_of(a, stat, scale):
+    """s from `a = exp2(s scale - stat)`; where a is 0 any finite number will do."""
+    return (tl.log2(tl.where(a > 0.0, a, 1.0)) + stat[:, None]) / scale
+
+
+@triton.jit(do_not_specialize=("image_begin", "N", "K", "stride_phi"))
+def cosine_backward_kernel(
+    A, GRAM, TAU, INV_P, INV_T, STAT, G, W_SCALE, W, CURVATURE, TAU_SUMS,
+    image_begin, N, K, stride_a, stride_gram, stride_phi, floor,
+    BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, N_ALIGN: tl.constexpr,
+    TAU_IS_TENSOR: tl.constexpr, NEEDS_TAU: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """W `[K, rows]` of the cosine form from the attention A, and CURVATURE `[images, K]` = g u / r³, what Σ a aᵀ is
+    weighted with in the part that r adds to the patches' gradient.
+
+    dS = g (a / r) (1 + (s - (u / r²) q) / τ); where r is at its floor it is a constant, and u takes the place of
+    (u / r²) q. u, r and Σ a are summed again over the rounded A, so that what must cancel cancels.
+    """
+    N = N // N_ALIGN * N_ALIGN  # tells the compiler how rows of A are aligned
+    tau = scalar(TAU, TAU_IS_TENSOR)
+    scale = LOG2E / tau
+    w_scale = tl.load(W_SCALE) if SCALED else 1.0
+    text_tiles = tl.cdiv(K, BLOCK_T)
+    image = tl.program_id(0) // text_tiles
+    text0 = tl.program_id(0) % text_tiles * BLOCK_T
+    texts = text0 + tl.arange(0, BLOCK_T)
+    t_live = texts < K
+    at_a = text0.to(tl.int64) * stride_a + image * N
+    a_rows = tl.arange(0, BLOCK_T) * stride_a
+    gram = GRAM + image.to(tl.int64) * N * stride_gram
+    at = (image_begin + image).to(tl.int64) * stride_phi + texts
+    stat = tl.load(STAT + at, mask=t_live, other=0.0)
+    squared = tl.zeros([BLOCK_T], tl.float32)
+    total = tl.zeros([BLOCK_T], tl.float32)
+    weighted = tl.zeros([BLOCK_T], tl.float32)
+    for m0 in range(0, N, BLOCK_M):
+        q, a = _pool(A + at_a, gram, a_rows, t_live, m0, N, stride_gram, BLOCK_T, BLOCK_M, BLOCK_N, PRECISION)
+        part, as_part, a_part = sum_three(q * a, a * _scores_of(a, stat, scale), a, 1)
+        squared += part
+        weighted += as_part
+        total += a_part
+    share = 1.0 / tl.where(total == 0.0, 1.0, total)
+    radius = tl.sqrt(tl.where(squared < 0.0, 0.0, squared)) * share
+    moves = radius > floor
+    radius = tl.where(radius < floor, floor, radius)
+    u = weighted * share
+    slope = tl.where(moves, u / (radius * radius) * share, 0.0)  # of q, which is not divided by Σ a
+    constant = tl.where(moves, 0.0, u)
+    g = tl.load(G + at, mask=t_live, other=0.0) / radius
+    curvature = tl.where(moves, g * u / (radius * radius), 0.0) * share * share
+    tl.store(CURVATURE + image * K + texts, curvature * w_scale, mask=t_live)
+    g *= share
+    inv_t = tl.load(INV_T + texts, mask=t_live, other=0.0) * w_scale
+    tau_sum = 0.0
+    for m0 in range(0, N, BLOCK_M):
+        q, a = _pool(A + at_a, gram, a_rows, t_live, m0, N, stride_gram, BLOCK_T, BLOCK_M, BLOCK_N, PRECISION)
+        m = m0 + tl.arange(0, BLOCK_M)
+        inv_p = tl.load(INV_P + (image_begin + image) * N + m, mask=m < N, other=0.0)
+        s = _scores_of(a, stat, scale)
+        centred = s - slope[:, None] * q - constant[:, None]
+        ds = a * g[:, None]
+        if NEEDS_TAU:
+            tau_sum += tl.sum(tl.sum(ds * centred * (s - u[:, None]), 1), 0)
+        w = ds * (1.0 + centred / tau) * inv_t[:, None] * inv_p[None, :]
+        at_w = a_rows[:, None] + m[None, :]
+        tl.store(W + at_a + at_w, w.to(W.dtype.element_ty), mask=t_live[:, None] & (m < N)[None, :])
+    if NEEDS_TAU:
+        tl.store(TAU_SUMS + tl.program_id(0), tau_sum)
+
+
+@triton.jit(do_not_specialize=("image_begin", "N", "K"))
+def curvature_kernel(
+    A, CURVATURE, INV_P, C, image_begin, N, K, stride_a,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, N_ALIGN: tl.constexpr,
+    ADD: tl.constexpr, OPERANDS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """C `[images, N, N]` (+)= -Σ_k curvature_k a_kn a_km / (‖p_n‖ ‖p_m‖): times P, what r adds to ∂L/∂P."""
+    N = N // N_ALIGN * N_ALIGN  # tells the compiler how rows of A are aligned
+    tiles = tl.cdiv(N, BLOCK_M)
+    image = tl.program_id(0) // (tiles * tiles)
+    tile = tl.program_id(0) % (tiles * tiles)
+    n = tile // tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    m = tile % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    acc = tl.zeros([BLOCK_M, BLOCK_M], tl.float32)
+    rows = A + image * N + (tl.arange(0, BLOCK_K) * stride_a)[:, None]
+    for k0 in range(0, K, BLOCK_K):
+        k = k0 + tl.arange(0, BLOCK_K)
+        known = (k < K)[:, None]
+        left = tl.load(rows + n[None, :], mask=known & (n < N)[None, :], other=0.0)
+        right = tl.load(rows + m[None, :], mask=known & (m < N)[None, :], other=0.0)
+        factor = tl.load(CURVATURE + image * K + k, mask=k < K, other=0.0)
+        left = left.to(tl.float32) * factor[:, None]  # beyond the range of float16, hence bfloat16 operands
+        if not INTERPRETED:
+            left = left.to(OPERANDS)
+        acc = tl.dot(left.T, right.to(left.dtype), acc, input_precision=PRECISION)
+        rows += BLOCK_K * stride_a
+    inv = INV_P + (image_begin + image) * N
+    acc *= tl.load(inv + n, mask=n < N, other=0.0)[:, None] * tl.load(inv + m, mask=m < N, other=0.0)[None, :]
+    at = C + (image.to(tl.int64) * N + n)[:, None] * N + m[None, :]
+    live = (n < N)[:, None] & (m < N)[None, :]
+    acc = -acc
+    if ADD:
+        acc += tl.load(at, mask=live, other=0.0)
+    tl.store(at, acc.to(C.dtype.element_ty), mask=live)

@@ -1,0 +1,141 @@
+"""φ of the `dot` and the `max` form."""
+
+import triton
+import triton.language as tl
+
+from .largest import add_largest, max_result
+from .scores import patch_columns, product
+from .shared import LOG2E, scalar, sum_pair
+
+PLAIN_TEMPERATURE = tl.constexpr(0.05)  # from here on exp(s / τ) <= e^20 needs no running maximum, since |s| <= 1
+
+
+@triton.jit
+def _add_softmax(
+    s, inside, scale, total, weighted, largest,
+    SELECT: tl.constexpr, SAFE: tl.constexpr, AXIS: tl.constexpr,
+):  # fmt: skip
+    """Adds the columns `inside` of a tile of cosines to Σ e, Σ e s and, if SAFE, the running maximum of s."""
+    if SAFE:
+        known = tl.where(inside, s, float("-inf")) if SELECT else s
+        raised = tl.maximum(largest, tl.max(known, AXIS))
+        anchor = tl.where(raised == float("-inf"), 0.0, raised)  # no patch so far: every e is 0
+        shrink = tl.exp2((largest - anchor) * scale)
+        e = tl.exp2((known - tl.expand_dims(anchor, AXIS)) * scale)
+        total *= shrink
+        weighted *= shrink
+        largest = raised
+    else:
+        e = tl.exp2(s * scale)
+    es = e * s
+    if SELECT:  # NaN elsewhere must not come in: select, do not multiply
+        e = tl.where(inside, e, 0.0)
+        es = tl.where(inside, es, 0.0)
+    e_sum, es_sum = sum_pair(e, es, AXIS)
+    return total + e_sum, weighted + es_sum, largest
+
+
+@triton.jit
+def _softmax_result(total, weighted, largest, scale, SAFE: tl.constexpr):
+    """φ and the entropy in bits; 0 for an image without a patch."""
+    empty = total == 0.0
+    phi = tl.where(empty, 0.0, weighted / tl.where(empty, 1.0, total))
+    offset = (tl.where(empty, 0.0, largest) - phi) * scale if SAFE else -phi * scale
+    return phi, tl.where(empty, 0.0, tl.log2(tl.where(empty, 1.0, total)) + offset)
+
+
+@triton.jit(do_not_specialize=("B", "N", "K", "images_per_run"))
+def score_forward_kernel(
+    P, T, MASK, TAU, INV_P, INV_T, PHI, STAT,
+    B, N, K, D, stride_pb, stride_pn, stride_pd, stride_tk, stride_td, stride_mb, stride_mn, images_per_run,
+    BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, PAD: tl.constexpr, IMAGES: tl.constexpr,
+    MAX: tl.constexpr, SAFE: tl.constexpr, TAU_IS_TENSOR: tl.constexpr, HAS_MASK: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """φ and STAT of the `dot` form, or with MAX of that one. Persistent: each program takes runs of images against one
+    tile of texts.
+
+    IMAGES: how many a tile touches at most. A temperature in device memory chooses between the launch that is SAFE (a
+    running maximum) and the one that is not, without the host reading it: the other has no items.
+    """
+    tau = scalar(TAU, TAU_IS_TENSOR)
+    scale = LOG2E / tau
+    text_tiles = tl.cdiv(K, BLOCK_T)
+    items = text_tiles * tl.cdiv(B, images_per_run)
+    if TAU_IS_TENSOR:
+        items = tl.where((tau < PLAIN_TEMPERATURE) == SAFE, items, 0)
+    cols = tl.arange(0, BLOCK_P)
+    EMPTY: tl.constexpr = -1.0 if MAX else 0.0  # `total` is Σ e, or the winner's index
+    # Texts change fastest: programs that run together then read the same patches.
+    for item in range(tl.program_id(0), items, tl.num_programs(0)):
+        text0 = item % text_tiles * BLOCK_T
+        image_begin = item // text_tiles * images_per_run
+        image_end = tl.minimum(image_begin + images_per_run, B)
+        texts = text0 + tl.arange(0, BLOCK_T)
+        t_live = texts < K
+        t_offsets = texts.to(tl.int64) * stride_tk
+        inv_t = tl.load(INV_T + texts, mask=t_live, other=0.0)
+        total = tl.zeros([BLOCK_T], tl.float32) + EMPTY
+        weighted = tl.zeros([BLOCK_T], tl.float32)
+        largest = tl.full([BLOCK_T], float("-inf"), tl.float32)
+        if PAD > 0:
+            tiles = tl.cdiv(image_end - image_begin, IMAGES)
+        else:
+            tiles = tl.cdiv((image_end - image_begin) * N, BLOCK_P)
+        for tile in range(tiles):
+            row0 = image_begin * N + tile * BLOCK_P
+            image0 = image_begin + tile * IMAGES if PAD > 0 else row0 // N
+            rows, p_offsets, p_live = patch_columns(
+                MASK, image0, row0, image_end, N, stride_pb, stride_pn, stride_mb, stride_mn, BLOCK_P, PAD, HAS_MASK
+            )
+            acc = product(
+                P, T, p_offsets, p_live, row0, t_offsets, t_live, text0, D, stride_pd, stride_td,
+                BLOCK_T, BLOCK_P, BLOCK_D, DESCRIPTORS, EVEN_D, PRECISION,
+            )  # fmt: skip
+            inv_p = tl.load(INV_P + rows, mask=p_live, other=0.0)
+            s = acc * inv_t[:, None] * inv_p[None, :]
+            if PAD > 0:
+                one = tl.zeros([BLOCK_T, IMAGES], tl.float32)
+                parts = tl.reshape(s, [BLOCK_T, IMAGES, PAD])
+                inside = tl.reshape(p_live, [1, IMAGES, PAD])
+                if MAX:
+                    top, index = add_largest(parts, 0, inside, one + float("-inf"), one - 1.0, 2)
+                    phi, stat = max_result(top, index)
+                else:
+                    e_sum, es_sum, top = _add_softmax(
+                        parts, inside, scale, one, one, one + float("-inf"), True, SAFE, 2
+                    )
+                    phi, stat = _softmax_result(e_sum, es_sum, top, scale, SAFE)
+                images = image0 + tl.arange(0, IMAGES)
+                at = images.to(tl.int64)[None, :] * K + texts[:, None]
+                stored = t_live[:, None] & (images < image_end)[None, :]
+                tl.store(PHI + at, phi, mask=stored)
+                tl.store(STAT + at, stat, mask=stored)
+            else:
+                for j in tl.static_range(IMAGES):
+                    image = image0 + j
+                    begin = image * N - row0
+                    end = begin + N
+                    if (begin < BLOCK_P) & (image < image_end):
+                        inside = (p_live & (cols >= begin) & (cols < end))[None, :]
+                        if MAX:
+                            largest, total = add_largest(s, -begin, inside, largest, total, 1)
+                        elif HAS_MASK or (begin > 0) | (end < BLOCK_P):
+                            total, weighted, largest = _add_softmax(
+                                s, inside, scale, total, weighted, largest, True, SAFE, 1
+                            )
+                        else:
+                            total, weighted, largest = _add_softmax(
+                                s, True, scale, total, weighted, largest, False, SAFE, 1
+                            )
+                        if end <= BLOCK_P:
+                            if MAX:
+                                phi, stat = max_result(largest, total)
+                            else:
+                                phi, stat = _softmax_result(total, weighted, largest, scale, SAFE)
+                            at = image.to(tl.int64) * K + texts
+                            tl.store(PHI + at, phi, mask=t_live)
+                            tl.store(STAT + at, stat, mask=t_live)
+                            total = tl.zeros([BLOCK_T], tl.float32) + EMPTY
+                            weighted = tl.zeros([BLOCK_T], tl.float32)
+                            largest = tl.full([BLOCK_T], float("-inf"), tl.float32)

@@ -1,0 +1,81 @@
+"""Norms of rows, and the projection that takes them into account in a gradient."""
+
+import triton
+import triton.language as tl
+
+MIN_NORM_SQUARED = tl.constexpr(1e-24)
+
+
+@triton.jit
+def _rows(MASK, rows, rows_count, N, stride_b, stride_n, stride_mb, stride_mn, HAS_MASK: tl.constexpr):
+    """Whether each row counts, and its offset in a tensor `[rows / N, N, D]`."""
+    live = rows < rows_count
+    image = rows // N
+    n = rows - image * N
+    if HAS_MASK:
+        at = MASK + image.to(tl.int64) * stride_mb + n.to(tl.int64) * stride_mn
+        live &= tl.load(at, mask=live, other=0) != 0
+    return live, image.to(tl.int64) * stride_b + n.to(tl.int64) * stride_n
+
+
+@triton.jit
+def _load_row(X, offsets, live, d, D, stride_d, BLOCK_D: tl.constexpr):
+    """`[ROWS, BLOCK_D]` in float32, 0 for rows that do not count, which are not read."""
+    offs_d = (d + tl.arange(0, BLOCK_D)).to(tl.int64)
+    mask = live[:, None] & (offs_d < D)[None, :]
+    return tl.load(X + offsets[:, None] + (offs_d * stride_d)[None, :], mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=("rows_count", "N"))
+def inverse_norms_kernel(
+    X, MASK, INV, rows_count, N, D, stride_b, stride_n, stride_d, stride_mb, stride_mn,
+    ROWS: tl.constexpr, BLOCK_D: tl.constexpr, HAS_MASK: tl.constexpr,
+):  # fmt: skip
+    """1 / ‖x‖ of each row of `[rows / N, N, D]`; 0 for a row without a direction and for a masked one."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    live, offsets = _rows(MASK, rows, rows_count, N, stride_b, stride_n, stride_mb, stride_mn, HAS_MASK)
+    squared = tl.zeros([ROWS], tl.float32)
+    for d in range(0, D, BLOCK_D):
+        x = _load_row(X, offsets, live, d, D, stride_d, BLOCK_D)
+        squared += tl.sum(x * x, 1)
+    inverse = tl.where(squared < MIN_NORM_SQUARED, 0.0, 1.0 / tl.sqrt(squared))
+    tl.store(INV + rows, inverse, mask=rows < rows_count)
+
+
+@triton.jit(do_not_specialize=("MASK", "rows_count", "N"))
+def project_out_kernel(
+    GRAD, X, OUT, MASK, W_SCALE, rows_count, N, D, stride_b, stride_n, stride_d, stride_mb, stride_mn,
+    ROWS: tl.constexpr, BLOCK_D: tl.constexpr, HAS_MASK: tl.constexpr, SCALED: tl.constexpr,
+):  # fmt: skip
+    """OUT = GRAD - (GRAD · x) x / ‖x‖² by rows: what points along x does not change its direction.
+
+    GRAD and OUT are contiguous `[rows, D]` and may be the same memory. Twice, because the first projection leaves along
+    x its own rounding, which is all there is where D = 1. From GRAD itself, so that the rounding of W along x cancels.
+    """
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    live, offsets = _rows(MASK, rows, rows_count, N, stride_b, stride_n, stride_mb, stride_mn, HAS_MASK)
+    at = rows.to(tl.int64) * D
+    squared = tl.zeros([ROWS], tl.float32)
+    along = tl.zeros([ROWS], tl.float32)
+    for d in range(0, D, BLOCK_D):
+        x = _load_row(X, offsets, live, d, D, stride_d, BLOCK_D)
+        grad = _load_row(GRAD, at, live, d, D, 1, BLOCK_D)
+        squared += tl.sum(x * x, 1)
+        along += tl.sum(grad * x, 1)
+    inverse = tl.where(squared < MIN_NORM_SQUARED, 0.0, 1.0 / squared)
+    along *= inverse
+    rest = tl.zeros([ROWS], tl.float32)
+    for d in range(0, D, BLOCK_D):
+        x = _load_row(X, offsets, live, d, D, stride_d, BLOCK_D)
+        grad = _load_row(GRAD, at, live, d, D, 1, BLOCK_D)
+        rest += tl.sum((grad - along[:, None] * x) * x, 1)
+    rest *= inverse
+    undo = 1.0 / tl.load(W_SCALE) if SCALED else 1.0
+    # A row without a direction has W = 0 and so GRAD = 0 already.
+    for d in range(0, D, BLOCK_D):
+        offs_d = d + tl.arange(0, BLOCK_D)
+        x = _load_row(X, offsets, live, d, D, stride_d, BLOCK_D)
+        grad = _load_row(GRAD, at, live, d, D, 1, BLOCK_D)
+        out = (grad - along[:, None] * x - rest[:, None] * x) * undo
+        inside = (rows < rows_count)[:, None] & (offs_d < D)[None, :]
+        tl.store(OUT + at[:, None] + offs_d[None, :], out.to(OUT.dtype.element_ty), mask=inside)

@@ -1,0 +1,55 @@
+"""A tile of products of texts and patches, and what its columns are."""
+
+import triton
+import triton.language as tl
+
+from .shared import INTERPRETED
+
+
+@triton.jit
+def product(
+    P, T, p_offsets, p_live, row0, t_offsets, t_live, text0, D, stride_pd, stride_td,
+    BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Raw products `[BLOCK_T, BLOCK_P]` of the texts from `text0` on and the patches from row `row0` on."""
+    acc = tl.zeros([BLOCK_T, BLOCK_P], tl.float32)
+    for d in range(0, D, BLOCK_D):
+        if DESCRIPTORS:
+            t = T.load([text0, d])
+            p = P.load([row0, d])
+        else:
+            offs_d = d + tl.arange(0, BLOCK_D)
+            t_mask, p_mask = t_live[:, None], p_live[:, None]
+            if not EVEN_D:
+                t_mask &= offs_d[None, :] < D
+                p_mask &= offs_d[None, :] < D
+            t = tl.load(T + t_offsets[:, None] + (offs_d * stride_td)[None, :], mask=t_mask, other=0.0)
+            p = tl.load(P + p_offsets[:, None] + (offs_d * stride_pd)[None, :], mask=p_mask, other=0.0)
+        if INTERPRETED:  # its tl.dot takes the bits of a bfloat16 for an integer
+            t, p = t.to(tl.float32), p.to(tl.float32)
+        acc = tl.dot(t, p.T, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def patch_columns(
+    MASK, image0, row0, image_end, N, stride_pb, stride_pn, stride_mb, stride_mn,
+    BLOCK_P: tl.constexpr, PAD: tl.constexpr, HAS_MASK: tl.constexpr,
+):  # fmt: skip
+    """Of each column of a tile: its row in `[B N]`, the offset of its patch, and whether it is one (and not masked)."""
+    cols = tl.arange(0, BLOCK_P)
+    if PAD > 0:
+        image, n = image0 + cols // PAD, cols % PAD
+        rows = image * N + n
+        live = (n < N) & (image < image_end)
+    else:
+        rows = row0 + cols
+        image = rows // N
+        n = rows - image * N
+        live = image < image_end
+    offsets = image.to(tl.int64) * stride_pb + n.to(tl.int64) * stride_pn
+    if HAS_MASK:
+        at = MASK + image.to(tl.int64) * stride_mb + n.to(tl.int64) * stride_mn
+        live &= tl.load(at, mask=live, other=0) != 0
+    return rows, offsets, live

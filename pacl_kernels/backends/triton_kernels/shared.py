@@ -1,0 +1,47 @@
+"""Constants, scalar arguments, and sums in one pass."""
+
+import triton
+import triton.language as tl
+
+from ..triton import interpreted
+
+LOG2E = tl.constexpr(1.4426950408889634)
+INTERPRETED = tl.constexpr(interpreted())
+
+
+@triton.jit
+def scalar(X, IS_TENSOR: tl.constexpr):
+    """A number, or what is at that address; 0 for None."""
+    if X is None:
+        return 0.0
+    elif IS_TENSOR:
+        return tl.load(X).to(tl.float32)
+    else:
+        return X
+
+
+@triton.jit
+def _add_pairs(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
+def sum_pair(a, b, AXIS: tl.constexpr):
+    """Both sums in one pass, so that neither operand is ever whole in registers."""
+    if INTERPRETED:  # a reduction with its own function is a loop over elements there
+        return tl.sum(a, AXIS), tl.sum(b, AXIS)
+    else:
+        return tl.reduce((a, b), AXIS, _add_pairs)
+
+
+@triton.jit
+def _add_threes(a, b, c, d, e, f):
+    return a + d, b + e, c + f
+
+
+@triton.jit
+def sum_three(a, b, c, AXIS: tl.constexpr):
+    if INTERPRETED:
+        return tl.sum(a, AXIS), tl.sum(b, AXIS), tl.sum(c, AXIS)
+    else:
+        return tl.reduce((a, b, c), AXIS, _add_threes)
