@@ -34,6 +34,20 @@ def write_tar(tmp_path):
 
 
 @pytest.fixture(scope="session")
+def untrained(tmp_path_factory) -> Path:
+    """To read only: `clip`, an untrained CLIP, and `run/embedder`, an embedder on it."""
+    import torch
+    from pacl.demo.toy_clip import new_clip, save_clip
+    from running import write_embedder
+
+    folder = tmp_path_factory.mktemp("untrained")
+    torch.manual_seed(0)
+    save_clip(new_clip(), folder / "clip")
+    write_embedder(folder / "run/embedder", folder / "clip")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def run_world(tmp_path_factory) -> Path:
     """For `pacl train`: three shards of 40 scenes, three of 20 with masks and their classes, an untrained CLIP."""
     import torch

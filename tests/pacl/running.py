@@ -1,4 +1,4 @@
-"""Runs of `pacl train` for tests: flags, a process or several, and what they leave."""
+"""For tests: runs of `pacl train` (flags, a process or several, and what they leave), and an untrained embedder."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ import sys
 from pathlib import Path
 
 from pacl.cli import main
+from pacl.embedder import VisionEmbedder, save_embedder
+from pacl.sharing import describe_towers
+from pacl.towers import load_towers
 
 
 def flags(world: Path, logs: Path, **changes) -> list[str]:
@@ -45,3 +48,9 @@ def start(world: Path, logs: Path, processes: int = 1, **changes) -> subprocess.
 
 def lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def write_embedder(folder: Path, clip: Path, **notes) -> None:
+    """An untrained embedder on the CLIP in a folder, with `notes` on its training."""
+    towers = load_towers(f"local-dir:{clip}")
+    save_embedder(VisionEmbedder(128, 128), folder, describe_towers(towers, folder), **notes)

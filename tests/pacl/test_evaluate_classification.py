@@ -13,13 +13,11 @@ import torch
 from conftest import encode, picture
 from pacl.backbones import patch_tokens
 from pacl.cli import main
-from pacl.demo.toy_clip import new_clip, save_clip
-from pacl.embedder import VisionEmbedder, save_embedder
 from pacl.evaluate.labelled import KINDS, Labelled, accuracies, count_hits, spoken
 from pacl.segment.prompts import TEMPLATES
-from pacl.sharing import describe_towers, load_pacl
-from pacl.towers import load_towers
+from pacl.sharing import load_pacl
 from PIL import Image
+from running import write_embedder
 from torch.nn import functional as F
 from torchmetrics.functional.classification import multiclass_accuracy
 
@@ -159,14 +157,11 @@ NAMES = ["red_square", "blue circle", "cat", "dog", "grass", "sky"]
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """An embedder on an untrained CLIP, and 30 pictures of six classes as folders and as clip-benchmark's tar files."""
+def world(untrained, tmp_path_factory):
+    """An embedder on the untrained CLIP, and 30 pictures of six classes, as folders and as clip-benchmark's tars."""
     folder = tmp_path_factory.mktemp("classification")
     torch.manual_seed(0)
-    save_clip(new_clip(), folder / "clip")
-    towers = load_towers(f"local-dir:{folder / 'clip'}")
-    place = folder / "run/embedder"
-    save_embedder(VisionEmbedder(128, 128), place, describe_towers(towers, place), form="max", attn_temperature=1.0)
+    write_embedder(folder / "run/embedder", untrained / "clip", form="max", attn_temperature=1.0)
     (folder / "wds/test").mkdir(parents=True)
     (folder / "wds/classnames.txt").write_text("\n".join(NAMES) + "\n")
     (folder / "wds/zeroshot_classification_templates.txt").write_text("a {c}.\nthe {c}.\n")
@@ -260,11 +255,11 @@ def test_bad_tar_files_are_one_line(members, message, tmp_path, write_tar):
 
 
 @pytest.mark.parametrize("workers", ["0", "2"])
-def test_a_damaged_image_is_one_line(world, workers, tmp_path, capsys):
+def test_a_damaged_image_is_one_line(untrained, workers, tmp_path, capsys):
     for name in ("cat", "dog"):
         put(tmp_path / f"images/{name}/1.jpg")
     put(tmp_path / "images/dog/2.jpg", JPEG[:99])
-    model = ["--model", f"local-dir:{world[0] / 'clip'}", "--workers", workers, "--out", str(tmp_path / "out")]
+    model = ["--model", f"local-dir:{untrained / 'clip'}", "--workers", workers, "--out", str(tmp_path / "out")]
     words = ["evaluate", "classification", "--dataset", "folder", "--data-root", str(tmp_path / "images"), *model]
     assert main(words) == 1
     lines = [x for x in capsys.readouterr().err.splitlines() if "pacl: error" in x or "Error" in x]

@@ -9,13 +9,10 @@ import pytest
 import torch
 from miniature import IDS, LAYOUTS, write
 from pacl.cli import main
-from pacl.demo.toy_clip import new_clip, save_clip
-from pacl.embedder import VisionEmbedder, save_embedder
 from pacl.evaluate.data import SegmentationData
 from pacl.evaluate.predictor import SegmenterPredictor
 from pacl.evaluate.specs import protocol
 from pacl.segment.predict import Segmenter
-from pacl.sharing import describe_towers
 from pacl.towers import load_towers
 from PIL import Image
 
@@ -25,13 +22,8 @@ NAMED = dict(zip(IDS, LAYOUTS, strict=True))
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """An untrained CLIP, an embedder on it, miniature Pascal VOC and ADE20K, and a protocol that fits the CLIP."""
+    """Miniature Pascal VOC and ADE20K, and a protocol that fits the untrained CLIP."""
     folder = tmp_path_factory.mktemp("world")
-    torch.manual_seed(0)
-    save_clip(new_clip(), folder / "clip")
-    towers = load_towers(f"local-dir:{folder / 'clip'}")
-    embedder = folder / "run-a/embedder"
-    save_embedder(VisionEmbedder(128, 128), embedder, describe_towers(towers, embedder))
     write(folder / "data", NAMED["voc21 {}.png"])
     write(folder / "data", NAMED["ade150 {}.png"])
     rules = {"short_side": 64, "window": 32, "window_stride": 16, "templates": ["a {}.", "the {}."]}
@@ -40,8 +32,8 @@ def world(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def towers(world):
-    return load_towers(f"local-dir:{world / 'clip'}")
+def towers(untrained):
+    return load_towers(f"local-dir:{untrained / 'clip'}")
 
 
 def evaluate(world, out, *words) -> int:
@@ -49,21 +41,21 @@ def evaluate(world, out, *words) -> int:
     return main(["evaluate", "segmentation", *map(str, given), *map(str, words)])
 
 
-def test_results_of_a_checkpoint_and_of_its_clip(world, tmp_path, capsys):
+def test_results_of_a_checkpoint_and_of_its_clip(world, untrained, tmp_path, capsys):
     options = ["--partial", "--dataset", "voc21", "voc20", "ade150"]
-    assert evaluate(world, tmp_path, *options, "--checkpoint", world / "run-a/embedder") == 0
+    assert evaluate(world, tmp_path, *options, "--checkpoint", untrained / "run/embedder") == 0
     said = capsys.readouterr().out
-    names = {f"{x}_clip_run-a_small" for x in ("voc21", "voc20", "ade150")}
+    names = {f"{x}_clip_run_small" for x in ("voc21", "voc20", "ade150")}
     assert {path.name for path in tmp_path.iterdir()} == {x + end for x in names for end in (".json", ".png")}
-    row = json.loads((tmp_path / "voc21_clip_run-a_small.json").read_text())
-    assert (row["dataset"], row["model"], row["embedder"], row["images"]) == ("voc21", "clip", "run-a", 3)
+    row = json.loads((tmp_path / "voc21_clip_run_small.json").read_text())
+    assert (row["dataset"], row["model"], row["embedder"], row["images"]) == ("voc21", "clip", "run", 3)
     assert row["protocol"]["window"] == 32 and row["protocol"]["name"] == "small"
     assert f"mIoU {row['metrics']['mIoU']:.2f}" in said and "VOC21   VOC20     ADE   Avg" in said
     assert not {"mmcv", "mmengine", "mmseg"} & {name.split(".")[0] for name in sys.modules}
-    with Image.open(tmp_path / "ade150_clip_run-a_small.png") as sheet:
+    with Image.open(tmp_path / "ade150_clip_run_small.png") as sheet:
         assert sheet.width == 3 * 324
 
-    model = ["--model", f"local-dir:{world / 'clip'}"]
+    model = ["--model", f"local-dir:{untrained / 'clip'}"]
     assert evaluate(world, tmp_path, "--partial", "--dataset", "voc21", *model, "--threshold", "0.1") == 0
     capsys.readouterr()
     assert main(["evaluate", "table", *map(str, sorted(tmp_path.glob("*.json")))]) == 0
@@ -72,7 +64,7 @@ def test_results_of_a_checkpoint_and_of_its_clip(world, tmp_path, capsys):
         "protocol small",
         'protocol small background={"rule": "threshold", "value": 0.1}',
     ]
-    assert "clip run-a" in tables[0] and "clip run-a" not in tables[1]
+    assert "clip run" in tables[0] and "clip run" not in tables[1]
 
 
 @pytest.mark.parametrize(

@@ -10,16 +10,15 @@ import torch
 from miniature import mask, save
 from pacl.backbones import patch_tokens
 from pacl.cli import main
-from pacl.demo.toy_clip import new_clip, save_clip
-from pacl.embedder import VisionEmbedder, save_embedder
 from pacl.evaluate.data import SegmentationData
 from pacl.evaluate.patches import Coherence, coherence, patch_truth
 from pacl.evaluate.specs import IGNORED, spec
 from pacl.segment.predict import Segmenter
 from pacl.segment.prompts import TEMPLATES
-from pacl.sharing import describe_towers, load_pacl
+from pacl.sharing import load_pacl
 from pacl.towers import load_towers
 from PIL import Image
+from running import write_embedder
 from torch import nn
 from torch.nn import functional as F
 from torchmetrics.functional.classification import binary_auroc, binary_roc
@@ -29,15 +28,11 @@ NAMES = [f"2007_{i:06d}" for i in range(6)]
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """A CLIP without training, an embedder, and Pascal VOC of six images: blocks of classes, each of its own colour."""
+def world(untrained, tmp_path_factory):
+    """An embedder on the untrained CLIP, and Pascal VOC of six images: blocks of classes, each of its own colour."""
     folder = tmp_path_factory.mktemp("patches")
     torch.manual_seed(0)
-    save_clip(new_clip(), folder / "clip")
-    towers = load_towers(f"local-dir:{folder / 'clip'}")
-    save_embedder(
-        VisionEmbedder(128, 128), folder / "run/embedder", describe_towers(towers, folder / "run/embedder"), steps=0
-    )
+    write_embedder(folder / "run/embedder", untrained / "clip")
     rng = np.random.default_rng(0)
     base, colours = folder / "VOCdevkit/VOC2012", rng.integers(0, 256, (256, 3))
     for name in NAMES:
@@ -157,9 +152,9 @@ def test_auc_is_exact_with_ties():
     )
 
 
-def test_a_sample_of_pairs(world):
+def test_a_sample_of_pairs(world, untrained):
     data = SegmentationData("voc20", world, partial=True)
-    segmenter = Segmenter(load_towers(f"local-dir:{world / 'clip'}"), nn.Identity())
+    segmenter = Segmenter(load_towers(f"local-dir:{untrained / 'clip'}"), nn.Identity())
     whole = coherence(data, segmenter, pairs=10**6).auc()
     one, again, other = (coherence(data, segmenter, patches=60, pairs=1500, seed=x) for x in (1, 1, 2))
     assert len(one.same) == 1500 and one.auc() == again.auc() != other.auc()

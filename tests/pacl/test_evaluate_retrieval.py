@@ -9,16 +9,15 @@ from conftest import encode, picture
 from pacl.backbones import patch_tokens
 from pacl.cli import main
 from pacl.data.sources import open_pairs
-from pacl.demo.toy_clip import new_clip, save_clip
-from pacl.embedder import VisionEmbedder, save_embedder
 from pacl.evaluate import scorer as scorer_module
 from pacl.evaluate.gallery import read_gallery
 from pacl.evaluate.gallery import retrieval as measure
 from pacl.evaluate.retrieval import RECALLS, Retrieval
 from pacl.evaluate.scorer import Scorer
-from pacl.sharing import describe_towers, load_pacl
+from pacl.sharing import load_pacl
 from pacl.towers import load_towers
 from PIL import Image
+from running import write_embedder
 from torch.nn import functional as F
 
 from pacl_kernels.reference import compatibility
@@ -64,16 +63,11 @@ def test_several_captions_of_an_image(block):
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """An untrained CLIP, an embedder on it trained with other settings than the defaults, COCO captions."""
+def world(untrained, tmp_path_factory):
+    """An embedder on the untrained CLIP trained with other settings than the defaults, COCO captions."""
     folder = tmp_path_factory.mktemp("retrieval")
     torch.manual_seed(0)
-    save_clip(new_clip(), folder / "clip")
-    towers = load_towers(f"local-dir:{folder / 'clip'}")
-    notes = {"form": "dot", "attn_temperature": 0.2}
-    save_embedder(
-        VisionEmbedder(128, 128), folder / "run/embedder", describe_towers(towers, folder / "run/embedder"), **notes
-    )
+    write_embedder(folder / "run/embedder", untrained / "clip", form="dot", attn_temperature=0.2)
     (folder / "val").mkdir()
     words = "red blue green gray small large round striped cat dog tree house car boat".split()
     rng = np.random.default_rng(0)
@@ -137,9 +131,8 @@ def test_blocks_and_workers_change_nothing(world, monkeypatch):
     assert measure(data, read_gallery(data, batch_size=4, workers=2), scorer, batch_size=4, workers=2) == whole
 
 
-def test_one_caption_forms_and_errors(world, tmp_path, capsys):
-    folder, _ = world
-    model = ["--model", f"local-dir:{folder / 'clip'}", "--workers", "0", "--out", str(tmp_path)]
+def test_one_caption_forms_and_errors(untrained, tmp_path, capsys):
+    model = ["--model", f"local-dir:{untrained / 'clip'}", "--workers", "0", "--out", str(tmp_path)]
     assert main(["evaluate", "retrieval", "--data", "synthetic:eval", "--scenes", "30", *model]) == 0
     (path,) = tmp_path.iterdir()
     row = json.loads(path.read_text())

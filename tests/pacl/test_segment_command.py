@@ -11,28 +11,19 @@ import pytest
 import torch
 from conftest import encode, picture
 from pacl.cli import main
-from pacl.demo.toy_clip import new_clip, save_clip
-from pacl.embedder import VisionEmbedder, save_embedder
 from pacl.segment.command import _slug, _stems
 from pacl.segment.draw import SCALE, _fitting, heat, label_image, overlay, png, voc_palette, with_legend, word_colours
 from pacl.segment.predict import Segmenter
-from pacl.sharing import describe_towers, load_pacl
-from pacl.towers import load_towers
+from pacl.sharing import load_pacl
 from PIL import Image, ImageFont
 
 torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """An untrained CLIP, an embedder on it, and a folder of images, some of which are bad."""
-    folder = tmp_path_factory.mktemp("world")
-    torch.manual_seed(0)
-    save_clip(new_clip(), folder / "clip")
-    towers = load_towers(f"local-dir:{folder / 'clip'}")
-    save_embedder(VisionEmbedder(128, 128), folder / "embedder", describe_towers(towers, folder / "embedder"))
-    images = folder / "images"
-    images.mkdir()
+def images(tmp_path_factory):
+    """A folder of images, some of which are bad."""
+    images = tmp_path_factory.mktemp("images")
     (images / "a.jpg").write_bytes(encode(picture(0, 48, 64)))
     (images / "a.PNG").write_bytes(encode(picture(1, 70, 50)[:, :, 0], "PNG"))
     (images / "broken.png").write_bytes(encode(picture(2, 40, 40), "PNG")[:700])
@@ -41,11 +32,11 @@ def world(tmp_path_factory):
     (images / "notes.txt").write_text("left alone")
     (images / "fifo.png").mkdir()
     (images / "\x1b[2J.jpg").write_bytes(b"")
-    return folder
+    return images
 
 
-def run(world, command: str, *words, out) -> int:
-    options = ["--checkpoint", world / "embedder", "--out", out, "--max-image-pixels", 8000]
+def run(untrained, command: str, *words, out) -> int:
+    options = ["--checkpoint", untrained / "run/embedder", "--out", out, "--max-image-pixels", 8000]
     return main([command, *map(str, [*words, *options])])
 
 
@@ -57,9 +48,9 @@ def read(path) -> np.ndarray:
 # Commands
 
 
-def test_look_at_a_folder(world, tmp_path, capsys):
+def test_look_at_a_folder(images, untrained, tmp_path, capsys):
     words = "dog,../../etc/x y,{0}"
-    assert run(world, "look", world / "images", "--words", words, out=tmp_path / "out") == 0
+    assert run(untrained, "look", images, "--words", words, out=tmp_path / "out") == 0
     said = capsys.readouterr()
     names = {f"{stem}-{name}.png" for stem in ("a", "a~2") for name in ("overlay", "01-dog", "02-etc_x_y", "03-0")}
     assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == names
@@ -72,8 +63,8 @@ def test_look_at_a_folder(world, tmp_path, capsys):
         assert re.search(rf"skipped .*{bad}: .*{reason}", said.err)
     assert "2 image(s) in" in said.out and "5 skipped" in said.out and "\x1b" not in said.err
     # What is printed is what the functions under it say.
-    segmenter = Segmenter(*load_pacl(world / "embedder"))
-    image = Image.open(world / "images" / "a.jpg")
+    segmenter = Segmenter(*load_pacl(untrained / "run/embedder"))
+    image = Image.open(images / "a.jpg")
     scores, labels = segmenter.scores(image, words.split(",")), segmenter.labels(image, words.split(","))
     table = said.out[said.out.index("a.jpg") :].splitlines()
     assert "64 x 48 pixels, 11 x 8 tokens" in table[0]
@@ -83,17 +74,17 @@ def test_look_at_a_folder(world, tmp_path, capsys):
         assert numbers == pytest.approx([float(x) for x in expected], abs=0.06)
 
 
-def test_segment_writes_labels_and_scores(world, tmp_path):
+def test_segment_writes_labels_and_scores(images, untrained, tmp_path):
     (tmp_path / "classes.txt").write_text("background, sky\ndog, small dog\ngrass\n")
     options = ["--classes", tmp_path / "classes.txt", "--templates", "photo", "--stride", 2, "--short-side", 72]
     options += ["--window", 64, "--window-stride", 8]
-    assert run(world, "segment", world / "images" / "a.jpg", *options, out=tmp_path / "out") == 0
+    assert run(untrained, "segment", images / "a.jpg", *options, out=tmp_path / "out") == 0
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         f"a-{x}" for x in ("overlay.png", "labels.png", "scores.json")
     }
-    segmenter = Segmenter(*load_pacl(world / "embedder"), stride=2, short_side=72, window=64, window_stride=8)
+    segmenter = Segmenter(*load_pacl(untrained / "run/embedder"), stride=2, short_side=72, window=64, window_stride=8)
     texts = segmenter.texts(["background, sky", "dog, small dog", "grass"], ["a photo of a {}."])
-    expected = segmenter.labels(Image.open(world / "images" / "a.jpg"), texts).numpy()
+    expected = segmenter.labels(Image.open(images / "a.jpg"), texts).numpy()
     with Image.open(tmp_path / "out" / "a-labels.png") as found:
         assert found.mode == "P" and np.array_equal(found, expected)
         assert found.getpalette()[:9] == [0, 0, 0, 128, 0, 0, 0, 128, 0]
@@ -107,8 +98,8 @@ def test_segment_writes_labels_and_scores(world, tmp_path):
     assert [x["pixels"] for x in scores["classes"]] == pytest.approx([(expected == i).mean() for i in range(3)])
 
 
-def test_segment_with_a_rule_for_background_and_plain_clip(world, tmp_path):
-    command = ["segment", str(world / "images" / "a.jpg"), "--model", f"local-dir:{world / 'clip'}"]
+def test_segment_with_a_rule_for_background_and_plain_clip(images, untrained, tmp_path):
+    command = ["segment", str(images / "a.jpg"), "--model", f"local-dir:{untrained / 'clip'}"]
     command += ["--words", "background,dog", "--out", str(tmp_path)]
     assert main([*command, "--threshold", "2"]) == 0
     assert not read(tmp_path / "a-labels.png").any()
@@ -122,13 +113,13 @@ def test_segment_with_a_rule_for_background_and_plain_clip(world, tmp_path):
     assert read(tmp_path / "a-labels.png").min() >= 1
 
 
-def test_more_classes_than_a_palette_holds(world, tmp_path):
+def test_more_classes_than_a_palette_holds(images, untrained, tmp_path):
     (tmp_path / "classes.txt").write_text("\n".join(f"thing {i}" for i in range(300)))
     options = ["--classes", tmp_path / "classes.txt", "--templates", "none"]
-    assert run(world, "segment", world / "images" / "a.jpg", *options, out=tmp_path / "out") == 0
-    segmenter = Segmenter(*load_pacl(world / "embedder"))
+    assert run(untrained, "segment", images / "a.jpg", *options, out=tmp_path / "out") == 0
+    segmenter = Segmenter(*load_pacl(untrained / "run/embedder"))
     texts = segmenter.texts([f"thing {i}" for i in range(300)], ["{}"])
-    expected = segmenter.labels(Image.open(world / "images" / "a.jpg"), texts).numpy()
+    expected = segmenter.labels(Image.open(images / "a.jpg"), texts).numpy()
     assert np.array_equal(read(tmp_path / "out" / "a-labels.png"), expected)
 
 
@@ -141,26 +132,26 @@ def test_more_classes_than_a_palette_holds(world, tmp_path):
         (["--classes", "missing.txt"], "missing.txt"),
     ],
 )
-def test_bad_arguments_are_one_line(world, tmp_path, capsys, words, message):
-    assert run(world, "segment", world / "images" / "a.jpg", *words, out=tmp_path / "out") == 1
+def test_bad_arguments_are_one_line(images, untrained, tmp_path, capsys, words, message):
+    assert run(untrained, "segment", images / "a.jpg", *words, out=tmp_path / "out") == 1
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 
-def test_no_image_is_an_error(world, tmp_path, capsys):
-    assert run(world, "look", tmp_path, "--words", "dog", out=tmp_path / "out") == 1
+def test_no_image_is_an_error(untrained, tmp_path, capsys):
+    assert run(untrained, "look", tmp_path, "--words", "dog", out=tmp_path / "out") == 1
     assert "images: none in" in capsys.readouterr().err
-    assert run(world, "look", tmp_path / "missing.jpg", "--words", "dog", out=tmp_path / "out") == 1
+    assert run(untrained, "look", tmp_path / "missing.jpg", "--words", "dog", out=tmp_path / "out") == 1
     assert "skipped" in capsys.readouterr().err
     assert main(["look", "x.jpg", "--model", "ViT-B-32", "--words", "dog"]) == 1
     assert "pretrained: got none for ViT-B-32, whose weights would be random" in capsys.readouterr().err
 
 
-def test_a_full_disk_ends_the_run(world, tmp_path):
+def test_a_full_disk_ends_the_run(images, untrained, tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("")
-    assert run(world, "look", world / "images" / "a.jpg", "--words", "dog", out=blocked) == 1
+    assert run(untrained, "look", images / "a.jpg", "--words", "dog", out=blocked) == 1
 
 
 def test_names_of_files():

@@ -23,15 +23,13 @@ import torch
 from conftest import encode, picture
 from pacl.cli import main
 from pacl.data.scenes import CLASSES
-from pacl.demo.toy_clip import new_clip, save_clip
-from pacl.embedder import VisionEmbedder, save_embedder
 from pacl.segment.draw import word_colours
 from pacl.segment.predict import Segmenter, similarity_map
 from pacl.serve import server as http_server
 from pacl.serve import viewer as viewing
 from pacl.serve.command import _parser, demo_scenes, find_examples, make_viewer
 from pacl.serve.server import MOST_BYTES, PAGE, Server
-from pacl.sharing import describe_towers, load_pacl
+from pacl.sharing import load_pacl
 from pacl.towers import load_towers
 from PIL import Image
 
@@ -42,22 +40,17 @@ WORDS = ["a dog", "grass", "red ball"]
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """An untrained CLIP, an embedder on it, and a folder of examples beside a file that is none."""
-    folder = tmp_path_factory.mktemp("world")
-    torch.manual_seed(0)
-    save_clip(new_clip(), folder / "clip")
-    towers = load_towers(f"local-dir:{folder / 'clip'}")
-    save_embedder(VisionEmbedder(128, 128), folder / "embedder", describe_towers(towers, folder / "embedder"))
-    (folder / "examples").mkdir()
-    (folder / "examples" / "one.jpg").write_bytes(PHOTO)
-    (folder / "examples" / "secret.txt").write_text("no image")
+def examples(tmp_path_factory):
+    """A folder of examples beside a file that is none."""
+    folder = tmp_path_factory.mktemp("examples")
+    (folder / "one.jpg").write_bytes(PHOTO)
+    (folder / "secret.txt").write_text("no image")
     return folder
 
 
 @pytest.fixture(scope="module")
-def viewer(world):
-    flags = ["--checkpoint", str(world / "embedder"), "--max-image-pixels", "8000", "--device", "cpu"]
+def viewer(untrained):
+    flags = ["--checkpoint", str(untrained / "run/embedder"), "--max-image-pixels", "8000", "--device", "cpu"]
     return make_viewer(_parser().parse_args(flags))
 
 
@@ -67,8 +60,8 @@ def started(server: Server) -> Server:
 
 
 @pytest.fixture(scope="module")
-def server(world, viewer):
-    with started(Server(viewer, examples=find_examples(world / "examples", str(world / "embedder")))) as server:
+def server(examples, untrained, viewer):
+    with started(Server(viewer, examples=find_examples(examples, str(untrained / "run/embedder")))) as server:
         yield server
         server.shutdown()
 
@@ -104,10 +97,10 @@ def refused(status: int, answer: dict) -> str:
 # Answers
 
 
-def test_scores_are_those_of_similarity_map(server, world):
+def test_scores_are_those_of_similarity_map(server, untrained):
     status, answer = post(server, "/api/image", PHOTO)
     assert status == 200 and (answer["width"], answer["height"], answer["h"], answer["w"]) == (64, 48, 8, 11)
-    towers, embedder = load_pacl(world / "embedder")
+    towers, embedder = load_pacl(untrained / "run/embedder")
     image = Image.open(io.BytesIO(PHOTO))
     found = {}
     for model, own in (("PACL", [embedder]), ("CLIP", [])):
@@ -246,8 +239,8 @@ def test_examples_are_by_number_alone(server):
         assert refused(status, json.loads(data)) == "404 path: there is nothing here"
 
 
-def test_the_demo_brings_scenes_of_its_own(world, viewer, tmp_path):
-    assert find_examples(None, str(world / "embedder")) == [] == find_examples(None, None)
+def test_the_demo_brings_scenes_of_its_own(untrained, viewer, tmp_path):
+    assert find_examples(None, str(untrained / "run/embedder")) == [] == find_examples(None, None)
     for name in ("clip", "scenes", "embedder"):
         (tmp_path / name).mkdir()
     examples = find_examples(None, str(tmp_path / "embedder"))
@@ -416,8 +409,8 @@ def test_bodies_that_are_no_request(server):
 # The command
 
 
-def test_plain_clip_alone(world):
-    model = f"local-dir:{world / 'clip'}"
+def test_plain_clip_alone(untrained):
+    model = f"local-dir:{untrained / 'clip'}"
     flags = ["--model", model, "--stride", "2", "--templates", "photo", "--device", "cpu"]
     viewer = make_viewer(_parser().parse_args(flags))
     answer = viewer.words(viewer.add(PHOTO)["image"], ["grass"])
@@ -433,13 +426,13 @@ def test_plain_clip_alone(world):
     torch.testing.assert_close(torch.tensor(answer["scores"][0]), expected.flatten(), rtol=0, atol=6e-5)
 
 
-def test_what_cannot_begin_is_one_line(world, server, capsys):
-    checkpoint = ["--checkpoint", str(world / "embedder"), "--no-browser"]
+def test_what_cannot_begin_is_one_line(untrained, server, capsys):
+    checkpoint = ["--checkpoint", str(untrained / "run/embedder"), "--no-browser"]
     for flags, message in (
         ([*checkpoint, "--port", str(server.server_port)], "in use"),
         ([*checkpoint, "--port", "99999"], "port"),
         ([*checkpoint, "--stride", "3"], "stride: got 3"),
-        ([*checkpoint, "--examples", str(world / "clip")], "images: none in"),
+        ([*checkpoint, "--examples", str(untrained / "clip")], "images: none in"),
         (["--model", "ViT-B-32"], "pretrained: got none for ViT-B-32"),
     ):
         assert main(["serve", *flags]) == 1
@@ -466,11 +459,11 @@ def test_ctrl_c_while_a_connection_begins(viewer):
     idle.close()
 
 
-def test_the_command_until_ctrl_c(world):
+def test_the_command_until_ctrl_c(examples, untrained):
     code = "import sys; from pacl.cli import main; sys.exit(main())"
-    flags = ["--checkpoint", str(world / "embedder"), "--port", "0", "--device", "cpu", "--no-browser"]
+    flags = ["--checkpoint", str(untrained / "run/embedder"), "--port", "0", "--device", "cpu", "--no-browser"]
     process = subprocess.Popen(
-        [sys.executable, "-c", code, "serve", *flags, "--examples", str(world / "examples")],
+        [sys.executable, "-c", code, "serve", *flags, "--examples", str(examples)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
