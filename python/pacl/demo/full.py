@@ -211,12 +211,16 @@ def _segmentation(models: Models, data: SceneData, strides: Sequence[int], part:
 
 
 def _galleries(scenes: Sequence[Raw]) -> dict[str, list[Raw]]:
-    """All scenes; those whose caption names a held-out pair; and as many in whose images there is none."""
-    names = [phrase(pair) for pair in HELD_OUT]
-    held_out = [x for x in scenes if any(name in x.caption.decode() for name in names)]
-    data = SceneData(scenes)
-    seen = [x for i, x in enumerate(scenes) if not np.isin(data[i][1], HELD_OUT_LABELS).any()]
-    found = {"all": list(scenes), "seen": seen[: len(held_out)], "held_out": held_out}
+    """All scenes; those whose caption names a held-out pair; as many whose caption names a pair, none being held out."""
+    data, found = SceneData(scenes), {"all": list(scenes), "seen": [], "held_out": []}
+    for i, scene in enumerate(scenes):
+        named = {pair for pair in PAIRS if phrase(pair) in scene.caption.decode()}
+        if named & set(HELD_OUT):
+            found["held_out"].append(scene)
+        elif named and not np.isin(data[i][1], HELD_OUT_LABELS).any():
+            found["seen"].append(scene)
+    fewer = min(len(found["seen"]), len(found["held_out"]))
+    found |= {name: found[name][:fewer] for name in ("seen", "held_out")}
     return {name: each for name, each in found.items() if each}
 
 

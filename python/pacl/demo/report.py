@@ -142,11 +142,11 @@ def _segmentation(page: Page, full: dict[str, Any]) -> None:
 def _retrieval(page: Page, found: dict[str, Any]) -> None:
     page.heading("Image-text retrieval")
     page.text(
-        "One caption per scene. Captions leave parts of a scene out, and many scenes have the same caption: such "
-        "pairs do not count against each other. Ties count as wrong. CLIP's own image embedding is what it was "
-        "trained with; φ is the score of attention over patches; the control scores with the mean of its "
-        "patches, as it was trained. Held-out: scenes whose caption names a held-out pair; seen: as many scenes "
-        "without any, so that both have the same number of rivals."
+        "One caption per scene. Captions leave parts of a scene out, and many scenes have the same caption: such pairs "
+        "do not count against each other. Ties count as wrong. CLIP's own image embedding is what it was trained with; "
+        "φ is the score of attention over patches; the control scores with the mean of its patches, as it was trained. "
+        "Held-out: scenes whose caption names a held-out pair; seen: as many whose caption names a pair and whose "
+        "image has none that is held out. So both have the same number of rivals."
     )
     head = ["", *(f"{words} R@{k}" for words in WAYS.values() for k in RECALLS)]
     for name, each in found.items():
