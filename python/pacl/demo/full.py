@@ -211,7 +211,7 @@ def _segmentation(models: Models, data: SceneData, strides: Sequence[int], part:
 
 
 def _galleries(scenes: Sequence[Raw]) -> dict[str, list[Raw]]:
-    """All scenes; those whose caption names a held-out pair; as many whose caption names a pair, none being held out."""
+    """All scenes; those whose caption names a held-out pair; as many that name a pair and have none held out."""
     data, found = SceneData(scenes), {"all": list(scenes), "seen": [], "held_out": []}
     for i, scene in enumerate(scenes):
         named = {pair for pair in PAIRS if phrase(pair) in scene.caption.decode()}
