@@ -11,7 +11,7 @@ from PIL import Image
 
 
 class Read(HTMLParser):
-    """tables: caption to rows of cells, the first being the head; images: alternative text to picture; text: all else."""
+    """tables: caption to rows of cells, the first being the head; images: their words to pictures; text: all else."""
 
     def __init__(self, page: bytes):
         super().__init__()
