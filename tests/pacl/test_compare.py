@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -167,7 +168,7 @@ def test_embedder_folders_and_result_files(world, tmp_path, capsys):
         f"clip one ({first})",
         f"clip one ({tmp_path / 'again.json'})",
     ]
-    assert "Missing" not in page.text and capsys.readouterr().err == ""
+    assert "Notes" not in page.text and capsys.readouterr().err == ""
 
 
 def test_what_is_missing_is_said(world, tmp_path, capsys):
@@ -230,6 +231,36 @@ def test_validation_on_other_data_is_said(world, tmp_path):
     page = (tmp_path / "page.html").read_bytes()
     assert "val_data and val_segmentation: their numbers are of different data" in read(page).text
     assert b'class="best"' not in page
+
+
+def test_without_matplotlib_the_page_says_so(world, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert compare(world / "logs/one", "--out", tmp_path / "page.html") == 0
+    page = read((tmp_path / "page.html").read_bytes())
+    assert "No plots: matplotlib is not installed" in page.text and not page.images
+
+
+def test_other_towers_are_said(world, tmp_path):
+    shutil.copytree(world / "logs/one/embedder", tmp_path / "other")
+    config = json.loads((tmp_path / "other/config.json").read_text())
+    prints = config["towers"]["fingerprint"]
+    for factor, expected in ((1 + 1e-5, False), (1.1, True)):
+        config["towers"]["fingerprint"] = prints | {"text": [factor * x for x in prints["text"]]}
+        (tmp_path / "other/config.json").write_text(json.dumps(config))
+        assert compare(world / "logs/one", tmp_path / "other", "--out", tmp_path / "page.html") == 0
+        text = read((tmp_path / "page.html").read_bytes()).text
+        assert ("the towers of B other are others than those of A one" in text) is expected
+
+
+def test_few_of_many_images(world, tmp_path):
+    (tmp_path / "images").mkdir()
+    for i in range(5):
+        (tmp_path / f"images/{i}.png").write_bytes((world / f"images/{i % 3}.png").read_bytes())
+    pictures = ["--images", tmp_path / "images", "--words", "dog,cat", "--most-images", "2"]
+    assert compare(world / "logs/one", *pictures, "--out", tmp_path / "page.html") == 0
+    page = read((tmp_path / "page.html").read_bytes())
+    assert {x for x in page.images if "by A" in x} == {"0.png by A one", "4.png by A one"}
+    assert "has 5 images, 2 are shown" in page.text
 
 
 def test_lines_of_a_resumed_run(tmp_path):

@@ -97,7 +97,7 @@ def make_page(entries: list[Entry], notes: list[str], config: CompareConfig) -> 
     if config.images is not None:
         add_pictures(page, runs, config, notes)
     if notes:
-        page.heading("Missing")
+        page.heading("Notes")
         for note in notes:
             page.text(note)
     return page
@@ -119,7 +119,8 @@ def _runs(page: Page, runs: dict[str, Entry]) -> None:
     towers = [_towers(entry) for entry in runs.values()]
     rows.append(["towers", *(_tower_names(x) for x in towers)])
     page.table(["", *runs], rows)
-    prints = {name: x["fingerprint"] for name, x in zip(runs, towers, strict=True) if x.get("fingerprint")}
+    known = {name: x for name, x in zip(runs, towers, strict=True) if isinstance(x.get("fingerprint"), dict)}
+    prints = {name: x["fingerprint"] for name, x in known.items()}
     first = next(iter(prints), "")
     other = [name for name, x in prints.items() if not _same(x, prints[first])]
     if other:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -34,33 +35,37 @@ def add_pictures(page: Page, runs: dict[str, Entry], config: CompareConfig, note
     if len(paths) > config.most_images:
         notes.append(f"{config.images} has {len(paths)} images, {config.most_images} are shown (--most-images)")
         paths = [paths[int(i)] for i in np.linspace(0, len(paths) - 1, config.most_images)]
-    images = {}
+    table: dict[Path, list[str | Picture]] = {}
     for path in paths:
         try:
-            images[path.name] = read_image(path, config.max_image_pixels)
+            image = read_image(path, config.max_image_pixels)
         except Exception as error:  # decoders raise anything on damaged bytes
             notes.append(f"{path} is left out: {str(error) or type(error).__name__}")
+            continue
+        table[path] = [path.name, Picture(png(_small(image)), path.name)]
     with_embedder = {name: entry for name, entry in runs.items() if entry.embedder}
-    if not images or not with_embedder:
-        notes.append(f"no segmentations: there is no {'embedder' if images else 'readable image'}")
+    if not table or not with_embedder:
+        notes.append(f"no segmentations: there is no {'embedder' if table else 'readable image'}")
         return
-    colours = word_colours(len(words) + 1)[1:]
-    table = [[name, Picture(png(_small(image)), name)] for name, image in images.items()]
-    shown = []
+    colours, shown = word_colours(len(words) + 1)[1:], []
     for name, entry in with_embedder.items():
+        made = []
         try:
             segmenter = Segmenter(*load_pacl(entry.embedder, choose_device(config.device)), stride=config.stride)
             texts = segmenter.texts(words, sentences)
-            maps = [segmenter.labels(image, texts).cpu() for image in images.values()]
+            for path in table:  # read again: large ones are not kept for all runs
+                image = read_image(path, config.max_image_pixels)
+                picture = _small(overlay(image, segmenter.labels(image, texts), colours=colours))
+                made.append(Picture(png(picture), f"{path.name} by {name}"))
         except Exception as error:  # whatever its towers' files raise: the other runs are shown all the same
             notes.append(f"{entry.embedder} is not shown: {' '.join(str(error).split())[:300] or type(error).__name__}")
             continue
         shown.append(name)
-        for row, image, labels in zip(table, images.values(), maps, strict=True):
-            row.append(Picture(png(_small(overlay(image, labels, colours=colours))), f"{row[0]} by {name}"))
+        for row, picture in zip(table.values(), made, strict=True):
+            row.append(picture)
     page.heading("Segmentations")
-    page.legend([(colour, word) for colour, word in zip(colours, words, strict=True)])
-    page.table(["image", "", *shown], table)
+    page.legend(list(zip(colours, words, strict=True)))
+    page.table(["image", "", *shown], list(table.values()))
     page.note(f"The best of the words in every pixel; stride {config.stride}, templates {config.templates}.")
 
 

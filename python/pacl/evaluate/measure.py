@@ -36,15 +36,9 @@ class Measured:
 
 
 def evaluate_segmentation(
-    data: SegmentationData,
-    predict: Predictor,
-    protocol: Protocol,
-    *,
-    group: dist.ProcessGroup | None = None,
-    label: str | None = None,
+    data: SegmentationData, predict: Predictor, protocol: Protocol, *, group: dist.ProcessGroup | None = None
 ) -> Measured:
     """Measure `predict` on `data`. With `group` every process takes its share and all return the measures of all.
-    label: of the progress, default the data set's name.
 
     ValueError for a threshold on a data set without background, and for labels that did not compete.
     """
@@ -54,7 +48,7 @@ def evaluate_segmentation(
     matrix = ConfusionMatrix(classes, ignore=IGNORED)
     per_image = torch.zeros(2, len(data), dtype=torch.float64)  # score, and what chance makes
     mine = range(rank, len(data), world)
-    with Progress(label or data.spec.name, max(1, len(mine)), "image") if rank == 0 else _Silent() as progress:
+    with Progress(data.spec.name, max(1, len(mine)), "image") if rank == 0 else _Silent() as progress:
         for i in mine:
             image, truth = data[i]
             candidates, truth = competitors(data, truth, protocol)

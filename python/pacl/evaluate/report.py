@@ -93,7 +93,8 @@ def read_result(path: Path) -> dict[str, Any]:
         if row["task"] == SEGMENTATION:
             spec(row["dataset"]), row["images"], row["classes"]["sha256"], row["warnings"]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"results: {path} is not a result of pacl evaluate ({error})") from error
+        reason = f"no {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"results: {path} is not a result of pacl evaluate ({reason})") from error
     return row
 
 
