@@ -35,25 +35,26 @@ from ..progress import Progress, quiet
 from ..segment.predict import Segmenter
 from ..segment.prompts import TEMPLATES, class_texts
 from ..towers import Towers
-from . import loops
+from . import evaluation, loops
 from .toy_clip import CONFIG
 
 STRIDES = (1, 2, 4)
-METHODS = {"clip": "Plain CLIP", "mean_pooling": "Mean pooling", "pacl": "PACL"}
+METHODS = {name: label for name, label in evaluation.METHODS.items() if name != "oracle"}
 TOKENS = {"vision": "CLIP's tokens", **METHODS}
-SCORES = {"clip": "CLIP's image embedding", "clip_patches": "φ of CLIP's patches"} | {
+SCORES = {
+    "clip": "CLIP's image embedding",
+    "clip_patches": "φ of CLIP's patches",
     "mean_pooling": "Mean pooling",
     "pacl": "φ of PACL",
 }
-BACKGROUND_LABELS = tuple(range(len(PAIRS), len(CLASSES)))
-GROUPS = {"seen": SEEN_LABELS, "held_out": HELD_OUT_LABELS, "backgrounds": BACKGROUND_LABELS}
+GROUPS = {**evaluation.GROUPS, "backgrounds": tuple(range(len(PAIRS), len(CLASSES)))}
 # φ tends to the cosine of the mean patch, which the control was trained with, as its temperature grows.
 NOTES = {
     "pacl": {"form": "cosine", "attn_temperature": loops.ATTN_TEMPERATURE},
     "mean_pooling": {"form": "cosine", "attn_temperature": 1e4},
 }
 PER_PAIR = 30  # evaluation scenes for each scene with one shape of a pair
-STRIDE_SCENES = 200  # four times as many tokens a side take 20 times as long
+STRIDE_SCENES = 200  # at stride 4 a scene has 13 times as many tokens
 COHERENCE_PAIRS = 200_000
 
 

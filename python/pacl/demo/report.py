@@ -102,13 +102,17 @@ def _patch_accuracy(page: Page, found: dict[str, Any]) -> None:
             for method, label in METHODS.items()
         ]
         page.table(["", *map(GROUP_NAMES.get, groups)], rows, f"Patches right {words}, percent", _best(rows))
-    values = {label: [found[method]["classes"][name] or 0.0 for name in CLASSES] for method, label in METHODS.items()}
-    _plot(page, (9, 10), bars(CLASSES, values, "Patches right among all classes"), "patch accuracy of every class")
+    there = [name for name in CLASSES if found["pacl"]["classes"][name] is not None]
+    values = {label: [found[method]["classes"][name] for name in there] for method, label in METHODS.items()}
+    _plot(page, (9, 10), bars(there, values, "Patches right among all classes"), "patch accuracy of every class")
 
 
 def _coherence(page: Page, found: dict[str, Any]) -> None:
     page.heading("Semantic coherence")
-    page.text("same classBoth patches are of the group. An AUC of 50 is chance.")
+    page.text(
+        "No text takes part: with the cosine of two patches as the score of their having the same class, how good is "
+        "the ROC curve? Both patches are of the group. An AUC of 50 is chance."
+    )
     groups = ("all", "seen", "held_out")
     rows = [[label, *(_percent(found[x].get(g, {}).get("auc")) for g in groups)] for x, label in TOKENS.items()]
     page.table(["", *map(GROUP_NAMES.get, groups)], rows, "AUC, percent", _best(rows))
