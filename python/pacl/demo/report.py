@@ -111,7 +111,8 @@ def _coherence(page: Page, found: dict[str, Any]) -> None:
     page.heading("Semantic coherence")
     page.text(
         "No text takes part: with the cosine of two patches as the score of their having the same class, how good is "
-        "the ROC curve? Both patches are of the group. An AUC of 50 is chance."
+        "the ROC curve? Both patches are of the group. An AUC of 50 is chance. The held-out pairs differ from each "
+        "other in colour and in pattern, so theirs are the easiest to tell apart."
     )
     groups = ("all", "seen", "held_out")
     rows = [[label, *(_percent(found[x].get(g, {}).get("auc")) for g in groups)] for x, label in TOKENS.items()]
