@@ -21,6 +21,7 @@ OWN_FLAGS = {
     "look": ("pacl.segment.command", "where in an image is what words say"),
     "segment": ("pacl.segment.command", "segment images by a list of classes"),
     "evaluate": ("pacl.evaluate.command", "measures on data sets, tables of results"),
+    "compare": ("pacl.compare.command", "training runs, embedders and results side by side, as one page"),
     "serve": ("pacl.serve.command", "a local page: drop an image, type words, click patches"),
 }
 NEEDS = {
@@ -70,6 +71,9 @@ def _add_demo(commands) -> None:
     demo.set_defaults(run=_demo)
     demo.add_argument("--out", type=Path, default=Path("pacl-demo"), metavar="DIR", help="results (%(default)s)")
     demo.add_argument("--quick", action="store_true", help="every stage once in seconds, numbers without meaning")
+    demo.add_argument(
+        "--full", action="store_true", help="all measures of the paper too, a few minutes more: report.html, full.json"
+    )
     for name, text in (
         ("seed", "same seed, same numbers (default: 0)"),
         ("threads", "torch's threads (default: 1)"),
@@ -117,5 +121,5 @@ def _demo(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int
         config = DemoConfig(**settings)
     except ValueError as error:
         parser.error(str(error))
-    run(config, arguments.out)
+    run(config, arguments.out, full=arguments.full)
     return 0

@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import sys
 import time
+from collections.abc import Iterator
 
 from tqdm import tqdm
+
+_QUIET = contextvars.ContextVar("quiet", default=False)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """What begins in here shows nothing: where one bar stands for many small parts."""
+    token = _QUIET.set(True)
+    try:
+        yield
+    finally:
+        _QUIET.reset(token)
 
 
 class Progress:
@@ -16,8 +31,8 @@ class Progress:
         self.done = 0
         self._loss = ""
         self._start = time.perf_counter()
-        self._bar = None
-        if sys.stderr.isatty():
+        self._bar, self._quiet = None, _QUIET.get()
+        if not self._quiet and sys.stderr.isatty():
             self._bar = tqdm(total=total, desc=label, unit=unit, dynamic_ncols=True)
 
     def __enter__(self) -> Progress:
@@ -36,7 +51,7 @@ class Progress:
         if self._bar is not None:
             self._bar.set_postfix_str(self._loss, refresh=False)
             self._bar.update(count)
-        elif due:
+        elif due and not self._quiet:
             rate = self.done / (time.perf_counter() - self._start)
             line = f"{self.label}: {self.done}/{self.total}, {rate:.1f} {self.unit}/s, {self._loss}"
             print(line.rstrip(", "), file=sys.stderr, flush=True)

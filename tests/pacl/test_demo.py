@@ -1,5 +1,6 @@
 """The whole demo on a tiny setting: every file, the same numbers twice, and what an interrupt leaves."""
 
+import itertools
 import json
 import os
 import shlex
@@ -12,13 +13,26 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
+from pacl.backbones import patch_tokens
 from pacl.cli import main
-from pacl.data.scenes import CLASSES
-from pacl.demo.toy_clip import tokenizer
+from pacl.data.scenes import CLASSES, COLOURS, HELD_OUT_LABELS, PAIRS, SEEN_LABELS
+from pacl.data.shards import Shards
+from pacl.demo.full import SceneData, _galleries, models, one_shape_scenes, read_scenes
+from pacl.demo.report import report
+from pacl.demo.toy_clip import new_clip, normalise, tokenizer
 from pacl.embedder import VisionEmbedder
+from pacl.evaluate.specs import IGNORED
+from pacl.segment.predict import Segmenter
+from pacl.segmentation import ConfusionMatrix
 from pacl.sharing import load_pacl
+from pacl.towers import Towers
+from pages import read
 from PIL import Image
 from safetensors.torch import load_file
+from torch.nn import functional as F
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+
+from pacl_kernels.reference import compatibility
 
 
 def start(out: Path, *options: str) -> subprocess.Popen:
@@ -33,9 +47,10 @@ def start(out: Path, *options: str) -> subprocess.Popen:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> tuple[Path, str]:
+    """With --full; test_same_seed_same_numbers compares with a demo without."""
     out = tmp_path_factory.mktemp("demo") / "new" / "folder"
-    process = start(out)
-    printed, errors = process.communicate(timeout=120)
+    process = start(out, "--full")
+    printed, errors = process.communicate(timeout=400)
     assert process.returncode == 0, errors
     return out, printed
 
@@ -58,7 +73,7 @@ def test_table_and_progress(finished):
     row = next(line for line in printed.splitlines() if line.startswith("PACL"))
     values = [metrics["pacl"][group][key] for group in ("seen", "held_out") for key in ("miou", "patch_accuracy")]
     assert row.split()[1:] == [f"{100 * value:.1f}" for value in values]
-    for label in ("Plain CLIP", "Mean pooling", "Patch-grid limit", "Next:"):
+    for label in ("Plain CLIP", "Mean pooling", "Patch-grid limit", "Next:", "  report.html  full.json"):
         assert label in printed
 
 
@@ -107,6 +122,140 @@ def test_same_seed_same_numbers(finished, tmp_path):
     assert before | {"seconds": 0} == again | {"seconds": 0}
     for name in ("clip/open_clip_model.safetensors", "embedder/model.safetensors", "segmentation.png"):
         assert (finished[0] / name).read_bytes() == (tmp_path / name).read_bytes()
+
+
+# --full
+
+
+@pytest.fixture(scope="module")
+def full(finished) -> dict:
+    return json.loads((finished[0] / "full.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def page(finished):
+    return read((finished[0] / "report.html").read_bytes())
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.1f}"
+
+
+def test_the_page_has_the_numbers_of_full_json(full, page):
+    tables = {caption: {row[0]: row[1:] for row in rows[1:]} for caption, rows in page.tables.items()}
+    groups = ("seen", "held_out", "backgrounds")
+    methods = {"clip": "Plain CLIP", "mean_pooling": "Mean pooling", "pacl": "PACL"}
+    scores = {"clip": "CLIP's image embedding", "clip_patches": "φ of CLIP's patches"}
+    scores |= {"mean_pooling": "Mean pooling", "pacl": "φ of PACL"}
+    for method, label in methods.items():
+        patches, pixels, strides = (full[x][method] for x in ("patch_accuracy", "segmentation", "strides"))
+        for key, words in (("all_classes", "all classes"), ("image_classes", "the image's classes")):
+            row = tables[f"Patches right among {words}, percent"][label]
+            assert row == [percent(patches[group][f"patch_accuracy_{key}"]) for group in groups]
+        row = tables["mIoU of 96 scenes, stride 1x, percent"][label]
+        assert row == [percent(pixels["1"][group]) for group in groups]
+        row = tables["mIoU of the first 32 scenes, by stride, percent"][label]
+        assert row == [percent(strides[x][group]) for group in groups for x in ("1", "2", "4")]
+    for tokens, label in {"vision": "CLIP's tokens", **methods}.items():
+        expected = [percent(full["coherence"][tokens][group]["auc"]) for group in ("all", "seen", "held_out")]
+        assert tables["AUC, percent"][label] == expected
+    for score, label in scores.items():
+        expected = [percent(full["classification"][score][group]) for group in ("all", "seen", "held_out")]
+        assert tables["Top-1 accuracy, percent"][label] == expected
+        for name, words in (("all", "all"), ("seen", "seen pairs"), ("held_out", "held-out pairs")):
+            (table,) = [rows for caption, rows in tables.items() if caption.startswith(f"{words}: ")]
+            found = full["retrieval"][name][score]
+            ways = ("text_to_image", "image_to_text")
+            assert table[label] == [percent(found[f"{way}_R@{k}"]) for way in ways for k in (1, 5, 10)]
+    assert "too short to learn anything" in page.text
+
+
+def test_full_agrees_with_the_demo_s_own_measures(finished, full):
+    metrics = json.loads((finished[0] / "metrics.json").read_text())
+    for method in ("clip", "mean_pooling", "pacl"):
+        for group in ("seen", "held_out"):
+            found = full["patch_accuracy"][method][group]["patch_accuracy_all_classes"]
+            assert found == pytest.approx(metrics[method][group]["patch_accuracy"], abs=1e-3)
+            found = full["segmentation"][method]["1"][group]
+            assert found == pytest.approx(metrics[method][group]["miou"], abs=1e-3)
+
+
+def test_strides_are_the_segmenter_s(finished, full):
+    scenes = list(itertools.islice(Shards(finished[0] / "scenes/eval-000.tar", masks=True), 32))
+    for stride in (1, 2):
+        segmenter = Segmenter(*load_pacl(finished[0] / "embedder"), stride=stride)
+        texts, matrix = segmenter.texts(CLASSES, ["{}"]), ConfusionMatrix(len(CLASSES))
+        for scene in scenes:
+            matrix.update(scene["mask"], segmenter.labels(to_pil_image(scene["image"]), texts))
+        for group, labels in {"seen": SEEN_LABELS, "held_out": HELD_OUT_LABELS}.items():
+            assert full["strides"]["pacl"][str(stride)][group] == pytest.approx(matrix.miou(labels), abs=1e-9)
+    assert full["strides"]["pacl"]["4"] != full["strides"]["pacl"]["2"] != full["strides"]["pacl"]["1"]
+
+
+def test_pictures_of_the_page(page):
+    names = ("image", "truth", "clip", "mean_pooling", "pacl", "PACL 2x", "PACL 4x")
+    first = {name: page.images[f"{name}: pairs seen in training"] for name in names}
+    assert all(image.size == (192, 192) for image in first.values())
+    assert len({image.tobytes() for image in first.values()}) == len(names)
+    for words in ("ROC curves, all", "ROC curves, held-out pairs", "patch accuracy of every class"):
+        assert words in page.images
+
+
+def test_one_shape_scenes_and_their_accuracy(finished, full):
+    """Counted one by one, with open_clip's own model."""
+    model = open_clip.create_model(f"local-dir:{finished[0] / 'clip'}").eval()
+    scenes = one_shape_scenes(lambda image: normalise(pil_to_tensor(image)), 3, 0)
+    assert [label for _, label in scenes] == [label for label in range(18) for _ in range(3)]
+    with torch.no_grad():
+        texts = model.encode_text(tokenizer()(list(CLASSES[:18])), normalize=True)
+        images = model.encode_image(torch.stack([image for image, _ in scenes]), normalize=True)
+    hits = (images @ texts.T).argmax(1) == torch.tensor([label for _, label in scenes])
+    found = full["classification"]
+    assert found["images"] == 54 and found["clip"]["all"] == pytest.approx(hits.double().mean().item())
+    held_out = torch.tensor([label in HELD_OUT_LABELS for _, label in scenes])
+    assert found["clip"]["held_out"] == pytest.approx(hits[held_out].double().mean().item())
+    # Every image is of its pair: the colour is there, and no other shape's.
+    for image, label in scenes[::3]:
+        pixels = (image * 0.27 + 0.45).permute(1, 2, 0)  # about 0 to 1
+        colours = {name: torch.tensor(rgb) / 255 for name, rgb in COLOURS.items()}
+        near = {name: int(((pixels - rgb).abs().amax(-1) < 0.15).sum()) for name, rgb in colours.items()}
+        assert max(near, key=near.get) == PAIRS[label][0]
+
+
+def test_galleries_of_seen_and_held_out_pairs(finished, full):
+    scenes = read_scenes([finished[0] / "scenes/eval-000.tar"])
+    galleries = _galleries(scenes)
+    assert len(galleries["all"]) == 96 and len(galleries["seen"]) == len(galleries["held_out"]) > 10
+    held_out = ("red striped", "yellow dotted", "blue plain")
+    assert all(any(x in scene.caption.decode() for x in held_out) for scene in galleries["held_out"])
+    data = SceneData(galleries["seen"])
+    for i, scene in enumerate(galleries["seen"]):
+        assert "shape" in scene.caption.decode() and not set(HELD_OUT_LABELS) & set(data[i][1].ravel().tolist())
+    assert full["retrieval"]["seen"]["images"] == full["retrieval"]["held_out"]["images"] == len(galleries["seen"])
+    only = SceneData(scenes, HELD_OUT_LABELS)
+    found = {x for i in range(96) for x in only[i][1].ravel().tolist()}
+    assert found == {IGNORED, *HELD_OUT_LABELS}
+
+
+def test_the_control_scores_as_it_was_trained():
+    torch.manual_seed(0)
+    clip, texts = new_clip().eval(), F.normalize(torch.randn(5, 128), dim=-1)
+    towers = Towers(clip.visual, clip.transformer, None, None, {"vision_model": None})
+    embedders = {name: VisionEmbedder(128, 128) for name in ("pacl", "mean_pooling")}
+    images = torch.randn(4, 3, 64, 64)
+    (found,) = models(towers, embedders).scorer("mean_pooling").blocks(images, texts)
+    patches = F.normalize(embedders["mean_pooling"](patch_tokens(clip.visual, images)), dim=-1)
+    assert torch.allclose(found, F.normalize(patches.mean(1), dim=-1) @ texts.T, atol=1e-4)
+    (found,) = models(towers, embedders).scorer("pacl").blocks(images, texts)
+    patches = embedders["pacl"](patch_tokens(clip.visual, images))
+    assert torch.allclose(found, compatibility(patches, texts, attn_temperature=0.05, form="cosine"), atol=1e-5)
+
+
+def test_without_matplotlib_the_page_says_so(full, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    found = read(report(full, []).render())
+    assert "No plot of ROC curves, all: matplotlib is not installed" in found.text
+    assert not found.images and "Top-1 accuracy, percent" in found.tables
 
 
 def interrupt(process: subprocess.Popen, at: str) -> str:

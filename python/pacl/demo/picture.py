@@ -34,21 +34,21 @@ def draw_picture(evaluation: Evaluation, path: Path) -> None:
     for number, row in enumerate(rows):
         y = TOP + number * (CELL + GAP + 22)
         for column, name in enumerate(columns):
-            tile = _photo(row.image) if name == "image" else _textured(row.maps[name])
+            tile = photo(row.image) if name == "image" else textured(row.maps[name])
             sheet.paste(tile, (LEFT + column * (CELL + GAP), y))
         draw.text((LEFT, y + CELL + 3), row.title, FAINT, _font(13))
-    _legend(sheet, draw, LEFT + 4 * (CELL + GAP) + 20)
+    _legend(sheet, draw, LEFT + 4 * (CELL + GAP) + 20, TOP)
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG")
     write_bytes(path, buffer.getvalue())
 
 
-def _photo(image: Tensor) -> Image.Image:
+def photo(image: Tensor) -> Image.Image:
     """A scene's image, uint8 [3, 64, 64], at the picture's scale."""
     return Image.fromarray(image.permute(1, 2, 0).numpy()).resize((CELL, CELL), Image.Resampling.BICUBIC)
 
 
-def _textured(labels: Tensor) -> Image.Image:
+def textured(labels: Tensor) -> Image.Image:
     """A label map [64, 64] as a picture [CELL, CELL]: each class filled with what its words mean, regions outlined."""
     big = labels.numpy().repeat(SCALE, 0).repeat(SCALE, 1)
     out = np.zeros((CELL, CELL, 3))
@@ -61,16 +61,23 @@ def _textured(labels: Tensor) -> Image.Image:
     return Image.fromarray(out.clip(0, 255).astype(np.uint8))
 
 
+def legend_picture() -> Image.Image:
+    """What every class is drawn with, alone."""
+    sheet = Image.new("RGB", (LEGEND, 760 - TOP), "white")
+    _legend(sheet, ImageDraw.Draw(sheet), 4, 8)
+    return sheet
+
+
 def _texture(label: int, size: int) -> np.ndarray:
     if label < len(PAIRS):
         return paint(PAIRS[label], size, scale=SCALE)
     return background_texture(BACKGROUNDS[label - len(PAIRS)])[:size, :size]
 
 
-def _legend(sheet: Image.Image, draw: ImageDraw.ImageDraw, x: int) -> None:
+def _legend(sheet: Image.Image, draw: ImageDraw.ImageDraw, x: int, y: int) -> None:
     """Colours down, patterns across, held-out pairs framed; the backgrounds below."""
     size, step = 56, 70
-    y = TOP + 26
+    y += 26
     for column, pattern in enumerate(PATTERNS):
         draw.text((x + 70 + column * step, y - 24), pattern, INK, _font(14))
     for row, colour in enumerate(COLOURS):

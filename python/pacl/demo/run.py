@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import open_clip
@@ -84,8 +84,10 @@ class Trained:
         return lines
 
 
-def run(config: DemoConfig, out: Path) -> dict:
+def run(config: DemoConfig, out: Path, *, full: bool = False) -> dict:
     """Run the whole demo, write its files to `out`, print its table, and return the contents of metrics.json.
+
+    full: measure more afterwards, and write report.html and full.json.
 
     On KeyboardInterrupt what was trained goes to `out`/interrupted, so that a complete run in `out` stays as it is,
     and the exception goes on.
@@ -109,7 +111,12 @@ def run(config: DemoConfig, out: Path) -> dict:
     metrics = {**evaluation.metrics, "seconds": round(time.perf_counter() - start, 1), "seed": config.seed}
     draw_picture(evaluation, out / "segmentation.png")
     write_bytes(out / "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
-    print(_summary(config, evaluation, metrics, out))
+    print(_summary(config, evaluation, metrics, out), flush=True)
+    if full:
+        from .report import write_report
+
+        found = write_report(out, trained.embedders, eval_shards, evaluation, asdict(config))
+        print(f"{found['seconds']:.0f} s for all measures. Written to {out}:\n  report.html  full.json")
     return metrics
 
 

@@ -6,7 +6,7 @@ import importlib.util
 import io
 import re
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,11 +17,15 @@ import torch
 import torchvision.datasets as tv
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from ..data.samples import IMAGE_FORMATS, IMAGE_SUFFIXES
+from ..progress import Progress
 from ..segment.images import to_rgb
+from ..segment.predict import best_synonym
+from ..segment.prompts import Texts
 from .data import read_picture
+from .scorer import Scorer
 from .specs import fingerprint, read_classes
 
 
@@ -225,6 +229,29 @@ KINDS = {
     "folder": Kind("your own", "a folder of images per class", Folder),
     "wds": Kind("clip-benchmark's layout", "classnames.txt and test/*.tar with .cls", Tars),
 }
+
+
+def classification(
+    data: Dataset | Sequence[tuple[Tensor, int]],
+    texts: Texts,
+    scorers: Sequence[Scorer],
+    *,
+    batch_size: int = 64,
+    workers: int = 0,
+    label: str = "classification",
+) -> Tensor:
+    """Counts of `accuracies`, int64 [scorers, 3, K], of data that gives transformed images and their classes; the score
+    of a class is that of its best synonym.
+    """
+    counts = torch.zeros(len(scorers), 3, len(texts.names), dtype=torch.int64)
+    loader = DataLoader(data, batch_size, num_workers=workers)
+    with Progress(label, len(loader), "batch") as progress:
+        for images, labels in loader:
+            for count, scorer in zip(counts, scorers, strict=True):
+                scores = torch.cat(list(scorer.blocks(images, texts.embeddings)))
+                count_hits(count, best_synonym(scores, texts), labels)
+            progress.step()
+    return counts
 
 
 def accuracies(counts: Tensor) -> dict[str, float | None]:

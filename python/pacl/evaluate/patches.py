@@ -97,6 +97,12 @@ class Coherence:
         rates = counts.flip(1).cumsum(1).double() / counts.sum(1, keepdim=True)
         return tuple(F.pad(rates, (1, 0)))
 
+    def roc(self, points: int = 101) -> dict[str, list[float]]:
+        """The curve at evenly spaced false positive rates, as JSON values."""
+        false, true = self.curve()
+        at = torch.searchsorted(false, torch.linspace(0, 1, points, dtype=false.dtype), right=True) - 1
+        return {"false_positive_rate": false[at].tolist(), "true_positive_rate": true[at].tolist()}
+
     def auc(self) -> float:
         """The probability that a pair of one class has a higher cosine than another pair; exact, ties count half."""
         false, true = self.curve()

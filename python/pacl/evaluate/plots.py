@@ -10,21 +10,31 @@ from typing import Any
 
 from ..files import write_bytes
 
+MISSING = "matplotlib is not installed, pip install matplotlib"
 
-def write_plot(path: Path, size: tuple[float, float], draw: Callable[[Any], None]) -> Path | None:
-    """A PNG at `path` of `size` inches, in whose one axes `draw` draws; None, and a line, without matplotlib."""
+
+def plot_png(size: tuple[float, float], draw: Callable[[Any], None]) -> bytes | None:
+    """A PNG of `size` inches, in whose one axes `draw` draws; None without matplotlib."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
-        print(f"no plot {path}: matplotlib is not installed, pip install matplotlib", file=sys.stderr)
         return None
     figure = Figure(size, dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
     draw(figure.subplots())
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
-    write_bytes(path, buffer.getvalue())
+    return buffer.getvalue()
+
+
+def write_plot(path: Path, size: tuple[float, float], draw: Callable[[Any], None]) -> Path | None:
+    """plot_png at `path`; None, and a line, without matplotlib."""
+    png = plot_png(size, draw)
+    if png is None:
+        print(f"no plot {path}: {MISSING}", file=sys.stderr)
+        return None
+    write_bytes(path, png)
     return path
 
 
@@ -35,7 +45,7 @@ def bars(classes: Sequence[str], values: Mapping[str, Sequence[float]], title: s
         height = 0.8 / len(values)
         for i, (name, each) in enumerate(values.items()):
             axes.barh([k + (i + 0.5) * height - 0.4 for k in range(len(classes))], each, height, label=name)
-        axes.set_yticks(range(len(classes)), [name.replace("$", r"\$") for name in classes])
+        axes.set_yticks(range(len(classes)), [_plain(name) for name in classes])
         axes.set(xlim=(0, 1), ylim=(len(classes) - 0.5, -0.5), xlabel="accuracy over patches", title=title)
         axes.figure.legend(loc="outside lower center")  # not over the bars
 
@@ -54,3 +64,23 @@ def curves(lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], title: 
         axes.legend(loc="lower right")
 
     return draw
+
+
+def series(lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], title: str) -> Callable[[Any], None]:
+    """Curves over training steps; one without points keeps its colour for the other plots and is not named."""
+
+    def draw(axes) -> None:
+        for i, (name, (steps, values)) in enumerate(lines.items()):
+            if len(steps):
+                dots = "." if len(steps) < 30 else None
+                axes.plot(steps, values, color=f"C{i % 10}", marker=dots, label=_plain(name))
+        axes.set(title=title, xlabel="step")
+        axes.grid(alpha=0.3)
+        axes.legend()
+
+    return draw
+
+
+def _plain(name: str) -> str:
+    """Without matplotlib's mathematics."""
+    return name.replace("$", r"\$")

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from ..towers import Towers
 from .data import SegmentationData
 from .measure import Measured
 from .specs import Protocol, datasets, fingerprint, spec
+
+SEGMENTATION = "zeroshot_segmentation"
 
 
 def result_row(
@@ -34,7 +37,7 @@ def result_row(
         "model": model,
         "pretrained": pretrained,
         "embedder": embedder,
-        "task": "zeroshot_segmentation",
+        "task": SEGMENTATION,
         "language": "en",
         "protocol": dataclasses.asdict(protocol),
         "classes": {"count": len(data.classes), "sha256": data.class_hash, "background": data.spec.background},
@@ -63,7 +66,7 @@ def names_of(towers: Towers, checkpoint: str | None) -> dict[str, str | None]:
 
 def write_row(folder: Path, row: dict[str, Any]) -> Path:
     """Write a row as DATASET_MODEL_PROTOCOL.json into `folder`; returns its path."""
-    parts = [row["dataset"], *_model(row), row["protocol"]["name"]]
+    parts = [row["dataset"], *model_of(row), row["protocol"]["name"]]
     name = "_".join(re.sub(r"[^A-Za-z0-9.=-]+", "-", part).strip("-.") for part in parts if part)
     path = folder / f"{name}.json"
     write_bytes(path, (json.dumps(row, indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode())
@@ -71,24 +74,73 @@ def write_row(folder: Path, row: dict[str, Any]) -> Path:
 
 
 def read_row(path: Path) -> dict[str, Any]:
-    """A row that write_row wrote; ValueError for another file."""
-    try:
-        row = json.loads(Path(path).read_bytes())
-        spec(row["dataset"]), row["protocol"]["name"], row["metrics"]["mIoU"], _model(row)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"results: {path} is not a result of pacl evaluate segmentation ({error})") from error
+    """A row of pacl evaluate segmentation that write_row wrote; ValueError for another file."""
+    row = read_result(path)
+    if row["task"] != SEGMENTATION:
+        raise ValueError(f"results: {path} is not a result of pacl evaluate segmentation (task {row['task']!r})")
     return row
 
 
+def read_result(path: Path) -> dict[str, Any]:
+    """A row of any task that write_row wrote; ValueError for another file."""
+    try:
+        row = json.loads(Path(path).read_bytes())
+        if not all(isinstance(x, str) for x in (row["task"], row["dataset"], row["protocol"]["name"], *model_of(row))):
+            raise ValueError("task, dataset, protocol or model is no name")
+        metrics = {"mIoU": row["metrics"]["mIoU"]} if row["task"] == SEGMENTATION else row["metrics"]
+        if not all(x is None or type(x) in (int, float) for x in metrics.values()):
+            raise ValueError("metrics are no numbers")
+        if row["task"] == SEGMENTATION:
+            spec(row["dataset"]), row["images"], row["classes"]["sha256"], row["warnings"]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"results: {path} is not a result of pacl evaluate ({reason})") from error
+    return row
+
+
+@dataclass(frozen=True)
+class Table:
+    """lines: of cells, the first being the head."""
+
+    title: str
+    protocol: dict[str, Any]
+    lines: list[list[str]]
+
+
 def tables(rows: Sequence[dict[str, Any]]) -> str:
+    """segmentation_tables as text."""
+    return "\n\n".join("\n".join([x.title, *_aligned(x.lines)]) for x in segmentation_tables(rows))
+
+
+def segmentation_tables(rows: Sequence[dict[str, Any]], names: Sequence[str] | None = None) -> list[Table]:
     """mIoU of models by data set, a table per protocol: sets with background, the others and their mean.
 
     A star marks a number of a part of the official images, an exclamation mark one with a warning, # other class names.
+    names: of the rows' models, by default as the rows have them; of rows with one name the last counts.
     """
-    by_protocol: dict[str, list] = {}
-    for row in rows:
-        by_protocol.setdefault(json.dumps(row["protocol"], sort_keys=True), []).append(row)
-    return "\n\n".join(_table(group) for group in by_protocol.values())
+    return [_table(group) for group in _grouped(rows, names, lambda row: row["protocol"])]
+
+
+def metric_tables(rows: Sequence[dict[str, Any]], names: Sequence[str] | None = None) -> list[Table]:
+    """All measures of models, a table per task, data set (with its classes) and protocol: those of the other tasks.
+
+    The form and the attention temperature of φ belong to the model, not to the protocol, and have a column.
+    """
+
+    def kind(row: dict[str, Any]) -> list:
+        protocol = {name: x for name, x in row["protocol"].items() if name not in ("form", "attn_temperature")}
+        return [row["task"], row["dataset"], row.get("classes"), protocol]
+
+    return [_metric_table(group) for group in _grouped(rows, names, kind)]
+
+
+def _grouped(rows, names, kind) -> list[list[tuple[str, dict]]]:
+    """Names and rows, by what `kind` says of a row."""
+    groups: dict[str, list] = {}
+    names = [" ".join(model_of(row)) for row in rows] if names is None else names
+    for name, row in zip(names, rows, strict=True):
+        groups.setdefault(json.dumps(kind(row), sort_keys=True), []).append((name, row))
+    return list(groups.values())
 
 
 def class_table(row: dict[str, Any], data: SegmentationData) -> str:
@@ -101,22 +153,36 @@ def class_table(row: dict[str, Any], data: SegmentationData) -> str:
     return "\n".join([head, *_aligned(lines), means])
 
 
-def _table(rows: list[dict[str, Any]]) -> str:
-    present = [name for name in datasets() if any(row["dataset"] == name for row in rows)]
-    models = list(dict.fromkeys(map(_model, rows)))
+def _table(group: list[tuple[str, dict[str, Any]]]) -> Table:
+    present = [name for name in datasets() if any(row["dataset"] == name for _, row in group)]
     lines = [["mIoU", *(spec(name).column for name in present), "Avg"]]
-    for model in models:
+    for model in dict.fromkeys(model for model, _ in group):
         cells, values = [], []
         for name in present:
-            row = next((x for x in reversed(rows) if _model(x) == model and x["dataset"] == name), None)
+            row = next((x for given, x in reversed(group) if given == model and x["dataset"] == name), None)
             cells.append("-" if row is None else _cell(row))
             values.append(None if row is None else row["metrics"]["mIoU"])
         mean = None if None in values else sum(values) / len(values)
-        lines.append([" ".join(model), *cells, _number(mean)])
-    return "\n".join([f"protocol {rows[0]['protocol']['name']}", *_aligned(lines)])
+        lines.append([model, *cells, _number(mean)])
+    protocol = group[0][1]["protocol"]
+    return Table(f"protocol {protocol['name']}", protocol, lines)
 
 
-def _model(row: dict[str, Any]) -> tuple[str, ...]:
+def _metric_table(group: list[tuple[str, dict[str, Any]]]) -> Table:
+    first = group[0][1]
+    metrics = list(dict.fromkeys(name for _, row in group for name in row["metrics"]))
+    lines = [["model", "images", "φ", *metrics]]
+    for model, row in group:
+        rules, found = row["protocol"], row["metrics"]
+        phi = f"{rules['form']}, τ {rules.get('attn_temperature')}" if "form" in rules else "-"
+        cells = ("-" if found.get(name) is None else f"{found[name]:.4f}" for name in metrics)
+        lines.append([model, str(row.get("images", "-")), phi, *cells])
+    rules = {name: x for name, x in first["protocol"].items() if name not in ("form", "attn_temperature")}
+    return Table(f"{first['task']}, {first['dataset']}, protocol {rules['name']}", rules, lines)
+
+
+def model_of(row: dict[str, Any]) -> tuple[str, ...]:
+    """The names of a row's model, as tables have them."""
     return tuple(row[key] for key in ("model", "pretrained", "embedder") if row[key])
 
 

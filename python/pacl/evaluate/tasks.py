@@ -9,16 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import tyro
 from torch import nn
-from torch.utils.data import DataLoader
 
 from ..data import Kind
 from ..data.sources import open_pairs
 from ..processes import choose_device
-from ..progress import Progress
-from ..segment.predict import Segmenter, best_synonym
+from ..segment.predict import Segmenter
 from ..segment.prompts import TEMPLATES, class_texts, templates
 from ..sharing import load_pacl
 from ..towers import Towers, load_towers
@@ -189,9 +186,7 @@ def _coherence(argv: Sequence[str], prog: str) -> int:
         sample = {x: getattr(config, x) for x in ("patches", "pairs", "seed")}
         found = coherence(data, segmenter, **sample, label=f"coherence {name}")
         rules = {"name": f"coherence {name}", "short_side": segmenter.short_side, "share": SHARE, **sample}
-        false, true = found.curve()
-        at = torch.searchsorted(false, torch.linspace(0, 1, 101, dtype=false.dtype), right=True) - 1
-        roc = {"false_positive_rate": false[at].tolist(), "true_positive_rate": true[at].tolist()}
+        roc = found.roc()
         counts = {"pairs": len(found.same), "pairs_of_one_class": int(found.same.sum())}
         metrics = {"auc": found.auc()}
         path = config.write(
@@ -242,7 +237,7 @@ class ClassificationConfig(ModelConfig):
 
 
 def _classification(argv: Sequence[str], prog: str) -> int:
-    from .labelled import Labelled, accuracies, count_hits
+    from .labelled import Labelled, accuracies, classification
     from .scorer import Scorer
 
     config = tyro.cli(ClassificationConfig, args=list(argv), prog=prog)
@@ -257,15 +252,9 @@ def _classification(argv: Sequence[str], prog: str) -> int:
     if config.plain and not plain:
         print("plain: this vision tower has no image embedding in the texts' space, left out", file=sys.stderr)
     scorers = [Scorer(towers, embedder)] + ([Scorer(towers, plain=True)] if plain else [])
-    counts = torch.zeros(len(scorers), 3, len(data.synonyms), dtype=torch.int64)
-    loader = DataLoader(data, config.batch_size, num_workers=config.workers)
+    reading = {"batch_size": config.batch_size, "workers": config.workers}
     try:
-        with Progress(f"classification {config.dataset}", len(loader), "batch") as progress:
-            for images, labels in loader:
-                for count, scorer in zip(counts, scorers, strict=True):
-                    scores = torch.cat(list(scorer.blocks(images, texts.embeddings)))
-                    count_hits(count, best_synonym(scores, texts), labels)
-                progress.step()
+        counts = classification(data, texts, scorers, **reading, label=f"classification {config.dataset}")
     except (ValueError, OSError) as error:  # a worker's has its traceback before the line that says it
         raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
     dataset = config.dataset if data.kind.count else config.data_root.resolve().name

@@ -61,7 +61,7 @@ def _run(arguments: argparse.Namespace, segmenter: Segmenter, paths: list[Path],
         except Exception as error:  # decoders raise anything on damaged bytes; memory may not suffice for one image
             skipped += 1
             reason = " ".join(str(error).split()) or type(error).__name__
-            print(_printable(f"skipped {path}: {reason[:300]}"), file=sys.stderr, flush=True)
+            print(printable(f"skipped {path}: {reason[:300]}"), file=sys.stderr, flush=True)
             continue
         for name, data in files.items():
             write_bytes(arguments.out / f"{stem}-{name}", data)
@@ -78,10 +78,10 @@ def _look(arguments: argparse.Namespace, segmenter: Segmenter, texts: Texts, rul
         scores = dense.scores(texts)
         rows = _rows(dense, texts, _shares(labels, len(names)), has_background)
         size = f"{image.width} x {image.height} pixels, {scores.shape[2]} x {scores.shape[1]} tokens"
-        lines = [f"{_printable(str(path))}: {size}", f"  {'':<24}  highest   mean  of the pixels"]
+        lines = [f"{printable(str(path))}: {size}", f"  {'':<24}  highest   mean  of the pixels"]
         for name, row in rows:
             cosines = f"{row['max']:9.3f}{row['mean']:7.3f}" if "max" in row else " " * 16
-            lines.append(f"  {_printable(name)[:24]:<24}{cosines}{100 * row['pixels']:13.1f} %")
+            lines.append(f"  {printable(name)[:24]:<24}{cosines}{100 * row['pixels']:13.1f} %")
         print("\n".join(lines), flush=True)
         entries = [
             (colour, f"{name}  {100 * row['pixels']:.0f} %") for colour, (name, row) in zip(colours, rows, strict=True)
@@ -165,7 +165,7 @@ def _slug(word: str) -> str:
     return re.sub(r"[^\w-]+", "_", word)[:40].strip("_") or "_"
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """Without control characters, which a terminal would obey."""
     return "".join(c if c.isprintable() else " " for c in text)
 

@@ -1,0 +1,1 @@
+"""`pacl compare`: runs, embedders and results side by side, as one page."""

@@ -1,0 +1,139 @@
+"""What there is to compare at a path: a training run's folder, an embedder's, or results of `pacl evaluate`."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..embedder import CONFIG, WEIGHTS
+from ..evaluate.report import read_result
+
+
+@dataclass
+class Entry:
+    """What was found at `path`; whatever is not there is empty.
+
+    config: of config.yaml. train, validation: lines of metrics.jsonl and results.jsonl by rising step. embedder: its
+    folder; described: its config.json. results: rows of pacl evaluate. notes: what is missing or could not be read.
+    """
+
+    path: Path
+    config: dict[str, Any] = field(default_factory=dict)
+    train: list[dict[str, Any]] = field(default_factory=list)
+    validation: list[dict[str, Any]] = field(default_factory=list)
+    embedder: Path | None = None
+    described: dict[str, Any] = field(default_factory=dict)
+    results: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """As results call it: the folder's name, and the run's for its `embedder`."""
+        path = self.path.resolve()
+        return path.parent.name if path.name == "embedder" else path.name
+
+    @property
+    def trained(self) -> bool:
+        """Whether it is a run or an embedder, and not results alone."""
+        return bool(self.config or self.train or self.validation or self.embedder)
+
+
+def read_entry(path: Path) -> Entry:
+    """What is at `path`; FileNotFoundError where there is nothing at all."""
+    if not path.exists():
+        raise FileNotFoundError(f"entries: {path} does not exist, expected a run, an embedder or results")
+    entry = Entry(path)
+    if path.is_dir():
+        _read_run(entry)
+        _read_embedder(entry)
+        files = sorted(path.glob("*.json"))
+    else:
+        files = [path]
+    for file in files:
+        try:
+            entry.results.append(read_result(file))
+        except (ValueError, OSError) as error:
+            # The folders of runs and embedders have other files of that kind.
+            if not entry.trained:
+                entry.notes.append(" ".join(str(error).split()))
+    if not entry.trained and not entry.results and not entry.notes:
+        entry.notes.append(f"{path} is no run, no embedder, and has no results (*.json)")
+    return entry
+
+
+def _read_run(entry: Entry) -> None:
+    files = {name: entry.path / name for name in ("config.yaml", "metrics.jsonl", "results.jsonl")}
+    if not any(x.is_file() for x in files.values()):
+        return
+    config = files["config.yaml"]
+    if config.is_file():
+        try:
+            read = yaml.safe_load(config.read_text(encoding="utf-8"))
+            if not isinstance(read, dict):
+                raise ValueError("no settings")
+            entry.config = {str(name): x for name, x in read.items()}
+        except (yaml.YAMLError, ValueError, OSError) as error:
+            entry.notes.append(f"{config} cannot be read: {str(error).splitlines()[0]}")
+    else:
+        entry.notes.append(f"{config} is missing: its settings are not known")
+    for name, what in (("metrics.jsonl", "training curves"), ("results.jsonl", "validation")):
+        if files[name].is_file():
+            rows, bad = read_lines(files[name])
+            setattr(entry, "train" if name == "metrics.jsonl" else "validation", rows)
+            entry.notes += [f"{files[name]}: {bad} line(s) could not be read"] if bad else []
+        else:
+            entry.notes.append(f"{files[name]} is missing: no {what}")
+
+
+def _read_embedder(entry: Entry) -> None:
+    for folder in (entry.path, entry.path / "embedder"):
+        if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
+            continue
+        try:
+            described = json.loads((folder / CONFIG).read_bytes())
+            if not isinstance(described, dict) or not isinstance(described.get("training", {}), dict):
+                raise ValueError("no settings of an embedder")
+        except (ValueError, RecursionError) as error:
+            entry.notes.append(f"{folder / CONFIG} cannot be read: {error}")
+            return
+        entry.embedder, entry.described = folder, described
+        return
+    if entry.trained:
+        entry.notes.append(f"{entry.path / 'embedder'} is missing: no segmentations")
+
+
+def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """Rows of a .jsonl by rising step, and how many lines are none (a crash tears the last).
+
+    A run that was resumed from an earlier step says those steps again: what it said later counts.
+    """
+    rows, bad = [], 0
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+            step = row["step"]
+            if type(step) is not int:
+                raise ValueError("step")
+        except (ValueError, KeyError, TypeError, RecursionError):
+            bad += bool(line.strip())
+            continue
+        while rows and rows[-1]["step"] >= step:
+            rows.pop()
+        rows.append(row)
+    return rows, bad
+
+
+def curve(rows: Iterable[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
+    """Steps and values of a measure, where it is a finite number."""
+    found = [(row["step"], row[name]) for row in rows if is_number(row.get(name))]
+    return [step for step, _ in found], [value for _, value in found]
+
+
+def is_number(x: Any) -> bool:
+    return type(x) in (int, float) and math.isfinite(x)
