@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, unattended: tests, tables, tuning. Logs and JSON go to DIR.
-#   benchmarks/on_gpu.sh DIR [STAGE...]     all stages, or those whose names begin so: sanity throughput tune training-step tests sanitizer
+#   benchmarks/on_gpu.sh DIR [STAGE...]     all stages, or those whose names begin so:
+#   cuda sanity throughput tune training-step tests sanitizer
 set -uo pipefail
 out=$(realpath -m "${1:?usage: $0 DIR [STAGE...]}")
 stages=("${@:2}")
@@ -20,6 +21,15 @@ run() { # name, then a command under a limit of seconds; what it printed is kept
 }
 
 nvidia-smi >"$out/nvidia-smi.log" 2>&1
+# The module for this machine; without it the 'cuda' backend is absent and its tests skip.
+run cuda-build 400 env PACL_CUDA=ON $python setup.py build_ext --inplace
+run cuda-small 120 $python -m pytest -q -x -p no:cacheprovider -m gpu tests/test_gpu_cuda.py -k "small or 196"
+for tool in memcheck racecheck; do
+  run "cuda-$tool" 200 compute-sanitizer --tool $tool --error-exitcode 1 $python -m pytest -q -x -p no:cacheprovider \
+    -m gpu tests/test_gpu_cuda.py -k small
+done
+run cuda-tests 400 $python -m pytest -q -p no:cacheprovider -m gpu tests/test_gpu_cuda.py --maxfail=20
+run cuda-tune 150 $python benchmarks/tune_cuda.py --json "$out/cuda-tune.json"
 run sanity 120 $python -m pytest -q -x -p no:cacheprovider tests/test_gpu.py -m gpu -k "auto or never_waits or graph"
 for form in dot cosine max; do
   run "throughput-$form" 120 $python benchmarks/throughput.py --device cuda --dtype bfloat16 --form $form \

@@ -59,17 +59,17 @@ def main() -> None:
     patches = torch.randn(args.batch, args.patches, args.dim, device="cuda", dtype=dtype)
     texts = torch.randn(args.batch, args.dim, device="cuda", dtype=dtype)
     phi, stat, grad_phi = (torch.empty(args.batch, args.batch, device="cuda") for _ in range(3))
-    call = backend._Call(patches, texts, None, 0.07, phi, stat)
+    call = backend.Call(patches, texts, None, 0.07, phi, stat)
     call.scale = None
     block = tiles.plan_blocks(args.batch, args.patches, args.batch, dtype.itemsize)
     room = torch.empty(args.batch + 256, block.images * args.patches + 256, device="cuda", dtype=dtype)
     rows = patches[: block.images].flatten(0, 1)
     product_out = torch.empty(args.batch, len(rows), device="cuda", dtype=dtype)
     product = milliseconds(lambda: torch.mm(texts, rows.T, out=product_out), args.repeats) / block.images
-    call.forward("dot")
+    call.scores("dot")
     grad_phi.normal_()
     runs = {
-        "forward": (lambda: call.forward("dot"), args.batch),
+        "forward": (lambda: call.scores("dot"), args.batch),
         "backward": (lambda: call.weights(0, block.images, 0, args.batch, room, grad_phi), block.images),
     }
     architecture = max(a for _, a, _ in tiles.CONFIGS if a <= tiles.architecture(patches.device))

@@ -13,18 +13,17 @@ from types import ModuleType
 
 import torch
 
-from .backends import cpu, triton
+from .backends import cpu, cuda, triton
 from .backends import torch as blockwise
 
-_MODULES: dict[str, ModuleType] = {"triton": triton, "cpu": cpu, "torch": blockwise}
-_PLANNED = ("cuda",)
-NAMES = ("auto", *_PLANNED, *_MODULES, "reference")
+# "auto" takes "cuda" from the day that it has passed, and won, on hardware.
+_MODULES: dict[str, ModuleType] = {"cuda": cuda, "triton": triton, "cpu": cpu, "torch": blockwise}
+NAMES = ("auto", *_MODULES, "reference")
 
 
 def available_backends() -> dict[str, str | None]:
     """Backend name to None if it can run on this machine, otherwise to the reason why not."""
-    reasons: dict[str, str | None] = dict.fromkeys(_PLANNED, "not part of this release yet; 'triton' runs on a GPU")
-    return reasons | {name: module.why_not() for name, module in _MODULES.items()} | {"reference": None}
+    return {name: module.why_not() for name, module in _MODULES.items()} | {"reference": None}
 
 
 def resolve(backend: str, device: torch.device, dtype: torch.dtype) -> str:
@@ -40,7 +39,7 @@ def resolve(backend: str, device: torch.device, dtype: torch.dtype) -> str:
         return _best(device, dtype)
     if backend == "reference":
         return backend
-    reason = available_backends()[backend] if backend in _PLANNED else _MODULES[backend].why_not(device, dtype)
+    reason = _MODULES[backend].why_not(device, dtype)
     if reason is not None:
         raise ValueError(f"backend {backend!r} cannot run here: {reason}")
     return backend

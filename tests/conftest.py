@@ -35,6 +35,7 @@ _TARGETS = [
     *(Target("cpu", "cpu", dtype) for dtype in _LOW),
     *(Target("torch", "cuda", dtype) for dtype in (*_LOW, torch.float64)),
     *(Target("triton", "cuda", dtype) for dtype in _LOW),
+    *(Target("cuda", "cuda", dtype) for dtype in (torch.bfloat16, torch.float16)),
 ]
 
 

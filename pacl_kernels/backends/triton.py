@@ -67,34 +67,27 @@ def kernels() -> ModuleType:
 
 
 def score_forward(patches, texts, patch_mask, temperature, form, phi, stat) -> None:
+    forward(Call, patches, texts, patch_mask, temperature, form, phi, stat)
+
+
+def forward(kind: type[Call], patches, texts, patch_mask, temperature, form, phi, stat) -> None:
+    """`kind`: whose launches are made, this backend's or those of one that is built on it."""
     if not phi.numel():
         return
     with _on_device(patches):
-        call = _Call(patches, texts, patch_mask, temperature, phi, stat)
-        call.forward(form)
-        if form == "cosine":
-            _divide_by_pooled_norm(call)
-
-
-def _divide_by_pooled_norm(call: _Call) -> None:
-    """φ of `dot` to that of `cosine`: the attention again, now that its sum is known, and r² = aᵀ G a from that."""
-    gram_bytes = call.n * tiles.ceil_div(call.n, 16) * 16 * call.attention_dtype.itemsize
-    blocks = tiles.plan_blocks(call.b, call.n, call.k, call.attention_dtype.itemsize, gram_bytes)
-    attention = call.workspace(blocks, call.attention_dtype)
-    gram = call.gram_workspace(blocks)
-    for b0, b1 in _ranges(call.b, blocks.images):
-        call.gram(b0, b1, gram)
-        for k0, k1 in _ranges(call.k, blocks.texts):
-            call.weights(b0, b1, k0, k1, attention, entropy_over=call.phi)
-            call.cosine_forward(b0, b1, k0, k1, attention, gram)
+        kind(patches, texts, patch_mask, temperature, phi, stat).forward(form)
 
 
 def score_backward(
     patches, texts, patch_mask, temperature, form, phi, stat, grad_phi, grad_patches, grad_texts, grad_temperature
 ) -> None:
+    gradients = (grad_phi, grad_patches, grad_texts, grad_temperature)
+    backward(Call, patches, texts, patch_mask, temperature, form, phi, stat, gradients)
+
+
+def backward(kind: type[Call], patches, texts, patch_mask, temperature, form, phi, stat, gradients) -> None:
     with _on_device(patches):
-        call = _Call(patches, texts, patch_mask, temperature, phi, stat)
-        call.backward(form, grad_phi, grad_patches, grad_texts, grad_temperature)
+        kind(patches, texts, patch_mask, temperature, phi, stat).backward(form, *gradients)
 
 
 def loss_forward(phi: Tensor, scale, bias, loss: str, value: Tensor, statistics: Tensor | None) -> None:
@@ -153,7 +146,7 @@ def _loss_constants(scale, bias) -> dict:
     return _ROW_TILE | dict(SCALE_IS_TENSOR=isinstance(scale, Tensor), BIAS_IS_TENSOR=isinstance(bias, Tensor))
 
 
-class _Call:
+class Call:
     """The inputs of one call, and the launches that are made of them for images [b0, b1) and texts [k0, k1)."""
 
     def __init__(self, patches: Tensor, texts: Tensor, patch_mask: Tensor | None, temperature, phi, stat):
@@ -169,6 +162,22 @@ class _Call:
         self.precision = _float32_precision() if patches.dtype == torch.float32 else "ieee"
 
     def forward(self, form: str) -> None:
+        self.scores(form)
+        if form == "cosine":
+            self.divide_by_pooled_norm()
+
+    def divide_by_pooled_norm(self) -> None:
+        """φ of `dot` to that of `cosine`: the attention again, now that its sum is known, and r² = aᵀ G a from that."""
+        blocks = tiles.plan_blocks(self.b, self.n, self.k, self.attention_dtype.itemsize, self.gram_bytes)
+        attention = self.workspace(blocks, self.attention_dtype)
+        gram = self.gram_workspace(blocks)
+        for b0, b1 in ranges(self.b, blocks.images):
+            self.gram(b0, b1, gram)
+            for k0, k1 in ranges(self.k, blocks.texts):
+                self.weights(b0, b1, k0, k1, attention, entropy_over=self.phi)
+                self.cosine_forward(b0, b1, k0, k1, attention, gram)
+
+    def scores(self, form: str) -> None:
         """φ and STAT of the `max` form, or of `dot`."""
         largest = form == "max"  # reads no temperature, so nothing depends on where that is
         temperature = 1.0 if largest else self.temperature
@@ -212,7 +221,7 @@ class _Call:
         if grad_patches is not None and widened:
             patches_sum = self.phi.new_empty(blocks.images * self.n, self.d)
 
-        for b0, b1 in _ranges(self.b, blocks.images):
+        for b0, b1 in ranges(self.b, blocks.images):
             rows = (b1 - b0) * self.n
             if grad_patches is not None:
                 into = grad_patches[b0:b1].view(rows, self.d)
@@ -224,7 +233,7 @@ class _Call:
                 some_patches = some_patches.reshape(rows, self.d)
             if cosine:
                 self.gram(b0, b1, gram)
-            for k0, k1 in _ranges(self.k, blocks.texts):
+            for k0, k1 in ranges(self.k, blocks.texts):
                 if cosine:
                     self.weights(b0, b1, k0, k1, attention)
                     sums = self.cosine_backward(
@@ -362,6 +371,11 @@ class _Call:
         texts, rows = (tiles.ceil_div(x, step) * step for x, step in ((texts, chosen.block_t), (rows, chosen.block_p)))
         return self.patches.new_empty(texts, rows, dtype=dtype)
 
+    @property
+    def gram_bytes(self) -> int:
+        """Of one image's Gram matrix."""
+        return self.n * tiles.ceil_div(self.n, 16) * 16 * self.attention_dtype.itemsize
+
     def gram_workspace(self, blocks: tiles.Blocks) -> Tensor:
         return self.patches.new_empty(
             blocks.images, self.n, tiles.ceil_div(self.n, 16) * 16, dtype=self.attention_dtype
@@ -406,7 +420,7 @@ class _Call:
         return torch.exp2(exponent)
 
 
-def _ranges(size: int, step: int) -> list[tuple[int, int]]:
+def ranges(size: int, step: int) -> list[tuple[int, int]]:
     return [(start, min(start + step, size)) for start in range(0, size, step)]
 
 

@@ -1,0 +1,84 @@
+"""The Hopper kernels against cuBLAS and the Triton kernels on this GPU, in one run: what `auto` should take.
+
+    python benchmarks/tune_cuda.py --json tuning.json          # bfloat16, B = K = 4096, D = 512 and more, N of practice
+
+One unit is the product of all patches with all texts; `share` is torch.mm's time for the same tensors over that of
+the kernel.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import report
+import torch
+from tune_triton import milliseconds
+
+from pacl_kernels.backends import cuda, triton
+from pacl_kernels.backends import triton_tiles as tiles
+
+SHAPES = [(4096, n, d) for d in (512, 768, 1024) for n in (196, 256)] + [
+    (4096, 49, 512),
+    (2048, 576, 768),
+    (512, 196, 512),
+]
+
+
+def rows_of(batch: int, n: int, d: int, dtype, repeats: int):
+    """Milliseconds for the whole batch of each kernel, backend and size of a cluster."""
+    patches = torch.nn.functional.normalize(torch.randn(batch, n, d, device="cuda"), dim=-1).to(dtype)
+    texts = torch.nn.functional.normalize(torch.randn(batch, d, device="cuda"), dim=-1).to(dtype)
+    phi, stat, grad_phi = (torch.empty(batch, batch, device="cuda") for _ in range(3))
+    block = tiles.plan_blocks(batch, n, batch, dtype.itemsize)
+    images = block.images
+    room = torch.empty(batch + 256, images * n + 256, device="cuda", dtype=dtype)
+    out = torch.empty(batch, images * n, device="cuda", dtype=dtype)
+    flat = patches[:images].flatten(0, 1)
+    product = milliseconds(lambda: torch.mm(texts, flat.T, out=out), repeats) * batch / images
+    yield "product", "torch.mm", None, product, product
+    for backend, cluster in ((triton, None), (cuda, 1), (cuda, 2)):
+        if cluster:
+            cuda.CLUSTER = cluster
+        call = backend.Call(patches, texts, None, 0.07, phi, stat)
+        call.scale = None
+        call.scores("dot")
+        grad_phi.normal_()
+        runs = {
+            "forward": (lambda call=call: call.scores("dot"), 1),
+            "weights": (lambda call=call: call.weights(0, images, 0, batch, room, grad_phi), batch / images),
+            "cosine": (lambda call=call: call.forward("cosine"), 1),
+        }
+        for kernel, (run, times) in runs.items():
+            try:
+                yield kernel, backend.__name__.rpartition(".")[2], cluster, milliseconds(run, repeats) * times, product
+            except Exception as error:  # the others still count
+                print(f"{kernel} {backend.__name__} {cluster}: {type(error).__name__}: {error}", flush=True)
+    cuda.CLUSTER = 0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
+    parser.add_argument("--json", metavar="FILE", help="write the rows, with the machine they are from")
+    args = parser.parse_args()
+    results = []
+    for batch, n, d in SHAPES:
+        for kernel, backend, cluster, ms, product in rows_of(batch, n, d, getattr(torch, args.dtype), args.repeats):
+            teraflops = 2 * batch * batch * n * d / ms / 1e9
+            row = dict(batch=batch, patches=n, dim=d, kernel=kernel, backend=backend, cluster=cluster, ms=ms)
+            results.append(row | dict(share=product / ms, teraflops=teraflops))
+            name = f"{backend}{f', cluster {cluster}' if cluster else ''}"
+            speed = f"{teraflops:6.0f} TFLOP/s {product / ms:.3f} of torch.mm"
+            print(f"B{batch} N{n} D{d} {kernel:8} {name:16} {ms:9.3f} ms {speed}", flush=True)
+            if args.json:  # after each row: a call may be cut off
+                machine = report.machine(torch.device("cuda"), None)
+                Path(args.json).write_text(
+                    json.dumps({"machine": machine, "settings": vars(args), "rows": results}, indent=1)
+                )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,18 @@
+// The compiled kernels by width: kernels.cu once for each epilogue and dtype, the table in launch.cu.
+
+#pragma once
+
+namespace pacl::cuda {
+
+// Null where that width is not compiled.
+#define PACL_KERNELS(NAME) const void* NAME(int width, bool packed)
+PACL_KERNELS(forward_bfloat16);
+PACL_KERNELS(forward_float16);
+PACL_KERNELS(forward_safe_bfloat16);
+PACL_KERNELS(forward_safe_float16);
+PACL_KERNELS(weights_bfloat16);
+PACL_KERNELS(weights_float16);
+PACL_KERNELS(cosine_bfloat16);
+PACL_KERNELS(cosine_float16);
+
+}  // namespace pacl::cuda

@@ -1,0 +1,136 @@
+// Launches: tensor maps, the choice of kernel, and errors as exceptions.
+
+#include <stdexcept>
+#include <string>
+
+#include <cuda.h>
+#include <cuda_runtime.h>
+
+#include "kernels.h"
+#include "score.cuh"
+
+namespace pacl::cuda {
+namespace {
+
+__global__ void columns_kernel(Columns c) {
+  int64_t at = blockIdx.x * int64_t(blockDim.x) + threadIdx.x;
+  if (at < c.tiles * c.width) c.columns[at] = column_of(c, at);
+}
+
+void check(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // or the next call would report it again
+  throw std::runtime_error(std::string("CUDA: ") + what + ": " + cudaGetErrorString(error));
+}
+
+// The device of the tensors for as long as this lives.
+class OnDevice {
+ public:
+  explicit OnDevice(int device) {
+    check(cudaGetDevice(&before_), "cudaGetDevice");
+    if (before_ != device) check(cudaSetDevice(device), "cudaSetDevice");
+  }
+  ~OnDevice() { cudaSetDevice(before_); }
+  OnDevice(const OnDevice&) = delete;
+  OnDevice& operator=(const OnDevice&) = delete;
+
+ private:
+  int before_ = 0;
+};
+
+// From the driver that is there at run time: linked, the module could not be imported without one.
+using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
+
+EncodeTiled encode_tiled() {
+  static void* const entry = [] {
+    void* found = nullptr;
+    cudaDriverEntryPointQueryResult result{};
+#if CUDART_VERSION >= 12050
+    check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result),
+          "cudaGetDriverEntryPointByVersion");
+#else
+    check(cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &found, cudaEnableDefault, &result),
+          "cudaGetDriverEntryPoint");
+#endif
+    if (result != cudaDriverEntryPointSuccess || !found)
+      throw std::runtime_error("CUDA: the driver has no cuTensorMapEncodeTiled, expected one of CUDA 12 or newer");
+    return found;
+  }();
+  return reinterpret_cast<EncodeTiled>(entry);
+}
+
+CUtensorMap tensor_map(const Box& box, int dimensions, Dtype dtype, CUtensorMapL2promotion promotion) {
+  cuuint64_t sizes[3], strides[2];
+  cuuint32_t extents[3], steps[3] = {1, 1, 1};
+  for (int i = 0; i < dimensions; ++i) {
+    sizes[i] = box.sizes[i];
+    extents[i] = box.box[i];
+    if (i > 0) strides[i - 1] = box.strides[i];
+  }
+  auto type = dtype == Dtype::float16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  CUtensorMap map;
+  CUresult result = encode_tiled()(
+      &map, type, dimensions, const_cast<void*>(box.base), sizes, strides, extents, steps,
+      CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, promotion, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (result != CUDA_SUCCESS)
+    throw std::runtime_error("CUDA: cuTensorMapEncodeTiled: error " + std::to_string(static_cast<int>(result)) +
+                             " for a tensor of " + std::to_string(sizes[0]) + " dimensions");
+  return map;
+}
+
+int processors_of(int device) {
+  int count = 0;
+  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
+  return count;
+}
+
+const void* kernel_of(const ScoreCall& call, const Plan& plan) {
+  bool half = call.dtype == Dtype::float16;
+  auto table = call.gram      ? (half ? cosine_float16 : cosine_bfloat16)
+               : call.weights ? (half ? weights_float16 : weights_bfloat16)
+               : call.safe  ? (half ? forward_safe_float16 : forward_safe_bfloat16)
+                            : (half ? forward_float16 : forward_bfloat16);
+  return table(plan.width, plan.packed);
+}
+
+}  // namespace
+
+Plan device_plan(const ScoreCall& call) { return plan_of(call, processors_of(call.device)); }
+
+void make_columns(const ScoreCall& call, const float* inverse_norms, const uint8_t* mask, int64_t mask_stride_image,
+                  int64_t mask_stride_row, float* columns) {
+  OnDevice on(call.device);
+  Columns made = make_columns(call, device_plan(call), inverse_norms, mask, mask_stride_image, mask_stride_row, columns);
+  int64_t blocks = ceil_div(made.tiles * made.width, 256);
+  columns_kernel<<<static_cast<unsigned>(blocks), 256, 0, static_cast<cudaStream_t>(call.stream)>>>(made);
+  check(cudaGetLastError(), "columns_kernel");
+}
+
+void score(const ScoreCall& call) {
+  OnDevice on(call.device);
+  Plan plan = device_plan(call);
+  Work work = make_work(call, plan);
+  CUtensorMap patches =
+      tensor_map(patch_box(call, plan), 3, call.dtype, CU_TENSOR_MAP_L2_PROMOTION_L2_256B);
+  CUtensorMap texts = tensor_map(text_box(call), 2, call.dtype, CU_TENSOR_MAP_L2_PROMOTION_L2_256B);
+  CUtensorMap gram = patches;
+  if (call.gram) gram = tensor_map(gram_box(call, plan), 3, Dtype::float16, CU_TENSOR_MAP_L2_PROMOTION_L2_256B);
+  const void* kernel = kernel_of(call, plan);
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes),
+        "cudaFuncSetAttribute");
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(plan.clusters * plan.cluster));
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = plan.shared_bytes;
+  config.stream = static_cast<cudaStream_t>(call.stream);
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = plan.cluster;
+  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  config.attrs = &cluster;
+  config.numAttrs = 1;
+  void* arguments[] = {&patches, &texts, &gram, &work};
+  check(cudaLaunchKernelExC(&config, kernel, arguments), "score_kernel");
+}
+
+}  // namespace pacl::cuda

@@ -1,0 +1,147 @@
+// Which tiles the Hopper kernel uses and how work is dealt out: plain arithmetic, no CUDA, tested on the host.
+//
+// A tile is 64 texts by `width` columns, the patches of one image (or a chunk of them, or several small images). A
+// cluster of one or two blocks works on an item: 64 texts for each block against a run of groups of images.
+
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+namespace pacl::cuda {
+
+inline constexpr int kTileTexts = 64;
+inline constexpr int kStep = 64;  // along D: 128 bytes, what the swizzle of shared memory spans
+inline constexpr int kMaxWidth = 256;
+inline constexpr int kMaxStages = 8;
+inline constexpr int kSharedBytes = 227 * 1024;  // of a block on Hopper
+inline constexpr int kTextStepBytes = kTileTexts * kStep * 2;
+// Columns of the tiles that are compiled, for one image (or a chunk) and for several small ones side by side; with a
+// running maximum ("safe") there are fewer.
+inline constexpr int kWidths[] = {144, 176, 192, 200, 208, 224, 232, 248, 256};
+inline constexpr int kPackedWidths[] = {192, 224, 256};
+inline constexpr int kSafeWidths[] = {200, 256};
+inline constexpr int kSafePackedWidths[] = {256};
+// With the Gram matrix of the image as a second operand; see pooled_rows.
+inline constexpr int kPooledWidths[] = {144, 176, 192, 200, 208, 256};
+inline constexpr int kMostPacked = 128;  // patches of an image up to which several share a tile
+
+struct Plan {
+  int width;          // columns of a tile
+  bool packed;        // several images to a tile
+  int pitch;          // columns from one image of a tile to the next; a multiple of 8
+  int images;         // of a tile, which are a group
+  int chunks;         // tiles of an image
+  int64_t groups;     // of images
+  int steps;          // along D
+  int gram_steps;     // along the image's own patches, for the cosine form; otherwise 0
+  bool resident;      // whether the texts stay in shared memory; otherwise they come with each step
+  int stages;         // of the ring of steps in shared memory
+  int cluster;        // blocks that share each step of patches
+  int64_t text_groups;  // of 64 texts for each block of the cluster
+  int64_t splits;     // runs of groups of images
+  int64_t items;      // text groups times splits
+  int64_t clusters;   // that are launched
+  int shared_bytes;
+};
+
+inline constexpr int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
+
+// Bytes of one step in the ring, whose parts begin at multiples of 1,024.
+inline int stage_bytes(const Plan& plan) {
+  return plan.width * kStep * 2 + (plan.resident ? 0 : kTextStepBytes);
+}
+
+inline int shared_bytes(const Plan& plan, int stages) {
+  int texts = plan.resident ? plan.steps * kTextStepBytes : 0;
+  int columns = 2 * kMaxWidth * 4;                   // of each warpgroup
+  int barriers = (2 * kMaxStages + 2) * 8;
+  return 1024 + texts + stages * stage_bytes(plan) + columns + barriers;  // 1024: room to align
+}
+
+// The narrowest of the compiled widths that holds `columns`; 0 if none does.
+template <int kCount>
+int width_for(const int (&widths)[kCount], int64_t columns) {
+  for (int width : widths)
+    if (width >= columns) return width;
+  return 0;
+}
+
+template <int kCount, int kPackedCount>
+void choose_tile(Plan& plan, int64_t patches, const int (&widths)[kCount], const int (&packed_widths)[kPackedCount]) {
+  plan.packed = patches <= kMostPacked;
+  plan.chunks = 1;
+  if (plan.packed) {
+    plan.pitch = static_cast<int>(ceil_div(patches, 8) * 8);
+    double best = 0;
+    for (int width : packed_widths) {
+      int images = width / plan.pitch;
+      double used = double(images * patches) / width;
+      if (images > 0 && used > best) best = used, plan.width = width, plan.images = images;
+    }
+    return;
+  }
+  int64_t fewest = INT64_MAX;
+  int64_t least = ceil_div(patches, kMaxWidth);
+  for (int64_t chunks = least; chunks <= least + 1; ++chunks) {
+    int width = width_for(widths, ceil_div(patches, chunks));
+    // A tile has costs of its own, worth about 8 columns.
+    int64_t cost = chunks * (width + 8);
+    if (cost < fewest) fewest = cost, plan.width = width, plan.chunks = static_cast<int>(chunks);
+  }
+  plan.pitch = plan.width;
+  plan.images = 1;
+}
+
+// How the work is cut into items: the fewest rounds of tiles on the busiest cluster.
+inline void choose_items(Plan& plan, int processors) {
+  int64_t most = std::max<int64_t>(processors / plan.cluster, 1);
+  int64_t fewest = INT64_MAX;
+  for (int64_t splits = 1; splits <= std::min<int64_t>(plan.groups, 64); ++splits) {
+    int64_t items = plan.text_groups * splits;
+    int64_t pairs = ceil_div(ceil_div(plan.groups, splits), 2);  // two warpgroups take a group each
+    int64_t rounds = ceil_div(items, most) * (2 * pairs * plan.chunks + 1);  // 1: the texts have to come first
+    if (rounds < fewest) fewest = rounds, plan.splits = splits, plan.items = items;
+  }
+  plan.clusters = std::min(most, plan.items);
+}
+
+// Patches of an image that the cosine form takes: the image's Gram matrix needs all of them in one tile, and several
+// images side by side would multiply zeros.
+inline constexpr int kLeastPooled = 97;
+
+// Rows of the Gram matrix that are multiplied at once: a wide tile's attention and all sums at once would not fit into
+// the registers.
+constexpr int pooled_rows(int width) { return width <= 208 ? width : width / 2; }
+
+inline bool can_pool(int64_t patches) { return patches >= kLeastPooled && patches <= kMaxWidth; }
+
+// `processors`: of the device. `cluster`: 1 or 2 blocks; 0 for what is best.
+inline Plan make_plan(
+    int64_t images, int64_t patches, int64_t texts, int64_t dim, bool safe, bool pooled, int processors, int cluster) {
+  Plan plan{};
+  if (pooled) {
+    plan.width = plan.pitch = width_for(kPooledWidths, patches);
+    plan.images = plan.chunks = 1;
+    plan.gram_steps = static_cast<int>(ceil_div(plan.width, kStep)) * (plan.width / pooled_rows(plan.width));
+  } else if (safe)
+    choose_tile(plan, patches, kSafeWidths, kSafePackedWidths);
+  else
+    choose_tile(plan, patches, kWidths, kPackedWidths);
+  plan.groups = ceil_div(images, plan.images);
+  plan.steps = static_cast<int>(ceil_div(dim, kStep));
+  plan.cluster = cluster ? cluster : (texts > kTileTexts && processors > 1 ? 2 : 1);
+  plan.text_groups = ceil_div(texts, kTileTexts * plan.cluster);
+  for (bool resident : {true, false}) {
+    plan.resident = resident;
+    plan.stages = kMaxStages;
+    while (plan.stages > 1 && shared_bytes(plan, plan.stages) > kSharedBytes) --plan.stages;
+    // Fewer than three stages do not hide the way from memory.
+    if (plan.stages >= 3) break;
+  }
+  plan.shared_bytes = shared_bytes(plan, plan.stages);
+  choose_items(plan, processors);
+  return plan;
+}
+
+}  // namespace pacl::cuda

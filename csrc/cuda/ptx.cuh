@@ -1,0 +1,163 @@
+// The instructions of sm_90 that CUDA C++ has no names for, one thin function each.
+//
+// tests/cuda/emulator.h defines the same names for the host, so that the kernels' own source runs without a GPU.
+
+#pragma once
+
+#include <cstdint>
+
+#include <cuda.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "wgmma.cuh"
+
+namespace pacl::cuda {
+
+using TensorMap = CUtensorMap;
+
+// Dynamic shared memory of the block.
+__device__ __forceinline__ uint8_t* shared_memory() {
+  extern __shared__ __align__(1024) uint8_t memory[];
+  return memory;
+}
+
+__device__ __forceinline__ uint32_t shared_address(const void* at) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(at));
+}
+
+// mbarrier: a phase ends when the expected number of arrivals and of bytes have come.
+
+__device__ __forceinline__ void barrier_init(uint64_t* barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals));
+}
+
+// Makes initialised barriers known to the copy engine and to the other blocks of the cluster.
+__device__ __forceinline__ void fence_barrier_init() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+__device__ __forceinline__ void barrier_arrive_expect(uint64_t* barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+               : "memory");
+}
+
+__device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+
+// At the same place in the shared memory of a block of the cluster. Released to this block alone, as CUTLASS does: what
+// the other learns is that tensor cores are done with reading, and a release to the cluster is a fence of all memory.
+__device__ __forceinline__ void barrier_arrive_at(uint64_t* barrier, uint32_t block) {
+  asm volatile(
+      "{ .reg .b32 remote; mapa.shared::cluster.u32 remote, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [remote]; }\n" ::"r"(shared_address(barrier)),
+      "r"(block)
+      : "memory");
+}
+
+// Until the phase of that parity has ended. The phase before the first counts as ended, with parity 1.
+__device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity) {
+  asm volatile(
+      "{ .reg .pred done;\n"
+      "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra again; }\n" ::"r"(shared_address(barrier)),
+      "r"(parity)
+      : "memory");
+}
+
+// TMA: a box of a tensor to shared memory; what lies outside of the tensor arrives as zeros, and counts as bytes.
+
+__device__ __forceinline__ void load_box(void* to, const TensorMap& map, uint64_t* barrier, int x, int y) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(
+          shared_address(to)),
+      "l"(&map), "r"(shared_address(barrier)), "r"(x), "r"(y)
+      : "memory");
+}
+
+// To the same place of each block in `blocks` (a bit each), completing on the barrier of each.
+__device__ __forceinline__ void load_box(
+    void* to, const TensorMap& map, uint64_t* barrier, int x, int y, int z, uint16_t blocks) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
+      "[%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(shared_address(to)),
+      "l"(&map), "r"(shared_address(barrier)), "r"(x), "r"(y), "r"(z), "h"(blocks)
+      : "memory");
+}
+
+__device__ __forceinline__ void prefetch(const TensorMap& map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+
+// 16 bytes from global to shared memory, behind the thread's back.
+__device__ __forceinline__ void copy_16_bytes(void* to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
+}
+
+__device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+// Named barriers of a block: `sync` waits until `threads` have come, `arrive` only counts. Identity 0 is __syncthreads.
+
+__device__ __forceinline__ void named_sync(int identity, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(identity), "r"(threads) : "memory");
+}
+
+__device__ __forceinline__ void named_arrive(int identity, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(identity), "r"(threads) : "memory");
+}
+
+__device__ __forceinline__ uint32_t block_of_cluster() {
+  uint32_t rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// Registers of each thread of the warpgroup from here on.
+template <int kRegisters>
+__device__ __forceinline__ void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+template <int kRegisters>
+__device__ __forceinline__ void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+// wgmma reads shared memory and writes its accumulators on its own time, between commit and wait.
+
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+
+__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+template <int kInFlight>
+__device__ __forceinline__ void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kInFlight) : "memory");
+}
+
+__device__ __forceinline__ float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// Two neighbours, the first in the low half.
+__device__ __forceinline__ uint32_t pack(float a, float b, __nv_bfloat16) {
+  __nv_bfloat162 both = __floats2bfloat162_rn(a, b);
+  return *reinterpret_cast<uint32_t*>(&both);
+}
+
+__device__ __forceinline__ uint32_t pack(float a, float b, __half) {
+  __half2 both = __floats2half2_rn(a, b);
+  return *reinterpret_cast<uint32_t*>(&both);
+}
+
+__device__ __forceinline__ float2 unpack(uint32_t both, __half) {
+  return __half22float2(*reinterpret_cast<const __half2*>(&both));
+}
+
+}  // namespace pacl::cuda

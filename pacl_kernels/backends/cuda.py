@@ -1,0 +1,180 @@
+"""The two fused functions in CUDA C++ for Hopper (csrc/cuda), bfloat16 and float16; docs/cuda.md draws the kernel.
+
+Its launches take the place of three of the Triton backend's: φ of the `dot` form, that of `cosine` for 97 to 256
+patches (others as the Triton backend does), and the weights (or the attention) of a block. Everything around them, the
+loss, the `max` form and `upsample_argmax` are the Triton backend's own.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from . import triton
+from . import triton_tiles as tiles
+
+loss_forward, loss_backward, upsample_argmax = triton.loss_forward, triton.loss_backward, triton.upsample_argmax
+
+# Blocks of a cluster, 0 for what csrc/cuda/plan.h says; benchmarks try others.
+CLUSTER = 0
+_PLAIN_TEMPERATURE = 0.05  # as kPlainTemperature in csrc/cuda/score.cuh
+
+
+def why_not(device: torch.device | None = None, dtype: torch.dtype | None = None) -> str | None:
+    if not hasattr(native(), "CudaScoreCall"):
+        return "not built; install from source with nvcc 12.3 or newer on PATH and PACL_CUDA=ON in the environment"
+    if dtype is not None and dtype not in (torch.bfloat16, torch.float16):
+        return f"it takes bfloat16 and float16, not {dtype}"
+    if device is not None and device.type != "cuda":
+        return f"it takes tensors on a GPU, not on {device.type}"
+    if not torch.cuda.is_available() or torch.version.hip is not None:
+        return "torch finds no GPU of NVIDIA's"
+    index = device if device is not None else torch.device("cuda", torch.cuda.current_device())
+    if torch.cuda.get_device_capability(index) != (9, 0):
+        return f"{torch.cuda.get_device_name(index)} is not of compute capability 9.0 (Hopper)"
+    reason = triton.why_not(device, dtype)
+    return None if reason is None else f"it needs the Triton backend beside it: {reason}"
+
+
+def native():
+    """The native module, or None where there is none."""
+    try:
+        from .. import _native
+    except ImportError:
+        return None
+    return _native
+
+
+def score_forward(patches, texts, patch_mask, temperature, form, phi, stat) -> None:
+    _warn()
+    triton.forward(Call, patches, texts, patch_mask, temperature, form, phi, stat)
+
+
+def score_backward(
+    patches, texts, patch_mask, temperature, form, phi, stat, grad_phi, grad_patches, grad_texts, grad_temperature
+) -> None:
+    gradients = (grad_phi, grad_patches, grad_texts, grad_temperature)
+    triton.backward(Call, patches, texts, patch_mask, temperature, form, phi, stat, gradients)
+
+
+class Call(triton.Call):
+    def __init__(self, patches, texts, patch_mask, temperature, phi, stat):
+        super().__init__(patches, texts, patch_mask, temperature, phi, stat)
+        self.rows, self.text_rows = _aligned(patches), _aligned(texts)
+        self.device = patches.device.index or 0
+        self.stream = torch.cuda.current_stream(patches.device).cuda_stream if patches.is_cuda else 0
+
+    def forward(self, form: str) -> None:
+        if form == "cosine" and native().cuda_can_pool(self.n):
+            self.pooled()
+        else:
+            super().forward(form)
+
+    def pooled(self) -> None:
+        """φ and STAT of the `cosine` form in one launch for each block of images."""
+        blocks = tiles.Blocks(max(1, min(self.b, tiles.WORKSPACE // self.gram_bytes)), self.k)
+        gram = self.gram_workspace(blocks)
+        for b0, b1 in triton.ranges(self.b, blocks.images):
+            self.gram(b0, b1, gram)
+            call = self._call(b0, b1, 0, self.k, self.phi, False)
+            call.set_gram(gram.data_ptr(), gram.stride(1))
+            columns = self._columns(call, b0, b1)
+            call.launch()
+            del columns
+
+    def scores(self, form: str) -> None:
+        if form == "max":
+            super().scores(form)
+            return
+        temperature = self.temperature
+        both = isinstance(temperature, Tensor)  # it is not read: both are launched, and one returns
+        for safe in (False, True) if both else (temperature < _PLAIN_TEMPERATURE,):
+            call = self._call(0, self.b, 0, self.k, self.phi, safe)
+            columns = self._columns(call, 0, self.b)
+            call.launch()
+            del columns  # the allocator hands it on in the order of the stream
+
+    def weights(self, b0, b1, k0, k1, w, grad_phi=None, needs_tau=False, entropy_over=None) -> Tensor | None:
+        attention = grad_phi is None
+        call = self._call(b0, b1, k0, k1, entropy_over if attention else self.phi, False)
+        columns = self._columns(call, b0, b1)
+        sums = None
+        if needs_tau:  # one of each block that is launched; the others' stay 0
+            sums = self.phi.new_zeros(2 * call.plan().clusters)
+        call.set_weights(
+            weights=w.data_ptr(),
+            dtype=_name(w),
+            stride=w.stride(0),
+            grad_phi=0 if attention else grad_phi[b0:b1, k0:].data_ptr(),
+            scale=0 if attention or self.scale is None else self.scale.data_ptr(),
+            temperature_sums=0 if sums is None else sums.data_ptr(),
+        )
+        call.launch()
+        del columns
+        return sums
+
+    def _call(self, b0, b1, k0, k1, phi: Tensor | None, safe: bool):
+        temperature = self.temperature
+        on_device = isinstance(temperature, Tensor)
+        rows, texts = self.rows[b0:b1], self.text_rows[k0:k1]
+        return native().CudaScoreCall(
+            sizes=(b1 - b0, self.n, k1 - k0, self.d),
+            dtype=_name(rows),
+            patches=rows.data_ptr(),
+            patch_strides=rows.stride()[:2],
+            texts=texts.data_ptr(),
+            text_stride=texts.stride(0),
+            inverse_texts=self.inv_t[k0:].data_ptr(),
+            temperature=0.0 if on_device else temperature,
+            temperature_at=temperature.data_ptr() if on_device else 0,
+            safe=safe,
+            phi=0 if phi is None else phi[b0:b1, k0:].data_ptr(),
+            stat=self.stat[b0:b1, k0:].data_ptr(),
+            stride_phi=self.k,
+            cluster=CLUSTER,
+            device=self.device,
+            stream=self.stream,
+        )
+
+    def _columns(self, call, b0: int, b1: int) -> Tensor:
+        """1 / ‖p‖ in the order of the kernel's tiles, for as long as the launch is not made."""
+        plan = call.plan()
+        columns = self.phi.new_empty(plan.groups * plan.chunks * plan.width)
+        mask = None if self.mask is None else self.mask[b0:b1]
+        call.make_columns(
+            inverse_norms=self.inv_p[b0 * self.n :].data_ptr(),
+            mask=0 if mask is None else mask.data_ptr(),
+            mask_strides=(0, 0) if mask is None else mask.stride(),
+            columns=columns.data_ptr(),
+        )
+        return columns
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """`x`, or a copy as the copy engine wants it: rows contiguous, everything else at multiples of 16 bytes."""
+    fits = x.stride(-1) == 1 and x.data_ptr() % 16 == 0
+    fits &= all(stride % 8 == 0 and stride > 0 for stride in x.stride()[:-1])
+    if fits:
+        return x
+    d = x.shape[-1]
+    copy = x.new_empty(*x.shape[:-1], tiles.ceil_div(d, 8) * 8)[..., :d]
+    return copy.copy_(x)
+
+
+def _name(x: Tensor) -> str:
+    return str(x.dtype).removeprefix("torch.")
+
+
+_warned = False
+
+
+def _warn() -> None:
+    global _warned
+    if not _warned:
+        _warned = True
+        warnings.warn(
+            "backend 'cuda' has not run on a GPU yet: tested in an emulator alone; compare with backend 'triton'",
+            stacklevel=2,
+        )

@@ -1,0 +1,135 @@
+"""What can be known of the Hopper kernels without a GPU: how work is cut up, and what the compiler made of it."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pacl_kernels.backends import cuda
+
+native = cuda.native()
+pytestmark = pytest.mark.skipif(native is None, reason="the native module is not built")
+needs_cuda = pytest.mark.skipif(not hasattr(native, "CudaScoreCall"), reason="built without nvcc")
+
+
+def plan(images=5, patches=196, texts=70, dim=512, safe=False, pooled=False, processors=132, cluster=0):
+    sizes = dict(images=images, patches=patches, texts=texts, dim=dim)
+    return native.CudaPlan(**sizes, safe=safe, pooled=pooled, processors=processors, cluster=cluster)
+
+
+@pytest.mark.parametrize("safe", [False, True], ids=["plain", "safe"])
+def test_every_patch_is_in_one_column(safe):
+    """As `column_of` in csrc/cuda/score.cuh reads the plan."""
+    images = 5
+    for n in range(1, 4097):
+        p = plan(images=images, patches=n, safe=safe)
+        assert p.width % 8 == 0 and p.pitch % 8 == 0 and p.pitch <= 256 and p.pitch * p.images <= p.width
+        tile, column = np.divmod(np.arange(p.groups * p.chunks * p.width), p.width)
+        group, chunk = np.divmod(tile, p.chunks)
+        part, at = np.divmod(column, p.pitch)
+        image, patch = group * p.images + part, chunk * p.width + at
+        live = (part < p.images) & (image < images) & (patch < n)
+        covered = np.bincount((image * n + patch)[live], minlength=images * n)
+        assert (covered == 1).all(), n
+        if n > 128 and not safe:  # what the tensor cores do for nothing
+            assert p.chunks * p.width <= 1.15 * n, n
+
+
+def test_everything_fits_into_shared_memory():
+    for n in (1, 49, 64, 100, 128, 129, 144, 196, 197, 256, 257, 576, 729, 1369):
+        for d in range(8, 2049, 8):
+            for cluster in (1, 2):
+                p = plan(patches=n, dim=d, cluster=cluster)
+                assert p.steps * 64 >= d > (p.steps - 1) * 64
+                assert 3 <= p.stages <= 8 and p.shared_bytes <= 227 * 1024
+                assert p.resident or d > 1024, "texts that fit do not travel with each step"
+
+
+def test_every_pair_is_in_one_item():
+    for images in (1, 2, 3, 7, 64, 1000, 4096):
+        for texts in (1, 64, 65, 128, 129, 1000, 4096):
+            for processors in (1, 2, 7, 132):
+                p = plan(images=images, texts=texts, processors=processors)
+                assert p.text_groups * 64 * p.cluster >= texts > (p.text_groups - 1) * 64 * p.cluster
+                assert p.items == p.text_groups * p.splits
+                assert 1 <= p.clusters <= min(p.items, max(1, processors // p.cluster))
+                # As `Item` cuts them; no split is empty.
+                bounds = [p.groups * split // p.splits for split in range(p.splits + 1)]
+                assert bounds[0] == 0 and bounds[-1] == p.groups
+                assert all(begin < end for begin, end in zip(bounds, bounds[1:], strict=False))
+
+
+@pytest.mark.parametrize("texts, at_least", [(4096, 0.9), (1024, 0.9), (16384, 0.9), (12288, 0.9), (96, 0.85)])
+def test_all_processors_are_busy(texts, at_least):
+    p = plan(images=4096, texts=texts)
+    rounds = -(-p.items // p.clusters) * -(-p.groups // p.splits)  # images that the busiest cluster takes
+    assert p.text_groups * p.groups / (rounds * (132 // p.cluster)) > at_least
+
+
+def cuobjdump() -> str | None:
+    try:
+        import triton
+    except ImportError:
+        return shutil.which("cuobjdump")
+    bundled = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    return str(bundled) if bundled.exists() else shutil.which("cuobjdump")
+
+
+def dump(*options: str) -> str:
+    tool = cuobjdump()
+    if tool is None:
+        pytest.skip("needs cuobjdump, which Triton's wheel brings")
+    return subprocess.run([tool, *options, native.__file__], check=True, capture_output=True, text=True).stdout
+
+
+@pytest.fixture(scope="module")
+def resources() -> dict[str, str]:
+    """Kernel's name to its line of registers, stack and memory."""
+    found = re.findall(r"Function (\S+):\n\s*(REG.*)", dump("-res-usage"))
+    return {name: line for name, line in found if "score_kernel" in name}
+
+
+@needs_cuda
+def test_no_kernel_spills(resources):
+    assert len(resources) == 2 * (2 * (9 + 3) + (2 + 1) + 6), (
+        "plain and weights, fewer widths with a maximum, and cosine"
+    )
+    for name, line in resources.items():
+        assert "REG:168 STACK:0 " in line and "LOCAL:0 " in line, f"{name}: {line}"
+
+
+@needs_cuda
+@pytest.mark.parametrize("epilogue", range(4), ids=["forward", "safe", "weights", "cosine"])
+@pytest.mark.parametrize("element, kind", [("13__nv_bfloat16", "BF16"), ("6__half", "")])
+def test_the_machine_code(resources, element, kind, epilogue):
+    name = next(n for n in resources if f"ILi200ELb0E{element}" in n and f"EpilogueE{epilogue}E" in n)
+    code = dump("-sass", "-fun", name)
+    products = re.findall(r"HGMMA\.(\S+)", code)
+    of_gram = {"64x200x16.F32"} if epilogue == 3 else set()
+    assert products and set(products) == {f"64x200x16.F32{'.' + kind if kind else ''}"} | of_gram
+    # Products in a row without a wait between them: the compiler has not serialised them.
+    waits = len(re.findall(r"WARPGROUP\.DEPBAR", code))
+    assert waits <= -(-len(products) // 4) + 2
+    assert "UTMALDG.3D.MULTICAST" in code
+    assert {"0xe8", "0x28"} == set(re.findall(r"USETMAXREG\S* (?:UP0, )?(0x\w+)", code)), "232 and 40 registers"
+    assert len(re.findall(r"MUFU\.EX2", code)) >= 100, "one exponential for each element"
+    assert not re.search(r"\b(LDL|STL)\b", code)
+    assert len(re.findall(r"MEMBAR\.ALL\.GPU", code)) <= 2, "fences belong at the ends of the kernel alone"
+
+
+@needs_cuda
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_cuda_says_what_is_wrong():
+    call = native.CudaScoreCall(
+        **dict(sizes=(1, 1, 1, 8), dtype="bfloat16", patches=0, patch_strides=(8, 8), texts=0, text_stride=8),
+        **dict(inverse_texts=0, temperature=1.0, temperature_at=0, safe=False, phi=0, stat=0, stride_phi=1),
+        **dict(cluster=0, device=0, stream=0),
+    )
+    with pytest.raises(RuntimeError, match="CUDA: cuda.*: "):
+        call.launch()

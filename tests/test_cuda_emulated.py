@@ -1,0 +1,287 @@
+"""The Hopper kernels' own source, run thread by thread on the host: tests/cuda/emulator.h says what that shows.
+
+Widths that the emulator is compiled with: one image to a tile at 144, 200 and 256 columns, several at all of theirs.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from types import SimpleNamespace
+
+import emulated
+import pytest
+import torch
+from accuracy import check
+from problems import Case, make
+
+from pacl_kernels.backends import cuda
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    return emulated.build(tmp_path_factory.mktemp("cuda"))
+
+
+def run(library, patches, texts, phi, stat, *, tau=1.0, mask=None, safe=None, weights=None, gram=None, **more):
+    """A launch as `backends/cuda.py` makes it; `more`: what the emulator can be told."""
+    on_device = isinstance(tau, torch.Tensor)
+    norms = patches.float().norm(dim=-1)
+    if mask is not None:
+        norms = norms.masked_fill(~mask, 1.0)
+    inverse_p, inverse_t = (1 / norms).contiguous(), 1 / texts.float().norm(dim=-1)
+    call = emulated.Call(
+        library,
+        sizes=(*patches.shape[:2], len(texts), patches.shape[2]),
+        dtype=str(patches.dtype).removeprefix("torch."),
+        patches=patches.data_ptr(),
+        patch_strides=patches.stride()[:2],
+        texts=texts.data_ptr(),
+        text_stride=texts.stride(0),
+        inverse_texts=inverse_t.data_ptr(),
+        temperature=0.0 if on_device else tau,
+        temperature_at=tau.data_ptr() if on_device else 0,
+        safe=(not on_device and tau < 0.05 and weights is None) if safe is None else safe,
+        phi=0 if phi is None else phi.data_ptr(),
+        stat=stat.data_ptr(),
+        stride_phi=len(texts),
+        cluster=more.pop("cluster", 0),
+        device=0,
+        stream=0,
+    )
+    call.make_columns(
+        inverse_norms=inverse_p.data_ptr(),
+        mask=0 if mask is None else mask.data_ptr(),
+        mask_strides=(0, 0) if mask is None else mask.stride(),
+        columns=0,
+    )
+    if weights is not None:
+        call.set_weights(**weights)
+    if gram is not None:
+        call.set_gram(gram.data_ptr(), gram.stride(1))
+    call.launch(**more)
+
+
+def problem(b, n, k, d, dtype=torch.bfloat16, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    pitch = -(-d // 8) * 8  # rows as the copy engine wants them; what is between them must not matter
+    patches = torch.full((b, n, pitch), float("nan")).to(dtype)
+    texts = torch.full((k, pitch), float("nan")).to(dtype)
+    patches[..., :d] = torch.randn(b, n, d, generator=generator) * 0.3 + torch.randn(b, 1, d, generator=generator)
+    texts[:, :d] = torch.randn(k, d, generator=generator)
+    return patches[..., :d], texts[:, :d]
+
+
+def truth(patches, texts, tau, mask=None):
+    p, t = (torch.nn.functional.normalize(x.double(), dim=-1) for x in (patches, texts))
+    s = torch.einsum("bnd,kd->bkn", p, t)
+    if mask is not None:
+        s = s.masked_fill(~mask[:, None], float("-inf"))
+    a = (s / tau).softmax(-1).nan_to_num(0.0)
+    s = s.masked_fill(s == float("-inf"), 0.0)
+    phi = (a * s).sum(-1)
+    entropy = (torch.where(a > 0, -(a * a.clamp_min(1e-300).log2()), 0.0)).sum(-1)
+    return s, a, phi, entropy
+
+
+FORWARD = [
+    # b, n, k, d: what is special
+    pytest.param(5, 196, 70, 136, {}, id="odd batch, part of a text tile"),
+    pytest.param(3, 200, 130, 512, dict(cluster=1), id="one block"),
+    pytest.param(2, 144, 200, 64, {}, id="one step"),
+    pytest.param(3, 400, 65, 72, {}, id="two chunks"),
+    pytest.param(3, 387, 129, 72, {}, id="two chunks, odd"),
+    pytest.param(7, 49, 66, 72, {}, id="several images to a tile"),
+    pytest.param(70, 8, 64, 40, dict(processors=2), id="many images to a tile"),
+    pytest.param(1, 1, 1, 1, {}, id="ones"),
+    pytest.param(4, 197, 140, 200, dict(resident=0), id="texts with each step"),
+    pytest.param(5, 196, 140, 200, dict(stages=2), id="a ring of two"),
+    pytest.param(5, 196, 140, 200, dict(stages=3), id="a ring of three"),
+    pytest.param(6, 196, 300, 72, dict(processors=1), id="one processor"),
+    pytest.param(9, 196, 300, 72, dict(processors=3), id="three processors"),
+]
+
+
+@pytest.mark.parametrize("tau", [1.0, 0.05, 0.02], ids="tau{}".format)
+@pytest.mark.parametrize("b, n, k, d, more", FORWARD)
+def test_forward(library, b, n, k, d, more, tau):
+    patches, texts = problem(b, n, k, d)
+    phi, stat = torch.full((b, k), float("nan")), torch.full((b, k), float("nan"))
+    run(library, patches, texts, phi, stat, tau=tau, **more)
+    _, _, expected, entropy = truth(patches, texts, tau)
+    assert (phi - expected).abs().max() < 1e-5
+    assert (stat - entropy).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_any_order_of_threads_gives_the_same_bits(library, dtype, seed):
+    patches, texts = problem(5, 196, 150, 136, dtype)
+    results = []
+    for order in (seed, seed + 100):
+        phi, stat = torch.full((5, 150), float("nan")), torch.full((5, 150), float("nan"))
+        run(library, patches, texts, phi, stat, tau=0.1, seed=order, stages=3)
+        results.append((phi, stat))
+    assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
+    assert (results[0][0] - truth(patches, texts, 0.1)[2]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("tau", [0.5, 0.02], ids="tau{}".format)
+@pytest.mark.parametrize("b, n, k, d", [(5, 196, 70, 72), (9, 49, 66, 40), (3, 400, 65, 40)], ids=str)
+def test_masks_hide_anything(library, b, n, k, d, tau):
+    patches, texts = problem(b, n, k, d)
+    mask = torch.rand(b, n, generator=torch.Generator().manual_seed(1)) < 0.4
+    mask[0] = False
+    mask[1] = torch.arange(n) == n - 1
+    patches[~mask] = float("nan")
+    phi, stat = torch.full((b, k), float("nan")), torch.full((b, k), float("nan"))
+    run(library, patches, texts, phi, stat, tau=tau, mask=mask)
+    _, _, expected, entropy = truth(patches.nan_to_num(1.0), texts, tau, mask)
+    assert (phi - expected).abs().max() < 1e-5
+    assert (stat - entropy).abs().max() < 1e-4
+    assert not phi[0].any()
+
+
+def weights_of(patches, texts, tau, phi, a, s, g, mask=None):
+    """W = g ∂φ/∂s / (‖p‖ ‖t‖) `[K, B, N]`, and what the temperature's gradient is made of."""
+    ds = g[:, :, None] * a * (1 + (s - phi[:, :, None]) / tau)
+    w = ds / patches.double().norm(dim=-1)[:, None] / texts.double().norm(dim=-1)[None, :, None]
+    centred = torch.where(a > 0, s - phi[:, :, None], 0.0)
+    return w.permute(1, 0, 2), (a * g[:, :, None] * centred**2).sum()
+
+
+WEIGHTS = [
+    pytest.param(5, 196, 70, 136, {}, id="196"),
+    pytest.param(3, 200, 130, 72, dict(cluster=1), id="200"),
+    pytest.param(3, 197, 130, 72, {}, id="197"),
+    pytest.param(3, 198, 130, 72, {}, id="198"),
+    pytest.param(3, 387, 129, 72, {}, id="two chunks"),
+    pytest.param(7, 49, 66, 72, {}, id="49"),
+    pytest.param(7, 56, 66, 72, {}, id="56"),
+    pytest.param(9, 15, 66, 40, dict(processors=1), id="15"),
+    pytest.param(2, 1, 3, 8, {}, id="one patch"),
+    pytest.param(4, 144, 140, 200, dict(resident=0, stages=2), id="texts with each step"),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+@pytest.mark.parametrize("b, n, k, d, more", WEIGHTS)
+def test_weights(library, b, n, k, d, more, masked, dtype):
+    tau = 0.1
+    patches, texts = problem(b, n, k, d, dtype)
+    mask = None
+    if masked:
+        mask = torch.rand(b, n, generator=torch.Generator().manual_seed(1)) < 0.6
+        mask[0] = False
+        patches[~mask] = float("nan")
+    clean = patches.nan_to_num(1.0)
+    s, a, phi, entropy = truth(clean, texts, tau, mask)
+    g = torch.randn(b, k, generator=torch.Generator().manual_seed(2))
+    expected, temperature = weights_of(clean, texts, tau, phi, a, s, g.double())
+    stride = -(-b * n // 8) * 8 + 8
+    w = torch.full((k + 1, stride), 9.0, dtype=dtype)
+    scale = torch.tensor([4.0])
+    sums = torch.zeros(8)
+    addresses = dict(weights=w, grad_phi=g, scale=scale, temperature_sums=sums)
+    weights = {name: x.data_ptr() for name, x in addresses.items()}
+    weights |= dict(dtype=str(dtype).removeprefix("torch."), stride=stride)
+    run(library, patches, texts, phi.float(), entropy.float(), tau=tau, mask=mask, weights=weights, **more)
+    found = w[:k, : b * n].double().view(k, b, n) / 4
+    eps = torch.finfo(dtype).eps
+    assert (found - expected).norm() < eps * expected.norm()
+    assert (found - expected).abs().max() < 4 * eps * expected.abs().max()
+    assert (w[:k, b * n :] == 9).all() and (w[k:] == 9).all(), "wrote behind the weights"
+    if masked:
+        assert (found.permute(1, 2, 0)[~mask] == 0).all()
+    assert abs(sums.double().sum() - temperature) < 1e-4 * (a * g[:, :, None].abs()).sum() * tau
+
+
+def test_attention(library):
+    """Without a gradient the weights are the attention, here in float16 beside bfloat16 operands."""
+    patches, texts = problem(5, 197, 70, 72)
+    s, a, phi, entropy = truth(patches, texts, 0.05)
+    w = torch.full((70, 992), 9.0, dtype=torch.float16)
+    weights = dict(weights=w.data_ptr(), dtype="float16", stride=992, grad_phi=0, scale=0, temperature_sums=0)
+    run(library, patches, texts, phi.float(), entropy.float(), tau=0.05, weights=weights)
+    assert (w[:, : 5 * 197].double().view(70, 5, 197).transpose(0, 1) - a).abs().max() < 1e-3
+    lse = (s / 0.05).logsumexp(-1) / torch.log(torch.tensor(2.0))
+    w.fill_(9.0)
+    run(library, patches, texts, None, lse.float(), tau=0.05, weights=weights)  # relative to the log-sum-exp
+    assert (w[:, : 5 * 197].double().view(70, 5, 197).transpose(0, 1) - a).abs().max() < 2e-3
+
+
+@pytest.mark.parametrize("tau", [1.0, 0.01], ids="tau{}".format)
+def test_a_temperature_in_memory_chooses_the_launch(library, tau):
+    patches, texts = problem(3, 196, 70, 72)
+    phi, stat = torch.full((3, 70), float("nan")), torch.full((3, 70), float("nan"))
+    run(library, patches, texts, phi, stat, tau=torch.tensor([tau]), safe=tau >= 0.05)
+    assert phi.isnan().all()
+    run(library, patches, texts, phi, stat, tau=torch.tensor([tau]), safe=tau < 0.05)
+    assert (phi - truth(patches, texts, tau)[2]).abs().max() < 1e-5
+
+
+def test_not_a_number_and_no_direction(library):
+    patches, texts = problem(3, 196, 70, 72)
+    patches[0, 5, 3] = float("nan")
+    phi, stat = torch.zeros(3, 70), torch.zeros(3, 70)
+    run(library, patches, texts, phi, stat, tau=0.1)
+    assert phi[0].isnan().all() and not phi[1:].isnan().any()
+
+
+COSINE = [
+    pytest.param(5, 196, 70, 136, {}, id="196"),
+    pytest.param(3, 200, 130, 64, dict(cluster=1), id="200"),
+    pytest.param(4, 193, 130, 72, dict(stages=2), id="193, a ring of two"),
+    pytest.param(2, 97, 200, 300, dict(resident=0, stages=3), id="97, texts with each step"),
+    pytest.param(7, 144, 300, 72, dict(processors=2), id="144"),
+    pytest.param(3, 225, 130, 72, {}, id="225, in two halves"),
+    pytest.param(3, 256, 130, 136, dict(stages=3), id="256, in two halves"),
+]
+
+
+@pytest.mark.parametrize("tau", [1.0, 0.05, 0.01], ids="tau{}".format)
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+@pytest.mark.parametrize("b, n, k, d, more", COSINE)
+def test_cosine(library, b, n, k, d, more, masked, tau):
+    patches, texts = problem(b, n, k, d)
+    mask = None
+    if masked:
+        mask = torch.rand(b, n, generator=torch.Generator().manual_seed(1)) < 0.4
+        mask[0] = False
+        patches[~mask] = float("nan")
+    clean = patches.nan_to_num(1.0)
+    unit = torch.nn.functional.normalize(clean.double(), dim=-1)
+    if masked:
+        unit = unit * mask[..., None]
+    gram = torch.zeros(b, n, -(-n // 16) * 16, dtype=torch.float16)
+    gram[..., :n] = unit @ unit.mT
+    s, a, phi, _ = truth(clean, texts, tau, mask)
+    lse = (a * (s / tau - a.clamp_min(1e-300).log())).sum(-1) / torch.log(torch.tensor(2.0))
+    radius = torch.einsum("bkn,bnm,bkm->bk", a, unit @ unit.mT, a).sqrt().clamp_min(1e-6)
+    found, stat = torch.full((b, k), float("nan")), torch.full((b, k), float("nan"))
+    run(library, patches, texts, found, stat, tau=tau, mask=mask, gram=gram, **more)
+    assert (found - phi / radius).abs().max() < 2e-3 * (phi / radius).abs().max()  # float16 attention and Gram matrix
+    assert (stat - lse).abs().max() < 1e-4
+    assert not masked or not found[0].any()
+
+
+BACKEND = [
+    Case(B=5, N=196, D=72),
+    Case(B=6, N=49, D=40, mask="random"),
+    Case(B=3, N=387, D=33, tau=0.02, layout="strided"),
+    Case(B=4, N=7, D=130, data="norms", scale=100.0),
+    Case(B=2, N=144, D=64, K=70, mask="random", data="zero_patches"),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("form", ["dot", "cosine", "max"])
+@pytest.mark.parametrize("case", BACKEND, ids=str)
+def test_backend(library, monkeypatch, case, form, dtype):
+    """The whole backend, with the emulator's launches between kernels of Triton's interpreter."""
+    native = SimpleNamespace(CudaScoreCall=partial(emulated.Call, library), CudaPlan=cuda.native().CudaPlan)
+    native.cuda_can_pool = cuda.native().cuda_can_pool
+    monkeypatch.setattr(cuda, "native", lambda: native)
+    monkeypatch.setattr(cuda, "why_not", lambda device=None, dtype=None: None)
+    monkeypatch.setattr(cuda, "_warned", True)
+    check(make(case, form, "compatibility" if case.K else "infonce", dtype), "cuda")
