@@ -51,7 +51,7 @@ def retrieval(
 
     Scores exist for a few images and all texts at a time. ValueError where the samples are no longer those.
     """
-    texts = scorer.texts(gallery.captions)
+    texts = scorer.towers.embed(gallery.captions)
     result = Retrieval(gallery.captions, None, None, scorer.device, gallery.owners)
     at = text = 0
     with Progress(f"retrieval {scorer.rules['name']}", gallery.images, "image") as progress:
