@@ -38,7 +38,16 @@ def towers_of(text):
 
 
 OWN = sorted(name for name, config in CONFIGS.items() if not config.get("hf_model_name"))
-KEYS = ("pool_type", "no_causal_mask", "embed_cls", "eos_id", "proj_type", "proj_bias", "output_tokens", "hf_model_name")
+KEYS = (
+    "pool_type",
+    "no_causal_mask",
+    "embed_cls",
+    "eos_id",
+    "proj_type",
+    "proj_bias",
+    "output_tokens",
+    "hf_model_name",
+)
 KINDS = {str({key: CONFIGS[name].get(key) for key in KEYS}): name for name in OWN}
 
 
