@@ -1,6 +1,6 @@
-"""For test_evaluate_shared.py: runs several `pacl evaluate` commands, one after the other, in all that torchrun started.
+"""For test_evaluate_shared.py: runs `pacl evaluate` commands, one after the other, in all that torchrun started.
 
-In one group: joining anew under torchrun again and again may hang. The commands are JSON on the command line.
+In one group: joining anew again and again may hang under torchrun. The commands are JSON on the command line.
 """
 
 import json
