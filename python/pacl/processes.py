@@ -13,8 +13,15 @@ def choose_device(name: str) -> torch.device:
     return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
 
 
+def group_device(group: dist.ProcessGroup) -> torch.device:
+    """Where tensors must lie for the group to exchange them."""
+    return torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
+
+
 def process_group() -> dist.ProcessGroup | None:
-    """All processes that torchrun started, or None for one alone."""
+    """All processes that torchrun started, or of the caller's own group; None for one alone."""
+    if dist.is_initialized():
+        return dist.group.WORLD
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return None
     if torch.cuda.is_available():

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from pacl_kernels import upsample_argmax
 
+from .processes import group_device
+
 IGNORE = 255  # the label of pixels that do not count
 
 
@@ -65,8 +67,7 @@ class ConfusionMatrix:
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> None:
         """Add up the counts of every process of `group`, whose data are disjoint; None: this process alone."""
         if group is not None:
-            on_gpu = dist.get_backend(group) == "nccl"
-            counts = self.counts.to("cuda" if on_gpu else "cpu")
+            counts = self.counts.to(group_device(group))
             dist.all_reduce(counts, group=group)
             self.counts = counts.cpu()
 

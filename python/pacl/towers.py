@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,16 @@ import timm
 import torch
 from open_clip.factory import parse_model_name
 from open_clip.modified_resnet import ModifiedResNet
+from open_clip.transformer import TextTransformer
 from PIL import Image
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 
 from .backbones import TIMM_VITS, freeze, patch_tokens, tower_blocks
 
 SENTENCE = "A photo of two small dogs, left of a red-brick house."
+BATCH, SENTENCES = 256, 2**13  # texts that the text tower takes at a time, and that are sorted by their length
 
 
 @dataclass(eq=False)
@@ -44,6 +48,28 @@ class Towers:
     def encode_text(self, ids: Tensor) -> Tensor:
         """Text embeddings [B, D] of token ids [B, L], normalised."""
         return encode_text(self.text, ids)
+
+    @torch.no_grad()
+    def embed(self, texts: Sequence[str]) -> Tensor:
+        """Normalised float32 embeddings [K, D] of any number of texts, for inference: encode_text's up to rounding.
+
+        Of texts of about one length at a time, without the padding behind the longest where the tower cannot see it.
+        """
+        device, parts = next(self.text.parameters()).device, []
+        for start in range(0, len(texts), SENTENCES):
+            ids = self.tokenize(list(texts[start : start + SENTENCES]))
+            lengths = read_lengths(self.text, ids)
+            order = lengths.argsort(stable=True)
+            found = [self._encode_cut(ids[rows].to(device), int(lengths[rows[-1]])) for rows in order.split(BATCH)]
+            parts.append(torch.cat(found).float()[order.argsort().to(device)])
+        return torch.cat(parts)
+
+    def _encode_cut(self, ids: Tensor, length: int) -> Tensor:
+        if length == ids.shape[1]:
+            return self.encode_text(ids)
+        # open_clip's towers take fewer ids, but add their mask as it is: for this call it is a smaller one.
+        mask = {"attn_mask": self.text.attn_mask[:length, :length]}
+        return encode_text(partial(functional_call, self.text, mask), ids[:, :length])
 
     @property
     def trained(self) -> list[str]:
@@ -71,7 +97,19 @@ class Towers:
         return image, self.tokenize([SENTENCE]).to(next(self.text.parameters()).device)
 
 
-def encode_text(text: nn.Module, ids: Tensor) -> Tensor:
+def read_lengths(text: nn.Module, ids: Tensor) -> Tensor:
+    """How many ids of each text [B, L] its embedding depends on, int64 [B]: up to the end of the text where open_clip's
+    tower reads from left to right and takes its output there; all L of any other tower (SigLIP's, CoCa's, ...).
+    """
+    if isinstance(text, TextTransformer) and text.attn_mask is not None and text.cls_emb is None:
+        if text.pool_type == "argmax":
+            return ids.argmax(1) + 1
+        if text.pool_type == "eos":
+            return (ids == text.eos_id).int().argmax(1) + 1
+    return torch.full((len(ids),), ids.shape[1])
+
+
+def encode_text(text: Callable[[Tensor], Any], ids: Tensor) -> Tensor:
     """Normalised embeddings [B, D] of a text tower; CoCa's returns its tokens too."""
     out = text(ids)
     return F.normalize(out[0] if isinstance(out, tuple) else out, dim=-1)

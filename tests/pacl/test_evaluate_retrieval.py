@@ -126,7 +126,7 @@ def test_blocks_and_workers_change_nothing(world, monkeypatch):
     whole = measure(data, read_gallery(data), scorer)
     monkeypatch.setattr(scorer_module, "SCORES", 150)  # two images at a time
     images = torch.zeros(5, 3, 64, 64)
-    assert [len(x) for x in scorer.blocks(images, scorer.texts(["a"] * 70))] == [2, 2, 1]
+    assert [len(x) for x in scorer.blocks(images, towers.embed(["a"] * 70))] == [2, 2, 1]
     data = open_pairs(folder / "captions_val.json", transform=towers.transform)
     assert measure(data, read_gallery(data, batch_size=4, workers=2), scorer, batch_size=4, workers=2) == whole
 

@@ -142,13 +142,13 @@ def test_towers_run_once(server, viewer):
         key = post_image(server, encode(picture(5, 40, 40)))
         assert runs == {"image": 1, "text": 0}
         first = post(server, "/api/words", {"image": key, "words": ["new word", "another"]})
-        assert runs == {"image": 1, "text": 2}
+        assert runs == {"image": 1, "text": 1}
         assert post(server, "/api/words", {"image": key, "words": ["new word", "another"]}) == first
         assert post_image(server, encode(picture(5, 40, 40))) == key
         post(server, "/api/patch", {"image": key, "row": 0, "column": 0})
-        assert runs == {"image": 1, "text": 2}
+        assert runs == {"image": 1, "text": 1}
         post(server, "/api/words", {"image": key, "words": ["another", "third"]})
-        assert runs == {"image": 1, "text": 3}
+        assert runs == {"image": 1, "text": 2}
     finally:
         for hook in hooks:
             hook.remove()

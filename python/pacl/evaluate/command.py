@@ -66,13 +66,14 @@ def main(argv: Sequence[str], prog: str = "pacl evaluate") -> int:
     if not argv or argv[0] not in tasks:
         print(f"usage: {prog} {{{','.join(tasks)}}} ...; {prog} segmentation --help", file=sys.stderr)
         return 0 if argv and argv[0] in ("-h", "--help") else 2
+    mine = not dist.is_initialized()  # a caller's group stays
     try:
         return tasks[argv[0]](argv[1:], f"{prog} {argv[0]}")
     except (ValueError, OSError) as error:
         print(f"pacl: error: {error}", file=sys.stderr)
         return 1
     finally:
-        if dist.is_initialized():
+        if mine and dist.is_initialized():
             dist.destroy_process_group()
 
 

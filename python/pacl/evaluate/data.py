@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import math
 import re
 import warnings
 from collections.abc import Callable
@@ -44,7 +46,9 @@ class SegmentationData:
         self.classes = list(self.spec.classes) or _distinct([names[0] for names in self.synonyms])
         self.class_hash = fingerprint(self.synonyms)
         self.root, self._images, self.masks = _find(self.spec, Path(root))
-        self.layout = self.masks.path
+        self.layout, self.split = self.masks.path, _split(self.spec, self.masks)
+        if self.layout.endswith(".mat"):
+            need_scipy(name)
         self._detail = _Detail(self.root / self.layout) if self.layout.endswith(".json") else None
         self.names = self._read_names()
         self.missing = [] if self._detail else [x for x in self.names if not self._mask_path(x).is_file()]
@@ -84,6 +88,8 @@ class SegmentationData:
         if self._detail:
             return self._detail.values(self.names[i])
         path = self._mask_path(self.names[i])
+        if path.suffix == ".mat":
+            return _read_label_map(path)
         values = read_picture(path, MASK_FORMATS, np.asarray)
         if values.ndim != 2 or values.dtype.kind not in "ui":
             raise ValueError(f"data: {path} has colours, expected a label per pixel (palette or gray)")
@@ -107,13 +113,11 @@ class SegmentationData:
     def _read_names(self) -> list[str]:
         if self._detail:
             return self._detail.names
-        if self.spec.split:
-            names = (self.root / self.spec.split).read_text(encoding="utf-8").split()
+        if self.split:
+            names = (self.root / self.split).read_text(encoding="utf-8").split()
             for name in names:
                 if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\\" in name:
-                    raise ValueError(
-                        f"data: {self.root / self.spec.split} names {name!r}, expected a name below its folder"
-                    )
+                    raise ValueError(f"data: {self.root / self.split} names {name!r}, expected a name below its folder")
             return names
         # The name is what the stars stand for, joined by slashes, so that masks are found by it.
         stars = re.compile(re.escape(self._images).replace(r"\*", "([^/]*)"))
@@ -155,21 +159,27 @@ def _find(spec: Spec, root: Path) -> tuple[Path, str, Masks]:
     lacks = None
     for base in (root / x for x in spec.roots):
         images = next((x for x in spec.images if _any(base, x)), None)
-        for masks in spec.masks:
-            json_file = masks.path.endswith(".json")
-            has_split = json_file or spec.split is None or (base / spec.split).is_file()
-            if images and has_split and _any(base, masks.path):
+        there = [x for x in spec.masks if _any(base, x.path)]
+        for masks in there:
+            split = _split(spec, masks)
+            if images and (split is None or (base / split).is_file()):
                 return base, images, masks
-            if images and lacks is None:
-                what = spec.split if not has_split and _any(base, masks.path) else _either([x.path for x in spec.masks])
-                lacks = f"data: {base} has the images of {spec.title} but not {what}"
-        if images is None and lacks is None and any(_any(base, x.path) for x in spec.masks):
+        if images and lacks is None:
+            what = _split(spec, there[0]) if there else _either([x.path for x in spec.masks])
+            lacks = f"data: {base} has the images of {spec.title} but not {what}"
+        elif there and lacks is None:
             lacks = f"data: {base} has the masks of {spec.title} but not {_either(spec.images)}"
     raise FileNotFoundError(f"{lacks or f'data: {root} has no {spec.title}'}; {_expected(spec)}")
 
 
+def _split(spec: Spec, masks: Masks) -> str | None:
+    """The list of the images that have such masks; a .json has its own."""
+    return None if masks.path.endswith(".json") else masks.split or spec.split
+
+
 def _expected(spec: Spec) -> str:
-    split = f", {spec.split}" if spec.split else ""
+    splits = [x for x in (_split(spec, masks) for masks in spec.masks) if x]
+    split = f", {_either(splits)}" if splits else ""
     return f"expected {_either(spec.images)} with {_either([x.path for x in spec.masks])}{split}, from {spec.source}"
 
 
@@ -209,6 +219,32 @@ def read_picture(path: Path, formats: tuple[str, ...], use: Callable):
     except FileNotFoundError:
         raise
     except Exception as error:  # decoders raise anything on damaged bytes
+        raise ValueError(f"data: cannot read {path}: {error}") from error
+
+
+def need_scipy(name: str) -> None:
+    """ValueError where the labels of the data set `name` cannot be read."""
+    if importlib.util.find_spec("scipy") is None:
+        raise ValueError(f"dataset: {name} has its labels in Matlab's files, which need scipy: pip install scipy")
+
+
+def _read_label_map(path: Path) -> np.ndarray:
+    """`LabelMap` of a file of Pascal Context, [H, W]."""
+    from scipy.io import loadmat, whosmat
+
+    try:
+        shapes = {name: shape for name, shape, _ in whosmat(str(path), appendmat=False)}
+        if "LabelMap" not in shapes or len(shapes["LabelMap"]) != 2:
+            raise ValueError(f"it has {', '.join(shapes) or 'nothing'}, expected LabelMap of two dimensions")
+        if math.prod(shapes["LabelMap"]) > MAX_PIXELS:
+            raise ValueError(f"{shapes['LabelMap']} pixels, at most {MAX_PIXELS:,} are read")
+        values = loadmat(str(path), appendmat=False, variable_names=["LabelMap"])["LabelMap"]
+        if values.dtype != np.uint16:
+            raise ValueError(f"its LabelMap is {values.dtype}, expected uint16")
+        return values
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # on damaged bytes: TypeError, zlib.error, MatReadError, ...
         raise ValueError(f"data: cannot read {path}: {error}") from error
 
 

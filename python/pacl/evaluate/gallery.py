@@ -5,56 +5,83 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
+import torch.distributed as dist
 from PIL import Image
 
-from ..data.samples import BadData, Samples, loader
-from ..progress import Progress
+from ..data.samples import LEAST_SEEN, BadData, Samples, loader
 from ..training.features import SEPARATOR, all_captions
+from .ranks import gather_rows, place_in, progress
 from .retrieval import Retrieval
 from .scorer import Scorer
 
 
 @dataclass(frozen=True)
 class Gallery:
-    """captions: of all images, one after the other; owners: the image of each, from 0."""
+    """captions: of all images, one after the other; owners: the image of each, from 0. Of several processes each has
+    the images `mine`, with the captions `said`, both ranges. skipped: bad samples of all by reason.
+    """
 
     captions: list[str]
     owners: list[int]
+    mine: range
+    said: range
+    skipped: dict[str, int]
 
     @property
     def images(self) -> int:
         return self.owners[-1] + 1
 
 
-def read_gallery(data: Samples, *, batch_size: int = 64, workers: int = 0) -> Gallery:
+def read_gallery(
+    data: Samples, *, batch_size: int = 64, workers: int = 0, group: dist.ProcessGroup | None = None
+) -> Gallery:
     """All captions of every image of `data`, which is then ready for `retrieval` with the same batch size and
     workers, by which samples come in another order. ValueError without a usable pair.
+
+    group: `data` was opened with this process's rank among so many, and the gallery is that of all.
     """
     data.choose = all_captions
     transform, data.transform = data.transform, _nothing
-    captions, owners = [], []
-    image = 0
-    for batch in _read(data, batch_size, workers):
-        for given in batch["caption"]:
-            each = _split(given)
-            captions += each
-            owners += [image] * len(each)
-            image += 1
+    own = [_split(given) for batch in _read(data, batch_size, workers) for given in batch["caption"]]
     data.transform = transform
-    return Gallery(captions, owners)
+    rank, world = place_in(group)
+    shares, skipped = [own], [data.skipped]
+    if group is not None:
+        both = [None] * world
+        dist.all_gather_object(both, (own, data.skipped), group=group)
+        shares, skipped = zip(*both, strict=True)
+    images = [each for share in shares for each in share]
+    skipped = {reason: sum(one[reason] for one in skipped) for reason in data.skipped}
+    bad = sum(skipped.values())
+    if not images or bad > data.max_bad_share * (bad + len(images)) and bad + len(images) >= LEAST_SEEN:
+        raise ValueError(f"data: {bad:,} of {bad + len(images):,} samples of {data.name} are bad")
+    captions, owners = [text for each in images for text in each], [i for i, each in enumerate(images) for _ in each]
+    image = sum(map(len, shares[:rank]))
+    text = sum(len(each) for each in images[:image])
+    mine, said = range(image, image + len(own)), range(text, text + sum(map(len, own)))
+    return Gallery(captions, owners, mine, said, skipped)
 
 
 def retrieval(
-    data: Samples, gallery: Gallery, scorer: Scorer, *, batch_size: int = 64, workers: int = 0
+    data: Samples,
+    gallery: Gallery,
+    scorer: Scorer,
+    *,
+    batch_size: int = 64,
+    workers: int = 0,
+    group: dist.ProcessGroup | None = None,
 ) -> dict[str, float]:
     """Recalls at 1, 5 and 10 as fractions, text to image and image to text, of the data that `gallery` was read from.
 
-    Scores exist for a few images and all texts at a time. ValueError where the samples are no longer those.
+    Scores exist for a few images and all texts at a time. group: that of read_gallery; all its processes return the
+    same. ValueError where the samples are no longer those.
     """
-    texts = scorer.texts(gallery.captions)
+    own = gallery.captions[gallery.said.start : gallery.said.stop]
+    texts = gather_rows(scorer.towers.embed(own) if own else torch.empty(0, 0, device=scorer.device), group)
     result = Retrieval(gallery.captions, None, None, scorer.device, gallery.owners)
-    at = text = 0
-    with Progress(f"retrieval {scorer.rules['name']}", gallery.images, "image") as progress:
+    at, text = gallery.mine.start, gallery.said.start
+    with progress(f"retrieval {scorer.rules['name']}", len(gallery.mine), "image", group) as shown:
         for batch in _read(data, batch_size, workers):
             found = [caption for given in batch["caption"] for caption in _split(given)]
             if found != gallery.captions[text : text + len(found)]:
@@ -64,16 +91,19 @@ def retrieval(
                 result.update(phi, at)
                 at += len(phi)
             for _ in batch["key"]:
-                progress.step()
-    if at != gallery.images:
+                shown.step()
+    if at != gallery.mine.stop:
         raise ValueError("data: its samples changed while they were read")
-    return result.values()
+    return result.values(group)
 
 
 def _read(data: Samples, batch_size: int, workers: int) -> Iterator[dict]:
+    workers = min(workers, data.most_workers)
     try:
-        yield from loader(data, batch_size, workers=min(workers, data.most_workers))
+        yield from loader(data, batch_size, workers=workers)
     except BadData as error:  # a worker's, with its traceback
+        if data.world > 1 and workers < 2 and not data.seen:
+            return  # there are more processes than samples
         raise ValueError(f"data: {data.complaint()}") from error
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import re
 import tarfile
@@ -22,10 +21,14 @@ from torch.utils.data import DataLoader, Dataset
 from ..data.samples import IMAGE_FORMATS, IMAGE_SUFFIXES
 from ..progress import Progress
 from ..segment.images import to_rgb
+<<<<<<< HEAD
 from ..segment.predict import best_synonym
 from ..segment.prompts import Texts
 from .data import read_picture
 from .scorer import Scorer
+=======
+from .data import need_scipy, read_picture
+>>>>>>> wt-eval
 from .specs import fingerprint, read_classes
 
 
@@ -61,8 +64,8 @@ class Labelled(Dataset):
             raise ValueError(f"dataset: got {name!r}, expected one of {', '.join(KINDS)}")
         if limit is not None and limit < 1:
             raise ValueError(f"limit: got {limit}, expected at least 1")
-        if name in MATLAB and importlib.util.find_spec("scipy") is None:
-            raise ValueError(f"dataset: {name} has its labels in Matlab's files, which need scipy: pip install scipy")
+        if name in MATLAB:
+            need_scipy(name)
         self.name, self.kind, self.transform = name, KINDS[name], None
         expected = f"expected {self.kind.layout} ({self.kind.title})"
         try:

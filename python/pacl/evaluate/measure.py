@@ -12,9 +12,9 @@ import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
 
-from ..progress import Progress
 from ..segmentation import ConfusionMatrix
 from .data import SegmentationData
+from .ranks import add_up, place_in, progress
 from .specs import IGNORED, Protocol
 
 # From an RGB image and the labels that compete to a label per pixel of it, integers [H, W].
@@ -43,12 +43,12 @@ def evaluate_segmentation(
     ValueError for a threshold on a data set without background, and for labels that did not compete.
     """
     check_background(data, protocol)
-    rank, world = (dist.get_rank(group), dist.get_world_size(group)) if group is not None else (0, 1)
+    rank, world = place_in(group)
     classes = len(data.classes)
     matrix = ConfusionMatrix(classes, ignore=IGNORED)
     per_image = torch.zeros(2, len(data), dtype=torch.float64)  # score, and what chance makes
     mine = range(rank, len(data), world)
-    with Progress(data.spec.name, max(1, len(mine)), "image") if rank == 0 else _Silent() as progress:
+    with progress(data.spec.name, len(mine), "image", group) as shown:
         for i in mine:
             image, truth = data[i]
             candidates, truth = competitors(data, truth, protocol)
@@ -65,10 +65,9 @@ def evaluate_segmentation(
             per_image[0, i] = one.miou(present) if present else math.nan
             per_image[1, i] = chance_miou(one.counts.sum(1), present, len(present)) if present else math.nan
             matrix.counts += one.counts
-            progress.step()
+            shown.step()
     matrix.all_reduce(group)
-    if group is not None:
-        _sum(per_image, group)
+    add_up(per_image, group)
     return _measures(data, protocol, matrix, per_image)
 
 
@@ -145,22 +144,3 @@ def _alarms(
 
 def _percent(value: float) -> float | None:
     return None if math.isnan(value) else round(100 * value, 2)
-
-
-def _sum(values: Tensor, group: dist.ProcessGroup) -> None:
-    there = values.to("cuda" if dist.get_backend(group) == "nccl" else "cpu")
-    dist.all_reduce(there, group=group)
-    values.copy_(there)
-
-
-class _Silent:
-    """Progress of a process that shows none."""
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
-
-    def step(self):
-        pass

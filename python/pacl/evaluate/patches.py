@@ -7,13 +7,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..progress import Progress
 from ..segment.predict import Dense, Segmenter
 from ..segment.prompts import Texts
 from .data import SegmentationData
+from .ranks import add_up, gather_rows, place_in, progress
 from .specs import IGNORED
 
 SHARE = 0.5  # of its patch that a class must cover
@@ -56,16 +57,24 @@ class Alignment:
         }
 
 
-def alignment(data: SegmentationData, segmenter: Segmenter, texts: Texts, label: str = "alignment") -> Alignment:
+def alignment(
+    data: SegmentationData,
+    segmenter: Segmenter,
+    texts: Texts,
+    label: str = "alignment",
+    *,
+    group: dist.ProcessGroup | None = None,
+) -> Alignment:
     """Classify every patch of which one class covers at least half by its most similar text.
 
-    segmenter: of stride 1 and without windows, so that patches tile the image. texts: of data's classes. ValueError
-    where no patch counts. Source: the patch accuracy of PACL (Mukhoti et al., CVPR 2023); its candidates are not known,
-    hence both.
+    segmenter: of stride 1 and without windows, so that patches tile the image. texts: of data's classes. group: every
+    process takes its share of the images, and all return the measures of all. ValueError where no patch counts. Source:
+    the patch accuracy of PACL (Mukhoti et al., CVPR 2023); its candidates are not known, hence both.
     """
     first = int(data.spec.background)
-    counts, chance = torch.zeros(3, len(data.classes), dtype=torch.int64), 0.0
-    for dense, truth, present in _patches(data, segmenter, label):
+    counts = torch.zeros(3, len(data.classes), dtype=torch.int64)
+    chance = torch.zeros(len(data), dtype=torch.float64)  # per image: their sum is the same for any number of processes
+    for i, dense, truth, present in _patches(data, segmenter, label, group):
         keep = truth != IGNORED
         true = truth[keep]
         scores = dense.scores(texts).cpu()[:, keep]
@@ -75,10 +84,12 @@ def alignment(data: SegmentationData, segmenter: Segmenter, texts: Texts, label:
             counts, (torch.ones_like(true, dtype=torch.bool), found == true, among == true), strict=True
         ):
             row += true[hit].bincount(minlength=len(row))
-        chance += len(true) / len(present)
+        chance[i] = len(true) / len(present)
+    add_up(counts, group)
+    add_up(chance, group)
     if not counts[0].sum():
         raise ValueError(f"data: no class covers half of a patch in {len(data)} images of {data.spec.name}")
-    return Alignment(counts, chance / int(counts[0].sum()))
+    return Alignment(counts, float(chance.sum()) / int(counts[0].sum()))
 
 
 @dataclass(frozen=True)
@@ -118,26 +129,33 @@ def coherence(
     pairs: int = 1_000_000,
     seed: int = 0,
     label: str = "coherence",
+    group: dist.ProcessGroup | None = None,
 ) -> Coherence:
     """Whether patches of one class have more similar tokens than others: no text takes part.
 
     segmenter: of stride 1 and without windows; its embeddings are compared, tokens with an identity as its embedder.
     patches: so many of the data set's with a class, drawn evenly by `seed`; pairs: so many of theirs, or all where they
-    are no more. Background is no class. ValueError without pairs of both kinds, or for NaN. Source: the paper's test of
-    vision encoders.
+    are no more. group: every process takes its share of the images, and all return the same. Background is no class.
+    ValueError without pairs of both kinds, or for NaN. Source: the paper's test of vision encoders.
     """
-    generator = torch.Generator().manual_seed(seed)
     keys, kept, labels = torch.empty(0, dtype=torch.float64), [], torch.empty(0, dtype=torch.int64)
-    for dense, truth, _ in _patches(data, segmenter, label):
+    for i, dense, truth, _ in _patches(data, segmenter, label, group):
         keep = truth != IGNORED
-        # The patches with the lowest random keys are an even sample, whatever their number will be.
-        keys = torch.cat([keys, torch.rand(int(keep.sum()), dtype=torch.float64, generator=generator)])
+        # The patches with the lowest random keys are an even sample, whatever their number will be; an image's keys
+        # are its own, whichever process has it.
+        drawn = torch.from_numpy(np.random.default_rng([seed, i]).random(int(keep.sum())))
         kept, labels = [*kept, dense.patches.cpu()[keep]], torch.cat([labels, truth[keep]])
+        keys = torch.cat([keys, drawn])
         if len(keys) > 2 * patches:
-            keys, kept, labels = _lowest(keys, kept, labels, patches)
-    if len(keys):
-        keys, kept, labels = _lowest(keys, kept, labels, patches)
-    count = len(keys)
+            keys, tokens, labels = _lowest(patches, keys, torch.cat(kept), labels)
+            kept = [tokens]
+    keys, tokens, labels = _lowest(patches, keys, torch.cat(kept) if kept else torch.empty(0, 0), labels)
+    if group is not None:
+        last = gather_rows(keys[:, None], group)[:, 0].sort().values[:patches][-1:]
+        mine = (x[keys <= last] for x in (keys[:, None], tokens, labels[:, None]))
+        keys, tokens, labels = (gather_rows(x, group) for x in mine)
+        keys, tokens, labels = _lowest(patches, keys[:, 0], tokens, labels[:, 0])
+    count, generator = len(keys), torch.Generator().manual_seed(seed)
     if count * (count - 1) // 2 <= pairs:
         one, other = torch.triu_indices(count, count, 1)
     else:
@@ -147,7 +165,6 @@ def coherence(
     same = labels[one] == labels[other]
     if same.all() or not same.any():
         raise ValueError(f"data: {count} patches of {data.spec.name} make no pairs of one class and of two")
-    tokens = kept[0]
     parts = zip(one.split(PAIRS), other.split(PAIRS), strict=True)
     scores = torch.cat([(tokens[i] * tokens[j]).sum(1) for i, j in parts])
     if scores.isnan().any():
@@ -155,22 +172,30 @@ def coherence(
     return Coherence(scores, same)
 
 
-def _patches(data: SegmentationData, segmenter: Segmenter, label: str) -> Iterator[tuple[Dense, Tensor, list[int]]]:
-    """Of each image with a class: its patches, their classes [h, w], and which it has. Background is ignored."""
+def _patches(
+    data: SegmentationData, segmenter: Segmenter, label: str, group: dist.ProcessGroup | None
+) -> Iterator[tuple[int, Dense, Tensor, list[int]]]:
+    """Of each image of this process that has a class: its number, its patches, their classes [h, w], and which it has.
+
+    Background is ignored.
+    """
     if segmenter.stride != 1 or segmenter.window is not None:
         raise ValueError("segmenter: got a stride or a window, expected none: patches are to tile the image")
-    with Progress(label, len(data), "image") as progress:
-        for i in range(len(data)):
+    rank, world = place_in(group)
+    mine = range(rank, len(data), world)
+    with progress(label, len(mine), "image", group) as shown:
+        for i in mine:
             image, labels = data[i]
             if data.spec.background:
                 labels = np.where(labels == 0, IGNORED, labels)
             present = [x for x in np.unique(labels).tolist() if x != IGNORED]
             if present:
                 dense = segmenter.dense(image)
-                yield dense, patch_truth(torch.from_numpy(labels), tuple(dense.patches.shape[:2])), present
-            progress.step()
+                yield i, dense, patch_truth(torch.from_numpy(labels), tuple(dense.patches.shape[:2])), present
+            shown.step()
 
 
-def _lowest(keys: Tensor, kept: list[Tensor], labels: Tensor, count: int) -> tuple[Tensor, list[Tensor], Tensor]:
+def _lowest(count: int, keys: Tensor, *rows: Tensor) -> list[Tensor]:
+    """The `count` lowest keys in their order, and their rows of each."""
     chosen = keys.argsort()[:count]
-    return keys[chosen], [torch.cat(kept)[chosen]], labels[chosen]
+    return [x[chosen] for x in (keys, *rows)]

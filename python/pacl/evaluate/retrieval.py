@@ -9,6 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..processes import group_device
+
 RECALLS = (1, 5, 10)
 
 
@@ -73,8 +75,9 @@ class Retrieval:
         columns, best = self.columns[None], max(RECALLS)
         counts = torch.tensor([*self.hits, self.images, self.loss], dtype=torch.float64, device=columns.device)
         if group is not None:
-            columns = columns.new_empty(group.size(), *self.columns.shape)
-            dist.all_gather(list(columns), self.columns, group=group)
+            mine, counts = (x.to(group_device(group)) for x in (self.columns, counts))
+            columns = mine.new_empty(group.size(), *mine.shape)
+            dist.all_gather(list(columns), mine, group=group)
             dist.all_reduce(counts, group=group)
         *hits, images, loss = counts.tolist()
         pair = columns[..., -1].amax(0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,7 +14,6 @@ from ..segment.predict import own_projection
 from ..towers import Towers
 from ..training.config import TrainConfig
 
-BATCH = 256  # texts that the tower takes at a time
 SCORES = 2**23  # that are made at a time: 32 MiB
 
 
@@ -41,12 +39,6 @@ class Scorer:
         self.rules = {"name": "phi"}
         self.rules["form"] = notes.get("form", TrainConfig.form)
         self.rules["attn_temperature"] = notes.get("attn_temperature", TrainConfig.attn_temperature)
-
-    @torch.no_grad()
-    def texts(self, texts: Sequence[str]) -> Tensor:
-        """Normalised embeddings [K, D]."""
-        parts = [texts[i : i + BATCH] for i in range(0, len(texts), BATCH)]
-        return torch.cat([self.towers.encode_text(self.towers.tokenize(x).to(self.device)).float() for x in parts])
 
     @torch.no_grad()
     def blocks(self, images: Tensor, texts: Tensor):

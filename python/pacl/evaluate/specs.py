@@ -23,10 +23,14 @@ IGNORED, UNKNOWN = -1, -2  # of a table of labels: a pixel that does not count, 
 
 @dataclass(frozen=True)
 class Masks:
-    """One kind of mask files of a data set: where they lie, and `table`, int16 [65536], from their values to labels."""
+    """One kind of mask files of a data set: where they lie, and `table`, int16 [65536], from their values to labels.
+
+    split: the list of their images, where it is not the data set's.
+    """
 
     path: str
     table: np.ndarray
+    split: str | None = None
 
 
 @dataclass(frozen=True)
@@ -122,7 +126,8 @@ def spec(name: str) -> Spec:
         return dataclasses.replace(derived, name=name, **entry)
     file = entry.pop("classes")
     classes = tuple(names[0] for names in read_classes(HERE / "class-names" / file)) if file else ()
-    masks = tuple(Masks(kind.pop("path"), _table(**kind)) for kind in map(dict, entry.pop("masks")))
+    kinds = map(dict, entry.pop("masks"))
+    masks = tuple(Masks(kind.pop("path"), split=kind.pop("split", None), table=_table(**kind)) for kind in kinds)
     lists = {key: tuple(entry.pop(key)) for key in ("count", "roots", "images")}
     return Spec(**{"background": False, "split": None, **entry}, name=name, classes=classes, masks=masks, **lists)
 
@@ -174,9 +179,10 @@ def numbers(ranges: str) -> list[int]:
     return [n for first, _, last in pairs for n in range(int(first), int(last or first) + 1)]
 
 
-def _table(values: str, ignore: str = "", first: int = 0, rest: int = UNKNOWN) -> np.ndarray:
-    """Label k + first for the k-th of `values`, IGNORED for those to ignore, `rest` for all others."""
-    table = np.full(1 << 16, rest, np.int16)
+def _table(values: str, ignore: str = "", first: int = 0, rest: int = UNKNOWN, last: int = (1 << 16) - 1) -> np.ndarray:
+    """Label k + first for the k-th of `values`, IGNORED for those to ignore, `rest` for all others up to `last`."""
+    table = np.full(1 << 16, UNKNOWN, np.int16)
+    table[: last + 1] = rest
     table[numbers(ignore)] = IGNORED
     known = numbers(values)
     table[known] = np.arange(first, first + len(known))
@@ -186,7 +192,7 @@ def _table(values: str, ignore: str = "", first: int = 0, rest: int = UNKNOWN) -
 def _derived(whole: Spec, move: list[int], classes: tuple[str, ...]) -> Spec:
     """`whole` with other classes: label k becomes move[k]."""
     lookup = np.array([*move, UNKNOWN, IGNORED], np.int16)  # UNKNOWN and IGNORED are -2 and -1: they stay what they are
-    masks = tuple(Masks(kind.path, lookup[kind.table]) for kind in whole.masks)
+    masks = tuple(dataclasses.replace(kind, table=lookup[kind.table]) for kind in whole.masks)
     return dataclasses.replace(whole, classes=classes, masks=masks)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,12 +13,18 @@ from torch import nn
 
 from ..data import Kind
 from ..data.sources import open_pairs
+<<<<<<< HEAD
 from ..processes import choose_device
 from ..segment.predict import Segmenter
+=======
+from ..processes import choose_device, process_group
+from ..segment.predict import Segmenter, best_synonym
+>>>>>>> wt-eval
 from ..segment.prompts import TEMPLATES, class_texts, templates
 from ..sharing import load_pacl
 from ..towers import Towers, load_towers
 from .data import SegmentationData
+from .ranks import add_up, place_in, progress
 from .report import names_of, write_row
 
 
@@ -39,14 +44,12 @@ class ModelConfig:
     """auto, cpu, cuda, ..."""
 
     def load(self) -> tuple[Towers, nn.Module | None]:
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            raise ValueError("WORLD_SIZE: got several processes, expected one; segmentation alone is shared among them")
         if self.checkpoint:
             return load_pacl(self.checkpoint, choose_device(self.device))
         return load_towers(self.model, self.pretrained, device=choose_device(self.device)), None
 
     def write(self, task: str, dataset: str, rules: dict[str, Any], metrics: dict, towers: Towers, **more) -> Path:
-        """A row like CLIP_benchmark's, with the rules that make its numbers comparable."""
+        """A row like CLIP_benchmark's, with the rules that make its numbers comparable; for the first process alone."""
         row = {"dataset": dataset, **names_of(towers, self.checkpoint), "task": task, "language": "en"}
         row |= {"protocol": rules, **more, "metrics": metrics}
         path = write_row(self.out, row)
@@ -83,12 +86,14 @@ def _retrieval(argv: Sequence[str], prog: str) -> int:
     names = ("image_root", "csv_separator", "csv_img_key", "csv_caption_key", "scenes")
     options = {name: getattr(config, name) for name in names} | {"kind": config.dataset_type}
     data = open_pairs(config.data, **options)  # what is wrong with it is said before the model loads
+    group = process_group()
+    data.rank, data.world = place_in(group)
     towers, embedder = config.load()
     scorers = [Scorer(towers, embedder)] + ([Scorer(towers, plain=True)] if config.plain else [])
     data.transform = towers.transform
-    reading = {"batch_size": config.batch_size, "workers": config.workers}
+    reading = {"batch_size": config.batch_size, "workers": config.workers, "group": group}
     gallery = read_gallery(data, **reading)
-    skipped = {reason: count for reason, count in data.skipped.items() if count}
+    skipped = {reason: count for reason, count in gallery.skipped.items() if count}
     for scorer in scorers:
         found = retrieval(data, gallery, scorer, **reading)
         # CLIP_benchmark names a recall by what is retrieved.
@@ -99,7 +104,8 @@ def _retrieval(argv: Sequence[str], prog: str) -> int:
         }
         rules = scorer.rules | {"name": f"retrieval {scorer.rules['name']}"}
         counts = {"images": gallery.images, "texts": len(gallery.captions), "skipped": skipped}
-        config.write("zeroshot_retrieval", Path(config.data).stem, rules, metrics, towers, **counts)
+        if data.rank == 0:
+            config.write("zeroshot_retrieval", Path(config.data).stem, rules, metrics, towers, **counts)
     return 0
 
 
@@ -139,12 +145,15 @@ def _alignment(argv: Sequence[str], prog: str) -> int:
 
     config = tyro.cli(AlignmentConfig, args=list(argv), prog=prog)
     sentences, data = templates(config.templates), config.read()
+    group = process_group()
     towers, embedder = config.load()
     texts = class_texts(towers, [", ".join(names) for names in data.synonyms], sentences)
-    first, shown = int(data.spec.background), {}
+    rank, first, shown = place_in(group)[0], int(data.spec.background), {}
     for name, embed in _embedders(embedder, config.plain).items():
         segmenter = Segmenter(towers, embed, short_side=config.short_side)
-        found = alignment(data, segmenter, texts, f"alignment {name}")
+        found = alignment(data, segmenter, texts, f"alignment {name}", group=group)
+        if rank:
+            continue
         rules = {"name": f"alignment {name}", "short_side": segmenter.short_side, "share": SHARE}
         patches, *hits = found.counts[:, first:].tolist()
         more = _set_of(data) | {"patches": sum(patches), "chance_image_classes": found.chance}
@@ -153,6 +162,8 @@ def _alignment(argv: Sequence[str], prog: str) -> int:
         path = config.write("patch_classification", data.spec.name, rules, found.metrics(), towers, **more)
         for what, each in zip(("all classes", "the image's classes"), hits, strict=True):
             shown[f"{name}, among {what}"] = [x / max(1, n) for x, n in zip(each, patches, strict=True)]
+    if rank:
+        return 0
     there = [k for k, n in enumerate(patches) if n]
     shown = {name: [each[k] for k in there] for name, each in shown.items()}
     plot = bars([data.classes[first + k] for k in there], shown, f"{data.spec.title}: patches by words")
@@ -176,15 +187,18 @@ def _coherence(argv: Sequence[str], prog: str) -> int:
     from .plots import curves, write_plot
 
     config = tyro.cli(CoherenceConfig, args=list(argv), prog=prog)
-    for name, least in (("patches", 2), ("pairs", 1)):
+    for name, least in (("patches", 2), ("pairs", 1), ("seed", 0)):
         if getattr(config, name) < least:
             raise ValueError(f"{name}: got {getattr(config, name)}, expected at least {least}")
     data, shown = config.read(), {}
-    towers, embedder = config.load()
+    group = process_group()
+    rank, (towers, embedder) = place_in(group)[0], config.load()
     for name, embed in {"vision": nn.Identity(), **({"embedder": embedder} if embedder else {})}.items():
         segmenter = Segmenter(towers, embed, short_side=config.short_side)
         sample = {x: getattr(config, x) for x in ("patches", "pairs", "seed")}
-        found = coherence(data, segmenter, **sample, label=f"coherence {name}")
+        found = coherence(data, segmenter, **sample, label=f"coherence {name}", group=group)
+        if rank:
+            continue
         rules = {"name": f"coherence {name}", "short_side": segmenter.short_side, "share": SHARE, **sample}
         roc = found.roc()
         counts = {"pairs": len(found.same), "pairs_of_one_class": int(found.same.sum())}
@@ -193,6 +207,8 @@ def _coherence(argv: Sequence[str], prog: str) -> int:
             "semantic_coherence", data.spec.name, rules, metrics, towers, **_set_of(data), **counts, roc=roc
         )
         shown[f"{name}, AUC {metrics['auc']:.3f}"] = tuple(roc.values())
+    if rank:
+        return 0
     return _plotted(write_plot(path.with_suffix(".png"), (6, 6), curves(shown, f"{data.spec.title}: pairs of patches")))
 
 
@@ -241,22 +257,43 @@ def _classification(argv: Sequence[str], prog: str) -> int:
     from .scorer import Scorer
 
     config = tyro.cli(ClassificationConfig, args=list(argv), prog=prog)
+    if config.batch_size < 1:
+        raise ValueError(f"batch_size: got {config.batch_size}, expected at least 1")
     options = {name: getattr(config, name) for name in ("class_file", "limit", "partial")}
     data = Labelled(config.dataset, config.data_root, **options)
     sentences = data.templates if config.templates is None else templates(config.templates)
     sentences = sentences or TEMPLATES["simple"]
+    group = process_group()
+    rank, world = place_in(group)
     towers, embedder = config.load()
     data.transform = towers.transform
     texts = class_texts(towers, [", ".join(names) for names in data.synonyms], sentences)
     plain = config.plain and not towers.names["vision_model"]
-    if config.plain and not plain:
+    if config.plain and not plain and rank == 0:
         print("plain: this vision tower has no image embedding in the texts' space, left out", file=sys.stderr)
     scorers = [Scorer(towers, embedder)] + ([Scorer(towers, plain=True)] if plain else [])
+<<<<<<< HEAD
     reading = {"batch_size": config.batch_size, "workers": config.workers}
     try:
         counts = classification(data, texts, scorers, **reading, label=f"classification {config.dataset}")
+=======
+    counts = torch.zeros(len(scorers), 3, len(data.synonyms), dtype=torch.int64)
+    # Whole batches are shared: in other ones an image's scores would differ by rounding.
+    batches = torch.arange(len(data)).split(config.batch_size)[rank::world]
+    loader = DataLoader(data, batch_sampler=[x.tolist() for x in batches], num_workers=config.workers)
+    try:
+        with progress(f"classification {config.dataset}", len(loader), "batch", group) as shown:
+            for images, labels in loader:
+                for count, scorer in zip(counts, scorers, strict=True):
+                    scores = torch.cat(list(scorer.blocks(images, texts.embeddings)))
+                    count_hits(count, best_synonym(scores, texts), labels)
+                shown.step()
+>>>>>>> wt-eval
     except (ValueError, OSError) as error:  # a worker's has its traceback before the line that says it
         raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
+    add_up(counts, group)
+    if rank:
+        return 0
     dataset = config.dataset if data.kind.count else config.data_root.resolve().name
     classes = {"count": len(data.synonyms), "sha256": data.class_hash}
     sizes = {"classes": classes, "images": len(data), "images_of_the_set": data.kind.count}

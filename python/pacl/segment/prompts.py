@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..towers import Towers
+from ..towers import SENTENCES, Towers
 
 # open_clip has them as functions of the class name.
 TEMPLATES = {
@@ -21,7 +21,6 @@ TEMPLATES = {
     "simple": tuple(template("{}") for template in open_clip.SIMPLE_IMAGENET_TEMPLATES),
     "openai": tuple(template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES),
 }
-BATCH = 256  # sentences that the text tower takes at a time
 
 
 @dataclass(frozen=True)
@@ -62,14 +61,13 @@ def class_texts(towers: Towers, classes: Sequence[str], templates: Sequence[str]
     words = [[word for word in line if word] for line in words]
     if not words or not all(words):
         raise ValueError(f"classes: got {list(classes)!r}, expected at least one, and a name for each")
-    device = next(towers.text.parameters()).device
     flat, rows = [word for line in words for word in line], []
-    size = max(1, BATCH // len(templates))
+    size = max(1, SENTENCES // len(templates))
     for start in range(0, len(flat), size):
         part = flat[start : start + size]
         # Not str.format, to which braces in a word would mean something.
         sentences = [template.replace("{}", word) for word in part for template in templates]
-        found = towers.encode_text(towers.tokenize(sentences).to(device)).float()
+        found = towers.embed(sentences)
         rows.append(F.normalize(found.unflatten(0, (len(part), len(templates))).mean(1), dim=-1))
     return Texts(tuple(line[0] for line in words), tuple(map(len, words)), torch.cat(rows))
 

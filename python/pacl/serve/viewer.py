@@ -141,11 +141,15 @@ class Viewer:
         return kept.dense[model]
 
     def _embedded(self, words: Sequence[str]) -> Texts:
-        """Of words seen before, as they were: a text tower takes longer than all the rest of an answer."""
+        """Of words seen before, as they were; the new ones at once: nothing else in an answer takes as long."""
+        new = [word for word in dict.fromkeys(words) if word not in self._texts]
+        if new:
+            made = next(iter(self.segmenters.values())).texts(new, self.sentences)
+            rows = made.embeddings.split(made.synonyms)
+            for word, name, count, each in zip(new, made.names, made.synonyms, rows, strict=True):
+                self._texts[word] = Texts((name,), (count,), each)
         found = []
         for word in words:
-            if word not in self._texts:
-                self._texts[word] = next(iter(self.segmenters.values())).texts([word], self.sentences)
             self._texts.move_to_end(word)
             found.append(self._texts[word])
         while len(self._texts) > KEPT_WORDS:

@@ -1,0 +1,24 @@
+"""For test_evaluate_shared.py: runs `pacl evaluate` commands, one after the other, in all that torchrun started.
+
+In one group: joining anew again and again may hang under torchrun. The commands are JSON on the command line.
+"""
+
+import json
+import sys
+
+import torch
+import torch.distributed as dist
+from pacl.cli import main
+from pacl.evaluate.ranks import gather_rows
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    rank, world = dist.get_rank(), dist.get_world_size()
+    rows = gather_rows(torch.full((2 * rank, 3 if rank else 0), float(rank)), dist.group.WORLD)
+    assert rows.tolist() == [[float(i)] * 3 for i in range(world) for _ in range(2 * i)]
+    assert gather_rows(torch.empty(0, 1), dist.group.WORLD).shape == (0, 1)
+    for argv in json.loads(sys.argv[1]):
+        if status := main(["evaluate", *argv]):
+            sys.exit(status)
+    dist.destroy_process_group()

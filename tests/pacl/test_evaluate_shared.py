@@ -1,0 +1,110 @@
+"""`pacl evaluate`'s tasks in several processes: the same files as from one, with uneven shares and with empty ones."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from miniature import mask, save
+from pacl.cli import main
+from pacl.demo.toy_clip import new_clip, save_clip
+from pacl.embedder import VisionEmbedder, save_embedder
+from pacl.sharing import describe_towers
+from pacl.towers import load_towers
+from PIL import Image
+
+torch.set_num_threads(1)
+WORDS = ["red", "green", "blue", "small", "large", "dog", "cat", "tree"]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """A CLIP without training, an embedder, five images of Pascal VOC, seven of three classes, and captions of five.
+
+    And captions of two, fewer than three processes.
+    """
+    folder, rng = tmp_path_factory.mktemp("shared"), np.random.default_rng(0)
+    torch.manual_seed(0)
+    save_clip(new_clip(), folder / "clip")
+    towers = load_towers(f"local-dir:{folder / 'clip'}")
+    notes = describe_towers(towers, folder / "run/embedder")
+    save_embedder(VisionEmbedder(128, 128), folder / "run/embedder", notes, steps=0)
+
+    base, colours = folder / "VOCdevkit/VOC2012", rng.integers(0, 256, (256, 3))
+    names = [f"2007_{i:06d}" for i in range(5)]
+    for name in names:
+        values = np.kron(rng.choice([0, 255, 3, 7, 9], (4, 4)), np.ones((16, 16), int))
+        picture = (colours[values] + rng.integers(-9, 9, (64, 64, 3))).clip(0, 255).astype(np.uint8)
+        save(Image.fromarray(picture), base / f"JPEGImages/{name}.jpg")
+        save(mask(values, "P"), base / f"SegmentationClass/{name}.png")
+    (base / "ImageSets/Segmentation").mkdir(parents=True)
+    (base / "ImageSets/Segmentation/val.txt").write_text("\n".join(names))
+
+    def picture():
+        return Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8))
+
+    for i in range(7):
+        save(picture(), folder / f"classes/{WORDS[i % 3]}/{i}.jpg")
+    for i in range(5):
+        save(picture(), folder / f"val/{i}.jpg")
+    (folder / "val/4.jpg").write_bytes(b"\xff\xd8 no image")  # a bad one, which is counted once
+    for name, count in (("val", 5), ("two", 2)):
+        images = [{"id": i, "file_name": f"{i}.jpg"} for i in range(count)]
+        notes = [
+            {"image_id": i, "caption": f"a {WORDS[i]} {WORDS[(i + j) % 5]} thing"}
+            for i in range(count)
+            for j in range(1 + i % 3)
+        ]
+        (folder / f"captions_{name}.json").write_text(json.dumps({"images": images, "annotations": notes}))
+    return folder
+
+
+def commands(world: Path, out: Path) -> list[list[str]]:
+    model = ["--checkpoint", str(world / "run/embedder"), "--out"]
+    found = []
+    for few in (False, True):  # two images: with three processes one has none
+        limit, place = (["--limit", "2"], str(out / "few")) if few else ([], str(out))
+        voc = ["--data-root", str(world), "--partial", *limit, *model, place]
+        found.append(["alignment", *voc, "--dataset", "voc21", "--plain"])
+        found.append(["coherence", *voc, "--patches", "60", "--pairs", "900"])
+        images = ["--dataset", "folder", "--data-root", str(world / "classes"), "--batch-size", "2", "--workers", "1"]
+        found.append(["classification", *images, *limit, *model, place])
+        pairs = ["--data", str(world / f"captions_{'two' if few else 'val'}.json"), "--image-root", str(world / "val")]
+        found.append(["retrieval", *pairs, "--plain", "--batch-size", "2", "--workers", "1", *model, place])
+    return found
+
+
+def results(out: Path) -> dict[str, dict]:
+    return {path.relative_to(out).as_posix(): json.loads(path.read_text()) for path in out.rglob("*.json")}
+
+
+@pytest.fixture(scope="module")
+def alone(world, tmp_path_factory) -> dict[str, dict]:
+    out = tmp_path_factory.mktemp("alone")
+    assert [main(["evaluate", *argv]) for argv in commands(world, out)] == [0] * 8
+    found = results(out)
+    assert len(found) == 16
+    assert found["captions-val_clip_run_retrieval-phi.json"]["skipped"] == {"image": 1}
+    assert found["voc20_clip_run_coherence-vision.json"]["pairs"] == 900
+    return found
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_several_processes_are_one(world, alone, processes, tmp_path):
+    script = Path(__file__).with_name("task_ranks.py")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    run = subprocess.run(
+        [*launcher, str(script), json.dumps(commands(world, tmp_path))],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert results(tmp_path) == alone
+    assert run.stdout.count("retrieval phi: ") == 2 and run.stdout.count("alignment plain: ") == 2  # once, not by each
+    assert len(list(tmp_path.rglob("*.png"))) == 4
