@@ -13,22 +13,19 @@ from typing import Any
 
 import open_clip
 import torch
+import torch.distributed as dist
 import torchvision.datasets as tv
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..data.samples import IMAGE_FORMATS, IMAGE_SUFFIXES
-from ..progress import Progress
 from ..segment.images import to_rgb
-<<<<<<< HEAD
 from ..segment.predict import best_synonym
 from ..segment.prompts import Texts
-from .data import read_picture
-from .scorer import Scorer
-=======
 from .data import need_scipy, read_picture
->>>>>>> wt-eval
+from .ranks import add_up, place_in, progress
+from .scorer import Scorer
 from .specs import fingerprint, read_classes
 
 
@@ -242,18 +239,23 @@ def classification(
     batch_size: int = 64,
     workers: int = 0,
     label: str = "classification",
+    group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """Counts of `accuracies`, int64 [scorers, 3, K], of data that gives transformed images and their classes; the score
-    of a class is that of its best synonym.
+    """Counts of `accuracies`, int64 [scorers, 3, K], of data that gives transformed images and their classes, shared
+    among the processes of `group`; the score of a class is that of its best synonym.
     """
     counts = torch.zeros(len(scorers), 3, len(texts.names), dtype=torch.int64)
-    loader = DataLoader(data, batch_size, num_workers=workers)
-    with Progress(label, len(loader), "batch") as progress:
+    # Whole batches are shared: in other ones an image's scores would differ by rounding.
+    rank, world = place_in(group)
+    batches = [part.tolist() for part in torch.arange(len(data)).split(batch_size)[rank::world]]
+    loader = DataLoader(data, batch_sampler=batches, num_workers=workers)
+    with progress(label, len(loader), "batch", group) as shown:
         for images, labels in loader:
             for count, scorer in zip(counts, scorers, strict=True):
                 scores = torch.cat(list(scorer.blocks(images, texts.embeddings)))
                 count_hits(count, best_synonym(scores, texts), labels)
-            progress.step()
+            shown.step()
+    add_up(counts, group)
     return counts
 
 

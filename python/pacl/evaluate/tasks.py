@@ -13,18 +13,13 @@ from torch import nn
 
 from ..data import Kind
 from ..data.sources import open_pairs
-<<<<<<< HEAD
-from ..processes import choose_device
-from ..segment.predict import Segmenter
-=======
 from ..processes import choose_device, process_group
-from ..segment.predict import Segmenter, best_synonym
->>>>>>> wt-eval
+from ..segment.predict import Segmenter
 from ..segment.prompts import TEMPLATES, class_texts, templates
 from ..sharing import load_pacl
 from ..towers import Towers, load_towers
 from .data import SegmentationData
-from .ranks import add_up, place_in, progress
+from .ranks import place_in
 from .report import names_of, write_row
 
 
@@ -264,7 +259,7 @@ def _classification(argv: Sequence[str], prog: str) -> int:
     sentences = data.templates if config.templates is None else templates(config.templates)
     sentences = sentences or TEMPLATES["simple"]
     group = process_group()
-    rank, world = place_in(group)
+    rank, _ = place_in(group)
     towers, embedder = config.load()
     data.transform = towers.transform
     texts = class_texts(towers, [", ".join(names) for names in data.synonyms], sentences)
@@ -272,26 +267,11 @@ def _classification(argv: Sequence[str], prog: str) -> int:
     if config.plain and not plain and rank == 0:
         print("plain: this vision tower has no image embedding in the texts' space, left out", file=sys.stderr)
     scorers = [Scorer(towers, embedder)] + ([Scorer(towers, plain=True)] if plain else [])
-<<<<<<< HEAD
-    reading = {"batch_size": config.batch_size, "workers": config.workers}
+    options = {"batch_size": config.batch_size, "workers": config.workers, "group": group}
     try:
-        counts = classification(data, texts, scorers, **reading, label=f"classification {config.dataset}")
-=======
-    counts = torch.zeros(len(scorers), 3, len(data.synonyms), dtype=torch.int64)
-    # Whole batches are shared: in other ones an image's scores would differ by rounding.
-    batches = torch.arange(len(data)).split(config.batch_size)[rank::world]
-    loader = DataLoader(data, batch_sampler=[x.tolist() for x in batches], num_workers=config.workers)
-    try:
-        with progress(f"classification {config.dataset}", len(loader), "batch", group) as shown:
-            for images, labels in loader:
-                for count, scorer in zip(counts, scorers, strict=True):
-                    scores = torch.cat(list(scorer.blocks(images, texts.embeddings)))
-                    count_hits(count, best_synonym(scores, texts), labels)
-                shown.step()
->>>>>>> wt-eval
+        counts = classification(data, texts, scorers, **options, label=f"classification {config.dataset}")
     except (ValueError, OSError) as error:  # a worker's has its traceback before the line that says it
         raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
-    add_up(counts, group)
     if rank:
         return 0
     dataset = config.dataset if data.kind.count else config.data_root.resolve().name
