@@ -18,7 +18,7 @@ inline constexpr int kSharedBytes = 227 * 1024;  // of a block on Hopper
 inline constexpr int kTextStepBytes = kTileTexts * kStep * 2;
 // Columns of the tiles that are compiled, for one image (or a chunk) and for several small ones side by side; with a
 // running maximum ("safe") there are fewer.
-inline constexpr int kWidths[] = {144, 176, 192, 200, 208, 224, 232, 248, 256};
+inline constexpr int kWidths[] = {144, 160, 176, 192, 200, 208, 224, 232, 248, 256};
 inline constexpr int kPackedWidths[] = {192, 224, 256};
 inline constexpr int kSafeWidths[] = {200, 256};
 inline constexpr int kSafePackedWidths[] = {256};
@@ -56,7 +56,7 @@ inline int shared_bytes(const Plan& plan, int stages) {
   int texts = plan.resident ? plan.steps * kTextStepBytes : 0;
   int columns = 2 * kMaxWidth * 4;                   // of each warpgroup
   int barriers = (2 * kMaxStages + 2) * 8;
-  return 1024 + texts + stages * stage_bytes(plan) + columns + barriers;  // 1024: room to align
+  return texts + stages * stage_bytes(plan) + columns + barriers;
 }
 
 // The narrowest of the compiled widths that holds `columns`; 0 if none does.

@@ -22,6 +22,8 @@ __device__ __forceinline__ uint8_t* shared_memory() {
   return memory;
 }
 
+__device__ __forceinline__ void trap() { __trap(); }
+
 __device__ __forceinline__ uint32_t shared_address(const void* at) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(at));
 }

@@ -29,6 +29,8 @@ enum class Epilogue { forward, forward_safe, weights, cosine };
 constexpr int kThreads = 384;
 constexpr int kWarpgroup = 128;
 constexpr float kLog2e = 1.4426950408889634f;
+template <int kWidth>
+inline constexpr int kPooledRows = pooled_rows(kWidth);  // a function of the host cannot be named in the kernel
 constexpr float kLeastRadius = 1e-6f;       // MIN_POOLED_NORM in reference.py
 constexpr float kPlainTemperature = 0.05f;  // from here on exp(s / tau) <= e^20 needs no running maximum
 
@@ -55,7 +57,7 @@ struct Shared {
 template <int kWidth>
 __device__ __forceinline__ Shared lay_out(const Work& work) {
   uint8_t* base = shared_memory();
-  base += -shared_address(base) & 1023;  // the swizzle is a function of address bits 7 to 9
+  if (shared_address(base) & 1023) trap();  // the swizzle is a function of address bits 7 to 9
   Shared shared;
   shared.stage_bytes = kWidth * kStep * 2 + (work.resident ? 0 : kTextStepBytes);
   shared.texts = base;
@@ -135,12 +137,12 @@ __device__ __forceinline__ void produce(
           for (int step = 0; step < work.gram_steps; ++step) {
             uint64_t* full = &barriers.full[at.slot];
             barrier_wait(&barriers.empty[at.slot], at.parity ^ 1);
-            barrier_arrive_expect(full, pooled_rows(kWidth) * kStep * 2);
+            barrier_arrive_expect(full, kPooledRows<kWidth> * kStep * 2);
             constexpr int kSteps = (kWidth + kStep - 1) / kStep;
             if (loader == block)
               load_box(
                   shared.ring + at.slot * shared.stage_bytes, gram, full, step % kSteps * kStep,
-                  step / kSteps * pooled_rows(kWidth), image, everyone);
+                  step / kSteps * kPooledRows<kWidth>, image, everyone);
             loader = loader + 1 == static_cast<uint32_t>(work.cluster) ? 0 : loader + 1;
             at.next(work.stages);
           }
@@ -501,16 +503,17 @@ template <int kWidth>
 __device__ __forceinline__ void pool(
     const Work& work, const Shared& shared, Position& at, const Rows& rows, float (&acc)[kWidth / 2],
     const float* columns, int64_t image, bool wanted, bool last_turn, float scale, int warpgroup, int lane) {
-  constexpr int kPooled = pooled_rows(kWidth);
+  constexpr int kPooled = kPooledRows<kWidth>;
   uint32_t attention[(kWidth + 15) / 16][4];
   wait_for_copies();
   named_sync(kColumns + warpgroup, kWarpgroup);
   Pooling known = attention_of<kWidth>(rows, acc, columns, scale, lane, attention);
+  // In the registers of the scores, which are spent: with others the compiler runs out of them.
+  float(&pooled)[kPooled / 2] = reinterpret_cast<float(&)[kPooled / 2]>(acc);
   float squared[2] = {0.0f, 0.0f}, total[2] = {0.0f, 0.0f};
   named_sync(kTurn + warpgroup, 2 * kWarpgroup);
 #pragma unroll
   for (int first = 0; first < kWidth; first += kPooled) {
-    float pooled[kPooled / 2];
     int slot = issue_pooling<kWidth, kPooled>(work, shared, at, lane, attention, pooled);
     if (first + kPooled == kWidth) {
       at.skip(warpgroup == 0 ? work.gram_steps : work.steps, work.stages);

@@ -119,6 +119,8 @@ using TensorMap = emulator::Map;
 
 inline uint8_t* shared_memory() { return emulator::shared_base(); }
 
+inline void trap() { emulator::fail("a trap"); }
+
 inline uint32_t shared_address(const void* at) {
   int64_t offset = static_cast<const uint8_t*>(at) - emulator::shared_base();
   if (offset < 0 || offset > emulator::shared_bytes()) emulator::fail("an address outside of shared memory");
