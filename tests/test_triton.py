@@ -245,6 +245,8 @@ def test_any_run_of_images(run, case, form, monkeypatch):
 def test_the_first_of_equals_wins(n):
     """In one tile, and over several."""
     problem = make(Case(3, n, 20, data="duplicated"), "max", "compatibility", device=DEVICE)
+    # Whole numbers: whatever order the interpreter's library sums in, equal patches have equal scores.
+    problem = replace(problem, patches=(4 * problem.patches).round(), texts=(4 * problem.texts).round())
     assert (winners(problem, "triton") == 0).all()
 
 
