@@ -180,6 +180,11 @@ PYBIND11_MODULE(_native, m) {
              c.gram = address<const void>(gram);
              c.stride_gram = stride;
            })
+      .def("set_curvature",
+           [](cuda::ScoreCall& c, uintptr_t attention, uintptr_t curvature) {
+             c.attention = address<void>(attention);
+             c.curvature = address<float>(curvature);
+           })
       .def("plan", &cuda::device_plan)
       .def(
           "make_columns",

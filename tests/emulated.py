@@ -31,6 +31,7 @@ class _Struct(ctypes.Structure):
         *((name, INT) for name in ("weights_in_half", "stride_weights")),
         *((name, ADDRESS) for name in ("scale", "temperature_sums", "gram")),
         ("stride_gram", INT),
+        *((name, ADDRESS) for name in ("attention", "curvature")),
         *((name, INT) for name in ("cluster", "processors", "seed", "stages", "resident")),
         ("message", ctypes.c_char_p),
         ("message_bytes", INT),
@@ -79,6 +80,9 @@ class Call:
 
     def set_gram(self, gram, stride):
         self._struct.gram, self._struct.stride_gram = gram, stride
+
+    def set_curvature(self, attention, curvature):
+        self._struct.attention, self._struct.curvature = attention, curvature
 
     def launch(self, **settings):
         for name, value in settings.items():

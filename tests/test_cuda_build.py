@@ -97,24 +97,24 @@ def resources() -> dict[str, str]:
 
 @needs_cuda
 def test_no_kernel_spills(resources):
-    assert len(resources) == 2 * (2 * (10 + 3) + (2 + 1) + 6), (
+    assert len(resources) == 2 * (2 * (10 + 3) + (2 + 1) + 2 * 6), (
         "plain and weights, fewer widths with a maximum, and cosine"
     )
     for name, line in resources.items():
-        # Between the halves of the widest cosine tile up to seventy registers go to the stack and back, once a tile.
-        stack = 288 if "ILi256ELb0E" in name and "EpilogueE3E" in name else 0
+        # Attention and sums of the widest cosine tile take 192 registers: some others go to the stack, once a tile.
+        stack = {3: 256, 4: 336}.get(int(name.split("EpilogueE")[1][0]), 0) if "ILi256ELb0E" in name else 0
         found = re.search(r"REG:168 STACK:(\d+) .*LOCAL:0 ", line)
         assert found and int(found[1]) <= stack, f"{name}: {line}"
 
 
 @needs_cuda
-@pytest.mark.parametrize("epilogue", range(4), ids=["forward", "safe", "weights", "cosine"])
+@pytest.mark.parametrize("epilogue", range(5), ids=["forward", "safe", "weights", "cosine", "cosine-weights"])
 @pytest.mark.parametrize("element, kind", [("13__nv_bfloat16", "BF16"), ("6__half", "")])
 def test_the_machine_code(resources, element, kind, epilogue):
     name = next(n for n in resources if f"ILi200ELb0E{element}" in n and f"EpilogueE{epilogue}E" in n)
     code = dump("-sass", "-fun", name)
     products = re.findall(r"HGMMA\.(\S+)", code)
-    of_gram = {"64x200x16.F32"} if epilogue == 3 else set()
+    of_gram = {"64x200x16.F32"} if epilogue >= 3 else set()
     assert products and set(products) == {f"64x200x16.F32{'.' + kind if kind else ''}"} | of_gram
     # Products in a row without a wait between them: the compiler has not serialised them.
     waits = len(re.findall(r"WARPGROUP\.DEPBAR", code))

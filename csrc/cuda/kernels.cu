@@ -31,7 +31,7 @@ const void* find(int width) {
 const void* PACL_TABLE(int width, bool packed) {
   if constexpr (Epilogue::PACL_EPILOGUE == Epilogue::forward_safe)
     return packed ? find<true, kSafePackedWidths>(width) : find<false, kSafeWidths>(width);
-  else if constexpr (Epilogue::PACL_EPILOGUE == Epilogue::cosine)
+  else if constexpr (kIsPooled<Epilogue::PACL_EPILOGUE>)
     return find<false, kPooledWidths>(width);
   else
     return packed ? find<true, kPackedWidths>(width) : find<false, kWidths>(width);

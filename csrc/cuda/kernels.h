@@ -14,5 +14,7 @@ PACL_KERNELS(weights_bfloat16);
 PACL_KERNELS(weights_float16);
 PACL_KERNELS(cosine_bfloat16);
 PACL_KERNELS(cosine_float16);
+PACL_KERNELS(cosine_weights_bfloat16);
+PACL_KERNELS(cosine_weights_float16);
 
 }  // namespace pacl::cuda

@@ -86,7 +86,8 @@ int processors_of(int device) {
 
 const void* kernel_of(const ScoreCall& call, const Plan& plan) {
   bool half = call.dtype == Dtype::float16;
-  auto table = call.gram      ? (half ? cosine_float16 : cosine_bfloat16)
+  auto table = call.gram && call.weights ? (half ? cosine_weights_float16 : cosine_weights_bfloat16)
+               : call.gram               ? (half ? cosine_float16 : cosine_bfloat16)
                : call.weights ? (half ? weights_float16 : weights_bfloat16)
                : call.safe  ? (half ? forward_safe_float16 : forward_safe_bfloat16)
                             : (half ? forward_float16 : forward_bfloat16);

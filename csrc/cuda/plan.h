@@ -22,7 +22,7 @@ inline constexpr int kWidths[] = {144, 160, 176, 192, 200, 208, 224, 232, 248, 2
 inline constexpr int kPackedWidths[] = {192, 224, 256};
 inline constexpr int kSafeWidths[] = {200, 256};
 inline constexpr int kSafePackedWidths[] = {256};
-// With the Gram matrix of the image as a second operand; see pooled_rows.
+// With the Gram matrix of the image as a second operand.
 inline constexpr int kPooledWidths[] = {144, 176, 192, 200, 208, 256};
 inline constexpr int kMostPacked = 128;  // patches of an image up to which several share a tile
 
@@ -110,10 +110,6 @@ inline void choose_items(Plan& plan, int processors) {
 // images side by side would multiply zeros.
 inline constexpr int kLeastPooled = 97;
 
-// Rows of the Gram matrix that are multiplied at once: a wide tile's attention and all sums at once would not fit into
-// the registers.
-constexpr int pooled_rows(int width) { return width <= 208 ? width : width / 2; }
-
 inline bool can_pool(int64_t patches) { return patches >= kLeastPooled && patches <= kMaxWidth; }
 
 // `processors`: of the device. `cluster`: 1 or 2 blocks; 0 for what is best.
@@ -123,7 +119,7 @@ inline Plan make_plan(
   if (pooled) {
     plan.width = plan.pitch = width_for(kPooledWidths, patches);
     plan.images = plan.chunks = 1;
-    plan.gram_steps = static_cast<int>(ceil_div(plan.width, kStep)) * (plan.width / pooled_rows(plan.width));
+    plan.gram_steps = static_cast<int>(ceil_div(plan.width, kStep));
   } else if (safe)
     choose_tile(plan, patches, kSafeWidths, kSafePackedWidths);
   else

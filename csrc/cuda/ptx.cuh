@@ -147,6 +147,12 @@ __device__ __forceinline__ float exp2_fast(float x) {
   return y;
 }
 
+__device__ __forceinline__ float log2_fast(float x) {
+  float y;
+  asm("lg2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // Two neighbours, the first in the low half.
 __device__ __forceinline__ uint32_t pack(float a, float b, __nv_bfloat16) {
   __nv_bfloat162 both = __floats2bfloat162_rn(a, b);

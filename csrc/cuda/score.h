@@ -31,8 +31,10 @@ struct ScoreCall {
   int64_t stride_weights;
   const float* weight_scale;   // or null
   float* temperature_sums;     // or null; one for each block
-  const void* gram;             // [images, patches, stride_gram] of float16: forward of the cosine form; otherwise null
+  const void* gram;             // [images, patches, stride_gram] of float16, for the cosine form; otherwise null
   int64_t stride_gram;
+  void* attention;              // with `weights`: float16, like those
+  float* curvature;             // and [images, texts]
   int cluster;                 // 1, 2, or 0 for what is best
   int device;
   void* stream;

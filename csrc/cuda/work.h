@@ -28,6 +28,8 @@ struct Work {
   int store_elements;  // of the weights that one store may take: 8, 4, 2 or 1
   const float* weight_scale;
   float* temperature_sums;
+  uint16_t* attention;
+  float* curvature;
   int64_t images, texts, groups, splits, text_groups, items, clusters;
   int patches, pitch, images_of_tile, chunks, steps, gram_steps, stages, cluster;
   bool resident;
@@ -63,7 +65,7 @@ inline Box text_box(const ScoreCall& call) {
 
 inline Box gram_box(const ScoreCall& call, const Plan& plan) {
   int64_t n = call.patches_per_image;
-  return {call.gram, {n, n, call.images}, {2, 2 * call.stride_gram, 2 * n * call.stride_gram}, {kStep, pooled_rows(plan.width), 1}};
+  return {call.gram, {n, n, call.images}, {2, 2 * call.stride_gram, 2 * n * call.stride_gram}, {kStep, plan.width, 1}};
 }
 
 inline Plan plan_of(const ScoreCall& call, int processors) {
@@ -100,11 +102,14 @@ inline Work make_work(const ScoreCall& call, const Plan& plan) {
   work.store_elements = 8;
   auto aligned = [&](int elements) {
     return call.patches_per_image % elements == 0 && call.stride_weights % elements == 0 &&
-           reinterpret_cast<uintptr_t>(call.weights) % (2 * elements) == 0;
+           reinterpret_cast<uintptr_t>(call.weights) % (2 * elements) == 0 &&
+           reinterpret_cast<uintptr_t>(call.attention) % (2 * elements) == 0;
   };
   while (!aligned(work.store_elements)) work.store_elements /= 2;
   work.weight_scale = call.weight_scale;
   work.temperature_sums = call.temperature_sums;
+  work.attention = static_cast<uint16_t*>(call.attention);
+  work.curvature = call.curvature;
   work.images = call.images;
   work.texts = call.texts;
   work.groups = plan.groups;

@@ -1,7 +1,7 @@
 """The two fused functions in CUDA C++ for Hopper (csrc/cuda), bfloat16 and float16; docs/cuda.md draws the kernel.
 
-Its launches take the place of three of the Triton backend's: φ of the `dot` form, that of `cosine` for 97 to 256
-patches (others as the Triton backend does), and the weights (or the attention) of a block. Everything around them, the
+Its launches take the place of the Triton backend's: φ of the `dot` form and the weights (or the attention) of a block,
+and both for the `cosine` form with 97 to 256 patches (others as the Triton backend does). Everything around them, the
 loss, the `max` form and `upsample_argmax` are the Triton backend's own.
 """
 
@@ -97,8 +97,20 @@ class Call(triton.Call):
             del columns  # the allocator hands it on in the order of the stream
 
     def weights(self, b0, b1, k0, k1, w, grad_phi=None, needs_tau=False, entropy_over=None) -> Tensor | None:
+        call = self._call(b0, b1, k0, k1, entropy_over if grad_phi is None else self.phi, False)
+        return self._launch_weights(call, b0, b1, k0, w, grad_phi, needs_tau)
+
+    def cosine_weights(self, b0, b1, k0, k1, attention, gram, grad_phi, w, curvature, needs_tau) -> Tensor | None:
+        if not native().cuda_can_pool(self.n):
+            return super().cosine_weights(b0, b1, k0, k1, attention, gram, grad_phi, w, curvature, needs_tau)
+        assert attention.stride(0) == w.stride(0)
+        call = self._call(b0, b1, k0, k1, None, False)
+        call.set_gram(gram.data_ptr(), gram.stride(1))
+        call.set_curvature(attention.data_ptr(), curvature.data_ptr())
+        return self._launch_weights(call, b0, b1, k0, w, grad_phi, needs_tau)
+
+    def _launch_weights(self, call, b0, b1, k0, w, grad_phi, needs_tau) -> Tensor | None:
         attention = grad_phi is None
-        call = self._call(b0, b1, k0, k1, entropy_over if attention else self.phi, False)
         columns = self._columns(call, b0, b1)
         sums = None
         if needs_tau:  # one of each block that is launched; the others' stay 0

@@ -235,8 +235,7 @@ class Call:
                 self.gram(b0, b1, gram)
             for k0, k1 in ranges(self.k, blocks.texts):
                 if cosine:
-                    self.weights(b0, b1, k0, k1, attention)
-                    sums = self.cosine_backward(
+                    sums = self.cosine_weights(
                         b0, b1, k0, k1, attention, gram, grad_phi, w, curvature, grad_temperature is not None
                     )
                 elif form == "max":
@@ -330,8 +329,9 @@ class Call:
             *self._pool_tile(),
         )
 
-    def cosine_backward(self, b0, b1, k0, k1, attention, gram, grad_phi, w, curvature, needs_tau) -> Tensor | None:
-        """W of the cosine form from the attention, and the factors of Σ a aᵀ; returns the temperature's sums."""
+    def cosine_weights(self, b0, b1, k0, k1, attention, gram, grad_phi, w, curvature, needs_tau) -> Tensor | None:
+        """The attention, from it W of the cosine form, and the factors of Σ a aᵀ; returns the temperature's sums."""
+        self.weights(b0, b1, k0, k1, attention)
         items = (b1 - b0) * tiles.ceil_div(k1 - k0, tiles.POOL_TEXTS)
         sums = self.phi.new_empty(items) if needs_tau else None
         _launch(

@@ -25,6 +25,8 @@ void run_tile(Epilogue epilogue, const TensorMap& patches, const TensorMap& text
     case Epilogue::forward_safe: return score_kernel<kWidth, kPacked, T, Epilogue::forward_safe>(patches, texts, gram, work);
     case Epilogue::weights: return score_kernel<kWidth, kPacked, T, Epilogue::weights>(patches, texts, gram, work);
     case Epilogue::cosine: return score_kernel<kWidth, false, T, Epilogue::cosine>(patches, texts, gram, work);
+    case Epilogue::cosine_weights:
+      return score_kernel<kWidth, false, T, Epilogue::cosine_weights>(patches, texts, gram, work);
   }
 }
 
@@ -66,6 +68,8 @@ struct EmulatedCall {
   float* temperature_sums;
   const void* gram;
   int64_t stride_gram;
+  void* attention;
+  float* curvature;
   int64_t cluster, processors, seed, stages, resident;  // the last two 0 and -1 for what the plan says
   char* message;
   int64_t message_bytes;
@@ -87,6 +91,7 @@ int emulated_score(const EmulatedCall* in) {
     call.weights = in->weights, call.stride_weights = in->stride_weights;
     call.weights_dtype = in->weights_in_half ? Dtype::float16 : Dtype::bfloat16;
     call.weight_scale = in->weight_scale, call.temperature_sums = in->temperature_sums;
+    call.attention = in->attention, call.curvature = in->curvature;
     call.gram = in->gram, call.stride_gram = in->stride_gram;
     call.cluster = in->cluster, call.safe = in->safe;
     Plan plan = plan_of(call, in->processors);
@@ -102,7 +107,7 @@ int emulated_score(const EmulatedCall* in) {
     Work work = make_work(call, plan);
     TensorMap patches = map_of(patch_box(call, plan)), texts = map_of(text_box(call));
     TensorMap gram = call.gram ? map_of(gram_box(call, plan)) : patches;
-    Epilogue epilogue = call.gram ? Epilogue::cosine : call.weights ? Epilogue::weights : in->safe ? Epilogue::forward_safe : Epilogue::forward;
+    Epilogue epilogue = call.gram && call.weights ? Epilogue::cosine_weights : call.gram ? Epilogue::cosine : call.weights ? Epilogue::weights : in->safe ? Epilogue::forward_safe : Epilogue::forward;
     emulator::launch(plan.clusters, plan.cluster, kThreads, plan.shared_bytes, in->seed, [&] {
       if (in->half)
         run<__half>(plan, epilogue, patches, texts, gram, work);

@@ -235,6 +235,7 @@ struct Wgmma {
 };
 
 inline float exp2_fast(float x) { return std::exp2(x); }
+inline float log2_fast(float x) { return std::log2(x); }
 inline uint32_t pack(float a, float b, __nv_bfloat16 type) {
   return emulator::to_bits(a, type) | uint32_t(emulator::to_bits(b, type)) << 16;
 }

@@ -1,0 +1,216 @@
+// The cosine form: the attention of a tile stays in the registers, as the left operand of a second product with the
+// image's Gram matrix, q = G a, which takes the place of the scores.
+
+#pragma once
+
+#include "epilogues.cuh"
+
+namespace pacl::cuda {
+
+constexpr float kLeastRadius = 1e-6f;  // MIN_POOLED_NORM in reference.py
+
+// In float16, as wgmma wants a left operand: 16 columns of rows `row` and `row + 8`, eight by eight.
+template <int kWidth>
+using Attention = uint32_t (&)[(kWidth + 15) / 16][4];
+
+// Of the accumulators `at` and `at + 1`, neighbours in a row.
+template <int kWidth>
+__device__ __forceinline__ float2 attention_at(Attention<kWidth> attention, int at) {
+  return unpack(attention[at / 8][at / 2 % 4], __half());
+}
+
+// What the forward knows before it pools.
+struct Pooling {
+  float phi[2], lse[2];  // φ of `dot`, and the log-sum-exp in bits
+};
+
+template <int kWidth>
+__device__ __forceinline__ Pooling attention_of(
+    const Rows& rows, float (&acc)[kWidth / 2], const float* columns, float scale, int lane,
+    Attention<kWidth> attention) {
+  float most[2] = {-INFINITY, -INFINITY}, total[2] = {0.0f, 0.0f}, weighted[2] = {0.0f, 0.0f}, inverse[2];
+#pragma unroll
+  for (int j = 0; j < kWidth / 8; ++j) {
+    float2 column = *reinterpret_cast<const float2*>(columns + 8 * j + 2 * (lane % 4));
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      float of_column = i % 2 ? column.y : column.x;
+      float& x = acc[4 * j + i];
+      x = of_column < 0.0f ? -INFINITY : x * of_column;  // whatever is behind a mask, NaN too
+      most[i / 2] = fmaxf(most[i / 2], x);
+    }
+  }
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    most[r] = most_of_four(most[r]);
+    if (most[r] == -INFINITY) most[r] = 0.0f;  // no patch
+  }
+#pragma unroll
+  for (int i = 0; i < kWidth / 2; ++i) {
+    int r = i / 2 % 2;
+    bool dead = acc[i] == -INFINITY;
+    float x = dead ? 0.0f : acc[i];
+    float e = exp2_fast((x - most[r]) * (rows.inverse[r] * scale));
+    e = dead ? 0.0f : e;
+    total[r] += e;
+    weighted[r] = fmaf(e, x, weighted[r]);
+    acc[i] = e;
+  }
+  Pooling known;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    float all = sum_of_four(total[r]), mean = sum_of_four(weighted[r]);
+    bool empty = all == 0.0f;
+    inverse[r] = empty ? 0.0f : 1.0f / all;
+    known.phi[r] = mean * inverse[r] * rows.inverse[r];
+    known.lse[r] = empty ? 0.0f : log2f(all) + most[r] * rows.inverse[r] * scale;
+  }
+#pragma unroll
+  for (int k = 0; k < (kWidth + 15) / 16; ++k)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      int at = 8 * k + 2 * i, r = i % 2;  // rows `row` and `row + 8` of one block of eight columns, then of the next
+      attention[k][i] =
+          at < kWidth / 2 ? pack(acc[at] * inverse[r], acc[at + 1] * inverse[r], __half()) : 0;
+    }
+  return known;
+}
+
+// The same from the log-sum-exp, for the backward.
+template <int kWidth>
+__device__ __forceinline__ void attention_again(
+    const Rows& rows, const Known& known, const float (&acc)[kWidth / 2], const float* columns, float scale, int lane,
+    Attention<kWidth> attention) {
+#pragma unroll
+  for (int j = 0; j < (kWidth + 15) / 16 * 2; ++j) {
+    float2 column = {kDeadColumn, kDeadColumn};
+    if (j < kWidth / 8) column = *reinterpret_cast<const float2*>(columns + 8 * j + 2 * (lane % 4));
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float a[2] = {0.0f, 0.0f};
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        if (j >= kWidth / 8) continue;
+        float inverse = c ? column.y : column.x;
+        float x = acc[4 * j + 2 * r + c] * inverse;
+        a[c] = exp2_fast(fmaf(x, rows.inverse[r] * scale, -known.stat[r]));
+        a[c] = inverse < 0.0f ? 0.0f : a[c];
+      }
+      attention[j / 2][j % 2 * 2 + r] = pack(a[0], a[1], __half());
+    }
+  }
+}
+
+// Of a row, over the rounded attention, so that what must cancel cancels.
+struct Pooled {
+  float total, squared, radius;  // Σ a, aᵀ G a, and the norm of the pooled patch, its floor included
+  bool moves;                    // whether the norm is above its floor
+
+  __device__ __forceinline__ Pooled(float a_sum, float square_sum) {
+    total = sum_of_four(a_sum), squared = sum_of_four(square_sum);
+    radius = sqrtf(squared < 0.0f ? 0.0f : squared) / (total == 0.0f ? 1.0f : total);  // NaN stays
+    moves = radius > kLeastRadius;
+    radius = radius < kLeastRadius ? kLeastRadius : radius;
+  }
+};
+
+// φ and the log-sum-exp.
+template <int kWidth>
+__device__ __forceinline__ void cosine_epilogue(
+    const Work& work, const Rows& rows, const Pooling& known, Attention<kWidth> attention,
+    const float (&pooled)[kWidth / 2], int64_t image, int lane) {
+  float squared[2] = {0.0f, 0.0f}, total[2] = {0.0f, 0.0f};
+#pragma unroll
+  for (int at = 0; at < kWidth / 2; at += 2) {
+    int r = at / 2 % 2;
+    float2 a = attention_at<kWidth>(attention, at);
+    squared[r] = fmaf(a.x, pooled[at], fmaf(a.y, pooled[at + 1], squared[r]));
+    total[r] += a.x + a.y;
+  }
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    Pooled found(total[r], squared[r]);
+    if (lane % 4 == 0 && rows.live[r] && image < work.images) {
+      int64_t to = image * work.stride_phi + rows.text[r];
+      work.phi[to] = known.phi[r] / found.radius;
+      work.stat[to] = known.lse[r];
+    }
+  }
+}
+
+// s from `a = exp2(s scale - stat)`; where a is 0 any finite number will do.
+__device__ __forceinline__ float score_of(float a, float stat, float inverse_scale) {
+  return (log2_fast(a > 0.0f ? a : 1.0f) + stat) * inverse_scale;
+}
+
+// W and the attention `[texts, images patches]`, and in `curvature` `[images, texts]` what Σ a aᵀ is weighted with in the
+// part that the radius adds to the patches' gradient. dS = g (a / r) (1 + (s - (u / r²) q) / τ); where r is at its floor
+// it is a constant, and u takes the place of (u / r²) q. Returns the tile's part of the temperature's sum.
+template <int kWidth>
+__device__ __forceinline__ float cosine_weights_epilogue(
+    const Work& work, const Rows& rows, const Known& known, Attention<kWidth> attention,
+    const float (&pooled)[kWidth / 2], const float* columns, int64_t image, float scale, float inverse_temperature,
+    int lane) {
+  float weight_scale = work.weight_scale ? *work.weight_scale : 1.0f, inverse_scale = 1.0f / scale;
+  float total[2] = {0.0f, 0.0f}, squared[2] = {0.0f, 0.0f}, weighted[2] = {0.0f, 0.0f};
+#pragma unroll
+  for (int at = 0; at < kWidth / 2; at += 2) {
+    int r = at / 2 % 2;
+    float2 a = attention_at<kWidth>(attention, at);
+    squared[r] = fmaf(a.x, pooled[at], fmaf(a.y, pooled[at + 1], squared[r]));
+    weighted[r] = fmaf(a.x, score_of(a.x, known.stat[r], inverse_scale), weighted[r]);
+    weighted[r] = fmaf(a.y, score_of(a.y, known.stat[r], inverse_scale), weighted[r]);
+    total[r] += a.x + a.y;
+  }
+  float mean[2], slope[2], constant[2], factor[2];
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    Pooled found(total[r], squared[r]);
+    float share = 1.0f / (found.total == 0.0f ? 1.0f : found.total), inverse_radius = 1.0f / found.radius;
+    float u = sum_of_four(weighted[r]) * share, grad = known.grad[r] * inverse_radius;
+    float bend = u * inverse_radius * inverse_radius;
+    mean[r] = u;
+    slope[r] = found.moves ? bend * share : 0.0f;  // of q, which is not divided by Σ a
+    constant[r] = found.moves ? 0.0f : u;
+    factor[r] = grad * share;
+    if (lane % 4 == 0 && rows.live[r] && image < work.images)
+      work.curvature[image * work.texts + rows.text[r]] =
+          (found.moves ? grad * bend : 0.0f) * share * share * weight_scale;
+  }
+  float temperature_sum = 0.0f;
+#pragma unroll
+  for (int j0 = 0; j0 < kWidth / 8; j0 += 4) {
+    uint32_t out[2][4] = {}, kept[2][4] = {};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      int j = j0 + i;
+      if (j >= kWidth / 8) continue;
+      float2 column = *reinterpret_cast<const float2*>(columns + 8 * j + 2 * (lane % 4));
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        int at = 4 * j + 2 * r;
+        float2 both = attention_at<kWidth>(attention, at);
+        kept[r][i] = attention[at / 8][at / 2 % 4];
+        float w[2];
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          float a = c ? both.y : both.x;
+          float s = score_of(a, known.stat[r], inverse_scale);
+          float centred = s - fmaf(slope[r], pooled[at + c], constant[r]);
+          float ds = a * factor[r];
+          temperature_sum = fmaf(ds * centred, s - mean[r], temperature_sum);
+          w[c] = ds * fmaf(centred, inverse_temperature, 1.0f) * (rows.inverse[r] * weight_scale);
+          w[c] *= c ? column.y : column.x;
+        }
+        out[r][i] = work.weights_in_half ? pack(w[0], w[1], __half()) : pack(w[0], w[1], __nv_bfloat16());
+      }
+    }
+    int block = j0 + lane % 4, n = 8 * block;
+    int count = block < kWidth / 8 && image < work.images ? min(8, work.patches - n) : 0;
+    store_blocks(work, work.weights, rows, image, n, count, out, lane);
+    store_blocks(work, work.attention, rows, image, n, count, kept, lane);
+  }
+  return temperature_sum;
+}
+
+}  // namespace pacl::cuda
