@@ -249,7 +249,7 @@ COSINE = [
     pytest.param(3, 200, 130, 64, dict(cluster=1), id="200"),
     pytest.param(4, 193, 130, 72, dict(stages=2), id="193, a ring of two"),
     pytest.param(2, 97, 200, 300, dict(resident=0, stages=3), id="97, texts with each step"),
-    pytest.param(7, 144, 300, 72, dict(processors=2), id="144"),
+    pytest.param(7, 144, 140, 72, dict(processors=2), id="144"),
     pytest.param(3, 225, 130, 72, {}, id="225"),
     pytest.param(3, 256, 130, 136, dict(stages=3), id="256"),
 ]
@@ -326,14 +326,15 @@ def test_weights_of_cosine(library, b, n, k, d, more, dtype, tau):
 BACKEND = [
     Case(B=5, N=196, D=72),
     Case(B=6, N=49, D=40, mask="random"),
-    Case(B=3, N=387, D=33, tau=0.02, layout="strided"),
+    Case(B=2, N=387, D=33, tau=0.02, layout="strided"),
     Case(B=4, N=7, D=130, data="norms", scale=100.0),
     Case(B=2, N=144, D=64, K=70, mask="random", data="zero_patches"),
 ]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("form", ["dot", "cosine", "max"])
+@pytest.mark.parametrize(
+    "form, dtype", [("dot", torch.bfloat16), ("cosine", torch.bfloat16), ("cosine", torch.float16)], ids=str
+)
 @pytest.mark.parametrize("case", BACKEND, ids=str)
 def test_backend(library, monkeypatch, case, form, dtype):
     """The whole backend, with the emulator's launches between kernels of Triton's interpreter."""
