@@ -126,7 +126,7 @@ PYBIND11_MODULE(_native, m) {
 
   py::class_<cuda::Plan>(m, "CudaPlan", "Tiles and work of a launch on Hopper; see csrc/cuda/plan.h.")
       .def(py::init(&cuda::make_plan), py::kw_only(), py::arg("images"), py::arg("patches"), py::arg("texts"),
-           py::arg("dim"), py::arg("safe"), py::arg("pooled"), py::arg("processors"), py::arg("cluster"))
+           py::arg("dim"), py::arg("safe"), py::arg("pooled"), py::arg("weights"), py::arg("processors"), py::arg("cluster"))
 #define PACL_FIELD(NAME) .def_readonly(#NAME, &cuda::Plan::NAME)
       PACL_FIELD(width) PACL_FIELD(packed) PACL_FIELD(pitch) PACL_FIELD(images) PACL_FIELD(chunks) PACL_FIELD(groups)
       PACL_FIELD(steps) PACL_FIELD(gram_steps) PACL_FIELD(resident) PACL_FIELD(stages) PACL_FIELD(cluster) PACL_FIELD(text_groups)
@@ -165,8 +165,9 @@ PYBIND11_MODULE(_native, m) {
       .def(
           "set_weights",
           [](cuda::ScoreCall& c, uintptr_t weights, const std::string& dtype, int64_t stride, uintptr_t grad_phi,
-             uintptr_t scale, uintptr_t temperature_sums) {
+             uintptr_t scale, uintptr_t temperature_sums, bool masked) {
             c.weights = address<void>(weights);
+            c.masked = masked;
             c.weights_dtype = parse_dtype(dtype);
             c.stride_weights = stride;
             c.grad_phi = address<const float>(grad_phi);
@@ -174,15 +175,16 @@ PYBIND11_MODULE(_native, m) {
             c.temperature_sums = address<float>(temperature_sums);
           },
           py::kw_only(), py::arg("weights"), py::arg("dtype"), py::arg("stride"), py::arg("grad_phi"),
-          py::arg("scale"), py::arg("temperature_sums"))
+          py::arg("scale"), py::arg("temperature_sums"), py::arg("masked"))
       .def("set_gram",
            [](cuda::ScoreCall& c, uintptr_t gram, int64_t stride) {
              c.gram = address<const void>(gram);
              c.stride_gram = stride;
            })
       .def("set_curvature",
-           [](cuda::ScoreCall& c, uintptr_t attention, uintptr_t curvature) {
+           [](cuda::ScoreCall& c, uintptr_t attention, int64_t pitch, uintptr_t curvature) {
              c.attention = address<void>(attention);
+             c.attention_pitch = pitch;
              c.curvature = address<float>(curvature);
            })
       .def("plan", &cuda::device_plan)

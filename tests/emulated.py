@@ -29,9 +29,13 @@ class _Struct(ctypes.Structure):
         ("stride_phi", INT),
         *((name, ADDRESS) for name in ("grad_phi", "weights")),
         *((name, INT) for name in ("weights_in_half", "stride_weights")),
-        *((name, ADDRESS) for name in ("scale", "temperature_sums", "gram")),
+        *((name, ADDRESS) for name in ("scale", "temperature_sums")),
+        ("masked", INT),
+        ("gram", ADDRESS),
         ("stride_gram", INT),
-        *((name, ADDRESS) for name in ("attention", "curvature")),
+        ("attention", ADDRESS),
+        ("attention_pitch", INT),
+        ("curvature", ADDRESS),
         *((name, INT) for name in ("cluster", "processors", "seed", "stages", "resident")),
         ("message", ctypes.c_char_p),
         ("message_bytes", INT),
@@ -65,7 +69,9 @@ class Call:
         s = self._struct
         sizes = dict(images=s.images, patches=s.patches_per_image, texts=s.texts_count, dim=s.dim)
         return cuda.native().CudaPlan(
-            **sizes, safe=bool(s.safe), pooled=bool(s.gram), processors=s.processors, cluster=s.cluster
+            **sizes,
+            **dict(safe=bool(s.safe), pooled=bool(s.gram), weights=bool(s.weights)),
+            **dict(processors=s.processors, cluster=s.cluster),
         )
 
     def make_columns(self, *, inverse_norms, mask, mask_strides, columns):
@@ -73,16 +79,18 @@ class Call:
         self._struct.inverse_norms, self._struct.mask = inverse_norms, mask
         self._struct.mask_stride_image, self._struct.mask_stride_row = mask_strides
 
-    def set_weights(self, *, weights, dtype, stride, grad_phi, scale, temperature_sums):
+    def set_weights(self, *, weights, dtype, stride, grad_phi, scale, temperature_sums, masked):
         s = self._struct
+        s.masked = masked
         s.weights, s.weights_in_half, s.stride_weights = weights, dtype == "float16", stride
         s.grad_phi, s.scale, s.temperature_sums = grad_phi, scale, temperature_sums
 
     def set_gram(self, gram, stride):
         self._struct.gram, self._struct.stride_gram = gram, stride
 
-    def set_curvature(self, attention, curvature):
-        self._struct.attention, self._struct.curvature = attention, curvature
+    def set_curvature(self, attention, pitch, curvature):
+        s = self._struct
+        s.attention, s.attention_pitch, s.curvature = attention, pitch, curvature
 
     def launch(self, **settings):
         for name, value in settings.items():

@@ -138,17 +138,16 @@ __device__ __forceinline__ void cosine_epilogue(
   }
 }
 
-// s from `a = exp2(s scale - stat)`; where a is 0 any finite number will do.
-__device__ __forceinline__ float score_of(float a, float stat, float inverse_scale) {
-  return (log2_fast(a > 0.0f ? a : 1.0f) + stat) * inverse_scale;
-}
+// log2 of an attention; where that is 0 any finite number will do.
+__device__ __forceinline__ float bits_of(float a) { return log2_fast(fmaxf(a, 0x1p-24f)); }  // the least float16 above 0
 
-// W and the attention `[texts, images patches]`, and in `curvature` `[images, texts]` what Σ a aᵀ is weighted with in the
-// part that the radius adds to the patches' gradient. dS = g (a / r) (1 + (s - (u / r²) q) / τ); where r is at its floor
-// it is a constant, and u takes the place of (u / r²) q. Returns the tile's part of the temperature's sum.
-template <int kWidth>
+// W `[texts, images patches]`, the attention `[images, texts, pitch]`, and in `curvature` `[images, texts]` what Σ a aᵀ is
+// weighted with in the part that the radius adds to the patches' gradient. dS = g (a / r) (1 + (s - (u / r²) q) / τ); where
+// r is at its floor it is a constant, and u takes the place of (u / r²) q. s comes from the rounded attention,
+// a = exp2(s scale - stat). Returns the tile's part of the temperature's sum.
+template <int kWidth, bool kFull, class T>
 __device__ __forceinline__ float cosine_weights_epilogue(
-    const Work& work, const Rows& rows, const Known& known, Attention<kWidth> attention,
+    const Work& work, const Rows& rows, const Outlet& outlet, const Known& known, Attention<kWidth> attention,
     const float (&pooled)[kWidth / 2], const float* columns, int64_t image, float scale, float inverse_temperature,
     int lane) {
   float weight_scale = work.weight_scale ? *work.weight_scale : 1.0f, inverse_scale = 1.0f / scale;
@@ -158,31 +157,35 @@ __device__ __forceinline__ float cosine_weights_epilogue(
     int r = at / 2 % 2;
     float2 a = attention_at<kWidth>(attention, at);
     squared[r] = fmaf(a.x, pooled[at], fmaf(a.y, pooled[at + 1], squared[r]));
-    weighted[r] = fmaf(a.x, score_of(a.x, known.stat[r], inverse_scale), weighted[r]);
-    weighted[r] = fmaf(a.y, score_of(a.y, known.stat[r], inverse_scale), weighted[r]);
+    weighted[r] = fmaf(a.x, bits_of(a.x), fmaf(a.y, bits_of(a.y), weighted[r]));
     total[r] += a.x + a.y;
   }
-  float mean[2], slope[2], constant[2], factor[2];
+  // W = a (log2(a) rate + q slope + constant) / ‖p‖.
+  float mean[2], bend_of_q[2], level[2], factor[2], rate[2], slope[2], constant[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     Pooled found(total[r], squared[r]);
     float share = 1.0f / (found.total == 0.0f ? 1.0f : found.total), inverse_radius = 1.0f / found.radius;
-    float u = sum_of_four(weighted[r]) * share, grad = known.grad[r] * inverse_radius;
-    float bend = u * inverse_radius * inverse_radius;
+    float u = fmaf(known.stat[r], found.total, sum_of_four(weighted[r])) * inverse_scale * share;
+    float grad = known.grad[r] * inverse_radius, bend = u * inverse_radius * inverse_radius;
     mean[r] = u;
-    slope[r] = found.moves ? bend * share : 0.0f;  // of q, which is not divided by Σ a
-    constant[r] = found.moves ? 0.0f : u;
+    bend_of_q[r] = found.moves ? bend * share : 0.0f;  // q is not divided by Σ a
+    level[r] = found.moves ? 0.0f : u;
     factor[r] = grad * share;
+    float all = factor[r] * rows.inverse[r] * weight_scale;
+    rate[r] = all * inverse_scale * inverse_temperature;
+    slope[r] = -all * bend_of_q[r] * inverse_temperature;
+    constant[r] = all * fmaf(fmaf(known.stat[r], inverse_scale, -level[r]), inverse_temperature, 1.0f);
     if (lane % 4 == 0 && rows.live[r] && image < work.images)
       work.curvature[image * work.texts + rows.text[r]] =
           (found.moves ? grad * bend : 0.0f) * share * share * weight_scale;
   }
   float temperature_sum = 0.0f;
 #pragma unroll
-  for (int j0 = 0; j0 < kWidth / 8; j0 += 4) {
-    uint32_t out[2][4] = {}, kept[2][4] = {};
+  for (int j0 = 0; j0 < kWidth / 8; j0 += 8) {
+    uint32_t out[2][8] = {}, kept[2][8] = {};
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < 8; ++i) {
       int j = j0 + i;
       if (j >= kWidth / 8) continue;
       float2 column = *reinterpret_cast<const float2*>(columns + 8 * j + 2 * (lane % 4));
@@ -190,25 +193,32 @@ __device__ __forceinline__ float cosine_weights_epilogue(
       for (int r = 0; r < 2; ++r) {
         int at = 4 * j + 2 * r;
         float2 both = attention_at<kWidth>(attention, at);
-        kept[r][i] = attention[at / 8][at / 2 % 4];
+        kept[r][i] = pack(both.x, both.y, __nv_bfloat16());
         float w[2];
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
-          float a = c ? both.y : both.x;
-          float s = score_of(a, known.stat[r], inverse_scale);
-          float centred = s - fmaf(slope[r], pooled[at + c], constant[r]);
-          float ds = a * factor[r];
-          temperature_sum = fmaf(ds * centred, s - mean[r], temperature_sum);
-          w[c] = ds * fmaf(centred, inverse_temperature, 1.0f) * (rows.inverse[r] * weight_scale);
-          w[c] *= c ? column.y : column.x;
+          float a = c ? both.y : both.x, bits = bits_of(a);
+          w[c] = a * fmaf(bits, rate[r], fmaf(pooled[at + c], slope[r], constant[r])) * (c ? column.y : column.x);
+          if constexpr (kFull) {
+            float s = (bits + known.stat[r]) * inverse_scale;
+            float centred = s - fmaf(bend_of_q[r], pooled[at + c], level[r]);
+            temperature_sum = fmaf(a * factor[r] * centred, s - mean[r], temperature_sum);
+          }
         }
-        out[r][i] = work.weights_in_half ? pack(w[0], w[1], __half()) : pack(w[0], w[1], __nv_bfloat16());
+        out[r][i] = pack(w[0], w[1], T());
       }
     }
-    int block = j0 + lane % 4, n = 8 * block;
-    int count = block < kWidth / 8 && image < work.images ? min(8, work.patches - n) : 0;
-    store_blocks(work, work.weights, rows, image, n, count, out, lane);
-    store_blocks(work, work.attention, rows, image, n, count, kept, lane);
+    bool there = image < work.images;
+    outlet.stage(out, kWidth / 8 - j0);
+    outlet.copy(work, [&](int column) {
+      column += 8 * j0;
+      return there && column < work.patches ? image * work.patches + column : int64_t(-1);
+    });
+    outlet.stage(kept, kWidth / 8 - j0);
+    outlet.copy<8>(work.attention + image * work.texts * work.attention_pitch, work.attention_pitch, [&](int column) {
+      column += 8 * j0;
+      return there && column < work.patches ? int64_t(column) : int64_t(-1);
+    });
   }
   return temperature_sum;
 }

@@ -114,53 +114,64 @@ __device__ __forceinline__ void forward_epilogue(
   }
 }
 
-// Of four lanes each with two neighbours out of four blocks of eight columns, each gets one whole block.
-__device__ __forceinline__ void exchange_blocks(uint32_t (&v)[4], int lane) {
-  bool odd = lane & 1, high = lane & 2;
-#pragma unroll
-  for (int i = 0; i < 4; i += 2) {
-    uint32_t other = __shfl_xor_sync(0xffffffffu, odd ? v[i] : v[i + 1], 1);
-    v[i] = odd ? other : v[i];
-    v[i + 1] = odd ? v[i + 1] : other;
-  }
-  uint32_t first = __shfl_xor_sync(0xffffffffu, high ? v[0] : v[2], 2);
-  uint32_t second = __shfl_xor_sync(0xffffffffu, high ? v[1] : v[3], 2);
-  v[0] = high ? first : v[0], v[1] = high ? second : v[1];
-  v[2] = high ? v[2] : first, v[3] = high ? v[3] : second;
-}
+// A warp's way from registers to memory: 64 columns of its 16 rows at a time through shared memory, so that neighbouring
+// lanes store neighbours.
+struct Outlet {
+  uint8_t* staged;
+  int64_t text;  // of the first row
+  int rows;      // that there are
+  int lane;
 
-// The first `count` of eight 16-bit elements; `elements` neighbours at a time where all are wanted.
-__device__ __forceinline__ void store_block(uint16_t* to, const uint32_t (&v)[4], int count, int elements) {
-  if (count == 8 && elements == 8) {
-    *reinterpret_cast<uint4*>(to) = make_uint4(v[0], v[1], v[2], v[3]);
-  } else if (count == 8 && elements == 4) {
-    reinterpret_cast<uint2*>(to)[0] = make_uint2(v[0], v[1]);
-    reinterpret_cast<uint2*>(to)[1] = make_uint2(v[2], v[3]);
-  } else {
+  __device__ __forceinline__ Outlet(const Work& work, uint8_t* staged, int64_t text, int lane)
+      : staged(staged), text(text), rows(static_cast<int>(min(work.texts - text, int64_t(16)))), lane(lane) {}
+
+  // From the layout of accumulators, packed: `out[r][j]` of rows `row` and `row + 8` and the j-th eight columns.
+  __device__ __forceinline__ void stage(const uint32_t (&out)[2][8], int blocks) const {
+    uint8_t* row = staged + lane % 16 * kStagedPitch + lane / 16 * 16;
+    __syncwarp();  // what was there before has been read
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (elements >= 2 && 2 * i + 1 < count) {
-        reinterpret_cast<uint32_t*>(to)[i] = v[i];
-      } else {
-        if (2 * i < count) to[2 * i] = static_cast<uint16_t>(v[i]);
-        if (2 * i + 1 < count) to[2 * i + 1] = static_cast<uint16_t>(v[i] >> 16);
+    for (int j = 0; j < 8; j += 2) {
+      if (j >= blocks) continue;
+      uint32_t matrices[4] = {out[0][j], out[1][j], out[0][j + 1], out[1][j + 1]};
+      store_matrices(row + 16 * j, matrices);
+    }
+    __syncwarp();
+  }
+
+  // To `matrix` with `stride` from text to text, kElements neighbours at a time; `place` has the offset of a column in its
+  // row, negative where none is wanted.
+  template <int kElements, class Place>
+  __device__ __forceinline__ void copy(uint16_t* matrix, int64_t stride, const Place& place) const {
+    constexpr int kLanes = kStagedColumns / kElements < 32 ? kStagedColumns / kElements : 32, kRows = 32 / kLanes;
+    int first = lane / kLanes;
+#pragma unroll
+    for (int begin = 0; begin < kStagedColumns; begin += kLanes * kElements) {
+      int column = begin + lane % kLanes * kElements;
+      int64_t offset = place(column);
+      if (offset < 0) continue;
+      const uint8_t* from = staged + first * kStagedPitch + 2 * column;
+      uint16_t* to = matrix + (text + first) * stride + offset;
+#pragma unroll
+      for (int row = 0; row < 16; row += kRows, from += kRows * kStagedPitch, to += kRows * stride) {
+        if (first + row >= rows) continue;
+        if constexpr (kElements == 8) *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
+        if constexpr (kElements == 4) *reinterpret_cast<uint2*>(to) = *reinterpret_cast<const uint2*>(from);
+        if constexpr (kElements == 2) *reinterpret_cast<uint32_t*>(to) = *reinterpret_cast<const uint32_t*>(from);
+        if constexpr (kElements == 1) *to = *reinterpret_cast<const uint16_t*>(from);
       }
     }
   }
-}
 
-// Four blocks of eight columns of both rows, of which this lane stores one: `count` patches of `image` from `n` on.
-__device__ __forceinline__ void store_blocks(
-    const Work& work, uint16_t* matrix, const Rows& rows, int64_t image, int n, int count, uint32_t (&out)[2][4],
-    int lane) {
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    exchange_blocks(out[r], lane);
-    if (count > 0 && rows.live[r])
-      store_block(
-          matrix + rows.text[r] * work.stride_weights + image * work.patches + n, out[r], count, work.store_elements);
+  template <class Place>
+  __device__ __forceinline__ void copy(const Work& work, const Place& place) const {
+    switch (work.store_elements) {
+      case 8: return copy<8>(work.weights, work.stride_weights, place);
+      case 4: return copy<4>(work.weights, work.stride_weights, place);
+      case 2: return copy<2>(work.weights, work.stride_weights, place);
+      default: return copy<1>(work.weights, work.stride_weights, place);
+    }
   }
-}
+};
 
 // What the backward knows of an image for a thread's two rows.
 struct Known {
@@ -178,60 +189,86 @@ struct Known {
   }
 };
 
+// Of a row: a = exp2(x rate + offset), W = a (x slope + constant) / ‖p‖, x being s without the text's norm.
+struct Line {
+  float rate, offset, slope, constant;
+
+  __device__ __forceinline__ Line(const Rows& rows, const Known& known, int r, float scale, float inverse_temperature,
+                                  float weight_scale) {
+    float factor = known.grad[r] * rows.inverse[r] * weight_scale;
+    rate = rows.inverse[r] * scale;
+    offset = fmaf(-known.phi[r], scale, -known.stat[r]);
+    slope = factor * inverse_temperature * rows.inverse[r];
+    constant = factor * fmaf(-known.phi[r], inverse_temperature, 1.0f);
+  }
+};
+
 // Stores W = dS / (‖p‖ ‖t‖), or without `grad_phi` the attention; returns the tile's part of the temperature's sum.
-template <int kWidth, bool kPacked, class T>
+// kFull: any of Work::full; without it a column that is not there may hold anything, since it is not stored.
+template <int kWidth, bool kPacked, bool kFull, class T>
 __device__ __forceinline__ float weights_epilogue(
-    const Work& work, const Rows& rows, const float (&acc)[kWidth / 2], const float* columns, int64_t image,
-    int chunk, float scale, float inverse_temperature, int lane, Known& known) {
+    const Work& work, const Rows& rows, const Outlet& outlet, const float (&acc)[kWidth / 2], const float* columns,
+    int64_t image, int chunk, float scale, float inverse_temperature, int lane, Known& known) {
   bool attention = work.grad_phi == nullptr;
   float weight_scale = work.weight_scale ? *work.weight_scale : 1.0f;
   int64_t image0 = image;
   int blocks_of_image = work.pitch / 8, block_of_image = 0;
   float temperature_sum = 0.0f;
+  Line lines[2] = {{rows, known, 0, scale, inverse_temperature, weight_scale},
+                   {rows, known, 1, scale, inverse_temperature, weight_scale}};
 #pragma unroll
-  for (int j0 = 0; j0 < kWidth / 8; j0 += 4) {
-    uint32_t out[2][4] = {};
+  for (int j0 = 0; j0 < kWidth / 8; j0 += 8) {
+    uint32_t out[2][8] = {};
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < 8; ++i) {
       int j = j0 + i;
       if (j >= kWidth / 8) continue;
       float2 column = *reinterpret_cast<const float2*>(columns + 8 * j + 2 * (lane % 4));
-      bool dead0 = column.x < 0.0f, dead1 = column.y < 0.0f;
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         float w[2];
-        float factor = known.grad[r] * rows.inverse[r] * weight_scale;
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
-          bool dead = c ? dead1 : dead0;
           float inverse = c ? column.y : column.x;
           float x = acc[4 * j + 2 * r + c] * inverse;
-          x = dead ? 0.0f : x;
-          float centred = fmaf(x, rows.inverse[r], -known.phi[r]);
-          float a = exp2_fast(fmaf(centred, scale, -known.stat[r]));
-          a = dead ? 0.0f : a;
-          w[c] = attention ? a : a * (fmaf(centred, inverse_temperature, 1.0f) * factor) * inverse;
-          temperature_sum = fmaf(a * centred, centred * known.grad[r], temperature_sum);
+          if constexpr (kFull) x = inverse < 0.0f ? 0.0f : x;
+          float a = exp2_fast(fmaf(x, lines[r].rate, lines[r].offset));
+          if constexpr (kFull) {
+            a = inverse < 0.0f ? 0.0f : a;
+            float centred = fmaf(x, rows.inverse[r], -known.phi[r]);
+            temperature_sum = fmaf(a * centred, centred * known.grad[r], temperature_sum);
+          }
+          w[c] = a * fmaf(x, lines[r].slope, lines[r].constant) * inverse;
+          if constexpr (kFull) w[c] = attention ? a : w[c];
         }
-        out[r][i] = work.weights_in_half ? pack(w[0], w[1], __half()) : pack(w[0], w[1], __nv_bfloat16());
+        if constexpr (kFull)
+          out[r][i] = work.weights_in_half ? pack(w[0], w[1], __half()) : pack(w[0], w[1], __nv_bfloat16());
+        else
+          out[r][i] = pack(w[0], w[1], T());
       }
       if constexpr (kPacked) {
         if (++block_of_image == blocks_of_image) {
           known.load(work, rows, ++image);
+#pragma unroll
+          for (int r = 0; r < 2; ++r) lines[r] = Line(rows, known, r, scale, inverse_temperature, weight_scale);
           block_of_image = 0;
         }
       }
     }
-    int block = j0 + lane % 4;
-    int64_t of_image = image0;
-    int n = chunk * kWidth + 8 * block;
-    if constexpr (kPacked) {
-      int which = block / blocks_of_image;
-      of_image += which;
-      n = 8 * (block - which * blocks_of_image);
-    }
-    bool inside = block < kWidth / 8 && of_image < work.images && (!kPacked || of_image < image0 + work.images_of_tile);
-    store_blocks(work, work.weights, rows, of_image, n, inside ? min(8, work.patches - n) : 0, out, lane);
+    outlet.stage(out, kWidth / 8 - j0);
+    outlet.copy(work, [&](int column) {
+      column += 8 * j0;
+      int64_t of_image = image0;
+      int n = chunk * kWidth + column;
+      bool there = column < kWidth;
+      if constexpr (kPacked) {
+        int which = column / work.pitch;
+        of_image += which;
+        n = column - which * work.pitch;
+        there &= which < work.images_of_tile;
+      }
+      return there && n < work.patches && of_image < work.images ? of_image * work.patches + n : int64_t(-1);
+    });
   }
   return temperature_sum;
 }

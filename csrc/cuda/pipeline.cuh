@@ -34,11 +34,12 @@ struct Shared {
   uint8_t* texts;  // [steps][64 rows of 128 bytes]
   uint8_t* ring;   // [stages][width rows of 128 bytes, and without resident texts 64 more]
   float* columns;  // [2][kMaxWidth]
+  uint8_t* staged;  // [8][kStagedBytes], a part for each warp, in kernels that write weights
   Barriers* barriers;
   int stage_bytes;
 };
 
-template <int kWidth>
+template <int kWidth, bool kStaged>
 __device__ __forceinline__ Shared lay_out(const Work& work) {
   uint8_t* base = shared_memory();
   if (shared_address(base) & 1023) trap();  // the swizzle is a function of address bits 7 to 9
@@ -47,7 +48,8 @@ __device__ __forceinline__ Shared lay_out(const Work& work) {
   shared.texts = base;
   shared.ring = base + (work.resident ? work.steps * kTextStepBytes : 0);
   shared.columns = reinterpret_cast<float*>(shared.ring + work.stages * shared.stage_bytes);
-  shared.barriers = reinterpret_cast<Barriers*>(shared.columns + 2 * kMaxWidth);
+  shared.staged = reinterpret_cast<uint8_t*>(shared.columns + 2 * kMaxWidth);
+  shared.barriers = reinterpret_cast<Barriers*>(shared.staged + (kStaged ? 8 * kStagedBytes : 0));
   return shared;
 }
 

@@ -16,6 +16,11 @@ inline constexpr int kMaxWidth = 256;
 inline constexpr int kMaxStages = 8;
 inline constexpr int kSharedBytes = 227 * 1024;  // of a block on Hopper
 inline constexpr int kTextStepBytes = kTileTexts * kStep * 2;
+// On the way from registers to memory: 16 rows of a warp by 64 columns of 16 bits. A row's 16 bytes more than its columns
+// keep eight rows out of each other's banks.
+inline constexpr int kStagedColumns = 64;
+inline constexpr int kStagedPitch = kStagedColumns * 2 + 16;
+inline constexpr int kStagedBytes = 16 * kStagedPitch;
 // Columns of the tiles that are compiled, for one image (or a chunk) and for several small ones side by side; with a
 // running maximum ("safe") there are fewer.
 inline constexpr int kWidths[] = {144, 160, 176, 192, 200, 208, 224, 232, 248, 256};
@@ -36,6 +41,7 @@ struct Plan {
   int steps;          // along D
   int gram_steps;     // along the image's own patches, for the cosine form; otherwise 0
   bool resident;      // whether the texts stay in shared memory; otherwise they come with each step
+  bool staged;        // whether there is room for weights on their way to memory
   int stages;         // of the ring of steps in shared memory
   int cluster;        // blocks that share each step of patches
   int64_t text_groups;  // of 64 texts for each block of the cluster
@@ -55,8 +61,9 @@ inline int stage_bytes(const Plan& plan) {
 inline int shared_bytes(const Plan& plan, int stages) {
   int texts = plan.resident ? plan.steps * kTextStepBytes : 0;
   int columns = 2 * kMaxWidth * 4;                   // of each warpgroup
+  int staged = plan.staged ? 8 * kStagedBytes : 0;   // of each warp
   int barriers = (2 * kMaxStages + 2) * 8;
-  return texts + stages * stage_bytes(plan) + columns + barriers;
+  return texts + stages * stage_bytes(plan) + columns + staged + barriers;
 }
 
 // The narrowest of the compiled widths that holds `columns`; 0 if none does.
@@ -114,8 +121,10 @@ inline bool can_pool(int64_t patches) { return patches >= kLeastPooled && patche
 
 // `processors`: of the device. `cluster`: 1 or 2 blocks; 0 for what is best.
 inline Plan make_plan(
-    int64_t images, int64_t patches, int64_t texts, int64_t dim, bool safe, bool pooled, int processors, int cluster) {
+    int64_t images, int64_t patches, int64_t texts, int64_t dim, bool safe, bool pooled, bool weights, int processors,
+    int cluster) {
   Plan plan{};
+  plan.staged = weights;
   if (pooled) {
     plan.width = plan.pitch = width_for(kPooledWidths, patches);
     plan.images = plan.chunks = 1;

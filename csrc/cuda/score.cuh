@@ -40,6 +40,7 @@ __device__ __forceinline__ void consume(const Work& work, const Shared& shared, 
   Known known;
   double temperature_sum = 0.0;
   softmax.clear();
+  uint8_t* staged = shared.staged + (warpgroup * 4 + thread / 32) * kStagedBytes;
   if (warpgroup == 1) named_arrive(kTurn + 0, 2 * kWarpgroup);  // the first turn
   for (int64_t i = blockIdx.x / work.cluster; i < work.items; i += work.clusters) {
     Item item(work, i, block);
@@ -89,16 +90,27 @@ __device__ __forceinline__ void consume(const Work& work, const Shared& shared, 
         wgmma_wait<0>();
         release(work, *shared.barriers, slot, lane);
         if (!wanted) continue;
-        if constexpr (kEpilogue == Epilogue::cosine)
+        if constexpr (kEpilogue == Epilogue::cosine) {
           cosine_epilogue<kWidth>(work, rows, pooling, attention, acc, image, lane);
-        else
-          temperature_sum += cosine_weights_epilogue<kWidth>(
-              work, rows, known, attention, acc, columns, image, scale, inverse_temperature, lane);
+        } else {
+          Outlet outlet(work, staged, item.text + thread / 32 * 16, lane);
+          if (work.full)
+            temperature_sum += cosine_weights_epilogue<kWidth, true, T>(
+                work, rows, outlet, known, attention, acc, columns, image, scale, inverse_temperature, lane);
+          else
+            cosine_weights_epilogue<kWidth, false, T>(
+                work, rows, outlet, known, attention, acc, columns, image, scale, inverse_temperature, lane);
+        }
       } else if (!wanted) {
         continue;
       } else if constexpr (kEpilogue == Epilogue::weights) {
-        temperature_sum += weights_epilogue<kWidth, kPacked, T>(
-            work, rows, acc, columns, image, chunk, scale, inverse_temperature, lane, known);
+        Outlet outlet(work, staged, item.text + thread / 32 * 16, lane);
+        if (work.full)
+          temperature_sum += weights_epilogue<kWidth, kPacked, true, T>(
+              work, rows, outlet, acc, columns, image, chunk, scale, inverse_temperature, lane, known);
+        else
+          weights_epilogue<kWidth, kPacked, false, T>(
+              work, rows, outlet, acc, columns, image, chunk, scale, inverse_temperature, lane, known);
       } else {
         forward_epilogue<kWidth, kPacked, kSafe>(
             work, rows, acc, columns, image, chunk + 1 == work.chunks, scale, lane, softmax);
@@ -132,7 +144,7 @@ __global__ void __launch_bounds__(kThreads, 1) score_kernel(
     if (work.temperature_at && (*work.temperature_at < kPlainTemperature) != (kEpilogue == Epilogue::forward_safe))
       return;
   }
-  Shared shared = lay_out<kWidth>(work);
+  Shared shared = lay_out<kWidth, kHasWeights<kEpilogue>>(work);
   Barriers& barriers = *shared.barriers;
   uint32_t block = work.cluster > 1 ? block_of_cluster() : 0;
   int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 32), 0);  // known to be the same in a warp

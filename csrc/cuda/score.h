@@ -31,9 +31,11 @@ struct ScoreCall {
   int64_t stride_weights;
   const float* weight_scale;   // or null
   float* temperature_sums;     // or null; one for each block
+  bool masked;                 // whether any patch of `columns` may be masked; read by the backward
   const void* gram;             // [images, patches, stride_gram] of float16, for the cosine form; otherwise null
   int64_t stride_gram;
-  void* attention;              // with `weights`: float16, like those
+  void* attention;              // with `weights`: [images, texts, attention_pitch] of bfloat16
+  int64_t attention_pitch;      // a multiple of 8; at most 7 elements behind the patches are written too
   float* curvature;             // and [images, texts]
   int cluster;                 // 1, 2, or 0 for what is best
   int device;

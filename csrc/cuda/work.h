@@ -24,11 +24,13 @@ struct Work {
   const float* grad_phi;
   uint16_t* weights;
   bool weights_in_half;
+  bool full;  // whether masked patches, the temperature's sums or the attention itself are wanted of the backward
   int64_t stride_weights;
   int store_elements;  // of the weights that one store may take: 8, 4, 2 or 1
   const float* weight_scale;
   float* temperature_sums;
   uint16_t* attention;
+  int64_t attention_pitch;
   float* curvature;
   int64_t images, texts, groups, splits, text_groups, items, clusters;
   int patches, pitch, images_of_tile, chunks, steps, gram_steps, stages, cluster;
@@ -69,7 +71,8 @@ inline Box gram_box(const ScoreCall& call, const Plan& plan) {
 }
 
 inline Plan plan_of(const ScoreCall& call, int processors) {
-  return make_plan(call.images, call.patches_per_image, call.texts, call.dim, call.safe, call.gram != nullptr, processors, call.cluster);
+  return make_plan(call.images, call.patches_per_image, call.texts, call.dim, call.safe, call.gram != nullptr,
+                   call.weights != nullptr, processors, call.cluster);
 }
 
 inline Columns make_columns(
@@ -97,18 +100,19 @@ inline Work make_work(const ScoreCall& call, const Plan& plan) {
   work.grad_phi = call.grad_phi;
   work.weights = static_cast<uint16_t*>(call.weights);
   work.weights_in_half = call.weights_dtype == Dtype::float16;
+  work.full = call.masked || call.temperature_sums || !call.grad_phi;
   work.stride_weights = call.stride_weights;
   // As many neighbours as every block of eight columns is aligned to, whatever image and text it belongs to.
   work.store_elements = 8;
   auto aligned = [&](int elements) {
     return call.patches_per_image % elements == 0 && call.stride_weights % elements == 0 &&
-           reinterpret_cast<uintptr_t>(call.weights) % (2 * elements) == 0 &&
-           reinterpret_cast<uintptr_t>(call.attention) % (2 * elements) == 0;
+           reinterpret_cast<uintptr_t>(call.weights) % (2 * elements) == 0;
   };
   while (!aligned(work.store_elements)) work.store_elements /= 2;
   work.weight_scale = call.weight_scale;
   work.temperature_sums = call.temperature_sums;
   work.attention = static_cast<uint16_t*>(call.attention);
+  work.attention_pitch = call.attention_pitch;
   work.curvature = call.curvature;
   work.images = call.images;
   work.texts = call.texts;

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 WORKSPACE = 256 * 2**20  # bytes of W in memory at once
+ALIGNED_ROWS = 8  # patches in a block are a multiple of this, but for the last block
 PADDED = 64  # patches of an image up to which it is padded to a power of two, several images to a tile
 
 
@@ -92,7 +94,10 @@ def text_block(n: int, k: int, itemsize: int) -> int:
 def plan_blocks(b: int, n: int, k: int, itemsize: int, image_bytes: int = 0) -> Blocks:
     """What fits into the workspace with `itemsize` bytes for each score and `image_bytes` for each image."""
     texts = text_block(n, k, itemsize)
-    return Blocks(max(1, min(b, WORKSPACE // (itemsize * n * texts + image_bytes))), texts)
+    images = WORKSPACE // (itemsize * n * texts + image_bytes)
+    if images > ALIGNED_ROWS:  # the library takes half as long for the products of a block with whole vectors of rows
+        images -= images % (ALIGNED_ROWS // math.gcd(n, ALIGNED_ROWS))
+    return Blocks(max(1, min(b, images)), texts)
 
 
 @functools.lru_cache(maxsize=1024)

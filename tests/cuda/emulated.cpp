@@ -66,9 +66,11 @@ struct EmulatedCall {
   int64_t weights_in_half, stride_weights;
   const float* weight_scale;
   float* temperature_sums;
+  int64_t masked;
   const void* gram;
   int64_t stride_gram;
   void* attention;
+  int64_t attention_pitch;
   float* curvature;
   int64_t cluster, processors, seed, stages, resident;  // the last two 0 and -1 for what the plan says
   char* message;
@@ -91,7 +93,8 @@ int emulated_score(const EmulatedCall* in) {
     call.weights = in->weights, call.stride_weights = in->stride_weights;
     call.weights_dtype = in->weights_in_half ? Dtype::float16 : Dtype::bfloat16;
     call.weight_scale = in->weight_scale, call.temperature_sums = in->temperature_sums;
-    call.attention = in->attention, call.curvature = in->curvature;
+    call.masked = in->masked;
+    call.attention = in->attention, call.attention_pitch = in->attention_pitch, call.curvature = in->curvature;
     call.gram = in->gram, call.stride_gram = in->stride_gram;
     call.cluster = in->cluster, call.safe = in->safe;
     Plan plan = plan_of(call, in->processors);

@@ -110,7 +110,7 @@ inline float __shfl_xor_sync(uint32_t, float x, int distance) {
 }
 inline uint32_t __shfl_xor_sync(uint32_t, uint32_t x, int distance) { return emulator::shuffle_xor(x, distance); }
 inline int __shfl_sync(uint32_t, int x, int lane) { return emulator::shuffle(x, lane); }
-inline void __syncwarp() {}
+inline void __syncwarp() { emulator::shuffle(0, 0); }
 inline void __syncthreads() { emulator::named_barrier(0, blockDim.x, true); }
 
 namespace pacl::cuda {
@@ -233,6 +233,15 @@ struct Wgmma {
       }
   }
 };
+
+inline void store_matrices(void* row, const uint32_t (&v)[4]) {
+  int lane = threadIdx.x % 32;
+  if (shared_address(row) % 16) emulator::fail("stmatrix is not aligned");
+  for (int i = 0; i < 4; ++i) {
+    uint32_t of_matrix = emulator::shuffle(shared_address(row), 8 * i + lane / 4);
+    std::memcpy(emulator::shared_base() + of_matrix + 4 * (lane % 4), &v[i], 4);
+  }
+}
 
 inline float exp2_fast(float x) { return std::exp2(x); }
 inline float log2_fast(float x) { return std::log2(x); }
