@@ -24,10 +24,14 @@ void run_tile(Epilogue epilogue, const TensorMap& patches, const TensorMap& text
     case Epilogue::forward: return score_kernel<kWidth, kPacked, T, Epilogue::forward>(patches, texts, gram, work);
     case Epilogue::forward_safe: return score_kernel<kWidth, kPacked, T, Epilogue::forward_safe>(patches, texts, gram, work);
     case Epilogue::weights: return score_kernel<kWidth, kPacked, T, Epilogue::weights>(patches, texts, gram, work);
-    case Epilogue::cosine: return score_kernel<kWidth, false, T, Epilogue::cosine>(patches, texts, gram, work);
+    case Epilogue::cosine:
+      if constexpr (!kPacked) return score_kernel<kWidth, false, T, Epilogue::cosine>(patches, texts, gram, work);
+      break;
     case Epilogue::cosine_weights:
-      return score_kernel<kWidth, false, T, Epilogue::cosine_weights>(patches, texts, gram, work);
+      if constexpr (!kPacked) return score_kernel<kWidth, false, T, Epilogue::cosine_weights>(patches, texts, gram, work);
+      break;
   }
+  emulator::fail("the cosine form packs no images");
 }
 
 template <class T>

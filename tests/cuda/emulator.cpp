@@ -1,5 +1,7 @@
+#undef _FORTIFY_SOURCE  // its longjmp takes a jump to another stack for an error
 #include "emulator.h"
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <map>
@@ -38,10 +40,10 @@ struct Block {
 };
 
 struct Fiber {
-  ucontext_t context;
-  std::unique_ptr<char[]> stack;
+  ucontext_t entry;
+  jmp_buf place;  // where it goes on; swapcontext would be two system calls each time
   int thread, block;
-  bool done = false;
+  bool begun = false, done = false;
   const std::function<bool()>* ready = nullptr;
   const char* waits_for = "";
   std::vector<std::function<void()>> copies;
@@ -53,7 +55,8 @@ struct Machine {
   std::vector<Fiber> fibers;
   std::vector<std::function<void()>> engine;  // the copy engine's queue, in any order
   std::mt19937_64 random;
-  ucontext_t scheduler;
+  std::vector<std::unique_ptr<char[]>> stacks;  // of the fibers, kept from cluster to cluster
+  jmp_buf scheduler;
   Fiber* current = nullptr;
   Index first_block{};
   unsigned threads = 0;
@@ -74,7 +77,7 @@ void enter() {
     if (machine->failure.empty()) machine->failure = error.what();
   }
   machine->current->done = true;
-  swapcontext(&machine->current->context, &machine->scheduler);
+  _longjmp(machine->scheduler, 1);
 }
 
 void run(Fiber& fiber) {
@@ -84,7 +87,10 @@ void run(Fiber& fiber) {
   block_size.x = machine->threads;
   own_shared = machine->blocks[fiber.block].base;
   own_shared_bytes = machine->shared;
-  swapcontext(&machine->scheduler, &fiber.context);
+  if (_setjmp(machine->scheduler)) return;
+  if (fiber.begun) _longjmp(fiber.place, 1);
+  fiber.begun = true;
+  setcontext(&fiber.entry);
 }
 
 bool chance(int one_in) { return machine->random() % one_in == 0; }
@@ -101,7 +107,7 @@ void wait_until(const std::function<bool()>& ready, const char* what) {
   // Sometimes others first, even where there is nothing to wait for.
   if (ready() && !chance(8)) return;
   self.ready = &ready, self.waits_for = what;
-  swapcontext(&self.context, &machine->scheduler);
+  if (!_setjmp(self.place)) _longjmp(machine->scheduler, 1);
   self.ready = nullptr;
   if (!machine->failure.empty()) throw std::runtime_error(machine->failure);
 }
@@ -245,6 +251,7 @@ void launch(int64_t clusters, int cluster, int threads, uint32_t shared, uint64_
   emulated.threads = threads;
   emulated.shared = shared;
   emulated.kernel = &kernel;
+  for (int i = 0; i < cluster * threads; ++i) emulated.stacks.emplace_back(new char[kStack]);
   for (int64_t c = 0; c < clusters; ++c) {
     emulated.first_block.x = c * cluster;
     emulated.cluster = {};
@@ -258,12 +265,11 @@ void launch(int64_t clusters, int cluster, int threads, uint32_t shared, uint64_
     for (int i = 0; i < cluster * threads; ++i) {
       Fiber& fiber = emulated.fibers[i];
       fiber.thread = i % threads, fiber.block = i / threads;
-      fiber.stack.reset(new char[kStack]);
-      getcontext(&fiber.context);
-      fiber.context.uc_stack.ss_sp = fiber.stack.get();
-      fiber.context.uc_stack.ss_size = kStack;
-      fiber.context.uc_link = &emulated.scheduler;
-      makecontext(&fiber.context, enter, 0);
+      getcontext(&fiber.entry);
+      fiber.entry.uc_stack.ss_sp = emulated.stacks[i].get();
+      fiber.entry.uc_stack.ss_size = kStack;
+      fiber.entry.uc_link = nullptr;
+      makecontext(&fiber.entry, enter, 0);
     }
     std::vector<int> order(emulated.fibers.size());
     for (size_t i = 0; i < order.size(); ++i) order[i] = i;
