@@ -369,6 +369,7 @@ class Call:
             ),
             chosen.warps,
             chosen.stages,
+            chosen.registers,
         )
 
     def backward_config(self) -> tiles.Config:
@@ -515,8 +516,11 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return a.float() @ b.float()
 
 
-def _launch(kernel, programs: int, arguments: tuple, constants: dict, warps: int = 4, stages: int = 3) -> None:
-    kernel[(programs,)](*arguments, **constants, num_warps=warps, num_stages=stages)
+def _launch(
+    kernel, programs: int, arguments: tuple, constants: dict, warps: int = 4, stages: int = 3, registers: int = 0
+) -> None:
+    limit = {"maxnreg": registers} if registers else {}  # of NVIDIA's alone
+    kernel[(programs,)](*arguments, **constants, num_warps=warps, num_stages=stages, **limit)
 
 
 def _programs(device: torch.device, per_processor: int) -> int:

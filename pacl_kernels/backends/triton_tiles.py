@@ -63,19 +63,23 @@ POOL_TEXTS, GRAM_PATCHES = 64, 64
 
 
 class Curvature(NamedTuple):
-    """Side of a square tile of `curvature_kernel`, step along the texts, and how Triton compiles it."""
+    """Side of a square tile of `curvature_kernel`, step along the texts, and how Triton compiles it.
+
+    `registers`: at most so many of a thread, so that two programs share an SM; 0 leaves it to the compiler.
+    """
 
     block: int
     block_k: int
     warps: int
     stages: int
+    registers: int = 0
 
 
 # (architecture, bytes of an element) to configuration, as `CONFIGS`.
 CURVATURE = {
     (80, 2): Curvature(128, 32, 8, 4),
     (80, 4): Curvature(64, 32, 4, 3),
-    (90, 2): Curvature(128, 64, 8, 4),
+    (90, 2): Curvature(128, 32, 8, 4, 128),
     (90, 4): Curvature(64, 32, 4, 3),
     (100, 2): Curvature(128, 64, 8, 3),
     (100, 4): Curvature(64, 32, 4, 3),
@@ -86,7 +90,7 @@ POOLED_ALIGNMENT = 8  # elements between rows of the matrices that it writes, fo
 
 def curvature_config(n: int, patches: Tensor) -> Curvature:
     itemsize = patches.element_size()
-    entry = CURVATURE[_newest({number for number, _ in CURVATURE}, patches.device), itemsize]
+    entry = CURVATURE[newest({number for number, _ in CURVATURE}, patches.device), itemsize]
     return entry if n > CURVATURE_SMALL[itemsize].block else CURVATURE_SMALL[itemsize]
 
 
@@ -94,7 +98,7 @@ def config(kernel: str, patches: Tensor, texts: Tensor, padded: bool = False) ->
     """The table's entry, with smaller tiles where there are fewer texts or dimensions."""
     d = patches.shape[2]
     if are_describable(patches, texts) and not (padded and d % min(64, power_of_two(d))):
-        entry = CONFIGS[kernel, _newest({number for _, number, _ in CONFIGS}, patches.device), patches.element_size()]
+        entry = CONFIGS[kernel, newest({number for _, number, _ in CONFIGS}, patches.device), patches.element_size()]
     else:
         entry = STRIDED[patches.element_size()]
     return entry._replace(
@@ -103,7 +107,7 @@ def config(kernel: str, patches: Tensor, texts: Tensor, padded: bool = False) ->
     )
 
 
-def _newest(architectures: set[int], device: torch.device) -> int:
+def newest(architectures: set[int], device: torch.device) -> int:
     """The newest of them that is no newer than the device, else the oldest."""
     return max(x for x in architectures if x <= max(architecture(device), min(architectures)))
 

@@ -181,16 +181,16 @@ def _weighted_gram(
         k = k0 + tl.arange(0, BLOCK_K)
         right = tl.load(rows_m, mask=(k < K)[:, None] & m_live[None, :], other=0.0)
         if DIAGONAL:
-            left = right
+            left = right.T
         else:
-            left = tl.load(rows_n, mask=(k < K)[:, None] & n_live[None, :], other=0.0)
+            left = tl.load(rows_n, mask=n_live[:, None] & (k < K)[None, :], other=0.0)
             rows_n += BLOCK_K * stride_text
         rows_m += BLOCK_K * stride_text
         factor = tl.load(factors + k, mask=k < K, other=0.0)
-        left = left.to(tl.float32) * factor[:, None]  # beyond the range of float16, hence bfloat16 operands
+        left = left.to(tl.float32) * factor[None, :]  # beyond the range of float16, hence bfloat16 operands
         if not INTERPRETED:
             left = left.to(OPERANDS)
-        acc = tl.dot(left.T, right.to(left.dtype), acc, input_precision=PRECISION)
+        acc = tl.dot(left, right.to(left.dtype), acc, input_precision=PRECISION)
     return acc
 
 
@@ -218,16 +218,18 @@ def curvature_kernel(
     width = tl.cdiv(N, A_ALIGN) * A_ALIGN
     n = tile_n * BLOCK + tl.arange(0, BLOCK)
     m = tile_m * BLOCK + tl.arange(0, BLOCK)
-    rows = A + image.to(tl.int64) * stride_image + (tl.arange(0, BLOCK_K) * stride_text)[:, None]
+    a = A + image.to(tl.int64) * stride_image
+    k = tl.arange(0, BLOCK_K) * stride_text
+    rows_n, rows_m = a + n[:, None] + k[None, :], a + k[:, None] + m[None, :]
     factors = CURVATURE + image * K
     if tile_n == tile_m:
         acc = _weighted_gram(
-            rows, rows + m[None, :], factors, m < width, m < width, K, stride_text,
+            rows_n, rows_m, factors, n < width, m < width, K, stride_text,
             BLOCK, BLOCK_K, True, OPERANDS, PRECISION,
         )  # fmt: skip
     else:
         acc = _weighted_gram(
-            rows + n[None, :], rows + m[None, :], factors, n < width, m < width, K, stride_text,
+            rows_n, rows_m, factors, n < width, m < width, K, stride_text,
             BLOCK, BLOCK_K, False, OPERANDS, PRECISION,
         )  # fmt: skip
     inv = INV_P + (image_begin + image) * N
