@@ -113,7 +113,7 @@ def curvature_runs(call: backend.Call, architecture: int) -> dict[str, Run]:
         launch = functools.partial(call.curvature, 0, images, 0, texts, attention, factors, pooled)
         return Run(launch, images, tiles.CURVATURE, (architecture, dtype.itemsize), candidates)
 
-    return {"curvature": run(tight), "curvature of [images, K, pitch]": run(padded)}
+    return {"curvature": run(tight), "curvature, padded": run(padded)}
 
 
 def main() -> None:
@@ -165,7 +165,7 @@ def main() -> None:
                 }
             )
             outcome = f"failed: {reason}" if reason else f"{args.batch * ms:8.3f} ms  {ratio:.3f} of torch.mm"
-            print(f"{kernel:9} {tuple(candidate)!s:30} {outcome}", flush=True)
+            print(f"{kernel:17} {tuple(candidate)!s:30} {outcome}", flush=True)
     if args.json:
         machine = report.machine(torch.device("cuda"), None)
         Path(args.json).write_text(json.dumps({"machine": machine, "settings": vars(args), "rows": results}, indent=1))
