@@ -104,6 +104,7 @@ class Launch(NamedTuple):
     aligned: tuple
     warps: int
     stages: int
+    registers: int
 
 
 def launches(variant: Variant, target: int, batch: int = 1024) -> list[Launch]:
@@ -111,14 +112,14 @@ def launches(variant: Variant, target: int, batch: int = 1024) -> list[Launch]:
     seen: list[Launch] = []
     compiler = make_backend(GPUTarget("cuda", target, 32))
 
-    def record(kernel, programs, arguments, constants, warps=4, stages=3) -> None:
+    def record(kernel, programs, arguments, constants, warps=4, stages=3, registers=0) -> None:
         bind = create_function_from_signature(kernel.signature, kernel.params, compiler)
         kinds = dict(zip(kernel.arg_names, bind(*arguments, **constants)[1], strict=True))
         signature = {name: kind for name, (kind, _) in kinds.items()}
         fixed = {name: value for name, (kind, value) in kinds.items() if kind == "constexpr"}
         aligned = tuple(name for name, (kind, value) in kinds.items() if kind != "constexpr" and value == "D")
         names = kernel.fn.__name__, str(variant), variant.dtype
-        seen.append(Launch(*names, target, signature, fixed, aligned, warps, stages))
+        seen.append(Launch(*names, target, signature, fixed, aligned, warps, stages, registers))
 
     dtype, dim = DTYPES[variant.dtype], variant.dim
     padding = 0 if variant.aligned else 1
@@ -167,14 +168,15 @@ def compile_launch(launch: Launch) -> dict:
         {(index[name],): value for name, value in launch.constants.items()},
         {(index[name],): [["tt.divisibility", 16]] for name in launch.aligned},
     )
-    options = dict(num_warps=launch.warps, num_stages=launch.stages)
+    options = dict(num_warps=launch.warps, num_stages=launch.stages, maxnreg=launch.registers or None)
     compiled = triton.compile(source, target=GPUTarget("cuda", launch.target, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(compiled.asm["cubin"])
         usage = _run("cuobjdump", "--dump-resource-usage", file.name)
         code = _run("nvdisasm", "-c", file.name)
     registers = int(re.search(r"REG:(\d+)", usage)[1])
-    tile = {key: launch.constants[key] for key in ("BLOCK_T", "BLOCK_P", "BLOCK_D") if key in launch.constants}
+    sides = ("BLOCK_T", "BLOCK_P", "BLOCK_D", "BLOCK", "BLOCK_K")
+    tile = {key: launch.constants[key] for key in sides if key in launch.constants}
     return {
         "kernel": launch.kernel.removesuffix("_kernel"),
         "config": f"{launch.config} {'x'.join(map(str, tile.values()))} warps {launch.warps} stages {launch.stages}",

@@ -1,20 +1,26 @@
 """Times candidate configurations of the Triton kernels on this GPU and prints what would replace the shipped ones.
 
     python benchmarks/tune_triton.py --json tuning.json          # bfloat16, B = K = 4096, N = 196, D = 512
+    python benchmarks/tune_triton.py --kernels curvature
 
-The library itself never searches: `CONFIGS` in pacl_kernels/backends/triton_tiles.py is filled by hand, from this.
+The library itself never searches: `CONFIGS` and `CURVATURE` in pacl_kernels/backends/triton_tiles.py are filled by
+hand, from this. The curvature is timed from an attention `[K, rows]` and from one `[images, K, pitch]` in bfloat16.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import statistics
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import report
 import torch
+from torch import Tensor
 
 from pacl_kernels.backends import triton as backend
 from pacl_kernels.backends import triton_tiles as tiles
@@ -29,6 +35,24 @@ CANDIDATES = [
     *itertools.product((64,), (128,), (64,), (4,), (3,), (2, 3)),
     *itertools.product((128,), (64,), (64,), (4,), (3, 4), (2,)),
     *itertools.product((128,), (128,), (32,), (4, 8), (4, 6), (1, 2)),
+]
+
+# Side of a tile, step along the texts, warps, stages, limit of registers.
+CURVATURE_CANDIDATES = [
+    (64, 32, 4, 3, 0),
+    (64, 64, 4, 3, 0),
+    (64, 64, 4, 4, 0),
+    (64, 128, 4, 3, 0),
+    (128, 32, 4, 4, 0),
+    (128, 32, 8, 4, 0),
+    (128, 32, 8, 3, 128),
+    (128, 32, 8, 4, 128),
+    (128, 64, 4, 4, 0),
+    (128, 64, 8, 2, 128),
+    (128, 64, 8, 3, 0),
+    (128, 64, 8, 3, 128),
+    (128, 64, 8, 4, 0),
+    (128, 128, 8, 3, 0),
 ]
 
 
@@ -48,11 +72,56 @@ def milliseconds(function, repeats: int) -> float:
     return statistics.median(times)
 
 
+class Run(NamedTuple):
+    """A launch for `images` of the batch, and the entry of a table that chooses its configuration."""
+
+    launch: Callable[[], object]
+    images: int
+    table: dict
+    key: tuple
+    candidates: list
+
+
+def score_runs(call: backend.Call, grad_phi: Tensor, architecture: int) -> dict[str, Run]:
+    dtype = call.patches.dtype
+    block = tiles.plan_blocks(call.b, call.n, call.k, dtype.itemsize)
+    room = call.patches.new_empty(call.k + 256, block.images * call.n + 256)
+    candidates = [tiles.Config(*values) for values in CANDIDATES]
+
+    def run(kernel: str, images: int, launch) -> Run:
+        return Run(launch, images, tiles.CONFIGS, (kernel, architecture, dtype.itemsize), candidates)
+
+    return {
+        "forward": run("forward", call.b, lambda: call.scores("dot")),
+        "backward": run("backward", block.images, lambda: call.weights(0, block.images, 0, call.k, room, grad_phi)),
+    }
+
+
+def curvature_runs(call: backend.Call, architecture: int) -> dict[str, Run]:
+    """For a block of images as the backward takes it; numbers do not matter, so the attention is noise."""
+    dtype = call.patches.dtype
+    block = tiles.plan_blocks(call.b, call.n, call.k, dtype.itemsize + call.attention_dtype.itemsize)
+    images, texts = block
+    factors = torch.randn(images * texts, device=call.patches.device)
+    pooled = call.pooled_workspace(block, dtype)
+    tight = call.by_image(call.workspace(block, call.attention_dtype).uniform_(0, 0.01), images, texts)
+    pitch = tiles.ceil_div(call.n, 8) * 8
+    padded = call.patches.new_empty(images, texts, pitch, dtype=torch.bfloat16).uniform_(0, 0.01)[:, :, : call.n]
+
+    def run(attention: Tensor) -> Run:
+        candidates = [tiles.Curvature(*values) for values in CURVATURE_CANDIDATES]
+        launch = functools.partial(call.curvature, 0, images, 0, texts, attention, factors, pooled)
+        return Run(launch, images, tiles.CURVATURE, (architecture, dtype.itemsize), candidates)
+
+    return {"curvature": run(tight), "curvature, padded": run(padded)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name, default in (("batch", 4096), ("patches", 196), ("dim", 512), ("repeats", 7)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    parser.add_argument("--kernels", choices=("scores", "curvature", "all"), default="all")
     parser.add_argument("--json", metavar="FILE", help="write the rows, with the machine they are from")
     args = parser.parse_args()
     dtype = getattr(torch, args.dtype)
@@ -61,45 +130,42 @@ def main() -> None:
     phi, stat, grad_phi = (torch.empty(args.batch, args.batch, device="cuda") for _ in range(3))
     call = backend.Call(patches, texts, None, 0.07, phi, stat)
     call.scale = None
-    block = tiles.plan_blocks(args.batch, args.patches, args.batch, dtype.itemsize)
-    room = torch.empty(args.batch + 256, block.images * args.patches + 256, device="cuda", dtype=dtype)
-    rows = patches[: block.images].flatten(0, 1)
+    images = tiles.plan_blocks(args.batch, args.patches, args.batch, dtype.itemsize).images
+    rows = patches[:images].flatten(0, 1)
     product_out = torch.empty(args.batch, len(rows), device="cuda", dtype=dtype)
-    product = milliseconds(lambda: torch.mm(texts, rows.T, out=product_out), args.repeats) / block.images
-    call.scores("dot")
-    grad_phi.normal_()
-    runs = {
-        "forward": (lambda: call.scores("dot"), args.batch),
-        "backward": (lambda: call.weights(0, block.images, 0, args.batch, room, grad_phi), block.images),
-    }
-    architecture = max(a for _, a, _ in tiles.CONFIGS if a <= tiles.architecture(patches.device))
+    product = milliseconds(lambda: torch.mm(texts, rows.T, out=product_out), args.repeats) / images
+    runs = {}
+    if args.kernels != "curvature":
+        call.scores("dot")
+        grad_phi.normal_()
+        runs |= score_runs(call, grad_phi, tiles.newest({a for _, a, _ in tiles.CONFIGS}, patches.device))
+    if args.kernels != "scores":
+        runs |= curvature_runs(call, tiles.newest({a for a, _ in tiles.CURVATURE}, patches.device))
     results = []
-    for kernel, (run, images) in runs.items():
-        key = (kernel, architecture, dtype.itemsize)
-        shipped = tiles.CONFIGS[key]
-        for candidate in [shipped, *(tiles.Config(*values) for values in CANDIDATES)]:
-            tiles.CONFIGS[key] = candidate
+    for kernel, run in runs.items():
+        shipped = run.table[run.key]
+        for candidate in dict.fromkeys([shipped, *run.candidates]):
+            run.table[run.key] = candidate
             try:
-                ms = milliseconds(run, args.repeats) / images
+                ms = milliseconds(run.launch, args.repeats) / run.images
                 ratio, reason = product / ms, None
             except Exception as error:  # too much shared memory, say
                 ms, ratio, reason = None, None, f"{type(error).__name__}: {str(error).splitlines()[0]}"[:100]
             finally:
-                tiles.CONFIGS[key] = shipped
+                run.table[run.key] = shipped
             results.append(
                 {
                     "kernel": kernel,
                     "config": list(candidate),
-                    "shipped": candidate is shipped,
+                    "shipped": candidate == shipped,
                     "us_per_image": ms and 1e3 * ms,
+                    "ms_for_the_batch": ms and args.batch * ms,
                     "share_of_product": ratio,
                     "reason": reason,
                 }
             )
-            print(
-                f"{kernel:9} {tuple(candidate)!s:30} {'failed: ' + reason if reason else f'{ratio:.3f} of torch.mm'}",
-                flush=True,
-            )
+            outcome = f"failed: {reason}" if reason else f"{args.batch * ms:8.3f} ms  {ratio:.3f} of torch.mm"
+            print(f"{kernel:17} {tuple(candidate)!s:30} {outcome}", flush=True)
     if args.json:
         machine = report.machine(torch.device("cuda"), None)
         Path(args.json).write_text(json.dumps({"machine": machine, "settings": vars(args), "rows": results}, indent=1))

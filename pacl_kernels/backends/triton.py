@@ -216,8 +216,7 @@ class Call:
         if cosine:
             attention, gram = self.workspace(blocks, self.attention_dtype), self.gram_workspace(blocks)
             curvature = self.phi.new_empty(blocks.images * blocks.texts)
-            pooled_dtype = torch.float32 if widened else dtype
-            pooled = self.patches.new_empty(blocks.images, self.n, self.n, dtype=pooled_dtype)
+            pooled = self.pooled_workspace(blocks, torch.float32 if widened else dtype)
         if grad_patches is not None and widened:
             patches_sum = self.phi.new_empty(blocks.images * self.n, self.d)
 
@@ -253,7 +252,8 @@ class Call:
                     else:
                         raw += _product(weights.T, self.texts[k0:k1])
                     if cosine:
-                        self.curvature(b0, b1, k0, k1, attention, curvature, pooled)
+                        by_image = self.by_image(attention, b1 - b0, k1 - k0)
+                        self.curvature(b0, b1, k0, k1, by_image, curvature, pooled)
                 if grad_texts is not None:
                     texts_sum[k0:k1] += _product(weights, some_patches)
             if grad_patches is not None:
@@ -345,20 +345,31 @@ class Call:
         return sums
 
     def curvature(self, b0, b1, k0, k1, attention, curvature, pooled) -> None:
-        block = tiles.GRAM_PATCHES
-        operands = torch.float32 if self.patches.dtype == torch.float32 else torch.bfloat16
+        """C into `pooled` `[images, N, N]`, from the attention `[images, texts, N]`, whose strides say how it lies.
+
+        Only the last dimension is contiguous. Rows are read to the next multiple of what divides both strides, 16 bytes
+        at most.
+        """
+        wide = self.patches.dtype == torch.float32
+        chosen = tiles.curvature_config(self.n, self.patches)
+        alignment = math.gcd(attention.stride(0), attention.stride(1), 16 // attention.element_size())
         _launch(
             kernels().curvature_kernel,
-            (b1 - b0) * tiles.ceil_div(self.n, block) ** 2,
-            (attention, curvature, self.inv_p, pooled, b0, self.n, k1 - k0, attention.stride(0)),
+            (b1 - b0) * tiles.ceil_div(self.n, chosen.block) ** 2,
+            (attention, curvature, self.inv_p, pooled, b0, self.n, k1 - k0)
+            + (attention.stride(0), attention.stride(1), pooled.stride(1)),
             dict(
-                BLOCK_M=block,
-                BLOCK_K=32,
-                N_ALIGN=math.gcd(self.n, 16),
+                BLOCK=chosen.block,
+                BLOCK_K=chosen.block_k,
+                A_ALIGN=alignment,
+                C_ALIGN=tiles.POOLED_ALIGNMENT,
                 ADD=k0 > 0,
-                OPERANDS=kernels().DTYPES[operands],
+                OPERANDS=kernels().DTYPES[torch.float32 if wide else torch.bfloat16],
                 PRECISION=self.precision,
             ),
+            chosen.warps,
+            chosen.stages,
+            chosen.registers,
         )
 
     def backward_config(self) -> tiles.Config:
@@ -371,6 +382,10 @@ class Call:
         texts, rows = (tiles.ceil_div(x, step) * step for x, step in ((texts, chosen.block_t), (rows, chosen.block_p)))
         return self.patches.new_empty(texts, rows, dtype=dtype)
 
+    def by_image(self, attention: Tensor, images: int, texts: int) -> Tensor:
+        """What `cosine_weights` left in the workspace of attention, as `[images, texts, N]` for `curvature`."""
+        return attention.as_strided((images, texts, self.n), (self.n, attention.stride(0), 1))
+
     @property
     def gram_bytes(self) -> int:
         """Of one image's Gram matrix."""
@@ -380,6 +395,12 @@ class Call:
         return self.patches.new_empty(
             blocks.images, self.n, tiles.ceil_div(self.n, 16) * 16, dtype=self.attention_dtype
         )
+
+    def pooled_workspace(self, blocks: tiles.Blocks, dtype: torch.dtype) -> Tensor:
+        """C `[images, N, N]`, rows at multiples of 16 bytes."""
+        step = tiles.POOLED_ALIGNMENT
+        rows = self.patches.new_empty(blocks.images, self.n, tiles.ceil_div(self.n, step) * step, dtype=dtype)
+        return rows[:, :, : self.n]
 
     def _operands(self, chosen: tiles.Config, texts: Tensor, descriptors: bool = True) -> tuple:
         """Patches and texts as the kernels take them, and the constants of their tiles."""
@@ -495,8 +516,11 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return a.float() @ b.float()
 
 
-def _launch(kernel, programs: int, arguments: tuple, constants: dict, warps: int = 4, stages: int = 3) -> None:
-    kernel[(programs,)](*arguments, **constants, num_warps=warps, num_stages=stages)
+def _launch(
+    kernel, programs: int, arguments: tuple, constants: dict, warps: int = 4, stages: int = 3, registers: int = 0
+) -> None:
+    limit = {"maxnreg": registers} if registers else {}  # of NVIDIA's alone
+    kernel[(programs,)](*arguments, **constants, num_warps=warps, num_stages=stages, **limit)
 
 
 def _programs(device: torch.device, per_processor: int) -> int:

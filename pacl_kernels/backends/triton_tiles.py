@@ -64,19 +64,54 @@ STRIDED = {2: Config(128, 64, 32, 8, 4, 1), 4: Config(64, 64, 32, 8, 3, 1)}
 POOL_TEXTS, GRAM_PATCHES = 64, 64
 
 
+class Curvature(NamedTuple):
+    """Side of a square tile of `curvature_kernel`, step along the texts, and how Triton compiles it.
+
+    `registers`: at most so many of a thread, so that two programs share an SM; 0 leaves it to the compiler.
+    """
+
+    block: int
+    block_k: int
+    warps: int
+    stages: int
+    registers: int = 0
+
+
+# (architecture, bytes of an element) to configuration, as `CONFIGS`.
+CURVATURE = {
+    (80, 2): Curvature(128, 32, 8, 4),
+    (80, 4): Curvature(64, 32, 4, 3),
+    (90, 2): Curvature(128, 32, 8, 4, 128),
+    (90, 4): Curvature(64, 32, 4, 3),
+    (100, 2): Curvature(128, 64, 8, 3),
+    (100, 4): Curvature(64, 32, 4, 3),
+}
+CURVATURE_SMALL = {2: Curvature(64, 64, 4, 3), 4: Curvature(64, 32, 4, 3)}  # where larger tiles would be half empty
+POOLED_ALIGNMENT = 8  # elements between rows of the matrices that it writes, for the library's product
+
+
+def curvature_config(n: int, patches: Tensor) -> Curvature:
+    itemsize = patches.element_size()
+    entry = CURVATURE[newest({number for number, _ in CURVATURE}, patches.device), itemsize]
+    return entry if n > CURVATURE_SMALL[itemsize].block else CURVATURE_SMALL[itemsize]
+
+
 def config(kernel: str, patches: Tensor, texts: Tensor, padded: bool = False) -> Config:
     """The table's entry, with smaller tiles where there are fewer texts or dimensions."""
     d = patches.shape[2]
     if are_describable(patches, texts) and not (padded and d % min(64, power_of_two(d))):
-        architectures = {number for _, number, _ in CONFIGS}
-        newest = max(x for x in architectures if x <= max(architecture(patches.device), min(architectures)))
-        entry = CONFIGS[kernel, newest, patches.element_size()]
+        entry = CONFIGS[kernel, newest({number for _, number, _ in CONFIGS}, patches.device), patches.element_size()]
     else:
         entry = STRIDED[patches.element_size()]
     return entry._replace(
         block_t=min(entry.block_t, max(16, power_of_two(len(texts)))),
         block_d=min(entry.block_d, max(16, power_of_two(d))),
     )
+
+
+def newest(architectures: set[int], device: torch.device) -> int:
+    """The newest of them that is no newer than the device, else the oldest."""
+    return max(x for x in architectures if x <= max(architecture(device), min(architectures)))
 
 
 class Blocks(NamedTuple):

@@ -170,37 +170,76 @@ def cosine_backward_kernel(
         tl.store(TAU_SUMS + tl.program_id(0), tau_sum)
 
 
-@triton.jit(do_not_specialize=("image_begin", "N", "K"))
-def curvature_kernel(
-    A, CURVATURE, INV_P, C, image_begin, N, K, stride_a,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, N_ALIGN: tl.constexpr,
-    ADD: tl.constexpr, OPERANDS: tl.constexpr, PRECISION: tl.constexpr,
+@triton.jit
+def _weighted_gram(
+    rows_n, rows_m, factors, n_live, m_live, K, stride_text,
+    BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, DIAGONAL: tl.constexpr, OPERANDS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """C `[images, N, N]` (+)= -Σ_k curvature_k a_kn a_km / (‖p_n‖ ‖p_m‖): times P, what r adds to ∂L/∂P."""
-    N = N // N_ALIGN * N_ALIGN  # tells the compiler how rows of A are aligned
-    tiles = tl.cdiv(N, BLOCK_M)
-    image = tl.program_id(0) // (tiles * tiles)
-    tile = tl.program_id(0) % (tiles * tiles)
-    n = tile // tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-    m = tile % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-    acc = tl.zeros([BLOCK_M, BLOCK_M], tl.float32)
-    rows = A + image * N + (tl.arange(0, BLOCK_K) * stride_a)[:, None]
+    """Σ_k factor_k a_kn a_km `[BLOCK, BLOCK]`; `rows_n` and `rows_m` `[BLOCK_K, BLOCK]` point at the first texts."""
+    acc = tl.zeros([BLOCK, BLOCK], tl.float32)
     for k0 in range(0, K, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
-        known = (k < K)[:, None]
-        left = tl.load(rows + n[None, :], mask=known & (n < N)[None, :], other=0.0)
-        right = tl.load(rows + m[None, :], mask=known & (m < N)[None, :], other=0.0)
-        factor = tl.load(CURVATURE + image * K + k, mask=k < K, other=0.0)
-        left = left.to(tl.float32) * factor[:, None]  # beyond the range of float16, hence bfloat16 operands
+        right = tl.load(rows_m, mask=(k < K)[:, None] & m_live[None, :], other=0.0)
+        if DIAGONAL:
+            left = right.T
+        else:
+            left = tl.load(rows_n, mask=n_live[:, None] & (k < K)[None, :], other=0.0)
+            rows_n += BLOCK_K * stride_text
+        rows_m += BLOCK_K * stride_text
+        factor = tl.load(factors + k, mask=k < K, other=0.0)
+        left = left.to(tl.float32) * factor[None, :]  # beyond the range of float16, hence bfloat16 operands
         if not INTERPRETED:
             left = left.to(OPERANDS)
-        acc = tl.dot(left.T, right.to(left.dtype), acc, input_precision=PRECISION)
-        rows += BLOCK_K * stride_a
+        acc = tl.dot(left, right.to(left.dtype), acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit(do_not_specialize=("image_begin", "N", "K", "stride_image", "stride_text", "stride_c"))
+def curvature_kernel(
+    A, CURVATURE, INV_P, C, image_begin, N, K, stride_image, stride_text, stride_c,
+    BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, A_ALIGN: tl.constexpr, C_ALIGN: tl.constexpr,
+    ADD: tl.constexpr, OPERANDS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """C `[images, N, stride_c]` (+)= -Σ_k curvature_k a_kn a_km / (‖p_n‖ ‖p_m‖): times P, what r adds to ∂L/∂P.
+
+    C is symmetric: only tiles on and above the diagonal are computed. Rows of A and C are read and written to the next
+    multiple of their alignment, so that vectors are whole; of C, what lies beyond column N means nothing.
+    """
+    tiles = tl.cdiv(N, BLOCK)
+    image = tl.program_id(0) // (tiles * tiles)
+    tile = tl.program_id(0) % (tiles * tiles)
+    tile_n, tile_m = tile // tiles, tile % tiles
+    if tile_n > tile_m:
+        return
+    # What the divisions tell the compiler: how rows of A and C are aligned.
+    stride_image = stride_image // A_ALIGN * A_ALIGN
+    stride_text = stride_text // A_ALIGN * A_ALIGN
+    stride_c = stride_c // C_ALIGN * C_ALIGN
+    width = tl.cdiv(N, A_ALIGN) * A_ALIGN
+    n = tile_n * BLOCK + tl.arange(0, BLOCK)
+    m = tile_m * BLOCK + tl.arange(0, BLOCK)
+    a = A + image.to(tl.int64) * stride_image
+    k = tl.arange(0, BLOCK_K) * stride_text
+    rows_n, rows_m = a + n[:, None] + k[None, :], a + k[:, None] + m[None, :]
+    factors = CURVATURE + image * K
+    if tile_n == tile_m:
+        acc = _weighted_gram(
+            rows_n, rows_m, factors, n < width, m < width, K, stride_text,
+            BLOCK, BLOCK_K, True, OPERANDS, PRECISION,
+        )  # fmt: skip
+    else:
+        acc = _weighted_gram(
+            rows_n, rows_m, factors, n < width, m < width, K, stride_text,
+            BLOCK, BLOCK_K, False, OPERANDS, PRECISION,
+        )  # fmt: skip
     inv = INV_P + (image_begin + image) * N
-    acc *= tl.load(inv + n, mask=n < N, other=0.0)[:, None] * tl.load(inv + m, mask=m < N, other=0.0)[None, :]
-    at = C + (image.to(tl.int64) * N + n)[:, None] * N + m[None, :]
-    live = (n < N)[:, None] & (m < N)[None, :]
-    acc = -acc
+    acc *= -tl.load(inv + n, mask=n < N, other=0.0)[:, None] * tl.load(inv + m, mask=m < N, other=0.0)[None, :]
+    c = C + image.to(tl.int64) * N * stride_c
+    at = c + (n * stride_c)[:, None] + m[None, :]
+    live = (n < N)[:, None] & (m < stride_c)[None, :]
     if ADD:
         acc += tl.load(at, mask=live, other=0.0)
-    tl.store(at, acc.to(C.dtype.element_ty), mask=live)
+    acc = acc.to(C.dtype.element_ty)
+    tl.store(at, acc, mask=live)
+    if tile_n != tile_m:
+        tl.store(c + (m * stride_c)[:, None] + n[None, :], acc.T, mask=(m < N)[:, None])
