@@ -105,6 +105,7 @@ class Launch(NamedTuple):
     warps: int
     stages: int
     registers: int
+    fused: bool
 
 
 def launches(variant: Variant, target: int, batch: int = 1024) -> list[Launch]:
@@ -112,14 +113,14 @@ def launches(variant: Variant, target: int, batch: int = 1024) -> list[Launch]:
     seen: list[Launch] = []
     compiler = make_backend(GPUTarget("cuda", target, 32))
 
-    def record(kernel, programs, arguments, constants, warps=4, stages=3, registers=0) -> None:
+    def record(kernel, programs, arguments, constants, warps=4, stages=3, registers=0, fused=True) -> None:
         bind = create_function_from_signature(kernel.signature, kernel.params, compiler)
         kinds = dict(zip(kernel.arg_names, bind(*arguments, **constants)[1], strict=True))
         signature = {name: kind for name, (kind, _) in kinds.items()}
         fixed = {name: value for name, (kind, value) in kinds.items() if kind == "constexpr"}
         aligned = tuple(name for name, (kind, value) in kinds.items() if kind != "constexpr" and value == "D")
         names = kernel.fn.__name__, str(variant), variant.dtype
-        seen.append(Launch(*names, target, signature, fixed, aligned, warps, stages, registers))
+        seen.append(Launch(*names, target, signature, fixed, aligned, warps, stages, registers, fused))
 
     dtype, dim = DTYPES[variant.dtype], variant.dim
     padding = 0 if variant.aligned else 1
@@ -169,6 +170,7 @@ def compile_launch(launch: Launch) -> dict:
         {(index[name],): [["tt.divisibility", 16]] for name in launch.aligned},
     )
     options = dict(num_warps=launch.warps, num_stages=launch.stages, maxnreg=launch.registers or None)
+    options["enable_fp_fusion"] = launch.fused
     compiled = triton.compile(source, target=GPUTarget("cuda", launch.target, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(compiled.asm["cubin"])

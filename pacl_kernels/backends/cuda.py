@@ -103,11 +103,22 @@ class Call(triton.Call):
     def cosine_weights(self, b0, b1, k0, k1, attention, gram, grad_phi, w, curvature, needs_tau) -> Tensor | None:
         if not native().cuda_can_pool(self.n):
             return super().cosine_weights(b0, b1, k0, k1, attention, gram, grad_phi, w, curvature, needs_tau)
-        assert attention.stride(0) == w.stride(0)
         call = self._call(b0, b1, k0, k1, None, False)
         call.set_gram(gram.data_ptr(), gram.stride(1))
-        call.set_curvature(attention.data_ptr(), curvature.data_ptr())
+        call.set_curvature(attention.data_ptr(), attention.stride(1), curvature.data_ptr())
         return self._launch_weights(call, b0, b1, k0, w, grad_phi, needs_tau)
+
+    def attention_workspace(self, blocks: tiles.Blocks) -> Tensor:
+        if not native().cuda_can_pool(self.n):
+            return super().attention_workspace(blocks)
+        pitch = tiles.ceil_div(self.n, 8) * 8
+        return self.patches.new_empty(blocks.images, blocks.texts, pitch, dtype=torch.bfloat16)
+
+    def by_image(self, attention: Tensor, images: int, texts: int) -> Tensor:
+        if not native().cuda_can_pool(self.n):
+            return super().by_image(attention, images, texts)
+        pitch = attention.stride(1)
+        return attention.as_strided((images, texts, self.n), (texts * pitch, pitch, 1))
 
     def _launch_weights(self, call, b0, b1, k0, w, grad_phi, needs_tau) -> Tensor | None:
         attention = grad_phi is None
@@ -122,6 +133,7 @@ class Call(triton.Call):
             grad_phi=0 if attention else grad_phi[b0:b1, k0:].data_ptr(),
             scale=0 if attention or self.scale is None else self.scale.data_ptr(),
             temperature_sums=0 if sums is None else sums.data_ptr(),
+            masked=self.mask is not None,
         )
         call.launch()
         del columns

@@ -97,15 +97,18 @@ def loss_forward(phi: Tensor, scale, bias, loss: str, value: Tensor, statistics:
         constants = _loss_constants(scale, bias)
         if loss == "sigmoid":
             sums = phi.new_empty(tiles.ceil_div(b, constants["ROWS"]))
-            _launch(kernels().sigmoid_loss_kernel, len(sums), (phi, scale, bias, sums, b), constants)
+            _launch(kernels().sigmoid_loss_kernel, len(sums), (phi, scale, bias, sums, b), constants, fused=False)
             value.copy_(sums.sum() / b)
             return
         row_largest, row_log, column_largest, column_log = statistics
         arguments = (phi, scale, bias, row_largest, row_log, b, b, b, 1)
-        _launch(kernels().shifted_logsumexp_kernel, tiles.ceil_div(b, constants["ROWS"]), arguments, constants)
+        # The pair's logit is subtracted below: all are rounded alike.
+        rows = tiles.ceil_div(b, constants["ROWS"])
+        _launch(kernels().shifted_logsumexp_kernel, rows, arguments, constants, fused=False)
         # A column's neighbours in memory are other columns, so a program takes 32 of them.
         arguments, constants = (phi, scale, bias, column_largest, column_log, b, b, 1, b), constants | _COLUMN_TILE
-        _launch(kernels().shifted_logsumexp_kernel, tiles.ceil_div(b, constants["ROWS"]), arguments, constants)
+        columns = tiles.ceil_div(b, constants["ROWS"])
+        _launch(kernels().shifted_logsumexp_kernel, columns, arguments, constants, fused=False)
         pair = phi.diagonal() * scale
         if bias is not None:
             pair = pair + bias
@@ -121,7 +124,9 @@ def loss_backward(phi, scale, bias, loss: str, statistics, grad_loss, grad_phi, 
         statistics = (None,) * 4 if statistics is None else tuple(statistics)
         arguments = (phi, scale, bias, *statistics, grad_loss, grad_phi, *sums, len(phi))
         _launch(
-            kernels().loss_backward_kernel, programs, arguments, constants | dict(SIGMOID=loss == "sigmoid"), stages=2
+            *(kernels().loss_backward_kernel, programs, arguments, constants | dict(SIGMOID=loss == "sigmoid")),
+            stages=2,
+            fused=False,
         )
         grad_scale.copy_(sums[0].sum())
         grad_bias.copy_(sums[1].sum())
@@ -214,7 +219,7 @@ class Call:
         texts_sum = self.phi.new_zeros(self.k, self.d) if grad_texts is not None else None
         tau_sum = self.phi.new_zeros((), dtype=torch.float64) if grad_temperature is not None else None
         if cosine:
-            attention, gram = self.workspace(blocks, self.attention_dtype), self.gram_workspace(blocks)
+            attention, gram = self.attention_workspace(blocks), self.gram_workspace(blocks)
             curvature = self.phi.new_empty(blocks.images * blocks.texts)
             pooled = self.pooled_workspace(blocks, torch.float32 if widened else dtype)
         if grad_patches is not None and widened:
@@ -382,6 +387,9 @@ class Call:
         texts, rows = (tiles.ceil_div(x, step) * step for x, step in ((texts, chosen.block_t), (rows, chosen.block_p)))
         return self.patches.new_empty(texts, rows, dtype=dtype)
 
+    def attention_workspace(self, blocks: tiles.Blocks) -> Tensor:
+        return self.workspace(blocks, self.attention_dtype)
+
     def by_image(self, attention: Tensor, images: int, texts: int) -> Tensor:
         """What `cosine_weights` left in the workspace of attention, as `[images, texts, N]` for `curvature`."""
         return attention.as_strided((images, texts, self.n), (self.n, attention.stride(0), 1))
@@ -517,10 +525,12 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _launch(
-    kernel, programs: int, arguments: tuple, constants: dict, warps: int = 4, stages: int = 3, registers: int = 0
+    kernel, programs: int, arguments: tuple, constants: dict, warps: int = 4, stages: int = 3, registers: int = 0, fused=True
 ) -> None:
+    """`fused`: whether a product may be added without being rounded."""
     limit = {"maxnreg": registers} if registers else {}  # of NVIDIA's alone
-    kernel[(programs,)](*arguments, **constants, num_warps=warps, num_stages=stages, **limit)
+    options = dict(num_warps=warps, num_stages=stages, enable_fp_fusion=fused)
+    kernel[(programs,)](*arguments, **constants, **options, **limit)
 
 
 def _programs(device: torch.device, per_processor: int) -> int:
