@@ -118,7 +118,7 @@ struct Pooled {
 template <int kWidth>
 __device__ __forceinline__ void cosine_epilogue(
     const Work& work, const Rows& rows, const Pooling& known, Attention<kWidth> attention,
-    const float (&pooled)[kWidth / 2], int64_t image, int lane) {
+    const float (&pooled)[kWidth / 2], int image, int lane) {
   float squared[2] = {0.0f, 0.0f}, total[2] = {0.0f, 0.0f};
 #pragma unroll
   for (int at = 0; at < kWidth / 2; at += 2) {
@@ -130,7 +130,7 @@ __device__ __forceinline__ void cosine_epilogue(
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     Pooled found(total[r], squared[r]);
-    if (lane % 4 == 0 && rows.live[r] && image < work.images) {
+    if (lane % 4 == 0 && rows.are_there(work, r) && image < work.images) {
       int64_t to = image * work.stride_phi + rows.text[r];
       work.phi[to] = known.phi[r] / found.radius;
       work.stat[to] = known.lse[r];
@@ -148,7 +148,7 @@ __device__ __forceinline__ float bits_of(float a) { return log2_fast(fmaxf(a, 0x
 template <int kWidth, bool kFull, class T>
 __device__ __forceinline__ float cosine_weights_epilogue(
     const Work& work, const Rows& rows, const Outlet& outlet, const Known& known, Attention<kWidth> attention,
-    const float (&pooled)[kWidth / 2], const float* columns, int64_t image, float scale, float inverse_temperature,
+    const float (&pooled)[kWidth / 2], const float* columns, int image, float scale, float inverse_temperature,
     int lane) {
   float weight_scale = work.weight_scale ? *work.weight_scale : 1.0f, inverse_scale = 1.0f / scale;
   float total[2] = {0.0f, 0.0f}, squared[2] = {0.0f, 0.0f}, weighted[2] = {0.0f, 0.0f};
@@ -176,14 +176,32 @@ __device__ __forceinline__ float cosine_weights_epilogue(
     rate[r] = all * inverse_scale * inverse_temperature;
     slope[r] = -all * bend_of_q[r] * inverse_temperature;
     constant[r] = all * fmaf(fmaf(known.stat[r], inverse_scale, -level[r]), inverse_temperature, 1.0f);
-    if (lane % 4 == 0 && rows.live[r] && image < work.images)
+    if (lane % 4 == 0 && rows.are_there(work, r) && image < work.images)
       work.curvature[image * work.texts + rows.text[r]] =
           (found.moves ? grad * bend : 0.0f) * share * share * weight_scale;
   }
   float temperature_sum = 0.0f;
 #pragma unroll
   for (int j0 = 0; j0 < kWidth / 8; j0 += 8) {
-    uint32_t out[2][8] = {}, kept[2][8] = {};
+    bool there = image < work.images;
+    outlet.begin();
+#pragma unroll
+    for (int j = j0; j < j0 + 8 && j < kWidth / 8; j += 2) {
+      uint32_t kept[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        float2 a = unpack(attention[j / 2][i], __half());
+        kept[i] = pack(a.x, a.y, __nv_bfloat16());
+      }
+      outlet.put(j - j0, kept);
+    }
+    outlet.end();
+    outlet.copy<8>(work.attention + image * work.texts * work.attention_pitch, work.attention_pitch, [&](int column) {
+      column += 8 * j0;
+      return there && column < work.patches ? int64_t(column) : int64_t(-1);
+    });
+    outlet.begin();
+    uint32_t out[4] = {};
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       int j = j0 + i;
@@ -193,7 +211,6 @@ __device__ __forceinline__ float cosine_weights_epilogue(
       for (int r = 0; r < 2; ++r) {
         int at = 4 * j + 2 * r;
         float2 both = attention_at<kWidth>(attention, at);
-        kept[r][i] = pack(both.x, both.y, __nv_bfloat16());
         float w[2];
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
@@ -205,19 +222,14 @@ __device__ __forceinline__ float cosine_weights_epilogue(
             temperature_sum = fmaf(a * factor[r] * centred, s - mean[r], temperature_sum);
           }
         }
-        out[r][i] = pack(w[0], w[1], T());
+        out[i % 2 * 2 + r] = pack(w[0], w[1], T());
       }
+      if (i % 2 == 1 || j + 1 == kWidth / 8) outlet.put(i / 2 * 2, out);  // behind an odd last block comes anything
     }
-    bool there = image < work.images;
-    outlet.stage(out, kWidth / 8 - j0);
+    outlet.end();
     outlet.copy(work, [&](int column) {
       column += 8 * j0;
-      return there && column < work.patches ? image * work.patches + column : int64_t(-1);
-    });
-    outlet.stage(kept, kWidth / 8 - j0);
-    outlet.copy<8>(work.attention + image * work.texts * work.attention_pitch, work.attention_pitch, [&](int column) {
-      column += 8 * j0;
-      return there && column < work.patches ? int64_t(column) : int64_t(-1);
+      return there && column < work.patches ? int64_t(image) * work.patches + column : int64_t(-1);
     });
   }
   return temperature_sum;

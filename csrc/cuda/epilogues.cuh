@@ -20,18 +20,18 @@ __device__ __forceinline__ float most_of_four(float x) {
 
 // What a thread knows of its two rows: texts `row` and `row + 8` of the tile.
 struct Rows {
-  int64_t text[2];
-  bool live[2];
+  int text[2];
   float inverse[2];
 
-  __device__ __forceinline__ Rows(const Work& work, int64_t first) {
+  __device__ __forceinline__ Rows(const Work& work, int first) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       text[r] = first + 8 * r;
-      live[r] = text[r] < work.texts;
-      inverse[r] = live[r] ? work.inverse_texts[text[r]] : 0.0f;
+      inverse[r] = are_there(work, r) ? work.inverse_texts[text[r]] : 0.0f;
     }
   }
+
+  __device__ __forceinline__ bool are_there(const Work& work, int r) const { return text[r] < work.texts; }
 };
 
 // Softmax sums of the forward over the patches of an image: of e, e x and, if kSafe, the maximum, x being s without the
@@ -63,7 +63,7 @@ struct Softmax {
   }
 
   // Writes φ and the entropy in bits of an image, 0 if it has no patch, and begins anew.
-  __device__ __forceinline__ void finish(const Work& work, const Rows& rows, int64_t image, float scale, int lane) {
+  __device__ __forceinline__ void finish(const Work& work, const Rows& rows, int image, float scale, int lane) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       float offset = 0.0f;
@@ -74,7 +74,7 @@ struct Softmax {
         offset = most == -INFINITY ? 0.0f : most * rows.inverse[r];
       }
       float all = sum_of_four(total[r]), mean = sum_of_four(weighted[r]);
-      if (lane % 4 == 0 && rows.live[r] && image < work.images) {
+      if (lane % 4 == 0 && rows.are_there(work, r) && image < work.images) {
         bool empty = all == 0.0f;
         float phi = empty ? 0.0f : mean / all * rows.inverse[r];
         int64_t at = image * work.stride_phi + rows.text[r];
@@ -88,7 +88,7 @@ struct Softmax {
 
 template <int kWidth, bool kPacked, bool kSafe>
 __device__ __forceinline__ void forward_epilogue(
-    const Work& work, const Rows& rows, const float (&acc)[kWidth / 2], const float* columns, int64_t image,
+    const Work& work, const Rows& rows, const float (&acc)[kWidth / 2], const float* columns, int image,
     bool last_chunk, float scale, int lane, Softmax<kSafe>& softmax) {
   float row_scale[2] = {rows.inverse[0] * scale, rows.inverse[1] * scale};
   int block_of_image = 0;
@@ -118,32 +118,26 @@ __device__ __forceinline__ void forward_epilogue(
 // lanes store neighbours.
 struct Outlet {
   uint8_t* staged;
-  int64_t text;  // of the first row
-  int rows;      // that there are
+  int text, texts;  // of the first row, and how many there are in all
   int lane;
 
-  __device__ __forceinline__ Outlet(const Work& work, uint8_t* staged, int64_t text, int lane)
-      : staged(staged), text(text), rows(static_cast<int>(min(work.texts - text, int64_t(16)))), lane(lane) {}
-
-  // From the layout of accumulators, packed: `out[r][j]` of rows `row` and `row + 8` and the j-th eight columns.
-  __device__ __forceinline__ void stage(const uint32_t (&out)[2][8], int blocks) const {
-    uint8_t* row = staged + lane % 16 * kStagedPitch + lane / 16 * 16;
-    __syncwarp();  // what was there before has been read
-#pragma unroll
-    for (int j = 0; j < 8; j += 2) {
-      if (j >= blocks) continue;
-      uint32_t matrices[4] = {out[0][j], out[1][j], out[0][j + 1], out[1][j + 1]};
-      store_matrices(row + 16 * j, matrices);
-    }
-    __syncwarp();
+  // Between the two `begin` and `end` of 64 columns: blocks `j` and `j + 1` of eight of them, in the layout of accumulators,
+  // packed: of each block row `row` and row `row + 8`.
+  __device__ __forceinline__ void put(int j, const uint32_t (&two_blocks)[4]) const {
+    store_matrices(staged + lane % 16 * kStagedPitch + lane / 16 * 16 + 16 * j, two_blocks);
   }
+  __device__ __forceinline__ void begin() const { __syncwarp(); }  // what was there before has been read
+  __device__ __forceinline__ void end() const { __syncwarp(); }
 
   // To `matrix` with `stride` from text to text, kElements neighbours at a time; `place` has the offset of a column in its
   // row, negative where none is wanted.
   template <int kElements, class Place>
   __device__ __forceinline__ void copy(uint16_t* matrix, int64_t stride, const Place& place) const {
     constexpr int kLanes = kStagedColumns / kElements < 32 ? kStagedColumns / kElements : 32, kRows = 32 / kLanes;
-    int first = lane / kLanes;
+    int first = lane / kLanes, left = texts - text - first;
+    using Bits = std::conditional_t<
+        kElements == 8, uint4,
+        std::conditional_t<kElements == 4, uint2, std::conditional_t<kElements == 2, uint32_t, uint16_t>>>;
 #pragma unroll
     for (int begin = 0; begin < kStagedColumns; begin += kLanes * kElements) {
       int column = begin + lane % kLanes * kElements;
@@ -152,12 +146,9 @@ struct Outlet {
       const uint8_t* from = staged + first * kStagedPitch + 2 * column;
       uint16_t* to = matrix + (text + first) * stride + offset;
 #pragma unroll
-      for (int row = 0; row < 16; row += kRows, from += kRows * kStagedPitch, to += kRows * stride) {
-        if (first + row >= rows) continue;
-        if constexpr (kElements == 8) *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
-        if constexpr (kElements == 4) *reinterpret_cast<uint2*>(to) = *reinterpret_cast<const uint2*>(from);
-        if constexpr (kElements == 2) *reinterpret_cast<uint32_t*>(to) = *reinterpret_cast<const uint32_t*>(from);
-        if constexpr (kElements == 1) *to = *reinterpret_cast<const uint16_t*>(from);
+      for (int row = 0; row < 16; row += kRows, to += kRows * stride) {
+        Bits bits = *reinterpret_cast<const Bits*>(from + row * kStagedPitch);
+        if (row < left) *reinterpret_cast<Bits*>(to) = bits;
       }
     }
   }
@@ -177,14 +168,19 @@ struct Outlet {
 struct Known {
   float phi[2], stat[2], grad[2];
 
-  __device__ __forceinline__ void load(const Work& work, const Rows& rows, int64_t image) {
+  __device__ __forceinline__ void load(const Work& work, const Rows& rows, int image) {
+    load(phi, work.phi, work, rows, image);
+    load(stat, work.stat, work, rows, image);
+    load(grad, work.grad_phi, work, rows, image);
+  }
+
+  // One of them, 0 where there is none; `from` [images, stride_phi] or null.
+  static __device__ __forceinline__ void load(
+      float (&to)[2], const float* from, const Work& work, const Rows& rows, int image) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      bool there = rows.live[r] && image < work.images;
-      int64_t at = image * work.stride_phi + rows.text[r];
-      phi[r] = there && work.phi ? work.phi[at] : 0.0f;
-      stat[r] = there ? work.stat[at] : 0.0f;
-      grad[r] = there && work.grad_phi ? work.grad_phi[at] : 0.0f;
+      bool there = from && rows.are_there(work, r) && image < work.images;
+      to[r] = there ? from[image * work.stride_phi + rows.text[r]] : 0.0f;
     }
   }
 };
@@ -208,17 +204,18 @@ struct Line {
 template <int kWidth, bool kPacked, bool kFull, class T>
 __device__ __forceinline__ float weights_epilogue(
     const Work& work, const Rows& rows, const Outlet& outlet, const float (&acc)[kWidth / 2], const float* columns,
-    int64_t image, int chunk, float scale, float inverse_temperature, int lane, Known& known) {
+    int image, int chunk, float scale, float inverse_temperature, int lane, Known& known) {
   bool attention = work.grad_phi == nullptr;
   float weight_scale = work.weight_scale ? *work.weight_scale : 1.0f;
-  int64_t image0 = image;
+  int image0 = image;
   int blocks_of_image = work.pitch / 8, block_of_image = 0;
   float temperature_sum = 0.0f;
   Line lines[2] = {{rows, known, 0, scale, inverse_temperature, weight_scale},
                    {rows, known, 1, scale, inverse_temperature, weight_scale}};
 #pragma unroll
   for (int j0 = 0; j0 < kWidth / 8; j0 += 8) {
-    uint32_t out[2][8] = {};
+    outlet.begin();
+    uint32_t out[4] = {};
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       int j = j0 + i;
@@ -242,10 +239,11 @@ __device__ __forceinline__ float weights_epilogue(
           if constexpr (kFull) w[c] = attention ? a : w[c];
         }
         if constexpr (kFull)
-          out[r][i] = work.weights_in_half ? pack(w[0], w[1], __half()) : pack(w[0], w[1], __nv_bfloat16());
+          out[i % 2 * 2 + r] = work.weights_in_half ? pack(w[0], w[1], __half()) : pack(w[0], w[1], __nv_bfloat16());
         else
-          out[r][i] = pack(w[0], w[1], T());
+          out[i % 2 * 2 + r] = pack(w[0], w[1], T());
       }
+      if (i % 2 == 1 || j + 1 == kWidth / 8) outlet.put(i / 2 * 2, out);  // behind an odd last block comes anything
       if constexpr (kPacked) {
         if (++block_of_image == blocks_of_image) {
           known.load(work, rows, ++image);
@@ -255,11 +253,10 @@ __device__ __forceinline__ float weights_epilogue(
         }
       }
     }
-    outlet.stage(out, kWidth / 8 - j0);
+    outlet.end();
     outlet.copy(work, [&](int column) {
       column += 8 * j0;
-      int64_t of_image = image0;
-      int n = chunk * kWidth + column;
+      int of_image = image0, n = chunk * kWidth + column;
       bool there = column < kWidth;
       if constexpr (kPacked) {
         int which = column / work.pitch;
@@ -267,7 +264,7 @@ __device__ __forceinline__ float weights_epilogue(
         n = column - which * work.pitch;
         there &= which < work.images_of_tile;
       }
-      return there && n < work.patches && of_image < work.images ? of_image * work.patches + n : int64_t(-1);
+      return there && n < work.patches && of_image < work.images ? int64_t(of_image) * work.patches + n : int64_t(-1);
     });
   }
   return temperature_sum;

@@ -4,6 +4,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 #ifdef PACL_EMULATE
 #include "emulator.h"
@@ -71,15 +72,15 @@ struct Position {
 // Item `item` is 64 texts for each block against the groups [begin, end) of images. Texts change fastest: clusters that
 // run together read the same patches.
 struct Item {
-  int64_t text, begin, end;
+  int text, begin, end;
   int turns;  // tiles of each warpgroup; those of a group that is not there are computed and forgotten
 
   __device__ __forceinline__ Item(const Work& work, int64_t item, uint32_t block) {
     int64_t split = item / work.text_groups;
-    text = ((item - split * work.text_groups) * work.cluster + block) * kTileTexts;
-    begin = work.groups * split / work.splits;
-    end = work.groups * (split + 1) / work.splits;
-    turns = static_cast<int>((end - begin + 1) / 2) * work.chunks;
+    text = static_cast<int>((item - split * work.text_groups) * work.cluster + block) * kTileTexts;
+    begin = static_cast<int>(work.groups * split / work.splits);
+    end = static_cast<int>(work.groups * (split + 1) / work.splits);
+    turns = (end - begin + 1) / 2 * work.chunks;
   }
 };
 
@@ -105,7 +106,7 @@ __device__ __forceinline__ void produce(
     for (int turn = 0; turn < item.turns; ++turn) {
       int pair = turn / work.chunks, chunk = turn - pair * work.chunks;
       for (int warpgroup = 0; warpgroup < 2; ++warpgroup) {
-        int image = static_cast<int>(item.begin + 2 * pair + warpgroup) * work.images_of_tile;
+        int image = (item.begin + 2 * pair + warpgroup) * work.images_of_tile;
         for (int step = 0; step < work.steps; ++step) {
           uint8_t* slot = shared.ring + at.slot * shared.stage_bytes;
           uint64_t* full = &barriers.full[at.slot];
@@ -119,7 +120,7 @@ __device__ __forceinline__ void produce(
       }
       if constexpr (kPooled) {
         for (int warpgroup = 0; warpgroup < 2; ++warpgroup) {
-          int image = static_cast<int>(item.begin) + 2 * turn + warpgroup;
+          int image = item.begin + 2 * turn + warpgroup;
           for (int step = 0; step < work.gram_steps; ++step) {
             uint64_t* full = &barriers.full[at.slot];
             barrier_wait(&barriers.empty[at.slot], at.parity ^ 1);

@@ -149,7 +149,7 @@ __device__ __forceinline__ float exp2_fast(float x) {
 
 __device__ __forceinline__ float log2_fast(float x) {
   float y;
-  asm("lg2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 

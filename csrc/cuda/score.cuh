@@ -53,15 +53,17 @@ __device__ __forceinline__ void consume(const Work& work, const Shared& shared, 
     for (int turn = 0; turn < item.turns; ++turn) {
       float acc[kWidth / 2];  // in here: of one tile, the compiler need not keep them for the next
       int pair = turn / work.chunks, chunk = turn - pair * work.chunks;
-      int64_t group = item.begin + 2 * pair + warpgroup;
+      int group = item.begin + 2 * pair + warpgroup;
       bool wanted = group < item.end;
-      int64_t image = group * work.images_of_tile;
+      int image = group * work.images_of_tile;
       if constexpr (kHasWeights<kEpilogue>) {
-        if (wanted) known.load(work, rows, image);
+        // The cosine form needs the rest later, and has no registers to spare.
+        if (wanted && !kPooled) known.load(work, rows, image);
+        if (wanted && kPooled) known.load(known.stat, work.stat, work, rows, image);
       }
       named_sync(kTurn + warpgroup, 2 * kWarpgroup);
       if (wanted && thread < kWidth / 4)
-        copy_16_bytes(columns + 4 * thread, work.columns + (group * work.chunks + chunk) * kWidth + 4 * thread);
+        copy_16_bytes(columns + 4 * thread, work.columns + (int64_t(group) * work.chunks + chunk) * kWidth + 4 * thread);
       int last_slot = issue_products<kWidth, T>(work, shared, at, lane, acc);
       // Behind it come the other warpgroup's steps, and those of the Gram matrix of warpgroup 0.
       if constexpr (!kPooled) at.skip(work.steps, work.stages);
@@ -87,13 +89,16 @@ __device__ __forceinline__ void consume(const Work& work, const Shared& shared, 
         int slot = issue_pooling<kWidth>(work, shared, at, lane, attention, acc);
         at.skip(warpgroup == 0 ? work.gram_steps : work.steps, work.stages);
         if (warpgroup == 0 || !last_turn) named_arrive(kTurn + 1 - warpgroup, 2 * kWarpgroup);
+        if constexpr (kHasWeights<kEpilogue>) {
+          if (wanted) known.load(known.grad, work.grad_phi, work, rows, image);
+        }
         wgmma_wait<0>();
         release(work, *shared.barriers, slot, lane);
         if (!wanted) continue;
         if constexpr (kEpilogue == Epilogue::cosine) {
           cosine_epilogue<kWidth>(work, rows, pooling, attention, acc, image, lane);
         } else {
-          Outlet outlet(work, staged, item.text + thread / 32 * 16, lane);
+          Outlet outlet{staged, item.text + thread / 32 * 16, static_cast<int>(work.texts), lane};
           if (work.full)
             temperature_sum += cosine_weights_epilogue<kWidth, true, T>(
                 work, rows, outlet, known, attention, acc, columns, image, scale, inverse_temperature, lane);
@@ -104,7 +109,7 @@ __device__ __forceinline__ void consume(const Work& work, const Shared& shared, 
       } else if (!wanted) {
         continue;
       } else if constexpr (kEpilogue == Epilogue::weights) {
-        Outlet outlet(work, staged, item.text + thread / 32 * 16, lane);
+        Outlet outlet{staged, item.text + thread / 32 * 16, static_cast<int>(work.texts), lane};
         if (work.full)
           temperature_sum += weights_epilogue<kWidth, kPacked, true, T>(
               work, rows, outlet, acc, columns, image, chunk, scale, inverse_temperature, lane, known);
