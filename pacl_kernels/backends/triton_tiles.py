@@ -174,6 +174,16 @@ def are_describable(patches: Tensor, texts: Tensor) -> bool:
     return flat and aligned(patches) and aligned(texts)
 
 
+def alignment(x: Tensor) -> int:
+    """Elements in 16 bytes."""
+    return 16 // x.element_size()
+
+
+def pitch(n: int, itemsize: int) -> int:
+    """Elements from row to row of `n`, so that each begins at a multiple of 16 bytes."""
+    return ceil_div(n * itemsize, 16) * 16 // itemsize
+
+
 def power_of_two(x: int) -> int:
     return 1 << (x - 1).bit_length() if x > 1 else 1
 

@@ -44,48 +44,54 @@ def gram_kernel(
 
 @triton.jit
 def _pool(
-    A, GRAM, a_rows, t_live, m0, N, stride_gram,
+    A, GRAM, a_rows, t_live, m0, N, width, stride_gram,
     BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """q = G a and a `[BLOCK_T, BLOCK_M]` of the patches from `m0` on, of the image at whose first patch A points."""
+    """q = G a and a `[BLOCK_T, BLOCK_M]` of the patches from `m0` on, of the image at whose first patch A points.
+
+    Rows are read to `width`, so that vectors are whole; past column N they hold zeros.
+    """
     m = m0 + tl.arange(0, BLOCK_M)
     q = tl.zeros([BLOCK_T, BLOCK_M], tl.float32)
     for n0 in range(0, N, BLOCK_N):
         n = n0 + tl.arange(0, BLOCK_N)
-        left = tl.load(A + a_rows[:, None] + n[None, :], mask=t_live[:, None] & (n < N)[None, :], other=0.0)
+        left = tl.load(A + a_rows[:, None] + n[None, :], mask=t_live[:, None] & (n < width)[None, :], other=0.0)
         right = tl.load(
-            GRAM + n[:, None] * stride_gram + m[None, :], mask=(n < N)[:, None] & (m < N)[None, :], other=0.0
+            GRAM + n[:, None] * stride_gram + m[None, :], mask=(n < N)[:, None] & (m < width)[None, :], other=0.0
         )
         if INTERPRETED:
             left, right = left.to(tl.float32), right.to(tl.float32)
         q = tl.dot(left, right, q, input_precision=PRECISION)
-    a = tl.load(A + a_rows[:, None] + m[None, :], mask=t_live[:, None] & (m < N)[None, :], other=0.0)
+    a = tl.load(A + a_rows[:, None] + m[None, :], mask=t_live[:, None] & (m < width)[None, :], other=0.0)
     return q, a.to(tl.float32)
 
 
-@triton.jit(do_not_specialize=("image_begin", "N", "K", "stride_phi"))
+@triton.jit(do_not_specialize=("image_begin", "N", "K", "stride_image", "stride_text", "stride_phi"))
 def cosine_forward_kernel(
-    A, GRAM, TAU, PHI, STAT, image_begin, N, K, stride_a, stride_gram, stride_phi, floor,
-    BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, N_ALIGN: tl.constexpr,
+    A, GRAM, TAU, PHI, STAT, image_begin, N, K, stride_image, stride_text, stride_gram, stride_phi, floor,
+    BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, A_ALIGN: tl.constexpr,
     TAU_IS_TENSOR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """φ of the cosine form over that of `dot`, φ / max(r, floor) with r² = aᵀ G a, and in STAT the log-sum-exp in bits
     over the entropy, since the backward has no `dot` φ any more. One program for an image and a tile of texts.
     """
-    N = N // N_ALIGN * N_ALIGN  # tells the compiler how rows of A are aligned
+    # What the divisions tell the compiler: how rows of A are aligned.
+    stride_image = stride_image // A_ALIGN * A_ALIGN
+    stride_text = stride_text // A_ALIGN * A_ALIGN
+    width = tl.cdiv(N, A_ALIGN) * A_ALIGN
     scale = LOG2E / scalar(TAU, TAU_IS_TENSOR)
     text_tiles = tl.cdiv(K, BLOCK_T)
     image = tl.program_id(0) // text_tiles
     text0 = tl.program_id(0) % text_tiles * BLOCK_T
     texts = text0 + tl.arange(0, BLOCK_T)
     t_live = texts < K
-    at_a = text0.to(tl.int64) * stride_a + image * N
-    a_rows = tl.arange(0, BLOCK_T) * stride_a
+    a_image = A + image.to(tl.int64) * stride_image + text0 * stride_text
+    a_rows = tl.arange(0, BLOCK_T) * stride_text
     gram = GRAM + image.to(tl.int64) * N * stride_gram
     squared = tl.zeros([BLOCK_T], tl.float32)
     total = tl.zeros([BLOCK_T], tl.float32)
     for m0 in range(0, N, BLOCK_M):
-        q, a = _pool(A + at_a, gram, a_rows, t_live, m0, N, stride_gram, BLOCK_T, BLOCK_M, BLOCK_N, PRECISION)
+        q, a = _pool(a_image, gram, a_rows, t_live, m0, N, width, stride_gram, BLOCK_T, BLOCK_M, BLOCK_N, PRECISION)
         part, a_part = sum_pair(q * a, a, 1)
         squared += part
         total += a_part
@@ -105,20 +111,24 @@ def _scores_of(a, stat, scale):
     return (tl.log2(tl.where(a > 0.0, a, 1.0)) + stat[:, None]) / scale
 
 
-@triton.jit(do_not_specialize=("image_begin", "N", "K", "stride_phi"))
+@triton.jit(do_not_specialize=("image_begin", "N", "K", "stride_image", "stride_text", "stride_phi"))
 def cosine_backward_kernel(
     A, GRAM, TAU, INV_P, INV_T, STAT, G, W_SCALE, W, CURVATURE, TAU_SUMS,
-    image_begin, N, K, stride_a, stride_gram, stride_phi, floor,
-    BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, N_ALIGN: tl.constexpr,
+    image_begin, N, K, stride_image, stride_text, stride_w, stride_gram, stride_phi, floor,
+    BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, A_ALIGN: tl.constexpr, N_ALIGN: tl.constexpr,
     TAU_IS_TENSOR: tl.constexpr, NEEDS_TAU: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """W `[K, rows]` of the cosine form from the attention A, and CURVATURE `[images, K]` = g u / r³, what Σ a aᵀ is
-    weighted with in the part that r adds to the patches' gradient.
+    """W `[K, rows]` of the cosine form from the attention A `[images, K, stride_text]`, and CURVATURE `[images, K]` =
+    g u / r³, what Σ a aᵀ is weighted with in the part that r adds to the patches' gradient.
 
     dS = g (a / r) (1 + (s - (u / r²) q) / τ); where r is at its floor it is a constant, and u takes the place of
     (u / r²) q. u, r and Σ a are summed again over the rounded A, so that what must cancel cancels.
     """
-    N = N // N_ALIGN * N_ALIGN  # tells the compiler how rows of A are aligned
+    # What the divisions tell the compiler: how rows of A and W are aligned.
+    stride_image = stride_image // A_ALIGN * A_ALIGN
+    stride_text = stride_text // A_ALIGN * A_ALIGN
+    width = tl.cdiv(N, A_ALIGN) * A_ALIGN
+    N = N // N_ALIGN * N_ALIGN
     tau = scalar(TAU, TAU_IS_TENSOR)
     scale = LOG2E / tau
     w_scale = tl.load(W_SCALE) if SCALED else 1.0
@@ -127,8 +137,8 @@ def cosine_backward_kernel(
     text0 = tl.program_id(0) % text_tiles * BLOCK_T
     texts = text0 + tl.arange(0, BLOCK_T)
     t_live = texts < K
-    at_a = text0.to(tl.int64) * stride_a + image * N
-    a_rows = tl.arange(0, BLOCK_T) * stride_a
+    a_image = A + image.to(tl.int64) * stride_image + text0 * stride_text
+    a_rows = tl.arange(0, BLOCK_T) * stride_text
     gram = GRAM + image.to(tl.int64) * N * stride_gram
     at = (image_begin + image).to(tl.int64) * stride_phi + texts
     stat = tl.load(STAT + at, mask=t_live, other=0.0)
@@ -136,7 +146,7 @@ def cosine_backward_kernel(
     total = tl.zeros([BLOCK_T], tl.float32)
     weighted = tl.zeros([BLOCK_T], tl.float32)
     for m0 in range(0, N, BLOCK_M):
-        q, a = _pool(A + at_a, gram, a_rows, t_live, m0, N, stride_gram, BLOCK_T, BLOCK_M, BLOCK_N, PRECISION)
+        q, a = _pool(a_image, gram, a_rows, t_live, m0, N, width, stride_gram, BLOCK_T, BLOCK_M, BLOCK_N, PRECISION)
         part, as_part, a_part = sum_three(q * a, a * _scores_of(a, stat, scale), a, 1)
         squared += part
         weighted += as_part
@@ -155,7 +165,7 @@ def cosine_backward_kernel(
     inv_t = tl.load(INV_T + texts, mask=t_live, other=0.0) * w_scale
     tau_sum = 0.0
     for m0 in range(0, N, BLOCK_M):
-        q, a = _pool(A + at_a, gram, a_rows, t_live, m0, N, stride_gram, BLOCK_T, BLOCK_M, BLOCK_N, PRECISION)
+        q, a = _pool(a_image, gram, a_rows, t_live, m0, N, width, stride_gram, BLOCK_T, BLOCK_M, BLOCK_N, PRECISION)
         m = m0 + tl.arange(0, BLOCK_M)
         inv_p = tl.load(INV_P + (image_begin + image) * N + m, mask=m < N, other=0.0)
         s = _scores_of(a, stat, scale)
@@ -164,8 +174,9 @@ def cosine_backward_kernel(
         if NEEDS_TAU:
             tau_sum += tl.sum(tl.sum(ds * centred * (s - u[:, None]), 1), 0)
         w = ds * (1.0 + centred / tau) * inv_t[:, None] * inv_p[None, :]
-        at_w = a_rows[:, None] + m[None, :]
-        tl.store(W + at_a + at_w, w.to(W.dtype.element_ty), mask=t_live[:, None] & (m < N)[None, :])
+        at_w = (tl.arange(0, BLOCK_T) * stride_w)[:, None] + m[None, :]
+        w_image = W + text0.to(tl.int64) * stride_w + image * N
+        tl.store(w_image + at_w, w.to(W.dtype.element_ty), mask=t_live[:, None] & (m < N)[None, :])
     if NEEDS_TAU:
         tl.store(TAU_SUMS + tl.program_id(0), tau_sum)
 
