@@ -4,7 +4,7 @@
     python benchmarks/tune_triton.py --kernels curvature
 
 The library itself never searches: `CONFIGS` and `CURVATURE` in pacl_kernels/backends/triton_tiles.py are filled by
-hand, from this. The curvature is timed from an attention in float16 and from one in bfloat16, as backend `cuda` leaves it.
+hand, from this. The curvature is timed from an attention in float16 and from one in bfloat16, as backend `cuda` has it.
 """
 
 from __future__ import annotations

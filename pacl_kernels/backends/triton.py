@@ -234,7 +234,7 @@ class Call:
             if grad_patches is not None:
                 into = grad_patches[b0:b1].view(rows, self.d)
                 raw = patches_sum[:rows] if widened else into
-            if grad_texts is not None or cosine:
+            if grad_texts is not None:
                 some_patches = self.patches[b0:b1]
                 if self.mask is not None:  # 0 times the NaN behind a mask is not 0
                     some_patches = some_patches.masked_fill(~self.mask[b0:b1, :, None], 0.0)
@@ -267,8 +267,7 @@ class Call:
                     texts_sum[k0:k1] += _product(weights, some_patches)
             if grad_patches is not None:
                 if cosine:
-                    shape = (b1 - b0, self.n, self.d)
-                    raw.view(shape).baddbmm_(pooled[: b1 - b0], some_patches.view(shape).to(pooled.dtype))
+                    self.add_pooled(b0, b1, pooled, raw)
                 mask = None if self.mask is None else self.mask[b0:b1]
                 _project_out(raw, self.patches[b0:b1], into, mask, self.scale)
         if grad_texts is not None:
@@ -381,6 +380,32 @@ class Call:
             chosen.warps,
             chosen.stages,
             chosen.registers,
+        )
+
+    def add_pooled(self, b0, b1, pooled: Tensor, raw: Tensor) -> None:
+        """C P of each image onto `raw` `[rows, D]`; C `[images, N, N]` and `raw` have one dtype."""
+        wide = pooled.dtype == torch.float32
+        chosen = tiles.POOLED[pooled.element_size()]
+        precision = self.precision
+        if wide and self.patches.dtype != torch.float32 and torch.version.hip is None:
+            precision = "tf32"  # holds patches of 16 bits exactly
+        block_d = min(chosen.block_d, max(16, tiles.power_of_two(self.d)))
+        _launch(
+            kernels().add_pooled_kernel,
+            (b1 - b0) * tiles.ceil_div(self.n, chosen.block_n) * tiles.ceil_div(self.d, block_d),
+            (pooled, self.patches, self.mask, raw, b0, self.n, self.d)
+            + (pooled.stride(1), *self.patches.stride(), *_mask_strides(self.mask)),
+            dict(
+                BLOCK_N=chosen.block_n,
+                BLOCK_D=block_d,
+                BLOCK_M=chosen.block_m,
+                C_ALIGN=tiles.POOLED_ALIGNMENT,
+                HAS_MASK=self.mask is not None,
+                EVEN_D=self.d % block_d == 0,
+                PRECISION=precision,
+            ),
+            chosen.warps,
+            chosen.stages,
         )
 
     def backward_config(self) -> tiles.Config:

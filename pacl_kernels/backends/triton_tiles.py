@@ -87,7 +87,20 @@ CURVATURE = {
     (100, 4): Curvature(64, 32, 4, 3),
 }
 CURVATURE_SMALL = {2: Curvature(64, 64, 4, 3), 4: Curvature(64, 32, 4, 3)}  # where larger tiles would be half empty
-POOLED_ALIGNMENT = 8  # elements between rows of the matrices that it writes, for the library's product
+POOLED_ALIGNMENT = 8  # elements between rows of the matrices that it writes
+
+
+class Pooled(NamedTuple):
+    """Tile of `add_pooled_kernel`, patches and dimensions, step along the other patches, and how Triton compiles it."""
+
+    block_n: int
+    block_d: int
+    block_m: int
+    warps: int
+    stages: int
+
+
+POOLED = {2: Pooled(128, 128, 64, 8, 3), 4: Pooled(64, 64, 32, 4, 3)}  # by bytes of an element of C
 
 
 def curvature_config(n: int, patches: Tensor) -> Curvature:

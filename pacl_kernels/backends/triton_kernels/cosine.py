@@ -214,7 +214,7 @@ def curvature_kernel(
     """C `[images, N, stride_c]` (+)= -Σ_k curvature_k a_kn a_km / (‖p_n‖ ‖p_m‖): times P, what r adds to ∂L/∂P.
 
     C is symmetric: only tiles on and above the diagonal are computed. Rows of A and C are read and written to the next
-    multiple of their alignment, so that vectors are whole; of C, what lies beyond column N means nothing.
+    multiple of their alignment, so that vectors are whole; past column N, C is 0, whatever A holds there.
     """
     tiles = tl.cdiv(N, BLOCK)
     image = tl.program_id(0) // (tiles * tiles)
@@ -245,6 +245,7 @@ def curvature_kernel(
         )  # fmt: skip
     inv = INV_P + (image_begin + image) * N
     acc *= -tl.load(inv + n, mask=n < N, other=0.0)[:, None] * tl.load(inv + m, mask=m < N, other=0.0)[None, :]
+    acc = tl.where((m < N)[None, :], acc, 0.0)
     c = C + image.to(tl.int64) * N * stride_c
     at = c + (n * stride_c)[:, None] + m[None, :]
     live = (n < N)[:, None] & (m < stride_c)[None, :]
@@ -254,3 +255,44 @@ def curvature_kernel(
     tl.store(at, acc, mask=live)
     if tile_n != tile_m:
         tl.store(c + (m * stride_c)[:, None] + n[None, :], acc.T, mask=(m < N)[:, None])
+
+
+@triton.jit(do_not_specialize=("image_begin", "N", "stride_c"))
+def add_pooled_kernel(
+    C, P, MASK, RAW, image_begin, N, D, stride_c, stride_pb, stride_pn, stride_pd, stride_mb, stride_mn,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, C_ALIGN: tl.constexpr,
+    HAS_MASK: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """RAW `[images, N, D]` += C P, masked patches as zeros. C is that of `curvature_kernel`, of RAW's dtype."""
+    stride_c = stride_c // C_ALIGN * C_ALIGN  # tells the compiler how rows are aligned
+    width = tl.cdiv(N, C_ALIGN) * C_ALIGN
+    d_tiles = tl.cdiv(D, BLOCK_D)
+    tiles = tl.cdiv(N, BLOCK_N) * d_tiles
+    image = tl.program_id(0) // tiles
+    tile = tl.program_id(0) % tiles
+    n = tile // d_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    d = tile % d_tiles * BLOCK_D + tl.arange(0, BLOCK_D)
+    n_live, d_live = n < N, d < D
+    c = C + image.to(tl.int64) * N * stride_c + (n * stride_c)[:, None]
+    p = P + (image_begin + image).to(tl.int64) * stride_pb + (d.to(tl.int64) * stride_pd)[None, :]
+    mask = MASK + (image_begin + image).to(tl.int64) * stride_mb if HAS_MASK else MASK
+    acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    for m0 in range(0, N, BLOCK_M):
+        m = m0 + tl.arange(0, BLOCK_M)
+        m_live = m < N
+        left = tl.load(c + m[None, :], mask=n_live[:, None] & (m < width)[None, :], other=0.0)
+        if HAS_MASK:
+            m_live &= tl.load(mask + m * stride_mn, mask=m_live, other=0) != 0
+        p_live = m_live[:, None]
+        if not EVEN_D:
+            p_live &= d_live[None, :]
+        right = tl.load(p + (m.to(tl.int64) * stride_pn)[:, None], mask=p_live, other=0.0)
+        if INTERPRETED:
+            left, right = left.to(tl.float32), right.to(tl.float32)
+        acc = tl.dot(left, right.to(left.dtype), acc, input_precision=PRECISION)
+    at = RAW + (image.to(tl.int64) * N * D + (n * D)[:, None] + d[None, :])
+    live = n_live[:, None]
+    if not EVEN_D:
+        live &= d_live[None, :]
+    acc += tl.load(at, mask=live, other=0.0).to(tl.float32)
+    tl.store(at, acc.to(RAW.dtype.element_ty), mask=live)
