@@ -323,14 +323,21 @@ class Call:
         )
 
     def gram(self, b0, b1, gram: Tensor) -> None:
-        block, (step, warps) = tiles.GRAM_PATCHES, (32, 8) if self.patches.dtype == torch.float32 else (64, 4)
+        chosen = tiles.gram_config(self.n, self.patches.element_size())
         _launch(
             kernels().gram_kernel,
-            (b1 - b0) * tiles.ceil_div(self.n, block) ** 2,
+            (b1 - b0) * tiles.ceil_div(self.n, chosen.block) ** 2,
             (self.patches, self.mask, self.inv_p, gram, b0, self.n, self.d)
             + (*self.patches.stride(), *_mask_strides(self.mask), gram.stride(1)),
-            dict(BLOCK_N=block, BLOCK_D=step, HAS_MASK=self.mask is not None, PRECISION=self.precision),
-            warps,
+            dict(
+                BLOCK_N=chosen.block,
+                BLOCK_D=chosen.block_d,
+                HAS_MASK=self.mask is not None,
+                EVEN_D=self.d % chosen.block_d == 0,
+                PRECISION=self.precision,
+            ),
+            chosen.warps,
+            chosen.stages,
         )
 
     def cosine_forward(self, b0, b1, k0, k1, attention: Tensor, gram: Tensor) -> None:

@@ -60,8 +60,24 @@ CONFIGS = {
 # By bytes of an element, where rows are loaded by address, which takes registers: rows that are not evenly spaced,
 # contiguous and aligned, and padded images whose dimensions do not fill the steps along D.
 STRIDED = {2: Config(128, 64, 32, 8, 4, 1), 4: Config(64, 64, 32, 8, 3, 1)}
-# Texts of a tile of the cosine form's products with the Gram matrix, and the side of a tile of the Gram matrix.
-POOL_TEXTS, GRAM_PATCHES = 64, 64
+POOL_TEXTS = 64  # of a tile of the cosine form's products with the Gram matrix
+
+
+class Gram(NamedTuple):
+    """Side of a square tile of `gram_kernel`, step along D, and how Triton compiles it."""
+
+    block: int
+    block_d: int
+    warps: int
+    stages: int
+
+
+GRAM = {2: Gram(128, 64, 8, 3), 4: Gram(64, 32, 8, 3)}  # by bytes of an element
+GRAM_SMALL = {2: Gram(64, 64, 4, 3), 4: Gram(64, 32, 8, 3)}  # where larger tiles would be half empty
+
+
+def gram_config(n: int, itemsize: int) -> Gram:
+    return GRAM[itemsize] if n > GRAM_SMALL[itemsize].block else GRAM_SMALL[itemsize]
 
 
 class Curvature(NamedTuple):

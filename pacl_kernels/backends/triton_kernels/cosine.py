@@ -9,37 +9,66 @@ from .shared import INTERPRETED, LOG2E, scalar, sum_pair, sum_three
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}  # of the operands of `curvature_kernel`
 
 
+@triton.jit
+def _products(
+    rows_n, rows_m, n_live, m_live, D, stride_pd,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, DIAGONAL: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Products of patches `[BLOCK_N, BLOCK_N]`; `rows_n` and `rows_m` `[BLOCK_N, 1]` point at them."""
+    acc = tl.zeros([BLOCK_N, BLOCK_N], tl.float32)
+    for d in range(0, D, BLOCK_D):
+        offs_d = (d + tl.arange(0, BLOCK_D)).to(tl.int64)[None, :]
+        n_mask, m_mask = n_live[:, None], m_live[:, None]
+        if not EVEN_D:
+            n_mask &= offs_d < D
+            m_mask &= offs_d < D
+        right = tl.load(rows_m + offs_d * stride_pd, mask=m_mask, other=0.0)
+        if INTERPRETED:
+            right = right.to(tl.float32)
+        if DIAGONAL:
+            left = right
+        else:
+            left = tl.load(rows_n + offs_d * stride_pd, mask=n_mask, other=0.0).to(right.dtype)
+        acc = tl.dot(left, right.T, acc, input_precision=PRECISION)
+    return acc
+
+
 @triton.jit(do_not_specialize=("image_begin", "N"))
 def gram_kernel(
     P, MASK, INV_P, GRAM, image_begin, N, D, stride_pb, stride_pn, stride_pd, stride_mb, stride_mn, stride_gram,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, HAS_MASK: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """GRAM `[images, N, stride_gram]`: cosines between the patches of each image, 0 for masked ones."""
+    """GRAM `[images, N, stride_gram]`: cosines between the patches of each image, 0 for masked ones and past column N.
+
+    Only tiles on and above the diagonal are computed.
+    """
     tiles = tl.cdiv(N, BLOCK_N)
     image = tl.program_id(0) // (tiles * tiles)
     tile = tl.program_id(0) % (tiles * tiles)
-    n = tile // tiles * BLOCK_N + tl.arange(0, BLOCK_N)
-    m = tile % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    tile_n, tile_m = tile // tiles, tile % tiles
+    if tile_n > tile_m:
+        return
+    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    m = tile_m * BLOCK_N + tl.arange(0, BLOCK_N)
     n_live, m_live = n < N, m < N
     if HAS_MASK:
         mask = MASK + (image_begin + image).to(tl.int64) * stride_mb
         n_live &= tl.load(mask + n * stride_mn, mask=n_live, other=0) != 0
         m_live &= tl.load(mask + m * stride_mn, mask=m_live, other=0) != 0
     base = P + (image_begin + image).to(tl.int64) * stride_pb
-    acc = tl.zeros([BLOCK_N, BLOCK_N], tl.float32)
-    for d in range(0, D, BLOCK_D):
-        offs_d = (d + tl.arange(0, BLOCK_D)).to(tl.int64)
-        d_live = (offs_d < D)[None, :]
-        offs_d = (offs_d * stride_pd)[None, :]
-        left = tl.load(base + n.to(tl.int64)[:, None] * stride_pn + offs_d, mask=n_live[:, None] & d_live, other=0.0)
-        right = tl.load(base + m.to(tl.int64)[:, None] * stride_pn + offs_d, mask=m_live[:, None] & d_live, other=0.0)
-        if INTERPRETED:
-            left, right = left.to(tl.float32), right.to(tl.float32)
-        acc = tl.dot(left, right.T, acc, input_precision=PRECISION)
+    rows_n = base + (n.to(tl.int64) * stride_pn)[:, None]
+    rows_m = base + (m.to(tl.int64) * stride_pn)[:, None]
+    if tile_n == tile_m:
+        acc = _products(rows_n, rows_m, n_live, m_live, D, stride_pd, BLOCK_N, BLOCK_D, True, EVEN_D, PRECISION)
+    else:
+        acc = _products(rows_n, rows_m, n_live, m_live, D, stride_pd, BLOCK_N, BLOCK_D, False, EVEN_D, PRECISION)
     inv = INV_P + (image_begin + image) * N
     acc *= tl.load(inv + n, mask=n_live, other=0.0)[:, None] * tl.load(inv + m, mask=m_live, other=0.0)[None, :]
-    at = (image.to(tl.int64) * N + n)[:, None] * stride_gram + m[None, :]
-    tl.store(GRAM + at, acc.to(GRAM.dtype.element_ty), mask=(n < N)[:, None] & (m < stride_gram)[None, :])
+    acc = acc.to(GRAM.dtype.element_ty)
+    gram = GRAM + image.to(tl.int64) * N * stride_gram
+    tl.store(gram + ((n * stride_gram)[:, None] + m[None, :]), acc, mask=(n < N)[:, None] & (m < stride_gram)[None, :])
+    if tile_n != tile_m:
+        tl.store(gram + ((m * stride_gram)[:, None] + n[None, :]), acc.T, mask=(m < N)[:, None])
 
 
 @triton.jit
