@@ -341,18 +341,20 @@ class Call:
         )
 
     def cosine_forward(self, b0, b1, k0, k1, attention: Tensor, gram: Tensor) -> None:
+        chosen = tiles.pool_config("forward", self.n, self.patches)
         _launch(
             kernels().cosine_forward_kernel,
-            (b1 - b0) * tiles.ceil_div(k1 - k0, tiles.POOL_TEXTS),
+            (b1 - b0) * tiles.ceil_div(k1 - k0, chosen.block_t),
             (attention, gram, self.temperature, self.phi[:, k0:], self.stat[:, k0:], b0, self.n, k1 - k0)
             + (*attention.stride()[:2], gram.stride(1), self.k, MIN_POOLED_NORM),
-            *self._pool_tile(attention),
+            *self._pool_tile(chosen, attention),
         )
 
     def cosine_weights(self, b0, b1, k0, k1, attention, gram, grad_phi, w, curvature, needs_tau) -> Tensor | None:
         """The attention, from it W of the cosine form, and the factors of Σ a aᵀ; returns the temperature's sums."""
         self.attention(b0, b1, k0, k1, attention)
-        items = (b1 - b0) * tiles.ceil_div(k1 - k0, tiles.POOL_TEXTS)
+        chosen = tiles.pool_config("backward", self.n, self.patches)
+        items = (b1 - b0) * tiles.ceil_div(k1 - k0, chosen.block_t)
         sums = self.phi.new_empty(items) if needs_tau else None
         _launch(
             kernels().cosine_backward_kernel,
@@ -361,7 +363,12 @@ class Call:
             + (self.scale, w, curvature, sums, b0, self.n, k1 - k0)
             + (*attention.stride()[:2], w.stride(0), gram.stride(1), self.k, MIN_POOLED_NORM),
             *self._pool_tile(
-                attention, N_ALIGN=math.gcd(self.n, 16), NEEDS_TAU=needs_tau, SCALED=self.scale is not None
+                chosen,
+                attention,
+                N_ALIGN=math.gcd(self.n, 16),
+                WHOLE=self.n <= chosen.block_m,
+                NEEDS_TAU=needs_tau,
+                SCALED=self.scale is not None,
             ),
         )
         return sums
@@ -477,11 +484,11 @@ class Call:
             ),
         )
 
-    def _pool_tile(self, attention: Tensor, **constants) -> tuple[dict, int, int]:
+    def _pool_tile(self, chosen: tiles.Pool, attention: Tensor, **constants) -> tuple[dict, int, int]:
         """Constants, warps and stages of the products with the Gram matrix."""
-        block = 32 if self.attention_dtype == torch.float32 else 64  # three tf32 products keep six operands
-        constants |= dict(BLOCK_T=tiles.POOL_TEXTS, BLOCK_M=block, BLOCK_N=block, A_ALIGN=tiles.alignment(attention))
-        return constants | self.tau | dict(PRECISION=self.precision), 4, 3
+        constants |= dict(BLOCK_T=chosen.block_t, BLOCK_M=chosen.block_m, BLOCK_N=chosen.block_n)
+        constants |= dict(A_ALIGN=tiles.alignment(attention), PRECISION=self.precision)
+        return constants | self.tau, chosen.warps, chosen.stages
 
     def _weight_scale(self, grad_phi: Tensor) -> Tensor:
         """The power of two that brings the bound of |W|, max|g| (1 + 2 / τ) max 1/‖p‖ max 1/‖t‖, to 2¹⁴.

@@ -60,7 +60,43 @@ CONFIGS = {
 # By bytes of an element, where rows are loaded by address, which takes registers: rows that are not evenly spaced,
 # contiguous and aligned, and padded images whose dimensions do not fill the steps along D.
 STRIDED = {2: Config(128, 64, 32, 8, 4, 1), 4: Config(64, 64, 32, 8, 3, 1)}
-POOL_TEXTS = 64  # of a tile of the cosine form's products with the Gram matrix
+
+
+class Pool(NamedTuple):
+    """Tile of q = G a in the cosine form, texts and patches, step along the other patches, and how Triton compiles it."""
+
+    block_t: int
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
+
+
+# (kernel, architecture, bytes of an element) to configuration, as `CONFIGS`. Where a tile holds all patches of an image,
+# the backward takes q once instead of twice.
+POOL = {
+    ("forward", 80, 2): Pool(64, 256, 64, 8, 2),
+    ("forward", 80, 4): Pool(64, 32, 32, 4, 3),
+    ("forward", 90, 2): Pool(64, 256, 64, 8, 3),
+    ("forward", 90, 4): Pool(64, 32, 32, 4, 3),
+    ("forward", 100, 2): Pool(128, 256, 64, 8, 3),
+    ("forward", 100, 4): Pool(64, 32, 32, 4, 3),
+    ("backward", 80, 2): Pool(64, 256, 64, 8, 2),
+    ("backward", 80, 4): Pool(64, 32, 32, 4, 3),  # three tf32 products keep six operands
+    ("backward", 90, 2): Pool(64, 256, 64, 8, 3),
+    ("backward", 90, 4): Pool(64, 32, 32, 4, 3),
+    ("backward", 100, 2): Pool(128, 256, 64, 8, 3),
+    ("backward", 100, 4): Pool(64, 32, 32, 4, 3),
+}
+POOL_SMALL = {2: Pool(64, 64, 64, 4, 3), 4: Pool(64, 32, 32, 4, 3)}  # up to so many patches
+
+
+def pool_config(kernel: str, n: int, patches: Tensor) -> Pool:
+    itemsize = patches.element_size()
+    if n <= POOL_SMALL[itemsize].block_m:
+        return POOL_SMALL[itemsize]
+    entry = POOL[kernel, newest({number for _, number, _ in POOL}, patches.device), itemsize]
+    return entry._replace(block_m=min(entry.block_m, power_of_two(n)))
 
 
 class Gram(NamedTuple):

@@ -140,18 +140,41 @@ def _scores_of(a, stat, scale):
     return (tl.log2(tl.where(a > 0.0, a, 1.0)) + stat[:, None]) / scale
 
 
+@triton.jit
+def _store_weights(
+    q, a, m0, slope, constant, u, g, inv_t, stat, scale, tau, inv_p, w, stride_w, t_live, N,
+    BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr, NEEDS_TAU: tl.constexpr,
+):  # fmt: skip
+    """Stores W of the patches from `m0` on, of the image to whose first patch `w` and `inv_p` point; returns their part
+    of TAU_SUMS.
+    """
+    m = m0 + tl.arange(0, BLOCK_M)
+    inv_p = tl.load(inv_p + m, mask=m < N, other=0.0)
+    s = _scores_of(a, stat, scale)
+    centred = s - slope[:, None] * q - constant[:, None]
+    ds = a * g[:, None]
+    weights = ds * (1.0 + centred / tau) * inv_t[:, None] * inv_p[None, :]
+    at = (tl.arange(0, BLOCK_T) * stride_w)[:, None] + m[None, :]
+    tl.store(w + at, weights.to(w.dtype.element_ty), mask=t_live[:, None] & (m < N)[None, :])
+    if NEEDS_TAU:
+        return tl.sum(tl.sum(ds * centred * (s - u[:, None]), 1), 0)
+    else:
+        return 0.0
+
+
 @triton.jit(do_not_specialize=("image_begin", "N", "K", "stride_image", "stride_text", "stride_phi"))
 def cosine_backward_kernel(
     A, GRAM, TAU, INV_P, INV_T, STAT, G, W_SCALE, W, CURVATURE, TAU_SUMS,
     image_begin, N, K, stride_image, stride_text, stride_w, stride_gram, stride_phi, floor,
     BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, A_ALIGN: tl.constexpr, N_ALIGN: tl.constexpr,
-    TAU_IS_TENSOR: tl.constexpr, NEEDS_TAU: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr,
+    WHOLE: tl.constexpr, TAU_IS_TENSOR: tl.constexpr, NEEDS_TAU: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """W `[K, rows]` of the cosine form from the attention A `[images, K, stride_text]`, and CURVATURE `[images, K]` =
     g u / r³, what Σ a aᵀ is weighted with in the part that r adds to the patches' gradient.
 
     dS = g (a / r) (1 + (s - (u / r²) q) / τ); where r is at its floor it is a constant, and u takes the place of
-    (u / r²) q. u, r and Σ a are summed again over the rounded A, so that what must cancel cancels.
+    (u / r²) q. u, r and Σ a are summed again over the rounded A, so that what must cancel cancels. WHOLE: a tile holds
+    all patches, and q = G a stays in registers, where otherwise it is taken twice.
     """
     # What the divisions tell the compiler: how rows of A and W are aligned.
     stride_image = stride_image // A_ALIGN * A_ALIGN
@@ -171,15 +194,19 @@ def cosine_backward_kernel(
     gram = GRAM + image.to(tl.int64) * N * stride_gram
     at = (image_begin + image).to(tl.int64) * stride_phi + texts
     stat = tl.load(STAT + at, mask=t_live, other=0.0)
-    squared = tl.zeros([BLOCK_T], tl.float32)
-    total = tl.zeros([BLOCK_T], tl.float32)
-    weighted = tl.zeros([BLOCK_T], tl.float32)
-    for m0 in range(0, N, BLOCK_M):
-        q, a = _pool(a_image, gram, a_rows, t_live, m0, N, width, stride_gram, BLOCK_T, BLOCK_M, BLOCK_N, PRECISION)
-        part, as_part, a_part = sum_three(q * a, a * _scores_of(a, stat, scale), a, 1)
-        squared += part
-        weighted += as_part
-        total += a_part
+    if WHOLE:
+        q, a = _pool(a_image, gram, a_rows, t_live, 0, N, width, stride_gram, BLOCK_T, BLOCK_M, BLOCK_N, PRECISION)
+        squared, weighted, total = sum_three(q * a, a * _scores_of(a, stat, scale), a, 1)
+    else:
+        squared = tl.zeros([BLOCK_T], tl.float32)
+        total = tl.zeros([BLOCK_T], tl.float32)
+        weighted = tl.zeros([BLOCK_T], tl.float32)
+        for m0 in range(0, N, BLOCK_M):
+            q, a = _pool(a_image, gram, a_rows, t_live, m0, N, width, stride_gram, BLOCK_T, BLOCK_M, BLOCK_N, PRECISION)
+            part, as_part, a_part = sum_three(q * a, a * _scores_of(a, stat, scale), a, 1)
+            squared += part
+            weighted += as_part
+            total += a_part
     share = 1.0 / tl.where(total == 0.0, 1.0, total)
     radius = tl.sqrt(tl.where(squared < 0.0, 0.0, squared)) * share
     moves = radius > floor
@@ -192,20 +219,21 @@ def cosine_backward_kernel(
     tl.store(CURVATURE + image * K + texts, curvature * w_scale, mask=t_live)
     g *= share
     inv_t = tl.load(INV_T + texts, mask=t_live, other=0.0) * w_scale
-    tau_sum = 0.0
-    for m0 in range(0, N, BLOCK_M):
-        q, a = _pool(a_image, gram, a_rows, t_live, m0, N, width, stride_gram, BLOCK_T, BLOCK_M, BLOCK_N, PRECISION)
-        m = m0 + tl.arange(0, BLOCK_M)
-        inv_p = tl.load(INV_P + (image_begin + image) * N + m, mask=m < N, other=0.0)
-        s = _scores_of(a, stat, scale)
-        centred = s - slope[:, None] * q - constant[:, None]
-        ds = a * g[:, None]
-        if NEEDS_TAU:
-            tau_sum += tl.sum(tl.sum(ds * centred * (s - u[:, None]), 1), 0)
-        w = ds * (1.0 + centred / tau) * inv_t[:, None] * inv_p[None, :]
-        at_w = (tl.arange(0, BLOCK_T) * stride_w)[:, None] + m[None, :]
-        w_image = W + text0.to(tl.int64) * stride_w + image * N
-        tl.store(w_image + at_w, w.to(W.dtype.element_ty), mask=t_live[:, None] & (m < N)[None, :])
+    inv_p = INV_P + (image_begin + image) * N
+    w = W + text0.to(tl.int64) * stride_w + image * N
+    if WHOLE:
+        tau_sum = _store_weights(
+            q, a, 0, slope, constant, u, g, inv_t, stat, scale, tau, inv_p, w, stride_w, t_live, N,
+            BLOCK_T, BLOCK_M, NEEDS_TAU,
+        )  # fmt: skip
+    else:
+        tau_sum = 0.0
+        for m0 in range(0, N, BLOCK_M):
+            q, a = _pool(a_image, gram, a_rows, t_live, m0, N, width, stride_gram, BLOCK_T, BLOCK_M, BLOCK_N, PRECISION)
+            tau_sum += _store_weights(
+                q, a, m0, slope, constant, u, g, inv_t, stat, scale, tau, inv_p, w, stride_w, t_live, N,
+                BLOCK_T, BLOCK_M, NEEDS_TAU,
+            )  # fmt: skip
     if NEEDS_TAU:
         tl.store(TAU_SUMS + tl.program_id(0), tau_sum)
 
@@ -243,7 +271,7 @@ def curvature_kernel(
     """C `[images, N, stride_c]` (+)= -Σ_k curvature_k a_kn a_km / (‖p_n‖ ‖p_m‖): times P, what r adds to ∂L/∂P.
 
     C is symmetric: only tiles on and above the diagonal are computed. Rows of A and C are read and written to the next
-    multiple of their alignment, so that vectors are whole; past column N, C is 0, whatever A holds there.
+    multiple of their alignment, so that vectors are whole; past column N, C is 0 where A is finite.
     """
     tiles = tl.cdiv(N, BLOCK)
     image = tl.program_id(0) // (tiles * tiles)
@@ -273,8 +301,8 @@ def curvature_kernel(
             BLOCK, BLOCK_K, False, OPERANDS, PRECISION,
         )  # fmt: skip
     inv = INV_P + (image_begin + image) * N
-    acc *= -tl.load(inv + n, mask=n < N, other=0.0)[:, None] * tl.load(inv + m, mask=m < N, other=0.0)[None, :]
-    acc = tl.where((m < N)[None, :], acc, 0.0)
+    acc *= -tl.load(inv + n, mask=n < N, other=0.0)[:, None]
+    acc *= tl.load(inv + m, mask=m < N, other=0.0)[None, :]
     c = C + image.to(tl.int64) * N * stride_c
     at = c + (n * stride_c)[:, None] + m[None, :]
     live = (n < N)[:, None] & (m < stride_c)[None, :]
