@@ -177,7 +177,7 @@ def compile_launch(launch: Launch) -> dict:
         usage = _run("cuobjdump", "--dump-resource-usage", file.name)
         code = _run("nvdisasm", "-c", file.name)
     registers = int(re.search(r"REG:(\d+)", usage)[1])
-    sides = ("BLOCK_T", "BLOCK_P", "BLOCK_D", "BLOCK", "BLOCK_K")
+    sides = ("BLOCK_T", "BLOCK_P", "BLOCK_N", "BLOCK_D", "BLOCK_M", "BLOCK", "BLOCK_K")
     tile = {key: launch.constants[key] for key in sides if key in launch.constants}
     return {
         "kernel": launch.kernel.removesuffix("_kernel"),

@@ -71,7 +71,7 @@ def test_nothing_spills(rows):
 
 def test_products_run_on_the_tensor_cores(rows):
     for row in rows:
-        products = row["kernel"].startswith(("score_", "cosine_", "gram", "curvature"))
+        products = row["kernel"].startswith(("score_", "cosine_", "gram", "curvature", "add_pooled"))
         assert row["tensor_core"] == (TENSOR_CORE[row["target"]] if products else "none"), row
 
 

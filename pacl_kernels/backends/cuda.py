@@ -1,8 +1,8 @@
 """The two fused functions in CUDA C++ for Hopper (csrc/cuda), bfloat16 and float16; docs/cuda.md draws the kernel.
 
-Its launches take the place of the Triton backend's: φ of the `dot` form and the weights (or the attention) of a block,
-and both for the `cosine` form with 97 to 256 patches (others as the Triton backend does). Everything around them, the
-loss, the `max` form and `upsample_argmax` are the Triton backend's own.
+Its launches take the place of the Triton backend's: φ and the weights of the `dot` form, and both for the `cosine` form
+with 97 to 256 patches (others as the Triton backend does). Everything around them, the loss, the `max` form and
+`upsample_argmax` are the Triton backend's own.
 """
 
 from __future__ import annotations
@@ -96,8 +96,8 @@ class Call(triton.Call):
             call.launch()
             del columns  # the allocator hands it on in the order of the stream
 
-    def weights(self, b0, b1, k0, k1, w, grad_phi=None, needs_tau=False, entropy_over=None) -> Tensor | None:
-        call = self._call(b0, b1, k0, k1, entropy_over if grad_phi is None else self.phi, False)
+    def weights(self, b0, b1, k0, k1, w, grad_phi, needs_tau=False) -> Tensor | None:
+        call = self._call(b0, b1, k0, k1, self.phi, False)
         return self._launch_weights(call, b0, b1, k0, w, grad_phi, needs_tau)
 
     def cosine_weights(self, b0, b1, k0, k1, attention, gram, grad_phi, w, curvature, needs_tau) -> Tensor | None:
@@ -108,20 +108,10 @@ class Call(triton.Call):
         call.set_curvature(attention.data_ptr(), attention.stride(1), curvature.data_ptr())
         return self._launch_weights(call, b0, b1, k0, w, grad_phi, needs_tau)
 
-    def attention_workspace(self, blocks: tiles.Blocks) -> Tensor:
-        if not native().cuda_can_pool(self.n):
-            return super().attention_workspace(blocks)
-        pitch = tiles.ceil_div(self.n, 8) * 8
-        return self.patches.new_empty(blocks.images, blocks.texts, pitch, dtype=torch.bfloat16)
-
-    def by_image(self, attention: Tensor, images: int, texts: int) -> Tensor:
-        if not native().cuda_can_pool(self.n):
-            return super().by_image(attention, images, texts)
-        pitch = attention.stride(1)
-        return attention.as_strided((images, texts, self.n), (texts * pitch, pitch, 1))
+    def attention_workspace(self, blocks: tiles.Blocks, dtype: torch.dtype | None = None) -> Tensor:
+        return super().attention_workspace(blocks, torch.bfloat16 if native().cuda_can_pool(self.n) else dtype)
 
     def _launch_weights(self, call, b0, b1, k0, w, grad_phi, needs_tau) -> Tensor | None:
-        attention = grad_phi is None
         columns = self._columns(call, b0, b1)
         sums = None
         if needs_tau:  # one of each block that is launched; the others' stay 0
@@ -130,8 +120,8 @@ class Call(triton.Call):
             weights=w.data_ptr(),
             dtype=_name(w),
             stride=w.stride(0),
-            grad_phi=0 if attention else grad_phi[b0:b1, k0:].data_ptr(),
-            scale=0 if attention or self.scale is None else self.scale.data_ptr(),
+            grad_phi=grad_phi[b0:b1, k0:].data_ptr(),
+            scale=0 if self.scale is None else self.scale.data_ptr(),
             temperature_sums=0 if sums is None else sums.data_ptr(),
             masked=self.mask is not None,
         )

@@ -173,14 +173,17 @@ class Call:
 
     def divide_by_pooled_norm(self) -> None:
         """φ of `dot` to that of `cosine`: the attention again, now that its sum is known, and r² = aᵀ G a from that."""
-        blocks = tiles.plan_blocks(self.b, self.n, self.k, self.attention_dtype.itemsize, self.gram_bytes)
-        attention = self.workspace(blocks, self.attention_dtype)
+        itemsize = self.attention_dtype.itemsize
+        image_bytes = self.gram_bytes + self.padding_bytes(itemsize)
+        blocks = tiles.plan_blocks(self.b, self.n, self.k, itemsize, image_bytes)
+        attention = self.attention_workspace(blocks)
         gram = self.gram_workspace(blocks)
         for b0, b1 in ranges(self.b, blocks.images):
             self.gram(b0, b1, gram)
             for k0, k1 in ranges(self.k, blocks.texts):
-                self.weights(b0, b1, k0, k1, attention, entropy_over=self.phi)
-                self.cosine_forward(b0, b1, k0, k1, attention, gram)
+                by_image = self.by_image(attention, b1 - b0, k1 - k0)
+                self.attention(b0, b1, k0, k1, by_image, entropy_over=self.phi)
+                self.cosine_forward(b0, b1, k0, k1, by_image, gram)
 
     def scores(self, form: str) -> None:
         """φ and STAT of the `max` form, or of `dot`."""
@@ -214,7 +217,8 @@ class Call:
         widened = self.scale is not None or self.k > tiles.text_block(self.n, self.k, itemsize)
         image_bytes = 4 * self.d * widened + dtype.itemsize * self.d * (self.mask is not None)
         image_bytes += (self.n + 16) * (4 + self.attention_dtype.itemsize) * cosine
-        blocks = tiles.plan_blocks(self.b, self.n, self.k, itemsize, self.n * image_bytes)
+        image_bytes = self.n * image_bytes + self.padding_bytes(itemsize) * cosine
+        blocks = tiles.plan_blocks(self.b, self.n, self.k, itemsize, image_bytes)
         w = self.workspace(blocks, dtype)
         texts_sum = self.phi.new_zeros(self.k, self.d) if grad_texts is not None else None
         tau_sum = self.phi.new_zeros((), dtype=torch.float64) if grad_temperature is not None else None
@@ -230,7 +234,7 @@ class Call:
             if grad_patches is not None:
                 into = grad_patches[b0:b1].view(rows, self.d)
                 raw = patches_sum[:rows] if widened else into
-            if grad_texts is not None or cosine:
+            if grad_texts is not None:
                 some_patches = self.patches[b0:b1]
                 if self.mask is not None:  # 0 times the NaN behind a mask is not 0
                     some_patches = some_patches.masked_fill(~self.mask[b0:b1, :, None], 0.0)
@@ -239,8 +243,9 @@ class Call:
                 self.gram(b0, b1, gram)
             for k0, k1 in ranges(self.k, blocks.texts):
                 if cosine:
+                    by_image = self.by_image(attention, b1 - b0, k1 - k0)
                     sums = self.cosine_weights(
-                        b0, b1, k0, k1, attention, gram, grad_phi, w, curvature, grad_temperature is not None
+                        b0, b1, k0, k1, by_image, gram, grad_phi, w, curvature, grad_temperature is not None
                     )
                 elif form == "max":
                     self.max_weights(b0, b1, k0, k1, w, grad_phi)
@@ -257,14 +262,12 @@ class Call:
                     else:
                         raw += _product(weights.T, self.texts[k0:k1])
                     if cosine:
-                        by_image = self.by_image(attention, b1 - b0, k1 - k0)
                         self.curvature(b0, b1, k0, k1, by_image, curvature, pooled)
                 if grad_texts is not None:
                     texts_sum[k0:k1] += _product(weights, some_patches)
             if grad_patches is not None:
                 if cosine:
-                    shape = (b1 - b0, self.n, self.d)
-                    raw.view(shape).baddbmm_(pooled[: b1 - b0], some_patches.view(shape).to(pooled.dtype))
+                    self.add_pooled(b0, b1, pooled, raw)
                 mask = None if self.mask is None else self.mask[b0:b1]
                 _project_out(raw, self.patches[b0:b1], into, mask, self.scale)
         if grad_texts is not None:
@@ -272,13 +275,18 @@ class Call:
         if grad_temperature is not None:
             grad_temperature.copy_(-tau_sum / self.temperature**2)
 
-    def weights(
-        self, b0, b1, k0, k1, w: Tensor, grad_phi: Tensor | None = None, needs_tau=False, entropy_over=None
-    ) -> Tensor | None:
-        """W of the `dot` form into `w`, or without `grad_phi` the attention; returns the temperature's sums if needed.
+    def weights(self, b0, b1, k0, k1, w: Tensor, grad_phi: Tensor, needs_tau=False) -> Tensor | None:
+        """W of the `dot` form into `w`; returns the temperature's sums if needed."""
+        return self._weights(b0, b1, k0, k1, w, (0, w.stride(0)), self.phi, grad_phi, needs_tau)
 
-        `entropy_over`: the `dot` φ that STAT is relative to; without it the attention takes STAT for the log-sum-exp.
+    def attention(self, b0, b1, k0, k1, attention: Tensor, entropy_over: Tensor | None = None) -> None:
+        """The attention into `attention` `[images, texts, pitch]`, but for what lies past column N.
+
+        `entropy_over`: the `dot` φ that STAT is relative to; without it STAT is the log-sum-exp.
         """
+        self._weights(b0, b1, k0, k1, attention, attention.stride()[:2], entropy_over, None, False)
+
+    def _weights(self, b0, b1, k0, k1, w, strides, phi, grad_phi, needs_tau) -> Tensor | None:
         attention = grad_phi is None
         chosen = self.backward_config()
         rows = (b1 - b0) * self.n
@@ -286,15 +294,15 @@ class Call:
         sums = self.phi.new_empty(items) if needs_tau else None
         some = self.texts[k0:k1]
         p, t, tile = self._operands(chosen, some)
-        phi = entropy_over if attention else self.phi
         _launch(
             kernels().score_backward_kernel,
             min(_programs(self.patches.device, chosen.per_processor), items),
             (p, t, self.mask, self.temperature, self.inv_p, self.inv_t[k0:])
             + (None if phi is None else phi[:, k0:], self.stat[:, k0:], None if attention else grad_phi[:, k0:])
             + (None if attention else self.scale, w, sums, b0, b1, self.n, k1 - k0, self.d)
-            + (*self.strides, self.k, w.stride(0)),
+            + (*self.strides, self.k, *strides),
             tile
+            | dict(ALIGN=math.gcd(self.n, tiles.alignment(w)) if attention else 1)
             | dict(IMAGES=_images_of_a_tile(self.n, chosen.block_p // 4), ATTENTION=attention, NEEDS_TAU=needs_tau)
             | dict(SCALED=not attention and self.scale is not None),
             chosen.warps,
@@ -315,49 +323,60 @@ class Call:
         )
 
     def gram(self, b0, b1, gram: Tensor) -> None:
-        block, (step, warps) = tiles.GRAM_PATCHES, (32, 8) if self.patches.dtype == torch.float32 else (64, 4)
+        chosen = tiles.gram_config(self.n, self.patches.element_size())
         _launch(
             kernels().gram_kernel,
-            (b1 - b0) * tiles.ceil_div(self.n, block) ** 2,
+            (b1 - b0) * tiles.ceil_div(self.n, chosen.block) ** 2,
             (self.patches, self.mask, self.inv_p, gram, b0, self.n, self.d)
             + (*self.patches.stride(), *_mask_strides(self.mask), gram.stride(1)),
-            dict(BLOCK_N=block, BLOCK_D=step, HAS_MASK=self.mask is not None, PRECISION=self.precision),
-            warps,
+            dict(
+                BLOCK_N=chosen.block,
+                BLOCK_D=chosen.block_d,
+                HAS_MASK=self.mask is not None,
+                EVEN_D=self.d % chosen.block_d == 0,
+                PRECISION=self.precision,
+            ),
+            chosen.warps,
+            chosen.stages,
         )
 
     def cosine_forward(self, b0, b1, k0, k1, attention: Tensor, gram: Tensor) -> None:
+        chosen = tiles.pool_config("forward", self.n, self.patches)
         _launch(
             kernels().cosine_forward_kernel,
-            (b1 - b0) * tiles.ceil_div(k1 - k0, tiles.POOL_TEXTS),
+            (b1 - b0) * tiles.ceil_div(k1 - k0, chosen.block_t),
             (attention, gram, self.temperature, self.phi[:, k0:], self.stat[:, k0:], b0, self.n, k1 - k0)
-            + (attention.stride(0), gram.stride(1), self.k, MIN_POOLED_NORM),
-            *self._pool_tile(),
+            + (*attention.stride()[:2], gram.stride(1), self.k, MIN_POOLED_NORM),
+            *self._pool_tile(chosen, attention),
         )
 
     def cosine_weights(self, b0, b1, k0, k1, attention, gram, grad_phi, w, curvature, needs_tau) -> Tensor | None:
         """The attention, from it W of the cosine form, and the factors of Σ a aᵀ; returns the temperature's sums."""
-        self.weights(b0, b1, k0, k1, attention)
-        items = (b1 - b0) * tiles.ceil_div(k1 - k0, tiles.POOL_TEXTS)
+        self.attention(b0, b1, k0, k1, attention)
+        chosen = tiles.pool_config("backward", self.n, self.patches)
+        items = (b1 - b0) * tiles.ceil_div(k1 - k0, chosen.block_t)
         sums = self.phi.new_empty(items) if needs_tau else None
         _launch(
             kernels().cosine_backward_kernel,
             items,
             (attention, gram, self.temperature, self.inv_p, self.inv_t[k0:], self.stat[:, k0:], grad_phi[:, k0:])
             + (self.scale, w, curvature, sums, b0, self.n, k1 - k0)
-            + (attention.stride(0), gram.stride(1), self.k, MIN_POOLED_NORM),
-            *self._pool_tile(NEEDS_TAU=needs_tau, SCALED=self.scale is not None),
+            + (*attention.stride()[:2], w.stride(0), gram.stride(1), self.k, MIN_POOLED_NORM),
+            *self._pool_tile(
+                chosen,
+                attention,
+                N_ALIGN=math.gcd(self.n, 16),
+                WHOLE=self.n <= chosen.block_m,
+                NEEDS_TAU=needs_tau,
+                SCALED=self.scale is not None,
+            ),
         )
         return sums
 
     def curvature(self, b0, b1, k0, k1, attention, curvature, pooled) -> None:
-        """C into `pooled` `[images, N, N]`, from the attention `[images, texts, N]`, whose strides say how it lies.
-
-        Only the last dimension is contiguous. Rows are read to the next multiple of what divides both strides, 16 bytes
-        at most.
-        """
+        """C into `pooled` `[images, N, N]`, from the attention `[images, texts, pitch]`."""
         wide = self.patches.dtype == torch.float32
         chosen = tiles.curvature_config(self.n, self.patches)
-        alignment = math.gcd(attention.stride(0), attention.stride(1), 16 // attention.element_size())
         _launch(
             kernels().curvature_kernel,
             (b1 - b0) * tiles.ceil_div(self.n, chosen.block) ** 2,
@@ -366,7 +385,7 @@ class Call:
             dict(
                 BLOCK=chosen.block,
                 BLOCK_K=chosen.block_k,
-                A_ALIGN=alignment,
+                A_ALIGN=tiles.alignment(attention),
                 C_ALIGN=tiles.POOLED_ALIGNMENT,
                 ADD=k0 > 0,
                 OPERANDS=kernels().DTYPES[torch.float32 if wide else torch.bfloat16],
@@ -375,6 +394,32 @@ class Call:
             chosen.warps,
             chosen.stages,
             chosen.registers,
+        )
+
+    def add_pooled(self, b0, b1, pooled: Tensor, raw: Tensor) -> None:
+        """C P of each image onto `raw` `[rows, D]`; C `[images, N, N]` and `raw` have one dtype."""
+        wide = pooled.dtype == torch.float32
+        chosen = tiles.POOLED[pooled.element_size()]
+        precision = self.precision
+        if wide and self.patches.dtype != torch.float32 and torch.version.hip is None:
+            precision = "tf32"  # holds patches of 16 bits exactly
+        block_d = min(chosen.block_d, max(16, tiles.power_of_two(self.d)))
+        _launch(
+            kernels().add_pooled_kernel,
+            (b1 - b0) * tiles.ceil_div(self.n, chosen.block_n) * tiles.ceil_div(self.d, block_d),
+            (pooled, self.patches, self.mask, raw, b0, self.n, self.d)
+            + (pooled.stride(1), *self.patches.stride(), *_mask_strides(self.mask)),
+            dict(
+                BLOCK_N=chosen.block_n,
+                BLOCK_D=block_d,
+                BLOCK_M=chosen.block_m,
+                C_ALIGN=tiles.POOLED_ALIGNMENT,
+                HAS_MASK=self.mask is not None,
+                EVEN_D=self.d % block_d == 0,
+                PRECISION=precision,
+            ),
+            chosen.warps,
+            chosen.stages,
         )
 
     def backward_config(self) -> tiles.Config:
@@ -387,12 +432,23 @@ class Call:
         texts, rows = (tiles.ceil_div(x, step) * step for x, step in ((texts, chosen.block_t), (rows, chosen.block_p)))
         return self.patches.new_empty(texts, rows, dtype=dtype)
 
-    def attention_workspace(self, blocks: tiles.Blocks) -> Tensor:
-        return self.workspace(blocks, self.attention_dtype)
+    def attention_workspace(self, blocks: tiles.Blocks, dtype: torch.dtype | None = None) -> Tensor:
+        """`[images, texts, pitch]`, rows at multiples of 16 bytes.
+
+        Zeros, for rows are read whole: what lies past column N stays as it is.
+        """
+        dtype = dtype or self.attention_dtype
+        return self.patches.new_zeros(*blocks, tiles.pitch(self.n, dtype.itemsize), dtype=dtype)
 
     def by_image(self, attention: Tensor, images: int, texts: int) -> Tensor:
-        """What `cosine_weights` left in the workspace of attention, as `[images, texts, N]` for `curvature`."""
-        return attention.as_strided((images, texts, self.n), (self.n, attention.stride(0), 1))
+        """The part of that workspace for a block, without gaps."""
+        return attention.flatten(0, 1)[: images * texts].unflatten(0, (images, texts))
+
+    def padding_bytes(self, itemsize: int) -> int:
+        """Of one image in `attention_workspace`, past column N."""
+        texts = tiles.text_block(self.n, self.k, itemsize)
+        size = self.attention_dtype.itemsize
+        return (tiles.pitch(self.n, size) - self.n) * texts * size
 
     @property
     def gram_bytes(self) -> int:
@@ -428,16 +484,11 @@ class Call:
             ),
         )
 
-    def _pool_tile(self, **constants) -> tuple[dict, int, int]:
+    def _pool_tile(self, chosen: tiles.Pool, attention: Tensor, **constants) -> tuple[dict, int, int]:
         """Constants, warps and stages of the products with the Gram matrix."""
-        alignment, wide = math.gcd(self.n, 16), self.attention_dtype == torch.float32
-        block = 32 if wide else 64  # three tf32 products keep six operands
-        constants |= dict(
-            BLOCK_T=tiles.POOL_TEXTS, BLOCK_M=block, BLOCK_N=block, N_ALIGN=alignment, PRECISION=self.precision
-        )
-        # Rows that are not aligned to 16 bytes are loaded by an address for each element.
-        warps, stages = (8, 2) if wide and alignment < 4 else (4, 3)
-        return constants | self.tau, warps, stages
+        constants |= dict(BLOCK_T=chosen.block_t, BLOCK_M=chosen.block_m, BLOCK_N=chosen.block_n)
+        constants |= dict(A_ALIGN=tiles.alignment(attention), PRECISION=self.precision)
+        return constants | self.tau, chosen.warps, chosen.stages
 
     def _weight_scale(self, grad_phi: Tensor) -> Tensor:
         """The power of two that brings the bound of |W|, max|g| (1 + 2 / τ) max 1/‖p‖ max 1/‖t‖, to 2¹⁴.

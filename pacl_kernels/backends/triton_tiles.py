@@ -60,8 +60,60 @@ CONFIGS = {
 # By bytes of an element, where rows are loaded by address, which takes registers: rows that are not evenly spaced,
 # contiguous and aligned, and padded images whose dimensions do not fill the steps along D.
 STRIDED = {2: Config(128, 64, 32, 8, 4, 1), 4: Config(64, 64, 32, 8, 3, 1)}
-# Texts of a tile of the cosine form's products with the Gram matrix, and the side of a tile of the Gram matrix.
-POOL_TEXTS, GRAM_PATCHES = 64, 64
+
+
+class Pool(NamedTuple):
+    """Tile of q = G a in the cosine form, texts and patches, step along the other patches, and how Triton compiles it."""
+
+    block_t: int
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
+
+
+# (kernel, architecture, bytes of an element) to configuration, as `CONFIGS`. Where a tile holds all patches of an image,
+# the backward takes q once instead of twice.
+POOL = {
+    ("forward", 80, 2): Pool(64, 256, 64, 8, 2),
+    ("forward", 80, 4): Pool(64, 32, 32, 4, 3),
+    ("forward", 90, 2): Pool(64, 256, 64, 8, 3),
+    ("forward", 90, 4): Pool(64, 32, 32, 4, 3),
+    ("forward", 100, 2): Pool(128, 256, 64, 8, 3),
+    ("forward", 100, 4): Pool(64, 32, 32, 4, 3),
+    ("backward", 80, 2): Pool(64, 256, 64, 8, 2),
+    ("backward", 80, 4): Pool(64, 32, 32, 4, 3),  # three tf32 products keep six operands
+    ("backward", 90, 2): Pool(64, 256, 64, 8, 3),
+    ("backward", 90, 4): Pool(64, 32, 32, 4, 3),
+    ("backward", 100, 2): Pool(128, 256, 64, 8, 3),
+    ("backward", 100, 4): Pool(64, 32, 32, 4, 3),
+}
+POOL_SMALL = {2: Pool(64, 64, 64, 4, 3), 4: Pool(64, 32, 32, 4, 3)}  # up to so many patches
+
+
+def pool_config(kernel: str, n: int, patches: Tensor) -> Pool:
+    itemsize = patches.element_size()
+    if n <= POOL_SMALL[itemsize].block_m:
+        return POOL_SMALL[itemsize]
+    entry = POOL[kernel, newest({number for _, number, _ in POOL}, patches.device), itemsize]
+    return entry._replace(block_m=min(entry.block_m, power_of_two(n)))
+
+
+class Gram(NamedTuple):
+    """Side of a square tile of `gram_kernel`, step along D, and how Triton compiles it."""
+
+    block: int
+    block_d: int
+    warps: int
+    stages: int
+
+
+GRAM = {2: Gram(128, 64, 8, 3), 4: Gram(64, 32, 8, 3)}  # by bytes of an element
+GRAM_SMALL = {2: Gram(64, 64, 4, 3), 4: Gram(64, 32, 8, 3)}  # where larger tiles would be half empty
+
+
+def gram_config(n: int, itemsize: int) -> Gram:
+    return GRAM[itemsize] if n > GRAM_SMALL[itemsize].block else GRAM_SMALL[itemsize]
 
 
 class Curvature(NamedTuple):
@@ -87,7 +139,20 @@ CURVATURE = {
     (100, 4): Curvature(64, 32, 4, 3),
 }
 CURVATURE_SMALL = {2: Curvature(64, 64, 4, 3), 4: Curvature(64, 32, 4, 3)}  # where larger tiles would be half empty
-POOLED_ALIGNMENT = 8  # elements between rows of the matrices that it writes, for the library's product
+POOLED_ALIGNMENT = 8  # elements between rows of the matrices that it writes
+
+
+class Pooled(NamedTuple):
+    """Tile of `add_pooled_kernel`, patches and dimensions, step along the other patches, and how Triton compiles it."""
+
+    block_n: int
+    block_d: int
+    block_m: int
+    warps: int
+    stages: int
+
+
+POOLED = {2: Pooled(128, 128, 64, 8, 3), 4: Pooled(64, 64, 32, 4, 3)}  # by bytes of an element of C
 
 
 def curvature_config(n: int, patches: Tensor) -> Curvature:
@@ -172,6 +237,16 @@ def are_describable(patches: Tensor, texts: Tensor) -> bool:
 
     flat = len(patches) == 1 or patches.stride(0) == patches.shape[1] * patches.stride(1)
     return flat and aligned(patches) and aligned(texts)
+
+
+def alignment(x: Tensor) -> int:
+    """Elements in 16 bytes."""
+    return 16 // x.element_size()
+
+
+def pitch(n: int, itemsize: int) -> int:
+    """Elements from row to row of `n`, so that each begins at a multiple of 16 bytes."""
+    return ceil_div(n * itemsize, 16) * 16 // itemsize
 
 
 def power_of_two(x: int) -> int:

@@ -16,7 +16,14 @@ the log-sum-exp in bits, for `max` the index of the winning patch.
 """
 
 from .backward import score_backward_kernel
-from .cosine import DTYPES, cosine_backward_kernel, cosine_forward_kernel, curvature_kernel, gram_kernel
+from .cosine import (
+    DTYPES,
+    add_pooled_kernel,
+    cosine_backward_kernel,
+    cosine_forward_kernel,
+    curvature_kernel,
+    gram_kernel,
+)
 from .forward import PLAIN_TEMPERATURE, score_forward_kernel
 from .largest import max_weights_kernel
 from .loss import loss_backward_kernel, shifted_logsumexp_kernel, sigmoid_loss_kernel
@@ -26,6 +33,7 @@ from .upsample import upsample_argmax_kernel
 __all__ = [
     "DTYPES",
     "PLAIN_TEMPERATURE",
+    "add_pooled_kernel",
     "cosine_backward_kernel",
     "cosine_forward_kernel",
     "curvature_kernel",

@@ -9,83 +9,118 @@ from .shared import INTERPRETED, LOG2E, scalar, sum_pair, sum_three
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}  # of the operands of `curvature_kernel`
 
 
+@triton.jit
+def _products(
+    rows_n, rows_m, n_live, m_live, D, stride_pd,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, DIAGONAL: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Products of patches `[BLOCK_N, BLOCK_N]`; `rows_n` and `rows_m` `[BLOCK_N, 1]` point at them."""
+    acc = tl.zeros([BLOCK_N, BLOCK_N], tl.float32)
+    for d in range(0, D, BLOCK_D):
+        offs_d = (d + tl.arange(0, BLOCK_D)).to(tl.int64)[None, :]
+        n_mask, m_mask = n_live[:, None], m_live[:, None]
+        if not EVEN_D:
+            n_mask &= offs_d < D
+            m_mask &= offs_d < D
+        right = tl.load(rows_m + offs_d * stride_pd, mask=m_mask, other=0.0)
+        if INTERPRETED:
+            right = right.to(tl.float32)
+        if DIAGONAL:
+            left = right
+        else:
+            left = tl.load(rows_n + offs_d * stride_pd, mask=n_mask, other=0.0).to(right.dtype)
+        acc = tl.dot(left, right.T, acc, input_precision=PRECISION)
+    return acc
+
+
 @triton.jit(do_not_specialize=("image_begin", "N"))
 def gram_kernel(
     P, MASK, INV_P, GRAM, image_begin, N, D, stride_pb, stride_pn, stride_pd, stride_mb, stride_mn, stride_gram,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, HAS_MASK: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """GRAM `[images, N, stride_gram]`: cosines between the patches of each image, 0 for masked ones."""
+    """GRAM `[images, N, stride_gram]`: cosines between the patches of each image, 0 for masked ones and past column N.
+
+    Only tiles on and above the diagonal are computed.
+    """
     tiles = tl.cdiv(N, BLOCK_N)
     image = tl.program_id(0) // (tiles * tiles)
     tile = tl.program_id(0) % (tiles * tiles)
-    n = tile // tiles * BLOCK_N + tl.arange(0, BLOCK_N)
-    m = tile % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    tile_n, tile_m = tile // tiles, tile % tiles
+    if tile_n > tile_m:
+        return
+    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    m = tile_m * BLOCK_N + tl.arange(0, BLOCK_N)
     n_live, m_live = n < N, m < N
     if HAS_MASK:
         mask = MASK + (image_begin + image).to(tl.int64) * stride_mb
         n_live &= tl.load(mask + n * stride_mn, mask=n_live, other=0) != 0
         m_live &= tl.load(mask + m * stride_mn, mask=m_live, other=0) != 0
     base = P + (image_begin + image).to(tl.int64) * stride_pb
-    acc = tl.zeros([BLOCK_N, BLOCK_N], tl.float32)
-    for d in range(0, D, BLOCK_D):
-        offs_d = (d + tl.arange(0, BLOCK_D)).to(tl.int64)
-        d_live = (offs_d < D)[None, :]
-        offs_d = (offs_d * stride_pd)[None, :]
-        left = tl.load(base + n.to(tl.int64)[:, None] * stride_pn + offs_d, mask=n_live[:, None] & d_live, other=0.0)
-        right = tl.load(base + m.to(tl.int64)[:, None] * stride_pn + offs_d, mask=m_live[:, None] & d_live, other=0.0)
-        if INTERPRETED:
-            left, right = left.to(tl.float32), right.to(tl.float32)
-        acc = tl.dot(left, right.T, acc, input_precision=PRECISION)
+    rows_n = base + (n.to(tl.int64) * stride_pn)[:, None]
+    rows_m = base + (m.to(tl.int64) * stride_pn)[:, None]
+    if tile_n == tile_m:
+        acc = _products(rows_n, rows_m, n_live, m_live, D, stride_pd, BLOCK_N, BLOCK_D, True, EVEN_D, PRECISION)
+    else:
+        acc = _products(rows_n, rows_m, n_live, m_live, D, stride_pd, BLOCK_N, BLOCK_D, False, EVEN_D, PRECISION)
     inv = INV_P + (image_begin + image) * N
     acc *= tl.load(inv + n, mask=n_live, other=0.0)[:, None] * tl.load(inv + m, mask=m_live, other=0.0)[None, :]
-    at = (image.to(tl.int64) * N + n)[:, None] * stride_gram + m[None, :]
-    tl.store(GRAM + at, acc.to(GRAM.dtype.element_ty), mask=(n < N)[:, None] & (m < stride_gram)[None, :])
+    acc = acc.to(GRAM.dtype.element_ty)
+    gram = GRAM + image.to(tl.int64) * N * stride_gram
+    tl.store(gram + ((n * stride_gram)[:, None] + m[None, :]), acc, mask=(n < N)[:, None] & (m < stride_gram)[None, :])
+    if tile_n != tile_m:
+        tl.store(gram + ((m * stride_gram)[:, None] + n[None, :]), acc.T, mask=(m < N)[:, None])
 
 
 @triton.jit
 def _pool(
-    A, GRAM, a_rows, t_live, m0, N, stride_gram,
+    A, GRAM, a_rows, t_live, m0, N, width, stride_gram,
     BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """q = G a and a `[BLOCK_T, BLOCK_M]` of the patches from `m0` on, of the image at whose first patch A points."""
+    """q = G a and a `[BLOCK_T, BLOCK_M]` of the patches from `m0` on, of the image at whose first patch A points.
+
+    Rows are read to `width`, so that vectors are whole; past column N they hold zeros.
+    """
     m = m0 + tl.arange(0, BLOCK_M)
     q = tl.zeros([BLOCK_T, BLOCK_M], tl.float32)
     for n0 in range(0, N, BLOCK_N):
         n = n0 + tl.arange(0, BLOCK_N)
-        left = tl.load(A + a_rows[:, None] + n[None, :], mask=t_live[:, None] & (n < N)[None, :], other=0.0)
+        left = tl.load(A + a_rows[:, None] + n[None, :], mask=t_live[:, None] & (n < width)[None, :], other=0.0)
         right = tl.load(
-            GRAM + n[:, None] * stride_gram + m[None, :], mask=(n < N)[:, None] & (m < N)[None, :], other=0.0
+            GRAM + n[:, None] * stride_gram + m[None, :], mask=(n < N)[:, None] & (m < width)[None, :], other=0.0
         )
         if INTERPRETED:
             left, right = left.to(tl.float32), right.to(tl.float32)
         q = tl.dot(left, right, q, input_precision=PRECISION)
-    a = tl.load(A + a_rows[:, None] + m[None, :], mask=t_live[:, None] & (m < N)[None, :], other=0.0)
+    a = tl.load(A + a_rows[:, None] + m[None, :], mask=t_live[:, None] & (m < width)[None, :], other=0.0)
     return q, a.to(tl.float32)
 
 
-@triton.jit(do_not_specialize=("image_begin", "N", "K", "stride_phi"))
+@triton.jit(do_not_specialize=("image_begin", "N", "K", "stride_image", "stride_text", "stride_phi"))
 def cosine_forward_kernel(
-    A, GRAM, TAU, PHI, STAT, image_begin, N, K, stride_a, stride_gram, stride_phi, floor,
-    BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, N_ALIGN: tl.constexpr,
+    A, GRAM, TAU, PHI, STAT, image_begin, N, K, stride_image, stride_text, stride_gram, stride_phi, floor,
+    BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, A_ALIGN: tl.constexpr,
     TAU_IS_TENSOR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """φ of the cosine form over that of `dot`, φ / max(r, floor) with r² = aᵀ G a, and in STAT the log-sum-exp in bits
     over the entropy, since the backward has no `dot` φ any more. One program for an image and a tile of texts.
     """
-    N = N // N_ALIGN * N_ALIGN  # tells the compiler how rows of A are aligned
+    # What the divisions tell the compiler: how rows of A are aligned.
+    stride_image = stride_image // A_ALIGN * A_ALIGN
+    stride_text = stride_text // A_ALIGN * A_ALIGN
+    width = tl.cdiv(N, A_ALIGN) * A_ALIGN
     scale = LOG2E / scalar(TAU, TAU_IS_TENSOR)
     text_tiles = tl.cdiv(K, BLOCK_T)
     image = tl.program_id(0) // text_tiles
     text0 = tl.program_id(0) % text_tiles * BLOCK_T
     texts = text0 + tl.arange(0, BLOCK_T)
     t_live = texts < K
-    at_a = text0.to(tl.int64) * stride_a + image * N
-    a_rows = tl.arange(0, BLOCK_T) * stride_a
+    a_image = A + image.to(tl.int64) * stride_image + text0 * stride_text
+    a_rows = tl.arange(0, BLOCK_T) * stride_text
     gram = GRAM + image.to(tl.int64) * N * stride_gram
     squared = tl.zeros([BLOCK_T], tl.float32)
     total = tl.zeros([BLOCK_T], tl.float32)
     for m0 in range(0, N, BLOCK_M):
-        q, a = _pool(A + at_a, gram, a_rows, t_live, m0, N, stride_gram, BLOCK_T, BLOCK_M, BLOCK_N, PRECISION)
+        q, a = _pool(a_image, gram, a_rows, t_live, m0, N, width, stride_gram, BLOCK_T, BLOCK_M, BLOCK_N, PRECISION)
         part, a_part = sum_pair(q * a, a, 1)
         squared += part
         total += a_part
@@ -105,20 +140,47 @@ def _scores_of(a, stat, scale):
     return (tl.log2(tl.where(a > 0.0, a, 1.0)) + stat[:, None]) / scale
 
 
-@triton.jit(do_not_specialize=("image_begin", "N", "K", "stride_phi"))
+@triton.jit
+def _store_weights(
+    q, a, m0, slope, constant, u, g, inv_t, stat, scale, tau, inv_p, w, stride_w, t_live, N,
+    BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr, NEEDS_TAU: tl.constexpr,
+):  # fmt: skip
+    """Stores W of the patches from `m0` on, of the image to whose first patch `w` and `inv_p` point; returns their part
+    of TAU_SUMS.
+    """
+    m = m0 + tl.arange(0, BLOCK_M)
+    inv_p = tl.load(inv_p + m, mask=m < N, other=0.0)
+    s = _scores_of(a, stat, scale)
+    centred = s - slope[:, None] * q - constant[:, None]
+    ds = a * g[:, None]
+    weights = ds * (1.0 + centred / tau) * inv_t[:, None] * inv_p[None, :]
+    at = (tl.arange(0, BLOCK_T) * stride_w)[:, None] + m[None, :]
+    tl.store(w + at, weights.to(w.dtype.element_ty), mask=t_live[:, None] & (m < N)[None, :])
+    if NEEDS_TAU:
+        return tl.sum(tl.sum(ds * centred * (s - u[:, None]), 1), 0)
+    else:
+        return 0.0
+
+
+@triton.jit(do_not_specialize=("image_begin", "N", "K", "stride_image", "stride_text", "stride_phi"))
 def cosine_backward_kernel(
     A, GRAM, TAU, INV_P, INV_T, STAT, G, W_SCALE, W, CURVATURE, TAU_SUMS,
-    image_begin, N, K, stride_a, stride_gram, stride_phi, floor,
-    BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, N_ALIGN: tl.constexpr,
-    TAU_IS_TENSOR: tl.constexpr, NEEDS_TAU: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr,
+    image_begin, N, K, stride_image, stride_text, stride_w, stride_gram, stride_phi, floor,
+    BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, A_ALIGN: tl.constexpr, N_ALIGN: tl.constexpr,
+    WHOLE: tl.constexpr, TAU_IS_TENSOR: tl.constexpr, NEEDS_TAU: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """W `[K, rows]` of the cosine form from the attention A, and CURVATURE `[images, K]` = g u / r³, what Σ a aᵀ is
-    weighted with in the part that r adds to the patches' gradient.
+    """W `[K, rows]` of the cosine form from the attention A `[images, K, stride_text]`, and CURVATURE `[images, K]` =
+    g u / r³, what Σ a aᵀ is weighted with in the part that r adds to the patches' gradient.
 
     dS = g (a / r) (1 + (s - (u / r²) q) / τ); where r is at its floor it is a constant, and u takes the place of
-    (u / r²) q. u, r and Σ a are summed again over the rounded A, so that what must cancel cancels.
+    (u / r²) q. u, r and Σ a are summed again over the rounded A, so that what must cancel cancels. WHOLE: a tile holds
+    all patches, and q = G a stays in registers, where otherwise it is taken twice.
     """
-    N = N // N_ALIGN * N_ALIGN  # tells the compiler how rows of A are aligned
+    # What the divisions tell the compiler: how rows of A and W are aligned.
+    stride_image = stride_image // A_ALIGN * A_ALIGN
+    stride_text = stride_text // A_ALIGN * A_ALIGN
+    width = tl.cdiv(N, A_ALIGN) * A_ALIGN
+    N = N // N_ALIGN * N_ALIGN
     tau = scalar(TAU, TAU_IS_TENSOR)
     scale = LOG2E / tau
     w_scale = tl.load(W_SCALE) if SCALED else 1.0
@@ -127,20 +189,24 @@ def cosine_backward_kernel(
     text0 = tl.program_id(0) % text_tiles * BLOCK_T
     texts = text0 + tl.arange(0, BLOCK_T)
     t_live = texts < K
-    at_a = text0.to(tl.int64) * stride_a + image * N
-    a_rows = tl.arange(0, BLOCK_T) * stride_a
+    a_image = A + image.to(tl.int64) * stride_image + text0 * stride_text
+    a_rows = tl.arange(0, BLOCK_T) * stride_text
     gram = GRAM + image.to(tl.int64) * N * stride_gram
     at = (image_begin + image).to(tl.int64) * stride_phi + texts
     stat = tl.load(STAT + at, mask=t_live, other=0.0)
-    squared = tl.zeros([BLOCK_T], tl.float32)
-    total = tl.zeros([BLOCK_T], tl.float32)
-    weighted = tl.zeros([BLOCK_T], tl.float32)
-    for m0 in range(0, N, BLOCK_M):
-        q, a = _pool(A + at_a, gram, a_rows, t_live, m0, N, stride_gram, BLOCK_T, BLOCK_M, BLOCK_N, PRECISION)
-        part, as_part, a_part = sum_three(q * a, a * _scores_of(a, stat, scale), a, 1)
-        squared += part
-        weighted += as_part
-        total += a_part
+    if WHOLE:
+        q, a = _pool(a_image, gram, a_rows, t_live, 0, N, width, stride_gram, BLOCK_T, BLOCK_M, BLOCK_N, PRECISION)
+        squared, weighted, total = sum_three(q * a, a * _scores_of(a, stat, scale), a, 1)
+    else:
+        squared = tl.zeros([BLOCK_T], tl.float32)
+        total = tl.zeros([BLOCK_T], tl.float32)
+        weighted = tl.zeros([BLOCK_T], tl.float32)
+        for m0 in range(0, N, BLOCK_M):
+            q, a = _pool(a_image, gram, a_rows, t_live, m0, N, width, stride_gram, BLOCK_T, BLOCK_M, BLOCK_N, PRECISION)
+            part, as_part, a_part = sum_three(q * a, a * _scores_of(a, stat, scale), a, 1)
+            squared += part
+            weighted += as_part
+            total += a_part
     share = 1.0 / tl.where(total == 0.0, 1.0, total)
     radius = tl.sqrt(tl.where(squared < 0.0, 0.0, squared)) * share
     moves = radius > floor
@@ -153,19 +219,21 @@ def cosine_backward_kernel(
     tl.store(CURVATURE + image * K + texts, curvature * w_scale, mask=t_live)
     g *= share
     inv_t = tl.load(INV_T + texts, mask=t_live, other=0.0) * w_scale
-    tau_sum = 0.0
-    for m0 in range(0, N, BLOCK_M):
-        q, a = _pool(A + at_a, gram, a_rows, t_live, m0, N, stride_gram, BLOCK_T, BLOCK_M, BLOCK_N, PRECISION)
-        m = m0 + tl.arange(0, BLOCK_M)
-        inv_p = tl.load(INV_P + (image_begin + image) * N + m, mask=m < N, other=0.0)
-        s = _scores_of(a, stat, scale)
-        centred = s - slope[:, None] * q - constant[:, None]
-        ds = a * g[:, None]
-        if NEEDS_TAU:
-            tau_sum += tl.sum(tl.sum(ds * centred * (s - u[:, None]), 1), 0)
-        w = ds * (1.0 + centred / tau) * inv_t[:, None] * inv_p[None, :]
-        at_w = a_rows[:, None] + m[None, :]
-        tl.store(W + at_a + at_w, w.to(W.dtype.element_ty), mask=t_live[:, None] & (m < N)[None, :])
+    inv_p = INV_P + (image_begin + image) * N
+    w = W + text0.to(tl.int64) * stride_w + image * N
+    if WHOLE:
+        tau_sum = _store_weights(
+            q, a, 0, slope, constant, u, g, inv_t, stat, scale, tau, inv_p, w, stride_w, t_live, N,
+            BLOCK_T, BLOCK_M, NEEDS_TAU,
+        )  # fmt: skip
+    else:
+        tau_sum = 0.0
+        for m0 in range(0, N, BLOCK_M):
+            q, a = _pool(a_image, gram, a_rows, t_live, m0, N, width, stride_gram, BLOCK_T, BLOCK_M, BLOCK_N, PRECISION)
+            tau_sum += _store_weights(
+                q, a, m0, slope, constant, u, g, inv_t, stat, scale, tau, inv_p, w, stride_w, t_live, N,
+                BLOCK_T, BLOCK_M, NEEDS_TAU,
+            )  # fmt: skip
     if NEEDS_TAU:
         tl.store(TAU_SUMS + tl.program_id(0), tau_sum)
 
@@ -203,7 +271,7 @@ def curvature_kernel(
     """C `[images, N, stride_c]` (+)= -Σ_k curvature_k a_kn a_km / (‖p_n‖ ‖p_m‖): times P, what r adds to ∂L/∂P.
 
     C is symmetric: only tiles on and above the diagonal are computed. Rows of A and C are read and written to the next
-    multiple of their alignment, so that vectors are whole; of C, what lies beyond column N means nothing.
+    multiple of their alignment, so that vectors are whole; past column N, C is 0 where A is finite.
     """
     tiles = tl.cdiv(N, BLOCK)
     image = tl.program_id(0) // (tiles * tiles)
@@ -233,7 +301,8 @@ def curvature_kernel(
             BLOCK, BLOCK_K, False, OPERANDS, PRECISION,
         )  # fmt: skip
     inv = INV_P + (image_begin + image) * N
-    acc *= -tl.load(inv + n, mask=n < N, other=0.0)[:, None] * tl.load(inv + m, mask=m < N, other=0.0)[None, :]
+    acc *= -tl.load(inv + n, mask=n < N, other=0.0)[:, None]
+    acc *= tl.load(inv + m, mask=m < N, other=0.0)[None, :]
     c = C + image.to(tl.int64) * N * stride_c
     at = c + (n * stride_c)[:, None] + m[None, :]
     live = (n < N)[:, None] & (m < stride_c)[None, :]
@@ -243,3 +312,44 @@ def curvature_kernel(
     tl.store(at, acc, mask=live)
     if tile_n != tile_m:
         tl.store(c + (m * stride_c)[:, None] + n[None, :], acc.T, mask=(m < N)[:, None])
+
+
+@triton.jit(do_not_specialize=("image_begin", "N", "stride_c"))
+def add_pooled_kernel(
+    C, P, MASK, RAW, image_begin, N, D, stride_c, stride_pb, stride_pn, stride_pd, stride_mb, stride_mn,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, C_ALIGN: tl.constexpr,
+    HAS_MASK: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """RAW `[images, N, D]` += C P, masked patches as zeros. C is that of `curvature_kernel`, of RAW's dtype."""
+    stride_c = stride_c // C_ALIGN * C_ALIGN  # tells the compiler how rows are aligned
+    width = tl.cdiv(N, C_ALIGN) * C_ALIGN
+    d_tiles = tl.cdiv(D, BLOCK_D)
+    tiles = tl.cdiv(N, BLOCK_N) * d_tiles
+    image = tl.program_id(0) // tiles
+    tile = tl.program_id(0) % tiles
+    n = tile // d_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    d = tile % d_tiles * BLOCK_D + tl.arange(0, BLOCK_D)
+    n_live, d_live = n < N, d < D
+    c = C + image.to(tl.int64) * N * stride_c + (n * stride_c)[:, None]
+    p = P + (image_begin + image).to(tl.int64) * stride_pb + (d.to(tl.int64) * stride_pd)[None, :]
+    mask = MASK + (image_begin + image).to(tl.int64) * stride_mb if HAS_MASK else MASK
+    acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    for m0 in range(0, N, BLOCK_M):
+        m = m0 + tl.arange(0, BLOCK_M)
+        m_live = m < N
+        left = tl.load(c + m[None, :], mask=n_live[:, None] & (m < width)[None, :], other=0.0)
+        if HAS_MASK:
+            m_live &= tl.load(mask + m * stride_mn, mask=m_live, other=0) != 0
+        p_live = m_live[:, None]
+        if not EVEN_D:
+            p_live &= d_live[None, :]
+        right = tl.load(p + (m.to(tl.int64) * stride_pn)[:, None], mask=p_live, other=0.0)
+        if INTERPRETED:
+            left, right = left.to(tl.float32), right.to(tl.float32)
+        acc = tl.dot(left, right.to(left.dtype), acc, input_precision=PRECISION)
+    at = RAW + (image.to(tl.int64) * N * D + (n * D)[:, None] + d[None, :])
+    live = n_live[:, None]
+    if not EVEN_D:
+        live &= d_live[None, :]
+    acc += tl.load(at, mask=live, other=0.0).to(tl.float32)
+    tl.store(at, acc.to(RAW.dtype.element_ty), mask=live)
