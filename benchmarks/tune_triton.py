@@ -3,8 +3,9 @@
     python benchmarks/tune_triton.py --json tuning.json          # bfloat16, B = K = 4096, N = 196, D = 512
     python benchmarks/tune_triton.py --kernels curvature
 
-The library itself never searches: `CONFIGS` and `CURVATURE` in pacl_kernels/backends/triton_tiles.py are filled by
-hand, from this. The curvature is timed from an attention in float16 and from one in bfloat16, as backend `cuda` has it.
+The library itself never searches: `CONFIGS`, `CURVATURE` and `POOL` in pacl_kernels/backends/triton_tiles.py are
+filled by hand, from this. The curvature is timed from an attention in float16 and from one in bfloat16, as backend
+`cuda` has it.
 """
 
 from __future__ import annotations
@@ -53,6 +54,19 @@ CURVATURE_CANDIDATES = [
     (128, 64, 8, 3, 128),
     (128, 64, 8, 4, 0),
     (128, 128, 8, 3, 0),
+]
+
+# Texts, patches, step along the other patches, warps, stages.
+POOL_CANDIDATES = [
+    (64, 64, 64, 4, 3),
+    (64, 128, 64, 4, 3),
+    (64, 128, 64, 8, 3),
+    (64, 256, 32, 8, 3),
+    (64, 256, 64, 8, 2),
+    (64, 256, 64, 8, 3),
+    (64, 256, 64, 8, 4),
+    (128, 128, 64, 8, 3),
+    (128, 256, 64, 8, 3),
 ]
 
 
@@ -116,12 +130,37 @@ def curvature_runs(call: backend.Call, architecture: int) -> dict[str, Run]:
     return {"curvature": run(call.attention_dtype), "curvature, bf16": run(torch.bfloat16)}
 
 
+def pool_runs(call: backend.Call, grad_phi: Tensor, architecture: int) -> dict[str, Run]:
+    """The products with the Gram matrix, for a block of images as the backward takes it, without the attention."""
+    block = tiles.plan_blocks(call.b, call.n, call.k, call.patches.element_size() + call.attention_dtype.itemsize)
+    images, texts = block
+    attention = call.attention_workspace(block)
+    attention[:, :, : call.n] = 1 / call.n
+    gram, w = call.gram_workspace(block), call.workspace(block, call.patches.dtype)
+    call.gram(0, images, gram)
+    curvature = torch.empty(images * texts, device=call.patches.device)
+    call.attention = lambda *_, **__: None
+    launches = {
+        "forward": lambda: call.cosine_forward(0, images, 0, texts, attention, gram),
+        "backward": lambda: call.cosine_weights(
+            0, images, 0, texts, attention, gram, grad_phi, w, curvature, needs_tau=False
+        ),
+    }
+    candidates = [tiles.Pool(*values) for values in POOL_CANDIDATES]
+    return {
+        f"pool {kernel}": Run(
+            launch, images, tiles.POOL, (kernel, architecture, call.patches.element_size()), candidates
+        )
+        for kernel, launch in launches.items()
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name, default in (("batch", 4096), ("patches", 196), ("dim", 512), ("repeats", 7)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    parser.add_argument("--kernels", choices=("scores", "curvature", "all"), default="all")
+    parser.add_argument("--kernels", choices=("scores", "curvature", "pool", "all"), default="all")
     parser.add_argument("--json", metavar="FILE", help="write the rows, with the machine they are from")
     args = parser.parse_args()
     dtype = getattr(torch, args.dtype)
@@ -135,12 +174,15 @@ def main() -> None:
     product_out = torch.empty(args.batch, len(rows), device="cuda", dtype=dtype)
     product = milliseconds(lambda: torch.mm(texts, rows.T, out=product_out), args.repeats) / images
     runs = {}
-    if args.kernels != "curvature":
+    if args.kernels != "curvature":  # "pool" reads their STAT
         call.scores("dot")
         grad_phi.normal_()
+    if args.kernels in ("scores", "all"):
         runs |= score_runs(call, grad_phi, tiles.newest({a for _, a, _ in tiles.CONFIGS}, patches.device))
-    if args.kernels != "scores":
+    if args.kernels in ("curvature", "all"):
         runs |= curvature_runs(call, tiles.newest({a for a, _ in tiles.CURVATURE}, patches.device))
+    if args.kernels in ("pool", "all"):
+        runs |= pool_runs(call, grad_phi, tiles.newest({a for _, a, _ in tiles.POOL}, patches.device))
     results = []
     for kernel, run in runs.items():
         shipped = run.table[run.key]

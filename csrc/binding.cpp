@@ -164,17 +164,16 @@ PYBIND11_MODULE(_native, m) {
            py::arg("cluster"), py::arg("device"), py::arg("stream"))
       .def(
           "set_weights",
-          [](cuda::ScoreCall& c, uintptr_t weights, const std::string& dtype, int64_t stride, uintptr_t grad_phi,
+          [](cuda::ScoreCall& c, uintptr_t weights, int64_t stride, uintptr_t grad_phi,
              uintptr_t scale, uintptr_t temperature_sums, bool masked) {
             c.weights = address<void>(weights);
             c.masked = masked;
-            c.weights_dtype = parse_dtype(dtype);
             c.stride_weights = stride;
             c.grad_phi = address<const float>(grad_phi);
             c.weight_scale = address<const float>(scale);
             c.temperature_sums = address<float>(temperature_sums);
           },
-          py::kw_only(), py::arg("weights"), py::arg("dtype"), py::arg("stride"), py::arg("grad_phi"),
+          py::kw_only(), py::arg("weights"), py::arg("stride"), py::arg("grad_phi"),
           py::arg("scale"), py::arg("temperature_sums"), py::arg("masked"))
       .def("set_gram",
            [](cuda::ScoreCall& c, uintptr_t gram, int64_t stride) {

@@ -16,7 +16,6 @@ import torch
 from .backends import cpu, cuda, triton
 from .backends import torch as blockwise
 
-# "auto" takes "cuda" from the day that it has passed, and won, on hardware.
 _MODULES: dict[str, ModuleType] = {"cuda": cuda, "triton": triton, "cpu": cpu, "torch": blockwise}
 NAMES = ("auto", *_MODULES, "reference")
 
@@ -62,6 +61,8 @@ def fuses_loss(name: str) -> bool:
 def _best(device: torch.device, dtype: torch.dtype) -> str:
     if dtype == torch.float64:
         return "torch"  # the only one that keeps 53 bits
+    if device.type == "cuda" and cuda.why_not(device, dtype) is None:
+        return "cuda"
     best = "cpu" if device.type == "cpu" else "triton"
     reason = _MODULES[best].why_not(device, dtype)
     if reason is None:

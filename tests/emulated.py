@@ -28,7 +28,7 @@ class _Struct(ctypes.Structure):
         *((name, ADDRESS) for name in ("phi", "stat")),
         ("stride_phi", INT),
         *((name, ADDRESS) for name in ("grad_phi", "weights")),
-        *((name, INT) for name in ("weights_in_half", "stride_weights")),
+        ("stride_weights", INT),
         *((name, ADDRESS) for name in ("scale", "temperature_sums")),
         ("masked", INT),
         ("gram", ADDRESS),
@@ -80,10 +80,10 @@ class Call:
         self._struct.inverse_norms, self._struct.mask = inverse_norms, mask
         self._struct.mask_stride_image, self._struct.mask_stride_row = mask_strides
 
-    def set_weights(self, *, weights, dtype, stride, grad_phi, scale, temperature_sums, masked):
+    def set_weights(self, *, weights, stride, grad_phi, scale, temperature_sums, masked):
         s = self._struct
         s.masked = masked
-        s.weights, s.weights_in_half, s.stride_weights = weights, dtype == "float16", stride
+        s.weights, s.stride_weights = weights, stride
         s.grad_phi, s.scale, s.temperature_sums = grad_phi, scale, temperature_sums
 
     def set_gram(self, gram, stride):

@@ -29,8 +29,10 @@ def _step(inputs, form, **options):
     return [loss.detach(), *torch.autograd.grad(loss, inputs, allow_unused=True)]
 
 
-def test_auto_takes_triton():
-    assert dispatch.resolve("auto", torch.device("cuda"), torch.bfloat16) == "triton"
+def test_auto_takes_the_fastest():
+    fastest = "cuda" if available_backends()["cuda"] is None else "triton"
+    assert dispatch.resolve("auto", torch.device("cuda"), torch.bfloat16) == fastest
+    assert dispatch.resolve("auto", torch.device("cuda"), torch.float32) == "triton"
     assert dispatch.resolve("auto", torch.device("cuda"), torch.float64) == "torch"
 
 

@@ -11,7 +11,6 @@ from pacl_kernels.backends import cuda
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(available_backends()["cuda"] is not None, reason="backend 'cuda' cannot run here"),
-    pytest.mark.filterwarnings("ignore:backend 'cuda' has not run"),
 ]
 DTYPES = [torch.bfloat16, torch.float16]
 

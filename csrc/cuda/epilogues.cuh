@@ -199,13 +199,12 @@ struct Line {
   }
 };
 
-// Stores W = dS / (‖p‖ ‖t‖), or without `grad_phi` the attention; returns the tile's part of the temperature's sum.
+// Stores W = dS / (‖p‖ ‖t‖); returns the tile's part of the temperature's sum.
 // kFull: any of Work::full; without it a column that is not there may hold anything, since it is not stored.
 template <int kWidth, bool kPacked, bool kFull, class T>
 __device__ __forceinline__ float weights_epilogue(
     const Work& work, const Rows& rows, const Outlet& outlet, const float (&acc)[kWidth / 2], const float* columns,
     int image, int chunk, float scale, float inverse_temperature, int lane, Known& known) {
-  bool attention = work.grad_phi == nullptr;
   float weight_scale = work.weight_scale ? *work.weight_scale : 1.0f;
   int image0 = image;
   int blocks_of_image = work.pitch / 8, block_of_image = 0;
@@ -236,12 +235,8 @@ __device__ __forceinline__ float weights_epilogue(
             temperature_sum = fmaf(a * centred, centred * known.grad[r], temperature_sum);
           }
           w[c] = a * fmaf(x, lines[r].slope, lines[r].constant) * inverse;
-          if constexpr (kFull) w[c] = attention ? a : w[c];
         }
-        if constexpr (kFull)
-          out[i % 2 * 2 + r] = work.weights_in_half ? pack(w[0], w[1], __half()) : pack(w[0], w[1], __nv_bfloat16());
-        else
-          out[i % 2 * 2 + r] = pack(w[0], w[1], T());
+        out[i % 2 * 2 + r] = pack(w[0], w[1], T());
       }
       if (i % 2 == 1 || j + 1 == kWidth / 8) outlet.put(i / 2 * 2, out);  // behind an odd last block comes anything
       if constexpr (kPacked) {

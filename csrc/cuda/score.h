@@ -22,12 +22,11 @@ struct ScoreCall {
   float temperature;
   const float* temperature_at;  // or null; on the device, where it decides which of two launches works
   bool safe;                    // forward with a running maximum, for temperatures below 0.05
-  float* phi;                   // [images, stride_phi]; read by the backward, where it may be null (0)
+  float* phi;                   // [images, stride_phi]; read by the backward of `dot`
   float* stat;
   int64_t stride_phi;
-  const float* grad_phi;       // null: the attention itself, not its gradient
-  void* weights;               // [texts, stride_weights]; null: forward
-  Dtype weights_dtype;
+  const float* grad_phi;
+  void* weights;               // [texts, stride_weights], of `dtype`; null: forward
   int64_t stride_weights;
   const float* weight_scale;   // or null
   float* temperature_sums;     // or null; one for each block

@@ -23,8 +23,7 @@ struct Work {
   int64_t stride_phi;
   const float* grad_phi;
   uint16_t* weights;
-  bool weights_in_half;
-  bool full;  // whether masked patches, the temperature's sums or the attention itself are wanted of the backward
+  bool full;  // whether the backward may meet masked patches, or the temperature's sums are wanted
   int64_t stride_weights;
   int store_elements;  // of the weights that one store may take: 8, 4, 2 or 1
   const float* weight_scale;
@@ -99,8 +98,7 @@ inline Work make_work(const ScoreCall& call, const Plan& plan) {
   work.stride_phi = call.stride_phi;
   work.grad_phi = call.grad_phi;
   work.weights = static_cast<uint16_t*>(call.weights);
-  work.weights_in_half = call.weights_dtype == Dtype::float16;
-  work.full = call.masked || call.temperature_sums || !call.grad_phi;
+  work.full = call.masked || call.temperature_sums;
   work.stride_weights = call.stride_weights;
   // As many neighbours as every block of eight columns is aligned to, whatever image and text it belongs to.
   work.store_elements = 8;

@@ -7,8 +7,6 @@ with 97 to 256 patches (others as the Triton backend does). Everything around th
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 from torch import Tensor
 
@@ -48,7 +46,6 @@ def native():
 
 
 def score_forward(patches, texts, patch_mask, temperature, form, phi, stat) -> None:
-    _warn()
     triton.forward(Call, patches, texts, patch_mask, temperature, form, phi, stat)
 
 
@@ -118,7 +115,6 @@ class Call(triton.Call):
             sums = self.phi.new_zeros(2 * call.plan().clusters)
         call.set_weights(
             weights=w.data_ptr(),
-            dtype=_name(w),
             stride=w.stride(0),
             grad_phi=grad_phi[b0:b1, k0:].data_ptr(),
             scale=0 if self.scale is None else self.scale.data_ptr(),
@@ -179,16 +175,3 @@ def _aligned(x: Tensor) -> Tensor:
 
 def _name(x: Tensor) -> str:
     return str(x.dtype).removeprefix("torch.")
-
-
-_warned = False
-
-
-def _warn() -> None:
-    global _warned
-    if not _warned:
-        _warned = True
-        warnings.warn(
-            "backend 'cuda' has not run on a GPU yet: tested in an emulator alone; compare with backend 'triton'",
-            stacklevel=2,
-        )

@@ -576,7 +576,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _launch(
-    kernel, programs: int, arguments: tuple, constants: dict, warps: int = 4, stages: int = 3, registers: int = 0, fused=True
+    kernel, programs: int, arguments: tuple, constants: dict, warps=4, stages=3, registers: int = 0, fused: bool = True
 ) -> None:
     """`fused`: whether a product may be added without being rounded."""
     limit = {"maxnreg": registers} if registers else {}  # of NVIDIA's alone

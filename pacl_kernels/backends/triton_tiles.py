@@ -63,7 +63,7 @@ STRIDED = {2: Config(128, 64, 32, 8, 4, 1), 4: Config(64, 64, 32, 8, 3, 1)}
 
 
 class Pool(NamedTuple):
-    """Tile of q = G a in the cosine form, texts and patches, step along the other patches, and how Triton compiles it."""
+    """Tile of q = G a, texts and patches, step along the other patches, and how Triton compiles it."""
 
     block_t: int
     block_m: int
@@ -72,20 +72,20 @@ class Pool(NamedTuple):
     stages: int
 
 
-# (kernel, architecture, bytes of an element) to configuration, as `CONFIGS`. Where a tile holds all patches of an image,
+# (kernel, architecture, bytes of an element) to configuration, as `CONFIGS`. Where a tile holds all patches of an image
 # the backward takes q once instead of twice.
 POOL = {
     ("forward", 80, 2): Pool(64, 256, 64, 8, 2),
     ("forward", 80, 4): Pool(64, 32, 32, 4, 3),
     ("forward", 90, 2): Pool(64, 256, 64, 8, 3),
     ("forward", 90, 4): Pool(64, 32, 32, 4, 3),
-    ("forward", 100, 2): Pool(128, 256, 64, 8, 3),
+    ("forward", 100, 2): Pool(64, 256, 64, 8, 3),
     ("forward", 100, 4): Pool(64, 32, 32, 4, 3),
     ("backward", 80, 2): Pool(64, 256, 64, 8, 2),
     ("backward", 80, 4): Pool(64, 32, 32, 4, 3),  # three tf32 products keep six operands
     ("backward", 90, 2): Pool(64, 256, 64, 8, 3),
     ("backward", 90, 4): Pool(64, 32, 32, 4, 3),
-    ("backward", 100, 2): Pool(128, 256, 64, 8, 3),
+    ("backward", 100, 2): Pool(64, 256, 64, 8, 3),
     ("backward", 100, 4): Pool(64, 32, 32, 4, 3),
 }
 POOL_SMALL = {2: Pool(64, 64, 64, 4, 3), 4: Pool(64, 32, 32, 4, 3)}  # up to so many patches

@@ -67,7 +67,7 @@ struct EmulatedCall {
   int64_t stride_phi;
   const float* grad_phi;
   void* weights;
-  int64_t weights_in_half, stride_weights;
+  int64_t stride_weights;
   const float* weight_scale;
   float* temperature_sums;
   int64_t masked;
@@ -95,7 +95,6 @@ int emulated_score(const EmulatedCall* in) {
     call.phi = in->phi, call.stat = in->stat, call.stride_phi = in->stride_phi;
     call.grad_phi = in->grad_phi;
     call.weights = in->weights, call.stride_weights = in->stride_weights;
-    call.weights_dtype = in->weights_in_half ? Dtype::float16 : Dtype::bfloat16;
     call.weight_scale = in->weight_scale, call.temperature_sums = in->temperature_sums;
     call.masked = in->masked;
     call.attention = in->attention, call.attention_pitch = in->attention_pitch, call.curvature = in->curvature;

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .shared import INTERPRETED, LOG2E, scalar, sum_pair, sum_three
+from .shared import INTERPRETED, LOG2E, round_to, scalar, sum_pair, sum_three
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}  # of the operands of `curvature_kernel`
 
@@ -76,7 +76,7 @@ def _pool(
     A, GRAM, a_rows, t_live, m0, N, width, stride_gram,
     BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """q = G a and a `[BLOCK_T, BLOCK_M]` of the patches from `m0` on, of the image at whose first patch A points.
+    """q = G a `[BLOCK_T, BLOCK_M]` of the patches from `m0` on, of the image at whose first patch A points.
 
     Rows are read to `width`, so that vectors are whole; past column N they hold zeros.
     """
@@ -91,8 +91,24 @@ def _pool(
         if INTERPRETED:
             left, right = left.to(tl.float32), right.to(tl.float32)
         q = tl.dot(left, right, q, input_precision=PRECISION)
-    a = tl.load(A + a_rows[:, None] + m[None, :], mask=t_live[:, None] & (m < width)[None, :], other=0.0)
-    return q, a.to(tl.float32)
+    return q
+
+
+@triton.jit
+def _columns(q, A, a_rows, t_live, m0, width, PART: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr):
+    """64 columns at most of q, the same of a, and their patches: a whole tile's intermediate values do not fit into
+    registers.
+    """
+    PARTS: tl.constexpr = tl.cdiv(BLOCK_M, 64)
+    if PARTS > 1:
+        left, right = tl.split(tl.permute(tl.reshape(q, [BLOCK_T, 2, BLOCK_M // 2]), [0, 2, 1]))
+        q = left if PART < PARTS // 2 else right
+    if PARTS > 2:
+        first, second = tl.split(tl.permute(tl.reshape(q, [BLOCK_T, 2, BLOCK_M // 4]), [0, 2, 1]))
+        q = first if PART % 2 == 0 else second
+    m = m0 + PART * (BLOCK_M // PARTS) + tl.arange(0, BLOCK_M // PARTS)
+    a = tl.load(A + (a_rows[:, None] + m[None, :]), mask=t_live[:, None] & (m < width)[None, :], other=0.0)
+    return q, a.to(tl.float32), m
 
 
 @triton.jit(do_not_specialize=("image_begin", "N", "K", "stride_image", "stride_text", "stride_phi"))
@@ -120,10 +136,12 @@ def cosine_forward_kernel(
     squared = tl.zeros([BLOCK_T], tl.float32)
     total = tl.zeros([BLOCK_T], tl.float32)
     for m0 in range(0, N, BLOCK_M):
-        q, a = _pool(a_image, gram, a_rows, t_live, m0, N, width, stride_gram, BLOCK_T, BLOCK_M, BLOCK_N, PRECISION)
-        part, a_part = sum_pair(q * a, a, 1)
-        squared += part
-        total += a_part
+        whole = _pool(a_image, gram, a_rows, t_live, m0, N, width, stride_gram, BLOCK_T, BLOCK_M, BLOCK_N, PRECISION)
+        for part in tl.static_range(tl.cdiv(BLOCK_M, 64)):
+            q, a, _ = _columns(whole, a_image, a_rows, t_live, m0, width, part, BLOCK_T, BLOCK_M)
+            a_q, a_sum = sum_pair(q * a, a, 1)
+            squared += a_q
+            total += a_sum
     at = (image_begin + image).to(tl.int64) * stride_phi + texts
     phi = tl.load(PHI + at, mask=t_live, other=0.0)
     entropy = tl.load(STAT + at, mask=t_live, other=0.0)
@@ -141,25 +159,41 @@ def _scores_of(a, stat, scale):
 
 
 @triton.jit
+def _moments(
+    whole, A, a_rows, t_live, m0, width, stat, scale, squared, weighted, total,
+    BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Adds Σ a q, Σ a s and Σ a of the patches from `m0` on."""
+    for part in tl.static_range(tl.cdiv(BLOCK_M, 64)):
+        q, a, _ = _columns(whole, A, a_rows, t_live, m0, width, part, BLOCK_T, BLOCK_M)
+        a_q, a_s, a_sum = sum_three(q * a, a * _scores_of(a, stat, scale), a, 1)
+        squared += a_q
+        weighted += a_s
+        total += a_sum
+    return squared, weighted, total
+
+
+@triton.jit
 def _store_weights(
-    q, a, m0, slope, constant, u, g, inv_t, stat, scale, tau, inv_p, w, stride_w, t_live, N,
+    whole, A, a_rows, t_live, m0, width, slope, constant, u, g, inv_t, stat, scale, tau, inv_p, w, stride_w, N,
     BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr, NEEDS_TAU: tl.constexpr,
 ):  # fmt: skip
-    """Stores W of the patches from `m0` on, of the image to whose first patch `w` and `inv_p` point; returns their part
-    of TAU_SUMS.
+    """Stores W of the patches from `m0` on, of the image to whose first patch A, `inv_p` and `w` point; returns their
+    part of TAU_SUMS.
     """
-    m = m0 + tl.arange(0, BLOCK_M)
-    inv_p = tl.load(inv_p + m, mask=m < N, other=0.0)
-    s = _scores_of(a, stat, scale)
-    centred = s - slope[:, None] * q - constant[:, None]
-    ds = a * g[:, None]
-    weights = ds * (1.0 + centred / tau) * inv_t[:, None] * inv_p[None, :]
-    at = (tl.arange(0, BLOCK_T) * stride_w)[:, None] + m[None, :]
-    tl.store(w + at, weights.to(w.dtype.element_ty), mask=t_live[:, None] & (m < N)[None, :])
-    if NEEDS_TAU:
-        return tl.sum(tl.sum(ds * centred * (s - u[:, None]), 1), 0)
-    else:
-        return 0.0
+    tau_sum = 0.0
+    w_rows = tl.arange(0, BLOCK_T) * stride_w
+    for part in tl.static_range(tl.cdiv(BLOCK_M, 64)):
+        q, a, m = _columns(whole, A, a_rows, t_live, m0, width, part, BLOCK_T, BLOCK_M)
+        s = _scores_of(a, stat, scale)
+        centred = s - slope[:, None] * q - constant[:, None]
+        ds = a * g[:, None]
+        if NEEDS_TAU:
+            tau_sum += tl.sum(tl.sum(ds * centred * (s - u[:, None]), 1), 0)
+        weights = ds * (1.0 + centred / tau) * inv_t[:, None] * tl.load(inv_p + m, mask=m < N, other=0.0)[None, :]
+        at = w_rows[:, None] + m[None, :]
+        tl.store(w + at, weights.to(w.dtype.element_ty), mask=t_live[:, None] & (m < N)[None, :])
+    return tau_sum
 
 
 @triton.jit(do_not_specialize=("image_begin", "N", "K", "stride_image", "stride_text", "stride_phi"))
@@ -167,7 +201,8 @@ def cosine_backward_kernel(
     A, GRAM, TAU, INV_P, INV_T, STAT, G, W_SCALE, W, CURVATURE, TAU_SUMS,
     image_begin, N, K, stride_image, stride_text, stride_w, stride_gram, stride_phi, floor,
     BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, A_ALIGN: tl.constexpr, N_ALIGN: tl.constexpr,
-    WHOLE: tl.constexpr, TAU_IS_TENSOR: tl.constexpr, NEEDS_TAU: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr,
+    WHOLE: tl.constexpr, TAU_IS_TENSOR: tl.constexpr, NEEDS_TAU: tl.constexpr, SCALED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """W `[K, rows]` of the cosine form from the attention A `[images, K, stride_text]`, and CURVATURE `[images, K]` =
     g u / r³, what Σ a aᵀ is weighted with in the part that r adds to the patches' gradient.
@@ -194,19 +229,20 @@ def cosine_backward_kernel(
     gram = GRAM + image.to(tl.int64) * N * stride_gram
     at = (image_begin + image).to(tl.int64) * stride_phi + texts
     stat = tl.load(STAT + at, mask=t_live, other=0.0)
+    squared = tl.zeros([BLOCK_T], tl.float32)
+    total = tl.zeros([BLOCK_T], tl.float32)
+    weighted = tl.zeros([BLOCK_T], tl.float32)
     if WHOLE:
-        q, a = _pool(a_image, gram, a_rows, t_live, 0, N, width, stride_gram, BLOCK_T, BLOCK_M, BLOCK_N, PRECISION)
-        squared, weighted, total = sum_three(q * a, a * _scores_of(a, stat, scale), a, 1)
+        q = _pool(a_image, gram, a_rows, t_live, 0, N, width, stride_gram, BLOCK_T, BLOCK_M, BLOCK_N, PRECISION)
+        squared, weighted, total = _moments(
+            q, a_image, a_rows, t_live, 0, width, stat, scale, squared, weighted, total, BLOCK_T, BLOCK_M
+        )
     else:
-        squared = tl.zeros([BLOCK_T], tl.float32)
-        total = tl.zeros([BLOCK_T], tl.float32)
-        weighted = tl.zeros([BLOCK_T], tl.float32)
         for m0 in range(0, N, BLOCK_M):
-            q, a = _pool(a_image, gram, a_rows, t_live, m0, N, width, stride_gram, BLOCK_T, BLOCK_M, BLOCK_N, PRECISION)
-            part, as_part, a_part = sum_three(q * a, a * _scores_of(a, stat, scale), a, 1)
-            squared += part
-            weighted += as_part
-            total += a_part
+            q = _pool(a_image, gram, a_rows, t_live, m0, N, width, stride_gram, BLOCK_T, BLOCK_M, BLOCK_N, PRECISION)
+            squared, weighted, total = _moments(
+                q, a_image, a_rows, t_live, m0, width, stat, scale, squared, weighted, total, BLOCK_T, BLOCK_M
+            )
     share = 1.0 / tl.where(total == 0.0, 1.0, total)
     radius = tl.sqrt(tl.where(squared < 0.0, 0.0, squared)) * share
     moves = radius > floor
@@ -223,16 +259,16 @@ def cosine_backward_kernel(
     w = W + text0.to(tl.int64) * stride_w + image * N
     if WHOLE:
         tau_sum = _store_weights(
-            q, a, 0, slope, constant, u, g, inv_t, stat, scale, tau, inv_p, w, stride_w, t_live, N,
+            q, a_image, a_rows, t_live, 0, width, slope, constant, u, g, inv_t, stat, scale, tau, inv_p, w, stride_w, N,
             BLOCK_T, BLOCK_M, NEEDS_TAU,
         )  # fmt: skip
     else:
         tau_sum = 0.0
         for m0 in range(0, N, BLOCK_M):
-            q, a = _pool(a_image, gram, a_rows, t_live, m0, N, width, stride_gram, BLOCK_T, BLOCK_M, BLOCK_N, PRECISION)
+            q = _pool(a_image, gram, a_rows, t_live, m0, N, width, stride_gram, BLOCK_T, BLOCK_M, BLOCK_N, PRECISION)
             tau_sum += _store_weights(
-                q, a, m0, slope, constant, u, g, inv_t, stat, scale, tau, inv_p, w, stride_w, t_live, N,
-                BLOCK_T, BLOCK_M, NEEDS_TAU,
+                q, a_image, a_rows, t_live, m0, width, slope, constant, u, g, inv_t, stat, scale, tau, inv_p, w, stride_w,
+                N, BLOCK_T, BLOCK_M, NEEDS_TAU,
             )  # fmt: skip
     if NEEDS_TAU:
         tl.store(TAU_SUMS + tl.program_id(0), tau_sum)
@@ -352,4 +388,4 @@ def add_pooled_kernel(
     if not EVEN_D:
         live &= d_live[None, :]
     acc += tl.load(at, mask=live, other=0.0).to(tl.float32)
-    tl.store(at, acc.to(RAW.dtype.element_ty), mask=live)
+    tl.store(at, round_to(acc, RAW.dtype.element_ty), mask=live)

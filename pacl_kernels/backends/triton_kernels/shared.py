@@ -45,3 +45,13 @@ def sum_three(a, b, c, AXIS: tl.constexpr):
         return tl.sum(a, AXIS), tl.sum(b, AXIS), tl.sum(c, AXIS)
     else:
         return tl.reduce((a, b, c), AXIS, _add_threes)
+
+
+@triton.jit
+def round_to(x, TYPE: tl.constexpr):
+    """float32 to the nearest of that type, in the interpreter too, whose own cast to bfloat16 truncates."""
+    if INTERPRETED and TYPE == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+        x = tl.where(x == x, nearest, x)
+    return x.to(TYPE)
