@@ -57,7 +57,7 @@ def test_a_process_that_fails_is_an_error_in_the_others(how, exchange, tmp_path)
         for rank in range(3)
     ]
     try:
-        outputs = [process.communicate(timeout=180)[0] for process in processes[:2]]
+        outputs = [process.communicate(timeout=600)[0] for process in processes[:2]]
     finally:
         for process in processes:
             process.kill()
