@@ -276,13 +276,13 @@ def test_interrupt_keeps_the_clip_and_leaves_a_complete_run_alone(finished):
     out = finished[0]
     files = ("metrics.json", "segmentation.png", "clip/open_clip_model.safetensors", "embedder/model.safetensors")
     complete = {name: (out / name).read_bytes() for name in files}
-    process = start(out, "--clip-steps", "200")
-    printed = interrupt(process, "CLIP: 20/200")
+    process = start(out, "--clip-steps", "50")
+    printed = interrupt(process, "CLIP: 5/50")
     assert process.returncode == 130
-    assert "Interrupted. Kept:" in printed and "of 200 steps" in printed
+    assert "Interrupted. Kept:" in printed and "of 50 steps" in printed
     kept = out / "interrupted"
     steps = json.loads((kept / "clip" / "open_clip_config.json").read_text())["training"]["steps"]
-    assert 20 <= steps < 200
+    assert 5 <= steps < 50
     trained = open_clip.create_model(f"local-dir:{kept / 'clip'}").state_dict()
     assert not torch.equal(trained["visual.proj"], load_file(out / "clip/open_clip_model.safetensors")["visual.proj"])
     assert not (kept / "embedder").exists()
@@ -291,12 +291,12 @@ def test_interrupt_keeps_the_clip_and_leaves_a_complete_run_alone(finished):
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows sends no SIGINT to a child process")
 def test_interrupt_keeps_the_embedder(tmp_path):
-    process = start(tmp_path, "--clip-steps", "2", "--embedder-steps", "2000")
-    printed = interrupt(process, "PACL: 200/2000")
+    process = start(tmp_path, "--clip-steps", "2", "--embedder-steps", "400")
+    printed = interrupt(process, "PACL: 40/400")
     assert process.returncode == 130
-    assert "PACL" in printed and "of 2000 steps" in printed
+    assert "PACL" in printed and "of 400 steps" in printed
     notes = json.loads((tmp_path / "interrupted/embedder/config.json").read_text())["training"]
-    assert 200 <= notes["steps"] < 2000 and notes["planned_steps"] == 2000
+    assert 40 <= notes["steps"] < 400 and notes["planned_steps"] == 400
     VisionEmbedder.from_pretrained(tmp_path / "interrupted/embedder")
     assert (tmp_path / "interrupted/clip/open_clip_model.safetensors").exists()
     assert not (tmp_path / "metrics.json").exists()
