@@ -26,12 +26,12 @@ def test_opcheck(form, mask, target):
     problem = make(Case(3, 5, 9, K=4, mask=mask), form, "compatibility", target.dtype, target.device)
     if mask is not None:  # opcheck compares its inputs before and after without equal_nan
         problem = replace(problem, patches=problem.patches.nan_to_num(0, 0, 0))
-    for arguments in operator_arguments(problem, target.backend):
+    for arguments, skips in zip(operator_arguments(problem, target.backend), ((None, 0, 1, 2), (None,)), strict=True):
         phi, lse = torch.empty_like(problem.upstream), torch.empty_like(problem.upstream)
         torch.library.opcheck(SCORE_FORWARD, (*arguments, phi, lse))
         SCORE_FORWARD(*arguments, phi, lse)
         buffers = (torch.empty_like(problem.patches), torch.empty_like(problem.texts), phi.new_empty(()))
-        for skipped in (None, 0, 1, 2):
+        for skipped in skips:
             grads = [None if i == skipped else buffer for i, buffer in enumerate(buffers)]
             torch.library.opcheck(SCORE_BACKWARD, (*arguments, phi, lse, problem.upstream, *grads))
 
@@ -71,8 +71,17 @@ def test_fullgraph(form, loss, mask, single):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("loss", ["infonce", "sigmoid"])
 @pytest.mark.parametrize("mask", [None, "first"])
-def test_fullgraph_traced(form, loss, mask, target):
+def test_fullgraph_traced(form, loss, mask, single):
     """Every option through the same tracing, without the minutes that a compiler takes."""
+    _traced(form, loss, mask, single)
+
+
+@pytest.mark.parametrize("loss", ["infonce", "sigmoid"])
+def test_fullgraph_traced_in_every_dtype(loss, target):
+    _traced("cosine", loss, "first", target)
+
+
+def _traced(form, loss, mask, target):
     torch._dynamo.reset()
     function = _function(form, loss, target.backend)
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -28,9 +27,15 @@ def torchrun(world: int, *command: str) -> str:
     return run.stdout
 
 
-# All of them in two and in three processes; what only the number of processes can change in four and in one.
+# All of them in three processes, of which each has two others; in fewer and in more what their number can change.
 @pytest.mark.parametrize(
-    "world, chosen", [(1, "one"), (2, ""), (3, ""), (4, "equals or ten_steps or cached or travel")]
+    "world, chosen",
+    [
+        (1, "one"),
+        (2, "equals or ten_steps or cached or travel"),
+        (3, ""),
+        (4, "equals and infonce or ten_steps or travel"),
+    ],
 )
 def test_in_processes(world, chosen):
     files = [str(path) for path in sorted(FOLDER.glob("gloo_*.py"))]
@@ -40,22 +45,19 @@ def test_in_processes(world, chosen):
 
 @pytest.mark.parametrize("exchange", ["gather", "ring"])
 @pytest.mark.parametrize("how", ["dies", "sleeps"])
-def test_a_process_that_fails_is_an_error_in_the_others(how, exchange):
+def test_a_process_that_fails_is_an_error_in_the_others(how, exchange, tmp_path):
     """Within the group's timeout, 4 s here, and no hang."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "3"}
     processes = [
         subprocess.Popen(
-            [sys.executable, str(FOLDER / "one_fails.py"), how, exchange],
-            env=os.environ | address | {"RANK": str(rank), "OMP_NUM_THREADS": "1"},
+            [sys.executable, str(FOLDER / "one_fails.py"), how, exchange, str(tmp_path / "meeting"), str(rank)],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
             text=True,
         )
         for rank in range(3)
     ]
     try:
-        outputs = [process.communicate(timeout=60)[0] for process in processes[:2]]
+        outputs = [process.communicate(timeout=600)[0] for process in processes[:2]]
     finally:
         for process in processes:
             process.kill()
@@ -68,13 +70,17 @@ def test_a_process_that_fails_is_an_error_in_the_others(how, exchange):
 def test_benchmark_counts_what_its_formulas_say(tmp_path):
     """Bytes on the loopback device; patches that were gathered would be many times as many."""
     pytest.importorskip("open_clip")
-    path = tmp_path / "result.json"
+    path, sent = tmp_path / "result.json", {}
     script = FOLDER.parents[1] / "benchmarks" / "distributed.py"
     options = ["--processes=2", "--batch=64", "--patches=16", "--dim=256", "--repeats=3", f"--json={path}"]
-    subprocess.run([sys.executable, str(script), *options], check=True, capture_output=True, timeout=300)
-    result = json.loads(path.read_text())
-    sent = {row["what"]: row["sent"] for row in result["rows"]}
-    for row in result["rows"]:
-        assert 0.95 * row["formula"] <= row["sent"] <= 1.2 * row["formula"] + 10_000, row["what"]
+    for _ in range(3):  # what other tests send meanwhile can only add
+        subprocess.run([sys.executable, str(script), *options], check=True, capture_output=True, timeout=600)
+        result = json.loads(path.read_text())
+        formulas = {row["what"]: row["formula"] for row in result["rows"]}
+        sent = {row["what"]: min(row["sent"], sent.get(row["what"], row["sent"])) for row in result["rows"]}
+        if all(sent[what] <= 1.2 * formula + 10_000 for what, formula in formulas.items()):
+            break
+    for what, formula in formulas.items():
+        assert 0.95 * formula <= sent[what] <= 1.2 * formula + 10_000, what
     assert sent["all patches"] > 10 * sent["gather"]
     assert {row["exchange"] for row in result["model"]} == {"gather", "ring"}

@@ -14,7 +14,6 @@ from pacl_kernels.backends import triton_tiles as tiles
 pytestmark = pytest.mark.skipif(available_backends()["triton"] is not None, reason=str(available_backends()["triton"]))
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CASES = [
     Case(1, 1, 1),
     Case(3, 5, 2),
@@ -22,7 +21,7 @@ CASES = [
     Case(3, 64, 17, mask="random"),
     Case(2, 196, 64),  # a tile that ends in the middle of an image, descriptors
     Case(3, 65, 40, K=7, mask="first"),  # three images in a tile
-    Case(2, 257, 33, K=131),
+    Case(1, 257, 33, K=131),
     Case(1, 300, 16, K=3, tau=0.01),
     Case(9, 15, 64, tau=0.01, scale=100.0),
     Case(5, 70, 20, tau=10.0, scale=100.0),
@@ -41,10 +40,16 @@ CASES = [
 ]
 
 
-SMALL = [
+SMALL = [  # for the interpreter, a Gram matrix of each image included
     case
     for case in (*SHAPES, *CONTENTS, *LAYOUTS)
-    if case.B * case.N * case.D * (case.B if case.K is None else case.K) < 100_000 and case not in CASES
+    if case.B * case.N * case.D * (case.B if case.K is None else case.K) < 100_000
+    if max(case.B, case.N) < 100 and case not in CASES
+]
+# The shorter dtypes and the forms take turns; on a GPU test_accuracy.py has all of them.
+COMPATIBILITIES = [
+    *((case, torch.float32, form) for form in FORMS for case in CASES),
+    *((case, (torch.bfloat16, torch.float16)[i % 2], FORMS[i % 3]) for i, case in enumerate(CASES)),
 ]
 
 
@@ -62,9 +67,7 @@ def launches(monkeypatch) -> list[tuple[str, dict]]:
     return seen
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case, dtype, form", COMPATIBILITIES, ids=str)
 def test_compatibility(case, dtype, form):
     check(make(case, form, "compatibility", dtype, DEVICE), "triton")
 
@@ -81,7 +84,7 @@ def test_the_small_ones_of_every_backend(case, form, request):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_torch_compile_takes_it_whole(form):
-    problem = make(Case(5, 70, 20, mask="random"), form, "infonce", device=DEVICE)
+    problem = make(Case(3, 70, 20, mask="random"), form, "infonce", device=DEVICE)
     inputs = [x.detach().requires_grad_() for x in (problem.patches, problem.texts, problem.logit_scale)]
 
     def loss(patches, texts, scale):
@@ -101,7 +104,7 @@ def test_torch_compile_takes_it_whole(form):
     "case",
     [
         Case(1, 2, 3),
-        Case(6, 70, 40),
+        Case(4, 70, 40),
         Case(4, 9, 33, scale=100.0, data="aligned", mask="random"),
     ],
     ids=str,
@@ -112,7 +115,7 @@ def test_losses(case, form, objective):
 
 @pytest.mark.parametrize("objective", ["infonce", "sigmoid"])
 def test_a_loss_of_more_than_a_block_of_columns(objective):
-    check(make(Case(600, 1, 2), "dot", objective, device=DEVICE), "triton")
+    check(make(Case(520, 1, 2), "dot", objective, device=DEVICE), "triton", ("logit_scale", "logit_bias"))
 
 
 @pytest.mark.parametrize("loss", ["infonce", "sigmoid"])
@@ -188,12 +191,11 @@ def test_descriptors_where_alignment_allows(case, dtype, expected, launches):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("workspace, k", [(2**12, 7), (2**12, 150)])
-def test_blocks_of_images_and_of_texts(workspace, k, dtype, form, launches, monkeypatch):
+@pytest.mark.parametrize("k, dtype", [(7, torch.float32), (7, torch.float16), (150, torch.bfloat16)], ids=str)
+def test_blocks_of_images_and_of_texts(k, dtype, form, launches, monkeypatch):
     """A small workspace: several blocks of images, and where K is large of texts as well, then summed in float32."""
-    monkeypatch.setattr(tiles, "WORKSPACE", workspace)
-    check(make(Case(5, 70, 20, K=k, mask="random"), form, "compatibility", dtype, DEVICE), "triton")
+    monkeypatch.setattr(tiles, "WORKSPACE", 2**12)
+    check(make(Case(3, 70, 20, K=k, mask="random"), form, "compatibility", dtype, DEVICE), "triton")
     assert tiles.text_block(70, k, 4) == (7 if k == 7 else 128)
     assert len(_launched(launches, "max_weights_kernel" if form == "max" else "score_backward_kernel")) >= 2
 
@@ -231,7 +233,7 @@ def test_curvature(dtype, attention, tolerance, n):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_same_bits_on_every_run(form):
-    problem = make(Case(5, 70, 33, mask="random"), form, "infonce", torch.bfloat16, DEVICE)
+    problem = make(Case(3, 70, 20, mask="random"), form, "infonce", torch.bfloat16, DEVICE)
     first, second = (evaluate(problem, "triton") for _ in range(2))
     assert all(torch.equal(value, second[name]) for name, value in first.items())
 
@@ -239,8 +241,8 @@ def test_same_bits_on_every_run(form):
 @pytest.mark.parametrize("form", FORMS)
 def test_permuting_the_batch_permutes_the_answer(form):
     """Where an image lies in a tile does not matter beyond rounding."""
-    problem = make(Case(7, 70, 33, K=5), form, "compatibility", device=DEVICE)
-    order = torch.tensor([3, 0, 6, 1, 5, 2, 4], device=DEVICE)
+    problem = make(Case(5, 70, 20, K=5), form, "compatibility", device=DEVICE)
+    order = torch.tensor([3, 0, 1, 4, 2], device=DEVICE)
     moved = replace(problem, patches=problem.patches[order], upstream=problem.upstream[order])
     here, there = evaluate(problem, "triton"), evaluate(moved, "triton")
     torch.testing.assert_close(here["value"][order], there["value"], rtol=1e-6, atol=1e-6)

@@ -19,6 +19,7 @@ from pacl.data.scenes import CLASSES, COLOURS, HELD_OUT_LABELS, PAIRS, SEEN_LABE
 from pacl.data.shards import Shards
 from pacl.demo.full import SceneData, _galleries, models, one_shape_scenes, read_scenes
 from pacl.demo.report import report
+from pacl.demo.run import QUICK
 from pacl.demo.toy_clip import new_clip, normalise, tokenizer
 from pacl.embedder import VisionEmbedder
 from pacl.evaluate.specs import IGNORED
@@ -33,6 +34,8 @@ from torch.nn import functional as F
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from pacl_kernels.reference import compatibility
+
+SCENES = QUICK["eval_scenes"]
 
 
 def start(out: Path, *options: str) -> subprocess.Popen:
@@ -50,7 +53,7 @@ def finished(tmp_path_factory) -> tuple[Path, str]:
     """With --full; test_same_seed_same_numbers compares with a demo without."""
     out = tmp_path_factory.mktemp("demo") / "new" / "folder"
     process = start(out, "--full")
-    printed, errors = process.communicate(timeout=400)
+    printed, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors
     return out, printed
 
@@ -117,7 +120,7 @@ def test_saved_embedder(finished, tmp_path):
 
 def test_same_seed_same_numbers(finished, tmp_path):
     before = json.loads((finished[0] / "metrics.json").read_text())
-    assert start(tmp_path).wait(timeout=120) == 0
+    assert main(["demo", "--quick", "--out", str(tmp_path)]) == 0
     again = json.loads((tmp_path / "metrics.json").read_text())
     assert before | {"seconds": 0} == again | {"seconds": 0}
     for name in ("clip/open_clip_model.safetensors", "embedder/model.safetensors", "segmentation.png"):
@@ -152,9 +155,9 @@ def test_the_page_has_the_numbers_of_full_json(full, page):
         for key, words in (("all_classes", "all classes"), ("image_classes", "the image's classes")):
             row = tables[f"Patches right among {words}, percent"][label]
             assert row == [percent(patches[group][f"patch_accuracy_{key}"]) for group in groups]
-        row = tables["mIoU of 96 scenes, stride 1x, percent"][label]
+        row = tables[f"mIoU of {SCENES} scenes, stride 1x, percent"][label]
         assert row == [percent(pixels["1"][group]) for group in groups]
-        row = tables["mIoU of the first 32 scenes, by stride, percent"][label]
+        row = tables[f"mIoU of the first {SCENES // 3} scenes, by stride, percent"][label]
         assert row == [percent(strides[x][group]) for group in groups for x in ("1", "2", "4")]
     for tokens, label in {"vision": "CLIP's tokens", **methods}.items():
         expected = [percent(full["coherence"][tokens][group]["auc"]) for group in ("all", "seen", "held_out")]
@@ -181,7 +184,7 @@ def test_full_agrees_with_the_demo_s_own_measures(finished, full):
 
 
 def test_strides_are_the_segmenter_s(finished, full):
-    scenes = list(itertools.islice(Shards(finished[0] / "scenes/eval-000.tar", masks=True), 32))
+    scenes = list(itertools.islice(Shards(finished[0] / "scenes/eval-000.tar", masks=True), SCENES // 3))
     for stride in (1, 2):
         segmenter = Segmenter(*load_pacl(finished[0] / "embedder"), stride=stride)
         texts, matrix = segmenter.texts(CLASSES, ["{}"]), ConfusionMatrix(len(CLASSES))
@@ -204,18 +207,18 @@ def test_pictures_of_the_page(page):
 def test_one_shape_scenes_and_their_accuracy(finished, full):
     """Counted one by one, with open_clip's own model."""
     model = open_clip.create_model(f"local-dir:{finished[0] / 'clip'}").eval()
-    scenes = one_shape_scenes(lambda image: normalise(pil_to_tensor(image)), 3, 0)
-    assert [label for _, label in scenes] == [label for label in range(18) for _ in range(3)]
+    scenes = one_shape_scenes(lambda image: normalise(pil_to_tensor(image)), 2, 0)
+    assert [label for _, label in scenes] == [label for label in range(18) for _ in range(2)]
     with torch.no_grad():
         texts = model.encode_text(tokenizer()(list(CLASSES[:18])), normalize=True)
         images = model.encode_image(torch.stack([image for image, _ in scenes]), normalize=True)
     hits = (images @ texts.T).argmax(1) == torch.tensor([label for _, label in scenes])
     found = full["classification"]
-    assert found["images"] == 54 and found["clip"]["all"] == pytest.approx(hits.double().mean().item())
+    assert found["images"] == 36 and found["clip"]["all"] == pytest.approx(hits.double().mean().item())
     held_out = torch.tensor([label in HELD_OUT_LABELS for _, label in scenes])
     assert found["clip"]["held_out"] == pytest.approx(hits[held_out].double().mean().item())
     # Every image is of its pair: the colour is there, and no other shape's.
-    for image, label in scenes[::3]:
+    for image, label in scenes[::2]:
         pixels = (image * 0.27 + 0.45).permute(1, 2, 0)  # about 0 to 1
         colours = {name: torch.tensor(rgb) / 255 for name, rgb in COLOURS.items()}
         near = {name: int(((pixels - rgb).abs().amax(-1) < 0.15).sum()) for name, rgb in colours.items()}
@@ -225,7 +228,7 @@ def test_one_shape_scenes_and_their_accuracy(finished, full):
 def test_galleries_of_seen_and_held_out_pairs(finished, full):
     scenes = read_scenes([finished[0] / "scenes/eval-000.tar"])
     galleries = _galleries(scenes)
-    assert len(galleries["all"]) == 96 and len(galleries["seen"]) == len(galleries["held_out"]) > 10
+    assert len(galleries["all"]) == SCENES and len(galleries["seen"]) == len(galleries["held_out"]) > 10
     held_out = ("red striped", "yellow dotted", "blue plain")
     assert all(any(x in scene.caption.decode() for x in held_out) for scene in galleries["held_out"])
     data = SceneData(galleries["seen"])
@@ -233,7 +236,7 @@ def test_galleries_of_seen_and_held_out_pairs(finished, full):
         assert "shape" in scene.caption.decode() and not set(HELD_OUT_LABELS) & set(data[i][1].ravel().tolist())
     assert full["retrieval"]["seen"]["images"] == full["retrieval"]["held_out"]["images"] == len(galleries["seen"])
     only = SceneData(scenes, HELD_OUT_LABELS)
-    found = {x for i in range(96) for x in only[i][1].ravel().tolist()}
+    found = {x for i in range(SCENES) for x in only[i][1].ravel().tolist()}
     assert found == {IGNORED, *HELD_OUT_LABELS}
 
 
@@ -264,7 +267,7 @@ def interrupt(process: subprocess.Popen, at: str) -> str:
         if line.startswith(at):
             process.send_signal(signal.SIGINT)
             break
-    printed, _ = process.communicate(timeout=60)
+    printed, _ = process.communicate(timeout=300)
     return printed
 
 
@@ -273,13 +276,13 @@ def test_interrupt_keeps_the_clip_and_leaves_a_complete_run_alone(finished):
     out = finished[0]
     files = ("metrics.json", "segmentation.png", "clip/open_clip_model.safetensors", "embedder/model.safetensors")
     complete = {name: (out / name).read_bytes() for name in files}
-    process = start(out, "--clip-steps", "200")
-    printed = interrupt(process, "CLIP: 20/200")
+    process = start(out, "--clip-steps", "50")
+    printed = interrupt(process, "CLIP: 5/50")
     assert process.returncode == 130
-    assert "Interrupted. Kept:" in printed and "of 200 steps" in printed
+    assert "Interrupted. Kept:" in printed and "of 50 steps" in printed
     kept = out / "interrupted"
     steps = json.loads((kept / "clip" / "open_clip_config.json").read_text())["training"]["steps"]
-    assert 20 <= steps < 200
+    assert 5 <= steps < 50
     trained = open_clip.create_model(f"local-dir:{kept / 'clip'}").state_dict()
     assert not torch.equal(trained["visual.proj"], load_file(out / "clip/open_clip_model.safetensors")["visual.proj"])
     assert not (kept / "embedder").exists()
@@ -288,12 +291,12 @@ def test_interrupt_keeps_the_clip_and_leaves_a_complete_run_alone(finished):
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows sends no SIGINT to a child process")
 def test_interrupt_keeps_the_embedder(tmp_path):
-    process = start(tmp_path, "--clip-steps", "2", "--embedder-steps", "2000")
-    printed = interrupt(process, "PACL: 200/2000")
+    process = start(tmp_path, "--clip-steps", "2", "--embedder-steps", "400")
+    printed = interrupt(process, "PACL: 40/400")
     assert process.returncode == 130
-    assert "PACL" in printed and "of 2000 steps" in printed
+    assert "PACL" in printed and "of 400 steps" in printed
     notes = json.loads((tmp_path / "interrupted/embedder/config.json").read_text())["training"]
-    assert 200 <= notes["steps"] < 2000 and notes["planned_steps"] == 2000
+    assert 40 <= notes["steps"] < 400 and notes["planned_steps"] == 400
     VisionEmbedder.from_pretrained(tmp_path / "interrupted/embedder")
     assert (tmp_path / "interrupted/clip/open_clip_model.safetensors").exists()
     assert not (tmp_path / "metrics.json").exists()

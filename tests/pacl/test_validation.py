@@ -127,7 +127,7 @@ def test_processes_agree_with_one(run_world, tmp_path):
     changes |= {"val_classes": run_world / "classes.txt", "max_steps": 1}
     assert train(run_world, tmp_path / "one", **changes) == 0
     process = start(run_world, tmp_path / "two", 2, **changes)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output[-4000:]
     one, two = (lines(tmp_path / name / "pacl/results.jsonl") for name in ("one", "two"))
     assert len(one) == len(two) == 1

@@ -53,7 +53,7 @@ class DemoConfig:
 
 
 # Every stage once, in seconds: to see that it runs, not what it learns.
-QUICK = {"train_scenes": 512, "eval_scenes": 96, "clip_steps": 20, "embedder_scenes": 256, "embedder_steps": 40}
+QUICK = {"train_scenes": 256, "eval_scenes": 60, "clip_steps": 5, "embedder_scenes": 256, "embedder_steps": 40}
 
 
 @dataclass
