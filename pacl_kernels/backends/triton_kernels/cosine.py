@@ -267,8 +267,8 @@ def cosine_backward_kernel(
         for m0 in range(0, N, BLOCK_M):
             q = _pool(a_image, gram, a_rows, t_live, m0, N, width, stride_gram, BLOCK_T, BLOCK_M, BLOCK_N, PRECISION)
             tau_sum += _store_weights(
-                q, a_image, a_rows, t_live, m0, width, slope, constant, u, g, inv_t, stat, scale, tau, inv_p, w, stride_w,
-                N, BLOCK_T, BLOCK_M, NEEDS_TAU,
+                q, a_image, a_rows, t_live, m0, width, slope, constant, u, g, inv_t, stat, scale, tau, inv_p, w,
+                stride_w, N, BLOCK_T, BLOCK_M, NEEDS_TAU,
             )  # fmt: skip
     if NEEDS_TAU:
         tl.store(TAU_SUMS + tl.program_id(0), tau_sum)
