@@ -36,8 +36,8 @@ def machine(device: torch.device, native) -> dict:
     describe = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty"]
     try:
         commit = subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = None
+    except (OSError, subprocess.CalledProcessError):  # a copy without its history: whoever made it may say
+        commit = os.environ.get("PACL_COMMIT")
     return {
         "cpu": cpu,
         "cpu_isa": native.cpu_isa() if hasattr(native, "cpu_isa") else None,

@@ -16,6 +16,7 @@ import report
 import torch
 from tune_triton import milliseconds
 
+from pacl_kernels import fused_pacl_loss
 from pacl_kernels.backends import cuda, triton
 from pacl_kernels.backends import triton_tiles as tiles
 
@@ -27,34 +28,42 @@ SHAPES = [(4096, n, d) for d in (512, 768, 1024) for n in (196, 256)] + [
 
 
 def rows_of(batch: int, n: int, d: int, dtype, repeats: int):
-    """Milliseconds for the whole batch of each kernel, backend and size of a cluster."""
+    """Milliseconds for the whole batch of each kernel and of whole steps, by backend and size of a cluster."""
     patches = torch.nn.functional.normalize(torch.randn(batch, n, d, device="cuda"), dim=-1).to(dtype)
     texts = torch.nn.functional.normalize(torch.randn(batch, d, device="cuda"), dim=-1).to(dtype)
     phi, stat, grad_phi = (torch.empty(batch, batch, device="cuda") for _ in range(3))
-    block = tiles.plan_blocks(batch, n, batch, dtype.itemsize)
-    images = block.images
+    images = tiles.plan_blocks(batch, n, batch, dtype.itemsize).images
     room = torch.empty(batch + 256, images * n + 256, device="cuda", dtype=dtype)
     out = torch.empty(batch, images * n, device="cuda", dtype=dtype)
     flat = patches[:images].flatten(0, 1)
     product = milliseconds(lambda: torch.mm(texts, flat.T, out=out), repeats) * batch / images
     yield "product", "torch.mm", None, product, product
+    leaves = patches.requires_grad_(), texts.requires_grad_()
     for backend, cluster in ((triton, None), (cuda, 1), (cuda, 2)):
-        if cluster:
-            cuda.CLUSTER = cluster
-        call = backend.Call(patches, texts, None, 0.07, phi, stat)
+        cuda.CLUSTER = cluster or 0
+        name = backend.__name__.rpartition(".")[2]
+        call = backend.Call(patches.detach(), texts.detach(), None, 0.07, phi, stat)
         call.scale = None
         call.scores("dot")
         grad_phi.normal_()
-        runs = {
-            "forward": (lambda call=call: call.scores("dot"), 1),
-            "weights": (lambda call=call: call.weights(0, images, 0, batch, room, grad_phi), batch / images),
-            "cosine": (lambda call=call: call.forward("cosine"), 1),
-        }
+
+        def step(form: str, name=name):
+            loss = fused_pacl_loss(*leaves, 20.0, attn_temperature=0.07, form=form, backend=name)
+            return torch.autograd.grad(loss, leaves)
+
+        runs = {"forward": (lambda call=call: call.scores("dot"), 1)}
+        if cluster != 1:
+            runs |= {
+                "weights": (lambda call=call: call.weights(0, images, 0, batch, room, grad_phi), batch / images),
+                "cosine": (lambda call=call: call.forward("cosine"), 1),
+                "step, dot": (lambda: step("dot"), 1),  # noqa: B023
+                "step, cosine": (lambda: step("cosine"), 1),  # noqa: B023
+            }
         for kernel, (run, times) in runs.items():
             try:
-                yield kernel, backend.__name__.rpartition(".")[2], cluster, milliseconds(run, repeats) * times, product
+                yield kernel, name, cluster, milliseconds(run, repeats) * times, product
             except Exception as error:  # the others still count
-                print(f"{kernel} {backend.__name__} {cluster}: {type(error).__name__}: {error}", flush=True)
+                print(f"{kernel} {name} {cluster}: {type(error).__name__}: {error}", flush=True)
     cuda.CLUSTER = 0
 
 
@@ -63,16 +72,18 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
     parser.add_argument("--json", metavar="FILE", help="write the rows, with the machine they are from")
+    parser.add_argument("--shapes", help="batch x patches x dim, a comma list (default: those of practice)")
     args = parser.parse_args()
+    shapes = [tuple(map(int, shape.split("x"))) for shape in args.shapes.split(",")] if args.shapes else SHAPES
     results = []
-    for batch, n, d in SHAPES:
+    for batch, n, d in shapes:
         for kernel, backend, cluster, ms, product in rows_of(batch, n, d, getattr(torch, args.dtype), args.repeats):
             teraflops = 2 * batch * batch * n * d / ms / 1e9
             row = dict(batch=batch, patches=n, dim=d, kernel=kernel, backend=backend, cluster=cluster, ms=ms)
             results.append(row | dict(share=product / ms, teraflops=teraflops))
             name = f"{backend}{f', cluster {cluster}' if cluster else ''}"
             speed = f"{teraflops:6.0f} TFLOP/s {product / ms:.3f} of torch.mm"
-            print(f"B{batch} N{n} D{d} {kernel:8} {name:16} {ms:9.3f} ms {speed}", flush=True)
+            print(f"B{batch} N{n} D{d} {kernel:12} {name:16} {ms:9.3f} ms {speed}", flush=True)
             if args.json:  # after each row: a call may be cut off
                 machine = report.machine(torch.device("cuda"), None)
                 Path(args.json).write_text(

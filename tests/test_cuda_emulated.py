@@ -301,7 +301,7 @@ def test_weights_of_cosine(library, b, n, k, d, more, dtype, masked, tau):
 
     stride = -(-b * n // 8) * 8 + 8
     found = torch.full((k + 1, stride), 9.0, dtype=dtype)
-    attention = torch.full((b + 1, k, -(-n // 8) * 8 + 8), 9.0, dtype=torch.bfloat16)
+    attention = torch.full((b + 1, k, -(-n // 8) * 8 + 8), 9.0, dtype=dtype)
     curvature, sums = torch.full((b * k + 1,), 9.0), torch.zeros(8)
     weights = dict(weights=found.data_ptr(), stride=stride, scale=0)
     weights |= dict(grad_phi=g.data_ptr(), temperature_sums=sums.data_ptr() if masked else 0)

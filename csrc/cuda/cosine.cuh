@@ -191,7 +191,7 @@ __device__ __forceinline__ float cosine_weights_epilogue(
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         float2 a = unpack(attention[j / 2][i], __half());
-        kept[i] = pack(a.x, a.y, __nv_bfloat16());
+        kept[i] = pack(a.x, a.y, T());
       }
       outlet.put(j - j0, kept);
     }
@@ -200,7 +200,6 @@ __device__ __forceinline__ float cosine_weights_epilogue(
       column += 8 * j0;
       return there && column < work.patches ? int64_t(column) : int64_t(-1);
     });
-    outlet.begin();
     uint32_t out[4] = {};
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
@@ -224,7 +223,9 @@ __device__ __forceinline__ float cosine_weights_epilogue(
         }
         out[i % 2 * 2 + r] = pack(w[0], w[1], T());
       }
-      if (i % 2 == 1 || j + 1 == kWidth / 8) outlet.put(i / 2 * 2, out);  // behind an odd last block comes anything
+      bool last = j + 1 == kWidth / 8;
+      if (i == 1 || (i == 0 && last)) outlet.begin();
+      if (i % 2 == 1 || last) outlet.put(i / 2 * 2, out);  // behind an odd last block comes anything
     }
     outlet.end();
     outlet.copy(work, [&](int column) {

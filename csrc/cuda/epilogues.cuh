@@ -213,7 +213,6 @@ __device__ __forceinline__ float weights_epilogue(
                    {rows, known, 1, scale, inverse_temperature, weight_scale}};
 #pragma unroll
   for (int j0 = 0; j0 < kWidth / 8; j0 += 8) {
-    outlet.begin();
     uint32_t out[4] = {};
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
@@ -238,7 +237,9 @@ __device__ __forceinline__ float weights_epilogue(
         }
         out[i % 2 * 2 + r] = pack(w[0], w[1], T());
       }
-      if (i % 2 == 1 || j + 1 == kWidth / 8) outlet.put(i / 2 * 2, out);  // behind an odd last block comes anything
+      bool last = j + 1 == kWidth / 8;
+      if (i == 1 || (i == 0 && last)) outlet.begin();
+      if (i % 2 == 1 || last) outlet.put(i / 2 * 2, out);  // behind an odd last block comes anything
       if constexpr (kPacked) {
         if (++block_of_image == blocks_of_image) {
           known.load(work, rows, ++image);

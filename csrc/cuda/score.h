@@ -33,7 +33,7 @@ struct ScoreCall {
   bool masked;                 // whether any patch of `columns` may be masked; read by the backward
   const void* gram;             // [images, patches, stride_gram] of float16, for the cosine form; otherwise null
   int64_t stride_gram;
-  void* attention;              // with `weights`: [images, texts, attention_pitch] of bfloat16
+  void* attention;              // with `weights`: [images, texts, attention_pitch], of `dtype`
   int64_t attention_pitch;      // a multiple of 8; at most 7 elements behind the patches are written too
   float* curvature;             // and [images, texts]
   int cluster;                 // 1, 2, or 0 for what is best

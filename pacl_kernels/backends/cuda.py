@@ -106,7 +106,7 @@ class Call(triton.Call):
         return self._launch_weights(call, b0, b1, k0, w, grad_phi, needs_tau)
 
     def attention_workspace(self, blocks: tiles.Blocks, dtype: torch.dtype | None = None) -> Tensor:
-        return super().attention_workspace(blocks, torch.bfloat16 if native().cuda_can_pool(self.n) else dtype)
+        return super().attention_workspace(blocks, self.patches.dtype if native().cuda_can_pool(self.n) else dtype)
 
     def _launch_weights(self, call, b0, b1, k0, w, grad_phi, needs_tau) -> Tensor | None:
         columns = self._columns(call, b0, b1)

@@ -375,8 +375,11 @@ class Call:
 
     def curvature(self, b0, b1, k0, k1, attention, curvature, pooled) -> None:
         """C into `pooled` `[images, N, N]`, from the attention `[images, texts, pitch]`."""
-        wide = self.patches.dtype == torch.float32
-        chosen = tiles.curvature_config(self.n, self.patches)
+        # The factors are beyond the range of float16, and bfloat16 would lose its last three bits.
+        wide, precision = self.patches.dtype != torch.bfloat16, self.precision
+        if self.patches.dtype == torch.float16 and torch.version.hip is None:
+            precision = "tf32"
+        chosen = tiles.curvature_config(self.n, 4 if wide else 2, self.patches.device)
         _launch(
             kernels().curvature_kernel,
             (b1 - b0) * tiles.ceil_div(self.n, chosen.block) ** 2,
@@ -389,7 +392,7 @@ class Call:
                 C_ALIGN=tiles.POOLED_ALIGNMENT,
                 ADD=k0 > 0,
                 OPERANDS=kernels().DTYPES[torch.float32 if wide else torch.bfloat16],
-                PRECISION=self.precision,
+                PRECISION=precision,
             ),
             chosen.warps,
             chosen.stages,

@@ -155,9 +155,9 @@ class Pooled(NamedTuple):
 POOLED = {2: Pooled(128, 128, 64, 8, 3), 4: Pooled(64, 64, 32, 4, 3)}  # by bytes of an element of C
 
 
-def curvature_config(n: int, patches: Tensor) -> Curvature:
-    itemsize = patches.element_size()
-    entry = CURVATURE[newest({number for number, _ in CURVATURE}, patches.device), itemsize]
+def curvature_config(n: int, itemsize: int, device: torch.device) -> Curvature:
+    """`itemsize`: bytes of an element of the product's operands."""
+    entry = CURVATURE[newest({number for number, _ in CURVATURE}, device), itemsize]
     return entry if n > CURVATURE_SMALL[itemsize].block else CURVATURE_SMALL[itemsize]
 
 

@@ -99,7 +99,7 @@ def _columns(q, A, a_rows, t_live, m0, width, PART: tl.constexpr, BLOCK_T: tl.co
     """64 columns at most of q, the same of a, and their patches: a whole tile's intermediate values do not fit into
     registers.
     """
-    PARTS: tl.constexpr = tl.cdiv(BLOCK_M, 64)
+    PARTS: tl.constexpr = (BLOCK_M + 63) // 64
     if PARTS > 1:
         left, right = tl.split(tl.permute(tl.reshape(q, [BLOCK_T, 2, BLOCK_M // 2]), [0, 2, 1]))
         q = left if PART < PARTS // 2 else right
@@ -137,7 +137,7 @@ def cosine_forward_kernel(
     total = tl.zeros([BLOCK_T], tl.float32)
     for m0 in range(0, N, BLOCK_M):
         whole = _pool(a_image, gram, a_rows, t_live, m0, N, width, stride_gram, BLOCK_T, BLOCK_M, BLOCK_N, PRECISION)
-        for part in tl.static_range(tl.cdiv(BLOCK_M, 64)):
+        for part in tl.static_range((BLOCK_M + 63) // 64):
             q, a, _ = _columns(whole, a_image, a_rows, t_live, m0, width, part, BLOCK_T, BLOCK_M)
             a_q, a_sum = sum_pair(q * a, a, 1)
             squared += a_q
@@ -164,7 +164,7 @@ def _moments(
     BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Adds Σ a q, Σ a s and Σ a of the patches from `m0` on."""
-    for part in tl.static_range(tl.cdiv(BLOCK_M, 64)):
+    for part in tl.static_range((BLOCK_M + 63) // 64):
         q, a, _ = _columns(whole, A, a_rows, t_live, m0, width, part, BLOCK_T, BLOCK_M)
         a_q, a_s, a_sum = sum_three(q * a, a * _scores_of(a, stat, scale), a, 1)
         squared += a_q
@@ -183,7 +183,7 @@ def _store_weights(
     """
     tau_sum = 0.0
     w_rows = tl.arange(0, BLOCK_T) * stride_w
-    for part in tl.static_range(tl.cdiv(BLOCK_M, 64)):
+    for part in tl.static_range((BLOCK_M + 63) // 64):
         q, a, m = _columns(whole, A, a_rows, t_live, m0, width, part, BLOCK_T, BLOCK_M)
         s = _scores_of(a, stat, scale)
         centred = s - slope[:, None] * q - constant[:, None]
