@@ -108,7 +108,11 @@ def _check(case, form, target, seed=0):
 
 def _known_gap(case, form, target) -> str | None:
     """Why a GPU misses the tolerance; the figures are an H200's."""
-    if target.device != "cuda" or target.backend == "torch" or target.dtype == torch.float32:
+    if target.device != "cuda" or target.backend == "torch":
+        return None
+    if form == "cosine" and case.N > 64 * case.D:
+        return "pooled patches nearly cancel, and so do the Gram matrix and what it adds to W's product (5 times)"
+    if target.dtype == torch.float32:
         return None
     if form == "dot" and case.data == "opposite" and case.tau == 10.0:
         return "W has 16 bits, and the texts' gradient is a small difference of it (up to 6 times the tolerance)"
