@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, unattended: tests, tables, tuning. Logs and JSON go to DIR.
 #   benchmarks/on_gpu.sh DIR [STAGE...]     all stages, or those whose names begin so:
-#   cuda sanity throughput tune training-step tests sanitizer
+#   cuda sanity throughput profile tune training-step tests sanitizer
 set -uo pipefail
 out=$(realpath -m "${1:?usage: $0 DIR [STAGE...]}")
 stages=("${@:2}")
@@ -10,6 +10,7 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD:$PWD/python${PYTHONPATH:+:$PYTHONPATH}"
 seconds() { date +%s; }
+parallel=$($python -c "import xdist" 2>/dev/null && echo "-n 12")  # the tests wait for compilers, not for the GPU
 begin=$(seconds)
 run() { # name, then a command under a limit of seconds; what it printed is kept, failure does not stop the rest
   local name=$1 limit=$2 wanted=$((${#stages[@]} == 0)) stage
@@ -28,16 +29,22 @@ for tool in memcheck racecheck; do
   run "cuda-$tool" 200 compute-sanitizer --tool $tool --error-exitcode 1 $python -m pytest -q -x -p no:cacheprovider \
     -m gpu tests/test_gpu_cuda.py -k small
 done
-run cuda-tests 400 $python -m pytest -q -p no:cacheprovider -m gpu tests/test_gpu_cuda.py --maxfail=20
+run cuda-tests 400 $python -m pytest -q $parallel -p no:cacheprovider -m gpu tests/test_gpu_cuda.py --maxfail=20
 run cuda-tune 150 $python benchmarks/tune_cuda.py --json "$out/cuda-tune.json"
 run sanity 120 $python -m pytest -q -x -p no:cacheprovider tests/test_gpu.py -m gpu -k "auto or never_waits or graph"
 for form in dot cosine max; do
   run "throughput-$form" 120 $python benchmarks/throughput.py --device cuda --dtype bfloat16 --form $form \
     --batch 4096 --repeats 7 --json "$out/throughput-bfloat16-$form.json"
 done
+for form in dot cosine; do
+  for backend in cuda triton; do
+    run "profile-$backend-$form" 60 $python benchmarks/profile_step.py --backend $backend --form $form \
+      --json "$out/profile-$backend-$form.json"
+  done
+done
 run tune 150 $python benchmarks/tune_triton.py --repeats 5 --json "$out/tune.json"
 run training-step 200 $python benchmarks/training_step.py --device cuda --json "$out/training-step.json"
-run tests 900 $python -m pytest -q -p no:cacheprovider -m gpu --maxfail=40 \
+run tests 900 $python -m pytest -q $parallel -p no:cacheprovider -m gpu --maxfail=40 \
   --continue-on-collection-errors
 for shape in "256 196 512" "4096 196 768" "4096 256 1024" "2048 576 768"; do
   read -r batch patches dim <<<"$shape"
