@@ -44,7 +44,8 @@ def random_texts(classes: int) -> Texts:
 
 
 def plain(dense: Dense, texts: Texts) -> Tensor:
-    scores = (dense.patches @ texts.embeddings.T).permute(2, 0, 1)
+    h, w, _ = dense.patches.shape
+    scores = (texts.embeddings @ dense.patches.flatten(0, 1).T).view(-1, h, w)  # contiguous, or it takes 3 times
     return F.interpolate(scores[None], dense.size, mode="bilinear", align_corners=False)[0].argmax(0)
 
 

@@ -48,7 +48,8 @@ LAYOUTS = [
     ("ade150", "ade/ADEChallengeData2016", "images/validation/{}.jpg", "annotations/validation/{}.png", "L", ADE,
      {0: None, 1: "wall", 13: "person", 150: "flag"}),
     ("ade847", "ADE20K_2021_17_01", "images_detectron2/validation/{}.jpg", "annotations_detectron2/validation/{}.tif",
-     "I;16", ADE, {0: "class 0", 300: "class 300", 846: "class 846", 65535: None}),
+     "I;16", ADE, {0: "wall", 300: "altar, communion table, lord's table", 
+                    846: "adding machine, totalizer, totaliser", 65535: None}),
 ]  # fmt: skip
 IDS = [f"{layout[0]} {layout[3].split('/')[-1]}" for layout in LAYOUTS]
 

@@ -14,27 +14,18 @@ from PIL import Image
 NAMED = dict(zip(IDS, LAYOUTS, strict=True))
 
 
-@pytest.fixture
-def class_file(tmp_path):
-    path = tmp_path / "classes.txt"
-    path.write_text("".join(f"class {k}, synonym {k}\n" for k in range(847)))
-    return path
-
-
-def load(name, root, class_file=None, **settings):
-    return SegmentationData(
-        name, root, class_file=class_file if name == "ade847" else None, **{"partial": True, **settings}
-    )
+def load(name, root, **settings):
+    return SegmentationData(name, root, **{"partial": True, **settings})
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=IDS)
-def test_every_layout_gives_the_official_names(layout, tmp_path, class_file):
+def test_every_layout_gives_the_official_names(layout, tmp_path):
     name, folder, _, masks, _, names, meaning = layout
     truth = write(tmp_path / "data", layout)
     hidden = tmp_path / "data" / folder / layout[2].format(names[0])
     (hidden.parent / f"._{hidden.name}").write_bytes(b"left by an archive")
     for root in {tmp_path / "data", tmp_path / "data" / folder}:  # the folder above, and the data set's own
-        data = load(name, root, class_file)
+        data = load(name, root)
         assert data.names == sorted(names) and data.missing == []
         assert data.layout == masks.replace("{}", "*/*" if name == "cityscapes" else "*")
         for i, image_name in enumerate(data.names):
@@ -49,7 +40,7 @@ def test_every_layout_gives_the_official_names(layout, tmp_path, class_file):
 
 def test_class_lists():
     counts = {"voc21": 21, "context60": 60, "object81": 81, "voc20": 20, "cityscapes": 19, "context59": 59}
-    counts |= {"ade150": 150, "stuff171": 171, "stuff27": 27, "ade847": 0}
+    counts |= {"ade150": 150, "stuff171": 171, "stuff27": 27, "ade847": 847}
     assert {name: len(spec(name).classes) for name in datasets()} == counts
     for name in datasets():
         classes = spec(name).classes
@@ -57,7 +48,7 @@ def test_class_lists():
         assert spec(name).background == (classes[:1] == ("background",))
         for masks in spec(name).masks:  # every label has a value and none has two
             labels = np.unique(masks.table[masks.table >= 0]).tolist()
-            assert labels == list(range(counts[name] or 847))
+            assert labels == list(range(counts[name]))
     # COCO's 11 numbers that no image has are the only gaps between 0 and 181.
     raw = next(x.table for x in spec("stuff171").masks if x.path == "annotations/val2017/*.png")
     assert [v for v in range(182) if raw[v] < 0] == [11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90]
@@ -75,10 +66,10 @@ def test_run_lengths_are_coco_s():
 
 
 @pytest.mark.parametrize("name", datasets())
-def test_missing_data_is_one_clear_line(name, tmp_path, class_file):
+def test_missing_data_is_one_clear_line(name, tmp_path):
     for root in (tmp_path / "nothing", tmp_path):
         with pytest.raises(FileNotFoundError) as error:
-            load(name, root, class_file)
+            load(name, root)
         message = str(error.value)
         assert "\n" not in message
         assert spec(name).source in message and spec(name).images[0] in message and spec(name).masks[0].path in message
@@ -145,12 +136,14 @@ def test_masks_that_are_not_labels(tmp_path):
         data[2]
 
 
-def test_limit_and_class_file(tmp_path, class_file):
+def test_limit_and_class_file(tmp_path):
     layout = NAMED["stuff171 {}.png"]
     write(tmp_path, layout)
     assert SegmentationData("stuff171", tmp_path, partial=True, limit=2).names == [COCO[0], COCO[1]]
     with pytest.raises(ValueError, match="limit: got 0"):
         SegmentationData("stuff171", tmp_path, partial=True, limit=0)
+    class_file = tmp_path / "classes.txt"
+    class_file.write_text("".join(f"class {k}, synonym {k}\n" for k in range(847)))
     with pytest.raises(ValueError, match="class_file: got 847 classes .*expected 171"):
         SegmentationData("stuff171", tmp_path, class_file=class_file, partial=True)
     class_file.write_text("person, human\n" + "".join(f"word {k}\n" for k in range(170)))
@@ -162,8 +155,8 @@ def test_limit_and_class_file(tmp_path, class_file):
     with pytest.raises(ValueError, match="line 2 is empty"):
         read_classes(class_file)
     write(tmp_path, NAMED["ade847 {}.tif"])
-    with pytest.raises(ValueError, match="class_file: ade847 has no official list"):
-        SegmentationData("ade847", tmp_path, partial=True)
+    data = SegmentationData("ade847", tmp_path, partial=True)
+    assert data.classes[1] == "building, edifice" and data.synonyms[1] == ["building", "edifice"]
 
 
 def test_unknown_names():

@@ -43,7 +43,7 @@ class SegmentationData:
     ):
         self.spec = spec(name)
         self.synonyms = self._read_classes(class_file)
-        self.classes = list(self.spec.classes) or _distinct([names[0] for names in self.synonyms])
+        self.classes = list(self.spec.classes)
         self.class_hash = fingerprint(self.synonyms)
         self.root, self._images, self.masks = _find(self.spec, Path(root))
         self.layout, self.split = self.masks.path, _split(self.spec, self.masks)
@@ -99,15 +99,11 @@ class SegmentationData:
 
     def _read_classes(self, file: str | Path | None) -> list[list[str]]:
         if file is None:
-            if not self.spec.classes:
-                raise ValueError(f"class_file: {self.spec.name} has no official list of names, expected a file of them")
-            return [[name] for name in self.spec.classes]
+            return self.spec.synonyms
         classes = read_classes(Path(file))
-        expected = len(self.spec.classes) or int(self.spec.masks[0].table.max()) + 1
-        if len(classes) != expected:
-            raise ValueError(
-                f"class_file: got {len(classes)} classes in {file}, expected {expected} ({self.spec.title})"
-            )
+        if len(classes) != len(self.spec.classes):
+            expected = f"{len(self.spec.classes)} ({self.spec.title})"
+            raise ValueError(f"class_file: got {len(classes)} classes in {file}, expected {expected}")
         return classes
 
     def _read_names(self) -> list[str]:
@@ -196,11 +192,6 @@ def _fill(pattern: str, name: str) -> str:
     for part in [name] if pattern.count("*") == 1 else name.split("/"):
         pattern = pattern.replace("*", part, 1)
     return pattern
-
-
-def _distinct(names: list[str]) -> list[str]:
-    """Repeated names with their number behind them: results go by name."""
-    return [x if names.count(x) == 1 else f"{x} ({names[: i + 1].count(x)})" for i, x in enumerate(names)]
 
 
 def _few(values: list) -> str:

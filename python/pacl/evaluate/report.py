@@ -189,7 +189,7 @@ def model_of(row: dict[str, Any]) -> tuple[str, ...]:
 def _cell(row: dict[str, Any]) -> str:
     official = spec(row["dataset"])
     marks = "*" if row["images"] not in official.count else ""
-    marks += "#" if row["classes"]["sha256"] != fingerprint([[name] for name in official.classes]) else ""
+    marks += "#" if row["classes"]["sha256"] != fingerprint(official.synonyms) else ""
     return _number(row["metrics"]["mIoU"]) + marks + ("!" if row["warnings"] else "")
 
 

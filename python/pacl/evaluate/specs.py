@@ -1,7 +1,8 @@
 """Data sets and protocols: `datasets.json`, `protocols.json` and `class-names/` of this package, read and checked.
 
 Class names are those of the data sets' own lists, in mmsegmentation's order. ADE20K's are the first name of each line
-of objectInfo150, as mmsegmentation has them but for "television".
+of objectInfo150, as mmsegmentation has them but for "television". The full ADE20K's 847, with their synonyms, are those
+of Mask2Former's register_ade20k_full.py (MIT licence), which published results rest on.
 """
 
 from __future__ import annotations
@@ -51,6 +52,11 @@ class Spec:
     images: tuple[str, ...]
     split: str | None
     masks: tuple[Masks, ...]
+
+    @property
+    def synonyms(self) -> list[list[str]]:
+        """The official words for each class; only the full ADE20K has several."""
+        return [name.split(", ") for name in self.classes]
 
 
 @dataclass(frozen=True)
@@ -125,7 +131,7 @@ def spec(name: str) -> Spec:
         derived = _derived(whole, [group[member] for member in whole.classes], tuple(groups))
         return dataclasses.replace(derived, name=name, **entry)
     file = entry.pop("classes")
-    classes = tuple(names[0] for names in read_classes(HERE / "class-names" / file)) if file else ()
+    classes = tuple(", ".join(names) for names in read_classes(HERE / "class-names" / file))
     kinds = map(dict, entry.pop("masks"))
     masks = tuple(Masks(kind.pop("path"), split=kind.pop("split", None), table=_table(**kind)) for kind in kinds)
     lists = {key: tuple(entry.pop(key)) for key in ("count", "roots", "images")}
