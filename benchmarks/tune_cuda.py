@@ -39,8 +39,11 @@ def rows_of(batch: int, n: int, d: int, dtype, repeats: int):
     product = milliseconds(lambda: torch.mm(texts, flat.T, out=out), repeats) * batch / images
     yield "product", "torch.mm", None, product, product
     leaves = patches.requires_grad_(), texts.requires_grad_()
-    for backend, cluster in ((triton, None), (cuda, 1), (cuda, 2)):
-        cuda.CLUSTER = cluster or 0
+    ways = [(triton, None, False), (cuda, 1, False), (cuda, 2, False)]
+    if not cuda.native().cuda_can_pool(n):
+        ways.append((cuda, 2, True))
+    for backend, cluster, in_memory in ways:
+        cuda.CLUSTER, cuda.ATTENTION_IN_MEMORY = cluster or 0, in_memory
         name = backend.__name__.rpartition(".")[2]
         call = backend.Call(patches.detach(), texts.detach(), None, 0.07, phi, stat)
         call.scale = None
@@ -59,12 +62,15 @@ def rows_of(batch: int, n: int, d: int, dtype, repeats: int):
                 "step, dot": (lambda: step("dot"), 1),  # noqa: B023
                 "step, cosine": (lambda: step("cosine"), 1),  # noqa: B023
             }
+        if in_memory:
+            runs = {kernel: run for kernel, run in runs.items() if "cosine" in kernel}
+        label = f"{name}, attention in memory" if in_memory else name
         for kernel, (run, times) in runs.items():
             try:
-                yield kernel, name, cluster, milliseconds(run, repeats) * times, product
+                yield kernel, label, cluster, milliseconds(run, repeats) * times, product
             except Exception as error:  # the others still count
                 print(f"{kernel} {name} {cluster}: {type(error).__name__}: {error}", flush=True)
-    cuda.CLUSTER = 0
+    cuda.CLUSTER, cuda.ATTENTION_IN_MEMORY = 0, False
 
 
 def main() -> None:

@@ -124,11 +124,17 @@ PYBIND11_MODULE(_native, m) {
            })
       .def("workspace_bytes", py::overload_cast<const UpsampleParams&>(&workspace_bytes));
 
+  py::enum_<cuda::Epilogue>(m, "CudaEpilogue", "What a launch makes of the scores; see csrc/cuda/plan.h.")
+#define PACL_EPILOGUE(NAME) .value(#NAME, cuda::Epilogue::NAME)
+      PACL_EPILOGUE(forward) PACL_EPILOGUE(forward_safe) PACL_EPILOGUE(weights) PACL_EPILOGUE(cosine)
+      PACL_EPILOGUE(cosine_weights) PACL_EPILOGUE(attention) PACL_EPILOGUE(pool) PACL_EPILOGUE(pool_weights);
+#undef PACL_EPILOGUE
+
   py::class_<cuda::Plan>(m, "CudaPlan", "Tiles and work of a launch on Hopper; see csrc/cuda/plan.h.")
       .def(py::init(&cuda::make_plan), py::kw_only(), py::arg("images"), py::arg("patches"), py::arg("texts"),
-           py::arg("dim"), py::arg("safe"), py::arg("pooled"), py::arg("weights"), py::arg("processors"), py::arg("cluster"))
+           py::arg("dim"), py::arg("epilogue"), py::arg("processors"), py::arg("cluster"))
 #define PACL_FIELD(NAME) .def_readonly(#NAME, &cuda::Plan::NAME)
-      PACL_FIELD(width) PACL_FIELD(packed) PACL_FIELD(pitch) PACL_FIELD(images) PACL_FIELD(chunks) PACL_FIELD(groups)
+      PACL_FIELD(width) PACL_FIELD(packed) PACL_FIELD(pitch) PACL_FIELD(images) PACL_FIELD(chunks) PACL_FIELD(passes) PACL_FIELD(groups)
       PACL_FIELD(steps) PACL_FIELD(gram_steps) PACL_FIELD(resident) PACL_FIELD(stages) PACL_FIELD(cluster) PACL_FIELD(text_groups)
       PACL_FIELD(splits) PACL_FIELD(items) PACL_FIELD(clusters) PACL_FIELD(shared_bytes);
 #undef PACL_FIELD
@@ -137,11 +143,12 @@ PYBIND11_MODULE(_native, m) {
 
 #ifdef PACL_CUDA
   py::class_<cuda::ScoreCall>(m, "CudaScoreCall")
-      .def(py::init([](std::array<int64_t, 4> sizes, const std::string& dtype, uintptr_t patches,
-                       std::array<int64_t, 2> patch_strides, uintptr_t texts, int64_t text_stride,
-                       uintptr_t inverse_texts, float temperature, uintptr_t temperature_at, bool safe, uintptr_t phi,
+      .def(py::init([](cuda::Epilogue epilogue, std::array<int64_t, 4> sizes, const std::string& dtype,
+                       uintptr_t patches, std::array<int64_t, 2> patch_strides, uintptr_t texts, int64_t text_stride,
+                       uintptr_t inverse_texts, float temperature, uintptr_t temperature_at, uintptr_t phi,
                        uintptr_t stat, int64_t stride_phi, int cluster, int device, uintptr_t stream) {
              cuda::ScoreCall c{};
+             c.epilogue = epilogue;
              c.images = sizes[0], c.patches_per_image = sizes[1], c.texts = sizes[2], c.dim = sizes[3];
              c.dtype = parse_dtype(dtype);
              c.patches = address<const void>(patches);
@@ -151,16 +158,15 @@ PYBIND11_MODULE(_native, m) {
              c.inverse_texts = address<const float>(inverse_texts);
              c.temperature = temperature;
              c.temperature_at = address<const float>(temperature_at);
-             c.safe = safe;
              c.phi = address<float>(phi), c.stat = address<float>(stat);
              c.stride_phi = stride_phi;
              c.cluster = cluster, c.device = device;
              c.stream = address<void>(stream);
              return c;
            }),
-           py::kw_only(), py::arg("sizes"), py::arg("dtype"), py::arg("patches"), py::arg("patch_strides"),
-           py::arg("texts"), py::arg("text_stride"), py::arg("inverse_texts"), py::arg("temperature"),
-           py::arg("temperature_at"), py::arg("safe"), py::arg("phi"), py::arg("stat"), py::arg("stride_phi"),
+           py::kw_only(), py::arg("epilogue"), py::arg("sizes"), py::arg("dtype"), py::arg("patches"),
+           py::arg("patch_strides"), py::arg("texts"), py::arg("text_stride"), py::arg("inverse_texts"),
+           py::arg("temperature"), py::arg("temperature_at"), py::arg("phi"), py::arg("stat"), py::arg("stride_phi"),
            py::arg("cluster"), py::arg("device"), py::arg("stream"))
       .def(
           "set_weights",
@@ -180,12 +186,13 @@ PYBIND11_MODULE(_native, m) {
              c.gram = address<const void>(gram);
              c.stride_gram = stride;
            })
-      .def("set_curvature",
-           [](cuda::ScoreCall& c, uintptr_t attention, int64_t pitch, uintptr_t curvature) {
+      .def("set_attention",
+           [](cuda::ScoreCall& c, uintptr_t attention, int64_t pitch) {
              c.attention = address<void>(attention);
              c.attention_pitch = pitch;
-             c.curvature = address<float>(curvature);
            })
+      .def("set_curvature",
+           [](cuda::ScoreCall& c, uintptr_t curvature) { c.curvature = address<float>(curvature); })
       .def("plan", &cuda::device_plan)
       .def(
           "make_columns",

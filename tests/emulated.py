@@ -17,14 +17,13 @@ INT, ADDRESS, DOUBLE = ctypes.c_int64, ctypes.c_void_p, ctypes.c_double
 
 class _Struct(ctypes.Structure):
     _fields_ = [
-        *((name, INT) for name in ("images", "patches_per_image", "texts_count", "dim", "half")),
+        *((name, INT) for name in ("images", "patches_per_image", "texts_count", "dim", "epilogue", "half")),
         *((name, ADDRESS) for name in ("patches", "texts")),
         *((name, INT) for name in ("patch_stride_image", "patch_stride_row", "text_stride")),
         *((name, ADDRESS) for name in ("inverse_norms", "inverse_texts", "mask")),
         *((name, INT) for name in ("mask_stride_image", "mask_stride_row")),
         ("temperature", DOUBLE),
         ("temperature_at", ADDRESS),
-        ("safe", INT),
         *((name, ADDRESS) for name in ("phi", "stat")),
         ("stride_phi", INT),
         *((name, ADDRESS) for name in ("grad_phi", "weights")),
@@ -59,8 +58,8 @@ class Call:
 
     processors = 4
 
-    def __init__(self, library, *, sizes, dtype, patch_strides, device, stream, **fields):
-        self._library, self._struct = library, _Struct(**fields)
+    def __init__(self, library, *, epilogue, sizes, dtype, patch_strides, device, stream, **fields):
+        self._library, self._struct, self._epilogue = library, _Struct(**fields, epilogue=int(epilogue)), epilogue
         s = self._struct
         s.images, s.patches_per_image, s.texts_count, s.dim = sizes
         s.half, s.processors, s.resident = dtype == "float16", self.processors, -1
@@ -69,11 +68,7 @@ class Call:
     def plan(self):
         s = self._struct
         sizes = dict(images=s.images, patches=s.patches_per_image, texts=s.texts_count, dim=s.dim)
-        return cuda.native().CudaPlan(
-            **sizes,
-            **dict(safe=bool(s.safe), pooled=bool(s.gram), weights=bool(s.weights)),
-            **dict(processors=s.processors, cluster=s.cluster),
-        )
+        return cuda.native().CudaPlan(**sizes, epilogue=self._epilogue, processors=s.processors, cluster=s.cluster)
 
     def make_columns(self, *, inverse_norms, mask, mask_strides, columns):
         """The emulator makes columns of its own when it launches."""
@@ -89,9 +84,11 @@ class Call:
     def set_gram(self, gram, stride):
         self._struct.gram, self._struct.stride_gram = gram, stride
 
-    def set_curvature(self, attention, pitch, curvature):
-        s = self._struct
-        s.attention, s.attention_pitch, s.curvature = attention, pitch, curvature
+    def set_attention(self, attention, pitch):
+        self._struct.attention, self._struct.attention_pitch = attention, pitch
+
+    def set_curvature(self, curvature):
+        self._struct.curvature = curvature
 
     def launch(self, **settings):
         for name, value in settings.items():

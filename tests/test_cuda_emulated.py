@@ -17,7 +17,7 @@ from problems import Case, make
 from pacl_kernels.backends import cuda
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")  # of a module, it would be built each time that a test process comes back to this one
 def library(tmp_path_factory):
     return emulated.build(tmp_path_factory.mktemp("cuda"))
 
@@ -31,9 +31,10 @@ def run(
     *,
     tau=1.0,
     mask=None,
-    safe=None,
+    epilogue=None,
     weights=None,
     gram=None,
+    attention=None,
     curvature=None,
     **more,
 ):
@@ -43,8 +44,11 @@ def run(
     if mask is not None:
         norms = norms.masked_fill(~mask, 1.0)
     inverse_p, inverse_t = (1 / norms).contiguous(), 1 / texts.float().norm(dim=-1)
+    if epilogue is None:
+        epilogue = "weights" if weights else "forward_safe" if not on_device and tau < 0.05 else "forward"
     call = emulated.Call(
         library,
+        epilogue=getattr(cuda.native().CudaEpilogue, epilogue),
         sizes=(*patches.shape[:2], len(texts), patches.shape[2]),
         dtype=str(patches.dtype).removeprefix("torch."),
         patches=patches.data_ptr(),
@@ -54,7 +58,6 @@ def run(
         inverse_texts=inverse_t.data_ptr(),
         temperature=0.0 if on_device else tau,
         temperature_at=tau.data_ptr() if on_device else 0,
-        safe=(not on_device and tau < 0.05 and weights is None) if safe is None else safe,
         phi=0 if phi is None else phi.data_ptr(),
         stat=stat.data_ptr(),
         stride_phi=len(texts),
@@ -62,19 +65,21 @@ def run(
         device=0,
         stream=0,
     )
-    call.make_columns(
-        inverse_norms=inverse_p.data_ptr(),
-        mask=0 if mask is None else mask.data_ptr(),
-        mask_strides=(0, 0) if mask is None else mask.stride(),
-        columns=0,
-    )
+    if epilogue != "pool":
+        call.make_columns(
+            inverse_norms=inverse_p.data_ptr(),
+            mask=0 if mask is None else mask.data_ptr(),
+            mask_strides=(0, 0) if mask is None else mask.stride(),
+            columns=0,
+        )
     if weights is not None:
         call.set_weights(**weights, masked=mask is not None)
     if gram is not None:
         call.set_gram(gram.data_ptr(), gram.stride(1))
+    if attention is not None:
+        call.set_attention(attention.data_ptr(), attention.stride(1))
     if curvature is not None:
-        attention, factors = curvature
-        call.set_curvature(attention.data_ptr(), attention.stride(1), factors.data_ptr())
+        call.set_curvature(curvature.data_ptr())
     call.launch(**more)
 
 
@@ -222,9 +227,25 @@ def test_weights(library, b, n, k, d, more, masked, needs_tau, dtype):
 def test_a_temperature_in_memory_chooses_the_launch(library, tau):
     patches, texts = problem(3, 196, 70, 72)
     phi, stat = torch.full((3, 70), float("nan")), torch.full((3, 70), float("nan"))
-    run(library, patches, texts, phi, stat, tau=torch.tensor([tau]), safe=tau >= 0.05)
+    run(
+        library,
+        patches,
+        texts,
+        phi,
+        stat,
+        tau=torch.tensor([tau]),
+        epilogue="forward_safe" if tau >= 0.05 else "forward",
+    )
     assert phi.isnan().all()
-    run(library, patches, texts, phi, stat, tau=torch.tensor([tau]), safe=tau < 0.05)
+    run(
+        library,
+        patches,
+        texts,
+        phi,
+        stat,
+        tau=torch.tensor([tau]),
+        epilogue="forward_safe" if tau < 0.05 else "forward",
+    )
     assert (phi - truth(patches, texts, tau)[2]).abs().max() < 1e-5
 
 
@@ -245,11 +266,31 @@ COSINE = [
     pytest.param(3, 225, 130, 72, {}, id="225"),
     pytest.param(3, 256, 130, 136, dict(stages=3), id="256"),
 ]
+# The attention by way of memory.
+IN_MEMORY = [
+    pytest.param(3, 387, 130, 72, {}, id="387, two tiles"),
+    pytest.param(5, 400, 70, 40, dict(processors=2), id="400, two tiles"),
+    pytest.param(2, 577, 66, 40, dict(cluster=1), id="577, three tiles, one block"),
+    pytest.param(9, 49, 130, 40, dict(stages=3), id="49, a ring of three"),
+    pytest.param(3, 64, 66, 72, {}, id="64"),
+    pytest.param(2, 1, 3, 8, {}, id="one patch"),
+]
+
+
+def attention_in_memory(library, patches, texts, phi, stat, **options):
+    """The attention `[images, texts, pitch]` of a launch, which must leave alone what is not its own."""
+    (b, n, _), k = patches.shape, len(texts)
+    pitch = -(-n // 8) * 8
+    attention = torch.full((b + 1, k, pitch + 8), 9.0, dtype=torch.float16)
+    run(library, patches, texts, phi, stat, attention=attention, epilogue="attention", **options)
+    assert (attention[:b, :, pitch:] == 9).all() and (attention[b] == 9).all(), "wrote behind the attention"
+    assert (attention[:b, :, n:pitch] == 0).all(), "what lies past the last patch is read"
+    return attention[:b]
 
 
 @pytest.mark.parametrize("tau", [1.0, 0.05, 0.01], ids="tau{}".format)
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
-@pytest.mark.parametrize("b, n, k, d, more", COSINE)
+@pytest.mark.parametrize("b, n, k, d, more", COSINE + IN_MEMORY)
 def test_cosine(library, b, n, k, d, more, masked, tau):
     patches, texts = problem(b, n, k, d)
     mask = None
@@ -263,11 +304,18 @@ def test_cosine(library, b, n, k, d, more, masked, tau):
         unit = unit * mask[..., None]
     gram = torch.zeros(b, n, -(-n // 16) * 16, dtype=torch.float16)
     gram[..., :n] = unit @ unit.mT
-    s, a, phi, _ = truth(clean, texts, tau, mask)
+    s, a, phi, entropy = truth(clean, texts, tau, mask)
     lse = (a * (s / tau - a.clamp_min(1e-300).log())).sum(-1) / torch.log(torch.tensor(2.0))
     radius = torch.einsum("bkn,bnm,bkm->bk", a, unit @ unit.mT, a).sqrt().clamp_min(1e-6)
-    found, stat = torch.full((b, k), float("nan")), torch.full((b, k), float("nan"))
-    run(library, patches, texts, found, stat, tau=tau, mask=mask, gram=gram, **more)
+    options = dict(tau=tau, mask=mask, **more)
+    if cuda.native().cuda_can_pool(n):
+        found, stat = torch.full((b, k), float("nan")), torch.full((b, k), float("nan"))
+        run(library, patches, texts, found, stat, gram=gram, epilogue="cosine", **options)
+    else:
+        found, stat = phi.float(), entropy.float()
+        attention = attention_in_memory(library, patches, texts, found, stat, **options)
+        assert (attention[..., :n] - a).abs().max() < 1e-3
+        run(library, patches, texts, found, stat, gram=gram, attention=attention, epilogue="pool", **options)
     assert (found - phi / radius).abs().max() < 2e-3 * (phi / radius).abs().max()  # float16 attention and Gram matrix
     assert (stat - lse).abs().max() < 1e-4
     assert not masked or not found[0].any()
@@ -277,7 +325,7 @@ def test_cosine(library, b, n, k, d, more, masked, tau):
 @pytest.mark.parametrize(
     "dtype, masked", [(torch.bfloat16, True), (torch.float16, True), (torch.bfloat16, False)], ids=str
 )
-@pytest.mark.parametrize("b, n, k, d, more", COSINE)
+@pytest.mark.parametrize("b, n, k, d, more", COSINE + IN_MEMORY)
 def test_weights_of_cosine(library, b, n, k, d, more, dtype, masked, tau):
     patches, texts = problem(b, n, k, d, dtype)
     mask = torch.ones(b, n, dtype=torch.bool)
@@ -301,24 +349,28 @@ def test_weights_of_cosine(library, b, n, k, d, more, dtype, masked, tau):
 
     stride = -(-b * n // 8) * 8 + 8
     found = torch.full((k + 1, stride), 9.0, dtype=dtype)
-    attention = torch.full((b + 1, k, -(-n // 8) * 8 + 8), 9.0, dtype=dtype)
     curvature, sums = torch.full((b * k + 1,), 9.0), torch.zeros(8)
     weights = dict(weights=found.data_ptr(), stride=stride, scale=0)
     weights |= dict(grad_phi=g.data_ptr(), temperature_sums=sums.data_ptr() if masked else 0)
-    options = dict(tau=tau, mask=mask if masked else None, gram=gram, weights=weights, curvature=(attention, curvature))
-    run(library, patches, texts, None, lse.float(), **options, **more)
+    options = dict(tau=tau, mask=mask if masked else None, **more)
+    if cuda.native().cuda_can_pool(n):
+        epilogue, attention = "cosine_weights", torch.full((b + 1, k, -(-n // 8) * 8 + 8), 9.0, dtype=dtype)
+    else:
+        epilogue, attention = "pool_weights", attention_in_memory(library, patches, texts, None, lse.float(), **options)
+    options |= dict(gram=gram, weights=weights, attention=attention, curvature=curvature, epilogue=epilogue)
+    run(library, patches, texts, None, lse.float(), **options)
     mine, kept = found[:k, : b * n].double().view(k, b, n), attention[:b, :, :n].double()
     assert (mine - w).norm() < 2 * torch.finfo(dtype).eps * w.norm()  # the attention and the Gram matrix are rounded
     assert (kept - a).abs().max() < 5e-3 * a.max()
     assert (mine.permute(1, 2, 0)[~mask] == 0).all() and (kept.transpose(1, 2)[~mask] == 0).all()
     assert (curvature[:-1].view(b, k) - bend).norm() < 2e-3 * bend.norm() and curvature[-1] == 9
     assert (found[:k, b * n :] == 9).all() and (found[k:] == 9).all(), "wrote behind the weights"
-    assert (attention[:b, :, -(-n // 8) * 8 :] == 9).all() and (attention[b] == 9).all(), "wrote behind the attention"
+    assert (attention[:b, :, -(-n // 8) * 8 :] == 9).all() and (attention[b:] == 9).all(), "wrote behind the attention"
     if not masked:
         return
     scores = (s - u[..., None]).where(a > 0, 0.0)
     true = (ds * scores).sum() - (g[..., None] * a / inside * scores).sum()  # Σ ds (s - u) without its first term
-    assert abs(sums.double().sum() / tau - true) < 1e-2 * (ds * scores).abs().sum()
+    assert abs(sums.double().sum() / tau - true) <= 1e-2 * (ds * scores).abs().sum()
 
 
 BACKEND = [
@@ -341,7 +393,8 @@ BACKEND = [
 def test_backend(library, monkeypatch, case, form, dtype):
     """The whole backend, with the emulator's launches between kernels of Triton's interpreter."""
     native = SimpleNamespace(CudaScoreCall=partial(emulated.Call, library), CudaPlan=cuda.native().CudaPlan)
-    native.cuda_can_pool = cuda.native().cuda_can_pool
+    native.cuda_can_pool, native.CudaEpilogue = cuda.native().cuda_can_pool, cuda.native().CudaEpilogue
     monkeypatch.setattr(cuda, "native", lambda: native)
     monkeypatch.setattr(cuda, "why_not", lambda device=None, dtype=None: None)
+    monkeypatch.setattr(cuda, "ATTENTION_IN_MEMORY", True)
     check(make(case, form, "compatibility" if case.K else "infonce", dtype), "cuda")

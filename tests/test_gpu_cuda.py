@@ -20,6 +20,13 @@ def cluster(request, monkeypatch):
     monkeypatch.setattr(cuda, "CLUSTER", request.param)
 
 
+@pytest.fixture(params=[False, True], ids=["triton", "in-memory"])
+def in_memory(request, monkeypatch):
+    """Where the cosine form has its attention in memory: in kernels of Triton, or the backend's own."""
+    monkeypatch.setattr(cuda, "ATTENTION_IN_MEMORY", request.param)
+    return request.param
+
+
 @pytest.mark.parametrize("form", ["dot", "cosine"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
@@ -34,7 +41,9 @@ def cluster(request, monkeypatch):
     ],
     ids=str,
 )
-def test_shapes(cluster, case, dtype, form):
+def test_shapes(cluster, in_memory, case, dtype, form):
+    if in_memory and (form == "dot" or cuda.native().cuda_can_pool(case.N)):
+        pytest.skip("has no attention in memory")
     check(make(case, form, "infonce", dtype, "cuda"), "cuda")
 
 
@@ -59,10 +68,11 @@ def test_a_large_batch_against_triton(form):
         assert (mine.float() - other.float()).norm() <= 1e-2 * other.float().norm()
 
 
-@pytest.mark.parametrize("form", ["dot", "cosine"])
-def test_a_thousand_runs_give_the_same_bits(cluster, form):
+@pytest.mark.parametrize("form, patches", [("dot", 196), ("cosine", 196), ("cosine", 387)])
+def test_a_thousand_runs_give_the_same_bits(cluster, monkeypatch, form, patches):
     """A moving result is a race. The memory that the results land in is poisoned in between."""
-    inputs = _inputs(96, 196, 512)
+    monkeypatch.setattr(cuda, "ATTENTION_IN_MEMORY", True)
+    inputs = _inputs(96, patches, 512)
     first = _step(inputs, form)
     for _ in range(1000):
         poison = [torch.full_like(x, float("nan")) for x in first]
@@ -103,7 +113,7 @@ def test_the_host_never_waits(form):
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_small_for_the_sanitizer(cluster):
+def test_small_for_the_sanitizer(cluster, in_memory):
     """Every kernel once, on little: what compute-sanitizer runs."""
     for n in (49, 196, 256, 387):
         for form in ("dot", "cosine"):

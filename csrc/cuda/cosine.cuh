@@ -1,5 +1,6 @@
 // The cosine form: the attention of a tile stays in the registers, as the left operand of a second product with the
-// image's Gram matrix, q = G a, which takes the place of the scores.
+// image's Gram matrix, q = G a, which takes the place of the scores. Or it is read from memory, beside the products of it
+// that the tensor cores have made of the same memory; then an image may have several tiles.
 
 #pragma once
 
@@ -23,6 +24,18 @@ __device__ __forceinline__ float2 attention_at(Attention<kWidth> attention, int 
 struct Pooling {
   float phi[2], lse[2];  // φ of `dot`, and the log-sum-exp in bits
 };
+
+// From the `dot` form's φ and entropy in memory.
+__device__ __forceinline__ Pooling pooling_of(const Work& work, const Rows& rows, int image, float scale) {
+  Known known;
+  known.load(known.phi, work.phi, work, rows, image);
+  known.load(known.stat, work.stat, work, rows, image);
+  Pooling pooling;
+#pragma unroll
+  for (int r = 0; r < 2; ++r)
+    pooling.phi[r] = known.phi[r], pooling.lse[r] = fmaf(known.phi[r], scale, known.stat[r]);
+  return pooling;
+}
 
 template <int kWidth>
 __device__ __forceinline__ Pooling attention_of(
@@ -101,7 +114,49 @@ __device__ __forceinline__ void attention_again(
   }
 }
 
-// Of a row, over the rounded attention, so that what must cancel cancels.
+// The same from memory, of the patches from `column` on.
+template <int kWidth>
+__device__ __forceinline__ void load_attention(
+    const Work& work, const Rows& rows, int image, int column, int lane, Attention<kWidth> attention) {
+  column += 2 * (lane % 4);
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const uint16_t* row = work.attention + (image * work.texts + rows.text[r]) * work.attention_pitch + column;
+    int left = rows.are_there(work, r) ? work.patches - column : 0;
+#pragma unroll
+    for (int j = 0; j < (kWidth + 15) / 16 * 2; ++j) {
+      bool there = j < kWidth / 8 && 8 * j < left;  // behind an odd last patch is a zero
+      attention[j / 2][j % 2 * 2 + r] = there ? *reinterpret_cast<const uint32_t*>(row + 8 * j) : 0;
+    }
+  }
+}
+
+// log2 of an attention; where that is 0 any finite number will do.
+__device__ __forceinline__ float bits_of(float a) { return log2_fast(fmaxf(a, 0x1p-24f)); }  // the least float16 above 0
+
+// A thread's part of Σ a, Σ a q and Σ a log2 a of its rows, over the rounded attention, so that what must cancel cancels.
+struct Moments {
+  float total[2], squared[2], weighted[2];
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) total[r] = squared[r] = weighted[r] = 0.0f;
+  }
+
+  template <int kWidth, bool kWeighted>
+  __device__ __forceinline__ void add(Attention<kWidth> attention, const float (&pooled)[kWidth / 2]) {
+#pragma unroll
+    for (int at = 0; at < kWidth / 2; at += 2) {
+      int r = at / 2 % 2;
+      float2 a = attention_at<kWidth>(attention, at);
+      squared[r] = fmaf(a.x, pooled[at], fmaf(a.y, pooled[at + 1], squared[r]));
+      if constexpr (kWeighted) weighted[r] = fmaf(a.x, bits_of(a.x), fmaf(a.y, bits_of(a.y), weighted[r]));
+      total[r] += a.x + a.y;
+    }
+  }
+};
+
+// Of a row, all of it.
 struct Pooled {
   float total, squared, radius;  // Σ a, aᵀ G a, and the norm of the pooled patch, its floor included
   bool moves;                    // whether the norm is above its floor
@@ -114,22 +169,12 @@ struct Pooled {
   }
 };
 
-// φ and the log-sum-exp.
-template <int kWidth>
+// φ, given that of `dot`, and the log-sum-exp.
 __device__ __forceinline__ void cosine_epilogue(
-    const Work& work, const Rows& rows, const Pooling& known, Attention<kWidth> attention,
-    const float (&pooled)[kWidth / 2], int image, int lane) {
-  float squared[2] = {0.0f, 0.0f}, total[2] = {0.0f, 0.0f};
-#pragma unroll
-  for (int at = 0; at < kWidth / 2; at += 2) {
-    int r = at / 2 % 2;
-    float2 a = attention_at<kWidth>(attention, at);
-    squared[r] = fmaf(a.x, pooled[at], fmaf(a.y, pooled[at + 1], squared[r]));
-    total[r] += a.x + a.y;
-  }
+    const Work& work, const Rows& rows, const Pooling& known, const Moments& moments, int image, int lane) {
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    Pooled found(total[r], squared[r]);
+    Pooled found(moments.total[r], moments.squared[r]);
     if (lane % 4 == 0 && rows.are_there(work, r) && image < work.images) {
       int64_t to = image * work.stride_phi + rows.text[r];
       work.phi[to] = known.phi[r] / found.radius;
@@ -138,35 +183,23 @@ __device__ __forceinline__ void cosine_epilogue(
   }
 }
 
-// log2 of an attention; where that is 0 any finite number will do.
-__device__ __forceinline__ float bits_of(float a) { return log2_fast(fmaxf(a, 0x1p-24f)); }  // the least float16 above 0
-
-// W `[texts, images patches]`, the attention `[images, texts, pitch]`, and in `curvature` `[images, texts]` what Σ a aᵀ is
-// weighted with in the part that the radius adds to the patches' gradient. dS = g (a / r) (1 + (s - (u / r²) q) / τ); where
-// r is at its floor it is a constant, and u takes the place of (u / r²) q. s comes from the rounded attention,
-// a = exp2(s scale - stat). Returns the tile's part of the temperature's sum.
-template <int kWidth, bool kFull, class T>
+// W `[texts, images patches]`, if kKeep the attention `[images, texts, pitch]`, and in `curvature` `[images, texts]` what
+// Σ a aᵀ is weighted with in the part that the radius adds to the patches' gradient.
+// dS = g (a / r) (1 + (s - (u / r²) q) / τ); where r is at its floor it is a constant, and u takes the place of (u / r²) q.
+// s comes from the rounded attention, a = exp2(s scale - stat). Returns the tile's part of the temperature's sum.
+template <int kWidth, bool kFull, bool kKeep, class T>
 __device__ __forceinline__ float cosine_weights_epilogue(
-    const Work& work, const Rows& rows, const Outlet& outlet, const Known& known, Attention<kWidth> attention,
-    const float (&pooled)[kWidth / 2], const float* columns, int image, float scale, float inverse_temperature,
-    int lane) {
+    const Work& work, const Rows& rows, const Outlet& outlet, const Known& known, const Moments& moments,
+    Attention<kWidth> attention, const float (&pooled)[kWidth / 2], const float* columns, int image, int chunk,
+    float scale, float inverse_temperature, int lane) {
   float weight_scale = work.weight_scale ? *work.weight_scale : 1.0f, inverse_scale = 1.0f / scale;
-  float total[2] = {0.0f, 0.0f}, squared[2] = {0.0f, 0.0f}, weighted[2] = {0.0f, 0.0f};
-#pragma unroll
-  for (int at = 0; at < kWidth / 2; at += 2) {
-    int r = at / 2 % 2;
-    float2 a = attention_at<kWidth>(attention, at);
-    squared[r] = fmaf(a.x, pooled[at], fmaf(a.y, pooled[at + 1], squared[r]));
-    weighted[r] = fmaf(a.x, bits_of(a.x), fmaf(a.y, bits_of(a.y), weighted[r]));
-    total[r] += a.x + a.y;
-  }
   // W = a (log2(a) rate + q slope + constant) / ‖p‖.
   float mean[2], bend_of_q[2], level[2], factor[2], rate[2], slope[2], constant[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    Pooled found(total[r], squared[r]);
+    Pooled found(moments.total[r], moments.squared[r]);
     float share = 1.0f / (found.total == 0.0f ? 1.0f : found.total), inverse_radius = 1.0f / found.radius;
-    float u = fmaf(known.stat[r], found.total, sum_of_four(weighted[r])) * inverse_scale * share;
+    float u = fmaf(known.stat[r], found.total, sum_of_four(moments.weighted[r])) * inverse_scale * share;
     float grad = known.grad[r] * inverse_radius, bend = u * inverse_radius * inverse_radius;
     mean[r] = u;
     bend_of_q[r] = found.moves ? bend * share : 0.0f;  // q is not divided by Σ a
@@ -184,22 +217,25 @@ __device__ __forceinline__ float cosine_weights_epilogue(
 #pragma unroll
   for (int j0 = 0; j0 < kWidth / 8; j0 += 8) {
     bool there = image < work.images;
-    outlet.begin();
+    if constexpr (kKeep) {
+      outlet.begin();
 #pragma unroll
-    for (int j = j0; j < j0 + 8 && j < kWidth / 8; j += 2) {
-      uint32_t kept[4];
+      for (int j = j0; j < j0 + 8 && j < kWidth / 8; j += 2) {
+        uint32_t kept[4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        float2 a = unpack(attention[j / 2][i], __half());
-        kept[i] = pack(a.x, a.y, T());
+        for (int i = 0; i < 4; ++i) {
+          float2 a = unpack(attention[j / 2][i], __half());
+          kept[i] = pack(a.x, a.y, T());
+        }
+        outlet.put(j - j0, kept);
       }
-      outlet.put(j - j0, kept);
+      outlet.end();
+      uint16_t* of_image = work.attention + image * work.texts * work.attention_pitch;
+      outlet.copy<8>(of_image, work.attention_pitch, [&](int column) {
+        column += 8 * j0;
+        return there && column < work.patches ? int64_t(column) : int64_t(-1);
+      });
     }
-    outlet.end();
-    outlet.copy<8>(work.attention + image * work.texts * work.attention_pitch, work.attention_pitch, [&](int column) {
-      column += 8 * j0;
-      return there && column < work.patches ? int64_t(column) : int64_t(-1);
-    });
     uint32_t out[4] = {};
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
@@ -230,7 +266,8 @@ __device__ __forceinline__ float cosine_weights_epilogue(
     outlet.end();
     outlet.copy(work, [&](int column) {
       column += 8 * j0;
-      return there && column < work.patches ? int64_t(image) * work.patches + column : int64_t(-1);
+      int n = chunk * kWidth + column;
+      return there && column < kWidth && n < work.patches ? int64_t(image) * work.patches + n : int64_t(-1);
     });
   }
   return temperature_sum;

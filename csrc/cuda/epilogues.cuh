@@ -135,9 +135,7 @@ struct Outlet {
   __device__ __forceinline__ void copy(uint16_t* matrix, int64_t stride, const Place& place) const {
     constexpr int kLanes = kStagedColumns / kElements < 32 ? kStagedColumns / kElements : 32, kRows = 32 / kLanes;
     int first = lane / kLanes, left = texts - text - first;
-    using Bits = std::conditional_t<
-        kElements == 8, uint4,
-        std::conditional_t<kElements == 4, uint2, std::conditional_t<kElements == 2, uint32_t, uint16_t>>>;
+    using Bits = std::conditional_t<kElements == 8, uint4, std::conditional_t<kElements == 4, uint2, uint16_t>>;
 #pragma unroll
     for (int begin = 0; begin < kStagedColumns; begin += kLanes * kElements) {
       int column = begin + lane % kLanes * kElements;
@@ -145,7 +143,7 @@ struct Outlet {
       if (offset < 0) continue;
       const uint8_t* from = staged + first * kStagedPitch + 2 * column;
       uint16_t* to = matrix + (text + first) * stride + offset;
-#pragma unroll
+#pragma unroll kElements == 1 ? 4 : 16  // whole, the widest unrolling would be that of the narrowest stores
       for (int row = 0; row < 16; row += kRows, to += kRows * stride) {
         Bits bits = *reinterpret_cast<const Bits*>(from + row * kStagedPitch);
         if (row < left) *reinterpret_cast<Bits*>(to) = bits;
@@ -158,7 +156,6 @@ struct Outlet {
     switch (work.store_elements) {
       case 8: return copy<8>(work.weights, work.stride_weights, place);
       case 4: return copy<4>(work.weights, work.stride_weights, place);
-      case 2: return copy<2>(work.weights, work.stride_weights, place);
       default: return copy<1>(work.weights, work.stride_weights, place);
     }
   }
@@ -198,6 +195,62 @@ struct Line {
     constant = factor * fmaf(-known.phi[r], inverse_temperature, 1.0f);
   }
 };
+
+// Stores the attention in float16, `[images, texts, attention_pitch]`. `known` has the entropy and φ of `dot`, or the
+// log-sum-exp and 0.
+template <int kWidth, bool kPacked>
+__device__ __forceinline__ void attention_epilogue(
+    const Work& work, const Rows& rows, const Outlet& outlet, const float (&acc)[kWidth / 2], const float* columns,
+    int image, int chunk, float scale, int lane, Known& known) {
+  int image0 = image;
+  int blocks_of_image = work.pitch / 8, block_of_image = 0;
+#pragma unroll
+  for (int j0 = 0; j0 < kWidth / 8; j0 += 8) {
+    uint32_t out[4] = {};
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      int j = j0 + i;
+      if (j >= kWidth / 8) continue;
+      float2 column = *reinterpret_cast<const float2*>(columns + 8 * j + 2 * (lane % 4));
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        float rate = rows.inverse[r] * scale, offset = fmaf(-known.phi[r], scale, -known.stat[r]), a[2];
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          float inverse = c ? column.y : column.x;
+          a[c] = exp2_fast(fmaf(acc[4 * j + 2 * r + c] * inverse, rate, offset));
+          a[c] = inverse < 0.0f ? 0.0f : a[c];  // whatever is behind a mask, NaN too
+        }
+        out[i % 2 * 2 + r] = pack(a[0], a[1], __half());
+      }
+      bool last = j + 1 == kWidth / 8;
+      if (i == 1 || (i == 0 && last)) outlet.begin();
+      if (i % 2 == 1 || last) outlet.put(i / 2 * 2, out);  // behind an odd last block comes anything
+      if constexpr (kPacked) {
+        if (++block_of_image == blocks_of_image) {
+          ++image;
+          known.load(known.phi, work.phi, work, rows, image);
+          known.load(known.stat, work.stat, work, rows, image);
+          block_of_image = 0;
+        }
+      }
+    }
+    outlet.end();
+    outlet.copy<8>(work.attention, work.attention_pitch, [&](int column) {
+      column += 8 * j0;
+      int of_image = image0, n = chunk * kWidth + column;
+      bool there = column < kWidth;
+      if constexpr (kPacked) {
+        int which = column / work.pitch;
+        of_image += which;
+        n = column - which * work.pitch;
+        there &= which < work.images_of_tile;
+      }
+      there &= n < work.patches && of_image < work.images;
+      return there ? of_image * work.texts * work.attention_pitch + n : int64_t(-1);
+    });
+  }
+}
 
 // Stores W = dS / (‖p‖ ‖t‖); returns the tile's part of the temperature's sum.
 // kFull: any of Work::full; without it a column that is not there may hold anything, since it is not stored.

@@ -31,8 +31,10 @@ const void* find(int width) {
 const void* PACL_TABLE(int width, bool packed) {
   if constexpr (Epilogue::PACL_EPILOGUE == Epilogue::forward_safe)
     return packed ? find<true, kSafePackedWidths>(width) : find<false, kSafeWidths>(width);
-  else if constexpr (kIsPooled<Epilogue::PACL_EPILOGUE>)
+  else if constexpr (is_pooled(Epilogue::PACL_EPILOGUE))
     return find<false, kPooledWidths>(width);
+  else if constexpr (reads_attention(Epilogue::PACL_EPILOGUE))
+    return find<false, kGramWidths>(width);
   else
     return packed ? find<true, kPackedWidths>(width) : find<false, kWidths>(width);
 }

@@ -16,5 +16,10 @@ PACL_KERNELS(cosine_bfloat16);
 PACL_KERNELS(cosine_float16);
 PACL_KERNELS(cosine_weights_bfloat16);
 PACL_KERNELS(cosine_weights_float16);
+PACL_KERNELS(attention_bfloat16);
+PACL_KERNELS(attention_float16);
+PACL_KERNELS(pool_weights_bfloat16);
+PACL_KERNELS(pool_weights_float16);
+PACL_KERNELS(pool_float16);  // reads and writes nothing of the call's dtype
 
 }  // namespace pacl::cuda

@@ -59,7 +59,7 @@ EncodeTiled encode_tiled() {
   return reinterpret_cast<EncodeTiled>(entry);
 }
 
-CUtensorMap tensor_map(const Box& box, int dimensions, Dtype dtype, CUtensorMapL2promotion promotion) {
+CUtensorMap tensor_map(const Box& box, int dimensions, bool half) {
   cuuint64_t sizes[3], strides[2];
   cuuint32_t extents[3], steps[3] = {1, 1, 1};
   for (int i = 0; i < dimensions; ++i) {
@@ -67,11 +67,12 @@ CUtensorMap tensor_map(const Box& box, int dimensions, Dtype dtype, CUtensorMapL
     extents[i] = box.box[i];
     if (i > 0) strides[i - 1] = box.strides[i];
   }
-  auto type = dtype == Dtype::float16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  auto type = half ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   CUtensorMap map;
   CUresult result = encode_tiled()(
       &map, type, dimensions, const_cast<void*>(box.base), sizes, strides, extents, steps,
-      CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, promotion, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+      CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS)
     throw std::runtime_error("CUDA: cuTensorMapEncodeTiled: error " + std::to_string(static_cast<int>(result)) +
                              " for a tensor of " + std::to_string(sizes[0]) + " dimensions");
@@ -86,12 +87,20 @@ int processors_of(int device) {
 
 const void* kernel_of(const ScoreCall& call, const Plan& plan) {
   bool half = call.dtype == Dtype::float16;
-  auto table = call.gram && call.weights ? (half ? cosine_weights_float16 : cosine_weights_bfloat16)
-               : call.gram               ? (half ? cosine_float16 : cosine_bfloat16)
-               : call.weights ? (half ? weights_float16 : weights_bfloat16)
-               : call.safe  ? (half ? forward_safe_float16 : forward_safe_bfloat16)
-                            : (half ? forward_float16 : forward_bfloat16);
-  return table(plan.width, plan.packed);
+  switch (call.epilogue) {
+#define PACL_TABLES(NAME) \
+  case Epilogue::NAME: return (half ? NAME##_float16 : NAME##_bfloat16)(plan.width, plan.packed)
+    PACL_TABLES(forward);
+    PACL_TABLES(forward_safe);
+    PACL_TABLES(weights);
+    PACL_TABLES(cosine);
+    PACL_TABLES(cosine_weights);
+    PACL_TABLES(attention);
+    PACL_TABLES(pool_weights);
+#undef PACL_TABLES
+    case Epilogue::pool: return pool_float16(plan.width, plan.packed);
+  }
+  return nullptr;
 }
 
 }  // namespace
@@ -111,11 +120,9 @@ void score(const ScoreCall& call) {
   OnDevice on(call.device);
   Plan plan = device_plan(call);
   Work work = make_work(call, plan);
-  CUtensorMap patches =
-      tensor_map(patch_box(call, plan), 3, call.dtype, CU_TENSOR_MAP_L2_PROMOTION_L2_256B);
-  CUtensorMap texts = tensor_map(text_box(call), 2, call.dtype, CU_TENSOR_MAP_L2_PROMOTION_L2_256B);
-  CUtensorMap gram = patches;
-  if (call.gram) gram = tensor_map(gram_box(call, plan), 3, Dtype::float16, CU_TENSOR_MAP_L2_PROMOTION_L2_256B);
+  CUtensorMap patches = tensor_map(patch_box(call, plan), 3, boxes_are_half(call));
+  CUtensorMap texts = tensor_map(text_box(call), 2, boxes_are_half(call));
+  CUtensorMap gram = is_pooled(call.epilogue) ? tensor_map(gram_box(call, plan), 3, true) : patches;
   const void* kernel = kernel_of(call, plan);
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes),
         "cudaFuncSetAttribute");

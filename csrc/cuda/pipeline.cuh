@@ -76,15 +76,38 @@ struct Item {
   int turns;  // tiles of each warpgroup; those of a group that is not there are computed and forgotten
 
   __device__ __forceinline__ Item(const Work& work, int64_t item, uint32_t block) {
-    int64_t split = item / work.text_groups;
-    text = static_cast<int>((item - split * work.text_groups) * work.cluster + block) * kTileTexts;
-    begin = static_cast<int>(work.groups * split / work.splits);
-    end = static_cast<int>(work.groups * (split + 1) / work.splits);
-    turns = (end - begin + 1) / 2 * work.chunks;
+    uint32_t text_groups = static_cast<uint32_t>(work.text_groups);  // items are at most 64 times as many
+    uint32_t split = static_cast<uint32_t>(item) / text_groups;
+    text = static_cast<int>((static_cast<uint32_t>(item) - split * text_groups) * work.cluster + block) * kTileTexts;
+    begin = begin_of(work, split);
+    end = begin_of(work, split + 1);
+    turns = (end - begin + 1) / 2 * work.chunks * work.passes;
+  }
+
+ private:
+  // groups split / splits without a division of 64 bits, which is a call.
+  static __device__ __forceinline__ int begin_of(const Work& work, uint32_t split) {
+    uint32_t groups = static_cast<uint32_t>(work.groups), splits = static_cast<uint32_t>(work.splits);
+    uint32_t whole = groups / splits, rest = groups - whole * splits;
+    return static_cast<int>(whole * split + rest * split / splits);
   }
 };
 
-template <int kWidth, bool kPooled>
+// Of an item's turns: the pair of groups, a group for each warpgroup, and the chunk of their images.
+struct Turn {
+  int pair, chunk;
+  bool again;  // in the second pass over the chunks
+
+  __device__ __forceinline__ Turn(const Work& work, int turn) {
+    int turns = work.chunks * work.passes;
+    pair = turn / turns;
+    chunk = turn - pair * turns;
+    again = chunk >= work.chunks;
+    if (again) chunk -= work.chunks;
+  }
+};
+
+template <int kWidth, Epilogue kEpilogue>
 __device__ __forceinline__ void produce(
     const Work& work, const Shared& shared, const TensorMap& patches, const TensorMap& texts, const TensorMap& gram,
     uint32_t block) {
@@ -104,21 +127,23 @@ __device__ __forceinline__ void produce(
         load_box(shared.texts + step * kTextStepBytes, texts, &barriers.texts_full, step * kStep, item.text);
     }
     for (int turn = 0; turn < item.turns; ++turn) {
-      int pair = turn / work.chunks, chunk = turn - pair * work.chunks;
+      Turn now(work, turn);
       for (int warpgroup = 0; warpgroup < 2; ++warpgroup) {
-        int image = (item.begin + 2 * pair + warpgroup) * work.images_of_tile;
+        int image = (item.begin + 2 * now.pair + warpgroup) * work.images_of_tile;
+        int text = item.text;
+        if constexpr (reads_attention(kEpilogue)) text += image * static_cast<int>(work.texts);  // rows by image
         for (int step = 0; step < work.steps; ++step) {
           uint8_t* slot = shared.ring + at.slot * shared.stage_bytes;
           uint64_t* full = &barriers.full[at.slot];
           barrier_wait(&barriers.empty[at.slot], at.parity ^ 1);
           barrier_arrive_expect(full, bytes);
-          if (loader == block) load_box(slot, patches, full, step * kStep, chunk * kWidth, image, everyone);
-          if (!work.resident) load_box(slot + kWidth * kStep * 2, texts, full, step * kStep, item.text);
+          if (loader == block) load_box(slot, patches, full, step * kStep, now.chunk * kWidth, image, everyone);
+          if (!work.resident) load_box(slot + kWidth * kStep * 2, texts, full, step * kStep, text);
           loader = loader + 1 == static_cast<uint32_t>(work.cluster) ? 0 : loader + 1;
           at.next(work.stages);
         }
       }
-      if constexpr (kPooled) {
+      if constexpr (is_pooled(kEpilogue)) {
         for (int warpgroup = 0; warpgroup < 2; ++warpgroup) {
           int image = item.begin + 2 * turn + warpgroup;
           for (int step = 0; step < work.gram_steps; ++step) {

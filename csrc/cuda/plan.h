@@ -10,6 +10,18 @@
 
 namespace pacl::cuda {
 
+// What a launch makes of the scores: φ and the entropy, with a running maximum too ("safe"), or the weights of the backward;
+// of the `cosine` form φ and the weights with the image's Gram matrix as a second operand. Where that has no room, the
+// attention goes to memory, and the last two make the same of the attention's products with the Gram matrix.
+enum class Epilogue { forward, forward_safe, weights, cosine, cosine_weights, attention, pool, pool_weights };
+
+constexpr bool is_pooled(Epilogue e) { return e == Epilogue::cosine || e == Epilogue::cosine_weights; }
+constexpr bool reads_attention(Epilogue e) { return e == Epilogue::pool || e == Epilogue::pool_weights; }
+constexpr bool has_weights(Epilogue e) {
+  return e == Epilogue::weights || e == Epilogue::cosine_weights || e == Epilogue::pool_weights;
+}
+constexpr bool is_staged(Epilogue e) { return has_weights(e) || e == Epilogue::attention; }
+
 inline constexpr int kTileTexts = 64;
 inline constexpr int kStep = 64;  // along D: 128 bytes, what the swizzle of shared memory spans
 inline constexpr int kMaxWidth = 256;
@@ -27,8 +39,9 @@ inline constexpr int kWidths[] = {144, 160, 176, 192, 200, 208, 224, 232, 248, 2
 inline constexpr int kPackedWidths[] = {192, 224, 256};
 inline constexpr int kSafeWidths[] = {200, 256};
 inline constexpr int kSafePackedWidths[] = {256};
-// With the Gram matrix of the image as a second operand.
+// With the Gram matrix of the image as a second operand; and as the only one, the attention being in memory.
 inline constexpr int kPooledWidths[] = {144, 176, 192, 200, 208, 256};
+inline constexpr int kGramWidths[] = {144, 176, 192, 200};
 inline constexpr int kMostPacked = 128;  // patches of an image up to which several share a tile
 
 struct Plan {
@@ -37,11 +50,12 @@ struct Plan {
   int pitch;          // columns from one image of a tile to the next; a multiple of 8
   int images;         // of a tile, which are a group
   int chunks;         // tiles of an image
+  int passes;         // over them: 2 where a tile needs what only all of them know
   int64_t groups;     // of images
-  int steps;          // along D
-  int gram_steps;     // along the image's own patches, for the cosine form; otherwise 0
+  int steps;          // along D, or along the image's patches for the attention's products
+  int gram_steps;     // along the image's own patches, where the Gram matrix is a second operand; otherwise 0
   bool resident;      // whether the texts stay in shared memory; otherwise they come with each step
-  bool staged;        // whether there is room for weights on their way to memory
+  bool staged;        // whether there is room for what is on its way to memory
   int stages;         // of the ring of steps in shared memory
   int cluster;        // blocks that share each step of patches
   int64_t text_groups;  // of 64 texts for each block of the cluster
@@ -74,22 +88,11 @@ int width_for(const int (&widths)[kCount], int64_t columns) {
   return 0;
 }
 
-template <int kCount, int kPackedCount>
-void choose_tile(Plan& plan, int64_t patches, const int (&widths)[kCount], const int (&packed_widths)[kPackedCount]) {
-  plan.packed = patches <= kMostPacked;
-  plan.chunks = 1;
-  if (plan.packed) {
-    plan.pitch = static_cast<int>(ceil_div(patches, 8) * 8);
-    double best = 0;
-    for (int width : packed_widths) {
-      int images = width / plan.pitch;
-      double used = double(images * patches) / width;
-      if (images > 0 && used > best) best = used, plan.width = width, plan.images = images;
-    }
-    return;
-  }
+// One image to a tile, or a chunk of it.
+template <int kCount>
+void choose_chunks(Plan& plan, int64_t patches, const int (&widths)[kCount]) {
   int64_t fewest = INT64_MAX;
-  int64_t least = ceil_div(patches, kMaxWidth);
+  int64_t least = ceil_div(patches, widths[kCount - 1]);
   for (int64_t chunks = least; chunks <= least + 1; ++chunks) {
     int width = width_for(widths, ceil_div(patches, chunks));
     // A tile has costs of its own, worth about 8 columns.
@@ -100,6 +103,20 @@ void choose_tile(Plan& plan, int64_t patches, const int (&widths)[kCount], const
   plan.images = 1;
 }
 
+template <int kCount, int kPackedCount>
+void choose_tile(Plan& plan, int64_t patches, const int (&widths)[kCount], const int (&packed_widths)[kPackedCount]) {
+  plan.packed = patches <= kMostPacked;
+  if (!plan.packed) return choose_chunks(plan, patches, widths);
+  plan.chunks = 1;
+  plan.pitch = static_cast<int>(ceil_div(patches, 8) * 8);
+  double best = 0;
+  for (int width : packed_widths) {
+    int images = width / plan.pitch;
+    double used = double(images * patches) / width;
+    if (images > 0 && used > best) best = used, plan.width = width, plan.images = images;
+  }
+}
+
 // How the work is cut into items: the fewest rounds of tiles on the busiest cluster.
 inline void choose_items(Plan& plan, int processors) {
   int64_t most = std::max<int64_t>(processors / plan.cluster, 1);
@@ -107,37 +124,41 @@ inline void choose_items(Plan& plan, int processors) {
   for (int64_t splits = 1; splits <= std::min<int64_t>(plan.groups, 64); ++splits) {
     int64_t items = plan.text_groups * splits;
     int64_t pairs = ceil_div(ceil_div(plan.groups, splits), 2);  // two warpgroups take a group each
-    int64_t rounds = ceil_div(items, most) * (2 * pairs * plan.chunks + 1);  // 1: the texts have to come first
+    int64_t rounds = ceil_div(items, most) * (2 * pairs * plan.chunks * plan.passes + 1);  // 1: the texts have to come first
     if (rounds < fewest) fewest = rounds, plan.splits = splits, plan.items = items;
   }
   plan.clusters = std::min(most, plan.items);
 }
 
-// Patches of an image that the cosine form takes: the image's Gram matrix needs all of them in one tile, and several
-// images side by side would multiply zeros.
+// Patches of an image for which the cosine form is one launch: the attention needs all of them in one tile, and the Gram
+// matrices of several images side by side would multiply zeros.
 inline constexpr int kLeastPooled = 97;
 
 inline bool can_pool(int64_t patches) { return patches >= kLeastPooled && patches <= kMaxWidth; }
 
 // `processors`: of the device. `cluster`: 1 or 2 blocks; 0 for what is best.
 inline Plan make_plan(
-    int64_t images, int64_t patches, int64_t texts, int64_t dim, bool safe, bool pooled, bool weights, int processors,
-    int cluster) {
+    int64_t images, int64_t patches, int64_t texts, int64_t dim, Epilogue epilogue, int processors, int cluster) {
   Plan plan{};
-  plan.staged = weights;
-  if (pooled) {
+  plan.staged = is_staged(epilogue);
+  if (is_pooled(epilogue)) {
     plan.width = plan.pitch = width_for(kPooledWidths, patches);
     plan.images = plan.chunks = 1;
     plan.gram_steps = static_cast<int>(ceil_div(plan.width, kStep));
-  } else if (safe)
+  } else if (reads_attention(epilogue)) {
+    choose_chunks(plan, patches, kGramWidths);
+  } else if (epilogue == Epilogue::forward_safe) {
     choose_tile(plan, patches, kSafeWidths, kSafePackedWidths);
-  else
+  } else {
     choose_tile(plan, patches, kWidths, kPackedWidths);
+  }
+  plan.passes = epilogue == Epilogue::pool_weights && plan.chunks > 1 ? 2 : 1;
   plan.groups = ceil_div(images, plan.images);
-  plan.steps = static_cast<int>(ceil_div(dim, kStep));
+  plan.steps = static_cast<int>(ceil_div(reads_attention(epilogue) ? patches : dim, kStep));
   plan.cluster = cluster ? cluster : (texts > kTileTexts && processors > 1 ? 2 : 1);
   plan.text_groups = ceil_div(texts, kTileTexts * plan.cluster);
   for (bool resident : {true, false}) {
+    if (resident && reads_attention(epilogue)) continue;  // each image has an attention of its own
     plan.resident = resident;
     plan.stages = kMaxStages;
     while (plan.stages > 1 && shared_bytes(plan, plan.stages) > kSharedBytes) --plan.stages;

@@ -15,14 +15,6 @@
 
 namespace pacl::cuda {
 
-// `cosine` and `cosine_weights` are forward and backward of that form, `weights` the backward of `dot`.
-enum class Epilogue { forward, forward_safe, weights, cosine, cosine_weights };
-
-template <Epilogue kEpilogue>
-constexpr bool kIsPooled = kEpilogue == Epilogue::cosine || kEpilogue == Epilogue::cosine_weights;
-template <Epilogue kEpilogue>
-constexpr bool kHasWeights = kEpilogue == Epilogue::weights || kEpilogue == Epilogue::cosine_weights;
-
 constexpr float kPlainTemperature = 0.05f;  // from here on exp(s / tau) <= e^20 needs no running maximum
 
 template <int kWidth, bool kPacked, class T, Epilogue kEpilogue>
@@ -35,11 +27,14 @@ __device__ __forceinline__ void consume(const Work& work, const Shared& shared, 
   Position at;
   if (warpgroup == 1) at.skip(work.steps, work.stages);
   uint32_t texts_parity = 0;
-  constexpr bool kPooled = kIsPooled<kEpilogue>;
+  constexpr bool kPooled = is_pooled(kEpilogue), kRead = reads_attention(kEpilogue);
+  using Operand = std::conditional_t<kRead, __half, T>;
   Softmax<kSafe> softmax;
+  Moments moments;
   Known known;
   double temperature_sum = 0.0;
   softmax.clear();
+  moments.clear();
   uint8_t* staged = shared.staged + (warpgroup * 4 + thread / 32) * kStagedBytes;
   if (warpgroup == 1) named_arrive(kTurn + 0, 2 * kWarpgroup);  // the first turn
   for (int64_t i = blockIdx.x / work.cluster; i < work.items; i += work.clusters) {
@@ -52,24 +47,29 @@ __device__ __forceinline__ void consume(const Work& work, const Shared& shared, 
     }
     for (int turn = 0; turn < item.turns; ++turn) {
       float acc[kWidth / 2];  // in here: of one tile, the compiler need not keep them for the next
-      int pair = turn / work.chunks, chunk = turn - pair * work.chunks;
-      int group = item.begin + 2 * pair + warpgroup;
+      Turn now(work, turn);
+      int chunk = now.chunk, group = item.begin + 2 * now.pair + warpgroup;
       bool wanted = group < item.end;
       int image = group * work.images_of_tile;
-      if constexpr (kHasWeights<kEpilogue>) {
+      if constexpr (kEpilogue == Epilogue::weights) {
+        if (wanted) known.load(work, rows, image);
+      } else if constexpr (is_staged(kEpilogue) && !kRead) {
         // The cosine form needs the rest later, and has no registers to spare.
-        if (wanted && !kPooled) known.load(work, rows, image);
-        if (wanted && kPooled) known.load(known.stat, work.stat, work, rows, image);
+        if (wanted) known.load(known.stat, work.stat, work, rows, image);
       }
       named_sync(kTurn + warpgroup, 2 * kWarpgroup);
-      if (wanted && thread < kWidth / 4)
+      if (kEpilogue != Epilogue::pool && wanted && thread < kWidth / 4)
         copy_16_bytes(columns + 4 * thread, work.columns + (int64_t(group) * work.chunks + chunk) * kWidth + 4 * thread);
-      int last_slot = issue_products<kWidth, T>(work, shared, at, lane, acc);
+      int last_slot = issue_products<kWidth, Operand>(work, shared, at, lane, acc);
       // Behind it come the other warpgroup's steps, and those of the Gram matrix of warpgroup 0.
       if constexpr (!kPooled) at.skip(work.steps, work.stages);
       if constexpr (kPooled) at.skip(warpgroup == 0 ? work.steps : work.gram_steps, work.stages);
       bool last_turn = last_item && turn + 1 == item.turns;
       if (warpgroup == 0 || kPooled || !last_turn) named_arrive(kTurn + 1 - warpgroup, 2 * kWarpgroup);
+      uint32_t attention[kPooled || kRead ? (kWidth + 15) / 16 : 1][4];
+      if constexpr (kRead) {
+        if (wanted) load_attention<kWidth>(work, rows, image, chunk * kWidth, lane, attention);
+      }
       wgmma_wait<0>();
       release(work, *shared.barriers, last_slot, lane);
       if (work.resident && turn + 1 == item.turns && lane == 0) barrier_arrive(&shared.barriers->texts_empty);
@@ -78,7 +78,6 @@ __device__ __forceinline__ void consume(const Work& work, const Shared& shared, 
         named_sync(kColumns + warpgroup, kWarpgroup);
       }
       if constexpr (kPooled) {
-        uint32_t attention[(kWidth + 15) / 16][4];
         Pooling pooling;
         if constexpr (kEpilogue == Epilogue::cosine)
           pooling = attention_of<kWidth>(rows, acc, columns, scale, lane, attention);
@@ -89,40 +88,61 @@ __device__ __forceinline__ void consume(const Work& work, const Shared& shared, 
         int slot = issue_pooling<kWidth>(work, shared, at, lane, attention, acc);
         at.skip(warpgroup == 0 ? work.gram_steps : work.steps, work.stages);
         if (warpgroup == 0 || !last_turn) named_arrive(kTurn + 1 - warpgroup, 2 * kWarpgroup);
-        if constexpr (kHasWeights<kEpilogue>) {
+        if constexpr (kEpilogue == Epilogue::cosine_weights) {
           if (wanted) known.load(known.grad, work.grad_phi, work, rows, image);
         }
         wgmma_wait<0>();
         release(work, *shared.barriers, slot, lane);
-        if (!wanted) continue;
-        if constexpr (kEpilogue == Epilogue::cosine) {
-          cosine_epilogue<kWidth>(work, rows, pooling, attention, acc, image, lane);
-        } else {
-          Outlet outlet{staged, item.text + thread / 32 * 16, static_cast<int>(work.texts), lane};
-          if (work.full)
-            temperature_sum += cosine_weights_epilogue<kWidth, true, T>(
-                work, rows, outlet, known, attention, acc, columns, image, scale, inverse_temperature, lane);
-          else
-            cosine_weights_epilogue<kWidth, false, T>(
-                work, rows, outlet, known, attention, acc, columns, image, scale, inverse_temperature, lane);
+        if (wanted && kEpilogue == Epilogue::cosine) {
+          moments.clear();
+          moments.add<kWidth, false>(attention, acc);
+          cosine_epilogue(work, rows, pooling, moments, image, lane);
         }
-      } else if (!wanted) {
-        continue;
+      }
+      if (!wanted) continue;
+      Outlet outlet{staged, item.text + thread / 32 * 16, static_cast<int>(work.texts), lane};
+      if constexpr (kEpilogue == Epilogue::pool) {
+        if (chunk == 0) moments.clear();
+        moments.add<kWidth, false>(attention, acc);
+        if (chunk + 1 == work.chunks) {
+          Pooling pooling = pooling_of(work, rows, image, scale);
+          cosine_epilogue(work, rows, pooling, moments, image, lane);
+        }
+      } else if constexpr (has_weights(kEpilogue) && (kPooled || kRead)) {
+        if (kPooled || !now.again) {
+          if (chunk == 0) moments.clear();
+          moments.add<kWidth, true>(attention, acc);
+        }
+        if (kRead && work.passes == 2 && !now.again) continue;
+        if constexpr (kRead) {
+          known.load(known.stat, work.stat, work, rows, image);
+          known.load(known.grad, work.grad_phi, work, rows, image);
+        }
+        if (work.full)
+          temperature_sum += cosine_weights_epilogue<kWidth, true, kPooled, T>(
+              work, rows, outlet, known, moments, attention, acc, columns, image, kPooled ? 0 : chunk, scale,
+              inverse_temperature, lane);
+        else
+          cosine_weights_epilogue<kWidth, false, kPooled, T>(
+              work, rows, outlet, known, moments, attention, acc, columns, image, kPooled ? 0 : chunk, scale,
+              inverse_temperature, lane);
+      } else if constexpr (kEpilogue == Epilogue::attention) {
+        known.load(known.phi, work.phi, work, rows, image);
+        attention_epilogue<kWidth, kPacked>(work, rows, outlet, acc, columns, image, chunk, scale, lane, known);
       } else if constexpr (kEpilogue == Epilogue::weights) {
-        Outlet outlet{staged, item.text + thread / 32 * 16, static_cast<int>(work.texts), lane};
         if (work.full)
           temperature_sum += weights_epilogue<kWidth, kPacked, true, T>(
               work, rows, outlet, acc, columns, image, chunk, scale, inverse_temperature, lane, known);
         else
           weights_epilogue<kWidth, kPacked, false, T>(
               work, rows, outlet, acc, columns, image, chunk, scale, inverse_temperature, lane, known);
-      } else {
+      } else if constexpr (!kPooled) {
         forward_epilogue<kWidth, kPacked, kSafe>(
             work, rows, acc, columns, image, chunk + 1 == work.chunks, scale, lane, softmax);
       }
     }
   }
-  if constexpr (kHasWeights<kEpilogue>) {
+  if constexpr (has_weights(kEpilogue)) {
     if (work.temperature_sums) {
       // The other warpgroup may still read its columns; its last turn is behind the barrier.
       float sum = static_cast<float>(temperature_sum);
@@ -149,7 +169,7 @@ __global__ void __launch_bounds__(kThreads, 1) score_kernel(
     if (work.temperature_at && (*work.temperature_at < kPlainTemperature) != (kEpilogue == Epilogue::forward_safe))
       return;
   }
-  Shared shared = lay_out<kWidth, kHasWeights<kEpilogue>>(work);
+  Shared shared = lay_out<kWidth, is_staged(kEpilogue)>(work);
   Barriers& barriers = *shared.barriers;
   uint32_t block = work.cluster > 1 ? block_of_cluster() : 0;
   int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 32), 0);  // known to be the same in a warp
@@ -170,7 +190,7 @@ __global__ void __launch_bounds__(kThreads, 1) score_kernel(
   if (warp >= 8) {
     give_registers<40>();
     if (warp == 8 && threadIdx.x % 32 == 0)
-      produce<kWidth, kIsPooled<kEpilogue>>(work, shared, patches, texts, gram, block);
+      produce<kWidth, kEpilogue>(work, shared, patches, texts, gram, block);
     __syncwarp();
   } else {
     take_registers<232>();

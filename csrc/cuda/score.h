@@ -6,11 +6,13 @@
 #include <string>
 
 #include "cpu/score.h"
+#include "plan.h"
 
 namespace pacl::cuda {
 
 // One launch, for images [0, images) and texts [0, texts) of what the addresses point to. Strides in elements.
 struct ScoreCall {
+  Epilogue epilogue;
   int64_t images, patches_per_image, texts, dim;
   Dtype dtype;                 // bfloat16 or float16, of patches and texts
   const void* patches;         // rows contiguous, everything else a multiple of 16 bytes
@@ -21,27 +23,25 @@ struct ScoreCall {
   const float* inverse_texts;  // [texts]
   float temperature;
   const float* temperature_at;  // or null; on the device, where it decides which of two launches works
-  bool safe;                    // forward with a running maximum, for temperatures below 0.05
-  float* phi;                   // [images, stride_phi]; read by the backward of `dot`
+  float* phi;                   // [images, stride_phi]; read by the backward of `dot`, and by `attention` if not null
   float* stat;
   int64_t stride_phi;
   const float* grad_phi;
-  void* weights;               // [texts, stride_weights], of `dtype`; null: forward
+  void* weights;               // [texts, stride_weights], of `dtype`
   int64_t stride_weights;
   const float* weight_scale;   // or null
   float* temperature_sums;     // or null; one for each block
   bool masked;                 // whether any patch of `columns` may be masked; read by the backward
-  const void* gram;             // [images, patches, stride_gram] of float16, for the cosine form; otherwise null
+  const void* gram;             // [images, patches, stride_gram] of float16, for the cosine form
   int64_t stride_gram;
-  void* attention;              // with `weights`: [images, texts, attention_pitch], of `dtype`
-  int64_t attention_pitch;      // a multiple of 8; at most 7 elements behind the patches are written too
-  float* curvature;             // and [images, texts]
+  // [images, texts, attention_pitch]: of `dtype` where `cosine_weights` stores it, otherwise of float16.
+  void* attention;
+  int64_t attention_pitch;      // a multiple of 8; at most 7 elements behind the patches are written too, as zeros
+  float* curvature;             // [images, texts]
   int cluster;                 // 1, 2, or 0 for what is best
   int device;
   void* stream;
 };
-
-struct Plan;
 
 // All of these launch on `stream` of `device` and throw std::runtime_error with CUDA's own text.
 Plan device_plan(const ScoreCall& call);

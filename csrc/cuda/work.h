@@ -25,14 +25,14 @@ struct Work {
   uint16_t* weights;
   bool full;  // whether the backward may meet masked patches, or the temperature's sums are wanted
   int64_t stride_weights;
-  int store_elements;  // of the weights that one store may take: 8, 4, 2 or 1
+  int store_elements;  // of the weights that one store may take: 8, 4 or 1
   const float* weight_scale;
   float* temperature_sums;
   uint16_t* attention;
   int64_t attention_pitch;
   float* curvature;
   int64_t images, texts, groups, splits, text_groups, items, clusters;
-  int patches, pitch, images_of_tile, chunks, steps, gram_steps, stages, cluster;
+  int patches, pitch, images_of_tile, chunks, passes, steps, gram_steps, stages, cluster;
   bool resident;
 };
 
@@ -53,7 +53,13 @@ struct Box {
   int box[3];
 };
 
+inline Box gram_box(const ScoreCall& call, const Plan& plan) {
+  int64_t n = call.patches_per_image;
+  return {call.gram, {n, n, call.images}, {2, 2 * call.stride_gram, 2 * n * call.stride_gram}, {kStep, plan.width, 1}};
+}
+
 inline Box patch_box(const ScoreCall& call, const Plan& plan) {
+  if (reads_attention(call.epilogue)) return gram_box(call, plan);
   return {call.patches,
           {call.dim, call.patches_per_image, call.images},
           {2, 2 * call.patch_stride_row, 2 * call.patch_stride_image},
@@ -61,17 +67,22 @@ inline Box patch_box(const ScoreCall& call, const Plan& plan) {
 }
 
 inline Box text_box(const ScoreCall& call) {
+  if (reads_attention(call.epilogue))
+    return {call.attention,
+            {call.patches_per_image, call.images * call.texts, 1},
+            {2, 2 * call.attention_pitch, 0},
+            {kStep, kTileTexts, 1}};
   return {call.texts_data, {call.dim, call.texts, 1}, {2, 2 * call.text_stride_row, 0}, {kStep, kTileTexts, 1}};
 }
 
-inline Box gram_box(const ScoreCall& call, const Plan& plan) {
-  int64_t n = call.patches_per_image;
-  return {call.gram, {n, n, call.images}, {2, 2 * call.stride_gram, 2 * n * call.stride_gram}, {kStep, plan.width, 1}};
+// Whether those boxes are of float16 whatever the call's dtype.
+inline bool boxes_are_half(const ScoreCall& call) {
+  return call.dtype == Dtype::float16 || reads_attention(call.epilogue);
 }
 
 inline Plan plan_of(const ScoreCall& call, int processors) {
-  return make_plan(call.images, call.patches_per_image, call.texts, call.dim, call.safe, call.gram != nullptr,
-                   call.weights != nullptr, processors, call.cluster);
+  return make_plan(
+      call.images, call.patches_per_image, call.texts, call.dim, call.epilogue, processors, call.cluster);
 }
 
 inline Columns make_columns(
@@ -101,12 +112,11 @@ inline Work make_work(const ScoreCall& call, const Plan& plan) {
   work.full = call.masked || call.temperature_sums;
   work.stride_weights = call.stride_weights;
   // As many neighbours as every block of eight columns is aligned to, whatever image and text it belongs to.
-  work.store_elements = 8;
   auto aligned = [&](int elements) {
     return call.patches_per_image % elements == 0 && call.stride_weights % elements == 0 &&
            reinterpret_cast<uintptr_t>(call.weights) % (2 * elements) == 0;
   };
-  while (!aligned(work.store_elements)) work.store_elements /= 2;
+  work.store_elements = aligned(8) ? 8 : aligned(4) ? 4 : 1;
   work.weight_scale = call.weight_scale;
   work.temperature_sums = call.temperature_sums;
   work.attention = static_cast<uint16_t*>(call.attention);
@@ -123,6 +133,7 @@ inline Work make_work(const ScoreCall& call, const Plan& plan) {
   work.pitch = plan.pitch;
   work.images_of_tile = plan.images;
   work.chunks = plan.chunks;
+  work.passes = plan.passes;
   work.steps = plan.steps;
   work.gram_steps = plan.gram_steps;
   work.stages = plan.stages;

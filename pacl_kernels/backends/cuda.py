@@ -1,7 +1,7 @@
 """The two fused functions in CUDA C++ for Hopper (csrc/cuda), bfloat16 and float16; docs/cuda.md draws the kernel.
 
 Its launches take the place of the Triton backend's: φ and the weights of the `dot` form, and both for the `cosine` form
-with 97 to 256 patches (others as the Triton backend does). Everything around them, the loss, the `max` form and
+with 97 to 256 patches (for others see ATTENTION_IN_MEMORY). Everything around them, the loss, the `max` form and
 `upsample_argmax` are the Triton backend's own.
 """
 
@@ -17,6 +17,10 @@ loss_forward, loss_backward, upsample_argmax = triton.loss_forward, triton.loss_
 
 # Blocks of a cluster, 0 for what csrc/cuda/plan.h says; benchmarks try others.
 CLUSTER = 0
+# Whether `cosine` with other than 97 to 256 patches has kernels of its own (`attention`, `pool` and `pool_weights` of
+# csrc/cuda/plan.h) or takes the Triton backend's. Not before they have run on a GPU: tests/test_gpu_cuda.py and
+# benchmarks/tune_cuda.py try both.
+ATTENTION_IN_MEMORY = False
 _PLAIN_TEMPERATURE = 0.05  # as kPlainTemperature in csrc/cuda/score.cuh
 
 
@@ -75,7 +79,7 @@ class Call(triton.Call):
         gram = self.gram_workspace(blocks)
         for b0, b1 in triton.ranges(self.b, blocks.images):
             self.gram(b0, b1, gram)
-            call = self._call(b0, b1, 0, self.k, self.phi, False)
+            call = self._call("cosine", b0, b1, 0, self.k, self.phi)
             call.set_gram(gram.data_ptr(), gram.stride(1))
             columns = self._columns(call, b0, b1)
             call.launch()
@@ -88,21 +92,44 @@ class Call(triton.Call):
         temperature = self.temperature
         both = isinstance(temperature, Tensor)  # it is not read: both are launched, and one returns
         for safe in (False, True) if both else (temperature < _PLAIN_TEMPERATURE,):
-            call = self._call(0, self.b, 0, self.k, self.phi, safe)
+            call = self._call("forward_safe" if safe else "forward", 0, self.b, 0, self.k, self.phi)
             columns = self._columns(call, 0, self.b)
             call.launch()
             del columns  # the allocator hands it on in the order of the stream
 
+    def attention(self, b0, b1, k0, k1, attention, entropy_over=None) -> None:
+        if not ATTENTION_IN_MEMORY:
+            super().attention(b0, b1, k0, k1, attention, entropy_over)
+            return
+        call = self._call("attention", b0, b1, k0, k1, entropy_over)
+        call.set_attention(attention.data_ptr(), attention.stride(1))
+        columns = self._columns(call, b0, b1)
+        call.launch()
+        del columns
+
+    def cosine_forward(self, b0, b1, k0, k1, attention, gram) -> None:
+        if not ATTENTION_IN_MEMORY:
+            super().cosine_forward(b0, b1, k0, k1, attention, gram)
+            return
+        call = self._call("pool", b0, b1, k0, k1, self.phi)
+        call.set_gram(gram.data_ptr(), gram.stride(1))
+        call.set_attention(attention.data_ptr(), attention.stride(1))
+        call.launch()
+
     def weights(self, b0, b1, k0, k1, w, grad_phi, needs_tau=False) -> Tensor | None:
-        call = self._call(b0, b1, k0, k1, self.phi, False)
+        call = self._call("weights", b0, b1, k0, k1, self.phi)
         return self._launch_weights(call, b0, b1, k0, w, grad_phi, needs_tau)
 
     def cosine_weights(self, b0, b1, k0, k1, attention, gram, grad_phi, w, curvature, needs_tau) -> Tensor | None:
-        if not native().cuda_can_pool(self.n):
+        pooled = native().cuda_can_pool(self.n)
+        if not pooled and not ATTENTION_IN_MEMORY:
             return super().cosine_weights(b0, b1, k0, k1, attention, gram, grad_phi, w, curvature, needs_tau)
-        call = self._call(b0, b1, k0, k1, None, False)
+        if not pooled:
+            self.attention(b0, b1, k0, k1, attention)
+        call = self._call("cosine_weights" if pooled else "pool_weights", b0, b1, k0, k1, None)
         call.set_gram(gram.data_ptr(), gram.stride(1))
-        call.set_curvature(attention.data_ptr(), attention.stride(1), curvature.data_ptr())
+        call.set_attention(attention.data_ptr(), attention.stride(1))
+        call.set_curvature(curvature.data_ptr())
         return self._launch_weights(call, b0, b1, k0, w, grad_phi, needs_tau)
 
     def attention_workspace(self, blocks: tiles.Blocks, dtype: torch.dtype | None = None) -> Tensor:
@@ -125,11 +152,12 @@ class Call(triton.Call):
         del columns
         return sums
 
-    def _call(self, b0, b1, k0, k1, phi: Tensor | None, safe: bool):
+    def _call(self, epilogue: str, b0, b1, k0, k1, phi: Tensor | None):
         temperature = self.temperature
         on_device = isinstance(temperature, Tensor)
         rows, texts = self.rows[b0:b1], self.text_rows[k0:k1]
         return native().CudaScoreCall(
+            epilogue=getattr(native().CudaEpilogue, epilogue),
             sizes=(b1 - b0, self.n, k1 - k0, self.d),
             dtype=_name(rows),
             patches=rows.data_ptr(),
@@ -139,7 +167,6 @@ class Call(triton.Call):
             inverse_texts=self.inv_t[k0:].data_ptr(),
             temperature=0.0 if on_device else temperature,
             temperature_at=temperature.data_ptr() if on_device else 0,
-            safe=safe,
             phi=0 if phi is None else phi[b0:b1, k0:].data_ptr(),
             stat=self.stat[b0:b1, k0:].data_ptr(),
             stride_phi=self.k,

@@ -24,14 +24,21 @@ void run_tile(Epilogue epilogue, const TensorMap& patches, const TensorMap& text
     case Epilogue::forward: return score_kernel<kWidth, kPacked, T, Epilogue::forward>(patches, texts, gram, work);
     case Epilogue::forward_safe: return score_kernel<kWidth, kPacked, T, Epilogue::forward_safe>(patches, texts, gram, work);
     case Epilogue::weights: return score_kernel<kWidth, kPacked, T, Epilogue::weights>(patches, texts, gram, work);
-    case Epilogue::cosine:
-      if constexpr (!kPacked) return score_kernel<kWidth, false, T, Epilogue::cosine>(patches, texts, gram, work);
-      break;
-    case Epilogue::cosine_weights:
-      if constexpr (!kPacked) return score_kernel<kWidth, false, T, Epilogue::cosine_weights>(patches, texts, gram, work);
-      break;
+    case Epilogue::attention: return score_kernel<kWidth, kPacked, T, Epilogue::attention>(patches, texts, gram, work);
+    default: break;
   }
-  emulator::fail("the cosine form packs no images");
+  if constexpr (!kPacked) {
+    switch (epilogue) {
+      case Epilogue::cosine: return score_kernel<kWidth, false, T, Epilogue::cosine>(patches, texts, gram, work);
+      case Epilogue::cosine_weights:
+        return score_kernel<kWidth, false, T, Epilogue::cosine_weights>(patches, texts, gram, work);
+      case Epilogue::pool: return score_kernel<kWidth, false, __half, Epilogue::pool>(patches, texts, gram, work);
+      case Epilogue::pool_weights:
+        return score_kernel<kWidth, false, T, Epilogue::pool_weights>(patches, texts, gram, work);
+      default: break;
+    }
+  }
+  emulator::fail("a Gram matrix is of one image");
 }
 
 template <class T>
@@ -54,7 +61,7 @@ extern "C" {
 
 struct EmulatedCall {
   int64_t images, patches_per_image, texts, dim;
-  int64_t half;  // float16, otherwise bfloat16
+  int64_t epilogue, half;  // half: float16, otherwise bfloat16
   const void *patches, *texts_data;
   int64_t patch_stride_image, patch_stride_row, text_stride_row;
   const float *inverse_patches, *inverse_texts;
@@ -62,7 +69,6 @@ struct EmulatedCall {
   int64_t mask_stride_image, mask_stride_row;
   double temperature;
   const float* temperature_at;
-  int64_t safe;
   float *phi, *stat;
   int64_t stride_phi;
   const float* grad_phi;
@@ -84,6 +90,7 @@ struct EmulatedCall {
 int emulated_score(const EmulatedCall* in) {
   try {
     ScoreCall call{};
+    call.epilogue = static_cast<Epilogue>(in->epilogue);
     call.images = in->images, call.patches_per_image = in->patches_per_image;
     call.texts = in->texts, call.dim = in->dim;
     call.dtype = in->half ? Dtype::float16 : Dtype::bfloat16;
@@ -99,26 +106,27 @@ int emulated_score(const EmulatedCall* in) {
     call.masked = in->masked;
     call.attention = in->attention, call.attention_pitch = in->attention_pitch, call.curvature = in->curvature;
     call.gram = in->gram, call.stride_gram = in->stride_gram;
-    call.cluster = in->cluster, call.safe = in->safe;
+    call.cluster = in->cluster;
     Plan plan = plan_of(call, in->processors);
-    if (in->resident >= 0) plan.resident = in->resident;
+    if (in->resident >= 0 && !reads_attention(call.epilogue)) plan.resident = in->resident;
     if (in->stages) plan.stages = in->stages;
     plan.shared_bytes = shared_bytes(plan, plan.stages);
     std::vector<float> storage(plan.groups * plan.chunks * plan.width + 4);
     float* columns = storage.data() + (16 - reinterpret_cast<uintptr_t>(storage.data()) % 16) / 4 % 4;
-    Columns made = make_columns(call, plan, in->inverse_patches, in->mask, in->mask_stride_image,
-                                in->mask_stride_row, columns);
-    for (int64_t at = 0; at < made.tiles * made.width; ++at) columns[at] = column_of(made, at);
-    call.columns = columns;
+    if (in->inverse_patches) {  // where the call has made columns
+      Columns made = make_columns(call, plan, in->inverse_patches, in->mask, in->mask_stride_image,
+                                  in->mask_stride_row, columns);
+      for (int64_t at = 0; at < made.tiles * made.width; ++at) columns[at] = column_of(made, at);
+      call.columns = columns;
+    }
     Work work = make_work(call, plan);
     TensorMap patches = map_of(patch_box(call, plan)), texts = map_of(text_box(call));
-    TensorMap gram = call.gram ? map_of(gram_box(call, plan)) : patches;
-    Epilogue epilogue = call.gram && call.weights ? Epilogue::cosine_weights : call.gram ? Epilogue::cosine : call.weights ? Epilogue::weights : in->safe ? Epilogue::forward_safe : Epilogue::forward;
+    TensorMap gram = is_pooled(call.epilogue) ? map_of(gram_box(call, plan)) : patches;
     emulator::launch(plan.clusters, plan.cluster, kThreads, plan.shared_bytes, in->seed, [&] {
       if (in->half)
-        run<__half>(plan, epilogue, patches, texts, gram, work);
+        run<__half>(plan, call.epilogue, patches, texts, gram, work);
       else
-        run<__nv_bfloat16>(plan, epilogue, patches, texts, gram, work);
+        run<__nv_bfloat16>(plan, call.epilogue, patches, texts, gram, work);
     });
     return 0;
   } catch (const std::exception& error) {
