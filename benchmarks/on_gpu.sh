@@ -41,6 +41,9 @@ for form in dot cosine; do
     run "profile-$backend-$form" 60 $python benchmarks/profile_step.py --backend $backend --form $form \
       --json "$out/profile-$backend-$form.json"
   done
+  # How busy the tensor cores are; fewer images, since each launch is run several times.
+  run "profile-pipes-$form" 90 ncu --clock-control none --section ComputeWorkloadAnalysis --kernel-name regex:score_kernel \
+    $python benchmarks/profile_step.py --once --backend cuda --form $form --batch 1024
 done
 run tune 150 $python benchmarks/tune_triton.py --repeats 5 --json "$out/tune.json"
 run training-step 200 $python benchmarks/training_step.py --device cuda --json "$out/training-step.json"

@@ -1,6 +1,9 @@
 """Where a training step's time on a GPU goes, kernel by kernel, as torch's profiler has it.
 
-python benchmarks/profile_step.py --backend cuda --form cosine --json profile.json
+    python benchmarks/profile_step.py --backend cuda --form cosine --json profile.json
+    ncu --section ComputeWorkloadAnalysis --kernel-name regex:score_kernel python benchmarks/profile_step.py --once
+
+The second: how busy the tensor cores are, which torch's profiler does not say.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--backend", choices=NAMES, default="auto")
     parser.add_argument("--form", choices=FORMS, default="dot")
+    parser.add_argument("--once", action="store_true", help="one step and no profile, for a profiler around it")
     parser.add_argument("--json", metavar="FILE", help="write the rows, with the machine they are from")
     args = parser.parse_args()
     patches = torch.randn(args.batch, args.patches, args.dim, device="cuda").bfloat16().requires_grad_()
@@ -32,8 +36,10 @@ def main() -> None:
         loss = fused_pacl_loss(patches, texts, 20.0, attn_temperature=0.1, form=args.form, backend=args.backend)
         torch.autograd.grad(loss, (patches, texts))
 
-    for _ in range(2):  # compiles
-        step()
+    step()  # compiles
+    if args.once:
+        return
+    step()
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
         step()
