@@ -32,9 +32,9 @@ def torchrun(world: int, *command: str) -> str:
     "world, chosen",
     [
         (1, "one"),
-        (2, "equals or ten_steps or cached or travel"),
+        (2, "equals and float64 or ten_steps or cached or travel"),
         (3, ""),
-        (4, "equals and infonce or ten_steps or travel"),
+        (4, "equals and infonce and float64 or travel"),
     ],
 )
 def test_in_processes(world, chosen):

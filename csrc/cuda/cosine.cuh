@@ -138,6 +138,8 @@ __device__ __forceinline__ float bits_of(float a) { return log2_fast(fmaxf(a, 0x
 struct Moments {
   float total[2], squared[2], weighted[2];
 
+  __device__ __forceinline__ Moments() { clear(); }
+
   __device__ __forceinline__ void clear() {
 #pragma unroll
     for (int r = 0; r < 2; ++r) total[r] = squared[r] = weighted[r] = 0.0f;

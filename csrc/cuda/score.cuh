@@ -17,9 +17,86 @@ namespace pacl::cuda {
 
 constexpr float kPlainTemperature = 0.05f;  // from here on exp(s / tau) <= e^20 needs no running maximum
 
+// What a thread keeps from tile to tile.
+template <Epilogue kEpilogue>
+struct State {
+  Softmax<kEpilogue == Epilogue::forward_safe> softmax;
+  Moments moments;
+  Pooling pooling;
+  Known known;
+  double temperature_sum = 0.0;
+
+  __device__ __forceinline__ State() { softmax.clear(); }
+};
+
+// What becomes of the products of a tile; `attention` has it where the products are q = G a.
+template <int kWidth, bool kPacked, class T, Epilogue kEpilogue, class Attention>
+__device__ __forceinline__ void finish_tile(
+    const Work& work, const Rows& rows, const Outlet& outlet, const float (&acc)[kWidth / 2], Attention& attention,
+    const float* columns, int image, const Turn& now, float scale, float inverse_temperature, int lane,
+    State<kEpilogue>& state) {
+  constexpr bool kRead = reads_attention(kEpilogue);
+  bool last = now.chunk + 1 == work.chunks;
+  Known& known = state.known;
+  if constexpr (kEpilogue == Epilogue::forward || kEpilogue == Epilogue::forward_safe) {
+    forward_epilogue<kWidth, kPacked>(work, rows, acc, columns, image, last, scale, lane, state.softmax);
+  } else if constexpr (kEpilogue == Epilogue::attention) {
+    known.load(known.phi, work.phi, work, rows, image);
+    attention_epilogue<kWidth, kPacked>(work, rows, outlet, acc, columns, image, now.chunk, scale, lane, known);
+  } else if constexpr (kEpilogue == Epilogue::weights) {
+    if (work.full)
+      state.temperature_sum += weights_epilogue<kWidth, kPacked, true, T>(
+          work, rows, outlet, acc, columns, image, now.chunk, scale, inverse_temperature, lane, known);
+    else
+      weights_epilogue<kWidth, kPacked, false, T>(
+          work, rows, outlet, acc, columns, image, now.chunk, scale, inverse_temperature, lane, known);
+  } else if constexpr (kEpilogue == Epilogue::cosine || kEpilogue == Epilogue::pool) {
+    if (!kRead || now.chunk == 0) state.moments.clear();
+    state.moments.template add<kWidth, false>(attention, acc);
+    if (kRead && !last) return;
+    if constexpr (kRead) state.pooling = pooling_of(work, rows, image, scale);
+    cosine_epilogue(work, rows, state.pooling, state.moments, image, lane);
+  } else if constexpr (has_weights(kEpilogue)) {
+    if (!kRead || !now.again) {
+      if (!kRead || now.chunk == 0) state.moments.clear();
+      state.moments.template add<kWidth, true>(attention, acc);
+    }
+    if (kRead && work.passes == 2 && !now.again) return;
+    if constexpr (kRead) {
+      known.load(known.stat, work.stat, work, rows, image);
+      known.load(known.grad, work.grad_phi, work, rows, image);
+    }
+    int chunk = kRead ? now.chunk : 0;
+    if (work.full)
+      state.temperature_sum += cosine_weights_epilogue<kWidth, true, !kRead, T>(
+          work, rows, outlet, known, state.moments, attention, acc, columns, image, chunk, scale, inverse_temperature,
+          lane);
+    else
+      cosine_weights_epilogue<kWidth, false, !kRead, T>(
+          work, rows, outlet, known, state.moments, attention, acc, columns, image, chunk, scale, inverse_temperature,
+          lane);
+  }
+}
+
+// The block's part of the temperature's gradient, from all threads of its two warpgroups.
+__device__ __forceinline__ void store_temperature_sum(
+    const Work& work, const Shared& shared, double of_thread, int warpgroup, int lane) {
+  int thread = threadIdx.x % kWarpgroup;
+  float sum = static_cast<float>(of_thread);
+#pragma unroll
+  for (int distance = 1; distance < 32; distance *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, distance);
+  named_sync(kTurn, 2 * kWarpgroup);  // the other warpgroup may still read its columns; its last turn is behind this
+  if (lane == 0) shared.columns[warpgroup * 4 + thread / 32] = sum;
+  named_sync(kTurn, 2 * kWarpgroup);
+  if (warpgroup == 0 && thread == 0) {
+    float all = 0.0f;
+    for (int warp = 0; warp < 8; ++warp) all += shared.columns[warp];
+    work.temperature_sums[blockIdx.x] = all;
+  }
+}
+
 template <int kWidth, bool kPacked, class T, Epilogue kEpilogue>
 __device__ __forceinline__ void consume(const Work& work, const Shared& shared, uint32_t block, int warpgroup) {
-  constexpr bool kSafe = kEpilogue == Epilogue::forward_safe;
   int lane = threadIdx.x % 32, thread = threadIdx.x % kWarpgroup;
   float temperature = work.temperature_at ? *work.temperature_at : work.temperature;
   float inverse_temperature = 1.0f / temperature, scale = kLog2e * inverse_temperature;
@@ -29,12 +106,7 @@ __device__ __forceinline__ void consume(const Work& work, const Shared& shared, 
   uint32_t texts_parity = 0;
   constexpr bool kPooled = is_pooled(kEpilogue), kRead = reads_attention(kEpilogue);
   using Operand = std::conditional_t<kRead, __half, T>;
-  Softmax<kSafe> softmax;
-  Moments moments;
-  Known known;
-  double temperature_sum = 0.0;
-  softmax.clear();
-  moments.clear();
+  State<kEpilogue> state;
   uint8_t* staged = shared.staged + (warpgroup * 4 + thread / 32) * kStagedBytes;
   if (warpgroup == 1) named_arrive(kTurn + 0, 2 * kWarpgroup);  // the first turn
   for (int64_t i = blockIdx.x / work.cluster; i < work.items; i += work.clusters) {
@@ -52,10 +124,10 @@ __device__ __forceinline__ void consume(const Work& work, const Shared& shared, 
       bool wanted = group < item.end;
       int image = group * work.images_of_tile;
       if constexpr (kEpilogue == Epilogue::weights) {
-        if (wanted) known.load(work, rows, image);
+        if (wanted) state.known.load(work, rows, image);
       } else if constexpr (is_staged(kEpilogue) && !kRead) {
         // The cosine form needs the rest later, and has no registers to spare.
-        if (wanted) known.load(known.stat, work.stat, work, rows, image);
+        if (wanted) state.known.load(state.known.stat, work.stat, work, rows, image);
       }
       named_sync(kTurn + warpgroup, 2 * kWarpgroup);
       if (kEpilogue != Epilogue::pool && wanted && thread < kWidth / 4)
@@ -78,85 +150,29 @@ __device__ __forceinline__ void consume(const Work& work, const Shared& shared, 
         named_sync(kColumns + warpgroup, kWarpgroup);
       }
       if constexpr (kPooled) {
-        Pooling pooling;
         if constexpr (kEpilogue == Epilogue::cosine)
-          pooling = attention_of<kWidth>(rows, acc, columns, scale, lane, attention);
+          state.pooling = attention_of<kWidth>(rows, acc, columns, scale, lane, attention);
         else
-          attention_again<kWidth>(rows, known, acc, columns, scale, lane, attention);
+          attention_again<kWidth>(rows, state.known, acc, columns, scale, lane, attention);
         named_sync(kTurn + warpgroup, 2 * kWarpgroup);  // the second turn of the tile
         // In the registers of the scores, which are spent: with others the compiler runs out of them.
         int slot = issue_pooling<kWidth>(work, shared, at, lane, attention, acc);
         at.skip(warpgroup == 0 ? work.gram_steps : work.steps, work.stages);
         if (warpgroup == 0 || !last_turn) named_arrive(kTurn + 1 - warpgroup, 2 * kWarpgroup);
         if constexpr (kEpilogue == Epilogue::cosine_weights) {
-          if (wanted) known.load(known.grad, work.grad_phi, work, rows, image);
+          if (wanted) state.known.load(state.known.grad, work.grad_phi, work, rows, image);
         }
         wgmma_wait<0>();
         release(work, *shared.barriers, slot, lane);
-        if (wanted && kEpilogue == Epilogue::cosine) {
-          moments.clear();
-          moments.add<kWidth, false>(attention, acc);
-          cosine_epilogue(work, rows, pooling, moments, image, lane);
-        }
       }
-      if (!wanted) continue;
       Outlet outlet{staged, item.text + thread / 32 * 16, static_cast<int>(work.texts), lane};
-      if constexpr (kEpilogue == Epilogue::pool) {
-        if (chunk == 0) moments.clear();
-        moments.add<kWidth, false>(attention, acc);
-        if (chunk + 1 == work.chunks) {
-          Pooling pooling = pooling_of(work, rows, image, scale);
-          cosine_epilogue(work, rows, pooling, moments, image, lane);
-        }
-      } else if constexpr (has_weights(kEpilogue) && (kPooled || kRead)) {
-        if (kPooled || !now.again) {
-          if (chunk == 0) moments.clear();
-          moments.add<kWidth, true>(attention, acc);
-        }
-        if (kRead && work.passes == 2 && !now.again) continue;
-        if constexpr (kRead) {
-          known.load(known.stat, work.stat, work, rows, image);
-          known.load(known.grad, work.grad_phi, work, rows, image);
-        }
-        if (work.full)
-          temperature_sum += cosine_weights_epilogue<kWidth, true, kPooled, T>(
-              work, rows, outlet, known, moments, attention, acc, columns, image, kPooled ? 0 : chunk, scale,
-              inverse_temperature, lane);
-        else
-          cosine_weights_epilogue<kWidth, false, kPooled, T>(
-              work, rows, outlet, known, moments, attention, acc, columns, image, kPooled ? 0 : chunk, scale,
-              inverse_temperature, lane);
-      } else if constexpr (kEpilogue == Epilogue::attention) {
-        known.load(known.phi, work.phi, work, rows, image);
-        attention_epilogue<kWidth, kPacked>(work, rows, outlet, acc, columns, image, chunk, scale, lane, known);
-      } else if constexpr (kEpilogue == Epilogue::weights) {
-        if (work.full)
-          temperature_sum += weights_epilogue<kWidth, kPacked, true, T>(
-              work, rows, outlet, acc, columns, image, chunk, scale, inverse_temperature, lane, known);
-        else
-          weights_epilogue<kWidth, kPacked, false, T>(
-              work, rows, outlet, acc, columns, image, chunk, scale, inverse_temperature, lane, known);
-      } else if constexpr (!kPooled) {
-        forward_epilogue<kWidth, kPacked, kSafe>(
-            work, rows, acc, columns, image, chunk + 1 == work.chunks, scale, lane, softmax);
-      }
+      if (wanted)
+        finish_tile<kWidth, kPacked, T, kEpilogue>(
+            work, rows, outlet, acc, attention, columns, image, now, scale, inverse_temperature, lane, state);
     }
   }
   if constexpr (has_weights(kEpilogue)) {
-    if (work.temperature_sums) {
-      // The other warpgroup may still read its columns; its last turn is behind the barrier.
-      float sum = static_cast<float>(temperature_sum);
-#pragma unroll
-      for (int distance = 1; distance < 32; distance *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, distance);
-      named_sync(kTurn, 2 * kWarpgroup);
-      if (lane == 0) shared.columns[warpgroup * 4 + thread / 32] = sum;
-      named_sync(kTurn, 2 * kWarpgroup);
-      if (warpgroup == 0 && thread == 0) {
-        float all = 0.0f;
-        for (int warp = 0; warp < 8; ++warp) all += shared.columns[warp];
-        work.temperature_sums[blockIdx.x] = all;
-      }
-    }
+    if (work.temperature_sums) store_temperature_sum(work, shared, state.temperature_sum, warpgroup, lane);
   }
 }
 
