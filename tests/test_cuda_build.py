@@ -113,7 +113,7 @@ def test_no_kernel_spills(resources):
     for name, line in resources.items():
         # Attention and sums of the widest cosine tile take 192 registers: some others go to the stack, once a tile.
         width, epilogue = (int(x) for x in re.search(r"ILi(\d+)E.*EpilogueE(\d)", name).groups())
-        stack = {(256, 3): 280, (256, 4): 360, (208, 4): 32}.get((width, epilogue), 0)
+        stack = {(256, 3): 280, (256, 4): 320}.get((width, epilogue), 0)
         found = re.search(r"REG:168 STACK:(\d+) .*LOCAL:0 ", line)
         assert found and int(found[1]) <= stack, f"{name}: {line}"
 

@@ -143,7 +143,7 @@ struct Outlet {
       if (offset < 0) continue;
       const uint8_t* from = staged + first * kStagedPitch + 2 * column;
       uint16_t* to = matrix + (text + first) * stride + offset;
-#pragma unroll kElements == 1 ? 4 : 16  // whole, the widest unrolling would be that of the narrowest stores
+#pragma unroll kElements == 1 ? 4 : 16  // all of the narrowest stores would be most of the code
       for (int row = 0; row < 16; row += kRows, to += kRows * stride) {
         Bits bits = *reinterpret_cast<const Bits*>(from + row * kStagedPitch);
         if (row < left) *reinterpret_cast<Bits*>(to) = bits;
