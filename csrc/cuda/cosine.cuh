@@ -138,8 +138,6 @@ __device__ __forceinline__ float bits_of(float a) { return log2_fast(fmaxf(a, 0x
 struct Moments {
   float total[2], squared[2], weighted[2];
 
-  __device__ __forceinline__ Moments() { clear(); }
-
   __device__ __forceinline__ void clear() {
 #pragma unroll
     for (int r = 0; r < 2; ++r) total[r] = squared[r] = weighted[r] = 0.0f;
@@ -211,66 +209,40 @@ __device__ __forceinline__ float cosine_weights_epilogue(
     rate[r] = all * inverse_scale * inverse_temperature;
     slope[r] = -all * bend_of_q[r] * inverse_temperature;
     constant[r] = all * fmaf(fmaf(known.stat[r], inverse_scale, -level[r]), inverse_temperature, 1.0f);
-    if (lane % 4 == 0 && rows.are_there(work, r) && image < work.images)
+    if (chunk == 0 && lane % 4 == 0 && rows.are_there(work, r) && image < work.images)
       work.curvature[image * work.texts + rows.text[r]] =
           (found.moves ? grad * bend : 0.0f) * share * share * weight_scale;
   }
   float temperature_sum = 0.0f;
+  auto kept = [&](int j, float2, int r) {
+    float2 a = attention_at<kWidth>(attention, 4 * j + 2 * r);
+    return pack(a.x, a.y, T());
+  };
+  auto pair = [&](int j, float2 column, int r) {
+    int at = 4 * j + 2 * r;
+    float2 both = attention_at<kWidth>(attention, at);
+    float w[2];
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      float a = c ? both.y : both.x, bits = bits_of(a);
+      w[c] = a * fmaf(bits, rate[r], fmaf(pooled[at + c], slope[r], constant[r])) * (c ? column.y : column.x);
+      if constexpr (kFull) {
+        float s = (bits + known.stat[r]) * inverse_scale;
+        float centred = s - fmaf(bend_of_q[r], pooled[at + c], level[r]);
+        temperature_sum = fmaf(a * factor[r] * centred, s - mean[r], temperature_sum);
+      }
+    }
+    return pack(w[0], w[1], T());
+  };
+  auto behind = [] {};
 #pragma unroll
   for (int j0 = 0; j0 < kWidth / 8; j0 += 8) {
-    bool there = image < work.images;
     if constexpr (kKeep) {
-      outlet.begin();
-#pragma unroll
-      for (int j = j0; j < j0 + 8 && j < kWidth / 8; j += 2) {
-        uint32_t kept[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          float2 a = unpack(attention[j / 2][i], __half());
-          kept[i] = pack(a.x, a.y, T());
-        }
-        outlet.put(j - j0, kept);
-      }
-      outlet.end();
-      uint16_t* of_image = work.attention + image * work.texts * work.attention_pitch;
-      outlet.copy<8>(of_image, work.attention_pitch, [&](int column) {
-        column += 8 * j0;
-        return there && column < work.patches ? int64_t(column) : int64_t(-1);
-      });
+      outlet.stage<kWidth>(j0, columns, kept, behind);
+      outlet.copy_attention<kWidth, false>(work, image, chunk, j0);
     }
-    uint32_t out[4] = {};
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      int j = j0 + i;
-      if (j >= kWidth / 8) continue;
-      float2 column = *reinterpret_cast<const float2*>(columns + 8 * j + 2 * (lane % 4));
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        int at = 4 * j + 2 * r;
-        float2 both = attention_at<kWidth>(attention, at);
-        float w[2];
-#pragma unroll
-        for (int c = 0; c < 2; ++c) {
-          float a = c ? both.y : both.x, bits = bits_of(a);
-          w[c] = a * fmaf(bits, rate[r], fmaf(pooled[at + c], slope[r], constant[r])) * (c ? column.y : column.x);
-          if constexpr (kFull) {
-            float s = (bits + known.stat[r]) * inverse_scale;
-            float centred = s - fmaf(bend_of_q[r], pooled[at + c], level[r]);
-            temperature_sum = fmaf(a * factor[r] * centred, s - mean[r], temperature_sum);
-          }
-        }
-        out[i % 2 * 2 + r] = pack(w[0], w[1], T());
-      }
-      bool last = j + 1 == kWidth / 8;
-      if (i == 1 || (i == 0 && last)) outlet.begin();
-      if (i % 2 == 1 || last) outlet.put(i / 2 * 2, out);  // behind an odd last block comes anything
-    }
-    outlet.end();
-    outlet.copy(work, [&](int column) {
-      column += 8 * j0;
-      int n = chunk * kWidth + column;
-      return there && column < kWidth && n < work.patches ? int64_t(image) * work.patches + n : int64_t(-1);
-    });
+    outlet.stage<kWidth>(j0, columns, pair, behind);
+    outlet.copy_weights<kWidth, false>(work, image, chunk, j0);
   }
   return temperature_sum;
 }

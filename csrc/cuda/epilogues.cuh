@@ -114,6 +114,25 @@ __device__ __forceinline__ void forward_epilogue(
   }
 }
 
+// The patch of a column of a tile that begins with `image`; `there`: whether one is wanted.
+struct Patch {
+  int image, n;
+  bool there;
+
+  template <int kWidth, bool kPacked>
+  static __device__ __forceinline__ Patch of(const Work& work, int image, int chunk, int column) {
+    Patch patch{image, chunk * kWidth + column, column < kWidth};
+    if constexpr (kPacked) {
+      int which = column / work.pitch;
+      patch.image += which;
+      patch.n = column - which * work.pitch;
+      patch.there &= which < work.images_of_tile;
+    }
+    patch.there &= patch.n < work.patches && patch.image < work.images;
+    return patch;
+  }
+};
+
 // A warp's way from registers to memory: 64 columns of its 16 rows at a time through shared memory, so that neighbouring
 // lanes store neighbours.
 struct Outlet {
@@ -128,6 +147,26 @@ struct Outlet {
   }
   __device__ __forceinline__ void begin() const { __syncwarp(); }  // what was there before has been read
   __device__ __forceinline__ void end() const { __syncwarp(); }
+
+  // 64 columns of a tile from block `j0` on, or as many as there are: `pair(j, column, r)` gives two neighbours of row r in
+  // block j, packed, `column` being what `columns` has for them; `behind()` is called after each block.
+  template <int kWidth, class Pair, class Behind>
+  __device__ __forceinline__ void stage(int j0, const float* columns, const Pair& pair, const Behind& behind) const {
+    uint32_t out[4] = {};
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      int j = j0 + i;
+      if (j >= kWidth / 8) continue;
+      float2 column = *reinterpret_cast<const float2*>(columns + 8 * j + 2 * (lane % 4));
+#pragma unroll
+      for (int r = 0; r < 2; ++r) out[i % 2 * 2 + r] = pair(j, column, r);
+      bool last = j + 1 == kWidth / 8;
+      if (i == 1 || (i == 0 && last)) begin();
+      if (i % 2 == 1 || last) put(i / 2 * 2, out);  // behind an odd last block comes anything
+      behind();
+    }
+    end();
+  }
 
   // To `matrix` with `stride` from text to text, kElements neighbours at a time; `place` has the offset of a column in its
   // row, negative where none is wanted.
@@ -151,13 +190,27 @@ struct Outlet {
     }
   }
 
-  template <class Place>
-  __device__ __forceinline__ void copy(const Work& work, const Place& place) const {
+  // The 64 columns from block `j0` on of a tile that begins with `image`, to the weights `[texts, images patches]`.
+  template <int kWidth, bool kPacked>
+  __device__ __forceinline__ void copy_weights(const Work& work, int image, int chunk, int j0) const {
+    auto place = [&](int column) {
+      Patch patch = Patch::of<kWidth, kPacked>(work, image, chunk, 8 * j0 + column);
+      return patch.there ? int64_t(patch.image) * work.patches + patch.n : int64_t(-1);
+    };
     switch (work.store_elements) {
       case 8: return copy<8>(work.weights, work.stride_weights, place);
       case 4: return copy<4>(work.weights, work.stride_weights, place);
       default: return copy<1>(work.weights, work.stride_weights, place);
     }
+  }
+
+  // The same to the attention `[images, texts, attention_pitch]`.
+  template <int kWidth, bool kPacked>
+  __device__ __forceinline__ void copy_attention(const Work& work, int image, int chunk, int j0) const {
+    copy<8>(work.attention, work.attention_pitch, [&](int column) {
+      Patch patch = Patch::of<kWidth, kPacked>(work, image, chunk, 8 * j0 + column);
+      return patch.there ? patch.image * work.texts * work.attention_pitch + patch.n : int64_t(-1);
+    });
   }
 };
 
@@ -202,53 +255,29 @@ template <int kWidth, bool kPacked>
 __device__ __forceinline__ void attention_epilogue(
     const Work& work, const Rows& rows, const Outlet& outlet, const float (&acc)[kWidth / 2], const float* columns,
     int image, int chunk, float scale, int lane, Known& known) {
-  int image0 = image;
-  int blocks_of_image = work.pitch / 8, block_of_image = 0;
+  int image0 = image, blocks_of_image = work.pitch / 8, block_of_image = 0;
+  auto pair = [&](int j, float2 column, int r) {
+    float rate = rows.inverse[r] * scale, offset = fmaf(-known.phi[r], scale, -known.stat[r]), a[2];
 #pragma unroll
-  for (int j0 = 0; j0 < kWidth / 8; j0 += 8) {
-    uint32_t out[4] = {};
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      int j = j0 + i;
-      if (j >= kWidth / 8) continue;
-      float2 column = *reinterpret_cast<const float2*>(columns + 8 * j + 2 * (lane % 4));
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        float rate = rows.inverse[r] * scale, offset = fmaf(-known.phi[r], scale, -known.stat[r]), a[2];
-#pragma unroll
-        for (int c = 0; c < 2; ++c) {
-          float inverse = c ? column.y : column.x;
-          a[c] = exp2_fast(fmaf(acc[4 * j + 2 * r + c] * inverse, rate, offset));
-          a[c] = inverse < 0.0f ? 0.0f : a[c];  // whatever is behind a mask, NaN too
-        }
-        out[i % 2 * 2 + r] = pack(a[0], a[1], __half());
-      }
-      bool last = j + 1 == kWidth / 8;
-      if (i == 1 || (i == 0 && last)) outlet.begin();
-      if (i % 2 == 1 || last) outlet.put(i / 2 * 2, out);  // behind an odd last block comes anything
-      if constexpr (kPacked) {
-        if (++block_of_image == blocks_of_image) {
-          ++image;
-          known.load(known.phi, work.phi, work, rows, image);
-          known.load(known.stat, work.stat, work, rows, image);
-          block_of_image = 0;
-        }
+    for (int c = 0; c < 2; ++c) {
+      float inverse = c ? column.y : column.x;
+      a[c] = exp2_fast(fmaf(acc[4 * j + 2 * r + c] * inverse, rate, offset));
+      a[c] = inverse < 0.0f ? 0.0f : a[c];  // whatever is behind a mask, NaN too
+    }
+    return pack(a[0], a[1], __half());
+  };
+  auto behind = [&] {
+    if constexpr (kPacked) {
+      if (++block_of_image == blocks_of_image) {
+        known.load(work, rows, ++image);
+        block_of_image = 0;
       }
     }
-    outlet.end();
-    outlet.copy<8>(work.attention, work.attention_pitch, [&](int column) {
-      column += 8 * j0;
-      int of_image = image0, n = chunk * kWidth + column;
-      bool there = column < kWidth;
-      if constexpr (kPacked) {
-        int which = column / work.pitch;
-        of_image += which;
-        n = column - which * work.pitch;
-        there &= which < work.images_of_tile;
-      }
-      there &= n < work.patches && of_image < work.images;
-      return there ? of_image * work.texts * work.attention_pitch + n : int64_t(-1);
-    });
+  };
+#pragma unroll
+  for (int j0 = 0; j0 < kWidth / 8; j0 += 8) {
+    outlet.stage<kWidth>(j0, columns, pair, behind);
+    outlet.copy_attention<kWidth, kPacked>(work, image0, chunk, j0);
   }
 }
 
@@ -259,62 +288,41 @@ __device__ __forceinline__ float weights_epilogue(
     const Work& work, const Rows& rows, const Outlet& outlet, const float (&acc)[kWidth / 2], const float* columns,
     int image, int chunk, float scale, float inverse_temperature, int lane, Known& known) {
   float weight_scale = work.weight_scale ? *work.weight_scale : 1.0f;
-  int image0 = image;
-  int blocks_of_image = work.pitch / 8, block_of_image = 0;
+  int image0 = image, blocks_of_image = work.pitch / 8, block_of_image = 0;
   float temperature_sum = 0.0f;
   Line lines[2] = {{rows, known, 0, scale, inverse_temperature, weight_scale},
                    {rows, known, 1, scale, inverse_temperature, weight_scale}};
+  auto pair = [&](int j, float2 column, int r) {
+    float w[2];
 #pragma unroll
-  for (int j0 = 0; j0 < kWidth / 8; j0 += 8) {
-    uint32_t out[4] = {};
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      int j = j0 + i;
-      if (j >= kWidth / 8) continue;
-      float2 column = *reinterpret_cast<const float2*>(columns + 8 * j + 2 * (lane % 4));
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        float w[2];
-#pragma unroll
-        for (int c = 0; c < 2; ++c) {
-          float inverse = c ? column.y : column.x;
-          float x = acc[4 * j + 2 * r + c] * inverse;
-          if constexpr (kFull) x = inverse < 0.0f ? 0.0f : x;
-          float a = exp2_fast(fmaf(x, lines[r].rate, lines[r].offset));
-          if constexpr (kFull) {
-            a = inverse < 0.0f ? 0.0f : a;
-            float centred = fmaf(x, rows.inverse[r], -known.phi[r]);
-            temperature_sum = fmaf(a * centred, centred * known.grad[r], temperature_sum);
-          }
-          w[c] = a * fmaf(x, lines[r].slope, lines[r].constant) * inverse;
-        }
-        out[i % 2 * 2 + r] = pack(w[0], w[1], T());
+    for (int c = 0; c < 2; ++c) {
+      float inverse = c ? column.y : column.x;
+      float x = acc[4 * j + 2 * r + c] * inverse;
+      if constexpr (kFull) x = inverse < 0.0f ? 0.0f : x;
+      float a = exp2_fast(fmaf(x, lines[r].rate, lines[r].offset));
+      if constexpr (kFull) {
+        a = inverse < 0.0f ? 0.0f : a;
+        float centred = fmaf(x, rows.inverse[r], -known.phi[r]);
+        temperature_sum = fmaf(a * centred, centred * known.grad[r], temperature_sum);
       }
-      bool last = j + 1 == kWidth / 8;
-      if (i == 1 || (i == 0 && last)) outlet.begin();
-      if (i % 2 == 1 || last) outlet.put(i / 2 * 2, out);  // behind an odd last block comes anything
-      if constexpr (kPacked) {
-        if (++block_of_image == blocks_of_image) {
-          known.load(work, rows, ++image);
+      w[c] = a * fmaf(x, lines[r].slope, lines[r].constant) * inverse;
+    }
+    return pack(w[0], w[1], T());
+  };
+  auto behind = [&] {
+    if constexpr (kPacked) {
+      if (++block_of_image == blocks_of_image) {
+        known.load(work, rows, ++image);
 #pragma unroll
-          for (int r = 0; r < 2; ++r) lines[r] = Line(rows, known, r, scale, inverse_temperature, weight_scale);
-          block_of_image = 0;
-        }
+        for (int r = 0; r < 2; ++r) lines[r] = Line(rows, known, r, scale, inverse_temperature, weight_scale);
+        block_of_image = 0;
       }
     }
-    outlet.end();
-    outlet.copy(work, [&](int column) {
-      column += 8 * j0;
-      int of_image = image0, n = chunk * kWidth + column;
-      bool there = column < kWidth;
-      if constexpr (kPacked) {
-        int which = column / work.pitch;
-        of_image += which;
-        n = column - which * work.pitch;
-        there &= which < work.images_of_tile;
-      }
-      return there && n < work.patches && of_image < work.images ? int64_t(of_image) * work.patches + n : int64_t(-1);
-    });
+  };
+#pragma unroll
+  for (int j0 = 0; j0 < kWidth / 8; j0 += 8) {
+    outlet.stage<kWidth>(j0, columns, pair, behind);
+    outlet.copy_weights<kWidth, kPacked>(work, image0, chunk, j0);
   }
   return temperature_sum;
 }

@@ -41,7 +41,6 @@ __device__ __forceinline__ void finish_tile(
   if constexpr (kEpilogue == Epilogue::forward || kEpilogue == Epilogue::forward_safe) {
     forward_epilogue<kWidth, kPacked>(work, rows, acc, columns, image, last, scale, lane, state.softmax);
   } else if constexpr (kEpilogue == Epilogue::attention) {
-    known.load(known.phi, work.phi, work, rows, image);
     attention_epilogue<kWidth, kPacked>(work, rows, outlet, acc, columns, image, now.chunk, scale, lane, known);
   } else if constexpr (kEpilogue == Epilogue::weights) {
     if (work.full)
@@ -123,9 +122,9 @@ __device__ __forceinline__ void consume(const Work& work, const Shared& shared, 
       int chunk = now.chunk, group = item.begin + 2 * now.pair + warpgroup;
       bool wanted = group < item.end;
       int image = group * work.images_of_tile;
-      if constexpr (kEpilogue == Epilogue::weights) {
+      if constexpr (kEpilogue == Epilogue::weights || kEpilogue == Epilogue::attention) {
         if (wanted) state.known.load(work, rows, image);
-      } else if constexpr (is_staged(kEpilogue) && !kRead) {
+      } else if constexpr (kEpilogue == Epilogue::cosine_weights) {
         // The cosine form needs the rest later, and has no registers to spare.
         if (wanted) state.known.load(state.known.stat, work.stat, work, rows, image);
       }

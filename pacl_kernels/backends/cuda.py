@@ -81,9 +81,7 @@ class Call(triton.Call):
             self.gram(b0, b1, gram)
             call = self._call("cosine", b0, b1, 0, self.k, self.phi)
             call.set_gram(gram.data_ptr(), gram.stride(1))
-            columns = self._columns(call, b0, b1)
-            call.launch()
-            del columns
+            self._launch(call, b0, b1)
 
     def scores(self, form: str) -> None:
         if form == "max":
@@ -93,9 +91,7 @@ class Call(triton.Call):
         both = isinstance(temperature, Tensor)  # it is not read: both are launched, and one returns
         for safe in (False, True) if both else (temperature < _PLAIN_TEMPERATURE,):
             call = self._call("forward_safe" if safe else "forward", 0, self.b, 0, self.k, self.phi)
-            columns = self._columns(call, 0, self.b)
-            call.launch()
-            del columns  # the allocator hands it on in the order of the stream
+            self._launch(call, 0, self.b)
 
     def attention(self, b0, b1, k0, k1, attention, entropy_over=None) -> None:
         if not ATTENTION_IN_MEMORY:
@@ -103,9 +99,7 @@ class Call(triton.Call):
             return
         call = self._call("attention", b0, b1, k0, k1, entropy_over)
         call.set_attention(attention.data_ptr(), attention.stride(1))
-        columns = self._columns(call, b0, b1)
-        call.launch()
-        del columns
+        self._launch(call, b0, b1)
 
     def cosine_forward(self, b0, b1, k0, k1, attention, gram) -> None:
         if not ATTENTION_IN_MEMORY:
@@ -136,7 +130,6 @@ class Call(triton.Call):
         return super().attention_workspace(blocks, self.patches.dtype if native().cuda_can_pool(self.n) else dtype)
 
     def _launch_weights(self, call, b0, b1, k0, w, grad_phi, needs_tau) -> Tensor | None:
-        columns = self._columns(call, b0, b1)
         sums = None
         if needs_tau:  # one of each block that is launched; the others' stay 0
             sums = self.phi.new_zeros(2 * call.plan().clusters)
@@ -148,9 +141,14 @@ class Call(triton.Call):
             temperature_sums=0 if sums is None else sums.data_ptr(),
             masked=self.mask is not None,
         )
+        self._launch(call, b0, b1)
+        return sums
+
+    def _launch(self, call, b0: int, b1: int) -> None:
+        """With columns, which the allocator hands on afterwards, in the order of the stream."""
+        columns = self._columns(call, b0, b1)
         call.launch()
         del columns
-        return sums
 
     def _call(self, epilogue: str, b0, b1, k0, k1, phi: Tensor | None):
         temperature = self.temperature
