@@ -227,25 +227,11 @@ def test_weights(library, b, n, k, d, more, masked, needs_tau, dtype):
 def test_a_temperature_in_memory_chooses_the_launch(library, tau):
     patches, texts = problem(3, 196, 70, 72)
     phi, stat = torch.full((3, 70), float("nan")), torch.full((3, 70), float("nan"))
-    run(
-        library,
-        patches,
-        texts,
-        phi,
-        stat,
-        tau=torch.tensor([tau]),
-        epilogue="forward_safe" if tau >= 0.05 else "forward",
-    )
+    works, returns = ("forward_safe", "forward") if tau < 0.05 else ("forward", "forward_safe")
+    launch = partial(run, library, patches, texts, phi, stat, tau=torch.tensor([tau]))
+    launch(epilogue=returns)
     assert phi.isnan().all()
-    run(
-        library,
-        patches,
-        texts,
-        phi,
-        stat,
-        tau=torch.tensor([tau]),
-        epilogue="forward_safe" if tau < 0.05 else "forward",
-    )
+    launch(epilogue=works)
     assert (phi - truth(patches, texts, tau)[2]).abs().max() < 1e-5
 
 

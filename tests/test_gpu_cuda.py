@@ -13,6 +13,11 @@ pytestmark = [
     pytest.mark.skipif(available_backends()["cuda"] is not None, reason="backend 'cuda' cannot run here"),
 ]
 DTYPES = [torch.bfloat16, torch.float16]
+CASES = [
+    *(Case(40, n, 136) for n in (1, 16, 49, 64, 97, 128, 129, 144, 169, 196, 197, 200, 225, 256, 257, 441, 576, 1369)),
+    *(Case(64, 196, d) for d in (1, 8, 63, 64, 65, 512, 768, 1024, 1152, 2048)),
+    *(Case(300, 49, 64, mask="random"), Case(31, 729, 520, mask="random"), Case(64, 196, 512, tau=0.01)),
+]
 
 
 @pytest.fixture(params=[1, 2], ids="cluster{}".format)
@@ -29,22 +34,16 @@ def in_memory(request, monkeypatch):
 
 @pytest.mark.parametrize("form", ["dot", "cosine"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    "case",
-    [
-        *(
-            Case(40, n, 136)
-            for n in (1, 16, 49, 64, 97, 128, 129, 144, 169, 196, 197, 200, 225, 256, 257, 441, 576, 1369)
-        ),
-        *(Case(64, 196, d) for d in (1, 8, 63, 64, 65, 512, 768, 1024, 1152, 2048)),
-        *(Case(300, 49, 64, mask="random"), Case(31, 729, 520, mask="random"), Case(64, 196, 512, tau=0.01)),
-    ],
-    ids=str,
-)
-def test_shapes(cluster, in_memory, case, dtype, form):
-    if in_memory and (form == "dot" or cuda.native().cuda_can_pool(case.N)):
-        pytest.skip("has no attention in memory")
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_shapes(cluster, case, dtype, form):
     check(make(case, form, "infonce", dtype, "cuda"), "cuda")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", [case for case in CASES if not 97 <= case.N <= 256], ids=str)
+def test_an_attention_in_memory(cluster, monkeypatch, case, dtype):
+    monkeypatch.setattr(cuda, "ATTENTION_IN_MEMORY", True)
+    check(make(case, "cosine", "infonce", dtype, "cuda"), "cuda")
 
 
 def _inputs(b, n, d, dtype=torch.bfloat16):
