@@ -32,7 +32,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from pacl_kernels.backends import triton as backend
-from pacl_kernels.backends import triton_kernels, triton_tiles
+from pacl_kernels.backends import triton_kernels, triton_launch, triton_tiles
 
 TARGETS = (80, 90, 100)
 # Shared memory of a program, and registers of a multiprocessor (NVIDIA's programming guide, compute capabilities).
@@ -132,11 +132,9 @@ def launches(variant: Variant, target: int, batch: int = 1024) -> list[Launch]:
     phi, stat, grad_phi = (torch.empty(batch, batch, device="meta") for _ in range(3))
     grads = torch.empty_like(patches), torch.empty_like(texts), phi.new_empty(()) if variant.tensor_tau else None
     grads = grads[0].contiguous(), grads[1].contiguous(), grads[2]
-    replaced = dict(_launch=record, _processors=lambda device: 132)
+    replaced = dict(run=record, processors=lambda device: 132)
     chip = dict(architecture=lambda device: target, has_bulk_copies=lambda device: target >= 90)
-    with mock.patch.multiple(backend, **replaced), mock.patch.multiple(triton_tiles, **chip):
-        for name, function in replaced.items():
-            setattr(backend, name, function)
+    with mock.patch.multiple(triton_launch, **replaced), mock.patch.multiple(triton_tiles, **chip):
         if variant.form == "upsample":
             _upsample(dtype, variant.entropy)
             return seen

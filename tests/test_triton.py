@@ -9,6 +9,7 @@ from problems import CONTENTS, FORMS, LAYOUTS, SHAPES, Case, make
 
 from pacl_kernels import available_backends, dispatch, fused_pacl_loss
 from pacl_kernels.backends import triton as backend
+from pacl_kernels.backends import triton_launch as launch
 from pacl_kernels.backends import triton_tiles as tiles
 
 pytestmark = pytest.mark.skipif(available_backends()["triton"] is not None, reason=str(available_backends()["triton"]))
@@ -59,14 +60,14 @@ COMPATIBILITIES = [
 @pytest.fixture
 def launches(monkeypatch) -> list[tuple[str, dict]]:
     """Name and constants of each kernel, in the order in which they ran."""
-    seen, launch = [], backend._launch
+    seen, run = [], launch.run
 
     def spy(kernel, programs, arguments, constants, *config):
         assert programs > 0
         seen.append((kernel.fn.__name__, constants))
-        launch(kernel, programs, arguments, constants, *config)
+        run(kernel, programs, arguments, constants, *config)
 
-    monkeypatch.setattr(backend, "_launch", spy)
+    monkeypatch.setattr(launch, "run", spy)
     return seen
 
 
@@ -258,11 +259,11 @@ def test_float32_follows_torchs_setting():
     try:
         for setting, expected in (("highest", "tf32x3"), ("high", "tf32"), ("medium", "tf32")):
             torch.set_float32_matmul_precision(setting)
-            assert backend._float32_precision() == expected
+            assert launch.float32_precision() == expected
         if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
             for setting, expected in (("ieee", "tf32x3"), ("tf32", "tf32")):
                 torch.backends.cuda.matmul.fp32_precision = setting
-                assert backend._float32_precision() == expected
+                assert launch.float32_precision() == expected
     finally:
         torch.set_float32_matmul_precision(before)
 
@@ -305,7 +306,7 @@ def test_workspace_is_bounded(b, n, k, itemsize, image_bytes):
 
 
 def test_a_tensor_on_the_cpu_without_the_interpreter(monkeypatch):
-    monkeypatch.setattr(backend, "interpreted", lambda: False)
+    monkeypatch.setattr(launch, "interpreted", lambda: False)
     with pytest.raises(ValueError, match="'triton' cannot run here: .*on a GPU, not on cpu"):
         dispatch.resolve("triton", torch.device("cpu"), torch.float32)
 

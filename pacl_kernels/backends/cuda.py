@@ -10,8 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import triton
+from . import triton, triton_call
 from . import triton_tiles as tiles
+from .triton_launch import ranges
 
 loss_forward, loss_backward, upsample_argmax = triton.loss_forward, triton.loss_backward, triton.upsample_argmax
 
@@ -60,7 +61,7 @@ def score_backward(
     triton.backward(Call, patches, texts, patch_mask, temperature, form, phi, stat, gradients)
 
 
-class Call(triton.Call):
+class Call(triton_call.Call):
     def __init__(self, patches, texts, patch_mask, temperature, phi, stat):
         super().__init__(patches, texts, patch_mask, temperature, phi, stat)
         self.rows, self.text_rows = _aligned(patches), _aligned(texts)
@@ -77,7 +78,7 @@ class Call(triton.Call):
         """φ and STAT of the `cosine` form in one launch for each block of images."""
         blocks = tiles.Blocks(max(1, min(self.b, tiles.WORKSPACE // self.gram_bytes)), self.k)
         gram = self.gram_workspace(blocks)
-        for b0, b1 in triton.ranges(self.b, blocks.images):
+        for b0, b1 in ranges(self.b, blocks.images):
             self.gram(b0, b1, gram)
             call = self._call("cosine", b0, b1, 0, self.k, self.phi)
             call.set_gram(gram.data_ptr(), gram.stride(1))

@@ -1,0 +1,203 @@
+"""One call of the fused functions in Triton: the order of its launches, and those of the `dot` and `max` forms."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from . import triton_launch as launch
+from . import triton_tiles as tiles
+from .triton_cosine import CosineLaunches
+
+
+class Call(CosineLaunches):
+    """The inputs of one call, and the launches that are made of them for images [b0, b1) and texts [k0, k1)."""
+
+    def __init__(self, patches: Tensor, texts: Tensor, patch_mask: Tensor | None, temperature, phi, stat):
+        (self.b, self.n, self.d), self.k = patches.shape, len(texts)
+        self.patches, self.texts, self.mask, self.temperature = patches, texts, patch_mask, temperature
+        self.phi, self.stat = phi, stat
+        self.full = patch_mask is not None  # whether the epilogue of the backward needs more registers
+        self.inv_p, self.inv_t = launch.inverse_norms(patches, patch_mask), launch.inverse_norms(texts[:, None], None)
+        self.strides = (*patches.stride(), *texts.stride(), *launch.mask_strides(patch_mask))
+        # In float16, because a <= 1 and its rounding is divided by r τ: bfloat16 loses too much.
+        self.attention_dtype = torch.float32 if patches.dtype == torch.float32 else torch.float16
+        self.tau = dict(TAU_IS_TENSOR=isinstance(temperature, Tensor))
+        self.precision = launch.float32_precision() if patches.dtype == torch.float32 else "ieee"
+
+    def forward(self, form: str) -> None:
+        self.scores(form)
+        if form == "cosine":
+            self.divide_by_pooled_norm()
+
+    def scores(self, form: str) -> None:
+        """φ and STAT of the `max` form, or of `dot`."""
+        largest = form == "max"  # reads no temperature, so nothing depends on where that is
+        temperature = 1.0 if largest else self.temperature
+        pad = tiles.power_of_two(self.n) if self.n <= tiles.PADDED else 0
+        for safe in launch.variants(temperature):
+            chosen = tiles.config("forward_safe" if safe else "forward", self.patches, self.texts, padded=pad > 0)
+            images = max(1, chosen.block_p // pad) if pad else launch.images_of_a_tile(self.n, chosen.block_p)
+            programs = launch.programs(self.patches.device, chosen.per_processor)
+            text_tiles = tiles.ceil_div(self.k, chosen.block_t)
+            run = images if pad else tiles.images_per_run(self.b, self.n, text_tiles, chosen.block_p, programs)
+            p, t, tile = self._operands(chosen, self.texts, descriptors=not pad)
+            tile |= dict(PAD=pad, IMAGES=images, MAX=largest, SAFE=safe)
+            launch.run(
+                launch.kernels().score_forward_kernel,
+                min(programs, text_tiles * tiles.ceil_div(self.b, run)),
+                (p, t, self.mask, temperature, self.inv_p, self.inv_t, self.phi, self.stat)
+                + (self.b, self.n, self.k, self.d, *self.strides, run),
+                tile | dict(TAU_IS_TENSOR=isinstance(temperature, Tensor)),
+                chosen.warps,
+                chosen.stages,
+            )
+
+    def backward(self, form: str, grad_phi, grad_patches, grad_texts, grad_temperature) -> None:
+        cosine, dtype = form == "cosine", self.patches.dtype
+        self.full |= form == "dot" and grad_temperature is not None
+        self.scale = self._weight_scale(grad_phi) if dtype == torch.float16 else None
+        itemsize = dtype.itemsize + (self.attention_dtype.itemsize if cosine else 0)
+        # float16 may overflow before the scale is undone; a sum over blocks of texts would be rounded each time.
+        widened = self.scale is not None or self.k > tiles.text_block(self.n, self.k, itemsize)
+        image_bytes = 4 * self.d * widened + dtype.itemsize * self.d * (self.mask is not None)
+        image_bytes += (self.n + 16) * (4 + self.attention_dtype.itemsize) * cosine
+        image_bytes = self.n * image_bytes + self.padding_bytes(itemsize) * cosine
+        blocks = tiles.plan_blocks(self.b, self.n, self.k, itemsize, image_bytes)
+        w = self.workspace(blocks, dtype)
+        texts_sum = self.phi.new_zeros(self.k, self.d) if grad_texts is not None else None
+        tau_sum = self.phi.new_zeros((), dtype=torch.float64) if grad_temperature is not None else None
+        if cosine:
+            attention, gram = self.attention_workspace(blocks), self.gram_workspace(blocks)
+            curvature = self.phi.new_empty(blocks.images * blocks.texts)
+            pooled = self.pooled_workspace(blocks, torch.float32 if widened else dtype)
+        if grad_patches is not None and widened:
+            patches_sum = self.phi.new_empty(blocks.images * self.n, self.d)
+
+        for b0, b1 in launch.ranges(self.b, blocks.images):
+            rows = (b1 - b0) * self.n
+            if grad_patches is not None:
+                into = grad_patches[b0:b1].view(rows, self.d)
+                raw = patches_sum[:rows] if widened else into
+            if grad_texts is not None:
+                some_patches = self.patches[b0:b1]
+                if self.mask is not None:  # 0 times the NaN behind a mask is not 0
+                    some_patches = some_patches.masked_fill(~self.mask[b0:b1, :, None], 0.0)
+                some_patches = some_patches.reshape(rows, self.d)
+            if cosine:
+                self.gram(b0, b1, gram)
+            for k0, k1 in launch.ranges(self.k, blocks.texts):
+                if cosine:
+                    by_image = self.by_image(attention, b1 - b0, k1 - k0)
+                    sums = self.cosine_weights(
+                        b0, b1, k0, k1, by_image, gram, grad_phi, w, curvature, grad_temperature is not None
+                    )
+                elif form == "max":
+                    self.max_weights(b0, b1, k0, k1, w, grad_phi)
+                else:
+                    sums = self.weights(b0, b1, k0, k1, w, grad_phi, grad_temperature is not None)
+                if grad_temperature is not None and form != "max":
+                    tau_sum += sums.sum(dtype=torch.float64)
+                weights = w[: k1 - k0, :rows]
+                if grad_patches is not None:
+                    if not widened:
+                        torch.mm(weights.T, self.texts[k0:k1], out=raw)
+                    elif k0 == 0:
+                        raw.copy_(launch.product(weights.T, self.texts[k0:k1]))
+                    else:
+                        raw += launch.product(weights.T, self.texts[k0:k1])
+                    if cosine:
+                        self.curvature(b0, b1, k0, k1, by_image, curvature, pooled)
+                if grad_texts is not None:
+                    texts_sum[k0:k1] += launch.product(weights, some_patches)
+            if grad_patches is not None:
+                if cosine:
+                    self.add_pooled(b0, b1, pooled, raw)
+                mask = None if self.mask is None else self.mask[b0:b1]
+                launch.project_out(raw, self.patches[b0:b1], into, mask, self.scale)
+        if grad_texts is not None:
+            launch.project_out(texts_sum, self.texts[:, None], grad_texts, None, self.scale)
+        if grad_temperature is not None:
+            grad_temperature.copy_(-tau_sum / self.temperature**2)
+
+    def weights(self, b0, b1, k0, k1, w: Tensor, grad_phi: Tensor, needs_tau=False) -> Tensor | None:
+        """W of the `dot` form into `w`; returns the temperature's sums if needed."""
+        return self._weights(b0, b1, k0, k1, w, (0, w.stride(0)), self.phi, grad_phi, needs_tau)
+
+    def _weights(self, b0, b1, k0, k1, w, strides, phi, grad_phi, needs_tau) -> Tensor | None:
+        attention = grad_phi is None
+        chosen = self.backward_config()
+        rows = (b1 - b0) * self.n
+        items = tiles.ceil_div(rows, chosen.block_p) * tiles.ceil_div(k1 - k0, chosen.block_t)
+        sums = self.phi.new_empty(items) if needs_tau else None
+        some = self.texts[k0:k1]
+        p, t, tile = self._operands(chosen, some)
+        launch.run(
+            launch.kernels().score_backward_kernel,
+            min(launch.programs(self.patches.device, chosen.per_processor), items),
+            (p, t, self.mask, self.temperature, self.inv_p, self.inv_t[k0:])
+            + (None if phi is None else phi[:, k0:], self.stat[:, k0:], None if attention else grad_phi[:, k0:])
+            + (None if attention else self.scale, w, sums, b0, b1, self.n, k1 - k0, self.d)
+            + (*self.strides, self.k, *strides),
+            tile
+            | dict(ALIGN=math.gcd(self.n, tiles.alignment(w)) if attention else 1)
+            | dict(IMAGES=launch.images_of_a_tile(self.n, chosen.block_p // 4))
+            | dict(ATTENTION=attention, NEEDS_TAU=needs_tau)
+            | dict(SCALED=not attention and self.scale is not None),
+            chosen.warps,
+            chosen.stages,
+        )
+        return sums
+
+    def max_weights(self, b0, b1, k0, k1, w: Tensor, grad_phi: Tensor) -> None:
+        chosen = self.backward_config()
+        block_t, block_p = min(64, chosen.block_t), min(64, chosen.block_p)
+        launch.run(
+            launch.kernels().max_weights_kernel,
+            tiles.ceil_div((b1 - b0) * self.n, block_p) * tiles.ceil_div(k1 - k0, block_t),
+            (self.inv_p, self.inv_t[k0:], self.stat[:, k0:], grad_phi[:, k0:], self.scale, w, b0, b1, self.n, k1 - k0)
+            + (self.k, w.stride(0)),
+            dict(BLOCK_T=block_t, BLOCK_P=block_p, SCALED=self.scale is not None),
+            8,
+        )
+
+    def backward_config(self) -> tiles.Config:
+        return tiles.config("backward_full" if self.full else "backward", self.patches, self.texts)
+
+    def workspace(self, blocks: tiles.Blocks, dtype: torch.dtype) -> Tensor:
+        """Room for whole tiles `[texts, rows]` of a block."""
+        chosen = self.backward_config()
+        rows, texts = min(self.b, blocks.images) * self.n, min(self.k, blocks.texts)
+        texts, rows = (tiles.ceil_div(x, step) * step for x, step in ((texts, chosen.block_t), (rows, chosen.block_p)))
+        return self.patches.new_empty(texts, rows, dtype=dtype)
+
+    def _operands(self, chosen: tiles.Config, texts: Tensor, descriptors: bool = True) -> tuple:
+        """Patches and texts as the kernels take them, and the constants of their tiles."""
+        p, t = self.patches, texts
+        if descriptors:
+            p, t, descriptors = launch.operands(p, t, chosen)
+        return (
+            p,
+            t,
+            self.tau
+            | dict(
+                BLOCK_T=chosen.block_t,
+                BLOCK_P=chosen.block_p,
+                BLOCK_D=chosen.block_d,
+                DESCRIPTORS=descriptors,
+                HAS_MASK=self.mask is not None,
+                EVEN_D=self.d % chosen.block_d == 0,
+                PRECISION=self.precision,
+            ),
+        )
+
+    def _weight_scale(self, grad_phi: Tensor) -> Tensor:
+        """The power of two that brings the bound of |W|, max|g| (1 + 2 / τ) max 1/‖p‖ max 1/‖t‖, to 2¹⁴.
+
+        Computed on the device. In the cosine form W may reach 1 / r times that bound; infinity begins at 4 times it.
+        """
+        bound = grad_phi.abs().amax() * self.inv_p.amax() * self.inv_t.amax() * (1.0 + 2.0 / self.temperature)
+        exponent = torch.floor(14.0 - torch.log2(bound)).nan_to_num(0.0, 100.0, -100.0).clamp_(-100.0, 100.0)
+        return torch.exp2(exponent)
