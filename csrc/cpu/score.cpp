@@ -456,10 +456,21 @@ void score_backward(const ScoreParams& p) {
         if (rows.means && p.grad_patches)
           team.phase(plan.dims / kernels.panel,
                      [&](int64_t panel) { kernels.means_product(rows, texts, weights, patches_sum, panel, add); });
-        // The next block is packed in between, when its rows have been fetched behind the product.
+        // Neither product needs the other, so both are one phase, the larger tasks first. The next block is packed in
+        // between, when its rows have been fetched behind the patches' product.
+        const int64_t columns = texts.padded / kernels.tile_columns, dim_panels = plan.dims / kernels.panel;
+        const int64_t column_step = 128 / kernels.tile_columns, panel_step = most(1, 256 / kernels.panel);
+        const int64_t across = ceil_div(dim_panels, panel_step);
+        const int64_t text_tasks = p.grad_texts ? ceil_div(columns, column_step) * across : 0;
         const int64_t next_chunks = finish && next ? chunks(*next) : 0;
-        team.phase(most(chunks(block), next_chunks), [&](int64_t i) {
-          const int64_t first = i * plan.chunk, last = least(first + plan.chunk, rows.count);
+        team.phase(text_tasks + most(chunks(block), next_chunks), [&](int64_t task) {
+          if (task < text_tasks) {
+            const int64_t column = task / across * column_step, panel = task % across * panel_step;
+            kernels.texts_product(p, rows, texts, weights, column, least(column + column_step, columns), panel,
+                                  least(panel + panel_step, dim_panels));
+            return;
+          }
+          const int64_t i = task - text_tasks, first = i * plan.chunk, last = least(first + plan.chunk, rows.count);
           if (p.grad_patches && first < last) {
             kernels.patches_product(p, row_start.data(), i < next_chunks ? next->first_row + first : -1, rows, first,
                                     last, texts, weights, patches_sum, add || plan.cosine);
@@ -468,16 +479,6 @@ void score_backward(const ScoreParams& p) {
           }
           if (i < next_chunks) pack(*next, shared_rows[(number + 1) % 2], i);
         });
-        if (p.grad_texts) {
-          const int64_t columns = texts.padded / kernels.tile_columns, dim_panels = plan.dims / kernels.panel;
-          const int64_t column_step = 128 / kernels.tile_columns, panel_step = most(1, 256 / kernels.panel);
-          const int64_t across = ceil_div(dim_panels, panel_step);
-          team.phase(ceil_div(columns, column_step) * across, [&](int64_t task) {
-            const int64_t column = task / across * column_step, panel = task % across * panel_step;
-            kernels.texts_product(p, rows, texts, weights, column, least(column + column_step, columns), panel,
-                                  least(panel + panel_step, dim_panels));
-          });
-        }
       }
     }
     if (p.grad_texts)
