@@ -76,7 +76,7 @@ def _add_demo(commands) -> None:
     )
     for name, text in (
         ("seed", "same seed, same numbers (default: 0)"),
-        ("threads", "torch's threads (default: 1)"),
+        ("threads", "torch's threads (default: those that torch takes by itself, 4 at most)"),
         ("clip-steps", "training steps of the CLIP"),
         ("embedder-steps", "training steps of each embedder"),
     ):

@@ -23,12 +23,12 @@ def test_classes():
 
 
 def test_shards_are_deterministic(tmp_path):
-    def shards(name: str, seed: int, split: str = "train") -> list[bytes]:
-        paths = write_scenes(tmp_path / name, split, 30, seed=seed, masks=True, shard_size=20)
+    def shards(name: str, seed: int, split: str = "train", workers: int = 0) -> list[bytes]:
+        paths = write_scenes(tmp_path / name, split, 130, seed=seed, masks=True, shard_size=70, workers=workers)
         assert [path.name for path in paths] == [f"{split}-000.tar", f"{split}-001.tar"]
         return [path.read_bytes() for path in paths]
 
-    assert shards("a", 3) == shards("b", 3)
+    assert shards("a", 3) == shards("b", 3) == shards("d", 3, workers=2)
     assert shards("c", 4) != shards("a", 3)
     assert shards("a", 3, "eval") != shards("a", 3)
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from .samples import IMAGE_SUFFIXES, MOST_WORKERS, Raw, Samples
-from .scene_shards import SPLITS, encode_scene
-from .scenes import PAIRS, SEEN, draw_scene
+from .scene_shards import SceneMembers
+from .scenes import PAIRS, SEEN
 
 
 class Pairs(Samples):
@@ -174,15 +174,13 @@ class ScenePairs(Pairs):
 
     def __init__(self, split: str = "train", scenes: int = 10_000, **options):
         super().__init__("generated scenes", **options)
-        self.split, self.scenes = split, scenes
-        self._pairs = SEEN if split == "train" else PAIRS
+        self._members = SceneMembers(split, scenes, 0, SEEN if split == "train" else PAIRS, self.masks)
 
     def __len__(self) -> int:
-        return self.scenes
+        return len(self._members)
 
     def get(self, index: int, epoch: int) -> Raw:
-        scene = draw_scene(np.random.default_rng([0, SPLITS.index(self.split), index]), self._pairs)
-        sample = encode_scene(scene, f"{self.split}-{index:06d}", mask=self.masks)
+        sample = self._members[index]
         return Raw(sample["__key__"], sample["jpg"], sample["txt"], sample.get("mask.png"))
 
 
