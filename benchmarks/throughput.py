@@ -378,9 +378,9 @@ if __name__ == "__main__":
     torch.set_num_threads(arguments.threads)
     if reason := does_not_fit(2, arguments):
         sys.exit(f"patches and their gradient at these sizes do not fit: {reason}")
-    if arguments.dtype != "float32" and arguments.device == "cpu" and machine_peak(arguments) is None:
-        note = f"this CPU has no {arguments.dtype} instructions, torch's products take seconds; --peers none: without peers"
-        print(note, file=sys.stderr)
+    fast = {"float32", "bfloat16"} if getattr(_native, "cpu_isa", str)() == "avx512bf16" else {"float32"}
+    if arguments.device == "cpu" and arguments.dtype not in fast:
+        print(f"no {arguments.dtype} instructions here: a step of a peer may take a minute (--peers)", file=sys.stderr)
     outcome = measure(arguments)
     print(report.table(outcome))
     if arguments.json:
