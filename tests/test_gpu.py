@@ -6,7 +6,7 @@ from accuracy import check, evaluate
 from problems import FORMS, Case, make
 
 from pacl_kernels import available_backends, compatibility, dispatch, fused_pacl_loss
-from pacl_kernels.backends import triton as backend
+from pacl_kernels.backends import triton_launch as launch
 
 pytestmark = [
     pytest.mark.gpu,
@@ -74,10 +74,10 @@ def test_the_host_never_waits(form):
 def test_a_batch_of_unseen_size_compiles_nothing(form):
     """Once there are texts for whole tiles; `test_kernel_report.py` asks the same of Triton's rules without a GPU."""
     _step(_inputs(128, 196, 128), form)
-    names = [name for name in vars(backend.kernels()) if name.endswith("_kernel")]
+    names = [name for name in vars(launch.kernels()) if name.endswith("_kernel")]
 
     def compiled():
-        caches = [getattr(backend.kernels(), name).device_caches for name in names]
+        caches = [getattr(launch.kernels(), name).device_caches for name in names]
         return sum(len(cache[0]) for devices in caches for cache in devices.values())
 
     before = compiled()
