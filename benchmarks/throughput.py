@@ -37,7 +37,7 @@ try:
 except ImportError:  # the package works without its native module, and so does its benchmark
     _native = None
 
-SECONDS = 4.0  # of timed runs for one provider: a slow one runs less often than --repeats, but 3 times
+SECONDS = 2.5  # of timed runs for one provider: a slow one runs less often than --repeats, but 3 times
 ERROR_UNIT = 2e10  # where a unit is larger, errors are taken at a smaller batch: the float64 truth is slow
 SLOW = 10.0  # seconds: what takes longer has no warm-up but the run at that smaller batch
 # NVIDIA's data sheets (A100 SXM, H100 SXM, H200 SXM): FP32, and half of the tensor figures printed "with sparsity".

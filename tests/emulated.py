@@ -41,15 +41,20 @@ class _Struct(ctypes.Structure):
     ]
 
 
-def build(folder: Path) -> ctypes.CDLL:
+def load(folder: Path) -> ctypes.CDLL:
+    """From `folder`, where it is built unless it is there."""
+    path = folder / "emulated.so"
+    if path.exists():
+        return ctypes.CDLL(str(path))
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("needs g++")
     sources = [ROOT / "tests/cuda" / name for name in ("emulator.cpp", "emulated.cpp")]
     flags = ["-std=c++20", "-O2", "-shared", "-fPIC", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests/cuda'}"]
     flags += ["-march=native", "-ffp-contract=off"]  # faster float16; the arithmetic stays that of any machine
-    path = folder / "emulated.so"
-    subprocess.run([compiler, *flags, *map(str, sources), "-o", str(path)], check=True)
+    half = path.with_suffix(".half")  # what an interrupted compiler leaves has another name
+    subprocess.run([compiler, *flags, *map(str, sources), "-o", str(half)], check=True)
+    half.rename(path)
     return ctypes.CDLL(str(path))
 
 

@@ -12,14 +12,20 @@ import emulated
 import pytest
 import torch
 from accuracy import check
+from filelock import FileLock
 from problems import Case, make
 
 from pacl_kernels.backends import cuda
 
 
 @pytest.fixture(scope="session")  # of a module, it would be built each time that a test process comes back to this one
-def library(tmp_path_factory):
-    return emulated.build(tmp_path_factory.mktemp("cuda"))
+def library(tmp_path_factory, worker_id):
+    """Built by the first of the test processes, half a minute; the others wait for it."""
+    folder = tmp_path_factory.getbasetemp()
+    if worker_id != "master":
+        folder = folder.parent  # that of all test processes
+    with FileLock(folder / "emulated.lock"):
+        return emulated.load(folder)
 
 
 def run(

@@ -34,7 +34,7 @@ def torchrun(world: int, *command: str) -> str:
         (1, "one"),
         (2, "equals and float64 or ten_steps or cached or travel"),
         (3, ""),
-        (4, "equals and infonce and float64 or travel"),
+        (4, "equals and infonce and float64 and dot or travel"),
     ],
 )
 def test_in_processes(world, chosen):
