@@ -7,6 +7,7 @@ for `max` these are two published MaxSim packages too, where they and a GPU are 
 
 from __future__ import annotations
 
+import functools
 import importlib
 import math
 import os
@@ -103,8 +104,8 @@ PEERS = {
 PACKAGES = {"late-interaction-kernels": "late_interaction_kernels", "flash-maxsim": "flash_maxsim"}  # name to module
 
 
-def losses(args) -> dict:
-    """Name to loss(patches, texts): the same number from each."""
+def losses(args, only: str | None = None) -> dict:
+    """Name to loss(patches, texts): the same number from each. `only` that one: torch.compile takes 5 s to load."""
 
     def fused(backend):
         return lambda patches, texts: fused_pacl_loss(
@@ -117,9 +118,11 @@ def losses(args) -> dict:
 
         return torch.compile(loss, fullgraph=True, dynamic=False) if compiled else loss
 
-    functions = {f"fused {name}": fused(name) for name in args.backend}
-    peers = {name: peer(*description) for name, description in PEERS.items() if args.form in description[2]}
-    return functions | {name: loss for name, loss in peers.items() if args.peers == "all" or args.peers in name}
+    makers = {f"fused {name}": functools.partial(fused, name) for name in args.backend}
+    for name, description in PEERS.items():
+        if args.form in description[2] and (args.peers == "all" or args.peers in name):
+            makers[name] = functools.partial(peer, *description)
+    return {name: make() for name, make in makers.items() if only in (None, name)}
 
 
 def is_compiled(name: str) -> bool:

@@ -37,7 +37,7 @@ try:
 except ImportError:  # the package works without its native module, and so does its benchmark
     _native = None
 
-SECONDS = 2.5  # of timed runs for one provider: a slow one runs less often than --repeats, but 3 times
+SECONDS = 3.0  # of timed runs for one provider: a slow one runs less often than --repeats, but 3 times
 ERROR_UNIT = 2e10  # where a unit is larger, errors are taken at a smaller batch: the float64 truth is slow
 SLOW = 10.0  # seconds: what takes longer has no warm-up but the run at that smaller batch
 # NVIDIA's data sheets (A100 SXM, H100 SXM, H200 SXM): FP32, and half of the tensor figures printed "with sparsity".
@@ -139,7 +139,7 @@ def warm_up(args, run, small_run, clock: Clock, compiled: bool = False):
 
 def extra_memory(args, name: str) -> float:
     """MiB at the peak of a step beyond inputs and gradients. On a CPU that is the growth of this process."""
-    loss, inputs, clock = losses(args)[name], make_inputs(args, args.batch), Clock(args.torch_device)
+    loss, inputs, clock = losses(args, name)[name], make_inputs(args, args.batch), Clock(args.torch_device)
     gradients = sum(x.numel() * x.element_size() for x in inputs if x.requires_grad)
     run, small = functools.partial(step, loss, inputs, clock), make_inputs(args, args.error_batch)
     warm_up(args, run, functools.partial(step, loss, small, clock), clock, is_compiled(name))
