@@ -378,9 +378,9 @@ if __name__ == "__main__":
     torch.set_num_threads(arguments.threads)
     if reason := does_not_fit(2, arguments):
         sys.exit(f"patches and their gradient at these sizes do not fit: {reason}")
-    fast = {"float32", "bfloat16"} if getattr(_native, "cpu_isa", str)() == "avx512bf16" else {"float32"}
-    if arguments.device == "cpu" and arguments.dtype not in fast:
-        print(f"no {arguments.dtype} instructions here: a step of a peer may take a minute (--peers)", file=sys.stderr)
+    half = {"bfloat16": "bf16", "float16": "fp16"}.get(arguments.dtype)
+    if arguments.device == "cpu" and half and not getattr(torch.ops.mkldnn, f"_is_mkldnn_{half}_supported", bool)():
+        print(f"torch has no fast {arguments.dtype} products here; --peers none leaves peers out", file=sys.stderr)
     outcome = measure(arguments)
     print(report.table(outcome))
     if arguments.json:

@@ -40,7 +40,7 @@ class Curve:
 @pytest.fixture(scope="module")
 def features(tmp_path_factory):
     """Tokens and texts of a frozen, untrained CLIP."""
-    torch.set_num_threads(1)  # as the demo: two collapse when another process holds one of two cores
+    torch.set_num_threads(1)  # two collapse when another process holds one of two cores
     torch.manual_seed(0)
     shards = write_scenes(tmp_path_factory.mktemp("scenes"), "train", 96, seed=0, pairs=scenes.SEEN)
     return frozen_features(freeze(new_clip()), shards, 96)

@@ -123,8 +123,8 @@ def run(config: DemoConfig, out: Path, *, full: bool = False) -> dict:
 
 def _write_scenes(config: DemoConfig, folder: Path) -> tuple[list[Path], list[Path]]:
     with Progress("Scenes", config.train_scenes + config.eval_scenes, unit="scene") as progress:
-        options = {"seed": config.seed, "workers": config.threads if config.threads > 1 else 0}
-        options["progress"] = progress.step
+        workers = config.threads if config.threads > 1 else 0
+        options = {"seed": config.seed, "workers": workers, "progress": progress.step}
         train = write_scenes(folder, "train", config.train_scenes, pairs=scenes.SEEN, **options)
         evaluation = write_scenes(folder, "eval", config.eval_scenes, masks=True, **options)
     return train, evaluation
