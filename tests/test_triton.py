@@ -193,6 +193,15 @@ def test_descriptors_where_alignment_allows(case, dtype, expected, launches):
         assert _launched(launches, name) and all(x["DESCRIPTORS"] == expected for x in _launched(launches, name))
 
 
+def test_strides_whose_multiples_need_64_bits():
+    """Dimensions 2³⁰ elements apart, in memory of which only their ends are touched."""
+    problem = make(Case(2, 70, 3), "dot", "compatibility", torch.float16, DEVICE)
+    room = torch.empty(2**31 + 142, dtype=torch.float16, device=DEVICE)
+    patches, texts = room.as_strided((2, 70, 3), (70, 1, 2**30)), room.as_strided((2, 3), (1, 2**30), 140)
+    patches.copy_(problem.patches), texts.copy_(problem.texts)
+    check(replace(problem, patches=patches, texts=texts), "triton", ())
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("k, dtype", [(7, torch.float32), (7, torch.float16), (150, torch.bfloat16)], ids=str)
 def test_blocks_of_images_and_of_texts(k, dtype, form, launches, monkeypatch):

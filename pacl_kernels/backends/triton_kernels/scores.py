@@ -19,7 +19,7 @@ def product(
             t = T.load([text0, d])
             p = P.load([row0, d])
         else:
-            offs_d = d + tl.arange(0, BLOCK_D)
+            offs_d = (d + tl.arange(0, BLOCK_D)).to(tl.int64)
             t_mask, p_mask = t_live[:, None], p_live[:, None]
             if not EVEN_D:
                 t_mask &= offs_d[None, :] < D
