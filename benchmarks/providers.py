@@ -24,7 +24,9 @@ from pacl_kernels import dispatch, fused_pacl_loss, reference
 
 LOGIT_SCALE = 1 / 0.07
 PRODUCTS = "matrix products"
-BLOCK = 2**24  # elements of the scores that the bare products write at a time
+# Elements of the scores that the bare products write at a time: on a CPU they stay in its cache; on a GPU smaller
+# products are slower (with 4096 texts a unit took 6.0 ms on an H200 with 2²⁴ and 5.1 with 2²⁸).
+BLOCK = {"cpu": 2**24, "cuda": 2**28}
 MIN_POOLED_NORM = 1e-6
 CHUNK = 16  # images: at the usual sizes the scores of a chunk then stay in the last-level cache
 
@@ -169,7 +171,7 @@ def products(inputs, clock, form):
     The max form needs one product, that of its forward.
     """
     patches, texts = inputs[0].detach().flatten(0, 1), inputs[1].detach()
-    blocks = patches.split(max(1, BLOCK // len(texts)))
+    blocks = patches.split(max(1, BLOCK[patches.device.type] // len(texts)))
     scores = patches.new_empty(len(blocks[0]), len(texts))
     grad_patches, grad_texts = torch.empty_like(blocks[0]), torch.empty_like(texts)
 
