@@ -177,12 +177,12 @@ def main() -> None:
     if args.kernels != "curvature":  # "pool" reads their STAT
         call.scores("dot")
         grad_phi.normal_()
-    if args.kernels in ("scores", "all"):
-        runs |= score_runs(call, grad_phi, tiles.newest({a for _, a, _ in tiles.CONFIGS}, patches.device))
-    if args.kernels in ("curvature", "all"):
-        runs |= curvature_runs(call, tiles.newest({a for a, _ in tiles.CURVATURE}, patches.device))
     if args.kernels in ("pool", "all"):
         runs |= pool_runs(call, grad_phi, tiles.newest({a for _, a, _ in tiles.POOL}, patches.device))
+    if args.kernels in ("curvature", "all"):
+        runs |= curvature_runs(call, tiles.newest({a for a, _ in tiles.CURVATURE}, patches.device))
+    if args.kernels in ("scores", "all"):
+        runs |= score_runs(call, grad_phi, tiles.newest({a for _, a, _ in tiles.CONFIGS}, patches.device))
     results = []
     for kernel, run in runs.items():
         shipped = run.table[run.key]
@@ -208,9 +208,11 @@ def main() -> None:
             )
             outcome = f"failed: {reason}" if reason else f"{args.batch * ms:8.3f} ms  {ratio:.3f} of torch.mm"
             print(f"{kernel:17} {tuple(candidate)!s:30} {outcome}", flush=True)
-    if args.json:
-        machine = report.machine(torch.device("cuda"), None)
-        Path(args.json).write_text(json.dumps({"machine": machine, "settings": vars(args), "rows": results}, indent=1))
+            if args.json:  # after each row: compiling takes most of the time, and a call may be cut off
+                machine = report.machine(torch.device("cuda"), None)
+                Path(args.json).write_text(
+                    json.dumps({"machine": machine, "settings": vars(args), "rows": results}, indent=1)
+                )
 
 
 if __name__ == "__main__":
