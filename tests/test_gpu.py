@@ -3,6 +3,7 @@
 import pytest
 import torch
 from accuracy import check, evaluate
+from filelock import FileLock
 from problems import FORMS, Case, make
 
 from pacl_kernels import available_backends, compatibility, dispatch, fused_pacl_loss
@@ -21,6 +22,15 @@ def _inputs(b, n, d, dtype=torch.bfloat16, device="cuda"):
     texts = torch.randn(b, d, device=device, dtype=dtype, requires_grad=True)
     scale, tau = (torch.tensor(x, device=device, requires_grad=True) for x in (20.0, 0.07))
     return patches, texts, scale, tau
+
+
+@pytest.fixture
+def gigabytes(tmp_path_factory):
+    """For tests that take much of the GPU's memory: one at a time, of all processes, and none keeps it."""
+    with FileLock(tmp_path_factory.getbasetemp().parent / "gigabytes.lock"):
+        torch.cuda.empty_cache()
+        yield
+        torch.cuda.empty_cache()
 
 
 def _step(inputs, form, **options):
@@ -134,7 +144,7 @@ def test_the_device_of_the_tensors_not_the_current_one(form):
             check(problem, "triton")
 
 
-def test_offsets_beyond_32_bits():
+def test_offsets_beyond_32_bits(gigabytes):
     """Patches of more than 2³¹ elements: the last image's row is that of the same image alone."""
     b, n, d = 2**31 // (196 * 512) + 40, 196, 512
     if torch.cuda.mem_get_info()[0] < 3 * 2 * b * n * d:
@@ -152,7 +162,7 @@ def test_offsets_beyond_32_bits():
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("b", [4096, 32768])
-def test_memory_of_a_step(b, form):
+def test_memory_of_a_step(b, form, gigabytes):
     """Beyond inputs and gradients: one float32 [K, D], three float32 [B, K], and at most 512 MiB."""
     n, d = 196, 512
     if torch.cuda.mem_get_info()[0] < 2.2 * 2 * b * n * d + 3 * 4 * b * b + 2**30:
