@@ -314,6 +314,16 @@ def test_workspace_is_bounded(b, n, k, itemsize, image_bytes):
     assert taken <= tiles.WORKSPACE + (image_bytes if blocks.images == 1 else 0)
 
 
+@pytest.mark.parametrize("k", [1, 17, 129, 4096])
+def test_whole_tiles_fit_into_the_workspace(k, monkeypatch):
+    """However few texts are in the last one."""
+    monkeypatch.setattr(launch, "run", lambda *_, **__: None)
+    patches, texts = (torch.empty(*shape, 64, dtype=torch.bfloat16, device="meta") for shape in ((800_000, 196), (k,)))
+    call = backend.Call(patches, texts, None, 0.1, *torch.empty(2, len(patches), k, device="meta"))
+    blocks = tiles.plan_blocks(len(patches), 196, k, 2)
+    assert 0.95 * tiles.WORKSPACE <= call.workspace(blocks, torch.bfloat16).nbytes <= 1.01 * tiles.WORKSPACE
+
+
 def test_a_tensor_on_the_cpu_without_the_interpreter(monkeypatch):
     monkeypatch.setattr(launch, "interpreted", lambda: False)
     with pytest.raises(ValueError, match="'triton' cannot run here: .*on a GPU, not on cpu"):
