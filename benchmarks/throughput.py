@@ -335,7 +335,7 @@ def _note(text: str) -> None:
         print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
 
-def parse() -> argparse.Namespace:
+def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--batch", type=int, default=256, help="images, and as many texts")
@@ -355,9 +355,9 @@ def parse() -> argparse.Namespace:
     add("--plot", metavar="FILE", help="write a chart, .svg or .png")
     add("--profile", metavar="FILE", help="write a trace of one step of each, for Perfetto")
     add("--quick", action="store_true", help="small shapes, 3 repeats: shows that it runs, not how fast")
-    if parser.parse_args().quick:
+    if parser.parse_args(argv).quick:
         parser.set_defaults(batch=16, patches=49, dim=64, repeats=3)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     for name in ("batch", "patches", "dim", "threads", "repeats"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} is {getattr(args, name)}, expected at least 1")
@@ -375,8 +375,8 @@ def parse() -> argparse.Namespace:
     return args
 
 
-if __name__ == "__main__":
-    arguments = parse()
+def main(argv: list[str] | None = None) -> None:
+    arguments = parse(argv)
     torch.set_num_threads(arguments.threads)
     if reason := does_not_fit(2, arguments):
         sys.exit(f"patches and their gradient at these sizes do not fit: {reason}")
@@ -389,3 +389,7 @@ if __name__ == "__main__":
         Path(arguments.json).write_text(json.dumps(outcome, indent=1) + "\n")
     if arguments.plot:
         report.plot(outcome, arguments.plot)
+
+
+if __name__ == "__main__":
+    main()

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1}  # plain PyTorch rounds its scores to the input's dtype
 KEYS = (
@@ -14,23 +16,31 @@ KEYS = (
 ).split()
 
 
-def throughput(*options, **environment):
+def throughput(*options):
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     return subprocess.run(
         [sys.executable, str(ROOT / "benchmarks" / "throughput.py"), "--device", "cpu", *options],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | environment,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
         capture_output=True,
         text=True,
         timeout=300,
     )
 
 
-def run(tmp_path, *options, compiler=False):
-    out = tmp_path / "result.json"
-    environment = {} if compiler else {"TORCH_COMPILE_DISABLE": "1"}
-    done = throughput("--quick", "--repeats", "2", "--json", str(out), *options, **environment)
-    assert done.returncode == 0, done.stderr
-    return done.stdout, json.loads(out.read_text())
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """(options) -> what a quick run prints and writes; in this process and without torch.compile."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")
+
+    def quick(*options):
+        from throughput import main
+
+        out = tmp_path / "result.json"
+        main(["--device", "cpu", "--quick", "--repeats", "2", "--json", str(out), *options])
+        return capsys.readouterr().out, json.loads(out.read_text())
+
+    return quick
 
 
 def check(result, expect_reason=()):
@@ -54,12 +64,15 @@ def missing(result):
 
 
 def test_every_provider_agrees_and_the_files_are_written(tmp_path):
-    chart, trace = tmp_path / "chart.svg", tmp_path / "trace.json"
-    printed, result = run(tmp_path, "--plot", str(chart), "--profile", str(trace), compiler=True)
+    out, chart, trace = tmp_path / "result.json", tmp_path / "chart.svg", tmp_path / "trace.json"
+    files = ["--json", str(out), "--plot", str(chart), "--profile", str(trace)]
+    done = throughput("--quick", "--repeats", "2", *files)
+    assert done.returncode == 0, done.stderr
+    printed, result = done.stdout, json.loads(out.read_text())
     check(result, ("no such provider", *missing(result)))
     assert all(row["name"] in printed for row in result["rows"])
     assert len(result["rows"]) == 9
-    report = [sys.executable, str(ROOT / "benchmarks" / "report.py"), str(tmp_path / "result.json")]
+    report = [sys.executable, str(ROOT / "benchmarks" / "report.py"), str(out)]
     tables = subprocess.run(report, capture_output=True, text=True, check=True).stdout.splitlines()
     measured = [row for row in result["rows"] if row["reason"] is None]
     assert len(tables) == 4 + len(measured) and len({line.count("|") for line in tables[2:]}) == 1
@@ -68,16 +81,16 @@ def test_every_provider_agrees_and_the_files_are_written(tmp_path):
     assert {"fused torch", "eager, sum of a s", "matrix products"} <= names
 
 
-def test_cosine_in_bfloat16_with_frozen_texts_and_without_a_compiler(tmp_path):
-    printed, result = run(tmp_path, "--form", "cosine", "--frozen-texts", "--dtype", "bfloat16")
+def test_cosine_in_bfloat16_with_frozen_texts_and_without_a_compiler(run):
+    printed, result = run("--form", "cosine", "--frozen-texts", "--dtype", "bfloat16")
     check(result, ("compiled", *missing(result)))
     assert "torch.compile is disabled" in printed
     assert result["units"] == {"forward": 1 + 49 / 64, "step": 3 + 3 * 49 / 64}
     assert result["operations"] == {"forward": 2, "step": 7}  # 16 texts: pooling costs less than a Gram matrix
 
 
-def test_cosine_counts_what_does_not_grow_with_the_texts(tmp_path):
-    _, result = run(tmp_path, "--form", "cosine", "--batch", "32", "--patches", "16", "--peers", "none")
+def test_cosine_counts_what_does_not_grow_with_the_texts(run):
+    _, result = run("--form", "cosine", "--batch", "32", "--patches", "16", "--peers", "none")
     n, d, k = 16, 64, 32
     assert result["operations"] == {"forward": 1 + n / 2 / d + n / 2 / k, "step": 4 + 2 * n / d + 2 * n / k}
     share, peak = result["rows"][-2]["step_share_of_peak"], result["peak"]
@@ -85,8 +98,8 @@ def test_cosine_counts_what_does_not_grow_with_the_texts(tmp_path):
     assert peak is None or abs(share * peak * time / result["operations"]["step"] / result["unit"] - 1) < 1e-9
 
 
-def test_max_has_its_own_peers_and_one_product(tmp_path):
-    printed, result = run(tmp_path, "--form", "max")
+def test_max_has_its_own_peers_and_one_product(run):
+    printed, result = run("--form", "max")
     packages = ("late-interaction-kernels", "flash-maxsim")
     check(result, ("compiled", *packages, *missing(result)))
     reasons = {row["name"]: row["reason"] for row in result["rows"]}

@@ -1,4 +1,4 @@
-"""For test_evaluate_measure.py: measures a data set in this process, or in all that torchrun started; prints JSON."""
+"""For test_evaluate_measure.py: measures a data set in this process, or in all processes of a group; prints JSON."""
 
 import json
 import os

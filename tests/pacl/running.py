@@ -35,10 +35,16 @@ def train(world: Path, logs: Path, **changes) -> int:
     return main(["train", *flags(world, logs, **changes)])
 
 
-def start(world: Path, logs: Path, processes: int = 1, **changes) -> subprocess.Popen:
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+RANKS = [sys.executable, str(Path(__file__).with_name("ranks.py"))]  # the same, sooner
+
+
+def start(world: Path, logs: Path, processes: int = 1, launcher: list[str] = RANKS, **changes) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, *launcher, "-m", "pacl", "train", *flags(world, logs, **changes)],
+        [
+            *([*launcher, str(processes)] if processes > 1 else [sys.executable]),
+            *("-m", "pacl", "train", *flags(world, logs, **changes)),
+        ],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -1,4 +1,4 @@
-"""For test_evaluate_shared.py: runs `pacl evaluate` commands, one after the other, in all that torchrun started.
+"""For test_evaluate_shared.py: runs `pacl evaluate` commands, one after the other, in all processes of a group.
 
 In one group: joining anew again and again may hang under torchrun. The commands are JSON on the command line.
 """

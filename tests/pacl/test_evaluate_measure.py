@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +17,7 @@ from pacl.evaluate.report import class_table, read_row, result_row, tables, writ
 from pacl.evaluate.sheet import contact_sheet, picture
 from pacl.evaluate.specs import IGNORED, protocol
 from PIL import Image
+from running import RANKS
 
 NAMED = dict(zip(IDS, LAYOUTS, strict=True))
 TCL = protocol("tcl")
@@ -174,9 +174,8 @@ def test_labels_that_did_not_compete_are_refused(load):
 
 def test_two_processes_are_one(roots):
     script = Path(__file__).with_name("evaluate_ranks.py")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
     run = subprocess.run(
-        [*launcher, "voc21", str(roots["voc21"])],
+        [*RANKS, "2", str(script), "voc21", str(roots["voc21"])],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,7 @@ from pacl.embedder import VisionEmbedder, save_embedder
 from pacl.sharing import describe_towers
 from pacl.towers import load_towers
 from PIL import Image
+from running import RANKS
 
 torch.set_num_threads(1)
 WORDS = ["red", "green", "blue", "small", "large", "dog", "cat", "tree"]
@@ -95,9 +95,8 @@ def alone(world, tmp_path_factory) -> dict[str, dict]:
 
 def test_three_processes_are_one(world, alone, tmp_path):
     script = Path(__file__).with_name("task_ranks.py")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
     run = subprocess.run(
-        [*launcher, str(script), json.dumps(commands(world, tmp_path))],
+        [*RANKS, "3", str(script), json.dumps(commands(world, tmp_path))],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

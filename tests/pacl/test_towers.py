@@ -8,7 +8,6 @@ import os
 import pickle
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +25,7 @@ from pacl.training.checkpoints import checkpoints, load_checkpoint
 from pacl.training.config import TrainConfig
 from pacl.training.model import Trainable
 from PIL import Image
+from running import RANKS
 from safetensors.torch import load_file, save_file
 
 torch.set_num_threads(1)
@@ -289,8 +289,7 @@ def test_two_processes_and_accumulation_are_one_big_batch(world, tmp_path):
     for name, changes in runs.items():
         arguments = values | changes | {"log_dir": str(tmp_path / name)}
         if name == "two":
-            launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-            command = [*launcher, tower_steps.__file__, json.dumps(arguments)]
+            command = [*RANKS, "2", tower_steps.__file__, json.dumps(arguments)]
             done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
             assert done.returncode == 0, done.stderr[-3000:]
         else:

@@ -45,8 +45,8 @@ def loose_scenes(folder: Path, count: int, bad: int) -> Path:
     return folder
 
 
-def start(world: Path, logs: Path, processes: int = 1, **changes) -> subprocess.Popen:
-    return running.start(world, logs, processes, **{"max_steps": 8, "save_frequency": 3} | changes)
+def start(world: Path, logs: Path, *how, **changes) -> subprocess.Popen:
+    return running.start(world, logs, *how, **{"max_steps": 8, "save_frequency": 3} | changes)
 
 
 def kill_tree(pid: int) -> None:
@@ -129,7 +129,7 @@ def test_killed_and_resumed(processes, workers, form, world, tmp_path):
     if form == "folder":  # with bad images, which must not shift what follows
         changes["train_data"] = loose_scenes(tmp_path / "loose", 120, bad=10)
     whole_run(world, tmp_path / "whole", processes, **changes)
-    process = start(world, tmp_path / "cut", processes, **changes)
+    process = start(world, tmp_path / "cut", processes, running.TORCHRUN, **changes)
     folder = tmp_path / "cut/pacl/checkpoints"
     while not (folder.exists() and len(checkpoints(folder)) >= 2):
         assert process.poll() is None, process.stdout.read()[-4000:]

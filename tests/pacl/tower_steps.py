@@ -1,4 +1,4 @@
-"""Three steps of a run on the same 12 pairs each, for test_towers.py: in this process, or under torchrun."""
+"""Three steps of a run on the same 12 pairs each, for test_towers.py: in this process, or in several."""
 
 import json
 import sys

@@ -1,0 +1,54 @@
+"""As `torchrun --standalone --nproc-per-node N`, in processes forked from one that has the imports behind it.
+
+`python ranks.py N script.py ...` or `python ranks.py N -m module ...`. The status is 1 when one fails; the others then
+have ten seconds to end by themselves.
+"""
+
+import os
+import random
+import runpy
+import signal
+import socket
+import sys
+
+import open_clip  # noqa: F401  seconds, here once instead of in each process
+import pacl.training.run  # noqa: F401
+
+
+def be(rank: int, world: int, port: int, command: list[str]) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    random.seed()  # processes that were not forked would not draw the same
+    if command[0] == "-m":
+        sys.argv = command[1:]
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = command
+        sys.path[0] = os.path.dirname(os.path.abspath(command[0]))
+        runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def main(world: int, command: list[str]) -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    running = set()
+    for rank in range(world):
+        process = os.fork()
+        if process == 0:
+            be(rank, world, port, command)
+            sys.exit()  # like any program: an error has its traceback, and what is buffered is written
+        running.add(process)
+    failed = False
+    signal.signal(signal.SIGALRM, lambda *_: [os.kill(process, signal.SIGKILL) for process in running])
+    while running:
+        process, status = os.wait()
+        running.discard(process)
+        if status and not failed:
+            failed = True
+            signal.alarm(10)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1]), sys.argv[2:]))
