@@ -191,11 +191,11 @@ class GlobalPaclFunction(torch.autograd.Function):
 
     @staticmethod
     @first_order
-    def backward(ctx, grad_loss):
+    def backward(ctx, saved, grad_loss):
         plan, needs = ctx.plan, ctx.needs_input_grad
-        *inputs, scale, bias, sizes = ctx.saved_tensors[:7]
+        *inputs, scale, bias, sizes = saved[:7]
         first = 7 if plan.ring else 10  # a ring saves no gathered texts, φ and lse
-        arrays, statistics = ctx.saved_tensors[7:first], ctx.saved_tensors[first:]
+        arrays, statistics = saved[7:first], saved[first:]
         texts, temperature = inputs[1], inputs[3]
         scalars = ctx.scale if scale is None else scale, ctx.bias if bias is None else bias
         valid, factor = _valid(sizes, plan), grad_loss * plan.world / sizes.sum()

@@ -29,15 +29,19 @@ class _NoSecondOrder(torch.autograd.Function):
 
 
 def first_order(backward):
-    """`once_differentiable`, which lets pass unnoticed a gradient that depends on saved tensors alone (a penalty)."""
+    """`once_differentiable`, which lets pass unnoticed a gradient that depends on saved tensors alone (a penalty).
+
+    `backward` takes ctx, the saved tensors and the gradient from above.
+    """
 
     @functools.wraps(backward)
     def wrapper(ctx, grad):
+        saved = ctx.saved_tensors  # once: a checkpoint gives them out no second time, hooks would copy them again
         with torch.no_grad():
-            grads = backward(ctx, grad)
+            grads = backward(ctx, saved, grad)
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return grads
-        sources = [tensor for tensor in (grad, *ctx.saved_tensors) if tensor is not None and tensor.requires_grad]
+        sources = [tensor for tensor in (grad, *saved) if tensor is not None and tensor.requires_grad]
         return tuple(None if grad is None else _NoSecondOrder.apply(grad, *sources) for grad in grads)
 
     return wrapper
@@ -55,8 +59,8 @@ class CompatibilityFunction(torch.autograd.Function):
 
     @staticmethod
     @first_order
-    def backward(ctx, grad_phi):
-        *inputs, phi, lse = ctx.saved_tensors
+    def backward(ctx, saved, grad_phi):
+        *inputs, phi, lse = saved
         needs = ctx.needs_input_grad
         *grads, grad_temperature = score_gradients(
             inputs, ctx.options, phi, lse, grad_phi.contiguous(), needs[0], needs[1], needs[2]
@@ -86,9 +90,9 @@ class PaclFunction(torch.autograd.Function):
 
     @staticmethod
     @first_order
-    def backward(ctx, grad_loss):
-        *inputs, phi, lse, scale, bias = ctx.saved_tensors[:8]
-        statistics = ctx.saved_tensors[8:]
+    def backward(ctx, saved, grad_loss):
+        *inputs, phi, lse, scale, bias = saved[:8]
+        statistics = saved[8:]
         needs = ctx.needs_input_grad
         if dispatch.fuses_loss(ctx.options[-1]):
             grad_phi, grad_scale, grad_bias = torch.empty_like(phi), phi.new_empty(()), phi.new_empty(())

@@ -7,6 +7,7 @@ import pytest
 import torch
 from accuracy import Spy, call, check, evaluate
 from problems import DIFFERENTIABLE, FORMS, OBJECTIVES, Case, make
+from torch.utils.checkpoint import checkpoint
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -92,6 +93,19 @@ def test_backward_twice(form, objective, single):
     for name, one, two in zip(_taking_part(objective), first, second, strict=True):
         assert torch.equal(one, two), name
         assert one.data_ptr() != two.data_ptr(), name
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_checkpoint(objective, create_graph, single):
+    """It calls the forward again, and gives each saved tensor out once."""
+    problem = make(Case(5, 7, 33), "dot", objective, device=single.device)
+    leaves = [getattr(problem, name).requires_grad_() for name in _taking_part(objective)]
+    value = checkpoint(call, problem, single.backend, use_reentrant=False).sum()
+    got = torch.autograd.grad(value, leaves, create_graph=create_graph)
+    expected = torch.autograd.grad(call(problem, single.backend).sum(), leaves)
+    for name, one, two in zip(_taking_part(objective), got, expected, strict=True):
+        assert torch.equal(one, two), name
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

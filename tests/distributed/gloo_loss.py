@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from accuracy import assert_accurate, evaluate, natural_sizes
 from problems import DIFFERENTIABLE, FORMS, Case, Problem, make
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from pacl_kernels import PaclLoss, available_backends, distributed, fused_pacl_loss
 from pacl_kernels.loss import global_loss
@@ -129,17 +131,18 @@ def test_batches_that_grow_and_shrink(exchange, group):
 
 @pytest.mark.parametrize("exchange", EXCHANGES)
 def test_collectives_of_one_process(exchange, group):
-    """A group of one is computed without collectives; with them the answer is the same."""
+    """A group of one is computed without collectives; with them the answer is the same, behind a checkpoint too."""
     if group.size() > 1:
         pytest.skip("of one process")
     problem = make(Case(5, 7, 33), "cosine", "infonce", torch.float64)
     leaves = [getattr(problem, name).detach().clone().requires_grad_() for name in DIFFERENTIABLE]
-    with Traffic() as traffic:
-        value = global_loss(*leaves, None, problem.form, problem.objective, "torch", group, exchange)
-        grads = torch.autograd.grad(value, leaves)
-    assert ("all_reduce", (7,)) in traffic.sent
-    got = {"value": value.detach(), **dict(zip(DIFFERENTIABLE, grads, strict=True))}
-    assert_close(got, answer(problem, group=group), 1e-10, natural_sizes(problem))
+    for function in (global_loss, partial(checkpoint, global_loss, use_reentrant=False)):
+        with Traffic() as traffic:
+            value = function(*leaves, None, problem.form, problem.objective, "torch", group, exchange)
+            grads = torch.autograd.grad(value, leaves)
+        assert ("all_reduce", (7,)) in traffic.sent
+        got = {"value": value.detach(), **dict(zip(DIFFERENTIABLE, grads, strict=True))}
+        assert_close(got, answer(problem, group=group), 1e-10, natural_sizes(problem))
 
 
 def test_numbers_and_one_element_tensors(group):
