@@ -156,7 +156,8 @@ def score_gradients(
 
 
 def as_like(value: Scalar, like: Tensor) -> Scalar:
-    return value.to(like.dtype) if isinstance(value, Tensor) else value
+    """A scalar in the dtype of `like`; a tensor 0-D, whose own dimensions would be added to those of `[B, K]`."""
+    return value.to(like.dtype).reshape(()) if isinstance(value, Tensor) else value
 
 
 def logits_of(phi: Tensor, scale: Scalar, bias: Scalar | None) -> Tensor:

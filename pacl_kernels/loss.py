@@ -104,7 +104,7 @@ def fused_pacl_loss(
         return reference.pacl_loss(
             patches,
             texts,
-            logit_scale if isinstance(logit_scale, float) else logit_scale.reshape(()),
+            logit_scale,
             patch_mask=patch_mask,
             attn_temperature=attn_temperature,
             form=form,

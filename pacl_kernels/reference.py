@@ -44,6 +44,7 @@ def compatibility(
     """
     if patch_mask is not None:
         patches = patches.masked_fill(~patch_mask[..., None], 0.0)
+    attn_temperature = _scalar(attn_temperature)
     patches, texts = unit(patches), unit(texts)
     scores = torch.einsum("bnd,kd->bkn", patches, texts)
     if form == "max":
@@ -73,8 +74,13 @@ def _largest(scores: Tensor, patch_mask: Tensor | None, attn_temperature: float 
     phi = torch.where(some, phi, 0.0)  # an image without a patch
     if isinstance(attn_temperature, Tensor):
         # Selected nowhere: a learnable temperature has gradient 0 and not None, which DDP would wait for.
-        phi = torch.where(torch.zeros_like(some), attn_temperature.reshape(()), phi)
+        phi = torch.where(torch.zeros_like(some), attn_temperature, phi)
     return phi
+
+
+def _scalar(value: float | Tensor) -> float | Tensor:
+    """A tensor 0-D: dimensions of its own would be added to those of what it multiplies."""
+    return value.reshape(()) if isinstance(value, Tensor) else value
 
 
 def contrastive_loss(logits: Tensor, loss: str = "infonce") -> Tensor:
@@ -99,9 +105,9 @@ def pacl_loss(
 ) -> Tensor:
     """The loss (0-D) that `pacl_kernels.fused_pacl_loss` computes, with the same arguments."""
     phi = compatibility(patches, texts, patch_mask=patch_mask, attn_temperature=attn_temperature, form=form)
-    logits = logit_scale * phi
+    logits = _scalar(logit_scale) * phi
     if logit_bias is not None:
-        logits = logits + logit_bias
+        logits = logits + _scalar(logit_bias)
     return contrastive_loss(logits, loss)
 
 
@@ -114,5 +120,5 @@ def upsample_argmax(
     x = scores.to(wide).clamp(-LARGEST_SCORE, LARGEST_SCORE)
     x = F.interpolate(x, size, mode="bilinear", align_corners=align_corners)
     best, labels = x.max(1)
-    entropy = torch.special.entr((logit_scale * x).softmax(1)).sum(1)
+    entropy = torch.special.entr((_scalar(logit_scale) * x).softmax(1)).sum(1)
     return best, labels.short(), entropy

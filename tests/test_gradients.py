@@ -47,13 +47,13 @@ def _taking_part(objective):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_scalars_of_any_kind(form, objective, target):
-    """Numbers, 0-D and [1] tensors, in float32 and float64 beside patches of any dtype; no bias at all."""
+    """Numbers, 0-D, [1] and [1, 1, 1] tensors, in float32 and float64 beside patches of any dtype; no bias at all."""
     problem = make(Case(4, 9, 21), form, objective, target.dtype, target.device)
     names = ("logit_scale", "logit_bias", "attn_temperature")
     tensors = {name: getattr(problem, name) for name in names}
     expected = check(problem, target.backend)
     for dtype in (torch.float32, torch.float64):
-        for shape in ((), (1,), (1, 1)):
+        for shape in ((), (1,), (1, 1, 1)):
             changed = {name: x.to(dtype).reshape(shape) for name, x in tensors.items()}
             answer = check(replace(problem, **changed), target.backend)
             assert answer["value"].shape == expected["value"].shape
