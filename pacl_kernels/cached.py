@@ -62,7 +62,8 @@ def cached_step(
     with _no_exchange(modules), torch.no_grad():
         for part in parts[:-1]:
             random.append(_random_state())
-            outputs.append(_outputs(encode, part))
+            # An encoder that hands on its input, or turns gradients on itself, has a graph even here.
+            outputs.append([output.detach() for output in _outputs(encode, part)])
     final = len(parts) == 1  # whether what comes next is the last backward, after which processes exchange gradients
     with contextlib.nullcontext() if final else _no_exchange(modules):
         last = _outputs(encode, parts[-1])

@@ -95,6 +95,24 @@ def test_the_loss_may_have_parameters_of_its_own():
     torch.testing.assert_close(tau.grad, truth, rtol=1e-10, atol=0)
 
 
+def test_outputs_that_keep_their_graph():
+    """Of an encoder that hands on what it was given, or turns gradients on: none of the first pass is used."""
+    batch = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    factor = nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
+
+    def encode(part):
+        with torch.enable_grad():
+            return part, part * factor
+
+    def loss(one, two):
+        return (one * two).sum()
+
+    expected = torch.autograd.grad(loss(*encode(batch)), (batch, factor))
+    cached_step(encode, batch, loss, micro_batch=2)
+    for got, truth in zip((batch.grad, factor.grad), expected, strict=True):
+        torch.testing.assert_close(got, truth)
+
+
 @pytest.mark.parametrize(
     "changes, error, message",
     [
