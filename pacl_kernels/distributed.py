@@ -65,11 +65,12 @@ class Setting(NamedTuple):
     value: object
     kind: type | tuple
 
-    def code(self) -> int:
+    def code(self, numbers: bool = True) -> int:
+        """Without `numbers` they are all alike."""
         if self.value is None or isinstance(self.value, Tensor):
             return _NONE if self.value is None else _A_TENSOR
         if self.kind is float:
-            return struct.unpack("q", struct.pack("d", self.value))[0]
+            return struct.unpack("q", struct.pack("d", self.value))[0] if numbers else _A_NUMBER
         return int(self.value) if self.kind in (int, bool) else self.kind.index(self.value)
 
     def name(self, code: int) -> str:
@@ -91,14 +92,12 @@ def make_plan(group: dist.ProcessGroup, texts: Tensor, settings: dict[str, Setti
     """
     world, capacity, d, device = group.size(), len(texts), texts.shape[1], texts.device
     compiling, agreed = torch.compiler.is_compiling(), None
-    codes = tuple(setting.code() for setting in settings.values())
+    # While compiling, a number may be a symbol that has no bits.
+    codes = tuple(setting.code(numbers=not compiling) for setting in settings.values())
     if compiling or _may_read(device):
         header = torch.tensor((capacity, *codes), device=device)
     else:
-        key = tuple(
-            _A_NUMBER if setting.kind is float and code not in (_NONE, _A_TENSOR) else code
-            for setting, code in zip(settings.values(), codes, strict=True)
-        )
+        key = tuple(setting.code(numbers=False) for setting in settings.values())
         capacities = _capacities.setdefault(group, {})
         agreed = capacities.get(key)
         header = _on_device((capacity, *(codes if agreed is None else key)), device)
@@ -150,7 +149,7 @@ def _compare(headers: list[list[int]], settings: dict[str, Setting]) -> int:
     """The largest local batch; ValueError if settings differ."""
     for rank, header in enumerate(headers):
         for (name, setting), first, other in zip(settings.items(), headers[0][1:], header[1:], strict=True):
-            if first != other:
+            if first != other and _A_NUMBER not in (first, other):
                 raise ValueError(
                     f"{name} is {setting.name(first)} on rank 0 of the group and {setting.name(other)} on rank {rank}, "
                     "expected the same in every process"

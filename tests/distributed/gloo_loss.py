@@ -145,6 +145,21 @@ def test_collectives_of_one_process(exchange, group):
         assert_close(got, answer(problem, group=group), 1e-10, natural_sizes(problem))
 
 
+def test_numbers_of_one_process_change_when_compiled(group):
+    """From the second value on a number is a symbol to the compiler."""
+    if group.size() > 1:
+        pytest.skip("of one process")
+    problem = make(Case(3, 4, 11), "dot", "infonce")
+
+    def function(scale):
+        return global_loss(problem.patches, problem.texts, scale, None, 0.1, None, "dot", "infonce", *rest)
+
+    rest = ("torch", group, "gather")
+    compiled = torch.compile(function, fullgraph=True, backend="eager")
+    for scale in (10.0, 11.0, 12.0):
+        assert compiled(scale).item() == pytest.approx(function(scale).item(), rel=1e-6)
+
+
 def test_numbers_and_one_element_tensors(group):
     """A scalar may be a number, 0-D or [1], and is then answered in kind."""
     problem = make(Case(2 * group.size(), 4, 11), "dot", "sigmoid", torch.float64)
