@@ -61,6 +61,8 @@ def fuses_loss(name: str) -> bool:
 def _best(device: torch.device, dtype: torch.dtype) -> str:
     if dtype == torch.float64:
         return "torch"  # the only one that keeps 53 bits
+    if device.type == "meta":
+        return "torch"  # nothing runs: there are shapes only
     if device.type == "cuda" and cuda.why_not(device, dtype) is None:
         return "cuda"
     best = "cpu" if device.type == "cpu" else "triton"

@@ -248,7 +248,7 @@ def _check_pair(patches, texts, patch_mask) -> tuple[Tensor, Tensor]:
     if texts.device != patches.device:
         raise ValueError(f"texts is on {texts.device}, expected {patches.device} like patches")
     device = patches.device.type
-    if torch.is_autocast_enabled(device) and torch.float64 not in (patches.dtype, texts.dtype):
+    if _autocasts(device) and torch.float64 not in (patches.dtype, texts.dtype):
         dtype = torch.get_autocast_dtype(device)
         patches, texts = patches.to(dtype), texts.to(dtype)
     if texts.dtype != patches.dtype:
@@ -267,6 +267,11 @@ def _check_pair(patches, texts, patch_mask) -> tuple[Tensor, Tensor]:
         if patch_mask.device != patches.device:
             raise ValueError(f"patch_mask is on {patch_mask.device}, expected {patches.device} like patches")
     return patches, texts
+
+
+def _autocasts(device: str) -> bool:
+    """Whether autocast is on; of "meta", which has none, torch does not let one ask."""
+    return device != "meta" and torch.is_autocast_enabled(device)
 
 
 def check_scalar(name: str, value, like: Tensor, like_name: str = "patches", positive: bool = False) -> float | Tensor:

@@ -65,6 +65,16 @@ def test_value_types(target):
         assert (value.shape, value.dtype, value.device.type) == (shape, wide, target.device)
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
+def test_meta_tensors(backend):
+    """Shapes and dtypes, and nothing is computed."""
+    patches = torch.empty(4, 3, 5, device="meta", requires_grad=True)
+    value = fused_pacl_loss(patches, patches[:, 0], 10.0, backend=backend)
+    value.backward()
+    assert (value.shape, value.dtype, patches.grad.shape) == ((), torch.float32, patches.shape)
+
+
 def test_open_clip_call(single):
     """open_clip's keywords, its dictionary, and the scalars as its models hand them over."""
     problem = make(Case(5, 7, 33, mask="random"), "cosine", "sigmoid", device=single.device)
