@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from numbers import Real
 
@@ -101,7 +102,8 @@ def fused_pacl_loss(
             *(form, loss, backend, group, exchange),
         )
     if backend == "reference":
-        return reference.pacl_loss(
+        return _formula(
+            reference.pacl_loss,
             patches,
             texts,
             logit_scale,
@@ -171,9 +173,8 @@ def compatibility(
     attn_temperature = check_scalar("attn_temperature", attn_temperature, patches, positive=True)
     backend = resolve(backend, patches.device, patches.dtype)
     if backend == "reference":
-        return reference.compatibility(
-            patches, texts, patch_mask=patch_mask, attn_temperature=attn_temperature, form=form
-        )
+        options = {"patch_mask": patch_mask, "attn_temperature": attn_temperature, "form": form}
+        return _formula(reference.compatibility, patches, texts, **options)
     return CompatibilityFunction.apply(patches, texts, attn_temperature, patch_mask, form, backend)
 
 
@@ -267,6 +268,13 @@ def _check_pair(patches, texts, patch_mask) -> tuple[Tensor, Tensor]:
         if patch_mask.device != patches.device:
             raise ValueError(f"patch_mask is on {patch_mask.device}, expected {patches.device} like patches")
     return patches, texts
+
+
+def _formula(function, patches: Tensor, texts: Tensor, *scalars, **options) -> Tensor:
+    """The reference, which computes in the dtype of its inputs, in float32 at least, as the other backends do."""
+    wide, device = torch.promote_types(patches.dtype, torch.float32), patches.device.type
+    with torch.autocast(device, enabled=False) if _autocasts(device) else contextlib.nullcontext():
+        return function(patches.to(wide), texts.to(wide), *scalars, **options)
 
 
 def _autocasts(device: str) -> bool:

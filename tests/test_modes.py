@@ -75,6 +75,18 @@ def test_meta_tensors(backend):
     assert (value.shape, value.dtype, patches.grad.shape) == ((), torch.float32, patches.shape)
 
 
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_value_types_of_the_reference(objective, monkeypatch):
+    """Those of the other backends, from inputs in 16 bits or under autocast; float16's squares would overflow."""
+    monkeypatch.setenv("PACL_BACKEND", "reference")
+    problem = make(Case(5, 7, 33, data="large"), "cosine", objective, torch.float16)
+    for inputs, autocast in ((problem, False), (problem.to(torch.float32), True)):
+        with torch.autocast("cpu", torch.float16, enabled=autocast):
+            value, expected = call(inputs, "auto"), call(inputs, "torch")
+        assert value.dtype == torch.float32
+        assert_accurate("value", value, expected, torch.float32)
+
+
 def test_open_clip_call(single):
     """open_clip's keywords, its dictionary, and the scalars as its models hand them over."""
     problem = make(Case(5, 7, 33, mask="random"), "cosine", "sigmoid", device=single.device)
