@@ -242,6 +242,7 @@ def _check_pair(patches, texts, patch_mask) -> tuple[Tensor, Tensor]:
             raise TypeError(f"{name} is a {type(value).__name__}, expected a tensor of shape {layout}")
         if hasattr(value, "full_tensor"):
             raise TypeError(f"{name} is a DTensor, expected this process's own rows as a plain tensor (to_local())")
+        check_dense(name, value)
         if value.dtype not in DTYPES:
             raise TypeError(f"{name} is {value.dtype}, expected float32, bfloat16, float16 or float64")
         if value.ndim != layout.count(",") + 1:
@@ -259,6 +260,7 @@ def _check_pair(patches, texts, patch_mask) -> tuple[Tensor, Tensor]:
     if patch_mask is not None:
         if not isinstance(patch_mask, Tensor):
             raise TypeError(f"patch_mask is a {type(patch_mask).__name__}, expected a bool tensor of shape [B, N]")
+        check_dense("patch_mask", patch_mask)
         if patch_mask.dtype != torch.bool:
             raise TypeError(f"patch_mask is {patch_mask.dtype}, expected torch.bool")
         if patch_mask.shape != patches.shape[:2]:
@@ -280,6 +282,12 @@ def _formula(function, patches: Tensor, texts: Tensor, *scalars, **options) -> T
 def _autocasts(device: str) -> bool:
     """Whether autocast is on; of "meta", which has none, torch does not let one ask."""
     return device != "meta" and torch.is_autocast_enabled(device)
+
+
+def check_dense(name: str, value: Tensor) -> None:
+    if value.is_nested or value.layout != torch.strided:
+        kind = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
+        raise TypeError(f"{name} is a {kind} tensor, expected a dense one")
 
 
 def check_scalar(name: str, value, like: Tensor, like_name: str = "patches", positive: bool = False) -> float | Tensor:

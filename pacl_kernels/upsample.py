@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import ops, reference
 from .dispatch import resolve
-from .loss import DTYPES, check_scalar
+from .loss import DTYPES, check_dense, check_scalar
 
 MAX_CLASSES = 2**15  # labels are int16
 
@@ -84,6 +84,7 @@ def _answer(labels, best, entropy):
 def _check(scores, size) -> tuple[int, int]:
     if not isinstance(scores, Tensor):
         raise TypeError(f"scores is a {type(scores).__name__}, expected a tensor of shape [B, C, h, w]")
+    check_dense("scores", scores)
     if scores.dtype not in DTYPES:
         raise TypeError(f"scores is {scores.dtype}, expected float32, bfloat16, float16 or float64")
     if scores.ndim != 4 or 0 in scores.shape[1:]:

@@ -36,6 +36,9 @@ BOTH = [
     ({"patches": torch.ones(4, 3, 5, device="meta")}, ValueError, "texts is on cpu", "meta"),
     ({"patches": torch.ones(4, 0, 5)}, ValueError, r"patches has shape \[4, 0, 5\]", "N of at least 1"),
     ({"patches": torch.ones(4, 3, 0), "texts": torch.ones(4, 0)}, ValueError, r"patches has shape \[4, 3, 0\]", "D of"),
+    ({"patches": torch.ones(4, 3, 5).to_sparse()}, TypeError, "patches is a sparse_coo tensor", "dense"),
+    ({"texts": torch.ones(4, 5).to_sparse()}, TypeError, "texts is a sparse_coo tensor", "dense"),
+    ({"patch_mask": torch.ones(4, 3).bool().to_sparse()}, TypeError, "patch_mask is a sparse_coo tensor", "dense"),
     ({"patch_mask": [[True]]}, TypeError, "patch_mask is a list", "bool tensor"),
     ({"patch_mask": np.ones((4, 3), bool)}, TypeError, "patch_mask is a ndarray", "bool tensor"),
     ({"patch_mask": torch.ones(4, 3)}, TypeError, "patch_mask is torch.float32", "torch.bool"),
@@ -108,6 +111,12 @@ def _assert_refuses(function, arguments, error, came, expected):
         function(**arguments)
     message = str(caught.value)
     assert "\n" not in message and len(message) < 200, "one clear sentence"
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested")
+def test_patches_of_different_number_are_refused():
+    nested = torch.nested.nested_tensor([torch.ones(n, 5) for n in (2, 3, 1, 3)])
+    _assert_refuses(compatibility, _inputs(patches=nested), TypeError, "patches is a nested tensor", "dense")
 
 
 def test_module_of_many_processes_needs_a_process_group():

@@ -306,6 +306,7 @@ SCORES = torch.zeros(1, 3, 4, 5)
     "error, message, scores, size, options",
     [
         (TypeError, "scores is a list", [[[[0.0]]]], (2, 2), {}),
+        (TypeError, "scores is a sparse_coo tensor, expected a dense one", SCORES.to_sparse(), (2, 2), {}),
         (TypeError, "scores is torch.int64, expected float32", SCORES.long(), (2, 2), {}),
         (ValueError, r"scores has shape \[3, 4, 5\], expected \[B, C, h, w\]", SCORES[0], (2, 2), {}),
         (ValueError, r"scores has shape \[1, 0, 4, 5\]", SCORES[:, :0], (2, 2), {}),
