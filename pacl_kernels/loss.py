@@ -321,6 +321,7 @@ def _open_clip_group(rank: int, world_size: int, group):
         if not (dist.is_available() and dist.is_initialized()):
             raise ValueError(f"world_size is {world_size}, expected 1 without an initialised torch.distributed")
         group = dist.group.WORLD
+    _check_group(group)
     if (group.rank(), group.size()) != (rank, world_size):
         raise ValueError(
             f"rank is {rank} and world_size {world_size}, expected {group.rank()} and {group.size()} as in the group"

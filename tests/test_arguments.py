@@ -123,6 +123,8 @@ def test_module_of_many_processes_needs_a_process_group():
     for places in ({"world_size": 2}, {"rank": 1, "world_size": 2}):
         with pytest.raises(ValueError, match="world_size is 2, expected 1 without an initialised torch.distributed"):
             PaclLoss(**places)
+    with pytest.raises(TypeError, match="group is a str, expected a torch.distributed process group"):
+        PaclLoss(rank=0, world_size=2, group="world")
 
 
 def test_module_refuses_bad_choices_like_the_function():
