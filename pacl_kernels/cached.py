@@ -60,13 +60,13 @@ def cached_step(
     modules = tuple(modules)
     random, outputs = [], []
     with _no_exchange(modules), torch.no_grad():
-        for part in parts[:-1]:
+        for part, size in zip(parts[:-1], sizes, strict=False):
             random.append(_random_state())
             # An encoder that hands on its input, or turns gradients on itself, has a graph even here.
-            outputs.append([output.detach() for output in _outputs(encode, part)])
+            outputs.append([output.detach() for output in _outputs(encode, part, size)])
     final = len(parts) == 1  # whether what comes next is the last backward, after which processes exchange gradients
     with contextlib.nullcontext() if final else _no_exchange(modules):
-        last = _outputs(encode, parts[-1])
+        last = _outputs(encode, parts[-1], sizes[-1])
         after = _random_state()
         leaves = []
         for i, example in enumerate(last):
@@ -87,7 +87,7 @@ def cached_step(
         final = i == len(parts) - 2
         with contextlib.nullcontext() if final else _no_exchange(modules):
             _set_random_state(state)
-            _pass_on(_outputs(encode, part), [grad[i] for grad in grads], scalars=final)
+            _pass_on(_outputs(encode, part, sizes[i]), [grad[i] for grad in grads], scalars=final)
     _set_random_state(after)
     return value.detach()
 
@@ -103,16 +103,20 @@ def _split(batch: Any, micro_batch: int) -> tuple[list[Any], list[int]]:
     return [tree_unflatten([column[i] for column in columns], structure) for i in range(len(sizes))], sizes
 
 
-def _outputs(encode, part: Any) -> tuple[Tensor, ...]:
+def _outputs(encode, part: Any, samples: int) -> tuple[Tensor, ...]:
     # Autocast remembers weights that it has cast, without a graph from the first pass, or with one that is used up.
     torch.clear_autocast_cache()
     outputs = encode(part)
     outputs = outputs if isinstance(outputs, tuple | list) else (outputs,)
+    if not outputs:
+        raise ValueError("encode returned no tensor, expected at least one")
     for output in outputs:
         if not isinstance(output, Tensor):
             raise TypeError(f"encode returned a {type(output).__name__}, expected a tensor or a tuple of tensors")
-        if output.ndim == 1 and len(output) != 1:
-            raise ValueError(f"encode returned shape {list(output.shape)}, expected rows of samples, or one element")
+        if output.ndim == 1 and len(output) != 1 or _has_rows(output) and len(output) != samples:
+            raise ValueError(
+                f"encode returned shape {list(output.shape)}, expected rows of {samples} samples, or one element"
+            )
     return tuple(outputs)
 
 
