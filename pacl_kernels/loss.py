@@ -50,8 +50,9 @@ def fused_pacl_loss(
         patch_mask: bool `[B, N]`, True at real patches. What a masked patch holds is never read (NaN included) and its
             gradient is 0; an image without a real patch has compatibility 0 and gradient 0.
         attn_temperature: τ > 0 of the softmax over patches, a number or a (learnable) tensor of one element; a tensor's
-            value is not checked, because that would make the host wait for the device. `form="max"` ignores it: the
-            gradient of a learnable one is then 0 (not None).
+            value is not checked, because that would make the host wait for the device. To `torch.compile` a number is a
+            constant, and every other value compiles again: what a schedule changes is better a tensor. `form="max"`
+            ignores it: the gradient of a learnable one is then 0 (not None).
         form: `"dot"`, φ = Σ a s (the product of the pooled patch with the text); `"cosine"`, which divides that by
             the pooled patch's norm, floored at 1e-6; or `"max"`, φ = max s (MaxSim, the limit of both for τ → 0),
             whose gradient goes to the first of the largest. With `"max"` a step costs little more than its forward.
@@ -59,12 +60,13 @@ def fused_pacl_loss(
             divided by B.
         logit_bias: added to the logits (SigLIP), a number or a tensor of one element.
         group: a `torch.distributed` process group: the batch is that of all its processes, B this one's part of it,
-            which may differ between them (on a GPU the first step must have the largest part). None is this process
-            alone. Every process returns the loss of the global batch. Gradients of patches and texts are the number of
-            processes times those of the global batch, so that the averaging of DDP and FSDP makes every parameter's
-            gradient that of one process with the whole batch; whoever sums gradients instead divides by it. Gradients
-            of the scalars are exact in each process. The gradient that comes from above must be the same everywhere,
-            and |logit_scale| + |logit_bias| at most 600 (columns are summed in float64 without their maximum).
+            which may differ between them (on a GPU the first step must have the largest part; inside `torch.compile`
+            all must be equal, and nothing that differs is noticed). None is this process alone. Every process returns
+            the loss of the global batch. Gradients of patches and texts are the number of processes times those of the
+            global batch, so that the averaging of DDP and FSDP makes every parameter's gradient that of one process
+            with the whole batch; whoever sums gradients instead divides by it. Gradients of the scalars are exact in
+            each process. The gradient that comes from above must be the same everywhere, and |logit_scale| +
+            |logit_bias| at most 600 (columns are summed in float64 without their maximum).
         exchange: how texts travel in the group: `"gather"` (all at once), `"ring"` (from neighbour to neighbour, for
             when `[B_global, D]` or `[B, B_global]` does not fit; a step is 5 units of work instead of 4), or `"auto"`,
             which takes the ring once those arrays pass 8 GiB.
