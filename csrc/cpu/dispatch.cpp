@@ -2,10 +2,6 @@
 
 #include "dispatch.h"
 
-#if defined(__x86_64__)
-#include <cpuid.h>
-#endif
-
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -21,21 +17,13 @@ PACL_DECLARE(avx2)
 PACL_DECLARE(avx512)
 PACL_DECLARE(avx512bf16)
 
-#if defined(__x86_64__)
-// Of conversions to and from float16; __builtin_cpu_supports knows it only in newer compilers.
-static bool has_f16c() {
-  unsigned a, b, c, d;
-  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
-}
-#endif
-
 const std::vector<Isa>& isas() {
   static const std::vector<Isa> all = [] {
     std::vector<Isa> found{{"baseline", &baseline::kernels, &baseline::kernels}};
 #if defined(__x86_64__)
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c())
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
       found.push_back({"avx2", &avx2::kernels, &avx2::kernels});
-    if (__builtin_cpu_supports("avx512f") && has_f16c()) {
+    if (__builtin_cpu_supports("avx512f")) {
       found.push_back({"avx512", &avx512::kernels, &avx512::kernels});
       if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
           __builtin_cpu_supports("avx512vl"))

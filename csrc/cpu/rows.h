@@ -54,12 +54,7 @@ void read_row(const void* base, int64_t offset, int64_t stride, int64_t dim, Dty
   } else if (dtype == Dtype::bfloat16) {
     for (int64_t d = 0; d < dim; ++d) out[d] = from_bfloat16(half[d * stride]);
   } else {
-    int64_t d = 0;
-#if defined(__F16C__)
-    if (stride == 1)
-      for (; d + 8 <= dim; d += 8) _mm256_storeu_ps(out + d, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(half + d))));
-#endif
-    for (; d < dim; ++d) out[d] = from_float16(half[d * stride]);
+    for (int64_t d = 0; d < dim; ++d) out[d] = from_float16(half[d * stride]);
   }
 }
 
@@ -69,14 +64,8 @@ void write_row(void* base, int64_t offset, int64_t dim, Dtype dtype, const float
     copy_past_cache((float*)base + offset, in, sizeof(float) * dim);
   else if (dtype == Dtype::bfloat16)
     for (int64_t d = 0; d < dim; ++d) half[d] = to_bfloat16(in[d]);
-  else {
-    int64_t d = 0;
-#if defined(__F16C__)
-    for (; d + 8 <= dim; d += 8)
-      _mm_storeu_si128((__m128i*)(half + d), _mm256_cvtps_ph(_mm256_loadu_ps(in + d), _MM_FROUND_TO_NEAREST_INT));
-#endif
-    for (; d < dim; ++d) half[d] = to_float16(in[d]);
-  }
+  else
+    for (int64_t d = 0; d < dim; ++d) half[d] = to_float16(in[d]);
 }
 
 inline int64_t padded_dim(int64_t dim) { return round_up(dim, kPanel); }
