@@ -20,8 +20,7 @@ def operator_arguments(problem, backend):
     return [(*inputs, tau, 1.0, problem.form, backend), (*inputs, None, tau.item(), problem.form, backend)]
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("mask", [None, "random"])
+@pytest.mark.parametrize("form, mask", [("dot", None), ("cosine", "random"), ("max", "random")])
 def test_opcheck(form, mask, target):
     problem = make(Case(3, 5, 9, K=4, mask=mask), form, "compatibility", target.dtype, target.device)
     if mask is not None:  # opcheck compares its inputs before and after without equal_nan

@@ -22,7 +22,7 @@ CASES = [
     Case(3, 64, 17, mask="random"),
     Case(2, 196, 64),  # a tile that ends in the middle of an image, descriptors
     Case(3, 65, 40, K=7, mask="first"),  # three images in a tile
-    Case(1, 257, 33, K=131),
+    Case(1, 257, 9, K=131),
     Case(1, 300, 16, K=3, tau=0.01),
     Case(9, 15, 64, tau=0.01, scale=100.0),
     Case(5, 70, 20, tau=10.0, scale=100.0),

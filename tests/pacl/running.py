@@ -36,10 +36,11 @@ def train(world: Path, logs: Path, **changes) -> int:
 
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-RANKS = [sys.executable, str(Path(__file__).with_name("ranks.py"))]  # the same, sooner
+RANKS = [sys.executable, str(Path(__file__).parents[1] / "ranks.py"), "open_clip,pacl.training.run"]  # the same, sooner
 
 
 def start(world: Path, logs: Path, processes: int = 1, launcher: list[str] = RANKS, **changes) -> subprocess.Popen:
+    """In a group of its own, as a terminal or a scheduler has them."""
     return subprocess.Popen(
         [
             *([*launcher, str(processes)] if processes > 1 else [sys.executable]),
@@ -49,6 +50,7 @@ def start(world: Path, logs: Path, processes: int = 1, launcher: list[str] = RAN
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=True,
     )
 
 

@@ -129,6 +129,9 @@ def test_csv_columns_and_separators(tmp_path, capsys):
         CsvPairs(renamed)
     with pytest.raises(ValueError, match="expected columns"):
         CsvPairs(commas, separator=";")
+    for separator in ("", "::"):
+        with pytest.raises(ValueError, match=f"csv_separator: got '{separator}', expected one character"):
+            CsvPairs(commas, separator=separator)
 
 
 def test_csv_rows_that_are_bad(tmp_path):
@@ -199,6 +202,11 @@ def test_folder_masks_and_what_it_leaves_out(tmp_path):
     assert len(source) == COUNT and len(list(source)) == COUNT - 1 and source.skipped["caption"] == 1
     (sample,) = open_pairs(folder, masks=True)
     assert torch.equal(sample["mask"], torch.from_numpy(picture(0)[:, :, 0].copy()))
+    (folder / "b/around").symlink_to(folder), (folder / "b/again").symlink_to(folder / "a")
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    (linked / "here").symlink_to(folder)
+    assert len(open_pairs(folder)) == len(open_pairs(linked)) == COUNT, "every folder once, links too"
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="empty holds no image"):
         open_pairs(tmp_path / "empty")

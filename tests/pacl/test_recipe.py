@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import shutil
 
 import pytest
@@ -16,7 +17,7 @@ from pacl.backbones import patch_tokens
 from pacl.cli import main
 from pacl.data.texts import find_nouns
 from pacl.training.command import _parse
-from pacl.training.recipe import fill_batch, recipe_config, recipe_notes
+from pacl.training.recipe import command, fill_batch, recipe_config, recipe_notes
 from pacl.training.run import Run
 from test_train import assert_same_state, final, flags
 
@@ -38,6 +39,14 @@ def test_the_papers_values():
     assert (config.form, config.attn_temperature, config.nouns) == ("dot", 1.0, "words")
     notes = recipe_notes(config, 4096)
     assert notes["deviations"] == {} and "attn_temperature" in notes["left_open"]
+
+
+@pytest.mark.parametrize("recipe", [[], ["--recipe=paper"]])
+def test_the_command_gives_the_config(recipe):
+    flags = ["--form=cosine", "--attn-temperature=0.05", "--accum-freq=1", "--nouns=None", "--batch-size=64"]
+    config = _parse([*recipe, "--train-data=a b.tar", *flags], "pacl train")
+    program, verb, *words = shlex.split(command(config))
+    assert (program, verb) == ("pacl", "train") and _parse(words, "pacl train") == config
 
 
 @pytest.mark.parametrize("batch_size, processes, accum_freq", [(256, 1, 16), (256, 4, 4), (1024, 4, 1), (4096, 1, 1)])

@@ -36,7 +36,7 @@ def test_round_trip_of_every_suffix(write_tar):
     members = {}
     for suffix, kind in (("jpg", "JPEG"), ("jpeg", "JPEG"), ("png", "PNG"), ("webp", "WEBP"), ("JPG", "JPEG")):
         members[f"{suffix}1.{suffix}"] = encode(picture(1), kind)
-        members[f"{suffix}1.txt"] = "größe".encode()
+        members[f"{suffix}1.txt"] = "größe".encode("utf-8-sig" if suffix == "webp" else "utf-8")
     members["png1.json"] = b"{}"  # what others put beside it is left alone
     samples = list(Shards(write_tar("a.tar", members)))
     assert [sample["key"] for sample in samples] == ["jpg1", "jpeg1", "png1", "webp1", "JPG1"]
@@ -190,6 +190,16 @@ def test_an_epoch_without_a_good_sample_stops(write_tar):
     path = write_tar("a.tar", {"a.jpg": b"no", "a.txt": b"x"})
     with pytest.raises(BadData, match=r"no usable sample in 1 shard\(s\) \(image 1\)"):
         next(iter(Shards(path, repeat=True)))
+    with pytest.raises(BadData, match=r"no usable sample in 2 shard\(s\) \(image 2\)"):
+        list(loader(Shards([path, path]), 4, workers=2))
+    batches = loader(Shards([path, write_tar("b.tar", pairs(3))]), 4, workers=2)
+    assert [batch["key"] for batch in batches] == [["0000", "0001", "0002"]], "one worker had nothing good"
+
+
+def test_names_that_are_not_unicode(write_tar):
+    name = os.fsdecode(b"gr\xf6sse")
+    (key,) = keys(Shards(write_tar("a.tar", {f"{name}.png": encode(picture(0), "PNG"), f"{name}.txt": b"x"})))
+    assert key == "gr?sse"
 
 
 @pytest.mark.parametrize("resampled", [False, True])

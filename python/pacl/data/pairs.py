@@ -70,6 +70,8 @@ class CsvPairs(Pairs):
         with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
             header = file.readline()
             separators = ["\t", ","] if separator is None else [separator.replace("\\t", "\t")]
+            if any(len(choice) != 1 for choice in separators):
+                raise ValueError(f"csv_separator: got {separator!r}, expected one character, or \\t")
             columns = [next(csv.reader([header], delimiter=choice), []) for choice in separators]
             fitting = [i for i, names in enumerate(columns) if {image_key, caption_key} <= set(names)]
             if not fitting:
@@ -108,8 +110,12 @@ class FolderPairs(Pairs):
         self.folder = Path(folder)
         super().__init__(str(folder), **options)
         names = []
-        for parent, folders, files in os.walk(self.folder):
-            folders[:] = [name for name in folders if not name.startswith(".")]
+        walked = set()  # links are followed, each folder once
+        for parent, folders, files in os.walk(self.folder, followlinks=True):
+            real = os.path.realpath(parent)
+            folders[:] = sorted(name for name in folders if not name.startswith(".") and real not in walked)
+            files = [] if real in walked else files
+            walked.add(real)
             names += [os.path.relpath(os.path.join(parent, name), self.folder) for name in files if _is_image(name)]
         if not names:
             raise ValueError(

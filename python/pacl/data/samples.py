@@ -5,9 +5,12 @@ Bytes are decoded here, whoever read them, by a list of formats: nothing is unpi
 
 from __future__ import annotations
 
+import atexit
 import copy
 import io
 import itertools
+import os
+import signal
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -57,7 +60,7 @@ class Samples(IterableDataset):
     Yields dicts: key (str), image, caption (str), mask where asked for, and place, (epoch, number of the sample in what
     this worker reads of the epoch). A bad sample is skipped and counted under its reason: `skipped`, shared by all
     workers. "archive" counts unreadable stretches of tar files, "file" what is missing or may not be read. An epoch
-    without one good sample is BadData.
+    without one good sample is BadData; with `repeat`, one of a worker's share.
     """
 
     def __init__(
@@ -121,6 +124,11 @@ class Samples(IterableDataset):
         return int(self._counts.sum())
 
     @property
+    def good(self) -> int:
+        """Samples decoded so far, all workers together."""
+        return int(self._counts[:, 0].sum())
+
+    @property
     def too_many(self) -> bool:
         """Whether more samples were bad than max_bad_share allows."""
         return self.seen >= LEAST_SEEN and sum(self.skipped.values()) > self.max_bad_share * self.seen
@@ -154,7 +162,8 @@ class Samples(IterableDataset):
                 if sample is not None:
                     usable = True
                     yield sample | {"place": (now, number)}
-            if not usable:
+            # Without `repeat` the share of another worker may be good; the loader knows when all have ended.
+            if not usable and (self.repeat or workers == 1):
                 raise BadData(self.complaint())
             offset = 0
 
@@ -209,7 +218,7 @@ def read_caption(caption: bytes | Path | None) -> str:
         data = stream.read(MAX_CAPTION_BYTES + 1)
     if len(data) > MAX_CAPTION_BYTES:
         raise ValueError(f"more than {MAX_CAPTION_BYTES:,} bytes")
-    text = data.decode("utf-8").strip()
+    text = data.decode("utf-8-sig").strip()
     if not text:
         raise ValueError("empty caption")
     return text
@@ -241,12 +250,15 @@ class Loader(DataLoader):
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         self.state = copy.deepcopy(self.dataset.start)
+        number = None
         for batch in super().__iter__():
             epoch, number = (int(x[-1]) for x in batch["place"])
             places = self.state["places"]
             places[self.state["batches"] % len(places)] = [epoch, number + 1]
             self.state["batches"] += 1
             yield batch
+        if number is None and not self.dataset.good:
+            raise BadData(self.dataset.complaint())
 
 
 def loader(
@@ -276,6 +288,22 @@ def loader(
     if start is not None and len(start["places"]) != places:
         raise ValueError(f"workers: got {workers}, expected as many as where the data order began, {start['workers']}")
     dataset.start = start or {"batches": 0, "workers": workers, "places": [[0, 0]] * places}
-    return Loader(
-        dataset, batch_size=batch_size, num_workers=workers, drop_last=drop_last, persistent_workers=workers > 0
-    )
+    options = {}
+    if workers:
+        dataset.leaving = torch.zeros((), dtype=torch.bool).share_memory_()
+        atexit.register(dataset.leaving.fill_, True)  # before multiprocessing, which then ends workers by SIGTERM
+        options = {"persistent_workers": True, "worker_init_fn": _outlive_signals}
+    return Loader(dataset, batch_size=batch_size, num_workers=workers, drop_last=drop_last, **options)
+
+
+def _outlive_signals(worker: int) -> None:
+    """SIGTERM and Ctrl-C come to whole groups of processes (torchrun, schedulers, terminals): the main one finishes its
+    step and saves, and needs its workers for that. They end when it does."""
+    leaving = get_worker_info().dataset.leaving
+
+    def answer(number, frame):
+        if leaving:
+            os._exit(0)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, answer)

@@ -102,7 +102,8 @@ class Shards(Samples):
                 caption, captions = sample.get("txt"), _captions(sample.get("json", b""))
                 if captions and caption is not None:
                     caption = self.choose(captions, epoch, sample["__key__"])
-                yield Raw(sample["__key__"], image, caption, sample.get("mask.png"), captions)
+                key = sample["__key__"].encode(errors="replace").decode()  # the name may not be UTF-8
+                yield Raw(key, image, caption, sample.get("mask.png"), captions)
 
 
 def _captions(notes: bytes) -> list[str]:

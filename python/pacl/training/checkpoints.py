@@ -38,11 +38,18 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step_*.pt") if re.fullmatch(r"step_\d+\.pt", path.name))
 
 
+def step_of(path: Path) -> int:
+    return int(path.stem.removeprefix("step_"))
+
+
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """What save_checkpoint wrote. A file that holds anything but tensors and plain Python is a ValueError; it is never
     unpickled without that check."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"resume: {path} is not a checkpoint of tensors and plain Python ({first[:120]})") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"resume: {path} holds a {type(state).__name__}, expected a checkpoint of pacl train")
+    return state

@@ -59,6 +59,7 @@ def main(argv: Sequence[str], prog: str = "pacl train") -> int:
 
 def _parse(argv: list[str], prog: str) -> TrainConfig:
     """`--config FILE` gives the values of a run, `--recipe` those of the paper; flags change them."""
+    argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
     if "--config" in argv:
         at = argv.index("--config")
         if at + 1 == len(argv):

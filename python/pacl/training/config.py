@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -159,6 +158,9 @@ class TrainConfig:
         for name in ("tower_lr", "grad_checkpointing"):
             if getattr(self, name) and locked:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, but every tower is locked")
+        if not 1 <= self.logit_scale <= self.max_logit_scale:
+            most = self.max_logit_scale
+            raise ValueError(f"logit_scale: got {self.logit_scale!r}, expected 1 to {most!r} (--max-logit-scale)")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"ema_decay: got {self.ema_decay!r}, expected a number between 0 and 1")
         if (self.val_segmentation is None) != (self.val_classes is None):
@@ -203,18 +205,6 @@ def dump_config(config: TrainConfig, notes: dict[str, Any]) -> str:
     return yaml.safe_dump(values | notes, sort_keys=False, width=120)
 
 
-def command(config: TrainConfig) -> str:
-    """The command that gives this config: every flag that is not at its default."""
-    words = ["pacl", "train"]
-    for item in dataclasses.fields(config):
-        value, flag = getattr(config, item.name), item.name.replace("_", "-")
-        if value != item.default and item.name not in ("resume", "dry_run"):
-            words += (
-                [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
-            )
-    return shlex.join(words)
-
-
 def read_config(path: Path) -> TrainConfig:
     """A config that dump_config wrote; ValueError for what is no such file."""
     try:
@@ -227,6 +217,14 @@ def read_config(path: Path) -> TrainConfig:
     if not isinstance(values, dict) or "train_data" not in values or not set(values) <= fields:
         unknown = sorted(set(values) - fields) if isinstance(values, dict) else values
         raise ValueError(f"config: {path} is not the config.yaml of a run (unknown: {unknown})")
+    for item in dataclasses.fields(TrainConfig):
+        if "float" in str(item.type) and isinstance(values.get(item.name), str):
+            try:  # to YAML 1e-3, without a point, is a string
+                values[item.name] = float(values[item.name])
+            except ValueError as error:
+                raise ValueError(
+                    f"config: {item.name} is {values[item.name]!r} in {path}, expected a number"
+                ) from error
     names = ("log_dir", "image_root", "features", "val_classes")
     paths = {name: Path(values[name]) for name in names if values.get(name) is not None}
     return TrainConfig(**values | paths)

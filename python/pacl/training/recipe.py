@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from typing import Any
 
 from .config import TrainConfig
@@ -70,6 +71,19 @@ def fill_batch(config: TrainConfig, world: int) -> TrainConfig:
             f"{BATCH} pairs; or give --accum-freq"
         )
     return dataclasses.replace(config, accum_freq=accum_freq)
+
+
+def command(config: TrainConfig) -> str:
+    """The command that gives this config: every flag that is not at its default, which is its recipe's."""
+    words, default = ["pacl", "train"], TrainConfig() if config.recipe is None else recipe_config()
+    for item in dataclasses.fields(config):
+        value, flag = getattr(config, item.name), item.name.replace("_", "-")
+        unlike = value != getattr(default, item.name) or item.name == "recipe" and value is not None
+        if unlike and item.name not in ("resume", "dry_run"):
+            words += (
+                [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
+            )
+    return shlex.join(words)
 
 
 def recipe_notes(config: TrainConfig, global_batch: int) -> dict[str, Any]:

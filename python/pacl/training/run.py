@@ -28,12 +28,13 @@ from ..files import write_bytes
 from ..processes import choose_device, process_group
 from ..sharing import describe_towers
 from ..towers import Towers, load_towers
-from .checkpoints import load_checkpoint, save_checkpoint
-from .config import TrainConfig, command
+from .checkpoints import checkpoints, load_checkpoint, save_checkpoint, step_of
+from .config import TrainConfig
 from .log import Log, pair_statistics, say
 from .model import Trainable
 from .optimiser import average_of, learning_rate, parameter_groups
 from .plan import plan
+from .recipe import command
 from .validation import Validation
 
 BAD_DATA = 1000  # above the numbers of signals
@@ -329,12 +330,29 @@ class Run:
                 raise ValueError(f"resume: {path} is of a run with {name} {state.get(name)}, expected {mine}")
         if missing := {"state_dict", "optimizer", "step", "data"} - state.keys():
             raise ValueError(f"resume: {path} has no {', '.join(sorted(missing))}, expected a checkpoint of pacl train")
+        later = [other for other in checkpoints(self.config.folder / "checkpoints") if step_of(other) > state["step"]]
+        if later:
+            raise ValueError(
+                f"resume: {path} is of step {state['step']}, but {later[-1]} is there, which latest would mean; delete "
+                "what is later, or give the run another --name"
+            )
+        mine = {name: x.shape for name, x in self.model.state_dict().items()}
+        theirs = {name: x.shape for name, x in state["state_dict"].items()}
+        if mine != theirs:
+            unlike = sorted(name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name))
+            raise ValueError(
+                f"resume: {path} is of a run with other parameters ({', '.join(unlike)[:200]}), expected one with the "
+                "same model, loss and what is learned"
+            )
         if (state.get("ema") is None) != (self.average is None):
             raise ValueError(f"resume: {path} is of a run {'without' if self.average else 'with'} --ema-decay")
         if self.average is not None:
             self.average.load_state_dict(state["ema"])
         self.model.load_state_dict(state["state_dict"])
+        mine = [{k: x for k, x in group.items() if k != "params"} for group in self.optimiser.param_groups]
         self.optimiser.load_state_dict(state["optimizer"])
+        for group, values in zip(self.optimiser.param_groups, mine, strict=True):
+            group.update(values)  # rates and decay are this run's flags
         self.step, self.data_state = state["step"], state["data"][self.rank]
 
 

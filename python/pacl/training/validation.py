@@ -56,6 +56,8 @@ class Validation:
 
     def _open(self, data: str, transform, masks: bool = False) -> Samples:
         options = self.run.config.data_options | {"rank": self.run.rank, "world": self.run.world}
+        if masks:  # --dataset-type is that of pairs; its csv, say, has no masks
+            options |= {"kind": "auto"}
         return open_pairs(data, transform=transform, masks=masks, **options)
 
     def _read(self, data: Samples, batch_size: int) -> Iterator[dict[str, Any]]:
@@ -140,7 +142,7 @@ class Validation:
 
 def read_classes(path: Path) -> list[str]:
     """The texts of a file's lines; the label of a class is its line, from 0. ValueError for an empty line or file."""
-    classes = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    classes = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     if not classes or not all(classes):
         raise ValueError(f"val_classes: {path} has {len(classes)} lines, expected one class in each and none empty")
     return classes

@@ -1,18 +1,16 @@
 """As `torchrun --standalone --nproc-per-node N`, in processes forked from one that has the imports behind it.
 
-`python ranks.py N script.py ...` or `python ranks.py N -m module ...`. The status is 1 when one fails; the others then
-have ten seconds to end by themselves.
+`python ranks.py MODULE,MODULE N script.py ...` or `python ranks.py MODULE,MODULE N -m module ...`. The status is 1 when
+one fails; the others then have ten seconds to end by themselves.
 """
 
+import importlib
 import os
 import random
 import runpy
 import signal
 import socket
 import sys
-
-import open_clip  # noqa: F401  seconds, here once instead of in each process
-import pacl.training.run  # noqa: F401
 
 
 def be(rank: int, world: int, port: int, command: list[str]) -> None:
@@ -28,7 +26,9 @@ def be(rank: int, world: int, port: int, command: list[str]) -> None:
         runpy.run_path(sys.argv[0], run_name="__main__")
 
 
-def main(world: int, command: list[str]) -> int:
+def main(modules: str, world: int, command: list[str]) -> int:
+    for module in modules.split(","):
+        importlib.import_module(module)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -51,4 +51,4 @@ def main(world: int, command: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1]), sys.argv[2:]))
+    sys.exit(main(sys.argv[1], int(sys.argv[2]), sys.argv[3:]))
