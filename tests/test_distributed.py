@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from ranks import TORCHRUN, forked
 
 if not dist.is_available():
     pytest.skip("torch was built without torch.distributed", allow_module_level=True)
@@ -21,12 +22,10 @@ FOLDER = Path(__file__).parent / "distributed"
 def in_processes(world: int, *command: str) -> str:
     """Run it in `world` processes; their output. Asserts that none fails. Two are torchrun's, others begin sooner."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-    if world != 2:
-        launcher = [str(FOLDER.parent / "ranks.py"), "torch.distributed.fsdp,torch._dynamo,pacl_kernels,pytest"]
-    run = subprocess.run(
-        [sys.executable, *launcher, str(world), *command], env=environment, capture_output=True, text=True, timeout=900
-    )
+    modules = "torch.distributed.fsdp", "torch._dynamo", "pacl_kernels", "pytest"
+    launcher = TORCHRUN if world == 2 else forked(*modules)
+    command = [*launcher, str(world), *command]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert run.returncode == 0, f"{run.stdout[-6000:]}\n{run.stderr[-3000:]}"
     return run.stdout
 

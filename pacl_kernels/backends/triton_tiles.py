@@ -195,8 +195,8 @@ def text_block(n: int, k: int, itemsize: int) -> int:
 def plan_blocks(b: int, n: int, k: int, itemsize: int, image_bytes: int = 0) -> Blocks:
     """What fits into the workspace with `itemsize` bytes for each score and `image_bytes` for each image."""
     texts = text_block(n, k, itemsize)
-    whole = ceil_div(texts, 128) * 128 if texts > 128 else max(16, power_of_two(texts))  # tiles of texts
-    images = WORKSPACE // (itemsize * n * whole + image_bytes)
+    tile = min(128, max(16, power_of_two(texts)))
+    images = WORKSPACE // (itemsize * n * ceil_div(texts, tile) * tile + image_bytes)
     if images > ALIGNED_ROWS:  # the library takes half as long for the products of a block with whole vectors of rows
         images -= images % (ALIGNED_ROWS // math.gcd(n, ALIGNED_ROWS))
     return Blocks(max(1, min(b, images)), texts)

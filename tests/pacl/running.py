@@ -12,6 +12,7 @@ from pacl.cli import main
 from pacl.embedder import VisionEmbedder, save_embedder
 from pacl.sharing import describe_towers
 from pacl.towers import load_towers
+from ranks import forked
 
 
 def flags(world: Path, logs: Path, **changes) -> list[str]:
@@ -35,17 +36,14 @@ def train(world: Path, logs: Path, **changes) -> int:
     return main(["train", *flags(world, logs, **changes)])
 
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-RANKS = [sys.executable, str(Path(__file__).parents[1] / "ranks.py"), "open_clip,pacl.training.run"]  # the same, sooner
+RANKS = forked("open_clip", "pacl.training.run")
 
 
 def start(world: Path, logs: Path, processes: int = 1, launcher: list[str] = RANKS, **changes) -> subprocess.Popen:
     """In a group of its own, as a terminal or a scheduler has them."""
+    launcher = [*launcher, str(processes)] if processes > 1 else [sys.executable]
     return subprocess.Popen(
-        [
-            *([*launcher, str(processes)] if processes > 1 else [sys.executable]),
-            *("-m", "pacl", "train", *flags(world, logs, **changes)),
-        ],
+        [*launcher, "-m", "pacl", "train", *flags(world, logs, **changes)],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -16,6 +16,7 @@ import torch
 from pacl.data import scenes
 from pacl.data.scene_shards import write_scenes
 from pacl.demo.toy_clip import new_clip, save_clip
+from ranks import TORCHRUN
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "distributed.py"
 
@@ -38,9 +39,12 @@ def test_two_processes_and_one_have_the_same_losses(demo, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", options)
     runpy.run_path(str(EXAMPLE), run_name="__main__")
     one = losses(capsys.readouterr().out)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     run = subprocess.run(
-        [*launcher, *options], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600
+        [*TORCHRUN, "2", *options],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
     assert run.returncode == 0, run.stderr[-4000:]
     assert len(one) == 3 and one[-1] < one[0]

@@ -192,8 +192,11 @@ def test_an_epoch_without_a_good_sample_stops(write_tar):
         next(iter(Shards(path, repeat=True)))
     with pytest.raises(BadData, match=r"no usable sample in 2 shard\(s\) \(image 2\)"):
         list(loader(Shards([path, path]), 4, workers=2))
-    batches = loader(Shards([path, write_tar("b.tar", pairs(3))]), 4, workers=2)
+    good = write_tar("b.tar", pairs(3))
+    batches = loader(Shards([path, good]), 4, workers=2)
     assert [batch["key"] for batch in batches] == [["0000", "0001", "0002"]], "one worker had nothing good"
+    assert len(list(whole := loader(Shards(good), 4))) == 1
+    assert list(loader(Shards(good), 4, start=whole.state)) == [], "it had ended"
 
 
 def test_names_that_are_not_unicode(write_tar):

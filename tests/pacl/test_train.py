@@ -23,7 +23,8 @@ import torch
 from pacl.cli import main
 from pacl.data.pairs import ScenePairs
 from pacl.sharing import load_pacl
-from pacl.training.checkpoints import checkpoints, load_checkpoint
+from pacl.training.checkpoints import checkpoints, load_checkpoint, step_of
+from ranks import TORCHRUN
 from safetensors.torch import load_file
 
 
@@ -131,14 +132,14 @@ def test_killed_and_resumed(processes, workers, form, world, tmp_path):
     if form == "folder":  # with bad images, which must not shift what follows
         changes["train_data"] = loose_scenes(tmp_path / "loose", 120, bad=10)
     whole_run(world, tmp_path / "whole", processes, **changes)
-    process = start(world, tmp_path / "cut", processes, running.TORCHRUN, **changes)
+    process = start(world, tmp_path / "cut", processes, TORCHRUN, **changes)
     folder = tmp_path / "cut/pacl/checkpoints"
     while not (folder.exists() and len(checkpoints(folder)) >= 2):
         assert process.poll() is None, process.stdout.read()[-4000:]
         time.sleep(0.02)
     kill_tree(process.pid)
     process.communicate()
-    reached = int(checkpoints(folder)[-1].stem.removeprefix("step_"))
+    reached = step_of(checkpoints(folder)[-1])
     assert 2 <= reached < steps, "too late to see anything"
     output = whole_run(world, tmp_path / "cut", processes, **changes, resume="latest")
     assert f"step {reached}\n" in output

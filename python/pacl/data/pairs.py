@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .samples import IMAGE_SUFFIXES, MOST_WORKERS, Raw, Samples
+from .samples import IMAGE_SUFFIXES, MOST_WORKERS, Raw, Samples, readable
 from .scene_shards import SceneMembers
 from .scenes import PAIRS, SEEN
 
@@ -113,9 +113,11 @@ class FolderPairs(Pairs):
         walked = set()  # links are followed, each folder once
         for parent, folders, files in os.walk(self.folder, followlinks=True):
             real = os.path.realpath(parent)
-            folders[:] = sorted(name for name in folders if not name.startswith(".") and real not in walked)
-            files = [] if real in walked else files
+            if real in walked:
+                folders.clear()
+                continue
             walked.add(real)
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
             names += [os.path.relpath(os.path.join(parent, name), self.folder) for name in files if _is_image(name)]
         if not names:
             raise ValueError(
@@ -130,8 +132,7 @@ class FolderPairs(Pairs):
         name = os.fsdecode(self._images[index])
         image = self.folder / name
         mask = image.with_suffix(".mask.png")
-        key = name.encode(errors="replace").decode()
-        return Raw(key, image, image.with_suffix(".txt"), mask if self.masks else None)
+        return Raw(readable(name), image, image.with_suffix(".txt"), mask if self.masks else None)
 
 
 class CocoPairs(Pairs):

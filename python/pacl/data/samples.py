@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import copy
+import functools
 import io
 import itertools
 import os
@@ -224,6 +225,11 @@ def read_caption(caption: bytes | Path | None) -> str:
     return text
 
 
+def readable(name: str) -> str:
+    """The name of a file or a member for people: what is not UTF-8 in it could not be printed."""
+    return name.encode(errors="replace").decode()
+
+
 def open_source(source: bytes | Path | str | None) -> BinaryIO:
     if source is None:
         raise ValueError("there is none")
@@ -250,14 +256,13 @@ class Loader(DataLoader):
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         self.state = copy.deepcopy(self.dataset.start)
-        number = None
         for batch in super().__iter__():
             epoch, number = (int(x[-1]) for x in batch["place"])
             places = self.state["places"]
             places[self.state["batches"] % len(places)] = [epoch, number + 1]
             self.state["batches"] += 1
             yield batch
-        if number is None and not self.dataset.good:
+        if not self.state["batches"] and not self.dataset.good:
             raise BadData(self.dataset.complaint())
 
 
@@ -290,16 +295,21 @@ def loader(
     dataset.start = start or {"batches": 0, "workers": workers, "places": [[0, 0]] * places}
     options = {}
     if workers:
-        dataset.leaving = torch.zeros((), dtype=torch.bool).share_memory_()
-        atexit.register(dataset.leaving.fill_, True)  # before multiprocessing, which then ends workers by SIGTERM
-        options = {"persistent_workers": True, "worker_init_fn": _outlive_signals}
+        options = {"persistent_workers": True, "worker_init_fn": functools.partial(_outlive_signals, _leaving())}
     return Loader(dataset, batch_size=batch_size, num_workers=workers, drop_last=drop_last, **options)
 
 
-def _outlive_signals(worker: int) -> None:
+@functools.cache
+def _leaving() -> torch.Tensor:
+    """Whether this process is at its end, for the workers of all its loaders: True before multiprocessing ends them."""
+    flag = torch.zeros((), dtype=torch.bool).share_memory_()
+    atexit.register(flag.fill_, True)
+    return flag
+
+
+def _outlive_signals(leaving: torch.Tensor, worker: int) -> None:
     """SIGTERM and Ctrl-C come to whole groups of processes (torchrun, schedulers, terminals): the main one finishes its
     step and saves, and needs its workers for that. They end when it does."""
-    leaving = get_worker_info().dataset.leaving
 
     def answer(number, frame):
         if leaving:

@@ -22,7 +22,7 @@ from webdataset.filters import shuffle as shuffle_samples
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from ..files import write_bytes
-from .samples import IMAGE_SUFFIXES, MOST_WORKERS, Raw, Samples
+from .samples import IMAGE_SUFFIXES, MOST_WORKERS, Raw, Samples, readable
 
 SIZES = "sizes.json"  # img2dataset's and open_clip's: {"00000.tar": 1000}
 
@@ -102,8 +102,7 @@ class Shards(Samples):
                 caption, captions = sample.get("txt"), _captions(sample.get("json", b""))
                 if captions and caption is not None:
                     caption = self.choose(captions, epoch, sample["__key__"])
-                key = sample["__key__"].encode(errors="replace").decode()  # the name may not be UTF-8
-                yield Raw(key, image, caption, sample.get("mask.png"), captions)
+                yield Raw(readable(sample["__key__"]), image, caption, sample.get("mask.png"), captions)
 
 
 def _captions(notes: bytes) -> list[str]:

@@ -24,9 +24,8 @@ def save_checkpoint(folder: Path, state: dict[str, Any], *, keep: int) -> Path:
             torch.save(state, file)
     except (OSError, RuntimeError) as error:  # torch's writer turns an OSError into its own RuntimeError
         free = shutil.disk_usage(folder).free / 2**20
-        last = next(reversed(checkpoints(folder)), "none")
         raise OSError(
-            f"checkpoint: {path} could not be written ({free:.0f} MiB free); the last one is {last}"
+            f"checkpoint: {path} could not be written ({free:.0f} MiB free); the last one is {newest(folder) or 'none'}"
         ) from error
     for old in checkpoints(folder)[:-keep]:
         old.unlink(missing_ok=True)
@@ -36,6 +35,11 @@ def save_checkpoint(folder: Path, state: dict[str, Any], *, keep: int) -> Path:
 def checkpoints(folder: Path) -> list[Path]:
     """Those in `folder`, oldest first."""
     return sorted(path for path in folder.glob("step_*.pt") if re.fullmatch(r"step_\d+\.pt", path.name))
+
+
+def newest(folder: Path) -> Path | None:
+    """The one of the highest step, which `--resume latest` means."""
+    return next(reversed(checkpoints(folder)), None)
 
 
 def step_of(path: Path) -> int:

@@ -14,9 +14,9 @@ import tyro
 
 from ..data.features import tower_names
 from ..files import write_bytes
-from .checkpoints import checkpoints
+from .checkpoints import newest
 from .config import TrainConfig, dump_config, read_config
-from .recipe import fill_batch, recipe_config, recipe_notes
+from .recipe import defaults, fill_batch, recipe_notes
 from .run import Run
 
 
@@ -71,7 +71,7 @@ def _parse(argv: list[str], prog: str) -> TrainConfig:
     else:
         config = tyro.cli(TrainConfig, args=argv, prog=prog)
         if config.recipe is not None or config.features is not None:
-            default = recipe_config() if config.recipe is not None else TrainConfig()
+            default = defaults(config.recipe)
             if config.features is not None:
                 default = dataclasses.replace(default, **tower_names(config.features))
             config = tyro.cli(TrainConfig, args=argv, default=default, prog=prog)
@@ -80,12 +80,9 @@ def _parse(argv: list[str], prog: str) -> TrainConfig:
 
 def _checkpoint(config: TrainConfig) -> Path | None:
     """The one to go on from; None for "latest" in a folder that has none, where the run begins."""
-    if config.resume != "latest":
-        return Path(config.resume)
-    found = checkpoints(config.folder / "checkpoints")
-    return found[-1] if found else None
+    return newest(config.folder / "checkpoints") if config.resume == "latest" else Path(config.resume)
 
 
 def _refuse_to_overwrite(config: TrainConfig) -> None:
-    if config.resume is None and checkpoints(config.folder / "checkpoints"):
+    if config.resume is None and newest(config.folder / "checkpoints"):
         raise ValueError(f"name: {config.folder} has checkpoints of an earlier run; --resume latest or another --name")

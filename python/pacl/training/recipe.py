@@ -57,6 +57,11 @@ def recipe_config() -> TrainConfig:
     return TrainConfig(**PAPER, recipe="paper", accum_freq=None)
 
 
+def defaults(recipe: str | None) -> TrainConfig:
+    """Of the flags, with `--recipe` or without."""
+    return TrainConfig() if recipe is None else recipe_config()
+
+
 def fill_batch(config: TrainConfig, world: int) -> TrainConfig:
     """`config`, its accum_freq of None made the number that gives all `world` processes together 4,096 pairs.
 
@@ -75,11 +80,10 @@ def fill_batch(config: TrainConfig, world: int) -> TrainConfig:
 
 def command(config: TrainConfig) -> str:
     """The command that gives this config: every flag that is not at its default, which is its recipe's."""
-    words, default = ["pacl", "train"], TrainConfig() if config.recipe is None else recipe_config()
+    words, default = ["pacl", "train"], dataclasses.replace(defaults(config.recipe), recipe=None)
     for item in dataclasses.fields(config):
         value, flag = getattr(config, item.name), item.name.replace("_", "-")
-        unlike = value != getattr(default, item.name) or item.name == "recipe" and value is not None
-        if unlike and item.name not in ("resume", "dry_run"):
+        if value != getattr(default, item.name) and item.name not in ("resume", "dry_run"):
             words += (
                 [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
             )

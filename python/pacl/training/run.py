@@ -28,7 +28,7 @@ from ..files import write_bytes
 from ..processes import choose_device, process_group
 from ..sharing import describe_towers
 from ..towers import Towers, load_towers
-from .checkpoints import checkpoints, load_checkpoint, save_checkpoint, step_of
+from .checkpoints import load_checkpoint, newest, save_checkpoint, step_of
 from .config import TrainConfig
 from .log import Log, pair_statistics, say
 from .model import Trainable
@@ -330,10 +330,10 @@ class Run:
                 raise ValueError(f"resume: {path} is of a run with {name} {state.get(name)}, expected {mine}")
         if missing := {"state_dict", "optimizer", "step", "data"} - state.keys():
             raise ValueError(f"resume: {path} has no {', '.join(sorted(missing))}, expected a checkpoint of pacl train")
-        later = [other for other in checkpoints(self.config.folder / "checkpoints") if step_of(other) > state["step"]]
-        if later:
+        latest = newest(self.config.folder / "checkpoints")
+        if latest is not None and step_of(latest) > state["step"]:
             raise ValueError(
-                f"resume: {path} is of step {state['step']}, but {later[-1]} is there, which latest would mean; delete "
+                f"resume: {path} is of step {state['step']}, but {latest} is there, which latest would mean; delete "
                 "what is later, or give the run another --name"
             )
         mine = {name: x.shape for name, x in self.model.state_dict().items()}
