@@ -5,7 +5,7 @@ import torch
 from accuracy import check, evaluate
 from problems import FORMS, Case, make
 
-ISAS = ("baseline", "avx2", "avx512", "avx512bf16")
+ISAS = ("baseline", "avx2", "avx512", "avx512bf16", "amx", "emulated_amx")  # the last in builds with sanitizers
 CASES = [
     Case(1, 1, 1),
     Case(3, 5, 2),

@@ -14,7 +14,7 @@ constexpr float kMinPooledNorm = 1e-6f;
 // Units of pairs of rows of a panel [count, kPanel] of float32, `count` even; for float32 the panel itself.
 template <class Op>
 const float* row_units_of(const float* panel, [[maybe_unused]] int64_t count, [[maybe_unused]] float* to) {
-#if defined(__AVX512BF16__)
+#if defined(PACL_PAIRS)
   if (Op::kPair == 2) {
     for (int64_t r = 0; r < count; r += 2)
       for (int v = 0; v < 2; ++v) {
@@ -31,7 +31,7 @@ const float* row_units_of(const float* panel, [[maybe_unused]] int64_t count, [[
 template <class Op>
 const float* column_units_of(const float* matrix, [[maybe_unused]] int64_t capacity, [[maybe_unused]] int64_t rows,
                              [[maybe_unused]] int64_t columns, [[maybe_unused]] float* to) {
-#if defined(__AVX512BF16__)
+#if defined(PACL_PAIRS)
   if (Op::kPair == 2) {
     for (int64_t c = 0; c < columns; c += kLanes)
       for (int64_t r = 0; r < rows; ++r) {
@@ -79,7 +79,7 @@ void gram(const ScoreParams& p, const Rows& rows, int64_t first, int64_t count, 
       for (int64_t i = 0; i < kPanel; i += kLanes)
         transpose(block + i * kPanel, kPanel, scratch.transposed + u * kPanel + i, kPanel);
     }
-    const int64_t top = column / kTileRows * kTileRows;  // symmetric: rows above are filled in at the end
+    const int64_t top = column / Op::kRows * Op::kRows;  // symmetric: rows above are filled in at the end
     product<Op>(rows.units + (first + top) * kPanel, rows.capacity, count - top, scratch.transposed, dim_inner<Op>(p),
                 scratch.gram + (column / kPanel * capacity + top) * kPanel, false);
   }
@@ -301,7 +301,7 @@ void outer_product(Scratch& scratch, int64_t count, int64_t capacity, bool add) 
     for (int64_t i = 0; i < kPanel; i += kLanes)
       for (int64_t k = 0; k < kPanel; k += kLanes)
         transpose(scratch.attention + (m + i) * kPanel + k, kPanel, transposed + k * kPanel + i, kPanel);
-    const int64_t top = m / kTileRows * kTileRows;
+    const int64_t top = m / Op::kRows * Op::kRows;
     product<Op>(left + top * kPanel, 0, count - top, row_units_of<Op>(transposed, kPanel, scratch.attention_t_units),
                 kPanel / Op::kPair, scratch.outer + (m / kPanel * capacity + top) * kPanel, add);
   }
@@ -312,7 +312,7 @@ template <class Op>
 void subtract_pooled(const ScoreParams& p, const Rows& rows, int64_t first, int64_t count, int64_t padded,
                      int64_t capacity, float* patches_sum, bool add, Scratch& scratch) {
   complete_symmetric(scratch.outer, capacity, count, rows.inv_norm + first, -1.0f);
-  const float* left = column_units_of<Op>(scratch.outer, capacity, count, count, scratch.outer_units);
+  const float* left = column_units_of<Op>(scratch.outer, capacity, count, padded, scratch.outer_units);
   const int64_t row_units = rows.capacity / Op::kPair;
   for (int64_t panel = 0; panel < padded_dim(p.dim) / kPanel; ++panel) {
     product<Op>(left, capacity, count, rows.row_units + (panel * row_units + first / Op::kPair) * kPanel,
@@ -428,7 +428,7 @@ double weights_cosine(const ScoreParams& p, const Rows& rows, int64_t first, int
   const float* inv_norm = rows.inv_norm + first;
   const bool bounded = is_bounded(p);
   bool outer_started = false;
-  Ahead ahead = ahead_of_left(left, rows.capacity, count, inner);
+  Ahead ahead = ahead_of_left<Op>(left, rows.capacity, count, inner);
   double total = 0;
   if (!pools<Op>(p, count)) {
     gram<Op>(p, rows, first, count, scratch, capacity);
@@ -478,7 +478,7 @@ double weights_cosine(const ScoreParams& p, const Rows& rows, int64_t first, int
     V mean[2]{};
     if (rows.means) {  // Σ dS = g / r
       for (int v = 0; v < 2; ++v) mean[v] = g.half[v] / (radius[v] * (float)count);
-      store_mean<Op>(rows, mean_of_row(rows, first), texts.inv_norm + k, panel, true, to, mean);
+      store_mean<Op>(rows, mean_of_row(rows, first), texts.inv_norm + k, panel, true, to, texts, mean);
     }
     for (int v = 0; v < 2; ++v) {
       const V norm = load(texts.inv_norm + k + v * kLanes), alpha = g.half[v] / (radius[v] * sums.sum[v]);
@@ -486,7 +486,7 @@ double weights_cosine(const ScoreParams& p, const Rows& rows, int64_t first, int
                           along[v], mean[v], v);
     }
     memset(scratch.scores + count * kPanel, 0, sizeof(float) * (padded - count) * kPanel);
-    store_weights<Op>(scratch.scores, rows, first, last, panel, to);
+    store_weights<Op>(scratch.scores, rows, first, last, texts, panel, to);
     if (!patches_sum) continue;
     if (!pooled) {
       outer_product<Op>(scratch, count, capacity, outer_started);

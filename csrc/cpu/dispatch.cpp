@@ -5,6 +5,11 @@
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
+#if defined(PACL_AMX)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace pacl {
 
@@ -16,6 +21,20 @@ PACL_DECLARE(baseline)
 PACL_DECLARE(avx2)
 PACL_DECLARE(avx512)
 PACL_DECLARE(avx512bf16)
+PACL_DECLARE(amx)
+PACL_DECLARE(emulated_amx)
+
+#if defined(PACL_AMX)
+// Whether the processor has AMX for bfloat16 and the operating system lets this process use it, asked for once: Linux
+// says no where a thread's signal stack is too small for the tiles.
+bool take_amx() {
+  unsigned a, b, c, d;
+  constexpr unsigned kBFloat16 = 1u << 22, kTile = 1u << 24;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & (kBFloat16 | kTile)) != (kBFloat16 | kTile)) return false;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#endif
 
 const std::vector<Isa>& isas() {
   static const std::vector<Isa> all = [] {
@@ -26,9 +45,17 @@ const std::vector<Isa>& isas() {
     if (__builtin_cpu_supports("avx512f")) {
       found.push_back({"avx512", &avx512::kernels, &avx512::kernels});
       if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
-          __builtin_cpu_supports("avx512vl"))
+          __builtin_cpu_supports("avx512vl")) {
         found.push_back({"avx512bf16", &avx512::kernels, &avx512bf16::pair_kernels});
+#if defined(PACL_AMX)
+        if (take_amx()) found.push_back({"amx", &avx512::kernels, &amx::pair_kernels});
+#endif
+      }
     }
+#if defined(PACL_EMULATE_AMX)  // a build for tests
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+      found.push_back({"emulated_amx", &avx2::kernels, &emulated_amx::pair_kernels});
+#endif
 #endif
     return found;
   }();

@@ -7,11 +7,36 @@ namespace {
 
 using namespace pacl;
 
+// Where the matrix unit finds unit `unit` of the rows' pairs for text `k` of the block: W' as its own left operand.
+inline float* transposed_weight(const Weights& w, const Texts& texts, int64_t k, int64_t unit) {
+  return w.row_units + (unit / kPanel * texts.padded + k) * kPanel + unit % kPanel;
+}
+
 // A panel of weights [first, last) in float32, into the units of the two products.
 template <class Op>
-void store_weights(const float* panel_weights, const Rows& rows, int64_t first, int64_t last, int64_t panel,
-                   Weights& to) {
-#if defined(__AVX512BF16__)
+void store_weights(const float* panel_weights, const Rows& rows, int64_t first, int64_t last,
+                   [[maybe_unused]] const Texts& texts, int64_t panel, Weights& to) {
+#if defined(PACL_PAIRS)
+  if constexpr (Op::kMatrix) {
+    for (int64_t r = first; r < last; r += 2 * kLanes)
+      for (int v = 0; v < 2; ++v) {
+        V units[kLanes];
+        float* row = to.units + (panel / 2 * rows.capacity + r) * kPanel + panel % 2 * kLanes + v * kLanes / 2;
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) {
+          const float* pair = panel_weights + (r + 2 * i - first) * kPanel + v * kLanes;
+          const H even = round_to_bfloat16(load(pair)), odd = round_to_bfloat16(load(pair + kPanel));
+          memcpy(row + 2 * i * kPanel, &even, sizeof even);
+          memcpy(row + (2 * i + 1) * kPanel, &odd, sizeof odd);
+          units[i] = from_bits(zero_extend(even) | zero_extend(odd) << 16);
+        }
+        exchange_rows<kLanes / 2>(units);
+        float* transposed = transposed_weight(to, texts, panel * kPanel + v * kLanes, r / 2);
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) store(transposed + i * kPanel, units[i]);
+      }
+    return;
+  }
   if (Op::kPair == 2) {
     for (int64_t r = first; r < last; r += 2) {
       H rounded[2][2];
@@ -38,20 +63,28 @@ void store_weights(const float* panel_weights, const Rows& rows, int64_t first, 
 template <class Op>
 void store_mean([[maybe_unused]] const Rows& rows, [[maybe_unused]] int64_t i, [[maybe_unused]] const float* text_norm,
                 [[maybe_unused]] int64_t panel, [[maybe_unused]] bool first, [[maybe_unused]] Weights& to,
-                [[maybe_unused]] V mean[2]) {
-#if defined(__AVX512BF16__)
+                [[maybe_unused]] const Texts& texts, [[maybe_unused]] V mean[2]) {
+#if defined(PACL_PAIRS)
   if (Op::kPair == 1) return;
-  const int64_t padding = i + 1 == rows.means ? round_up(rows.means, 4) - rows.means : 0;
-  float* units = to.units + (panel / 2 * rows.capacity + row_of_mean(rows, i)) * kPanel + panel % 2 * kLanes;
+  const int64_t padding = i + 1 == rows.means ? round_up(rows.means, Op::kInner) - rows.means : 0;
+  float* units = to.units + (panel / 2 * rows.capacity + row_of_mean<Op>(rows, i)) * kPanel + panel % 2 * kLanes;
   float* row_units = to.row_units + (panel * (rows.capacity / 2) + rows.count / 2 + i) * kPanel;
   for (int v = 0; v < 2; ++v) {
     const H rounded = round_to_bfloat16(mean[v] * load(text_norm + v * kLanes));
     mean[v] = from_bfloat16(rounded);
     if (!first) continue;
     memcpy(units + v * kLanes / 2, &rounded, sizeof rounded);
-    store(row_units + v * kLanes, from_bits(zero_extend(rounded) | zero_extend(rounded) << 16));
+    const V both = from_bits(zero_extend(rounded) | zero_extend(rounded) << 16);
+    if constexpr (Op::kMatrix)
+      for (int lane = 0; lane < kLanes; ++lane) {
+        const int64_t k = panel * kPanel + v * kLanes + lane, unit = rows.count / 2 + i;
+        *transposed_weight(to, texts, k, unit) = both[lane];
+        for (int64_t j = 1; j <= padding; ++j) *transposed_weight(to, texts, k, unit + j) = 0.0f;
+      }
+    else
+      store(row_units + v * kLanes, both);
   }
-  if (first) memset(row_units + kPanel, 0, sizeof(float) * padding * kPanel);
+  if (first && !Op::kMatrix) memset(row_units + kPanel, 0, sizeof(float) * padding * kPanel);
 #endif
 }
 
@@ -90,7 +123,7 @@ double weights_dot(const ScoreParams& p, const Rows& rows, int64_t first, int64_
                           : is_bounded(p) ? (sum ? dot_weights<true, true, false> : dot_weights<true, false, false>)
                                           : (sum ? dot_weights<false, true, false> : dot_weights<false, false, false>);
   const float* left = rows.units + first * kPanel;
-  Ahead ahead = ahead_of_left(left, rows.capacity, last - first, inner);
+  Ahead ahead = ahead_of_left<Op>(left, rows.capacity, last - first, inner);
   double total = 0;
   for (int64_t panel = panel_first; panel < panel_last; ++panel) {
     const int64_t k = panel * kPanel, live = texts.count - k;
@@ -109,12 +142,12 @@ double weights_dot(const ScoreParams& p, const Rows& rows, int64_t first, int64_
       if (rows.means) {  // Σ dS = g
         const int64_t i = mean_of_row(rows, begin);
         for (int v = 0; v < 2; ++v) mean[v] = g.half[v] * rows.share[i];
-        store_mean<Op>(rows, i, texts.inv_norm + k, panel, begin == rows.image_begin[i], to, mean);
+        store_mean<Op>(rows, i, texts.inv_norm + k, panel, begin == rows.image_begin[i], to, texts, mean);
       }
       total += to_weights(rows.inv_norm + begin, end - begin, texts.inv_norm + k, p.temperature, Lane(p.phi + at, live),
                           Lane(p.lse + at, live), g, mean, scores);
     }
-    store_weights<Op>(scratch.scores, rows, first, last, panel, to);
+    store_weights<Op>(scratch.scores, rows, first, last, texts, panel, to);
   }
   return total;
 }

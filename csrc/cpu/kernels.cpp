@@ -12,6 +12,7 @@ using namespace pacl;
 template <class Op>
 void forward(const ScoreParams& p, const int64_t* row_start, int64_t first, int64_t last, const Texts& texts,
              int64_t panel_first, int64_t panel_last, int64_t next, Scratch& scratch) {
+  const typename Op::Session session;
   if (p.form == Form::max)
     return forward_max<Op>(p, row_start, first, last, texts, panel_first, panel_last, next, scratch);
   const int64_t units = dim_units<Op>(p), inner = dim_inner<Op>(p), columns = (panel_last - panel_first) * kPanel;
@@ -26,7 +27,7 @@ void forward(const ScoreParams& p, const int64_t* row_start, int64_t first, int6
     pack_rows<Op>(p, row_start, row, row + count, rows, 0, scratch.row);
     const int64_t following = row + count < row_start[last] ? row + count : row_start[least(next, p.images)];
     Ahead ahead =
-        ahead_of_rows(p, row_start, following, rows.capacity, product_steps(panel_last - panel_first, count, inner));
+        ahead_of_rows(p, row_start, following, rows.capacity, product_steps<Op>(panel_last - panel_first, count, inner));
     if (cosine && !pools<Op>(p, segment_end(rows, 0, count))) {
       gram<Op>(p, rows, 0, count, scratch, rows.capacity);
       fold_symmetric(scratch.gram, rows.capacity, count, rows.inv_norm);
@@ -79,6 +80,7 @@ void forward(const ScoreParams& p, const int64_t* row_start, int64_t first, int6
 template <class Op>
 double weights(const ScoreParams& p, const Rows& rows, int64_t first, int64_t last, const Texts& texts,
                int64_t panel_first, int64_t panel_last, Weights& to, float* patches_sum, bool add, Scratch& scratch) {
+  const typename Op::Session session;
   if (p.form == Form::dot) return weights_dot<Op>(p, rows, first, last, texts, panel_first, panel_last, to, scratch);
   return weights_cosine<Op>(p, rows, first, last, texts, panel_first, panel_last, to, patches_sum, add, scratch);
 }
@@ -86,16 +88,17 @@ double weights(const ScoreParams& p, const Rows& rows, int64_t first, int64_t la
 template <class Op>
 void patches_product(const ScoreParams& p, const int64_t* row_start, int64_t next, const Rows& rows, int64_t first,
                      int64_t last, const Texts& texts, const Weights& w, float* patches_sum, bool add) {
+  const typename Op::Session session;
   const int64_t inner = texts.padded / Op::kPair, panels = padded_dim(p.dim) / kPanel, count = last - first;
   const float* left = w.units + first * kPanel;
-  Ahead ahead = ahead_of_left(left, rows.capacity, count, inner);
+  Ahead ahead = ahead_of_left<Op>(left, rows.capacity, count, inner);
   // Fetched earlier, the rows would be evicted again.
   const int64_t middle = ceil_div(panels, 3), late = panels - ceil_div(panels, 3);
   for (int64_t panel = 0; panel < panels; ++panel) {
     if (panel == middle && middle < late)  // for finish_patches
       ahead = Ahead(rows.units + first * kPanel, dim_units<Op>(p) / kPanel, count * kPanel * 4,
-                    rows.capacity * kPanel * 4, product_steps(late - middle, count, inner));
-    if (panel == late) ahead = ahead_of_rows(p, row_start, next, count, product_steps(panels - late, count, inner));
+                    rows.capacity * kPanel * 4, product_steps<Op>(late - middle, count, inner));
+    if (panel == late) ahead = ahead_of_rows(p, row_start, next, count, product_steps<Op>(panels - late, count, inner));
     product<Op>(left, rows.capacity, count, texts.row_units + panel * inner * kPanel, inner,
                 patches_sum + (panel * rows.capacity + first) * kPanel, add, &ahead, true);
   }
@@ -103,9 +106,9 @@ void patches_product(const ScoreParams& p, const int64_t* row_start, int64_t nex
 
 template <class Op>
 void sum_rows([[maybe_unused]] const ScoreParams& p, [[maybe_unused]] Rows& rows, [[maybe_unused]] int64_t i) {
-#if defined(__AVX512BF16__)
+#if defined(PACL_PAIRS)
   if (Op::kPair == 1) return;
-  const int64_t padding = i + 1 == rows.means ? round_up(rows.means, 4) - rows.means : 0;
+  const int64_t padding = i + 1 == rows.means ? round_up(rows.means, Op::kInner) - rows.means : 0;
   for (int64_t d = 0; d < padded_dim(p.dim); d += kPanel) {
     float* to = rows.row_units + (d / kPanel * (rows.capacity / 2) + rows.count / 2 + i) * kPanel;
     V sum[2]{};
@@ -124,32 +127,41 @@ void sum_rows([[maybe_unused]] const ScoreParams& p, [[maybe_unused]] Rows& rows
 template <class Op>
 void means_product(const Rows& rows, const Texts& texts, const Weights& w, float* patches_sum, int64_t panel,
                    bool add) {
+  const typename Op::Session session;
   const int64_t inner = texts.padded / Op::kPair;
-  product<Op>(w.units + row_of_mean(rows, 0) * kPanel, rows.capacity, rows.means,
+  product<Op>(w.units + row_of_mean<Op>(rows, 0) * kPanel, rows.capacity, rows.means,
               texts.row_units + panel * inner * kPanel, inner,
-              patches_sum + (panel * rows.capacity + row_of_mean(rows, 0)) * kPanel, add);
+              patches_sum + (panel * rows.capacity + row_of_mean<Op>(rows, 0)) * kPanel, add);
 }
 
 template <class Op>
 void texts_product(const ScoreParams& p, const Rows& rows, const Texts& texts, const Weights& w, int64_t first,
                    int64_t last, int64_t panel_first, int64_t panel_last) {
-  const int64_t inner = rows.count / Op::kPair + round_up(rows.means, 4),
+  const typename Op::Session session;
+  const int64_t inner = rows.count / Op::kPair + round_up(rows.means, Op::kInner),
                 panel_floats = rows.capacity / Op::kPair * kPanel;
   const int64_t sum_floats = round_up(p.texts_count, kPanel) * kPanel;
+  if constexpr (Op::kMatrix) {
+    for (int64_t panel = panel_first; panel < panel_last; ++panel)
+      product<Op>(w.row_units + first * Op::kColumns * kPanel, texts.padded, (last - first) * Op::kColumns,
+                  rows.row_units + panel * panel_floats, inner,
+                  p.texts_sum + panel * sum_floats + (texts.first + first * Op::kColumns) * kPanel, true);
+    return;
+  }
   const int64_t steps = (last - first) * (panel_last - panel_first);
   for (int64_t at = 0; at < inner; at += kInnerBlock) {
     const int64_t length = least(kInnerBlock, inner - at), following = least(kInnerBlock, inner - at - length);
-    const int64_t text_panel = first * kTileColumns / kPanel,
-                  text_panels = ceil_div(last * kTileColumns, kPanel) - text_panel;
+    const int64_t text_panel = first * Op::kColumns / kPanel,
+                  text_panels = ceil_div(last * Op::kColumns, kPanel) - text_panel;
     Ahead left(w.row_units + text_panel * panel_floats + (at + length) * kPanel, text_panels, following * kPanel * 4,
                panel_floats * 4, steps);
     Ahead right(rows.row_units + panel_first * panel_floats + (at + length) * kPanel, panel_last - panel_first,
                 following * kPanel * 4, panel_floats * 4, steps);
     for (int64_t panel = panel_first; panel < panel_last; ++panel)
-      for (int64_t k = first * kTileColumns; k < last * kTileColumns; k += kTileColumns) {
+      for (int64_t k = first * Op::kColumns; k < last * Op::kColumns; k += Op::kColumns) {
         left.step();
         right.step();
-        tile<Op, kTileColumns, 1, kPanel>(w.row_units + k / kPanel * panel_floats + at * kPanel + k % kPanel,
+        tile<Op, Op::kColumns, 1, kPanel>(w.row_units + k / kPanel * panel_floats + at * kPanel + k % kPanel,
                                           kPanel * kPanel, rows.row_units + panel * panel_floats + at * kPanel,
                                           p.texts_sum + panel * sum_floats + (texts.first + k) * kPanel, length, true);
       }
@@ -158,6 +170,20 @@ void texts_product(const ScoreParams& p, const Rows& rows, const Texts& texts, c
 
 template <class Op>
 double multiply_adds(int64_t repeats) {
+#if defined(PACL_MATRIX_UNIT)
+  if constexpr (Op::kMatrix) {
+    const MatrixUnit session;
+    matrix_zero<4>();
+    matrix_zero<5>();
+    for (int64_t k = 0; k < repeats; ++k) {
+      matrix_multiply_add<0, 4, 5>();
+      matrix_multiply_add<1, 4, 5>();
+      matrix_multiply_add<2, 4, 5>();
+      matrix_multiply_add<3, 4, 5>();
+    }
+    return 2.0 * 4 * kMatrixRows * kMatrixUnits * 2 * kMatrixUnits * repeats;
+  }
+#endif
   constexpr int kChains = 2 * (kTileRows < 12 ? kTileRows : 12);
   V sums[kChains];
 #pragma GCC unroll 24
@@ -178,9 +204,10 @@ double multiply_adds(int64_t repeats) {
 template <class Op>
 constexpr Kernels table() {
   return {kPanel,
-          kTileRows,
-          kTileColumns,
+          Op::kMatrix ? 2 * Op::kRows : Op::kRows,
+          Op::kColumns,
           Op::kPair,
+          Op::kInner,
           pack_rows<Op>,
           pack_texts<Op>,
           forward<Op>,
@@ -205,7 +232,7 @@ constexpr Kernels table() {
 namespace pacl {
 namespace PACL_ISA {
 extern const Kernels kernels, pair_kernels;
-#if defined(__AVX512BF16__)
+#if defined(PACL_PAIRS)
 const Kernels pair_kernels = table<BFloat16>();
 #else
 const Kernels kernels = table<Float32>();

@@ -45,7 +45,7 @@ void forward_max(const ScoreParams& p, const int64_t* row_start, int64_t first, 
     pack_rows<Op>(p, row_start, row, row + count, rows, 0, scratch.row);
     const int64_t following = row + count < row_start[last] ? row + count : row_start[least(next, p.images)];
     Ahead ahead =
-        ahead_of_rows(p, row_start, following, rows.capacity, product_steps(panel_last - panel_first, count, inner));
+        ahead_of_rows(p, row_start, following, rows.capacity, product_steps<Op>(panel_last - panel_first, count, inner));
     for (int64_t panel = panel_first; panel < panel_last; ++panel) {
       product<Op>(rows.units, rows.capacity, count, texts.transposed + panel * units * kPanel, inner, scratch.scores,
                   false, &ahead);

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "score.h"
-#include "simd.h"
+#include "units.h"
 
 namespace {
 
@@ -93,8 +93,9 @@ Ahead ahead_of_rows(const ScoreParams& p, const int64_t* row_start, int64_t row,
 }
 
 // The left operand of a product beyond its first block of `inner`, which the product itself waits for.
+template <class Op>
 Ahead ahead_of_left(const float* left, int64_t capacity, int64_t rows, int64_t inner) {
-  const int64_t panels = ceil_div(inner, kPanel), first = kInnerBlock / kPanel, steps = ceil_div(rows, kTileRows);
+  const int64_t panels = ceil_div(inner, kPanel), first = kInnerBlock / kPanel, steps = ceil_div(rows, Op::kRows);
   if (panels <= first) return {};
   return {left + first * capacity * kPanel, panels - first, rows * kPanel * 4, capacity * kPanel * 4,
           steps * (ceil_div(inner, kInnerBlock) - 1)};
@@ -107,18 +108,32 @@ void product(const float* left, int64_t capacity, int64_t rows, const float* rig
              Ahead* ahead = nullptr, bool fetch = false) {
   const int64_t block = capacity * kPanel;
   for (int64_t at = 0; at < inner; at += kInnerBlock)
-    for (int64_t row = 0; row < rows; row += kTileRows) {
+    for (int64_t row = 0; row < rows; row += Op::kRows) {
+      const float *a = left + at / kPanel * block + row * kPanel, *b = right + at * kPanel;
+      const int64_t length = least(kInnerBlock, inner - at);
       if (ahead) ahead->step();
-      if (fetch && at == 0)
-        for (int i = 0; i < kTileRows * kPanel; i += kLanes) __builtin_prefetch(c + row * kPanel + i, 1);
-      tile<Op, kTileRows, kPanel, 1>(left + at / kPanel * block + row * kPanel, block, right + at * kPanel,
-                                     c + row * kPanel, least(kInnerBlock, inner - at), add || at > 0);
+      if constexpr (Op::kMatrix) {
+#if defined(PACL_MATRIX_UNIT)
+        if (row + Op::kRows < rows) {
+          if (ahead) ahead->step();
+          matrix_tile<2>(a, block, b, c + row * kPanel, length, add || at > 0);
+          row += Op::kRows;
+        } else {
+          matrix_tile<1>(a, block, b, c + row * kPanel, length, add || at > 0);
+        }
+#endif
+      } else {
+        if (fetch && at == 0)
+          for (int i = 0; i < Op::kRows * kPanel; i += kLanes) __builtin_prefetch(c + row * kPanel + i, 1);
+        tile<Op, Op::kRows, kPanel, 1>(a, block, b, c + row * kPanel, length, add || at > 0);
+      }
     }
 }
 
 // Calls of step() that `panels` products make.
+template <class Op>
 inline int64_t product_steps(int64_t panels, int64_t rows, int64_t inner) {
-  return panels * ceil_div(rows, kTileRows) * ceil_div(inner, kInnerBlock);
+  return panels * ceil_div(rows, Op::kRows) * ceil_div(inner, kInnerBlock);
 }
 
 }  // namespace

@@ -110,17 +110,17 @@ inline int64_t dim_units(const ScoreParams& p) {
   return round_up(ceil_div(p.dim, Op::kPair), kPanel);
 }
 
-// Inner length of a product over D: units that hold something, in fours.
+// Inner length of a product over D: units that hold something, and what makes them whole steps.
 template <class Op>
 inline int64_t dim_inner(const ScoreParams& p) {
-  return round_up(ceil_div(p.dim, Op::kPair), 4);
+  return round_up(ceil_div(p.dim, Op::kPair), Op::kInner);
 }
 
 // Two rows of bfloat16 as one row of units (first row in the low halves), over panels `panels_apart` floats apart.
 inline void interleave([[maybe_unused]] const float* even_units, [[maybe_unused]] const float* odd_units,
                        [[maybe_unused]] int64_t dim, [[maybe_unused]] float* out,
                        [[maybe_unused]] int64_t panels_apart) {
-#if defined(__AVX512BF16__)
+#if defined(PACL_PAIRS)
   for (int64_t d = 0; d < dim; d += kPanel, out += panels_apart)
     for (int v = 0; v < 2; ++v) {
       H even, odd;
@@ -205,7 +205,7 @@ inline const float* dims_at(const float* units, int64_t capacity, int64_t row, i
 // Half `v` of those, as float32.
 template <class Op>
 inline V load_dims(const float* at, int v) {
-#if defined(__AVX512BF16__)
+#if defined(PACL_PAIRS)
   if (Op::kPair == 2) {
     H half;
     memcpy(&half, (const uint16_t*)at + v * kLanes, sizeof half);
@@ -247,7 +247,7 @@ void finish_row(const float* sums, int64_t sums_capacity, const float* units, in
     const float* x = dims_at<Op>(units, capacity, row, d);
     for (int v = 0; v < 2; ++v) {
       const V result = load(buffer + d + v * kLanes) - load_dims<Op>(x, v) * remainder;
-#if defined(__AVX512BF16__)
+#if defined(PACL_PAIRS)
       if (Op::kPair == 2) {
         const H half = round_to_bfloat16(result);
         memcpy((uint16_t*)buffer + d + v * kLanes, &half, sizeof half);
@@ -271,7 +271,10 @@ inline int64_t mean_of_row(const Rows& rows, int64_t row) {
 }
 
 // Its row of Weights.units and of the patches' sums: past those that the last tile of the products overwrites.
-inline int64_t row_of_mean(const Rows& rows, int64_t mean) { return rows.count + kTileRows + mean; }
+template <class Op>
+inline int64_t row_of_mean(const Rows& rows, int64_t mean) {
+  return rows.count + Op::kRows + mean;
+}
 
 template <class Op>
 void finish_patches(const ScoreParams& p, const Rows& rows, int64_t first, int64_t last, const float* patches_sum,
@@ -283,7 +286,7 @@ void finish_patches(const ScoreParams& p, const Rows& rows, int64_t first, int64
     if (rows.means && r >= rows.image_begin[mean + 1]) ++mean;
     finish(patches_sum, rows.capacity, rows.units, rows.capacity, r, rows.inv_norm[r], p.dim, p.dtype, p.grad_patches,
            (rows.image[r] * p.patches_per_image + rows.index[r]) * p.dim, buffer,
-           patches_sum + row_of_mean(rows, mean) * kPanel);
+           patches_sum + row_of_mean<Op>(rows, mean) * kPanel);
   }
   finish_copies();
 }

@@ -57,10 +57,10 @@ struct Plan {
     const int64_t tile = kernels.tile_rows, panel = kernels.panel, pair = kernels.pair;
     units = round_up(ceil_div(p.dim, pair), panel);
     dims = round_up(p.dim, panel);
-    row_align = cosine ? 8 : 1;  // products over the rows of one image take 4 units at a time
+    row_align = cosine ? 2 * kernels.inner : 1;  // products over the rows of one image take `inner` units at a time
     image_rows = round_up(p.patches_per_image, row_align);
     gram_capacity = round_up(image_rows, tile);
-    chunk = most(1, least(112, 512 * 1024 / (4 * units)) / tile) * tile;  // stays in the second-level cache
+    chunk = most(1, least(tile == 32 ? 128 : 112, 512 * 1024 / (4 * units)) / tile) * tile;  // stays in the second-level cache
 
     const int64_t text_bytes = 4 * units + (backward && p.grad_patches ? 4 * dims / pair : 0);
     texts_block = most(1, least(backward ? 1024 : 4096, kTextsBudget / text_bytes) / panel) * panel;
@@ -114,7 +114,7 @@ struct Plan {
   void take_block(Arena& arena, Rows (&rows)[2], Weights& weights, float*& patches_sum) const {
     for (Rows& half : rows) take_rows(arena, half, capacity, p.grad_texts || (cosine && p.grad_patches));
     weights.units = arena.take(capacity * round_up(texts_block, 2 * kernels.panel) / kernels.pair);
-    weights.row_units = kernels.pair == 1 ? weights.units : arena.take(capacity / 2 * texts_block);
+    weights.row_units = kernels.pair == 1 ? weights.units : arena.take(round_up(capacity / 2, kernels.panel) * texts_block);
     patches_sum = p.grad_patches ? arena.take(capacity * dims) : nullptr;
   }
 
@@ -373,6 +373,7 @@ void score_backward(const ScoreParams& p) {
     std::vector<float> share;
   };
   std::vector<Block> blocks;
+  const int64_t padding = 2 * kernels.inner;
   const auto count_images = [&](Block& block) {
     if (!plan.means) return;
     int64_t b = std::upper_bound(row_start.begin(), row_start.end(), block.first_row) - row_start.begin() - 1;
@@ -380,8 +381,8 @@ void score_backward(const ScoreParams& p) {
       if (row_start[b] == row_start[b + 1]) continue;
       block.image_begin.push_back(most(0, row_start[b] - block.first_row));
       block.share.push_back(1.0f / (float)(row_start[b + 1] - row_start[b]));
-      if (block.share.size() == kMeans)  // the block ends here, or up to 7 rows before: only the last is padded to 8
-        block.last_row = least(block.last_row, block.first_row + (row_start[b + 1] - block.first_row) / 8 * 8);
+      if (block.share.size() == kMeans)  // the block ends here, or a few rows before: only the last is padded
+        block.last_row = least(block.last_row, block.first_row + (row_start[b + 1] - block.first_row) / padding * padding);
     }
     while (block.image_begin.back() >= block.last_row - block.first_row) {
       block.image_begin.pop_back();
@@ -402,7 +403,7 @@ void score_backward(const ScoreParams& p) {
     for (int64_t row = 0; row < rows_total; row = blocks.back().last_row) {
       Block block{row, least(row + plan.rows_block, rows_total), {}, {}, {}};
       count_images(block);
-      const int64_t count = round_up(block.last_row - row, 8);
+      const int64_t count = round_up(block.last_row - row, padding);
       for (int64_t at = 0; at < count; at += plan.chunk) block.starts.push_back(at);
       block.starts.push_back(count);
       blocks.push_back(block);

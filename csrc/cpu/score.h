@@ -117,7 +117,7 @@ struct UpsampleParams;  // upsample.h
 struct UpsampleTile;
 
 struct Kernels {
-  int panel, tile_rows, tile_columns, pair;
+  int panel, tile_rows, tile_columns, pair, inner;
   // Gathers rows [first, last) of the call's valid patches (row_start: their prefix count by image) into `to` at `at`.
   void (*pack_rows)(const ScoreParams&, const int64_t* row_start, int64_t first, int64_t last, Rows& to, int64_t at,
                     float* row);

@@ -10,7 +10,7 @@
 
 namespace {
 
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(PACL_EMULATE_AMX)
 constexpr int kLanes = 16, kTileRows = 14, kTileColumns = 8;  // 32 registers: 14 x 2 sums, 2 loads, 1 broadcast
 #elif defined(__AVX2__)
 constexpr int kLanes = 8, kTileRows = 6, kTileColumns = 4;  // 16 registers
@@ -163,36 +163,5 @@ inline void transpose(const float* in, int64_t in_stride, float* out, int64_t ou
 #pragma GCC unroll 16
   for (int i = 0; i < kLanes; ++i) store(out + i * out_stride, rows[i]);
 }
-
-// The two kinds of product. A unit is 4 bytes: one float, or two adjacent bfloat16 whose products are summed.
-struct Float32 {
-  static constexpr int kPair = 1;
-  static V broadcast_unit(const float* p) { return broadcast(*p); }
-  static V multiply_add(V sum, V a, V b) { return sum + a * b; }
-};
-
-#if defined(__AVX512BF16__)
-typedef uint16_t H __attribute__((vector_size(2 * kLanes)));
-
-struct BFloat16 {
-  static constexpr int kPair = 2;
-  static V broadcast_unit(const float* p) {
-    int32_t unit;
-    memcpy(&unit, p, sizeof unit);
-    return from_bits(unit - I{});
-  }
-  static V multiply_add(V sum, V a, V b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
-};
-
-inline H round_to_bfloat16(V v) { return (H)_mm512_cvtneps_pbh(v); }
-inline I zero_extend(H h) { return (I)_mm512_cvtepu16_epi32((__m256i)h); }  // GCC's own conversion takes two halves
-
-inline V from_bfloat16(H h) { return from_bits(zero_extend(h) << 16); }
-
-// Units of the elements of two rows, the first in the low halves.
-inline V interleave_bfloat16(V low, V high) {
-  return from_bits(zero_extend(round_to_bfloat16(low)) | zero_extend(round_to_bfloat16(high)) << 16);
-}
-#endif
 
 }  // namespace

@@ -1,0 +1,68 @@
+// The two kinds of product. A unit is 4 bytes: one float, or two adjacent bfloat16 whose products are summed.
+#pragma once
+
+#include "matrix.h"
+#include "simd.h"
+
+#if defined(__AVX512BF16__) || defined(PACL_EMULATE_AMX)
+#define PACL_PAIRS
+#endif
+
+namespace {
+
+// A product takes kInner units at a time and whole tiles of kRows x kPanel; with kMatrix in the processor's matrix unit,
+// which a Session opens. kColumns: of the left operand of the texts' gradient.
+struct Float32 {
+  static constexpr bool kMatrix = false;
+  static constexpr int kPair = 1, kInner = 4, kRows = kTileRows, kColumns = kTileColumns;
+  struct Session {
+    ~Session() {}  // not trivial, or a variable of it would count as unused
+  };
+  static V broadcast_unit(const float* p) { return broadcast(*p); }
+  static V multiply_add(V sum, V a, V b) { return sum + a * b; }
+};
+
+#if defined(PACL_PAIRS)
+typedef uint16_t H __attribute__((vector_size(2 * kLanes)));
+
+#if defined(__AVX512BF16__)
+inline H round_to_bfloat16(V v) { return (H)_mm512_cvtneps_pbh(v); }
+inline I zero_extend(H h) { return (I)_mm512_cvtepu16_epi32((__m256i)h); }  // GCC's own conversion takes two halves
+#else
+inline I zero_extend(H h) { return __builtin_convertvector(h, I); }
+inline H round_to_bfloat16(V v) {
+  const I i = bits(v), rounded = i + 0x7FFF + ((i >> 16) & 1), quiet = i | 0x400000;
+  return __builtin_convertvector(((v == v ? rounded : quiet) >> 16) & 0xFFFF, H);
+}
+#endif
+
+inline V from_bfloat16(H h) { return from_bits(zero_extend(h) << 16); }
+
+struct BFloat16 {
+  static constexpr int kPair = 2;
+#if defined(PACL_MATRIX_UNIT)
+  static constexpr bool kMatrix = true;
+  static constexpr int kInner = kMatrixUnits, kRows = kMatrixRows, kColumns = kPanel;
+  typedef MatrixUnit Session;
+#else
+  static constexpr bool kMatrix = false;
+  static constexpr int kInner = 4, kRows = kTileRows, kColumns = kTileColumns;
+  typedef Float32::Session Session;
+#endif
+  static V broadcast_unit(const float* p) {
+    int32_t unit;
+    memcpy(&unit, p, sizeof unit);
+    return from_bits(unit - I{});
+  }
+#if defined(__AVX512BF16__)
+  static V multiply_add(V sum, V a, V b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
+#endif
+};
+
+// Units of the elements of two rows, the first in the low halves.
+inline V interleave_bfloat16(V low, V high) {
+  return from_bits(zero_extend(round_to_bfloat16(low)) | zero_extend(round_to_bfloat16(high)) << 16);
+}
+#endif
+
+}  // namespace
