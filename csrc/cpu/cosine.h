@@ -112,13 +112,13 @@ template <bool kLower>
 void gram_product(Scratch& scratch, int64_t capacity, int64_t count) {
   const int64_t padded = round_up(count, 4);
   memset(scratch.attention + count * kPanel, 0, sizeof(float) * (padded - count) * kPanel);
-  for (int64_t at = 0; at < padded; at += kInnerBlock)
+  for (int64_t at = 0; at < padded; at += Float32::kInnerBlock)
     for (int64_t row = 0; row < count; row += kTileRows) {
       const int64_t end = kLower ? least(padded, round_up(row + kTileRows, 4)) : padded;
       if (at < end)
         tile<Float32, kTileRows, kPanel, 1>(scratch.gram + (at / kPanel * capacity + row) * kPanel, capacity * kPanel,
                                             scratch.attention + at * kPanel, scratch.pooled + row * kPanel,
-                                            least(kInnerBlock, end - at), at > 0);
+                                            least(Float32::kInnerBlock, end - at), at > 0);
     }
 }
 
@@ -241,11 +241,11 @@ inline void pool_product(const ScoreParams& p, const Rows& rows, int64_t first, 
   for (int64_t i = 0; i < count * kPanel; i += kLanes)
     store(scratch.scaled + i, load(scratch.attention + i) * rows.inv_norm[first + i / kPanel]);
   memset(scratch.scaled + count * kPanel, 0, sizeof(float) * (padded - count) * kPanel);
-  for (int64_t at = 0; at < padded; at += kInnerBlock)
+  for (int64_t at = 0; at < padded; at += Float32::kInnerBlock)
     for (int64_t d = 0; d < padded_dim(p.dim); d += kTileColumns)
       tile<Float32, kTileColumns, 1, kPanel>(
           rows.units + (d / kPanel * rows.capacity + first + at) * kPanel + d % kPanel, kPanel * kPanel,
-          scratch.scaled + at * kPanel, scratch.pool + d * kPanel, least(kInnerBlock, padded - at), at > 0);
+          scratch.scaled + at * kPanel, scratch.pool + d * kPanel, least(Float32::kInnerBlock, padded - at), at > 0);
 }
 
 // From scratch.pool: Σ e p̂ · t̂, and the squared norm.
@@ -307,17 +307,17 @@ void outer_product(Scratch& scratch, int64_t count, int64_t capacity, bool add) 
   }
 }
 
-// patches_sum (+)= -C P̂ for the `count` rows from `first` on, `padded` of them with their padding.
+// Sums (+)= -C P̂ for the `count` rows from `first` on, `padded` of them with their padding.
 template <class Op>
 void subtract_pooled(const ScoreParams& p, const Rows& rows, int64_t first, int64_t count, int64_t padded,
-                     int64_t capacity, float* patches_sum, bool add, Scratch& scratch) {
+                     int64_t capacity, const Sums& sums, bool add, Scratch& scratch) {
   complete_symmetric(scratch.outer, capacity, count, rows.inv_norm + first, -1.0f);
   const float* left = column_units_of<Op>(scratch.outer, capacity, count, padded, scratch.outer_units);
   const int64_t row_units = rows.capacity / Op::kPair;
   for (int64_t panel = 0; panel < padded_dim(p.dim) / kPanel; ++panel) {
     product<Op>(left, capacity, count, rows.row_units + (panel * row_units + first / Op::kPair) * kPanel,
                 padded / Op::kPair, scratch.pooled, false);
-    float* to = patches_sum + (panel * rows.capacity + first) * kPanel;
+    float* to = sums.panels + (panel * sums.capacity + first) * kPanel;
     for (int64_t i = 0; i < count * kPanel; i += kLanes)
       store(to + i, add ? load(to + i) + load(scratch.pooled + i) : load(scratch.pooled + i));
     if (!add) memset(to + count * kPanel, 0, sizeof(float) * (padded - count) * kPanel);
@@ -364,9 +364,9 @@ inline void scores_of_direction(const ScoreParams& p, const Rows& rows, int64_t 
     store(scratch.pooled + i, load(scratch.pooled + i) * rows.inv_norm[first + i / kPanel]);
 }
 
-// patches_sum -= scratch.scaled v / ‖p‖ for the `count` rows from `first` on: what C P̂ is for one panel of texts whose
+// Sums -= scratch.scaled v / ‖p‖ for the `count` rows from `first` on: what C P̂ is for one panel of texts whose
 // pooled patches v are in scratch.pool.
-inline void subtract_pool(const ScoreParams& p, const Rows& rows, int64_t first, int64_t count, float* patches_sum,
+inline void subtract_pool(const ScoreParams& p, const Rows& rows, int64_t first, int64_t count, const Sums& sums,
                           Scratch& scratch) {
   for (int64_t panel = 0; panel < padded_dim(p.dim) / kPanel; ++panel) {
     for (int64_t i = 0; i < kPanel; i += kLanes)
@@ -374,7 +374,7 @@ inline void subtract_pool(const ScoreParams& p, const Rows& rows, int64_t first,
         transpose(scratch.pool + (panel * kPanel + i) * kPanel + k, kPanel, scratch.attention_t + k * kPanel + i,
                   kPanel);
     product<Float32>(scratch.scaled, 0, count, scratch.attention_t, kPanel, scratch.pooled, false);
-    float* to = patches_sum + (panel * rows.capacity + first) * kPanel;
+    float* to = sums.panels + (panel * sums.capacity + first) * kPanel;
     for (int64_t i = 0; i < count * kPanel; i += kLanes)
       store(to + i, load(to + i) - load(scratch.pooled + i) * rows.inv_norm[first + i / kPanel]);
   }
@@ -420,7 +420,7 @@ inline float cosine_weights(Scratch& scratch, const float* inv_norm, int64_t cou
 
 template <class Op>
 double weights_cosine(const ScoreParams& p, const Rows& rows, int64_t first, int64_t last, const Texts& texts,
-                      int64_t panel_first, int64_t panel_last, Weights& to, float* patches_sum, bool add,
+                      int64_t panel_first, int64_t panel_last, Weights& to, const Sums& patch_sums, bool add,
                       Scratch& scratch) {
   const int64_t units = dim_units<Op>(p), inner = dim_inner<Op>(p), padded = last - first;
   const int64_t count = segment_end(rows, first, last) - first, capacity = scratch.rows.capacity;
@@ -487,18 +487,18 @@ double weights_cosine(const ScoreParams& p, const Rows& rows, int64_t first, int
     }
     memset(scratch.scores + count * kPanel, 0, sizeof(float) * (padded - count) * kPanel);
     store_weights<Op>(scratch.scores, rows, first, last, texts, panel, to);
-    if (!patches_sum) continue;
+    if (!patch_sums.panels) continue;
     if (!pooled) {
       outer_product<Op>(scratch, count, capacity, outer_started);
       outer_started = true;
       continue;
     }
     for (int64_t d = 0; !add && d < padded_dim(p.dim) / kPanel; ++d)
-      memset(patches_sum + (d * rows.capacity + first) * kPanel, 0, sizeof(float) * padded * kPanel);
+      memset(patch_sums.panels + (d * patch_sums.capacity + first) * kPanel, 0, sizeof(float) * padded * kPanel);
     add = true;
-    subtract_pool(p, rows, first, count, patches_sum, scratch);
+    subtract_pool(p, rows, first, count, patch_sums, scratch);
   }
-  if (outer_started) subtract_pooled<Op>(p, rows, first, count, padded, capacity, patches_sum, add, scratch);
+  if (outer_started) subtract_pooled<Op>(p, rows, first, count, padded, capacity, patch_sums, add, scratch);
   return total;
 }
 

@@ -79,15 +79,15 @@ void forward(const ScoreParams& p, const int64_t* row_start, int64_t first, int6
 
 template <class Op>
 double weights(const ScoreParams& p, const Rows& rows, int64_t first, int64_t last, const Texts& texts,
-               int64_t panel_first, int64_t panel_last, Weights& to, float* patches_sum, bool add, Scratch& scratch) {
+               int64_t panel_first, int64_t panel_last, Weights& to, const Sums& sums, bool add, Scratch& scratch) {
   const typename Op::Session session;
   if (p.form == Form::dot) return weights_dot<Op>(p, rows, first, last, texts, panel_first, panel_last, to, scratch);
-  return weights_cosine<Op>(p, rows, first, last, texts, panel_first, panel_last, to, patches_sum, add, scratch);
+  return weights_cosine<Op>(p, rows, first, last, texts, panel_first, panel_last, to, sums, add, scratch);
 }
 
 template <class Op>
 void patches_product(const ScoreParams& p, const int64_t* row_start, int64_t next, const Rows& rows, int64_t first,
-                     int64_t last, const Texts& texts, const Weights& w, float* patches_sum, bool add) {
+                     int64_t last, const Texts& texts, const Weights& w, const Sums& sums, bool add) {
   const typename Op::Session session;
   const int64_t inner = texts.padded / Op::kPair, panels = padded_dim(p.dim) / kPanel, count = last - first;
   const float* left = w.units + first * kPanel;
@@ -100,7 +100,7 @@ void patches_product(const ScoreParams& p, const int64_t* row_start, int64_t nex
                     rows.capacity * kPanel * 4, product_steps<Op>(late - middle, count, inner));
     if (panel == late) ahead = ahead_of_rows(p, row_start, next, count, product_steps<Op>(panels - late, count, inner));
     product<Op>(left, rows.capacity, count, texts.row_units + panel * inner * kPanel, inner,
-                patches_sum + (panel * rows.capacity + first) * kPanel, add, &ahead, true);
+                sums.panels + (panel * sums.capacity + first - sums.first) * kPanel, add, &ahead, true);
   }
 }
 
@@ -125,13 +125,13 @@ void sum_rows([[maybe_unused]] const ScoreParams& p, [[maybe_unused]] Rows& rows
 }
 
 template <class Op>
-void means_product(const Rows& rows, const Texts& texts, const Weights& w, float* patches_sum, int64_t panel,
+void means_product(const Rows& rows, const Texts& texts, const Weights& w, const Sums& sums, int64_t panel,
                    bool add) {
   const typename Op::Session session;
   const int64_t inner = texts.padded / Op::kPair;
   product<Op>(w.units + row_of_mean<Op>(rows, 0) * kPanel, rows.capacity, rows.means,
               texts.row_units + panel * inner * kPanel, inner,
-              patches_sum + (panel * rows.capacity + row_of_mean<Op>(rows, 0)) * kPanel, add);
+              sums.means + panel * kMeansCapacity * kPanel, add);
 }
 
 template <class Op>
@@ -149,8 +149,8 @@ void texts_product(const ScoreParams& p, const Rows& rows, const Texts& texts, c
     return;
   }
   const int64_t steps = (last - first) * (panel_last - panel_first);
-  for (int64_t at = 0; at < inner; at += kInnerBlock) {
-    const int64_t length = least(kInnerBlock, inner - at), following = least(kInnerBlock, inner - at - length);
+  for (int64_t at = 0; at < inner; at += Op::kInnerBlock) {
+    const int64_t length = least(Op::kInnerBlock, inner - at), following = least(Op::kInnerBlock, inner - at - length);
     const int64_t text_panel = first * Op::kColumns / kPanel,
                   text_panels = ceil_div(last * Op::kColumns, kPanel) - text_panel;
     Ahead left(w.row_units + text_panel * panel_floats + (at + length) * kPanel, text_panels, following * kPanel * 4,
@@ -208,6 +208,7 @@ constexpr Kernels table() {
           Op::kColumns,
           Op::kPair,
           Op::kInner,
+          Op::kMatrix,
           pack_rows<Op>,
           pack_texts<Op>,
           forward<Op>,

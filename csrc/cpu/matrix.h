@@ -37,6 +37,10 @@ inline void matrix_load(const float* from, int64_t stride) {
     for (int j = 0; j < kMatrixUnits; ++j) memcpy(&matrix_tiles[kTile][i][j], from + i * stride + j, 4);
 }
 template <int kTile>
+inline void matrix_stream(const float* from, int64_t stride) {
+  matrix_load<kTile>(from, stride);
+}
+template <int kTile>
 inline void matrix_store(float* to, int64_t stride) {
   for (int i = 0; i < kMatrixRows; ++i)
     for (int j = 0; j < kMatrixUnits; ++j) memcpy(to + i * stride + j, &matrix_tiles[kTile][i][j], 4);
@@ -91,6 +95,10 @@ inline void matrix_load(const float* from, int64_t stride) {
   asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(4 * stride), "i"(kTile) : "memory");
 }
 template <int kTile>
+inline void matrix_stream(const float* from, int64_t stride) {
+  asm volatile("tileloaddt1 (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(4 * stride), "i"(kTile) : "memory");
+}
+template <int kTile>
 inline void matrix_store(float* to, int64_t stride) {
   asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(4 * stride), "i"(kTile) : "memory");
 }
@@ -101,9 +109,13 @@ inline void matrix_multiply_add() {
 
 #endif
 
+// matrix_stream loads what should not take the place of other lines in the first-level cache: a left operand, of which
+// each tile is read once for a panel of the right one.
+
 // Sums of 16 kTall rows and 32 columns: c (+)= left right over `inner` units, a multiple of 16. Panels as in `tile`.
-template <int kTall>
-inline void matrix_tile(const float* left, int64_t left_block, const float* right, float* c, int64_t inner, bool add) {
+template <int kTall, class Aside>
+inline void matrix_tile(const float* left, int64_t left_block, const float* right, float* c, int64_t inner, bool add,
+                        Aside aside) {
   static_assert(kLanes == kMatrixUnits);
   constexpr int64_t kHalf = kMatrixUnits, kBelow = kMatrixRows * kPanel;
   if (add) {
@@ -123,13 +135,14 @@ inline void matrix_tile(const float* left, int64_t left_block, const float* righ
   }
   for (int64_t j = 0; j < inner; j += kMatrixUnits, right += kMatrixUnits * kPanel) {
     const float* block = left + j / kPanel * left_block + j % kPanel;
-    matrix_load<4>(block, kPanel);
+    matrix_stream<4>(block, kPanel);
     matrix_load<6>(right, kPanel);
+    aside();
     matrix_multiply_add<0, 4, 6>();
     matrix_load<7>(right + kHalf, kPanel);
     matrix_multiply_add<1, 4, 7>();
     if constexpr (kTall == 2) {
-      matrix_load<5>(block + kBelow, kPanel);
+      matrix_stream<5>(block + kBelow, kPanel);
       matrix_multiply_add<2, 5, 6>();
       matrix_multiply_add<3, 5, 7>();
     }

@@ -69,8 +69,9 @@ struct Ahead {
         row_bytes(bytes),
         stride(bytes_apart),
         lines_per_step(ceil_div(count * ceil_div(bytes, 64), most(1, steps))) {}
-  void step() {
-    for (int64_t line = 0; line < lines_per_step && rows > 0; ++line) {
+  void step() { fetch(lines_per_step); }
+  void fetch(int64_t lines) {
+    for (int64_t line = 0; line < lines && rows > 0; ++line) {
       __builtin_prefetch(at + byte, 0, 2);
       byte += 64;
       if (byte < row_bytes) continue;
@@ -95,10 +96,10 @@ Ahead ahead_of_rows(const ScoreParams& p, const int64_t* row_start, int64_t row,
 // The left operand of a product beyond its first block of `inner`, which the product itself waits for.
 template <class Op>
 Ahead ahead_of_left(const float* left, int64_t capacity, int64_t rows, int64_t inner) {
-  const int64_t panels = ceil_div(inner, kPanel), first = kInnerBlock / kPanel, steps = ceil_div(rows, Op::kRows);
+  const int64_t panels = ceil_div(inner, kPanel), first = Op::kInnerBlock / kPanel, steps = ceil_div(rows, Op::kRows);
   if (panels <= first) return {};
   return {left + first * capacity * kPanel, panels - first, rows * kPanel * 4, capacity * kPanel * 4,
-          steps * (ceil_div(inner, kInnerBlock) - 1)};
+          steps * (ceil_div(inner, Op::kInnerBlock) - 1)};
 }
 
 // One panel of the product: c [rows, panel] (+)= left [rows, inner] right [inner, panel], in whole tiles of rows.
@@ -107,19 +108,23 @@ template <class Op>
 void product(const float* left, int64_t capacity, int64_t rows, const float* right, int64_t inner, float* c, bool add,
              Ahead* ahead = nullptr, bool fetch = false) {
   const int64_t block = capacity * kPanel;
-  for (int64_t at = 0; at < inner; at += kInnerBlock)
+  for (int64_t at = 0; at < inner; at += Op::kInnerBlock)
     for (int64_t row = 0; row < rows; row += Op::kRows) {
       const float *a = left + at / kPanel * block + row * kPanel, *b = right + at * kPanel;
-      const int64_t length = least(kInnerBlock, inner - at);
-      if (ahead) ahead->step();
+      const int64_t length = least(Op::kInnerBlock, inner - at);
+      if (!Op::kMatrix && ahead) ahead->step();
       if constexpr (Op::kMatrix) {
 #if defined(PACL_MATRIX_UNIT)
         if (row + Op::kRows < rows) {
-          if (ahead) ahead->step();
-          matrix_tile<2>(a, block, b, c + row * kPanel, length, add || at > 0);
+          if (ahead) {
+            const int64_t lines = ceil_div(2 * ahead->lines_per_step, length / kMatrixUnits);
+            matrix_tile<2>(a, block, b, c + row * kPanel, length, add || at > 0, [&] { ahead->fetch(lines); });
+          } else {
+            matrix_tile<2>(a, block, b, c + row * kPanel, length, add || at > 0, [] {});
+          }
           row += Op::kRows;
         } else {
-          matrix_tile<1>(a, block, b, c + row * kPanel, length, add || at > 0);
+          matrix_tile<1>(a, block, b, c + row * kPanel, length, add || at > 0, [] {});
         }
 #endif
       } else {
@@ -133,7 +138,7 @@ void product(const float* left, int64_t capacity, int64_t rows, const float* rig
 // Calls of step() that `panels` products make.
 template <class Op>
 inline int64_t product_steps(int64_t panels, int64_t rows, int64_t inner) {
-  return panels * ceil_div(rows, Op::kRows) * ceil_div(inner, kInnerBlock);
+  return panels * ceil_div(rows, Op::kRows) * ceil_div(inner, Op::kInnerBlock);
 }
 
 }  // namespace

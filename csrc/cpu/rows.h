@@ -215,8 +215,8 @@ inline V load_dims(const float* at, int v) {
   return load(at + v * kLanes);
 }
 
-// ∂L/∂x = sum - (sum · x) x / |x|²: what points along x does not change its direction. Both are rows of panels;
-// inv_norm is 1 / |x|, or 0. kMean: inv_norm times `mean`, a row like those of `sums`, belongs to the sum.
+// ∂L/∂x = sum - (sum · x) x / |x|²: what points along x does not change its direction. `sums` is a row of panels, x is
+// row `row` of others; inv_norm is 1 / |x|, or 0. kMean: inv_norm times `mean`, a row of Sums.means, belongs to the sum.
 template <class Op, bool kMean = false>
 void finish_row(const float* sums, int64_t sums_capacity, const float* units, int64_t capacity, int64_t row,
                 float inv_norm, int64_t dim, Dtype dtype, void* out, int64_t out_offset, float* buffer,
@@ -224,8 +224,8 @@ void finish_row(const float* sums, int64_t sums_capacity, const float* units, in
   const int64_t dims = padded_dim(dim);
   const float inv_squared = inv_norm * inv_norm;
   const auto sum_of = [&](int64_t d, int v) {
-    const V x = load(dims_at<Float32>(sums, sums_capacity, row, d) + v * kLanes);
-    return kMean ? x + load(dims_at<Float32>(mean, sums_capacity, 0, d) + v * kLanes) * inv_norm : x;
+    const V x = load(dims_at<Float32>(sums, sums_capacity, 0, d) + v * kLanes);
+    return kMean ? x + load(dims_at<Float32>(mean, kMeansCapacity, 0, d) + v * kLanes) * inv_norm : x;
   };
   V dot[2]{}, rest[2]{};
   for (int64_t d = 0; d < dims; d += kPanel) {
@@ -257,7 +257,11 @@ void finish_row(const float* sums, int64_t sums_capacity, const float* units, in
       store(buffer + d + v * kLanes, result);
     }
   }
-  if (Op::kPair == 2)
+  // Where there is a matrix unit (Intel's), pages that were populated just now are still in the cache, and stores past it
+  // take twice as long.
+  if (Op::kMatrix)
+    memcpy((uint16_t*)out + out_offset, buffer, sizeof(uint16_t) * dim);
+  else if (Op::kPair == 2)
     copy_past_cache((uint16_t*)out + out_offset, buffer, sizeof(uint16_t) * dim);
   else
     write_row(out, out_offset, dim, dtype, buffer);
@@ -270,23 +274,23 @@ inline int64_t mean_of_row(const Rows& rows, int64_t row) {
   return mean;
 }
 
-// Its row of Weights.units and of the patches' sums: past those that the last tile of the products overwrites.
+// Its row of Weights.units: past those that the last tile of the products overwrites.
 template <class Op>
 inline int64_t row_of_mean(const Rows& rows, int64_t mean) {
   return rows.count + Op::kRows + mean;
 }
 
 template <class Op>
-void finish_patches(const ScoreParams& p, const Rows& rows, int64_t first, int64_t last, const float* patches_sum,
+void finish_patches(const ScoreParams& p, const Rows& rows, int64_t first, int64_t last, const Sums& sums,
                     float* buffer) {
   const auto finish = rows.means ? finish_row<Op, Op::kPair == 2> : finish_row<Op>;
   int64_t mean = mean_of_row(rows, first);
   for (int64_t r = first; r < last; ++r) {
     if (rows.image[r] < 0) continue;
     if (rows.means && r >= rows.image_begin[mean + 1]) ++mean;
-    finish(patches_sum, rows.capacity, rows.units, rows.capacity, r, rows.inv_norm[r], p.dim, p.dtype, p.grad_patches,
+    finish(sums.panels + (r - sums.first) * kPanel, sums.capacity, rows.units, rows.capacity, r, rows.inv_norm[r], p.dim, p.dtype, p.grad_patches,
            (rows.image[r] * p.patches_per_image + rows.index[r]) * p.dim, buffer,
-           patches_sum + row_of_mean<Op>(rows, mean) * kPanel);
+           sums.means + mean * kPanel);
   }
   finish_copies();
 }

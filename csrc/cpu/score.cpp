@@ -31,12 +31,12 @@ constexpr int64_t kTextRange = 256;           // texts of a task
 // From this τ on the attention is nearly uniform, and weights in bfloat16 are stored less their mean (see Weights).
 // At small τ the mean is far from most weights, and would give patches that no text looks at its own rounding.
 constexpr float kMeanTemperature = 0.5f;
-constexpr size_t kMeans = 64;  // images of a block then, at most
 
 struct Plan {
   const Kernels& kernels;
   const ScoreParams& p;
   bool backward, cosine, means;
+  bool local_sums;               // the patches' sums of a chunk at a time, see Scratch
   int64_t row_align;             // rows of an image are padded to this
   int64_t units, dims;           // padded units of D, padded D
   int64_t image_rows;            // most rows of an image
@@ -60,11 +60,14 @@ struct Plan {
     row_align = cosine ? 2 * kernels.inner : 1;  // products over the rows of one image take `inner` units at a time
     image_rows = round_up(p.patches_per_image, row_align);
     gram_capacity = round_up(image_rows, tile);
-    chunk = most(1, least(tile == 32 ? 128 : 112, 512 * 1024 / (4 * units)) / tile) * tile;  // stays in the second-level cache
+    // Stays in the second-level cache, which is larger (Intel's, 2 MiB) where there is a matrix unit.
+    const int64_t cache = kernels.matrix ? 2 : 1, most_rows = kernels.matrix ? (backward ? 128 : 256) : 112;
+    chunk = most(1, least(most_rows, cache * 512 * 1024 / (4 * units)) / tile) * tile;
 
     const int64_t text_bytes = 4 * units + (backward && p.grad_patches ? 4 * dims / pair : 0);
     texts_block = most(1, least(backward ? 1024 : 4096, kTextsBudget / text_bytes) / panel) * panel;
     texts_block = least(texts_block, round_up(p.texts_count, panel));
+    local_sums = backward && !cosine && texts_block >= p.texts_count;
 
     group = cosine ? 1 : ceil_div(4 * chunk, p.patches_per_image);
     text_panels = (ceil_div(p.images, group) >= 32 ? 1024 : kTextRange) / panel;
@@ -83,8 +86,8 @@ struct Plan {
     take_texts(counter, texts);
     Rows rows[2];
     Weights weights;
-    float* sum;
-    if (backward) take_block(counter, rows, weights, sum);
+    Sums sums;
+    if (backward) take_block(counter, rows, weights, sums);
     shared_bytes = counter.used;
     counter.used = 0;
     Scratch scratch{};
@@ -95,6 +98,9 @@ struct Plan {
   }
 
   int64_t workspace_bytes() const { return shared_bytes + threads * scratch_bytes + 64; }
+
+  // Of a row's panels no two are a multiple of 4 KiB apart, or they would meet in one set of the first-level cache.
+  int64_t local_capacity() const { return round_up(chunk, 32) + 2; }
 
   void take_texts(Arena& arena, Texts& texts) const {
     texts.transposed = arena.take(units * texts_block);
@@ -111,11 +117,14 @@ struct Plan {
     rows.index = arena.take<int32_t>(size);
   }
 
-  void take_block(Arena& arena, Rows (&rows)[2], Weights& weights, float*& patches_sum) const {
+  void take_block(Arena& arena, Rows (&rows)[2], Weights& weights, Sums& sums) const {
     for (Rows& half : rows) take_rows(arena, half, capacity, p.grad_texts || (cosine && p.grad_patches));
     weights.units = arena.take(capacity * round_up(texts_block, 2 * kernels.panel) / kernels.pair);
     weights.row_units = kernels.pair == 1 ? weights.units : arena.take(round_up(capacity / 2, kernels.panel) * texts_block);
-    patches_sum = p.grad_patches ? arena.take(capacity * dims) : nullptr;
+    sums = {nullptr, capacity, 0, nullptr};
+    if (!p.grad_patches) return;
+    if (!local_sums) sums.panels = arena.take(capacity * dims);
+    if (means) sums.means = arena.take(kMeansCapacity * dims);
   }
 
   void take_scratch(Arena& arena, Scratch& s) const {
@@ -123,6 +132,7 @@ struct Plan {
     s.row = arena.take(most(panel * units, 2 * dims));
     s.scores = arena.take((rows + panel) * panel);
     s.rows.capacity = rows;
+    s.sums = local_sums && p.grad_patches ? arena.take(local_capacity() * dims) : nullptr;
     if (!backward) {
       take_rows(arena, s.rows, rows, false);
       s.largest = arena.take(group * text_panels * panel);
@@ -361,9 +371,9 @@ void score_backward(const ScoreParams& p) {
   Texts shared_texts;
   Rows shared_rows[2];  // a block's and the next one's
   Weights weights;
-  float* patches_sum;
+  Sums shared_sums;
   plan.take_texts(arena, shared_texts);
-  plan.take_block(arena, shared_rows, weights, patches_sum);
+  plan.take_block(arena, shared_rows, weights, shared_sums);
   const int64_t scratch_at = arena.used;
 
   struct Block {
@@ -381,7 +391,7 @@ void score_backward(const ScoreParams& p) {
       if (row_start[b] == row_start[b + 1]) continue;
       block.image_begin.push_back(most(0, row_start[b] - block.first_row));
       block.share.push_back(1.0f / (float)(row_start[b + 1] - row_start[b]));
-      if (block.share.size() == kMeans)  // the block ends here, or a few rows before: only the last is padded
+      if ((int64_t)block.share.size() == kMeans)  // the block ends here, or a few rows before: only the last is padded
         block.last_row = least(block.last_row, block.first_row + (row_start[b + 1] - block.first_row) / padding * padding);
     }
     while (block.image_begin.back() >= block.last_row - block.first_row) {
@@ -393,7 +403,7 @@ void score_backward(const ScoreParams& p) {
     for (int64_t b = 0; b < p.images; ++b) {
       if (row_start[b] == row_start[b + 1]) continue;
       if (blocks.empty() || row_start[b + 1] - blocks.back().first_row > plan.rows_block ||
-          (plan.means && blocks.back().starts.size() > kMeans))
+          (plan.means && (int64_t)blocks.back().starts.size() > kMeans))
         blocks.push_back({row_start[b], 0, {0}, {}, {}});
       Block& block = blocks.back();
       block.last_row = row_start[b + 1];
@@ -452,11 +462,11 @@ void score_backward(const ScoreParams& p) {
           const int64_t panel = task % ranges * range;
           temperature_sums[task] +=
               kernels.weights(p, rows, block.starts[task / ranges], block.starts[task / ranges + 1], texts, panel,
-                              least(panel + range, panels), weights, patches_sum, add, scratch);
+                              least(panel + range, panels), weights, shared_sums, add, scratch);
         });
         if (rows.means && p.grad_patches)
           team.phase(plan.dims / kernels.panel,
-                     [&](int64_t panel) { kernels.means_product(rows, texts, weights, patches_sum, panel, add); });
+                     [&](int64_t panel) { kernels.means_product(rows, texts, weights, shared_sums, panel, add); });
         // Neither product needs the other, so both are one phase, the larger tasks first. The next block is packed in
         // between, when its rows have been fetched behind the patches' product.
         const int64_t columns = texts.padded / kernels.tile_columns, dim_panels = plan.dims / kernels.panel;
@@ -473,10 +483,12 @@ void score_backward(const ScoreParams& p) {
           }
           const int64_t i = task - text_tasks, first = i * plan.chunk, last = least(first + plan.chunk, rows.count);
           if (p.grad_patches && first < last) {
+            Sums sums = shared_sums;
+            if (plan.local_sums) sums.panels = scratch.sums, sums.capacity = plan.local_capacity(), sums.first = first;
             kernels.patches_product(p, row_start.data(), i < next_chunks ? next->first_row + first : -1, rows, first,
-                                    last, texts, weights, patches_sum, add || plan.cosine);
+                                    last, texts, weights, sums, add || plan.cosine);
             if (finish) populate_gradients(p, rows, first, last);
-            if (finish) kernels.finish_patches(p, rows, first, last, patches_sum, scratch.row);
+            if (finish) kernels.finish_patches(p, rows, first, last, sums, scratch.row);
           }
           if (i < next_chunks) pack(*next, shared_rows[(number + 1) % 2], i);
         });

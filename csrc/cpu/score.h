@@ -73,17 +73,24 @@ struct Texts {        // a block of texts
 // W = dS / (|p| |t|) of a block of rows and a block of texts. In bfloat16 it may be less a mean of its image and text:
 //   W = (dS / |t| - c) / |p|,  W T = that + (c T) / |p|,  W' P = that + c' Σ p̂
 // for any c; near the mean it leaves small numbers to be rounded. c itself is a number of bfloat16 and thus exact.
-// Image i of the block has it in a row of its own of `units`, hence c T in that row of the patches' sums, and in both
-// halves of row `count / 2 + i` of `row_units`, where Rows.row_units holds Σ p̂ as the sum of two numbers of bfloat16.
+// Image i of the block has it in a row of its own of `units`, from which Sums.means gets c T, and in both halves of row `count / 2 + i` of `row_units`, where Rows.row_units holds Σ p̂ as the sum of two numbers of bfloat16.
 struct Weights {
   float* units;      // panels of [rows, text units]: left operand of the patches' gradient
   float* row_units;  // panels of [row units, texts]: left operand of the texts' gradient; = units for float32
+};
+
+// W T: the patches' gradient before its projection.
+struct Sums {
+  float* panels;            // [rows, D] of float32
+  int64_t capacity, first;  // rows between panels; the row of the block that leads them
+  float* means;             // panels [kMeansCapacity, D]: c T of each image, see Weights
 };
 
 struct Scratch {  // one thread's own; panels are [rows, panel] of float32 unless they say units
   Rows rows;      // forward: the rows at hand
   float* row;     // rows of D as they are read or written
   float* scores;
+  float* sums;  // backward of the dot form, where one block holds all texts: Sums.panels of a chunk
   float *largest, *sum, *weighted;  // forward: running softmax statistics [images, texts]
   // Cosine form only.
   float* attention;
@@ -118,6 +125,7 @@ struct UpsampleTile;
 
 struct Kernels {
   int panel, tile_rows, tile_columns, pair, inner;
+  bool matrix;
   // Gathers rows [first, last) of the call's valid patches (row_start: their prefix count by image) into `to` at `at`.
   void (*pack_rows)(const ScoreParams&, const int64_t* row_start, int64_t first, int64_t last, Rows& to, int64_t at,
                     float* row);
@@ -129,22 +137,21 @@ struct Kernels {
                   int64_t panel_first, int64_t panel_last, int64_t next, Scratch&);
   // Weights of rows [first, last) and panels [panel_first, panel_last); returns the temperature's sum, -τ² ∂L/∂τ. For
   // the cosine form the rows are those of one image, and the part of its gradient that the pooled norm adds goes to
-  // patches_sum.
+  // the sums.
   double (*weights)(const ScoreParams&, const Rows&, int64_t first, int64_t last, const Texts&, int64_t panel_first,
-                    int64_t panel_last, Weights&, float* patches_sum, bool add, Scratch&);
-  // patches_sum (panels [rows, D]) (+)= W texts for rows [first, last); as many rows of the call from `next` on will be
+                    int64_t panel_last, Weights&, const Sums&, bool add, Scratch&);
+  // Sums (+)= W texts for rows [first, last); as many rows of the call from `next` on will be
   // packed soon (-1: none).
   void (*patches_product)(const ScoreParams&, const int64_t* row_start, int64_t next, const Rows&, int64_t first,
-                          int64_t last, const Texts&, const Weights&, float* patches_sum, bool add);
+                          int64_t last, const Texts&, const Weights&, const Sums&, bool add);
   // With means: Σ p̂ of image `i` of the block, and (panel `panel` of D) what c T adds to all its patches.
   void (*sum_rows)(const ScoreParams&, Rows&, int64_t i);
-  void (*means_product)(const Rows&, const Texts&, const Weights&, float* patches_sum, int64_t panel, bool add);
+  void (*means_product)(const Rows&, const Texts&, const Weights&, const Sums&, int64_t panel, bool add);
   // texts_sum (panels [padded K, D]) += W' patches for tile columns [first, last) of the block and panels of D.
   void (*texts_product)(const ScoreParams&, const Rows&, const Texts&, const Weights&, int64_t first, int64_t last,
                         int64_t panel_first, int64_t panel_last);
   // Gradient through the norm, from the sums to the caller's buffers.
-  void (*finish_patches)(const ScoreParams&, const Rows&, int64_t first, int64_t last, const float* patches_sum,
-                         float* buffer);
+  void (*finish_patches)(const ScoreParams&, const Rows&, int64_t first, int64_t last, const Sums&, float* buffer);
   void (*finish_texts)(const ScoreParams&, int64_t first, int64_t last, float* buffer);
   double (*multiply_adds)(int64_t repeats);  // runs independent multiply-adds, returns their flop
   // The max form's backward, see max.h.
@@ -158,7 +165,8 @@ struct Kernels {
 };
 
 // static: a shared inline function could be linked from an object that this machine cannot run.
-constexpr int64_t kInnerBlock = 128;  // units of a right-hand panel that stay in the first-level cache
+constexpr int64_t kMeans = 64;                 // images of a block with means, at most
+constexpr int64_t kMeansCapacity = 2 * kMeans;  // a tile may write past them
 
 static inline int64_t round_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
 static inline int64_t ceil_div(int64_t x, int64_t step) { return (x + step - 1) / step; }

@@ -11,10 +11,11 @@
 namespace {
 
 // A product takes kInner units at a time and whole tiles of kRows x kPanel; with kMatrix in the processor's matrix unit,
-// which a Session opens. kColumns: of the left operand of the texts' gradient.
+// which a Session opens. kInnerBlock: units of a right-hand panel that stay in the first-level cache. kColumns: of the
+// left operand of the texts' gradient.
 struct Float32 {
   static constexpr bool kMatrix = false;
-  static constexpr int kPair = 1, kInner = 4, kRows = kTileRows, kColumns = kTileColumns;
+  static constexpr int kPair = 1, kInner = 4, kRows = kTileRows, kColumns = kTileColumns, kInnerBlock = 128;
   struct Session {
     ~Session() {}  // not trivial, or a variable of it would count as unused
   };
@@ -42,11 +43,11 @@ struct BFloat16 {
   static constexpr int kPair = 2;
 #if defined(PACL_MATRIX_UNIT)
   static constexpr bool kMatrix = true;
-  static constexpr int kInner = kMatrixUnits, kRows = kMatrixRows, kColumns = kPanel;
+  static constexpr int kInner = kMatrixUnits, kRows = kMatrixRows, kColumns = kPanel, kInnerBlock = 256;
   typedef MatrixUnit Session;
 #else
   static constexpr bool kMatrix = false;
-  static constexpr int kInner = 4, kRows = kTileRows, kColumns = kTileColumns;
+  static constexpr int kInner = 4, kRows = kTileRows, kColumns = kTileColumns, kInnerBlock = 128;
   typedef Float32::Session Session;
 #endif
   static V broadcast_unit(const float* p) {
