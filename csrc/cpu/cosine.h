@@ -105,13 +105,66 @@ inline void fold_symmetric(float* matrix, int64_t capacity, int64_t count, const
   }
 }
 
-// scratch.pooled = G a for a panel of attention over `count` rows, whose rows up to the next multiple of 4 are set to
-// 0. In float32 for bfloat16 too: in φ the error would be multiplied by the logit scale, in the gradient divided by r
-// τ. kLower: of G's lower triangle.
-template <bool kLower>
+// For the matrix unit, G is the sum of two matrices of bfloat16, which leaves 2^-17 of it. kLower: its lower triangle.
+template <class Op, bool kLower>
+void split_gram([[maybe_unused]] Scratch& scratch, [[maybe_unused]] int64_t capacity, [[maybe_unused]] int64_t count) {
+#if defined(PACL_MATRIX_UNIT)
+  if constexpr (Op::kMatrix)
+    for (int64_t column = 0; column < count; column += kPanel)
+      for (int64_t row = kLower ? column : 0; row < count; ++row) {
+        const float* at = scratch.gram + (column / kPanel * capacity + row) * kPanel;
+        const int64_t to = (column / 2 / kPanel * capacity + row) * kPanel + column / 2 % kPanel;
+        for (int v = 0; v < 2; ++v) {
+          const V x = load(at + v * kLanes);
+          const H high = round_to_bfloat16(x), low = round_to_bfloat16(x - from_bfloat16(high));
+          memcpy(scratch.gram_high + to + v * kLanes / 2, &high, sizeof high);
+          memcpy(scratch.gram_low + to + v * kLanes / 2, &low, sizeof low);
+        }
+      }
+#endif
+}
+
+#if defined(PACL_MATRIX_UNIT)
+// Rows [row, row + 16 kTall) of G a over `inner` units, of what the two parts of both give all but the product of the
+// small ones.
+template <int kTall>
+inline void split_tile(const Scratch& scratch, int64_t capacity, int64_t row, int64_t inner) {
+  const int64_t block = capacity * kPanel, at = row * kPanel;
+  float* c = scratch.pooled + at;
+  matrix_begin<kTall>(c, false);
+  matrix_add<kTall>(scratch.gram_low + at, block, scratch.attention_high, inner, [] {});
+  matrix_add<kTall>(scratch.gram_high + at, block, scratch.attention_low, inner, [] {});
+  matrix_add<kTall>(scratch.gram_high + at, block, scratch.attention_high, inner, [] {});
+  matrix_end<kTall>(c);
+}
+#endif
+
+// scratch.pooled = G a for a panel of attention over `count` rows, whose rows up to the next multiple of 2 kInner are
+// set to 0. In bfloat16 alone, an error in φ would be multiplied by the logit scale, in the gradient divided by r τ: it
+// is float32, or in the matrix unit two numbers of bfloat16. kLower: of G's lower triangle.
+template <class Op, bool kLower>
 void gram_product(Scratch& scratch, int64_t capacity, int64_t count) {
-  const int64_t padded = round_up(count, 4);
+  const int64_t padded = round_up(count, Op::kMatrix ? kPanel : 4);
   memset(scratch.attention + count * kPanel, 0, sizeof(float) * (padded - count) * kPanel);
+#if defined(PACL_MATRIX_UNIT)
+  if constexpr (Op::kMatrix) {
+    for (int64_t r = 0; r < padded; r += 2)
+      for (int v = 0; v < 2; ++v) {
+        const float* at = scratch.attention + r * kPanel + v * kLanes;
+        const V even = load(at), odd = load(at + kPanel);
+        const V even_high = from_bfloat16(round_to_bfloat16(even)), odd_high = from_bfloat16(round_to_bfloat16(odd));
+        const int64_t to = r / 2 * kPanel + v * kLanes;
+        store(scratch.attention_high + to, interleave_bfloat16(even_high, odd_high));
+        store(scratch.attention_low + to, interleave_bfloat16(even - even_high, odd - odd_high));
+      }
+    for (int64_t row = 0; row < count; row += kPanel) {
+      const int64_t inner = (kLower ? row + kPanel : padded) / 2;
+      count - row > kMatrixRows ? split_tile<2>(scratch, capacity, row, inner)
+                                : split_tile<1>(scratch, capacity, row, inner);
+    }
+    return;
+  }
+#endif
   for (int64_t at = 0; at < padded; at += Float32::kInnerBlock)
     for (int64_t row = 0; row < count; row += kTileRows) {
       const int64_t end = kLower ? least(padded, round_up(row + kTileRows, 4)) : padded;
@@ -275,7 +328,7 @@ void cosine_of_pooled(const ScoreParams& p, const Rows& rows, int64_t count, con
     pool_product(p, rows, 0, count, scratch);
     pooled_score<Op>(p, texts, panel, scratch, along, squared);
   } else {
-    gram_product<true>(scratch, rows.capacity, count);
+    gram_product<Op, true>(scratch, rows.capacity, count);
     for (int v = 0; v < 2; ++v) {
       along[v] =
           is_bounded(p) ? sums.weighted[v] * (kLn2 * p.temperature) : sums.largest[v] * sums.sum[v] + sums.weighted[v];
@@ -315,9 +368,13 @@ void subtract_pooled(const ScoreParams& p, const Rows& rows, int64_t first, int6
   const float* left = column_units_of<Op>(scratch.outer, capacity, count, padded, scratch.outer_units);
   const int64_t row_units = rows.capacity / Op::kPair;
   for (int64_t panel = 0; panel < padded_dim(p.dim) / kPanel; ++panel) {
-    product<Op>(left, capacity, count, rows.row_units + (panel * row_units + first / Op::kPair) * kPanel,
-                padded / Op::kPair, scratch.pooled, false);
     float* to = sums.panels + (panel * sums.capacity + first) * kPanel;
+    const float* right = rows.row_units + (panel * row_units + first / Op::kPair) * kPanel;
+    if (Op::kMatrix) {  // an image's padding holds the rest of its last tile
+      product<Op>(left, capacity, count, right, padded / Op::kPair, to, add);
+      continue;
+    }
+    product<Op>(left, capacity, count, right, padded / Op::kPair, scratch.pooled, false);
     for (int64_t i = 0; i < count * kPanel; i += kLanes)
       store(to + i, add ? load(to + i) + load(scratch.pooled + i) : load(scratch.pooled + i));
     if (!add) memset(to + count * kPanel, 0, sizeof(float) * (padded - count) * kPanel);
@@ -433,6 +490,7 @@ double weights_cosine(const ScoreParams& p, const Rows& rows, int64_t first, int
   if (!pools<Op>(p, count)) {
     gram<Op>(p, rows, first, count, scratch, capacity);
     complete_symmetric(scratch.gram, capacity, count, inv_norm, 1.0f);
+    split_gram<Op, false>(scratch, capacity, count);
   }
   for (int64_t panel = panel_first; panel < panel_last; ++panel) {
     const int64_t k = panel * kPanel, live = texts.count - k;
@@ -447,7 +505,7 @@ double weights_cosine(const ScoreParams& p, const Rows& rows, int64_t first, int
       pool_product(p, rows, first, count, scratch);
       pooled_score<Op>(p, texts, panel, scratch, along, squared);
     } else {
-      gram_product<false>(scratch, capacity, count);
+      gram_product<Op, false>(scratch, capacity, count);
       for (int v = 0; v < 2; ++v) squared[v] = pooled_norm_squared(scratch, count, v);
     }
     const bool cancel = cancels(scratch, inv_norm, count, squared);

@@ -31,6 +31,7 @@ void forward(const ScoreParams& p, const int64_t* row_start, int64_t first, int6
     if (cosine && !pools<Op>(p, segment_end(rows, 0, count))) {
       gram<Op>(p, rows, 0, count, scratch, rows.capacity);
       fold_symmetric(scratch.gram, rows.capacity, count, rows.inv_norm);
+      split_gram<Op, true>(scratch, rows.capacity, count);
     }
     for (int64_t panel = panel_first; panel < panel_last; ++panel) {
       product<Op>(rows.units, rows.capacity, count, texts.transposed + panel * units * kPanel, inner, scratch.scores,
@@ -173,7 +174,7 @@ double multiply_adds(int64_t repeats) {
 #if defined(PACL_MATRIX_UNIT)
   if constexpr (Op::kMatrix) {
     const MatrixUnit session;
-    matrix_zero<4>();
+    matrix_zero<4>();  // operands that change would cost up to a quarter of the clock
     matrix_zero<5>();
     for (int64_t k = 0; k < repeats; ++k) {
       matrix_multiply_add<0, 4, 5>();

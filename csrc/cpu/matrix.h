@@ -109,13 +109,11 @@ inline void matrix_multiply_add() {
 
 #endif
 
-// matrix_stream loads what should not take the place of other lines in the first-level cache: a left operand, of which
-// each tile is read once for a panel of the right one.
-
-// Sums of 16 kTall rows and 32 columns: c (+)= left right over `inner` units, a multiple of 16. Panels as in `tile`.
-template <int kTall, class Aside>
-inline void matrix_tile(const float* left, int64_t left_block, const float* right, float* c, int64_t inner, bool add,
-                        Aside aside) {
+// Sums of 16 kTall rows and 32 columns, c = (c +) left right + ...: begun, any number of products, ended. matrix_stream
+// loads what should not take the place of other lines in the first-level cache: a left operand, of which each tile is
+// read once for a panel of the right one.
+template <int kTall>
+inline void matrix_begin(const float* c, bool add) {
   static_assert(kLanes == kMatrixUnits);
   constexpr int64_t kHalf = kMatrixUnits, kBelow = kMatrixRows * kPanel;
   if (add) {
@@ -133,6 +131,12 @@ inline void matrix_tile(const float* left, int64_t left_block, const float* righ
       matrix_zero<3>();
     }
   }
+}
+
+// Over `inner` units, a multiple of 16; panels as in `tile`. aside() is called once for each 16.
+template <int kTall, class Aside>
+inline void matrix_add(const float* left, int64_t left_block, const float* right, int64_t inner, Aside aside) {
+  constexpr int64_t kHalf = kMatrixUnits, kBelow = kMatrixRows * kPanel;
   for (int64_t j = 0; j < inner; j += kMatrixUnits, right += kMatrixUnits * kPanel) {
     const float* block = left + j / kPanel * left_block + j % kPanel;
     matrix_stream<4>(block, kPanel);
@@ -147,12 +151,25 @@ inline void matrix_tile(const float* left, int64_t left_block, const float* righ
       matrix_multiply_add<3, 5, 7>();
     }
   }
+}
+
+template <int kTall>
+inline void matrix_end(float* c) {
+  constexpr int64_t kHalf = kMatrixUnits, kBelow = kMatrixRows * kPanel;
   matrix_store<0>(c, kPanel);
   matrix_store<1>(c + kHalf, kPanel);
   if constexpr (kTall == 2) {
     matrix_store<2>(c + kBelow, kPanel);
     matrix_store<3>(c + kBelow + kHalf, kPanel);
   }
+}
+
+template <int kTall, class Aside>
+inline void matrix_tile(const float* left, int64_t left_block, const float* right, float* c, int64_t inner, bool add,
+                        Aside aside) {
+  matrix_begin<kTall>(c, add);
+  matrix_add<kTall>(left, left_block, right, inner, aside);
+  matrix_end<kTall>(c);
 }
 
 }  // namespace

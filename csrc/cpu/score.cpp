@@ -146,6 +146,13 @@ struct Plan {
     s.pooled = arena.take((rows + panel) * panel);
     s.transposed = arena.take(units * panel);
     s.gram = arena.take(matrix);
+    const int64_t half = rows * round_up(columns, 2 * panel) / 2;
+    if (kernels.matrix) {
+      s.gram_high = arena.take(half);
+      s.gram_low = arena.take(half);
+      s.attention_high = arena.take((rows + panel) * panel / 2);
+      s.attention_low = arena.take((rows + panel) * panel / 2);
+    }
     s.pool = arena.take(dims * panel);
     s.direction = arena.take(dims * panel);
     s.scaled = arena.take((rows + panel) * panel);
@@ -154,8 +161,9 @@ struct Plan {
     if (!p.grad_patches) return;
     s.attention_t = arena.take(square);
     s.attention_t_units = pairs ? arena.take(square / 2) : nullptr;
-    s.outer = arena.take(matrix);
-    s.outer_units = pairs ? arena.take(rows * round_up(columns, 2 * panel) / 2) : nullptr;
+    // In the matrix unit's form G itself is not needed any more when C begins, nor that form when C is whole.
+    s.outer = kernels.matrix ? s.gram : arena.take(matrix);
+    s.outer_units = kernels.matrix ? s.gram_high : pairs ? arena.take(half) : nullptr;
   }
 };
 

@@ -95,6 +95,7 @@ struct Scratch {  // one thread's own; panels are [rows, panel] of float32 unles
   // Cosine form only.
   float* attention;
   float* gram;                                                     // panels [N, N]
+  float *gram_high, *gram_low, *attention_high, *attention_low;    // matrix unit: both as sums of two, in units
   float* pooled;                                                   // G a
   float* transposed;                                               // [units of D, panel]
   float *pool, *direction;                                         // panels [D], where G a will not do
