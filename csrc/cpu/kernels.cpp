@@ -9,6 +9,90 @@ namespace {
 
 using namespace pacl;
 
+// Adds to the statistics of the images that rows [begin, count) of scratch.scores belong to, for one panel of texts.
+// Statistics are [images from `first`, columns].
+template <class Op>
+void add_scores(const ScoreParams& p, int64_t first, const Rows& rows, int64_t begin, int64_t count, const Texts& texts,
+                int64_t panel, int64_t columns, int64_t column, Scratch& scratch) {
+  const bool cosine = p.form == Form::cosine;
+  for (int64_t end; begin < count; begin = end) {
+    end = segment_end(rows, begin, count);
+    if (rows.image[begin] < 0) continue;
+    const int64_t at = (rows.image[begin] - first) * columns + column;
+    Softmax running;
+    for (int v = 0; v < 2; ++v) {
+      running.largest[v] = load(scratch.largest + at + v * kLanes);
+      running.sum[v] = load(scratch.sum + at + v * kLanes);
+      running.weighted[v] = load(scratch.weighted + at + v * kLanes);
+    }
+    (is_bounded(p) ? accumulate<true> : accumulate<false>)(running, rows, begin, end, texts.inv_norm + panel * kPanel,
+                                                           p.temperature, scratch.scores,
+                                                           cosine ? scratch.attention : nullptr);
+    for (int v = 0; v < 2; ++v) {
+      store(scratch.largest + at + v * kLanes, running.largest[v]);
+      store(scratch.sum + at + v * kLanes, running.sum[v]);
+      store(scratch.weighted + at + v * kLanes, running.weighted[v]);
+    }
+    if (cosine)  // the image is whole: the sums become φ
+      cosine_of_pooled<Op>(p, rows, end, texts, panel, running, scratch, scratch.weighted + at);
+  }
+}
+
+#if defined(PACL_MATRIX_UNIT)
+// The product and its softmax at the same time: while the matrix unit makes one tile of scores, the vector units sum up
+// the one before, a few rows after each step. For the dot form, |s / τ| bounded, and rows that fit one block of `inner`.
+template <class Op>
+void overlapped(const ScoreParams& p, int64_t first, const Rows& rows, int64_t count, const Texts& texts, int64_t panel,
+                int64_t columns, int64_t column, Ahead& ahead, Scratch& scratch) {
+  constexpr int64_t kTall = 2 * kMatrixRows;
+  const int64_t inner = dim_inner<Op>(p), steps = inner / kMatrixUnits;
+  const float* right = texts.transposed + panel * dim_units<Op>(p) * kPanel;
+  const int64_t lines = ceil_div(2 * ahead.lines_per_step, steps), rows_per_step = ceil_div(kTall, steps);
+  V norm[2];
+  for (int v = 0; v < 2; ++v)
+    norm[v] = load(texts.inv_norm + panel * kPanel + v * kLanes) * (kLog2e / p.temperature);
+  for (int64_t row = 0, waiting = -1; row < count || waiting >= 0; row += kTall) {
+    V sum[2]{}, weighted[2]{};
+    int64_t r = waiting;
+    const int64_t end = waiting + kTall;
+    const auto add_rows = [&](int64_t some) {
+      for (const int64_t last = least(r + some, end); r < last; ++r)
+#pragma GCC unroll 2
+        for (int v = 0; v < 2; ++v) {
+          const V z = load(scratch.scores + r * kPanel + v * kLanes) * (norm[v] * rows.inv_norm[r]), e = exp2<false>(z);
+          sum[v] += e;
+          weighted[v] += z * e;
+        }
+    };
+    if (row < count) {
+      matrix_begin<2>(nullptr, false);
+      if (waiting >= 0)
+        matrix_add<2>(rows.units + row * kPanel, rows.capacity * kPanel, right, inner, [&] {
+          ahead.fetch(lines);
+          add_rows(rows_per_step);
+        });
+      else
+        matrix_add<2>(rows.units + row * kPanel, rows.capacity * kPanel, right, inner, [&] { ahead.fetch(lines); });
+      matrix_end<2>(scratch.scores + row * kPanel);
+    }
+    if (waiting >= 0) {
+      add_rows(kTall);
+      const int64_t at = (rows.image[waiting] - first) * columns + column;
+      for (int v = 0; v < 2; ++v) {
+        store(scratch.sum + at + v * kLanes, load(scratch.sum + at + v * kLanes) + sum[v]);
+        store(scratch.weighted + at + v * kLanes, load(scratch.weighted + at + v * kLanes) + weighted[v]);
+      }
+    }
+    waiting = -1;
+    if (row >= count) continue;
+    if (row + kTall <= count && rows.image[row] == rows.image[row + kTall - 1])  // of one image, hence no padding
+      waiting = row;
+    else
+      add_scores<Op>(p, first, rows, row, least(row + kTall, count), texts, panel, columns, column, scratch);
+  }
+}
+#endif
+
 template <class Op>
 void forward(const ScoreParams& p, const int64_t* row_start, int64_t first, int64_t last, const Texts& texts,
              int64_t panel_first, int64_t panel_last, int64_t next, Scratch& scratch) {
@@ -34,29 +118,16 @@ void forward(const ScoreParams& p, const int64_t* row_start, int64_t first, int6
       split_gram<Op, true>(scratch, rows.capacity, count);
     }
     for (int64_t panel = panel_first; panel < panel_last; ++panel) {
+      const int64_t column = (panel - panel_first) * kPanel;
+#if defined(PACL_MATRIX_UNIT)
+      if (Op::kMatrix && !cosine && bounded && inner <= Op::kInnerBlock) {
+        overlapped<Op>(p, first, rows, count, texts, panel, columns, column, ahead, scratch);
+        continue;
+      }
+#endif
       product<Op>(rows.units, rows.capacity, count, texts.transposed + panel * units * kPanel, inner, scratch.scores,
                   false, &ahead);
-      for (int64_t begin = 0, end; begin < count; begin = end) {
-        end = segment_end(rows, begin, count);
-        if (rows.image[begin] < 0) continue;
-        const int64_t at = (rows.image[begin] - first) * columns + (panel - panel_first) * kPanel;
-        Softmax running;
-        for (int v = 0; v < 2; ++v) {
-          running.largest[v] = load(scratch.largest + at + v * kLanes);
-          running.sum[v] = load(scratch.sum + at + v * kLanes);
-          running.weighted[v] = load(scratch.weighted + at + v * kLanes);
-        }
-        (bounded ? accumulate<true> : accumulate<false>)(running, rows, begin, end, texts.inv_norm + panel * kPanel,
-                                                         p.temperature, scratch.scores,
-                                                         cosine ? scratch.attention : nullptr);
-        for (int v = 0; v < 2; ++v) {
-          store(scratch.largest + at + v * kLanes, running.largest[v]);
-          store(scratch.sum + at + v * kLanes, running.sum[v]);
-          store(scratch.weighted + at + v * kLanes, running.weighted[v]);
-        }
-        if (cosine)  // the image is whole: the sums become φ
-          cosine_of_pooled<Op>(p, rows, end, texts, panel, running, scratch, scratch.weighted + at);
-      }
+      add_scores<Op>(p, first, rows, 0, count, texts, panel, columns, column, scratch);
     }
   }
   for (int64_t image = first; image < last; ++image)
