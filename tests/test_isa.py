@@ -1,5 +1,9 @@
 """Each instruction set that the native CPU backend is compiled for, forced by PACL_CPU_ISA."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from accuracy import check, evaluate
@@ -27,6 +31,12 @@ CASES = [
     Case(3, 50, 52, K=40),
     Case(4, 50, 48, layout="strided"),
     Case(4, 50, 48, layout="offset"),
+    # Beyond one block of rows, of images with means, of texts, of units of D; an image of many tiles.
+    Case(40, 50, 64, K=33),
+    Case(70, 5, 66, K=40, tau=2.0),
+    Case(3, 20, 64, K=1100),
+    Case(2, 40, 1100, K=33),
+    Case(2, 333, 70, K=40),
 ]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -52,6 +62,20 @@ def _native():
 def test_accuracy(case, dtype, form, isa, cpu_backend):
     for objective in case.objectives:
         check(make(case, form, objective, dtype), cpu_backend)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_gradients_in_memory_that_nobody_has_touched(dtype, form, cpu_backend):
+    """It is written to in another way than memory that was used before: with the same bits, and all of it."""
+    problem = make(Case(40, 200, 2500, K=2), form, "compatibility", dtype)  # 40 MB or more: malloc asks the system
+    phi, lse = torch.empty_like(problem.upstream), torch.empty_like(problem.upstream)
+    inputs = (problem.patches, problem.texts, None, None, 0.1, form, cpu_backend, phi, lse)
+    torch.ops.pacl_kernels.score_forward(*inputs)
+    fresh, used = torch.empty_like(problem.patches), torch.full_like(problem.patches, torch.nan)
+    for gradient in (fresh, used):
+        torch.ops.pacl_kernels.score_backward(*inputs, problem.upstream, gradient, None, None)
+    assert torch.equal(fresh, used)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -90,6 +114,28 @@ def test_a_name_that_is_unknown_or_absent(name, cpu_backend, monkeypatch):
         with pytest.raises(ValueError, match=f"PACL_CPU_ISA is '{name}'.*expected.*baseline") as caught:
             evaluate(problem, cpu_backend)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux lends the matrix unit on demand")
+def test_a_refused_matrix_unit(cpu_backend):
+    """A signal stack too small for its tiles, and Linux refuses AMX: the next best instruction set runs."""
+    script = """
+import ctypes
+class Stack(ctypes.Structure):
+    _fields_ = [("address", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t)]
+memory = ctypes.create_string_buffer(4096)
+assert ctypes.CDLL(None).sigaltstack(ctypes.byref(Stack(ctypes.addressof(memory), 0, 4096)), None) == 0
+import torch, pacl_kernels
+from pacl_kernels import _native
+x = torch.randn(3, 20, 80).bfloat16()
+phi = [pacl_kernels.compatibility(x, x[0], backend=name).float() for name in ("cpu", "reference")]
+assert (phi[0] - phi[1]).abs().max() < 0.02
+print(*_native.isas())
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "PACL_CPU_ISA"}
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split() == [name for name in _native().isas() if name != "amx"]
 
 
 def test_default_is_the_best_there_is(cpu_backend, monkeypatch):

@@ -164,7 +164,7 @@ void max_patches(const ScoreParams& p, MaxBlock& block, int64_t image, int64_t f
     const int64_t offset = (image * p.patches_per_image + n) * p.dim;
     if (patch)
       finish_row<Float32>(sum, 1, patch, 1, 0, block.patch_norm[slot], p.dim, p.dtype, p.grad_patches, offset,
-                          scratch.buffer);
+                          p.fresh_gradient, scratch.buffer);
     else
       memset((char*)p.grad_patches + offset * width, 0, p.dim * width);
   }
@@ -195,7 +195,7 @@ void max_finish_texts(const ScoreParams& p, int64_t first, int64_t last, MaxScra
         row_units_at<Float32>(p.texts, k * p.text_stride_row, p.text_stride_dim, p.dim, p.dtype, dims, scratch.sum);
     const float inv_norm = inverse_norm<Float32>(text, dims);
     finish_row<Float32>(p.texts_sum + k * dims, 1, text, 1, 0, inv_norm, p.dim, p.grad_texts_dtype, p.grad_texts,
-                        k * p.dim, scratch.buffer);
+                        k * p.dim, false, scratch.buffer);
   }
   finish_copies();
 }

@@ -58,10 +58,16 @@ void read_row(const void* base, int64_t offset, int64_t stride, int64_t dim, Dty
   }
 }
 
-void write_row(void* base, int64_t offset, int64_t dim, Dtype dtype, const float* in) {
+// A row of a gradient. Pages that the system has made just now are in the cache, and stores past it would then take
+// twice as long as plain ones; into older memory it is the other way round.
+void write_gradient(void* to, int64_t offset, const void* from, int64_t bytes, bool fresh) {
+  fresh ? (void)memcpy((char*)to + offset, from, bytes) : copy_past_cache((char*)to + offset, from, bytes);
+}
+
+void write_row(void* base, int64_t offset, int64_t dim, Dtype dtype, const float* in, bool fresh) {
   uint16_t* half = (uint16_t*)base + offset;
   if (dtype == Dtype::float32)
-    copy_past_cache((float*)base + offset, in, sizeof(float) * dim);
+    write_gradient(base, sizeof(float) * offset, in, sizeof(float) * dim, fresh);
   else if (dtype == Dtype::bfloat16)
     for (int64_t d = 0; d < dim; ++d) half[d] = to_bfloat16(in[d]);
   else
@@ -219,7 +225,7 @@ inline V load_dims(const float* at, int v) {
 // row `row` of others; inv_norm is 1 / |x|, or 0. kMean: inv_norm times `mean`, a row of Sums.means, belongs to the sum.
 template <class Op, bool kMean = false>
 void finish_row(const float* sums, int64_t sums_capacity, const float* units, int64_t capacity, int64_t row,
-                float inv_norm, int64_t dim, Dtype dtype, void* out, int64_t out_offset, float* buffer,
+                float inv_norm, int64_t dim, Dtype dtype, void* out, int64_t out_offset, bool fresh, float* buffer,
                 [[maybe_unused]] const float* mean = nullptr) {
   const int64_t dims = padded_dim(dim);
   const float inv_squared = inv_norm * inv_norm;
@@ -257,14 +263,10 @@ void finish_row(const float* sums, int64_t sums_capacity, const float* units, in
       store(buffer + d + v * kLanes, result);
     }
   }
-  // Where there is a matrix unit (Intel's), pages that were populated just now are still in the cache, and stores past it
-  // take twice as long.
-  if (Op::kMatrix)
-    memcpy((uint16_t*)out + out_offset, buffer, sizeof(uint16_t) * dim);
-  else if (Op::kPair == 2)
-    copy_past_cache((uint16_t*)out + out_offset, buffer, sizeof(uint16_t) * dim);
+  if (Op::kPair == 2)
+    write_gradient(out, sizeof(uint16_t) * out_offset, buffer, sizeof(uint16_t) * dim, fresh);
   else
-    write_row(out, out_offset, dim, dtype, buffer);
+    write_row(out, out_offset, dim, dtype, buffer, fresh);
 }
 
 // The image of a block that holds row `row`, as its means are counted.
@@ -289,7 +291,7 @@ void finish_patches(const ScoreParams& p, const Rows& rows, int64_t first, int64
     if (rows.image[r] < 0) continue;
     if (rows.means && r >= rows.image_begin[mean + 1]) ++mean;
     finish(sums.panels + (r - sums.first) * kPanel, sums.capacity, rows.units, rows.capacity, r, rows.inv_norm[r], p.dim, p.dtype, p.grad_patches,
-           (rows.image[r] * p.patches_per_image + rows.index[r]) * p.dim, buffer,
+           (rows.image[r] * p.patches_per_image + rows.index[r]) * p.dim, p.fresh_gradient, buffer,
            sums.means + mean * kPanel);
   }
   finish_copies();
@@ -303,7 +305,7 @@ void finish_texts(const ScoreParams& p, int64_t first, int64_t last, float* buff
     memset(text + p.dim, 0, sizeof(float) * (dims - p.dim));
     const float inv_norm = inverse_norm<Float32>(text, dims);
     finish_row<Float32>(p.texts_sum + k * kPanel, capacity, text, 1, 0, inv_norm, p.dim, p.grad_texts_dtype,
-                        p.grad_texts, k * p.dim, buffer);
+                        p.grad_texts, k * p.dim, false, buffer);
   }
   finish_copies();
 }

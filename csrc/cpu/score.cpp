@@ -191,17 +191,28 @@ void advise_huge_pages(void* memory, int64_t bytes) {
 #endif
 }
 
+// Whether the system has yet to make the page of `address`; false where it does not say.
+bool is_fresh([[maybe_unused]] const char* address) {
+#if defined(__linux__)
+  static const int64_t page = sysconf(_SC_PAGESIZE);
+  unsigned char present = 0;
+  return mincore((void*)((int64_t)address / page * page), page, &present) == 0 && !(present & 1);
+#else
+  return false;
+#endif
+}
+
 // Takes the page faults of memory that is about to be written for the first time all at once, in half the time of one
 // by one. A hint: where it fails (before Linux 5.14), they come as they are.
-void populate([[maybe_unused]] void* memory, [[maybe_unused]] int64_t bytes) {
+void populate([[maybe_unused]] char* memory, [[maybe_unused]] int64_t bytes) {
 #if defined(__linux__) && defined(MADV_POPULATE_WRITE)
   static const int64_t page = sysconf(_SC_PAGESIZE);
   const int64_t first = (int64_t)memory / page * page, last = ((int64_t)memory + bytes - 1) / page * page;
-  unsigned char present = 0;  // memory that was used before is not worth the call
-  if (mincore((void*)last, page, &present) == 0 && !(present & 1))
-    madvise((void*)first, last + page - first, MADV_POPULATE_WRITE);
+  if (is_fresh((char*)last)) madvise((void*)first, last + page - first, MADV_POPULATE_WRITE);
 #endif
 }
+
+int64_t gradient_row_bytes(const ScoreParams& p) { return p.dim * (p.dtype == Dtype::float32 ? 4 : 2); }
 
 // The gradients of rows [first, last) of a block.
 void populate_gradients(const ScoreParams& p, const Rows& rows, int64_t first, int64_t last) {
@@ -210,8 +221,7 @@ void populate_gradients(const ScoreParams& p, const Rows& rows, int64_t first, i
   if (first == last) return;
   const int64_t begin = rows.image[first] * p.patches_per_image + rows.index[first];
   const int64_t end = rows.image[last - 1] * p.patches_per_image + rows.index[last - 1] + 1;
-  const int64_t row_bytes = p.dim * (p.dtype == Dtype::float32 ? 4 : 2);
-  populate((char*)p.grad_patches + begin * row_bytes, (end - begin) * row_bytes);
+  populate((char*)p.grad_patches + begin * gradient_row_bytes(p), (end - begin) * gradient_row_bytes(p));
 }
 
 template <class AnyPlan>
@@ -308,8 +318,12 @@ void backward_max(const ScoreParams& p) {
           team.phase(block.image_last - image, [&](int64_t i) { kernels.max_sort(p, block, image + i); });
           const int64_t ranges = ceil_div(block.patches, 64);
           team.phase((block.image_last - image) * ranges, [&](int64_t task) {
-            const int64_t first = task % ranges * 64;
-            kernels.max_patches(p, block, image + task / ranges, first, least(first + 64, block.patches), scratch);
+            const int64_t first = task % ranges * 64, last = least(first + 64, block.patches);
+            if (p.grad_patches && text_block == text_blocks - 1)
+              populate((char*)p.grad_patches + ((image + task / ranges) * p.patches_per_image + patch + first) *
+                                                   gradient_row_bytes(p),
+                       (last - first) * gradient_row_bytes(p));
+            kernels.max_patches(p, block, image + task / ranges, first, last, scratch);
           });
           if (p.grad_texts)
             team.phase(ceil_div(block.text_count, 16), [&](int64_t i) {
@@ -362,7 +376,10 @@ void score_forward(const ScoreParams& p) {
   });
 }
 
-void score_backward(const ScoreParams& p) {
+void score_backward(const ScoreParams& asked) {
+  ScoreParams p = asked;
+  const int64_t gradient_bytes = p.images * p.patches_per_image * gradient_row_bytes(p);
+  p.fresh_gradient = p.grad_patches && is_fresh((const char*)p.grad_patches + gradient_bytes - 1);
   if (p.form == Form::max) {
     if (p.grad_temperature) *p.grad_temperature = 0.0f;
     if (p.grad_patches || p.grad_texts) backward_max(p);
@@ -373,8 +390,10 @@ void score_backward(const ScoreParams& p) {
   Arena arena = open_workspace(p, plan);
   const std::vector<int64_t> row_start = count_rows(p, plan.row_align);
   const int64_t rows_total = row_start[p.images];
-  if (p.grad_patches && p.mask)  // masked patches are never visited
-    std::memset(p.grad_patches, 0, p.images * p.patches_per_image * p.dim * (p.dtype == Dtype::float32 ? 4 : 2));
+  if (p.grad_patches && p.mask) {  // masked patches are never visited
+    std::memset(p.grad_patches, 0, gradient_bytes);
+    p.fresh_gradient = false;
+  }
 
   Texts shared_texts;
   Rows shared_rows[2];  // a block's and the next one's

@@ -38,6 +38,7 @@ struct ScoreParams {
   // Backward only; a null gradient is not computed.
   const float* grad_phi;    // [B, K]
   void* grad_patches;       // [B, N, D], contiguous
+  bool fresh_gradient;      // nobody has written to its memory yet; score_backward finds out
   void* grad_texts;         // [K, D], contiguous
   Dtype grad_texts_dtype;   // that of the texts, or float32 for sums that go on
   float* texts_sum;         // [accumulator_floats], needed with grad_texts
