@@ -9,6 +9,8 @@ import torch
 from accuracy import check, evaluate
 from problems import FORMS, Case, make
 
+from pacl_kernels import compatibility
+
 ISAS = ("baseline", "avx2", "avx512", "avx512bf16", "amx", "emulated_amx")  # the last in builds with sanitizers
 CASES = [
     Case(1, 1, 1),
@@ -114,6 +116,18 @@ def test_a_name_that_is_unknown_or_absent(name, cpu_backend, monkeypatch):
         with pytest.raises(ValueError, match=f"PACL_CPU_ISA is '{name}'.*expected.*baseline") as caught:
             evaluate(problem, cpu_backend)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("tau", (0.02, 0.1, 1.0))
+def test_phi_of_bfloat16_is_exact_to_1e_5(tau, form, isa, cpu_backend):
+    """It is float32 and will be multiplied by a logit scale, so nothing on the way to it may be rounded to bfloat16."""
+    problem = make(Case(9, 197, 130, K=40, tau=tau), form, "compatibility", torch.bfloat16)
+    phi, lse = torch.empty_like(problem.upstream), torch.empty_like(problem.upstream)
+    torch.ops.pacl_kernels.score_forward(problem.patches, problem.texts, None, None, tau, form, cpu_backend, phi, lse)
+    patches, texts = problem.patches.double(), problem.texts.double()
+    truth = compatibility(patches, texts, attn_temperature=tau, form=form, backend="reference")
+    assert (phi - truth).abs().max() < 1e-5
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux lends the matrix unit on demand")
