@@ -96,9 +96,9 @@ def _segmentation(argv: Sequence[str], prog: str) -> int:
     ]
     for data in sets:
         check_background(data, rules)
-    group = process_group()
-    first = group is None or dist.get_rank() == 0
     device = choose_device(config.device)
+    group = process_group(device)
+    first = group is None or dist.get_rank() == 0
     if config.checkpoint:
         towers, embedder = load_pacl(config.checkpoint, device)
     else:

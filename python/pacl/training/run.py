@@ -49,9 +49,9 @@ class Run:
 
     def __init__(self, config: TrainConfig):
         self.config = config
-        self.group = process_group()
-        self.rank, self.world = (self.group.rank(), self.group.size()) if self.group else (0, 1)
         self.device = choose_device(config.device)
+        self.group = process_group(self.device)
+        self.rank, self.world = (self.group.rank(), self.group.size()) if self.group else (0, 1)
         self.amp = config.precision == "amp_bf16" or (config.precision == "auto" and self.device.type == "cuda")
         self.step, self.stopped_by, self.described = 0, None, None
         self.nouns = noun_finder(config.nouns) if config.nouns else None
