@@ -56,6 +56,23 @@ def load_pacl(
     return towers, embedder
 
 
+def load_model(
+    checkpoint: str | None, model: str, pretrained: str | None, device: torch.device | str = "cpu"
+) -> tuple[Towers, VisionEmbedder | None]:
+    """What is measured or looked at: load_pacl of a checkpoint, or without one an open_clip model's towers alone.
+
+    Raises ValueError for a model without weights, whose numbers would look like any other's.
+    """
+    if checkpoint:
+        return load_pacl(checkpoint, device)
+    if not pretrained and parse_model_name(model)[0] is None:
+        raise ValueError(
+            f"pretrained: got none for {model}, whose weights would be random; expected a tag or a file of weights, or "
+            "--checkpoint"
+        )
+    return load_towers(model, pretrained, device=device), None
+
+
 def check_towers(described: dict[str, Any], towers: Towers) -> None:
     """ValueError that says what differs, unless `towers` are those of `described`, an embedder's `towers`."""
     found = describe_towers(towers, Path())

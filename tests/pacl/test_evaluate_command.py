@@ -85,6 +85,13 @@ def test_errors_are_one_line_and_come_before_the_model(world, tmp_path, capsys, 
     assert not (tmp_path / "out").exists()
 
 
+def test_random_weights_are_not_measured(world, tmp_path, capsys):
+    assert evaluate(world, tmp_path / "out", "--partial", "--dataset", "voc21", "--limit", "1") == 1
+    said = capsys.readouterr().err
+    assert said.startswith("pacl: error: pretrained: got none for ViT-B-16, whose weights would be random; expected ")
+    assert said.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
 def test_check(world, tmp_path, capsys):
     assert evaluate(world, tmp_path, "--check", "--dataset", "voc21") == 1  # 3 of 1449 images
     said = capsys.readouterr().out

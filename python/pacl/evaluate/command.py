@@ -14,8 +14,8 @@ import tyro
 from ..files import write_bytes
 from ..processes import choose_device, process_group
 from ..segment.draw import png
-from ..sharing import load_pacl
-from ..towers import Towers, load_towers
+from ..sharing import load_model
+from ..towers import Towers
 from .check import check_segmentation
 from .data import SegmentationData
 from .measure import check_background, evaluate_segmentation
@@ -37,7 +37,7 @@ class SegmentationConfig:
     model: str = "ViT-B-16"
     """open_clip's name, where no checkpoint names it."""
     pretrained: str | None = None
-    """Tag or file of the model's weights."""
+    """Tag or file of the model's weights, which a model by its name must have."""
     protocol: str = "tcl"
     """tcl, dino.txt, paper, present, or a JSON file; it is written into every result."""
     stride: int | None = None
@@ -99,10 +99,7 @@ def _segmentation(argv: Sequence[str], prog: str) -> int:
     device = choose_device(config.device)
     group = process_group(device)
     first = group is None or dist.get_rank() == 0
-    if config.checkpoint:
-        towers, embedder = load_pacl(config.checkpoint, device)
-    else:
-        towers, embedder = load_towers(config.model, config.pretrained, device=device), None
+    towers, embedder = load_model(config.checkpoint, config.model, config.pretrained, device)
     rows = [_measure(data, towers, embedder, rules, config, group, first) for data in sets]
     if first and len(rows) > 1:
         print("\n" + tables(rows))

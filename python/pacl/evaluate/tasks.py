@@ -16,8 +16,8 @@ from ..data.sources import open_pairs
 from ..processes import choose_device, process_group
 from ..segment.predict import Segmenter
 from ..segment.prompts import TEMPLATES, class_texts, templates
-from ..sharing import load_pacl
-from ..towers import Towers, load_towers
+from ..sharing import load_model
+from ..towers import Towers
 from .data import SegmentationData
 from .ranks import place_in
 from .report import names_of, write_row
@@ -32,16 +32,14 @@ class ModelConfig:
     model: str = "ViT-B-16"
     """open_clip's name, where no checkpoint names it."""
     pretrained: str | None = None
-    """Tag or file of the model's weights."""
+    """Tag or file of the model's weights, which a model by its name must have."""
     out: Path = Path("results")
     """Folder for JSON files and plots."""
     device: str = "auto"
     """auto, cpu, cuda, ..."""
 
     def load(self) -> tuple[Towers, nn.Module | None]:
-        if self.checkpoint:
-            return load_pacl(self.checkpoint, choose_device(self.device))
-        return load_towers(self.model, self.pretrained, device=choose_device(self.device)), None
+        return load_model(self.checkpoint, self.model, self.pretrained, choose_device(self.device))
 
     def write(self, task: str, dataset: str, rules: dict[str, Any], metrics: dict, towers: Towers, **more) -> Path:
         """A row like CLIP_benchmark's, with the rules that make its numbers comparable; for the first process alone."""
