@@ -19,7 +19,7 @@ from ..towers import Towers
 from .check import check_segmentation
 from .data import SegmentationData
 from .measure import check_background, evaluate_segmentation
-from .report import class_table, names_of, read_row, result_row, tables, write_row
+from .report import class_table, names_of, read_result, result_row, tables, write_row
 from .sheet import contact_sheet
 from .specs import Protocol, protocol, spec
 
@@ -135,13 +135,14 @@ def _check(config: SegmentationConfig) -> int:
 
 @dataclass(frozen=True)
 class TableConfig:
-    """mIoU of many results, a table per protocol: * a part of the images, # other class names, ! a warning."""
+    """mIoU of many results, a table per protocol: * a part of the images, # other class names, ! a warning; of other
+    tasks all measures, a table per task, data set and protocol."""
 
     results: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """JSON files of pacl evaluate segmentation."""
+    """JSON files of pacl evaluate."""
 
 
 def _table(argv: Sequence[str], prog: str) -> int:
     config = tyro.cli(TableConfig, args=list(argv), prog=prog)
-    print(tables([read_row(path) for path in config.results]))
+    print(tables([read_result(path) for path in config.results]))
     return 0
