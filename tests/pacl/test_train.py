@@ -9,6 +9,7 @@ import math
 import os
 import pickle
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -305,6 +306,28 @@ def test_a_finished_run_is_not_trained_again(world, tmp_path):
     for resume in ({}, {"resume": "latest"}, {"resume": "latest", "max_steps": 1}):
         assert main(["train", *flags(world, tmp_path, **({"max_steps": 2} | resume))]) == 0
     assert final(tmp_path)["step"] == 2 and len((tmp_path / "pacl/metrics.jsonl").read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize("left", ["none", "older", "half"])
+def test_killed_before_the_embedder_was_written(left, world, tmp_path):
+    """The last checkpoint is there, its embedder is not, and nothing is left to train."""
+    assert main(["train", *flags(world, tmp_path, max_steps=1, save_frequency=1)]) == 0
+    folder = tmp_path / "pacl/embedder"
+    older = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert main(["train", *flags(world, tmp_path, max_steps=2, resume="latest")]) == 0
+    expected = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert expected["model.safetensors"] != older["model.safetensors"]
+    if left == "none":
+        shutil.rmtree(folder)
+    else:  # what is written last is config.json
+        for name in older if left == "older" else ["config.json"]:
+            (folder / name).write_bytes(older[name])
+    assert main(["train", *flags(world, tmp_path, max_steps=2, resume="latest")]) == 0
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == expected
+
+    (folder / "README.md").write_text("my own words")
+    assert main(["train", *flags(world, tmp_path, max_steps=2, resume="latest")]) == 0
+    assert (folder / "README.md").read_text() == "my own words", "what is of this step was written again"
 
 
 def test_dry_run_writes_nothing(world, tmp_path, capsys):
