@@ -61,7 +61,8 @@ def fused_pacl_loss(
         logit_bias: added to the logits (SigLIP), a number or a tensor of one element.
         group: a `torch.distributed` process group: the batch is that of all its processes, B this one's part of it,
             which may differ between them (on a GPU the first step must have the largest part; inside `torch.compile`
-            all must be equal, and nothing that differs is noticed). None is this process alone. Every process returns
+            all must be equal, and nothing that differs is noticed). None is this process alone, and so is
+            `torch.distributed.group.WORLD` before `init_process_group`, which is None until then. Every process returns
             the loss of the global batch. Gradients of patches and texts are the number of processes times those of the
             global batch, so that the averaging of DDP and FSDP makes every parameter's gradient that of one process
             with the whole batch; whoever sums gradients instead divides by it. Gradients of the scalars are exact in

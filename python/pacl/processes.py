@@ -18,13 +18,14 @@ def group_device(group: dist.ProcessGroup) -> torch.device:
     return torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
 
 
-def process_group() -> dist.ProcessGroup | None:
-    """All processes that torchrun started, or of the caller's own group; None for one alone."""
+def process_group(device: torch.device) -> dist.ProcessGroup | None:
+    """All processes that torchrun started, to exchange tensors of `device`, or the caller's own group; None for one
+    alone."""
     if dist.is_initialized():
         return dist.group.WORLD
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return None
-    if torch.cuda.is_available():
+    if device.type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return dist.group.WORLD

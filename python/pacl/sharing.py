@@ -13,6 +13,7 @@ from typing import Any
 import open_clip
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from open_clip.factory import parse_model_name
 from open_clip.transformer import QuickGELU
 from safetensors.torch import load_file
@@ -38,6 +39,11 @@ def load_pacl(
     do not, or where the folder says nothing of its towers. download: of snapshot_download, such as revision.
     """
     local = Path(folder).is_dir()
+    if not local and not _may_be_on_the_hub(str(folder)):
+        raise ValueError(
+            f"folder: got {str(folder)!r}, and there is no such folder; expected one, or a name on the Hub "
+            "(owner/name, where owner is no folder here)"
+        )
     folder = Path(folder) if local else Path(snapshot_download(str(folder), **HUB_FILES | download))
     embedder = freeze(VisionEmbedder.from_pretrained(folder)).to(device)
     described = embedder.towers
@@ -54,6 +60,23 @@ def load_pacl(
         getattr(towers, name).load_state_dict(load_file(folder / f"{name}.safetensors"))
     check_towers(described, towers.to(device))
     return towers, embedder
+
+
+def load_model(
+    checkpoint: str | None, model: str, pretrained: str | None, device: torch.device | str = "cpu"
+) -> tuple[Towers, VisionEmbedder | None]:
+    """What is measured or looked at: load_pacl of a checkpoint, or without one an open_clip model's towers alone.
+
+    Raises ValueError for a model without weights, whose numbers would look like any other's.
+    """
+    if checkpoint:
+        return load_pacl(checkpoint, device)
+    if not pretrained and parse_model_name(model)[0] is None:
+        raise ValueError(
+            f"pretrained: got none for {model}, whose weights would be random; expected a tag or a file of weights, or "
+            "--checkpoint"
+        )
+    return load_towers(model, pretrained, device=device), None
 
 
 def check_towers(described: dict[str, Any], towers: Towers) -> None:
@@ -135,6 +158,16 @@ def _absolute(name: str | None, folder: Path, trusted: bool) -> str | None:
             raise ValueError(f"folder: {folder / CONFIG} names {name!r}, which is outside of it")
         return ("local-dir:" if schema else "") + str(found)
     return name
+
+
+def _may_be_on_the_hub(name: str) -> bool:
+    """Not what is a mistyped path by its looks, of which the Hub would say that it cannot be reached, or log in."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    owner, slash, _ = name.partition("/")
+    return bool(slash) and not Path(owner).is_dir()
 
 
 def _base_models(towers: Towers) -> list[str]:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -83,6 +84,38 @@ def test_errors_are_one_line_and_come_before_the_model(world, tmp_path, capsys, 
     said = capsys.readouterr()
     assert said.err.startswith("pacl: error: ") and said.err.count("\n") == 1 and message in said.err
     assert not (tmp_path / "out").exists()
+
+
+def test_table_of_all_tasks(world, untrained, tmp_path, capsys):
+    model = ["--model", f"local-dir:{untrained / 'clip'}", "--out", str(tmp_path)]
+    data = ["--data-root", str(world / "data"), "--dataset", "voc20", "--partial"]
+    assert evaluate(world, tmp_path, *data, *model) == 0
+    assert main(["evaluate", "retrieval", "--data", "synthetic:eval", "--scenes", "4", "--workers", "0", *model]) == 0
+    assert main(["evaluate", "alignment", *data, *model]) == 0
+    capsys.readouterr()
+    files = sorted(map(str, tmp_path.glob("*.json")))
+    assert main(["evaluate", "table", *files]) == 0
+    said = capsys.readouterr()
+    tables = [x.splitlines() for x in said.out.strip().split("\n\n")]
+    assert [x[0] for x in tables] == [
+        "protocol small",
+        "zeroshot_retrieval, synthetic:eval, protocol retrieval phi",
+        "patch_classification, voc20, protocol alignment plain",
+    ]
+    assert [x[1].split()[0] for x in tables] == ["mIoU", "model", "model"] and said.err == ""
+    rows = {row["task"]: row for row in (json.loads(Path(path).read_text()) for path in files)}
+    for title, _, line in tables[1:]:
+        metrics = rows[title.split(",")[0]]["metrics"]
+        assert all(f"{x:.4f}" in line for x in metrics.values() if x is not None)
+    assert main(["evaluate", "table", *files[:1], str(world / "small.json")]) == 1
+    assert "small.json is not a result of pacl evaluate (no 'task')" in capsys.readouterr().err
+
+
+def test_random_weights_are_not_measured(world, tmp_path, capsys):
+    assert evaluate(world, tmp_path / "out", "--partial", "--dataset", "voc21", "--limit", "1") == 1
+    said = capsys.readouterr().err
+    assert said.startswith("pacl: error: pretrained: got none for ViT-B-16, whose weights would be random; expected ")
+    assert said.count("\n") == 1 and not (tmp_path / "out").exists()
 
 
 def test_check(world, tmp_path, capsys):

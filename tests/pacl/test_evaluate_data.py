@@ -9,6 +9,7 @@ from miniature import ADE, COCO, IDS, LAYOUTS, VOC, encode_rle, mask, save, writ
 from pacl.evaluate.check import check_segmentation
 from pacl.evaluate.data import SegmentationData, decode_rle
 from pacl.evaluate.specs import IGNORED, datasets, fingerprint, protocol, read_classes, spec
+from pacl.segment.images import read_image
 from PIL import Image
 
 NAMED = dict(zip(IDS, LAYOUTS, strict=True))
@@ -101,6 +102,18 @@ def test_half_downloaded_data_is_refused_or_marked(gone, tmp_path):
         SegmentationData("ade150", tmp_path)
     (tmp_path / "ade/ADEChallengeData2016" / gone.format(ADE[1])).unlink()
     assert SegmentationData("ade150", tmp_path, partial=True).names == [ADE[0], ADE[2]]
+
+
+def test_images_of_other_modes_are_decoded_as_by_segment(tmp_path):
+    write(tmp_path, NAMED["ade150 {}.png"])
+    data = SegmentationData("ade150", tmp_path, partial=True)
+    for i, name in enumerate(data.names[:2]):
+        path = tmp_path / f"ade/ADEChallengeData2016/images/validation/{name}.jpg"
+        height, width = data.values(i).shape
+        values = np.linspace(0, 65535, height * width).astype(np.uint16).reshape(height, width)
+        image = Image.fromarray(values) if i else Image.new("RGBA", (width, height), (0, 0, 0, 99))
+        image.save(path, "PNG")
+        assert np.array_equal(data.image(i), read_image(path))
 
 
 def test_a_list_that_leaves_its_folder_is_refused(tmp_path):

@@ -13,7 +13,7 @@ from evaluate_ranks import guess, measure
 from miniature import IDS, LAYOUTS, write
 from pacl.evaluate.data import SegmentationData
 from pacl.evaluate.measure import chance_miou, evaluate_segmentation
-from pacl.evaluate.report import class_table, read_row, result_row, tables, write_row
+from pacl.evaluate.report import class_table, read_result, result_row, tables, write_row
 from pacl.evaluate.sheet import contact_sheet, picture
 from pacl.evaluate.specs import IGNORED, protocol
 from PIL import Image
@@ -193,7 +193,7 @@ def test_rows_hold_what_makes_them_comparable(load, tmp_path):
     row = result_row(data, TCL, measured, model="ViT-B-16", pretrained="openai", embedder="run/1")
     path = write_row(tmp_path, row)
     assert path.name == "voc21_ViT-B-16_openai_run-1_tcl.json"
-    back = read_row(path)
+    back = read_result(path)
     assert back == json.loads(json.dumps(row))
     assert (back["task"], back["images"], back["images_of_the_set"]) == ("zeroshot_segmentation", 3, 1449)
     assert back["protocol"]["window_stride"] == 224 and len(back["protocol"]["templates"]) == 9
@@ -201,7 +201,7 @@ def test_rows_hold_what_makes_them_comparable(load, tmp_path):
     assert f"mIoU {row['metrics']['mIoU']:.2f}" in table and "tvmonitor" in table
     path.write_text("{}")
     with pytest.raises(ValueError, match="is not a result"):
-        read_row(path)
+        read_result(path)
 
 
 def test_tables_never_mix_protocols(load):

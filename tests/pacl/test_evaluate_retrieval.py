@@ -140,6 +140,11 @@ def test_one_caption_forms_and_errors(untrained, tmp_path, capsys):
     capsys.readouterr()
     assert main(["evaluate", "retrieval", "--data", "nowhere.json", "--model", "no-such-model"]) == 1
     assert "'nowhere.json' is not a file" in capsys.readouterr().err
+    words = ["--scenes", "4", "--workers", "0", "--out", str(tmp_path / "random")]
+    assert main(["evaluate", "retrieval", "--data", "synthetic:eval", *words]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("pacl: error: pretrained: got none for ViT-B-16, whose weights would be random; expected ")
+    assert said.count("\n") == 1 and not (tmp_path / "random").exists()
 
 
 def test_plain_needs_an_image_embedding():

@@ -200,6 +200,9 @@ def test_overlay_of_labels():
     changed = (out != before).any(-1)
     assert changed.sum() == 1 and changed[1, 2]
     assert np.abs(out[1, 2] - (before[1, 2] + [128, 0, 0]) / 2).max() <= 1
+    clear = image.copy()
+    clear.putalpha(0)  # the model sees it on white
+    assert overlay(clear, torch.zeros_like(labels)).getpixel((0, 0)) == (255, 255, 255)
     with pytest.raises(ValueError, match=r"shown: got labels \[3, 6\], expected the image's \[4, 6\]"):
         overlay(image, labels[:3])
     with pytest.raises(ValueError, match="scale: got 1 to 0"):

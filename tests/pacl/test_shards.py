@@ -17,6 +17,7 @@ from conftest import encode, picture
 from pacl.data.samples import BadData, loader
 from pacl.data.scene_shards import write_scenes
 from pacl.data.shards import Shards, count_shards, expand_shards
+from pacl.segment.images import read_image
 from PIL import Image
 
 
@@ -44,6 +45,21 @@ def test_round_trip_of_every_suffix(write_tar):
     assert torch.equal(samples[2]["image"], torch.from_numpy(picture(1)).permute(2, 0, 1))
     decoded = np.array(Image.open(io.BytesIO(members["jpg1.jpg"])))
     assert torch.equal(samples[0]["image"], torch.from_numpy(decoded).permute(2, 0, 1))
+
+
+def test_images_of_other_modes_are_decoded_as_by_segment(write_tar):
+    """16 bits are scaled, and what is transparent lies on white, or training would see other images."""
+    gray = np.arange(0, 65536, 1024, dtype=np.uint16).reshape(8, 8)
+    clear = np.dstack([picture(1), np.repeat(np.array([0, 128, 255, 0], np.uint8), 16).reshape(8, 8)])
+    members = {"deep": encode(gray, "PNG"), "clear": encode(clear, "PNG"), "cut": encode(gray, "PNG")[:-40]}
+    data = {f"{k}.{suffix}": x for k, png in members.items() for suffix, x in (("png", png), ("txt", b"a word"))}
+    dataset = Shards(write_tar("a.tar", data))
+    samples = {sample["key"]: sample["image"] for sample in dataset}
+    assert samples.keys() == {"deep", "clear"} and dataset.skipped["image"] == 1
+    for name, image in samples.items():
+        assert torch.equal(image, torch.from_numpy(np.array(read_image(members[name]))).permute(2, 0, 1)), name
+    assert torch.equal(samples["deep"][0], torch.from_numpy((gray // 257).astype(np.uint8)))
+    assert (samples["clear"][:, :2] == 255).all()
 
 
 def test_mask_is_exact(write_tar):

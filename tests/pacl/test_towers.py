@@ -15,6 +15,7 @@ import open_clip
 import pytest
 import torch
 import tower_steps
+from pacl import sharing
 from pacl.cli import main
 from pacl.data import scenes
 from pacl.data.scene_shards import write_scenes
@@ -436,6 +437,35 @@ def test_an_embedder_without_towers_is_an_error(tmp_path):
     save_embedder(VisionEmbedder(6, 4), tmp_path)
     with pytest.raises(ValueError, match="config.json does not say of which towers it is"):
         load_pacl(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["logs/rnu/embedder", "./x", "../x/y", "logs/rnu", "missing", "/no/such", "~/logs", "a b/c", "logs/run.pt"]
+)
+def test_a_mistyped_folder_is_no_name_on_the_hub(name, tmp_path, capsys, monkeypatch):
+    """Nothing asks the network for it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs/run.pt").write_bytes(b"a file")
+    monkeypatch.setattr(sharing, "snapshot_download", lambda name, **options: pytest.fail(f"asked for {name}"))
+    assert main(["evaluate", "retrieval", "--data", "synthetic:eval", "--scenes", "4", "--checkpoint", name]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"pacl: error: folder: got {name!r}, and there is no such folder; expected one, or a name")
+    assert said.count("\n") == 1
+
+
+def test_a_name_on_the_hub_is_asked_for(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    asked = []
+
+    def download(name, **options):
+        asked.append((name, options["revision"]))
+        raise OSError("no network")
+
+    monkeypatch.setattr(sharing, "snapshot_download", download)
+    with pytest.raises(OSError, match="no network"):
+        load_pacl("owner/some-name_1.0", revision="main")
+    assert asked == [("owner/some-name_1.0", "main")]
 
 
 def test_a_folder_from_the_hub_names_nothing_outside_itself(shared):

@@ -9,6 +9,7 @@ import math
 import os
 import pickle
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -23,7 +24,7 @@ import torch
 from pacl.cli import main
 from pacl.data.pairs import ScenePairs
 from pacl.sharing import load_pacl
-from pacl.training.checkpoints import checkpoints, load_checkpoint, step_of
+from pacl.training.checkpoints import checkpoints, load_checkpoint, save_checkpoint, step_of
 from ranks import TORCHRUN
 from safetensors.torch import load_file
 
@@ -305,6 +306,49 @@ def test_a_finished_run_is_not_trained_again(world, tmp_path):
     for resume in ({}, {"resume": "latest"}, {"resume": "latest", "max_steps": 1}):
         assert main(["train", *flags(world, tmp_path, **({"max_steps": 2} | resume))]) == 0
     assert final(tmp_path)["step"] == 2 and len((tmp_path / "pacl/metrics.jsonl").read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize("left", ["none", "older", "half"])
+def test_killed_before_the_embedder_was_written(left, world, tmp_path):
+    """The last checkpoint is there, its embedder is not, and nothing is left to train."""
+    assert main(["train", *flags(world, tmp_path, max_steps=1, save_frequency=1)]) == 0
+    folder = tmp_path / "pacl/embedder"
+    older = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert main(["train", *flags(world, tmp_path, max_steps=2, resume="latest")]) == 0
+    expected = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert expected["model.safetensors"] != older["model.safetensors"]
+    if left == "none":
+        shutil.rmtree(folder)
+    else:  # what is written last is config.json
+        for name in older if left == "older" else ["config.json"]:
+            (folder / name).write_bytes(older[name])
+    assert main(["train", *flags(world, tmp_path, max_steps=2, resume="latest")]) == 0
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == expected
+
+    (folder / "README.md").write_text("my own words")
+    assert main(["train", *flags(world, tmp_path, max_steps=2, resume="latest")]) == 0
+    assert (folder / "README.md").read_text() == "my own words", "what is of this step was written again"
+
+
+def test_half_checkpoints_of_a_killed_run_go(world, tmp_path):
+    """What kill -9 in a save leaves, and nothing else, by the next start of the run or the next save."""
+    assert main(["train", *flags(world, tmp_path, max_steps=1)]) == 0
+    folder = tmp_path / "pacl/checkpoints"
+    kept = {"step_00000001.pt", ".step_1.pt", ".step_x.pt.abcdefgh", ".step_1.pt.abcdefgh.mine", "step_1.pt.abcdefgh"}
+
+    def leave(*names):
+        for name in names:
+            (folder / name).write_bytes((folder / "step_00000001.pt").read_bytes())
+
+    leave(*kept, ".step_00000001.pt.ab_d3fgh", ".step_00000123.pt.zzzzzzzz")
+    assert main(["train", *flags(world, tmp_path, max_steps=1, resume="latest", dry_run=None)]) == 0
+    assert len(list(folder.iterdir())) == 7, "a dry run changed something"
+    assert main(["train", *flags(world, tmp_path, max_steps=1, resume="latest")]) == 0
+    assert {path.name for path in folder.iterdir()} == kept
+
+    leave(".step_00000001.pt.ab_d3fgh")
+    save_checkpoint(folder, {"step": 2}, keep=2)
+    assert {path.name for path in folder.iterdir()} == kept | {"step_00000002.pt"}
 
 
 def test_dry_run_writes_nothing(world, tmp_path, capsys):

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -185,7 +186,7 @@ class Samples(IterableDataset):
                     if size[0] * size[1] > self.max_image_pixels:
                         reason = "pixels"
                         raise ValueError(f"{size[0]} x {size[1]} pixels, more than {self.max_image_pixels:,}")
-                    out = {"key": raw.key, "image": self.transform(image.convert("RGB"))}
+                    out = {"key": raw.key, "image": self.transform(to_rgb(image))}
             reason = "caption"
             out["caption"] = read_caption(raw.caption)
             if self.masks:
@@ -247,6 +248,16 @@ def open_image(stream: BinaryIO, formats: tuple[str, ...]) -> Image.Image:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         return Image.open(stream, formats=formats)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Of any mode: 16 bits are scaled to 8, and what is transparent lies on white."""
+    if image.mode.startswith("I"):  # Pillow would clip them
+        return Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8)).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
 
 
 class Loader(DataLoader):

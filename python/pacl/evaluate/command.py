@@ -14,12 +14,12 @@ import tyro
 from ..files import write_bytes
 from ..processes import choose_device, process_group
 from ..segment.draw import png
-from ..sharing import load_pacl
-from ..towers import Towers, load_towers
+from ..sharing import load_model
+from ..towers import Towers
 from .check import check_segmentation
 from .data import SegmentationData
 from .measure import check_background, evaluate_segmentation
-from .report import class_table, names_of, read_row, result_row, tables, write_row
+from .report import class_table, names_of, read_result, result_row, tables, write_row
 from .sheet import contact_sheet
 from .specs import Protocol, protocol, spec
 
@@ -37,7 +37,7 @@ class SegmentationConfig:
     model: str = "ViT-B-16"
     """open_clip's name, where no checkpoint names it."""
     pretrained: str | None = None
-    """Tag or file of the model's weights."""
+    """Tag or file of the model's weights, which a model by its name must have."""
     protocol: str = "tcl"
     """tcl, dino.txt, paper, present, or a JSON file; it is written into every result."""
     stride: int | None = None
@@ -96,13 +96,10 @@ def _segmentation(argv: Sequence[str], prog: str) -> int:
     ]
     for data in sets:
         check_background(data, rules)
-    group = process_group()
-    first = group is None or dist.get_rank() == 0
     device = choose_device(config.device)
-    if config.checkpoint:
-        towers, embedder = load_pacl(config.checkpoint, device)
-    else:
-        towers, embedder = load_towers(config.model, config.pretrained, device=device), None
+    group = process_group(device)
+    first = group is None or dist.get_rank() == 0
+    towers, embedder = load_model(config.checkpoint, config.model, config.pretrained, device)
     rows = [_measure(data, towers, embedder, rules, config, group, first) for data in sets]
     if first and len(rows) > 1:
         print("\n" + tables(rows))
@@ -138,13 +135,14 @@ def _check(config: SegmentationConfig) -> int:
 
 @dataclass(frozen=True)
 class TableConfig:
-    """mIoU of many results, a table per protocol: * a part of the images, # other class names, ! a warning."""
+    """mIoU of many results, a table per protocol: * a part of the images, # other class names, ! a warning; of other
+    tasks all measures, a table per task, data set and protocol."""
 
     results: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """JSON files of pacl evaluate segmentation."""
+    """JSON files of pacl evaluate."""
 
 
 def _table(argv: Sequence[str], prog: str) -> int:
     config = tyro.cli(TableConfig, args=list(argv), prog=prog)
-    print(tables([read_row(path) for path in config.results]))
+    print(tables([read_result(path) for path in config.results]))
     return 0

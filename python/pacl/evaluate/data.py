@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from PIL import Image
 
+from ..data.samples import to_rgb
 from .specs import UNKNOWN, Masks, Spec, fingerprint, read_classes, spec
 
 # Pillow reads dozens of formats, some of which start other programs.
@@ -81,7 +82,7 @@ class SegmentationData:
 
     def image(self, i: int) -> Image.Image:
         # As stored: masks were drawn on the stored pixels, so an orientation in EXIF is not followed.
-        return read_picture(self._image_path(self.names[i]), IMAGE_FORMATS, lambda x: x.convert("RGB"))
+        return read_picture(self._image_path(self.names[i]), IMAGE_FORMATS, to_rgb)
 
     def values(self, i: int) -> np.ndarray:
         """A mask's values as its file has them, [H, W]; ValueError for a file that has no labels, such as colours."""

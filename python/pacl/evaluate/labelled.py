@@ -19,8 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ..data.samples import IMAGE_FORMATS, IMAGE_SUFFIXES
-from ..segment.images import to_rgb
+from ..data.samples import IMAGE_FORMATS, IMAGE_SUFFIXES, to_rgb
 from ..segment.predict import best_synonym
 from ..segment.prompts import Texts
 from .data import need_scipy, read_picture

@@ -73,14 +73,6 @@ def write_row(folder: Path, row: dict[str, Any]) -> Path:
     return path
 
 
-def read_row(path: Path) -> dict[str, Any]:
-    """A row of pacl evaluate segmentation that write_row wrote; ValueError for another file."""
-    row = read_result(path)
-    if row["task"] != SEGMENTATION:
-        raise ValueError(f"results: {path} is not a result of pacl evaluate segmentation (task {row['task']!r})")
-    return row
-
-
 def read_result(path: Path) -> dict[str, Any]:
     """A row of any task that write_row wrote; ValueError for another file."""
     try:
@@ -108,8 +100,10 @@ class Table:
 
 
 def tables(rows: Sequence[dict[str, Any]]) -> str:
-    """segmentation_tables as text."""
-    return "\n\n".join("\n".join([x.title, *_aligned(x.lines)]) for x in segmentation_tables(rows))
+    """segmentation_tables and metric_tables as text, of the rows of each."""
+    parts = [[row for row in rows if (row["task"] == SEGMENTATION) == is_it] for is_it in (True, False)]
+    found = segmentation_tables(parts[0]) + metric_tables(parts[1])
+    return "\n\n".join("\n".join([x.title, *_aligned(x.lines)]) for x in found)
 
 
 def segmentation_tables(rows: Sequence[dict[str, Any]], names: Sequence[str] | None = None) -> list[Table]:

@@ -16,8 +16,8 @@ from ..data.sources import open_pairs
 from ..processes import choose_device, process_group
 from ..segment.predict import Segmenter
 from ..segment.prompts import TEMPLATES, class_texts, templates
-from ..sharing import load_pacl
-from ..towers import Towers, load_towers
+from ..sharing import load_model
+from ..towers import Towers
 from .data import SegmentationData
 from .ranks import place_in
 from .report import names_of, write_row
@@ -32,16 +32,14 @@ class ModelConfig:
     model: str = "ViT-B-16"
     """open_clip's name, where no checkpoint names it."""
     pretrained: str | None = None
-    """Tag or file of the model's weights."""
+    """Tag or file of the model's weights, which a model by its name must have."""
     out: Path = Path("results")
     """Folder for JSON files and plots."""
     device: str = "auto"
     """auto, cpu, cuda, ..."""
 
     def load(self) -> tuple[Towers, nn.Module | None]:
-        if self.checkpoint:
-            return load_pacl(self.checkpoint, choose_device(self.device))
-        return load_towers(self.model, self.pretrained, device=choose_device(self.device)), None
+        return load_model(self.checkpoint, self.model, self.pretrained, choose_device(self.device))
 
     def write(self, task: str, dataset: str, rules: dict[str, Any], metrics: dict, towers: Towers, **more) -> Path:
         """A row like CLIP_benchmark's, with the rules that make its numbers comparable; for the first process alone."""
@@ -81,7 +79,7 @@ def _retrieval(argv: Sequence[str], prog: str) -> int:
     names = ("image_root", "csv_separator", "csv_img_key", "csv_caption_key", "scenes")
     options = {name: getattr(config, name) for name in names} | {"kind": config.dataset_type}
     data = open_pairs(config.data, **options)  # what is wrong with it is said before the model loads
-    group = process_group()
+    group = process_group(choose_device(config.device))
     data.rank, data.world = place_in(group)
     towers, embedder = config.load()
     scorers = [Scorer(towers, embedder)] + ([Scorer(towers, plain=True)] if config.plain else [])
@@ -140,7 +138,7 @@ def _alignment(argv: Sequence[str], prog: str) -> int:
 
     config = tyro.cli(AlignmentConfig, args=list(argv), prog=prog)
     sentences, data = templates(config.templates), config.read()
-    group = process_group()
+    group = process_group(choose_device(config.device))
     towers, embedder = config.load()
     texts = class_texts(towers, [", ".join(names) for names in data.synonyms], sentences)
     rank, first, shown = place_in(group)[0], int(data.spec.background), {}
@@ -186,7 +184,7 @@ def _coherence(argv: Sequence[str], prog: str) -> int:
         if getattr(config, name) < least:
             raise ValueError(f"{name}: got {getattr(config, name)}, expected at least {least}")
     data, shown = config.read(), {}
-    group = process_group()
+    group = process_group(choose_device(config.device))
     rank, (towers, embedder) = place_in(group)[0], config.load()
     for name, embed in {"vision": nn.Identity(), **({"embedder": embedder} if embedder else {})}.items():
         segmenter = Segmenter(towers, embed, short_side=config.short_side)
@@ -258,7 +256,7 @@ def _classification(argv: Sequence[str], prog: str) -> int:
     data = Labelled(config.dataset, config.data_root, **options)
     sentences = data.templates if config.templates is None else templates(config.templates)
     sentences = sentences or TEMPLATES["simple"]
-    group = process_group()
+    group = process_group(choose_device(config.device))
     rank, _ = place_in(group)
     towers, embedder = config.load()
     data.transform = towers.transform

@@ -11,13 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from open_clip.factory import parse_model_name
 from PIL import Image
 
 from ..files import write_bytes
 from ..processes import choose_device
-from ..sharing import load_pacl
-from ..towers import load_towers
+from ..sharing import load_model
 from .draw import SCALE, label_image, overlay, png, voc_palette, with_legend, word_colours
 from .images import find_images, read_image
 from .predict import Dense, Segmenter
@@ -143,12 +141,8 @@ def _rows(dense: Dense, texts: Texts, shares: list[float], has_background: bool)
 def make_segmenter(arguments: argparse.Namespace) -> Segmenter:
     """Of the flags' checkpoint, or of plain CLIP; ValueError for an open_clip model without weights."""
     settings = {name: getattr(arguments, name) for name in SETTINGS}
-    device = choose_device(arguments.device)
-    if arguments.checkpoint:
-        return Segmenter(*load_pacl(arguments.checkpoint, device), **settings)
-    if arguments.pretrained is None and parse_model_name(arguments.model)[0] is None:
-        raise ValueError(f"pretrained: got none for {arguments.model}, whose weights would be random")
-    return Segmenter(load_towers(arguments.model, arguments.pretrained, device=device), **settings)
+    names = (arguments.checkpoint, arguments.model, arguments.pretrained)
+    return Segmenter(*load_model(*names, choose_device(arguments.device)), **settings)
 
 
 def _stems(paths: Iterable[Path]) -> Iterator[str]:

@@ -11,6 +11,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from ..data.samples import to_rgb
+
 # Cosines from dark to bright, the same for every word and image, so that what is absent stays dark. The demo's highest
 # cosine of a class is 0.55 in the median where it is present, and 0.16 where it is not.
 SCALE = (0.0, 0.6)
@@ -60,7 +62,7 @@ def overlay(
     alpha: the share of the colour.
     """
     values = np.asarray(shown.cpu() if isinstance(shown, Tensor) else shown)
-    picture = np.asarray(image.convert("RGB")).astype(np.float32)
+    picture = np.asarray(to_rgb(image)).astype(np.float32)
     if values.dtype.kind == "f":
         if scale[0] >= scale[1]:
             raise ValueError(f"scale: got {scale[0]} to {scale[1]}, expected an increasing pair")

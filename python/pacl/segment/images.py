@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-import numpy as np
 from PIL import Image, ImageOps
 
-from ..data.samples import IMAGE_FORMATS, IMAGE_SUFFIXES, open_image, open_source
+from ..data.samples import IMAGE_FORMATS, IMAGE_SUFFIXES, open_image, open_source, to_rgb
 
 
 def find_images(paths: Iterable[Path]) -> list[Path]:
@@ -31,13 +30,3 @@ def read_image(path: Path | bytes, max_pixels: int = 25_000_000) -> Image.Image:
         if image.width * image.height > max_pixels:
             raise ValueError(f"{image.width} x {image.height} pixels, more than {max_pixels:,}")
         return to_rgb(ImageOps.exif_transpose(image))
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Of any mode: 16 bits are scaled to 8, and what is transparent lies on white."""
-    if image.mode.startswith("I"):  # Pillow would clip them
-        return Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8)).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")

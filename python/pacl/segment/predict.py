@@ -17,9 +17,9 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from pacl_kernels import upsample_argmax
 
+from ..data.samples import to_rgb
 from ..towers import Towers
 from .dense import dense_tokens, patch_size, token_step
-from .images import to_rgb
 from .prompts import TEMPLATES, Texts, class_texts
 
 LONG_SIDE = 2048  # of the resized image at most, as mmsegmentation's usual Resize((2048, short_side)) has it

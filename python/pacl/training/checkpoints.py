@@ -19,6 +19,7 @@ def save_checkpoint(folder: Path, state: dict[str, Any], *, keep: int) -> Path:
     OSError where that fails, a full disk say; what was there before stays.
     """
     path = folder / f"step_{state['step']:08d}.pt"
+    remove_halves(folder)
     try:
         with atomic_writer(path) as file:
             torch.save(state, file)
@@ -30,6 +31,16 @@ def save_checkpoint(folder: Path, state: dict[str, Any], *, keep: int) -> Path:
     for old in checkpoints(folder)[:-keep]:
         old.unlink(missing_ok=True)
     return path
+
+
+def remove_halves(folder: Path) -> None:
+    """Delete what a process left that was killed in save_checkpoint: temporary files, of the size of a checkpoint.
+
+    For the one process that writes there.
+    """
+    for path in folder.glob(".step_*.pt.*"):
+        if re.fullmatch(r"\.step_\d+\.pt\.[a-z0-9_]{8}", path.name):  # as atomic_writer names them
+            path.unlink(missing_ok=True)
 
 
 def checkpoints(folder: Path) -> list[Path]:

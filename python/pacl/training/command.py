@@ -14,7 +14,7 @@ import tyro
 
 from ..data.features import tower_names
 from ..files import write_bytes
-from .checkpoints import newest
+from .checkpoints import newest, remove_halves
 from .config import TrainConfig, dump_config, read_config
 from .recipe import defaults, fill_batch, recipe_notes
 from .run import Run
@@ -37,6 +37,7 @@ def main(argv: Sequence[str], prog: str = "pacl train") -> int:
                 run.restore(path)
                 run.say(f"resume: {path}, step {run.step}")
         if run.rank == 0:
+            remove_halves(config.folder / "checkpoints")
             notes = recipe_notes(config, run.global_batch)
             text = dump_config(dataclasses.replace(config, resume=None), notes)
             write_bytes(config.folder / "config.yaml", text.encode())

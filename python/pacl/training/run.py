@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import math
 import signal
 import time
@@ -23,7 +24,7 @@ from ..data.features import Features
 from ..data.samples import BadData, loader
 from ..data.sources import open_pairs
 from ..data.texts import choose_text, noun_finder
-from ..embedder import VisionEmbedder, save_embedder
+from ..embedder import CONFIG, VisionEmbedder, save_embedder
 from ..files import write_bytes
 from ..processes import choose_device, process_group
 from ..sharing import describe_towers
@@ -49,9 +50,9 @@ class Run:
 
     def __init__(self, config: TrainConfig):
         self.config = config
-        self.group = process_group()
-        self.rank, self.world = (self.group.rank(), self.group.size()) if self.group else (0, 1)
         self.device = choose_device(config.device)
+        self.group = process_group(self.device)
+        self.rank, self.world = (self.group.rank(), self.group.size()) if self.group else (0, 1)
         self.amp = config.precision == "amp_bf16" or (config.precision == "auto" and self.device.type == "cuda")
         self.step, self.stopped_by, self.described = 0, None, None
         self.nouns = noun_finder(config.nouns) if config.nouns else None
@@ -125,6 +126,8 @@ class Run:
     def train(self) -> None:
         """From the current step to the last, with checkpoints; on a signal the step under way is finished and saved."""
         if self.step >= self.steps:
+            if self._exported() < self.step:  # killed between its last checkpoint and the embedder
+                self.export()
             return
         with self._signals(), self.log:
             for batch, waited in self._batches():
@@ -322,6 +325,13 @@ class Run:
         if trained or self.described is None:
             self.described = describe_towers(towers, folder, trained)
         save_embedder(model.embedder, folder, self.described, **notes)
+
+    def _exported(self) -> int:
+        """The step of the embedder in the run's folder; -1 without one. Its config.json is written last."""
+        try:
+            return int(json.loads((self.config.folder / "embedder" / CONFIG).read_bytes())["training"]["steps"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return -1
 
     def restore(self, path: Path) -> None:
         state = load_checkpoint(path)
