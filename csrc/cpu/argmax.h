@@ -33,9 +33,9 @@ inline I load(const int32_t* p) {
 inline bool any(I mask) {
 #if defined(__AVX512F__)
   return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
-#elif defined(__AVX2__)
+#elif defined(__AVX2__) && !defined(PACL_EMULATE_AMX)
   return _mm256_movemask_ps((__m256)mask) != 0;
-#elif defined(__SSE2__)
+#elif defined(__SSE2__) && !defined(PACL_EMULATE_AMX)
   return _mm_movemask_ps((__m128)mask) != 0;
 #else
   int32_t found = 0;
@@ -48,7 +48,7 @@ inline bool any(I mask) {
 inline V permute(V v, I index) {
 #if defined(__AVX512F__)
   return (V)_mm512_permutexvar_ps((__m512i)index, (__m512)v);
-#elif defined(__AVX2__)
+#elif defined(__AVX2__) && !defined(PACL_EMULATE_AMX)
   return (V)_mm256_permutevar8x32_ps((__m256)v, (__m256i)index);
 #else
   V out;

@@ -57,6 +57,12 @@ struct BFloat16 {
   }
 #if defined(__AVX512BF16__)
   static V multiply_add(V sum, V a, V b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
+#else
+  static V multiply_add(V sum, V a, V b) {
+    constexpr int32_t kHigh = (int32_t)0xFFFF0000;
+    sum += from_bits(bits(a) << 16) * from_bits(bits(b) << 16);
+    return sum + from_bits(bits(a) & kHigh) * from_bits(bits(b) & kHigh);
+  }
 #endif
 };
 
