@@ -33,11 +33,12 @@ def machine(device: torch.device, native) -> dict:
         cpu = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())[1]
     except (OSError, TypeError):  # not Linux, or an Arm without the line
         cpu = platform.processor() or platform.machine()
+    commit = os.environ.get("PACL_COMMIT")  # of a copy with another history, or none
     describe = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty"]
     try:
-        commit = subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):  # a copy without its history: whoever made it may say
-        commit = os.environ.get("PACL_COMMIT")
+        commit = commit or subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        pass
     return {
         "cpu": cpu,
         "cpu_isa": native.cpu_isa() if hasattr(native, "cpu_isa") else None,

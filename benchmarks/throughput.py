@@ -23,6 +23,7 @@ import re
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import report
@@ -231,8 +232,8 @@ def machine_peak(args) -> float | None:
         return None
 
 
-def measure(args) -> dict:
-    """The whole run; the result is what --json writes."""
+def measure(args) -> Iterator[dict]:
+    """The result after each round of timed runs, which is what --json writes: a run that is cut off keeps the last."""
     functions, clock = losses(args), Clock(args.torch_device)
     rows = {name: {"reason": why_not(name, args)} for name in functions} | {PRODUCTS: {"reason": None}}
     for name in functions:
@@ -275,13 +276,18 @@ def measure(args) -> dict:
                 samples[name].append(clock.read())
                 if name not in counts:
                     counts[name] = min(args.repeats, max(3, int(1e3 * SECONDS / samples[name][0][1])))
+        yield result(rows, samples, peaks, args)
     _note("")
+    if args.profile:
+        write_profile(args, runs)
+
+
+def result(rows: dict, samples: dict, peaks: list, args) -> dict:
+    rows = {name: dict(row) for name, row in rows.items()}
     for name, pairs in samples.items():
         rows[name]["runs"] = len(pairs)
         for part, values in zip(("forward", "step"), zip(*pairs, strict=True), strict=True):
             rows[name][f"{part}_ms"], rows[name][f"{part}_spread"] = statistics.median(values), _p20_p80(values)
-    if args.profile:
-        write_profile(args, runs)
     peak = None if None in peaks else statistics.median(peaks)
     return {
         "machine": report.machine(args.torch_device, _native),
@@ -383,10 +389,10 @@ def main(argv: list[str] | None = None) -> None:
     half = {"bfloat16": "bf16", "float16": "fp16"}.get(arguments.dtype)
     if arguments.device == "cpu" and half and not getattr(torch.ops.mkldnn, f"_is_mkldnn_{half}_supported", bool)():
         print(f"torch has no fast {arguments.dtype} products here; --peers none leaves peers out", file=sys.stderr)
-    outcome = measure(arguments)
+    for outcome in measure(arguments):
+        if arguments.json:
+            Path(arguments.json).write_text(json.dumps(outcome, indent=1) + "\n")
     print(report.table(outcome))
-    if arguments.json:
-        Path(arguments.json).write_text(json.dumps(outcome, indent=1) + "\n")
     if arguments.plot:
         report.plot(outcome, arguments.plot)
 
