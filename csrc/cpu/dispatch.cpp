@@ -52,9 +52,9 @@ const std::vector<Isa>& isas() {
 #endif
       }
     }
-#if defined(PACL_EMULATE_AMX)  // a build for tests
+#if defined(PACL_EMULATE_AMX)  // a build for tests; first, for the last is the default
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-      found.push_back({"emulated_amx", &avx2::kernels, &emulated_amx::pair_kernels});
+      found.insert(found.begin(), {"emulated_amx", &avx2::kernels, &emulated_amx::pair_kernels});
 #endif
 #endif
     return found;
