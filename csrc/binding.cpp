@@ -135,7 +135,7 @@ PYBIND11_MODULE(_native, m) {
            py::arg("dim"), py::arg("epilogue"), py::arg("processors"), py::arg("cluster"))
 #define PACL_FIELD(NAME) .def_readonly(#NAME, &cuda::Plan::NAME)
       PACL_FIELD(width) PACL_FIELD(packed) PACL_FIELD(pitch) PACL_FIELD(images) PACL_FIELD(chunks) PACL_FIELD(passes) PACL_FIELD(groups)
-      PACL_FIELD(steps) PACL_FIELD(gram_steps) PACL_FIELD(resident) PACL_FIELD(stages) PACL_FIELD(cluster) PACL_FIELD(text_groups)
+      PACL_FIELD(steps) PACL_FIELD(gram_steps) PACL_FIELD(resident) PACL_FIELD(stages) PACL_FIELD(consumers) PACL_FIELD(cluster) PACL_FIELD(text_groups)
       PACL_FIELD(splits) PACL_FIELD(items) PACL_FIELD(clusters) PACL_FIELD(shared_bytes);
 #undef PACL_FIELD
 

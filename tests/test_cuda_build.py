@@ -49,7 +49,7 @@ def test_everything_fits_into_shared_memory():
                 p = plan(patches=n, dim=d, cluster=cluster, epilogue=epilogue)
                 assert p.steps * 64 >= d > (p.steps - 1) * 64
                 assert 3 <= p.stages <= 8 and p.shared_bytes <= 227 * 1024
-                most = 832 if epilogue != "forward" and p.width > 200 else 1024
+                most = 1024 if epilogue == "forward" else 960 if p.consumers == 3 else 1024 if p.width == 208 else 832
                 assert p.resident or d > most, "texts that fit do not travel with each step"
 
 
@@ -105,6 +105,9 @@ def resources() -> dict[str, str]:
     return {name: line for name, line in found if "score_kernel" in name}
 
 
+EPILOGUES = ("forward", "forward_safe", "weights", "cosine", "cosine_weights", "attention", "pool", "pool_weights")
+
+
 @needs_cuda
 def test_no_kernel_spills(resources):
     assert len(resources) == 2 * (3 * (10 + 3) + (2 + 1) + 2 * 6 + 4) + 4, (
@@ -112,27 +115,27 @@ def test_no_kernel_spills(resources):
     )
     for name, line in resources.items():
         # Attention and sums of the widest cosine tile take 192 registers: some others go to the stack, once a tile.
+        # The weights at 200 columns, three warpgroups of them, keep two numbers there from item to item.
         width, epilogue = (int(x) for x in re.search(r"ILi(\d+)E.*EpilogueE(\d)", name).groups())
-        stack = {(256, 3): 280, (256, 4): 320}.get((width, epilogue), 0)
-        found = re.search(r"REG:168 STACK:(\d+) .*LOCAL:0 ", line)
-        assert found and int(found[1]) <= stack, f"{name}: {line}"
-
-
-EPILOGUES = ("forward", "forward_safe", "weights", "cosine", "cosine_weights", "attention", "pool_weights")
+        stack = {(256, 3): 280, (256, 4): 320, (208, 4): 8, (200, 2): 8}.get((width, epilogue), 0)
+        found = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:0 ", line)
+        assert found and int(found[2]) <= stack, f"{name}: {line}"
+        three = width <= 200 and EPILOGUES[epilogue] in ("forward", "weights", "attention")
+        assert int(found[1]) == (128 if three else 168), f"{name}: {line}"
 
 
 @needs_cuda
 @pytest.mark.parametrize(
     "element, kind, epilogue",
     [
-        *(("13__nv_bfloat16", "BF16", epilogue) for epilogue in EPILOGUES),
-        *(("6__half", "", epilogue) for epilogue in (*EPILOGUES, "pool")),  # its operands are always of float16
+        *(("13__nv_bfloat16", "BF16", epilogue) for epilogue in EPILOGUES if epilogue != "pool"),
+        *(("6__half", "", epilogue) for epilogue in EPILOGUES),  # those of `pool` are always of float16
     ],
 )
 def test_the_machine_code(resources, element, kind, epilogue):
     of_gram = {"64x200x16.F32"} if "cosine" in epilogue or "pool" in epilogue else set()
     shapes = {f"64x200x16.F32{'.' + kind if kind else ''}"} if "pool" not in epilogue else set()
-    epilogue = int(getattr(native.CudaEpilogue, epilogue))
+    kernel, epilogue = epilogue, int(getattr(native.CudaEpilogue, epilogue))
     name = next(n for n in resources if f"ILi200ELb0E{element}" in n and f"EpilogueE{epilogue}E" in n)
     code = dump("-sass", "-fun", name)
     products = re.findall(r"HGMMA\.(\S+)", code)
@@ -141,9 +144,11 @@ def test_the_machine_code(resources, element, kind, epilogue):
     waits = len(re.findall(r"WARPGROUP\.DEPBAR", code))
     assert waits <= -(-len(products) // 4) + 2
     assert "UTMALDG.3D.MULTICAST" in code
-    assert {"0xe8", "0x28"} == set(re.findall(r"USETMAXREG\S* (?:UP0, )?(0x\w+)", code)), "232 and 40 registers"
+    three = kernel in ("forward", "weights", "attention")
+    registers = {int(x, 16) for x in re.findall(r"USETMAXREG\S* (?:UP0, )?(0x\w+)", code)}
+    assert registers == ({160, 32} if three else {232, 40}), "as the block's 65,536 allow"
     assert not shapes or len(re.findall(r"MUFU\.EX2", code)) >= 100, "one exponential for each element"
-    assert not re.search(r"\b(LDL|STL)\b", code)
+    assert len(re.findall(r"\b(LDL|STL)\b", code)) <= (6 if kernel == "weights" else 0), "none in a loop over columns"
     assert len(re.findall(r"MEMBAR\.ALL\.GPU", code)) <= 2, "fences belong at the ends of the kernel alone"
 
 

@@ -128,7 +128,7 @@ void score(const ScoreCall& call) {
         "cudaFuncSetAttribute");
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(plan.clusters * plan.cluster));
-  config.blockDim = dim3(kThreads);
+  config.blockDim = dim3(threads_of(plan.consumers));
   config.dynamicSmemBytes = plan.shared_bytes;
   config.stream = static_cast<cudaStream_t>(call.stream);
   cudaLaunchAttribute cluster{};

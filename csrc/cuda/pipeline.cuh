@@ -16,12 +16,12 @@
 
 namespace pacl::cuda {
 
-constexpr int kThreads = 384;
 constexpr int kWarpgroup = 128;
+constexpr int threads_of(int consumers) { return (consumers + 1) * kWarpgroup; }  // the last has the producer
 
 // Barriers of a block by number; 0 belongs to __syncthreads.
 constexpr int kTurn = 1;     // + warpgroup: it may issue its products
-constexpr int kColumns = 3;  // + warpgroup: its columns are in shared memory
+constexpr int kColumns = 4;  // + warpgroup: its columns are in shared memory
 
 struct Barriers {
   uint64_t full[kMaxStages];
@@ -32,29 +32,31 @@ struct Barriers {
 
 // Where everything is in shared memory. The same in all blocks of a cluster, which write into each other's ring.
 struct Shared {
-  uint8_t* texts;  // [steps][64 rows of 128 bytes]
-  uint8_t* ring;   // [stages][width rows of 128 bytes, and without resident texts 64 more]
-  float* columns;  // [2][kMaxWidth]
-  uint8_t* staged;  // [8][kStagedBytes], a part for each warp, in kernels that write weights
   Barriers* barriers;
+  float* columns;   // [consumers][kMaxWidth]
+  uint8_t* staged;  // [4 consumers][kStagedBytes], a part for each warp, in kernels that write weights or attention
+  uint8_t* texts;   // [steps][64 rows of 128 bytes]
+  uint8_t* ring;    // [stages][width rows of 128 bytes, and without resident texts 64 more]
   int stage_bytes;
 };
 
-template <int kWidth, bool kStaged>
+template <int kWidth, Epilogue kEpilogue>
 __device__ __forceinline__ Shared lay_out(const Work& work) {
+  constexpr int kConsumers = consumers_of(kEpilogue, kWidth), kBarriers = 256;
+  static_assert(sizeof(Barriers) <= kBarriers);
   uint8_t* base = shared_memory();
   if (shared_address(base) & 1023) trap();  // the swizzle is a function of address bits 7 to 9
   Shared shared;
+  shared.barriers = reinterpret_cast<Barriers*>(base);
+  shared.columns = reinterpret_cast<float*>(base + kBarriers);
+  shared.staged = base + kBarriers + kConsumers * kMaxWidth * 4;
+  shared.texts = base + fixed_bytes(kConsumers, is_staged(kEpilogue));
+  shared.ring = shared.texts + (work.resident ? work.steps * kTextStepBytes : 0);
   shared.stage_bytes = kWidth * kStep * 2 + (work.resident ? 0 : kTextStepBytes);
-  shared.texts = base;
-  shared.ring = base + (work.resident ? work.steps * kTextStepBytes : 0);
-  shared.columns = reinterpret_cast<float*>(shared.ring + work.stages * shared.stage_bytes);
-  shared.staged = reinterpret_cast<uint8_t*>(shared.columns + 2 * kMaxWidth);
-  shared.barriers = reinterpret_cast<Barriers*>(shared.staged + (kStaged ? 8 * kStagedBytes : 0));
   return shared;
 }
 
-// Place and parity in the ring; the producer and both warpgroups count its steps alike.
+// Place and parity in the ring; the producer and all warpgroups count its steps alike.
 struct Position {
   int slot = 0;
   uint32_t parity = 0;
@@ -75,13 +77,13 @@ struct Item {
   int text, begin, end;
   int turns;  // tiles of each warpgroup; those of a group that is not there are computed and forgotten
 
-  __device__ __forceinline__ Item(const Work& work, int64_t item, uint32_t block) {
+  __device__ __forceinline__ Item(const Work& work, int64_t item, uint32_t block, int consumers) {
     uint32_t text_groups = static_cast<uint32_t>(work.text_groups);  // items are at most 64 times as many
     uint32_t split = static_cast<uint32_t>(item) / text_groups;
     text = static_cast<int>((static_cast<uint32_t>(item) - split * text_groups) * work.cluster + block) * kTileTexts;
     begin = begin_of(work, split);
     end = begin_of(work, split + 1);
-    turns = (end - begin + 1) / 2 * work.chunks * work.passes;
+    turns = (end - begin + consumers - 1) / consumers * work.chunks * work.passes;
   }
 
  private:
@@ -93,15 +95,15 @@ struct Item {
   }
 };
 
-// Of an item's turns: the pair of groups, a group for each warpgroup, and the chunk of their images.
+// Of an item's turns: which set of groups, a group for each warpgroup, and the chunk of their images.
 struct Turn {
-  int pair, chunk;
+  int set, chunk;
   bool again;  // in the second pass over the chunks
 
   __device__ __forceinline__ Turn(const Work& work, int turn) {
     int turns = work.chunks * work.passes;
-    pair = turn / turns;
-    chunk = turn - pair * turns;
+    set = turn / turns;
+    chunk = turn - set * turns;
     again = chunk >= work.chunks;
     if (again) chunk -= work.chunks;
   }
@@ -114,11 +116,12 @@ __device__ __forceinline__ void produce(
   uint32_t patch_bytes = work.pitch * work.images_of_tile * kStep * 2;
   uint32_t bytes = patch_bytes + (work.resident ? 0 : kTextStepBytes);
   uint16_t everyone = static_cast<uint16_t>((1 << work.cluster) - 1);
+  constexpr int kConsumers = consumers_of(kEpilogue, kWidth);
   Barriers& barriers = *shared.barriers;
   Position at;
   uint32_t texts_parity = 1, loader = 0;  // of the cluster's blocks, the one that loads this step's patches
   for (int64_t i = blockIdx.x / work.cluster; i < work.items; i += work.clusters) {
-    Item item(work, i, block);
+    Item item(work, i, block, kConsumers);
     if (work.resident) {
       barrier_wait(&barriers.texts_empty, texts_parity);
       texts_parity ^= 1;
@@ -128,10 +131,12 @@ __device__ __forceinline__ void produce(
     }
     for (int turn = 0; turn < item.turns; ++turn) {
       Turn now(work, turn);
-      for (int warpgroup = 0; warpgroup < 2; ++warpgroup) {
-        int image = (item.begin + 2 * now.pair + warpgroup) * work.images_of_tile;
+#pragma unroll 1
+      for (int warpgroup = 0; warpgroup < kConsumers; ++warpgroup) {
+        int image = (item.begin + kConsumers * now.set + warpgroup) * work.images_of_tile;
         int text = item.text;
         if constexpr (reads_attention(kEpilogue)) text += image * static_cast<int>(work.texts);  // rows by image
+#pragma unroll 1
         for (int step = 0; step < work.steps; ++step) {
           uint8_t* slot = shared.ring + at.slot * shared.stage_bytes;
           uint64_t* full = &barriers.full[at.slot];
@@ -144,8 +149,8 @@ __device__ __forceinline__ void produce(
         }
       }
       if constexpr (is_pooled(kEpilogue)) {
-        for (int warpgroup = 0; warpgroup < 2; ++warpgroup) {
-          int image = item.begin + 2 * turn + warpgroup;
+        for (int warpgroup = 0; warpgroup < kConsumers; ++warpgroup) {
+          int image = item.begin + kConsumers * turn + warpgroup;
           for (int step = 0; step < work.gram_steps; ++step) {
             uint64_t* full = &barriers.full[at.slot];
             barrier_wait(&barriers.empty[at.slot], at.parity ^ 1);

@@ -44,6 +44,14 @@ inline constexpr int kPooledWidths[] = {144, 176, 192, 200, 208, 256};
 inline constexpr int kGramWidths[] = {144, 176, 192, 200};
 inline constexpr int kMostPacked = 128;  // patches of an image up to which several share a tile
 
+// Warpgroups that take tiles in turn. Two of 232 registers a thread, or three of 160 where that holds the accumulators and
+// all else: while one has the tensor cores, two epilogues hide each other's waits.
+inline constexpr int kMostOfThree = 200;  // columns
+
+constexpr int consumers_of(Epilogue e, int width) {
+  return (e == Epilogue::forward || e == Epilogue::weights || e == Epilogue::attention) && width <= kMostOfThree ? 3 : 2;
+}
+
 struct Plan {
   int width;          // columns of a tile
   bool packed;        // several images to a tile
@@ -57,6 +65,7 @@ struct Plan {
   bool resident;      // whether the texts stay in shared memory; otherwise they come with each step
   bool staged;        // whether there is room for what is on its way to memory
   int stages;         // of the ring of steps in shared memory
+  int consumers;      // warpgroups that take tiles in turn
   int cluster;        // blocks that share each step of patches
   int64_t text_groups;  // of 64 texts for each block of the cluster
   int64_t splits;     // runs of groups of images
@@ -65,19 +74,23 @@ struct Plan {
   int shared_bytes;
 };
 
-inline constexpr int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
+constexpr int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
 
 // Bytes of one step in the ring, whose parts begin at multiples of 1,024.
 inline int stage_bytes(const Plan& plan) {
   return plan.width * kStep * 2 + (plan.resident ? 0 : kTextStepBytes);
 }
 
+// Bytes of what comes before texts and ring in shared memory, at places that the kernel knows when it is compiled.
+constexpr int fixed_bytes(int consumers, bool staged) {
+  int barriers = 256;                                                          // at most
+  int of_consumers = kMaxWidth * 4 + (staged ? 4 * kStagedBytes : 0);  // columns of a warpgroup, and a part for each warp
+  return static_cast<int>(ceil_div(barriers + consumers * of_consumers, 1024) * 1024);
+}
+
 inline int shared_bytes(const Plan& plan, int stages) {
   int texts = plan.resident ? plan.steps * kTextStepBytes : 0;
-  int columns = 2 * kMaxWidth * 4;                   // of each warpgroup
-  int staged = plan.staged ? 8 * kStagedBytes : 0;   // of each warp
-  int barriers = (2 * kMaxStages + 2) * 8;
-  return texts + stages * stage_bytes(plan) + columns + staged + barriers;
+  return fixed_bytes(plan.consumers, plan.staged) + texts + stages * stage_bytes(plan);
 }
 
 // The narrowest of the compiled widths that holds `columns`; 0 if none does.
@@ -123,8 +136,9 @@ inline void choose_items(Plan& plan, int processors) {
   int64_t fewest = INT64_MAX;
   for (int64_t splits = 1; splits <= std::min<int64_t>(plan.groups, 64); ++splits) {
     int64_t items = plan.text_groups * splits;
-    int64_t pairs = ceil_div(ceil_div(plan.groups, splits), 2);  // two warpgroups take a group each
-    int64_t rounds = ceil_div(items, most) * (2 * pairs * plan.chunks * plan.passes + 1);  // 1: the texts have to come first
+    int64_t turns = ceil_div(ceil_div(plan.groups, splits), plan.consumers);  // each warpgroup takes a group
+    int64_t tiles = plan.consumers * turns * plan.chunks * plan.passes;
+    int64_t rounds = ceil_div(items, most) * (tiles + 1);  // 1: the texts have to come first
     if (rounds < fewest) fewest = rounds, plan.splits = splits, plan.items = items;
   }
   plan.clusters = std::min(most, plan.items);
@@ -152,6 +166,7 @@ inline Plan make_plan(
   } else {
     choose_tile(plan, patches, kWidths, kPackedWidths);
   }
+  plan.consumers = consumers_of(epilogue, plan.width);
   plan.passes = epilogue == Epilogue::pool_weights && plan.chunks > 1 ? 2 : 1;
   plan.groups = ceil_div(images, plan.images);
   plan.steps = static_cast<int>(ceil_div(reads_attention(epilogue) ? patches : dim, kStep));

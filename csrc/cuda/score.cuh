@@ -1,8 +1,8 @@
 // The kernel: the score product with its epilogues, warp-specialised for Hopper.
 //
-// A block of three warpgroups works on 64 texts, which stay in shared memory where they fit, and walks through images:
-// one warp feeds a ring of steps (64 dimensions of the patches of a tile) through the copy engine; two warpgroups take
-// tiles in turn, so that the epilogue of one runs while the tensor cores work for the other. Texts are the rows of a
+// A block works on 64 texts, which stay in shared memory where they fit, and walks through images: one warp feeds a ring
+// of steps (64 dimensions of the patches of a tile) through the copy engine; two or three warpgroups take tiles in turn, so
+// that the epilogues of some run while the tensor cores work for another. Texts are the rows of a
 // tile and patches its columns: a softmax over patches runs along each thread's own accumulators, and |s| <= 1 makes it
 // two plain sums. The two blocks of a cluster hold other texts and share every step of patches: each loads half of the
 // steps into both.
@@ -77,19 +77,20 @@ __device__ __forceinline__ void finish_tile(
   }
 }
 
-// The block's part of the temperature's gradient, from all threads of its two warpgroups.
+// The block's part of the temperature's gradient, from all threads of its warpgroups.
+template <int kConsumers>
 __device__ __forceinline__ void store_temperature_sum(
     const Work& work, const Shared& shared, double of_thread, int warpgroup, int lane) {
   int thread = threadIdx.x % kWarpgroup;
   float sum = static_cast<float>(of_thread);
 #pragma unroll
   for (int distance = 1; distance < 32; distance *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, distance);
-  named_sync(kTurn, 2 * kWarpgroup);  // the other warpgroup may still read its columns; its last turn is behind this
+  named_sync(kTurn, kConsumers * kWarpgroup);  // others may still read their columns; their last turns are behind this
   if (lane == 0) shared.columns[warpgroup * 4 + thread / 32] = sum;
-  named_sync(kTurn, 2 * kWarpgroup);
+  named_sync(kTurn, kConsumers * kWarpgroup);
   if (warpgroup == 0 && thread == 0) {
     float all = 0.0f;
-    for (int warp = 0; warp < 8; ++warp) all += shared.columns[warp];
+    for (int warp = 0; warp < 4 * kConsumers; ++warp) all += shared.columns[warp];
     work.temperature_sums[blockIdx.x] = all;
   }
 }
@@ -101,16 +102,19 @@ __device__ __forceinline__ void consume(const Work& work, const Shared& shared, 
   float inverse_temperature = 1.0f / temperature, scale = kLog2e * inverse_temperature;
   float* columns = shared.columns + warpgroup * kMaxWidth;
   Position at;
-  if (warpgroup == 1) at.skip(work.steps, work.stages);
+  constexpr int kConsumers = consumers_of(kEpilogue, kWidth), kLast = kConsumers - 1;
+  at.skip(warpgroup * work.steps, work.stages);
+  const int next = warpgroup == kLast ? 0 : warpgroup + 1;  // whose turn comes after ours
   uint32_t texts_parity = 0;
   constexpr bool kPooled = is_pooled(kEpilogue), kRead = reads_attention(kEpilogue);
   using Operand = std::conditional_t<kRead, __half, T>;
   State<kEpilogue> state;
   uint8_t* staged = shared.staged + (warpgroup * 4 + thread / 32) * kStagedBytes;
-  if (warpgroup == 1) named_arrive(kTurn + 0, 2 * kWarpgroup);  // the first turn
-  for (int64_t i = blockIdx.x / work.cluster; i < work.items; i += work.clusters) {
-    Item item(work, i, block);
-    bool last_item = i + work.clusters >= work.items;
+  if (warpgroup == kLast) named_arrive(kTurn + next, 2 * kWarpgroup);  // the first turn
+  const uint32_t items = static_cast<uint32_t>(work.items), clusters = static_cast<uint32_t>(work.clusters);
+  for (uint32_t i = blockIdx.x / work.cluster; i < items; i += clusters) {
+    Item item(work, i, block, kConsumers);
+    bool last_item = i + clusters >= items;
     Rows rows(work, item.text + thread / 32 * 16 + lane / 4);
     if (work.resident) {
       barrier_wait(&shared.barriers->texts_full, texts_parity);
@@ -119,7 +123,7 @@ __device__ __forceinline__ void consume(const Work& work, const Shared& shared, 
     for (int turn = 0; turn < item.turns; ++turn) {
       float acc[kWidth / 2];  // in here: of one tile, the compiler need not keep them for the next
       Turn now(work, turn);
-      int chunk = now.chunk, group = item.begin + 2 * now.pair + warpgroup;
+      int chunk = now.chunk, group = item.begin + kConsumers * now.set + warpgroup;
       bool wanted = group < item.end;
       int image = group * work.images_of_tile;
       if constexpr (kEpilogue == Epilogue::weights || kEpilogue == Epilogue::attention) {
@@ -132,11 +136,11 @@ __device__ __forceinline__ void consume(const Work& work, const Shared& shared, 
       if (kEpilogue != Epilogue::pool && wanted && thread < kWidth / 4)
         copy_16_bytes(columns + 4 * thread, work.columns + (int64_t(group) * work.chunks + chunk) * kWidth + 4 * thread);
       int last_slot = issue_products<kWidth, Operand>(work, shared, at, lane, acc);
-      // Behind it come the other warpgroup's steps, and those of the Gram matrix of warpgroup 0.
-      if constexpr (!kPooled) at.skip(work.steps, work.stages);
+      // Behind it come the other warpgroups' steps, and those of the Gram matrix of warpgroup 0.
+      if constexpr (!kPooled) at.skip((kConsumers - 1) * work.steps, work.stages);
       if constexpr (kPooled) at.skip(warpgroup == 0 ? work.steps : work.gram_steps, work.stages);
       bool last_turn = last_item && turn + 1 == item.turns;
-      if (warpgroup == 0 || kPooled || !last_turn) named_arrive(kTurn + 1 - warpgroup, 2 * kWarpgroup);
+      if (warpgroup != kLast || kPooled || !last_turn) named_arrive(kTurn + next, 2 * kWarpgroup);
       uint32_t attention[kPooled || kRead ? (kWidth + 15) / 16 : 1][4];
       if constexpr (kRead) {
         if (wanted) load_attention<kWidth>(work, rows, image, chunk * kWidth, lane, attention);
@@ -157,7 +161,7 @@ __device__ __forceinline__ void consume(const Work& work, const Shared& shared, 
         // In the registers of the scores, which are spent: with others the compiler runs out of them.
         int slot = issue_pooling<kWidth>(work, shared, at, lane, attention, acc);
         at.skip(warpgroup == 0 ? work.gram_steps : work.steps, work.stages);
-        if (warpgroup == 0 || !last_turn) named_arrive(kTurn + 1 - warpgroup, 2 * kWarpgroup);
+        if (warpgroup != kLast || !last_turn) named_arrive(kTurn + next, 2 * kWarpgroup);
         if constexpr (kEpilogue == Epilogue::cosine_weights) {
           if (wanted) state.known.load(state.known.grad, work.grad_phi, work, rows, image);
         }
@@ -171,12 +175,12 @@ __device__ __forceinline__ void consume(const Work& work, const Shared& shared, 
     }
   }
   if constexpr (has_weights(kEpilogue)) {
-    if (work.temperature_sums) store_temperature_sum(work, shared, state.temperature_sum, warpgroup, lane);
+    if (work.temperature_sums) store_temperature_sum<kConsumers>(work, shared, state.temperature_sum, warpgroup, lane);
   }
 }
 
 template <int kWidth, bool kPacked, class T, Epilogue kEpilogue>
-__global__ void __launch_bounds__(kThreads, 1) score_kernel(
+__global__ void __launch_bounds__(threads_of(consumers_of(kEpilogue, kWidth)), 1) score_kernel(
     const __grid_constant__ TensorMap patches, const __grid_constant__ TensorMap texts,
     const __grid_constant__ TensorMap gram, const __grid_constant__ Work work) {
   if constexpr (kEpilogue == Epilogue::forward || kEpilogue == Epilogue::forward_safe) {
@@ -184,7 +188,8 @@ __global__ void __launch_bounds__(kThreads, 1) score_kernel(
     if (work.temperature_at && (*work.temperature_at < kPlainTemperature) != (kEpilogue == Epilogue::forward_safe))
       return;
   }
-  Shared shared = lay_out<kWidth, is_staged(kEpilogue)>(work);
+  constexpr int kConsumers = consumers_of(kEpilogue, kWidth);
+  Shared shared = lay_out<kWidth, kEpilogue>(work);
   Barriers& barriers = *shared.barriers;
   uint32_t block = work.cluster > 1 ? block_of_cluster() : 0;
   int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 32), 0);  // known to be the same in a warp
@@ -197,18 +202,18 @@ __global__ void __launch_bounds__(kThreads, 1) score_kernel(
       barrier_init(&barriers.empty[stage], 4 * work.cluster);  // the warps of the warpgroup whose tile it is
     }
     barrier_init(&barriers.texts_full, 1);
-    barrier_init(&barriers.texts_empty, 8);
+    barrier_init(&barriers.texts_empty, 4 * kConsumers);
     fence_barrier_init();
   }
   __syncthreads();
   cluster_sync();  // before anyone writes into another's memory
-  if (warp >= 8) {
-    give_registers<40>();
-    if (warp == 8 && threadIdx.x % 32 == 0)
+  if (warp >= 4 * kConsumers) {
+    give_registers<kConsumers == 3 ? 32 : 40>();
+    if (warp == 4 * kConsumers && threadIdx.x % 32 == 0)
       produce<kWidth, kEpilogue>(work, shared, patches, texts, gram, block);
     __syncwarp();
   } else {
-    take_registers<232>();
+    take_registers<kConsumers == 3 ? 160 : 232>();
     consume<kWidth, kPacked, T, kEpilogue>(work, shared, block, warp / 4);
   }
   cluster_sync();  // nor leave while another writes into ours

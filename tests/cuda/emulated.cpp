@@ -122,7 +122,7 @@ int emulated_score(const EmulatedCall* in) {
     Work work = make_work(call, plan);
     TensorMap patches = map_of(patch_box(call, plan)), texts = map_of(text_box(call));
     TensorMap gram = is_pooled(call.epilogue) ? map_of(gram_box(call, plan)) : patches;
-    emulator::launch(plan.clusters, plan.cluster, kThreads, plan.shared_bytes, in->seed, [&] {
+    emulator::launch(plan.clusters, plan.cluster, threads_of(plan.consumers), plan.shared_bytes, in->seed, [&] {
       if (in->half)
         run<__half>(plan, call.epilogue, patches, texts, gram, work);
       else
