@@ -92,9 +92,10 @@ def table(result: dict) -> str:
 
 def markdown(result: dict) -> str:
     """The table as the README shows it."""
-    settings = result["settings"]
+    settings, peak = result["settings"], result["peak"]
+    peak = f"{peak / 1e12:.0f} TFLOP/s" if peak >= 1e14 else f"{peak / 1e9:.0f} GFLOP/s"
     lines = [
-        f"**{settings['dtype']}, `{settings['form']}`** (peak {result['peak'] / 1e9:.0f} GFLOP/s)",
+        f"**{settings['dtype']}, `{settings['form']}`** (peak {peak})",
         "",
         "| | forward ms | forward / products | step ms | step / products | step of peak | vs best peer | extra MiB "
         "| error vs float64 |",
@@ -103,8 +104,8 @@ def markdown(result: dict) -> str:
     for row in result["rows"]:
         if row["reason"] is None:
             name = f"**{row['name']}**" if row["name"].startswith("fused") else row["name"]
-            cells = [_number(row["forward_ms"], 0, ".0f"), _number(row["forward_vs_products"], 0, ".2f")]
-            cells += [_number(row["step_ms"], 0, ".0f"), _number(row["step_vs_products"], 0, ".2f")]
+            cells = [_number(row["forward_ms"], 0), _number(row["forward_vs_products"], 0, ".2f")]
+            cells += [_number(row["step_ms"], 0), _number(row["step_vs_products"], 0, ".2f")]
             cells += [_number(row["step_share_of_peak"], 0, ".0%"), _number(row["step_vs_best_peer"], 0, ".2f")]
             cells += [_number(row["extra_memory_mib"], 0, ".0f"), _number(row["relative_error"], 0, ".0e")]
             lines.append("| " + " | ".join([name, *cells]) + " |")

@@ -70,7 +70,7 @@ def rows_of(batch: int, n: int, d: int, dtype, repeats: int):
                 yield kernel, label, cluster, milliseconds(run, repeats) * times, product
             except Exception as error:  # the others still count
                 print(f"{kernel} {name} {cluster}: {type(error).__name__}: {error}", flush=True)
-    cuda.CLUSTER, cuda.ATTENTION_IN_MEMORY = 0, False
+    cuda.CLUSTER, cuda.ATTENTION_IN_MEMORY = 0, None
 
 
 def main() -> None:

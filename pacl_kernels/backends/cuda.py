@@ -1,7 +1,7 @@
 """The two fused functions in CUDA C++ for Hopper (csrc/cuda), bfloat16 and float16; docs/cuda.md draws the kernel.
 
 Its launches take the place of the Triton backend's: φ and the weights of the `dot` form, and both for the `cosine` form
-with 97 to 256 patches (for others see ATTENTION_IN_MEMORY). Everything around them, the loss, the `max` form and
+with 97 patches or more (for fewer see ATTENTION_IN_MEMORY). Everything around them, the loss, the `max` form and
 `upsample_argmax` are the Triton backend's own.
 """
 
@@ -19,9 +19,9 @@ loss_forward, loss_backward, upsample_argmax = triton.loss_forward, triton.loss_
 # Blocks of a cluster, 0 for what csrc/cuda/plan.h says; benchmarks try others.
 CLUSTER = 0
 # Whether `cosine` with other than 97 to 256 patches has kernels of its own (`attention`, `pool` and `pool_weights` of
-# csrc/cuda/plan.h) or takes the Triton backend's. Not before they have run on a GPU: tests/test_gpu_cuda.py and
-# benchmarks/tune_cuda.py try both.
-ATTENTION_IN_MEMORY = False
+# csrc/cuda/plan.h) or takes the Triton backend's. None: with more, where they were measured and a step is 1.3 to 2.2
+# times as fast. Tests and benchmarks/tune_cuda.py try both.
+ATTENTION_IN_MEMORY: bool | None = None
 _PLAIN_TEMPERATURE = 0.05  # as kPlainTemperature in csrc/cuda/score.cuh
 
 
@@ -94,8 +94,12 @@ class Call(triton_call.Call):
             call = self._call("forward_safe" if safe else "forward", 0, self.b, 0, self.k, self.phi)
             self._launch(call, 0, self.b)
 
+    @property
+    def in_memory(self) -> bool:
+        return self.n > 256 if ATTENTION_IN_MEMORY is None else ATTENTION_IN_MEMORY
+
     def attention(self, b0, b1, k0, k1, attention, entropy_over=None) -> None:
-        if not ATTENTION_IN_MEMORY:
+        if not self.in_memory:
             super().attention(b0, b1, k0, k1, attention, entropy_over)
             return
         call = self._call("attention", b0, b1, k0, k1, entropy_over)
@@ -103,7 +107,7 @@ class Call(triton_call.Call):
         self._launch(call, b0, b1)
 
     def cosine_forward(self, b0, b1, k0, k1, attention, gram) -> None:
-        if not ATTENTION_IN_MEMORY:
+        if not self.in_memory:
             super().cosine_forward(b0, b1, k0, k1, attention, gram)
             return
         call = self._call("pool", b0, b1, k0, k1, self.phi)
@@ -117,7 +121,7 @@ class Call(triton_call.Call):
 
     def cosine_weights(self, b0, b1, k0, k1, attention, gram, grad_phi, w, curvature, needs_tau) -> Tensor | None:
         pooled = native().cuda_can_pool(self.n)
-        if not pooled and not ATTENTION_IN_MEMORY:
+        if not pooled and not self.in_memory:
             return super().cosine_weights(b0, b1, k0, k1, attention, gram, grad_phi, w, curvature, needs_tau)
         if not pooled:
             self.attention(b0, b1, k0, k1, attention)

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from ..reference import LARGEST_SCORE, MIN_NORM, MIN_POOLED_NORM
 
-_BLOCK = 2**21  # elements of one block of scores; about five such blocks are alive at a time
+# Elements of one block of scores; about five such blocks are alive at a time. A GPU needs larger ones: with those of a
+# CPU it spends its time on launches.
+_BLOCK, _GPU_BLOCK = 2**21, 2**24
 
 
 def why_not(device: torch.device | None = None, dtype: torch.dtype | None = None) -> str | None:
@@ -88,7 +90,7 @@ def score_backward(
         if grad_patches is not None:
             _project_out(patches_sum, p, inv_norm, into=grad_patches[images])
     if grad_texts is not None:
-        for rows in _split(len(texts), _BLOCK // max(1, texts.shape[1])):
+        for rows in _split(len(texts), _block(texts) // max(1, texts.shape[1])):
             t, inv_norm = _unit(texts[rows], phi.dtype)
             _project_out(texts_sum[rows], t, inv_norm, into=grad_texts[rows])
     if grad_temperature is not None:
@@ -103,7 +105,7 @@ def upsample_argmax(scores, rows, columns, scale, labels, best, entropy) -> None
     (classes, height, width), (size_h, size_w) = scores.shape[1:], labels.shape[1:]
     left, weight = columns[0].long(), columns[1]
     right = (left + (weight > 0)).clamp_max(width - 1)  # a pixel on an element reads only that, the next may be NaN
-    step = max(1, _BLOCK // (classes * size_w))
+    step = max(1, _block(labels) // (classes * size_w))
     for image in range(len(scores)):
         for first in range(0, size_h, step):
             band = slice(first, first + step)
@@ -124,6 +126,10 @@ def upsample_argmax(scores, rows, columns, scale, labels, best, entropy) -> None
                 entropy[image, band] = total.log() - (x * e).sum(0) / total
 
 
+def _block(x: Tensor) -> int:
+    return _GPU_BLOCK if x.is_cuda else _BLOCK
+
+
 def _split(size: int, step: int) -> list[slice]:
     step = max(1, step)
     return [slice(start, min(start + step, size)) for start in range(0, size, step)]
@@ -131,11 +137,11 @@ def _split(size: int, step: int) -> list[slice]:
 
 def _blocks(patches: Tensor, texts: Tensor):
     """Slices of images, each with its slices of texts, such that patches, scores and pooled patches have at most
-    `_BLOCK` elements (or one image and one text)."""
-    (b, n, d), k = patches.shape, len(texts)
-    columns = _split(k, _BLOCK // max(n, d))
-    widest = max(n * d, max(n, d) * min(k, _BLOCK // max(n, d)))
-    return [(images, columns) for images in _split(b, _BLOCK // max(1, widest))]
+    `_block` elements (or one image and one text)."""
+    (b, n, d), k, block = patches.shape, len(texts), _block(patches)
+    columns = _split(k, block // max(n, d))
+    widest = max(n * d, max(n, d) * min(k, block // max(n, d)))
+    return [(images, columns) for images in _split(b, block // max(1, widest))]
 
 
 def _masked(patches: Tensor, patch_mask: Tensor | None, images: slice) -> Tensor:
