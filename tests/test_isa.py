@@ -33,6 +33,12 @@ CASES = [
     Case(3, 50, 52, K=40),
     Case(4, 50, 48, layout="strided"),
     Case(4, 50, 48, layout="offset"),
+    # Whole units of D: where rows are read in place, or nearly so.
+    Case(13, 50, 64, layout="spaced"),
+    Case(13, 50, 128, layout="offset"),
+    Case(9, 50, 64, K=40, mask="random"),
+    Case(12, 32, 128, K=70),
+    Case(9, 50, 128, layout="expanded_last"),
     # Beyond one block of rows, of images with means, of texts, of units of D; an image of many tiles.
     Case(40, 50, 64, K=33),
     Case(70, 5, 66, K=40, tau=2.0),

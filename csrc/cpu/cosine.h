@@ -132,9 +132,9 @@ inline void split_tile(const Scratch& scratch, int64_t capacity, int64_t row, in
   const int64_t block = capacity * kPanel, at = row * kPanel;
   float* c = scratch.pooled + at;
   matrix_begin<kTall>(c, false);
-  matrix_add<kTall>(scratch.gram_low + at, block, scratch.attention_high, inner, [] {});
-  matrix_add<kTall>(scratch.gram_high + at, block, scratch.attention_low, inner, [] {});
-  matrix_add<kTall>(scratch.gram_high + at, block, scratch.attention_high, inner, [] {});
+  matrix_add<kTall>(scratch.gram_low + at, kPanel, block, scratch.attention_high, inner, [] {});
+  matrix_add<kTall>(scratch.gram_high + at, kPanel, block, scratch.attention_low, inner, [] {});
+  matrix_add<kTall>(scratch.gram_high + at, kPanel, block, scratch.attention_high, inner, [] {});
   matrix_end<kTall>(c);
 }
 #endif

@@ -40,10 +40,12 @@ void add_scores(const ScoreParams& p, int64_t first, const Rows& rows, int64_t b
 
 #if defined(PACL_MATRIX_UNIT)
 // The product and its softmax at the same time: while the matrix unit makes one tile of scores, the vector units sum up
-// the one before, a few rows after each step. For the dot form, |s / τ| bounded, and rows that fit one block of `inner`.
+// the one before, a few rows after each step. For the dot form, |s / τ| bounded, and rows that fit one block of `inner`;
+// they are `left_row` apart, their blocks of kPanel units `left_block`.
 template <class Op>
-void overlapped(const ScoreParams& p, int64_t first, const Rows& rows, int64_t count, const Texts& texts, int64_t panel,
-                int64_t columns, int64_t column, Ahead& ahead, Scratch& scratch) {
+void overlapped(const ScoreParams& p, int64_t first, const Rows& rows, const float* left, int64_t left_row,
+                int64_t left_block, int64_t count, const Texts& texts, int64_t panel, int64_t columns, int64_t column,
+                Ahead& ahead, Scratch& scratch) {
   constexpr int64_t kTall = 2 * kMatrixRows;
   const int64_t inner = dim_inner<Op>(p), steps = inner / kMatrixUnits;
   const float* right = texts.transposed + panel * dim_units<Op>(p) * kPanel;
@@ -67,12 +69,12 @@ void overlapped(const ScoreParams& p, int64_t first, const Rows& rows, int64_t c
     if (row < count) {
       matrix_begin<2>(nullptr, false);
       if (waiting >= 0)
-        matrix_add<2>(rows.units + row * kPanel, rows.capacity * kPanel, right, inner, [&] {
+        matrix_add<2>(left + row * left_row, left_row, left_block, right, inner, [&] {
           ahead.fetch(lines);
           add_rows(rows_per_step);
         });
       else
-        matrix_add<2>(rows.units + row * kPanel, rows.capacity * kPanel, right, inner, [&] { ahead.fetch(lines); });
+        matrix_add<2>(left + row * left_row, left_row, left_block, right, inner, [&] { ahead.fetch(lines); });
       matrix_end<2>(scratch.scores + row * kPanel);
     }
     if (waiting >= 0) {
@@ -91,6 +93,23 @@ void overlapped(const ScoreParams& p, int64_t first, const Rows& rows, int64_t c
       add_scores<Op>(p, first, rows, row, least(row + kTall, count), texts, panel, columns, column, scratch);
   }
 }
+
+// Rows [row, row + count) where the caller has them, if whole tiles of them may be read there; otherwise null.
+template <class Op>
+const float* rows_in_place(const ScoreParams& p, int64_t row, int64_t count, Rows& rows) {
+  constexpr int64_t kTall = 2 * kMatrixRows;
+  if (p.mask || p.patch_stride_dim != 1 || p.dim != Op::kPair * dim_units<Op>(p) || p.patch_stride_row % Op::kPair ||
+      p.patch_stride_image != p.patches_per_image * p.patch_stride_row ||
+      row + round_up(count, kTall) > p.images * p.patches_per_image)
+    return nullptr;
+  const int64_t stride = p.patch_stride_row / Op::kPair;
+  const float* left = (const float*)((const char*)p.patches + row * stride * 4);
+  for (int64_t r = 0; r < count; ++r) {
+    rows.image[r] = (int32_t)((row + r) / p.patches_per_image);
+    rows.inv_norm[r] = inverse_norm<Op>(left + r * stride, dim_units<Op>(p));
+  }
+  return left;
+}
 #endif
 
 template <class Op>
@@ -108,7 +127,12 @@ void forward(const ScoreParams& p, const int64_t* row_start, int64_t first, int6
   }
   for (int64_t row = row_start[first]; row < row_start[last]; row += rows.capacity) {
     const int64_t count = least(rows.capacity, row_start[last] - row);
-    pack_rows<Op>(p, row_start, row, row + count, rows, 0, scratch.row);
+    const float* in_place = nullptr;
+#if defined(PACL_MATRIX_UNIT)
+    const bool overlaps = Op::kMatrix && !cosine && bounded && inner <= Op::kInnerBlock;
+    if (overlaps) in_place = rows_in_place<Op>(p, row, count, rows);
+#endif
+    if (!in_place) pack_rows<Op>(p, row_start, row, row + count, rows, 0, scratch.row);
     const int64_t following = row + count < row_start[last] ? row + count : row_start[least(next, p.images)];
     Ahead ahead =
         ahead_of_rows(p, row_start, following, rows.capacity, product_steps<Op>(panel_last - panel_first, count, inner));
@@ -120,8 +144,13 @@ void forward(const ScoreParams& p, const int64_t* row_start, int64_t first, int6
     for (int64_t panel = panel_first; panel < panel_last; ++panel) {
       const int64_t column = (panel - panel_first) * kPanel;
 #if defined(PACL_MATRIX_UNIT)
-      if (Op::kMatrix && !cosine && bounded && inner <= Op::kInnerBlock) {
-        overlapped<Op>(p, first, rows, count, texts, panel, columns, column, ahead, scratch);
+      if (overlaps) {
+        if (in_place)
+          overlapped<Op>(p, first, rows, in_place, p.patch_stride_row / Op::kPair, kPanel, count, texts, panel, columns,
+                         column, ahead, scratch);
+        else
+          overlapped<Op>(p, first, rows, rows.units, kPanel, rows.capacity * kPanel, count, texts, panel, columns,
+                         column, ahead, scratch);
         continue;
       }
 #endif

@@ -133,20 +133,22 @@ inline void matrix_begin(const float* c, bool add) {
   }
 }
 
-// Over `inner` units, a multiple of 16; panels as in `tile`. aside() is called once for each 16.
+// Over `inner` units, a multiple of 16; panels as in `tile`, but for rows of the left operand `left_row` apart. aside() is
+// called once for each 16.
 template <int kTall, class Aside>
-inline void matrix_add(const float* left, int64_t left_block, const float* right, int64_t inner, Aside aside) {
-  constexpr int64_t kHalf = kMatrixUnits, kBelow = kMatrixRows * kPanel;
+inline void matrix_add(const float* left, int64_t left_row, int64_t left_block, const float* right, int64_t inner,
+                       Aside aside) {
+  constexpr int64_t kHalf = kMatrixUnits;
   for (int64_t j = 0; j < inner; j += kMatrixUnits, right += kMatrixUnits * kPanel) {
     const float* block = left + j / kPanel * left_block + j % kPanel;
-    matrix_stream<4>(block, kPanel);
+    matrix_stream<4>(block, left_row);
     matrix_load<6>(right, kPanel);
     aside();
     matrix_multiply_add<0, 4, 6>();
     matrix_load<7>(right + kHalf, kPanel);
     matrix_multiply_add<1, 4, 7>();
     if constexpr (kTall == 2) {
-      matrix_stream<5>(block + kBelow, kPanel);
+      matrix_stream<5>(block + kMatrixRows * left_row, left_row);
       matrix_multiply_add<2, 5, 6>();
       matrix_multiply_add<3, 5, 7>();
     }
@@ -168,7 +170,7 @@ template <int kTall, class Aside>
 inline void matrix_tile(const float* left, int64_t left_block, const float* right, float* c, int64_t inner, bool add,
                         Aside aside) {
   matrix_begin<kTall>(c, add);
-  matrix_add<kTall>(left, left_block, right, inner, aside);
+  matrix_add<kTall>(left, kPanel, left_block, right, inner, aside);
   matrix_end<kTall>(c);
 }
 
