@@ -234,7 +234,7 @@ def machine_peak(args) -> float | None:
 
 def measure(args) -> Iterator[dict]:
     """The result after each round of timed runs, which is what --json writes: a run that is cut off keeps the last."""
-    functions, clock = losses(args), Clock(args.torch_device)
+    functions, clock, machine = losses(args), Clock(args.torch_device), report.machine(args.torch_device, _native)
     rows = {name: {"reason": why_not(name, args)} for name in functions} | {PRODUCTS: {"reason": None}}
     for name in functions:
         if rows[name]["reason"] is None:
@@ -276,13 +276,13 @@ def measure(args) -> Iterator[dict]:
                 samples[name].append(clock.read())
                 if name not in counts:
                     counts[name] = min(args.repeats, max(3, int(1e3 * SECONDS / samples[name][0][1])))
-        yield result(rows, samples, peaks, args)
+        yield result(machine, rows, samples, peaks, args)
     _note("")
     if args.profile:
         write_profile(args, runs)
 
 
-def result(rows: dict, samples: dict, peaks: list, args) -> dict:
+def result(machine: dict, rows: dict, samples: dict, peaks: list, args) -> dict:
     rows = {name: dict(row) for name, row in rows.items()}
     for name, pairs in samples.items():
         rows[name]["runs"] = len(pairs)
@@ -290,7 +290,7 @@ def result(rows: dict, samples: dict, peaks: list, args) -> dict:
             rows[name][f"{part}_ms"], rows[name][f"{part}_spread"] = statistics.median(values), _p20_p80(values)
     peak = None if None in peaks else statistics.median(peaks)
     return {
-        "machine": report.machine(args.torch_device, _native),
+        "machine": machine,
         "settings": {key: value for key, value in vars(args).items() if not key.startswith("torch_")},
         "unit": unit(args),
         "units": units(args),

@@ -98,14 +98,15 @@ void overlapped(const ScoreParams& p, int64_t first, const Rows& rows, const flo
 template <class Op>
 const float* rows_in_place(const ScoreParams& p, int64_t row, int64_t count, Rows& rows) {
   constexpr int64_t kTall = 2 * kMatrixRows;
-  if (p.mask || p.patch_stride_dim != 1 || p.dim != Op::kPair * dim_units<Op>(p) || p.patch_stride_row % Op::kPair ||
-      p.patch_stride_image != p.patches_per_image * p.patch_stride_row ||
+  if (p.mask || !rows_are_even(p) || p.dim != Op::kPair * dim_units<Op>(p) || p.patch_stride_row % Op::kPair ||
       row + round_up(count, kTall) > p.images * p.patches_per_image)
     return nullptr;
   const int64_t stride = p.patch_stride_row / Op::kPair;
   const float* left = (const float*)((const char*)p.patches + row * stride * 4);
-  for (int64_t r = 0; r < count; ++r) {
-    rows.image[r] = (int32_t)((row + r) / p.patches_per_image);
+  int64_t image = row / p.patches_per_image, n = row - image * p.patches_per_image;
+  for (int64_t r = 0; r < count; ++r, ++n) {
+    if (n == p.patches_per_image) ++image, n = 0;
+    rows.image[r] = (int32_t)image;
     rows.inv_norm[r] = inverse_norm<Op>(left + r * stride, dim_units<Op>(p));
   }
   return left;
@@ -131,6 +132,9 @@ void forward(const ScoreParams& p, const int64_t* row_start, int64_t first, int6
 #if defined(PACL_MATRIX_UNIT)
     const bool overlaps = Op::kMatrix && !cosine && bounded && inner <= Op::kInnerBlock;
     if (overlaps) in_place = rows_in_place<Op>(p, row, count, rows);
+    const float* left = in_place ? in_place : rows.units;
+    const int64_t left_row = in_place ? p.patch_stride_row / Op::kPair : kPanel;
+    const int64_t left_block = in_place ? kPanel : rows.capacity * kPanel;
 #endif
     if (!in_place) pack_rows<Op>(p, row_start, row, row + count, rows, 0, scratch.row);
     const int64_t following = row + count < row_start[last] ? row + count : row_start[least(next, p.images)];
@@ -145,12 +149,7 @@ void forward(const ScoreParams& p, const int64_t* row_start, int64_t first, int6
       const int64_t column = (panel - panel_first) * kPanel;
 #if defined(PACL_MATRIX_UNIT)
       if (overlaps) {
-        if (in_place)
-          overlapped<Op>(p, first, rows, in_place, p.patch_stride_row / Op::kPair, kPanel, count, texts, panel, columns,
-                         column, ahead, scratch);
-        else
-          overlapped<Op>(p, first, rows, rows.units, kPanel, rows.capacity * kPanel, count, texts, panel, columns,
-                         column, ahead, scratch);
+        overlapped<Op>(p, first, rows, left, left_row, left_block, count, texts, panel, columns, column, ahead, scratch);
         continue;
       }
 #endif

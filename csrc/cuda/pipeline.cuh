@@ -42,14 +42,14 @@ struct Shared {
 
 template <int kWidth, Epilogue kEpilogue>
 __device__ __forceinline__ Shared lay_out(const Work& work) {
-  constexpr int kConsumers = consumers_of(kEpilogue, kWidth), kBarriers = 256;
-  static_assert(sizeof(Barriers) <= kBarriers);
+  constexpr int kConsumers = consumers_of(kEpilogue, kWidth);
+  static_assert(sizeof(Barriers) <= kBarrierBytes);
   uint8_t* base = shared_memory();
   if (shared_address(base) & 1023) trap();  // the swizzle is a function of address bits 7 to 9
   Shared shared;
   shared.barriers = reinterpret_cast<Barriers*>(base);
-  shared.columns = reinterpret_cast<float*>(base + kBarriers);
-  shared.staged = base + kBarriers + kConsumers * kMaxWidth * 4;
+  shared.columns = reinterpret_cast<float*>(base + kBarrierBytes);
+  shared.staged = base + kBarrierBytes + kConsumers * kMaxWidth * 4;
   shared.texts = base + fixed_bytes(kConsumers, is_staged(kEpilogue));
   shared.ring = shared.texts + (work.resident ? work.steps * kTextStepBytes : 0);
   shared.stage_bytes = kWidth * kStep * 2 + (work.resident ? 0 : kTextStepBytes);

@@ -27,6 +27,7 @@ inline constexpr int kStep = 64;  // along D: 128 bytes, what the swizzle of sha
 inline constexpr int kMaxWidth = 256;
 inline constexpr int kMaxStages = 8;
 inline constexpr int kSharedBytes = 227 * 1024;  // of a block on Hopper
+inline constexpr int kBarrierBytes = 256;  // room for Barriers in pipeline.cuh
 inline constexpr int kTextStepBytes = kTileTexts * kStep * 2;
 // On the way from registers to memory: 16 rows of a warp by 64 columns of 16 bits. A row's 16 bytes more than its columns
 // keep eight rows out of each other's banks.
@@ -83,9 +84,8 @@ inline int stage_bytes(const Plan& plan) {
 
 // Bytes of what comes before texts and ring in shared memory, at places that the kernel knows when it is compiled.
 constexpr int fixed_bytes(int consumers, bool staged) {
-  int barriers = 256;                                                          // at most
-  int of_consumers = kMaxWidth * 4 + (staged ? 4 * kStagedBytes : 0);  // columns of a warpgroup, and a part for each warp
-  return static_cast<int>(ceil_div(barriers + consumers * of_consumers, 1024) * 1024);
+  int of_consumer = kMaxWidth * 4 + (staged ? 4 * kStagedBytes : 0);  // columns of a warpgroup, and a part for each warp
+  return static_cast<int>(ceil_div(kBarrierBytes + consumers * of_consumer, 1024) * 1024);
 }
 
 inline int shared_bytes(const Plan& plan, int stages) {

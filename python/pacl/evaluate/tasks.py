@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 import tyro
 from torch import nn
 
@@ -37,6 +38,9 @@ class ModelConfig:
     """Folder for JSON files and plots."""
     device: str = "auto"
     """auto, cpu, cuda, ..."""
+
+    def group(self) -> dist.ProcessGroup | None:
+        return process_group(choose_device(self.device))
 
     def load(self) -> tuple[Towers, nn.Module | None]:
         return load_model(self.checkpoint, self.model, self.pretrained, choose_device(self.device))
@@ -79,7 +83,7 @@ def _retrieval(argv: Sequence[str], prog: str) -> int:
     names = ("image_root", "csv_separator", "csv_img_key", "csv_caption_key", "scenes")
     options = {name: getattr(config, name) for name in names} | {"kind": config.dataset_type}
     data = open_pairs(config.data, **options)  # what is wrong with it is said before the model loads
-    group = process_group(choose_device(config.device))
+    group = config.group()
     data.rank, data.world = place_in(group)
     towers, embedder = config.load()
     scorers = [Scorer(towers, embedder)] + ([Scorer(towers, plain=True)] if config.plain else [])
@@ -138,7 +142,7 @@ def _alignment(argv: Sequence[str], prog: str) -> int:
 
     config = tyro.cli(AlignmentConfig, args=list(argv), prog=prog)
     sentences, data = templates(config.templates), config.read()
-    group = process_group(choose_device(config.device))
+    group = config.group()
     towers, embedder = config.load()
     texts = class_texts(towers, [", ".join(names) for names in data.synonyms], sentences)
     rank, first, shown = place_in(group)[0], int(data.spec.background), {}
@@ -184,7 +188,7 @@ def _coherence(argv: Sequence[str], prog: str) -> int:
         if getattr(config, name) < least:
             raise ValueError(f"{name}: got {getattr(config, name)}, expected at least {least}")
     data, shown = config.read(), {}
-    group = process_group(choose_device(config.device))
+    group = config.group()
     rank, (towers, embedder) = place_in(group)[0], config.load()
     for name, embed in {"vision": nn.Identity(), **({"embedder": embedder} if embedder else {})}.items():
         segmenter = Segmenter(towers, embed, short_side=config.short_side)
@@ -256,7 +260,7 @@ def _classification(argv: Sequence[str], prog: str) -> int:
     data = Labelled(config.dataset, config.data_root, **options)
     sentences = data.templates if config.templates is None else templates(config.templates)
     sentences = sentences or TEMPLATES["simple"]
-    group = process_group(choose_device(config.device))
+    group = config.group()
     rank, _ = place_in(group)
     towers, embedder = config.load()
     data.transform = towers.transform
