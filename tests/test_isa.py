@@ -45,6 +45,11 @@ CASES = [
     Case(3, 20, 64, K=1100),
     Case(2, 40, 1100, K=33),
     Case(2, 333, 70, K=40),
+    # The patch that takes all the attention: s - φ is exactly 0, and τ would divide anything else.
+    Case(8, 1, 7, K=16, tau=1e-4),
+    Case(8, 1, 7, tau=1e-6),
+    Case(4, 9, 70, K=6, tau=1e-12),
+    Case(3, 50, 130, K=5, tau=1.2e-38, mask="random"),  # the smallest that is not subnormal
 ]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -100,7 +100,7 @@ inline void enlarge(const UpsampleParams& p, int64_t image, int64_t row, int64_t
         const I index = load(column) - column[0];
         for (int64_t c = 0; c < classes; ++c, from += length, to += kLanes) {
           const V left = permute(load(from), index), right = permute(load(from + 1), index);
-          store(to, choose(exact, left, left + weight * (right - left)));
+          store(to, choose(exact, left, fma(weight, right - left, left)));
         }
         continue;
       }
@@ -110,7 +110,7 @@ inline void enlarge(const UpsampleParams& p, int64_t image, int64_t row, int64_t
           left[i] = tile.source[c * length + column[i]];
           right[i] = tile.source[c * length + column[i] + 1];
         }
-        store(to, choose(exact, left, left + weight * (right - left)));
+        store(to, choose(exact, left, fma(weight, right - left, left)));
       }
     }
   }
@@ -156,14 +156,15 @@ inline void find_best(const float* top, const float* bottom, const int32_t* clas
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
         y[r] = broadcast(weight[r]);
-        most[r] = kNan ? choose(y[r] == broadcast(0.0f), a, a + y[r] * step) : a + y[r] * step;
+        const V s = fma(y[r], step, a);
+        most[r] = kNan ? choose(y[r] == broadcast(0.0f), a, s) : s;
         winner[r] = number;
       }
       continue;
     }
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-      const V s = kNan ? choose(y[r] == broadcast(0.0f), a, a + y[r] * step) : a + y[r] * step;
+      const V between = fma(y[r], step, a), s = kNan ? choose(y[r] == broadcast(0.0f), a, between) : between;
       // The first of equals stays; a NaN wins, and nothing replaces it.
       const I stays = kNan ? (s <= most[r]) | (most[r] != most[r]) : s <= most[r];
       most[r] = choose(stays, most[r], s);
@@ -186,12 +187,12 @@ inline void find_entropy(const float* top, const float* bottom, int64_t classes,
       const V a = load(top + c * kLanes), step = load(bottom + c * kLanes) - a;
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
-        const V s = weight[r] == 0 ? a : a + weight[r] * step;
+        const V s = weight[r] == 0 ? a : fma(step, weight[r], a);
         V x = (s - best[r]) * (scale * kLog2e);
         x = choose(x < broadcast(-125.0f), broadcast(-125.0f), x);
         const V e = exp2<false>(x);
         part[r] += e;
-        weighted_part[r] += x * e;
+        weighted_part[r] = fma(x, e, weighted_part[r]);
       }
     }
 #pragma GCC unroll 8

@@ -182,7 +182,7 @@ inline V pooled_norm_squared(const Scratch& scratch, int64_t count, int v) {
     V part{};
     for (int64_t r = begin; r < least(begin + kSumRows, count); ++r) {
       const int64_t i = r * kPanel + v * kLanes;
-      part += load(scratch.attention + i) * load(scratch.pooled + i);
+      part = fma(load(scratch.attention + i), load(scratch.pooled + i), part);
     }
     squared += part;
   }
@@ -197,7 +197,7 @@ inline bool cancels(const Scratch& scratch, const float* inv_norm, int64_t count
     V incoherent{};
     for (int64_t r = 0; r < count; ++r) {
       const V e = load(scratch.attention + r * kPanel + v * kLanes);
-      incoherent += inv_norm[r] > 0 ? e * e : V{};
+      incoherent = inv_norm[r] > 0 ? fma(e, e, incoherent) : incoherent;
     }
     const I below = squared[v] < incoherent * 0.25f;
     for (int i = 0; i < kLanes; ++i) any |= below[i] != 0;
@@ -231,7 +231,7 @@ void set_direction(const ScoreParams& p, const Texts& texts, int64_t panel, cons
       const int64_t i = d * kPanel + v * kLanes;
       V t = element<Op>(load(text + d / Op::kPair * kPanel + v * kLanes), d % Op::kPair);
       t *= load(texts.inv_norm + panel * kPanel + v * kLanes);
-      store(scratch.direction + i, slope ? t - slope[v] * load(scratch.pool + i) : t);
+      store(scratch.direction + i, slope ? fma(-slope[v], load(scratch.pool + i), t) : t);
     }
 }
 
@@ -331,7 +331,7 @@ void cosine_of_pooled(const ScoreParams& p, const Rows& rows, int64_t count, con
     gram_product<Op, true>(scratch, rows.capacity, count);
     for (int v = 0; v < 2; ++v) {
       along[v] =
-          is_bounded(p) ? sums.weighted[v] * (kLn2 * p.temperature) : sums.largest[v] * sums.sum[v] + sums.weighted[v];
+          is_bounded(p) ? sums.weighted[v] * (kLn2 * p.temperature) : fma(sums.largest[v], sums.sum[v], sums.weighted[v]);
       squared[v] = pooled_norm_squared(scratch, count, v);
     }
   }
@@ -400,11 +400,11 @@ inline void attend(Scratch& scratch, const float* inv_norm, int64_t count, const
       for (int64_t r = begin; r < least(begin + kSumRows, count); ++r) {
         const int64_t i = r * kPanel + v * kLanes;
         const V s = load(scratch.scores + i) * (norm * inv_norm[r]), z = kBounded ? s : s - largest;
-        const V e = exp2<!kBounded>(z * scale);
+        const V e = exp2<!kBounded>(z, scale);
         store(scratch.scores + i, s);
         store(scratch.attention + i, e);
         part += e;
-        part_weighted += e * z;
+        part_weighted = fma(e, z, part_weighted);
       }
       sums.sum[v] += part;
       sums.weighted[v] += part_weighted;
@@ -433,7 +433,7 @@ inline void subtract_pool(const ScoreParams& p, const Rows& rows, int64_t first,
     product<Float32>(scratch.scaled, 0, count, scratch.attention_t, kPanel, scratch.pooled, false);
     float* to = sums.panels + (panel * sums.capacity + first) * kPanel;
     for (int64_t i = 0; i < count * kPanel; i += kLanes)
-      store(to + i, load(to + i) - load(scratch.pooled + i) * rows.inv_norm[first + i / kPanel]);
+      store(to + i, fma(load(scratch.pooled + i), -rows.inv_norm[first + i / kPanel], load(to + i)));
   }
 }
 
@@ -445,9 +445,9 @@ inline void recentre(Scratch& scratch, int64_t count, const Softmax& sums, const
     V mean{};
     for (int64_t r = 0; r < count; ++r) {
       const int64_t i = r * kPanel + v * kLanes;
-      const V q = load(scratch.pooled + i), x = (given ? q : load(scratch.scores + i) - slope[v] * q) - centre[v];
+      const V q = load(scratch.pooled + i), x = (given ? q : fma(-slope[v], q, load(scratch.scores + i))) - centre[v];
       store(scratch.pooled + i, x);
-      mean += load(scratch.attention + i) * x;
+      mean = fma(load(scratch.attention + i), x, mean);
     }
     mean /= sums.sum[v];
     for (int64_t r = 0; r < count; ++r) {
@@ -467,9 +467,9 @@ inline float cosine_weights(Scratch& scratch, const float* inv_norm, int64_t cou
   for (int64_t r = 0; r < count; ++r) {
     const int64_t i = r * kPanel + v * kLanes;
     const V s = load(scratch.scores + i), e = load(scratch.attention + i), q = load(scratch.pooled + i);
-    const V centred = kReady ? q : s - centre - slope * q;
-    total += e * centred * (s - largest - along);
-    store(scratch.scores + i, (e * (alpha + beta * centred) * norm - mean) * inv_norm[r]);
+    const V centred = kReady ? q : fma(-slope, q, s - centre);
+    total = fma(e * centred, s - largest - along, total);
+    store(scratch.scores + i, fma(e * fma(beta, centred, alpha), norm, -mean) * inv_norm[r]);
     store(scratch.scaled + i, e * outer_scale);
   }
   return sum(total * alpha);

@@ -105,9 +105,10 @@ inline float dot_weights(const float* inv_norm, int64_t count, const float* text
     for (int64_t r = 0; r < count; ++r) {
       float* at = scores + r * kPanel + v * kLanes;
       const V inv = norm * inv_norm[r], s = load(at) * inv, centred = s - phi.half[v];
-      const V e = exp2<!kBounded>(kBounded ? s * scale : centred * scale - shift);
-      if (kSum) along += e * centred * centred;
-      store(at, kMean ? (e * (g + beta * centred) * norm - mean[v]) * inv_norm[r] : e * (g + beta * centred) * inv);
+      const V e = kBounded ? exp2<false>(s, scale) : exp2<true>(fma(centred, scale, -shift));
+      if (kSum) along = fma(e * centred, centred, along);
+      const V gradient = e * fma(beta, centred, g);
+      store(at, kMean ? fma(gradient, norm, -mean[v]) * inv_norm[r] : gradient * inv);
     }
     if (kSum) total += sum(along * g);
   }

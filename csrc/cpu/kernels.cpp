@@ -63,7 +63,7 @@ void overlapped(const ScoreParams& p, int64_t first, const Rows& rows, const flo
         for (int v = 0; v < 2; ++v) {
           const V z = load(scratch.scores + r * kPanel + v * kLanes) * (norm[v] * rows.inv_norm[r]), e = exp2<false>(z);
           sum[v] += e;
-          weighted[v] += z * e;
+          weighted[v] = fma(z, e, weighted[v]);
         }
     };
     if (row < count) {
@@ -214,7 +214,7 @@ void sum_rows([[maybe_unused]] const ScoreParams& p, [[maybe_unused]] Rows& rows
     V sum[2]{};
     for (int64_t r = rows.image_begin[i]; r < rows.image_begin[i + 1]; ++r)
       for (int v = 0; v < 2; ++v)
-        sum[v] += load_dims<Op>(dims_at<Op>(rows.units, rows.capacity, r, d), v) * rows.inv_norm[r];
+        sum[v] = fma(load_dims<Op>(dims_at<Op>(rows.units, rows.capacity, r, d), v), rows.inv_norm[r], sum[v]);
     for (int v = 0; v < 2; ++v) {
       const V high = from_bfloat16(round_to_bfloat16(sum[v]));
       store(to + v * kLanes, interleave_bfloat16(high, sum[v] - high));

@@ -85,7 +85,7 @@ inline void add_rows(const float* const* rows, const float* weights, int64_t cou
     for (int64_t i = 0; i < count; ++i) {
       const float* row = rows[i] + d;
 #pragma GCC unroll 16
-      for (int j = 0; j < kSums; ++j) part[j] += load(row + j * kLanes) * weights[i];
+      for (int j = 0; j < kSums; ++j) part[j] = fma(load(row + j * kLanes), weights[i], part[j]);
     }
 #pragma GCC unroll 16
     for (int j = 0; j < kSums; ++j) {
@@ -95,7 +95,7 @@ inline void add_rows(const float* const* rows, const float* weights, int64_t cou
   }
   for (; d < dims; d += kLanes) {
     V part{};
-    for (int64_t i = 0; i < count; ++i) part += load(rows[i] + d) * weights[i];
+    for (int64_t i = 0; i < count; ++i) part = fma(load(rows[i] + d), weights[i], part);
     store(sum + d, add ? load(sum + d) + part : part);
   }
 }

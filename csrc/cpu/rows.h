@@ -99,11 +99,11 @@ float inverse_norm(const float* units, int64_t padded) {
   for (int64_t i = 0; i < padded; i += kLanes) {
     V x = load(units + i);
     if (Op::kPair == 1) {
-      even += x * x;
+      even = fma(x, x, even);
     } else {
       V low = from_bits(bits(x) << 16), high = from_bits(bits(x) & (int32_t)0xFFFF0000);
-      even += low * low;
-      odd += high * high;
+      even = fma(low, low, even);
+      odd = fma(high, high, odd);
     }
   }
   float squared = sum(even + odd);
@@ -231,19 +231,19 @@ void finish_row(const float* sums, int64_t sums_capacity, const float* units, in
   const float inv_squared = inv_norm * inv_norm;
   const auto sum_of = [&](int64_t d, int v) {
     const V x = load(dims_at<Float32>(sums, sums_capacity, 0, d) + v * kLanes);
-    return kMean ? x + load(dims_at<Float32>(mean, kMeansCapacity, 0, d) + v * kLanes) * inv_norm : x;
+    return kMean ? fma(load(dims_at<Float32>(mean, kMeansCapacity, 0, d) + v * kLanes), inv_norm, x) : x;
   };
   V dot[2]{}, rest[2]{};
   for (int64_t d = 0; d < dims; d += kPanel) {
     const float* x = dims_at<Op>(units, capacity, row, d);
-    for (int v = 0; v < 2; ++v) dot[v] += load_dims<Op>(x, v) * sum_of(d, v);
+    for (int v = 0; v < 2; ++v) dot[v] = fma(load_dims<Op>(x, v), sum_of(d, v), dot[v]);
   }
   const float along = sum(dot[0] + dot[1]) * inv_squared;
   for (int64_t d = 0; d < dims; d += kPanel) {
     const float* x = dims_at<Op>(units, capacity, row, d);
     for (int v = 0; v < 2; ++v) {
-      const V result = sum_of(d, v) - load_dims<Op>(x, v) * along;
-      rest[v] += result * load_dims<Op>(x, v);
+      const V result = fma(load_dims<Op>(x, v), -along, sum_of(d, v));
+      rest[v] = fma(result, load_dims<Op>(x, v), rest[v]);
       store(buffer + d + v * kLanes, result);
     }
   }
@@ -252,7 +252,7 @@ void finish_row(const float* sums, int64_t sums_capacity, const float* units, in
   for (int64_t d = 0; d < dims; d += kPanel) {
     const float* x = dims_at<Op>(units, capacity, row, d);
     for (int v = 0; v < 2; ++v) {
-      const V result = load(buffer + d + v * kLanes) - load_dims<Op>(x, v) * remainder;
+      const V result = fma(load_dims<Op>(x, v), -remainder, load(buffer + d + v * kLanes));
 #if defined(PACL_PAIRS)
       if (Op::kPair == 2) {
         const H half = round_to_bfloat16(result);

@@ -6,6 +6,8 @@
 #include <cstring>
 #if defined(__SSE2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace {
@@ -54,6 +56,22 @@ inline void finish_copies() {
 }
 
 inline V broadcast(float x) { return x - V{}; }  // V{} + x would keep an addition: -0.0 + 0.0 is not -0.0
+
+// a b + c, rounded once where the processor can. The compiler fuses nothing by itself (-ffp-contract=off): fused into a
+// difference, a product leaves its own rounding error where 0 is right, and the temperature divides that.
+inline V fma(V a, V b, V c) {
+#if defined(__AVX512F__)
+  return (V)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__) && !defined(PACL_EMULATE_AMX)
+  return (V)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+  return (V)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+  return a * b + c;
+#endif
+}
+inline V fma(V a, float b, V c) { return fma(a, broadcast(b), c); }
+inline V fma(V a, float b, float c) { return fma(a, broadcast(b), broadcast(c)); }
 inline I bits(V v) {
   I i;
   memcpy(&i, &v, sizeof i);
@@ -76,22 +94,33 @@ inline float sum(V v) {
 #endif
 }
 
-// 2^x for x < 127, relative error below 1e-7; NaN stays NaN. Without kClamp x must be above -126, with it smaller x
-// give about 1e-38.
+// 2^(x scale) for x scale < 127, relative error below 1e-7; NaN stays NaN. Without kClamp x scale must be above -126.
+// With it, what is below -126.5 gives 0: it may be multiplied by 1 / τ, which makes a mere small number large again.
 template <bool kClamp>
-inline V exp2(V x) {
+inline V exp2(V x, float scale) {
   // Adding 1.5 * 2^23 rounds to an integer in the low mantissa bits; 127 more make those bits an exponent.
   constexpr float kRound = 12582912.0f + 127.0f;
-  if (kClamp) x = select(x < broadcast(-126.0f), broadcast(-126.0f), x);
-  const V shifted = x + kRound;
-  const V f = x - (shifted - kRound);
-  V p = f * 1.5345811977e-4f + 1.3399931386e-3f;  // minimax in relative error on [-1/2, 1/2]
-  p = p * f + 9.6184889587e-3f;
-  p = p * f + 5.5503287766e-2f;
-  p = p * f + 2.4022646891e-1f;
-  p = p * f + 6.9314720574e-1f;
-  p = p * f + 1.0f;
+  V shifted, f;
+  if (kClamp) {
+    x *= scale;
+    x = select(x < broadcast(-127.0f), broadcast(-127.0f), x);
+    shifted = x + kRound;
+    f = x - (shifted - kRound);
+  } else {
+    shifted = fma(x, broadcast(scale), broadcast(kRound));
+    f = fma(x, broadcast(scale), kRound - shifted);
+  }
+  V p = fma(f, 1.5345811977e-4f, 1.3399931386e-3f);  // minimax in relative error on [-1/2, 1/2]
+  p = fma(p, f, broadcast(9.6184889587e-3f));
+  p = fma(p, f, broadcast(5.5503287766e-2f));
+  p = fma(p, f, broadcast(2.4022646891e-1f));
+  p = fma(p, f, broadcast(6.9314720574e-1f));
+  p = fma(p, f, broadcast(1.0f));
   return p * from_bits(bits(shifted) << 23);  // a product, not a sum of exponents: NaN times anything is NaN
+}
+template <bool kClamp>
+inline V exp2(V x) {
+  return exp2<kClamp>(x, 1.0f);
 }
 
 // Natural logarithm of positive, normal x (Cephes' logf), relative error about 1e-7.
@@ -99,14 +128,14 @@ inline V logarithm(V x) {
   I exponent = ((bits(x) - 0x3F3504F3) >> 23);  // so that the mantissa lies in [sqrt(1/2), sqrt(2))
   V f = from_bits(bits(x) - (exponent << 23)) - 1.0f;
   V n = __builtin_convertvector(exponent, V);
-  V p = f * 7.0376836292e-2f - 1.1514610310e-1f;
-  p = p * f + 1.1676998740e-1f;
-  p = p * f - 1.2420140846e-1f;
-  p = p * f + 1.4249322787e-1f;
-  p = p * f - 1.6668057665e-1f;
-  p = p * f + 2.0000714765e-1f;
-  p = p * f - 2.4999993993e-1f;
-  p = p * f + 3.3333331174e-1f;
+  V p = fma(f, 7.0376836292e-2f, -1.1514610310e-1f);
+  p = fma(p, f, broadcast(1.1676998740e-1f));
+  p = fma(p, f, broadcast(-1.2420140846e-1f));
+  p = fma(p, f, broadcast(1.4249322787e-1f));
+  p = fma(p, f, broadcast(-1.6668057665e-1f));
+  p = fma(p, f, broadcast(2.0000714765e-1f));
+  p = fma(p, f, broadcast(-2.4999993993e-1f));
+  p = fma(p, f, broadcast(3.3333331174e-1f));
   V square = f * f;
   V y = p * f * square + n * -2.12194440e-4f - 0.5f * square;
   V result = f + y + n * 0.693359375f;

@@ -61,8 +61,8 @@ inline void accumulate(Softmax& running, const Rows& rows, int64_t row, int64_t 
     if (!kBounded) {
       for (int64_t r = row; r < last; ++r)
         largest = maximum(load(scores + r * kPanel + v * kLanes) * (norm * rows.inv_norm[r]), largest);
-      const V moved = running.largest[v] - largest, shrink = exp2<true>(moved * scale);
-      weighted = (weighted + moved * total) * shrink;
+      const V moved = running.largest[v] - largest, shrink = exp2<true>(moved, scale);
+      weighted = fma(moved, total, weighted) * shrink;
       total *= shrink;
     }
     for (int64_t begin = row; begin < last; begin += kSumRows) {
@@ -70,10 +70,10 @@ inline void accumulate(Softmax& running, const Rows& rows, int64_t row, int64_t 
       for (int64_t r = begin; r < least(begin + kSumRows, last); ++r) {
         const V s = load(scores + r * kPanel + v * kLanes) * (norm * rows.inv_norm[r]);
         const V z = kBounded ? s : s - largest;
-        const V e = kBounded ? exp2<false>(z) : exp2<true>(z * scale);
+        const V e = kBounded ? exp2<false>(z) : exp2<true>(z, scale);
         if (attention) store(attention + r * kPanel + v * kLanes, e);
         part += e;
-        part_weighted += z * e;
+        part_weighted = fma(z, e, part_weighted);
       }
       total += part;
       weighted += part_weighted;

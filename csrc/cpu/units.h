@@ -20,7 +20,7 @@ struct Float32 {
     ~Session() {}  // not trivial, or a variable of it would count as unused
   };
   static V broadcast_unit(const float* p) { return broadcast(*p); }
-  static V multiply_add(V sum, V a, V b) { return sum + a * b; }
+  static V multiply_add(V sum, V a, V b) { return fma(a, b, sum); }
 };
 
 #if defined(PACL_PAIRS)
@@ -60,8 +60,8 @@ struct BFloat16 {
 #else
   static V multiply_add(V sum, V a, V b) {
     constexpr int32_t kHigh = (int32_t)0xFFFF0000;
-    sum += from_bits(bits(a) << 16) * from_bits(bits(b) << 16);
-    return sum + from_bits(bits(a) & kHigh) * from_bits(bits(b) & kHigh);
+    sum = fma(from_bits(bits(a) << 16), from_bits(bits(b) << 16), sum);
+    return fma(from_bits(bits(a) & kHigh), from_bits(bits(b) & kHigh), sum);
   }
 #endif
 };
