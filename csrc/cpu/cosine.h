@@ -462,14 +462,16 @@ inline void recentre(Scratch& scratch, int64_t count, const Softmax& sums, const
 template <bool kReady>
 inline float cosine_weights(Scratch& scratch, const float* inv_norm, int64_t count, V norm, float temperature, V alpha,
                             V slope, V centre, V largest, V along, V mean, int v) {
-  const V beta = alpha / temperature, outer_scale = alpha * slope;
+  const V beta = alpha / temperature, outer_scale = alpha * slope;  // beta overflows at the smallest temperatures
+  const float inv_temperature = 1.0f / temperature;
   V total{};
   for (int64_t r = 0; r < count; ++r) {
     const int64_t i = r * kPanel + v * kLanes;
     const V s = load(scratch.scores + i), e = load(scratch.attention + i), q = load(scratch.pooled + i);
     const V centred = kReady ? q : fma(-slope, q, s - centre);
     total = fma(e * centred, s - largest - along, total);
-    store(scratch.scores + i, fma(e * fma(beta, centred, alpha), norm, -mean) * inv_norm[r]);
+    const V gradient = kReady ? e * alpha * fma(centred, inv_temperature, 1.0f) : e * fma(beta, centred, alpha);
+    store(scratch.scores + i, fma(gradient, norm, -mean) * inv_norm[r]);
     store(scratch.scaled + i, e * outer_scale);
   }
   return sum(total * alpha);

@@ -99,15 +99,15 @@ inline float dot_weights(const float* inv_norm, int64_t count, const float* text
     const V norm = load(text_norm + v * kLanes), shift = lse.half[v] * kLog2e;
     // Bounded: a = e^(s / τ) e^-lse, a factor. Otherwise a = e^((s - φ) / τ - lse), see score.h.
     const V g = kBounded ? grad.half[v] * exp2<true>(-shift) : grad.half[v];
-    const V beta = g / temperature;
-    const float scale = kLog2e / temperature;
+    const V beta = g / temperature;  // bounded only: at the smallest temperatures it overflows, s - φ over τ does not
+    const float scale = kLog2e / temperature, inv_temperature = 1.0f / temperature;
     V along{};
     for (int64_t r = 0; r < count; ++r) {
       float* at = scores + r * kPanel + v * kLanes;
       const V inv = norm * inv_norm[r], s = load(at) * inv, centred = s - phi.half[v];
       const V e = kBounded ? exp2<false>(s, scale) : exp2<true>(fma(centred, scale, -shift));
       if (kSum) along = fma(e * centred, centred, along);
-      const V gradient = e * fma(beta, centred, g);
+      const V gradient = kBounded ? e * fma(beta, centred, g) : e * g * fma(centred, inv_temperature, 1.0f);
       store(at, kMean ? fma(gradient, norm, -mean[v]) * inv_norm[r] : gradient * inv);
     }
     if (kSum) total += sum(along * g);
