@@ -478,7 +478,7 @@ inline float cosine_weights(Scratch& scratch, const float* inv_norm, int64_t cou
 }
 
 template <class Op>
-double weights_cosine(const ScoreParams& p, const Rows& rows, int64_t first, int64_t last, const Texts& texts,
+WeightSums weights_cosine(const ScoreParams& p, const Rows& rows, int64_t first, int64_t last, const Texts& texts,
                       int64_t panel_first, int64_t panel_last, Weights& to, const Sums& patch_sums, bool add,
                       Scratch& scratch) {
   const int64_t units = dim_units<Op>(p), inner = dim_inner<Op>(p), padded = last - first;
@@ -488,7 +488,7 @@ double weights_cosine(const ScoreParams& p, const Rows& rows, int64_t first, int
   const bool bounded = is_bounded(p);
   bool outer_started = false;
   Ahead ahead = ahead_of_left<Op>(left, rows.capacity, count, inner);
-  double total = 0;
+  WeightSums total;
   if (!pools<Op>(p, count)) {
     gram<Op>(p, rows, first, count, scratch, capacity);
     complete_symmetric(scratch.gram, capacity, count, inv_norm, 1.0f);
@@ -542,9 +542,10 @@ double weights_cosine(const ScoreParams& p, const Rows& rows, int64_t first, int
     }
     for (int v = 0; v < 2; ++v) {
       const V norm = load(texts.inv_norm + k + v * kLanes), alpha = g.half[v] / (radius[v] * sums.sum[v]);
-      total += to_weights(scratch, inv_norm, count, norm, p.temperature, alpha, slope[v], centre[v], sums.largest[v],
-                          along[v], mean[v], v);
+      total.temperature += to_weights(scratch, inv_norm, count, norm, p.temperature, alpha, slope[v], centre[v],
+                                      sums.largest[v], along[v], mean[v], v);
     }
+    measure_rounding<Op>(p, scratch.scores, inv_norm, count, rows.image[first], texts.inv_norm + k, panel, total);
     memset(scratch.scores + count * kPanel, 0, sizeof(float) * (padded - count) * kPanel);
     store_weights<Op>(scratch.scores, rows, first, last, texts, panel, to);
     if (!patch_sums.panels) continue;

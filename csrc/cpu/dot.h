@@ -58,6 +58,51 @@ void store_weights(const float* panel_weights, const Rows& rows, int64_t first, 
   memcpy(to.units + (panel * rows.capacity + first) * kPanel, panel_weights, sizeof(float) * (last - first) * kPanel);
 }
 
+// Whether the rounding of this image's weights for this panel is measured: in large calls of one image in eight, which
+// costs next to nothing.
+constexpr int64_t kManySegments = 1024, kMeasuredShare = 8;
+inline int64_t measured_share(const ScoreParams& p) {
+  return p.images * ceil_div(p.texts_count, kPanel) < kManySegments ? 1 : kMeasuredShare;
+}
+
+// Adds the squared errors that storing a segment (rows of one image, a panel of texts) of W in 16 bits leaves in the
+// gradients. With r what the rounding takes away, a text's error is the norm of Σ r p over the rows: at most Σ r ‖p‖ for
+// patches of one direction, about sqrt(Σ r² ‖p‖²) for those of many. The mean of both squares stands for it, for a
+// patch's error likewise with the texts.
+template <class Op>
+void measure_rounding([[maybe_unused]] const ScoreParams& p, [[maybe_unused]] const float* panel_weights,
+                      [[maybe_unused]] const float* inv_norm, [[maybe_unused]] int64_t count,
+                      [[maybe_unused]] int64_t image, [[maybe_unused]] const float* text_norm,
+                      [[maybe_unused]] int64_t panel, [[maybe_unused]] WeightSums& sums) {
+#if defined(PACL_PAIRS)
+  const int64_t share = measured_share(p);
+  if (Op::kPair == 1 || (image + panel) % share) return;
+  V length[2], of_texts[2]{}, texts_squared[2]{};
+  for (int v = 0; v < 2; ++v) {
+    const V norm = load(text_norm + v * kLanes);
+    length[v] = select(norm > V{}, 1.0f / norm, V{});
+  }
+  double patches = 0, texts = 0;
+  for (int64_t r = 0; r < count; ++r) {
+    if (inv_norm[r] == 0.0f) continue;
+    V of_patch{}, patch_squared{};
+    for (int v = 0; v < 2; ++v) {
+      const V w = load(panel_weights + r * kPanel + v * kLanes), rest = w - from_bfloat16(round_to_bfloat16(w));
+      const V to_text = rest / inv_norm[r], to_patch = rest * length[v];
+      of_texts[v] += to_text;
+      texts_squared[v] = fma(to_text, to_text, texts_squared[v]);
+      of_patch += to_patch;
+      patch_squared = fma(to_patch, to_patch, patch_squared);
+    }
+    const double error = sum(of_patch);
+    patches += error * error + sum(patch_squared);
+  }
+  for (int v = 0; v < 2; ++v) texts += sum(of_texts[v] * of_texts[v]) + sum(texts_squared[v]);
+  sums.patches_error += patches * share / 2;
+  sums.texts_error += texts * share / 2;
+#endif
+}
+
 // c of W (see Weights) for image `i` of a block and one panel of texts, from about the mean of dS over its patches.
 // `first`: of the tasks that share this image, the one that stores it.
 template <class Op>
@@ -116,7 +161,7 @@ inline float dot_weights(const float* inv_norm, int64_t count, const float* text
 }
 
 template <class Op>
-double weights_dot(const ScoreParams& p, const Rows& rows, int64_t first, int64_t last, const Texts& texts,
+WeightSums weights_dot(const ScoreParams& p, const Rows& rows, int64_t first, int64_t last, const Texts& texts,
                    int64_t panel_first, int64_t panel_last, Weights& to, Scratch& scratch) {
   const int64_t units = dim_units<Op>(p), inner = dim_inner<Op>(p);
   const bool sum = p.grad_temperature;
@@ -125,7 +170,7 @@ double weights_dot(const ScoreParams& p, const Rows& rows, int64_t first, int64_
                                           : (sum ? dot_weights<false, true, false> : dot_weights<false, false, false>);
   const float* left = rows.units + first * kPanel;
   Ahead ahead = ahead_of_left<Op>(left, rows.capacity, last - first, inner);
-  double total = 0;
+  WeightSums sums;
   for (int64_t panel = panel_first; panel < panel_last; ++panel) {
     const int64_t k = panel * kPanel, live = texts.count - k;
     product<Op>(left, rows.capacity, last - first, texts.transposed + panel * units * kPanel, inner, scratch.scores,
@@ -145,12 +190,14 @@ double weights_dot(const ScoreParams& p, const Rows& rows, int64_t first, int64_
         for (int v = 0; v < 2; ++v) mean[v] = g.half[v] * rows.share[i];
         store_mean<Op>(rows, i, texts.inv_norm + k, panel, begin == rows.image_begin[i], to, texts, mean);
       }
-      total += to_weights(rows.inv_norm + begin, end - begin, texts.inv_norm + k, p.temperature, Lane(p.phi + at, live),
-                          Lane(p.lse + at, live), g, mean, scores);
+      sums.temperature += to_weights(rows.inv_norm + begin, end - begin, texts.inv_norm + k, p.temperature,
+                                     Lane(p.phi + at, live), Lane(p.lse + at, live), g, mean, scores);
+      measure_rounding<Op>(p, scores, rows.inv_norm + begin, end - begin, rows.image[begin], texts.inv_norm + k, panel,
+                           sums);
     }
     store_weights<Op>(scratch.scores, rows, first, last, texts, panel, to);
   }
-  return total;
+  return sums;
 }
 
 }  // namespace

@@ -178,7 +178,7 @@ void forward(const ScoreParams& p, const int64_t* row_start, int64_t first, int6
 }
 
 template <class Op>
-double weights(const ScoreParams& p, const Rows& rows, int64_t first, int64_t last, const Texts& texts,
+WeightSums weights(const ScoreParams& p, const Rows& rows, int64_t first, int64_t last, const Texts& texts,
                int64_t panel_first, int64_t panel_last, Weights& to, const Sums& sums, bool add, Scratch& scratch) {
   const typename Op::Session session;
   if (p.form == Form::dot) return weights_dot<Op>(p, rows, first, last, texts, panel_first, panel_last, to, scratch);

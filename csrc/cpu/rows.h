@@ -223,8 +223,9 @@ inline V load_dims(const float* at, int v) {
 
 // ∂L/∂x = sum - (sum · x) x / |x|²: what points along x does not change its direction. `sums` is a row of panels, x is
 // row `row` of others; inv_norm is 1 / |x|, or 0. kMean: inv_norm times `mean`, a row of Sums.means, belongs to the sum.
+// Returns |∂L/∂x|².
 template <class Op, bool kMean = false>
-void finish_row(const float* sums, int64_t sums_capacity, const float* units, int64_t capacity, int64_t row,
+float finish_row(const float* sums, int64_t sums_capacity, const float* units, int64_t capacity, int64_t row,
                 float inv_norm, int64_t dim, Dtype dtype, void* out, int64_t out_offset, bool fresh, float* buffer,
                 [[maybe_unused]] const float* mean = nullptr) {
   const int64_t dims = padded_dim(dim);
@@ -249,10 +250,12 @@ void finish_row(const float* sums, int64_t sums_capacity, const float* units, in
   }
   // Once more: what the first projection leaves along x is its own rounding, and all of the result where D = 1.
   const float remainder = sum(rest[0] + rest[1]) * inv_squared;
+  V squares[2]{};
   for (int64_t d = 0; d < dims; d += kPanel) {
     const float* x = dims_at<Op>(units, capacity, row, d);
     for (int v = 0; v < 2; ++v) {
       const V result = fma(load_dims<Op>(x, v), -remainder, load(buffer + d + v * kLanes));
+      squares[v] = fma(result, result, squares[v]);
 #if defined(PACL_PAIRS)
       if (Op::kPair == 2) {
         const H half = round_to_bfloat16(result);
@@ -267,6 +270,7 @@ void finish_row(const float* sums, int64_t sums_capacity, const float* units, in
     write_gradient(out, sizeof(uint16_t) * out_offset, buffer, sizeof(uint16_t) * dim, fresh);
   else
     write_row(out, out_offset, dim, dtype, buffer, fresh);
+  return sum(squares[0] + squares[1]);
 }
 
 // The image of a block that holds row `row`, as its means are counted.
@@ -283,31 +287,36 @@ inline int64_t row_of_mean(const Rows& rows, int64_t mean) {
 }
 
 template <class Op>
-void finish_patches(const ScoreParams& p, const Rows& rows, int64_t first, int64_t last, const Sums& sums,
+double finish_patches(const ScoreParams& p, const Rows& rows, int64_t first, int64_t last, const Sums& sums,
                     float* buffer) {
   const auto finish = rows.means ? finish_row<Op, Op::kPair == 2> : finish_row<Op>;
   int64_t mean = mean_of_row(rows, first);
+  double squares = 0;
   for (int64_t r = first; r < last; ++r) {
     if (rows.image[r] < 0) continue;
     if (rows.means && r >= rows.image_begin[mean + 1]) ++mean;
-    finish(sums.panels + (r - sums.first) * kPanel, sums.capacity, rows.units, rows.capacity, r, rows.inv_norm[r], p.dim, p.dtype, p.grad_patches,
-           (rows.image[r] * p.patches_per_image + rows.index[r]) * p.dim, p.fresh_gradient, buffer,
-           sums.means + mean * kPanel);
+    squares += finish(sums.panels + (r - sums.first) * kPanel, sums.capacity, rows.units, rows.capacity, r,
+                      rows.inv_norm[r], p.dim, p.dtype, p.grad_patches,
+                      (rows.image[r] * p.patches_per_image + rows.index[r]) * p.dim, p.fresh_gradient, buffer,
+                      sums.means + mean * kPanel);
   }
   finish_copies();
+  return squares;
 }
 
-void finish_texts(const ScoreParams& p, int64_t first, int64_t last, float* buffer) {
+double finish_texts(const ScoreParams& p, int64_t first, int64_t last, float* buffer) {
   const int64_t dims = padded_dim(p.dim), capacity = round_up(p.texts_count, kPanel);
   float* text = buffer + dims;  // as panels of one row
+  double squares = 0;
   for (int64_t k = first; k < last; ++k) {
     read_row(p.texts, k * p.text_stride_row, p.text_stride_dim, p.dim, p.dtype, text);
     memset(text + p.dim, 0, sizeof(float) * (dims - p.dim));
     const float inv_norm = inverse_norm<Float32>(text, dims);
-    finish_row<Float32>(p.texts_sum + k * kPanel, capacity, text, 1, 0, inv_norm, p.dim, p.grad_texts_dtype,
-                        p.grad_texts, k * p.dim, false, buffer);
+    squares += finish_row<Float32>(p.texts_sum + k * kPanel, capacity, text, 1, 0, inv_norm, p.dim, p.grad_texts_dtype,
+                                   p.grad_texts, k * p.dim, false, buffer);
   }
   finish_copies();
+  return squares;
 }
 
 }  // namespace

@@ -7,6 +7,7 @@
 #include <atomic>
 #include <chrono>
 #include <cstring>
+#include <numeric>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -32,6 +33,11 @@ constexpr int64_t kTextRange = 256;           // texts of a task
 // At small τ the mean is far from most weights, and would give patches that no text looks at its own rounding.
 constexpr float kMeanTemperature = 0.5f;
 
+// Where what W's rounding adds to a gradient is a larger part of it, the backward runs again in float32. That happens
+// where the terms cancel: images or texts that are (nearly) the same, as in a batch of duplicates or a collapsed model.
+// Terms of independent signs leave 0.002, and CLIP's texts, which share a direction, 0.003.
+constexpr double kRoundingShown = 6e-3;
+
 struct Plan {
   const Kernels& kernels;
   const ScoreParams& p;
@@ -48,8 +54,8 @@ struct Plan {
   int threads;
   int64_t shared_bytes, scratch_bytes;
 
-  Plan(const ScoreParams& params, bool is_backward)
-      : kernels(select_kernels(params.dtype, params.dim)),
+  Plan(const ScoreParams& params, bool is_backward, const Kernels& used)
+      : kernels(used),
         p(params),
         backward(is_backward),
         cosine(params.form == Form::cosine),
@@ -340,7 +346,10 @@ void backward_max(const ScoreParams& p) {
 }  // namespace
 
 int64_t workspace_bytes(const ScoreParams& p, bool backward) {
-  return backward && p.form == Form::max ? MaxPlan(p).workspace_bytes() : Plan(p, backward).workspace_bytes();
+  if (backward && p.form == Form::max) return MaxPlan(p).workspace_bytes();
+  const Kernels &kernels = select_kernels(p.dtype, p.dim), &exact = select_kernels(Dtype::float32, p.dim);
+  const int64_t bytes = Plan(p, backward, kernels).workspace_bytes();
+  return backward && kernels.pair == 2 ? most(bytes, Plan(p, true, exact).workspace_bytes()) : bytes;
 }
 
 int64_t accumulator_floats(const ScoreParams& p) {
@@ -349,7 +358,7 @@ int64_t accumulator_floats(const ScoreParams& p) {
 }
 
 void score_forward(const ScoreParams& p) {
-  const Plan plan(p, false);
+  const Plan plan(p, false, select_kernels(p.dtype, p.dim));
   const Kernels& kernels = plan.kernels;
   Arena arena = open_workspace(p, plan);
   const std::vector<int64_t> row_start = count_rows(p, plan.row_align);
@@ -376,22 +385,19 @@ void score_forward(const ScoreParams& p) {
   });
 }
 
-void score_backward(const ScoreParams& asked) {
-  ScoreParams p = asked;
-  const int64_t gradient_bytes = p.images * p.patches_per_image * gradient_row_bytes(p);
-  p.fresh_gradient = p.grad_patches && is_fresh((const char*)p.grad_patches + gradient_bytes - 1);
-  if (p.form == Form::max) {
-    if (p.grad_temperature) *p.grad_temperature = 0.0f;
-    if (p.grad_patches || p.grad_texts) backward_max(p);
-    return;
-  }
-  const Plan plan(p, true);
-  const Kernels& kernels = plan.kernels;
+namespace {
+
+int64_t gradient_bytes(const ScoreParams& p) { return p.images * p.patches_per_image * gradient_row_bytes(p); }
+
+// The backward of the dot and the cosine form. Returns false where W, rounded to 16 bits, has left too much error in a
+// gradient, which is then not to be used.
+bool backward_weighted(ScoreParams p, const Kernels& kernels) {
+  const Plan plan(p, true, kernels);
   Arena arena = open_workspace(p, plan);
   const std::vector<int64_t> row_start = count_rows(p, plan.row_align);
   const int64_t rows_total = row_start[p.images];
   if (p.grad_patches && p.mask) {  // masked patches are never visited
-    std::memset(p.grad_patches, 0, gradient_bytes);
+    std::memset(p.grad_patches, 0, gradient_bytes(p));
     p.fresh_gradient = false;
   }
 
@@ -453,7 +459,9 @@ void score_backward(const ScoreParams& asked) {
   const int64_t text_blocks = ceil_div(p.texts_count, plan.texts_block);
   size_t most_tasks = 0;
   for (const Block& block : blocks) most_tasks = most(most_tasks, block.starts.size());
-  std::vector<double> temperature_sums(most_tasks * ceil_div(plan.texts_block, kTextRange), 0.0);  // by task
+  std::vector<WeightSums> weight_sums(most_tasks * ceil_div(plan.texts_block, kTextRange));  // by task
+  // Squared norms of the gradients, by chunk of a block and by task.
+  std::vector<double> patches_squared(ceil_div(plan.capacity, plan.chunk)), texts_squared(ceil_div(p.texts_count, 16));
 
   Team(p.openmp, plan.threads, [&](Team& team, int id) {
     Arena own{arena.base, scratch_at + id * plan.scratch_bytes};
@@ -487,9 +495,9 @@ void score_backward(const ScoreParams& asked) {
         team.phase(tasks + (text_block == 0 && p.grad_texts ? rows.means : 0), [&](int64_t task) {
           if (task >= tasks) return kernels.sum_rows(p, rows, task - tasks);
           const int64_t panel = task % ranges * range;
-          temperature_sums[task] +=
-              kernels.weights(p, rows, block.starts[task / ranges], block.starts[task / ranges + 1], texts, panel,
-                              least(panel + range, panels), weights, shared_sums, add, scratch);
+          weight_sums[task].add(kernels.weights(p, rows, block.starts[task / ranges], block.starts[task / ranges + 1],
+                                                texts, panel, least(panel + range, panels), weights, shared_sums, add,
+                                                scratch));
         });
         if (rows.means && p.grad_patches)
           team.phase(plan.dims / kernels.panel,
@@ -515,22 +523,43 @@ void score_backward(const ScoreParams& asked) {
             kernels.patches_product(p, row_start.data(), i < next_chunks ? next->first_row + first : -1, rows, first,
                                     last, texts, weights, sums, add || plan.cosine);
             if (finish) populate_gradients(p, rows, first, last);
-            if (finish) kernels.finish_patches(p, rows, first, last, sums, scratch.row);
+            if (finish) patches_squared[i] += kernels.finish_patches(p, rows, first, last, sums, scratch.row);
           }
           if (i < next_chunks) pack(*next, shared_rows[(number + 1) % 2], i);
         });
       }
     }
     if (p.grad_texts)
-      team.phase(ceil_div(p.texts_count, 16),
-                 [&](int64_t i) { kernels.finish_texts(p, i * 16, least(i * 16 + 16, p.texts_count), scratch.row); });
+      team.phase(ceil_div(p.texts_count, 16), [&](int64_t i) {
+        texts_squared[i] = kernels.finish_texts(p, i * 16, least(i * 16 + 16, p.texts_count), scratch.row);
+      });
   });
 
-  if (p.grad_temperature) {
-    double total = 0;
-    for (double value : temperature_sums) total += value;
-    *p.grad_temperature = (float)(-total / p.temperature / p.temperature);
+  WeightSums total;
+  for (const WeightSums& sums : weight_sums) total.add(sums);
+  if (p.grad_temperature) *p.grad_temperature = (float)(-total.temperature / p.temperature / p.temperature);
+  const auto shows = [](double error, const std::vector<double>& squares) {
+    return error > kRoundingShown * kRoundingShown * std::accumulate(squares.begin(), squares.end(), 0.0);
+  };
+  return !(p.grad_patches && shows(total.patches_error, patches_squared)) &&
+         !(p.grad_texts && shows(total.texts_error, texts_squared));
+}
+
+}  // namespace
+
+void score_backward(const ScoreParams& asked) {
+  ScoreParams p = asked;
+  p.fresh_gradient = p.grad_patches && is_fresh((const char*)p.grad_patches + gradient_bytes(p) - 1);
+  if (p.form == Form::max) {
+    if (p.grad_temperature) *p.grad_temperature = 0.0f;
+    if (p.grad_patches || p.grad_texts) backward_max(p);
+    return;
   }
+  const Kernels& kernels = select_kernels(p.dtype, p.dim);
+  if (backward_weighted(p, kernels) || kernels.pair == 1) return;
+  if (p.texts_sum) std::memset(p.texts_sum, 0, sizeof(float) * accumulator_floats(p));
+  p.fresh_gradient = false;
+  backward_weighted(p, select_kernels(Dtype::float32, p.dim));
 }
 
 double multiply_add_rate(Dtype dtype, int threads, double seconds) {

@@ -87,6 +87,19 @@ struct Sums {
   float* means;             // panels [kMeansCapacity, D]: c T of each image, see Weights
 };
 
+// Of a task that makes weights. The two errors are squared norms, of what the rounding of W to 16 bits does to the
+// gradients before their projection; score_backward compares them with the gradients.
+struct WeightSums {
+  double temperature = 0;  // -τ² ∂L/∂τ
+  double patches_error = 0, texts_error = 0;
+
+  void add(const WeightSums& other) {
+    temperature += other.temperature;
+    patches_error += other.patches_error;
+    texts_error += other.texts_error;
+  }
+};
+
 struct Scratch {  // one thread's own; panels are [rows, panel] of float32 unless they say units
   Rows rows;      // forward: the rows at hand
   float* row;     // rows of D as they are read or written
@@ -137,10 +150,9 @@ struct Kernels {
   // be this thread's next.
   void (*forward)(const ScoreParams&, const int64_t* row_start, int64_t first, int64_t last, const Texts&,
                   int64_t panel_first, int64_t panel_last, int64_t next, Scratch&);
-  // Weights of rows [first, last) and panels [panel_first, panel_last); returns the temperature's sum, -τ² ∂L/∂τ. For
-  // the cosine form the rows are those of one image, and the part of its gradient that the pooled norm adds goes to
-  // the sums.
-  double (*weights)(const ScoreParams&, const Rows&, int64_t first, int64_t last, const Texts&, int64_t panel_first,
+  // Weights of rows [first, last) and panels [panel_first, panel_last). For the cosine form the rows are those of one
+  // image, and the part of its gradient that the pooled norm adds goes to the sums.
+  WeightSums (*weights)(const ScoreParams&, const Rows&, int64_t first, int64_t last, const Texts&, int64_t panel_first,
                     int64_t panel_last, Weights&, const Sums&, bool add, Scratch&);
   // Sums (+)= W texts for rows [first, last); as many rows of the call from `next` on will be
   // packed soon (-1: none).
@@ -152,9 +164,9 @@ struct Kernels {
   // texts_sum (panels [padded K, D]) += W' patches for tile columns [first, last) of the block and panels of D.
   void (*texts_product)(const ScoreParams&, const Rows&, const Texts&, const Weights&, int64_t first, int64_t last,
                         int64_t panel_first, int64_t panel_last);
-  // Gradient through the norm, from the sums to the caller's buffers.
-  void (*finish_patches)(const ScoreParams&, const Rows&, int64_t first, int64_t last, const Sums&, float* buffer);
-  void (*finish_texts)(const ScoreParams&, int64_t first, int64_t last, float* buffer);
+  // Gradient through the norm, from the sums to the caller's buffers; returns its squared norm.
+  double (*finish_patches)(const ScoreParams&, const Rows&, int64_t first, int64_t last, const Sums&, float* buffer);
+  double (*finish_texts)(const ScoreParams&, int64_t first, int64_t last, float* buffer);
   double (*multiply_adds)(int64_t repeats);  // runs independent multiply-adds, returns their flop
   // The max form's backward, see max.h.
   void (*max_pack_texts)(const ScoreParams&, MaxBlock&, int64_t first, int64_t last);
@@ -175,7 +187,8 @@ static inline int64_t ceil_div(int64_t x, int64_t step) { return (x + step - 1) 
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
-const Kernels& select_kernels(Dtype dtype, int64_t dim);  // by PACL_CPU_ISA or what the machine has
+// By PACL_CPU_ISA or what the machine has; those of float32 take every dtype.
+const Kernels& select_kernels(Dtype dtype, int64_t dim);
 void score_forward(const ScoreParams&);
 void score_backward(const ScoreParams&);
 int64_t workspace_bytes(const ScoreParams&, bool backward);
