@@ -28,6 +28,7 @@ from __future__ import annotations
 import contextlib
 import math
 from dataclasses import replace
+from functools import partial
 from unittest import mock
 
 import torch
@@ -46,24 +47,58 @@ MAX_LOSS_SCALE = 2.0**16  # where torch.amp.GradScaler starts
 
 def check(problem: Problem, backend: str, needs: tuple[str, ...] = DIFFERENTIABLE) -> dict[str, Tensor | None]:
     """Assert that the backend answers within the tolerance; returns its answer."""
-    chosen = as_chosen(problem, winners(problem, backend)) if problem.form == "max" else contextlib.nullcontext()
-    with chosen:
-        truth = evaluate(problem.to(torch.float64), "reference", needs)
+    return Expected(problem, needs, winners(problem, backend) if problem.form == "max" else None).check(backend)
+
+
+class Expected:
+    """The answer to a problem in float64 and by the plain formula: the same for every backend with these winners."""
+
+    def __init__(self, problem: Problem, needs: tuple[str, ...] = DIFFERENTIABLE, index: Tensor | None = None):
+        self.needs, self.chosen = needs, contextlib.nullcontext if index is None else partial(as_chosen, problem, index)
+        self.truth = self._formula(problem.to(torch.float64))
         if problem.patches.dtype == torch.float16:
             # As a gradient scaler does: the gradients of a mean over many patches lie below what float16 can hold.
-            problem = replace(problem, upstream=problem.upstream * _loss_scale(truth))
-            truth = evaluate(problem.to(torch.float64), "reference", needs)
-        dtype = problem.patches.dtype
-        plain = evaluate(problem.to(torch.promote_types(dtype, torch.float32)), "reference", needs)
-    answer = evaluate(problem, backend, needs)
-    sizes = natural_sizes(problem)
-    for name, true in truth.items():
-        # A float32 scalar beside float64 patches has a float32 gradient.
-        coarser = max(dtype, answer[name].dtype, key=EXTRA.__getitem__)
-        assert_accurate(f"{problem.objective}, {name}", answer[name], true, coarser, plain[name], sizes[name])
-    for name in set(answer) - set(truth):
-        assert answer[name] is None, f"gradient of {name}, which nobody asked for"
-    return answer
+            problem = replace(problem, upstream=problem.upstream * _loss_scale(self.truth))
+            self.truth = self._formula(problem.to(torch.float64))
+        self.problem, self.sizes = problem, natural_sizes(problem)
+        self.plain = self._formula(problem.to(_wide(problem)))
+
+    def check(self, backend: str, shares: dict[str, float] | None = None) -> dict[str, Tensor | None]:
+        """Assert that the backend answers within the tolerance, `shares` of which it used; returns its answer."""
+        answer = evaluate(self.problem, backend, self.needs)
+        dtype, objective = self.problem.patches.dtype, self.problem.objective
+        for name, true in self.truth.items():
+            # A float32 scalar beside float64 patches has a float32 gradient.
+            coarser = max(dtype, answer[name].dtype, key=EXTRA.__getitem__)
+            compared = (answer[name], true, coarser, self.plain[name], self.sizes[name])
+            share = assert_accurate(f"{objective}, {name}", *compared)
+            if shares is not None:
+                shares[name] = share
+        for name in set(answer) - set(self.truth):
+            assert answer[name] is None, f"gradient of {name}, which nobody asked for"
+        return answer
+
+    def add_orders(self, orders: int) -> None:
+        """Take for each part the worst that the plain formula makes of it, with D in that many orders beside its own.
+
+        Where τ magnifies the rounding of a score, its one answer may be the true one by chance.
+        """
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(orders):
+            order = torch.randperm(self.problem.patches.shape[-1], generator=generator)
+            patches, texts = self.problem.patches[..., order], self.problem.texts[..., order]
+            answer = self._formula(replace(self.problem, patches=patches, texts=texts).to(_wide(self.problem)))
+            for name in self.truth:
+                other = answer[name][..., order.argsort()] if name in ("patches", "texts") else answer[name]
+                if self._error(other, name) > self._error(self.plain[name], name):
+                    self.plain[name] = other
+
+    def _error(self, plain: Tensor, name: str) -> float:
+        return relative_error(plain.double(), self.truth[name], self.sizes[name])
+
+    def _formula(self, problem: Problem) -> dict[str, Tensor | None]:
+        with self.chosen():
+            return evaluate(problem, "reference", self.needs)
 
 
 def winners(problem: Problem, backend: str) -> Tensor:
@@ -102,8 +137,19 @@ def _wide(problem: Problem) -> torch.dtype:
     return torch.promote_types(problem.patches.dtype, torch.float32)
 
 
-def assert_accurate(what, answer: Tensor, truth: Tensor, dtype, plain: Tensor | None = None, natural: float = 0.0):
-    """`answer`, from inputs of `dtype`, equals `truth` within the tolerance that the module describes."""
+class Inaccurate(AssertionError):
+    """An error of `share` times the tolerance."""
+
+    share = math.inf
+
+
+def assert_accurate(
+    what, answer: Tensor, truth: Tensor, dtype, plain: Tensor | None = None, natural: float = 0.0
+) -> float:
+    """Assert that `answer`, from inputs of `dtype`, equals `truth` within the tolerance that the module describes.
+
+    Returns the share of the tolerance that its error takes; one above 1 raises `Inaccurate`.
+    """
     assert answer.shape == truth.shape, f"{what}: shape {list(answer.shape)}, expected {list(truth.shape)}"
     answer, truth = answer.detach().double(), truth.detach().double()
     for kind in (torch.isnan, torch.isposinf, torch.isneginf):
@@ -120,10 +166,13 @@ def assert_accurate(what, answer: Tensor, truth: Tensor, dtype, plain: Tensor | 
     if not error <= allowed:
         worst = (answer - truth).nan_to_num(0, 0, 0).abs().argmax()
         at = tuple(int(i) for i in torch.unravel_index(worst, truth.shape))
-        raise AssertionError(
+        failure = Inaccurate(
             f"{what}: error {error:.3g}, allowed {allowed:.3g}; worst at {at}: {answer[at].item()}, "
             f"expected {truth[at].item()}"
         )
+        failure.share = error / allowed
+        raise failure
+    return error / allowed
 
 
 def relative_error(answer: Tensor, truth: Tensor, natural: float) -> float:

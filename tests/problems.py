@@ -25,13 +25,14 @@ class Case:
     data: str = "related"
     mask: str | None = None
     layout: str = "contiguous"
+    bias: float | None = -0.7
 
     def __str__(self) -> str:
         size = f"B{self.B}-N{self.N}-D{self.D}" + (f"-K{self.K}" if self.K is not None else "")
         default, other = Case(), []
-        for name in ("tau", "scale", "data", "mask", "layout"):
-            if getattr(self, name) != getattr(default, name):
-                other.append(f"{name}={getattr(self, name)}" if name in ("tau", "scale") else str(getattr(self, name)))
+        for name in ("tau", "scale", "data", "mask", "layout", "bias"):
+            if (value := getattr(self, name)) != getattr(default, name):
+                other.append(f"{name}={value}" if name in ("tau", "scale", "bias") else str(value))
         return "-".join([size, *other])
 
     @property
@@ -78,7 +79,9 @@ def make(case: Case, form: str, objective: str, dtype=torch.float32, device="cpu
     # A text expanded along D as well would leave D = 1 in disguise, all of whose gradients are rounding errors.
     texts = _LAYOUTS["strided" if case.layout == "expanded_last" else case.layout](texts)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    scale, bias, tau = (torch.tensor(x, dtype=wide, device=device) for x in (case.scale, -0.7, case.tau))
+    scale, bias, tau = (
+        None if x is None else torch.tensor(x, dtype=wide, device=device) for x in (case.scale, case.bias, case.tau)
+    )
     upstream = randn(b, k).to(device, wide) if objective == "compatibility" else 1.0
     mask = None if mask is None else mask.to(device)
     return Problem(patches, texts, scale, bias, tau, mask, form, objective, upstream)
@@ -128,6 +131,55 @@ def _duplicated(patches, texts, randn, dtype):
     texts[1:] = texts[:1]
 
 
+def _equal_images(patches, texts, randn, dtype):
+    """A collapsed batch: what a text gives to the patches cancels over the images."""
+    patches[1:] = patches[:1]
+
+
+def _equal_texts(patches, texts, randn, dtype):
+    """A collapsed batch: what a patch gives to the texts cancels over the texts."""
+    texts[1:] = texts[:1]
+
+
+def _equal_patches(patches, texts, randn, dtype):
+    patches[:, 1:] = patches[:, :1]
+
+
+def _copies(patches, texts, randn, dtype):
+    """The second half of the batch repeats the first, and so do the second half's patches in every image."""
+    for x in (patches, texts, patches.transpose(0, 1)):
+        half = len(x) // 2
+        x[half : 2 * half] = x[:half].clone()
+
+
+def _near(distance):
+    """Patches and texts share a direction but for `distance`, as those of CLIP do."""
+
+    def near(patches, texts, randn, dtype):
+        direction = randn(patches.shape[-1])
+        for x in (patches, texts):
+            x.mul_(distance).add_(direction)
+
+    return near
+
+
+def _huge(patches, texts, randn, dtype):
+    """Norms up to the largest that the dtype can hold."""
+    largest, decades = torch.finfo(dtype).max, 3 if dtype == torch.float16 else 25
+    for x in (patches, texts):
+        x /= x.abs().amax(-1, keepdim=True)
+        x *= 0.99 * largest * 10 ** (-decades * torch.sigmoid(2 * randn(*x.shape[:-1], 1)))
+
+
+def _tiny(patches, texts, randn, dtype):
+    """Norms down to 1e-14, some below the one that counts as no direction, none so near to it that rounding decides."""
+    decades = 4 if dtype == torch.float16 else 14
+    for x in (patches, texts):
+        norm = 10 ** (-decades * torch.sigmoid(2 * randn(*x.shape[:-1], 1)))
+        norm[(norm > 0.5e-12) & (norm < 2e-12)] = 2e-12
+        x *= norm / x.norm(dim=-1, keepdim=True)
+
+
 def _opposite(patches, texts, randn, dtype):
     """Patches p and -p: the pooled patch of the cosine form is a small difference."""
     half = patches.shape[1] // 2
@@ -151,6 +203,14 @@ def _nan(patches, texts, randn, dtype):
     patches[-1, -1, -1] = float("inf")
 
 
+def _spoilt(patches, texts, randn, dtype):
+    """A NaN or an infinity in one patch or in one text."""
+    value, place = torch.tensor([float("nan"), float("inf"), -float("inf")]), randn(3)
+    x = patches if place[0] > 0 else texts
+    if x.numel():
+        x.view(-1)[int(place[1].abs() * 1e6) % x.numel()] = value[int(place[2].abs() * 1e6) % 3]
+
+
 _DATA = {
     "related": _related,
     "random": lambda *_: None,
@@ -164,6 +224,17 @@ _DATA = {
     "opposite": _opposite,
     "cancelled": _cancelled,
     "nan": _nan,
+    "equal_images": _equal_images,
+    "equal_texts": _equal_texts,
+    "equal_patches": _equal_patches,
+    "copies": _copies,
+    "near_1e-1": _near(1e-1),
+    "near_1e-2": _near(1e-2),
+    "near_1e-3": _near(1e-3),
+    "near_1e-4": _near(1e-4),
+    "huge": _huge,
+    "tiny": _tiny,
+    "spoilt": _spoilt,
 }
 
 
