@@ -108,6 +108,7 @@ const float* rows_in_place(const ScoreParams& p, int64_t row, int64_t count, Row
     if (n == p.patches_per_image) ++image, n = 0;
     rows.image[r] = (int32_t)image;
     rows.inv_norm[r] = inverse_norm<Op>(left + r * stride, dim_units<Op>(p));
+    if (is_long<Op>(left + r * stride, dim_units<Op>(p), rows.inv_norm[r])) return nullptr;
   }
   return left;
 }

@@ -106,7 +106,8 @@ void max_pack_texts(const ScoreParams& p, MaxBlock& block, int64_t first, int64_
   for (int64_t k = first; k < last; ++k) {
     block.text[k] = row_units_at<Float32>(p.texts, (block.text_first + k) * p.text_stride_row, p.text_stride_dim, p.dim,
                                           p.dtype, dims, block.text_rows + k * dims);
-    block.text_norm[k] = inverse_norm<Float32>(block.text[k], dims);
+    float scale;
+    block.text_norm[k] = inverse_norm_in_range<Float32>(block.text[k], dims, block.text_rows + k * dims, scale);
   }
 }
 
@@ -148,7 +149,8 @@ void max_patches(const ScoreParams& p, MaxBlock& block, int64_t image, int64_t f
     if (won > 0 && !seen) {
       patch = row_units_at<Float32>(p.patches, image * p.patch_stride_image + n * p.patch_stride_row,
                                     p.patch_stride_dim, p.dim, p.dtype, dims, block.patch_rows + slot * dims);
-      block.patch_norm[slot] = inverse_norm<Float32>(patch, dims);
+      block.patch_norm[slot] =
+          inverse_norm_in_range<Float32>(patch, dims, block.patch_rows + slot * dims, block.patch_scale[slot]);
     }
     if (!p.grad_patches) continue;
     float* sum = block.patch_sums ? block.patch_sums + slot * dims : scratch.sum;
@@ -163,8 +165,8 @@ void max_patches(const ScoreParams& p, MaxBlock& block, int64_t image, int64_t f
     if (!last_texts) continue;
     const int64_t offset = (image * p.patches_per_image + n) * p.dim;
     if (patch)
-      finish_row<Float32>(sum, 1, patch, 1, 0, block.patch_norm[slot], p.dim, p.dtype, p.grad_patches, offset,
-                          p.fresh_gradient, scratch.buffer);
+      finish_row<Float32>(sum, 1, patch, 1, 0, block.patch_norm[slot], block.patch_scale[slot], p.dim, p.dtype,
+                          p.grad_patches, offset, p.fresh_gradient, scratch.buffer);
     else
       memset((char*)p.grad_patches + offset * width, 0, p.dim * width);
   }
@@ -193,9 +195,10 @@ void max_finish_texts(const ScoreParams& p, int64_t first, int64_t last, MaxScra
   for (int64_t k = first; k < last; ++k) {
     const float* text =
         row_units_at<Float32>(p.texts, k * p.text_stride_row, p.text_stride_dim, p.dim, p.dtype, dims, scratch.sum);
-    const float inv_norm = inverse_norm<Float32>(text, dims);
-    finish_row<Float32>(p.texts_sum + k * dims, 1, text, 1, 0, inv_norm, p.dim, p.grad_texts_dtype, p.grad_texts,
-                        k * p.dim, false, scratch.buffer);
+    float scale;
+    const float inv_norm = inverse_norm_in_range<Float32>(text, dims, scratch.sum, scale);
+    finish_row<Float32>(p.texts_sum + k * dims, 1, text, 1, 0, inv_norm, scale, p.dim, p.grad_texts_dtype,
+                        p.grad_texts, k * p.dim, false, scratch.buffer);
   }
   finish_copies();
 }

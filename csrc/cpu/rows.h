@@ -110,6 +110,47 @@ float inverse_norm(const float* units, int64_t padded) {
   return squared < kMinNormSquared ? 0.0f : 1.0f / __builtin_sqrtf(squared);
 }
 
+template <class Op>
+float largest_element(const float* units, int64_t padded) {
+  constexpr int32_t kMagnitude = 0x7FFFFFFF, kHigh = 0x7FFF0000;
+  V largest{};
+  for (int64_t i = 0; i < padded; i += kLanes) {
+    const I x = bits(load(units + i));
+    largest = maximum(from_bits(x & (Op::kPair == 1 ? kMagnitude : kHigh)), largest);
+    if (Op::kPair == 2) largest = maximum(from_bits((x << 16) & kHigh), largest);
+  }
+  float most = 0;
+  for (int lane = 0; lane < kLanes; ++lane) most = largest[lane] > most ? largest[lane] : most;
+  return most;
+}
+
+constexpr float kLongInverse = 0x1p-30f;  // 1 / norm below which a row is long
+
+template <class Op>
+bool is_long(const float* units, int64_t padded, float inv_norm) {
+  return inv_norm < kLongInverse && largest_element<Op>(units, padded) > 1.0f;
+}
+
+// inverse_norm of a row at `units`. A long one, whose squares or whose products with others might overflow, is first
+// multiplied by a power of two, into `buffer`, where `units` then points; its gradient is the scaled row's times that
+// `scale`. A row with an infinite element has no direction that could be told: NaN.
+template <class Op>
+float inverse_norm_in_range(const float*& units, int64_t padded, float* buffer, float& scale) {
+  const float inv_norm = inverse_norm<Op>(units, padded);
+  scale = 1.0f;
+  if (!is_long<Op>(units, padded, inv_norm)) return inv_norm;
+  const uint32_t exponent = float_bits(largest_element<Op>(units, padded)) >> 23;
+  if (exponent == 255) return __builtin_nanf("");
+  scale = float_from_bits((254 - exponent) << 23);
+  for (int64_t i = 0; i < padded * Op::kPair; ++i)
+    if (Op::kPair == 1)
+      buffer[i] = units[i] * scale;
+    else
+      ((uint16_t*)buffer)[i] = to_bfloat16(from_bfloat16(((const uint16_t*)units)[i]) * scale);
+  units = buffer;
+  return inverse_norm<Op>(units, padded);
+}
+
 // Units of D, padded to whole panels.
 template <class Op>
 inline int64_t dim_units(const ScoreParams& p) {
@@ -165,7 +206,8 @@ void pack_rows(const ScoreParams& p, const int64_t* row_start, int64_t first, in
                                                      p.patch_stride_dim, p.dim, p.dtype, units, buffer);
     to.image[at] = padding ? -1 : (int32_t)image;
     to.index[at] = padding ? -1 : (int32_t)n;
-    to.inv_norm[at] = padding ? 0.0f : inverse_norm<Op>(source, units);
+    to.scale[at] = 1.0f;
+    to.inv_norm[at] = padding ? 0.0f : inverse_norm_in_range<Op>(source, units, buffer, to.scale[at]);
     for (int64_t u = 0; u < units; u += kPanel)
       memcpy(to.units + (u / kPanel * to.capacity + at) * kPanel, source + u, sizeof(float) * kPanel);
     if (Op::kPair == 2 && to.row_units && (at & 1))
@@ -184,11 +226,13 @@ void pack_texts(const ScoreParams& p, Texts& to, int64_t panel, float* row) {
     if (k < to.count) {
       const float* source = row_units_at<Op>(p.texts, (to.first + k) * p.text_stride_row, p.text_stride_dim, p.dim,
                                              p.dtype, units, buffer);
+      float scale;
+      to.inv_norm[k] = inverse_norm_in_range<Op>(source, units, buffer, scale);
       if (source != buffer) memcpy(buffer, source, sizeof(float) * units);
     } else {
       memset(buffer, 0, sizeof(float) * units);
+      to.inv_norm[k] = 0.0f;
     }
-    to.inv_norm[k] = inverse_norm<Op>(buffer, units);
     if (!to.row_units) continue;
     if (Op::kPair == 1)
       for (int64_t d = 0; d < dims; d += kPanel)
@@ -222,13 +266,18 @@ inline V load_dims(const float* at, int v) {
 }
 
 // ∂L/∂x = sum - (sum · x) x / |x|²: what points along x does not change its direction. `sums` is a row of panels, x is
-// row `row` of others; inv_norm is 1 / |x|, or 0. kMean: inv_norm times `mean`, a row of Sums.means, belongs to the sum.
+// row `row` of others; inv_norm is 1 / |x|, or 0; the caller's row is x / scale. kMean: inv_norm times `mean`, a row of Sums.means, belongs to the sum.
 // Returns |∂L/∂x|².
 template <class Op, bool kMean = false>
 float finish_row(const float* sums, int64_t sums_capacity, const float* units, int64_t capacity, int64_t row,
-                float inv_norm, int64_t dim, Dtype dtype, void* out, int64_t out_offset, bool fresh, float* buffer,
+                float inv_norm, float scale, int64_t dim, Dtype dtype, void* out, int64_t out_offset, bool fresh, float* buffer,
                 [[maybe_unused]] const float* mean = nullptr) {
   const int64_t dims = padded_dim(dim);
+  if (inv_norm == 0.0f) {  // no direction: the gradient is 0, whatever comes from above
+    memset(buffer, 0, sizeof(float) * dims);
+    write_row(out, out_offset, dim, dtype, buffer, fresh);
+    return 0.0f;
+  }
   const float inv_squared = inv_norm * inv_norm;
   const auto sum_of = [&](int64_t d, int v) {
     const V x = load(dims_at<Float32>(sums, sums_capacity, 0, d) + v * kLanes);
@@ -254,7 +303,7 @@ float finish_row(const float* sums, int64_t sums_capacity, const float* units, i
   for (int64_t d = 0; d < dims; d += kPanel) {
     const float* x = dims_at<Op>(units, capacity, row, d);
     for (int v = 0; v < 2; ++v) {
-      const V result = fma(load_dims<Op>(x, v), -remainder, load(buffer + d + v * kLanes));
+      const V result = fma(load_dims<Op>(x, v), -remainder, load(buffer + d + v * kLanes)) * scale;
       squares[v] = fma(result, result, squares[v]);
 #if defined(PACL_PAIRS)
       if (Op::kPair == 2) {
@@ -296,7 +345,7 @@ double finish_patches(const ScoreParams& p, const Rows& rows, int64_t first, int
     if (rows.image[r] < 0) continue;
     if (rows.means && r >= rows.image_begin[mean + 1]) ++mean;
     squares += finish(sums.panels + (r - sums.first) * kPanel, sums.capacity, rows.units, rows.capacity, r,
-                      rows.inv_norm[r], p.dim, p.dtype, p.grad_patches,
+                      rows.inv_norm[r], rows.scale[r], p.dim, p.dtype, p.grad_patches,
                       (rows.image[r] * p.patches_per_image + rows.index[r]) * p.dim, p.fresh_gradient, buffer,
                       sums.means + mean * kPanel);
   }
@@ -311,9 +360,11 @@ double finish_texts(const ScoreParams& p, int64_t first, int64_t last, float* bu
   for (int64_t k = first; k < last; ++k) {
     read_row(p.texts, k * p.text_stride_row, p.text_stride_dim, p.dim, p.dtype, text);
     memset(text + p.dim, 0, sizeof(float) * (dims - p.dim));
-    const float inv_norm = inverse_norm<Float32>(text, dims);
-    squares += finish_row<Float32>(p.texts_sum + k * kPanel, capacity, text, 1, 0, inv_norm, p.dim, p.grad_texts_dtype,
-                                   p.grad_texts, k * p.dim, false, buffer);
+    const float* units = text;
+    float scale;
+    const float inv_norm = inverse_norm_in_range<Float32>(units, dims, text, scale);
+    squares += finish_row<Float32>(p.texts_sum + k * kPanel, capacity, units, 1, 0, inv_norm, scale, p.dim,
+                                   p.grad_texts_dtype, p.grad_texts, k * p.dim, false, buffer);
   }
   finish_copies();
   return squares;

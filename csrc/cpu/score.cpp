@@ -119,6 +119,7 @@ struct Plan {
     rows.units = arena.take(units * size);
     rows.row_units = kernels.pair == 1 ? rows.units : as_right_operand ? arena.take(dims * size / 2) : nullptr;
     rows.inv_norm = arena.take(size);
+    rows.scale = arena.take(size);
     rows.image = arena.take<int32_t>(size);
     rows.index = arena.take<int32_t>(size);
   }
@@ -276,6 +277,7 @@ struct MaxPlan {
   void take_block(Arena& arena, MaxBlock& block) const {
     block.patch = arena.take<const float*>(images * patches);
     block.patch_norm = arena.take(images * patches);
+    block.patch_scale = arena.take(images * patches);
     block.patch_rows = arena.take(images * patches * dims);
     block.patch_sums = p.grad_patches && texts_block < p.texts_count ? arena.take(images * patches * dims) : nullptr;
     block.text = arena.take<const float*>(texts_block);

@@ -54,6 +54,7 @@ struct Rows {               // patches that take part, gathered one after the ot
   float* units;             // panels of [rows, units of D]: left operand of the scores
   float* row_units;         // panels of [row units, D]: right operand of the texts' gradient; = units for float32
   float* inv_norm;          // [capacity], 0 for a row without a direction and for padding
+  float* scale;             // [capacity], the power of two by which a long row was multiplied
   int32_t* image;           // [capacity]
   int32_t* index;           // [capacity], position n in its image, -1 for padding
   int64_t capacity, count;  // rows between panels; rows in use, padding included
@@ -121,7 +122,7 @@ struct Scratch {  // one thread's own; panels are [rows, panel] of float32 unles
 struct MaxBlock {
   int64_t image_first, image_last, patch_first, patches, text_first, text_count;
   const float** patch;  // [images * patches], rows of D in float32; null where no text has chosen the patch
-  float* patch_norm;    // inverse
+  float *patch_norm, *patch_scale;  // inverse; see Rows
   float* patch_rows;    // where such rows lie that are not the caller's own
   float* patch_sums;    // rows of D, or null where one block holds all texts
   const float** text;   // the same for texts
