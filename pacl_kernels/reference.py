@@ -6,6 +6,8 @@ Equation numbers are those of Mukhoti et al., CVPR 2023 (arXiv 2212.04994).
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -17,9 +19,21 @@ LARGEST_SCORE = 2.0**120  # of upsample_argmax
 
 def unit(x: Tensor) -> Tensor:
     """`x / ‖x‖` along the last dimension, 0 (and gradient 0) where the norm is below `MIN_NORM`."""
+    factor = range_factor(torch.linalg.vector_norm(x.detach(), float("inf"), dim=-1, keepdim=True))
+    x = x * factor
     squared = (x * x).sum(-1, keepdim=True)
-    short = squared < MIN_NORM**2  # NaN compares false, so it passes through
+    short = squared.sqrt() / factor < MIN_NORM  # NaN compares false, so it passes through
     return torch.where(short, 0.0, x * torch.where(short, 1.0, squared).rsqrt())
+
+
+def range_factor(largest: Tensor) -> Tensor:
+    """A power of two that brings a row whose largest element is `largest` to where squares neither overflow nor vanish.
+
+    1 for a row that is not finite. 1 / norm is that of the scaled row times the factor.
+    """
+    highest = math.frexp(torch.finfo(largest.dtype).max)[1] - 2  # beyond it the factor would lose precision
+    _, exponent = torch.frexp(torch.where(largest.isfinite(), largest, 1.0))
+    return torch.ldexp(torch.ones_like(largest), -exponent.clamp(-min(64, highest), highest))
 
 
 def first_maximum(scores: Tensor) -> Tensor:
@@ -42,19 +56,28 @@ def compatibility(
     `form="max"`, φ = max s, is the limit of both other forms for τ → 0: the first maximum on ties, which alone has a
     gradient; NaN if any real patch has s = NaN.
     """
+    attn_temperature = _scalar(attn_temperature)
+    some = None if patch_mask is None else patch_mask.any(-1, keepdim=True)  # an image without a patch has φ = 0
     if patch_mask is not None:
         patches = patches.masked_fill(~patch_mask[..., None], 0.0)
-    attn_temperature = _scalar(attn_temperature)
     patches, texts = unit(patches), unit(texts)
     scores = torch.einsum("bnd,kd->bkn", patches, texts)
+    if some is not None:
+        scores = scores.masked_fill(~some[..., None], 0.0)  # 0 × NaN, where a text is not finite
+    phi = _form(form, patches, texts, scores, patch_mask, attn_temperature)
+    return phi if some is None else phi.masked_fill(~some, 0.0)
+
+
+def _form(form: str, patches, texts, scores, patch_mask, attn_temperature) -> Tensor:
+    """φ `[B, K]` of unit patches and texts; not defined for an image without a patch."""
     if form == "max":
-        return _largest(scores, patch_mask, attn_temperature)
+        return _largest(patches, texts, scores, patch_mask, attn_temperature)
     attention = scores / attn_temperature
     if patch_mask is None:
         attention = attention.softmax(-1)
     else:
         valid = patch_mask[:, None]
-        # An image without a patch would give softmax(-inf, ..) = NaN: let it attend anywhere, then select 0.
+        # An image without a patch would give softmax(-inf, ..) = NaN: let it attend anywhere.
         attention = attention.masked_fill(~valid & valid.any(-1, keepdim=True), float("-inf")).softmax(-1)
         attention = attention.masked_fill(~valid, 0.0)
     if form == "dot":
@@ -65,16 +88,15 @@ def compatibility(
     return torch.einsum("bkd,kd->bk", pooled, texts) / norm
 
 
-def _largest(scores: Tensor, patch_mask: Tensor | None, attn_temperature: float | Tensor) -> Tensor:
-    some = torch.ones(len(scores), 1, dtype=torch.bool, device=scores.device)
+def _largest(patches, texts, scores, patch_mask: Tensor | None, attn_temperature: float | Tensor) -> Tensor:
     if patch_mask is not None:
-        some = patch_mask.any(-1, keepdim=True)
         scores = scores.masked_fill(~patch_mask[:, None], float("-inf"))
-    phi = scores.gather(-1, first_maximum(scores.detach())[..., None])[..., 0]
-    phi = torch.where(some, phi, 0.0)  # an image without a patch
+    # The winner's score once more, from its own row: no other patch then has a gradient, not even 0 × NaN.
+    winner = patches[torch.arange(len(patches), device=patches.device)[:, None], first_maximum(scores.detach())]
+    phi = torch.einsum("bkd,kd->bk", winner, texts)
     if isinstance(attn_temperature, Tensor):
         # Selected nowhere: a learnable temperature has gradient 0 and not None, which DDP would wait for.
-        phi = torch.where(torch.zeros_like(some), attn_temperature, phi)
+        phi = torch.where(torch.zeros_like(phi, dtype=torch.bool), attn_temperature, phi)
     return phi
 
 

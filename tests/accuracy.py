@@ -21,6 +21,7 @@ one patch whole, so the size of the patches' gradient has no 1/√N.
 
 There rounding may decide between patches that are nearly equal, and the gradients of the two choices have nothing in
 common. So the truth takes the backend's own choice, once that choice's score is the true maximum but for rounding.
+A patch that is not finite and wins nothing may have a gradient of 0 as well as 0 x NaN.
 """
 
 from __future__ import annotations
@@ -55,13 +56,14 @@ class Expected:
 
     def __init__(self, problem: Problem, needs: tuple[str, ...] = DIFFERENTIABLE, index: Tensor | None = None):
         self.needs, self.chosen = needs, contextlib.nullcontext if index is None else partial(as_chosen, problem, index)
+        self.free = None if index is None else _never_chosen(problem, index) & ~problem.patches.isfinite().all(-1)
         self.truth = self._formula(problem.to(torch.float64))
         if problem.patches.dtype == torch.float16:
             # As a gradient scaler does: the gradients of a mean over many patches lie below what float16 can hold.
             problem = replace(problem, upstream=problem.upstream * _loss_scale(self.truth))
             self.truth = self._formula(problem.to(torch.float64))
         self.problem, self.sizes = problem, natural_sizes(problem)
-        self.plain = self._formula(problem.to(_wide(problem)))
+        self.plain = self._plain_errors(problem, self.truth)
 
     def check(self, backend: str, shares: dict[str, float] | None = None) -> dict[str, Tensor | None]:
         """Assert that the backend answers within the tolerance, `shares` of which it used; returns its answer."""
@@ -70,7 +72,10 @@ class Expected:
         for name, true in self.truth.items():
             # A float32 scalar beside float64 patches has a float32 gradient.
             coarser = max(dtype, answer[name].dtype, key=EXTRA.__getitem__)
-            compared = (answer[name], true, coarser, self.plain[name], self.sizes[name])
+            given = answer[name]
+            if name == "patches" and self.free is not None:
+                given, true = (x.masked_fill(self.free[..., None], 0.0) for x in (given, true))
+            compared = (given, true, coarser, self.plain[name], self.sizes[name])
             share = assert_accurate(f"{objective}, {name}", *compared)
             if shares is not None:
                 shares[name] = share
@@ -78,23 +83,25 @@ class Expected:
             assert answer[name] is None, f"gradient of {name}, which nobody asked for"
         return answer
 
-    def add_orders(self, orders: int) -> None:
-        """Take for each part the worst that the plain formula makes of it, with D in that many orders beside its own.
+    def ask_neighbours(self, count: int) -> None:
+        """Let the plain formula's error be the worst that it makes of this problem and of others next to it.
 
-        Where τ magnifies the rounding of a score, its one answer may be the true one by chance.
+        They have another order of D and a temperature that differs by up to 1 %. Where patches cancel or τ magnifies
+        the rounding of a score, one rounding decides, and the plain formula's own may have been right by chance.
         """
         generator = torch.Generator().manual_seed(0)
-        for _ in range(orders):
+        for _ in range(count):
             order = torch.randperm(self.problem.patches.shape[-1], generator=generator)
+            factor = 1 + 0.01 * (2 * torch.rand((), generator=generator).item() - 1)
             patches, texts = self.problem.patches[..., order], self.problem.texts[..., order]
-            answer = self._formula(replace(self.problem, patches=patches, texts=texts).to(_wide(self.problem)))
-            for name in self.truth:
-                other = answer[name][..., order.argsort()] if name in ("patches", "texts") else answer[name]
-                if self._error(other, name) > self._error(self.plain[name], name):
-                    self.plain[name] = other
+            temperature = self.problem.attn_temperature * factor
+            problem = replace(self.problem, patches=patches, texts=texts, attn_temperature=temperature)
+            errors = self._plain_errors(problem, self._formula(problem.to(torch.float64)))
+            self.plain = {name: max(error, errors[name]) for name, error in self.plain.items()}
 
-    def _error(self, plain: Tensor, name: str) -> float:
-        return relative_error(plain.double(), self.truth[name], self.sizes[name])
+    def _plain_errors(self, problem: Problem, truth: dict[str, Tensor]) -> dict[str, float]:
+        plain = self._formula(problem.to(_wide(problem)))
+        return {name: relative_error(plain[name].double(), true, self.sizes[name]) for name, true in truth.items()}
 
     def _formula(self, problem: Problem) -> dict[str, Tensor | None]:
         with self.chosen():
@@ -133,6 +140,13 @@ def as_chosen(problem: Problem, index: Tensor):
     return mock.patch.object(reference, "first_maximum", first_maximum)
 
 
+def _never_chosen(problem: Problem, index: Tensor) -> Tensor:
+    """True `[B, N]` at patches that win for no text."""
+    b, n, _ = problem.patches.shape
+    never = torch.ones(b, n + 1, dtype=torch.bool, device=index.device)
+    return never.scatter_(1, index.remainder(n + 1), False)[:, :n]
+
+
 def _wide(problem: Problem) -> torch.dtype:
     return torch.promote_types(problem.patches.dtype, torch.float32)
 
@@ -144,10 +158,11 @@ class Inaccurate(AssertionError):
 
 
 def assert_accurate(
-    what, answer: Tensor, truth: Tensor, dtype, plain: Tensor | None = None, natural: float = 0.0
+    what, answer: Tensor, truth: Tensor, dtype, plain: Tensor | float | None = None, natural: float = 0.0
 ) -> float:
     """Assert that `answer`, from inputs of `dtype`, equals `truth` within the tolerance that the module describes.
 
+    `plain` is the plain formula's answer, or the relative error of that.
     Returns the share of the tolerance that its error takes; one above 1 raises `Inaccurate`.
     """
     assert answer.shape == truth.shape, f"{what}: shape {list(answer.shape)}, expected {list(truth.shape)}"
@@ -161,7 +176,7 @@ def assert_accurate(
                 f"{answer[at].item()}, expected {truth[at].item()}"
             )
     error = relative_error(answer, truth, natural)
-    plain_error = relative_error(plain.double(), truth, natural) if plain is not None else 0.0
+    plain_error = relative_error(plain.double(), truth, natural) if isinstance(plain, Tensor) else plain or 0.0
     allowed = EXTRA[dtype] + 2 * plain_error
     if not error <= allowed:
         worst = (answer - truth).nan_to_num(0, 0, 0).abs().argmax()

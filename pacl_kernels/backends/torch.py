@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..reference import LARGEST_SCORE, MIN_NORM, MIN_POOLED_NORM
+from ..reference import LARGEST_SCORE, MIN_NORM, MIN_POOLED_NORM, range_factor
 
 # Elements of one block of scores; about five such blocks are alive at a time. A GPU needs larger ones: with those of a
 # CPU it spends its time on launches.
@@ -26,11 +26,12 @@ def score_forward(patches, texts, patch_mask, temperature, form, phi, lse) -> No
     """
     lse.zero_()
     for images, text_blocks in _blocks(patches, texts):
-        p, _ = _unit(_masked(patches, patch_mask, images), phi.dtype)
+        p, *_ = _unit(_masked(patches, patch_mask, images), phi.dtype)
+        copy_of = _first_copies(p, patch_mask, images) if form == "max" else None
         for columns in text_blocks:
-            t, _ = _unit(texts[columns], phi.dtype)
+            t, *_ = _unit(texts[columns], phi.dtype)
             if form == "max":
-                phi[images, columns], lse[images, columns] = _largest(p, t, patch_mask, images)
+                phi[images, columns], lse[images, columns] = _largest(p, t, patch_mask, images, copy_of)
                 continue
             s, a, largest = _attend(p, t, patch_mask, images, temperature)
             if form == "dot":
@@ -38,6 +39,8 @@ def score_forward(patches, texts, patch_mask, temperature, form, phi, lse) -> No
             else:
                 u, _, r = _pool(p, t, a)
                 phi[images, columns] = u / r
+    if patch_mask is not None:
+        phi.masked_fill_(_without_patch(patch_mask), 0.0)  # 0 x NaN, where a text is not finite
 
 
 def score_backward(
@@ -46,11 +49,13 @@ def score_backward(
     """Write the gradients whose buffers are given: `[B, N, D]`, `[K, D]` and `[]` (0 for the form "max")."""
     texts_sum = None if grad_texts is None else texts.new_zeros(texts.shape, dtype=phi.dtype)
     temperature_sum = phi.new_zeros(())
+    if patch_mask is not None:
+        grad_phi = grad_phi.masked_fill(_without_patch(patch_mask), 0.0)
     for images, text_blocks in _blocks(patches, texts):
-        p, inv_norm = _unit(_masked(patches, patch_mask, images), phi.dtype)
+        p, *inverse = _unit(_masked(patches, patch_mask, images), phi.dtype)
         patches_sum = None if grad_patches is None else p.new_zeros(p.shape)
         for columns in text_blocks:
-            t, _ = _unit(texts[columns], phi.dtype)
+            t, *_ = _unit(texts[columns], phi.dtype)
             if form == "max":
                 _add_largest(p, t, lse[images, columns], grad_phi[images, columns], patches_sum, texts_sum, columns)
                 continue
@@ -88,13 +93,21 @@ def score_backward(
             if texts_sum is not None:
                 texts_sum[columns] += ds.flatten(0, 1).T @ p.flatten(0, 1)
         if grad_patches is not None:
-            _project_out(patches_sum, p, inv_norm, into=grad_patches[images])
+            _project_out(patches_sum, p, *inverse, into=grad_patches[images])
+    # An attention of 0 may have been multiplied by NaN.
+    nothing = None if patch_mask is None else ~patch_mask.any()
+    if grad_patches is not None and patch_mask is not None:
+        grad_patches.masked_fill_(~patch_mask[..., None], 0.0)
     if grad_texts is not None:
+        if nothing is not None:
+            texts_sum.masked_fill_(nothing, 0.0)
         for rows in _split(len(texts), _block(texts) // max(1, texts.shape[1])):
-            t, inv_norm = _unit(texts[rows], phi.dtype)
-            _project_out(texts_sum[rows], t, inv_norm, into=grad_texts[rows])
+            t, *inverse = _unit(texts[rows], phi.dtype)
+            _project_out(texts_sum[rows], t, *inverse, into=grad_texts[rows])
     if grad_temperature is not None:
         grad_temperature.copy_(temperature_sum if form == "max" else temperature_sum / temperature / temperature)
+        if nothing is not None:
+            grad_temperature.masked_fill_(nothing, 0.0)
 
 
 def upsample_argmax(scores, rows, columns, scale, labels, best, entropy) -> None:
@@ -149,12 +162,22 @@ def _masked(patches: Tensor, patch_mask: Tensor | None, images: slice) -> Tensor
     return block if patch_mask is None else block.masked_fill(~patch_mask[images, :, None], 0.0)
 
 
-def _unit(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Rows divided by their norm, and 1 / norm; both 0 for a row without a direction."""
+def _without_patch(patch_mask: Tensor) -> Tensor:
+    """True `[B, 1]` at images whose patches are all masked."""
+    return ~patch_mask.any(1, keepdim=True)
+
+
+def _unit(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows divided by their norm, and two factors whose product is 1 / norm; 0 for a row without a direction.
+
+    Two, because the inverse of a norm near the largest number is too small for full precision.
+    """
     x = x.to(dtype)
+    factor = range_factor(torch.linalg.vector_norm(x, float("inf"), dim=-1, keepdim=True))
+    x = x * factor
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    inv_norm = norm.reciprocal().masked_fill_(norm < MIN_NORM, 0.0)
-    return x * inv_norm, inv_norm
+    inverse = norm.reciprocal().masked_fill_(norm / factor < MIN_NORM, 0.0)
+    return x.mul_(inverse), inverse, factor
 
 
 def _attend(p: Tensor, t: Tensor, patch_mask: Tensor | None, images: slice, temperature) -> tuple[Tensor, ...]:
@@ -172,19 +195,43 @@ def _attend(p: Tensor, t: Tensor, patch_mask: Tensor | None, images: slice, temp
     return s.sub_(largest), e.div_(total), largest
 
 
-def _largest(p: Tensor, t: Tensor, patch_mask: Tensor | None, images: slice) -> tuple[Tensor, Tensor]:
-    """The largest s of each pair and the first index that has it; 0 and -1 for an image without a patch."""
+def _largest(p: Tensor, t: Tensor, patch_mask: Tensor | None, images: slice, copy_of: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest s of each pair and the first index that has it, -1 for an image without a patch."""
     s = p @ t.T
-    if patch_mask is None:
-        return s.max(1)
-    phi, index = s.masked_fill_(~patch_mask[images, :, None], float("-inf")).max(1)
-    none = ~patch_mask[images].any(1, keepdim=True)
-    return phi.masked_fill_(none, 0.0), index.masked_fill_(none, -1)
+    if patch_mask is not None:
+        s.masked_fill_(~patch_mask[images, :, None], float("-inf"))
+    phi, index = s.max(1)
+    index = copy_of.gather(1, index)
+    return phi, index if patch_mask is None else index.masked_fill_(_without_patch(patch_mask[images]), -1)
+
+
+def _first_copies(p: Tensor, patch_mask: Tensor | None, images: slice) -> Tensor:
+    """For each patch the first one of its image that equals it, `[I, N]`.
+
+    A matrix product may add in another order for another row, so copies differ in their last bits.
+    """
+    bits = (p + 0.0).view(torch.int32 if p.dtype == torch.float32 else torch.int64)  # -0.0 counts as 0.0
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randint(-(2**62), 2**62, (p.shape[2],), generator=generator).to(p.device)
+    key = (bits * weights).sum(-1)  # of copies the same: integers have no rounding
+    if patch_mask is not None:
+        key.masked_fill_(~patch_mask[images], 1)
+    places = torch.arange(p.shape[1], device=p.device).expand_as(key)
+    key, order = key.sort(dim=1, stable=True)
+    starts = torch.ones_like(key, dtype=torch.bool)
+    starts[:, 1:] = key[:, 1:] != key[:, :-1]
+    first = order.gather(1, torch.where(starts, places, 0).cummax(1).values)
+    first = torch.empty_like(order).scatter_(1, order, first)
+    same = (p.gather(1, first[..., None].expand_as(p)) == p).all(-1)  # one key does not prove it
+    return torch.where(same, first, places)
 
 
 def _add_largest(p, t, index, g, patches_sum, texts_sum, columns) -> None:
-    """Add `g t` to the winner's row and `g p` to the text's: backward needs no second product."""
-    g = g.masked_fill(index < 0, 0.0)[..., None]
+    """Add `g t` to the winner's row and `g p` to the text's: backward needs no second product.
+
+    `g` is 0 where there is no winner.
+    """
+    g = g[..., None]
     rows = index.clamp_min(0).long() + p.shape[1] * torch.arange(len(p), device=p.device)[:, None]
     if patches_sum is not None:
         _add_rows(patches_sum.view(-1, p.shape[2]), rows.flatten(), (g * t).flatten(0, 1))
@@ -206,9 +253,9 @@ def _pool(p: Tensor, t: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return (pooled * t).sum(-1), pooled, torch.linalg.vector_norm(pooled, dim=-1).clamp_min(MIN_POOLED_NORM)
 
 
-def _project_out(grad_unit: Tensor, unit: Tensor, inv_norm: Tensor, into: Tensor) -> None:
+def _project_out(grad_unit: Tensor, unit: Tensor, inverse: Tensor, factor: Tensor, into: Tensor) -> None:
     """`into = ∂L/∂x` from `∂L/∂(x / ‖x‖)`: what points along x does not change its direction."""
     # Twice: the first leaves along x its own rounding, which is all there is where D = 1.
     for _ in range(2):
         grad_unit = grad_unit - torch.linalg.vecdot(grad_unit, unit)[..., None] * unit
-    into.copy_(grad_unit * inv_norm)
+    into.copy_((grad_unit * inverse * factor).masked_fill_((unit == 0).all(-1, keepdim=True), 0.0))

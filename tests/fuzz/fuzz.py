@@ -36,7 +36,7 @@ MASKS = ("random", "all", "none", "one", "first", "last")
 SIZES = sorted(
     {*range(1, 20), *(n + i for n in (16, 32, 48, 64, 96, 128, 192, 256) for i in (-1, 0, 1)), 37, 53, 101, 197}
 )
-ORDERS = 6  # of D, in which the plain formula is tried again before an answer is called wrong
+NEIGHBOURS = 6  # of a problem, on which the plain formula is tried too before an answer is called wrong
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ def try_one(draw: Draw, among: list[Target]) -> Iterator[Outcome]:
             try:
                 expected.check(target.backend, shares)
             except Inaccurate:
-                expected.add_orders(ORDERS)
+                expected.ask_neighbours(NEIGHBOURS)
                 expected.check(target.backend, shares)
         except Exception as error:  # the search goes on after whatever went wrong
             kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
