@@ -189,9 +189,10 @@ inline V pooled_norm_squared(const Scratch& scratch, int64_t count, int v) {
   return squared;
 }
 
-// Whether r² is much smaller than Σ e², which it is about for patches of random directions: what is left is then
-// the rounding of G.
-inline bool cancels(const Scratch& scratch, const float* inv_norm, int64_t count, const V squared[2]) {
+// True where r² of any text is much smaller than Σ e², which it is about for patches of random directions: what is left
+// is then the rounding of G.
+inline bool cancels(const Scratch& scratch, const float* inv_norm, int64_t count, const float* text_norm,
+                    const V squared[2]) {
   bool any = false;
   for (int v = 0; v < 2; ++v) {
     V incoherent{};
@@ -199,7 +200,7 @@ inline bool cancels(const Scratch& scratch, const float* inv_norm, int64_t count
       const V e = load(scratch.attention + r * kPanel + v * kLanes);
       incoherent = inv_norm[r] > 0 ? fma(e, e, incoherent) : incoherent;
     }
-    const I below = squared[v] < incoherent * 0.25f;
+    const I below = (squared[v] < incoherent * 0.25f) & (load(text_norm + v * kLanes) > V{});  // not padding
     for (int i = 0; i < kLanes; ++i) any |= below[i] != 0;
   }
   return any;
@@ -251,20 +252,32 @@ void scores_in_double(const ScoreParams& p, const Rows& rows, int64_t first, int
     }
 }
 
-// scratch.pool = Σ e p̂ [D, panel] where patches cancel, with e = exp((s - largest) / τ); scratch.scores become s, and
-// scratch.pooled is written over. Rare, so short rather than fast: in double, whose rounding is small beside what is
-// left.
+// scratch.pool = Σ e p̂ [D, panel] where patches cancel, with e = exp((s - largest) / τ). Rare, so short rather than fast:
+// in double, whose rounding is small beside what is left. scratch.scores become s, and scratch.attention and `sums` are
+// made again of it, because τ would divide the difference of two roundings of s; scratch.pooled is written over.
 template <class Op>
 void pool(const ScoreParams& p, const Rows& rows, int64_t first, int64_t count, const Texts& texts, int64_t panel,
-          const Softmax& sums, Scratch& scratch) {
+          Softmax& sums, Scratch& scratch) {
   set_direction<Op>(p, texts, panel, nullptr, scratch);
   scores_in_double<Op>(p, rows, first, count, scratch, scratch.scores);
-  for (int64_t i = 0; i < count * kPanel; i += kLanes) {  // what e lacks in float32
-    const V s = load(scratch.scores + i), e = load(scratch.attention + i), largest = sums.largest[i / kLanes % 2];
-    V rest{};
-    for (int lane = 0; lane < kLanes; ++lane)
-      rest[lane] = __builtin_exp(((double)s[lane] - (is_bounded(p) ? 0.0f : largest[lane])) / p.temperature) - e[lane];
-    store(scratch.pooled + i, rest);
+  for (int v = 0; v < 2; ++v) {
+    V largest = is_bounded(p) ? V{} : broadcast(kBelowEveryScore);
+    for (int64_t r = 0; !is_bounded(p) && r < count; ++r)
+      largest = maximum(load(scratch.scores + r * kPanel + v * kLanes), largest);
+    Wide total{};
+    for (int64_t r = 0; r < count; ++r) {
+      const int64_t i = r * kPanel + v * kLanes;
+      const V s = load(scratch.scores + i);
+      Wide exact;
+      for (int lane = 0; lane < kLanes; ++lane)
+        exact[lane] = __builtin_exp(((double)s[lane] - largest[lane]) / p.temperature);
+      const V e = __builtin_convertvector(exact, V);
+      store(scratch.attention + i, e);
+      store(scratch.pooled + i, __builtin_convertvector(exact - __builtin_convertvector(e, Wide), V));
+      total += exact;
+    }
+    sums.largest[v] = largest;
+    sums.sum[v] = __builtin_convertvector(total, V);
   }
   for (int64_t d = 0; d < padded_dim(p.dim); ++d) {
     const int64_t u = d / Op::kPair;
@@ -322,7 +335,7 @@ void pooled_score(const ScoreParams& p, const Texts& texts, int64_t panel, const
 // hence a floor times that.
 template <class Op>
 void cosine_of_pooled(const ScoreParams& p, const Rows& rows, int64_t count, const Texts& texts, int64_t panel,
-                      const Softmax& sums, Scratch& scratch, float* phi) {
+                      Softmax& sums, Scratch& scratch, float* phi) {
   V along[2], squared[2];
   if (pools<Op>(p, count)) {
     pool_product(p, rows, 0, count, scratch);
@@ -335,7 +348,7 @@ void cosine_of_pooled(const ScoreParams& p, const Rows& rows, int64_t count, con
       squared[v] = pooled_norm_squared(scratch, count, v);
     }
   }
-  if (cancels(scratch, rows.inv_norm, count, squared)) {
+  if (cancels(scratch, rows.inv_norm, count, texts.inv_norm + panel * kPanel, squared)) {
     pool<Op>(p, rows, 0, count, texts, panel, sums, scratch);
     pooled_score<Op>(p, texts, panel, scratch, along, squared);
   }
@@ -510,7 +523,7 @@ WeightSums weights_cosine(const ScoreParams& p, const Rows& rows, int64_t first,
       gram_product<Op, false>(scratch, capacity, count);
       for (int v = 0; v < 2; ++v) squared[v] = pooled_norm_squared(scratch, count, v);
     }
-    const bool cancel = cancels(scratch, inv_norm, count, squared);
+    const bool cancel = cancels(scratch, inv_norm, count, texts.inv_norm + k, squared);
     if (cancel) {
       pool<Op>(p, rows, first, count, texts, panel, sums, scratch);
       pooled_score<Op>(p, texts, panel, scratch, along, squared);

@@ -141,7 +141,7 @@ float inverse_norm_in_range(const float*& units, int64_t padded, float* buffer, 
   if (!is_long<Op>(units, padded, inv_norm)) return inv_norm;
   const uint32_t exponent = float_bits(largest_element<Op>(units, padded)) >> 23;
   if (exponent == 255) return __builtin_nanf("");
-  scale = float_from_bits((254 - exponent) << 23);
+  scale = float_from_bits((255 - exponent) << 23);  // brings that element to between 2 and 4
   for (int64_t i = 0; i < padded * Op::kPair; ++i)
     if (Op::kPair == 1)
       buffer[i] = units[i] * scale;

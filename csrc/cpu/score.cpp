@@ -350,8 +350,10 @@ void backward_max(const ScoreParams& p) {
 int64_t workspace_bytes(const ScoreParams& p, bool backward) {
   if (backward && p.form == Form::max) return MaxPlan(p).workspace_bytes();
   const Kernels &kernels = select_kernels(p.dtype, p.dim), &exact = select_kernels(Dtype::float32, p.dim);
-  const int64_t bytes = Plan(p, backward, kernels).workspace_bytes();
-  return backward && kernels.pair == 2 ? most(bytes, Plan(p, true, exact).workspace_bytes()) : bytes;
+  int64_t bytes = Plan(p, backward, kernels).workspace_bytes();
+  if (backward && kernels.pair == 2)  // see score_backward
+    for (const bool again : {false, true}) bytes = most(bytes, Plan(p, again, exact).workspace_bytes());
+  return bytes;
 }
 
 int64_t accumulator_floats(const ScoreParams& p) {
@@ -359,9 +361,10 @@ int64_t accumulator_floats(const ScoreParams& p) {
   return round_up(p.texts_count, panel) * round_up(p.dim, panel);
 }
 
-void score_forward(const ScoreParams& p) {
-  const Plan plan(p, false, select_kernels(p.dtype, p.dim));
-  const Kernels& kernels = plan.kernels;
+namespace {
+
+void forward(const ScoreParams& p, const Kernels& kernels) {
+  const Plan plan(p, false, kernels);
   Arena arena = open_workspace(p, plan);
   const std::vector<int64_t> row_start = count_rows(p, plan.row_align);
   Texts shared_texts;
@@ -386,8 +389,6 @@ void score_forward(const ScoreParams& p) {
     }
   });
 }
-
-namespace {
 
 int64_t gradient_bytes(const ScoreParams& p) { return p.images * p.patches_per_image * gradient_row_bytes(p); }
 
@@ -549,6 +550,8 @@ bool backward_weighted(ScoreParams p, const Kernels& kernels) {
 
 }  // namespace
 
+void score_forward(const ScoreParams& p) { forward(p, select_kernels(p.dtype, p.dim)); }
+
 void score_backward(const ScoreParams& asked) {
   ScoreParams p = asked;
   p.fresh_gradient = p.grad_patches && is_fresh((const char*)p.grad_patches + gradient_bytes(p) - 1);
@@ -559,9 +562,18 @@ void score_backward(const ScoreParams& asked) {
   }
   const Kernels& kernels = select_kernels(p.dtype, p.dim);
   if (backward_weighted(p, kernels) || kernels.pair == 1) return;
+  const Kernels& exact = select_kernels(Dtype::float32, p.dim);
   if (p.texts_sum) std::memset(p.texts_sum, 0, sizeof(float) * accumulator_floats(p));
   p.fresh_gradient = false;
-  backward_weighted(p, select_kernels(Dtype::float32, p.dim));
+  std::vector<float> again;
+  if (p.form == Form::dot) {  // τ may divide the difference of s and φ: both from the same kernels
+    const int64_t pairs = p.images * p.texts_count;
+    again.resize(2 * pairs);
+    p.phi = again.data();
+    p.lse = again.data() + pairs;
+    forward(p, exact);
+  }
+  backward_weighted(p, exact);
 }
 
 double multiply_add_rate(Dtype dtype, int threads, double seconds) {
