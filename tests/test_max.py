@@ -59,8 +59,8 @@ def test_first_of_equals(n, d, mask, target):
 @pytest.mark.parametrize("d", [3, 67, 256])
 def test_the_first_of_copies_wins(d, target):
     """Rounding or not: the product of a copy may have other bits, where it lies elsewhere in a tile."""
-    for n, k, times in ((40, 50, 5), (3, 2, 2), (5, 1, 3), (2, 50, 2)):
-        problem = make(Case(4, n, d, K=k), "max", "compatibility", target.dtype, target.device)
+    for seed, (b, n, k, times) in enumerate([(4, 40, 50, 5), *[(1, 2, 1, 5), (2, 3, 2, 2), (2, 7, 1, 3)] * 5]):
+        problem = make(Case(b, n, d, K=k), "max", "compatibility", target.dtype, target.device, seed)
         doubled = replace(problem, patches=problem.patches.repeat(1, times, 1))
         assert (winners(doubled, target.backend) < n).all()
         assert (check(doubled, target.backend)["patches"][:, n:] == 0).all()
