@@ -17,6 +17,7 @@ import os
 import random
 import sys
 import time
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -273,6 +274,7 @@ def main() -> int:
     for name in ("form", "dtype", "data", "objective"):
         parser.add_argument(f"--{name}", nargs="+", help=f"only problems of such a {name}")
     arguments = parser.parse_args()
+    warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton")  # NumPy's, in the interpreter
     among = targets(arguments.backends, arguments.isas)
     if arguments.case is not None:
         draws = [Draw.parse(arguments.case)]
