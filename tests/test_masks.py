@@ -38,6 +38,32 @@ def test_masked(case, form, target):
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_masked_beside_a_patch_that_is_not_finite(value, form, target):
+    """The gradient of a masked patch is 0 whatever happens to the rest of its image, and to the loss."""
+    for objective in ("compatibility", "infonce", "sigmoid"):
+        problem = make(Case(6, 11, 19, mask="random"), form, objective, target.dtype, target.device)
+        patches = problem.patches.clone()
+        patches[2, problem.patch_mask[2].nonzero()[-1]] = value
+        answer = check(replace(problem, patches=patches), target.backend)
+        assert (answer["patches"][~problem.patch_mask] == 0).all()
+        assert answer["patches"][2, problem.patch_mask[2]].isnan().any(), "nothing was spoilt"
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_an_image_without_a_patch_and_a_text_that_is_not_finite(form, target):
+    """Their φ is 0, and not 0 x NaN."""
+    for mask in ("random", "none"):
+        problem = make(Case(5, 7, 19, K=4, mask=mask), form, "compatibility", target.dtype, target.device)
+        texts = problem.texts.clone()
+        texts[2, 3] = float("nan")
+        answer = check(replace(problem, texts=texts), target.backend)
+        without = ~problem.patch_mask.any(1)
+        assert without.any() and (answer["value"][without] == 0).all()
+        assert answer["value"][~without, 2].isnan().all()
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_same_as_cutting_off(form, target):
     """Each image with a mask, and alone without its masked patches."""
     problem = make(Case(5, 23, 19, K=7, mask="random"), form, "compatibility", target.dtype, target.device)

@@ -56,15 +56,37 @@ def test_first_of_equals(n, d, mask, target):
     assert torch.equal(reference.first_maximum(scores)[expected >= 0], expected[expected >= 0])
 
 
+@pytest.mark.parametrize("d", [3, 67, 256])
+def test_the_first_of_copies_wins(d, target):
+    """Rounding or not: the product of a copy may have other bits, where it lies elsewhere in a tile."""
+    for seed, (b, n, k, times) in enumerate([(4, 40, 50, 5), *[(1, 2, 1, 5), (2, 3, 2, 2), (2, 7, 1, 3)] * 5]):
+        problem = make(Case(b, n, d, K=k), "max", "compatibility", target.dtype, target.device, seed)
+        doubled = replace(problem, patches=problem.patches.repeat(1, times, 1))
+        assert (winners(doubled, target.backend) < n).all()
+        assert (check(doubled, target.backend)["patches"][:, n:] == 0).all()
+        patches = doubled.patches.clone()
+        patches[:, 0] = float("nan")
+        hidden = torch.ones(patches.shape[:2], dtype=torch.bool, device=target.device)
+        hidden[:, 0] = False  # then its first copy is the first
+        index = winners(replace(doubled, patches=patches, patch_mask=hidden), target.backend)
+        assert ((index > 0) & (index <= n)).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("d", [3, 67, 256])
 def test_copies_of_a_patch_score_the_same_bits(d, dtype, cpu_backend):
-    """Wherever a patch lies, its sums are made in the same order: of copies the first wins, rounding or not."""
+    """Wherever a patch lies, its sums are made in the same order, so copies do not change which patch wins."""
     problem = make(Case(4, 40, d, K=50), "max", "compatibility", dtype)
     doubled = replace(problem, patches=problem.patches.repeat(1, 5, 1))
-    first = winners(problem, cpu_backend)
-    assert torch.equal(winners(doubled, cpu_backend), first)
-    assert (check(doubled, cpu_backend)["patches"][:, 40:] == 0).all()
+    assert torch.equal(winners(doubled, cpu_backend), winners(problem, cpu_backend))
+
+
+def test_a_patch_without_a_direction_among_its_copies(target):
+    """0 and -0 score the same, and the first of them wins where every other score is negative."""
+    problem = make(Case(2, 6, 5, K=3), "max", "compatibility", target.dtype, target.device)
+    patches, texts = -problem.texts[:1].abs().expand(2, 6, 5).clone(), problem.texts.abs()
+    patches[:, 2], patches[:, 4] = -0.0, 0.0
+    assert (winners(replace(problem, patches=patches, texts=texts), target.backend) == 2).all()
 
 
 def test_the_first_nan_wins(target):

@@ -84,10 +84,10 @@ def score_backward(
             if grad_temperature is not None:
                 # Σ (s - u) centred a, and not Σ s dS - Σ φ g, whose two terms are nearly equal.
                 temperature_sum -= (((s - u[:, None]) * centred * a).sum(1) * g).sum()
-            ds = centred.div_(temperature)
+            ds = centred.mul_(a).div_(temperature)  # in this order: an attention of 0 stays 0 whatever τ
             if form == "dot":
-                ds.add_(1.0)
-            ds.mul_(a).mul_(g[:, None])
+                ds.add_(a)
+            ds.mul_(g[:, None])
             if grad_patches is not None:
                 patches_sum += ds @ t
             if texts_sum is not None:
