@@ -66,7 +66,7 @@ def compatibility(
 
 
 def _largest(scores: Tensor, patch_mask: Tensor | None, attn_temperature: float | Tensor) -> Tensor:
-    some = torch.ones(len(scores), 1, dtype=torch.bool, device=scores.device)
+    some = torch.ones(scores.shape[0], 1, dtype=torch.bool, device=scores.device)
     if patch_mask is not None:
         some = patch_mask.any(-1, keepdim=True)
         scores = scores.masked_fill(~patch_mask[:, None], float("-inf"))
@@ -86,10 +86,10 @@ def _scalar(value: float | Tensor) -> float | Tensor:
 def contrastive_loss(logits: Tensor, loss: str = "infonce") -> Tensor:
     """Symmetric InfoNCE, or SigLIP's sigmoid loss divided by B, of logits `[B, B]` with the pairs on the diagonal."""
     if loss == "infonce":
-        target = torch.arange(len(logits), device=logits.device)
+        target = torch.arange(logits.shape[0], device=logits.device)
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-    sign = 2 * torch.eye(len(logits), dtype=logits.dtype, device=logits.device) - 1
-    return -F.logsigmoid(sign * logits).sum() / len(logits)
+    sign = 2 * torch.eye(logits.shape[0], dtype=logits.dtype, device=logits.device) - 1
+    return -F.logsigmoid(sign * logits).sum() / logits.shape[0]
 
 
 def pacl_loss(
