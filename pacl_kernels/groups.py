@@ -29,9 +29,7 @@ def check(group) -> None:
     """Raises TypeError or ValueError unless it is None, one of NAMES, or a group with this process in it."""
     if isinstance(group, str):
         if group not in NAMES:
-            raise ValueError(
-                f"group is {group!r}, expected 'world', 'local', None or a torch.distributed process group"
-            )
+            raise ValueError(f"group is {group!r}, expected 'world', 'local' or a torch.distributed process group")
     elif group is not None and not isinstance(group, getattr(dist, "ProcessGroup", ())):
         raise TypeError(
             f"group is a {type(group).__name__}, expected a torch.distributed process group with this process in it, "

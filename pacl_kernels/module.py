@@ -98,6 +98,6 @@ class PaclLoss(nn.Module):
         group = self.group
         group = repr(group) if group is None or isinstance(group, str) else f"<{group.size()} processes>"
         return (
-            f"attn_temperature={self.attn_temperature}, form={self.form!r}, loss={self.loss!r}, rank={self.rank}, "
+            f"attn_temperature={self.attn_temperature!r}, form={self.form!r}, loss={self.loss!r}, rank={self.rank}, "
             f"world_size={self.world_size}, group={group}, exchange={self.exchange!r}, backend={self.backend!r}"
         )
