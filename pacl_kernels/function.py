@@ -30,7 +30,7 @@ class PerSample(torch.autograd.Function):
 
 
 def first_output(function: type[PerSample], *arguments):
-    """What `function` computes of them, without what it returns beside that for its backward."""
+    """Calls `function` and returns its first output, without those that only its backward needs."""
     if torch.compiler.is_compiling():
         return function.apply(*arguments)[0]
     try:

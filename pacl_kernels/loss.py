@@ -282,12 +282,11 @@ def check_scalar(name: str, value, like: Tensor, like_name: str = "patches", pos
         raise TypeError(f"{name} is a {type(value).__name__}, expected a number or a tensor of one element")
     wide = torch.float64 if like.dtype == torch.float64 else torch.float32
     limits = torch.finfo(wide)
-    if not (limits.tiny if positive else -limits.max) <= value <= limits.max:  # NaN fails it too
+    smallest, kind = (limits.tiny, "finite number above 0") if positive else (-limits.max, "finite number")
+    if not smallest <= value <= limits.max:  # NaN fails it too
         dtype = str(wide).removeprefix("torch.")
-        expected = f"above 0 that {dtype} holds ({limits.tiny:.2g} to {limits.max:.2g})"
         raise ValueError(
-            f"{name} is {_shown(value)}, expected a finite number "
-            + (expected if positive else f"that {dtype} holds (at most {limits.max:.2g} in size)")
+            f"{name} is {_shown(value)}, expected a {kind} that {dtype} holds ({smallest:.2g} to {limits.max:.2g})"
         )
     return float(value)
 

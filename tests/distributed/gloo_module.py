@@ -128,15 +128,13 @@ def test_copies_of_a_part_of_the_processes(mine, group):
     dist.barrier()
 
 
-@pytest.mark.parametrize("how", ["world", "group", "open_clip", "local", "none"])
+@pytest.mark.parametrize("how", ["world", "open_clip", "none"])
 def test_compiled(how, mine, group):
     """The name is looked up while the compiler traces."""
     torch._dynamo.reset()
     options = {
         "world": {"group": "world"},
-        "group": {"group": group},
         "open_clip": {"rank": group.rank(), "world_size": group.size()},
-        "local": {"group": "local"},
         "none": {},
     }[how]
     module = PaclLoss(**options)
