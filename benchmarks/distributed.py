@@ -55,7 +55,7 @@ def step_patches(patches, texts):
     """Everybody gathers everything, with gradients, and computes the whole batch."""
     if dist.get_world_size() > 1:
         patches, texts = (torch.cat(torch.distributed.nn.all_gather(x)) for x in (patches, texts))
-    return fused_pacl_loss(patches, texts, SCALE)
+    return fused_pacl_loss(patches, texts, SCALE, group="local")
 
 
 def step_clip_loss(patches, texts):

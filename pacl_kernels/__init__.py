@@ -3,7 +3,8 @@
 from .cached import cached_step
 from .dispatch import available_backends
 from .function import PaclFunction
-from .loss import PaclLoss, compatibility, fused_pacl_loss
+from .loss import compatibility, fused_pacl_loss
+from .module import PaclLoss
 from .upsample import upsample_argmax
 
 __version__ = "0.1.0.dev0"

@@ -43,8 +43,10 @@ def cached_step(
         loss: takes the whole batch's outputs of `encode`, one argument each, and returns a scalar. It may communicate
             (`group=`) and may use parameters of its own, whose gradients it adds as usual.
         micro_batch: samples encoded at a time, at least 1.
-        modules: those under DistributedDataParallel or `fully_shard` that `encode` calls: they exchange gradients after
-            the last micro-batch only. With `fully_shard` every process needs as many micro-batches.
+        modules: those under DistributedDataParallel (without `static_graph`) or `fully_shard` that `encode` calls: they
+            exchange gradients after the last micro-batch only, and not at all where the caller has switched that off
+            (`no_sync`, `set_requires_gradient_sync(False)`). With `fully_shard` every process needs as many
+            micro-batches.
 
     Returns:
         The loss, detached.
@@ -58,6 +60,7 @@ def cached_step(
         raise ValueError(f"micro_batch is {micro_batch}, expected at least 1")
     parts, sizes = _split(batch, micro_batch)
     modules = tuple(modules)
+    _check_modules(modules)
     random, outputs = [], []
     with _no_exchange(modules), torch.no_grad():
         for part, size in zip(parts[:-1], sizes, strict=False):
@@ -137,19 +140,39 @@ def _pass_on(outputs: tuple[Tensor, ...], grads: list[Tensor | None], scalars: b
 
 @contextlib.contextmanager
 def _no_exchange(modules: tuple[nn.Module, ...]):
-    """Gradients of these modules stay in this process."""
+    """Gradients of these modules stay in this process; afterwards they are exchanged if they were before."""
     with contextlib.ExitStack() as stack:
         for module in modules:
             if hasattr(module, "no_sync"):  # DistributedDataParallel
                 stack.enter_context(module.no_sync())
-            elif hasattr(module, "set_requires_gradient_sync"):  # fully_shard
+            else:  # fully_shard
+                for group in _sharded_groups(module):
+                    for flag in ("reduce_grads", "all_reduce_grads"):
+                        stack.callback(setattr, group, flag, getattr(group, flag))
                 module.set_requires_gradient_sync(False)
-                stack.callback(module.set_requires_gradient_sync, True)
-            else:
-                raise TypeError(
-                    f"modules has a {type(module).__name__}, expected DistributedDataParallel or fully_shard's modules"
-                )
         yield
+
+
+def _sharded_groups(module: nn.Module) -> list:
+    """The groups of parameters under `fully_shard`, which hold whether gradients are exchanged; no method tells it."""
+    states = [part._get_fsdp_state() for part in module.modules() if hasattr(part, "set_requires_gradient_sync")]
+    groups = []
+    for state in states:
+        # Newer versions of torch have a list, older ones one group or None.
+        groups += state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else [state._fsdp_param_group]
+    return [group for group in groups if group is not None]
+
+
+def _check_modules(modules: tuple[nn.Module, ...]) -> None:
+    for module in modules:
+        name = type(module).__name__
+        if not (hasattr(module, "no_sync") or hasattr(module, "set_requires_gradient_sync")):
+            raise TypeError(f"modules has a {name}, expected DistributedDataParallel or fully_shard's modules")
+        if getattr(module, "static_graph", False):
+            raise ValueError(
+                f"modules has a {name} with static_graph=True, expected static_graph=False: of a step's several "
+                "forwards and backwards only the last exchanges gradients"
+            )
 
 
 def _random_state() -> tuple[Tensor, list[Tensor]]:

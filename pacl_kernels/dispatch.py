@@ -69,14 +69,14 @@ def _best(device: torch.device, dtype: torch.dtype) -> str:
     reason = _MODULES[best].why_not(device, dtype)
     if reason is None:
         return best
-    _warn_once(f"pacl_kernels runs its blockwise PyTorch backend, several times slower than {best!r}: {reason}")
+    warn_once(f"pacl_kernels runs its blockwise PyTorch backend, several times slower than {best!r}: {reason}")
     return "torch"
 
 
 _warned: set[str] = set()
 
 
-def _warn_once(message: str) -> None:
+def warn_once(message: str) -> None:
     if message not in _warned:
         _warned.add(message)
         warnings.warn(message, stacklevel=2)

@@ -90,7 +90,7 @@ def make_plan(group: dist.ProcessGroup, texts: Tensor, settings: dict[str, Setti
     smaller batches may follow, a larger one is a ValueError. Inside `torch.compile` nobody looks, and every process
     must bring as many texts.
     """
-    world, capacity, d, device = group.size(), len(texts), texts.shape[1], texts.device
+    world, capacity, d, device = group.size(), texts.shape[0], texts.shape[1], texts.device
     compiling, agreed = torch.compiler.is_compiling(), None
     # While compiling, a number may be a symbol that has no bits.
     codes = tuple(setting.code(numbers=not compiling) for setting in settings.values())
@@ -180,10 +180,10 @@ class GlobalPaclFunction(torch.autograd.Function):
                 for at, block in blocks:
                     sums.add(at, _score(inputs, block, ctx.options)[0])
 
-            _send_round(_padded(texts, plan), plan, len(patches), visit)
+            _send_round(_padded(texts, plan), plan, patches.shape[0], visit)
         else:
             gathered, phi, _ = arrays = _gather_and_score(inputs, ctx.options, plan)
-            sums.add(slice(0, len(gathered)), phi)
+            sums.add(slice(0, gathered.shape[0]), phi)
         value, statistics = sums.finish()
         ctx.save_for_backward(*inputs, scale, bias, sums.sizes, *arrays, *statistics)
         return value
@@ -218,10 +218,10 @@ class GlobalPaclFunction(torch.autograd.Function):
         if plan.ring:
             grad_patches, grad_texts = _ring_gradients(gradients, inputs, ctx.options, needs, plan)
         else:
-            grad_patches, grad_texts = gradients(slice(0, len(arrays[0])), *arrays)
+            grad_patches, grad_texts = gradients(slice(0, arrays[0].shape[0]), *arrays)
             grad_texts = _reduce_scatter(grad_texts, plan) if needs[1] else None
         if needs[1]:
-            grad_texts = grad_texts[: len(texts)].to(texts.dtype, copy=True)
+            grad_texts = grad_texts[: texts.shape[0]].to(texts.dtype, copy=True)
         if any(needs[2:5]):
             sums = _wait(_all_reduce(sums / plan.world, plan))
         likes = scale, bias, temperature
@@ -244,10 +244,10 @@ def _gather_and_score(inputs, options, plan: Plan) -> tuple[Tensor, Tensor, Tens
     gathered = _all_gather(sent, plan.world, plan.group)
     local = _score(inputs, sent, options)
     gathered = _wait(gathered)
-    phi, lse = (x.new_empty(len(x), len(gathered)) for x in local)
+    phi, lse = (x.new_empty(x.shape[0], gathered.shape[0]) for x in local)
     own = plan.columns(plan.rank)
     phi[:, own], lse[:, own] = local
-    for at in (slice(0, own.start), slice(own.stop, len(gathered))):
+    for at in (slice(0, own.start), slice(own.stop, gathered.shape[0])):
         if at.start < at.stop:
             phi[:, at], lse[:, at] = _score(inputs, gathered[at], options)
     return gathered, phi, lse
@@ -263,8 +263,8 @@ def _send_round(texts: Tensor, plan: Plan, images: int, visit: Callable[[Blocks]
     for step in range(plan.world):
         coming = _hop(texts, plan) if step + 1 < plan.world else None
         first = plan.columns((plan.rank - step) % plan.world).start
-        starts = range(0, len(texts), size)
-        visit([(slice(first + at, first + at + len(x)), x) for at, x in zip(starts, texts.split(size), strict=True)])
+        blocks = zip(range(first, first + texts.shape[0], size), texts.split(size), strict=True)
+        visit([(slice(at, at + x.shape[0]), x) for at, x in blocks])
         texts = texts if coming is None else _wait(coming)
 
 
@@ -285,7 +285,7 @@ def _ring_gradients(gradients, inputs, options, needs, plan: Plan) -> tuple[Tens
             grad_texts = torch.cat(parts) if len(parts) > 1 else parts[0]
             travelling = _hop(grad_texts if travelling is None else grad_texts.add_(_wait(travelling)), plan)
 
-    _send_round(_padded(texts, plan), plan, len(patches), visit)
+    _send_round(_padded(texts, plan), plan, patches.shape[0], visit)
     return patches_sum.to(patches.dtype) if needs[0] else None, _wait(travelling) if needs[1] else None
 
 
@@ -320,7 +320,7 @@ class _GlobalSums:
             return (_wait(_all_reduce(self.total, self.plan)) / count).to(self.dtype), ()
         rows, pair = self.rows.finish(), torch.cat(self.pairs)
         # Without a common maximum, which would be one more exchange: |φ| <= 1, and float64 holds exp(±600).
-        shares = pair.new_empty(len(self.valid) + 2)
+        shares = pair.new_empty(self.valid.shape[0] + 2)
         for at, columns in self.columns:
             shares[at] = columns.total.double() * columns.largest.double().exp()
         shares[-2] = contrast.cross_entropy(pair, rows).sum()
@@ -357,7 +357,7 @@ def _valid(sizes: Tensor, plan: Plan) -> Tensor:
 
 
 def _padded(texts: Tensor, plan: Plan) -> Tensor:
-    return F.pad(texts, (0, 0, 0, plan.capacity - len(texts))).contiguous()
+    return F.pad(texts, (0, 0, 0, plan.capacity - texts.shape[0])).contiguous()
 
 
 # The functional collectives, by name: `torch.compile` takes them, and they are under way until `_wait`.
@@ -381,7 +381,7 @@ def _reduce_scatter(x: Tensor, plan: Plan) -> Tensor:
 def _hop(x: Tensor, plan: Plan) -> Tensor:
     """Sends `[capacity, D]` to the next process of the ring; returns what comes from the previous one."""
     previous, following = ((plan.rank + way) % plan.world for way in (-1, 1))
-    received, sent = ([len(x) * (rank == peer) for rank in range(plan.world)] for peer in (previous, following))
+    received, sent = ([x.shape[0] * (rank == peer) for rank in range(plan.world)] for peer in (previous, following))
     return torch.ops._c10d_functional.all_to_all_single(x, received, sent, plan.group)
 
 

@@ -16,46 +16,99 @@ from . import contrast, dispatch, ops
 Scalar = float | Tensor
 
 
-class _NoSecondOrder(torch.autograd.Function):
-    """Passes a gradient through, tied to the tensors it depends on, and refuses to be differentiated."""
+class PerSample(torch.autograd.Function):
+    """A Function that `torch.func.vmap` calls once for each sample: the operators fill buffers and know no batches."""
+
+    @classmethod
+    def vmap(cls, info, in_dims, *arguments):
+        calls = [
+            cls.apply(*(x if dim is None else x.select(dim, i) for x, dim in zip(arguments, in_dims, strict=True)))
+            for i in range(info.batch_size)
+        ]
+        outputs = tuple(None if samples[0] is None else torch.stack(samples) for samples in zip(*calls, strict=True))
+        return outputs, tuple(None if output is None else 0 for output in outputs)
+
+
+def first_output(function: type[PerSample], *arguments):
+    """Calls `function` and returns its first output, without those that only its backward needs."""
+    if torch.compiler.is_compiling():
+        return function.apply(*arguments)[0]
+    try:
+        return function.apply(*arguments)[0]
+    except NotImplementedError as error:
+        if torch.autograd.forward_ad._current_level < 0:
+            raise
+        # PyTorch's own refuses it too, and names nothing. A `jvp` that raises would end torch.compile's fullgraph.
+        raise NotImplementedError(
+            "a fused function has no derivative in forward mode (jvp, jacfwd, hessian), expected reverse mode (grad, "
+            "vjp, jacrev) or backend='reference'"
+        ) from error
+
+
+class _Gradients(PerSample):
+    """Runs a backward, ties what it returns to the tensors it depends on, and refuses to be differentiated."""
 
     @staticmethod
-    def forward(ctx, grad, *sources):
-        return grad.view_as(grad)
+    def forward(compute, grad, *saved):
+        return compute(grad, *saved)
 
     @staticmethod
-    def backward(ctx, grad):
-        raise RuntimeError("the PACL loss cannot be differentiated twice: only its first derivative is supported")
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError(
+            "the PACL loss cannot be differentiated twice: only its first derivative is supported, unless "
+            "backend='reference'"
+        )
 
 
 def first_order(backward):
     """`once_differentiable`, which lets pass unnoticed a gradient that depends on saved tensors alone (a penalty).
 
-    `backward` takes ctx, the saved tensors and the gradient from above.
+    `backward` takes ctx, the saved tensors and the gradient of the first output; the others have none.
     """
 
     @functools.wraps(backward)
-    def wrapper(ctx, grad):
+    def wrapper(ctx, grad, *_):
+        if grad is None:
+            return (None,) * len(ctx.needs_input_grad)
         saved = ctx.saved_tensors  # once: a checkpoint gives them out no second time, hooks would copy them again
+        transformed = not torch.compiler.is_compiling() and (
+            torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
+        )
+        if transformed:
+            return _Gradients.apply(lambda grad, *saved: backward(ctx, saved, grad), grad, *saved)
         with torch.no_grad():
-            grads = backward(ctx, saved, grad)
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-            return grads
-        sources = [tensor for tensor in (grad, *saved) if tensor is not None and tensor.requires_grad]
-        return tuple(None if grad is None else _NoSecondOrder.apply(grad, *sources) for grad in grads)
+            return backward(ctx, saved, grad)
 
     return wrapper
 
 
-class CompatibilityFunction(torch.autograd.Function):
-    """φ `[B, K]` of patches `[B, N, D]` and texts `[K, D]`, float32 (float64 for float64 inputs)."""
+def _keep(ctx, output, *saved) -> None:
+    """Saves tensors for the backward of a Function whose first output alone has a gradient."""
+    ctx.save_for_backward(*saved)
+    ctx.mark_non_differentiable(*output[1:])
+    if not torch.compiler.is_compiling():  # which neither knows it nor needs it
+        ctx.set_materialize_grads(False)  # or each other output would get an array of zeros
+
+
+class CompatibilityFunction(PerSample):
+    """φ `[B, K]` of patches `[B, N, D]` and texts `[K, D]`, float32 (float64 for float64 inputs).
+
+    `apply` returns a tuple, of which φ is the first: `torch.func` wants what the backward needs to be an output.
+    """
 
     @staticmethod
-    def forward(ctx, patches, texts, temperature, patch_mask, form, backend):
-        inputs, ctx.options = operator_arguments(patches, texts, patch_mask, temperature, form, backend)
-        phi, lse = score(inputs, ctx.options)
-        ctx.save_for_backward(*inputs, phi, lse)
-        return phi
+    def forward(patches, texts, temperature, patch_mask, form, backend):
+        return score(*operator_arguments(patches, texts, patch_mask, temperature, form, backend))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        patches, texts, temperature, patch_mask, form, backend = inputs
+        tensors, ctx.options = operator_arguments(patches, texts, patch_mask, temperature, form, backend)
+        _keep(ctx, output, *tensors, *output)
 
     @staticmethod
     @first_order
@@ -68,25 +121,33 @@ class CompatibilityFunction(torch.autograd.Function):
         return *grads, like(grad_temperature, inputs[3]), None, None, None
 
 
-class PaclFunction(torch.autograd.Function):
-    """The loss (0-D) of φ; gradients for patches, texts, logit scale, logit bias and temperature."""
+class PaclFunction(PerSample):
+    """The loss (0-D) of φ; gradients for patches, texts, logit scale, logit bias and temperature.
+
+    `apply` returns a tuple, of which the loss is the first: `torch.func` wants what the backward needs to be an output.
+    """
 
     @staticmethod
-    def forward(ctx, patches, texts, logit_scale, logit_bias, temperature, patch_mask, form, loss, backend):
-        inputs, ctx.options = operator_arguments(patches, texts, patch_mask, temperature, form, backend)
-        phi, lse = score(inputs, ctx.options)
-        ctx.loss = loss
-        scale, ctx.scale = tensor_or_number(logit_scale)
-        bias, ctx.bias = tensor_or_number(logit_bias)
+    def forward(patches, texts, logit_scale, logit_bias, temperature, patch_mask, form, loss, backend):
+        phi, lse = score(*operator_arguments(patches, texts, patch_mask, temperature, form, backend))
         if dispatch.fuses_loss(backend):
+            scale, scale_value = tensor_or_number(logit_scale)
+            scalars = scale, scale_value or 0.0, *tensor_or_number(logit_bias)
             value = phi.new_empty(())
-            statistics = (phi.new_empty(4, len(phi)),) if loss == "infonce" else ()
-            scalars = scale, ctx.scale or 0.0, bias, ctx.bias
+            statistics = (phi.new_empty(4, phi.shape[0]),) if loss == "infonce" else ()
             ops.loss_forward(phi, *scalars, loss, backend, value, *(statistics or (None,)))
         else:
             value, statistics = _loss(logits_of(phi, logit_scale, logit_bias), loss)
-        ctx.save_for_backward(*inputs, phi, lse, scale, bias, *statistics)
-        return value
+        return value, phi, lse, *statistics
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        patches, texts, logit_scale, logit_bias, temperature, patch_mask, form, ctx.loss, backend = inputs
+        tensors, ctx.options = operator_arguments(patches, texts, patch_mask, temperature, form, backend)
+        scale, ctx.scale = tensor_or_number(logit_scale)
+        bias, ctx.bias = tensor_or_number(logit_bias)
+        _, phi, lse, *statistics = output
+        _keep(ctx, output, *tensors, phi, lse, scale, bias, *statistics)
 
     @staticmethod
     @first_order
@@ -168,13 +229,13 @@ def logits_of(phi: Tensor, scale: Scalar, bias: Scalar | None) -> Tensor:
 def _loss(logits: Tensor, loss: str) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The loss of `[B, B]`, and what its gradient needs beside the logits, which are lost."""
     if loss == "sigmoid":
-        return contrast.sigmoid(logits, 0) / len(logits), ()
+        return contrast.sigmoid(logits, 0) / logits.shape[0], ()
     rows, columns = (contrast.sums(logits, dim).finish() for dim in (1, 0))
     return contrast.infonce(logits.diagonal(), rows, columns), (*rows, *columns)
 
 
 def _loss_gradient(logits: Tensor, loss: str, statistics: tuple[Tensor, ...]) -> Tensor:
     if loss == "sigmoid":
-        return contrast.sigmoid_gradient(logits, 0).div_(len(logits))
+        return contrast.sigmoid_gradient(logits, 0).div_(logits.shape[0])
     rows, columns = contrast.LogSumExp(*statistics[:2]), contrast.LogSumExp(*statistics[2:])
-    return contrast.infonce_gradient(logits, rows, columns, 0).div_(2 * len(logits))
+    return contrast.infonce_gradient(logits, rows, columns, 0).div_(2 * logits.shape[0])

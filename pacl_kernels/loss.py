@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from numbers import Real
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-from . import distributed, reference
+from . import distributed, groups, reference
 from .dispatch import resolve
-from .function import CompatibilityFunction, PaclFunction
+from .function import CompatibilityFunction, PaclFunction, first_output
 
 FORMS = ("dot", "cosine", "max")
 LOSSES = ("infonce", "sigmoid")
@@ -29,7 +28,7 @@ def fused_pacl_loss(
     form: str = "dot",
     loss: str = "infonce",
     logit_bias: float | Tensor | None = None,
-    group: dist.ProcessGroup | None = None,
+    group: dist.ProcessGroup | str | None = None,
     exchange: str = "auto",
     backend: str = "auto",
 ) -> Tensor:
@@ -46,13 +45,15 @@ def fused_pacl_loss(
     Args:
         patches: `[B, N, D]` patch embeddings, not normalised; float32, bfloat16, float16 or float64, any strides.
         texts: `[B, D]` text embeddings, not normalised, same dtype and device; text i belongs to image i.
-        logit_scale: the factor of the logits, already exponentiated: a number or a tensor of one element.
+        logit_scale: the factor of the logits, already exponentiated: a number or a tensor of one element. Numbers, here
+            and below, have to be finite in float32 (float64 for float64 patches); a tensor's value is not checked,
+            because that would make the host wait for the device.
         patch_mask: bool `[B, N]`, True at real patches. What a masked patch holds is never read (NaN included) and its
             gradient is 0; an image without a real patch has compatibility 0 and gradient 0.
-        attn_temperature: τ > 0 of the softmax over patches, a number or a (learnable) tensor of one element; a tensor's
-            value is not checked, because that would make the host wait for the device. To `torch.compile` a number is a
-            constant, and every other value compiles again: what a schedule changes is better a tensor. `form="max"`
-            ignores it: the gradient of a learnable one is then 0 (not None).
+        attn_temperature: τ > 0 of the softmax over patches, a number or a (learnable) tensor of one element. A number
+            is at least 1.2e-38, the smallest normal float32 (2.2e-308 for float64 patches), so that 1 / τ is finite. To
+            `torch.compile` a number is a constant, and every other value compiles again: what a schedule changes is
+            better a tensor. `form="max"` ignores it: the gradient of a learnable one is then 0 (not None).
         form: `"dot"`, φ = Σ a s (the product of the pooled patch with the text); `"cosine"`, which divides that by
             the pooled patch's norm, floored at 1e-6; or `"max"`, φ = max s (MaxSim, the limit of both for τ → 0),
             whose gradient goes to the first of the largest. With `"max"` a step costs little more than its forward.
@@ -61,9 +62,11 @@ def fused_pacl_loss(
         logit_bias: added to the logits (SigLIP), a number or a tensor of one element.
         group: a `torch.distributed` process group: the batch is that of all its processes, B this one's part of it,
             which may differ between them (on a GPU the first step must have the largest part; inside `torch.compile`
-            all must be equal, and nothing that differs is noticed). None is this process alone, and so is
-            `torch.distributed.group.WORLD` before `init_process_group`, which is None until then. Every process returns
-            the loss of the global batch. Gradients of patches and texts are the number of processes times those of the
+            all must be equal, and nothing that differs is noticed). `"world"` is the default group, looked up at the
+            call; without an initialised `torch.distributed` it is this process alone. `"local"` is this process alone.
+            So is None, with one warning where `torch.distributed` runs several processes; note that
+            `torch.distributed.group.WORLD` is None before `init_process_group`. Every process returns the loss of the
+            global batch. Gradients of patches and texts are the number of processes times those of the
             global batch, so that the averaging of DDP and FSDP makes every parameter's gradient that of one process
             with the whole batch; whoever sums gradients instead divides by it. Gradients of the scalars are exact in
             each process. The gradient that comes from above must be the same everywhere, and |logit_scale| +
@@ -77,16 +80,19 @@ def fused_pacl_loss(
         The loss, 0-D, float32 (float64 for float64 inputs). Gradients flow to patches, texts, and whichever of
         logit_scale, logit_bias and attn_temperature are tensors; each is computed only if it is needed. A patch or text
         with a norm below 1e-12 has similarity 0 and gradient 0. Inside autocast, patches and texts are cast to the
-        autocast dtype first.
+        autocast dtype first. Of `torch.func`, grad, vjp, jacrev and vmap work (vmap computes one sample after the
+        other) without a group; forward mode and second derivatives need `backend="reference"`.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what was expected.
+        RuntimeError: in forward mode (NotImplementedError), at a second derivative, and for a group in `torch.func`.
 
     Source: Mukhoti et al., Open Vocabulary Semantic Segmentation with Patch Aligned Contrastive Learning, CVPR 2023.
     """
     patches, texts = _check_pair(patches, texts, patch_mask)
-    if len(patches) != len(texts):
-        raise ValueError(f"texts has {len(texts)} rows, expected one for each of the {len(patches)} images of patches")
+    b, k = patches.shape[0], texts.shape[0]  # not len(), which torch.export would take for a constant
+    if b != k:
+        raise ValueError(f"texts has {k} rows, expected one for each of the {b} images of patches")
     for name, size in zip("BND", patches.shape, strict=True):
         if size == 0:
             raise ValueError(f"patches has shape {list(patches.shape)}, expected [B, N, D] with {name} of at least 1")
@@ -97,7 +103,9 @@ def fused_pacl_loss(
     if logit_bias is not None:
         logit_bias = check_scalar("logit_bias", logit_bias, patches)
     _check_choice("exchange", exchange, distributed.EXCHANGES)
-    _check_group(group)
+    groups.check(group)
+    if group is None or isinstance(group, str):
+        group = groups.lookup(group)
     backend = resolve(backend, patches.device, patches.dtype)
     if group is not None and group.size() > 1:
         return global_loss(
@@ -116,8 +124,8 @@ def fused_pacl_loss(
             loss=loss,
             logit_bias=logit_bias,
         )
-    return PaclFunction.apply(
-        patches, texts, logit_scale, logit_bias, attn_temperature, patch_mask, form, loss, backend
+    return first_output(
+        PaclFunction, patches, texts, logit_scale, logit_bias, attn_temperature, patch_mask, form, loss, backend
     )
 
 
@@ -127,6 +135,10 @@ def global_loss(
     """The loss of a group's batch, of arguments that have been checked."""
     if backend == "reference":
         raise ValueError("backend is 'reference', expected another one with a group: the reference is one process")
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "group is one of several processes, expected None or 'local' inside a transform of torch.func"
+        )
 
     setting = distributed.Setting
     settings = {
@@ -178,64 +190,7 @@ def compatibility(
     if backend == "reference":
         options = {"patch_mask": patch_mask, "attn_temperature": attn_temperature, "form": form}
         return _formula(reference.compatibility, patches, texts, **options)
-    return CompatibilityFunction.apply(patches, texts, attn_temperature, patch_mask, form, backend)
-
-
-class PaclLoss(nn.Module):
-    """`fused_pacl_loss` behind the call of open_clip's losses: `loss(image_features, text_features, logit_scale)`.
-
-    `attn_temperature` may be a tensor, but a learnable one belongs to the model: an optimiser that is built from
-    `model.parameters()` does not see this module's. `form="max"` ignores it. `group` and `exchange` are those of
-    `fused_pacl_loss`; as in open_clip's losses, a `world_size` above 1 (with its `rank`) stands for the default group.
-    """
-
-    def __init__(
-        self,
-        attn_temperature: float | Tensor = 1.0,
-        form: str = "dot",
-        loss: str = "infonce",
-        rank: int = 0,
-        world_size: int = 1,
-        group: dist.ProcessGroup | None = None,
-        exchange: str = "auto",
-        backend: str = "auto",
-    ):
-        super().__init__()
-        if world_size > 1:
-            group = _open_clip_group(rank, world_size, group)
-        self.attn_temperature, self.form, self.loss = attn_temperature, form, loss
-        self.group, self.exchange, self.backend = group, exchange, backend
-
-    def forward(
-        self,
-        image_features: Tensor,
-        text_features: Tensor,
-        logit_scale: float | Tensor,
-        logit_bias: float | Tensor | None = None,
-        patch_mask: Tensor | None = None,
-        output_dict: bool = False,
-    ) -> Tensor | dict[str, Tensor]:
-        """The loss (0-D) of `image_features` `[B, N, D]` and `text_features` `[B, D]`; open_clip's keyword names."""
-        value = fused_pacl_loss(
-            image_features,
-            text_features,
-            logit_scale,
-            patch_mask=patch_mask,
-            attn_temperature=self.attn_temperature,
-            form=self.form,
-            loss=self.loss,
-            logit_bias=logit_bias,
-            group=self.group,
-            exchange=self.exchange,
-            backend=self.backend,
-        )
-        return {"contrastive_loss": value} if output_dict else value
-
-    def extra_repr(self) -> str:
-        return (
-            f"attn_temperature={self.attn_temperature}, form={self.form!r}, loss={self.loss!r}, "
-            f"backend={self.backend!r}"
-        )
+    return first_output(CompatibilityFunction, patches, texts, attn_temperature, patch_mask, form, backend)
 
 
 def _check_pair(patches, texts, patch_mask) -> tuple[Tensor, Tensor]:
@@ -249,7 +204,8 @@ def _check_pair(patches, texts, patch_mask) -> tuple[Tensor, Tensor]:
         if value.dtype not in DTYPES:
             raise TypeError(f"{name} is {value.dtype}, expected float32, bfloat16, float16 or float64")
         if value.ndim != layout.count(",") + 1:
-            raise ValueError(f"{name} has shape {list(value.shape)}, expected {layout}")
+            hint = _layout_hint(patches, texts) if name == "patches" else ""
+            raise ValueError(f"{name} has shape {list(value.shape)}, expected {layout}{hint}")
     if texts.device != patches.device:
         raise ValueError(f"texts is on {texts.device}, expected {patches.device} like patches")
     device = patches.device.type
@@ -259,7 +215,8 @@ def _check_pair(patches, texts, patch_mask) -> tuple[Tensor, Tensor]:
     if texts.dtype != patches.dtype:
         raise TypeError(f"texts is {texts.dtype}, expected {patches.dtype} like patches")
     if texts.shape[1] != patches.shape[2]:
-        raise ValueError(f"texts has D = {texts.shape[1]}, expected {patches.shape[2]} like patches")
+        hint = _layout_hint(patches, texts)
+        raise ValueError(f"texts has D = {texts.shape[1]}, expected {patches.shape[2]} like patches{hint}")
     if patch_mask is not None:
         if not isinstance(patch_mask, Tensor):
             raise TypeError(f"patch_mask is a {type(patch_mask).__name__}, expected a bool tensor of shape [B, N]")
@@ -273,6 +230,19 @@ def _check_pair(patches, texts, patch_mask) -> tuple[Tensor, Tensor]:
         if patch_mask.device != patches.device:
             raise ValueError(f"patch_mask is on {patch_mask.device}, expected {patches.device} like patches")
     return patches, texts
+
+
+def _layout_hint(patches: Tensor, texts) -> str:
+    """How to make `[B, N, D]` of patches that are laid out otherwise, where the texts' D tells."""
+    d = texts.shape[1] if isinstance(texts, Tensor) and texts.ndim == 2 else None
+    sizes = list(patches.shape)
+    if len(sizes) == 3 and sizes[1] == d:
+        return ": patches.transpose(1, 2) makes it of [B, D, N]"
+    if len(sizes) == 4 and sizes[3] == d:
+        return ": patches.flatten(1, 2) makes it of [B, h, w, D]"
+    if len(sizes) == 4 and sizes[1] == d:
+        return ": patches.flatten(2).transpose(1, 2) makes it of [B, D, h, w]"
+    return ""
 
 
 def _formula(function, patches: Tensor, texts: Tensor, *scalars, **options) -> Tensor:
@@ -294,6 +264,10 @@ def check_dense(name: str, value: Tensor) -> None:
 
 
 def check_scalar(name: str, value, like: Tensor, like_name: str = "patches", positive: bool = False) -> float | Tensor:
+    """A tensor of one element as it is, a number as a float that the dtype computed in can hold.
+
+    That dtype is float32, or float64 where `like` is. Positive numbers are its normal ones: 1 / value is then finite.
+    """
     if isinstance(value, Tensor):
         if hasattr(value, "full_tensor"):  # a parameter under FSDP; the gradient is the same on every rank, as it asks
             value = value.full_tensor()
@@ -306,30 +280,24 @@ def check_scalar(name: str, value, like: Tensor, like_name: str = "patches", pos
         return value
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} is a {type(value).__name__}, expected a number or a tensor of one element")
-    if positive and not 0 < value < math.inf:  # NaN fails it too
-        raise ValueError(f"{name} is {value}, expected a finite number above 0")
+    wide = torch.float64 if like.dtype == torch.float64 else torch.float32
+    limits = torch.finfo(wide)
+    smallest, kind = (limits.tiny, "finite number above 0") if positive else (-limits.max, "finite number")
+    if not smallest <= value <= limits.max:  # NaN fails it too
+        dtype = str(wide).removeprefix("torch.")
+        raise ValueError(
+            f"{name} is {_shown(value)}, expected a {kind} that {dtype} holds ({smallest:.2g} to {limits.max:.2g})"
+        )
     return float(value)
 
 
-def _check_group(group) -> None:
-    if group is not None and not isinstance(group, getattr(dist, "ProcessGroup", ())):
-        raise TypeError(
-            f"group is a {type(group).__name__}, expected a torch.distributed process group with this process in it"
-        )
-
-
-def _open_clip_group(rank: int, world_size: int, group):
-    """The default group, or `group`, once it is what rank and world size say."""
-    if group is None:
-        if not (dist.is_available() and dist.is_initialized()):
-            raise ValueError(f"world_size is {world_size}, expected 1 without an initialised torch.distributed")
-        group = dist.group.WORLD
-    _check_group(group)
-    if (group.rank(), group.size()) != (rank, world_size):
-        raise ValueError(
-            f"rank is {rank} and world_size {world_size}, expected {group.rank()} and {group.size()} as in the group"
-        )
-    return group
+def _shown(value: Real) -> str:
+    """A number in a sentence: an integer may have more digits than anybody reads, or Python prints."""
+    try:
+        float(value)
+    except OverflowError:
+        return "a number beyond float64"
+    return str(value)
 
 
 def _check_choice(name: str, value, choices: tuple[str, ...]) -> None:

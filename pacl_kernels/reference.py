@@ -92,7 +92,7 @@ def _largest(patches, texts, scores, patch_mask: Tensor | None, attn_temperature
     if patch_mask is not None:
         scores = scores.masked_fill(~patch_mask[:, None], float("-inf"))
     # The winner's score once more, from its own row: no other patch then has a gradient, not even 0 × NaN.
-    winner = patches[torch.arange(len(patches), device=patches.device)[:, None], first_maximum(scores.detach())]
+    winner = patches[torch.arange(patches.shape[0], device=patches.device)[:, None], first_maximum(scores.detach())]
     phi = torch.einsum("bkd,kd->bk", winner, texts)
     if isinstance(attn_temperature, Tensor):
         # Selected nowhere: a learnable temperature has gradient 0 and not None, which DDP would wait for.
@@ -108,10 +108,10 @@ def _scalar(value: float | Tensor) -> float | Tensor:
 def contrastive_loss(logits: Tensor, loss: str = "infonce") -> Tensor:
     """Symmetric InfoNCE, or SigLIP's sigmoid loss divided by B, of logits `[B, B]` with the pairs on the diagonal."""
     if loss == "infonce":
-        target = torch.arange(len(logits), device=logits.device)
+        target = torch.arange(logits.shape[0], device=logits.device)
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-    sign = 2 * torch.eye(len(logits), dtype=logits.dtype, device=logits.device) - 1
-    return -F.logsigmoid(sign * logits).sum() / len(logits)
+    sign = 2 * torch.eye(logits.shape[0], dtype=logits.dtype, device=logits.device) - 1
+    return -F.logsigmoid(sign * logits).sum() / logits.shape[0]
 
 
 def pacl_loss(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import ops, reference
 from .dispatch import resolve
+from .function import PerSample, tensor_or_number
 from .loss import DTYPES, check_dense, check_scalar
 
 MAX_CLASSES = 2**15  # labels are int16
@@ -39,14 +40,15 @@ def upsample_argmax(
         align_corners: as in `F.interpolate`.
         return_best: also the best class's score.
         return_entropy: also the entropy, in nats, of the classes' softmax.
-        logit_scale: factor of the scores in that softmax, above 0: a number or a tensor of one element, whose value is
-            not checked.
+        logit_scale: factor of the scores in that softmax, above 0: a number from 1.2e-38 to 3.4e38, the normal ones of
+            float32 (for float64 scores of float64), or a tensor of one element, whose value is not checked.
         backend: `"auto"`, or one of `available_backends()`; the environment variable PACL_BACKEND replaces `"auto"`.
 
     Returns:
         labels, int16 `[B, H, W]`, alone or in a tuple with what was asked for, in that order, float32 (float64 for
         float64 scores) `[B, H, W]`. The first of equal classes wins. The first NaN wins, as in `torch.argmax`, at
-        pixels where it has a weight above 0; best score and entropy are then NaN. No gradients.
+        pixels where it has a weight above 0; best score and entropy are then NaN. No gradients. `torch.func.vmap`
+        computes one sample after the other.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what was expected.
@@ -58,22 +60,29 @@ def upsample_argmax(
     if backend == "reference":
         best, labels, entropy = reference.upsample_argmax(scores, (h, w), align_corners, logit_scale)
         return _answer(labels, best if return_best else None, entropy if return_entropy else None)
-    wide = torch.float64 if scores.dtype == torch.float64 else torch.float32
-    labels = scores.new_empty(len(scores), h, w, dtype=torch.int16)
-    best = scores.new_empty(labels.shape, dtype=wide) if return_best else None
-    entropy = scores.new_empty(labels.shape, dtype=wide) if return_entropy else None
-    is_tensor = isinstance(logit_scale, Tensor)
-    ops.upsample_argmax(
-        scores,
-        align_corners,
-        logit_scale.detach() if is_tensor else None,
-        1.0 if is_tensor else logit_scale,
-        backend,
-        labels,
-        best,
-        entropy,
-    )
-    return _answer(labels, best, entropy)
+    scale = logit_scale.detach() if isinstance(logit_scale, Tensor) else logit_scale
+    return _answer(*_Upsample.apply(scores, h, w, align_corners, scale, return_best, return_entropy, backend))
+
+
+class _Upsample(PerSample):
+    """Labels, best score and entropy, the latter two None where they are not asked for; none has a gradient."""
+
+    @staticmethod
+    def forward(scores, h, w, align_corners, logit_scale, return_best, return_entropy, backend):
+        wide = torch.float64 if scores.dtype == torch.float64 else torch.float32
+        # Not len(scores), which torch.export would take for a constant.
+        labels = scores.new_empty(scores.shape[0], h, w, dtype=torch.int16)
+        best = scores.new_empty(labels.shape, dtype=wide) if return_best else None
+        entropy = scores.new_empty(labels.shape, dtype=wide) if return_entropy else None
+        scale, number = tensor_or_number(logit_scale)
+        ops.upsample_argmax(
+            scores, align_corners, scale, 1.0 if number is None else number, backend, labels, best, entropy
+        )
+        return labels, best, entropy
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.mark_non_differentiable(*(x for x in output if x is not None))
 
 
 def _answer(labels, best, entropy):

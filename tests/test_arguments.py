@@ -1,6 +1,7 @@
 """Bad input: a TypeError or ValueError of one sentence that names the argument, what came and what was expected."""
 
 import re
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -28,6 +29,14 @@ BOTH = [
     ({"patches": torch.ones(4, 3, 5, dtype=torch.bfloat16)}, TypeError, "texts is torch.float32", "torch.bfloat16"),
     ({"patches": torch.ones(4, 5)}, ValueError, r"patches has shape \[4, 5\]", r"\[B, N, D\]"),
     ({"patches": torch.ones(1, 4, 3, 5)}, ValueError, r"patches has shape \[1, 4, 3, 5\]", r"\[B, N, D\]"),
+    ({"patches": torch.ones(4, 5, 3)}, ValueError, "texts has D = 5", r"3 .*patches.transpose\(1, 2\)"),
+    ({"patches": torch.ones(4, 2, 3, 5)}, ValueError, r"patches has shape \[4, 2, 3, 5\]", r"patches.flatten\(1, 2\)"),
+    (
+        {"patches": torch.ones(4, 5, 2, 3)},
+        ValueError,
+        r"patches has shape \[4, 5, 2, 3\]",
+        r"patches.flatten\(2\).transpose\(1, 2\)",
+    ),
     ({"patches": torch.tensor(1.0)}, ValueError, r"patches has shape \[\]", r"\[B, N, D\]"),
     ({"texts": torch.ones(5)}, ValueError, r"texts has shape \[5\]", r"\[K, D\]"),
     ({"texts": torch.ones(4, 1, 5)}, ValueError, r"texts has shape \[4, 1, 5\]", r"\[K, D\]"),
@@ -51,6 +60,11 @@ BOTH = [
         ({"attn_temperature": tau}, ValueError, f"attn_temperature is {re.escape(str(tau))}", "finite number above 0")
         for tau in (0, 0.0, -0.5, NAN, INF, -INF)
     ),
+    *(
+        ({"attn_temperature": tau}, ValueError, f"attn_temperature is {came}", "above 0 that float32 holds")
+        for tau, came in ((1e39, r"1e\+39"), (1e-46, "1e-46"), (1e-40, "1e-40"), (10**400, "a number beyond float64"))
+    ),
+    ({"attn_temperature": Fraction(1, 10**46)}, ValueError, "attn_temperature is 1/1", "above 0 that float32 holds"),
     ({"attn_temperature": "warm"}, TypeError, "attn_temperature is a str", "number or a tensor"),
     ({"attn_temperature": None}, TypeError, "attn_temperature is a NoneType", "number or a tensor"),
     ({"attn_temperature": True}, TypeError, "attn_temperature is a bool", "number or a tensor"),
@@ -81,11 +95,25 @@ LOSS_ONLY = [
     ({"logit_scale": torch.ones(3)}, ValueError, r"logit_scale has shape \[3\]", "one element"),
     ({"logit_scale": torch.tensor(10)}, TypeError, "logit_scale is a torch.int64", "floating-point"),
     ({"logit_scale": torch.ones((), device="meta")}, ValueError, "logit_scale is on meta", "cpu"),
+    *(
+        ({name: value}, ValueError, f"{name} is {came}", "a finite number that float32 holds")
+        for name in ("logit_scale", "logit_bias")
+        for value, came in (
+            (1e39, r"1e\+39"),
+            (-1e39, r"-1e\+39"),
+            (NAN, "nan"),
+            (INF, "inf"),
+            (-INF, "-inf"),
+            (-(10**400), "a number beyond float64"),
+            (np.float64(4e38), r"4e\+38"),
+        )
+    ),
     ({"logit_bias": "0"}, TypeError, "logit_bias is a str", "number or a tensor"),
     ({"logit_bias": torch.zeros(4)}, ValueError, r"logit_bias has shape \[4\]", "one element"),
     ({"logit_bias": torch.zeros((), device="meta")}, ValueError, "logit_bias is on meta", "cpu"),
     ({"loss": "hinge"}, ValueError, "loss is 'hinge'", "'infonce', 'sigmoid'"),
     ({"loss": None}, ValueError, "loss is None", "'infonce', 'sigmoid'"),
+    ({"group": "all"}, ValueError, "group is 'all'", "'world', 'local' or a torch.distributed process group"),
     ({"group": {}}, TypeError, "group is a dict", "torch.distributed process group"),
     ({"group": 0}, TypeError, "group is a int", "torch.distributed process group"),
     ({"exchange": "star"}, ValueError, "exchange is 'star'", "'auto', 'gather', 'ring'"),
@@ -93,7 +121,7 @@ LOSS_ONLY = [
 
 
 def _name(case) -> str:
-    return "-".join(f"{name}={getattr(value, 'shape', value)}" for name, value in case[0].items())
+    return "-".join(f"{name}={getattr(value, 'shape', value)}"[:60] for name, value in case[0].items())
 
 
 @pytest.mark.parametrize("changes, error, came, expected", BOTH, ids=map(_name, BOTH))
@@ -120,11 +148,13 @@ def test_patches_of_different_number_are_refused():
 
 
 def test_module_of_many_processes_needs_a_process_group():
-    for places in ({"world_size": 2}, {"rank": 1, "world_size": 2}):
+    """At the call: before it, `init_process_group` may still come."""
+    for places in ({"world_size": 2}, {"rank": 1, "world_size": 2}, {"world_size": 2, "group": "world"}):
+        loss = PaclLoss(**places)
         with pytest.raises(ValueError, match="world_size is 2, expected 1 without an initialised torch.distributed"):
-            PaclLoss(**places)
-    with pytest.raises(TypeError, match="group is a str, expected a torch.distributed process group"):
-        PaclLoss(rank=0, world_size=2, group="world")
+            loss(torch.randn(4, 3, 5), torch.randn(4, 5), 10.0)
+    with pytest.raises(ValueError, match="group is 'all', expected 'world', 'local' or a torch.distributed process"):
+        PaclLoss(rank=0, world_size=2, group="all")
 
 
 def test_module_refuses_bad_choices_like_the_function():
@@ -150,3 +180,27 @@ def test_what_looks_odd_but_is_right_is_accepted():
     right, nothing, wrong = (fused_pacl_loss(**pairs, logit_scale=scale).item() for scale in (2, 0, -2.0))
     assert nothing == pytest.approx(np.log(4), rel=1e-6)
     assert right < nothing < wrong
+
+
+def test_numbers_at_the_ends_of_the_range():
+    """What float32 holds is accepted, with float64 patches what float64 holds; a negligible scale counts as 0."""
+    arguments = _inputs()
+    largest, smallest = torch.finfo(torch.float32).max, torch.finfo(torch.float32).tiny
+    warm, flat = (compatibility(**arguments, attn_temperature=tau) for tau in (1e30, largest))
+    torch.testing.assert_close(flat, warm)
+    compatibility(**arguments, attn_temperature=smallest)
+    nothing, zero = (fused_pacl_loss(**arguments, logit_scale=scale) for scale in (1e-46, 0.0))
+    assert torch.equal(nothing, zero)
+    wide = {name: x.double() for name, x in arguments.items()}
+    torch.testing.assert_close(
+        compatibility(**wide, attn_temperature=1e39), compatibility(**wide, attn_temperature=1e30)
+    )
+    with pytest.raises(ValueError, match="attn_temperature is 1e-309, expected .* that float64 holds"):
+        compatibility(**wide, attn_temperature=1e-309)
+
+
+@pytest.mark.parametrize("patches", [torch.ones(4, 7, 3), torch.ones(4, 3), torch.ones(4, 2, 3, 7)], ids=str)
+def test_no_hint_without_a_dimension_that_fits(patches):
+    with pytest.raises(ValueError, match="expected") as caught:
+        compatibility(**_inputs(patches=patches))
+    assert "patches." not in str(caught.value)

@@ -6,8 +6,9 @@ import pytest
 import torch
 from accuracy import assert_accurate, call, natural_sizes
 from problems import DIFFERENTIABLE, FORMS, Case, make
+from torch import nn
 
-from pacl_kernels import PaclLoss, fused_pacl_loss
+from pacl_kernels import PaclLoss, compatibility, fused_pacl_loss, upsample_argmax
 
 SCORE_FORWARD = torch.ops.pacl_kernels.score_forward.default
 SCORE_BACKWARD = torch.ops.pacl_kernels.score_backward.default
@@ -131,3 +132,65 @@ def test_compatibility_compiles(single):
         torch.autograd.grad((phi * problem.upstream).sum(), patches)[0] for phi in (compiled(patches), eager)
     )
     assert_accurate("patches", traced, expected, torch.float32)
+
+
+class Exported(nn.Module):
+    """A function of this library as a module: `torch.export` takes nothing else."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *inputs):
+        return self.function(*inputs)
+
+
+def _exports(function, inputs, dynamic, others):
+    """Exported with these inputs, of which `dynamic` names dimensions, it answers `others` as eager does."""
+    shapes = (tuple({d: torch.export.Dim(name, min=2) for d, name in dims.items()} for dims in dynamic),)
+    program = torch.export.export(Exported(function), inputs, dynamic_shapes=shapes).module()
+    for other in (inputs, *others):
+        torch.testing.assert_close(program(*other), function(*other), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("loss", ["infonce", "sigmoid"])
+def test_export_of_the_loss(form, loss, single):
+    """With a dynamic batch and number of patches."""
+
+    def function(patches, texts, mask):
+        options = {"patch_mask": mask, "attn_temperature": 0.1, "logit_bias": 0.5, "backend": single.backend}
+        return fused_pacl_loss(patches, texts, 10.0, form=form, loss=loss, **options)
+
+    problems = [make(Case(b, n, 21, mask="first"), form, loss, device=single.device) for b, n in ((4, 9), (7, 5))]
+    first, second = ((x.patches, x.texts, x.patch_mask) for x in problems)
+    _exports(function, first, ({0: "B", 1: "N"}, {0: "B"}, {0: "B", 1: "N"}), [second])
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_export_of_the_compatibility(form, backend):
+    """With numbers of images and of texts that change apart from each other; of the formula too."""
+
+    def function(patches, texts):
+        return compatibility(patches, texts, form=form, backend=backend)
+
+    first, second = ((torch.randn(b, 6, 7), torch.randn(k, 7)) for b, k in ((5, 3), (2, 9)))
+    _exports(function, first, ({0: "B"}, {0: "K"}), [second])
+
+
+def test_export_of_the_formula():
+    def function(patches, texts):
+        return fused_pacl_loss(patches, texts, 10.0, backend="reference")
+
+    first, second = ((torch.randn(b, 6, 7), torch.randn(b, 7)) for b in (5, 9))
+    _exports(function, first, ({0: "B"}, {0: "B"}), [second])
+
+
+def test_export_of_upsample_argmax(single):
+    def function(scores):
+        options = {"return_best": True, "return_entropy": True, "backend": single.backend}
+        return upsample_argmax(scores, (20, 30), **options)
+
+    first, second = (torch.randn(b, 3, 4, 5, device=single.device) for b in (2, 7))
+    _exports(function, (first,), ({0: "B"},), [(second,)])

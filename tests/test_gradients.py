@@ -142,3 +142,24 @@ def test_changing_an_input_before_backward_is_an_error(single):
     texts.add_(1.0)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         value.backward()
+
+
+class Nothing(torch.autograd.Function):
+    """Hands on a value, and no gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_no_incoming_gradient(objective, single):
+    """Then none goes on, as from PyTorch's own operations."""
+    problem = make(Case(3, 5, 4), "dot", objective, device=single.device)
+    patches, other = problem.patches.requires_grad_(), torch.ones((), device=single.device, requires_grad=True)
+    (Nothing.apply(call(problem, single.backend)).sum() + other).backward()
+    assert patches.grad is None and other.grad == 1

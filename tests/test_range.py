@@ -7,7 +7,7 @@ import torch
 from accuracy import assert_accurate, check, evaluate, natural_sizes
 from problems import FORMS, Case, make
 
-BACKENDS = ("torch",)
+BACKENDS = ("torch", pytest.param("cpu", marks=pytest.mark.skipif(available_backends()["cpu"] is not None, reason="no native module")))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 

@@ -318,6 +318,8 @@ SCORES = torch.zeros(1, 3, 4, 5)
         (ValueError, r"size is \(0, 3\), expected H and W of at least 1", SCORES, (0, 3), {}),
         (ValueError, "logit_scale is 0", SCORES, (2, 2), {"logit_scale": 0}),
         (ValueError, "logit_scale is nan", SCORES, (2, 2), {"logit_scale": float("nan")}),
+        (ValueError, "logit_scale is 1e-46, expected .* that float32 holds", SCORES, (2, 2), {"logit_scale": 1e-46}),
+        (ValueError, r"logit_scale is 1e\+39, expected .* that float32 holds", SCORES, (2, 2), {"logit_scale": 1e39}),
         (TypeError, "logit_scale is a str", SCORES, (2, 2), {"logit_scale": "1"}),
         (ValueError, "backend is 'gpu', expected one of", SCORES, (2, 2), {"backend": "gpu"}),
     ],

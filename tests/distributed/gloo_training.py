@@ -137,3 +137,51 @@ def test_cached_step(how, micro_batch, group):
     torch.testing.assert_close(value, one_pass.detach(), rtol=1e-10, atol=0)
     assert_same(model, expected, "grad", 1e-10)
     assert torch.equal(torch.rand(1), following), "random numbers do not go on where one pass leaves them"
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp", "part"])
+def test_cached_step_respects_who_switched_the_exchange_off(how, group):
+    """Accumulation over steps: nothing is exchanged until the caller switches it on again."""
+    world = group.size()
+    model = wrap(Model((1,)).double(), "fsdp" if how == "part" else how, group)
+    tokens, texts = batch(4 * world, torch.float64)
+    rows = local_rows([4] * world, group.rank())
+    mine, loss = (tokens[rows], texts[rows]), partial(loss_of, group=group)
+
+    def step():
+        cached_step(lambda part: model(*part), mine, loss, micro_batch=2, modules=[model])
+
+    def exchanged(parameters):
+        """Under DDP all processes have the same gradients then, and before each its own; a shard has none before."""
+        grads = [x.grad for x in parameters]
+        if how != "ddp":
+            return all(x is not None for x in grads)
+        everyone = [None] * world
+        torch.distributed.all_gather_object(everyone, grads)
+        return all(torch.allclose(x, y) for other in everyone for x, y in zip(other, grads, strict=True))
+
+    embedders = [*model.parameters()]
+    if how == "ddp":
+        embedders = [*model.module.vision.parameters(), *model.module.text.parameters()]
+        with model.no_sync():
+            step()
+            assert not exchanged(embedders) or world == 1
+        step()
+    else:
+        switched = model.vision if how == "part" else model
+        switched.set_requires_gradient_sync(False)
+        step()
+        assert not any(x.grad is not None for x in switched.parameters())
+        if how == "part":  # the other parameters are exchanged as ever
+            assert model.text.weight.grad is not None
+        switched.set_requires_gradient_sync(True)
+        step()
+    assert exchanged(embedders)
+
+
+def test_cached_step_refuses_a_static_graph(group):
+    model = DistributedDataParallel(Model(()), process_group=group, static_graph=True)
+    tokens, texts = batch(4, torch.float32)
+    for micro_batch in (2, 4):
+        with pytest.raises(ValueError, match="modules has a DistributedDataParallel with static_graph=True, expected"):
+            cached_step(lambda part: model(*part), (tokens, texts), loss_of, micro_batch=micro_batch, modules=[model])

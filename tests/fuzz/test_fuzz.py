@@ -23,19 +23,11 @@ def test_random_problems(part):
 
 
 def known_fault(one: Draw, target: Target) -> bool:
-    """Faults of the native module that are known and not mended yet; each line goes with its fault."""
-    if target.backend != "cpu":
-        return False
-    case, bfloat16 = one.case, one.dtype == "bfloat16" and target.isa in ("avx512bf16", "amx", "emulated_amx")
-    return (
-        case.data == "huge"  # squares of norms overflow
-        or (one.form == "dot" and case.tau < 0.02 and target.isa != "baseline")  # s - φ is contracted
-        or (one.form == "cosine" and case.data.startswith("near"))  # differences of numbers near 1
-        or (one.form == "cosine" and case.tau < 1e-4)  # scores made again beside an older maximum
-        or (bfloat16 and case.data in ("equal_images", "equal_texts", "duplicated", "copies"))  # W cancels
-        or (bfloat16 and "expanded" in case.layout)  # equal images or texts
-        or (case.data in ("zero_texts", "tiny", "cancelled") and case.mask is not None)  # NaN of a text without norm
-    )
+    """Cosine in float32 on the CPU, of patches and texts that nearly share a direction: up to 3 times the tolerance.
+
+    What is left there is the difference of W T and C P, each of which float32 has rounded already.
+    """
+    return target.backend == "cpu" and one.form == "cosine" and one.case.data.startswith("near")
 
 
 def test_a_problem_is_repeated_by_what_a_failure_prints():

@@ -1,0 +1,100 @@
+"""`PaclLoss` as a module: it moves, is copied, saved and shown; `tests/distributed/gloo_module.py` has its groups."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from pacl_kernels import PaclLoss, fused_pacl_loss
+
+SETTINGS = {
+    "attn_temperature": 0.07,
+    "form": "cosine",
+    "loss": "sigmoid",
+    "group": "local",
+    "exchange": "ring",
+    "backend": "torch",
+}
+
+
+def inputs():
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(4, 3, 5, generator=generator), torch.randn(4, 5, generator=generator), 10.0
+
+
+def test_repr_shows_every_setting():
+    """And is the call that makes the module again."""
+    module = PaclLoss(**SETTINGS)
+    assert all(f"{name}={value!r}" in repr(module) for name, value in SETTINGS.items())
+    assert "rank=0, world_size=1" in repr(module)
+    assert repr(eval(repr(module))) == repr(module)
+    assert "attn_temperature=tensor(0.0700)" in repr(PaclLoss(attn_temperature=torch.tensor(0.07)))
+
+
+def saved(module: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(module, file)
+    return torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "copy": copy.copy,
+    "pickle": lambda module: pickle.loads(pickle.dumps(module)),
+    "torch.save": saved,
+    "AveragedModel": lambda module: torch.optim.swa_utils.AveragedModel(module).module,
+}
+
+
+@pytest.mark.parametrize("group", [None, "world", "local"])
+@pytest.mark.parametrize("how", COPIES)
+def test_copies(how, group):
+    module = PaclLoss(**SETTINGS | {"group": group, "attn_temperature": torch.tensor(0.07)})
+    other = COPIES[how](nn.ModuleList([module]))[0] if how != "copy" else copy.copy(module)
+    assert repr(other) == repr(module) and other.group == group
+    assert torch.equal(other(*inputs()), module(*inputs()))
+
+
+def test_names_without_distributed_training():
+    """Then "world" is this process alone, as "local" is: the same program runs in one process."""
+    expected = fused_pacl_loss(*inputs())
+    for group in (None, "world", "local"):
+        assert torch.equal(fused_pacl_loss(*inputs(), group=group), expected)
+        assert torch.equal(PaclLoss(group=group)(*inputs()), expected)
+
+
+def test_a_tensor_temperature_moves_with_the_module():
+    module = nn.Sequential(PaclLoss(attn_temperature=torch.tensor(0.07)))
+    before = module[0](*inputs())
+    for cast in (module.half, module.bfloat16, module.double):
+        cast()
+        assert module[0].attn_temperature.dtype == torch.float32, "16 bits would round it"
+        assert torch.equal(module[0](*inputs()), before)
+    assert module.to("meta")[0].attn_temperature.device.type == "meta"
+    assert module.to_empty(device="cpu")[0].attn_temperature.device.type == "cpu"
+
+
+def test_a_temperature_that_is_no_state():
+    """Checkpoints do not know it, and a schedule may put a number in its place, or a tensor in that of a number."""
+    module = PaclLoss(attn_temperature=torch.tensor(0.07))
+    assert not module.state_dict() and not list(module.parameters())
+    module.load_state_dict({})
+    for tau in (0.05, torch.tensor(0.05)):
+        module.attn_temperature = tau
+        torch.testing.assert_close(module(*inputs()), fused_pacl_loss(*inputs(), attn_temperature=0.05))
+    assert module.to("meta").attn_temperature.device.type == "meta"
+
+
+def test_a_learnable_temperature():
+    """A Parameter is registered as in any module; what is computed from a model's parameter keeps its graph."""
+    tau = nn.Parameter(torch.tensor(0.07))
+    module = PaclLoss(attn_temperature=tau)
+    assert [name for name, _ in module.named_parameters()] == ["attn_temperature"]
+    assert module.double().attn_temperature is tau and tau.dtype == torch.float64
+    log_tau = nn.Parameter(torch.tensor(-2.0))
+    module = PaclLoss(attn_temperature=log_tau.exp())
+    module.double()(*inputs()).backward()
+    assert log_tau.grad.isfinite() and log_tau.grad != 0
