@@ -53,33 +53,39 @@ def stamp(version: str, sources: str) -> str:
 
 @functools.cache
 def _load() -> tuple[ModuleType | None, str | None]:
-    refusals = []
-    for path in _places():
-        refusal = _refusal(path)
+    refusals, errors = [], []
+    for folder in _folders():
+        spec = importlib.machinery.PathFinder.find_spec("_native", [str(folder)])
+        if spec is None or spec.origin is None:
+            continue
+        refusal = _refusal(Path(spec.origin))
         if refusal is not None:
             refusals.append(refusal)
             continue
         try:
-            return _import(path), None
+            return _import(spec.origin), None
         except ImportError as error:
-            return None, str(error)
+            errors.append(str(error))
+    if errors:
+        return None, errors[0]
     if refusals:
         raise ImportError(refusals[0])
     return None, f"there is no _native{importlib.machinery.EXTENSION_SUFFIXES[0]} in {_PACKAGE}"
 
 
-def _places() -> Iterator[Path]:
-    """The module beside this file (or an editable installation's), then those of other installations."""
-    spec = importlib.util.find_spec(_NAME)
-    if spec is not None and spec.origin is not None:
-        yield Path(spec.origin).resolve()
+def _folders() -> Iterator[Path]:
+    """Where the module may be: beside this file and, if this is no installation but a clone, in the installations."""
+    yield _PACKAGE
+    if any(_PACKAGE.parent.glob("pacl_kernels-*.dist-info")):
+        return
+    folders = []
+    lent = importlib.util.find_spec(_NAME)  # an editable installation of another clone answers here
+    if lent is not None and lent.origin is not None:
+        folders.append(Path(lent.origin).parent)
     from importlib.metadata import distributions  # slow to import, and mostly not needed
 
-    for distribution in distributions(name="pacl-kernels"):
-        folder = Path(distribution.locate_file("pacl_kernels")).resolve()
-        spec = importlib.machinery.PathFinder.find_spec("_native", [str(folder)])
-        if folder != _PACKAGE and spec is not None and spec.origin is not None:
-            yield Path(spec.origin)
+    folders += [Path(found.locate_file("pacl_kernels")) for found in distributions(name="pacl-kernels")]
+    yield from (folder for folder in map(Path.resolve, folders) if folder != _PACKAGE)
 
 
 def _refusal(path: Path) -> str | None:
@@ -88,7 +94,7 @@ def _refusal(path: Path) -> str | None:
 
     beside, sources = path.parent == _PACKAGE, fingerprint(_PACKAGE.parent)
     if beside and sources is None:
-        return None  # installed together
+        return None  # an installation: one build wrote both
     found = re.search(stamp(r"(\S+)", "([0-9a-f]{64})").encode(), path.read_bytes())
     version, built_from = (group.decode() for group in found.groups()) if found else ("unknown", None)
     second = f"there is a second pacl_kernels at {path.parent}"
@@ -103,7 +109,7 @@ def _refusal(path: Path) -> str | None:
     return None
 
 
-def _import(path: Path) -> ModuleType:
+def _import(path: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(_NAME, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
