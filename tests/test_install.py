@@ -199,3 +199,15 @@ def test_the_compiler_is_looked_up_each_time(clone):
             package, module, reason = clone.which()
             assert module == "None" and reason.startswith(f"there is no _native{SUFFIX} in {Path(package).parent}")
     assert not clone.in_tree, "the module of the editable installation before"
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc, so none can appear")
+def test_nvcc_is_looked_up_each_time(clone, tmp_path):
+    broken = tmp_path / "nvcc"
+    broken.write_text("#!/bin/sh\nexit 1\n")
+    broken.chmod(0o755)
+    printed = clone.install(".", CUDACXX=str(broken), PACL_CUDA="AUTO")
+    assert "without the 'cuda' backend: no nvcc that works" in printed
+    clone.binding.write_text("#error here: nvcc would need a minute for what follows\n")
+    printed = clone.pip(".", PACL_CUDA="ON").stdout
+    assert "with the 'cuda' backend" in printed and "no nvcc that works" not in printed
