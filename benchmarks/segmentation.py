@@ -31,7 +31,7 @@ from throughput import peak_growth
 from torch import Tensor
 from torch.nn import functional as F
 
-from pacl_kernels.backends import cpu
+from pacl_kernels.native import native
 
 D, PATCH = 512, 16
 CASES = [(21, 500, 375, 1), (150, 683, 512, 1), (150, 683, 512, 4), (847, 683, 512, 1)]  # classes, W, H, stride
@@ -128,7 +128,7 @@ def main() -> None:
                 flush=True,
             )
     if arguments.json:
-        result = {"machine": machine(torch.device("cpu"), cpu._native), "threads": arguments.threads}
+        result = {"machine": machine(torch.device("cpu"), native()), "threads": arguments.threads}
         result |= {"label_maps": maps, "images": whole}
         write_bytes(arguments.json, (json.dumps(result, indent=2) + "\n").encode())
 

@@ -32,11 +32,7 @@ from providers import LOGIT_SCALE, PEERS, PRODUCTS, chunked, does_not_fit, is_co
 
 from pacl_kernels import dispatch, reference
 from pacl_kernels.loss import FORMS
-
-try:
-    from pacl_kernels import _native
-except ImportError:  # the package works without its native module, and so does its benchmark
-    _native = None
+from pacl_kernels.native import native
 
 SECONDS = 3.0  # of timed runs for one provider: a slow one runs less often than --repeats, but 3 times
 ERROR_UNIT = 2e10  # where a unit is larger, errors are taken at a smaller batch: the float64 truth is slow
@@ -184,7 +180,7 @@ def measure_memory(args, name: str) -> tuple[float | None, str | None]:
     if not os.path.exists("/proc/self/clear_refs"):
         return None, None
     context = multiprocessing.get_context("forkserver")  # forks from a process that has loaded torch and run nothing
-    context.set_forkserver_preload(["torch", "pacl_kernels"])
+    context.set_forkserver_preload(["torch"])  # pacl_kernels it would take from the working folder, if there is one
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_memory_process, args=(args, name, sender))
     process.start()
@@ -224,17 +220,17 @@ def machine_peak(args) -> float | None:
     if args.torch_device.type == "cuda":
         name = torch.cuda.get_device_name()
         return next((peaks[args.dtype] for prefix, peaks in CUDA_PEAKS.items() if name.startswith(prefix)), None)
-    if not hasattr(_native, "fma_peak"):
+    if native() is None:
         return None
     try:
-        return _native.fma_peak(args.dtype, args.threads, 0.1)
+        return native().fma_peak(args.dtype, args.threads, 0.1)
     except ValueError:  # no instruction for this dtype
         return None
 
 
 def measure(args) -> Iterator[dict]:
     """The result after each round of timed runs, which is what --json writes: a run that is cut off keeps the last."""
-    functions, clock, machine = losses(args), Clock(args.torch_device), report.machine(args.torch_device, _native)
+    functions, clock, machine = losses(args), Clock(args.torch_device), report.machine(args.torch_device, native())
     rows = {name: {"reason": why_not(name, args)} for name in functions} | {PRODUCTS: {"reason": None}}
     for name in functions:
         if rows[name]["reason"] is None:
@@ -319,6 +315,15 @@ def complete(rows: dict, peak: float | None, args) -> list[dict]:
     return full
 
 
+def missing(outcome: dict, args) -> list[str]:
+    """A sentence for each row of the fused loss that is not there, but for `cuda` beside another on another GPU."""
+    fused = {name: row for row in outcome["rows"] if (name := row["name"].removeprefix("fused ")) != row["name"]}
+    lost = {name: row["reason"] for name, row in fused.items() if row["reason"] is not None}
+    if len(lost) < len(fused) and dispatch.module("cuda").why_not(args.torch_device, args.torch_dtype) is not None:
+        lost.pop("cuda", None)
+    return [f"the row of fused {name} is missing: {reason}" for name, reason in lost.items()]
+
+
 def _p20_p80(values) -> list[float]:
     fifths = statistics.quantiles(values, n=5, method="inclusive") if len(values) > 1 else list(values)
     return [fifths[0], fifths[-1]]
@@ -395,6 +400,8 @@ def main(argv: list[str] | None = None) -> None:
     print(report.table(outcome))
     if arguments.plot:
         report.plot(outcome, arguments.plot)
+    if lost := missing(outcome, arguments):
+        sys.exit("\n".join(lost))
 
 
 if __name__ == "__main__":

@@ -22,11 +22,7 @@ from throughput import peak_growth
 from torch.nn import functional as F
 
 from pacl_kernels import upsample_argmax
-
-try:
-    from pacl_kernels import _native
-except ImportError:
-    _native = None
+from pacl_kernels.native import native
 
 CASES = ("21x28x28x448x448", "150x32x43x512x683")
 CHUNK = 16  # classes
@@ -62,11 +58,11 @@ def functions(compiled: bool) -> dict:
         return lambda scores, size: upsample_argmax(scores, size, backend=backend, **options)
 
     entropy = dict(return_best=True, return_entropy=True, logit_scale=LOGIT_SCALE)
-    found = {"fused cpu": fused("cpu")} if _native is not None else {}
+    found = {"fused cpu": fused("cpu")} if native() is not None else {}
     found |= {"fused torch": fused("torch"), "eager": eager, "eager, 16 classes at a time": chunked}
     if compiled:
         found["compiled"] = torch.compile(eager, fullgraph=True, dynamic=False)
-    if _native is not None:
+    if native() is not None:
         found["fused cpu, entropy"] = fused("cpu", **entropy)
     return found | {"eager, entropy": eager_entropy}
 
@@ -129,7 +125,7 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE", help="write the result")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    result = {"machine": report.machine(torch.device("cpu"), _native), "settings": vars(args), "cases": []}
+    result = {"machine": report.machine(torch.device("cpu"), native()), "settings": vars(args), "cases": []}
     for case in args.case or CASES:
         result["cases"].append(measure(case, args))
         print(case)

@@ -28,7 +28,7 @@ from report import machine
 from torch import Tensor
 from torch.nn import functional as F
 
-from pacl_kernels.backends import cpu
+from pacl_kernels.native import native
 
 CASES = [("photo", 1), ("simple", 1), ("simple", 4)]  # templates, new words
 
@@ -89,7 +89,7 @@ def main() -> None:
         times = (f"{row[name]['wall_ms']:.0f} ({row[name]['cpu_ms']:.0f})" for name in ("whole", "cut", "answer"))
         print(f"{row['templates']:9}{count:7}   " + "".join(f"{x:>16}" for x in times), flush=True)
     if arguments.json:
-        result = {"machine": machine(torch.device("cpu"), cpu._native), "threads": arguments.threads, "words": rows}
+        result = {"machine": machine(torch.device("cpu"), native()), "threads": arguments.threads, "words": rows}
         write_bytes(arguments.json, (json.dumps(result, indent=2) + "\n").encode())
 
 

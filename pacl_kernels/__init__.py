@@ -1,5 +1,7 @@
 """Patch Aligned Contrastive Learning, all pairs of a batch, at the cost of its matrix products and almost no memory."""
 
+__version__ = "0.1.0.dev0"  # before the imports: native.py compares it
+
 from .cached import cached_step
 from .dispatch import available_backends
 from .function import PaclFunction
@@ -7,7 +9,6 @@ from .loss import compatibility, fused_pacl_loss
 from .module import PaclLoss
 from .upsample import upsample_argmax
 
-__version__ = "0.1.0.dev0"
 __all__ = [
     "PaclFunction",
     "PaclLoss",

@@ -1,5 +1,6 @@
 """`benchmarks/throughput.py` runs, computes the right thing with every provider, and says why one is missing."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -7,6 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from pacl_kernels import dispatch
+from pacl_kernels.native import native
 
 ROOT = Path(__file__).resolve().parent.parent
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1}  # plain PyTorch rounds its scores to the input's dtype
@@ -37,7 +42,9 @@ def run(tmp_path, monkeypatch, capsys):
         from throughput import main
 
         out = tmp_path / "result.json"
-        main(["--device", "cpu", "--quick", "--repeats", "2", "--json", str(out), *options])
+        failure = pytest.raises(SystemExit, match="the row of fused cpu is missing: the native module is not built")
+        with failure if native() is None else contextlib.nullcontext():
+            main(["--device", "cpu", "--quick", "--repeats", "2", "--json", str(out), *options])
         return capsys.readouterr().out, json.loads(out.read_text())
 
     return quick
@@ -67,7 +74,7 @@ def test_every_provider_agrees_and_the_files_are_written(tmp_path):
     out, chart, trace = tmp_path / "result.json", tmp_path / "chart.svg", tmp_path / "trace.json"
     files = ["--json", str(out), "--plot", str(chart), "--profile", str(trace)]
     done = throughput("--quick", "--repeats", "2", *files)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == (native() is None), done.stderr
     printed, result = done.stdout, json.loads(out.read_text())
     check(result, ("no such provider", *missing(result)))
     assert all(row["name"] in printed for row in result["rows"])
@@ -117,3 +124,36 @@ def test_what_does_not_fit_is_said():
 def test_a_wrong_option_is_one_clear_line():
     done = throughput("--temperature", "0")
     assert done.returncode == 2 and "--temperature is 0.0, expected a finite number above 0" in done.stderr
+
+
+def test_a_row_of_ours_that_fails_is_an_error(tmp_path, monkeypatch, capsys):
+    """The backend can run, but its step raises: the table says why, and the run fails."""
+
+    def score_forward(*_):
+        raise RuntimeError("the blocks are gone")
+
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    monkeypatch.setattr(dispatch.module("torch"), "score_forward", score_forward)
+    import throughput
+
+    # Its own process, which would not see the backend that is broken here.
+    monkeypatch.setattr(throughput, "measure_memory", lambda args, name: (None, None))
+    out = tmp_path / "result.json"
+    options = ["--device", "cpu", "--quick", "--backend", "torch", "--peers", "none", "--json", str(out)]
+    with pytest.raises(SystemExit, match="^the row of fused torch is missing: RuntimeError: the blocks are gone$"):
+        throughput.main(options)
+    assert json.loads(out.read_text())["rows"][0]["reason"] == "RuntimeError: the blocks are gone"
+    assert "the blocks are gone" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(dispatch.module("cuda").why_not() is None, reason="this machine has what the row needs")
+def test_a_row_for_another_gpu_may_be_missing(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from throughput import missing, parse
+
+    args = parse(["--device", "cpu"])
+    args.torch_device = torch.device("cuda")
+    cuda, triton = ({"name": f"fused {name}", "reason": "no"} for name in ("cuda", "triton"))
+    assert missing({"rows": [cuda]}, args) == ["the row of fused cuda is missing: no"]
+    assert missing({"rows": [cuda, triton | {"reason": None}]}, args) == []
+    assert missing({"rows": [cuda, triton, {"name": "matrix products", "reason": None}]}, args) != []

@@ -10,6 +10,7 @@ from accuracy import check, evaluate
 from problems import FORMS, Case, make
 
 from pacl_kernels import compatibility
+from pacl_kernels.native import native
 
 ISAS = ("baseline", "avx2", "avx512", "avx512bf16", "amx", "emulated_amx")  # the last in builds with sanitizers
 CASES = [
@@ -56,16 +57,10 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 @pytest.fixture(params=ISAS)
 def isa(request, cpu_backend, monkeypatch) -> str:
     """PACL_CPU_ISA set to that name."""
-    if request.param not in _native().isas():
+    if request.param not in native().isas():
         pytest.skip(f"this machine has no {request.param}")
     monkeypatch.setenv("PACL_CPU_ISA", request.param)
     return request.param
-
-
-def _native():
-    from pacl_kernels import _native
-
-    return _native
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -114,9 +109,9 @@ def test_the_choice_has_an_effect(cpu_backend, monkeypatch):
     """Different vector lengths add in a different order, so the bits tell that another instruction set ran."""
     problem = make(Case(5, 197, 333), "dot", "compatibility")
     answers = {}
-    for name in _native().isas():
+    for name in native().isas():
         monkeypatch.setenv("PACL_CPU_ISA", name)
-        assert _native().cpu_isa() == name
+        assert native().cpu_isa() == name
         answers[name] = evaluate(problem, cpu_backend)["patches"]
     baseline = answers.pop("baseline")
     assert not answers or any(not torch.equal(answer, baseline) for answer in answers.values())
@@ -128,7 +123,7 @@ def test_a_name_that_is_unknown_or_absent(name, cpu_backend, monkeypatch):
     problem = make(Case(), "dot", "infonce")
     evaluate(problem, cpu_backend)
     monkeypatch.setenv("PACL_CPU_ISA", name)
-    if name in _native().isas():
+    if name in native().isas():
         check(problem, cpu_backend)
     else:
         with pytest.raises(ValueError, match=f"PACL_CPU_ISA is '{name}'.*expected.*baseline") as caught:
@@ -158,29 +153,29 @@ class Stack(ctypes.Structure):
 memory = ctypes.create_string_buffer(4096)
 assert ctypes.CDLL(None).sigaltstack(ctypes.byref(Stack(ctypes.addressof(memory), 0, 4096)), None) == 0
 import torch, pacl_kernels
-from pacl_kernels import _native
+from pacl_kernels.native import native
 x = torch.randn(3, 20, 80).bfloat16()
 phi = [pacl_kernels.compatibility(x, x[0], backend=name).float() for name in ("cpu", "reference")]
 assert (phi[0] - phi[1]).abs().max() < 0.02
-print(*_native.isas())
+print(*native().isas())
 """
     environment = {name: value for name, value in os.environ.items() if name != "PACL_CPU_ISA"}
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr
-    assert run.stdout.split() == [name for name in _native().isas() if name != "amx"]
+    assert run.stdout.split() == [name for name in native().isas() if name != "amx"]
 
 
 def test_default_is_the_best_there_is(cpu_backend, monkeypatch):
     """Without the variable the last of the list runs; an empty one counts as none."""
-    best = _native().isas()[-1]
-    assert "baseline" in _native().isas() and set(_native().isas()) <= set(ISAS)
+    best = native().isas()[-1]
+    assert "baseline" in native().isas() and set(native().isas()) <= set(ISAS)
     for dtype in DTYPES:
         problem = make(Case(5, 197, 333), "cosine", "infonce", dtype)
         answers = []
         for value in (None, "", best):
             if value is not None:
                 monkeypatch.setenv("PACL_CPU_ISA", value)
-            assert _native().cpu_isa() == best
+            assert native().cpu_isa() == best
             answers.append(evaluate(problem, cpu_backend))
         monkeypatch.delenv("PACL_CPU_ISA")
         for answer in answers[1:]:

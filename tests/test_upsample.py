@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 import pacl_kernels
 from pacl_kernels import available_backends, upsample_argmax
+from pacl_kernels.native import native
 
 ISAS = ("baseline", "avx2", "avx512", "avx512bf16")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -186,9 +187,7 @@ def test_many_classes(classes, cpu_backend):
 @pytest.fixture(params=ISAS)
 def isa(request, cpu_backend, monkeypatch) -> str:
     """PACL_CPU_ISA set to that name."""
-    from pacl_kernels import _native
-
-    if request.param not in _native.isas():
+    if request.param not in native().isas():
         pytest.skip(f"this machine has no {request.param}")
     monkeypatch.setenv("PACL_CPU_ISA", request.param)
     return request.param

@@ -10,11 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-try:
-    import pacl_kernels._native as _native  # `from .. import` would call a missing module a circular import
-except ImportError as error:  # built without a C++ compiler, or for another Python
-    _native, _missing = None, str(error)
+from .. import native
 
+_native = native.native()  # None: built without a C++ compiler, or for another Python
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
@@ -48,7 +46,8 @@ if hasattr(os, "register_at_fork"):  # not on Windows
 
 def why_not(device: torch.device | None = None, dtype: torch.dtype | None = None) -> str | None:
     if _native is None:
-        return f"the native module is not built ({_missing}); install a C++ compiler, then run `pip install .` again"
+        missing = native.why_not()
+        return f"the native module is not built ({missing}); install a C++ compiler, then run `pip install .` again"
     if device is not None and device.type != "cpu":
         return f"it takes tensors on the CPU, not on {device.type}"
     if dtype is not None and dtype not in _DTYPES:

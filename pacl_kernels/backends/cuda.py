@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..native import native
 from . import triton, triton_call
 from . import triton_tiles as tiles
 from .triton_launch import ranges
@@ -39,15 +40,6 @@ def why_not(device: torch.device | None = None, dtype: torch.dtype | None = None
         return f"{torch.cuda.get_device_name(index)} is not of compute capability 9.0 (Hopper)"
     reason = triton.why_not(device, dtype)
     return None if reason is None else f"it needs the Triton backend beside it: {reason}"
-
-
-def native():
-    """The native module, or None where there is none."""
-    try:
-        from .. import _native
-    except ImportError:
-        return None
-    return _native
 
 
 def score_forward(patches, texts, patch_mask, temperature, form, phi, stat) -> None:

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import shutil
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 import pacl_kernels
-from pacl_kernels import available_backends, fused_pacl_loss, reference
+from pacl_kernels import available_backends, dispatch, fused_pacl_loss, reference
+from pacl_kernels.loss import FORMS
+from pacl_kernels.native import native
 
 PACKAGES = ("torch", "triton", "numpy", "open_clip_torch", "timm", "torchvision", "webdataset", "safetensors", "pillow")
-TOLERANCE = 1e-4  # of float32, norm of the difference over norm of the truth
+# Of the norm of a difference over that of the truth; in the order in which dtypes are tried.
+TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
 def report() -> dict[str, Any]:
@@ -29,17 +34,51 @@ def report() -> dict[str, Any]:
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "disk_free_gib": round(shutil.disk_usage(".").free / 2**30, 1),
         "backends": available_backends(),
-        "errors": {name: self_check(name) for name in _checkable()},
+        "checks": {name: self_check(name) for name in _checkable()},
     }
 
 
-def self_check(backend: str) -> float:
-    """The largest relative error of a backend's loss and gradients (float32) against the reference in float64."""
-    device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+def self_check(backend: str) -> dict[str, Any]:
+    """A backend's loss and gradients against the reference in float64, on a device and in a dtype that it accepts.
+
+    `error` is the largest relative error, None if there is no finite one. `failure` is a sentence, None if all is well.
+    """
+    target = _target(backend)
+    if target is None:
+        return _result(failure="it takes none of the devices and dtypes that are tried here")
+    device, dtype = target
+    found = _result(device=device, dtype=str(dtype).removeprefix("torch."), tolerance=TOLERANCES[dtype])
+    try:
+        error = max(_errors(backend, device, dtype))
+    except Exception as reason:  # whatever a backend raises here is what the report is for
+        found["failure"] = f"{type(reason).__name__}: {next(iter(str(reason).strip().splitlines()), 'no message')}"
+        return found
+    if not math.isfinite(error):
+        found["failure"] = "an answer is not finite"
+        return found
+    found["error"] = error
+    if error > TOLERANCES[dtype]:
+        found["failure"] = f"its error is {error:.1e}, expected at most {TOLERANCES[dtype]:.0e}"
+    return found
+
+
+def _result(**known) -> dict[str, Any]:
+    return {"device": None, "dtype": None, "error": None, "tolerance": None, "failure": None} | known
+
+
+def _target(backend: str) -> tuple[str, torch.dtype] | None:
+    """The first device, a GPU before the CPU, and the first dtype that the backend accepts."""
+    devices = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
+    why_not = dispatch.module(backend).why_not
+    targets = ((device, dtype) for device in devices for dtype in TOLERANCES)
+    return next((target for target in targets if why_not(torch.device(target[0]), target[1]) is None), None)
+
+
+def _errors(backend: str, device: str, dtype: torch.dtype) -> Iterator[float]:
+    """Norm of the difference over norm of the truth, of each loss and gradient; infinite where one is not finite."""
     generator = torch.Generator().manual_seed(0)
-    patches, texts = (torch.randn(*shape, generator=generator) for shape in ((5, 49, 96), (5, 96)))
-    worst = 0.0
-    for form in ("dot", "cosine", "max"):
+    patches, texts = (torch.randn(*shape, generator=generator).to(dtype) for shape in ((5, 49, 96), (5, 96)))
+    for form in FORMS:
         options = {"attn_temperature": 0.1, "form": form}
         exact = [x.double().requires_grad_() for x in (patches, texts)]
         truth = reference.pacl_loss(*exact, 10.0, **options)
@@ -47,18 +86,17 @@ def self_check(backend: str) -> float:
         value = fused_pacl_loss(*inputs, 10.0, **options, backend=backend)
         answers = [value, *torch.autograd.grad(value, inputs)]
         for answer, true in zip(answers, [truth, *torch.autograd.grad(truth, exact)], strict=True):
-            error = (answer.cpu().double() - true).norm() / true.norm()
-            worst = max(worst, error.item() if error.isfinite() else float("inf"))
-    return worst
+            error = ((answer.detach().cpu().double() - true).norm() / true.norm()).item()
+            yield error if math.isfinite(error) else math.inf
 
 
 def main(as_json: bool) -> int:
-    """Print the report; 1 if a backend computes something else than the reference."""
+    """Print the report; 1 if a backend fails, or computes something else than the reference."""
     found = report()
-    wrong = [name for name, error in found["errors"].items() if error > TOLERANCE]
+    wrong = any(check["failure"] is not None for check in found["checks"].values())
     if as_json:
         print(json.dumps(found, indent=2))
-        return 1 if wrong else 0
+        return int(wrong)
     print(f"pacl_kernels {found['pacl_kernels']}, Python {found['python']}, {found['platform']}")
     for name, version in found["packages"].items():
         print(f"  {name:<16} {version or 'not installed'}")
@@ -69,12 +107,12 @@ def main(as_json: bool) -> int:
     print(f"GPUs: {', '.join(found['gpus']) or 'none'}; {found['disk_free_gib']} GiB free on this disk")
     print("Backends, and their largest error against float64:")
     for name, reason in found["backends"].items():
-        error = found["errors"].get(name)
         state = "available" if reason is None else reason
-        if error is not None:
-            state = f"{error:.1e}" + ("" if name not in wrong else f", WRONG (expected at most {TOLERANCE:.0e})")
+        if (check := found["checks"].get(name)) is not None:
+            where = "" if check["device"] is None else f" ({check['dtype']} on {check['device']})"
+            state = f"{check['error']:.1e}{where}" if check["failure"] is None else f"FAILED{where}: {check['failure']}"
         print(f"  {name:<10} {state}")
-    return 1 if wrong else 0
+    return int(wrong)
 
 
 def _checkable() -> list[str]:
@@ -91,8 +129,5 @@ def _version(package: str) -> str | None:
 
 
 def _cpu_isa() -> str | None:
-    try:
-        from pacl_kernels import _native
-    except ImportError:
-        return None
-    return _native.cpu_isa()
+    module = native()
+    return None if module is None else module.cpu_isa()
