@@ -14,6 +14,7 @@ from .. import native
 
 _native = native.native()  # None: built without a C++ compiler, or for another Python
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+_SMALLEST = torch.finfo(torch.float32).tiny
 
 
 @functools.cache
@@ -102,11 +103,14 @@ def upsample_argmax(scores, rows, columns, scale, labels, best, entropy) -> None
 
 
 def _params(patches: Tensor, texts: Tensor, patch_mask: Tensor | None, temperature, form, phi, lse):
+    temperature = float(temperature)
+    if 0 < temperature < _SMALLEST:  # of which the inverse overflows; the best patch takes all with either
+        temperature = _SMALLEST
     return _native.ScoreParams(
         sizes=(*patches.shape[:2], len(texts), patches.shape[2]),
         dtype=_DTYPES[patches.dtype],
         form=form,
-        temperature=float(temperature),
+        temperature=temperature,
         threads=torch.get_num_threads(),
         openmp=_openmp(),
         patches=patches.data_ptr(),

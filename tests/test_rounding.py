@@ -1,0 +1,70 @@
+"""Weights that are rounded to bfloat16 and cancel in a gradient: the native backend then runs again in float32."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from accuracy import check, evaluate
+from problems import Case, make
+
+from pacl_kernels import native
+
+# Instruction sets that multiply pairs of bfloat16, and those whose kernels for float32 they fall back on.
+FALLBACK = {"avx512bf16": "avx512", "amx": "avx512", "emulated_amx": "avx2"}
+CANCELLING = [
+    Case(2, 5, 127, tau=0.148, scale=1.0, data="equal_images"),
+    Case(5, 192, 130, tau=0.048, scale=0.008, data="equal_images"),
+    Case(70, 9, 64, tau=0.07, data="equal_images"),  # enough images and texts for the rounding to be sampled
+    Case(300, 3, 65, tau=0.3, scale=1.0, data="equal_images", mask="first"),
+    Case(4, 50, 128, tau=0.05, scale=14.0, data="equal_texts"),
+    Case(5, 13, 70, K=90, tau=0.02, data="equal_texts"),
+    Case(9, 20, 96, tau=0.1, data="near_1e-1"),
+    Case(9, 20, 96, tau=0.3, data="near_1e-2"),
+    Case(5, 30, 64, tau=1e-5, data="near_1e-3"),  # φ comes from the same kernels as the scores it is subtracted from
+]
+ORDINARY = [
+    Case(9, 50, 130),
+    Case(9, 50, 130, K=40, tau=0.02, mask="random"),
+    Case(33, 20, 64, tau=1.0, scale=100.0),
+    Case(130, 9, 64, data="random"),
+]
+
+
+@pytest.fixture(params=FALLBACK)
+def isa(request, cpu_backend, monkeypatch) -> str:
+    if request.param not in native.native().isas():
+        pytest.skip(f"this machine has no {request.param}")
+    monkeypatch.setenv("PACL_CPU_ISA", request.param)
+    return request.param
+
+
+@pytest.mark.parametrize("form", ["dot", "cosine"])
+@pytest.mark.parametrize("case", CANCELLING, ids=str)
+def test_weights_that_cancel(case, form, isa, cpu_backend):
+    for seed in range(3):
+        for objective in case.objectives:
+            check(make(case, form, objective, torch.bfloat16, seed=seed), cpu_backend)
+
+
+@pytest.mark.parametrize("form", ["dot", "cosine"])
+@pytest.mark.parametrize("case", ORDINARY, ids=str)
+def test_other_weights_stay_in_bfloat16(case, form, isa, cpu_backend, monkeypatch):
+    """The second run costs several times the first, so ordinary batches must not take it: its bits would tell."""
+    for objective in case.objectives:
+        problem = make(case, form, objective, torch.bfloat16)
+        monkeypatch.setenv("PACL_CPU_ISA", isa)
+        answer = evaluate(problem, cpu_backend)
+        monkeypatch.setenv("PACL_CPU_ISA", FALLBACK[isa])
+        exact = evaluate(problem, cpu_backend)
+        for name in ("patches", "texts"):
+            assert not torch.equal(answer[name], exact[name]), name
+
+
+def test_the_second_run_is_that_of_float32(isa, cpu_backend, monkeypatch):
+    """Gradients are then those of the instruction set without bfloat16, to the bit."""
+    problem = make(CANCELLING[1], "dot", "compatibility", torch.bfloat16)
+    problem = replace(problem, upstream=problem.upstream - problem.upstream.mean(0))  # a loss would depend on φ's bits
+    answer = evaluate(problem, cpu_backend)
+    monkeypatch.setenv("PACL_CPU_ISA", FALLBACK[isa])
+    exact = evaluate(problem, cpu_backend)
+    assert all(torch.equal(answer[name], exact[name]) for name in ("patches", "texts", "attn_temperature"))
