@@ -60,7 +60,7 @@ void store_weights(const float* panel_weights, const Rows& rows, int64_t first, 
 
 // Whether the rounding of this image's weights for this panel is measured: in large calls of one image in eight, which
 // costs next to nothing.
-constexpr int64_t kManySegments = 1024, kMeasuredShare = 8;
+constexpr int64_t kManySegments = 256, kMeasuredShare = 8;
 inline int64_t measured_share(const ScoreParams& p) {
   return p.images * ceil_div(p.texts_count, kPanel) < kManySegments ? 1 : kMeasuredShare;
 }

@@ -111,7 +111,7 @@ float inverse_norm(const float* units, int64_t padded) {
 }
 
 template <class Op>
-float largest_element(const float* units, int64_t padded) {
+__attribute__((noinline)) float largest_element(const float* units, int64_t padded) {
   constexpr int32_t kMagnitude = 0x7FFFFFFF, kHigh = 0x7FFF0000;
   V largest{};
   for (int64_t i = 0; i < padded; i += kLanes) {

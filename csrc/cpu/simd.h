@@ -94,22 +94,9 @@ inline float sum(V v) {
 #endif
 }
 
-// 2^(x scale) for x scale < 127, relative error below 1e-7; NaN stays NaN. Without kClamp x scale must be above -126.
-// With it, what is below -126.5 gives 0: it may be multiplied by 1 / τ, which makes a mere small number large again.
-template <bool kClamp>
-inline V exp2(V x, float scale) {
-  // Adding 1.5 * 2^23 rounds to an integer in the low mantissa bits; 127 more make those bits an exponent.
-  constexpr float kRound = 12582912.0f + 127.0f;
-  V shifted, f;
-  if (kClamp) {
-    x *= scale;
-    x = select(x < broadcast(-127.0f), broadcast(-127.0f), x);
-    shifted = x + kRound;
-    f = x - (shifted - kRound);
-  } else {
-    shifted = fma(x, broadcast(scale), broadcast(kRound));
-    f = fma(x, broadcast(scale), kRound - shifted);
-  }
+// 2^(n + f), with n rounded into the low bits of `shifted` = n + kRound.
+constexpr float kRound = 12582912.0f + 127.0f;  // 1.5 * 2^23, and 127 to make those bits an exponent
+inline V exp2_parts(V shifted, V f) {
   V p = fma(f, 1.5345811977e-4f, 1.3399931386e-3f);  // minimax in relative error on [-1/2, 1/2]
   p = fma(p, f, broadcast(9.6184889587e-3f));
   p = fma(p, f, broadcast(5.5503287766e-2f));
@@ -118,9 +105,22 @@ inline V exp2(V x, float scale) {
   p = fma(p, f, broadcast(1.0f));
   return p * from_bits(bits(shifted) << 23);  // a product, not a sum of exponents: NaN times anything is NaN
 }
+
+// 2^x for x < 127, relative error below 1e-7; NaN stays NaN. Without kClamp x must be above -126. With it, what is below
+// -126.5 gives 0: it may be multiplied by 1 / τ, which makes a mere small number large again.
 template <bool kClamp>
 inline V exp2(V x) {
-  return exp2<kClamp>(x, 1.0f);
+  if (kClamp) x = select(x < broadcast(-127.0f), broadcast(-127.0f), x);
+  const V shifted = x + kRound;
+  return exp2_parts(shifted, x - (shifted - kRound));
+}
+
+// 2^(x scale), where the product is not rounded unless it has to be clamped.
+template <bool kClamp>
+inline V exp2(V x, float scale) {
+  if (kClamp) return exp2<true>(x * scale);
+  const V shifted = fma(x, broadcast(scale), broadcast(kRound));
+  return exp2_parts(shifted, fma(x, broadcast(scale), kRound - shifted));
 }
 
 // Natural logarithm of positive, normal x (Cephes' logf), relative error about 1e-7.
