@@ -2,7 +2,8 @@
 
 The truth is the reference in float64 on the same numbers, already rounded to the dtype that the backend is given. An
 error is the norm of the difference over the norm of the truth; it may be twice that of the plain formula (the reference
-in float32, same numbers) plus `EXTRA`, which allows for the rounding of the result to its dtype.
+in float32, same numbers) plus `EXTRA`, which allows for the rounding of the result to its dtype. Below the smallest
+normal number of that dtype the rounding is absolute: half of the smallest subnormal for each element.
 
 Truths may vanish (saturated losses, one patch, D = 1), so their norm is floored at 1 % of a natural size. For a
 gradient that is `logit_scale / ‖x‖`, where x is one embedding: the loss depends on its direction only. In general, with
@@ -166,6 +167,7 @@ def assert_accurate(
     Returns the share of the tolerance that its error takes; one above 1 raises `Inaccurate`.
     """
     assert answer.shape == truth.shape, f"{what}: shape {list(answer.shape)}, expected {list(truth.shape)}"
+    half_step = torch.finfo(answer.dtype).smallest_normal * torch.finfo(answer.dtype).eps / 2
     answer, truth = answer.detach().double(), truth.detach().double()
     for kind in (torch.isnan, torch.isposinf, torch.isneginf):
         wrong = (kind(answer) != kind(truth)).nonzero()
@@ -178,6 +180,8 @@ def assert_accurate(
     error = relative_error(answer, truth, natural)
     plain_error = relative_error(plain.double(), truth, natural) if isinstance(plain, Tensor) else plain or 0.0
     allowed = EXTRA[dtype] + 2 * plain_error
+    if size := _size(truth[truth.isfinite()], natural):
+        allowed += half_step * math.sqrt(truth.numel()) / size
     if not error <= allowed:
         worst = (answer - truth).nan_to_num(0, 0, 0).abs().argmax()
         at = tuple(int(i) for i in torch.unravel_index(worst, truth.shape))
@@ -196,8 +200,12 @@ def relative_error(answer: Tensor, truth: Tensor, natural: float) -> float:
     difference = (answer - truth)[finite].norm().item()
     if difference == 0:
         return 0.0
-    size = max(truth[finite].norm().item(), FLOOR * natural)
+    size = _size(truth[finite], natural)
     return difference / size if size > 0 else math.inf
+
+
+def _size(truth: Tensor, natural: float) -> float:
+    return max(truth.norm().item(), FLOOR * natural)
 
 
 def natural_sizes(problem: Problem) -> dict[str, float]:

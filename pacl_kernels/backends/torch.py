@@ -211,8 +211,9 @@ def _first_copies(p: Tensor, patch_mask: Tensor | None, images: slice) -> Tensor
     A matrix product may add in another order for another row, so copies differ in their last bits.
     """
     bits = (p + 0.0).view(torch.int32 if p.dtype == torch.float32 else torch.int64)  # -0.0 counts as 0.0
-    generator = torch.Generator().manual_seed(0)
-    weights = torch.randint(-(2**62), 2**62, (p.shape[2],), generator=generator).to(p.device)
+    # Scrambled numbers, made on the device, which a random generator's would have to be copied to.
+    weights = torch.arange(1, p.shape[2] + 1, device=p.device) * -0x61C8864680B583EB
+    weights = (weights ^ (weights >> 29)) * -0x40A7B892E31B1A47
     key = (bits * weights).sum(-1)  # of copies the same: integers have no rounding
     if patch_mask is not None:
         key.masked_fill_(~patch_mask[images], 1)
