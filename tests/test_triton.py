@@ -62,10 +62,10 @@ def launches(monkeypatch) -> list[tuple[str, dict]]:
     """Name and constants of each kernel, in the order in which they ran."""
     seen, run = [], launch.run
 
-    def spy(kernel, programs, arguments, constants, *config):
+    def spy(kernel, programs, arguments, constants, *config, **options):
         assert programs > 0
         seen.append((kernel.fn.__name__, constants))
-        run(kernel, programs, arguments, constants, *config)
+        run(kernel, programs, arguments, constants, *config, **options)
 
     monkeypatch.setattr(launch, "run", spy)
     return seen
@@ -293,6 +293,13 @@ def test_the_first_of_equals_wins(n):
     # Whole numbers: whatever order the interpreter's library sums in, equal patches have equal scores.
     problem = replace(problem, patches=(4 * problem.patches).round(), texts=(4 * problem.texts).round())
     assert (winners(problem, "triton") == 0).all()
+
+
+@pytest.mark.parametrize("form, dtype", [("dot", torch.float32), ("cosine", torch.float32), ("cosine", torch.bfloat16)])
+@pytest.mark.parametrize("n, tau", [(1, 1e-6), (66, 1e-6), (5, 1e-10)])
+def test_a_temperature_near_zero(n, tau, form, dtype):
+    """One patch has all the attention: s - φ is 0, and any other number would be divided by the temperature."""
+    check(make(Case(3, n, 7, tau=tau), form, "infonce", dtype, DEVICE), "triton")
 
 
 def test_runs_of_images_waste_nothing():

@@ -43,7 +43,7 @@ __device__ __forceinline__ void finish_tile(
   } else if constexpr (kEpilogue == Epilogue::attention) {
     attention_epilogue<kWidth, kPacked>(work, rows, outlet, acc, columns, image, now.chunk, scale, lane, known);
   } else if constexpr (kEpilogue == Epilogue::weights) {
-    if (work.full)
+    if (work.full || inverse_temperature > 1.0f / kFoldedTemperature)
       state.temperature_sum += weights_epilogue<kWidth, kPacked, true, T>(
           work, rows, outlet, acc, columns, image, now.chunk, scale, inverse_temperature, lane, known);
     else

@@ -53,6 +53,7 @@ class Call(CosineLaunches):
                 tile | dict(TAU_IS_TENSOR=isinstance(temperature, Tensor)),
                 chosen.warps,
                 chosen.stages,
+                fused=not safe,
             )
 
     def backward(self, form: str, grad_phi, grad_patches, grad_texts, grad_temperature) -> None:
@@ -120,7 +121,9 @@ class Call(CosineLaunches):
         if grad_texts is not None:
             launch.project_out(texts_sum, self.texts[:, None], grad_texts, None, self.scale)
         if grad_temperature is not None:
-            grad_temperature.copy_(-tau_sum / self.temperature**2)
+            if not cosine:
+                tau_sum = tau_sum / self.temperature / self.temperature
+            grad_temperature.copy_(-tau_sum)
 
     def weights(self, b0, b1, k0, k1, w: Tensor, grad_phi: Tensor, needs_tau=False) -> Tensor | None:
         """W of the `dot` form into `w`; returns the temperature's sums if needed."""
@@ -148,6 +151,7 @@ class Call(CosineLaunches):
             | dict(SCALED=not attention and self.scale is not None),
             chosen.warps,
             chosen.stages,
+            fused=False,
         )
         return sums
 

@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from .shared import round_to
+
 MIN_NORM_SQUARED = tl.constexpr(1e-24)
 
 
@@ -78,4 +80,4 @@ def project_out_kernel(
         grad = _load_row(GRAD, at, live, d, D, 1, BLOCK_D)
         out = (grad - along[:, None] * x - rest[:, None] * x) * undo
         inside = (rows < rows_count)[:, None] & (offs_d < D)[None, :]
-        tl.store(OUT + at[:, None] + offs_d[None, :], out.to(OUT.dtype.element_ty), mask=inside)
+        tl.store(OUT + at[:, None] + offs_d[None, :], round_to(out, OUT.dtype.element_ty), mask=inside)

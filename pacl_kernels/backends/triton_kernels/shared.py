@@ -1,4 +1,4 @@
-"""Constants, scalar arguments, and sums in one pass."""
+"""Constants, scalar arguments, a multiply-add, and sums in one pass."""
 
 import triton
 import triton.language as tl
@@ -18,6 +18,15 @@ def scalar(X, IS_TENSOR: tl.constexpr):
         return tl.load(X).to(tl.float32)
     else:
         return X
+
+
+@triton.jit
+def fused(x, y, z):
+    """x y + z, rounded once, where a kernel is compiled without fused multiply-adds."""
+    if INTERPRETED:  # its tl.fma takes no numbers
+        return x * y + z
+    else:
+        return tl.fma(x, y, z)
 
 
 @triton.jit
