@@ -56,7 +56,7 @@ def test_a_batch_of_unseen_size_compiles_nothing():
 def test_every_kernel_and_target_is_there(rows):
     assert 30 <= len(rows) <= 70
     tiled = {"score_forward", "score_backward", "cosine_forward", "cosine_backward", "curvature"}
-    tiled |= {"max_weights", "upsample_argmax"}
+    tiled |= {"max_patches", "max_texts", "upsample_argmax"}
     for target in SHARED:
         assert tiled <= {row["kernel"] for row in rows if row["target"] == target}
         assert {"bf16", "fp32"} <= {row["dtype"] for row in rows if row["target"] == target}
@@ -71,7 +71,7 @@ def test_nothing_spills(rows):
 
 def test_products_run_on_the_tensor_cores(rows):
     for row in rows:
-        products = row["kernel"].startswith(("score_", "cosine_", "gram", "curvature", "add_pooled"))
+        products = row["kernel"].startswith(("score_", "cosine_", "gram", "curvature", "add_pooled", "max_patches"))
         assert row["tensor_core"] == (TENSOR_CORE[row["target"]] if products else "none"), row
 
 

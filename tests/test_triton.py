@@ -209,7 +209,7 @@ def test_blocks_of_images_and_of_texts(k, dtype, form, launches, monkeypatch):
     monkeypatch.setattr(tiles, "WORKSPACE", 2**12)
     check(make(Case(3, 70, 20, K=k, mask="random"), form, "compatibility", dtype, DEVICE), "triton")
     assert tiles.text_block(70, k, 4) == (7 if k == 7 else 128)
-    assert len(_launched(launches, "max_weights_kernel" if form == "max" else "score_backward_kernel")) >= 2
+    assert len(_launched(launches, "max_patches_kernel" if form == "max" else "score_backward_kernel")) >= 2
 
 
 @pytest.mark.parametrize("n", [7, 131])
@@ -293,6 +293,15 @@ def test_the_first_of_equals_wins(n):
     # Whole numbers: whatever order the interpreter's library sums in, equal patches have equal scores.
     problem = replace(problem, patches=(4 * problem.patches).round(), texts=(4 * problem.texts).round())
     assert (winners(problem, "triton") == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_winners_of_one_direction(dtype):
+    """Patches and texts near one direction, as CLIP's are: gradients are a small part of the sums they are made of."""
+    problem = make(Case(5, 70, 24, scale=5.0), "max", "infonce", dtype, DEVICE)
+    direction = torch.linspace(-1, 1, 24, device=DEVICE)
+    patches, texts = direction + 0.01 * problem.patches, direction + 0.1 * problem.texts
+    check(replace(problem, patches=patches.to(dtype), texts=texts.to(dtype)), "triton")
 
 
 @pytest.mark.parametrize("form, dtype", [("dot", torch.float32), ("cosine", torch.float32), ("cosine", torch.bfloat16)])
