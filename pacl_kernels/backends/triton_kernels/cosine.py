@@ -154,20 +154,20 @@ def cosine_forward_kernel(
 
 
 @triton.jit
-def _bits(a):
-    """log2 of an attention, `s scale` but for a constant of the pair; where a is 0 any finite number will do."""
-    return tl.log2(tl.where(a > 0.0, a, 1.0))
+def _bits(a, anchor):
+    """log2(a) + anchor, `s scale` but for a constant of the pair; where a is 0 any finite number will do."""
+    return tl.log2(tl.where(a > 0.0, a, 1.0)) + anchor[:, None]
 
 
 @triton.jit
 def _moments(
-    whole, A, a_rows, t_live, m0, width, squared, weighted, total,
+    whole, A, a_rows, t_live, m0, width, anchor, squared, weighted, total,
     BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Adds Σ a q, Σ a log2(a) and Σ a of the patches from `m0` on."""
+    """Adds Σ a q, Σ a bits and Σ a of the patches from `m0` on."""
     for part in tl.static_range((BLOCK_M + 63) // 64):
         q, a, _ = _columns(whole, A, a_rows, t_live, m0, width, part, BLOCK_T, BLOCK_M)
-        a_q, a_bits, a_sum = sum_three(q * a, a * _bits(a), a, 1)
+        a_q, a_bits, a_sum = sum_three(q * a, a * _bits(a, anchor), a, 1)
         squared += a_q
         weighted += a_bits
         total += a_sum
@@ -176,7 +176,7 @@ def _moments(
 
 @triton.jit
 def _store_weights(
-    whole, A, a_rows, t_live, m0, width, slope, mean_q, mean_bits, g, inv_t, inv_p, w, stride_w, N,
+    whole, A, a_rows, t_live, m0, width, slope, mean_q, anchor, mean_bits, g, inv_t, inv_p, w, stride_w, N,
     BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr, NEEDS_TAU: tl.constexpr,
 ):  # fmt: skip
     """Stores W of the patches from `m0` on, of the image to whose first patch A, `inv_p` and `w` point; returns their
@@ -186,7 +186,7 @@ def _store_weights(
     w_rows = tl.arange(0, BLOCK_T) * stride_w
     for part in tl.static_range((BLOCK_M + 63) // 64):
         q, a, m = _columns(whole, A, a_rows, t_live, m0, width, part, BLOCK_T, BLOCK_M)
-        above = (_bits(a) - mean_bits[:, None]) / LOG2E  # (s - u) / τ
+        above = (_bits(a, anchor) - mean_bits[:, None]) / LOG2E  # (s - u) / τ
         centred = above - slope[:, None] * (q - mean_q[:, None])
         ds = a * g[:, None]
         if NEEDS_TAU:
@@ -232,26 +232,28 @@ def cosine_backward_kernel(
     gram = GRAM + image.to(tl.int64) * N * stride_gram
     at = (image_begin + image).to(tl.int64) * stride_phi + texts
     stat = tl.load(STAT + at, mask=t_live, other=0.0)
+    # Where the log-sum-exp is small it is added before the mean is taken: then u, a small difference of both, is exact.
+    anchor = tl.where(tl.abs(stat) < 32.0, stat, 0.0)
     squared = tl.zeros([BLOCK_T], tl.float32)
     total = tl.zeros([BLOCK_T], tl.float32)
     weighted = tl.zeros([BLOCK_T], tl.float32)
     if WHOLE:
         q = _pool(a_image, gram, a_rows, t_live, 0, N, width, stride_gram, BLOCK_T, BLOCK_M, BLOCK_N, PRECISION)
         squared, weighted, total = _moments(
-            q, a_image, a_rows, t_live, 0, width, squared, weighted, total, BLOCK_T, BLOCK_M
+            q, a_image, a_rows, t_live, 0, width, anchor, squared, weighted, total, BLOCK_T, BLOCK_M
         )
     else:
         for m0 in range(0, N, BLOCK_M):
             q = _pool(a_image, gram, a_rows, t_live, m0, N, width, stride_gram, BLOCK_T, BLOCK_M, BLOCK_N, PRECISION)
             squared, weighted, total = _moments(
-                q, a_image, a_rows, t_live, m0, width, squared, weighted, total, BLOCK_T, BLOCK_M
+                q, a_image, a_rows, t_live, m0, width, anchor, squared, weighted, total, BLOCK_T, BLOCK_M
             )
     share = 1.0 / tl.where(total == 0.0, 1.0, total)
     radius = tl.sqrt(tl.where(squared < 0.0, 0.0, squared)) * share
     moves = radius > floor
     radius = tl.where(radius < floor, floor, radius)
     mean_q, mean_bits = squared * share, weighted * share
-    u = (mean_bits + stat) / scale
+    u = (mean_bits + (stat - anchor)) / scale
     slope = tl.where(moves, u / (radius * radius) * share / tau, 0.0)  # of q, which is not divided by Σ a
     g = tl.load(G + at, mask=t_live, other=0.0) / radius
     curvature = tl.where(moves, g * u / (radius * radius), 0.0) * share * share
@@ -262,7 +264,7 @@ def cosine_backward_kernel(
     w = W + text0.to(tl.int64) * stride_w + image * N
     if WHOLE:
         tau_sum = _store_weights(
-            q, a_image, a_rows, t_live, 0, width, slope, mean_q, mean_bits, g, inv_t, inv_p, w, stride_w, N,
+            q, a_image, a_rows, t_live, 0, width, slope, mean_q, anchor, mean_bits, g, inv_t, inv_p, w, stride_w, N,
             BLOCK_T, BLOCK_M, NEEDS_TAU,
         )  # fmt: skip
     else:
@@ -270,8 +272,8 @@ def cosine_backward_kernel(
         for m0 in range(0, N, BLOCK_M):
             q = _pool(a_image, gram, a_rows, t_live, m0, N, width, stride_gram, BLOCK_T, BLOCK_M, BLOCK_N, PRECISION)
             tau_sum += _store_weights(
-                q, a_image, a_rows, t_live, m0, width, slope, mean_q, mean_bits, g, inv_t, inv_p, w, stride_w, N,
-                BLOCK_T, BLOCK_M, NEEDS_TAU,
+                q, a_image, a_rows, t_live, m0, width, slope, mean_q, anchor, mean_bits, g, inv_t, inv_p, w, stride_w,
+                N, BLOCK_T, BLOCK_M, NEEDS_TAU,
             )  # fmt: skip
     if NEEDS_TAU:
         tl.store(TAU_SUMS + tl.program_id(0), tau_sum)
