@@ -17,11 +17,17 @@ class Call(CosineLaunches):
 
     def __init__(self, patches: Tensor, texts: Tensor, patch_mask: Tensor | None, temperature, phi, stat):
         (self.b, self.n, self.d), self.k = patches.shape, len(texts)
-        self.patches, self.texts, self.mask, self.temperature = patches, texts, patch_mask, temperature
+        self.patches, self.mask, self.temperature = patches, patch_mask, temperature
+        self.raw_texts, self.texts = texts, texts
         self.phi, self.stat = phi, stat
         self.full = patch_mask is not None  # whether the epilogue of the backward needs more registers
-        self.inv_p, self.inv_t = launch.inverse_norms(patches, patch_mask), launch.inverse_norms(texts[:, None], None)
-        self.strides = (*patches.stride(), *texts.stride(), *launch.mask_strides(patch_mask))
+        self.inv_p = launch.inverse_norms(patches, patch_mask)
+        if texts.dtype == torch.float16:  # whose products and weights are in the range of float32
+            self.raw_inv_t = self.inv_t = launch.inverse_norms(texts[:, None], None)
+        else:  # W, which is divided by both norms, is in range whatever the texts' norms are
+            self.texts, self.inv_t = texts.new_empty(texts.shape), phi.new_empty(self.k)
+            self.raw_inv_t = launch.inverse_norms(texts[:, None], None, (self.texts, self.inv_t))
+        self.strides = (*patches.stride(), *self.texts.stride(), *launch.mask_strides(patch_mask))
         # In float16, because a <= 1 and its rounding is divided by r τ: bfloat16 loses too much.
         self.attention_dtype = torch.float32 if patches.dtype == torch.float32 else torch.float16
         self.tau = dict(TAU_IS_TENSOR=isinstance(temperature, Tensor))
@@ -120,9 +126,10 @@ class Call(CosineLaunches):
                 if cosine:
                     self.add_pooled(b0, b1, pooled, raw)
                 mask = None if self.mask is None else self.mask[b0:b1]
-                launch.project_out(raw, self.patches[b0:b1], into, mask, self.scale)
+                inverse = self.inv_p[b0 * self.n :]
+                launch.project_out(raw, self.patches[b0:b1], inverse, into, mask, self.scale)
         if grad_texts is not None:
-            launch.project_out(texts_sum, self.texts[:, None], grad_texts, None, self.scale)
+            self.texts_gradient(texts_sum, grad_texts, self.scale)
         if grad_temperature is not None:
             if not cosine:
                 tau_sum = tau_sum / self.temperature / self.temperature
@@ -171,7 +178,7 @@ class Call(CosineLaunches):
                 + (self.b, self.n, self.k, self.d, *self.patches.stride()),
                 chosen,
             )
-            launch.project_out(texts_sum, self.texts[:, None], grad_texts, None, None)
+            self.texts_gradient(texts_sum, grad_texts, None)
         if grad_patches is None:
             return
         scale = _power_of_two_below(grad_phi, self.inv_t) if self.patches.dtype == torch.float16 else None
@@ -198,7 +205,12 @@ class Call(CosineLaunches):
                 chosen.stages,
             )
             mask = None if self.mask is None else self.mask[b0:b1]
-            launch.project_out(some, self.patches[b0:b1], grad_patches[b0:b1].view(-1, self.d), mask, None)
+            inverse, into = self.inv_p[b0 * self.n :], grad_patches[b0:b1].view(-1, self.d)
+            launch.project_out(some, self.patches[b0:b1], inverse, into, mask, None)
+
+    def texts_gradient(self, texts_sum: Tensor, grad_texts: Tensor, scale: Tensor | None) -> None:
+        scaled = self.texts is not self.raw_texts
+        launch.project_out(texts_sum, self.raw_texts[:, None], self.raw_inv_t, grad_texts, None, scale, scaled)
 
     def backward_config(self) -> tiles.Config:
         return tiles.config("backward_full" if self.full else "backward", self.patches, self.texts)

@@ -303,16 +303,28 @@ def _weighted_gram(
     return acc
 
 
+@triton.jit
+def _store_curvature(c, acc, inv, n, m, N, stride_c, ADD: tl.constexpr):
+    """-acc / ‖p_m‖ to the rows `n` and columns `m` of an image's C, or onto what is there."""
+    c += (n * stride_c)[:, None] + m[None, :]
+    live = (n < N)[:, None] & (m < stride_c)[None, :]
+    acc *= -tl.load(inv + m, mask=m < N, other=0.0)[None, :]
+    if ADD:
+        acc += tl.load(c, mask=live, other=0.0)
+    tl.store(c, round_to(acc, c.dtype.element_ty), mask=live)
+
+
 @triton.jit(do_not_specialize=("image_begin", "N", "K", "stride_image", "stride_text", "stride_c"))
 def curvature_kernel(
     A, CURVATURE, INV_P, C, image_begin, N, K, stride_image, stride_text, stride_c,
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, A_ALIGN: tl.constexpr, C_ALIGN: tl.constexpr,
     ADD: tl.constexpr, OPERANDS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """C `[images, N, stride_c]` (+)= -Σ_k curvature_k a_kn a_km / (‖p_n‖ ‖p_m‖): times P, what r adds to ∂L/∂P.
+    """C `[images, N, stride_c]` (+)= -Σ_k curvature_k a_kn a_km / ‖p_m‖: times P, ‖p_n‖ times what r adds to ∂L/∂p_n.
 
-    C is symmetric: only tiles on and above the diagonal are computed. Rows of A and C are read and written to the next
-    multiple of their alignment, so that vectors are whole; past column N, C is 0 where A is finite.
+    With both norms it would underflow where they are large. The sum is symmetric: only tiles on and above the diagonal
+    are computed. Rows of A and C are read and written to the next multiple of their alignment, so that vectors are
+    whole; past column N, C is 0 where A is finite.
     """
     tiles = tl.cdiv(N, BLOCK)
     image = tl.program_id(0) // (tiles * tiles)
@@ -342,26 +354,19 @@ def curvature_kernel(
             BLOCK, BLOCK_K, False, OPERANDS, PRECISION,
         )  # fmt: skip
     inv = INV_P + (image_begin + image) * N
-    acc *= -tl.load(inv + n, mask=n < N, other=0.0)[:, None]
-    acc *= tl.load(inv + m, mask=m < N, other=0.0)[None, :]
     c = C + image.to(tl.int64) * N * stride_c
-    at = c + (n * stride_c)[:, None] + m[None, :]
-    live = (n < N)[:, None] & (m < stride_c)[None, :]
-    if ADD:
-        acc += tl.load(at, mask=live, other=0.0)
-    acc = round_to(acc, C.dtype.element_ty)
-    tl.store(at, acc, mask=live)
+    _store_curvature(c, acc, inv, n, m, N, stride_c, ADD)
     if tile_n != tile_m:
-        tl.store(c + (m * stride_c)[:, None] + n[None, :], acc.T, mask=(m < N)[:, None])
+        _store_curvature(c, acc.T, inv, m, n, N, stride_c, ADD)
 
 
 @triton.jit(do_not_specialize=("image_begin", "N", "stride_c"))
 def add_pooled_kernel(
-    C, P, MASK, RAW, image_begin, N, D, stride_c, stride_pb, stride_pn, stride_pd, stride_mb, stride_mn,
+    C, P, INV_P, MASK, RAW, image_begin, N, D, stride_c, stride_pb, stride_pn, stride_pd, stride_mb, stride_mn,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, C_ALIGN: tl.constexpr,
     HAS_MASK: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """RAW `[images, N, D]` += C P, masked patches as zeros. C is that of `curvature_kernel`, of RAW's dtype."""
+    """RAW `[images, N, D]` += C P / ‖p‖, masked patches as zeros. C is that of `curvature_kernel`, of RAW's dtype."""
     stride_c = stride_c // C_ALIGN * C_ALIGN  # tells the compiler how rows are aligned
     width = tl.cdiv(N, C_ALIGN) * C_ALIGN
     d_tiles = tl.cdiv(D, BLOCK_D)
@@ -388,6 +393,7 @@ def add_pooled_kernel(
         if INTERPRETED:
             left, right = left.to(tl.float32), right.to(tl.float32)
         acc = tl.dot(left, right.to(left.dtype), acc, input_precision=PRECISION)
+    acc *= tl.load(INV_P + (image_begin + image) * N + n, mask=n_live, other=0.0)[:, None]
     at = RAW + (image.to(tl.int64) * N * D + (n * D)[:, None] + d[None, :])
     live = n_live[:, None]
     if not EVEN_D:

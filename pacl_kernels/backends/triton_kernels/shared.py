@@ -61,6 +61,6 @@ def round_to(x, TYPE: tl.constexpr):
     """float32 to the nearest of that type, in the interpreter too, whose own cast to bfloat16 truncates."""
     if INTERPRETED and TYPE == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
-        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+        nearest = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
         x = tl.where(x == x, nearest, x)
     return x.to(TYPE)
