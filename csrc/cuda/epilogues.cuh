@@ -258,19 +258,21 @@ struct Line {
 };
 
 // Stores the attention in float16, `[images, texts, attention_pitch]`. `known` has the entropy and φ of `dot`, or the
-// log-sum-exp and 0.
-template <int kWidth, bool kPacked>
+// log-sum-exp and 0. kExact: of s - φ as it is rounded, for a temperature below kFoldedTemperature.
+template <int kWidth, bool kPacked, bool kExact>
 __device__ __forceinline__ void attention_epilogue(
     const Work& work, const Rows& rows, const Outlet& outlet, const float (&acc)[kWidth / 2], const float* columns,
     int image, int chunk, float scale, int lane, Known& known) {
   int image0 = image, blocks_of_image = work.pitch / 8, block_of_image = 0;
   auto pair = [&](int j, float2 column, int r) {
-    float a[2];
+    float rate = rows.inverse[r] * scale, offset = fmaf(-known.phi[r], scale, -known.stat[r]), a[2];
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
-      float inverse = c ? column.y : column.x;
-      float s = __fmul_rn(acc[4 * j + 2 * r + c] * inverse, rows.inverse[r]);
-      a[c] = exp2_fast(__fmul_rn(s - known.phi[r], scale) - known.stat[r]);
+      float inverse = c ? column.y : column.x, x = acc[4 * j + 2 * r + c] * inverse;
+      if constexpr (kExact)
+        a[c] = exp2_fast(__fmul_rn(__fmul_rn(x, rows.inverse[r]) - known.phi[r], scale) - known.stat[r]);
+      else
+        a[c] = exp2_fast(fmaf(x, rate, offset));
       a[c] = inverse < 0.0f ? 0.0f : a[c];  // whatever is behind a mask, NaN too
     }
     return pack(a[0], a[1], __half());
