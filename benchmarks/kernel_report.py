@@ -157,8 +157,8 @@ def _upsample(dtype: torch.dtype, entropy: bool) -> None:
     backend.upsample_argmax(scores, rows, columns, 10.0, labels.short(), best, best)
 
 
-def compile_launch(launch: Launch) -> dict:
-    """The row of a launch: what the machine code holds."""
+def compiled(launch: Launch):
+    """Triton's compiled kernel of a launch: `asm` has its code as text and as machine code."""
     kernel = getattr(triton_kernels, launch.kernel)
     index = {name: i for i, name in enumerate(kernel.arg_names)}
     source = ASTSource(
@@ -169,9 +169,14 @@ def compile_launch(launch: Launch) -> dict:
     )
     options = dict(num_warps=launch.warps, num_stages=launch.stages, maxnreg=launch.registers or None)
     options["enable_fp_fusion"] = launch.fused
-    compiled = triton.compile(source, target=GPUTarget("cuda", launch.target, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", launch.target, 32), options=options)
+
+
+def compile_launch(launch: Launch) -> dict:
+    """The row of a launch: what the machine code holds."""
+    kernel = compiled(launch)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        Path(file.name).write_bytes(compiled.asm["cubin"])
+        Path(file.name).write_bytes(kernel.asm["cubin"])
         usage = _run("cuobjdump", "--dump-resource-usage", file.name)
         code = _run("nvdisasm", "-c", file.name)
     registers = int(re.search(r"REG:(\d+)", usage)[1])
@@ -184,11 +189,11 @@ def compile_launch(launch: Launch) -> dict:
         "target": f"sm_{launch.target}",
         "registers": registers,
         "spills": len(re.findall(r"\b(?:LDL|STL)\b", code)),
-        "shared_bytes": compiled.metadata.shared,
+        "shared_bytes": kernel.metadata.shared,
         "tensor_core": _tensor_core(code),
         "programs_per_sm": min(
             REGISTERS // (registers * 32 * launch.warps),
-            SHARED_LIMIT[launch.target] // max(1, compiled.metadata.shared),
+            SHARED_LIMIT[launch.target] // max(1, kernel.metadata.shared),
         ),
     }
 

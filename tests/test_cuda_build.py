@@ -122,7 +122,7 @@ def test_no_kernel_spills(resources):
         # Attention and sums of the widest cosine tile take 192 registers: some others go to the stack, once a tile.
         # Of those of 208 columns, and of the weights of 200, three warpgroups of them, it is two numbers.
         width, epilogue = (int(x) for x in re.search(r"ILi(\d+)E.*EpilogueE(\d)", name).groups())
-        stack = {(256, 3): 280, (256, 4): 320, (208, 4): 8, (200, 2): 8}.get((width, epilogue), 0)
+        stack = {(256, 3): 280, (256, 4): 352, (208, 4): 8, (200, 2): 8}.get((width, epilogue), 0)
         found = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:0 ", line)
         assert found and int(found[2]) <= stack, f"{name}: {line}"
         assert int(found[1]) == (128 if are_three(EPILOGUES[epilogue], width) else 168), f"{name}: {line}"

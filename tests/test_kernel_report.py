@@ -54,9 +54,9 @@ def test_a_batch_of_unseen_size_compiles_nothing():
 
 
 def test_every_kernel_and_target_is_there(rows):
-    assert 30 <= len(rows) <= 70
-    tiled = {"score_forward", "score_backward", "cosine_forward", "cosine_backward", "curvature", "max_weights"}
-    tiled.add("upsample_argmax")
+    assert 30 <= len(rows) <= 80
+    tiled = {"score_forward", "score_backward", "cosine_forward", "cosine_backward", "curvature"}
+    tiled |= {"max_patches", "max_texts", "upsample_argmax"}
     for target in SHARED:
         assert tiled <= {row["kernel"] for row in rows if row["target"] == target}
         assert {"bf16", "fp32"} <= {row["dtype"] for row in rows if row["target"] == target}
@@ -71,7 +71,7 @@ def test_nothing_spills(rows):
 
 def test_products_run_on_the_tensor_cores(rows):
     for row in rows:
-        products = row["kernel"].startswith(("score_", "cosine_", "gram", "curvature", "add_pooled"))
+        products = row["kernel"].startswith(("score_", "cosine_", "gram", "curvature", "add_pooled", "max_patches"))
         assert row["tensor_core"] == (TENSOR_CORE[row["target"]] if products else "none"), row
 
 
@@ -81,3 +81,51 @@ def test_the_programs_that_share_a_multiprocessor_fit(rows):
         if row["kernel"].startswith("score_"):
             expected = 2 if "warps 4" in row["config"] else 1
             assert row["programs_per_sm"] >= expected, row
+
+
+# Prints the PTX of the kernels that take a difference of scores before an exponential, at a small temperature.
+DIFFERENCES = """
+import json
+from kernel_report import Variant, compiled, launches
+kinds = "score_forward_kernel", "score_backward_kernel"
+variants = (Variant(tau=0.01), Variant(form="cosine", tau=0.01, dtype="fp32", patches=48))
+found = {str(x): x for variant in variants for x in launches(variant, 90) if x.kernel in kinds}
+print(json.dumps([(x.kernel, compiled(x).asm["ptx"]) for x in found.values()]))
+"""
+
+
+def _differences(ptx: str) -> list[tuple[str, str]]:
+    """The subtraction behind each exponential of PTX, and what made the number that it subtracts from."""
+    made = {to: (name, rest.split(", ")) for name, to, rest in re.findall(r"^\t([\w.]+) \t(%\w+), (.*);", ptx, re.M)}
+
+    def origins(x: str, through: tuple[str, ...]) -> list[str]:
+        """The nearest registers that x comes from by other instructions than `through`."""
+        found, left, seen = [], [x], set()
+        while left:
+            x = left.pop()
+            if x in made and x not in seen and made[x][0].startswith(through):
+                left += [y for y in made[x][1] if not y.startswith("%p")]
+            elif x in made and x not in seen:
+                found.append(x)
+            seen.add(x)
+        return found
+
+    found = []
+    for name, operands in list(made.values()):
+        for x in origins(operands[0], ("mul.", "fma.", "mov.")) if name.startswith("ex2.") else ():
+            if made[x][0].startswith("sub."):
+                found.append((made[x][0], *(made[y][0] for y in origins(made[x][1][0], ("mov.", "selp."))[:1])))
+    return found
+
+
+def test_differences_of_scores_are_taken_of_rounded_products():
+    """Fused with the product, s - φ is a rounding error where it must be 0, which the temperature then divides.
+
+    `.rn` in so many words: of a product and a sum without it, ptxas makes a fused multiply-add of its own.
+    """
+    kernels = json.loads(_run("-c", DIFFERENCES))
+    assert len(kernels) == 5, "forward, weights, and both kinds of attention"
+    for name, ptx in kernels:
+        found = _differences(ptx)
+        assert found.count(("sub.rn.f32", "mul.rn.f32")) >= 16, (name, set(found))
+        assert all(difference == "sub.rn.f32" for difference, *_ in found), (name, set(found))

@@ -62,10 +62,10 @@ def launches(monkeypatch) -> list[tuple[str, dict]]:
     """Name and constants of each kernel, in the order in which they ran."""
     seen, run = [], launch.run
 
-    def spy(kernel, programs, arguments, constants, *config):
+    def spy(kernel, programs, arguments, constants, *config, **options):
         assert programs > 0
         seen.append((kernel.fn.__name__, constants))
-        run(kernel, programs, arguments, constants, *config)
+        run(kernel, programs, arguments, constants, *config, **options)
 
     monkeypatch.setattr(launch, "run", spy)
     return seen
@@ -209,7 +209,7 @@ def test_blocks_of_images_and_of_texts(k, dtype, form, launches, monkeypatch):
     monkeypatch.setattr(tiles, "WORKSPACE", 2**12)
     check(make(Case(3, 70, 20, K=k, mask="random"), form, "compatibility", dtype, DEVICE), "triton")
     assert tiles.text_block(70, k, 4) == (7 if k == 7 else 128)
-    assert len(_launched(launches, "max_weights_kernel" if form == "max" else "score_backward_kernel")) >= 2
+    assert len(_launched(launches, "max_patches_kernel" if form == "max" else "score_backward_kernel")) >= 2
 
 
 @pytest.mark.parametrize("n", [7, 131])
@@ -223,7 +223,7 @@ def test_blocks_of_images_and_of_texts(k, dtype, form, launches, monkeypatch):
     ids=str,
 )
 def test_curvature(dtype, attention, tolerance, n):
-    """-Σ_k c a aᵀ / (‖p‖ ‖p‖), in two blocks of texts, against float64, whatever lies between rows of the attention."""
+    """-Σ_k c a aᵀ / ‖p‖ in two blocks of texts, against float64, whatever lies between rows of the attention."""
     torch.manual_seed(0)
     images, k = 2, 75
     patches, texts = torch.randn(1 + images, n, 8, device=DEVICE).to(dtype), torch.randn(k, 8, device=DEVICE).to(dtype)
@@ -236,7 +236,7 @@ def test_curvature(dtype, attention, tolerance, n):
     for k0, k1 in ((0, 70), (70, k)):
         call.curvature(1, 1 + images, k0, k1, room[:, k0:k1], factors[:, k0:k1].contiguous(), c)
     inverse = 1 / patches[1:].double().norm(dim=2)
-    weighted = torch.einsum("bk,bkn,bn->bkn", factors.double(), a.double(), inverse)
+    weighted = torch.einsum("bk,bkn->bkn", factors.double(), a.double())
     others = torch.einsum("bkm,bm->bkm", a.double(), inverse)
     size = torch.einsum("bkn,bkm->bnm", weighted.abs(), others)
     assert ((c + torch.einsum("bkn,bkm->bnm", weighted, others)).abs() <= tolerance * size).all()
@@ -293,6 +293,36 @@ def test_the_first_of_equals_wins(n):
     # Whole numbers: whatever order the interpreter's library sums in, equal patches have equal scores.
     problem = replace(problem, patches=(4 * problem.patches).round(), texts=(4 * problem.texts).round())
     assert (winners(problem, "triton") == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_winners_of_one_direction(dtype):
+    """Patches and texts near one direction, as CLIP's are: gradients are a small part of the sums they are made of."""
+    problem = make(Case(5, 70, 24, scale=5.0), "max", "infonce", dtype, DEVICE)
+    direction = torch.linspace(-1, 1, 24, device=DEVICE)
+    patches, texts = direction + 0.01 * problem.patches, direction + 0.1 * problem.texts
+    check(replace(problem, patches=patches.to(dtype), texts=texts.to(dtype)), "triton")
+
+
+@pytest.mark.parametrize("form, dtype", [("dot", torch.float32), ("cosine", torch.float32), ("cosine", torch.bfloat16)])
+@pytest.mark.parametrize("n, tau", [(1, 1e-6), (66, 1e-6), (5, 1e-10)])
+def test_a_temperature_near_zero(n, tau, form, dtype):
+    """One patch has all the attention: s - φ is 0, and any other number would be divided by the temperature."""
+    check(make(Case(3, n, 7, tau=tau), form, "infonce", dtype, DEVICE), "triton")
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_powers_of_two_are_exact(dtype, form):
+    """Rows 2ⁿ times as long have gradients 2⁻ⁿ times as large, to the bit, whatever float32 makes of norms squared."""
+    problem = make(Case(3, 66, 20, mask="first"), form, "compatibility", dtype, DEVICE)
+    plain = evaluate(problem, "triton")
+    for of_patches, of_texts in ((60, 110), (60, -30), (-30, 60)):
+        large = replace(problem, patches=problem.patches * 2.0**of_patches, texts=problem.texts * 2.0**of_texts)
+        scaled = evaluate(large, "triton")
+        assert torch.equal(plain["value"], scaled["value"])
+        assert torch.equal(plain["texts"], scaled["texts"] * 2.0**of_texts)
+        assert torch.equal(plain["patches"], scaled["patches"] * 2.0**of_patches)
 
 
 def test_runs_of_images_waste_nothing():

@@ -49,7 +49,7 @@ __device__ __forceinline__ Pooling attention_of(
     for (int i = 0; i < 4; ++i) {
       float of_column = i % 2 ? column.y : column.x;
       float& x = acc[4 * j + i];
-      x = of_column < 0.0f ? -INFINITY : x * of_column;  // whatever is behind a mask, NaN too
+      x = of_column < 0.0f ? -INFINITY : __fmul_rn(x, of_column);  // whatever is behind a mask, NaN too
       most[i / 2] = fmaxf(most[i / 2], x);
     }
   }
@@ -76,7 +76,7 @@ __device__ __forceinline__ Pooling attention_of(
     bool empty = all == 0.0f;
     inverse[r] = empty ? 0.0f : 1.0f / all;
     known.phi[r] = mean * inverse[r] * rows.inverse[r];
-    known.lse[r] = empty ? 0.0f : log2f(all) + most[r] * rows.inverse[r] * scale;
+    known.lse[r] = empty ? 0.0f : log2f(all) + __fmul_rn(most[r], rows.inverse[r] * scale);  // as attention_again's
   }
 #pragma unroll
   for (int k = 0; k < (kWidth + 15) / 16; ++k)
@@ -106,7 +106,7 @@ __device__ __forceinline__ void attention_again(
         if (j >= kWidth / 8) continue;
         float inverse = c ? column.y : column.x;
         float x = acc[4 * j + 2 * r + c] * inverse;
-        a[c] = exp2_fast(fmaf(x, rows.inverse[r] * scale, -known.stat[r]));
+        a[c] = exp2_fast(__fmul_rn(x, rows.inverse[r] * scale) - known.stat[r]);
         a[c] = inverse < 0.0f ? 0.0f : a[c];
       }
       attention[j / 2][j % 2 * 2 + r] = pack(a[0], a[1], __half());
@@ -185,30 +185,31 @@ __device__ __forceinline__ void cosine_epilogue(
 
 // W `[texts, images patches]`, if kKeep the attention `[images, texts, pitch]`, and in `curvature` `[images, texts]` what
 // Σ a aᵀ is weighted with in the part that the radius adds to the patches' gradient.
-// dS = g (a / r) (1 + (s - (u / r²) q) / τ); where r is at its floor it is a constant, and u takes the place of (u / r²) q.
-// s comes from the rounded attention, a = exp2(s scale - stat). Returns the tile's part of the temperature's sum.
+// dS = g (a / r) (1 + (s - u) / τ - (u / r² τ) (q - r²)); where r is at its floor it is a constant, and the last term is 0.
+// Over the rounded attention (s - u) / τ is log2(a) minus its mean, and r² the mean of q, so that what must cancel
+// cancels, whatever τ is. Returns the tile's part of the temperature's sum.
 template <int kWidth, bool kFull, bool kKeep, class T>
 __device__ __forceinline__ float cosine_weights_epilogue(
     const Work& work, const Rows& rows, const Outlet& outlet, const Known& known, const Moments& moments,
     Attention<kWidth> attention, const float (&pooled)[kWidth / 2], const float* columns, int image, int chunk,
     float scale, float inverse_temperature, int lane) {
   float weight_scale = work.weight_scale ? *work.weight_scale : 1.0f, inverse_scale = 1.0f / scale;
-  // W = a (log2(a) rate + q slope + constant) / ‖p‖.
-  float mean[2], bend_of_q[2], level[2], factor[2], rate[2], slope[2], constant[2];
+  // W = a (log2(a) rate + constant + (q - mean_q) slope) / ‖p‖.
+  float mean_bits[2], mean_q[2], bend_of_q[2], factor[2], rate[2], slope[2], constant[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     Pooled found(moments.total[r], moments.squared[r]);
     float share = 1.0f / (found.total == 0.0f ? 1.0f : found.total), inverse_radius = 1.0f / found.radius;
-    float u = fmaf(known.stat[r], found.total, sum_of_four(moments.weighted[r])) * inverse_scale * share;
+    mean_bits[r] = sum_of_four(moments.weighted[r]) * share;
+    mean_q[r] = found.squared * share;
+    float u = (known.stat[r] + mean_bits[r]) * inverse_scale;
     float grad = known.grad[r] * inverse_radius, bend = u * inverse_radius * inverse_radius;
-    mean[r] = u;
-    bend_of_q[r] = found.moves ? bend * share : 0.0f;  // q is not divided by Σ a
-    level[r] = found.moves ? 0.0f : u;
+    bend_of_q[r] = found.moves ? bend * share * inverse_temperature : 0.0f;  // q is not divided by Σ a
     factor[r] = grad * share;
     float all = factor[r] * rows.inverse[r] * weight_scale;
-    rate[r] = all * inverse_scale * inverse_temperature;
-    slope[r] = -all * bend_of_q[r] * inverse_temperature;
-    constant[r] = all * fmaf(fmaf(known.stat[r], inverse_scale, -level[r]), inverse_temperature, 1.0f);
+    rate[r] = all * kLn2;
+    slope[r] = -all * bend_of_q[r];
+    constant[r] = all * fmaf(-mean_bits[r], kLn2, 1.0f);
     if (chunk == 0 && lane % 4 == 0 && rows.are_there(work, r) && image < work.images)
       work.curvature[image * work.texts + rows.text[r]] =
           (found.moves ? grad * bend : 0.0f) * share * share * weight_scale;
@@ -225,11 +226,11 @@ __device__ __forceinline__ float cosine_weights_epilogue(
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
       float a = c ? both.y : both.x, bits = bits_of(a);
-      w[c] = a * fmaf(bits, rate[r], fmaf(pooled[at + c], slope[r], constant[r])) * (c ? column.y : column.x);
+      float q = pooled[at + c] - mean_q[r];
+      w[c] = a * fmaf(q, slope[r], fmaf(bits, rate[r], constant[r])) * (c ? column.y : column.x);
       if constexpr (kFull) {
-        float s = (bits + known.stat[r]) * inverse_scale;
-        float centred = s - fmaf(bend_of_q[r], pooled[at + c], level[r]);
-        temperature_sum = fmaf(a * factor[r] * centred, s - mean[r], temperature_sum);
+        float above = (bits - mean_bits[r]) * kLn2;  // (s - u) / τ
+        temperature_sum = fmaf(a * factor[r] * fmaf(-bend_of_q[r], q, above), above, temperature_sum);
       }
     }
     return pack(w[0], w[1], T());

@@ -6,7 +6,9 @@
 
 namespace pacl::cuda {
 
-constexpr float kLog2e = 1.4426950408889634f;
+constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+// Below it the weights are made of s - φ as it is rounded; above, of constants of the row that hold φ already.
+constexpr float kFoldedTemperature = 0.01f;
 
 __device__ __forceinline__ float sum_of_four(float x) {
   x += __shfl_xor_sync(0xffffffffu, x, 1);
@@ -33,6 +35,9 @@ struct Rows {
 
   __device__ __forceinline__ bool are_there(const Work& work, int r) const { return text[r] < work.texts; }
 };
+
+// A product that something is subtracted from, or that is subtracted, is made by __fmul_rn. Fused with the subtraction,
+// s - max s and s - φ would be a rounding error where they must be 0, which the temperature then divides.
 
 // Softmax sums of the forward over the patches of an image: of e, e x and, if kSafe, the maximum, x being s without the
 // text's norm.
@@ -71,12 +76,12 @@ struct Softmax {
         float most = most_of_four(top[r]);
         float shrink = top[r] == -INFINITY ? 0.0f : exp2_fast((top[r] - most) * rows.inverse[r] * scale);
         total[r] *= shrink, weighted[r] *= shrink;
-        offset = most == -INFINITY ? 0.0f : most * rows.inverse[r];
+        offset = most == -INFINITY ? 0.0f : __fmul_rn(most, rows.inverse[r]);
       }
       float all = sum_of_four(total[r]), mean = sum_of_four(weighted[r]);
       if (lane % 4 == 0 && rows.are_there(work, r) && image < work.images) {
         bool empty = all == 0.0f;
-        float phi = empty ? 0.0f : mean / all * rows.inverse[r];
+        float phi = empty ? 0.0f : __fmul_rn(mean / all, rows.inverse[r]);
         int64_t at = image * work.stride_phi + rows.text[r];
         work.phi[at] = phi;
         work.stat[at] = empty ? 0.0f : log2f(all) + (offset - phi) * scale;
@@ -99,7 +104,8 @@ __device__ __forceinline__ void forward_epilogue(
 #pragma unroll
     for (int r = 0; r < 2; ++r)
       softmax.add(
-          r, acc[4 * j + 2 * r] * column.x, acc[4 * j + 2 * r + 1] * column.y, dead0, dead1, row_scale[r]);
+          r, __fmul_rn(acc[4 * j + 2 * r], column.x), __fmul_rn(acc[4 * j + 2 * r + 1], column.y), dead0, dead1,
+          row_scale[r]);
     if constexpr (kPacked) {
       if (++block_of_image == work.pitch / 8) {
         softmax.finish(work, rows, image++, scale, lane);
@@ -235,23 +241,25 @@ struct Known {
   }
 };
 
-// Of a row: a = exp2(x rate + offset), W = a (x slope + constant) / ‖p‖, x being s without the text's norm.
+// Of a row: a = exp2(x rate + offset), W = a (x slope + constant) / ‖p‖, x being s - φ if kExact, else s without the
+// text's norm.
+template <bool kExact>
 struct Line {
   float rate, offset, slope, constant;
 
   __device__ __forceinline__ Line(const Rows& rows, const Known& known, int r, float scale, float inverse_temperature,
                                   float weight_scale) {
     float factor = known.grad[r] * rows.inverse[r] * weight_scale;
-    rate = rows.inverse[r] * scale;
-    offset = fmaf(-known.phi[r], scale, -known.stat[r]);
-    slope = factor * inverse_temperature * rows.inverse[r];
-    constant = factor * fmaf(-known.phi[r], inverse_temperature, 1.0f);
+    rate = kExact ? scale : rows.inverse[r] * scale;
+    offset = kExact ? -known.stat[r] : fmaf(-known.phi[r], scale, -known.stat[r]);
+    slope = factor * inverse_temperature * (kExact ? 1.0f : rows.inverse[r]);
+    constant = kExact ? factor : factor * fmaf(-known.phi[r], inverse_temperature, 1.0f);
   }
 };
 
 // Stores the attention in float16, `[images, texts, attention_pitch]`. `known` has the entropy and φ of `dot`, or the
-// log-sum-exp and 0.
-template <int kWidth, bool kPacked>
+// log-sum-exp and 0. kExact: of s - φ as it is rounded, for a temperature below kFoldedTemperature.
+template <int kWidth, bool kPacked, bool kExact>
 __device__ __forceinline__ void attention_epilogue(
     const Work& work, const Rows& rows, const Outlet& outlet, const float (&acc)[kWidth / 2], const float* columns,
     int image, int chunk, float scale, int lane, Known& known) {
@@ -260,8 +268,11 @@ __device__ __forceinline__ void attention_epilogue(
     float rate = rows.inverse[r] * scale, offset = fmaf(-known.phi[r], scale, -known.stat[r]), a[2];
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
-      float inverse = c ? column.y : column.x;
-      a[c] = exp2_fast(fmaf(acc[4 * j + 2 * r + c] * inverse, rate, offset));
+      float inverse = c ? column.y : column.x, x = acc[4 * j + 2 * r + c] * inverse;
+      if constexpr (kExact)
+        a[c] = exp2_fast(__fmul_rn(__fmul_rn(x, rows.inverse[r]) - known.phi[r], scale) - known.stat[r]);
+      else
+        a[c] = exp2_fast(fmaf(x, rate, offset));
       a[c] = inverse < 0.0f ? 0.0f : a[c];  // whatever is behind a mask, NaN too
     }
     return pack(a[0], a[1], __half());
@@ -282,7 +293,8 @@ __device__ __forceinline__ void attention_epilogue(
 }
 
 // Stores W = dS / (‖p‖ ‖t‖); returns the tile's part of the temperature's sum.
-// kFull: any of Work::full; without it a column that is not there may hold anything, since it is not stored.
+// kFull: any of Work::full, or a temperature below kFoldedTemperature; without it a column that is not there may hold
+// anything, since it is not stored.
 template <int kWidth, bool kPacked, bool kFull, class T>
 __device__ __forceinline__ float weights_epilogue(
     const Work& work, const Rows& rows, const Outlet& outlet, const float (&acc)[kWidth / 2], const float* columns,
@@ -290,20 +302,19 @@ __device__ __forceinline__ float weights_epilogue(
   float weight_scale = work.weight_scale ? *work.weight_scale : 1.0f;
   int image0 = image, blocks_of_image = work.pitch / 8, block_of_image = 0;
   float temperature_sum = 0.0f;
-  Line lines[2] = {{rows, known, 0, scale, inverse_temperature, weight_scale},
-                   {rows, known, 1, scale, inverse_temperature, weight_scale}};
+  Line<kFull> lines[2] = {{rows, known, 0, scale, inverse_temperature, weight_scale},
+                          {rows, known, 1, scale, inverse_temperature, weight_scale}};
   auto pair = [&](int j, float2 column, int r) {
     float w[2];
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
       float inverse = c ? column.y : column.x;
       float x = acc[4 * j + 2 * r + c] * inverse;
-      if constexpr (kFull) x = inverse < 0.0f ? 0.0f : x;
+      if constexpr (kFull) x = __fmul_rn(inverse < 0.0f ? 0.0f : x, rows.inverse[r]) - known.phi[r];
       float a = exp2_fast(fmaf(x, lines[r].rate, lines[r].offset));
       if constexpr (kFull) {
         a = inverse < 0.0f ? 0.0f : a;
-        float centred = fmaf(x, rows.inverse[r], -known.phi[r]);
-        temperature_sum = fmaf(a * centred, centred * known.grad[r], temperature_sum);
+        temperature_sum = fmaf(a * x, x * known.grad[r], temperature_sum);
       }
       w[c] = a * fmaf(x, lines[r].slope, lines[r].constant) * inverse;
     }
@@ -314,7 +325,7 @@ __device__ __forceinline__ float weights_epilogue(
       if (++block_of_image == blocks_of_image) {
         known.load(work, rows, ++image);
 #pragma unroll
-        for (int r = 0; r < 2; ++r) lines[r] = Line(rows, known, r, scale, inverse_temperature, weight_scale);
+        for (int r = 0; r < 2; ++r) lines[r] = {rows, known, r, scale, inverse_temperature, weight_scale};
         block_of_image = 0;
       }
     }

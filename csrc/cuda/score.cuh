@@ -37,13 +37,17 @@ __device__ __forceinline__ void finish_tile(
     State<kEpilogue>& state) {
   constexpr bool kRead = reads_attention(kEpilogue);
   bool last = now.chunk + 1 == work.chunks;
+  bool exact = inverse_temperature > 1.0f / kFoldedTemperature;  // s - φ as it is rounded
   Known& known = state.known;
   if constexpr (kEpilogue == Epilogue::forward || kEpilogue == Epilogue::forward_safe) {
     forward_epilogue<kWidth, kPacked>(work, rows, acc, columns, image, last, scale, lane, state.softmax);
   } else if constexpr (kEpilogue == Epilogue::attention) {
-    attention_epilogue<kWidth, kPacked>(work, rows, outlet, acc, columns, image, now.chunk, scale, lane, known);
+    if (exact)
+      attention_epilogue<kWidth, kPacked, true>(work, rows, outlet, acc, columns, image, now.chunk, scale, lane, known);
+    else
+      attention_epilogue<kWidth, kPacked, false>(work, rows, outlet, acc, columns, image, now.chunk, scale, lane, known);
   } else if constexpr (kEpilogue == Epilogue::weights) {
-    if (work.full)
+    if (work.full || exact)
       state.temperature_sum += weights_epilogue<kWidth, kPacked, true, T>(
           work, rows, outlet, acc, columns, image, now.chunk, scale, inverse_temperature, lane, known);
     else

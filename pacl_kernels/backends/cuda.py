@@ -56,7 +56,7 @@ def score_backward(
 class Call(triton_call.Call):
     def __init__(self, patches, texts, patch_mask, temperature, phi, stat):
         super().__init__(patches, texts, patch_mask, temperature, phi, stat)
-        self.rows, self.text_rows = _aligned(patches), _aligned(texts)
+        self.rows, self.text_rows = _aligned(patches), _aligned(self.texts)
         self.device = patches.device.index or 0
         self.stream = torch.cuda.current_stream(patches.device).cuda_stream if patches.is_cuda else 0
 

@@ -17,11 +17,17 @@ class Call(CosineLaunches):
 
     def __init__(self, patches: Tensor, texts: Tensor, patch_mask: Tensor | None, temperature, phi, stat):
         (self.b, self.n, self.d), self.k = patches.shape, len(texts)
-        self.patches, self.texts, self.mask, self.temperature = patches, texts, patch_mask, temperature
+        self.patches, self.mask, self.temperature = patches, patch_mask, temperature
+        self.raw_texts, self.texts = texts, texts
         self.phi, self.stat = phi, stat
         self.full = patch_mask is not None  # whether the epilogue of the backward needs more registers
-        self.inv_p, self.inv_t = launch.inverse_norms(patches, patch_mask), launch.inverse_norms(texts[:, None], None)
-        self.strides = (*patches.stride(), *texts.stride(), *launch.mask_strides(patch_mask))
+        self.inv_p = launch.inverse_norms(patches, patch_mask)
+        if texts.dtype == torch.float16:  # whose products and weights are in the range of float32
+            self.raw_inv_t = self.inv_t = launch.inverse_norms(texts[:, None], None)
+        else:  # W, which is divided by both norms, is in range whatever the texts' norms are
+            self.texts, self.inv_t = texts.new_empty(texts.shape), phi.new_empty(self.k)
+            self.raw_inv_t = launch.inverse_norms(texts[:, None], None, (self.texts, self.inv_t))
+        self.strides = (*patches.stride(), *self.texts.stride(), *launch.mask_strides(patch_mask))
         # In float16, because a <= 1 and its rounding is divided by r τ: bfloat16 loses too much.
         self.attention_dtype = torch.float32 if patches.dtype == torch.float32 else torch.float16
         self.tau = dict(TAU_IS_TENSOR=isinstance(temperature, Tensor))
@@ -53,12 +59,18 @@ class Call(CosineLaunches):
                 tile | dict(TAU_IS_TENSOR=isinstance(temperature, Tensor)),
                 chosen.warps,
                 chosen.stages,
+                fused=not safe,
             )
 
     def backward(self, form: str, grad_phi, grad_patches, grad_texts, grad_temperature) -> None:
+        if form == "max":
+            self.max_backward(grad_phi, grad_patches, grad_texts)
+            if grad_temperature is not None:
+                grad_temperature.zero_()
+            return
         cosine, dtype = form == "cosine", self.patches.dtype
         self.full |= form == "dot" and grad_temperature is not None
-        self.scale = self._weight_scale(grad_phi) if dtype == torch.float16 else None
+        self.scale = self._weight_scale(form, grad_phi) if dtype == torch.float16 else None
         itemsize = dtype.itemsize + (self.attention_dtype.itemsize if cosine else 0)
         # float16 may overflow before the scale is undone; a sum over blocks of texts would be rounded each time.
         widened = self.scale is not None or self.k > tiles.text_block(self.n, self.k, itemsize)
@@ -94,11 +106,9 @@ class Call(CosineLaunches):
                     sums = self.cosine_weights(
                         b0, b1, k0, k1, by_image, gram, grad_phi, w, curvature, grad_temperature is not None
                     )
-                elif form == "max":
-                    self.max_weights(b0, b1, k0, k1, w, grad_phi)
                 else:
                     sums = self.weights(b0, b1, k0, k1, w, grad_phi, grad_temperature is not None)
-                if grad_temperature is not None and form != "max":
+                if grad_temperature is not None:
                     tau_sum += sums.sum(dtype=torch.float64)
                 weights = w[: k1 - k0, :rows]
                 if grad_patches is not None:
@@ -116,11 +126,14 @@ class Call(CosineLaunches):
                 if cosine:
                     self.add_pooled(b0, b1, pooled, raw)
                 mask = None if self.mask is None else self.mask[b0:b1]
-                launch.project_out(raw, self.patches[b0:b1], into, mask, self.scale)
+                inverse = self.inv_p[b0 * self.n :]
+                launch.project_out(raw, self.patches[b0:b1], inverse, into, mask, self.scale)
         if grad_texts is not None:
-            launch.project_out(texts_sum, self.texts[:, None], grad_texts, None, self.scale)
+            self.texts_gradient(texts_sum, grad_texts, self.scale)
         if grad_temperature is not None:
-            grad_temperature.copy_(-tau_sum / self.temperature**2)
+            if not cosine:
+                tau_sum = tau_sum / self.temperature / self.temperature
+            grad_temperature.copy_(-tau_sum)
 
     def weights(self, b0, b1, k0, k1, w: Tensor, grad_phi: Tensor, needs_tau=False) -> Tensor | None:
         """W of the `dot` form into `w`; returns the temperature's sums if needed."""
@@ -148,20 +161,56 @@ class Call(CosineLaunches):
             | dict(SCALED=not attention and self.scale is not None),
             chosen.warps,
             chosen.stages,
+            fused=False,
         )
         return sums
 
-    def max_weights(self, b0, b1, k0, k1, w: Tensor, grad_phi: Tensor) -> None:
-        chosen = self.backward_config()
-        block_t, block_p = min(64, chosen.block_t), min(64, chosen.block_p)
-        launch.run(
-            launch.kernels().max_weights_kernel,
-            tiles.ceil_div((b1 - b0) * self.n, block_p) * tiles.ceil_div(k1 - k0, block_t),
-            (self.inv_p, self.inv_t[k0:], self.stat[:, k0:], grad_phi[:, k0:], self.scale, w, b0, b1, self.n, k1 - k0)
-            + (self.k, w.stride(0)),
-            dict(BLOCK_T=block_t, BLOCK_P=block_p, SCALED=self.scale is not None),
-            8,
-        )
+    def max_backward(self, grad_phi: Tensor, grad_patches: Tensor | None, grad_texts: Tensor | None) -> None:
+        """Gradients of the `max` form: sums over the winners, in float32 until they are projected."""
+        itemsize = self.patches.element_size()
+        if grad_texts is not None:
+            texts_sum = self.phi.new_empty(self.k, self.d)
+            chosen = tiles.max_texts(self.d)
+            launch.run(
+                launch.kernels().max_texts_kernel,
+                tiles.ceil_div(self.k, chosen["TEXTS"]) * tiles.ceil_div(self.d, chosen["BLOCK_D"]),
+                (self.patches, self.inv_p, self.inv_t, self.stat, grad_phi, texts_sum)
+                + (self.b, self.n, self.k, self.d, *self.patches.stride()),
+                chosen,
+            )
+            self.texts_gradient(texts_sum, grad_texts, None)
+        if grad_patches is None:
+            return
+        scale = _power_of_two_below(grad_phi, self.inv_t) if self.patches.dtype == torch.float16 else None
+        images = max(1, min(self.b, tiles.WORKSPACE // (4 * self.n * self.d)))
+        raw = self.phi.new_empty(images * self.n, self.d)
+        chosen = tiles.MAX_PATCHES[itemsize]
+        block_d = min(chosen.block_d, max(16, tiles.power_of_two(self.d)))
+        for b0, b1 in launch.ranges(self.b, images):
+            some = raw[: (b1 - b0) * self.n]
+            launch.run(
+                launch.kernels().max_patches_kernel,
+                (b1 - b0) * tiles.ceil_div(self.n, chosen.block_n) * tiles.ceil_div(self.d, block_d),
+                (self.texts, self.inv_p, self.inv_t, self.stat, grad_phi, scale, some)
+                + (b0, self.n, self.k, self.d, *self.texts.stride()),
+                dict(
+                    BLOCK_N=chosen.block_n,
+                    BLOCK_D=block_d,
+                    BLOCK_K=chosen.block_m,
+                    SCALED=scale is not None,
+                    EVEN_D=self.d % block_d == 0,
+                    PRECISION=self.precision,
+                ),
+                chosen.warps,
+                chosen.stages,
+            )
+            mask = None if self.mask is None else self.mask[b0:b1]
+            inverse, into = self.inv_p[b0 * self.n :], grad_patches[b0:b1].view(-1, self.d)
+            launch.project_out(some, self.patches[b0:b1], inverse, into, mask, None)
+
+    def texts_gradient(self, texts_sum: Tensor, grad_texts: Tensor, scale: Tensor | None) -> None:
+        scaled = self.texts is not self.raw_texts
+        launch.project_out(texts_sum, self.raw_texts[:, None], self.raw_inv_t, grad_texts, None, scale, scaled)
 
     def backward_config(self) -> tiles.Config:
         return tiles.config("backward_full" if self.full else "backward", self.patches, self.texts)
@@ -193,11 +242,23 @@ class Call(CosineLaunches):
             ),
         )
 
-    def _weight_scale(self, grad_phi: Tensor) -> Tensor:
-        """The power of two that brings the bound of |W|, max|g| (1 + 2 / τ) max 1/‖p‖ max 1/‖t‖, to 2¹⁴.
+    def _weight_scale(self, form: str, grad_phi: Tensor) -> Tensor:
+        """The power of two that brings the bound of |W|, max|g| (1 + c) max 1/‖p‖ max 1/‖t‖, to 2¹⁴.
 
+        c bounds a |s - φ| / τ: 2 / τ, and in the `dot` form ln N too, since that is a |ln a + H| with the entropy H.
         Computed on the device. In the cosine form W may reach 1 / r times that bound; infinity begins at 4 times it.
         """
-        bound = grad_phi.abs().amax() * self.inv_p.amax() * self.inv_t.amax() * (1.0 + 2.0 / self.temperature)
-        exponent = torch.floor(14.0 - torch.log2(bound)).nan_to_num(0.0, 100.0, -100.0).clamp_(-100.0, 100.0)
-        return torch.exp2(exponent)
+        bend = 2.0 / self.temperature
+        if form == "dot":
+            most = math.log(self.n)
+            bend = bend.clamp(max=most) if isinstance(bend, Tensor) else min(bend, most)
+        return _power_of_two_below(grad_phi, self.inv_p, self.inv_t, 1.0 + bend)
+
+
+def _power_of_two_below(*factors: Tensor | float) -> Tensor:
+    """The power of two that brings the product of the factors' largest values to at most 2¹⁴."""
+    bound = 1.0
+    for factor in factors:
+        bound = bound * (factor.abs().amax() if isinstance(factor, Tensor) else factor)
+    exponent = torch.floor(14.0 - torch.log2(bound)).nan_to_num(0.0, 100.0, -100.0).clamp_(-100.0, 100.0)
+    return torch.exp2(exponent)

@@ -114,7 +114,7 @@ class CosineLaunches:
         )
 
     def add_pooled(self, b0, b1, pooled: Tensor, raw: Tensor) -> None:
-        """C P of each image onto `raw` `[rows, D]`; C `[images, N, N]` and `raw` have one dtype."""
+        """C P / ‖p‖ of each image onto `raw` `[rows, D]`; C `[images, N, N]` and `raw` have one dtype."""
         wide = pooled.dtype == torch.float32
         chosen = tiles.POOLED[pooled.element_size()]
         precision = self.precision
@@ -124,7 +124,7 @@ class CosineLaunches:
         launch.run(
             launch.kernels().add_pooled_kernel,
             (b1 - b0) * tiles.ceil_div(self.n, chosen.block_n) * tiles.ceil_div(self.d, block_d),
-            (pooled, self.patches, self.mask, raw, b0, self.n, self.d)
+            (pooled, self.patches, self.inv_p, self.mask, raw, b0, self.n, self.d)
             + (pooled.stride(1), *self.patches.stride(), *launch.mask_strides(self.mask)),
             dict(
                 BLOCK_N=chosen.block_n,

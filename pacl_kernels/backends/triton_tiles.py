@@ -155,6 +155,14 @@ class Pooled(NamedTuple):
 
 POOLED = {2: Pooled(128, 128, 64, 8, 3), 4: Pooled(64, 64, 32, 4, 3)}  # by bytes of an element of C
 
+MAX_PATCHES = {2: Pooled(64, 128, 64, 4, 3), 4: Pooled(64, 64, 32, 4, 3)}  # steps along the texts; not timed
+
+
+def max_texts(d: int) -> dict:
+    """Tile of `max_texts_kernel`: eight elements of each image to a thread."""
+    block_d = min(128, max(16, power_of_two(d)))
+    return dict(TEXTS=1024 // block_d, IMAGES=4, BLOCK_D=block_d)
+
 
 def curvature_config(n: int, itemsize: int, device: torch.device) -> Curvature:
     """`itemsize`: bytes of an element of the product's operands."""

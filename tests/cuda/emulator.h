@@ -241,6 +241,12 @@ inline void store_matrices(void* row, const uint32_t (&v)[4]) {
   }
 }
 
+// Rounded before anything is added to it, whatever the compiler fuses.
+inline float __fmul_rn(float a, float b) {
+  volatile float product = a * b;
+  return product;
+}
+
 inline float exp2_fast(float x) { return std::exp2(x); }
 inline float log2_fast(float x) { return std::log2(x); }
 inline uint32_t pack(float a, float b, __nv_bfloat16 type) {

@@ -25,7 +25,7 @@ from .cosine import (
     gram_kernel,
 )
 from .forward import PLAIN_TEMPERATURE, score_forward_kernel
-from .largest import max_weights_kernel
+from .largest import max_patches_kernel, max_texts_kernel
 from .loss import loss_backward_kernel, shifted_logsumexp_kernel, sigmoid_loss_kernel
 from .rows import inverse_norms_kernel, project_out_kernel
 from .upsample import upsample_argmax_kernel
@@ -40,7 +40,8 @@ __all__ = [
     "gram_kernel",
     "inverse_norms_kernel",
     "loss_backward_kernel",
-    "max_weights_kernel",
+    "max_patches_kernel",
+    "max_texts_kernel",
     "project_out_kernel",
     "score_backward_kernel",
     "score_forward_kernel",

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .scores import patch_columns, product
-from .shared import LOG2E, scalar
+from .shared import LOG2E, fused, round_to, scalar
 
 
 @triton.jit
@@ -27,7 +27,7 @@ def _weights_slice(
     cols = col0 + tl.arange(0, COLS)
     rows, _, p_live = patch_columns(MASK, 0, row0 + col0, image_end, N, 0, 0, stride_mb, stride_mn, COLS, 0, HAS_MASK)
     inv_p = tl.load(INV_P + rows, mask=p_live, other=0.0)[None, :]
-    phi, stat, g = 0.0, 0.0, 0.0
+    phi, g = 0.0, 0.0
     first = (row0 + col0) // N
     if IMAGES > 2:
         at = (rows // N).to(tl.int64)[None, :] * stride_phi + texts[:, None]
@@ -48,13 +48,16 @@ def _weights_slice(
         if not ATTENTION:
             g = _of_two(G, at, stride_phi, known, known_later, later, IMAGES)
     inv_t = inv_t[:, None]
-    s = acc * inv_t * inv_p
-    centred = s - phi
-    a = tl.exp2(centred * scale - stat)
+    s = acc * inv_p * inv_t
+    if PHI is None:
+        a = tl.exp2(s * scale - stat)
+    else:
+        centred = s - phi
+        a = tl.exp2(fused(centred, scale, -stat))
     if ATTENTION:
         w = a
     else:
-        w = a * (g * (1.0 + centred * inv_tau)) * inv_t * inv_p
+        w = a * (g * fused(centred, inv_tau, 1.0)) * inv_t * inv_p
     if SCALED:
         w *= w_scale
     if HAS_MASK or ATTENTION:  # columns behind the mask hold anything, NaN included
@@ -74,9 +77,9 @@ def _weights_slice(
         at = tl.max_contiguous(tl.multiple_of(at, [ALIGN]), [ALIGN])
         live = t_live[:, None] & (cols < image_end * N - row0)[None, :]
         base += at_row + (first - image_begin) * gap
-        tl.store(base + (at_text + at[None, :]), w.to(W.dtype.element_ty), mask=live)
+        tl.store(base + (at_text + at[None, :]), round_to(w, W.dtype.element_ty), mask=live)
     else:
-        tl.store(base + at_row + at_text + cols[None, :], w.to(W.dtype.element_ty))
+        tl.store(base + at_row + at_text + cols[None, :], round_to(w, W.dtype.element_ty))
     if NEEDS_TAU:
         part = tl.where(t_live[:, None] & p_live[None, :], a * g * centred * centred, 0.0)
         return tl.sum(tl.sum(part, 1), 0)
@@ -100,6 +103,10 @@ def score_backward_kernel(
     The weights have room for whole tiles; what lies past the last text or row is not read. PHI, STAT and G have rows
     `stride_phi` apart, so that a block of texts can be taken. IMAGES: how many a quarter of a tile touches at most.
     TAU_SUMS gets Σ a g (s - φ)² of each item: -τ² times its part of the temperature's gradient.
+
+    To be compiled without fused multiply-adds: s is rounded before φ, or s / τ before the log-sum-exp, is taken from
+    it, as when the forward made them. Where one patch has all the attention the difference is then exactly 0; fused, it
+    would be a rounding error, which τ divides. `fused` stands where a product need not be rounded.
     """
     if ATTENTION:  # what the divisions tell the compiler: how rows are aligned, and where in a row images begin
         N = N // ALIGN * ALIGN

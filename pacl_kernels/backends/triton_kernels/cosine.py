@@ -124,7 +124,8 @@ def cosine_forward_kernel(
     stride_image = stride_image // A_ALIGN * A_ALIGN
     stride_text = stride_text // A_ALIGN * A_ALIGN
     width = tl.cdiv(N, A_ALIGN) * A_ALIGN
-    scale = LOG2E / scalar(TAU, TAU_IS_TENSOR)
+    tau = scalar(TAU, TAU_IS_TENSOR)
+    scale = LOG2E / tau
     text_tiles = tl.cdiv(K, BLOCK_T)
     image = tl.program_id(0) // text_tiles
     text0 = tl.program_id(0) % text_tiles * BLOCK_T
@@ -153,29 +154,29 @@ def cosine_forward_kernel(
 
 
 @triton.jit
-def _scores_of(a, stat, scale):
-    """s from `a = exp2(s scale - stat)`; where a is 0 any finite number will do."""
-    return (tl.log2(tl.where(a > 0.0, a, 1.0)) + stat[:, None]) / scale
+def _bits(a, anchor):
+    """log2(a) + anchor, `s scale` but for a constant of the pair; where a is 0 any finite number will do."""
+    return tl.log2(tl.where(a > 0.0, a, 1.0)) + anchor[:, None]
 
 
 @triton.jit
 def _moments(
-    whole, A, a_rows, t_live, m0, width, stat, scale, squared, weighted, total,
+    whole, A, a_rows, t_live, m0, width, anchor, squared, weighted, total,
     BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Adds Σ a q, Σ a s and Σ a of the patches from `m0` on."""
+    """Adds Σ a q, Σ a bits and Σ a of the patches from `m0` on."""
     for part in tl.static_range((BLOCK_M + 63) // 64):
         q, a, _ = _columns(whole, A, a_rows, t_live, m0, width, part, BLOCK_T, BLOCK_M)
-        a_q, a_s, a_sum = sum_three(q * a, a * _scores_of(a, stat, scale), a, 1)
+        a_q, a_bits, a_sum = sum_three(q * a, a * _bits(a, anchor), a, 1)
         squared += a_q
-        weighted += a_s
+        weighted += a_bits
         total += a_sum
     return squared, weighted, total
 
 
 @triton.jit
 def _store_weights(
-    whole, A, a_rows, t_live, m0, width, slope, constant, u, g, inv_t, stat, scale, tau, inv_p, w, stride_w, N,
+    whole, A, a_rows, t_live, m0, width, slope, mean_q, anchor, mean_bits, g, inv_t, inv_p, w, stride_w, N,
     BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr, NEEDS_TAU: tl.constexpr,
 ):  # fmt: skip
     """Stores W of the patches from `m0` on, of the image to whose first patch A, `inv_p` and `w` point; returns their
@@ -185,14 +186,14 @@ def _store_weights(
     w_rows = tl.arange(0, BLOCK_T) * stride_w
     for part in tl.static_range((BLOCK_M + 63) // 64):
         q, a, m = _columns(whole, A, a_rows, t_live, m0, width, part, BLOCK_T, BLOCK_M)
-        s = _scores_of(a, stat, scale)
-        centred = s - slope[:, None] * q - constant[:, None]
+        above = (_bits(a, anchor) - mean_bits[:, None]) / LOG2E  # (s - u) / τ
+        centred = above - slope[:, None] * (q - mean_q[:, None])
         ds = a * g[:, None]
         if NEEDS_TAU:
-            tau_sum += tl.sum(tl.sum(ds * centred * (s - u[:, None]), 1), 0)
-        weights = ds * (1.0 + centred / tau) * inv_t[:, None] * tl.load(inv_p + m, mask=m < N, other=0.0)[None, :]
+            tau_sum += tl.sum(tl.sum(ds * centred * above, 1), 0)
+        weights = ds * (1.0 + centred) * inv_t[:, None] * tl.load(inv_p + m, mask=m < N, other=0.0)[None, :]
         at = w_rows[:, None] + m[None, :]
-        tl.store(w + at, weights.to(w.dtype.element_ty), mask=t_live[:, None] & (m < N)[None, :])
+        tl.store(w + at, round_to(weights, w.dtype.element_ty), mask=t_live[:, None] & (m < N)[None, :])
     return tau_sum
 
 
@@ -207,9 +208,11 @@ def cosine_backward_kernel(
     """W `[K, rows]` of the cosine form from the attention A `[images, K, stride_text]`, and CURVATURE `[images, K]` =
     g u / r³, what Σ a aᵀ is weighted with in the part that r adds to the patches' gradient.
 
-    dS = g (a / r) (1 + (s - (u / r²) q) / τ); where r is at its floor it is a constant, and u takes the place of
-    (u / r²) q. u, r and Σ a are summed again over the rounded A, so that what must cancel cancels. WHOLE: a tile holds
-    all patches, and q = G a stays in registers, where otherwise it is taken twice.
+    dS = g (a / r) (1 + (s - u) / τ - (u / r² τ) (q - r²)); where r is at its floor it is a constant, and the last term
+    is 0. The means u of s and r² of q are taken again over the rounded A, and s from A itself, (s - u) / τ being
+    log2(a) minus its mean: so what must cancel cancels, whatever τ is. WHOLE: a tile holds all patches, and q = G a
+    stays in registers, where otherwise it is taken twice. TAU_SUMS gets each program's part of the temperature's
+    gradient, negative.
     """
     # What the divisions tell the compiler: how rows of A and W are aligned.
     stride_image = stride_image // A_ALIGN * A_ALIGN
@@ -229,27 +232,29 @@ def cosine_backward_kernel(
     gram = GRAM + image.to(tl.int64) * N * stride_gram
     at = (image_begin + image).to(tl.int64) * stride_phi + texts
     stat = tl.load(STAT + at, mask=t_live, other=0.0)
+    # Where the log-sum-exp is small it is added before the mean is taken: then u, a small difference of both, is exact.
+    anchor = tl.where(tl.abs(stat) < 32.0, stat, 0.0)
     squared = tl.zeros([BLOCK_T], tl.float32)
     total = tl.zeros([BLOCK_T], tl.float32)
     weighted = tl.zeros([BLOCK_T], tl.float32)
     if WHOLE:
         q = _pool(a_image, gram, a_rows, t_live, 0, N, width, stride_gram, BLOCK_T, BLOCK_M, BLOCK_N, PRECISION)
         squared, weighted, total = _moments(
-            q, a_image, a_rows, t_live, 0, width, stat, scale, squared, weighted, total, BLOCK_T, BLOCK_M
+            q, a_image, a_rows, t_live, 0, width, anchor, squared, weighted, total, BLOCK_T, BLOCK_M
         )
     else:
         for m0 in range(0, N, BLOCK_M):
             q = _pool(a_image, gram, a_rows, t_live, m0, N, width, stride_gram, BLOCK_T, BLOCK_M, BLOCK_N, PRECISION)
             squared, weighted, total = _moments(
-                q, a_image, a_rows, t_live, m0, width, stat, scale, squared, weighted, total, BLOCK_T, BLOCK_M
+                q, a_image, a_rows, t_live, m0, width, anchor, squared, weighted, total, BLOCK_T, BLOCK_M
             )
     share = 1.0 / tl.where(total == 0.0, 1.0, total)
     radius = tl.sqrt(tl.where(squared < 0.0, 0.0, squared)) * share
     moves = radius > floor
     radius = tl.where(radius < floor, floor, radius)
-    u = weighted * share
-    slope = tl.where(moves, u / (radius * radius) * share, 0.0)  # of q, which is not divided by Σ a
-    constant = tl.where(moves, 0.0, u)
+    mean_q, mean_bits = squared * share, weighted * share
+    u = (mean_bits + (stat - anchor)) / scale
+    slope = tl.where(moves, u / (radius * radius) * share / tau, 0.0)  # of q, which is not divided by Σ a
     g = tl.load(G + at, mask=t_live, other=0.0) / radius
     curvature = tl.where(moves, g * u / (radius * radius), 0.0) * share * share
     tl.store(CURVATURE + image * K + texts, curvature * w_scale, mask=t_live)
@@ -259,7 +264,7 @@ def cosine_backward_kernel(
     w = W + text0.to(tl.int64) * stride_w + image * N
     if WHOLE:
         tau_sum = _store_weights(
-            q, a_image, a_rows, t_live, 0, width, slope, constant, u, g, inv_t, stat, scale, tau, inv_p, w, stride_w, N,
+            q, a_image, a_rows, t_live, 0, width, slope, mean_q, anchor, mean_bits, g, inv_t, inv_p, w, stride_w, N,
             BLOCK_T, BLOCK_M, NEEDS_TAU,
         )  # fmt: skip
     else:
@@ -267,8 +272,8 @@ def cosine_backward_kernel(
         for m0 in range(0, N, BLOCK_M):
             q = _pool(a_image, gram, a_rows, t_live, m0, N, width, stride_gram, BLOCK_T, BLOCK_M, BLOCK_N, PRECISION)
             tau_sum += _store_weights(
-                q, a_image, a_rows, t_live, m0, width, slope, constant, u, g, inv_t, stat, scale, tau, inv_p, w,
-                stride_w, N, BLOCK_T, BLOCK_M, NEEDS_TAU,
+                q, a_image, a_rows, t_live, m0, width, slope, mean_q, anchor, mean_bits, g, inv_t, inv_p, w, stride_w,
+                N, BLOCK_T, BLOCK_M, NEEDS_TAU,
             )  # fmt: skip
     if NEEDS_TAU:
         tl.store(TAU_SUMS + tl.program_id(0), tau_sum)
@@ -298,16 +303,28 @@ def _weighted_gram(
     return acc
 
 
+@triton.jit
+def _store_curvature(c, acc, inv, n, m, N, stride_c, ADD: tl.constexpr):
+    """-acc / ‖p_m‖ to the rows `n` and columns `m` of an image's C, or onto what is there."""
+    c += (n * stride_c)[:, None] + m[None, :]
+    live = (n < N)[:, None] & (m < stride_c)[None, :]
+    acc *= -tl.load(inv + m, mask=m < N, other=0.0)[None, :]
+    if ADD:
+        acc += tl.load(c, mask=live, other=0.0)
+    tl.store(c, round_to(acc, c.dtype.element_ty), mask=live)
+
+
 @triton.jit(do_not_specialize=("image_begin", "N", "K", "stride_image", "stride_text", "stride_c"))
 def curvature_kernel(
     A, CURVATURE, INV_P, C, image_begin, N, K, stride_image, stride_text, stride_c,
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, A_ALIGN: tl.constexpr, C_ALIGN: tl.constexpr,
     ADD: tl.constexpr, OPERANDS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """C `[images, N, stride_c]` (+)= -Σ_k curvature_k a_kn a_km / (‖p_n‖ ‖p_m‖): times P, what r adds to ∂L/∂P.
+    """C `[images, N, stride_c]` (+)= -Σ_k curvature_k a_kn a_km / ‖p_m‖: times P, ‖p_n‖ times what r adds to ∂L/∂p_n.
 
-    C is symmetric: only tiles on and above the diagonal are computed. Rows of A and C are read and written to the next
-    multiple of their alignment, so that vectors are whole; past column N, C is 0 where A is finite.
+    With both norms it would underflow where they are large. The sum is symmetric: only tiles on and above the diagonal
+    are computed. Rows of A and C are read and written to the next multiple of their alignment, so that vectors are
+    whole; past column N, C is 0 where A is finite.
     """
     tiles = tl.cdiv(N, BLOCK)
     image = tl.program_id(0) // (tiles * tiles)
@@ -337,26 +354,19 @@ def curvature_kernel(
             BLOCK, BLOCK_K, False, OPERANDS, PRECISION,
         )  # fmt: skip
     inv = INV_P + (image_begin + image) * N
-    acc *= -tl.load(inv + n, mask=n < N, other=0.0)[:, None]
-    acc *= tl.load(inv + m, mask=m < N, other=0.0)[None, :]
     c = C + image.to(tl.int64) * N * stride_c
-    at = c + (n * stride_c)[:, None] + m[None, :]
-    live = (n < N)[:, None] & (m < stride_c)[None, :]
-    if ADD:
-        acc += tl.load(at, mask=live, other=0.0)
-    acc = acc.to(C.dtype.element_ty)
-    tl.store(at, acc, mask=live)
+    _store_curvature(c, acc, inv, n, m, N, stride_c, ADD)
     if tile_n != tile_m:
-        tl.store(c + (m * stride_c)[:, None] + n[None, :], acc.T, mask=(m < N)[:, None])
+        _store_curvature(c, acc.T, inv, m, n, N, stride_c, ADD)
 
 
 @triton.jit(do_not_specialize=("image_begin", "N", "stride_c"))
 def add_pooled_kernel(
-    C, P, MASK, RAW, image_begin, N, D, stride_c, stride_pb, stride_pn, stride_pd, stride_mb, stride_mn,
+    C, P, INV_P, MASK, RAW, image_begin, N, D, stride_c, stride_pb, stride_pn, stride_pd, stride_mb, stride_mn,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, C_ALIGN: tl.constexpr,
     HAS_MASK: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """RAW `[images, N, D]` += C P, masked patches as zeros. C is that of `curvature_kernel`, of RAW's dtype."""
+    """RAW `[images, N, D]` += C P / ‖p‖, masked patches as zeros. C is that of `curvature_kernel`, of RAW's dtype."""
     stride_c = stride_c // C_ALIGN * C_ALIGN  # tells the compiler how rows are aligned
     width = tl.cdiv(N, C_ALIGN) * C_ALIGN
     d_tiles = tl.cdiv(D, BLOCK_D)
@@ -383,6 +393,7 @@ def add_pooled_kernel(
         if INTERPRETED:
             left, right = left.to(tl.float32), right.to(tl.float32)
         acc = tl.dot(left, right.to(left.dtype), acc, input_precision=PRECISION)
+    acc *= tl.load(INV_P + (image_begin + image) * N + n, mask=n_live, other=0.0)[:, None]
     at = RAW + (image.to(tl.int64) * N * D + (n * D)[:, None] + d[None, :])
     live = n_live[:, None]
     if not EVEN_D:

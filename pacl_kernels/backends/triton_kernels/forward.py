@@ -56,7 +56,8 @@ def score_forward_kernel(
     tile of texts.
 
     IMAGES: how many a tile touches at most. A temperature in device memory chooses between the launch that is SAFE (a
-    running maximum) and the one that is not, without the host reading it: the other has no items.
+    running maximum) and the one that is not, without the host reading it: the other has no items. SAFE is to be
+    compiled without fused multiply-adds: s - max s must be 0 where s is the maximum.
     """
     tau = scalar(TAU, TAU_IS_TENSOR)
     scale = LOG2E / tau
@@ -93,7 +94,7 @@ def score_forward_kernel(
                 BLOCK_T, BLOCK_P, BLOCK_D, DESCRIPTORS, EVEN_D, PRECISION,
             )  # fmt: skip
             inv_p = tl.load(INV_P + rows, mask=p_live, other=0.0)
-            s = acc * inv_t[:, None] * inv_p[None, :]
+            s = acc * inv_p[None, :] * inv_t[:, None]  # rounded as the backward's, and as csrc/cuda's
             if PAD > 0:
                 one = tl.zeros([BLOCK_T, IMAGES], tl.float32)
                 parts = tl.reshape(s, [BLOCK_T, IMAGES, PAD])

@@ -1,7 +1,9 @@
-"""The `max` form: the first of the largest cosines, and the weights of its gradients."""
+"""The `max` form: the first of the largest cosines, and the gradients that its winners get."""
 
 import triton
 import triton.language as tl
+
+from .shared import INTERPRETED, round_to
 
 
 @triton.jit
@@ -19,28 +21,81 @@ def max_result(best, index):
     return tl.where(index < 0.0, 0.0, phi), index
 
 
-@triton.jit(do_not_specialize=("image_begin", "image_end", "N", "K", "stride_phi"))
-def max_weights_kernel(
-    INV_P, INV_T, INDEX, G, W_SCALE, W, image_begin, image_end, N, K, stride_phi, stride_w,
-    BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr, SCALED: tl.constexpr,
+@triton.jit(do_not_specialize=("B", "N", "K"))
+def max_texts_kernel(
+    P, INV_P, INV_T, INDEX, G, SUM, B, N, K, D, stride_pb, stride_pn, stride_pd,
+    TEXTS: tl.constexpr, IMAGES: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """W `[K, rows]` of the `max` form: g / (‖p‖ ‖t‖) at the patch that won, 0 elsewhere."""
-    text_tiles = tl.cdiv(K, BLOCK_T)
-    row0 = tl.program_id(0) // text_tiles * BLOCK_P
-    text0 = tl.program_id(0) % text_tiles * BLOCK_T
-    at_row = row0 + tl.arange(0, BLOCK_P)
-    texts = text0 + tl.arange(0, BLOCK_T)
-    image = image_begin + at_row // N
-    n = at_row % N
-    t_live, p_live = texts < K, image < image_end
-    known = t_live[:, None] & p_live[None, :]
-    at = image.to(tl.int64)[None, :] * stride_phi + texts[:, None]
-    won = tl.load(INDEX + at, mask=known, other=-1.0) == n.to(tl.float32)[None, :]
-    inv_t = tl.load(INV_T + texts, mask=t_live, other=0.0)
-    inv_p = tl.load(INV_P + image_begin * N + at_row, mask=p_live, other=0.0)
-    w = tl.load(G + at, mask=known & won, other=0.0) * inv_t[:, None] * inv_p[None, :]
-    if SCALED:
-        w *= tl.load(W_SCALE)
-    w = tl.where(won, w, 0.0)
-    base = W + text0.to(tl.int64) * stride_w + row0
-    tl.store(base + ((texts - text0) * stride_w)[:, None] + (at_row - row0)[None, :], w.to(W.dtype.element_ty))
+    """SUM `[K, D]` = Σ_b g p / (‖p‖ ‖t‖) over the patches that won.
+
+    A program has TEXTS of the texts and loads the winners of IMAGES at once, which have sums of their own to the end.
+    """
+    d_blocks = tl.cdiv(D, BLOCK_D)
+    row = tl.arange(0, IMAGES * TEXTS)
+    text0 = tl.program_id(0) // d_blocks * TEXTS
+    offs_d = tl.program_id(0) % d_blocks * BLOCK_D + tl.arange(0, BLOCK_D)
+    d_live = (offs_d < D)[None, :]
+    offsets_d = (offs_d.to(tl.int64) * stride_pd)[None, :]
+    sums = tl.zeros([IMAGES * TEXTS, BLOCK_D], tl.float32)
+    for first in range(0, B, IMAGES):
+        image, text = first + row // TEXTS, text0 + row % TEXTS
+        at = image.to(tl.int64) * K + text
+        n = tl.load(INDEX + at, mask=(image < B) & (text < K), other=-1.0).to(tl.int32)
+        won = n >= 0
+        w = tl.load(G + at, mask=won, other=0.0) * tl.load(INV_P + image * N + n, mask=won, other=0.0)
+        offsets = image.to(tl.int64) * stride_pb + n.to(tl.int64) * stride_pn
+        p = tl.load(P + offsets[:, None] + offsets_d, mask=won[:, None] & d_live, other=0.0)
+        sums += w[:, None] * p.to(tl.float32)
+    text = text0 + tl.arange(0, TEXTS)
+    t_live = text < K
+    total = tl.sum(tl.reshape(sums, [IMAGES, TEXTS, BLOCK_D]), 0)
+    total *= tl.load(INV_T + text, mask=t_live, other=0.0)[:, None]
+    at = text.to(tl.int64)[:, None] * D + offs_d[None, :]
+    tl.store(SUM + at, total, mask=t_live[:, None] & d_live)
+
+
+@triton.jit(do_not_specialize=("image_begin", "N", "K"))
+def max_patches_kernel(
+    T, INV_P, INV_T, INDEX, G, W_SCALE, RAW, image_begin, N, K, D, stride_tk, stride_td,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
+    SCALED: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """RAW `[images, N, D]` = Σ_k g t / (‖p‖ ‖t‖) over the texts for which a patch won.
+
+    A product with the weights, which are 0 but at the winners. Of 16 bits, they are two numbers, the second being what
+    rounding takes from the first: where patches and texts share a direction, the part of the sum that is left when
+    that is projected out is small. SCALED: multiplied by W_SCALE before they are rounded, against underflow.
+    """
+    d_tiles = tl.cdiv(D, BLOCK_D)
+    tiles = tl.cdiv(N, BLOCK_N) * d_tiles
+    image = image_begin + tl.program_id(0) // tiles
+    tile = tl.program_id(0) % tiles
+    n = tile // d_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_d = tile % d_tiles * BLOCK_D + tl.arange(0, BLOCK_D)
+    n_live, d_live = n < N, offs_d < D
+    w_scale = tl.load(W_SCALE) if SCALED else 1.0
+    index, g = INDEX + image.to(tl.int64) * K, G + image.to(tl.int64) * K
+    columns = T + (offs_d.to(tl.int64) * stride_td)[None, :]
+    acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    for k0 in range(0, K, BLOCK_K):
+        k = k0 + tl.arange(0, BLOCK_K)
+        k_live = k < K
+        t_live = k_live[:, None]
+        if not EVEN_D:
+            t_live &= d_live[None, :]
+        t = tl.load(columns + (k.to(tl.int64) * stride_tk)[:, None], mask=t_live, other=0.0)
+        w = tl.load(g + k, mask=k_live, other=0.0) * tl.load(INV_T + k, mask=k_live, other=0.0) * w_scale
+        winner = tl.load(index + k, mask=k_live, other=-1.0).to(tl.int32)
+        w = tl.where(winner[None, :] == n[:, None], w[None, :], 0.0)
+        if T.dtype.element_ty == tl.float32:
+            acc = tl.dot(w, t, acc, input_precision=PRECISION)
+        else:
+            high = round_to(w, T.dtype.element_ty)
+            low = round_to(w - high.to(tl.float32), T.dtype.element_ty)
+            if INTERPRETED:
+                t, high, low = t.to(tl.float32), high.to(tl.float32), low.to(tl.float32)
+            acc = tl.dot(high, t, acc)
+            acc = tl.dot(low, t, acc)
+    acc *= (tl.load(INV_P + image * N + n, mask=n_live, other=0.0) / w_scale)[:, None]
+    at = RAW + ((image - image_begin).to(tl.int64) * N * D + (n * D)[:, None] + offs_d[None, :])
+    tl.store(at, acc, mask=n_live[:, None] & d_live[None, :])

@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from .shared import round_to
+
 MIN_NORM_SQUARED = tl.constexpr(1e-24)
 
 
@@ -26,39 +28,67 @@ def _load_row(X, offsets, live, d, D, stride_d, BLOCK_D: tl.constexpr):
     return tl.load(X + offsets[:, None] + (offs_d * stride_d)[None, :], mask=mask, other=0.0).to(tl.float32)
 
 
+@triton.jit
+def _power_of_two(inverse):
+    """The power of two at or below 1 / ‖x‖, times which x has a norm from 1/2 to 1; 1 where 1 / ‖x‖ is none."""
+    power = (inverse.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    return tl.where((inverse > 0.0) & (inverse < float("inf")) & (power > 0.0), power, 1.0)
+
+
 @triton.jit(do_not_specialize=("rows_count", "N"))
 def inverse_norms_kernel(
-    X, MASK, INV, rows_count, N, D, stride_b, stride_n, stride_d, stride_mb, stride_mn,
+    X, MASK, INV, SCALED_X, SCALED_INV, rows_count, N, D, stride_b, stride_n, stride_d, stride_mb, stride_mn,
     ROWS: tl.constexpr, BLOCK_D: tl.constexpr, HAS_MASK: tl.constexpr,
 ):  # fmt: skip
-    """1 / ‖x‖ of each row of `[rows / N, N, D]`; 0 for a row without a direction and for a masked one."""
+    """1 / ‖x‖ of each row of `[rows / N, N, D]`; 0 for a row without a direction and for a masked one.
+
+    SCALED_X, if given, gets the rows times the power of two that brings their norm to between 1/2 and 1, contiguous,
+    and SCALED_INV their 1 / ‖x‖.
+    """
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     live, offsets = _rows(MASK, rows, rows_count, N, stride_b, stride_n, stride_mb, stride_mn, HAS_MASK)
+    SMALL: tl.constexpr = 2.0**-80  # times which any float32 has a square
     squared = tl.zeros([ROWS], tl.float32)
+    small_squared = tl.zeros([ROWS], tl.float32)
     for d in range(0, D, BLOCK_D):
         x = _load_row(X, offsets, live, d, D, stride_d, BLOCK_D)
         squared += tl.sum(x * x, 1)
+        x *= SMALL
+        small_squared += tl.sum(x * x, 1)
     inverse = tl.where(squared < MIN_NORM_SQUARED, 0.0, 1.0 / tl.sqrt(squared))
+    inverse = tl.where(squared == float("inf"), SMALL / tl.sqrt(small_squared), inverse)
     tl.store(INV + rows, inverse, mask=rows < rows_count)
+    if SCALED_X is not None:
+        power = _power_of_two(inverse)
+        tl.store(SCALED_INV + rows, inverse / power, mask=rows < rows_count)
+        for d in range(0, D, BLOCK_D):
+            offs_d = d + tl.arange(0, BLOCK_D)
+            x = _load_row(X, offsets, live, d, D, stride_d, BLOCK_D) * power[:, None]
+            at = SCALED_X + rows.to(tl.int64)[:, None] * D + offs_d[None, :]
+            inside = (rows < rows_count)[:, None] & (offs_d < D)[None, :]
+            tl.store(at, x.to(SCALED_X.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=("MASK", "rows_count", "N"))
+@triton.jit(do_not_specialize=("MASK", "INV", "rows_count", "N"))
 def project_out_kernel(
-    GRAD, X, OUT, MASK, W_SCALE, rows_count, N, D, stride_b, stride_n, stride_d, stride_mb, stride_mn,
-    ROWS: tl.constexpr, BLOCK_D: tl.constexpr, HAS_MASK: tl.constexpr, SCALED: tl.constexpr,
+    GRAD, X, INV, OUT, MASK, W_SCALE, rows_count, N, D, stride_b, stride_n, stride_d, stride_mb, stride_mn,
+    ROWS: tl.constexpr, BLOCK_D: tl.constexpr, HAS_MASK: tl.constexpr, SCALED: tl.constexpr, SCALED_X: tl.constexpr,
 ):  # fmt: skip
     """OUT = GRAD - (GRAD · x) x / ‖x‖² by rows: what points along x does not change its direction.
 
     GRAD and OUT are contiguous `[rows, D]` and may be the same memory. Twice, because the first projection leaves along
     x its own rounding, which is all there is where D = 1. From GRAD itself, so that the rounding of W along x cancels.
+    INV has 1 / ‖x‖: with the power of two next to it ‖x‖² is near 1 whatever x is. SCALED_X: GRAD is that of the
+    rows which `inverse_norms_kernel` has scaled.
     """
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     live, offsets = _rows(MASK, rows, rows_count, N, stride_b, stride_n, stride_mb, stride_mn, HAS_MASK)
     at = rows.to(tl.int64) * D
+    power = _power_of_two(tl.load(INV + rows, mask=live, other=1.0))
     squared = tl.zeros([ROWS], tl.float32)
     along = tl.zeros([ROWS], tl.float32)
     for d in range(0, D, BLOCK_D):
-        x = _load_row(X, offsets, live, d, D, stride_d, BLOCK_D)
+        x = _load_row(X, offsets, live, d, D, stride_d, BLOCK_D) * power[:, None]
         grad = _load_row(GRAD, at, live, d, D, 1, BLOCK_D)
         squared += tl.sum(x * x, 1)
         along += tl.sum(grad * x, 1)
@@ -66,7 +96,7 @@ def project_out_kernel(
     along *= inverse
     rest = tl.zeros([ROWS], tl.float32)
     for d in range(0, D, BLOCK_D):
-        x = _load_row(X, offsets, live, d, D, stride_d, BLOCK_D)
+        x = _load_row(X, offsets, live, d, D, stride_d, BLOCK_D) * power[:, None]
         grad = _load_row(GRAD, at, live, d, D, 1, BLOCK_D)
         rest += tl.sum((grad - along[:, None] * x) * x, 1)
     rest *= inverse
@@ -74,8 +104,10 @@ def project_out_kernel(
     # A row without a direction has W = 0 and so GRAD = 0 already.
     for d in range(0, D, BLOCK_D):
         offs_d = d + tl.arange(0, BLOCK_D)
-        x = _load_row(X, offsets, live, d, D, stride_d, BLOCK_D)
+        x = _load_row(X, offsets, live, d, D, stride_d, BLOCK_D) * power[:, None]
         grad = _load_row(GRAD, at, live, d, D, 1, BLOCK_D)
         out = (grad - along[:, None] * x - rest[:, None] * x) * undo
+        if SCALED_X:
+            out *= power[:, None]
         inside = (rows < rows_count)[:, None] & (offs_d < D)[None, :]
-        tl.store(OUT + at[:, None] + offs_d[None, :], out.to(OUT.dtype.element_ty), mask=inside)
+        tl.store(OUT + at[:, None] + offs_d[None, :], round_to(out, OUT.dtype.element_ty), mask=inside)

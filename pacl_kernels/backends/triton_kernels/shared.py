@@ -1,4 +1,4 @@
-"""Constants, scalar arguments, and sums in one pass."""
+"""Constants, scalar arguments, a multiply-add, and sums in one pass."""
 
 import triton
 import triton.language as tl
@@ -18,6 +18,15 @@ def scalar(X, IS_TENSOR: tl.constexpr):
         return tl.load(X).to(tl.float32)
     else:
         return X
+
+
+@triton.jit
+def fused(x, y, z):
+    """x y + z, rounded once, where a kernel is compiled without fused multiply-adds."""
+    if INTERPRETED:  # its tl.fma takes no numbers
+        return x * y + z
+    else:
+        return tl.fma(x, y, z)
 
 
 @triton.jit
@@ -52,6 +61,6 @@ def round_to(x, TYPE: tl.constexpr):
     """float32 to the nearest of that type, in the interpreter too, whose own cast to bfloat16 truncates."""
     if INTERPRETED and TYPE == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
-        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+        nearest = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
         x = tl.where(x == x, nearest, x)
     return x.to(TYPE)
