@@ -90,7 +90,7 @@ def _folders() -> Iterator[Path]:
 
 def _refusal(path: Path) -> str | None:
     """None if the module at `path` belongs to this package, otherwise a sentence that says to what it belongs."""
-    from . import __version__
+    from .version import __version__  # here, because setup.py runs this file by itself
 
     beside, sources = path.parent == _PACKAGE, fingerprint(_PACKAGE.parent)
     if beside and sources is None:

@@ -355,7 +355,7 @@ def test_whole_tiles_fit_into_the_workspace(k, monkeypatch):
 
 
 def test_a_tensor_on_the_cpu_without_the_interpreter(monkeypatch):
-    monkeypatch.setattr(launch, "interpreted", lambda: False)
+    monkeypatch.setattr(tiles, "interpreted", lambda: False)
     with pytest.raises(ValueError, match="'triton' cannot run here: .*on a GPU, not on cpu"):
         dispatch.resolve("triton", torch.device("cpu"), torch.float32)
 

@@ -34,7 +34,7 @@ def why_not(device: torch.device | None = None, dtype: torch.dtype | None = None
         return f"triton is {'.'.join(map(str, version))}, expected at least {'.'.join(map(str, _MIN_TRITON))}"
     if dtype is not None and dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"it takes float32, bfloat16 and float16, not {dtype}"
-    if launch.interpreted():
+    if tiles.interpreted():
         return None
     if device is not None and device.type != "cuda":
         return f"it takes tensors on a GPU, not on {device.type} (unless TRITON_INTERPRET=1, which is slow)"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 from types import ModuleType
 
 import torch
@@ -13,10 +12,6 @@ from torch import Tensor
 from . import triton_tiles as tiles
 
 _INTERPRETER_PROGRAMS = 3  # fewer than items, so that programs of the interpreter loop as those of a GPU do
-
-
-def interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y", "yes")
 
 
 @functools.cache

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import math
+import os
 from typing import NamedTuple
 
 import torch
@@ -218,6 +219,11 @@ def images_per_run(b: int, n: int, text_tiles: int, block_p: int, programs: int)
         return ceil_div(text_tiles * ceil_div(b, run), programs) * ceil_div(run * n, block_p)
 
     return min(range(1, min(b, 64) + 1), key=rounds)
+
+
+def interpreted() -> bool:
+    """True where Triton's interpreter runs the kernels, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y", "yes")
 
 
 @functools.cache

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from .files import write_bytes
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"  # the names that the Hugging Face Hub expects
+# `pacl train` uses these unless it is told otherwise, and so does whoever reads an embedder without notes on them.
+DEFAULT_FORM, DEFAULT_ATTN_TEMPERATURE = "cosine", 0.05
 SOURCE = "https://arxiv.org/abs/2212.04994"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -146,6 +147,25 @@ def test_killed_and_gone_on_with(world, tmp_path):
     assert read_manifest(folder)["nouns"] == read_manifest(world / "stored")["nouns"]
     assert features(world, folder, **settings) == 0, "a finished folder stays as it is"
     assert features(world, folder, **settings | {"precision": "bf16"}) == 1
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows sends no SIGINT to a child process")
+def test_interrupted_and_gone_on_with(world, tmp_path, capsys):
+    folder = tmp_path / "cut"
+    settings = {"shard_size": 4, "batch_size": 4, "train_num_samples": 2000}
+    command = [sys.executable, "-m", "pacl", *feature_flags(world, folder, **settings)]
+    # A test run in the background ignores Ctrl-C, and its children would inherit that.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True)
+    signal.signal(signal.SIGINT, handler)
+    while not (folder / "features-00001.safetensors").exists():
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate()
+    assert process.returncode == 130 and said.endswith("stopped; the same command goes on\n"), said
+    assert features(world, folder, **settings, dry_run=None) == 0
+    assert 0 < int(re.search(r"features: ([\d,]+) images", capsys.readouterr().out)[1].replace(",", "")) <= 1992
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -5,9 +5,7 @@ from __future__ import annotations
 import string
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +18,7 @@ from ..page import Page, Picture
 from ..segment.command import printable
 from ..sharing import TOLERANCE
 from ..training.config import NOTES
+from .config import CompareConfig
 from .entries import Entry, curve, is_number, read_entry
 from .pictures import add_pictures
 
@@ -36,28 +35,6 @@ CURVES = {  # by file: what is drawn, and as what
 TRAINED_AS = ("steps", "global_batch", "pairs_seen", "form", "loss", "attn_temperature", "logit_scale")
 LOWER = ("clip_val_loss",)  # is better
 NOT_SETTINGS = (*NOTES, "name")
-
-
-@dataclass(frozen=True)
-class CompareConfig:
-    """Training runs, embedders and results of pacl evaluate side by side, in one HTML page that needs no network."""
-
-    entries: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Folders of pacl train or pacl demo, embedder folders, and JSON files of pacl evaluate or folders of them."""
-    images: Path | None = None
-    """An image or a folder of some, to be segmented by every embedder; needs --words."""
-    words: str | None = None
-    """Classes, with commas between: "dog,grass,red ball"."""
-    templates: str = "simple"
-    """Of the words: none, photo, simple or openai, or a file."""
-    stride: int = 1
-    """Tokens per patch along each side."""
-    most_images: int = 12
-    """Images at most, spread over the folder."""
-    max_image_pixels: int = 25_000_000
-    """Larger images are left out."""
-    device: str = "auto"
-    out: Path = Path("compare.html")
 
 
 def main(argv: Sequence[str], prog: str = "pacl compare") -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
@@ -15,10 +14,8 @@ from ..segment.images import find_images, read_image
 from ..segment.predict import Segmenter
 from ..segment.prompts import templates
 from ..sharing import load_pacl
+from .config import CompareConfig
 from .entries import Entry
-
-if TYPE_CHECKING:
-    from .command import CompareConfig
 
 SIDE = 320  # pixels of a picture's longer side
 

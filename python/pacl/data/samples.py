@@ -30,6 +30,7 @@ REASONS = ("archive", "file", "image", "pixels", "caption", "mask")
 MOST_WORKERS = 256  # rows of the counts
 LEAST_SEEN = 500  # samples before their bad share says something
 MAX_CAPTION_BYTES = 65_536
+SEPARATOR = "\0"  # between the captions of an image
 
 
 class BadData(RuntimeError):
@@ -224,6 +225,16 @@ def read_caption(caption: bytes | Path | None) -> str:
     if not text:
         raise ValueError("empty caption")
     return text
+
+
+def all_captions(captions: Sequence[str], epoch: int, key: str) -> bytes:
+    """In place of Samples.choose: all captions of an image as one, which split_captions takes apart."""
+    return SEPARATOR.join(captions).encode(errors="surrogatepass")
+
+
+def split_captions(caption: str) -> list[str]:
+    """The captions that all_captions joined, stripped, without the empty ones."""
+    return [text.strip() for text in caption.split(SEPARATOR) if text.strip()]
 
 
 def readable(name: str) -> str:

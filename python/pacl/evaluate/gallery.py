@@ -9,8 +9,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
-from ..data.samples import LEAST_SEEN, BadData, Samples, loader
-from ..training.features import SEPARATOR, all_captions
+from ..data.samples import LEAST_SEEN, BadData, Samples, all_captions, loader, split_captions
 from .ranks import gather_rows, place_in, progress
 from .retrieval import Retrieval
 from .scorer import Scorer
@@ -43,7 +42,7 @@ def read_gallery(
     """
     data.choose = all_captions
     transform, data.transform = data.transform, _nothing
-    own = [_split(given) for batch in _read(data, batch_size, workers) for given in batch["caption"]]
+    own = [split_captions(given) for batch in _read(data, batch_size, workers) for given in batch["caption"]]
     data.transform = transform
     rank, world = place_in(group)
     shares, skipped = [own], [data.skipped]
@@ -83,7 +82,7 @@ def retrieval(
     at, text = gallery.mine.start, gallery.said.start
     with progress(f"retrieval {scorer.rules['name']}", len(gallery.mine), "image", group) as shown:
         for batch in _read(data, batch_size, workers):
-            found = [caption for given in batch["caption"] for caption in _split(given)]
+            found = [caption for given in batch["caption"] for caption in split_captions(given)]
             if found != gallery.captions[text : text + len(found)]:
                 raise ValueError("data: its samples changed while they were read")
             text += len(found)
@@ -105,10 +104,6 @@ def _read(data: Samples, batch_size: int, workers: int) -> Iterator[dict]:
         if data.world > 1 and workers < 2 and not data.seen:
             return  # there are more processes than samples
         raise ValueError(f"data: {data.complaint()}") from error
-
-
-def _split(given: str) -> list[str]:
-    return [text.strip() for text in given.split(SEPARATOR) if text.strip()]
 
 
 def _nothing(image: Image.Image) -> int:

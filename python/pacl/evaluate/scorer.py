@@ -10,9 +10,9 @@ from torch.nn import functional as F
 
 from pacl_kernels import compatibility
 
+from ..embedder import DEFAULT_ATTN_TEMPERATURE, DEFAULT_FORM
 from ..segment.predict import own_projection
 from ..towers import Towers
-from ..training.config import TrainConfig
 
 SCORES = 2**23  # that are made at a time: 32 MiB
 
@@ -37,8 +37,8 @@ class Scorer:
         self.embed = embedder or own_projection(towers.visual)
         notes: dict[str, Any] = getattr(embedder, "notes", {})
         self.rules = {"name": "phi"}
-        self.rules["form"] = notes.get("form", TrainConfig.form)
-        self.rules["attn_temperature"] = notes.get("attn_temperature", TrainConfig.attn_temperature)
+        self.rules["form"] = notes.get("form", DEFAULT_FORM)
+        self.rules["attn_temperature"] = notes.get("attn_temperature", DEFAULT_ATTN_TEMPERATURE)
 
     @torch.no_grad()
     def blocks(self, images: Tensor, texts: Tensor):

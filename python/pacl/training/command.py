@@ -16,6 +16,7 @@ from ..data.features import tower_names
 from ..files import write_bytes
 from .checkpoints import newest, remove_halves
 from .config import TrainConfig, dump_config, read_config
+from .plan import plan
 from .recipe import defaults, fill_batch, recipe_notes
 from .run import Run
 
@@ -28,7 +29,7 @@ def main(argv: Sequence[str], prog: str = "pacl train") -> int:
         if not config.dry_run:
             _refuse_to_overwrite(config)
         run = Run(config)
-        run.say(run.plan())
+        run.say(plan(run))
         if config.dry_run:
             return 0
         if config.resume:

@@ -13,6 +13,7 @@ import yaml
 from pacl_kernels.loss import FORMS, LOSSES
 
 from ..data import Kind
+from ..embedder import DEFAULT_ATTN_TEMPERATURE, DEFAULT_FORM
 
 POSITIVE = (
     "batch_size accum_freq epochs max_steps train_num_samples lr eps attn_temperature logit_scale max_logit_scale "
@@ -86,9 +87,9 @@ class TrainConfig:
     grad_clip_norm: float | None = 1.0
     ema_decay: float | None = None
     """Keep a running average of the weights (0.999, say): it is what is validated and written as the embedder."""
-    form: Literal["dot", "cosine", "max"] = "cosine"
+    form: Literal["dot", "cosine", "max"] = DEFAULT_FORM
     loss: Literal["infonce", "sigmoid"] = "infonce"
-    attn_temperature: float = 0.05
+    attn_temperature: float = DEFAULT_ATTN_TEMPERATURE
     """Of the softmax over patches; the paper states none (1), with which the loss is almost a mean over patches."""
     learn_attn_temperature: bool = False
     logit_scale: float = 1 / 0.07

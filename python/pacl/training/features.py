@@ -19,10 +19,9 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 from tqdm import tqdm
 
-from ..cli import INTERRUPTED
 from ..data import Kind
 from ..data.features import MANIFEST, NOUNS, TOWERS, read_manifest, shard_files, stored_records, write_shard
-from ..data.samples import BadData, Samples, loader
+from ..data.samples import BadData, Samples, all_captions, loader, split_captions
 from ..data.sources import open_pairs
 from ..data.texts import PROMPTS, noun_finder
 from ..files import write_bytes
@@ -32,7 +31,6 @@ from ..towers import Towers, load_towers
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DATA = "csv_separator csv_img_key csv_caption_key image_root max_image_pixels max_bad_share".split()
-SEPARATOR = "\0"  # between the captions of an image
 
 
 @dataclass(frozen=True)
@@ -86,7 +84,7 @@ class FeaturesConfig:
 
 
 def main(argv: Sequence[str], prog: str = "pacl features") -> int:
-    """Run `pacl features` with these arguments; returns its exit status."""
+    """Run `pacl features` with these arguments; returns its exit status, and passes on KeyboardInterrupt."""
     try:
         _write(tyro.cli(FeaturesConfig, args=argv, prog=prog).check())
     except (ValueError, OSError) as error:
@@ -94,7 +92,7 @@ def main(argv: Sequence[str], prog: str = "pacl features") -> int:
         return 1
     except KeyboardInterrupt:
         print("stopped; the same command goes on", file=sys.stderr)
-        return INTERRUPTED
+        raise
     return 0
 
 
@@ -170,18 +168,13 @@ def _source(config: FeaturesConfig, towers: Towers) -> Samples:
     options = {name: getattr(config, name) for name in DATA} | {"kind": config.dataset_type}
     options |= {"scenes": config.train_num_samples} if config.train_num_samples else {}
     source = open_pairs(config.train_data, transform=partial(_transform, towers.transform), **options)
-    source.choose = all_captions
+    source.choose = all_captions  # training takes one of an image's captions an epoch, so all are stored
     return source
 
 
 def _transform(transform: Callable[[Image.Image], Tensor], image: Image.Image) -> tuple[Tensor, int]:
     info = get_worker_info()
     return transform(image), info.id if info else 0
-
-
-def all_captions(captions: Sequence[str], epoch: int, key: str) -> bytes:
-    """In place of Samples.choose: training takes one of an image's captions an epoch, so all are stored."""
-    return SEPARATOR.join(captions).encode(errors="surrogatepass")
 
 
 def _estimate(config: FeaturesConfig, encoder: Encoder, count: int) -> str:
@@ -222,7 +215,7 @@ def _shards(config: FeaturesConfig, encoder: Encoder, source: Samples) -> Iterat
     try:
         for batch in tqdm(batches, unit=" batches", disable=None):
             images, readers = batch["image"]
-            captions = [[text.strip() for text in given.split(SEPARATOR) if text.strip()] for given in batch["caption"]]
+            captions = [split_captions(given) for given in batch["caption"]]
             tokens += encoder.tokens(images)
             texts += encoder.texts(sum(captions, [])).split([len(each) for each in captions])
             where = zip(readers.tolist(), batch["place"][1].tolist(), strict=True)

@@ -7,25 +7,46 @@ import importlib
 import json
 import math
 import sys
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..data.samples import Samples
 from ..files import write_bytes
 from .config import TrainConfig, reporters
-
-if TYPE_CHECKING:
-    from .run import Run
+from .model import Trainable
 
 PAIRS = 1024  # of a batch that pair_statistics looks at
+
+
+class Logged(Protocol):
+    """A run as its log sees it. `data`, `model`, `step`, `lr` and `temperature` are read anew for each line."""
+
+    config: TrainConfig
+    rank: int
+    world: int
+    device: torch.device
+    samples: int
+    global_batch: int
+    epoch_steps: int
+    data: Samples
+    model: Trainable
+    step: int
+    lr: float
+
+    @property
+    def temperature(self) -> float: ...
+
+    def due(self, every: int) -> bool:
+        """True at the steps at which something is done every so many steps."""
 
 
 class Log:
     """Losses as they come: checked to be finite, printed and written to the run's files, by the first process."""
 
-    def __init__(self, run: Run):
+    def __init__(self, run: Logged):
         self.run, self.config = run, run.config
         self.pending: list[tuple[int, Tensor, list[str]]] = []
         self.mean, self.seconds, self.waited = _Mean(), 0.0, 0.0
@@ -63,7 +84,7 @@ class Log:
         row = {"step": step, "epoch": epoch, **{k: v if math.isfinite(v) else None for k, v in values.items()}}
         if self.run.rank != 0:
             return row
-        self.run.say(f"Eval Epoch: {epoch} Step: {step} " + "\t".join(f"{k}: {v:.4f}" for k, v in values.items()))
+        say(f"Eval Epoch: {epoch} Step: {step} " + "\t".join(f"{k}: {v:.4f}" for k, v in values.items()), self.config)
         with open(self.config.folder / "results.jsonl", "a") as file:
             file.write(json.dumps(row) + "\n")
         self._report({f"val/{name}": value for name, value in values.items()})
@@ -87,11 +108,12 @@ class Log:
         data, seconds = self.waited / self.steps, self.seconds / self.steps
         scale = run.model.log_scale.exp().item()
         done = run.step % run.epoch_steps * batch
-        run.say(
+        say(
             f"Train Epoch: {run.step // run.epoch_steps} [{done}/{run.samples} ({100 * done / run.samples:.0f}%)] "
             f"Data (t): {data:.3f} Batch (t): {seconds:.3f}, {batch / seconds:.1f}/s, "
             f"{batch / seconds / run.world:.1f}/s/process LR: {run.lr:.6f} Logit Scale: {scale:.3f} "
-            f"Contrastive_loss: {self.mean.last:.5g} ({self.mean.value:.5g})"
+            f"Contrastive_loss: {self.mean.last:.5g} ({self.mean.value:.5g})",
+            self.config,
         )
         values = {
             "train/loss": self.mean.last,

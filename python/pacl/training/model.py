@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import TYPE_CHECKING
 
@@ -55,6 +56,21 @@ class Trainable(nn.Module):
         bias = () if self.bias is None else (self.bias * 1.0,)
         patches = self.embedder(tokens)
         return patches, embedded.to(patches.dtype), self.log_scale.exp(), *temperature, *bias
+
+    @torch.no_grad()
+    def patches_of(self, images: Tensor, towers: Towers) -> Tensor:
+        """Patch embeddings [B, N, D] of images [B, 3, H, W] on any device, by these weights and the frozen ones of
+        `towers`."""
+        return self.embedder(self.towers_of(towers).tokens(images.to(self.log_scale.device, non_blocking=True)))
+
+    @torch.no_grad()
+    def texts_of(self, captions: list[str], towers: Towers) -> Tensor:
+        """Text embeddings [B, D] of captions, by these weights and the frozen ones of `towers`."""
+        return self.towers_of(towers).encode_text(towers.tokenize(captions).to(self.log_scale.device))
+
+    def towers_of(self, towers: Towers) -> Towers:
+        """`towers`, those that are trained replaced by the ones of this module."""
+        return dataclasses.replace(towers, **{name: getattr(self, name) for name in towers.trained})
 
     def tower_parameters(self) -> list[nn.Parameter]:
         """Those of the towers, which may have a learning rate of their own."""

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from PIL import Image
 from torch import nn
 
 from pacl_kernels.distributed import _GATHER_BYTES, gathered_bytes
 
 from .recipe import recipe_notes
-
-if TYPE_CHECKING:
-    from .run import Run
+from .run import Run
 
 
 def plan(run: Run) -> str:
@@ -47,7 +43,7 @@ def memory(run: Run) -> dict[str, int]:
     weights = sum(x.numel() * x.element_size() for x in _parameters(run))
     trained = sum(x.numel() * x.element_size() for x in run.model.parameters() if x.requires_grad)
     image = run.towers.transform(Image.new("RGB", (8, 8)))
-    patches = run.patches_of(image[None], run.model).shape[1]
+    patches = run.model.patches_of(image[None], run.towers).shape[1]
     local = config.batch_size * config.accum_freq
     width, hidden, out = (sizes[f"{name}_dim"] for name in ("in", "hidden", "out"))
     return {

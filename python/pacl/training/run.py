@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import math
 import signal
@@ -28,13 +27,12 @@ from ..embedder import CONFIG, VisionEmbedder, save_embedder
 from ..files import write_bytes
 from ..processes import choose_device, process_group
 from ..sharing import describe_towers
-from ..towers import Towers, load_towers
+from ..towers import load_towers
 from .checkpoints import load_checkpoint, newest, save_checkpoint, step_of
 from .config import TrainConfig
 from .log import Log, pair_statistics, say
 from .model import Trainable
 from .optimiser import average_of, learning_rate, parameter_groups
-from .plan import plan
 from .recipe import command
 from .validation import Validation
 
@@ -94,7 +92,8 @@ class Run:
             betas=(config.beta1, config.beta2),
             eps=config.eps,
         )
-        self.validation, self.validated, self.log = Validation(self), {}, Log(self)
+        self.validation = Validation(config, self.towers, self.device, self.group, self.amp)
+        self.validated, self.log = {}, Log(self)
 
     def _count(self) -> int:
         """Counted by the first process, for all."""
@@ -107,9 +106,6 @@ class Run:
         """A line for the console and out.log, of the first process."""
         if self.rank == 0:
             say(text, None if self.config.dry_run else self.config)
-
-    def plan(self) -> str:
-        return plan(self)
 
     @property
     def result(self) -> Trainable:
@@ -217,21 +213,6 @@ class Run:
         return [choose_text(caption, key, nouns=self.nouns, **when) for caption, key in pairs]
 
     @torch.no_grad()
-    def patches_of(self, images: Tensor, model: Trainable) -> Tensor:
-        """Patch embeddings [B, N, D] of images by some weights of the run."""
-        tokens = self.towers_of(model).tokens(images.to(self.device, non_blocking=True))
-        return model.embedder(tokens)
-
-    @torch.no_grad()
-    def texts_of(self, captions: list[str], model: Trainable) -> Tensor:
-        """Text embeddings [B, D] of captions."""
-        return self.towers_of(model).encode_text(self.towers.tokenize(captions).to(self.device))
-
-    def towers_of(self, model: Trainable) -> Towers:
-        """The run's towers, with those of `model` that are trained."""
-        return dataclasses.replace(self.towers, **{name: getattr(model, name) for name in self.towers.trained})
-
-    @torch.no_grad()
     def _frozen(self, images: Tensor, texts: Tensor) -> dict[str, Tensor]:
         """The step's pairs after the frozen towers: cached_step encodes everything twice, and they need not be."""
 
@@ -311,7 +292,7 @@ class Run:
         if self.rank != 0:
             return
         folder, config, model = self.config.folder / "embedder", self.config, self.result
-        towers, trained = self.towers_of(model), self.towers.trained
+        towers, trained = model.towers_of(self.towers), self.towers.trained
         for name in trained:
             state = {key: x.contiguous() for key, x in _on_cpu(getattr(towers, name)).items()}
             write_bytes(folder / f"{name}.safetensors", save(state))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,27 +16,40 @@ from pacl_kernels import compatibility
 
 from ..data.samples import BadData, Samples, loader
 from ..data.sources import open_pairs
+from ..evaluate.ranks import place_in
 from ..evaluate.retrieval import Retrieval
 from ..segmentation import IGNORE, ConfusionMatrix, class_scores, label_map, patch_labels, patch_shares
-
-if TYPE_CHECKING:
-    from .run import Run, Trainable
+from ..towers import Towers
+from .config import TrainConfig
+from .model import Trainable
 
 SEGMENTED = 32  # images at a time
 
 
 class Validation:
-    """The held-out data of a run. Every process reads its share, and all of them know the result."""
+    """The held-out data of a run. Every process reads its share, and all of them know the result.
 
-    def __init__(self, run: Run):
-        self.run, config = run, run.config
+    towers: those of the run, on `device`. group: the processes of the run; None for one alone. amp: under bfloat16
+    autocast, as in training.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        towers: Towers,
+        device: torch.device,
+        group: dist.ProcessGroup | None,
+        amp: bool,
+    ):
+        self.config, self.towers, self.device, self.group, self.amp = config, towers, device, group, amp
+        self.rank, self.world = place_in(group)
         self.captions: list[str] | None = None  # of all processes, from the first validation on
         self.texts: Tensor | None = None
         self.pairs = self.labelled = None
         if config.val_data:
-            self.pairs = self._open(config.val_data, run.towers.transform)
+            self.pairs = self._open(config.val_data, towers.transform)
         if config.val_segmentation:
-            self.labelled = self._open(config.val_segmentation, _Squashed(run.towers.transform), masks=True)
+            self.labelled = self._open(config.val_segmentation, _Squashed(towers.transform), masks=True)
             self.classes = read_classes(config.val_classes)
 
     def __bool__(self) -> bool:
@@ -45,9 +58,9 @@ class Validation:
     @torch.no_grad()
     def __call__(self, model: Trainable) -> dict[str, float]:
         """Measures of `model` as fractions, and the loss. Training keeps the random numbers that it would have had."""
-        run, values = self.run, {}
-        devices = [run.device] if run.device.type == "cuda" else []
-        with torch.random.fork_rng(devices), torch.autocast(run.device.type, torch.bfloat16, enabled=run.amp):
+        values = {}
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
             if self.pairs is not None:
                 values |= self._retrieval(model)
             if self.labelled is not None:
@@ -55,13 +68,13 @@ class Validation:
         return values
 
     def _open(self, data: str, transform, masks: bool = False) -> Samples:
-        options = self.run.config.data_options | {"rank": self.run.rank, "world": self.run.world}
+        options = self.config.data_options | {"rank": self.rank, "world": self.world}
         if masks:  # --dataset-type is that of pairs; its csv, say, has no masks
             options |= {"kind": "auto"}
         return open_pairs(data, transform=transform, masks=masks, **options)
 
     def _read(self, data: Samples, batch_size: int) -> Iterator[dict[str, Any]]:
-        workers = min(self.run.config.workers, data.most_workers)
+        workers = min(self.config.workers, data.most_workers)
         try:
             yield from loader(data, batch_size, workers=workers)
         except BadData as error:  # a worker's, with its traceback
@@ -72,18 +85,19 @@ class Validation:
 
     def _retrieval(self, model: Trainable) -> dict[str, float]:
         """Every image is encoded once and scored against all texts, one block in memory at a time."""
-        run, config = self.run, self.run.config
+        config = self.config
         if self.captions is None:
             self._read_captions()
         if self.texts is None or model.text is not None:  # those of a frozen tower stay
             blocks = range(0, len(self.captions), config.batch_size)
-            self.texts = torch.cat([run.texts_of(self.captions[i : i + config.batch_size], model) for i in blocks])
+            parts = [self.captions[i : i + config.batch_size] for i in blocks]
+            self.texts = torch.cat([model.texts_of(part, self.towers) for part in parts])
         scale = model.log_scale.exp().item()
         bias = None if model.bias is None else model.bias.item()
-        result = Retrieval(self.captions, scale, bias, run.device)
+        result = Retrieval(self.captions, scale, bias, self.device)
         at = self.first
         for batch in self._read(self.pairs, config.batch_size):
-            patches = run.patches_of(batch["image"], model)
+            patches = model.patches_of(batch["image"], self.towers)
             temperature = config.attn_temperature if model.log_temperature is None else model.log_temperature.exp()
             phi = compatibility(
                 patches,
@@ -96,7 +110,7 @@ class Validation:
                 raise ValueError("val_data: its samples changed in the course of the run")
             result.update(phi, at)
             at += len(phi)
-        return result.values(run.group)
+        return result.values(self.group)
 
     def _read_captions(self) -> None:
         """A pass over the data without its pixels, because an image is to meet the texts that come after it.
@@ -104,24 +118,24 @@ class Validation:
         In the same batches: by their size several workers give another order.
         """
         transform, self.pairs.transform = self.pairs.transform, _nothing
-        mine = [caption for batch in self._read(self.pairs, self.run.config.batch_size) for caption in batch["caption"]]
+        mine = [caption for batch in self._read(self.pairs, self.config.batch_size) for caption in batch["caption"]]
         self.pairs.transform = transform
         shares = [mine]
-        if self.run.group is not None:
-            shares = [None] * self.run.world
-            dist.all_gather_object(shares, mine, group=self.run.group)
+        if self.group is not None:
+            shares = [None] * self.world
+            dist.all_gather_object(shares, mine, group=self.group)
         self.captions = [caption for share in shares for caption in share]
-        self.first = sum(len(share) for share in shares[: self.run.rank])
+        self.first = sum(len(share) for share in shares[: self.rank])
 
     # Segmentation
 
     def _segmentation(self, model: Trainable) -> dict[str, float]:
-        texts = self.run.texts_of(self.classes, model).float()
+        texts = model.texts_of(self.classes, self.towers).float()
         pixels, patches = (ConfusionMatrix(len(self.classes)) for _ in range(2))
         samples = iter(self._read(self.labelled, 1))  # masks have the sizes of their images
         while part := list(itertools.islice(samples, SEGMENTED)):
             images = torch.cat([sample["image"] for sample in part])
-            embedded = self.run.patches_of(images, model).float()
+            embedded = model.patches_of(images, self.towers).float()
             with torch.autocast(embedded.device.type, enabled=False):
                 scores = class_scores(embedded, texts)
             for score, sample in zip(scores.split(1), part, strict=True):
@@ -136,7 +150,7 @@ class Validation:
                 truth = patch_labels(patch_shares(mask, len(self.classes), score.shape[2:]))
                 patches.update(truth, score.argmax(1).cpu())
         for matrix in (pixels, patches):
-            matrix.all_reduce(self.run.group)
+            matrix.all_reduce(self.group)
         return {"mIoU": pixels.miou(), "patch_accuracy": patches.accuracy()}
 
 
