@@ -14,19 +14,19 @@ FALLBACK = {"avx512bf16": "avx512", "amx": "avx512", "emulated_amx": "avx2"}
 CANCELLING = [
     Case(2, 5, 127, tau=0.148, scale=1.0, data="equal_images"),
     Case(5, 192, 130, tau=0.048, scale=0.008, data="equal_images"),
-    Case(70, 9, 64, tau=0.07, data="equal_images"),  # enough images and texts for the rounding to be sampled
-    Case(300, 3, 65, tau=0.3, scale=1.0, data="equal_images", mask="first"),
-    Case(4, 50, 128, tau=0.05, scale=14.0, data="equal_texts"),
-    Case(5, 13, 70, K=90, tau=0.02, data="equal_texts"),
-    Case(9, 20, 96, tau=0.1, data="near_1e-1"),
-    Case(9, 20, 96, tau=0.3, data="near_1e-2"),
-    Case(5, 30, 64, tau=1e-5, data="near_1e-3"),  # φ comes from the same kernels as the scores it is subtracted from
+    Case(90, 3, 65, tau=0.07, scale=1.0, data="equal_images"),  # so many that the rounding is sampled
+    Case(6, 9, 65, tau=0.3, scale=1.0, data="equal_images", mask="first"),
+    Case(4, 50, 128, tau=0.05, scale=1.0, data="equal_texts"),
+    Case(5, 13, 70, tau=0.4, scale=1.0, data="equal_texts"),
+    Case(5, 13, 70, tau=0.1, scale=1.0, data="duplicated"),
+    # φ comes from the same kernels as the scores that it is subtracted from.
+    Case(4, 37, 64, K=3, tau=4e-6, data="near_1e-3", mask="one"),
 ]
 ORDINARY = [
     Case(9, 50, 130),
     Case(9, 50, 130, K=40, tau=0.02, mask="random"),
     Case(33, 20, 64, tau=1.0, scale=100.0),
-    Case(130, 9, 64, data="random"),
+    Case(90, 5, 64, data="random"),
 ]
 
 
@@ -41,9 +41,8 @@ def isa(request, cpu_backend, monkeypatch) -> str:
 @pytest.mark.parametrize("form", ["dot", "cosine"])
 @pytest.mark.parametrize("case", CANCELLING, ids=str)
 def test_weights_that_cancel(case, form, isa, cpu_backend):
-    for seed in range(3):
-        for objective in case.objectives:
-            check(make(case, form, objective, torch.bfloat16, seed=seed), cpu_backend)
+    for objective in case.objectives:
+        check(make(case, form, objective, torch.bfloat16), cpu_backend)
 
 
 @pytest.mark.parametrize("form", ["dot", "cosine"])
