@@ -79,10 +79,11 @@ def fused_pacl_loss(
     Returns:
         The loss, 0-D, float32 (float64 for float64 inputs). Gradients flow to patches, texts, and whichever of
         logit_scale, logit_bias and attn_temperature are tensors; each is computed only if it is needed. A patch or text
-        with a norm below 1e-12 has similarity 0 and gradient 0. Larger norms may be whatever the dtype holds, but on a GPU
-        the kernels hold patches only up to a norm of 1e25, or of 1e18 with `form="cosine"`. Inside autocast, patches and
-        texts are cast to the autocast dtype first. Of `torch.func`, grad, vjp, jacrev and vmap work (vmap computes one
-        sample after the other) without a group; forward mode and second derivatives need `backend="reference"`.
+        with a norm below 1e-12 has similarity 0 and gradient 0. Larger norms may be whatever the dtype holds, but on a
+        GPU the kernels hold patches only up to a norm of 1e25, or of 1e18 with `form="cosine"`. Inside autocast,
+        patches and texts are cast to the autocast dtype first. Of `torch.func`, grad, vjp, jacrev and vmap work (vmap
+        computes one sample after the other) without a group; forward mode and second derivatives need
+        `backend="reference"`.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what was expected.

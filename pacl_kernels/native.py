@@ -47,7 +47,7 @@ def fingerprint(root: Path) -> str | None:
 
 
 def stamp(version: str, sources: str) -> str:
-    """What the build writes into the module, so that it can be told from others before it is loaded."""
+    """The text that the build writes into the module, so that it can be told from others before it is loaded."""
     return f"pacl_kernels version {version} from {sources}"
 
 

@@ -183,7 +183,7 @@ def test_what_looks_odd_but_is_right_is_accepted():
 
 
 def test_numbers_at_the_ends_of_the_range():
-    """What float32 holds is accepted, with float64 patches what float64 holds; a negligible scale counts as 0."""
+    """Numbers that float32 holds are accepted, beside float64 patches those of float64; a negligible scale is 0."""
     arguments = _inputs()
     largest, smallest = torch.finfo(torch.float32).max, torch.finfo(torch.float32).tiny
     warm, flat = (compatibility(**arguments, attn_temperature=tau) for tau in (1e30, largest))

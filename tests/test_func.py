@@ -19,7 +19,7 @@ def pairs(device: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def same(make, target, *inputs):
-    """What `make(backend)` computes of the inputs, by the target's backend and by the formula."""
+    """The results of `make(backend)` on the inputs, by the target's backend and by the formula."""
     got, expected = (make(backend)(*inputs) for backend in (target.backend, "reference"))
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
@@ -109,7 +109,7 @@ def test_vmap_of_the_loss(outer, texts_dim, single):
 
 
 def test_vmap_of_the_compatibility(single):
-    """Of the texts alone: what is not mapped is shared by the samples."""
+    """Only the texts are mapped; everything else is shared by the samples."""
     patches, _ = pairs(single.device)
 
     def make(backend):

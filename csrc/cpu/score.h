@@ -88,7 +88,7 @@ struct Sums {
   float* means;             // panels [kMeansCapacity, D]: c T of each image, see Weights
 };
 
-// Of a task that makes weights. The two errors are squared norms, of what the rounding of W to 16 bits does to the
+// Sums of a task that makes weights. The two errors are squared norms of what the rounding of W to 16 bits adds to the
 // gradients before their projection; score_backward compares them with the gradients.
 struct WeightSums {
   double temperature = 0;  // -τ² ∂L/∂τ

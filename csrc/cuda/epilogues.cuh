@@ -241,7 +241,7 @@ struct Known {
   }
 };
 
-// Of a row: a = exp2(x rate + offset), W = a (x slope + constant) / ‖p‖, x being s - φ if kExact, else s without the
+// Constants of a row: a = exp2(x rate + offset), W = a (x slope + constant) / ‖p‖, x being s - φ if kExact, else s without the
 // text's norm.
 template <bool kExact>
 struct Line {

@@ -19,7 +19,7 @@ from pacl_kernels.loss import FORMS
 from pacl_kernels.native import native
 
 PACKAGES = ("torch", "triton", "numpy", "open_clip_torch", "timm", "torchvision", "webdataset", "safetensors", "pillow")
-# Of the norm of a difference over that of the truth; in the order in which dtypes are tried.
+# The largest norm of a difference over the norm of the truth; dtypes are tried in this order.
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 

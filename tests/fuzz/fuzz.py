@@ -143,7 +143,7 @@ def targets(backends: Iterable[str], isas: Iterable[str] | None = None) -> list[
 
 @dataclass
 class Outcome:
-    """What a target made of a problem: the share of the tolerance that it used, and what was wrong."""
+    """A target's answer to a problem: the share of the tolerance that it used, and what was wrong."""
 
     target: Target
     share: float
@@ -243,7 +243,7 @@ def search(draws: Iterable[Draw], among: list[Target], device: str = "cpu", seco
 
 
 def failure(draw: Draw, failed: list[Outcome], device: str = "cpu") -> str:
-    """What went wrong on which targets, and the command that repeats it."""
+    """One line for the targets that failed and their errors, and the command that repeats the problem."""
     backends = " ".join(dict.fromkeys(outcome.target.backend for outcome in failed))
     isas = " ".join(outcome.target.isa for outcome in failed if outcome.target.isa)
     command = f"python tests/fuzz/fuzz.py --case '{draw}' --backends {backends}"
