@@ -252,9 +252,10 @@ void scores_in_double(const ScoreParams& p, const Rows& rows, int64_t first, int
     }
 }
 
-// scratch.pool = Σ e p̂ [D, panel] where patches cancel, with e = exp((s - largest) / τ). Rare, so short rather than fast:
-// in double, whose rounding is small beside what is left. scratch.scores become s, and scratch.attention and `sums` are
-// made again of it, because τ would divide the difference of two roundings of s; scratch.pooled is written over.
+// scratch.pool = Σ e p̂ [D, panel] where patches cancel, with e = exp((s - largest) / τ). Rare, so short rather than
+// fast: in double, whose rounding is small beside what is left. scratch.scores become s, and scratch.attention and
+// `sums` are made again of it, because τ would divide the difference of two roundings of s; scratch.pooled is written
+// over.
 template <class Op>
 void pool(const ScoreParams& p, const Rows& rows, int64_t first, int64_t count, const Texts& texts, int64_t panel,
           Softmax& sums, Scratch& scratch) {
@@ -343,8 +344,8 @@ void cosine_of_pooled(const ScoreParams& p, const Rows& rows, int64_t count, con
   } else {
     gram_product<Op, true>(scratch, rows.capacity, count);
     for (int v = 0; v < 2; ++v) {
-      along[v] =
-          is_bounded(p) ? sums.weighted[v] * (kLn2 * p.temperature) : fma(sums.largest[v], sums.sum[v], sums.weighted[v]);
+      along[v] = is_bounded(p) ? sums.weighted[v] * (kLn2 * p.temperature)
+                               : fma(sums.largest[v], sums.sum[v], sums.weighted[v]);
       squared[v] = pooled_norm_squared(scratch, count, v);
     }
   }

@@ -58,8 +58,8 @@ void store_weights(const float* panel_weights, const Rows& rows, int64_t first, 
   memcpy(to.units + (panel * rows.capacity + first) * kPanel, panel_weights, sizeof(float) * (last - first) * kPanel);
 }
 
-// The rounding of W is measured in one segment (rows of one image, a panel of texts) of `measured_share`: in all of them in
-// small calls, and in large ones in every eighth, which costs next to nothing.
+// The rounding of W is measured in one segment (rows of one image, a panel of texts) of `measured_share`: in all of
+// them in small calls, and in large ones in every eighth, which costs next to nothing.
 constexpr int64_t kManySegments = 256, kMeasuredShare = 8;
 inline int64_t measured_share(const ScoreParams& p) {
   return p.images * ceil_div(p.texts_count, kPanel) < kManySegments ? 1 : kMeasuredShare;

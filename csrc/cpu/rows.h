@@ -266,12 +266,12 @@ inline V load_dims(const float* at, int v) {
 }
 
 // ∂L/∂x = sum - (sum · x) x / |x|²: what points along x does not change its direction. `sums` is a row of panels, x is
-// row `row` of others; inv_norm is 1 / |x|, or 0; the caller's row is x / scale. kMean: inv_norm times `mean`, a row of Sums.means, belongs to the sum.
-// Returns |∂L/∂x|².
+// row `row` of others; inv_norm is 1 / |x|, or 0; the caller's row is x / scale. kMean: inv_norm times `mean`, a row of
+// Sums.means, belongs to the sum. Returns |∂L/∂x|².
 template <class Op, bool kMean = false>
 float finish_row(const float* sums, int64_t sums_capacity, const float* units, int64_t capacity, int64_t row,
-                float inv_norm, float scale, int64_t dim, Dtype dtype, void* out, int64_t out_offset, bool fresh, float* buffer,
-                [[maybe_unused]] const float* mean = nullptr) {
+                 float inv_norm, float scale, int64_t dim, Dtype dtype, void* out, int64_t out_offset, bool fresh,
+                 float* buffer, [[maybe_unused]] const float* mean = nullptr) {
   const int64_t dims = padded_dim(dim);
   if (inv_norm == 0.0f) {  // no direction: the gradient is 0, whatever comes from above
     memset(buffer, 0, sizeof(float) * dims);
