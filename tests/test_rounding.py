@@ -59,6 +59,21 @@ def test_other_weights_stay_in_bfloat16(case, form, isa, cpu_backend, monkeypatc
             assert not torch.equal(answer[name], exact[name]), name
 
 
+@pytest.mark.parametrize("form", ["dot", "cosine"])
+@pytest.mark.parametrize("tau", [0.02, 0.07, 0.3, 1.0])
+def test_texts_that_share_a_direction_as_those_of_clip(tau, form, isa, cpu_backend, monkeypatch):
+    """Cosines of about 0.7 among texts and 0.5 among patches are not a collapse."""
+    problem = make(Case(24, 30, 128, tau=tau, scale=100.0, data="random"), form, "infonce", torch.bfloat16)
+    shared = torch.randn(2, 128, generator=torch.Generator().manual_seed(1))
+    patches = 0.5**0.5 * (shared[0] + problem.patches.float())
+    texts = 0.7**0.5 * shared[1] + 0.3**0.5 * problem.texts.float()
+    problem = replace(problem, patches=patches.bfloat16(), texts=texts.bfloat16())
+    answer = check(problem, cpu_backend)
+    monkeypatch.setenv("PACL_CPU_ISA", FALLBACK[isa])
+    exact = evaluate(problem, cpu_backend)
+    assert all(not torch.equal(answer[name], exact[name]) for name in ("patches", "texts"))
+
+
 def test_the_second_run_is_that_of_float32(isa, cpu_backend, monkeypatch):
     """Gradients are then those of the instruction set without bfloat16, to the bit."""
     problem = make(CANCELLING[1], "dot", "compatibility", torch.bfloat16)
