@@ -20,7 +20,7 @@ class CompareConfig:
     words: str | None = None
     """Classes, with commas between: "dog,grass,red ball"."""
     templates: str = "simple"
-    """Of the words: none, photo, simple or openai, or a file."""
+    """Prompt templates of the words: none, photo, simple or openai, or a file."""
     stride: int = 1
     """Tokens per patch along each side."""
     most_images: int = 12
