@@ -31,8 +31,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from pacl_kernels.backends import triton as backend
-from pacl_kernels.backends import triton_kernels, triton_launch, triton_tiles
+from pacl_kernels.backends.gpu import kernels, run, tiles
+from pacl_kernels.backends.gpu import triton as backend
 
 TARGETS = (80, 90, 100)
 # Shared memory of a program, and registers of a multiprocessor (NVIDIA's programming guide, compute capabilities).
@@ -134,12 +134,12 @@ def launches(variant: Variant, target: int, batch: int = 1024) -> list[Launch]:
     grads = grads[0].contiguous(), grads[1].contiguous(), grads[2]
     replaced = dict(run=record, processors=lambda device: 132)
     chip = dict(architecture=lambda device: target, has_bulk_copies=lambda device: target >= 90)
-    with mock.patch.multiple(triton_launch, **replaced), mock.patch.multiple(triton_tiles, **chip):
+    with mock.patch.multiple(run, **replaced), mock.patch.multiple(tiles, **chip):
         if variant.form == "upsample":
             _upsample(dtype, variant.entropy)
             return seen
-        backend.score_forward(patches, texts, mask, tau, variant.form, phi, stat)
-        backend.score_backward(patches, texts, mask, tau, variant.form, phi, stat, grad_phi, *grads)
+        backend.compatibility_forward(patches, texts, mask, tau, variant.form, phi, stat)
+        backend.compatibility_backward(patches, texts, mask, tau, variant.form, phi, stat, grad_phi, *grads)
         value, scale, statistics = phi.new_empty(()), phi.new_empty(()), phi.new_empty(4, len(phi))
         for loss, kept in (("infonce", statistics), ("sigmoid", None)):
             backend.loss_forward(phi, scale, None, loss, value, kept)
@@ -159,7 +159,7 @@ def _upsample(dtype: torch.dtype, entropy: bool) -> None:
 
 def compiled(launch: Launch):
     """Triton's compiled kernel of a launch: `asm` has its code as text and as machine code."""
-    kernel = getattr(triton_kernels, launch.kernel)
+    kernel = getattr(kernels, launch.kernel)
     index = {name: i for i, name in enumerate(kernel.arg_names)}
     source = ASTSource(
         kernel,

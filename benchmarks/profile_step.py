@@ -16,7 +16,7 @@ import report
 import torch
 
 from pacl_kernels import fused_pacl_loss
-from pacl_kernels.dispatch import NAMES
+from pacl_kernels.backends import NAMES
 from pacl_kernels.loss import FORMS
 
 

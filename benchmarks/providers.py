@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from pacl_kernels import dispatch, fused_pacl_loss, reference
+from pacl_kernels import backends, fused_pacl_loss, reference
 
 LOGIT_SCALE = 1 / 0.07
 PRODUCTS = "matrix products"
@@ -135,7 +135,7 @@ def why_not(name: str, args) -> str | None:
     """The reason why a provider cannot run. Memory is estimated: a machine that runs out of it may kill anything."""
     if name not in PEERS:
         try:
-            dispatch.resolve(name.removeprefix("fused "), args.torch_device, args.torch_dtype)
+            backends.resolve(name.removeprefix("fused "), args.torch_device, args.torch_dtype)
         except ValueError as error:
             return str(error)
         return does_not_fit(3, args)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pacl_kernels import fused_pacl_loss
-from pacl_kernels.dispatch import resolve
+from pacl_kernels.backends import resolve
 from pacl_kernels.loss import FORMS
 
 pytest.importorskip("pytest_benchmark")

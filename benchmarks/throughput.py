@@ -30,7 +30,7 @@ import report
 import torch
 from providers import LOGIT_SCALE, PEERS, PRODUCTS, chunked, does_not_fit, is_compiled, losses, products, why_not
 
-from pacl_kernels import dispatch, reference
+from pacl_kernels import backends, reference
 from pacl_kernels.loss import FORMS
 from pacl_kernels.native import native
 
@@ -319,7 +319,7 @@ def missing(outcome: dict, args) -> list[str]:
     """A sentence for each row of the fused loss that is not there, but for `cuda` beside another on another GPU."""
     fused = {name: row for row in outcome["rows"] if (name := row["name"].removeprefix("fused ")) != row["name"]}
     lost = {name: row["reason"] for name, row in fused.items() if row["reason"] is not None}
-    if len(lost) < len(fused) and dispatch.module("cuda").why_not(args.torch_device, args.torch_dtype) is not None:
+    if len(lost) < len(fused) and backends.module("cuda").why_not(args.torch_device, args.torch_dtype) is not None:
         lost.pop("cuda", None)
     return [f"the row of fused {name} is missing: {reason}" for name, reason in lost.items()]
 
@@ -379,8 +379,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     every = "cpu,torch" if args.device == "cpu" else "cuda,triton,torch"
     args.backend = (args.backend or every).split(",")
     for name in args.backend:
-        if name not in dispatch.NAMES:
-            parser.error(f"--backend names {name!r}, expected some of {', '.join(dispatch.NAMES)}")
+        if name not in backends.NAMES:
+            parser.error(f"--backend names {name!r}, expected some of {', '.join(backends.NAMES)}")
     args.torch_device, args.torch_dtype = torch.device(args.device), getattr(torch, args.dtype)
     args.error_batch = min(args.batch, max(2, int(args.batch * math.sqrt(ERROR_UNIT / unit(args)))))
     return args

@@ -3,7 +3,7 @@
     python benchmarks/tune_triton.py --json tuning.json          # bfloat16, B = K = 4096, N = 196, D = 512
     python benchmarks/tune_triton.py --kernels curvature
 
-The library itself never searches: `CONFIGS`, `CURVATURE` and `POOL` in pacl_kernels/backends/triton_tiles.py are
+The library itself never searches: `CONFIGS`, `CURVATURE` and `POOL` in pacl_kernels/backends/gpu/tiles.py are
 filled by hand, from this. The curvature is timed from an attention in float16 and from one in bfloat16, as backend
 `cuda` has it.
 """
@@ -23,8 +23,8 @@ import report
 import torch
 from torch import Tensor
 
-from pacl_kernels.backends import triton as backend
-from pacl_kernels.backends import triton_tiles as tiles
+from pacl_kernels.backends.gpu import tiles
+from pacl_kernels.backends.gpu import triton as backend
 
 # Texts, patches, step along D, warps, stages, programs for each multiprocessor.
 CANDIDATES = [

@@ -1,8 +1,8 @@
 """Patch Aligned Contrastive Learning, all pairs of a batch, at the cost of its matrix products and almost no memory."""
 
+from .autograd import PaclFunction
+from .backends import available_backends
 from .cached import cached_step
-from .dispatch import available_backends
-from .function import PaclFunction
 from .loss import compatibility, fused_pacl_loss
 from .module import PaclLoss
 from .upsample import upsample_argmax

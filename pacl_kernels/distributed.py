@@ -26,8 +26,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import contrast
-from .function import (
+from . import contrastive
+from .autograd import (
     as_like,
     first_order,
     like,
@@ -193,14 +193,14 @@ class GlobalPaclFunction(torch.autograd.Function):
     def backward(ctx, saved, grad_loss):
         plan, needs = ctx.plan, ctx.needs_input_grad
         *inputs, scale, bias, sizes = saved[:7]
-        first = 7 if plan.ring else 10  # a ring saves no gathered texts, φ and lse
+        first = 7 if plan.ring else 10  # a ring saves no gathered texts, φ and state
         arrays, statistics = saved[7:first], saved[first:]
         texts, temperature = inputs[1], inputs[3]
         scalars = ctx.scale if scale is None else scale, ctx.bias if bias is None else bias
         valid, factor = _valid(sizes, plan), grad_loss * plan.world / sizes.sum()
         sums = torch.zeros(3, dtype=torch.float64, device=texts.device)  # gradients of scale, bias and temperature
 
-        def gradients(at: slice, block: Tensor, phi: Tensor, lse: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        def gradients(at: slice, block: Tensor, phi: Tensor, state: Tensor) -> tuple[Tensor | None, Tensor | None]:
             """Of the patches and of a block of texts, in float32; those of the scalars are added up."""
             grad = _gradient(_logits(phi, valid[at], *scalars), ctx.loss, statistics, _pairs(at, plan), at).mul_(factor)
             if needs[2]:
@@ -209,7 +209,7 @@ class GlobalPaclFunction(torch.autograd.Function):
                 sums[1] += grad.sum()
             grad_phi = grad.mul_(as_like(scalars[0], phi))
             grad_patches, grad_texts, grad_temperature = score_gradients(
-                _with_texts(inputs, block), ctx.options, phi, lse, grad_phi, needs[0], needs[1], needs[4], phi.dtype
+                _with_texts(inputs, block), ctx.options, phi, state, grad_phi, needs[0], needs[1], needs[4], phi.dtype
             )
             if needs[4]:
                 sums[2] += grad_temperature
@@ -244,13 +244,13 @@ def _gather_and_score(inputs, options, plan: Plan) -> tuple[Tensor, Tensor, Tens
     gathered = _all_gather(sent, plan.world, plan.group)
     local = _score(inputs, sent, options)
     gathered = _wait(gathered)
-    phi, lse = (x.new_empty(x.shape[0], gathered.shape[0]) for x in local)
+    phi, state = (x.new_empty(x.shape[0], gathered.shape[0]) for x in local)
     own = plan.columns(plan.rank)
-    phi[:, own], lse[:, own] = local
+    phi[:, own], state[:, own] = local
     for at in (slice(0, own.start), slice(own.stop, gathered.shape[0])):
         if at.start < at.stop:
-            phi[:, at], lse[:, at] = _score(inputs, gathered[at], options)
-    return gathered, phi, lse
+            phi[:, at], state[:, at] = _score(inputs, gathered[at], options)
+    return gathered, phi, state
 
 
 Blocks = list[tuple[slice, Tensor]]  # columns and texts whose scores with the images are in memory at once
@@ -296,7 +296,7 @@ class _GlobalSums:
         self.plan, self.loss, self.scalars, self.headers = plan, loss, (logit_scale, logit_bias), headers
         self.valid = self.rows = None
         self.pairs: list[Tensor] = []
-        self.columns: list[tuple[slice, contrast.Sums]] = []
+        self.columns: list[tuple[slice, contrastive.Sums]] = []
         self.total = 0.0
 
     def add(self, at: slice, phi: Tensor) -> None:
@@ -305,13 +305,13 @@ class _GlobalSums:
             self.valid, self.dtype = _valid(self.sizes, self.plan), phi.dtype
         logits, pairs = _logits(phi, self.valid[at], *self.scalars), _pairs(at, self.plan)
         if self.loss == "sigmoid":
-            self.total = self.total + contrast.sigmoid(logits, pairs).double()
+            self.total = self.total + contrastive.sigmoid(logits, pairs).double()
             return
         if pairs is not None:
             self.pairs.append(logits.diagonal(pairs).double())
-        rows = contrast.sums(logits, 1)
-        self.rows = rows if self.rows is None else contrast.merge(self.rows, rows)
-        self.columns.append((at, contrast.sums(logits, 0)))
+        rows = contrastive.sums(logits, 1)
+        self.rows = rows if self.rows is None else contrastive.merge(self.rows, rows)
+        self.columns.append((at, contrastive.sums(logits, 0)))
 
     def finish(self) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The loss, and for InfoNCE the log-sums of the own rows and of all columns; one all-reduce."""
@@ -323,7 +323,7 @@ class _GlobalSums:
         shares = pair.new_empty(self.valid.shape[0] + 2)
         for at, columns in self.columns:
             shares[at] = columns.total.double() * columns.largest.double().exp()
-        shares[-2] = contrast.cross_entropy(pair, rows).sum()
+        shares[-2] = contrastive.cross_entropy(pair, rows).sum()
         shares[-1] = pair.sum()
         shares = _wait(_all_reduce(shares, self.plan))
         columns = shares[:-2].log().masked_fill(~self.valid, 0.0)
@@ -335,9 +335,9 @@ class _GlobalSums:
 def _gradient(logits: Tensor, loss: str, statistics: tuple[Tensor, ...], pairs: int | None, at: slice) -> Tensor:
     """B ∂L/∂logits of a block of columns, in place of `logits`."""
     if loss == "sigmoid":
-        return contrast.sigmoid_gradient(logits, pairs)
+        return contrastive.sigmoid_gradient(logits, pairs)
     rows, columns = statistics[:2], (x[at] for x in statistics[2:])
-    grad = contrast.infonce_gradient(logits, contrast.LogSumExp(*rows), contrast.LogSumExp(*columns), pairs)
+    grad = contrastive.infonce_gradient(logits, contrastive.LogSumExp(*rows), contrastive.LogSumExp(*columns), pairs)
     return grad.div_(2)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch.distributed as dist
 
-from .dispatch import warn_once
+from .backends import warn_once
 
 NAMES = ("world", "local")
 
@@ -64,7 +64,7 @@ def check_size(group, rank: int, world_size: int) -> None:
         )
 
 
-# `torch.compile` decides these while it traces, warnings and errors included; see `dispatch.resolve`.
+# `torch.compile` decides these while it traces, warnings and errors included; see `backends.resolve`.
 lookup._dynamo_marked_constant = True
 check_size._dynamo_marked_constant = True
 

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import distributed, groups, reference
-from .dispatch import resolve
-from .function import CompatibilityFunction, PaclFunction, first_output
+from .autograd import CompatibilityFunction, PaclFunction, first_output
+from .backends import resolve
 
 FORMS = ("dot", "cosine", "max")
 LOSSES = ("infonce", "sigmoid")

@@ -11,11 +11,11 @@ from typing import Optional  # torch.library reads the annotations below and kno
 import torch
 from torch import Tensor
 
-from . import dispatch
+from . import backends
 
 
-@torch.library.custom_op("pacl_kernels::score_forward", mutates_args=("phi", "lse"))
-def score_forward(
+@torch.library.custom_op("pacl_kernels::compatibility_forward", mutates_args=("phi", "state"))
+def compatibility_forward(
     patches: Tensor,
     texts: Tensor,
     patch_mask: Optional[Tensor],  # noqa: UP045
@@ -24,9 +24,9 @@ def score_forward(
     form: str,
     backend: str,
     phi: Tensor,
-    lse: Tensor,
+    state: Tensor,
 ) -> None:
-    """Compatibility φ `[B, K]`, and in `lse` `[B, K]` what the same backend's backward needs beside it.
+    """Compatibility φ `[B, K]`, and in `state` `[B, K]` what the same backend's backward needs beside it.
 
     That is the log-sum-exp over patches of s / τ, or for form "max" the index n of the winning patch (exact in float32
     for N < 2**24), -1 for an image without a patch. Callers hand it on and do not read it.
@@ -37,18 +37,18 @@ def score_forward(
     tau = temperature_value if temperature is None else temperature.to(phi.dtype).reshape(())
     # An operator runs inside the caller's autocast region, which would cast the backend's own products once more.
     with torch.autocast(patches.device.type, enabled=False):
-        dispatch.module(backend).score_forward(patches, texts, patch_mask, tau, form, phi, lse)
+        backends.module(backend).compatibility_forward(patches, texts, patch_mask, tau, form, phi, state)
 
 
-@score_forward.register_fake
-def _(patches, texts, patch_mask, temperature, temperature_value, form, backend, phi, lse):
+@compatibility_forward.register_fake
+def _(patches, texts, patch_mask, temperature, temperature_value, form, backend, phi, state):
     return None
 
 
 @torch.library.custom_op(
-    "pacl_kernels::score_backward", mutates_args=("grad_patches", "grad_texts", "grad_temperature")
+    "pacl_kernels::compatibility_backward", mutates_args=("grad_patches", "grad_texts", "grad_temperature")
 )
-def score_backward(
+def compatibility_backward(
     patches: Tensor,
     texts: Tensor,
     patch_mask: Optional[Tensor],  # noqa: UP045
@@ -57,7 +57,7 @@ def score_backward(
     form: str,
     backend: str,
     phi: Tensor,
-    lse: Tensor,
+    state: Tensor,
     grad_phi: Tensor,
     grad_patches: Optional[Tensor],  # noqa: UP045
     grad_texts: Optional[Tensor],  # noqa: UP045
@@ -74,13 +74,13 @@ def score_backward(
         return
     tau = temperature_value if temperature is None else temperature.to(phi.dtype).reshape(())
     with torch.autocast(patches.device.type, enabled=False):
-        dispatch.module(backend).score_backward(
-            patches, texts, patch_mask, tau, form, phi, lse, grad_phi, grad_patches, grad_texts, grad_temperature
+        backends.module(backend).compatibility_backward(
+            patches, texts, patch_mask, tau, form, phi, state, grad_phi, grad_patches, grad_texts, grad_temperature
         )
 
 
-@score_backward.register_fake
-def _(patches, texts, patch_mask, temperature, temperature_value, form, backend, phi, lse, grad_phi, *grads):
+@compatibility_backward.register_fake
+def _(patches, texts, patch_mask, temperature, temperature_value, form, backend, phi, state, grad_phi, *grads):
     return None
 
 
@@ -101,7 +101,7 @@ def loss_forward(
     A scalar is its one-element tensor or, where that is None, its value; a bias may be neither.
     """
     scale, bias = _scalar(scale, scale_value, phi), _scalar(bias, bias_value, phi)
-    dispatch.module(backend).loss_forward(phi, scale, bias, loss, value, statistics)
+    backends.module(backend).loss_forward(phi, scale, bias, loss, value, statistics)
 
 
 @loss_forward.register_fake
@@ -126,7 +126,7 @@ def loss_backward(
 ) -> None:
     """∂L/∂φ `[B, B]` and the gradients of logit scale and bias (0-D), times `grad_loss`."""
     scale, bias = _scalar(scale, scale_value, phi), _scalar(bias, bias_value, phi)
-    dispatch.module(backend).loss_backward(
+    backends.module(backend).loss_backward(
         phi, scale, bias, loss, statistics, grad_loss, grad_phi, grad_scale, grad_bias
     )
 
@@ -156,7 +156,7 @@ def upsample_argmax(
         for source, size in zip(scores.shape[2:], labels.shape[1:], strict=True)
     )
     scale = scale_value if scale is None else scale.to(wide).reshape(())
-    dispatch.module(backend).upsample_argmax(scores, rows, columns, scale, labels, best, entropy)
+    backends.module(backend).upsample_argmax(scores, rows, columns, scale, labels, best, entropy)
 
 
 @upsample_argmax.register_fake

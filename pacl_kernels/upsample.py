@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from . import ops, reference
-from .dispatch import resolve
-from .function import PerSample, tensor_or_number
+from .autograd import PerSample, tensor_or_number
+from .backends import resolve
 from .loss import DTYPES, check_dense, check_scalar
 
 MAX_CLASSES = 2**15  # labels are int16

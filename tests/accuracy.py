@@ -39,7 +39,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pacl_kernels
-from pacl_kernels import dispatch, reference
+from pacl_kernels import backends, reference
 from pacl_kernels.reference import MIN_POOLED_NORM
 
 EXTRA = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -114,7 +114,7 @@ def winners(problem: Problem, backend: str) -> Tensor:
     phi = problem.patches.new_full((len(problem.patches), len(problem.texts)), math.nan, dtype=_wide(problem))
     lse = phi.clone()
     inputs = (problem.patches.detach(), problem.texts.detach(), problem.patch_mask, None, 1.0)
-    torch.ops.pacl_kernels.score_forward(*inputs, "max", backend, phi, lse)
+    torch.ops.pacl_kernels.compatibility_forward(*inputs, "max", backend, phi, lse)
     index = lse.long()
     assert torch.equal(index.to(lse.dtype), lse), "winners are not whole numbers"
     n = problem.patches.shape[1]
@@ -303,12 +303,12 @@ def evaluate(problem: Problem, backend: str, needs: tuple[str, ...] = DIFFERENTI
     if isinstance(problem.upstream, Tensor):
         assert torch.equal(upstream, problem.upstream), "the incoming gradient was written to"
     scores = set(asked) & {"patches", "texts", "attn_temperature"}
-    expected = {"score_forward", "score_backward"} if asked and scores else {"score_forward"}
-    if problem.objective != "compatibility" and dispatch.fuses_loss(backend):
+    expected = {"compatibility_forward", "compatibility_backward"} if asked and scores else {"compatibility_forward"}
+    if problem.objective != "compatibility" and backends.fuses_loss(backend):
         expected |= {"loss_forward", "loss_backward"} if asked else {"loss_forward"}
     assert spy.backends() == {(name, backend) for name in expected}
     for operator, arguments in spy.calls:
-        if operator == "score_backward":
+        if operator == "compatibility_backward":
             given = {name for name in ("patches", "texts", "temperature") if arguments[f"grad_{name}"] is not None}
             assert given == {name.removeprefix("attn_") for name in scores}, "buffers for gradients not asked for"
     for name, grad in zip(asked, grads, strict=True):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pacl_kernels.backends import cuda
+from pacl_kernels.backends.gpu import hopper
 
 ROOT = Path(__file__).parent.parent
 INT, ADDRESS, DOUBLE = ctypes.c_int64, ctypes.c_void_p, ctypes.c_double
@@ -74,7 +74,7 @@ class Call:
     def plan(self):
         s = self._struct
         sizes = dict(images=s.images, patches=s.patches_per_image, texts=s.texts_count, dim=s.dim)
-        return cuda.native().CudaPlan(**sizes, epilogue=self._epilogue, processors=s.processors, cluster=s.cluster)
+        return hopper.native().CudaPlan(**sizes, epilogue=self._epilogue, processors=s.processors, cluster=s.cluster)
 
     def make_columns(self, *, inverse_norms, mask, mask_strides, columns):
         """The emulator makes columns of its own when it launches."""

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pacl_kernels import dispatch
+from pacl_kernels import backends
 from pacl_kernels.native import native
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -129,11 +129,11 @@ def test_a_wrong_option_is_one_clear_line():
 def test_a_row_of_ours_that_fails_is_an_error(tmp_path, monkeypatch, capsys):
     """The backend can run, but its step raises: the table says why, and the run fails."""
 
-    def score_forward(*_):
+    def compatibility_forward(*_):
         raise RuntimeError("the blocks are gone")
 
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    monkeypatch.setattr(dispatch.module("torch"), "score_forward", score_forward)
+    monkeypatch.setattr(backends.module("torch"), "compatibility_forward", compatibility_forward)
     import throughput
 
     # Its own process, which would not see the backend that is broken here.
@@ -146,7 +146,7 @@ def test_a_row_of_ours_that_fails_is_an_error(tmp_path, monkeypatch, capsys):
     assert "the blocks are gone" in capsys.readouterr().out
 
 
-@pytest.mark.skipif(dispatch.module("cuda").why_not() is None, reason="this machine has what the row needs")
+@pytest.mark.skipif(backends.module("cuda").why_not() is None, reason="this machine has what the row needs")
 def test_a_row_for_another_gpu_may_be_missing(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     from throughput import missing, parse

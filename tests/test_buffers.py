@@ -58,7 +58,7 @@ def test_buffers(case, form, target):
     arguments = (patches, texts, problem.patch_mask, problem.attn_temperature, 1.0, form, target.backend)
     wide = problem.upstream.dtype
     phi, lse = (Guarded(problem.upstream.shape, wide, target.device) for _ in range(2))
-    torch.ops.pacl_kernels.score_forward(*arguments, phi.inside, lse.inside)
+    torch.ops.pacl_kernels.compatibility_forward(*arguments, phi.inside, lse.inside)
     phi.assert_written("phi")
     lse.assert_written("lse")
     saved = phi.inside.clone(), lse.inside.clone()
@@ -76,7 +76,7 @@ def test_buffers(case, form, target):
             if ask
         }
         buffers = [grads[name].inside if name in grads else None for name in shapes]
-        torch.ops.pacl_kernels.score_backward(*arguments, phi.inside, lse.inside, problem.upstream, *buffers)
+        torch.ops.pacl_kernels.compatibility_backward(*arguments, phi.inside, lse.inside, problem.upstream, *buffers)
         sizes = natural_sizes(problem)
         for name, grad in grads.items():
             grad.assert_written(name)
@@ -96,9 +96,9 @@ def test_nan_from_above(form, target):
     upstream[1, 2] = float("nan")
     arguments = (problem.patches, problem.texts, None, problem.attn_temperature, 1.0, form, target.backend)
     phi, lse = torch.empty_like(upstream), torch.empty_like(upstream)
-    torch.ops.pacl_kernels.score_forward(*arguments, phi, lse)
+    torch.ops.pacl_kernels.compatibility_forward(*arguments, phi, lse)
     patches, texts, tau = torch.empty_like(problem.patches), torch.empty_like(problem.texts), phi.new_empty(())
-    torch.ops.pacl_kernels.score_backward(*arguments, phi, lse, upstream, patches, texts, tau)
+    torch.ops.pacl_kernels.compatibility_backward(*arguments, phi, lse, upstream, patches, texts, tau)
     reached = patches[1, int(lse[1, 2])] if form == "max" else patches[1]
     assert reached.isnan().all() and texts[2].isnan().all()
     assert patches[1].isnan().sum() == reached.numel() and (tau == 0 if form == "max" else tau.isnan())

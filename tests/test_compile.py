@@ -10,8 +10,8 @@ from torch import nn
 
 from pacl_kernels import PaclLoss, compatibility, fused_pacl_loss, upsample_argmax
 
-SCORE_FORWARD = torch.ops.pacl_kernels.score_forward.default
-SCORE_BACKWARD = torch.ops.pacl_kernels.score_backward.default
+COMPATIBILITY_FORWARD = torch.ops.pacl_kernels.compatibility_forward.default
+COMPATIBILITY_BACKWARD = torch.ops.pacl_kernels.compatibility_backward.default
 
 
 def operator_arguments(problem, backend):
@@ -28,12 +28,12 @@ def test_opcheck(form, mask, target):
         problem = replace(problem, patches=problem.patches.nan_to_num(0, 0, 0))
     for arguments, skips in zip(operator_arguments(problem, target.backend), ((None, 0, 1, 2), (None,)), strict=True):
         phi, lse = torch.empty_like(problem.upstream), torch.empty_like(problem.upstream)
-        torch.library.opcheck(SCORE_FORWARD, (*arguments, phi, lse))
-        SCORE_FORWARD(*arguments, phi, lse)
+        torch.library.opcheck(COMPATIBILITY_FORWARD, (*arguments, phi, lse))
+        COMPATIBILITY_FORWARD(*arguments, phi, lse)
         buffers = (torch.empty_like(problem.patches), torch.empty_like(problem.texts), phi.new_empty(()))
         for skipped in skips:
             grads = [None if i == skipped else buffer for i, buffer in enumerate(buffers)]
-            torch.library.opcheck(SCORE_BACKWARD, (*arguments, phi, lse, problem.upstream, *grads))
+            torch.library.opcheck(COMPATIBILITY_BACKWARD, (*arguments, phi, lse, problem.upstream, *grads))
 
 
 def _answer(function, problem):

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from pacl_kernels.backends import cuda
+from pacl_kernels.backends.gpu import hopper
 
-native = cuda.native()
+native = hopper.native()
 pytestmark = pytest.mark.skipif(native is None, reason="the native module is not built")
 needs_cuda = pytest.mark.skipif(not hasattr(native, "CudaScoreCall"), reason="built without nvcc")
 

@@ -15,7 +15,7 @@ from accuracy import check
 from filelock import FileLock
 from problems import Case, make
 
-from pacl_kernels.backends import cuda
+from pacl_kernels.backends.gpu import hopper
 
 
 @pytest.fixture(scope="session")  # of a module, it would be built each time that a test process comes back to this one
@@ -44,7 +44,7 @@ def run(
     curvature=None,
     **more,
 ):
-    """A launch as `backends/cuda.py` makes it; `more`: what the emulator can be told."""
+    """A launch as `backends/gpu/hopper.py` makes it; `more`: what the emulator can be told."""
     on_device = isinstance(tau, torch.Tensor)
     norms = patches.float().norm(dim=-1)
     if mask is not None:
@@ -54,7 +54,7 @@ def run(
         epilogue = "weights" if weights else "forward_safe" if not on_device and tau < 0.05 else "forward"
     call = emulated.Call(
         library,
-        epilogue=getattr(cuda.native().CudaEpilogue, epilogue),
+        epilogue=getattr(hopper.native().CudaEpilogue, epilogue),
         sizes=(*patches.shape[:2], len(texts), patches.shape[2]),
         dtype=str(patches.dtype).removeprefix("torch."),
         patches=patches.data_ptr(),
@@ -299,7 +299,7 @@ def test_cosine(library, b, n, k, d, more, masked, tau):
     lse = (a * (s / tau - a.clamp_min(1e-300).log())).sum(-1) / torch.log(torch.tensor(2.0))
     radius = torch.einsum("bkn,bnm,bkm->bk", a, unit @ unit.mT, a).sqrt().clamp_min(1e-6)
     options = dict(tau=tau, mask=mask, **more)
-    if cuda.native().cuda_can_pool(n):
+    if hopper.native().cuda_can_pool(n):
         found, stat = torch.full((b, k), float("nan")), torch.full((b, k), float("nan"))
         run(library, patches, texts, found, stat, gram=gram, epilogue="cosine", **options)
     else:
@@ -350,7 +350,7 @@ def test_weights_of_cosine(library, b, n, k, d, more, dtype, masked, tau):
     weights = dict(weights=found.data_ptr(), stride=stride, scale=0)
     weights |= dict(grad_phi=g.data_ptr(), temperature_sums=sums.data_ptr() if masked else 0)
     options = dict(tau=tau, mask=mask if masked else None, **more)
-    if cuda.native().cuda_can_pool(n):
+    if hopper.native().cuda_can_pool(n):
         epilogue, attention = "cosine_weights", torch.full((b + 1, k, -(-n // 8) * 8 + 8), 9.0, dtype=dtype)
     else:
         epilogue, attention = "pool_weights", attention_in_memory(library, patches, texts, None, lse.float(), **options)
@@ -392,9 +392,9 @@ BACKEND = [
 )
 def test_backend(library, monkeypatch, case, form, dtype):
     """The whole backend, with the emulator's launches between kernels of Triton's interpreter."""
-    native = SimpleNamespace(CudaScoreCall=partial(emulated.Call, library), CudaPlan=cuda.native().CudaPlan)
-    native.cuda_can_pool, native.CudaEpilogue = cuda.native().cuda_can_pool, cuda.native().CudaEpilogue
-    monkeypatch.setattr(cuda, "native", lambda: native)
-    monkeypatch.setattr(cuda, "why_not", lambda device=None, dtype=None: None)
-    monkeypatch.setattr(cuda, "ATTENTION_IN_MEMORY", True)
+    native = SimpleNamespace(CudaScoreCall=partial(emulated.Call, library), CudaPlan=hopper.native().CudaPlan)
+    native.cuda_can_pool, native.CudaEpilogue = hopper.native().cuda_can_pool, hopper.native().CudaEpilogue
+    monkeypatch.setattr(hopper, "native", lambda: native)
+    monkeypatch.setattr(hopper, "why_not", lambda device=None, dtype=None: None)
+    monkeypatch.setattr(hopper, "ATTENTION_IN_MEMORY", True)
     check(make(case, form, "compatibility" if case.K else "infonce", dtype), "cuda")

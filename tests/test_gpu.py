@@ -6,8 +6,8 @@ from accuracy import check, evaluate
 from filelock import FileLock
 from problems import FORMS, Case, make
 
-from pacl_kernels import available_backends, compatibility, dispatch, fused_pacl_loss
-from pacl_kernels.backends import triton_launch as launch
+from pacl_kernels import available_backends, backends, compatibility, fused_pacl_loss
+from pacl_kernels.backends.gpu import run as launch
 
 pytestmark = [
     pytest.mark.gpu,
@@ -41,9 +41,9 @@ def _step(inputs, form, **options):
 
 def test_auto_takes_the_fastest():
     fastest = "cuda" if available_backends()["cuda"] is None else "triton"
-    assert dispatch.resolve("auto", torch.device("cuda"), torch.bfloat16) == fastest
-    assert dispatch.resolve("auto", torch.device("cuda"), torch.float32) == "triton"
-    assert dispatch.resolve("auto", torch.device("cuda"), torch.float64) == "torch"
+    assert backends.resolve("auto", torch.device("cuda"), torch.bfloat16) == fastest
+    assert backends.resolve("auto", torch.device("cuda"), torch.float32) == "triton"
+    assert backends.resolve("auto", torch.device("cuda"), torch.float64) == "torch"
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -26,7 +26,7 @@ def test_gradcheck(form, objective, mask):
     inputs = [getattr(problem, name).clone().requires_grad_() for name in names]
     with Spy() as spy:
         assert torch.autograd.gradcheck(function, inputs)
-    assert spy.backends() == {("score_forward", "torch"), ("score_backward", "torch")}
+    assert spy.backends() == {("compatibility_forward", "torch"), ("compatibility_backward", "torch")}
 
 
 @pytest.mark.parametrize("form", FORMS)

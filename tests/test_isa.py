@@ -86,10 +86,10 @@ def test_gradients_in_memory_that_nobody_has_touched(dtype, form, cpu_backend):
     problem = make(Case(40, 200, 2500, K=2), form, "compatibility", dtype)  # 40 MB or more: malloc asks the system
     phi, lse = torch.empty_like(problem.upstream), torch.empty_like(problem.upstream)
     inputs = (problem.patches, problem.texts, None, None, 0.1, form, cpu_backend, phi, lse)
-    torch.ops.pacl_kernels.score_forward(*inputs)
+    torch.ops.pacl_kernels.compatibility_forward(*inputs)
     fresh, used = torch.empty_like(problem.patches), torch.full_like(problem.patches, torch.nan)
     for gradient in (fresh, used):
-        torch.ops.pacl_kernels.score_backward(*inputs, problem.upstream, gradient, None, None)
+        torch.ops.pacl_kernels.compatibility_backward(*inputs, problem.upstream, gradient, None, None)
     assert torch.equal(fresh, used)
 
 
@@ -137,7 +137,9 @@ def test_phi_of_bfloat16_is_exact_to_1e_5(tau, form, isa, cpu_backend):
     """It is float32 and will be multiplied by a logit scale, so nothing on the way to it may be rounded to bfloat16."""
     problem = make(Case(9, 197, 130, K=40, tau=tau), form, "compatibility", torch.bfloat16)
     phi, lse = torch.empty_like(problem.upstream), torch.empty_like(problem.upstream)
-    torch.ops.pacl_kernels.score_forward(problem.patches, problem.texts, None, None, tau, form, cpu_backend, phi, lse)
+    torch.ops.pacl_kernels.compatibility_forward(
+        problem.patches, problem.texts, None, None, tau, form, cpu_backend, phi, lse
+    )
     patches, texts = problem.patches.double(), problem.texts.double()
     truth = compatibility(patches, texts, attn_temperature=tau, form=form, backend="reference")
     assert (phi - truth).abs().max() < 1e-5

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from pacl_kernels.backends import triton as backend
+from pacl_kernels.backends.gpu import triton as backend
 
 ROOT = Path(__file__).parent.parent
 BENCHMARKS = ROOT / "benchmarks"
-SOURCES = ROOT / "pacl_kernels" / "backends" / "triton_kernels"
+SOURCES = ROOT / "pacl_kernels" / "backends" / "gpu" / "kernels"
 SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
 TENSOR_CORE = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05"}
 

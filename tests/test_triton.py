@@ -7,10 +7,10 @@ import torch
 from accuracy import check, evaluate, winners
 from problems import CONTENTS, FORMS, LAYOUTS, SHAPES, Case, make
 
-from pacl_kernels import available_backends, dispatch, fused_pacl_loss
-from pacl_kernels.backends import triton as backend
-from pacl_kernels.backends import triton_launch as launch
-from pacl_kernels.backends import triton_tiles as tiles
+from pacl_kernels import available_backends, backends, fused_pacl_loss
+from pacl_kernels.backends.gpu import run as launch
+from pacl_kernels.backends.gpu import tiles
+from pacl_kernels.backends.gpu import triton as backend
 
 pytestmark = pytest.mark.skipif(available_backends()["triton"] is not None, reason=str(available_backends()["triton"]))
 
@@ -142,7 +142,7 @@ def _launched(launches, name):
 @pytest.mark.parametrize("tau, safe", [(0.07, [False]), (0.05, [False]), (0.049, [True])])
 def test_a_number_chooses_the_kernel(tau, safe, launches):
     problem = make(Case(2, 70, 20), "dot", "compatibility", device=DEVICE)
-    call = dispatch.module("triton").score_forward
+    call = backends.module("triton").compatibility_forward
     phi, stat = problem.patches.new_empty(2, 2), problem.patches.new_empty(2, 2)
     call(problem.patches, problem.texts, None, tau, "dot", phi, stat)
     assert [constants["SAFE"] for constants in _launched(launches, "score_forward_kernel")] == safe
@@ -357,9 +357,9 @@ def test_whole_tiles_fit_into_the_workspace(k, monkeypatch):
 def test_a_tensor_on_the_cpu_without_the_interpreter(monkeypatch):
     monkeypatch.setattr(tiles, "interpreted", lambda: False)
     with pytest.raises(ValueError, match="'triton' cannot run here: .*on a GPU, not on cpu"):
-        dispatch.resolve("triton", torch.device("cpu"), torch.float32)
+        backends.resolve("triton", torch.device("cpu"), torch.float32)
 
 
 def test_float64_is_refused():
     with pytest.raises(ValueError, match="'triton' cannot run here: .*float64"):
-        dispatch.resolve("triton", torch.device(DEVICE), torch.float64)
+        backends.resolve("triton", torch.device(DEVICE), torch.float64)

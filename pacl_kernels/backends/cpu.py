@@ -56,14 +56,14 @@ def why_not(device: torch.device | None = None, dtype: torch.dtype | None = None
     return None
 
 
-def score_forward(patches, texts, patch_mask, temperature, form, phi, lse) -> None:
+def compatibility_forward(patches, texts, patch_mask, temperature, form, phi, lse) -> None:
     params = _params(patches, texts, patch_mask, temperature, form, phi, lse)
     if phi.numel():
         workspace = _workspace(params, backward=False)  # noqa: F841  (alive during the call)
         _native.score_forward(params)
 
 
-def score_backward(
+def compatibility_backward(
     patches, texts, patch_mask, temperature, form, phi, lse, grad_phi, grad_patches, grad_texts, grad_temperature
 ) -> None:
     params = _params(patches, texts, patch_mask, temperature, form, phi, lse)

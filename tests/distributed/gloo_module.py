@@ -15,7 +15,7 @@ from gloo_loss import answer, local_part, local_rows
 from problems import Case, Problem, make
 from torch import nn
 
-from pacl_kernels import PaclLoss, dispatch, fused_pacl_loss
+from pacl_kernels import PaclLoss, backends, fused_pacl_loss
 
 # Built while the file is read, before any process group, as in the constructor of a training script's module.
 assert not dist.is_initialized()
@@ -40,7 +40,7 @@ def mine(whole, group) -> Problem:
 
 @pytest.fixture
 def unwarned(monkeypatch):
-    monkeypatch.setattr(dispatch, "_warned", set())
+    monkeypatch.setattr(backends, "_warned", set())
 
 
 def value(loss: nn.Module, problem: Problem):

@@ -33,7 +33,7 @@ from accuracy import Expected, Inaccurate, winners
 from problems import _DATA, _LAYOUTS, DIFFERENTIABLE, FORMS, OBJECTIVES, Case, make
 from torch import Tensor
 
-from pacl_kernels import available_backends, dispatch
+from pacl_kernels import available_backends, backends
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
 DTYPES["float64"] = torch.float64  # of the torch backend
@@ -123,7 +123,7 @@ class Target:
     def takes(self, device: str, dtype: str) -> bool:
         if self.backend == "triton" and device == "cpu":  # in the interpreter
             return dtype != "float64"
-        return dispatch.module(self.backend).why_not(torch.device(device), DTYPES[dtype]) is None
+        return backends.module(self.backend).why_not(torch.device(device), DTYPES[dtype]) is None
 
 
 def targets(backends: Iterable[str], isas: Iterable[str] | None = None) -> list[Target]:

@@ -38,7 +38,7 @@ def test_a_problem_is_repeated_by_what_a_failure_prints():
 
 def test_a_wrong_answer_is_found(monkeypatch):
     """The torch backend with the attention of another temperature."""
-    from pacl_kernels.backends import torch as backend
+    from pacl_kernels.backends import blockwise as backend
 
     attend = backend._attend
     monkeypatch.setattr(backend, "_attend", lambda *args: attend(*args[:-1], args[-1] * 1.001))

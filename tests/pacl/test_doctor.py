@@ -8,13 +8,13 @@ import torch
 from pacl import doctor
 from pacl.cli import main
 
-from pacl_kernels import available_backends, dispatch
+from pacl_kernels import available_backends, backends
 
 
 def backend(**changes):
     """The `torch` backend with other functions in the places of some of its own."""
-    own = dispatch.module("torch")
-    names = ("why_not", "score_forward", "score_backward", "upsample_argmax")
+    own = backends.module("torch")
+    names = ("why_not", "compatibility_forward", "compatibility_backward", "upsample_argmax")
     return SimpleNamespace(**{name: getattr(own, name) for name in names} | changes)
 
 
@@ -23,12 +23,12 @@ def doctor_with(monkeypatch, capsys):
     """(backend) -> exit status, JSON and text of a doctor that finds it in the place of `torch`."""
 
     def run(module):
-        monkeypatch.setitem(dispatch._MODULES, "torch", module)
+        monkeypatch.setitem(backends._MODULES, "torch", module)
         status = main(["doctor", "--json"])
         found = json.loads(capsys.readouterr().out)
         assert main(["doctor"]) == status
-        backends = capsys.readouterr().out.split("Backends")[1]
-        line = next(line for line in backends.splitlines() if line.startswith("  torch "))
+        listed = capsys.readouterr().out.split("Backends")[1]
+        line = next(line for line in listed.splitlines() if line.startswith("  torch "))
         return status, found["checks"]["torch"], line
 
     return run
@@ -54,21 +54,21 @@ def test_it_names_what_computes_something_else(capsys, monkeypatch):
 
 
 def test_a_backend_that_raises_is_a_line_of_the_report(doctor_with):
-    def score_forward(*_):
+    def compatibility_forward(*_):
         raise RuntimeError("the first line\nthe second")
 
-    status, check, line = doctor_with(backend(score_forward=score_forward))
+    status, check, line = doctor_with(backend(compatibility_forward=compatibility_forward))
     assert status == 1
     assert check["failure"] == "RuntimeError: the first line" and check["error"] is None
     assert line.endswith(": RuntimeError: the first line")
 
 
 def test_an_answer_that_is_not_finite_is_a_failure_in_valid_json(doctor_with):
-    def score_forward(patches, texts, mask, temperature, form, phi, lse):
+    def compatibility_forward(patches, texts, mask, temperature, form, phi, lse):
         phi.fill_(torch.nan)
         lse.zero_()
 
-    status, check, line = doctor_with(backend(score_forward=score_forward))
+    status, check, line = doctor_with(backend(compatibility_forward=compatibility_forward))
     assert status == 1 and check["error"] is None
     assert check["failure"] == "an answer is not finite" and "not finite" in line
 

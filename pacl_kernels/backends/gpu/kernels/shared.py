@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ..triton_tiles import interpreted
+from ..tiles import interpreted
 
 LOG2E = tl.constexpr(1.4426950408889634)
 INTERPRETED = tl.constexpr(interpreted())

@@ -9,7 +9,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import triton_tiles as tiles
+from . import tiles
 
 _INTERPRETER_PROGRAMS = 3  # fewer than items, so that programs of the interpreter loop as those of a GPU do
 
@@ -17,9 +17,9 @@ _INTERPRETER_PROGRAMS = 3  # fewer than items, so that programs of the interpret
 @functools.cache
 def kernels() -> ModuleType:
     """The kernels' package, which imports triton: not before a kernel is needed."""
-    from . import triton_kernels
+    from . import kernels as package
 
-    return triton_kernels
+    return package
 
 
 def run(

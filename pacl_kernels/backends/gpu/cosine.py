@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from ..reference import MIN_POOLED_NORM
-from . import triton_launch as launch
-from . import triton_tiles as tiles
+from ...reference import MIN_POOLED_NORM
+from . import run as launch
+from . import tiles
 
 
 class CosineLaunches:
@@ -59,7 +59,7 @@ class CosineLaunches:
         launch.run(
             launch.kernels().cosine_forward_kernel,
             (b1 - b0) * tiles.ceil_div(k1 - k0, chosen.block_t),
-            (attention, gram, self.temperature, self.phi[:, k0:], self.stat[:, k0:], b0, self.n, k1 - k0)
+            (attention, gram, self.temperature, self.phi[:, k0:], self.state[:, k0:], b0, self.n, k1 - k0)
             + (*attention.stride()[:2], gram.stride(1), self.k, MIN_POOLED_NORM),
             *self._pool_tile(chosen, attention),
         )
@@ -73,7 +73,7 @@ class CosineLaunches:
         launch.run(
             launch.kernels().cosine_backward_kernel,
             items,
-            (attention, gram, self.temperature, self.inv_p, self.inv_t[k0:], self.stat[:, k0:], grad_phi[:, k0:])
+            (attention, gram, self.temperature, self.inv_p, self.inv_t[k0:], self.state[:, k0:], grad_phi[:, k0:])
             + (self.scale, w, curvature, sums, b0, self.n, k1 - k0)
             + (*attention.stride()[:2], w.stride(0), gram.stride(1), self.k, MIN_POOLED_NORM),
             *self._pool_tile(

@@ -19,19 +19,19 @@ def why_not(device: torch.device | None = None, dtype: torch.dtype | None = None
     return None
 
 
-def score_forward(patches, texts, patch_mask, temperature, form, phi, lse) -> None:
-    """Write φ `[B, K]`. The backward makes the softmax again and does not read `lse`, which is filled with 0.
+def compatibility_forward(patches, texts, patch_mask, temperature, form, phi, state) -> None:
+    """Write φ `[B, K]`. The backward makes the softmax again and does not read `state`, which is filled with 0.
 
-    For the form "max", which ignores τ, `lse` takes the index of the winning patch (-1 for an image without a patch).
+    For the form "max", which ignores τ, `state` takes the index of the winning patch (-1 for an image without a patch).
     """
-    lse.zero_()
+    state.zero_()
     for images, text_blocks in _blocks(patches, texts):
         p, *_ = _unit(_masked(patches, patch_mask, images), phi.dtype)
         copy_of = _first_copies(p, patch_mask, images) if form == "max" else None
         for columns in text_blocks:
             t, *_ = _unit(texts[columns], phi.dtype)
             if form == "max":
-                phi[images, columns], lse[images, columns] = _largest(p, t, patch_mask, images, copy_of)
+                phi[images, columns], state[images, columns] = _largest(p, t, patch_mask, images, copy_of)
                 continue
             s, a, largest = _attend(p, t, patch_mask, images, temperature)
             if form == "dot":
@@ -43,8 +43,8 @@ def score_forward(patches, texts, patch_mask, temperature, form, phi, lse) -> No
         phi.masked_fill_(_without_patch(patch_mask), 0.0)  # 0 x NaN, where a text is not finite
 
 
-def score_backward(
-    patches, texts, patch_mask, temperature, form, phi, lse, grad_phi, grad_patches, grad_texts, grad_temperature
+def compatibility_backward(
+    patches, texts, patch_mask, temperature, form, phi, state, grad_phi, grad_patches, grad_texts, grad_temperature
 ) -> None:
     """Write the gradients whose buffers are given: `[B, N, D]`, `[K, D]` and `[]` (0 for the form "max")."""
     texts_sum = None if grad_texts is None else texts.new_zeros(texts.shape, dtype=phi.dtype)
@@ -57,9 +57,9 @@ def score_backward(
         for columns in text_blocks:
             t, *_ = _unit(texts[columns], phi.dtype)
             if form == "max":
-                _add_largest(p, t, lse[images, columns], grad_phi[images, columns], patches_sum, texts_sum, columns)
+                _add_largest(p, t, state[images, columns], grad_phi[images, columns], patches_sum, texts_sum, columns)
                 continue
-            # The attention and its mean are made again, not taken from φ and lse: their rounding, divided by τ, would
+            # The attention and its mean are made again, not taken from φ and state: their rounding, divided by τ, would
             # not cancel against that of s.
             s, a, largest = _attend(p, t, patch_mask, images, temperature)
             g = grad_phi[images, columns]

@@ -7,19 +7,19 @@ import math
 import torch
 from torch import Tensor
 
-from . import triton_launch as launch
-from . import triton_tiles as tiles
-from .triton_cosine import CosineLaunches
+from . import run as launch
+from . import tiles
+from .cosine import CosineLaunches
 
 
 class Call(CosineLaunches):
     """The inputs of one call, and the launches that are made of them for images [b0, b1) and texts [k0, k1)."""
 
-    def __init__(self, patches: Tensor, texts: Tensor, patch_mask: Tensor | None, temperature, phi, stat):
+    def __init__(self, patches: Tensor, texts: Tensor, patch_mask: Tensor | None, temperature, phi, state):
         (self.b, self.n, self.d), self.k = patches.shape, len(texts)
         self.patches, self.mask, self.temperature = patches, patch_mask, temperature
         self.raw_texts, self.texts = texts, texts
-        self.phi, self.stat = phi, stat
+        self.phi, self.state = phi, state
         self.full = patch_mask is not None  # whether the epilogue of the backward needs more registers
         self.inv_p = launch.inverse_norms(patches, patch_mask)
         if texts.dtype == torch.float16:  # whose products and weights are in the range of float32
@@ -54,7 +54,7 @@ class Call(CosineLaunches):
             launch.run(
                 launch.kernels().score_forward_kernel,
                 min(programs, text_tiles * tiles.ceil_div(self.b, run)),
-                (p, t, self.mask, temperature, self.inv_p, self.inv_t, self.phi, self.stat)
+                (p, t, self.mask, temperature, self.inv_p, self.inv_t, self.phi, self.state)
                 + (self.b, self.n, self.k, self.d, *self.strides, run),
                 tile | dict(TAU_IS_TENSOR=isinstance(temperature, Tensor)),
                 chosen.warps,
@@ -151,7 +151,7 @@ class Call(CosineLaunches):
             launch.kernels().score_backward_kernel,
             min(launch.programs(self.patches.device, chosen.per_processor), items),
             (p, t, self.mask, self.temperature, self.inv_p, self.inv_t[k0:])
-            + (None if phi is None else phi[:, k0:], self.stat[:, k0:], None if attention else grad_phi[:, k0:])
+            + (None if phi is None else phi[:, k0:], self.state[:, k0:], None if attention else grad_phi[:, k0:])
             + (None if attention else self.scale, w, sums, b0, b1, self.n, k1 - k0, self.d)
             + (*self.strides, self.k, *strides),
             tile
@@ -174,7 +174,7 @@ class Call(CosineLaunches):
             launch.run(
                 launch.kernels().max_texts_kernel,
                 tiles.ceil_div(self.k, chosen["TEXTS"]) * tiles.ceil_div(self.d, chosen["BLOCK_D"]),
-                (self.patches, self.inv_p, self.inv_t, self.stat, grad_phi, texts_sum)
+                (self.patches, self.inv_p, self.inv_t, self.state, grad_phi, texts_sum)
                 + (self.b, self.n, self.k, self.d, *self.patches.stride()),
                 chosen,
             )
@@ -191,7 +191,7 @@ class Call(CosineLaunches):
             launch.run(
                 launch.kernels().max_patches_kernel,
                 (b1 - b0) * tiles.ceil_div(self.n, chosen.block_n) * tiles.ceil_div(self.d, block_d),
-                (self.texts, self.inv_p, self.inv_t, self.stat, grad_phi, scale, some)
+                (self.texts, self.inv_p, self.inv_t, self.state, grad_phi, scale, some)
                 + (b0, self.n, self.k, self.d, *self.texts.stride()),
                 dict(
                     BLOCK_N=chosen.block_n,

@@ -11,7 +11,7 @@ import functools
 import torch
 from torch import Tensor
 
-from . import contrast, dispatch, ops
+from . import backends, contrastive, ops
 
 Scalar = float | Tensor
 
@@ -113,10 +113,10 @@ class CompatibilityFunction(PerSample):
     @staticmethod
     @first_order
     def backward(ctx, saved, grad_phi):
-        *inputs, phi, lse = saved
+        *inputs, phi, state = saved
         needs = ctx.needs_input_grad
         *grads, grad_temperature = score_gradients(
-            inputs, ctx.options, phi, lse, grad_phi.contiguous(), needs[0], needs[1], needs[2]
+            inputs, ctx.options, phi, state, grad_phi.contiguous(), needs[0], needs[1], needs[2]
         )
         return *grads, like(grad_temperature, inputs[3]), None, None, None
 
@@ -129,8 +129,8 @@ class PaclFunction(PerSample):
 
     @staticmethod
     def forward(patches, texts, logit_scale, logit_bias, temperature, patch_mask, form, loss, backend):
-        phi, lse = score(*operator_arguments(patches, texts, patch_mask, temperature, form, backend))
-        if dispatch.fuses_loss(backend):
+        phi, state = score(*operator_arguments(patches, texts, patch_mask, temperature, form, backend))
+        if backends.fuses_loss(backend):
             scale, scale_value = tensor_or_number(logit_scale)
             scalars = scale, scale_value or 0.0, *tensor_or_number(logit_bias)
             value = phi.new_empty(())
@@ -138,7 +138,7 @@ class PaclFunction(PerSample):
             ops.loss_forward(phi, *scalars, loss, backend, value, *(statistics or (None,)))
         else:
             value, statistics = _loss(logits_of(phi, logit_scale, logit_bias), loss)
-        return value, phi, lse, *statistics
+        return value, phi, state, *statistics
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -146,16 +146,16 @@ class PaclFunction(PerSample):
         tensors, ctx.options = operator_arguments(patches, texts, patch_mask, temperature, form, backend)
         scale, ctx.scale = tensor_or_number(logit_scale)
         bias, ctx.bias = tensor_or_number(logit_bias)
-        _, phi, lse, *statistics = output
-        _keep(ctx, output, *tensors, phi, lse, scale, bias, *statistics)
+        _, phi, state, *statistics = output
+        _keep(ctx, output, *tensors, phi, state, scale, bias, *statistics)
 
     @staticmethod
     @first_order
     def backward(ctx, saved, grad_loss):
-        *inputs, phi, lse, scale, bias = saved[:8]
+        *inputs, phi, state, scale, bias = saved[:8]
         statistics = saved[8:]
         needs = ctx.needs_input_grad
-        if dispatch.fuses_loss(ctx.options[-1]):
+        if backends.fuses_loss(ctx.options[-1]):
             grad_phi, grad_scale, grad_bias = torch.empty_like(phi), phi.new_empty(()), phi.new_empty(())
             scalars = scale, ctx.scale or 0.0, bias, ctx.bias
             ops.loss_backward(
@@ -173,7 +173,7 @@ class PaclFunction(PerSample):
         grad_scale = like(grad_scale, scale) if needs[2] else None
         grad_bias = like(grad_bias, bias) if needs[3] else None
         grad_patches, grad_texts, grad_temperature = score_gradients(
-            inputs, ctx.options, phi, lse, grad_phi, needs[0], needs[1], needs[4]
+            inputs, ctx.options, phi, state, grad_phi, needs[0], needs[1], needs[4]
         )
         grad_temperature = like(grad_temperature, inputs[3])
         return grad_patches, grad_texts, grad_scale, grad_bias, grad_temperature, None, None, None, None
@@ -198,13 +198,13 @@ def score(inputs, options) -> tuple[Tensor, Tensor]:
     patches, texts = inputs[:2]
     dtype = torch.float64 if patches.dtype == torch.float64 else torch.float32
     phi = patches.new_empty(patches.shape[0], texts.shape[0], dtype=dtype)
-    lse = torch.empty_like(phi)
-    ops.score_forward(*inputs, *options, phi, lse)
-    return phi, lse
+    state = torch.empty_like(phi)
+    ops.compatibility_forward(*inputs, *options, phi, state)
+    return phi, state
 
 
 def score_gradients(
-    inputs, options, phi, lse, grad_phi, patches_need, texts_need, temperature_needs, texts_dtype=None
+    inputs, options, phi, state, grad_phi, patches_need, texts_need, temperature_needs, texts_dtype=None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Those asked for, of patches, texts (in their dtype, or `texts_dtype`) and temperature."""
     patches, texts = inputs[:2]
@@ -212,7 +212,7 @@ def score_gradients(
     grad_texts = texts.new_empty(texts.shape, dtype=texts_dtype) if texts_need else None
     grad_temperature = phi.new_empty(()) if temperature_needs else None
     if patches_need or texts_need or temperature_needs:
-        ops.score_backward(*inputs, *options, phi, lse, grad_phi, grad_patches, grad_texts, grad_temperature)
+        ops.compatibility_backward(*inputs, *options, phi, state, grad_phi, grad_patches, grad_texts, grad_temperature)
     return grad_patches, grad_texts, grad_temperature
 
 
@@ -229,13 +229,13 @@ def logits_of(phi: Tensor, scale: Scalar, bias: Scalar | None) -> Tensor:
 def _loss(logits: Tensor, loss: str) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The loss of `[B, B]`, and what its gradient needs beside the logits, which are lost."""
     if loss == "sigmoid":
-        return contrast.sigmoid(logits, 0) / logits.shape[0], ()
-    rows, columns = (contrast.sums(logits, dim).finish() for dim in (1, 0))
-    return contrast.infonce(logits.diagonal(), rows, columns), (*rows, *columns)
+        return contrastive.sigmoid(logits, 0) / logits.shape[0], ()
+    rows, columns = (contrastive.sums(logits, dim).finish() for dim in (1, 0))
+    return contrastive.infonce(logits.diagonal(), rows, columns), (*rows, *columns)
 
 
 def _loss_gradient(logits: Tensor, loss: str, statistics: tuple[Tensor, ...]) -> Tensor:
     if loss == "sigmoid":
-        return contrast.sigmoid_gradient(logits, 0).div_(logits.shape[0])
-    rows, columns = contrast.LogSumExp(*statistics[:2]), contrast.LogSumExp(*statistics[2:])
-    return contrast.infonce_gradient(logits, rows, columns, 0).div_(2 * logits.shape[0])
+        return contrastive.sigmoid_gradient(logits, 0).div_(logits.shape[0])
+    rows, columns = contrastive.LogSumExp(*statistics[:2]), contrastive.LogSumExp(*statistics[2:])
+    return contrastive.infonce_gradient(logits, rows, columns, 0).div_(2 * logits.shape[0])

@@ -10,10 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..native import native
-from . import triton, triton_call
-from . import triton_tiles as tiles
-from .triton_launch import ranges
+from ...native import native
+from . import call, tiles, triton
+from .run import ranges
 
 loss_forward, loss_backward, upsample_argmax = triton.loss_forward, triton.loss_backward, triton.upsample_argmax
 
@@ -42,20 +41,20 @@ def why_not(device: torch.device | None = None, dtype: torch.dtype | None = None
     return None if reason is None else f"it needs the Triton backend beside it: {reason}"
 
 
-def score_forward(patches, texts, patch_mask, temperature, form, phi, stat) -> None:
-    triton.forward(Call, patches, texts, patch_mask, temperature, form, phi, stat)
+def compatibility_forward(patches, texts, patch_mask, temperature, form, phi, state) -> None:
+    triton.forward(Call, patches, texts, patch_mask, temperature, form, phi, state)
 
 
-def score_backward(
-    patches, texts, patch_mask, temperature, form, phi, stat, grad_phi, grad_patches, grad_texts, grad_temperature
+def compatibility_backward(
+    patches, texts, patch_mask, temperature, form, phi, state, grad_phi, grad_patches, grad_texts, grad_temperature
 ) -> None:
     gradients = (grad_phi, grad_patches, grad_texts, grad_temperature)
-    triton.backward(Call, patches, texts, patch_mask, temperature, form, phi, stat, gradients)
+    triton.backward(Call, patches, texts, patch_mask, temperature, form, phi, state, gradients)
 
 
-class Call(triton_call.Call):
-    def __init__(self, patches, texts, patch_mask, temperature, phi, stat):
-        super().__init__(patches, texts, patch_mask, temperature, phi, stat)
+class Call(call.Call):
+    def __init__(self, patches, texts, patch_mask, temperature, phi, state):
+        super().__init__(patches, texts, patch_mask, temperature, phi, state)
         self.rows, self.text_rows = _aligned(patches), _aligned(self.texts)
         self.device = patches.device.index or 0
         self.stream = torch.cuda.current_stream(patches.device).cuda_stream if patches.is_cuda else 0
@@ -163,7 +162,7 @@ class Call(triton_call.Call):
             temperature=0.0 if on_device else temperature,
             temperature_at=temperature.data_ptr() if on_device else 0,
             phi=0 if phi is None else phi[b0:b1, k0:].data_ptr(),
-            stat=self.stat[b0:b1, k0:].data_ptr(),
+            state=self.state[b0:b1, k0:].data_ptr(),
             stride_phi=self.k,
             cluster=CLUSTER,
             device=self.device,

@@ -1,7 +1,7 @@
 """The two fused functions in Triton, for every GPU that it supports.
 
-`triton_call` orders the launches, `triton_cosine` has those of the cosine form, `triton_launch` what all of them share,
-`triton_tiles` the tables of tiles, and `triton_kernels` the kernels.
+`call` orders the launches, `cosine` has those of the cosine form, `run` what all of them share,
+`tiles` the tables of tiles, and `kernels` the kernels.
 
 Forward: the inverse norms, then one persistent product whose epilogue sums the softmax. Backward: for blocks of images,
 the product again with an epilogue that writes W `[texts, rows]` into a workspace of fixed size, then ∂P = Wᵀ T and
@@ -18,10 +18,10 @@ import importlib.metadata
 import torch
 from torch import Tensor
 
-from ..reference import LARGEST_SCORE
-from . import triton_launch as launch
-from . import triton_tiles as tiles
-from .triton_call import Call
+from ...reference import LARGEST_SCORE
+from . import run as launch
+from . import tiles
+from .call import Call
 
 _MIN_TRITON = (3, 3)
 
@@ -54,28 +54,28 @@ def _triton_version() -> tuple[int, ...] | None:
     return None
 
 
-def score_forward(patches, texts, patch_mask, temperature, form, phi, stat) -> None:
-    forward(Call, patches, texts, patch_mask, temperature, form, phi, stat)
+def compatibility_forward(patches, texts, patch_mask, temperature, form, phi, state) -> None:
+    forward(Call, patches, texts, patch_mask, temperature, form, phi, state)
 
 
-def forward(kind: type[Call], patches, texts, patch_mask, temperature, form, phi, stat) -> None:
+def forward(kind: type[Call], patches, texts, patch_mask, temperature, form, phi, state) -> None:
     """`kind`: whose launches are made, this backend's or those of one that is built on it."""
     if not phi.numel():
         return
     with launch.on_device(patches):
-        kind(patches, texts, patch_mask, temperature, phi, stat).forward(form)
+        kind(patches, texts, patch_mask, temperature, phi, state).forward(form)
 
 
-def score_backward(
-    patches, texts, patch_mask, temperature, form, phi, stat, grad_phi, grad_patches, grad_texts, grad_temperature
+def compatibility_backward(
+    patches, texts, patch_mask, temperature, form, phi, state, grad_phi, grad_patches, grad_texts, grad_temperature
 ) -> None:
     gradients = (grad_phi, grad_patches, grad_texts, grad_temperature)
-    backward(Call, patches, texts, patch_mask, temperature, form, phi, stat, gradients)
+    backward(Call, patches, texts, patch_mask, temperature, form, phi, state, gradients)
 
 
-def backward(kind: type[Call], patches, texts, patch_mask, temperature, form, phi, stat, gradients) -> None:
+def backward(kind: type[Call], patches, texts, patch_mask, temperature, form, phi, state, gradients) -> None:
     with launch.on_device(patches):
-        kind(patches, texts, patch_mask, temperature, phi, stat).backward(form, *gradients)
+        kind(patches, texts, patch_mask, temperature, phi, state).backward(form, *gradients)
 
 
 def loss_forward(phi: Tensor, scale, bias, loss: str, value: Tensor, statistics: Tensor | None) -> None:
@@ -122,7 +122,7 @@ def loss_backward(phi, scale, bias, loss: str, statistics, grad_loss, grad_phi, 
 
 
 def upsample_argmax(scores, rows, columns, scale, labels, best, entropy) -> None:
-    """As `backends/torch.py` says; a program takes a block of an image's pixels."""
+    """As `backends/blockwise.py` says; a program takes a block of an image's pixels."""
     with launch.on_device(scores):
         arguments = (scores, *rows, *columns, scale, labels, best, entropy)
         arguments += (*scores.shape[1:], *labels.shape[1:], *scores.stride())
