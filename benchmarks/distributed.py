@@ -151,11 +151,11 @@ def no_communication():
         return x[plan.columns(plan.rank)].clone()
 
     return mock.patch.multiple(
-        distributed,
-        _all_gather=all_gather,
-        _all_reduce=lambda x, plan: x.clone(),
-        _reduce_scatter=reduce_scatter,
-        _hop=lambda x, plan: x.clone(),
+        distributed.collectives,
+        all_gather=all_gather,
+        all_reduce=lambda x, plan: x.clone(),
+        reduce_scatter=reduce_scatter,
+        hop=lambda x, plan: x.clone(),
         _wait=lambda x: x,
     )
 
@@ -231,7 +231,7 @@ def model(patches: int = 196, dim: int = 512, size: int = 2) -> list[dict]:
         for world in (8, 64, 256, 1024):
             local = batch // world
             arrays = distributed.gathered_bytes(world, local, dim, size)
-            ring = arrays > distributed._GATHER_BYTES
+            ring = arrays > distributed.GATHER_BYTES
             sent = formula("ring" if ring else "gather", world, local, patches, dim, size, scatters=True)
             compute = (5 if ring else 4) * 2 * local * patches * batch * dim / H200["flops"]
             rows.append(
@@ -243,7 +243,7 @@ def model(patches: int = 196, dim: int = 512, size: int = 2) -> list[dict]:
                     "patches_sent": formula("all patches", world, local, patches, dim, size, scatters=True),
                     "communication": communication(sent, world, ring, H200),
                     "compute": compute,
-                    "arrays": 4 * local * dim * (2 + size) + min(16 * local**2, distributed._RING_BYTES)
+                    "arrays": 4 * local * dim * (2 + size) + min(16 * local**2, distributed.RING_BYTES)
                     if ring
                     else arrays,
                 }

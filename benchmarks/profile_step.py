@@ -17,7 +17,7 @@ import torch
 
 from pacl_kernels import fused_pacl_loss
 from pacl_kernels.backends import NAMES
-from pacl_kernels.loss import FORMS
+from pacl_kernels.checks import FORMS
 
 
 def main() -> None:

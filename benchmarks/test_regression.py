@@ -9,7 +9,7 @@ import torch
 
 from pacl_kernels import fused_pacl_loss
 from pacl_kernels.backends import resolve
-from pacl_kernels.loss import FORMS
+from pacl_kernels.checks import FORMS
 
 pytest.importorskip("pytest_benchmark")
 

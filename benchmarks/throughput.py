@@ -31,7 +31,7 @@ import torch
 from providers import LOGIT_SCALE, PEERS, PRODUCTS, chunked, does_not_fit, is_compiled, losses, products, why_not
 
 from pacl_kernels import backends, reference
-from pacl_kernels.loss import FORMS
+from pacl_kernels.checks import FORMS
 from pacl_kernels.native import native
 
 SECONDS = 3.0  # of timed runs for one provider: a slow one runs less often than --repeats, but 3 times
@@ -319,7 +319,7 @@ def missing(outcome: dict, args) -> list[str]:
     """A sentence for each row of the fused loss that is not there, but for `cuda` beside another on another GPU."""
     fused = {name: row for row in outcome["rows"] if (name := row["name"].removeprefix("fused ")) != row["name"]}
     lost = {name: row["reason"] for name, row in fused.items() if row["reason"] is not None}
-    if len(lost) < len(fused) and backends.module("cuda").why_not(args.torch_device, args.torch_dtype) is not None:
+    if len(lost) < len(fused) and backends.get("cuda").why_not(args.torch_device, args.torch_dtype) is not None:
         lost.pop("cuda", None)
     return [f"the row of fused {name} is missing: {reason}" for name, reason in lost.items()]
 

@@ -1,7 +1,9 @@
-"""The losses over logits `[B, K]` and their gradients, for all columns at once or a block of them at a time.
+"""The losses over logits `[B, K]` and their gradients, in plain PyTorch.
 
-The pairs may lie anywhere: row i belongs to column `pairs + i`. Rows are complete in one process; columns may go on in
-others, so their sums are handed out before they are finished (`Sums`).
+`loss_forward` and `loss_backward` take all pairs of one process; every backend without kernels for the loss uses them.
+The parts below them take a block of columns at a time, for the batch of many processes. There the pairs may lie
+anywhere: row i belongs to column `pairs + i`. Rows are complete in one process; columns may go on in others, so their
+sums are handed out before they are finished (`Sums`).
 """
 
 from __future__ import annotations
@@ -11,6 +13,62 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+Scalar = float | Tensor
+
+
+def loss_forward(
+    phi: Tensor, scale: Scalar, bias: Scalar | None, loss: str, value: Tensor, statistics: Tensor | None
+) -> None:
+    """Writes the loss (0-D) of φ `[B, B]`, and for InfoNCE `statistics` `[4, B]`.
+
+    Those are maximum and log-sum of the rows, then of the columns.
+    """
+    logits = logits_of(phi, scale, bias)
+    if loss == "sigmoid":
+        value.copy_(sigmoid(logits, 0) / logits.shape[0])
+        return
+    rows, columns = (sums(logits, dim).finish() for dim in (1, 0))
+    value.copy_(infonce(logits.diagonal(), rows, columns))
+    for line, into in zip((*rows, *columns), statistics, strict=True):
+        into.copy_(line)
+
+
+def loss_backward(
+    phi: Tensor,
+    scale: Scalar,
+    bias: Scalar | None,
+    loss: str,
+    statistics: Tensor | None,
+    grad_loss: Tensor,
+    grad_phi: Tensor,
+    grad_scale: Tensor | None,
+    grad_bias: Tensor | None,
+) -> None:
+    """Writes ∂L/∂φ `[B, B]` and, where a buffer is given, the gradients (0-D) of logit scale and bias."""
+    logits = logits_of(phi, scale, bias, out=grad_phi)
+    if loss == "sigmoid":
+        grad = sigmoid_gradient(logits, 0).div_(logits.shape[0])
+    else:
+        rows, columns = LogSumExp(*statistics[:2]), LogSumExp(*statistics[2:])
+        grad = infonce_gradient(logits, rows, columns, 0).div_(2 * logits.shape[0])
+    grad.mul_(grad_loss)
+    if grad_scale is not None:
+        grad_scale.copy_((grad * phi).sum())
+    if grad_bias is not None:
+        grad_bias.copy_(grad.sum())
+    grad.mul_(scale)
+
+
+def scalar(value: Scalar | None, dtype: torch.dtype) -> Scalar | None:
+    """A number or None as it is; a tensor of one element 0-D in `dtype`, so that it adds no dimension to a product."""
+    return value.to(dtype).reshape(()) if isinstance(value, Tensor) else value
+
+
+def logits_of(phi: Tensor, scale: Scalar, bias: Scalar | None, out: Tensor | None = None) -> Tensor:
+    """`scale * phi + bias`; scalars as `scalar` makes them."""
+    logits = torch.mul(phi, scale, out=out)
+    return logits if bias is None else logits.add_(bias)
 
 
 class LogSumExp(NamedTuple):

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from . import ops, reference
-from .autograd import PerSample, tensor_or_number
+from .autograd import PerSample
 from .backends import resolve
-from .loss import DTYPES, check_dense, check_scalar
+from .checks import DTYPES, check_dense, check_scalar
 
 MAX_CLASSES = 2**15  # labels are int16
 
@@ -74,10 +74,7 @@ class _Upsample(PerSample):
         labels = scores.new_empty(scores.shape[0], h, w, dtype=torch.int16)
         best = scores.new_empty(labels.shape, dtype=wide) if return_best else None
         entropy = scores.new_empty(labels.shape, dtype=wide) if return_entropy else None
-        scale, number = tensor_or_number(logit_scale)
-        ops.upsample_argmax(
-            scores, align_corners, scale, 1.0 if number is None else number, backend, labels, best, entropy
-        )
+        ops.upsample_argmax(scores, align_corners, *ops.pair(logit_scale), backend, labels, best, entropy)
         return labels, best, entropy
 
     @staticmethod

@@ -133,7 +133,7 @@ def test_a_row_of_ours_that_fails_is_an_error(tmp_path, monkeypatch, capsys):
         raise RuntimeError("the blocks are gone")
 
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    monkeypatch.setattr(backends.module("torch"), "compatibility_forward", compatibility_forward)
+    monkeypatch.setattr(backends.get("torch"), "compatibility_forward", compatibility_forward)
     import throughput
 
     # Its own process, which would not see the backend that is broken here.
@@ -146,7 +146,7 @@ def test_a_row_of_ours_that_fails_is_an_error(tmp_path, monkeypatch, capsys):
     assert "the blocks are gone" in capsys.readouterr().out
 
 
-@pytest.mark.skipif(backends.module("cuda").why_not() is None, reason="this machine has what the row needs")
+@pytest.mark.skipif(backends.get("cuda").why_not() is None, reason="this machine has what the row needs")
 def test_a_row_for_another_gpu_may_be_missing(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     from throughput import missing, parse

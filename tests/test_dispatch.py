@@ -93,10 +93,10 @@ def test_backend_that_cannot_run_says_why(name, by, monkeypatch):
 
 def test_module_says_why_not_for_device_and_dtype():
     for name, dtype in (("torch", torch.float64), (BEST, torch.float32), (BEST, torch.bfloat16), (BEST, torch.float16)):
-        assert backends.module(name).why_not(torch.device("cpu"), dtype) is None
+        assert backends.get(name).why_not(torch.device("cpu"), dtype) is None
     if CPU_IS_BUILT:
-        assert "float64" in backends.module("cpu").why_not(torch.device("cpu"), torch.float64)
-        assert "cuda" in backends.module("cpu").why_not(torch.device("cuda"), torch.float32)
+        assert "float64" in backends.get("cpu").why_not(torch.device("cpu"), torch.float64)
+        assert "cuda" in backends.get("cpu").why_not(torch.device("cuda"), torch.float32)
 
 
 def test_a_slow_choice_warns_once_a_good_one_never():

@@ -146,7 +146,7 @@ def test_a_missing_kernel_is_not_taken_for_forward_mode(single, monkeypatch):
     def fails(*arguments):
         raise NotImplementedError("no kernel for this device")
 
-    monkeypatch.setattr("pacl_kernels.autograd.score", fails)
+    monkeypatch.setattr("pacl_kernels.autograd.compatibility", fails)
     with pytest.raises(NotImplementedError, match="^no kernel for this device$"):
         compatibility(*pairs(single.device), backend=single.backend)
 

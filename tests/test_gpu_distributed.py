@@ -9,7 +9,8 @@ from accuracy import assert_accurate, natural_sizes
 from problems import DIFFERENTIABLE, Case, make
 
 from pacl_kernels import distributed, fused_pacl_loss
-from pacl_kernels.loss import global_loss
+from pacl_kernels.autograd import Options
+from pacl_kernels.distributed import global_loss
 
 pytestmark = [
     pytest.mark.gpu,
@@ -33,7 +34,8 @@ def test_collectives_of_one_process(exchange, loss, dtype, group):
     leaves = [{name: getattr(problem, name).detach().clone().requires_grad_() for name in DIFFERENTIABLE} for _ in "ab"]
 
     def step(x):
-        value = global_loss(*x.values(), None, "cosine", loss, "triton", group, exchange)
+        inputs = x["patches"], x["texts"], x["logit_scale"], None, x["attn_temperature"], x["logit_bias"]
+        value = global_loss(*inputs, Options("cosine", loss, "triton"), group, exchange)
         return value, torch.autograd.grad(value, list(x.values()))
 
     x, y = leaves
@@ -55,7 +57,7 @@ def test_collectives_of_one_process(exchange, loss, dtype, group):
 def test_a_larger_batch_has_to_be_agreed_on(group):
     def step(b):
         p, t = torch.randn(b, 5, 16, device="cuda"), torch.randn(b, 16, device="cuda")
-        return global_loss(p, t, 10.0, None, 0.1, None, "dot", "infonce", "triton", group, "gather")
+        return global_loss(p, t, 10.0, None, 0.1, None, Options("dot", "infonce", "triton"), group, "gather")
 
     step(8), step(4)
     with pytest.raises(ValueError, match="texts has 9 rows, expected at most 8, the largest local batch of the first"):

@@ -142,7 +142,7 @@ def _launched(launches, name):
 @pytest.mark.parametrize("tau, safe", [(0.07, [False]), (0.05, [False]), (0.049, [True])])
 def test_a_number_chooses_the_kernel(tau, safe, launches):
     problem = make(Case(2, 70, 20), "dot", "compatibility", device=DEVICE)
-    call = backends.module("triton").compatibility_forward
+    call = backends.get("triton").compatibility_forward
     phi, stat = problem.patches.new_empty(2, 2), problem.patches.new_empty(2, 2)
     call(problem.patches, problem.texts, None, tau, "dot", phi, stat)
     assert [constants["SAFE"] for constants in _launched(launches, "score_forward_kernel")] == safe

@@ -1,28 +1,72 @@
-"""Which implementation of the two fused functions runs.
-
-A backend is a module with `why_not(device, dtype) -> str | None` (None: it can; otherwise one sentence that says what
-is missing and how to get it), `compatibility_forward`, `compatibility_backward` and `upsample_argmax`, see
-`blockwise.py`. It may have `loss_forward` and `loss_backward` as well, see `gpu/triton.py`.
-"""
+"""Which implementation of the fused functions runs, and what an implementation consists of (`Backend`)."""
 
 from __future__ import annotations
 
 import os
 import warnings
-from types import ModuleType
+from typing import Protocol
 
 import torch
+from torch import Tensor
 
+from ..contrastive import Scalar
 from . import blockwise, cpu
 from .gpu import hopper, triton
 
-_MODULES: dict[str, ModuleType] = {"cuda": hopper, "triton": triton, "cpu": cpu, "torch": blockwise}
-NAMES = ("auto", *_MODULES, "reference")
+
+class Backend(Protocol):
+    """The functions of a backend, a module or an object; they write into the buffers that they are given.
+
+    All tensors are on one device. `patches` `[B, N, D]` and `texts` `[K, D]` have one dtype and any strides,
+    `patch_mask` is bool `[B, N]` or None. φ, the state and ∂L/∂φ are contiguous `[B, K]`, float32 (float64 for float64
+    inputs); the loss and the gradients of scalars are 0-D and of the same dtype. A scalar is a number or a 0-D tensor
+    of that dtype. A gradient whose buffer is None is not computed.
+    """
+
+    def why_not(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> str | None:
+        """None if it can run; otherwise one sentence that says what is missing and how to get it."""
+
+    def compatibility_forward(
+        self, patches: Tensor, texts: Tensor, patch_mask: Tensor | None, temperature: Scalar, form: str,
+        phi: Tensor, state: Tensor,
+    ) -> None:  # fmt: skip
+        """Writes φ, and the state that the backward needs besides."""
+
+    def compatibility_backward(
+        self, patches: Tensor, texts: Tensor, patch_mask: Tensor | None, temperature: Scalar, form: str,
+        phi: Tensor, state: Tensor, grad_phi: Tensor,
+        grad_patches: Tensor | None, grad_texts: Tensor | None, grad_temperature: Tensor | None,
+    ) -> None:  # fmt: skip
+        """Writes the gradients from ∂L/∂φ: `[B, N, D]`, `[K, D]` (float32 or the texts' dtype) and 0-D."""
+
+    def loss_forward(
+        self, phi: Tensor, scale: Scalar, bias: Scalar | None, loss: str, value: Tensor, statistics: Tensor | None
+    ) -> None:
+        """Writes the loss (0-D) of φ `[B, B]`, and for InfoNCE the statistics `[4, B]` that its backward needs."""
+
+    def loss_backward(
+        self, phi: Tensor, scale: Scalar, bias: Scalar | None, loss: str, statistics: Tensor | None, grad_loss: Tensor,
+        grad_phi: Tensor, grad_scale: Tensor | None, grad_bias: Tensor | None,
+    ) -> None:  # fmt: skip
+        """Writes ∂L/∂φ and the gradients of logit scale and bias."""
+
+    def upsample_argmax(
+        self, scores: Tensor, rows: tuple[Tensor, Tensor], columns: tuple[Tensor, Tensor], scale: Scalar,
+        labels: Tensor, best: Tensor | None, entropy: Tensor | None,
+    ) -> None:  # fmt: skip
+        """Writes labels int16 `[B, H, W]`, best scores and entropies of scores `[B, C, h, w]`.
+
+        `rows` and `columns`: for each output row (column) the index before it and its fraction, see `ops._positions`.
+        """
+
+
+_BACKENDS: dict[str, Backend] = {"cuda": hopper, "triton": triton, "cpu": cpu, "torch": blockwise}
+NAMES = ("auto", *_BACKENDS, "reference")
 
 
 def available_backends() -> dict[str, str | None]:
     """Backend name to None if it can run on this machine, otherwise to the reason why not."""
-    return {name: module.why_not() for name, module in _MODULES.items()} | {"reference": None}
+    return {name: backend.why_not() for name, backend in _BACKENDS.items()} | {"reference": None}
 
 
 def resolve(backend: str, device: torch.device, dtype: torch.dtype) -> str:
@@ -38,7 +82,7 @@ def resolve(backend: str, device: torch.device, dtype: torch.dtype) -> str:
         return _best(device, dtype)
     if backend == "reference":
         return backend
-    reason = _MODULES[backend].why_not(device, dtype)
+    reason = _BACKENDS[backend].why_not(device, dtype)
     if reason is not None:
         raise ValueError(f"backend {backend!r} cannot run here: {reason}")
     return backend
@@ -49,13 +93,8 @@ def resolve(backend: str, device: torch.device, dtype: torch.dtype) -> str:
 resolve._dynamo_marked_constant = True
 
 
-def module(name: str) -> ModuleType:
-    return _MODULES[name]
-
-
-def fuses_loss(name: str) -> bool:
-    """Whether the backend has kernels of its own for the loss over `[B, K]`, `loss_forward` and `loss_backward`."""
-    return hasattr(_MODULES[name], "loss_forward")
+def get(name: str) -> Backend:
+    return _BACKENDS[name]
 
 
 def _best(device: torch.device, dtype: torch.dtype) -> str:
@@ -66,7 +105,7 @@ def _best(device: torch.device, dtype: torch.dtype) -> str:
     if device.type == "cuda" and hopper.why_not(device, dtype) is None:
         return "cuda"
     best = "cpu" if device.type == "cpu" else "triton"
-    reason = _MODULES[best].why_not(device, dtype)
+    reason = _BACKENDS[best].why_not(device, dtype)
     if reason is None:
         return best
     warn_once(f"pacl_kernels runs its blockwise PyTorch backend, several times slower than {best!r}: {reason}")

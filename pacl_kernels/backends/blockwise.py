@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..contrastive import loss_backward, loss_forward  # noqa: F401  (part of a backend, see `Backend`)
 from ..reference import LARGEST_SCORE, MIN_NORM, MIN_POOLED_NORM, range_factor
 
 # Elements of one block of scores; about five such blocks are alive at a time. A GPU needs larger ones: with those of a

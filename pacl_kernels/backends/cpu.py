@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import native
+from ..contrastive import loss_backward, loss_forward  # noqa: F401  (part of a backend, see `Backend`)
 
 _native = native.native()  # None: built without a C++ compiler, or for another Python
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}

@@ -15,7 +15,7 @@ import torch
 
 import pacl_kernels
 from pacl_kernels import available_backends, backends, fused_pacl_loss, reference
-from pacl_kernels.loss import FORMS
+from pacl_kernels.checks import FORMS
 from pacl_kernels.native import native
 
 PACKAGES = ("torch", "triton", "numpy", "open_clip_torch", "timm", "torchvision", "webdataset", "safetensors", "pillow")
@@ -69,7 +69,7 @@ def _result(**known) -> dict[str, Any]:
 def _target(backend: str) -> tuple[str, torch.dtype] | None:
     """The first device, a GPU before the CPU, and the first dtype that the backend accepts."""
     devices = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
-    why_not = backends.module(backend).why_not
+    why_not = backends.get(backend).why_not
     targets = ((device, dtype) for device in devices for dtype in TOLERANCES)
     return next((target for target in targets if why_not(torch.device(target[0]), target[1]) is None), None)
 

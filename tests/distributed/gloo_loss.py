@@ -15,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from pacl_kernels import PaclLoss, available_backends, distributed, fused_pacl_loss
-from pacl_kernels.loss import global_loss
+from pacl_kernels.autograd import Options
+from pacl_kernels.distributed import global_loss
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 EXCHANGES = ("gather", "ring")
@@ -136,9 +137,11 @@ def test_collectives_of_one_process(exchange, group):
         pytest.skip("of one process")
     problem = make(Case(5, 7, 33), "cosine", "infonce", torch.float64)
     leaves = [getattr(problem, name).detach().clone().requires_grad_() for name in DIFFERENTIABLE]
+    patches, texts, scale, bias, tau = leaves
+    options = Options(problem.form, problem.objective, "torch")
     for function in (global_loss, partial(checkpoint, global_loss, use_reentrant=False)):
         with Traffic() as traffic:
-            value = function(*leaves, None, problem.form, problem.objective, "torch", group, exchange)
+            value = function(patches, texts, scale, None, tau, bias, options, group, exchange)
             grads = torch.autograd.grad(value, leaves)
         assert ("all_reduce", (7,)) in traffic.sent
         got = {"value": value.detach(), **dict(zip(DIFFERENTIABLE, grads, strict=True))}
@@ -151,10 +154,11 @@ def test_numbers_of_one_process_change_when_compiled(group):
         pytest.skip("of one process")
     problem = make(Case(3, 4, 11), "dot", "infonce")
 
-    def function(scale):
-        return global_loss(problem.patches, problem.texts, scale, None, 0.1, None, "dot", "infonce", *rest)
+    options = Options("dot", "infonce", "torch")
 
-    rest = ("torch", group, "gather")
+    def function(scale):
+        return global_loss(problem.patches, problem.texts, scale, None, 0.1, None, options, group, "gather")
+
     compiled = torch.compile(function, fullgraph=True, backend="eager")
     for scale in (10.0, 11.0, 12.0):
         assert compiled(scale).item() == pytest.approx(function(scale).item(), rel=1e-6)
@@ -225,7 +229,7 @@ def test_automatic_choice(group, monkeypatch):
         (2**30, "all_gather_into_tensor"),
         (world * 4 * (8 * 12 + 16 * 4) - 1, "all_to_all_single"),
     ):
-        monkeypatch.setattr("pacl_kernels.distributed._GATHER_BYTES", limit)
+        monkeypatch.setattr("pacl_kernels.distributed.agreement.GATHER_BYTES", limit)
         with Traffic() as traffic:
             answer(problem, group=group)
         assert world == 1 or (collective, (4, 8)) in traffic.sent
@@ -292,7 +296,7 @@ def test_without_reading_what_others_say(group, monkeypatch):
     world, rank = group.size(), group.rank()
     if world == 1:
         pytest.skip("one process agrees with itself")
-    monkeypatch.setattr("pacl_kernels.distributed._may_read", lambda device: False)
+    monkeypatch.setattr("pacl_kernels.distributed.agreement.may_read", lambda device: False)
 
     def check(sizes, scale):
         problem = make(Case(sum(sizes), 4, 11), "dot", "infonce", torch.float64)
@@ -386,6 +390,6 @@ def test_module_with_the_arguments_of_open_clip(group):
 def test_ring_in_blocks(loss, columns, sizes, group, monkeypatch):
     """Fewer texts at a time than a process sends, where their scores would be too large."""
     problem, rows = make(Case(sum(sizes), 5, 9), "cosine", loss, torch.float64), local_rows(sizes, group.rank())
-    monkeypatch.setattr("pacl_kernels.distributed._RING_BYTES", 16 * sizes[group.rank()] * columns)
+    monkeypatch.setattr("pacl_kernels.distributed.function.RING_BYTES", 16 * sizes[group.rank()] * columns)
     got = answer(local_part(problem, rows), group=group, exchange="ring")
     assert_close(got, shares(answer(problem), rows, group.size()), 1e-10, natural_sizes(problem))

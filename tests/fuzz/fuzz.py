@@ -123,7 +123,7 @@ class Target:
     def takes(self, device: str, dtype: str) -> bool:
         if self.backend == "triton" and device == "cpu":  # in the interpreter
             return dtype != "float64"
-        return backends.module(self.backend).why_not(torch.device(device), DTYPES[dtype]) is None
+        return backends.get(self.backend).why_not(torch.device(device), DTYPES[dtype]) is None
 
 
 def targets(backends: Iterable[str], isas: Iterable[str] | None = None) -> list[Target]:

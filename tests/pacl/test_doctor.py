@@ -13,7 +13,7 @@ from pacl_kernels import available_backends, backends
 
 def backend(**changes):
     """The `torch` backend with other functions in the places of some of its own."""
-    own = backends.module("torch")
+    own = backends.get("torch")
     names = ("why_not", "compatibility_forward", "compatibility_backward", "upsample_argmax")
     return SimpleNamespace(**{name: getattr(own, name) for name in names} | changes)
 
@@ -23,7 +23,7 @@ def doctor_with(monkeypatch, capsys):
     """(backend) -> exit status, JSON and text of a doctor that finds it in the place of `torch`."""
 
     def run(module):
-        monkeypatch.setitem(backends._MODULES, "torch", module)
+        monkeypatch.setitem(backends._BACKENDS, "torch", module)
         status = main(["doctor", "--json"])
         found = json.loads(capsys.readouterr().out)
         assert main(["doctor"]) == status

@@ -117,8 +117,9 @@ def loss_backward(phi, scale, bias, loss: str, statistics, grad_loss, grad_phi, 
             stages=2,
             fused=False,
         )
-        grad_scale.copy_(sums[0].sum())
-        grad_bias.copy_(sums[1].sum())
+        for grad, parts in zip((grad_scale, grad_bias), sums, strict=True):
+            if grad is not None:
+                grad.copy_(parts.sum())
 
 
 def upsample_argmax(scores, rows, columns, scale, labels, best, entropy) -> None:

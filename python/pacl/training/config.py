@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import yaml
 
-from pacl_kernels.loss import FORMS, LOSSES
+from pacl_kernels.checks import FORMS, LOSSES
 
 from ..data import Kind
 from ..embedder import DEFAULT_ATTN_TEMPERATURE, DEFAULT_FORM

@@ -5,7 +5,7 @@ from __future__ import annotations
 from PIL import Image
 from torch import nn
 
-from pacl_kernels.distributed import _GATHER_BYTES, gathered_bytes
+from pacl_kernels.distributed import GATHER_BYTES, gathered_bytes
 
 from .recipe import recipe_notes
 from .run import Run
@@ -65,7 +65,7 @@ def sent_bytes(run: Run) -> int:
     item, others = 2 if run.amp else 4, run.world - 1
     trained = sum(x.numel() * x.element_size() for x in run.model.parameters() if x.requires_grad)
     texts, gradients = local * out * item, local * out * 4
-    if gathered_bytes(run.world, local, out, item) > _GATHER_BYTES:
+    if gathered_bytes(run.world, local, out, item) > GATHER_BYTES:
         exchange = 2 * others * texts + run.world * gradients
     else:
         exchange = others * (texts + gradients * (2 if run.device.type == "cpu" else 1))

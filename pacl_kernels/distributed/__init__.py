@@ -1,0 +1,7 @@
+"""The loss over the batch of all processes of a group, on `torch.distributed`; `function.py` describes the step."""
+
+from . import collectives
+from .agreement import GATHER_BYTES, forget, gathered_bytes
+from .function import RING_BYTES, global_loss
+
+__all__ = ["GATHER_BYTES", "RING_BYTES", "collectives", "forget", "gathered_bytes", "global_loss"]
