@@ -156,7 +156,7 @@ def no_communication():
         all_reduce=lambda x, plan: x.clone(),
         reduce_scatter=reduce_scatter,
         hop=lambda x, plan: x.clone(),
-        _wait=lambda x: x,
+        wait=lambda x: x,
     )
 
 
