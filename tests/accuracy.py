@@ -112,11 +112,11 @@ class Expected:
 def winners(problem: Problem, backend: str) -> Tensor:
     """The patch `[B, K]` that the backend's "max" chose, -1 where there is none; asserts that it is a real one."""
     phi = problem.patches.new_full((len(problem.patches), len(problem.texts)), math.nan, dtype=_wide(problem))
-    lse = phi.clone()
+    state = phi.clone()
     inputs = (problem.patches.detach(), problem.texts.detach(), problem.patch_mask, None, 1.0)
-    torch.ops.pacl_kernels.compatibility_forward(*inputs, "max", backend, phi, lse)
-    index = lse.long()
-    assert torch.equal(index.to(lse.dtype), lse), "winners are not whole numbers"
+    torch.ops.pacl_kernels.compatibility_forward(*inputs, "max", backend, phi, state)
+    index = state.long()
+    assert torch.equal(index.to(state.dtype), state), "winners are not whole numbers"
     n = problem.patches.shape[1]
     mask = problem.patch_mask
     mask = torch.ones(len(phi), n, dtype=torch.bool, device=phi.device) if mask is None else mask

@@ -57,11 +57,11 @@ def test_buffers(case, form, target):
     patches, texts = _guarded_inputs(problem)
     arguments = (patches, texts, problem.patch_mask, problem.attn_temperature, 1.0, form, target.backend)
     wide = problem.upstream.dtype
-    phi, lse = (Guarded(problem.upstream.shape, wide, target.device) for _ in range(2))
-    torch.ops.pacl_kernels.compatibility_forward(*arguments, phi.inside, lse.inside)
+    phi, state = (Guarded(problem.upstream.shape, wide, target.device) for _ in range(2))
+    torch.ops.pacl_kernels.compatibility_forward(*arguments, phi.inside, state.inside)
     phi.assert_written("phi")
-    lse.assert_written("lse")
-    saved = phi.inside.clone(), lse.inside.clone()
+    state.assert_written("state")
+    saved = phi.inside.clone(), state.inside.clone()
     expected = evaluate(problem, target.backend)
     assert_accurate("phi", phi.inside, expected["value"], target.dtype)
     shapes = {
@@ -76,12 +76,12 @@ def test_buffers(case, form, target):
             if ask
         }
         buffers = [grads[name].inside if name in grads else None for name in shapes]
-        torch.ops.pacl_kernels.compatibility_backward(*arguments, phi.inside, lse.inside, problem.upstream, *buffers)
+        torch.ops.pacl_kernels.compatibility_backward(*arguments, phi.inside, state.inside, problem.upstream, *buffers)
         sizes = natural_sizes(problem)
         for name, grad in grads.items():
             grad.assert_written(name)
             assert_accurate(name, grad.inside, expected[name], target.dtype, natural=sizes[name])
-    assert torch.equal(phi.inside, saved[0]) and torch.equal(lse.inside, saved[1]), "backward wrote to what it reads"
+    assert torch.equal(phi.inside, saved[0]) and torch.equal(state.inside, saved[1]), "backward wrote to what it reads"
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -95,11 +95,11 @@ def test_nan_from_above(form, target):
     upstream = problem.upstream.clone()
     upstream[1, 2] = float("nan")
     arguments = (problem.patches, problem.texts, None, problem.attn_temperature, 1.0, form, target.backend)
-    phi, lse = torch.empty_like(upstream), torch.empty_like(upstream)
-    torch.ops.pacl_kernels.compatibility_forward(*arguments, phi, lse)
+    phi, state = torch.empty_like(upstream), torch.empty_like(upstream)
+    torch.ops.pacl_kernels.compatibility_forward(*arguments, phi, state)
     patches, texts, tau = torch.empty_like(problem.patches), torch.empty_like(problem.texts), phi.new_empty(())
-    torch.ops.pacl_kernels.compatibility_backward(*arguments, phi, lse, upstream, patches, texts, tau)
-    reached = patches[1, int(lse[1, 2])] if form == "max" else patches[1]
+    torch.ops.pacl_kernels.compatibility_backward(*arguments, phi, state, upstream, patches, texts, tau)
+    reached = patches[1, int(state[1, 2])] if form == "max" else patches[1]
     assert reached.isnan().all() and texts[2].isnan().all()
     assert patches[1].isnan().sum() == reached.numel() and (tau == 0 if form == "max" else tau.isnan())
     assert_accurate("patches", patches[[0, 2, 3]], clean["patches"][[0, 2, 3]], target.dtype)

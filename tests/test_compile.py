@@ -27,13 +27,13 @@ def test_opcheck(form, mask, target):
     if mask is not None:  # opcheck compares its inputs before and after without equal_nan
         problem = replace(problem, patches=problem.patches.nan_to_num(0, 0, 0))
     for arguments, skips in zip(operator_arguments(problem, target.backend), ((None, 0, 1, 2), (None,)), strict=True):
-        phi, lse = torch.empty_like(problem.upstream), torch.empty_like(problem.upstream)
-        torch.library.opcheck(COMPATIBILITY_FORWARD, (*arguments, phi, lse))
-        COMPATIBILITY_FORWARD(*arguments, phi, lse)
+        phi, state = torch.empty_like(problem.upstream), torch.empty_like(problem.upstream)
+        torch.library.opcheck(COMPATIBILITY_FORWARD, (*arguments, phi, state))
+        COMPATIBILITY_FORWARD(*arguments, phi, state)
         buffers = (torch.empty_like(problem.patches), torch.empty_like(problem.texts), phi.new_empty(()))
         for skipped in skips:
             grads = [None if i == skipped else buffer for i, buffer in enumerate(buffers)]
-            torch.library.opcheck(COMPATIBILITY_BACKWARD, (*arguments, phi, lse, problem.upstream, *grads))
+            torch.library.opcheck(COMPATIBILITY_BACKWARD, (*arguments, phi, state, problem.upstream, *grads))
 
 
 def _answer(function, problem):

@@ -84,8 +84,8 @@ def test_smallest_temperature(case, dtype, form, isa, cpu_backend):
 def test_gradients_in_memory_that_nobody_has_touched(dtype, form, cpu_backend):
     """It is written to in another way than memory that was used before: with the same bits, and all of it."""
     problem = make(Case(40, 200, 2500, K=2), form, "compatibility", dtype)  # 40 MB or more: malloc asks the system
-    phi, lse = torch.empty_like(problem.upstream), torch.empty_like(problem.upstream)
-    inputs = (problem.patches, problem.texts, None, None, 0.1, form, cpu_backend, phi, lse)
+    phi, state = torch.empty_like(problem.upstream), torch.empty_like(problem.upstream)
+    inputs = (problem.patches, problem.texts, None, None, 0.1, form, cpu_backend, phi, state)
     torch.ops.pacl_kernels.compatibility_forward(*inputs)
     fresh, used = torch.empty_like(problem.patches), torch.full_like(problem.patches, torch.nan)
     for gradient in (fresh, used):
@@ -136,9 +136,9 @@ def test_a_name_that_is_unknown_or_absent(name, cpu_backend, monkeypatch):
 def test_phi_of_bfloat16_is_exact_to_1e_5(tau, form, isa, cpu_backend):
     """It is float32 and will be multiplied by a logit scale, so nothing on the way to it may be rounded to bfloat16."""
     problem = make(Case(9, 197, 130, K=40, tau=tau), form, "compatibility", torch.bfloat16)
-    phi, lse = torch.empty_like(problem.upstream), torch.empty_like(problem.upstream)
+    phi, state = torch.empty_like(problem.upstream), torch.empty_like(problem.upstream)
     torch.ops.pacl_kernels.compatibility_forward(
-        problem.patches, problem.texts, None, None, tau, form, cpu_backend, phi, lse
+        problem.patches, problem.texts, None, None, tau, form, cpu_backend, phi, state
     )
     patches, texts = problem.patches.double(), problem.texts.double()
     truth = compatibility(patches, texts, attn_temperature=tau, form=form, backend="reference")
