@@ -4,8 +4,7 @@
 #include <pybind11/stl.h>
 
 #include "cpu/dispatch.h"
-#include "cpu/score.h"
-#include "cpu/upsample.h"
+#include "cpu/params.h"
 #include "cuda/plan.h"
 #include "cuda/score.h"
 
@@ -44,7 +43,7 @@ OpenMp parse_openmp(std::array<uintptr_t, 3> addresses) {
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
-  m.doc() = "Native kernels of pacl_kernels; see csrc/cpu/score.h, csrc/cpu/upsample.h and csrc/cuda/score.h.";
+  m.doc() = "Native kernels of pacl_kernels; see csrc/cpu/params.h and csrc/cuda/score.h.";
 
   py::class_<ScoreParams>(m, "ScoreParams")
       .def(py::init([](std::array<int64_t, 4> sizes, const std::string& dtype, const std::string& form,

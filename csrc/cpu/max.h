@@ -3,6 +3,7 @@
 // texts that it won, a text Σ w p over the images' winners, and each is then projected as in the other forms.
 #pragma once
 
+#include "gradients.h"
 #include "softmax.h"
 
 namespace {

@@ -1,7 +1,7 @@
 // The register-tiled product that everything else is built on, and the fetching of memory ahead of it.
 #pragma once
 
-#include "score.h"
+#include "panels.h"
 #include "units.h"
 
 namespace {

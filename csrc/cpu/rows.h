@@ -1,6 +1,7 @@
-// Between the caller's tensors and packed panels: rows in, gradients out, through the norm.
+// From the caller's tensors to packed panels.
 #pragma once
 
+#include "half.h"
 #include "product.h"
 
 namespace {
@@ -8,40 +9,6 @@ namespace {
 using namespace pacl;
 
 constexpr float kMinNormSquared = 1e-24f;  // a shorter patch or text has no direction: similarity 0, gradient 0
-
-inline float float_from_bits(uint32_t i) {
-  float f;
-  memcpy(&f, &i, sizeof f);
-  return f;
-}
-inline uint32_t float_bits(float f) {
-  uint32_t i;
-  memcpy(&i, &f, sizeof i);
-  return i;
-}
-inline float from_bfloat16(uint16_t x) { return float_from_bits((uint32_t)x << 16); }
-inline uint16_t to_bfloat16(float f) {
-  uint32_t i = float_bits(f);
-  if (f != f) return (uint16_t)((i >> 16) | 64);
-  return (uint16_t)((i + 0x7FFF + ((i >> 16) & 1)) >> 16);
-}
-inline float from_float16(uint16_t x) {
-  uint32_t magnitude = (uint32_t)(x & 0x7FFF) << 13, sign = (uint32_t)(x & 0x8000) << 16;
-  float f = float_from_bits(magnitude) * float_from_bits(239u << 23);  // 2^112 moves the exponent, denormals too
-  uint32_t special = (x & 0x7C00) == 0x7C00 ? 0x7F800000u : 0;         // infinity and NaN
-  return float_from_bits(float_bits(f) | special | sign);
-}
-inline uint16_t to_float16(float f) {
-  uint32_t i = float_bits(f), sign = (i >> 16) & 0x8000;
-  i &= 0x7FFFFFFF;
-  if (i > 0x7F800000) return (uint16_t)(sign | 0x7E00);
-  if (i >= 0x477FF000) return (uint16_t)(sign | 0x7C00);  // rounds to 65536 or more
-  if (i < 0x38800000) {                                   // denormal: let an addition round
-    float g = float_from_bits(i) + 0.5f;
-    return (uint16_t)(sign | (float_bits(g) - 0x3F000000));
-  }
-  return (uint16_t)(sign | ((i - 0x38000000 + 0xFFF + ((i >> 13) & 1)) >> 13));
-}
 
 void read_row(const void* base, int64_t offset, int64_t stride, int64_t dim, Dtype dtype, float* out) {
   const uint16_t* half = (const uint16_t*)base + offset;
@@ -56,22 +23,6 @@ void read_row(const void* base, int64_t offset, int64_t stride, int64_t dim, Dty
   } else {
     for (int64_t d = 0; d < dim; ++d) out[d] = from_float16(half[d * stride]);
   }
-}
-
-// A row of a gradient. Pages that the system has made just now are in the cache, and stores past it would then take
-// twice as long as plain ones; into older memory it is the other way round.
-void write_gradient(void* to, int64_t offset, const void* from, int64_t bytes, bool fresh) {
-  fresh ? (void)memcpy((char*)to + offset, from, bytes) : copy_past_cache((char*)to + offset, from, bytes);
-}
-
-void write_row(void* base, int64_t offset, int64_t dim, Dtype dtype, const float* in, bool fresh) {
-  uint16_t* half = (uint16_t*)base + offset;
-  if (dtype == Dtype::float32)
-    write_gradient(base, sizeof(float) * offset, in, sizeof(float) * dim, fresh);
-  else if (dtype == Dtype::bfloat16)
-    for (int64_t d = 0; d < dim; ++d) half[d] = to_bfloat16(in[d]);
-  else
-    for (int64_t d = 0; d < dim; ++d) half[d] = to_float16(in[d]);
 }
 
 inline int64_t padded_dim(int64_t dim) { return round_up(dim, kPanel); }
@@ -265,63 +216,6 @@ inline V load_dims(const float* at, int v) {
   return load(at + v * kLanes);
 }
 
-// ∂L/∂x = sum - (sum · x) x / |x|²: what points along x does not change its direction. `sums` is a row of panels, x is
-// row `row` of others; inv_norm is 1 / |x|, or 0; the caller's row is x / scale. kMean: inv_norm times `mean`, a row of
-// Sums.means, belongs to the sum. Returns |∂L/∂x|².
-template <class Op, bool kMean = false>
-float finish_row(const float* sums, int64_t sums_capacity, const float* units, int64_t capacity, int64_t row,
-                 float inv_norm, float scale, int64_t dim, Dtype dtype, void* out, int64_t out_offset, bool fresh,
-                 float* buffer, [[maybe_unused]] const float* mean = nullptr) {
-  const int64_t dims = padded_dim(dim);
-  if (inv_norm == 0.0f) {  // no direction: the gradient is 0, whatever comes from above
-    memset(buffer, 0, sizeof(float) * dims);
-    write_row(out, out_offset, dim, dtype, buffer, fresh);
-    return 0.0f;
-  }
-  const float inv_squared = inv_norm * inv_norm;
-  const auto sum_of = [&](int64_t d, int v) {
-    const V x = load(dims_at<Float32>(sums, sums_capacity, 0, d) + v * kLanes);
-    return kMean ? fma(load(dims_at<Float32>(mean, kMeansCapacity, 0, d) + v * kLanes), inv_norm, x) : x;
-  };
-  V dot[2]{}, rest[2]{};
-  for (int64_t d = 0; d < dims; d += kPanel) {
-    const float* x = dims_at<Op>(units, capacity, row, d);
-    for (int v = 0; v < 2; ++v) dot[v] = fma(load_dims<Op>(x, v), sum_of(d, v), dot[v]);
-  }
-  const float along = sum(dot[0] + dot[1]) * inv_squared;
-  for (int64_t d = 0; d < dims; d += kPanel) {
-    const float* x = dims_at<Op>(units, capacity, row, d);
-    for (int v = 0; v < 2; ++v) {
-      const V result = fma(load_dims<Op>(x, v), -along, sum_of(d, v));
-      rest[v] = fma(result, load_dims<Op>(x, v), rest[v]);
-      store(buffer + d + v * kLanes, result);
-    }
-  }
-  // Once more: what the first projection leaves along x is its own rounding, and all of the result where D = 1.
-  const float remainder = sum(rest[0] + rest[1]) * inv_squared;
-  V squares[2]{};
-  for (int64_t d = 0; d < dims; d += kPanel) {
-    const float* x = dims_at<Op>(units, capacity, row, d);
-    for (int v = 0; v < 2; ++v) {
-      const V result = fma(load_dims<Op>(x, v), -remainder, load(buffer + d + v * kLanes)) * scale;
-      squares[v] = fma(result, result, squares[v]);
-#if defined(PACL_PAIRS)
-      if (Op::kPair == 2) {
-        const H half = round_to_bfloat16(result);
-        memcpy((uint16_t*)buffer + d + v * kLanes, &half, sizeof half);
-        continue;
-      }
-#endif
-      store(buffer + d + v * kLanes, result);
-    }
-  }
-  if (Op::kPair == 2)
-    write_gradient(out, sizeof(uint16_t) * out_offset, buffer, sizeof(uint16_t) * dim, fresh);
-  else
-    write_row(out, out_offset, dim, dtype, buffer, fresh);
-  return sum(squares[0] + squares[1]);
-}
-
 // The image of a block that holds row `row`, as its means are counted.
 inline int64_t mean_of_row(const Rows& rows, int64_t row) {
   int64_t mean = 0;
@@ -333,41 +227,6 @@ inline int64_t mean_of_row(const Rows& rows, int64_t row) {
 template <class Op>
 inline int64_t row_of_mean(const Rows& rows, int64_t mean) {
   return rows.count + Op::kRows + mean;
-}
-
-template <class Op>
-double finish_patches(const ScoreParams& p, const Rows& rows, int64_t first, int64_t last, const Sums& sums,
-                    float* buffer) {
-  const auto finish = rows.means ? finish_row<Op, Op::kPair == 2> : finish_row<Op>;
-  int64_t mean = mean_of_row(rows, first);
-  double squares = 0;
-  for (int64_t r = first; r < last; ++r) {
-    if (rows.image[r] < 0) continue;
-    if (rows.means && r >= rows.image_begin[mean + 1]) ++mean;
-    squares += finish(sums.panels + (r - sums.first) * kPanel, sums.capacity, rows.units, rows.capacity, r,
-                      rows.inv_norm[r], rows.scale[r], p.dim, p.dtype, p.grad_patches,
-                      (rows.image[r] * p.patches_per_image + rows.index[r]) * p.dim, p.fresh_gradient, buffer,
-                      sums.means + mean * kPanel);
-  }
-  finish_copies();
-  return squares;
-}
-
-double finish_texts(const ScoreParams& p, int64_t first, int64_t last, float* buffer) {
-  const int64_t dims = padded_dim(p.dim), capacity = round_up(p.texts_count, kPanel);
-  float* text = buffer + dims;  // as panels of one row
-  double squares = 0;
-  for (int64_t k = first; k < last; ++k) {
-    read_row(p.texts, k * p.text_stride_row, p.text_stride_dim, p.dim, p.dtype, text);
-    memset(text + p.dim, 0, sizeof(float) * (dims - p.dim));
-    const float* units = text;
-    float scale;
-    const float inv_norm = inverse_norm_in_range<Float32>(units, dims, text, scale);
-    squares += finish_row<Float32>(p.texts_sum + k * kPanel, capacity, units, 1, 0, inv_norm, scale, p.dim,
-                                   p.grad_texts_dtype, p.grad_texts, k * p.dim, false, buffer);
-  }
-  finish_copies();
-  return squares;
 }
 
 }  // namespace

@@ -1,12 +1,13 @@
 // Which thread enlarges what. Tasks are cut by shape only and share nothing, so any number of threads gives the same
 // bits.
 
-#include "upsample.h"
+#include "params.h"
 
 #include <stdexcept>
 #include <string>
 
 #include "dispatch.h"
+#include "plan.h"
 #include "team.h"
 
 namespace pacl {

@@ -1,178 +1,24 @@
 // The order of the work: which rows and texts are in memory together, which thread does what, and where it all lies.
 // Everything that decides a result's bits depends on shapes alone, so any number of threads gives the same bits.
 
-#include "score.h"
-
 #include <algorithm>
-#include <atomic>
-#include <chrono>
 #include <cstring>
 #include <numeric>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "pages.h"
+#include "plan.h"
 #include "team.h"
-#if defined(__linux__)
-#include <sys/mman.h>
-#include <unistd.h>
-#endif
 
 namespace pacl {
 namespace {
-
-constexpr int64_t kMiB = 1 << 20;
-constexpr int64_t kBudget = 60 * kMiB;       // workspace of a call, whatever its shape and threads; [N, N] comes on top
-constexpr int64_t kTextsBudget = 10 * kMiB;  // packed texts
-constexpr int64_t kRowsBudget = 26 * kMiB;   // a block of rows of the backward: patches, their gradient, weights
-
-constexpr int64_t kMaxRowsBudget = 8 * kMiB;  // a block of patches of the max form's backward
-constexpr int64_t kTextRange = 256;           // texts of a task
-
-// From this τ on the attention is nearly uniform, and weights in bfloat16 are stored less their mean (see Weights).
-// At small τ the mean is far from most weights, and would give patches that no text looks at its own rounding.
-constexpr float kMeanTemperature = 0.5f;
 
 // Where what W's rounding adds to a gradient is a larger part of it, the backward runs again in float32. That happens
 // where the terms cancel: images or texts that are (nearly) the same, as in a batch of duplicates or a collapsed model.
 // Terms of independent signs leave 0.002, and CLIP's texts, which share a direction, 0.003.
 constexpr double kRoundingShown = 6e-3;
-
-struct Plan {
-  const Kernels& kernels;
-  const ScoreParams& p;
-  bool backward, cosine, means;
-  bool local_sums;               // the patches' sums of a chunk at a time, see Scratch
-  int64_t row_align;             // rows of an image are padded to this
-  int64_t units, dims;           // padded units of D, padded D
-  int64_t image_rows;            // most rows of an image
-  int64_t chunk;                 // rows of a task
-  int64_t rows_block, capacity;  // backward: rows in memory together
-  int64_t texts_block;           // texts in memory together
-  int64_t group, text_panels;    // forward: images and panels of texts of a task
-  int64_t gram_capacity;
-  int threads;
-  int64_t shared_bytes, scratch_bytes;
-
-  Plan(const ScoreParams& params, bool is_backward, const Kernels& used)
-      : kernels(used),
-        p(params),
-        backward(is_backward),
-        cosine(params.form == Form::cosine),
-        means(is_backward && kernels.pair == 2 && params.temperature >= kMeanTemperature) {
-    const int64_t tile = kernels.tile_rows, panel = kernels.panel, pair = kernels.pair;
-    units = round_up(ceil_div(p.dim, pair), panel);
-    dims = round_up(p.dim, panel);
-    row_align = cosine ? 2 * kernels.inner : 1;  // products over the rows of one image take `inner` units at a time
-    image_rows = round_up(p.patches_per_image, row_align);
-    gram_capacity = round_up(image_rows, tile);
-    // Stays in the second-level cache, which is larger (Intel's, 2 MiB) where there is a matrix unit.
-    const int64_t cache = kernels.matrix ? 2 : 1, most_rows = kernels.matrix ? (backward ? 128 : 256) : 112;
-    chunk = most(1, least(most_rows, cache * 512 * 1024 / (4 * units)) / tile) * tile;
-
-    const int64_t text_bytes = 4 * units + (backward && p.grad_patches ? 4 * dims / pair : 0);
-    texts_block = most(1, least(backward ? 1024 : 4096, kTextsBudget / text_bytes) / panel) * panel;
-    texts_block = least(texts_block, round_up(p.texts_count, panel));
-    local_sums = backward && !cosine && texts_block >= p.texts_count;
-
-    group = cosine ? 1 : ceil_div(4 * chunk, p.patches_per_image);
-    text_panels = (ceil_div(p.images, group) >= 32 ? 1024 : kTextRange) / panel;
-    text_panels = least(text_panels, texts_block / panel);
-    group = most(1, least(group, 512 * 1024 / (12 * text_panels * panel)));
-
-    const int64_t row_bytes =
-        4 * (2 * units + texts_block + (p.grad_patches ? dims : 0)) + (pair == 2 ? 2 * 2 * dims : 0);
-    rows_block = most(1, least(1792, kRowsBudget / row_bytes) / chunk) * chunk;
-    rows_block = least(rows_block, round_up(p.images * image_rows, chunk));
-    if (cosine) rows_block = most(rows_block, image_rows);
-    capacity = round_up(rows_block, 2 * tile) + 2 * tile + (means ? 2 * kMeans : 0);  // tiles read past the last row
-
-    Arena counter{nullptr};
-    Texts texts;
-    take_texts(counter, texts);
-    Rows rows[2];
-    Weights weights;
-    Sums sums;
-    if (backward) take_block(counter, rows, weights, sums);
-    shared_bytes = counter.used;
-    counter.used = 0;
-    Scratch scratch{};
-    take_scratch(counter, scratch);
-    scratch_bytes = counter.used;
-    const int64_t beyond = scratch_bytes - (cosine ? 4 * gram_capacity * round_up(image_rows, panel) : 0);
-    threads = (int)most(1, least(p.threads, (kBudget - shared_bytes) / most(1, beyond)));
-  }
-
-  int64_t workspace_bytes() const { return shared_bytes + threads * scratch_bytes + 64; }
-
-  // Of a row's panels no two are a multiple of 4 KiB apart, or they would meet in one set of the first-level cache.
-  int64_t local_capacity() const { return round_up(chunk, 32) + 2; }
-
-  void take_texts(Arena& arena, Texts& texts) const {
-    texts.transposed = arena.take(units * texts_block);
-    texts.row_units = backward && p.grad_patches ? arena.take(dims * texts_block / kernels.pair) : nullptr;
-    texts.inv_norm = arena.take(texts_block);
-  }
-
-  void take_rows(Arena& arena, Rows& rows, int64_t size, bool as_right_operand) const {
-    rows.capacity = size;
-    rows.units = arena.take(units * size);
-    rows.row_units = kernels.pair == 1 ? rows.units : as_right_operand ? arena.take(dims * size / 2) : nullptr;
-    rows.inv_norm = arena.take(size);
-    rows.scale = arena.take(size);
-    rows.image = arena.take<int32_t>(size);
-    rows.index = arena.take<int32_t>(size);
-  }
-
-  void take_block(Arena& arena, Rows (&rows)[2], Weights& weights, Sums& sums) const {
-    for (Rows& half : rows) take_rows(arena, half, capacity, p.grad_texts || (cosine && p.grad_patches));
-    weights.units = arena.take(capacity * round_up(texts_block, 2 * kernels.panel) / kernels.pair);
-    weights.row_units = kernels.pair == 1 ? weights.units : arena.take(round_up(capacity / 2, kernels.panel) * texts_block);
-    sums = {nullptr, capacity, 0, nullptr};
-    if (!p.grad_patches) return;
-    if (!local_sums) sums.panels = arena.take(capacity * dims);
-    if (means) sums.means = arena.take(kMeansCapacity * dims);
-  }
-
-  void take_scratch(Arena& arena, Scratch& s) const {
-    const int64_t panel = kernels.panel, rows = cosine ? gram_capacity : chunk, columns = round_up(image_rows, panel);
-    s.row = arena.take(most(panel * units, 2 * dims));
-    s.scores = arena.take((rows + panel) * panel);
-    s.rows.capacity = rows;
-    s.sums = local_sums && p.grad_patches ? arena.take(local_capacity() * dims) : nullptr;
-    if (!backward) {
-      take_rows(arena, s.rows, rows, false);
-      s.largest = arena.take(group * text_panels * panel);
-      s.sum = arena.take(group * text_panels * panel);
-      s.weighted = arena.take(group * text_panels * panel);
-    }
-    if (!cosine) return;
-    const int64_t matrix = rows * columns, square = panel * panel;
-    const bool pairs = kernels.pair == 2;
-    s.attention = arena.take((rows + panel) * panel);
-    s.pooled = arena.take((rows + panel) * panel);
-    s.transposed = arena.take(units * panel);
-    s.gram = arena.take(matrix);
-    const int64_t half = rows * round_up(columns, 2 * panel) / 2;
-    if (kernels.matrix) {
-      s.gram_high = arena.take(half);
-      s.gram_low = arena.take(half);
-      s.attention_high = arena.take((rows + panel) * panel / 2);
-      s.attention_low = arena.take((rows + panel) * panel / 2);
-    }
-    s.pool = arena.take(dims * panel);
-    s.direction = arena.take(dims * panel);
-    s.scaled = arena.take((rows + panel) * panel);
-    if (!backward) return;
-    s.scaled_units = pairs ? arena.take((rows + panel) * panel) : nullptr;
-    if (!p.grad_patches) return;
-    s.attention_t = arena.take(square);
-    s.attention_t_units = pairs ? arena.take(square / 2) : nullptr;
-    // In the matrix unit's form G itself is not needed any more when C begins, nor that form when C is whole.
-    s.outer = kernels.matrix ? s.gram : arena.take(matrix);
-    s.outer_units = kernels.matrix ? s.gram_high : pairs ? arena.take(half) : nullptr;
-  }
-};
 
 // Rows of the valid patches of each image, one after the other: image b has [row_start[b], row_start[b + 1]).
 std::vector<int64_t> count_rows(const ScoreParams& p, int64_t align) {
@@ -187,36 +33,6 @@ std::vector<int64_t> count_rows(const ScoreParams& p, int64_t align) {
     row_start[b + 1] = row_start[b] + round_up(count, align);
   }
   return row_start;
-}
-
-// Fewer page faults in memory that is written for the first time; a hint that cannot fail.
-void advise_huge_pages(void* memory, int64_t bytes) {
-#if defined(__linux__)
-  const int64_t huge = 2 * kMiB, first = round_up((int64_t)memory, huge),
-                last = ((int64_t)memory + bytes) / huge * huge;
-  if (last > first) madvise((void*)first, last - first, MADV_HUGEPAGE);
-#endif
-}
-
-// Whether the system has yet to make the page of `address`; false where it does not say.
-bool is_fresh([[maybe_unused]] const char* address) {
-#if defined(__linux__)
-  static const int64_t page = sysconf(_SC_PAGESIZE);
-  unsigned char present = 0;
-  return mincore((void*)((int64_t)address / page * page), page, &present) == 0 && !(present & 1);
-#else
-  return false;
-#endif
-}
-
-// Takes the page faults of memory that is about to be written for the first time all at once, in half the time of one
-// by one. A hint: where it fails (before Linux 5.14), they come as they are.
-void populate([[maybe_unused]] char* memory, [[maybe_unused]] int64_t bytes) {
-#if defined(__linux__) && defined(MADV_POPULATE_WRITE)
-  static const int64_t page = sysconf(_SC_PAGESIZE);
-  const int64_t first = (int64_t)memory / page * page, last = ((int64_t)memory + bytes - 1) / page * page;
-  if (is_fresh((char*)last)) madvise((void*)first, last + page - first, MADV_POPULATE_WRITE);
-#endif
 }
 
 int64_t gradient_row_bytes(const ScoreParams& p) { return p.dim * (p.dtype == Dtype::float32 ? 4 : 2); }
@@ -246,54 +62,6 @@ void open_texts(const ScoreParams& p, const Plan& plan, int64_t first, Texts& te
   texts.count = least(plan.texts_block, p.texts_count - first);
   texts.padded = round_up(texts.count, plan.kernels.panel);
 }
-
-// The backward of the max form: blocks of patches, whole images where they fit, against blocks of texts.
-struct MaxPlan {
-  const Kernels& kernels;
-  const ScoreParams& p;
-  int64_t dims, texts_block, patches, images;  // padded D; texts, patches of an image and images of a block
-  int64_t shared_bytes, scratch_bytes;
-  int threads;
-
-  explicit MaxPlan(const ScoreParams& params) : kernels(select_kernels(params.dtype, params.dim)), p(params) {
-    dims = round_up(p.dim, kernels.panel);
-    texts_block = least(p.texts_count, most(1, least(4096, kTextsBudget / (4 * dims))));
-    const int64_t rows = most(1, kMaxRowsBudget / (4 * dims));
-    patches = least(p.patches_per_image, rows);
-    images = least(p.images, least(256, rows / patches));
-    Arena counter{nullptr};
-    MaxBlock block;
-    MaxScratch scratch;
-    take_block(counter, block);
-    shared_bytes = counter.used;
-    counter.used = 0;
-    take_scratch(counter, scratch);
-    scratch_bytes = counter.used;
-    threads = (int)most(1, least(p.threads, (kBudget - shared_bytes) / scratch_bytes));
-  }
-
-  int64_t workspace_bytes() const { return shared_bytes + threads * scratch_bytes + 64; }
-
-  void take_block(Arena& arena, MaxBlock& block) const {
-    block.patch = arena.take<const float*>(images * patches);
-    block.patch_norm = arena.take(images * patches);
-    block.patch_scale = arena.take(images * patches);
-    block.patch_rows = arena.take(images * patches * dims);
-    block.patch_sums = p.grad_patches && texts_block < p.texts_count ? arena.take(images * patches * dims) : nullptr;
-    block.text = arena.take<const float*>(texts_block);
-    block.text_norm = arena.take(texts_block);
-    block.text_rows = arena.take(texts_block * dims);
-    block.order = arena.take<int32_t>(images * texts_block);
-    block.start = arena.take<int32_t>(images * (patches + 1));
-  }
-
-  void take_scratch(Arena& arena, MaxScratch& scratch) const {
-    scratch.rows = arena.take<const float*>(most(texts_block, images));
-    scratch.weights = arena.take(most(texts_block, images));
-    scratch.sum = arena.take(dims);
-    scratch.buffer = arena.take(dims);
-  }
-};
 
 void backward_max(const ScoreParams& p) {
   const MaxPlan plan(p);
@@ -574,21 +342,6 @@ void score_backward(const ScoreParams& asked) {
     forward(p, exact);
   }
   backward_weighted(p, exact);
-}
-
-double multiply_add_rate(Dtype dtype, int threads, double seconds) {
-  const Kernels& kernels = select_kernels(dtype, 64);
-  using Clock = std::chrono::steady_clock;
-  std::atomic<double> total{0};
-  const auto begin = Clock::now();
-  Team(OpenMp{}, threads, [&](Team& team, int) {
-    double flop = 0;
-    while (std::chrono::duration<double>(Clock::now() - begin).count() < seconds) flop += kernels.multiply_adds(100000);
-    for (double old = total; !total.compare_exchange_weak(old, old + flop);) {
-    }
-    team.phase(0, [](int64_t) {});
-  });
-  return total / std::chrono::duration<double>(Clock::now() - begin).count();
 }
 
 }  // namespace pacl
