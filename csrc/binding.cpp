@@ -45,13 +45,13 @@ OpenMp parse_openmp(std::array<uintptr_t, 3> addresses) {
 PYBIND11_MODULE(_native, m) {
   m.doc() = "Native kernels of pacl_kernels; see csrc/cpu/params.h and csrc/cuda/score.h.";
 
-  py::class_<ScoreParams>(m, "ScoreParams")
+  py::class_<CompatibilityParams>(m, "CompatibilityParams")
       .def(py::init([](std::array<int64_t, 4> sizes, const std::string& dtype, const std::string& form,
                        float temperature, int threads, std::array<uintptr_t, 3> openmp, uintptr_t patches,
                        std::array<int64_t, 3> patch_strides, uintptr_t texts, std::array<int64_t, 2> text_strides,
                        uintptr_t mask, std::array<int64_t, 2> mask_strides, uintptr_t phi, uintptr_t lse) {
-             ScoreParams p{};
-             p.images = sizes[0], p.patches_per_image = sizes[1], p.texts_count = sizes[2], p.dim = sizes[3];
+             CompatibilityParams p{};
+             p.images = sizes[0], p.patches_per_image = sizes[1], p.text_count = sizes[2], p.dim = sizes[3];
              p.dtype = parse_dtype(dtype);
              p.form = parse_form(form);
              p.temperature = temperature;
@@ -65,7 +65,7 @@ PYBIND11_MODULE(_native, m) {
              p.mask = address<const uint8_t>(mask);
              p.mask_stride_image = mask_strides[0], p.mask_stride_row = mask_strides[1];
              p.phi = address<float>(phi);
-             p.lse = address<float>(lse);
+             p.state = address<float>(lse);
              return p;
            }),
            py::kw_only(), py::arg("sizes"), py::arg("dtype"), py::arg("form"), py::arg("temperature"),
@@ -73,7 +73,7 @@ PYBIND11_MODULE(_native, m) {
            py::arg("text_strides"), py::arg("mask"), py::arg("mask_strides"), py::arg("phi"), py::arg("lse"))
       .def(
           "set_gradients",
-          [](ScoreParams& p, uintptr_t grad_phi, uintptr_t grad_patches, uintptr_t grad_texts,
+          [](CompatibilityParams& p, uintptr_t grad_phi, uintptr_t grad_patches, uintptr_t grad_texts,
              const std::string& grad_texts_dtype, uintptr_t texts_sum, uintptr_t grad_temperature) {
             p.grad_phi = address<const float>(grad_phi);
             p.grad_patches = address<void>(grad_patches);
@@ -85,11 +85,11 @@ PYBIND11_MODULE(_native, m) {
           py::kw_only(), py::arg("grad_phi"), py::arg("grad_patches"), py::arg("grad_texts"),
           py::arg("grad_texts_dtype"), py::arg("texts_sum"), py::arg("grad_temperature"))
       .def("set_workspace",
-           [](ScoreParams& p, uintptr_t at, int64_t bytes) {
+           [](CompatibilityParams& p, uintptr_t at, int64_t bytes) {
              p.workspace = address<char>(at);
              p.workspace_bytes = bytes;
            })
-      .def("workspace_bytes", py::overload_cast<const ScoreParams&, bool>(&workspace_bytes), py::arg("backward"))
+      .def("workspace_bytes", py::overload_cast<const CompatibilityParams&, bool>(&workspace_bytes), py::arg("backward"))
       .def("accumulator_floats", &accumulator_floats);
 
   py::class_<UpsampleParams>(m, "UpsampleParams")
@@ -106,8 +106,8 @@ PYBIND11_MODULE(_native, m) {
              p.scores = address<const void>(scores);
              p.stride_image = strides[0], p.stride_class = strides[1];
              p.stride_row = strides[2], p.stride_column = strides[3];
-             p.row = address<const int32_t>(row), p.row_weight = address<const float>(row_weight);
-             p.column = address<const int32_t>(column), p.column_weight = address<const float>(column_weight);
+             p.row = address<const int32_t>(row), p.row_fraction = address<const float>(row_weight);
+             p.column = address<const int32_t>(column), p.column_fraction = address<const float>(column_weight);
              p.scale = scale;
              p.labels = address<int16_t>(labels);
              p.best = address<float>(best), p.entropy = address<float>(entropy);
@@ -206,8 +206,8 @@ PYBIND11_MODULE(_native, m) {
 #endif
 
   m.def("upsample_argmax", &upsample_argmax, py::call_guard<py::gil_scoped_release>());
-  m.def("score_forward", &score_forward, py::call_guard<py::gil_scoped_release>());
-  m.def("score_backward", &score_backward, py::call_guard<py::gil_scoped_release>());
+  m.def("compatibility_forward", &compatibility_forward, py::call_guard<py::gil_scoped_release>());
+  m.def("compatibility_backward", &compatibility_backward, py::call_guard<py::gil_scoped_release>());
   m.def("isas", [] {
     std::vector<std::string> names;
     for (const Isa& isa : isas()) names.push_back(isa.name);
@@ -217,7 +217,7 @@ PYBIND11_MODULE(_native, m) {
   m.def(
       "fma_peak",
       [](const std::string& dtype, int threads, double seconds) {
-        return multiply_add_rate(parse_dtype(dtype), threads, seconds);
+        return fma_peak(parse_dtype(dtype), threads, seconds);
       },
       py::arg("dtype"), py::arg("threads"), py::arg("seconds"), py::call_guard<py::gil_scoped_release>(),
       "Flop per second of independent multiply-adds on `threads` threads.");

@@ -10,16 +10,16 @@ namespace {
 using namespace pacl;
 
 template <class Op>
-WeightSums weights(const ScoreParams& p, const Rows& rows, int64_t first, int64_t last, const Texts& texts,
-               int64_t panel_first, int64_t panel_last, Weights& to, const Sums& sums, bool add, Scratch& scratch) {
+WeightSums weights(const CompatibilityParams& p, const Rows& rows, int64_t first, int64_t last, const Texts& texts,
+                   int64_t panel_first, int64_t panel_last, Weights& to, const Sums& sums, bool add, Scratch& scratch) {
   const typename Op::Session session;
-  if (p.form == Form::dot) return weights_dot<Op>(p, rows, first, last, texts, panel_first, panel_last, to, scratch);
-  return weights_cosine<Op>(p, rows, first, last, texts, panel_first, panel_last, to, sums, add, scratch);
+  if (p.form == Form::dot) return dot_weights<Op>(p, rows, first, last, texts, panel_first, panel_last, to, scratch);
+  return cosine_weights<Op>(p, rows, first, last, texts, panel_first, panel_last, to, sums, add, scratch);
 }
 
 template <class Op>
-void patches_product(const ScoreParams& p, const int64_t* row_start, int64_t next, const Rows& rows, int64_t first,
-                     int64_t last, const Texts& texts, const Weights& w, const Sums& sums, bool add) {
+void patches_product(const CompatibilityParams& p, const int64_t* row_start, int64_t next, const Rows& rows,
+                     int64_t first, int64_t last, const Texts& texts, const Weights& w, const Sums& sums, bool add) {
   const typename Op::Session session;
   const int64_t inner = texts.padded / Op::kPair, panels = padded_dim(p.dim) / kPanel, count = last - first;
   const float* left = w.units + first * kPanel;
@@ -37,7 +37,7 @@ void patches_product(const ScoreParams& p, const int64_t* row_start, int64_t nex
 }
 
 template <class Op>
-void sum_rows([[maybe_unused]] const ScoreParams& p, [[maybe_unused]] Rows& rows, [[maybe_unused]] int64_t i) {
+void sum_rows([[maybe_unused]] const CompatibilityParams& p, [[maybe_unused]] Rows& rows, [[maybe_unused]] int64_t i) {
 #if defined(PACL_PAIRS)
   if (Op::kPair == 1) return;
   const int64_t padding = i + 1 == rows.means ? round_up(rows.means, Op::kInner) - rows.means : 0;
@@ -57,22 +57,20 @@ void sum_rows([[maybe_unused]] const ScoreParams& p, [[maybe_unused]] Rows& rows
 }
 
 template <class Op>
-void means_product(const Rows& rows, const Texts& texts, const Weights& w, const Sums& sums, int64_t panel,
-                   bool add) {
+void means_product(const Rows& rows, const Texts& texts, const Weights& w, const Sums& sums, int64_t panel, bool add) {
   const typename Op::Session session;
   const int64_t inner = texts.padded / Op::kPair;
   product<Op>(w.units + row_of_mean<Op>(rows, 0) * kPanel, rows.capacity, rows.means,
-              texts.row_units + panel * inner * kPanel, inner,
-              sums.means + panel * kMeansCapacity * kPanel, add);
+              texts.row_units + panel * inner * kPanel, inner, sums.means + panel * kMeansCapacity * kPanel, add);
 }
 
 template <class Op>
-void texts_product(const ScoreParams& p, const Rows& rows, const Texts& texts, const Weights& w, int64_t first,
+void texts_product(const CompatibilityParams& p, const Rows& rows, const Texts& texts, const Weights& w, int64_t first,
                    int64_t last, int64_t panel_first, int64_t panel_last) {
   const typename Op::Session session;
   const int64_t inner = rows.count / Op::kPair + round_up(rows.means, Op::kInner),
                 panel_floats = rows.capacity / Op::kPair * kPanel;
-  const int64_t sum_floats = round_up(p.texts_count, kPanel) * kPanel;
+  const int64_t sum_floats = round_up(p.text_count, kPanel) * kPanel;
   if constexpr (Op::kMatrix) {
     for (int64_t panel = panel_first; panel < panel_last; ++panel)
       product<Op>(w.row_units + first * Op::kColumns * kPanel, texts.padded, (last - first) * Op::kColumns,

@@ -21,7 +21,7 @@ namespace {
 constexpr double kRoundingShown = 6e-3;
 
 // Rows of the valid patches of each image, one after the other: image b has [row_start[b], row_start[b + 1]).
-std::vector<int64_t> count_rows(const ScoreParams& p, int64_t align) {
+std::vector<int64_t> count_rows(const CompatibilityParams& p, int64_t align) {
   std::vector<int64_t> row_start(p.images + 1, 0);
   for (int64_t b = 0; b < p.images; ++b) {
     int64_t count = p.patches_per_image;
@@ -35,10 +35,10 @@ std::vector<int64_t> count_rows(const ScoreParams& p, int64_t align) {
   return row_start;
 }
 
-int64_t gradient_row_bytes(const ScoreParams& p) { return p.dim * (p.dtype == Dtype::float32 ? 4 : 2); }
+int64_t gradient_row_bytes(const CompatibilityParams& p) { return p.dim * (p.dtype == Dtype::float32 ? 4 : 2); }
 
 // The gradients of rows [first, last) of a block.
-void populate_gradients(const ScoreParams& p, const Rows& rows, int64_t first, int64_t last) {
+void populate_gradients(const CompatibilityParams& p, const Rows& rows, int64_t first, int64_t last) {
   while (first < last && rows.image[last - 1] < 0) --last;
   while (first < last && rows.image[first] < 0) ++first;
   if (first == last) return;
@@ -48,7 +48,7 @@ void populate_gradients(const ScoreParams& p, const Rows& rows, int64_t first, i
 }
 
 template <class AnyPlan>
-Arena open_workspace(const ScoreParams& p, const AnyPlan& plan) {
+Arena open_workspace(const CompatibilityParams& p, const AnyPlan& plan) {
   if (p.workspace_bytes < plan.workspace_bytes())
     throw std::invalid_argument("workspace has " + std::to_string(p.workspace_bytes) + " bytes, expected " +
                                 std::to_string(plan.workspace_bytes()));
@@ -57,19 +57,19 @@ Arena open_workspace(const ScoreParams& p, const AnyPlan& plan) {
   return {base};
 }
 
-void open_texts(const ScoreParams& p, const Plan& plan, int64_t first, Texts& texts) {
+void open_texts(const CompatibilityParams& p, const Plan& plan, int64_t first, Texts& texts) {
   texts.first = first;
-  texts.count = least(plan.texts_block, p.texts_count - first);
+  texts.count = least(plan.texts_block, p.text_count - first);
   texts.padded = round_up(texts.count, plan.kernels.panel);
 }
 
-void backward_max(const ScoreParams& p) {
+void backward_max(const CompatibilityParams& p) {
   const MaxPlan plan(p);
   const Kernels& kernels = plan.kernels;
   Arena arena = open_workspace(p, plan);
   MaxBlock shared_block;
   plan.take_block(arena, shared_block);
-  const int64_t scratch_at = arena.used, text_blocks = ceil_div(p.texts_count, plan.texts_block);
+  const int64_t scratch_at = arena.used, text_blocks = ceil_div(p.text_count, plan.texts_block);
 
   Team(p.openmp, plan.threads, [&, shared_block](Team& team, int id) {
     Arena own{arena.base, scratch_at + id * plan.scratch_bytes};
@@ -85,7 +85,7 @@ void backward_max(const ScoreParams& p) {
         block.patches = least(plan.patches, p.patches_per_image - patch);
         for (int64_t text_block = 0; text_block < text_blocks; ++text_block) {
           block.text_first = text_block * plan.texts_block;
-          block.text_count = least(plan.texts_block, p.texts_count - block.text_first);
+          block.text_count = least(plan.texts_block, p.text_count - block.text_first);
           if (!packed || text_blocks > 1)
             team.phase(ceil_div(block.text_count, 16), [&](int64_t i) {
               kernels.max_pack_texts(p, block, i * 16, least(i * 16 + 16, block.text_count));
@@ -96,8 +96,8 @@ void backward_max(const ScoreParams& p) {
           team.phase((block.image_last - image) * ranges, [&](int64_t task) {
             const int64_t first = task % ranges * 64, last = least(first + 64, block.patches);
             if (p.grad_patches && text_block == text_blocks - 1)
-              populate((char*)p.grad_patches + ((image + task / ranges) * p.patches_per_image + patch + first) *
-                                                   gradient_row_bytes(p),
+              populate((char*)p.grad_patches +
+                           ((image + task / ranges) * p.patches_per_image + patch + first) * gradient_row_bytes(p),
                        (last - first) * gradient_row_bytes(p));
             kernels.max_patches(p, block, image + task / ranges, first, last, scratch);
           });
@@ -108,30 +108,30 @@ void backward_max(const ScoreParams& p) {
         }
       }
     if (p.grad_texts)
-      team.phase(ceil_div(p.texts_count, 16),
-                 [&](int64_t i) { kernels.max_finish_texts(p, i * 16, least(i * 16 + 16, p.texts_count), scratch); });
+      team.phase(ceil_div(p.text_count, 16),
+                 [&](int64_t i) { kernels.max_finish_texts(p, i * 16, least(i * 16 + 16, p.text_count), scratch); });
   });
 }
 
 }  // namespace
 
-int64_t workspace_bytes(const ScoreParams& p, bool backward) {
+int64_t workspace_bytes(const CompatibilityParams& p, bool backward) {
   if (backward && p.form == Form::max) return MaxPlan(p).workspace_bytes();
   const Kernels &kernels = select_kernels(p.dtype, p.dim), &exact = select_kernels(Dtype::float32, p.dim);
   int64_t bytes = Plan(p, backward, kernels).workspace_bytes();
-  if (backward && kernels.pair == 2)  // see score_backward
+  if (backward && kernels.pair == 2)  // see compatibility_backward
     for (const bool again : {false, true}) bytes = most(bytes, Plan(p, again, exact).workspace_bytes());
   return bytes;
 }
 
-int64_t accumulator_floats(const ScoreParams& p) {
+int64_t accumulator_floats(const CompatibilityParams& p) {
   const int64_t panel = select_kernels(p.dtype, p.dim).panel;
-  return round_up(p.texts_count, panel) * round_up(p.dim, panel);
+  return round_up(p.text_count, panel) * round_up(p.dim, panel);
 }
 
 namespace {
 
-void forward(const ScoreParams& p, const Kernels& kernels) {
+void forward(const CompatibilityParams& p, const Kernels& kernels) {
   const Plan plan(p, false, kernels);
   Arena arena = open_workspace(p, plan);
   const std::vector<int64_t> row_start = count_rows(p, plan.row_align);
@@ -145,7 +145,7 @@ void forward(const ScoreParams& p, const Kernels& kernels) {
     plan.take_scratch(own, scratch);
     Texts texts = shared_texts;
     const int64_t groups = ceil_div(p.images, plan.group);
-    for (int64_t first = 0; first < p.texts_count; first += plan.texts_block) {
+    for (int64_t first = 0; first < p.text_count; first += plan.texts_block) {
       open_texts(p, plan, first, texts);
       const int64_t panels = texts.padded / kernels.panel, ranges = ceil_div(panels, plan.text_panels);
       team.phase(panels, [&](int64_t panel) { kernels.pack_texts(p, texts, panel, scratch.row); });
@@ -158,11 +158,11 @@ void forward(const ScoreParams& p, const Kernels& kernels) {
   });
 }
 
-int64_t gradient_bytes(const ScoreParams& p) { return p.images * p.patches_per_image * gradient_row_bytes(p); }
+int64_t gradient_bytes(const CompatibilityParams& p) { return p.images * p.patches_per_image * gradient_row_bytes(p); }
 
 // The backward of the dot and the cosine form. Returns false where W, rounded to 16 bits, has left too much error in a
 // gradient, which is then not to be used.
-bool backward_weighted(ScoreParams p, const Kernels& kernels) {
+bool backward_weighted(CompatibilityParams p, const Kernels& kernels) {
   const Plan plan(p, true, kernels);
   Arena arena = open_workspace(p, plan);
   const std::vector<int64_t> row_start = count_rows(p, plan.row_align);
@@ -196,7 +196,8 @@ bool backward_weighted(ScoreParams p, const Kernels& kernels) {
       block.image_begin.push_back(most(0, row_start[b] - block.first_row));
       block.share.push_back(1.0f / (float)(row_start[b + 1] - row_start[b]));
       if ((int64_t)block.share.size() == kMeans)  // the block ends here, or a few rows before: only the last is padded
-        block.last_row = least(block.last_row, block.first_row + (row_start[b + 1] - block.first_row) / padding * padding);
+        block.last_row =
+            least(block.last_row, block.first_row + (row_start[b + 1] - block.first_row) / padding * padding);
     }
     while (block.image_begin.back() >= block.last_row - block.first_row) {
       block.image_begin.pop_back();
@@ -227,12 +228,12 @@ bool backward_weighted(ScoreParams p, const Kernels& kernels) {
     if (plan.cosine) count_images(block);
     block.image_begin.push_back(block.starts.back());
   }
-  const int64_t text_blocks = ceil_div(p.texts_count, plan.texts_block);
+  const int64_t text_blocks = ceil_div(p.text_count, plan.texts_block);
   size_t most_tasks = 0;
   for (const Block& block : blocks) most_tasks = most(most_tasks, block.starts.size());
   std::vector<WeightSums> weight_sums(most_tasks * ceil_div(plan.texts_block, kTextRange));  // by task
   // Squared norms of the gradients, by chunk of a block and by task.
-  std::vector<double> patches_squared(ceil_div(plan.capacity, plan.chunk)), texts_squared(ceil_div(p.texts_count, 16));
+  std::vector<double> patches_squared(ceil_div(plan.capacity, plan.chunk)), texts_squared(ceil_div(p.text_count, 16));
 
   Team(p.openmp, plan.threads, [&](Team& team, int id) {
     Arena own{arena.base, scratch_at + id * plan.scratch_bytes};
@@ -301,8 +302,8 @@ bool backward_weighted(ScoreParams p, const Kernels& kernels) {
       }
     }
     if (p.grad_texts)
-      team.phase(ceil_div(p.texts_count, 16), [&](int64_t i) {
-        texts_squared[i] = kernels.finish_texts(p, i * 16, least(i * 16 + 16, p.texts_count), scratch.row);
+      team.phase(ceil_div(p.text_count, 16), [&](int64_t i) {
+        texts_squared[i] = kernels.finish_texts(p, i * 16, least(i * 16 + 16, p.text_count), scratch.row);
       });
   });
 
@@ -318,10 +319,10 @@ bool backward_weighted(ScoreParams p, const Kernels& kernels) {
 
 }  // namespace
 
-void score_forward(const ScoreParams& p) { forward(p, select_kernels(p.dtype, p.dim)); }
+void compatibility_forward(const CompatibilityParams& p) { forward(p, select_kernels(p.dtype, p.dim)); }
 
-void score_backward(const ScoreParams& asked) {
-  ScoreParams p = asked;
+void compatibility_backward(const CompatibilityParams& asked) {
+  CompatibilityParams p = asked;
   p.fresh_gradient = p.grad_patches && is_fresh((const char*)p.grad_patches + gradient_bytes(p) - 1);
   if (p.form == Form::max) {
     if (p.grad_temperature) *p.grad_temperature = 0.0f;
@@ -335,10 +336,10 @@ void score_backward(const ScoreParams& asked) {
   p.fresh_gradient = false;
   std::vector<float> again;
   if (p.form == Form::dot) {  // τ may divide the difference of s and φ: both from the same kernels
-    const int64_t pairs = p.images * p.texts_count;
+    const int64_t pairs = p.images * p.text_count;
     again.resize(2 * pairs);
     p.phi = again.data();
-    p.lse = again.data() + pairs;
+    p.state = again.data() + pairs;
     forward(p, exact);
   }
   backward_weighted(p, exact);

@@ -1,5 +1,5 @@
 // The cosine form. With a the attention, q = G a, r² = aᵀ q and φ = u / r:
-//   dS = g (a / r) (1 + (s - (φ / r) q) / τ),  and the pooled norm adds  -C P̂  to the patches' gradient,
+//   dS = g (a / r) (1 + (s - (φ / r) q) / τ),  and the norm term adds  -C P̂  to the patches' gradient,
 //   C[n, m] = Σ_k g (φ / r²) a_n a_m.  At its floor r is a constant: q and C drop out and s - φ r remains.
 #pragma once
 
@@ -11,28 +11,26 @@ namespace {
 
 using namespace pacl;
 
-constexpr float kMinPooledNorm = 1e-6f;
-
 // Forward, for an image whose `count` rows lead `rows`: φ = u / max(r, floor). u and r are not yet divided by Σ e,
 // hence a floor times that.
 template <class Op>
-void cosine_of_pooled(const ScoreParams& p, const Rows& rows, int64_t count, const Texts& texts, int64_t panel,
-                      Softmax& sums, Scratch& scratch, float* phi) {
+void cosine_forward(const CompatibilityParams& p, const Rows& rows, int64_t count, const Texts& texts, int64_t panel,
+                    Softmax& sums, Scratch& scratch, float* phi) {
   V along[2], squared[2];
-  if (pools<Op>(p, count)) {
-    pool_product(p, rows, 0, count, scratch);
-    pooled_score<Op>(p, texts, panel, scratch, along, squared);
+  if (pools_patches<Op>(p, count)) {
+    pool_patches(p, rows, 0, count, scratch);
+    score_and_squared_norm<Op>(p, texts, panel, scratch, along, squared);
   } else {
-    gram_product<Op, true>(scratch, rows.capacity, count);
+    gram_attention<Op, true>(scratch, rows.capacity, count);
     for (int v = 0; v < 2; ++v) {
-      along[v] = is_bounded(p) ? sums.weighted[v] * (kLn2 * p.temperature)
-                               : fma(sums.largest[v], sums.sum[v], sums.weighted[v]);
-      squared[v] = pooled_norm_squared(scratch, count, v);
+      along[v] = omits_running_max(p) ? sums.weighted[v] * (kLn2 * p.temperature)
+                                      : fma(sums.largest[v], sums.sum[v], sums.weighted[v]);
+      squared[v] = squared_norm_from_gram(scratch, count, v);
     }
   }
   if (cancels(scratch, rows.inv_norm, count, texts.inv_norm + panel * kPanel, squared)) {
-    pool<Op>(p, rows, 0, count, texts, panel, sums, scratch);
-    pooled_score<Op>(p, texts, panel, scratch, along, squared);
+    pool_patches_in_double<Op>(p, rows, 0, count, texts, panel, sums, scratch);
+    score_and_squared_norm<Op>(p, texts, panel, scratch, along, squared);
   }
   for (int v = 0; v < 2; ++v)
     store(phi + v * kLanes, along[v] / maximum(kMinPooledNorm * sums.sum[v], square_root(squared[v])));
@@ -40,15 +38,15 @@ void cosine_of_pooled(const ScoreParams& p, const Rows& rows, int64_t count, con
 
 // The softmax of a panel: scratch.scores become s, scratch.attention e, not yet divided by Σ e. Its sums are made again
 // and not taken from forward's, whose rounding, divided by τ, would not cancel. s is relative to `largest` in
-// `weighted`; without kBounded that is the largest s, and 0 otherwise.
-template <bool kBounded>
+// `weighted`: the largest s with kRunningMax, 0 without.
+template <bool kRunningMax>
 inline void attend(Scratch& scratch, const float* inv_norm, int64_t count, const float* text_norm, float temperature,
                    Softmax& sums) {
   const float scale = kLog2e / temperature;
   for (int v = 0; v < 2; ++v) {
     const V norm = load(text_norm + v * kLanes);
-    V largest = kBounded ? V{} : broadcast(kBelowEveryScore);
-    for (int64_t r = 0; !kBounded && r < count; ++r)
+    V largest = kRunningMax ? broadcast(kBelowEveryScore) : V{};
+    for (int64_t r = 0; kRunningMax && r < count; ++r)
       largest = maximum(load(scratch.scores + r * kPanel + v * kLanes) * (norm * inv_norm[r]), largest);
     sums.largest[v] = largest;
     sums.sum[v] = sums.weighted[v] = V{};
@@ -56,8 +54,8 @@ inline void attend(Scratch& scratch, const float* inv_norm, int64_t count, const
       V part{}, part_weighted{};
       for (int64_t r = begin; r < least(begin + kSumRows, count); ++r) {
         const int64_t i = r * kPanel + v * kLanes;
-        const V s = load(scratch.scores + i) * (norm * inv_norm[r]), z = kBounded ? s : s - largest;
-        const V e = exp2<!kBounded>(z, scale);
+        const V s = load(scratch.scores + i) * (norm * inv_norm[r]), z = kRunningMax ? s - largest : s;
+        const V e = exp2<kRunningMax>(z, scale);
         store(scratch.scores + i, s);
         store(scratch.attention + i, e);
         part += e;
@@ -69,59 +67,60 @@ inline void attend(Scratch& scratch, const float* inv_norm, int64_t count, const
   }
 }
 
-// scratch.pooled = s - centre - slope q (`given`: s - slope q is there already), less its mean, which is 0 but for
-// rounding: divided by τ, that would show where all s are nearly equal.
+// scratch.gram_attention = s - centre - slope q (`given`: s - slope q is there already), less its mean, which is 0 but
+// for rounding: divided by τ, that would show where all s are nearly equal.
 inline void recentre(Scratch& scratch, int64_t count, const Softmax& sums, const V slope[2], const V centre[2],
                      bool given) {
   for (int v = 0; v < 2; ++v) {
     V mean{};
     for (int64_t r = 0; r < count; ++r) {
       const int64_t i = r * kPanel + v * kLanes;
-      const V q = load(scratch.pooled + i), x = (given ? q : fma(-slope[v], q, load(scratch.scores + i))) - centre[v];
-      store(scratch.pooled + i, x);
+      const V q = load(scratch.gram_attention + i),
+              x = (given ? q : fma(-slope[v], q, load(scratch.scores + i))) - centre[v];
+      store(scratch.gram_attention + i, x);
       mean = fma(load(scratch.attention + i), x, mean);
     }
     mean /= sums.sum[v];
     for (int64_t r = 0; r < count; ++r) {
-      float* at = scratch.pooled + r * kPanel + v * kLanes;
+      float* at = scratch.gram_attention + r * kPanel + v * kLanes;
       store(at, load(at) - mean);
     }
   }
 }
 
-// Half `v` of a panel: scratch.scores become weights, scratch.scaled what C is made of. kReady: scratch.pooled holds
-// s - centre - slope q. Returns the temperature's sum.
+// Half `v` of a panel: scratch.scores become weights, scratch.scaled what C is made of. kReady: scratch.gram_attention
+// holds s - centre - slope q. Returns the temperature's sum.
 template <bool kReady>
-inline float cosine_weights(Scratch& scratch, const float* inv_norm, int64_t count, V norm, float temperature, V alpha,
-                            V slope, V centre, V largest, V along, V mean, int v) {
-  const V beta = alpha / temperature, outer_scale = alpha * slope;  // beta overflows at the smallest temperatures
+inline float cosine_weights_of_half(Scratch& scratch, const float* inv_norm, int64_t count, V norm, float temperature,
+                                    V alpha, V slope, V centre, V largest, V along, V mean, int v) {
+  const V beta = alpha / temperature, norm_factor = alpha * slope;  // beta overflows at the smallest temperatures
   const float inv_temperature = 1.0f / temperature;
   V total{};
   for (int64_t r = 0; r < count; ++r) {
     const int64_t i = r * kPanel + v * kLanes;
-    const V s = load(scratch.scores + i), e = load(scratch.attention + i), q = load(scratch.pooled + i);
+    const V s = load(scratch.scores + i), e = load(scratch.attention + i), q = load(scratch.gram_attention + i);
     const V centred = kReady ? q : fma(-slope, q, s - centre);
     total = fma(e * centred, s - largest - along, total);
     const V gradient = kReady ? e * alpha * fma(centred, inv_temperature, 1.0f) : e * fma(beta, centred, alpha);
     store(scratch.scores + i, fma(gradient, norm, -mean) * inv_norm[r]);
-    store(scratch.scaled + i, e * outer_scale);
+    store(scratch.scaled + i, e * norm_factor);
   }
   return sum(total * alpha);
 }
 
 template <class Op>
-WeightSums weights_cosine(const ScoreParams& p, const Rows& rows, int64_t first, int64_t last, const Texts& texts,
-                      int64_t panel_first, int64_t panel_last, Weights& to, const Sums& patch_sums, bool add,
-                      Scratch& scratch) {
+WeightSums cosine_weights(const CompatibilityParams& p, const Rows& rows, int64_t first, int64_t last,
+                          const Texts& texts, int64_t panel_first, int64_t panel_last, Weights& to,
+                          const Sums& patch_sums, bool add, Scratch& scratch) {
   const int64_t units = dim_units<Op>(p), inner = dim_inner<Op>(p), padded = last - first;
   const int64_t count = segment_end(rows, first, last) - first, capacity = scratch.rows.capacity;
   const float* left = rows.units + first * kPanel;
   const float* inv_norm = rows.inv_norm + first;
-  const bool bounded = is_bounded(p);
-  bool outer_started = false;
+  const bool no_running_max = omits_running_max(p);
+  bool norm_term_started = false;
   Ahead ahead = ahead_of_left<Op>(left, rows.capacity, count, inner);
   WeightSums total;
-  if (!pools<Op>(p, count)) {
+  if (!pools_patches<Op>(p, count)) {
     gram<Op>(p, rows, first, count, scratch, capacity);
     complete_symmetric(scratch.gram, capacity, count, inv_norm, 1.0f);
     split_gram<Op, false>(scratch, capacity, count);
@@ -130,26 +129,26 @@ WeightSums weights_cosine(const ScoreParams& p, const Rows& rows, int64_t first,
     const int64_t k = panel * kPanel, live = texts.count - k;
     product<Op>(left, rows.capacity, count, texts.transposed + panel * units * kPanel, inner, scratch.scores, false,
                 &ahead);
-    const Lane g(p.grad_phi + rows.image[first] * p.texts_count + texts.first + k, live);
+    const Lane g(p.grad_phi + rows.image[first] * p.text_count + texts.first + k, live);
     Softmax sums;
-    (bounded ? attend<true> : attend<false>)(scratch, inv_norm, count, texts.inv_norm + k, p.temperature, sums);
+    (no_running_max ? attend<false> : attend<true>)(scratch, inv_norm, count, texts.inv_norm + k, p.temperature, sums);
     V along[2], squared[2];  // u, less `largest`, and r²
-    bool pooled = pools<Op>(p, count);
-    if (pooled) {
-      pool_product(p, rows, first, count, scratch);
-      pooled_score<Op>(p, texts, panel, scratch, along, squared);
+    bool has_pooled_patch = pools_patches<Op>(p, count);
+    if (has_pooled_patch) {
+      pool_patches(p, rows, first, count, scratch);
+      score_and_squared_norm<Op>(p, texts, panel, scratch, along, squared);
     } else {
-      gram_product<Op, false>(scratch, capacity, count);
-      for (int v = 0; v < 2; ++v) squared[v] = pooled_norm_squared(scratch, count, v);
+      gram_attention<Op, false>(scratch, capacity, count);
+      for (int v = 0; v < 2; ++v) squared[v] = squared_norm_from_gram(scratch, count, v);
     }
     const bool cancel = cancels(scratch, inv_norm, count, texts.inv_norm + k, squared);
     if (cancel) {
-      pool<Op>(p, rows, first, count, texts, panel, sums, scratch);
-      pooled_score<Op>(p, texts, panel, scratch, along, squared);
-      pooled = true;
+      pool_patches_in_double<Op>(p, rows, first, count, texts, panel, sums, scratch);
+      score_and_squared_norm<Op>(p, texts, panel, scratch, along, squared);
+      has_pooled_patch = true;
     }
     for (int v = 0; v < 2; ++v)
-      along[v] = pooled ? along[v] / sums.sum[v] - sums.largest[v] : sums.weighted[v] / sums.sum[v];
+      along[v] = has_pooled_patch ? along[v] / sums.sum[v] - sums.largest[v] : sums.weighted[v] / sums.sum[v];
     V slope[2], radius[2], centre[2];
     for (int v = 0; v < 2; ++v) {
       const V share = 1.0f / sums.sum[v], u = sums.largest[v] + along[v];  // a = e share
@@ -159,14 +158,14 @@ WeightSums weights_cosine(const ScoreParams& p, const Rows& rows, int64_t first,
       slope[v] = select(floored, V{}, u / (radius[v] * radius[v]) * share);
       centre[v] = select(floored, u, V{});
     }
-    if (pooled) set_direction<Op>(p, texts, panel, slope, scratch);
+    if (has_pooled_patch) set_direction<Op>(p, texts, panel, slope, scratch);
     if (cancel)
-      scores_in_double<Op>(p, rows, first, count, scratch, scratch.pooled);
-    else if (pooled)
+      scores_in_double<Op>(p, rows, first, count, scratch, scratch.gram_attention);
+    else if (has_pooled_patch)
       scores_of_direction(p, rows, first, count, scratch);
-    const bool ready = pooled || !bounded;
-    if (ready) recentre(scratch, count, sums, slope, centre, pooled);
-    const auto to_weights = ready ? cosine_weights<true> : cosine_weights<false>;
+    const bool ready = has_pooled_patch || !no_running_max;
+    if (ready) recentre(scratch, count, sums, slope, centre, has_pooled_patch);
+    const auto to_weights = ready ? cosine_weights_of_half<true> : cosine_weights_of_half<false>;
     V mean[2]{};
     if (rows.means) {  // Σ dS = g / r
       for (int v = 0; v < 2; ++v) mean[v] = g.half[v] / (radius[v] * (float)count);
@@ -181,17 +180,18 @@ WeightSums weights_cosine(const ScoreParams& p, const Rows& rows, int64_t first,
     memset(scratch.scores + count * kPanel, 0, sizeof(float) * (padded - count) * kPanel);
     store_weights<Op>(scratch.scores, rows, first, last, texts, panel, to);
     if (!patch_sums.panels) continue;
-    if (!pooled) {
-      outer_product<Op>(scratch, count, capacity, outer_started);
-      outer_started = true;
+    if (!has_pooled_patch) {
+      add_norm_term<Op>(scratch, count, capacity, norm_term_started);
+      norm_term_started = true;
       continue;
     }
     for (int64_t d = 0; !add && d < padded_dim(p.dim) / kPanel; ++d)
       memset(patch_sums.panels + (d * patch_sums.capacity + first) * kPanel, 0, sizeof(float) * padded * kPanel);
     add = true;
-    subtract_pool(p, rows, first, count, patch_sums, scratch);
+    subtract_pooled_patch(p, rows, first, count, patch_sums, scratch);
   }
-  if (outer_started) subtract_pooled<Op>(p, rows, first, count, padded, capacity, patch_sums, add, scratch);
+  if (norm_term_started)
+    subtract_norm_term_product<Op>(p, rows, first, count, padded, capacity, patch_sums, add, scratch);
   return total;
 }
 

@@ -67,7 +67,8 @@ void complete_symmetric(float* matrix, int64_t capacity, int64_t count, const fl
 // scratch.gram = p pᵀ of rows [first, first + count), as panels [count, count] with `capacity` rows each, of which each
 // is known from its own first row on.
 template <class Op>
-void gram(const ScoreParams& p, const Rows& rows, int64_t first, int64_t count, Scratch& scratch, int64_t capacity) {
+void gram(const CompatibilityParams& p, const Rows& rows, int64_t first, int64_t count, Scratch& scratch,
+          int64_t capacity) {
   const int64_t units = dim_units<Op>(p);
   for (int64_t column = 0; column < count; column += kPanel) {
     for (int64_t u = 0; u < units; u += kLanes) {
@@ -126,7 +127,7 @@ void split_gram([[maybe_unused]] Scratch& scratch, [[maybe_unused]] int64_t capa
 template <int kTall>
 inline void split_tile(const Scratch& scratch, int64_t capacity, int64_t row, int64_t inner) {
   const int64_t block = capacity * kPanel, at = row * kPanel;
-  float* c = scratch.pooled + at;
+  float* c = scratch.gram_attention + at;
   matrix_begin<kTall>(c, false);
   matrix_add<kTall>(scratch.gram_low + at, kPanel, block, scratch.attention_high, inner, [] {});
   matrix_add<kTall>(scratch.gram_high + at, kPanel, block, scratch.attention_low, inner, [] {});
@@ -135,11 +136,11 @@ inline void split_tile(const Scratch& scratch, int64_t capacity, int64_t row, in
 }
 #endif
 
-// scratch.pooled = G a for a panel of attention over `count` rows, whose rows up to the next multiple of 2 kInner are
-// set to 0. In bfloat16 alone, an error in φ would be multiplied by the logit scale, in the gradient divided by r τ: it
-// is float32, or in the matrix unit two numbers of bfloat16. kLower: of G's lower triangle.
+// scratch.gram_attention = G a for a panel of attention over `count` rows, whose rows up to the next multiple of 2
+// kInner are set to 0. In bfloat16 alone, an error in φ would be multiplied by the logit scale, in the gradient divided
+// by r τ: it is float32, or in the matrix unit two numbers of bfloat16. kLower: of G's lower triangle.
 template <class Op, bool kLower>
-void gram_product(Scratch& scratch, int64_t capacity, int64_t count) {
+void gram_attention(Scratch& scratch, int64_t capacity, int64_t count) {
   const int64_t padded = round_up(count, Op::kMatrix ? kPanel : 4);
   memset(scratch.attention + count * kPanel, 0, sizeof(float) * (padded - count) * kPanel);
 #if defined(PACL_MATRIX_UNIT)
@@ -166,19 +167,19 @@ void gram_product(Scratch& scratch, int64_t capacity, int64_t count) {
       const int64_t end = kLower ? least(padded, round_up(row + kTileRows, 4)) : padded;
       if (at < end)
         tile<Float32, kTileRows, kPanel, 1>(scratch.gram + (at / kPanel * capacity + row) * kPanel, capacity * kPanel,
-                                            scratch.attention + at * kPanel, scratch.pooled + row * kPanel,
+                                            scratch.attention + at * kPanel, scratch.gram_attention + row * kPanel,
                                             least(Float32::kInnerBlock, end - at), at > 0);
     }
 }
 
 // r² = eᵀ q for half `v` of a panel, with e not yet divided by its sum.
-inline V pooled_norm_squared(const Scratch& scratch, int64_t count, int v) {
+inline V squared_norm_from_gram(const Scratch& scratch, int64_t count, int v) {
   V squared{};
   for (int64_t begin = 0; begin < count; begin += kSumRows) {
     V part{};
     for (int64_t r = begin; r < least(begin + kSumRows, count); ++r) {
       const int64_t i = r * kPanel + v * kLanes;
-      part = fma(load(scratch.attention + i), load(scratch.pooled + i), part);
+      part = fma(load(scratch.attention + i), load(scratch.gram_attention + i), part);
     }
     squared += part;
   }
@@ -187,7 +188,7 @@ inline V pooled_norm_squared(const Scratch& scratch, int64_t count, int v) {
 
 // C (lower half of its panels) += scaled attentionᵀ over the texts of one panel.
 template <class Op>
-void outer_product(Scratch& scratch, int64_t count, int64_t capacity, bool add) {
+void add_norm_term(Scratch& scratch, int64_t count, int64_t capacity, bool add) {
   const int64_t padded = round_up(count, kPanel);
   memset(scratch.attention + count * kPanel, 0, sizeof(float) * (padded - count) * kPanel);
   const float* left = column_units_of<Op>(scratch.scaled, 0, count, kPanel, scratch.scaled_units);
@@ -198,16 +199,16 @@ void outer_product(Scratch& scratch, int64_t count, int64_t capacity, bool add) 
         transpose(scratch.attention + (m + i) * kPanel + k, kPanel, transposed + k * kPanel + i, kPanel);
     const int64_t top = m / Op::kRows * Op::kRows;
     product<Op>(left + top * kPanel, 0, count - top, row_units_of<Op>(transposed, kPanel, scratch.attention_t_units),
-                kPanel / Op::kPair, scratch.outer + (m / kPanel * capacity + top) * kPanel, add);
+                kPanel / Op::kPair, scratch.norm_term + (m / kPanel * capacity + top) * kPanel, add);
   }
 }
 
 // Sums (+)= -C P̂ for the `count` rows from `first` on, `padded` of them with their padding.
 template <class Op>
-void subtract_pooled(const ScoreParams& p, const Rows& rows, int64_t first, int64_t count, int64_t padded,
-                     int64_t capacity, const Sums& sums, bool add, Scratch& scratch) {
-  complete_symmetric(scratch.outer, capacity, count, rows.inv_norm + first, -1.0f);
-  const float* left = column_units_of<Op>(scratch.outer, capacity, count, padded, scratch.outer_units);
+void subtract_norm_term_product(const CompatibilityParams& p, const Rows& rows, int64_t first, int64_t count,
+                                int64_t padded, int64_t capacity, const Sums& sums, bool add, Scratch& scratch) {
+  complete_symmetric(scratch.norm_term, capacity, count, rows.inv_norm + first, -1.0f);
+  const float* left = column_units_of<Op>(scratch.norm_term, capacity, count, padded, scratch.norm_term_units);
   const int64_t row_units = rows.capacity / Op::kPair;
   for (int64_t panel = 0; panel < padded_dim(p.dim) / kPanel; ++panel) {
     float* to = sums.panels + (panel * sums.capacity + first) * kPanel;
@@ -216,9 +217,9 @@ void subtract_pooled(const ScoreParams& p, const Rows& rows, int64_t first, int6
       product<Op>(left, capacity, count, right, padded / Op::kPair, to, add);
       continue;
     }
-    product<Op>(left, capacity, count, right, padded / Op::kPair, scratch.pooled, false);
+    product<Op>(left, capacity, count, right, padded / Op::kPair, scratch.gram_attention, false);
     for (int64_t i = 0; i < count * kPanel; i += kLanes)
-      store(to + i, add ? load(to + i) + load(scratch.pooled + i) : load(scratch.pooled + i));
+      store(to + i, add ? load(to + i) + load(scratch.gram_attention + i) : load(scratch.gram_attention + i));
     if (!add) memset(to + count * kPanel, 0, sizeof(float) * (padded - count) * kPanel);
   }
 }

@@ -11,23 +11,25 @@ using namespace pacl;
 // From raw products to weights, in place, for rows of one image and one panel of texts:
 //   dS = a (g + β (s - φ)) with the attention a and β = g / τ, and W = (dS / ‖t‖ - c) / ‖p‖.
 // Returns Σ g a (s - φ)², which only the temperature's gradient needs.
-template <bool kBounded, bool kSum, bool kMean>
-inline float dot_weights(const float* inv_norm, int64_t count, const float* text_norm, float temperature,
-                         const Lane& phi, const Lane& lse, const Lane& grad, const V mean[2], float* scores) {
+template <bool kRunningMax, bool kSum, bool kMean>
+inline float dot_weights_of_segment(const float* inv_norm, int64_t count, const float* text_norm, float temperature,
+                                    const Lane& phi, const Lane& state, const Lane& grad, const V mean[2],
+                                    float* scores) {
   float total = 0;
   for (int v = 0; v < 2; ++v) {
-    const V norm = load(text_norm + v * kLanes), shift = lse.half[v] * kLog2e;
-    // Bounded: a = e^(s / τ) e^-lse, a factor. Otherwise a = e^((s - φ) / τ - lse), see score.h.
-    const V g = kBounded ? grad.half[v] * exp2<true>(-shift) : grad.half[v];
-    const V beta = g / temperature;  // bounded only: at the smallest temperatures it overflows, s - φ over τ does not
+    const V norm = load(text_norm + v * kLanes), shift = state.half[v] * kLog2e;
+    // Without a running maximum a = e^(s / τ) e^-state, a factor; with it a = e^((s - φ) / τ - state), see params.h.
+    const V g = kRunningMax ? grad.half[v] : grad.half[v] * exp2<true>(-shift);
+    const V beta =
+        g / temperature;  // not with a running maximum: at the smallest τ it overflows, s - φ over τ does not
     const float scale = kLog2e / temperature, inv_temperature = 1.0f / temperature;
     V along{};
     for (int64_t r = 0; r < count; ++r) {
       float* at = scores + r * kPanel + v * kLanes;
       const V inv = norm * inv_norm[r], s = load(at) * inv, centred = s - phi.half[v];
-      const V e = kBounded ? exp2<false>(s, scale) : exp2<true>(fma(centred, scale, -shift));
+      const V e = kRunningMax ? exp2<true>(fma(centred, scale, -shift)) : exp2<false>(s, scale);
       if (kSum) along = fma(e * centred, centred, along);
-      const V gradient = kBounded ? e * fma(beta, centred, g) : e * g * fma(centred, inv_temperature, 1.0f);
+      const V gradient = kRunningMax ? e * g * fma(centred, inv_temperature, 1.0f) : e * fma(beta, centred, g);
       store(at, kMean ? fma(gradient, norm, -mean[v]) * inv_norm[r] : gradient * inv);
     }
     if (kSum) total += sum(along * g);
@@ -36,13 +38,15 @@ inline float dot_weights(const float* inv_norm, int64_t count, const float* text
 }
 
 template <class Op>
-WeightSums weights_dot(const ScoreParams& p, const Rows& rows, int64_t first, int64_t last, const Texts& texts,
-                   int64_t panel_first, int64_t panel_last, Weights& to, Scratch& scratch) {
+WeightSums dot_weights(const CompatibilityParams& p, const Rows& rows, int64_t first, int64_t last, const Texts& texts,
+                       int64_t panel_first, int64_t panel_last, Weights& to, Scratch& scratch) {
   const int64_t units = dim_units<Op>(p), inner = dim_inner<Op>(p);
   const bool sum = p.grad_temperature;
-  const auto to_weights = rows.means      ? (sum ? dot_weights<true, true, true> : dot_weights<true, false, true>)
-                          : is_bounded(p) ? (sum ? dot_weights<true, true, false> : dot_weights<true, false, false>)
-                                          : (sum ? dot_weights<false, true, false> : dot_weights<false, false, false>);
+  const auto to_weights =
+      rows.means ? (sum ? dot_weights_of_segment<false, true, true> : dot_weights_of_segment<false, false, true>)
+      : omits_running_max(p)
+          ? (sum ? dot_weights_of_segment<false, true, false> : dot_weights_of_segment<false, false, false>)
+          : (sum ? dot_weights_of_segment<true, true, false> : dot_weights_of_segment<true, false, false>);
   const float* left = rows.units + first * kPanel;
   Ahead ahead = ahead_of_left<Op>(left, rows.capacity, last - first, inner);
   WeightSums sums;
@@ -57,7 +61,7 @@ WeightSums weights_dot(const ScoreParams& p, const Rows& rows, int64_t first, in
         memset(scores, 0, sizeof(float) * (end - begin) * kPanel);
         continue;
       }
-      const int64_t at = rows.image[begin] * p.texts_count + texts.first + k;
+      const int64_t at = rows.image[begin] * p.text_count + texts.first + k;
       const Lane g(p.grad_phi + at, live);
       V mean[2]{};
       if (rows.means) {  // Σ dS = g
@@ -66,7 +70,7 @@ WeightSums weights_dot(const ScoreParams& p, const Rows& rows, int64_t first, in
         store_mean<Op>(rows, i, texts.inv_norm + k, panel, begin == rows.image_begin[i], to, texts, mean);
       }
       sums.temperature += to_weights(rows.inv_norm + begin, end - begin, texts.inv_norm + k, p.temperature,
-                                     Lane(p.phi + at, live), Lane(p.lse + at, live), g, mean, scores);
+                                     Lane(p.phi + at, live), Lane(p.state + at, live), g, mean, scores);
       measure_rounding<Op>(p, scores, rows.inv_norm + begin, end - begin, rows.image[begin], texts.inv_norm + k, panel,
                            sums);
     }

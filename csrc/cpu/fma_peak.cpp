@@ -1,4 +1,4 @@
-// The rate of independent fused multiply-adds, which benchmarks compare the kernels with.
+// The rate of independent FMAs, which benchmarks compare the kernels with.
 
 #include <atomic>
 #include <chrono>
@@ -8,14 +8,15 @@
 
 namespace pacl {
 
-double multiply_add_rate(Dtype dtype, int threads, double seconds) {
+double fma_peak(Dtype dtype, int threads, double seconds) {
   const Kernels& kernels = select_kernels(dtype, 64);
   using Clock = std::chrono::steady_clock;
   std::atomic<double> total{0};
   const auto begin = Clock::now();
   Team(OpenMp{}, threads, [&](Team& team, int) {
     double flop = 0;
-    while (std::chrono::duration<double>(Clock::now() - begin).count() < seconds) flop += kernels.multiply_adds(100000);
+    while (std::chrono::duration<double>(Clock::now() - begin).count() < seconds)
+      flop += kernels.independent_fmas(100000);
     for (double old = total; !total.compare_exchange_weak(old, old + flop);) {
     }
     team.phase(0, [](int64_t) {});

@@ -1,4 +1,4 @@
-// Independent fused multiply-adds, as many as registers hold: the rate that products are compared with.
+// Independent FMAs, as many as registers hold: the rate that products are compared with.
 #pragma once
 
 #include "units.h"
@@ -6,7 +6,7 @@
 namespace {
 
 template <class Op>
-double multiply_adds(int64_t repeats) {
+double independent_fmas(int64_t repeats) {
 #if defined(PACL_MATRIX_UNIT)
   if constexpr (Op::kMatrix) {
     const MatrixUnit session;

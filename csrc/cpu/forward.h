@@ -11,8 +11,8 @@ using namespace pacl;
 // Adds to the statistics of the images that rows [begin, count) of scratch.scores belong to, for one panel of texts.
 // Statistics are [images from `first`, columns].
 template <class Op>
-void add_scores(const ScoreParams& p, int64_t first, const Rows& rows, int64_t begin, int64_t count, const Texts& texts,
-                int64_t panel, int64_t columns, int64_t column, Scratch& scratch) {
+void add_scores(const CompatibilityParams& p, int64_t first, const Rows& rows, int64_t begin, int64_t count,
+                const Texts& texts, int64_t panel, int64_t columns, int64_t column, Scratch& scratch) {
   const bool cosine = p.form == Form::cosine;
   for (int64_t end; begin < count; begin = end) {
     end = segment_end(rows, begin, count);
@@ -24,25 +24,25 @@ void add_scores(const ScoreParams& p, int64_t first, const Rows& rows, int64_t b
       running.sum[v] = load(scratch.sum + at + v * kLanes);
       running.weighted[v] = load(scratch.weighted + at + v * kLanes);
     }
-    (is_bounded(p) ? accumulate<true> : accumulate<false>)(running, rows, begin, end, texts.inv_norm + panel * kPanel,
-                                                           p.temperature, scratch.scores,
-                                                           cosine ? scratch.attention : nullptr);
+    const auto add = omits_running_max(p) ? accumulate<false> : accumulate<true>;
+    add(running, rows, begin, end, texts.inv_norm + panel * kPanel, p.temperature, scratch.scores,
+        cosine ? scratch.attention : nullptr);
     for (int v = 0; v < 2; ++v) {
       store(scratch.largest + at + v * kLanes, running.largest[v]);
       store(scratch.sum + at + v * kLanes, running.sum[v]);
       store(scratch.weighted + at + v * kLanes, running.weighted[v]);
     }
     if (cosine)  // the image is whole: the sums become φ
-      cosine_of_pooled<Op>(p, rows, end, texts, panel, running, scratch, scratch.weighted + at);
+      cosine_forward<Op>(p, rows, end, texts, panel, running, scratch, scratch.weighted + at);
   }
 }
 
 #if defined(PACL_MATRIX_UNIT)
 // The product and its softmax at the same time: while the matrix unit makes one tile of scores, the vector units sum up
-// the one before, a few rows after each step. For the dot form, |s / τ| bounded, and rows that fit one block of `inner`;
-// they are `left_row` apart, their blocks of kPanel units `left_block`.
+// the one before, a few rows after each step. For the dot form without a running maximum, and rows that fit one block
+// of `inner`; they are `left_row` apart, their blocks of kPanel units `left_block`.
 template <class Op>
-void overlapped(const ScoreParams& p, int64_t first, const Rows& rows, const float* left, int64_t left_row,
+void overlapped(const CompatibilityParams& p, int64_t first, const Rows& rows, const float* left, int64_t left_row,
                 int64_t left_block, int64_t count, const Texts& texts, int64_t panel, int64_t columns, int64_t column,
                 Ahead& ahead, Scratch& scratch) {
   constexpr int64_t kTall = 2 * kMatrixRows;
@@ -50,8 +50,7 @@ void overlapped(const ScoreParams& p, int64_t first, const Rows& rows, const flo
   const float* right = texts.transposed + panel * dim_units<Op>(p) * kPanel;
   const int64_t lines = ceil_div(2 * ahead.lines_per_step, steps), rows_per_step = ceil_div(kTall, steps);
   V norm[2];
-  for (int v = 0; v < 2; ++v)
-    norm[v] = load(texts.inv_norm + panel * kPanel + v * kLanes) * (kLog2e / p.temperature);
+  for (int v = 0; v < 2; ++v) norm[v] = load(texts.inv_norm + panel * kPanel + v * kLanes) * (kLog2e / p.temperature);
   for (int64_t row = 0, waiting = -1; row < count || waiting >= 0; row += kTall) {
     V sum[2]{}, weighted[2]{};
     int64_t r = waiting;
@@ -95,7 +94,7 @@ void overlapped(const ScoreParams& p, int64_t first, const Rows& rows, const flo
 
 // Rows [row, row + count) where the caller has them, if whole tiles of them may be read there; otherwise null.
 template <class Op>
-const float* rows_in_place(const ScoreParams& p, int64_t row, int64_t count, Rows& rows) {
+const float* rows_in_place(const CompatibilityParams& p, int64_t row, int64_t count, Rows& rows) {
   constexpr int64_t kTall = 2 * kMatrixRows;
   if (p.mask || !rows_are_even(p) || p.dim != Op::kPair * dim_units<Op>(p) || p.patch_stride_row % Op::kPair ||
       row + round_up(count, kTall) > p.images * p.patches_per_image)
@@ -114,13 +113,13 @@ const float* rows_in_place(const ScoreParams& p, int64_t row, int64_t count, Row
 #endif
 
 template <class Op>
-void forward(const ScoreParams& p, const int64_t* row_start, int64_t first, int64_t last, const Texts& texts,
+void forward(const CompatibilityParams& p, const int64_t* row_start, int64_t first, int64_t last, const Texts& texts,
              int64_t panel_first, int64_t panel_last, int64_t next, Scratch& scratch) {
   const typename Op::Session session;
   if (p.form == Form::max)
-    return forward_max<Op>(p, row_start, first, last, texts, panel_first, panel_last, next, scratch);
+    return max_forward<Op>(p, row_start, first, last, texts, panel_first, panel_last, next, scratch);
   const int64_t units = dim_units<Op>(p), inner = dim_inner<Op>(p), columns = (panel_last - panel_first) * kPanel;
-  const bool cosine = p.form == Form::cosine, bounded = is_bounded(p);
+  const bool cosine = p.form == Form::cosine, no_running_max = omits_running_max(p);
   Rows& rows = scratch.rows;
   for (int64_t i = 0; i < (last - first) * columns; ++i) {
     scratch.largest[i] = kBelowEveryScore;
@@ -130,7 +129,7 @@ void forward(const ScoreParams& p, const int64_t* row_start, int64_t first, int6
     const int64_t count = least(rows.capacity, row_start[last] - row);
     const float* in_place = nullptr;
 #if defined(PACL_MATRIX_UNIT)
-    const bool overlaps = Op::kMatrix && !cosine && bounded && inner <= Op::kInnerBlock;
+    const bool overlaps = Op::kMatrix && !cosine && no_running_max && inner <= Op::kInnerBlock;
     if (overlaps) in_place = rows_in_place<Op>(p, row, count, rows);
     const float* left = in_place ? in_place : rows.units;
     const int64_t left_row = in_place ? p.patch_stride_row / Op::kPair : kPanel;
@@ -138,9 +137,9 @@ void forward(const ScoreParams& p, const int64_t* row_start, int64_t first, int6
 #endif
     if (!in_place) pack_rows<Op>(p, row_start, row, row + count, rows, 0, scratch.row);
     const int64_t following = row + count < row_start[last] ? row + count : row_start[least(next, p.images)];
-    Ahead ahead =
-        ahead_of_rows(p, row_start, following, rows.capacity, product_steps<Op>(panel_last - panel_first, count, inner));
-    if (cosine && !pools<Op>(p, segment_end(rows, 0, count))) {
+    Ahead ahead = ahead_of_rows(p, row_start, following, rows.capacity,
+                                product_steps<Op>(panel_last - panel_first, count, inner));
+    if (cosine && !pools_patches<Op>(p, segment_end(rows, 0, count))) {
       gram<Op>(p, rows, 0, count, scratch, rows.capacity);
       fold_symmetric(scratch.gram, rows.capacity, count, rows.inv_norm);
       split_gram<Op, true>(scratch, rows.capacity, count);
@@ -149,7 +148,8 @@ void forward(const ScoreParams& p, const int64_t* row_start, int64_t first, int6
       const int64_t column = (panel - panel_first) * kPanel;
 #if defined(PACL_MATRIX_UNIT)
       if (overlaps) {
-        overlapped<Op>(p, first, rows, left, left_row, left_block, count, texts, panel, columns, column, ahead, scratch);
+        overlapped<Op>(p, first, rows, left, left_row, left_block, count, texts, panel, columns, column, ahead,
+                       scratch);
         continue;
       }
 #endif
@@ -161,19 +161,21 @@ void forward(const ScoreParams& p, const int64_t* row_start, int64_t first, int6
   for (int64_t image = first; image < last; ++image)
     for (int64_t panel = panel_first; panel < panel_last; ++panel) {
       const int64_t at = (image - first) * columns + (panel - panel_first) * kPanel, k = panel * kPanel;
-      V phi[2], lse[2];
+      V phi[2], state[2];
       for (int v = 0; v < 2; ++v) {
         const V total = load(scratch.sum + at + v * kLanes), weighted = load(scratch.weighted + at + v * kLanes);
         const V largest = load(scratch.largest + at + v * kLanes);
         const I empty = total == V{};  // no valid patch
-        phi[v] = cosine ? weighted : bounded ? weighted / total * (kLn2 * p.temperature) : largest + weighted / total;
+        phi[v] = cosine           ? weighted
+                 : no_running_max ? weighted / total * (kLn2 * p.temperature)
+                                  : largest + weighted / total;
         phi[v] = select(empty, V{}, phi[v]);
-        lse[v] = logarithm(total);
-        if (!bounded) lse[v] += (largest - phi[v]) / p.temperature;
-        lse[v] = select(empty, V{}, lse[v]);
+        state[v] = logarithm(total);
+        if (!no_running_max) state[v] += (largest - phi[v]) / p.temperature;
+        state[v] = select(empty, V{}, state[v]);
       }
-      store_lanes(p.phi + image * p.texts_count + texts.first + k, phi, texts.count - k);
-      store_lanes(p.lse + image * p.texts_count + texts.first + k, lse, texts.count - k);
+      store_lanes(p.phi + image * p.text_count + texts.first + k, phi, texts.count - k);
+      store_lanes(p.state + image * p.text_count + texts.first + k, state, texts.count - k);
     }
 }
 

@@ -10,7 +10,7 @@ using namespace pacl;
 // A row of a gradient. Pages that the system has made just now are in the cache, and stores past it would then take
 // twice as long as plain ones; into older memory it is the other way round.
 void write_gradient(void* to, int64_t offset, const void* from, int64_t bytes, bool fresh) {
-  fresh ? (void)memcpy((char*)to + offset, from, bytes) : copy_past_cache((char*)to + offset, from, bytes);
+  fresh ? (void)memcpy((char*)to + offset, from, bytes) : copy_non_temporal((char*)to + offset, from, bytes);
 }
 
 void write_row(void* base, int64_t offset, int64_t dim, Dtype dtype, const float* in, bool fresh) {
@@ -24,11 +24,11 @@ void write_row(void* base, int64_t offset, int64_t dim, Dtype dtype, const float
 }
 
 // ∂L/∂x = sum - (sum · x) x / |x|²: what points along x does not change its direction. `sums` is a row of panels, x is
-// row `row` of others; inv_norm is 1 / |x|, or 0; the caller's row is x / scale. kMean: inv_norm times `mean`, a row of
-// Sums.means, belongs to the sum. Returns |∂L/∂x|².
+// row `row` of others; inv_norm is 1 / |x|, or 0; the caller's row is x / range_scale. kMean: inv_norm times `mean`, a
+// row of Sums.means, belongs to the sum. Returns |∂L/∂x|².
 template <class Op, bool kMean = false>
 float finish_row(const float* sums, int64_t sums_capacity, const float* units, int64_t capacity, int64_t row,
-                 float inv_norm, float scale, int64_t dim, Dtype dtype, void* out, int64_t out_offset, bool fresh,
+                 float inv_norm, float range_scale, int64_t dim, Dtype dtype, void* out, int64_t out_offset, bool fresh,
                  float* buffer, [[maybe_unused]] const float* mean = nullptr) {
   const int64_t dims = padded_dim(dim);
   if (inv_norm == 0.0f) {  // no direction: the gradient is 0, whatever comes from above
@@ -61,7 +61,7 @@ float finish_row(const float* sums, int64_t sums_capacity, const float* units, i
   for (int64_t d = 0; d < dims; d += kPanel) {
     const float* x = dims_at<Op>(units, capacity, row, d);
     for (int v = 0; v < 2; ++v) {
-      const V result = fma(load_dims<Op>(x, v), -remainder, load(buffer + d + v * kLanes)) * scale;
+      const V result = fma(load_dims<Op>(x, v), -remainder, load(buffer + d + v * kLanes)) * range_scale;
       squares[v] = fma(result, result, squares[v]);
 #if defined(PACL_PAIRS)
       if (Op::kPair == 2) {
@@ -81,8 +81,8 @@ float finish_row(const float* sums, int64_t sums_capacity, const float* units, i
 }
 
 template <class Op>
-double finish_patches(const ScoreParams& p, const Rows& rows, int64_t first, int64_t last, const Sums& sums,
-                    float* buffer) {
+double finish_patches(const CompatibilityParams& p, const Rows& rows, int64_t first, int64_t last, const Sums& sums,
+                      float* buffer) {
   const auto finish = rows.means ? finish_row<Op, Op::kPair == 2> : finish_row<Op>;
   int64_t mean = mean_of_row(rows, first);
   double squares = 0;
@@ -90,28 +90,28 @@ double finish_patches(const ScoreParams& p, const Rows& rows, int64_t first, int
     if (rows.image[r] < 0) continue;
     if (rows.means && r >= rows.image_begin[mean + 1]) ++mean;
     squares += finish(sums.panels + (r - sums.first) * kPanel, sums.capacity, rows.units, rows.capacity, r,
-                      rows.inv_norm[r], rows.scale[r], p.dim, p.dtype, p.grad_patches,
+                      rows.inv_norm[r], rows.range_scale[r], p.dim, p.dtype, p.grad_patches,
                       (rows.image[r] * p.patches_per_image + rows.index[r]) * p.dim, p.fresh_gradient, buffer,
                       sums.means + mean * kPanel);
   }
-  finish_copies();
+  store_fence();
   return squares;
 }
 
-double finish_texts(const ScoreParams& p, int64_t first, int64_t last, float* buffer) {
-  const int64_t dims = padded_dim(p.dim), capacity = round_up(p.texts_count, kPanel);
+double finish_texts(const CompatibilityParams& p, int64_t first, int64_t last, float* buffer) {
+  const int64_t dims = padded_dim(p.dim), capacity = round_up(p.text_count, kPanel);
   float* text = buffer + dims;  // as panels of one row
   double squares = 0;
   for (int64_t k = first; k < last; ++k) {
     read_row(p.texts, k * p.text_stride_row, p.text_stride_dim, p.dim, p.dtype, text);
     memset(text + p.dim, 0, sizeof(float) * (dims - p.dim));
     const float* units = text;
-    float scale;
-    const float inv_norm = inverse_norm_in_range<Float32>(units, dims, text, scale);
-    squares += finish_row<Float32>(p.texts_sum + k * kPanel, capacity, units, 1, 0, inv_norm, scale, p.dim,
+    float range_scale;
+    const float inv_norm = inverse_norm_in_range<Float32>(units, dims, text, range_scale);
+    squares += finish_row<Float32>(p.texts_sum + k * kPanel, capacity, units, 1, 0, inv_norm, range_scale, p.dim,
                                    p.grad_texts_dtype, p.grad_texts, k * p.dim, false, buffer);
   }
-  finish_copies();
+  store_fence();
   return squares;
 }
 

@@ -1,10 +1,11 @@
 // The fused functions, written once on the vectors of simd.h and compiled once per instruction set.
 // No std:: templates and no shared inline functions: the linker could keep an AVX-512 copy of them for everyone.
 
+#include "kernels.h"
+
 #include "backward.h"
 #include "fma_peak.h"
 #include "forward.h"
-#include "kernels.h"
 #include "upsample.h"
 
 namespace {
@@ -29,7 +30,7 @@ constexpr Kernels table() {
           texts_product<Op>,
           finish_patches<Op>,
           finish_texts,
-          multiply_adds<Op>,
+          independent_fmas<Op>,
           max_pack_texts,
           max_sort,
           max_patches,

@@ -13,8 +13,7 @@ namespace {
 // Fewer page faults in memory that is written for the first time; a hint that cannot fail.
 void advise_huge_pages(void* memory, int64_t bytes) {
 #if defined(__linux__)
-  const int64_t huge = 2 << 20, first = round_up((int64_t)memory, huge),
-                last = ((int64_t)memory + bytes) / huge * huge;
+  const int64_t huge = 2 << 20, first = round_up((int64_t)memory, huge), last = ((int64_t)memory + bytes) / huge * huge;
   if (last > first) madvise((void*)first, last - first, MADV_HUGEPAGE);
 #endif
 }

@@ -18,9 +18,9 @@ struct OpenMp {
   int (*num_threads)();
 };
 
-struct ScoreParams {
-  int64_t images, patches_per_image, texts_count, dim;  // B, N, K, D
-  Dtype dtype;                                          // of patches, texts and the patches' gradient
+struct CompatibilityParams {
+  int64_t images, patches_per_image, text_count, dim;  // B, N, K, D
+  Dtype dtype;                                         // of patches, texts and the patches' gradient
   Form form;
   float temperature;
   int threads;
@@ -35,11 +35,11 @@ struct ScoreParams {
   // [B, K], for the dot form's backward: over patches, log Σ exp(s / τ) for τ of 0.05 and more, and below
   // log Σ exp((s - phi) / τ), the entropy of the attention: it is small, hence its rounding error as well.
   // Max form: the winner's index n, -1 without a patch.
-  float* lse;
+  float* state;
   // Backward only; a null gradient is not computed.
   const float* grad_phi;    // [B, K]
   void* grad_patches;       // [B, N, D], contiguous
-  bool fresh_gradient;      // nobody has written to its memory yet; score_backward finds out
+  bool fresh_gradient;      // nobody has written to its memory yet; compatibility_backward finds out
   void* grad_texts;         // [K, D], contiguous
   Dtype grad_texts_dtype;   // that of the texts, or float32 for sums that go on
   float* texts_sum;         // [accumulator_floats], needed with grad_texts
@@ -55,23 +55,23 @@ struct UpsampleParams {
   OpenMp openmp;
   const void* scores;  // [B, C, h, w]
   int64_t stride_image, stride_class, stride_row, stride_column;
-  // Output row y lies between row[y] and the one after that (the last one has none and stands for it), row_weight[y] of
-  // the way; columns likewise. Both indices ascend.
-  const int32_t *row, *column;              // [H], [W]
-  const float *row_weight, *column_weight;  // [H], [W]
-  float scale;                              // of the entropy's softmax
-  int16_t* labels;                          // [B, H, W]
-  float *best, *entropy;                    // [B, H, W], or null
+  // Output row y lies between row[y] and the one after that (the last one has none and stands for it), row_fraction[y]
+  // of the way; columns likewise. Both indices ascend.
+  const int32_t *row, *column;                  // [H], [W]
+  const float *row_fraction, *column_fraction;  // [H], [W]
+  float scale;                                  // of the entropy's softmax
+  int16_t* labels;                              // [B, H, W]
+  float *best, *entropy;                        // [B, H, W], or null
   char* workspace;
   int64_t workspace_bytes;
 };
 
-void score_forward(const ScoreParams&);
-void score_backward(const ScoreParams&);
-int64_t workspace_bytes(const ScoreParams&, bool backward);
-int64_t accumulator_floats(const ScoreParams&);
+void compatibility_forward(const CompatibilityParams&);
+void compatibility_backward(const CompatibilityParams&);
+int64_t workspace_bytes(const CompatibilityParams&, bool backward);
+int64_t accumulator_floats(const CompatibilityParams&);
 void upsample_argmax(const UpsampleParams&);
 int64_t workspace_bytes(const UpsampleParams&);
-double multiply_add_rate(Dtype dtype, int threads, double seconds);
+double fma_peak(Dtype dtype, int threads, double seconds);
 
 }  // namespace pacl

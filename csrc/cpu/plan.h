@@ -34,7 +34,7 @@ struct Arena {
 
 struct Plan {
   const Kernels& kernels;
-  const ScoreParams& p;
+  const CompatibilityParams& p;
   bool backward, cosine, means;
   bool local_sums;               // the patches' sums of a chunk at a time, see Scratch
   int64_t row_align;             // rows of an image are padded to this
@@ -48,7 +48,7 @@ struct Plan {
   int threads;
   int64_t shared_bytes, scratch_bytes;
 
-  Plan(const ScoreParams& params, bool is_backward, const Kernels& used)
+  Plan(const CompatibilityParams& params, bool is_backward, const Kernels& used)
       : kernels(used),
         p(params),
         backward(is_backward),
@@ -60,14 +60,14 @@ struct Plan {
     row_align = cosine ? 2 * kernels.inner : 1;  // products over the rows of one image take `inner` units at a time
     image_rows = round_up(p.patches_per_image, row_align);
     gram_capacity = round_up(image_rows, tile);
-    // Stays in the second-level cache, which is larger (Intel's, 2 MiB) where there is a matrix unit.
+    // Stays in the L2 cache, which is larger (Intel's, 2 MiB) where there is a matrix unit.
     const int64_t cache = kernels.matrix ? 2 : 1, most_rows = kernels.matrix ? (backward ? 128 : 256) : 112;
     chunk = most(1, least(most_rows, cache * 512 * 1024 / (4 * units)) / tile) * tile;
 
     const int64_t text_bytes = 4 * units + (backward && p.grad_patches ? 4 * dims / pair : 0);
     texts_block = most(1, least(backward ? 1024 : 4096, kTextsBudget / text_bytes) / panel) * panel;
-    texts_block = least(texts_block, round_up(p.texts_count, panel));
-    local_sums = backward && !cosine && texts_block >= p.texts_count;
+    texts_block = least(texts_block, round_up(p.text_count, panel));
+    local_sums = backward && !cosine && texts_block >= p.text_count;
 
     group = cosine ? 1 : ceil_div(4 * chunk, p.patches_per_image);
     text_panels = (ceil_div(p.images, group) >= 32 ? 1024 : kTextRange) / panel;
@@ -99,7 +99,7 @@ struct Plan {
 
   int64_t workspace_bytes() const { return shared_bytes + threads * scratch_bytes + 64; }
 
-  // Of a row's panels no two are a multiple of 4 KiB apart, or they would meet in one set of the first-level cache.
+  // Of a row's panels no two are a multiple of 4 KiB apart, or they would meet in one set of the L1 cache.
   int64_t local_capacity() const { return round_up(chunk, 32) + 2; }
 
   void take_texts(Arena& arena, Texts& texts) const {
@@ -113,7 +113,7 @@ struct Plan {
     rows.units = arena.take(units * size);
     rows.row_units = kernels.pair == 1 ? rows.units : as_right_operand ? arena.take(dims * size / 2) : nullptr;
     rows.inv_norm = arena.take(size);
-    rows.scale = arena.take(size);
+    rows.range_scale = arena.take(size);
     rows.image = arena.take<int32_t>(size);
     rows.index = arena.take<int32_t>(size);
   }
@@ -121,7 +121,8 @@ struct Plan {
   void take_block(Arena& arena, Rows (&rows)[2], Weights& weights, Sums& sums) const {
     for (Rows& half : rows) take_rows(arena, half, capacity, p.grad_texts || (cosine && p.grad_patches));
     weights.units = arena.take(capacity * round_up(texts_block, 2 * kernels.panel) / kernels.pair);
-    weights.row_units = kernels.pair == 1 ? weights.units : arena.take(round_up(capacity / 2, kernels.panel) * texts_block);
+    weights.row_units =
+        kernels.pair == 1 ? weights.units : arena.take(round_up(capacity / 2, kernels.panel) * texts_block);
     sums = {nullptr, capacity, 0, nullptr};
     if (!p.grad_patches) return;
     if (!local_sums) sums.panels = arena.take(capacity * dims);
@@ -144,7 +145,7 @@ struct Plan {
     const int64_t matrix = rows * columns, square = panel * panel;
     const bool pairs = kernels.pair == 2;
     s.attention = arena.take((rows + panel) * panel);
-    s.pooled = arena.take((rows + panel) * panel);
+    s.gram_attention = arena.take((rows + panel) * panel);
     s.transposed = arena.take(units * panel);
     s.gram = arena.take(matrix);
     const int64_t half = rows * round_up(columns, 2 * panel) / 2;
@@ -154,7 +155,7 @@ struct Plan {
       s.attention_high = arena.take((rows + panel) * panel / 2);
       s.attention_low = arena.take((rows + panel) * panel / 2);
     }
-    s.pool = arena.take(dims * panel);
+    s.pooled_patch = arena.take(dims * panel);
     s.direction = arena.take(dims * panel);
     s.scaled = arena.take((rows + panel) * panel);
     if (!backward) return;
@@ -163,22 +164,22 @@ struct Plan {
     s.attention_t = arena.take(square);
     s.attention_t_units = pairs ? arena.take(square / 2) : nullptr;
     // In the matrix unit's form G itself is not needed any more when C begins, nor that form when C is whole.
-    s.outer = kernels.matrix ? s.gram : arena.take(matrix);
-    s.outer_units = kernels.matrix ? s.gram_high : pairs ? arena.take(half) : nullptr;
+    s.norm_term = kernels.matrix ? s.gram : arena.take(matrix);
+    s.norm_term_units = kernels.matrix ? s.gram_high : pairs ? arena.take(half) : nullptr;
   }
 };
 
 // The backward of the max form: blocks of patches, whole images where they fit, against blocks of texts.
 struct MaxPlan {
   const Kernels& kernels;
-  const ScoreParams& p;
+  const CompatibilityParams& p;
   int64_t dims, texts_block, patches, images;  // padded D; texts, patches of an image and images of a block
   int64_t shared_bytes, scratch_bytes;
   int threads;
 
-  explicit MaxPlan(const ScoreParams& params) : kernels(select_kernels(params.dtype, params.dim)), p(params) {
+  explicit MaxPlan(const CompatibilityParams& params) : kernels(select_kernels(params.dtype, params.dim)), p(params) {
     dims = round_up(p.dim, kernels.panel);
-    texts_block = least(p.texts_count, most(1, least(4096, kTextsBudget / (4 * dims))));
+    texts_block = least(p.text_count, most(1, least(4096, kTextsBudget / (4 * dims))));
     const int64_t rows = most(1, kMaxRowsBudget / (4 * dims));
     patches = least(p.patches_per_image, rows);
     images = least(p.images, least(256, rows / patches));
@@ -198,9 +199,9 @@ struct MaxPlan {
   void take_block(Arena& arena, MaxBlock& block) const {
     block.patch = arena.take<const float*>(images * patches);
     block.patch_norm = arena.take(images * patches);
-    block.patch_scale = arena.take(images * patches);
+    block.patch_range_scale = arena.take(images * patches);
     block.patch_rows = arena.take(images * patches * dims);
-    block.patch_sums = p.grad_patches && texts_block < p.texts_count ? arena.take(images * patches * dims) : nullptr;
+    block.patch_sums = p.grad_patches && texts_block < p.text_count ? arena.take(images * patches * dims) : nullptr;
     block.text = arena.take<const float*>(texts_block);
     block.text_norm = arena.take(texts_block);
     block.text_rows = arena.take(texts_block * dims);

@@ -9,7 +9,7 @@ namespace {
 using namespace pacl;
 
 // The image that holds row `row`, below row_start[images].
-inline int64_t image_of_row(const ScoreParams& p, const int64_t* row_start, int64_t row) {
+inline int64_t image_of_row(const CompatibilityParams& p, const int64_t* row_start, int64_t row) {
   int64_t image = 0;
   for (int64_t high = p.images; high - image > 1;) {
     const int64_t middle = (image + high) / 2;
@@ -83,12 +83,12 @@ struct Ahead {
 };
 
 // Whether the caller's rows are whole and evenly spaced, those of all images one after the other.
-inline bool rows_are_even(const ScoreParams& p) {
+inline bool rows_are_even(const CompatibilityParams& p) {
   return p.patch_stride_dim == 1 && p.patch_stride_image == p.patches_per_image * p.patch_stride_row;
 }
 
 // Rows [row, row + count) of the call, in the caller's tensor, as if none were masked.
-Ahead ahead_of_rows(const ScoreParams& p, const int64_t* row_start, int64_t row, int64_t count, int64_t steps) {
+Ahead ahead_of_rows(const CompatibilityParams& p, const int64_t* row_start, int64_t row, int64_t count, int64_t steps) {
   if (row < 0 || row >= row_start[p.images] || !rows_are_even(p)) return {};
   const int64_t image = image_of_row(p, row_start, row), bytes = p.dtype == Dtype::float32 ? 4 : 2;
   const int64_t first = image * p.patches_per_image + row - row_start[image];

@@ -1,14 +1,13 @@
 // From the caller's tensors to packed panels.
 #pragma once
 
+#include "constants.h"
 #include "half.h"
 #include "product.h"
 
 namespace {
 
 using namespace pacl;
-
-constexpr float kMinNormSquared = 1e-24f;  // a shorter patch or text has no direction: similarity 0, gradient 0
 
 void read_row(const void* base, int64_t offset, int64_t stride, int64_t dim, Dtype dtype, float* out) {
   const uint16_t* half = (const uint16_t*)base + offset;
@@ -84,33 +83,33 @@ bool is_long(const float* units, int64_t padded, float inv_norm) {
 
 // inverse_norm of a row at `units`. A long one, whose squares or whose products with others might overflow, is first
 // multiplied by a power of two, into `buffer`, where `units` then points; its gradient is the scaled row's times that
-// `scale`. A row with an infinite element has no direction that could be told: NaN.
+// `range_scale`. A row with an infinite element has no direction that could be told: NaN.
 template <class Op>
-float inverse_norm_in_range(const float*& units, int64_t padded, float* buffer, float& scale) {
+float inverse_norm_in_range(const float*& units, int64_t padded, float* buffer, float& range_scale) {
   const float inv_norm = inverse_norm<Op>(units, padded);
-  scale = 1.0f;
+  range_scale = 1.0f;
   if (!is_long<Op>(units, padded, inv_norm)) return inv_norm;
   const uint32_t exponent = float_bits(largest_element<Op>(units, padded)) >> 23;
   if (exponent == 255) return __builtin_nanf("");
-  scale = float_from_bits((255 - exponent) << 23);  // brings that element to between 2 and 4
+  range_scale = float_from_bits((255 - exponent) << 23);  // brings that element to between 2 and 4
   for (int64_t i = 0; i < padded * Op::kPair; ++i)
     if (Op::kPair == 1)
-      buffer[i] = units[i] * scale;
+      buffer[i] = units[i] * range_scale;
     else
-      ((uint16_t*)buffer)[i] = to_bfloat16(from_bfloat16(((const uint16_t*)units)[i]) * scale);
+      ((uint16_t*)buffer)[i] = to_bfloat16(from_bfloat16(((const uint16_t*)units)[i]) * range_scale);
   units = buffer;
   return inverse_norm<Op>(units, padded);
 }
 
 // Units of D, padded to whole panels.
 template <class Op>
-inline int64_t dim_units(const ScoreParams& p) {
+inline int64_t dim_units(const CompatibilityParams& p) {
   return round_up(ceil_div(p.dim, Op::kPair), kPanel);
 }
 
 // Inner length of a product over D: units that hold something, and what makes them whole steps.
 template <class Op>
-inline int64_t dim_inner(const ScoreParams& p) {
+inline int64_t dim_inner(const CompatibilityParams& p) {
   return round_up(ceil_div(p.dim, Op::kPair), Op::kInner);
 }
 
@@ -130,8 +129,8 @@ inline void interleave([[maybe_unused]] const float* even_units, [[maybe_unused]
 }
 
 template <class Op>
-void pack_rows(const ScoreParams& p, const int64_t* row_start, int64_t first, int64_t last, Rows& to, int64_t at,
-               float* row) {
+void pack_rows(const CompatibilityParams& p, const int64_t* row_start, int64_t first, int64_t last, Rows& to,
+               int64_t at, float* row) {
   const int64_t units = dim_units<Op>(p);
   int64_t image = image_of_row(p, row_start, first);
   int64_t n = -1, place = row_start[image] - 1;  // the last patch looked at, and its row
@@ -157,8 +156,8 @@ void pack_rows(const ScoreParams& p, const int64_t* row_start, int64_t first, in
                                                      p.patch_stride_dim, p.dim, p.dtype, units, buffer);
     to.image[at] = padding ? -1 : (int32_t)image;
     to.index[at] = padding ? -1 : (int32_t)n;
-    to.scale[at] = 1.0f;
-    to.inv_norm[at] = padding ? 0.0f : inverse_norm_in_range<Op>(source, units, buffer, to.scale[at]);
+    to.range_scale[at] = 1.0f;
+    to.inv_norm[at] = padding ? 0.0f : inverse_norm_in_range<Op>(source, units, buffer, to.range_scale[at]);
     for (int64_t u = 0; u < units; u += kPanel)
       memcpy(to.units + (u / kPanel * to.capacity + at) * kPanel, source + u, sizeof(float) * kPanel);
     if (Op::kPair == 2 && to.row_units && (at & 1))
@@ -168,7 +167,7 @@ void pack_rows(const ScoreParams& p, const int64_t* row_start, int64_t first, in
 }
 
 template <class Op>
-void pack_texts(const ScoreParams& p, Texts& to, int64_t panel, float* row) {
+void pack_texts(const CompatibilityParams& p, Texts& to, int64_t panel, float* row) {
   const int64_t units = dim_units<Op>(p), dims = padded_dim(p.dim);
   float* transposed = to.transposed + panel * units * kPanel;
   for (int64_t i = 0; i < kPanel; ++i) {
@@ -177,8 +176,8 @@ void pack_texts(const ScoreParams& p, Texts& to, int64_t panel, float* row) {
     if (k < to.count) {
       const float* source = row_units_at<Op>(p.texts, (to.first + k) * p.text_stride_row, p.text_stride_dim, p.dim,
                                              p.dtype, units, buffer);
-      float scale;
-      to.inv_norm[k] = inverse_norm_in_range<Op>(source, units, buffer, scale);
+      float range_scale;
+      to.inv_norm[k] = inverse_norm_in_range<Op>(source, units, buffer, range_scale);
       if (source != buffer) memcpy(buffer, source, sizeof(float) * units);
     } else {
       memset(buffer, 0, sizeof(float) * units);

@@ -1,19 +1,18 @@
 // Which thread enlarges what. Tasks are cut by shape only and share nothing, so any number of threads gives the same
 // bits.
 
-#include "params.h"
-
 #include <stdexcept>
 #include <string>
 
 #include "dispatch.h"
+#include "params.h"
 #include "plan.h"
 #include "team.h"
 
 namespace pacl {
 namespace {
 
-constexpr int64_t kTileBytes = 448 * 1024;  // two rows of all classes: they stay in the second-level cache
+constexpr int64_t kTileBytes = 448 * 1024;  // two rows of all classes: they stay in the L2 cache
 
 struct UpsamplePlan {
   const Kernels& kernels;
@@ -45,7 +44,7 @@ struct UpsamplePlan {
     for (float*& row : tile.rows) row = arena.take(vectors * p.classes * lanes);
     tile.source = arena.take(kSources * (p.width + 1) + 2 * lanes);
     tile.column = arena.take<int32_t>(vectors * lanes);
-    tile.weight = arena.take(vectors * lanes);
+    tile.fraction = arena.take(vectors * lanes);
     tile.all = arena.take<int32_t>(p.classes);
     tile.some = arena.take<int32_t>(p.classes);
   }

@@ -13,13 +13,12 @@ using namespace pacl;
 typedef int16_t S __attribute__((vector_size(2 * kLanes)));
 
 #if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int kPixelRows = 8;  // of a class at a time: best, label and weight of each in a register
+constexpr int kPixelRows = 8;  // of a class at a time: best, label and fraction of each in a register
 #else
 constexpr int kPixelRows = 4;
 #endif
-constexpr int64_t kFewRows = 6;       // for so few rows, looking for candidates costs more than it saves
-constexpr float kLargest = 0x1p120f;  // what is beyond counts as this: an infinite score times a weight of 0 is not NaN
-constexpr int64_t kSumLength = 64;    // classes that are summed before they are added to the total
+constexpr int64_t kFewRows = 6;     // for so few rows, looking for candidates costs more than it saves
+constexpr int64_t kSumLength = 64;  // classes that are summed before they are added to the total
 
 inline V choose(I mask, V yes, V no) { return mask ? yes : no; }
 inline I choose(I mask, I yes, I no) { return mask ? yes : no; }
@@ -56,13 +55,13 @@ inline V permute(V v, I index) {
 #endif
 }
 
-// Columns and weights of the tile, the last one repeated to a whole vector; returns where its part of a row begins.
+// Columns and fractions of the tile, the last one repeated to a whole vector; returns where its part of a row begins.
 inline int64_t open_columns(const UpsampleParams& p, UpsampleTile& tile) {
   const int64_t begin = p.column[tile.first];
   for (int64_t i = 0; i < tile.vectors * kLanes; ++i) {
     const int64_t x = least(tile.first + i, p.out_width - 1);
     tile.column[i] = (int32_t)(p.column[x] - begin);
-    tile.weight[i] = p.column_weight[x];
+    tile.fraction[i] = p.column_fraction[x];
   }
   return begin;
 }
@@ -85,21 +84,21 @@ inline void enlarge(const UpsampleParams& p, int64_t image, int64_t row, int64_t
       if (count < length) source[count] = source[count - 1];
     }
     for (int64_t i = 0; i < classes * length; i += kLanes) {  // what lies behind the last one is never used
-      const V x = load(tile.source + i), low = choose(x < broadcast(-kLargest), broadcast(-kLargest), x);
+      const V x = load(tile.source + i), low = choose(x < broadcast(-kLargestScore), broadcast(-kLargestScore), x);
       nan |= x != x;
-      store(tile.source + i, choose(x > broadcast(kLargest), broadcast(kLargest), low));
+      store(tile.source + i, choose(x > broadcast(kLargestScore), broadcast(kLargestScore), low));
     }
     for (int64_t v = 0; v < tile.vectors; ++v) {
       const int32_t* column = tile.column + v * kLanes;
       const float* from = tile.source + column[0];
       float* to = tile.rows[slot] + (v * p.classes + first) * kLanes;
-      const V weight = load(tile.weight + v * kLanes);
-      const I exact = weight == broadcast(0.0f);  // then what lies to the right is not read, it may be NaN
+      const V fraction = load(tile.fraction + v * kLanes);
+      const I exact = fraction == broadcast(0.0f);  // then what lies to the right is not read, it may be NaN
       if (column[kLanes - 1] - column[0] < kLanes) {
         const I index = load(column) - column[0];
         for (int64_t c = 0; c < classes; ++c, from += length, to += kLanes) {
           const V left = permute(load(from), index), right = permute(load(from + 1), index);
-          store(to, choose(exact, left, fma(weight, right - left, left)));
+          store(to, choose(exact, left, fma(fraction, right - left, left)));
         }
         continue;
       }
@@ -109,7 +108,7 @@ inline void enlarge(const UpsampleParams& p, int64_t image, int64_t row, int64_t
           left[i] = tile.source[c * length + column[i]];
           right[i] = tile.source[c * length + column[i] + 1];
         }
-        store(to, choose(exact, left, fma(weight, right - left, left)));
+        store(to, choose(exact, left, fma(fraction, right - left, left)));
       }
     }
   }
@@ -143,8 +142,8 @@ inline int64_t find_candidates(const float* top, const float* bottom, int64_t cl
 }
 
 template <int kRows, bool kNan>
-inline void find_best(const float* top, const float* bottom, const int32_t* classes, int64_t count, const float* weight,
-                      V* best, I* label) {
+inline void find_best(const float* top, const float* bottom, const int32_t* classes, int64_t count,
+                      const float* fraction, V* best, I* label) {
   V y[kRows], most[kRows];
   I winner[kRows];
   for (int64_t i = 0; i < count; ++i) {
@@ -154,7 +153,7 @@ inline void find_best(const float* top, const float* bottom, const int32_t* clas
     if (i == 0) {
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
-        y[r] = broadcast(weight[r]);
+        y[r] = broadcast(fraction[r]);
         const V s = fma(y[r], step, a);
         most[r] = kNan ? choose(y[r] == broadcast(0.0f), a, s) : s;
         winner[r] = number;
@@ -176,7 +175,7 @@ inline void find_best(const float* top, const float* bottom, const int32_t* clas
 
 // Entropy (in nats) of the softmax of scale * score, whose best score is known: two plain sums.
 template <int kRows>
-inline void find_entropy(const float* top, const float* bottom, int64_t classes, float scale, const float* weight,
+inline void find_entropy(const float* top, const float* bottom, int64_t classes, float scale, const float* fraction,
                          const V* best, V* entropy) {
   constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
   V total[kRows]{}, weighted[kRows]{};
@@ -186,7 +185,7 @@ inline void find_entropy(const float* top, const float* bottom, int64_t classes,
       const V a = load(top + c * kLanes), step = load(bottom + c * kLanes) - a;
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
-        const V s = weight[r] == 0 ? a : fma(step, weight[r], a);
+        const V s = fraction[r] == 0 ? a : fma(step, fraction[r], a);
         V x = (s - best[r]) * (scale * kLog2e);
         x = choose(x < broadcast(-125.0f), broadcast(-125.0f), x);
         const V e = exp2<false>(x);
@@ -207,9 +206,9 @@ inline void finish_rows(const UpsampleParams& p, const float* top, const float* 
   V best[kRows];
   I label[kRows];
   if (nan)
-    find_best<kRows, true>(top, bottom, classes, count, p.row_weight + y, best, label);
+    find_best<kRows, true>(top, bottom, classes, count, p.row_fraction + y, best, label);
   else
-    find_best<kRows, false>(top, bottom, classes, count, p.row_weight + y, best, label);
+    find_best<kRows, false>(top, bottom, classes, count, p.row_fraction + y, best, label);
   for (int r = 0; r < kRows; ++r) {
     const S narrow = __builtin_convertvector(label[r], S);
     memcpy(p.labels + at + r * p.out_width, &narrow, sizeof(int16_t) * columns);
@@ -219,7 +218,7 @@ inline void finish_rows(const UpsampleParams& p, const float* top, const float* 
   constexpr int kPart = kRows < 4 ? kRows : kPixelRows / 2;  // more sums than these do not fit the registers
   for (int r = 0; r < kRows; r += kPart) {
     V entropy[kPart];
-    find_entropy<kPart>(top, bottom, p.classes, p.scale, p.row_weight + y + r, best + r, entropy);
+    find_entropy<kPart>(top, bottom, p.classes, p.scale, p.row_fraction + y + r, best + r, entropy);
     for (int i = 0; i < kPart; ++i)
       memcpy(p.entropy + at + (r + i) * p.out_width, &entropy[i], sizeof(float) * columns);
   }

@@ -61,16 +61,16 @@ void store_weights(const float* panel_weights, const Rows& rows, int64_t first, 
 // The rounding of W is measured in one segment (rows of one image, a panel of texts) of `measured_share`: in all of
 // them in small calls, and in large ones in every eighth, which costs next to nothing.
 constexpr int64_t kManySegments = 256, kMeasuredShare = 8;
-inline int64_t measured_share(const ScoreParams& p) {
-  return p.images * ceil_div(p.texts_count, kPanel) < kManySegments ? 1 : kMeasuredShare;
+inline int64_t measured_share(const CompatibilityParams& p) {
+  return p.images * ceil_div(p.text_count, kPanel) < kManySegments ? 1 : kMeasuredShare;
 }
 
 // Adds the squared errors that storing a segment (rows of one image, a panel of texts) of W in 16 bits leaves in the
-// gradients. With r what the rounding takes away, a text's error is the norm of Σ r p over the rows: at most Σ r ‖p‖ for
-// patches of one direction, about sqrt(Σ r² ‖p‖²) for those of many. The mean of both squares stands for it, for a
+// gradients. With r what the rounding takes away, a text's error is the norm of Σ r p over the rows: at most Σ r ‖p‖
+// for patches of one direction, about sqrt(Σ r² ‖p‖²) for those of many. The mean of both squares stands for it, for a
 // patch's error likewise with the texts.
 template <class Op>
-void measure_rounding([[maybe_unused]] const ScoreParams& p, [[maybe_unused]] const float* panel_weights,
+void measure_rounding([[maybe_unused]] const CompatibilityParams& p, [[maybe_unused]] const float* panel_weights,
                       [[maybe_unused]] const float* inv_norm, [[maybe_unused]] int64_t count,
                       [[maybe_unused]] int64_t image, [[maybe_unused]] const float* text_norm,
                       [[maybe_unused]] int64_t panel, [[maybe_unused]] WeightSums& sums) {

@@ -60,7 +60,7 @@ def score_forward(patches, texts, patch_mask, temperature, form, phi, lse) -> No
     params = _params(patches, texts, patch_mask, temperature, form, phi, lse)
     if phi.numel():
         workspace = _workspace(params, backward=False)  # noqa: F841  (alive during the call)
-        _native.score_forward(params)
+        _native.compatibility_forward(params)
 
 
 def score_backward(
@@ -77,7 +77,7 @@ def score_backward(
         grad_temperature=_address(grad_temperature),
     )
     workspace = _workspace(params, backward=True)  # noqa: F841
-    _native.score_backward(params)
+    _native.compatibility_backward(params)
 
 
 def upsample_argmax(scores, rows, columns, scale, labels, best, entropy) -> None:
@@ -106,7 +106,7 @@ def _params(patches: Tensor, texts: Tensor, patch_mask: Tensor | None, temperatu
     temperature = float(temperature)
     if 0 < temperature < _SMALLEST:  # of which the inverse overflows; the best patch takes all with either
         temperature = _SMALLEST
-    return _native.ScoreParams(
+    return _native.CompatibilityParams(
         sizes=(*patches.shape[:2], len(texts), patches.shape[2]),
         dtype=_DTYPES[patches.dtype],
         form=form,
