@@ -1,14 +1,14 @@
-// The order of the work: which rows and texts are in memory together, which thread does what, and where it all lies.
+// The order of the work: which thread does what, and when.
 // Everything that decides a result's bits depends on shapes alone, so any number of threads gives the same bits.
 
 #include <algorithm>
 #include <cstring>
+#include <memory>
 #include <numeric>
 #include <stdexcept>
-#include <string>
 #include <vector>
 
-#include "pages.h"
+#include "calls.h"
 #include "plan.h"
 #include "team.h"
 
@@ -28,14 +28,12 @@ std::vector<int64_t> count_rows(const CompatibilityParams& p, int64_t align) {
     if (p.mask) {
       count = 0;
       for (int64_t n = 0; n < p.patches_per_image; ++n)
-        count += p.mask[b * p.mask_stride_image + n * p.mask_stride_row] != 0;
+        count += p.mask[b * p.mask_strides.image + n * p.mask_strides.row] != 0;
     }
     row_start[b + 1] = row_start[b] + round_up(count, align);
   }
   return row_start;
 }
-
-int64_t gradient_row_bytes(const CompatibilityParams& p) { return p.dim * (p.dtype == Dtype::float32 ? 4 : 2); }
 
 // The gradients of rows [first, last) of a block.
 void populate_gradients(const CompatibilityParams& p, const Rows& rows, int64_t first, int64_t last) {
@@ -47,93 +45,14 @@ void populate_gradients(const CompatibilityParams& p, const Rows& rows, int64_t 
   populate((char*)p.grad_patches + begin * gradient_row_bytes(p), (end - begin) * gradient_row_bytes(p));
 }
 
-template <class AnyPlan>
-Arena open_workspace(const CompatibilityParams& p, const AnyPlan& plan) {
-  if (p.workspace_bytes < plan.workspace_bytes())
-    throw std::invalid_argument("workspace has " + std::to_string(p.workspace_bytes) + " bytes, expected " +
-                                std::to_string(plan.workspace_bytes()));
-  char* base = (char*)round_up((int64_t)p.workspace, 64);
-  advise_huge_pages(p.workspace, p.workspace_bytes);
-  return {base};
-}
-
 void open_texts(const CompatibilityParams& p, const Plan& plan, int64_t first, Texts& texts) {
   texts.first = first;
   texts.count = least(plan.texts_block, p.text_count - first);
   texts.padded = round_up(texts.count, plan.kernels.panel);
 }
 
-void backward_max(const CompatibilityParams& p) {
-  const MaxPlan plan(p);
+void forward(const Plan& plan, const CompatibilityParams& p, Arena arena) {
   const Kernels& kernels = plan.kernels;
-  Arena arena = open_workspace(p, plan);
-  MaxBlock shared_block;
-  plan.take_block(arena, shared_block);
-  const int64_t scratch_at = arena.used, text_blocks = ceil_div(p.text_count, plan.texts_block);
-
-  Team(p.openmp, plan.threads, [&, shared_block](Team& team, int id) {
-    Arena own{arena.base, scratch_at + id * plan.scratch_bytes};
-    MaxScratch scratch;
-    plan.take_scratch(own, scratch);
-    MaxBlock block = shared_block;
-    bool packed = false;
-    for (int64_t image = 0; image < p.images; image += plan.images)
-      for (int64_t patch = 0; patch < p.patches_per_image; patch += plan.patches) {
-        block.image_first = image;
-        block.image_last = least(image + plan.images, p.images);
-        block.patch_first = patch;
-        block.patches = least(plan.patches, p.patches_per_image - patch);
-        for (int64_t text_block = 0; text_block < text_blocks; ++text_block) {
-          block.text_first = text_block * plan.texts_block;
-          block.text_count = least(plan.texts_block, p.text_count - block.text_first);
-          if (!packed || text_blocks > 1)
-            team.phase(ceil_div(block.text_count, 16), [&](int64_t i) {
-              kernels.max_pack_texts(p, block, i * 16, least(i * 16 + 16, block.text_count));
-            });
-          packed = true;
-          team.phase(block.image_last - image, [&](int64_t i) { kernels.max_sort(p, block, image + i); });
-          const int64_t ranges = ceil_div(block.patches, 64);
-          team.phase((block.image_last - image) * ranges, [&](int64_t task) {
-            const int64_t first = task % ranges * 64, last = least(first + 64, block.patches);
-            if (p.grad_patches && text_block == text_blocks - 1)
-              populate((char*)p.grad_patches +
-                           ((image + task / ranges) * p.patches_per_image + patch + first) * gradient_row_bytes(p),
-                       (last - first) * gradient_row_bytes(p));
-            kernels.max_patches(p, block, image + task / ranges, first, last, scratch);
-          });
-          if (p.grad_texts)
-            team.phase(ceil_div(block.text_count, 16), [&](int64_t i) {
-              kernels.max_texts(p, block, i * 16, least(i * 16 + 16, block.text_count), scratch);
-            });
-        }
-      }
-    if (p.grad_texts)
-      team.phase(ceil_div(p.text_count, 16),
-                 [&](int64_t i) { kernels.max_finish_texts(p, i * 16, least(i * 16 + 16, p.text_count), scratch); });
-  });
-}
-
-}  // namespace
-
-int64_t workspace_bytes(const CompatibilityParams& p, bool backward) {
-  if (backward && p.form == Form::max) return MaxPlan(p).workspace_bytes();
-  const Kernels &kernels = select_kernels(p.dtype, p.dim), &exact = select_kernels(Dtype::float32, p.dim);
-  int64_t bytes = Plan(p, backward, kernels).workspace_bytes();
-  if (backward && kernels.pair == 2)  // see compatibility_backward
-    for (const bool again : {false, true}) bytes = most(bytes, Plan(p, again, exact).workspace_bytes());
-  return bytes;
-}
-
-int64_t accumulator_floats(const CompatibilityParams& p) {
-  const int64_t panel = select_kernels(p.dtype, p.dim).panel;
-  return round_up(p.text_count, panel) * round_up(p.dim, panel);
-}
-
-namespace {
-
-void forward(const CompatibilityParams& p, const Kernels& kernels) {
-  const Plan plan(p, false, kernels);
-  Arena arena = open_workspace(p, plan);
   const std::vector<int64_t> row_start = count_rows(p, plan.row_align);
   Texts shared_texts;
   plan.take_texts(arena, shared_texts);
@@ -158,15 +77,70 @@ void forward(const CompatibilityParams& p, const Kernels& kernels) {
   });
 }
 
-int64_t gradient_bytes(const CompatibilityParams& p) { return p.images * p.patches_per_image * gradient_row_bytes(p); }
+// Rows of the backward that are in memory together.
+struct Block {
+  int64_t first_row, last_row;
+  std::vector<int64_t> starts;       // of the tasks that make weights: chunks of rows, or (cosine) images; then the end
+  std::vector<int64_t> image_begin;  // see Rows
+  std::vector<float> share;
+};
+
+// Finds the images of a block with means; a block with too many of them ends earlier.
+void count_images(const Plan& plan, const std::vector<int64_t>& row_start, Block& block) {
+  if (!plan.means) return;
+  const int64_t padding = 2 * plan.kernels.inner;
+  int64_t b = std::upper_bound(row_start.begin(), row_start.end(), block.first_row) - row_start.begin() - 1;
+  for (; row_start[b] < block.last_row; ++b) {
+    if (row_start[b] == row_start[b + 1]) continue;
+    block.image_begin.push_back(most(0, row_start[b] - block.first_row));
+    block.share.push_back(1.0f / (float)(row_start[b + 1] - row_start[b]));
+    if ((int64_t)block.share.size() == kMeans)  // the block ends here, or a few rows before: only the last is padded
+      block.last_row =
+          least(block.last_row, block.first_row + (row_start[b + 1] - block.first_row) / padding * padding);
+  }
+  while (block.image_begin.back() >= block.last_row - block.first_row) {
+    block.image_begin.pop_back();
+    block.share.pop_back();
+  }
+}
+
+std::vector<Block> make_blocks(const Plan& plan, const std::vector<int64_t>& row_start) {
+  std::vector<Block> blocks;
+  if (plan.cosine) {
+    for (int64_t b = 0; b < plan.p.images; ++b) {
+      if (row_start[b] == row_start[b + 1]) continue;
+      if (blocks.empty() || row_start[b + 1] - blocks.back().first_row > plan.rows_block ||
+          (plan.means && (int64_t)blocks.back().starts.size() > kMeans))
+        blocks.push_back({.first_row = row_start[b], .last_row = 0, .starts = {0}, .image_begin = {}, .share = {}});
+      Block& block = blocks.back();
+      block.last_row = row_start[b + 1];
+      block.starts.push_back(block.last_row - block.first_row);
+    }
+    for (Block& block : blocks) count_images(plan, row_start, block);
+  } else {
+    const int64_t rows_total = row_start[plan.p.images];
+    for (int64_t row = 0; row < rows_total; row = blocks.back().last_row) {
+      Block block{.first_row = row,
+                  .last_row = least(row + plan.rows_block, rows_total),
+                  .starts = {},
+                  .image_begin = {},
+                  .share = {}};
+      count_images(plan, row_start, block);
+      const int64_t count = round_up(block.last_row - row, 2 * plan.kernels.inner);
+      for (int64_t at = 0; at < count; at += plan.chunk) block.starts.push_back(at);
+      block.starts.push_back(count);
+      blocks.push_back(block);
+    }
+  }
+  for (Block& block : blocks) block.image_begin.push_back(block.starts.back());
+  return blocks;
+}
 
 // The backward of the dot and the cosine form. Returns false where W, rounded to 16 bits, has left too much error in a
 // gradient, which is then not to be used.
-bool backward_weighted(CompatibilityParams p, const Kernels& kernels) {
-  const Plan plan(p, true, kernels);
-  Arena arena = open_workspace(p, plan);
+bool backward(const Plan& plan, CompatibilityParams p, Arena arena) {
+  const Kernels& kernels = plan.kernels;
   const std::vector<int64_t> row_start = count_rows(p, plan.row_align);
-  const int64_t rows_total = row_start[p.images];
   if (p.grad_patches && p.mask) {  // masked patches are never visited
     std::memset(p.grad_patches, 0, gradient_bytes(p));
     p.fresh_gradient = false;
@@ -180,54 +154,7 @@ bool backward_weighted(CompatibilityParams p, const Kernels& kernels) {
   plan.take_block(arena, shared_rows, weights, shared_sums);
   const int64_t scratch_at = arena.used;
 
-  struct Block {
-    int64_t first_row, last_row;
-    std::vector<int64_t> starts;  // of the tasks that make weights: chunks of rows, or (cosine) images; then the end
-    std::vector<int64_t> image_begin;  // see Rows
-    std::vector<float> share;
-  };
-  std::vector<Block> blocks;
-  const int64_t padding = 2 * kernels.inner;
-  const auto count_images = [&](Block& block) {
-    if (!plan.means) return;
-    int64_t b = std::upper_bound(row_start.begin(), row_start.end(), block.first_row) - row_start.begin() - 1;
-    for (; row_start[b] < block.last_row; ++b) {
-      if (row_start[b] == row_start[b + 1]) continue;
-      block.image_begin.push_back(most(0, row_start[b] - block.first_row));
-      block.share.push_back(1.0f / (float)(row_start[b + 1] - row_start[b]));
-      if ((int64_t)block.share.size() == kMeans)  // the block ends here, or a few rows before: only the last is padded
-        block.last_row =
-            least(block.last_row, block.first_row + (row_start[b + 1] - block.first_row) / padding * padding);
-    }
-    while (block.image_begin.back() >= block.last_row - block.first_row) {
-      block.image_begin.pop_back();
-      block.share.pop_back();
-    }
-  };
-  if (plan.cosine) {
-    for (int64_t b = 0; b < p.images; ++b) {
-      if (row_start[b] == row_start[b + 1]) continue;
-      if (blocks.empty() || row_start[b + 1] - blocks.back().first_row > plan.rows_block ||
-          (plan.means && (int64_t)blocks.back().starts.size() > kMeans))
-        blocks.push_back({row_start[b], 0, {0}, {}, {}});
-      Block& block = blocks.back();
-      block.last_row = row_start[b + 1];
-      block.starts.push_back(block.last_row - block.first_row);
-    }
-  } else {
-    for (int64_t row = 0; row < rows_total; row = blocks.back().last_row) {
-      Block block{row, least(row + plan.rows_block, rows_total), {}, {}, {}};
-      count_images(block);
-      const int64_t count = round_up(block.last_row - row, padding);
-      for (int64_t at = 0; at < count; at += plan.chunk) block.starts.push_back(at);
-      block.starts.push_back(count);
-      blocks.push_back(block);
-    }
-  }
-  for (Block& block : blocks) {
-    if (plan.cosine) count_images(block);
-    block.image_begin.push_back(block.starts.back());
-  }
+  const std::vector<Block> blocks = make_blocks(plan, row_start);
   const int64_t text_blocks = ceil_div(p.text_count, plan.texts_block);
   size_t most_tasks = 0;
   for (const Block& block : blocks) most_tasks = most(most_tasks, block.starts.size());
@@ -319,30 +246,52 @@ bool backward_weighted(CompatibilityParams p, const Kernels& kernels) {
 
 }  // namespace
 
-void compatibility_forward(const CompatibilityParams& p) { forward(p, select_kernels(p.dtype, p.dim)); }
+Planned compatibility_forward(const CompatibilityParams& params) {
+  const auto plan = std::make_shared<const Plan>(params, false, select_kernels(params.dtype, params.dim));
+  const int64_t bytes = plan->workspace_bytes();
+  return {.workspace_bytes = bytes,
+          .run = [=](char* workspace) { forward(*plan, plan->p, open_workspace(workspace, bytes)); }};
+}
 
-void compatibility_backward(const CompatibilityParams& asked) {
-  CompatibilityParams p = asked;
-  p.fresh_gradient = p.grad_patches && is_fresh((const char*)p.grad_patches + gradient_bytes(p) - 1);
-  if (p.form == Form::max) {
-    if (p.grad_temperature) *p.grad_temperature = 0.0f;
-    if (p.grad_patches || p.grad_texts) backward_max(p);
-    return;
+Planned compatibility_backward(const CompatibilityParams& params) {
+  if (!params.grad_phi) throw std::invalid_argument("grad_phi is missing, which the backward needs");
+  if (params.grad_texts && !params.texts_sum)
+    throw std::invalid_argument("texts_sum is missing, which grad_texts needs");
+  if (params.form == Form::max) return max_backward(params);
+  const Kernels &kernels = select_kernels(params.dtype, params.dim),
+                &exact = select_kernels(Dtype::float32, params.dim);
+  const auto plan = std::make_shared<const Plan>(params, true, kernels);
+  if (kernels.pair == 1) {
+    const int64_t bytes = plan->workspace_bytes();
+    return {.workspace_bytes = bytes, .run = [=](char* workspace) {
+              backward(*plan, with_fresh_gradient(plan->p), open_workspace(workspace, bytes));
+            }};
   }
-  const Kernels& kernels = select_kernels(p.dtype, p.dim);
-  if (backward_weighted(p, kernels) || kernels.pair == 1) return;
-  const Kernels& exact = select_kernels(Dtype::float32, p.dim);
-  if (p.texts_sum) std::memset(p.texts_sum, 0, sizeof(float) * accumulator_floats(p));
-  p.fresh_gradient = false;
-  std::vector<float> again;
-  if (p.form == Form::dot) {  // τ may divide the difference of s and φ: both from the same kernels
-    const int64_t pairs = p.images * p.text_count;
-    again.resize(2 * pairs);
-    p.phi = again.data();
-    p.state = again.data() + pairs;
-    forward(p, exact);
-  }
-  backward_weighted(p, exact);
+  const auto exact_forward = std::make_shared<const Plan>(params, false, exact);
+  const auto exact_backward = std::make_shared<const Plan>(params, true, exact);
+  int64_t bytes = plan->workspace_bytes();
+  for (const auto& again : {exact_forward, exact_backward}) bytes = most(bytes, again->workspace_bytes());
+  return {.workspace_bytes = bytes, .run = [=](char* workspace) {
+            CompatibilityParams p = with_fresh_gradient(plan->p);
+            const Arena arena = open_workspace(workspace, bytes);
+            if (backward(*plan, p, arena)) return;
+            if (p.texts_sum) std::memset(p.texts_sum, 0, sizeof(float) * accumulator_floats(p));
+            p.fresh_gradient = false;
+            std::vector<float> again;
+            if (p.form == Form::dot) {  // τ may divide the difference of s and φ: both from the same kernels
+              const int64_t pairs = p.images * p.text_count;
+              again.resize(2 * pairs);
+              p.phi = again.data();
+              p.state = again.data() + pairs;
+              forward(*exact_forward, p, arena);
+            }
+            backward(*exact_backward, p, arena);
+          }};
+}
+
+int64_t accumulator_floats(const CompatibilityParams& p) {
+  const int64_t panel = select_kernels(p.dtype, p.dim).panel;
+  return round_up(p.text_count, panel) * round_up(p.dim, panel);
 }
 
 }  // namespace pacl

@@ -3,6 +3,7 @@
 #include <atomic>
 #include <chrono>
 
+#include "calls.h"
 #include "kernels.h"
 #include "team.h"
 

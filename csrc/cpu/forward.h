@@ -96,10 +96,10 @@ void overlapped(const CompatibilityParams& p, int64_t first, const Rows& rows, c
 template <class Op>
 const float* rows_in_place(const CompatibilityParams& p, int64_t row, int64_t count, Rows& rows) {
   constexpr int64_t kTall = 2 * kMatrixRows;
-  if (p.mask || !rows_are_even(p) || p.dim != Op::kPair * dim_units<Op>(p) || p.patch_stride_row % Op::kPair ||
+  if (p.mask || !rows_are_even(p) || p.dim != Op::kPair * dim_units<Op>(p) || p.patch_strides.row % Op::kPair ||
       row + round_up(count, kTall) > p.images * p.patches_per_image)
     return nullptr;
-  const int64_t stride = p.patch_stride_row / Op::kPair;
+  const int64_t stride = p.patch_strides.row / Op::kPair;
   const float* left = (const float*)((const char*)p.patches + row * stride * 4);
   int64_t image = row / p.patches_per_image, n = row - image * p.patches_per_image;
   for (int64_t r = 0; r < count; ++r, ++n) {
@@ -132,7 +132,7 @@ void forward(const CompatibilityParams& p, const int64_t* row_start, int64_t fir
     const bool overlaps = Op::kMatrix && !cosine && no_running_max && inner <= Op::kInnerBlock;
     if (overlaps) in_place = rows_in_place<Op>(p, row, count, rows);
     const float* left = in_place ? in_place : rows.units;
-    const int64_t left_row = in_place ? p.patch_stride_row / Op::kPair : kPanel;
+    const int64_t left_row = in_place ? p.patch_strides.row / Op::kPair : kPanel;
     const int64_t left_block = in_place ? kPanel : rows.capacity * kPanel;
 #endif
     if (!in_place) pack_rows<Op>(p, row_start, row, row + count, rows, 0, scratch.row);

@@ -7,8 +7,8 @@ namespace {
 
 using namespace pacl;
 
-// A row of a gradient. Pages that the system has made just now are in the cache, and stores past it would then take
-// twice as long as plain ones; into older memory it is the other way round.
+// A row of a gradient. Pages that the system has made just now are in the cache, and non-temporal stores
+// would then take twice as long as plain ones; into older memory it is the other way round.
 void write_gradient(void* to, int64_t offset, const void* from, int64_t bytes, bool fresh) {
   fresh ? (void)memcpy((char*)to + offset, from, bytes) : copy_non_temporal((char*)to + offset, from, bytes);
 }
@@ -103,7 +103,7 @@ double finish_texts(const CompatibilityParams& p, int64_t first, int64_t last, f
   float* text = buffer + dims;  // as panels of one row
   double squares = 0;
   for (int64_t k = first; k < last; ++k) {
-    read_row(p.texts, k * p.text_stride_row, p.text_stride_dim, p.dim, p.dtype, text);
+    read_row(p.texts, k * p.text_strides.row, p.text_strides.dim, p.dim, p.dtype, text);
     memset(text + p.dim, 0, sizeof(float) * (dims - p.dim));
     const float* units = text;
     float range_scale;

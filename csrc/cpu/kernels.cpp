@@ -1,4 +1,4 @@
-// The fused functions, written once on the vectors of simd.h and compiled once per instruction set.
+// The kernels, written once on the vectors of simd.h and compiled once per instruction set.
 // No std:: templates and no shared inline functions: the linker could keep an AVX-512 copy of them for everyone.
 
 #include "kernels.h"
@@ -14,29 +14,31 @@ using namespace pacl;
 
 template <class Op>
 constexpr Kernels table() {
-  return {kPanel,
-          Op::kMatrix ? 2 * Op::kRows : Op::kRows,
-          Op::kColumns,
-          Op::kPair,
-          Op::kInner,
-          Op::kMatrix,
-          pack_rows<Op>,
-          pack_texts<Op>,
-          forward<Op>,
-          weights<Op>,
-          patches_product<Op>,
-          sum_rows<Op>,
-          means_product<Op>,
-          texts_product<Op>,
-          finish_patches<Op>,
-          finish_texts,
-          independent_fmas<Op>,
-          max_pack_texts,
-          max_sort,
-          max_patches,
-          max_texts,
-          max_finish_texts,
-          upsample_argmax};
+  return {
+      .panel = kPanel,
+      .tile_rows = Op::kMatrix ? 2 * Op::kRows : Op::kRows,
+      .tile_columns = Op::kColumns,
+      .pair = Op::kPair,
+      .inner = Op::kInner,
+      .matrix = Op::kMatrix,
+      .pack_rows = pack_rows<Op>,
+      .pack_texts = pack_texts<Op>,
+      .forward = forward<Op>,
+      .weights = weights<Op>,
+      .patches_product = patches_product<Op>,
+      .sum_rows = sum_rows<Op>,
+      .means_product = means_product<Op>,
+      .texts_product = texts_product<Op>,
+      .finish_patches = finish_patches<Op>,
+      .finish_texts = finish_texts,
+      .independent_fmas = independent_fmas<Op>,
+      .max_pack_texts = max_pack_texts,
+      .max_sort = max_sort,
+      .max_patches = max_patches,
+      .max_texts = max_texts,
+      .max_finish_texts = max_finish_texts,
+      .upsample_argmax = upsample_argmax,
+  };
 }
 
 }  // namespace

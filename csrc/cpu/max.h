@@ -1,6 +1,6 @@
 // The max form: φ = max s over the patches of an image, the first of the largest. Forward keeps the winner's index n in
-// `state` (-1: no valid patch), so backward needs no product: with w = g / (|p| |t|), a row of patches gets Σ w t over the
-// texts that it won, a text Σ w p over the images' winners, and each is then projected as in the other forms.
+// `state` (-1: no valid patch), so backward needs no product: with w = g / (|p| |t|), a row of patches gets Σ w t over
+// the texts that it won, a text Σ w p over the images' winners, and each is then projected as in the other forms.
 #pragma once
 
 #include "gradients.h"
@@ -105,8 +105,8 @@ inline void add_rows(const float* const* rows, const float* weights, int64_t cou
 void max_pack_texts(const CompatibilityParams& p, MaxBlock& block, int64_t first, int64_t last) {
   const int64_t dims = padded_dim(p.dim);
   for (int64_t k = first; k < last; ++k) {
-    block.text[k] = row_units_at<Float32>(p.texts, (block.text_first + k) * p.text_stride_row, p.text_stride_dim, p.dim,
-                                          p.dtype, dims, block.text_rows + k * dims);
+    block.text[k] = row_units_at<Float32>(p.texts, (block.text_first + k) * p.text_strides.row, p.text_strides.dim,
+                                          p.dim, p.dtype, dims, block.text_rows + k * dims);
     float range_scale;
     block.text_norm[k] = inverse_norm_in_range<Float32>(block.text[k], dims, block.text_rows + k * dims, range_scale);
   }
@@ -148,8 +148,8 @@ void max_patches(const CompatibilityParams& p, MaxBlock& block, int64_t image, i
     if (block.text_first == 0) patch = nullptr;
     const bool seen = patch != nullptr;
     if (won > 0 && !seen) {
-      patch = row_units_at<Float32>(p.patches, image * p.patch_stride_image + n * p.patch_stride_row,
-                                    p.patch_stride_dim, p.dim, p.dtype, dims, block.patch_rows + slot * dims);
+      patch = row_units_at<Float32>(p.patches, image * p.patch_strides.image + n * p.patch_strides.row,
+                                    p.patch_strides.dim, p.dim, p.dtype, dims, block.patch_rows + slot * dims);
       block.patch_norm[slot] =
           inverse_norm_in_range<Float32>(patch, dims, block.patch_rows + slot * dims, block.patch_range_scale[slot]);
     }
@@ -195,7 +195,7 @@ void max_finish_texts(const CompatibilityParams& p, int64_t first, int64_t last,
   const int64_t dims = padded_dim(p.dim);
   for (int64_t k = first; k < last; ++k) {
     const float* text =
-        row_units_at<Float32>(p.texts, k * p.text_stride_row, p.text_stride_dim, p.dim, p.dtype, dims, scratch.sum);
+        row_units_at<Float32>(p.texts, k * p.text_strides.row, p.text_strides.dim, p.dim, p.dtype, dims, scratch.sum);
     float range_scale;
     const float inv_norm = inverse_norm_in_range<Float32>(text, dims, scratch.sum, range_scale);
     finish_row<Float32>(p.texts_sum + k * dims, 1, text, 1, 0, inv_norm, range_scale, p.dim, p.grad_texts_dtype,

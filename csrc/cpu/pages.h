@@ -18,7 +18,7 @@ void advise_huge_pages(void* memory, int64_t bytes) {
 #endif
 }
 
-// Whether the system has yet to make the page of `address`; false where it does not say.
+// True where the system has yet to make the page of `address`; false where it does not say.
 bool is_fresh([[maybe_unused]] const char* address) {
 #if defined(__linux__)
   static const int64_t page = sysconf(_SC_PAGESIZE);
@@ -37,6 +37,18 @@ void populate([[maybe_unused]] char* memory, [[maybe_unused]] int64_t bytes) {
   const int64_t first = (int64_t)memory / page * page, last = ((int64_t)memory + bytes - 1) / page * page;
   if (is_fresh((char*)last)) madvise((void*)first, last + page - first, MADV_POPULATE_WRITE);
 #endif
+}
+
+inline int64_t gradient_row_bytes(const CompatibilityParams& p) { return p.dim * (p.dtype == Dtype::float32 ? 4 : 2); }
+
+inline int64_t gradient_bytes(const CompatibilityParams& p) {
+  return p.images * p.patches_per_image * gradient_row_bytes(p);
+}
+
+// The same call, told whether the system has yet to make the pages of the patches' gradient.
+inline CompatibilityParams with_fresh_gradient(CompatibilityParams p) {
+  p.fresh_gradient = p.grad_patches && is_fresh((const char*)p.grad_patches + gradient_bytes(p) - 1);
+  return p;
 }
 
 }  // namespace

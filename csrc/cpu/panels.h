@@ -111,7 +111,7 @@ struct UpsampleTile {
   int64_t first, vectors;
   float* rows[2];       // [vectors, C, lanes]: source rows, enlarged horizontally
   int64_t held[2];      // which rows of which image those are, -1 for none
-  bool nan[2];          // whether there is a NaN in it
+  bool nan[2];          // true where there is a NaN in it
   float* source;        // [kSources, w + 1] and 2 lanes: of some classes the part of a source row that the tile reads
   int32_t* column;      // [vectors * lanes], relative to that part
   float* fraction;      // [vectors * lanes]

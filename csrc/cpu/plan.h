@@ -3,6 +3,7 @@
 #pragma once
 
 #include "kernels.h"
+#include "pages.h"
 
 namespace pacl {
 namespace {
@@ -11,9 +12,7 @@ constexpr int64_t kMiB = 1 << 20;
 constexpr int64_t kBudget = 60 * kMiB;       // workspace of a call, whatever its shape and threads; [N, N] comes on top
 constexpr int64_t kTextsBudget = 10 * kMiB;  // packed texts
 constexpr int64_t kRowsBudget = 26 * kMiB;   // a block of rows of the backward: patches, their gradient, weights
-
-constexpr int64_t kMaxRowsBudget = 8 * kMiB;  // a block of patches of the max form's backward
-constexpr int64_t kTextRange = 256;           // texts of a task
+constexpr int64_t kTextRange = 256;          // texts of a task
 
 // From this τ on the attention is nearly uniform, and weights in bfloat16 are stored less their mean (see Weights).
 // At small τ the mean is far from most weights, and would give patches that no text looks at its own rounding.
@@ -32,9 +31,15 @@ struct Arena {
   }
 };
 
+inline Arena open_workspace(char* workspace, int64_t bytes) {
+  advise_huge_pages(workspace, bytes);
+  return {(char*)round_up((int64_t)workspace, 64)};
+}
+
+// The forward, or the backward of the dot and the cosine form.
 struct Plan {
   const Kernels& kernels;
-  const CompatibilityParams& p;
+  const CompatibilityParams p;
   bool backward, cosine, means;
   bool local_sums;               // the patches' sums of a chunk at a time, see Scratch
   int64_t row_align;             // rows of an image are padded to this
@@ -99,7 +104,7 @@ struct Plan {
 
   int64_t workspace_bytes() const { return shared_bytes + threads * scratch_bytes + 64; }
 
-  // Of a row's panels no two are a multiple of 4 KiB apart, or they would meet in one set of the L1 cache.
+  // No two panels of a row are a multiple of 4 KiB apart, or they would meet in one set of the L1 cache.
   int64_t local_capacity() const { return round_up(chunk, 32) + 2; }
 
   void take_texts(Arena& arena, Texts& texts) const {
@@ -123,7 +128,7 @@ struct Plan {
     weights.units = arena.take(capacity * round_up(texts_block, 2 * kernels.panel) / kernels.pair);
     weights.row_units =
         kernels.pair == 1 ? weights.units : arena.take(round_up(capacity / 2, kernels.panel) * texts_block);
-    sums = {nullptr, capacity, 0, nullptr};
+    sums = {.panels = nullptr, .capacity = capacity, .first = 0, .means = nullptr};
     if (!p.grad_patches) return;
     if (!local_sums) sums.panels = arena.take(capacity * dims);
     if (means) sums.means = arena.take(kMeansCapacity * dims);
@@ -166,54 +171,6 @@ struct Plan {
     // In the matrix unit's form G itself is not needed any more when C begins, nor that form when C is whole.
     s.norm_term = kernels.matrix ? s.gram : arena.take(matrix);
     s.norm_term_units = kernels.matrix ? s.gram_high : pairs ? arena.take(half) : nullptr;
-  }
-};
-
-// The backward of the max form: blocks of patches, whole images where they fit, against blocks of texts.
-struct MaxPlan {
-  const Kernels& kernels;
-  const CompatibilityParams& p;
-  int64_t dims, texts_block, patches, images;  // padded D; texts, patches of an image and images of a block
-  int64_t shared_bytes, scratch_bytes;
-  int threads;
-
-  explicit MaxPlan(const CompatibilityParams& params) : kernels(select_kernels(params.dtype, params.dim)), p(params) {
-    dims = round_up(p.dim, kernels.panel);
-    texts_block = least(p.text_count, most(1, least(4096, kTextsBudget / (4 * dims))));
-    const int64_t rows = most(1, kMaxRowsBudget / (4 * dims));
-    patches = least(p.patches_per_image, rows);
-    images = least(p.images, least(256, rows / patches));
-    Arena counter{nullptr};
-    MaxBlock block;
-    MaxScratch scratch;
-    take_block(counter, block);
-    shared_bytes = counter.used;
-    counter.used = 0;
-    take_scratch(counter, scratch);
-    scratch_bytes = counter.used;
-    threads = (int)most(1, least(p.threads, (kBudget - shared_bytes) / scratch_bytes));
-  }
-
-  int64_t workspace_bytes() const { return shared_bytes + threads * scratch_bytes + 64; }
-
-  void take_block(Arena& arena, MaxBlock& block) const {
-    block.patch = arena.take<const float*>(images * patches);
-    block.patch_norm = arena.take(images * patches);
-    block.patch_range_scale = arena.take(images * patches);
-    block.patch_rows = arena.take(images * patches * dims);
-    block.patch_sums = p.grad_patches && texts_block < p.text_count ? arena.take(images * patches * dims) : nullptr;
-    block.text = arena.take<const float*>(texts_block);
-    block.text_norm = arena.take(texts_block);
-    block.text_rows = arena.take(texts_block * dims);
-    block.order = arena.take<int32_t>(images * texts_block);
-    block.start = arena.take<int32_t>(images * (patches + 1));
-  }
-
-  void take_scratch(Arena& arena, MaxScratch& scratch) const {
-    scratch.rows = arena.take<const float*>(most(texts_block, images));
-    scratch.weights = arena.take(most(texts_block, images));
-    scratch.sum = arena.take(dims);
-    scratch.buffer = arena.take(dims);
   }
 };
 

@@ -142,18 +142,18 @@ void pack_rows(const CompatibilityParams& p, const int64_t* row_start, int64_t f
       place = image < p.images ? row_start[image] - 1 : 0;
     }
     if (image < p.images) {
-      const uint8_t* mask = p.mask ? p.mask + image * p.mask_stride_image : nullptr;
+      const uint8_t* mask = p.mask ? p.mask + image * p.mask_strides.image : nullptr;
       while (place < r && n < p.patches_per_image) {
         ++n;
-        if (n < p.patches_per_image && (!mask || mask[n * p.mask_stride_row])) ++place;
+        if (n < p.patches_per_image && (!mask || mask[n * p.mask_strides.row])) ++place;
       }
     }
     const bool padding = image >= p.images || n >= p.patches_per_image;
     float* buffer = row + (Op::kPair == 2 && (at & 1) ? units : 0);
     if (padding) memset(buffer, 0, sizeof(float) * units);
     const float* source = padding ? buffer
-                                  : row_units_at<Op>(p.patches, image * p.patch_stride_image + n * p.patch_stride_row,
-                                                     p.patch_stride_dim, p.dim, p.dtype, units, buffer);
+                                  : row_units_at<Op>(p.patches, image * p.patch_strides.image + n * p.patch_strides.row,
+                                                     p.patch_strides.dim, p.dim, p.dtype, units, buffer);
     to.image[at] = padding ? -1 : (int32_t)image;
     to.index[at] = padding ? -1 : (int32_t)n;
     to.range_scale[at] = 1.0f;
@@ -174,7 +174,7 @@ void pack_texts(const CompatibilityParams& p, Texts& to, int64_t panel, float* r
     const int64_t k = panel * kPanel + i;
     float* buffer = row + i * units;
     if (k < to.count) {
-      const float* source = row_units_at<Op>(p.texts, (to.first + k) * p.text_stride_row, p.text_stride_dim, p.dim,
+      const float* source = row_units_at<Op>(p.texts, (to.first + k) * p.text_strides.row, p.text_strides.dim, p.dim,
                                              p.dtype, units, buffer);
       float range_scale;
       to.inv_norm[k] = inverse_norm_in_range<Op>(source, units, buffer, range_scale);

@@ -33,8 +33,8 @@ inline V load(const float* p) {
 }
 inline void store(float* p, V v) { memcpy(p, &v, sizeof v); }
 
-// Copies what this machine will not read soon past its caches, where that is possible: a large result is then not first
-// read from memory to be overwritten. store_fence() makes such copies visible to other threads.
+// Copies what this machine will not read soon by non-temporal stores, where it has them: a large result is then not
+// first read from memory to be overwritten. store_fence() makes such copies visible to other threads.
 inline void copy_non_temporal(void* to, const void* from, int64_t bytes) {
 #if defined(__SSE2__)
   if (((uintptr_t)to & 63) == 0) {

@@ -1,7 +1,7 @@
 // Upsample and arg-max of one tile: rows [y, y_last) of an image, a few vectors of columns, all classes.
 //
 // Each source row is enlarged horizontally once; output rows between the same two source rows then take one
-// multiply-add, one comparison and two selections for each class and vector, with best and label in registers.
+// FMA, one comparison and two selections for each class and vector, with best and label in registers.
 #pragma once
 
 #include "rows.h"
@@ -76,11 +76,11 @@ inline void enlarge(const UpsampleParams& p, int64_t image, int64_t row, int64_t
     const int64_t classes = least(kSources, p.classes - first);
     for (int64_t c = 0; c < classes; ++c) {
       const int64_t at =
-          image * p.stride_image + (first + c) * p.stride_class + row * p.stride_row + begin * p.stride_column;
+          image * p.strides.image + (first + c) * p.strides.class_ + row * p.strides.row + begin * p.strides.column;
       // Classes lie too far apart for the processor to foresee; what is prefetched need not exist.
-      __builtin_prefetch((const char*)p.scores + (at + kSources * p.stride_class) * bytes);
+      __builtin_prefetch((const char*)p.scores + (at + kSources * p.strides.class_) * bytes);
       float* source = tile.source + c * length;
-      read_row(p.scores, at, p.stride_column, count, p.dtype, source);
+      read_row(p.scores, at, p.strides.column, count, p.dtype, source);
       if (count < length) source[count] = source[count - 1];
     }
     for (int64_t i = 0; i < classes * length; i += kLanes) {  // what lies behind the last one is never used
