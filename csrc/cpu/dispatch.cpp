@@ -25,8 +25,8 @@ PACL_DECLARE(amx)
 PACL_DECLARE(emulated_amx)
 
 #if defined(PACL_AMX)
-// Whether the processor has AMX for bfloat16 and the operating system lets this process use it, asked for once: Linux
-// says no where a thread's signal stack is too small for the tiles.
+// True where the processor has AMX for bfloat16 and the operating system lets this process use it. Asked for once:
+// Linux refuses where a thread's signal stack is too small for the tiles.
 bool take_amx() {
   unsigned a, b, c, d;
   constexpr unsigned kBFloat16 = 1u << 22, kTile = 1u << 24;

@@ -2,7 +2,7 @@
 
 #include <vector>
 
-#include "score.h"
+#include "kernels.h"
 
 namespace pacl {
 

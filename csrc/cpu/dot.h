@@ -1,158 +1,35 @@
-// The dot form's weights, and the storing of any weights.
+// The dot form's weights.
 #pragma once
 
 #include "softmax.h"
+#include "weights.h"
 
 namespace {
 
 using namespace pacl;
 
-// Where the matrix unit finds unit `unit` of the rows' pairs for text `k` of the block: W' as its own left operand.
-inline float* transposed_weight(const Weights& w, const Texts& texts, int64_t k, int64_t unit) {
-  return w.row_units + (unit / kPanel * texts.padded + k) * kPanel + unit % kPanel;
-}
-
-// A panel of weights [first, last) in float32, into the units of the two products.
-template <class Op>
-void store_weights(const float* panel_weights, const Rows& rows, int64_t first, int64_t last,
-                   [[maybe_unused]] const Texts& texts, int64_t panel, Weights& to) {
-#if defined(PACL_PAIRS)
-  if constexpr (Op::kMatrix) {
-    for (int64_t r = first; r < last; r += 2 * kLanes)
-      for (int v = 0; v < 2; ++v) {
-        V units[kLanes];
-        float* row = to.units + (panel / 2 * rows.capacity + r) * kPanel + panel % 2 * kLanes + v * kLanes / 2;
-#pragma GCC unroll 16
-        for (int i = 0; i < kLanes; ++i) {
-          const float* pair = panel_weights + (r + 2 * i - first) * kPanel + v * kLanes;
-          const H even = round_to_bfloat16(load(pair)), odd = round_to_bfloat16(load(pair + kPanel));
-          memcpy(row + 2 * i * kPanel, &even, sizeof even);
-          memcpy(row + (2 * i + 1) * kPanel, &odd, sizeof odd);
-          units[i] = from_bits(zero_extend(even) | zero_extend(odd) << 16);
-        }
-        exchange_rows<kLanes / 2>(units);
-        float* transposed = transposed_weight(to, texts, panel * kPanel + v * kLanes, r / 2);
-#pragma GCC unroll 16
-        for (int i = 0; i < kLanes; ++i) store(transposed + i * kPanel, units[i]);
-      }
-    return;
-  }
-  if (Op::kPair == 2) {
-    for (int64_t r = first; r < last; r += 2) {
-      H rounded[2][2];
-      for (int odd = 0; odd < 2; ++odd) {
-        float* units = to.units + (panel / 2 * rows.capacity + r + odd) * kPanel + panel % 2 * kLanes;
-        for (int v = 0; v < 2; ++v) {
-          rounded[odd][v] = round_to_bfloat16(load(panel_weights + (r + odd - first) * kPanel + v * kLanes));
-          memcpy(units + v * kLanes / 2, &rounded[odd][v], sizeof(H));
-        }
-      }
-      for (int v = 0; v < 2; ++v) {
-        const I unit = zero_extend(rounded[0][v]) | zero_extend(rounded[1][v]) << 16;
-        store(to.row_units + (panel * (rows.capacity / 2) + r / 2) * kPanel + v * kLanes, from_bits(unit));
-      }
-    }
-    return;
-  }
-#endif
-  memcpy(to.units + (panel * rows.capacity + first) * kPanel, panel_weights, sizeof(float) * (last - first) * kPanel);
-}
-
-// The rounding of W is measured in one segment (rows of one image, a panel of texts) of `measured_share`: in all of
-// them in small calls, and in large ones in every eighth, which costs next to nothing.
-constexpr int64_t kManySegments = 256, kMeasuredShare = 8;
-inline int64_t measured_share(const ScoreParams& p) {
-  return p.images * ceil_div(p.texts_count, kPanel) < kManySegments ? 1 : kMeasuredShare;
-}
-
-// Adds the squared errors that storing a segment (rows of one image, a panel of texts) of W in 16 bits leaves in the
-// gradients. With r what the rounding takes away, a text's error is the norm of Σ r p over the rows: at most Σ r ‖p‖ for
-// patches of one direction, about sqrt(Σ r² ‖p‖²) for those of many. The mean of both squares stands for it, for a
-// patch's error likewise with the texts.
-template <class Op>
-void measure_rounding([[maybe_unused]] const ScoreParams& p, [[maybe_unused]] const float* panel_weights,
-                      [[maybe_unused]] const float* inv_norm, [[maybe_unused]] int64_t count,
-                      [[maybe_unused]] int64_t image, [[maybe_unused]] const float* text_norm,
-                      [[maybe_unused]] int64_t panel, [[maybe_unused]] WeightSums& sums) {
-#if defined(PACL_PAIRS)
-  const int64_t share = measured_share(p);
-  if (Op::kPair == 1 || (image + panel) % share) return;
-  V length[2], of_texts[2]{}, texts_squared[2]{};
-  for (int v = 0; v < 2; ++v) {
-    const V norm = load(text_norm + v * kLanes);
-    length[v] = select(norm > V{}, 1.0f / norm, V{});
-  }
-  double patches = 0, texts = 0;
-  for (int64_t r = 0; r < count; ++r) {
-    if (inv_norm[r] == 0.0f) continue;
-    V of_patch{}, patch_squared{};
-    for (int v = 0; v < 2; ++v) {
-      const V w = load(panel_weights + r * kPanel + v * kLanes), rest = w - from_bfloat16(round_to_bfloat16(w));
-      const V to_text = rest / inv_norm[r], to_patch = rest * length[v];
-      of_texts[v] += to_text;
-      texts_squared[v] = fma(to_text, to_text, texts_squared[v]);
-      of_patch += to_patch;
-      patch_squared = fma(to_patch, to_patch, patch_squared);
-    }
-    const double error = sum(of_patch);
-    patches += error * error + sum(patch_squared);
-  }
-  for (int v = 0; v < 2; ++v) texts += sum(of_texts[v] * of_texts[v]) + sum(texts_squared[v]);
-  sums.patches_error += patches * share / 2;
-  sums.texts_error += texts * share / 2;
-#endif
-}
-
-// c of W (see Weights) for image `i` of a block and one panel of texts, from about the mean of dS over its patches.
-// `first`: of the tasks that share this image, the one that stores it.
-template <class Op>
-void store_mean([[maybe_unused]] const Rows& rows, [[maybe_unused]] int64_t i, [[maybe_unused]] const float* text_norm,
-                [[maybe_unused]] int64_t panel, [[maybe_unused]] bool first, [[maybe_unused]] Weights& to,
-                [[maybe_unused]] const Texts& texts, [[maybe_unused]] V mean[2]) {
-#if defined(PACL_PAIRS)
-  if (Op::kPair == 1) return;
-  const int64_t padding = i + 1 == rows.means ? round_up(rows.means, Op::kInner) - rows.means : 0;
-  float* units = to.units + (panel / 2 * rows.capacity + row_of_mean<Op>(rows, i)) * kPanel + panel % 2 * kLanes;
-  float* row_units = to.row_units + (panel * (rows.capacity / 2) + rows.count / 2 + i) * kPanel;
-  for (int v = 0; v < 2; ++v) {
-    const H rounded = round_to_bfloat16(mean[v] * load(text_norm + v * kLanes));
-    mean[v] = from_bfloat16(rounded);
-    if (!first) continue;
-    memcpy(units + v * kLanes / 2, &rounded, sizeof rounded);
-    const V both = from_bits(zero_extend(rounded) | zero_extend(rounded) << 16);
-    if constexpr (Op::kMatrix)
-      for (int lane = 0; lane < kLanes; ++lane) {
-        const int64_t k = panel * kPanel + v * kLanes + lane, unit = rows.count / 2 + i;
-        *transposed_weight(to, texts, k, unit) = both[lane];
-        for (int64_t j = 1; j <= padding; ++j) *transposed_weight(to, texts, k, unit + j) = 0.0f;
-      }
-    else
-      store(row_units + v * kLanes, both);
-  }
-  if (first && !Op::kMatrix) memset(row_units + kPanel, 0, sizeof(float) * padding * kPanel);
-#endif
-}
-
 // From raw products to weights, in place, for rows of one image and one panel of texts:
 //   dS = a (g + β (s - φ)) with the attention a and β = g / τ, and W = (dS / ‖t‖ - c) / ‖p‖.
 // Returns Σ g a (s - φ)², which only the temperature's gradient needs.
-template <bool kBounded, bool kSum, bool kMean>
-inline float dot_weights(const float* inv_norm, int64_t count, const float* text_norm, float temperature,
-                         const Lane& phi, const Lane& lse, const Lane& grad, const V mean[2], float* scores) {
+template <bool kRunningMax, bool kSum, bool kMean>
+inline float dot_weights_of_segment(const float* inv_norm, int64_t count, const float* text_norm, float temperature,
+                                    const Lane& phi, const Lane& state, const Lane& grad, const V mean[2],
+                                    float* scores) {
   float total = 0;
   for (int v = 0; v < 2; ++v) {
-    const V norm = load(text_norm + v * kLanes), shift = lse.half[v] * kLog2e;
-    // Bounded: a = e^(s / τ) e^-lse, a factor. Otherwise a = e^((s - φ) / τ - lse), see score.h.
-    const V g = kBounded ? grad.half[v] * exp2<true>(-shift) : grad.half[v];
-    const V beta = g / temperature;  // bounded only: at the smallest temperatures it overflows, s - φ over τ does not
+    const V norm = load(text_norm + v * kLanes), shift = state.half[v] * kLog2e;
+    // Without a running maximum a = e^(s / τ) e^-state, a factor; with it a = e^((s - φ) / τ - state), see params.h.
+    const V g = kRunningMax ? grad.half[v] : grad.half[v] * exp2<true>(-shift);
+    const V beta =
+        g / temperature;  // not with a running maximum: at the smallest τ it overflows, s - φ over τ does not
     const float scale = kLog2e / temperature, inv_temperature = 1.0f / temperature;
     V along{};
     for (int64_t r = 0; r < count; ++r) {
       float* at = scores + r * kPanel + v * kLanes;
       const V inv = norm * inv_norm[r], s = load(at) * inv, centred = s - phi.half[v];
-      const V e = kBounded ? exp2<false>(s, scale) : exp2<true>(fma(centred, scale, -shift));
+      const V e = kRunningMax ? exp2<true>(fma(centred, scale, -shift)) : exp2<false>(s, scale);
       if (kSum) along = fma(e * centred, centred, along);
-      const V gradient = kBounded ? e * fma(beta, centred, g) : e * g * fma(centred, inv_temperature, 1.0f);
+      const V gradient = kRunningMax ? e * g * fma(centred, inv_temperature, 1.0f) : e * fma(beta, centred, g);
       store(at, kMean ? fma(gradient, norm, -mean[v]) * inv_norm[r] : gradient * inv);
     }
     if (kSum) total += sum(along * g);
@@ -161,13 +38,15 @@ inline float dot_weights(const float* inv_norm, int64_t count, const float* text
 }
 
 template <class Op>
-WeightSums weights_dot(const ScoreParams& p, const Rows& rows, int64_t first, int64_t last, const Texts& texts,
-                   int64_t panel_first, int64_t panel_last, Weights& to, Scratch& scratch) {
+WeightSums dot_weights(const CompatibilityParams& p, const Rows& rows, int64_t first, int64_t last, const Texts& texts,
+                       int64_t panel_first, int64_t panel_last, Weights& to, Scratch& scratch) {
   const int64_t units = dim_units<Op>(p), inner = dim_inner<Op>(p);
   const bool sum = p.grad_temperature;
-  const auto to_weights = rows.means      ? (sum ? dot_weights<true, true, true> : dot_weights<true, false, true>)
-                          : is_bounded(p) ? (sum ? dot_weights<true, true, false> : dot_weights<true, false, false>)
-                                          : (sum ? dot_weights<false, true, false> : dot_weights<false, false, false>);
+  const auto to_weights =
+      rows.means ? (sum ? dot_weights_of_segment<false, true, true> : dot_weights_of_segment<false, false, true>)
+      : omits_running_max(p)
+          ? (sum ? dot_weights_of_segment<false, true, false> : dot_weights_of_segment<false, false, false>)
+          : (sum ? dot_weights_of_segment<true, true, false> : dot_weights_of_segment<true, false, false>);
   const float* left = rows.units + first * kPanel;
   Ahead ahead = ahead_of_left<Op>(left, rows.capacity, last - first, inner);
   WeightSums sums;
@@ -182,7 +61,7 @@ WeightSums weights_dot(const ScoreParams& p, const Rows& rows, int64_t first, in
         memset(scores, 0, sizeof(float) * (end - begin) * kPanel);
         continue;
       }
-      const int64_t at = rows.image[begin] * p.texts_count + texts.first + k;
+      const int64_t at = rows.image[begin] * p.text_count + texts.first + k;
       const Lane g(p.grad_phi + at, live);
       V mean[2]{};
       if (rows.means) {  // Σ dS = g
@@ -191,7 +70,7 @@ WeightSums weights_dot(const ScoreParams& p, const Rows& rows, int64_t first, in
         store_mean<Op>(rows, i, texts.inv_norm + k, panel, begin == rows.image_begin[i], to, texts, mean);
       }
       sums.temperature += to_weights(rows.inv_norm + begin, end - begin, texts.inv_norm + k, p.temperature,
-                                     Lane(p.phi + at, live), Lane(p.lse + at, live), g, mean, scores);
+                                     Lane(p.phi + at, live), Lane(p.state + at, live), g, mean, scores);
       measure_rounding<Op>(p, scores, rows.inv_norm + begin, end - begin, rows.image[begin], texts.inv_norm + k, panel,
                            sums);
     }

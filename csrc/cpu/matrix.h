@@ -110,7 +110,7 @@ inline void matrix_multiply_add() {
 #endif
 
 // Sums of 16 kTall rows and 32 columns, c = (c +) left right + ...: begun, any number of products, ended. matrix_stream
-// loads what should not take the place of other lines in the first-level cache: a left operand, of which each tile is
+// loads what should not take the place of other lines in the L1 cache: a left operand, of which each tile is
 // read once for a panel of the right one.
 template <int kTall>
 inline void matrix_begin(const float* c, bool add) {
@@ -133,8 +133,8 @@ inline void matrix_begin(const float* c, bool add) {
   }
 }
 
-// Over `inner` units, a multiple of 16; panels as in `tile`, but for rows of the left operand `left_row` apart. aside() is
-// called once for each 16.
+// Over `inner` units, a multiple of 16; panels as in `tile`, but for rows of the left operand `left_row` apart. aside()
+// is called once for each 16.
 template <int kTall, class Aside>
 inline void matrix_add(const float* left, int64_t left_row, int64_t left_block, const float* right, int64_t inner,
                        Aside aside) {

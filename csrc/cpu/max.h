@@ -1,8 +1,9 @@
 // The max form: φ = max s over the patches of an image, the first of the largest. Forward keeps the winner's index n in
-// lse (-1: no valid patch), so backward needs no product: with w = g / (|p| |t|), a row of patches gets Σ w t over the
-// texts that it won, a text Σ w p over the images' winners, and each is then projected as in the other forms.
+// `state` (-1: no valid patch), so backward needs no product: with w = g / (|p| |t|), a row of patches gets Σ w t over
+// the texts that it won, a text Σ w p over the images' winners, and each is then projected as in the other forms.
 #pragma once
 
+#include "gradients.h"
 #include "softmax.h"
 
 namespace {
@@ -31,8 +32,8 @@ inline void accumulate_largest(V best[2], V index[2], const Rows& rows, int64_t 
 }
 
 template <class Op>
-void forward_max(const ScoreParams& p, const int64_t* row_start, int64_t first, int64_t last, const Texts& texts,
-                 int64_t panel_first, int64_t panel_last, int64_t next, Scratch& scratch) {
+void max_forward(const CompatibilityParams& p, const int64_t* row_start, int64_t first, int64_t last,
+                 const Texts& texts, int64_t panel_first, int64_t panel_last, int64_t next, Scratch& scratch) {
   const int64_t units = dim_units<Op>(p), inner = dim_inner<Op>(p), columns = (panel_last - panel_first) * kPanel;
   float *largest = scratch.largest, *index = scratch.sum;
   Rows& rows = scratch.rows;
@@ -44,8 +45,8 @@ void forward_max(const ScoreParams& p, const int64_t* row_start, int64_t first, 
     const int64_t count = least(rows.capacity, row_start[last] - row);
     pack_rows<Op>(p, row_start, row, row + count, rows, 0, scratch.row);
     const int64_t following = row + count < row_start[last] ? row + count : row_start[least(next, p.images)];
-    Ahead ahead =
-        ahead_of_rows(p, row_start, following, rows.capacity, product_steps<Op>(panel_last - panel_first, count, inner));
+    Ahead ahead = ahead_of_rows(p, row_start, following, rows.capacity,
+                                product_steps<Op>(panel_last - panel_first, count, inner));
     for (int64_t panel = panel_first; panel < panel_last; ++panel) {
       product<Op>(rows.units, rows.capacity, count, texts.transposed + panel * units * kPanel, inner, scratch.scores,
                   false, &ahead);
@@ -68,8 +69,8 @@ void forward_max(const ScoreParams& p, const int64_t* row_start, int64_t first, 
       const V place[2] = {load(index + at), load(index + at + kLanes)};
       V phi[2];
       for (int v = 0; v < 2; ++v) phi[v] = select(place[v] < V{}, V{}, load(largest + at + v * kLanes));
-      store_lanes(p.phi + image * p.texts_count + texts.first + k, phi, texts.count - k);
-      store_lanes(p.lse + image * p.texts_count + texts.first + k, place, texts.count - k);
+      store_lanes(p.phi + image * p.text_count + texts.first + k, phi, texts.count - k);
+      store_lanes(p.state + image * p.text_count + texts.first + k, place, texts.count - k);
     }
 }
 
@@ -101,20 +102,20 @@ inline void add_rows(const float* const* rows, const float* weights, int64_t cou
 }
 
 // Texts [first, last) of the block as rows of float32, and their inverse norms.
-void max_pack_texts(const ScoreParams& p, MaxBlock& block, int64_t first, int64_t last) {
+void max_pack_texts(const CompatibilityParams& p, MaxBlock& block, int64_t first, int64_t last) {
   const int64_t dims = padded_dim(p.dim);
   for (int64_t k = first; k < last; ++k) {
-    block.text[k] = row_units_at<Float32>(p.texts, (block.text_first + k) * p.text_stride_row, p.text_stride_dim, p.dim,
-                                          p.dtype, dims, block.text_rows + k * dims);
-    float scale;
-    block.text_norm[k] = inverse_norm_in_range<Float32>(block.text[k], dims, block.text_rows + k * dims, scale);
+    block.text[k] = row_units_at<Float32>(p.texts, (block.text_first + k) * p.text_strides.row, p.text_strides.dim,
+                                          p.dim, p.dtype, dims, block.text_rows + k * dims);
+    float range_scale;
+    block.text_norm[k] = inverse_norm_in_range<Float32>(block.text[k], dims, block.text_rows + k * dims, range_scale);
   }
 }
 
 // The block's texts in the order of the patches of `image` that they chose: a counting sort, which keeps their own
 // order among equals.
-void max_sort(const ScoreParams& p, MaxBlock& block, int64_t image) {
-  const float* chosen = p.lse + image * p.texts_count + block.text_first;
+void max_sort(const CompatibilityParams& p, MaxBlock& block, int64_t image) {
+  const float* chosen = p.state + image * p.text_count + block.text_first;
   int32_t* order = block.order + (image - block.image_first) * block.text_count;
   int32_t* start = block.start + (image - block.image_first) * (block.patches + 1);
   memset(start, 0, sizeof(int32_t) * (block.patches + 1));
@@ -133,24 +134,24 @@ void max_sort(const ScoreParams& p, MaxBlock& block, int64_t image) {
 // The part of the patches' gradient that the block's texts give to patches [first, last) of the block and one image,
 // after which those that won are in block.patch for the texts; with the last block of texts, through the norm to the
 // caller.
-void max_patches(const ScoreParams& p, MaxBlock& block, int64_t image, int64_t first, int64_t last,
+void max_patches(const CompatibilityParams& p, MaxBlock& block, int64_t image, int64_t first, int64_t last,
                  MaxScratch& scratch) {
   const int64_t dims = padded_dim(p.dim), width = p.dtype == Dtype::float32 ? 4 : 2;
   const int64_t slots = (image - block.image_first) * block.patches;
   const int32_t* order = block.order + (image - block.image_first) * block.text_count;
   const int32_t* start = block.start + slots + image - block.image_first;
-  const float* grad = p.grad_phi + image * p.texts_count + block.text_first;
-  const bool last_texts = block.text_first + block.text_count == p.texts_count;
+  const float* grad = p.grad_phi + image * p.text_count + block.text_first;
+  const bool last_texts = block.text_first + block.text_count == p.text_count;
   for (int64_t r = first; r < last; ++r) {
     const int64_t slot = slots + r, n = block.patch_first + r, won = start[r + 1] - start[r];
     const float*& patch = block.patch[slot];
     if (block.text_first == 0) patch = nullptr;
     const bool seen = patch != nullptr;
     if (won > 0 && !seen) {
-      patch = row_units_at<Float32>(p.patches, image * p.patch_stride_image + n * p.patch_stride_row,
-                                    p.patch_stride_dim, p.dim, p.dtype, dims, block.patch_rows + slot * dims);
+      patch = row_units_at<Float32>(p.patches, image * p.patch_strides.image + n * p.patch_strides.row,
+                                    p.patch_strides.dim, p.dim, p.dtype, dims, block.patch_rows + slot * dims);
       block.patch_norm[slot] =
-          inverse_norm_in_range<Float32>(patch, dims, block.patch_rows + slot * dims, block.patch_scale[slot]);
+          inverse_norm_in_range<Float32>(patch, dims, block.patch_rows + slot * dims, block.patch_range_scale[slot]);
     }
     if (!p.grad_patches) continue;
     float* sum = block.patch_sums ? block.patch_sums + slot * dims : scratch.sum;
@@ -165,22 +166,22 @@ void max_patches(const ScoreParams& p, MaxBlock& block, int64_t image, int64_t f
     if (!last_texts) continue;
     const int64_t offset = (image * p.patches_per_image + n) * p.dim;
     if (patch)
-      finish_row<Float32>(sum, 1, patch, 1, 0, block.patch_norm[slot], block.patch_scale[slot], p.dim, p.dtype,
+      finish_row<Float32>(sum, 1, patch, 1, 0, block.patch_norm[slot], block.patch_range_scale[slot], p.dim, p.dtype,
                           p.grad_patches, offset, p.fresh_gradient, scratch.buffer);
     else
       memset((char*)p.grad_patches + offset * width, 0, p.dim * width);
   }
-  finish_copies();
+  store_fence();
 }
 
 // texts_sum (rows of padded D) += what the block's patches give to texts [first, last) of the block.
-void max_texts(const ScoreParams& p, const MaxBlock& block, int64_t first, int64_t last, MaxScratch& scratch) {
+void max_texts(const CompatibilityParams& p, const MaxBlock& block, int64_t first, int64_t last, MaxScratch& scratch) {
   const int64_t dims = padded_dim(p.dim);
   for (int64_t k = first; k < last; ++k) {
     int64_t count = 0;
     for (int64_t image = block.image_first; image < block.image_last; ++image) {
-      const int64_t pair = image * p.texts_count + block.text_first + k;
-      const int64_t n = (int64_t)p.lse[pair] - block.patch_first;
+      const int64_t pair = image * p.text_count + block.text_first + k;
+      const int64_t n = (int64_t)p.state[pair] - block.patch_first;
       if (n < 0 || n >= block.patches) continue;
       const int64_t slot = (image - block.image_first) * block.patches + n;
       scratch.rows[count] = block.patch[slot];
@@ -190,17 +191,17 @@ void max_texts(const ScoreParams& p, const MaxBlock& block, int64_t first, int64
   }
 }
 
-void max_finish_texts(const ScoreParams& p, int64_t first, int64_t last, MaxScratch& scratch) {
+void max_finish_texts(const CompatibilityParams& p, int64_t first, int64_t last, MaxScratch& scratch) {
   const int64_t dims = padded_dim(p.dim);
   for (int64_t k = first; k < last; ++k) {
     const float* text =
-        row_units_at<Float32>(p.texts, k * p.text_stride_row, p.text_stride_dim, p.dim, p.dtype, dims, scratch.sum);
-    float scale;
-    const float inv_norm = inverse_norm_in_range<Float32>(text, dims, scratch.sum, scale);
-    finish_row<Float32>(p.texts_sum + k * dims, 1, text, 1, 0, inv_norm, scale, p.dim, p.grad_texts_dtype,
+        row_units_at<Float32>(p.texts, k * p.text_strides.row, p.text_strides.dim, p.dim, p.dtype, dims, scratch.sum);
+    float range_scale;
+    const float inv_norm = inverse_norm_in_range<Float32>(text, dims, scratch.sum, range_scale);
+    finish_row<Float32>(p.texts_sum + k * dims, 1, text, 1, 0, inv_norm, range_scale, p.dim, p.grad_texts_dtype,
                         p.grad_texts, k * p.dim, false, scratch.buffer);
   }
-  finish_copies();
+  store_fence();
 }
 
 }  // namespace

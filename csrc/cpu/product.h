@@ -1,7 +1,7 @@
 // The register-tiled product that everything else is built on, and the fetching of memory ahead of it.
 #pragma once
 
-#include "score.h"
+#include "panels.h"
 #include "units.h"
 
 namespace {
@@ -9,7 +9,7 @@ namespace {
 using namespace pacl;
 
 // The image that holds row `row`, below row_start[images].
-inline int64_t image_of_row(const ScoreParams& p, const int64_t* row_start, int64_t row) {
+inline int64_t image_of_row(const CompatibilityParams& p, const int64_t* row_start, int64_t row) {
   int64_t image = 0;
   for (int64_t high = p.images; high - image > 1;) {
     const int64_t middle = (image + high) / 2;
@@ -82,18 +82,18 @@ struct Ahead {
   }
 };
 
-// Whether the caller's rows are whole and evenly spaced, those of all images one after the other.
-inline bool rows_are_even(const ScoreParams& p) {
-  return p.patch_stride_dim == 1 && p.patch_stride_image == p.patches_per_image * p.patch_stride_row;
+// True where the caller's rows are whole and evenly spaced, those of all images one after the other.
+inline bool rows_are_even(const CompatibilityParams& p) {
+  return p.patch_strides.dim == 1 && p.patch_strides.image == p.patches_per_image * p.patch_strides.row;
 }
 
 // Rows [row, row + count) of the call, in the caller's tensor, as if none were masked.
-Ahead ahead_of_rows(const ScoreParams& p, const int64_t* row_start, int64_t row, int64_t count, int64_t steps) {
+Ahead ahead_of_rows(const CompatibilityParams& p, const int64_t* row_start, int64_t row, int64_t count, int64_t steps) {
   if (row < 0 || row >= row_start[p.images] || !rows_are_even(p)) return {};
   const int64_t image = image_of_row(p, row_start, row), bytes = p.dtype == Dtype::float32 ? 4 : 2;
   const int64_t first = image * p.patches_per_image + row - row_start[image];
-  return {(const char*)p.patches + first * p.patch_stride_row * bytes,
-          least(count, p.images * p.patches_per_image - first), p.dim * bytes, p.patch_stride_row * bytes, steps};
+  return {(const char*)p.patches + first * p.patch_strides.row * bytes,
+          least(count, p.images * p.patches_per_image - first), p.dim * bytes, p.patch_strides.row * bytes, steps};
 }
 
 // The left operand of a product beyond its first block of `inner`, which the product itself waits for.

@@ -1,47 +1,13 @@
-// Between the caller's tensors and packed panels: rows in, gradients out, through the norm.
+// From the caller's tensors to packed panels.
 #pragma once
 
+#include "constants.h"
+#include "half.h"
 #include "product.h"
 
 namespace {
 
 using namespace pacl;
-
-constexpr float kMinNormSquared = 1e-24f;  // a shorter patch or text has no direction: similarity 0, gradient 0
-
-inline float float_from_bits(uint32_t i) {
-  float f;
-  memcpy(&f, &i, sizeof f);
-  return f;
-}
-inline uint32_t float_bits(float f) {
-  uint32_t i;
-  memcpy(&i, &f, sizeof i);
-  return i;
-}
-inline float from_bfloat16(uint16_t x) { return float_from_bits((uint32_t)x << 16); }
-inline uint16_t to_bfloat16(float f) {
-  uint32_t i = float_bits(f);
-  if (f != f) return (uint16_t)((i >> 16) | 64);
-  return (uint16_t)((i + 0x7FFF + ((i >> 16) & 1)) >> 16);
-}
-inline float from_float16(uint16_t x) {
-  uint32_t magnitude = (uint32_t)(x & 0x7FFF) << 13, sign = (uint32_t)(x & 0x8000) << 16;
-  float f = float_from_bits(magnitude) * float_from_bits(239u << 23);  // 2^112 moves the exponent, denormals too
-  uint32_t special = (x & 0x7C00) == 0x7C00 ? 0x7F800000u : 0;         // infinity and NaN
-  return float_from_bits(float_bits(f) | special | sign);
-}
-inline uint16_t to_float16(float f) {
-  uint32_t i = float_bits(f), sign = (i >> 16) & 0x8000;
-  i &= 0x7FFFFFFF;
-  if (i > 0x7F800000) return (uint16_t)(sign | 0x7E00);
-  if (i >= 0x477FF000) return (uint16_t)(sign | 0x7C00);  // rounds to 65536 or more
-  if (i < 0x38800000) {                                   // denormal: let an addition round
-    float g = float_from_bits(i) + 0.5f;
-    return (uint16_t)(sign | (float_bits(g) - 0x3F000000));
-  }
-  return (uint16_t)(sign | ((i - 0x38000000 + 0xFFF + ((i >> 13) & 1)) >> 13));
-}
 
 void read_row(const void* base, int64_t offset, int64_t stride, int64_t dim, Dtype dtype, float* out) {
   const uint16_t* half = (const uint16_t*)base + offset;
@@ -56,22 +22,6 @@ void read_row(const void* base, int64_t offset, int64_t stride, int64_t dim, Dty
   } else {
     for (int64_t d = 0; d < dim; ++d) out[d] = from_float16(half[d * stride]);
   }
-}
-
-// A row of a gradient. Pages that the system has made just now are in the cache, and stores past it would then take
-// twice as long as plain ones; into older memory it is the other way round.
-void write_gradient(void* to, int64_t offset, const void* from, int64_t bytes, bool fresh) {
-  fresh ? (void)memcpy((char*)to + offset, from, bytes) : copy_past_cache((char*)to + offset, from, bytes);
-}
-
-void write_row(void* base, int64_t offset, int64_t dim, Dtype dtype, const float* in, bool fresh) {
-  uint16_t* half = (uint16_t*)base + offset;
-  if (dtype == Dtype::float32)
-    write_gradient(base, sizeof(float) * offset, in, sizeof(float) * dim, fresh);
-  else if (dtype == Dtype::bfloat16)
-    for (int64_t d = 0; d < dim; ++d) half[d] = to_bfloat16(in[d]);
-  else
-    for (int64_t d = 0; d < dim; ++d) half[d] = to_float16(in[d]);
 }
 
 inline int64_t padded_dim(int64_t dim) { return round_up(dim, kPanel); }
@@ -133,33 +83,33 @@ bool is_long(const float* units, int64_t padded, float inv_norm) {
 
 // inverse_norm of a row at `units`. A long one, whose squares or whose products with others might overflow, is first
 // multiplied by a power of two, into `buffer`, where `units` then points; its gradient is the scaled row's times that
-// `scale`. A row with an infinite element has no direction that could be told: NaN.
+// `range_scale`. A row with an infinite element has no direction that could be told: NaN.
 template <class Op>
-float inverse_norm_in_range(const float*& units, int64_t padded, float* buffer, float& scale) {
+float inverse_norm_in_range(const float*& units, int64_t padded, float* buffer, float& range_scale) {
   const float inv_norm = inverse_norm<Op>(units, padded);
-  scale = 1.0f;
+  range_scale = 1.0f;
   if (!is_long<Op>(units, padded, inv_norm)) return inv_norm;
   const uint32_t exponent = float_bits(largest_element<Op>(units, padded)) >> 23;
   if (exponent == 255) return __builtin_nanf("");
-  scale = float_from_bits((255 - exponent) << 23);  // brings that element to between 2 and 4
+  range_scale = float_from_bits((255 - exponent) << 23);  // brings that element to between 2 and 4
   for (int64_t i = 0; i < padded * Op::kPair; ++i)
     if (Op::kPair == 1)
-      buffer[i] = units[i] * scale;
+      buffer[i] = units[i] * range_scale;
     else
-      ((uint16_t*)buffer)[i] = to_bfloat16(from_bfloat16(((const uint16_t*)units)[i]) * scale);
+      ((uint16_t*)buffer)[i] = to_bfloat16(from_bfloat16(((const uint16_t*)units)[i]) * range_scale);
   units = buffer;
   return inverse_norm<Op>(units, padded);
 }
 
 // Units of D, padded to whole panels.
 template <class Op>
-inline int64_t dim_units(const ScoreParams& p) {
+inline int64_t dim_units(const CompatibilityParams& p) {
   return round_up(ceil_div(p.dim, Op::kPair), kPanel);
 }
 
 // Inner length of a product over D: units that hold something, and what makes them whole steps.
 template <class Op>
-inline int64_t dim_inner(const ScoreParams& p) {
+inline int64_t dim_inner(const CompatibilityParams& p) {
   return round_up(ceil_div(p.dim, Op::kPair), Op::kInner);
 }
 
@@ -179,8 +129,8 @@ inline void interleave([[maybe_unused]] const float* even_units, [[maybe_unused]
 }
 
 template <class Op>
-void pack_rows(const ScoreParams& p, const int64_t* row_start, int64_t first, int64_t last, Rows& to, int64_t at,
-               float* row) {
+void pack_rows(const CompatibilityParams& p, const int64_t* row_start, int64_t first, int64_t last, Rows& to,
+               int64_t at, float* row) {
   const int64_t units = dim_units<Op>(p);
   int64_t image = image_of_row(p, row_start, first);
   int64_t n = -1, place = row_start[image] - 1;  // the last patch looked at, and its row
@@ -192,22 +142,22 @@ void pack_rows(const ScoreParams& p, const int64_t* row_start, int64_t first, in
       place = image < p.images ? row_start[image] - 1 : 0;
     }
     if (image < p.images) {
-      const uint8_t* mask = p.mask ? p.mask + image * p.mask_stride_image : nullptr;
+      const uint8_t* mask = p.mask ? p.mask + image * p.mask_strides.image : nullptr;
       while (place < r && n < p.patches_per_image) {
         ++n;
-        if (n < p.patches_per_image && (!mask || mask[n * p.mask_stride_row])) ++place;
+        if (n < p.patches_per_image && (!mask || mask[n * p.mask_strides.row])) ++place;
       }
     }
     const bool padding = image >= p.images || n >= p.patches_per_image;
     float* buffer = row + (Op::kPair == 2 && (at & 1) ? units : 0);
     if (padding) memset(buffer, 0, sizeof(float) * units);
     const float* source = padding ? buffer
-                                  : row_units_at<Op>(p.patches, image * p.patch_stride_image + n * p.patch_stride_row,
-                                                     p.patch_stride_dim, p.dim, p.dtype, units, buffer);
+                                  : row_units_at<Op>(p.patches, image * p.patch_strides.image + n * p.patch_strides.row,
+                                                     p.patch_strides.dim, p.dim, p.dtype, units, buffer);
     to.image[at] = padding ? -1 : (int32_t)image;
     to.index[at] = padding ? -1 : (int32_t)n;
-    to.scale[at] = 1.0f;
-    to.inv_norm[at] = padding ? 0.0f : inverse_norm_in_range<Op>(source, units, buffer, to.scale[at]);
+    to.range_scale[at] = 1.0f;
+    to.inv_norm[at] = padding ? 0.0f : inverse_norm_in_range<Op>(source, units, buffer, to.range_scale[at]);
     for (int64_t u = 0; u < units; u += kPanel)
       memcpy(to.units + (u / kPanel * to.capacity + at) * kPanel, source + u, sizeof(float) * kPanel);
     if (Op::kPair == 2 && to.row_units && (at & 1))
@@ -217,17 +167,17 @@ void pack_rows(const ScoreParams& p, const int64_t* row_start, int64_t first, in
 }
 
 template <class Op>
-void pack_texts(const ScoreParams& p, Texts& to, int64_t panel, float* row) {
+void pack_texts(const CompatibilityParams& p, Texts& to, int64_t panel, float* row) {
   const int64_t units = dim_units<Op>(p), dims = padded_dim(p.dim);
   float* transposed = to.transposed + panel * units * kPanel;
   for (int64_t i = 0; i < kPanel; ++i) {
     const int64_t k = panel * kPanel + i;
     float* buffer = row + i * units;
     if (k < to.count) {
-      const float* source = row_units_at<Op>(p.texts, (to.first + k) * p.text_stride_row, p.text_stride_dim, p.dim,
+      const float* source = row_units_at<Op>(p.texts, (to.first + k) * p.text_strides.row, p.text_strides.dim, p.dim,
                                              p.dtype, units, buffer);
-      float scale;
-      to.inv_norm[k] = inverse_norm_in_range<Op>(source, units, buffer, scale);
+      float range_scale;
+      to.inv_norm[k] = inverse_norm_in_range<Op>(source, units, buffer, range_scale);
       if (source != buffer) memcpy(buffer, source, sizeof(float) * units);
     } else {
       memset(buffer, 0, sizeof(float) * units);
@@ -265,63 +215,6 @@ inline V load_dims(const float* at, int v) {
   return load(at + v * kLanes);
 }
 
-// ∂L/∂x = sum - (sum · x) x / |x|²: what points along x does not change its direction. `sums` is a row of panels, x is
-// row `row` of others; inv_norm is 1 / |x|, or 0; the caller's row is x / scale. kMean: inv_norm times `mean`, a row of
-// Sums.means, belongs to the sum. Returns |∂L/∂x|².
-template <class Op, bool kMean = false>
-float finish_row(const float* sums, int64_t sums_capacity, const float* units, int64_t capacity, int64_t row,
-                 float inv_norm, float scale, int64_t dim, Dtype dtype, void* out, int64_t out_offset, bool fresh,
-                 float* buffer, [[maybe_unused]] const float* mean = nullptr) {
-  const int64_t dims = padded_dim(dim);
-  if (inv_norm == 0.0f) {  // no direction: the gradient is 0, whatever comes from above
-    memset(buffer, 0, sizeof(float) * dims);
-    write_row(out, out_offset, dim, dtype, buffer, fresh);
-    return 0.0f;
-  }
-  const float inv_squared = inv_norm * inv_norm;
-  const auto sum_of = [&](int64_t d, int v) {
-    const V x = load(dims_at<Float32>(sums, sums_capacity, 0, d) + v * kLanes);
-    return kMean ? fma(load(dims_at<Float32>(mean, kMeansCapacity, 0, d) + v * kLanes), inv_norm, x) : x;
-  };
-  V dot[2]{}, rest[2]{};
-  for (int64_t d = 0; d < dims; d += kPanel) {
-    const float* x = dims_at<Op>(units, capacity, row, d);
-    for (int v = 0; v < 2; ++v) dot[v] = fma(load_dims<Op>(x, v), sum_of(d, v), dot[v]);
-  }
-  const float along = sum(dot[0] + dot[1]) * inv_squared;
-  for (int64_t d = 0; d < dims; d += kPanel) {
-    const float* x = dims_at<Op>(units, capacity, row, d);
-    for (int v = 0; v < 2; ++v) {
-      const V result = fma(load_dims<Op>(x, v), -along, sum_of(d, v));
-      rest[v] = fma(result, load_dims<Op>(x, v), rest[v]);
-      store(buffer + d + v * kLanes, result);
-    }
-  }
-  // Once more: what the first projection leaves along x is its own rounding, and all of the result where D = 1.
-  const float remainder = sum(rest[0] + rest[1]) * inv_squared;
-  V squares[2]{};
-  for (int64_t d = 0; d < dims; d += kPanel) {
-    const float* x = dims_at<Op>(units, capacity, row, d);
-    for (int v = 0; v < 2; ++v) {
-      const V result = fma(load_dims<Op>(x, v), -remainder, load(buffer + d + v * kLanes)) * scale;
-      squares[v] = fma(result, result, squares[v]);
-#if defined(PACL_PAIRS)
-      if (Op::kPair == 2) {
-        const H half = round_to_bfloat16(result);
-        memcpy((uint16_t*)buffer + d + v * kLanes, &half, sizeof half);
-        continue;
-      }
-#endif
-      store(buffer + d + v * kLanes, result);
-    }
-  }
-  if (Op::kPair == 2)
-    write_gradient(out, sizeof(uint16_t) * out_offset, buffer, sizeof(uint16_t) * dim, fresh);
-  else
-    write_row(out, out_offset, dim, dtype, buffer, fresh);
-  return sum(squares[0] + squares[1]);
-}
-
 // The image of a block that holds row `row`, as its means are counted.
 inline int64_t mean_of_row(const Rows& rows, int64_t row) {
   int64_t mean = 0;
@@ -333,41 +226,6 @@ inline int64_t mean_of_row(const Rows& rows, int64_t row) {
 template <class Op>
 inline int64_t row_of_mean(const Rows& rows, int64_t mean) {
   return rows.count + Op::kRows + mean;
-}
-
-template <class Op>
-double finish_patches(const ScoreParams& p, const Rows& rows, int64_t first, int64_t last, const Sums& sums,
-                    float* buffer) {
-  const auto finish = rows.means ? finish_row<Op, Op::kPair == 2> : finish_row<Op>;
-  int64_t mean = mean_of_row(rows, first);
-  double squares = 0;
-  for (int64_t r = first; r < last; ++r) {
-    if (rows.image[r] < 0) continue;
-    if (rows.means && r >= rows.image_begin[mean + 1]) ++mean;
-    squares += finish(sums.panels + (r - sums.first) * kPanel, sums.capacity, rows.units, rows.capacity, r,
-                      rows.inv_norm[r], rows.scale[r], p.dim, p.dtype, p.grad_patches,
-                      (rows.image[r] * p.patches_per_image + rows.index[r]) * p.dim, p.fresh_gradient, buffer,
-                      sums.means + mean * kPanel);
-  }
-  finish_copies();
-  return squares;
-}
-
-double finish_texts(const ScoreParams& p, int64_t first, int64_t last, float* buffer) {
-  const int64_t dims = padded_dim(p.dim), capacity = round_up(p.texts_count, kPanel);
-  float* text = buffer + dims;  // as panels of one row
-  double squares = 0;
-  for (int64_t k = first; k < last; ++k) {
-    read_row(p.texts, k * p.text_stride_row, p.text_stride_dim, p.dim, p.dtype, text);
-    memset(text + p.dim, 0, sizeof(float) * (dims - p.dim));
-    const float* units = text;
-    float scale;
-    const float inv_norm = inverse_norm_in_range<Float32>(units, dims, text, scale);
-    squares += finish_row<Float32>(p.texts_sum + k * kPanel, capacity, units, 1, 0, inv_norm, scale, p.dim,
-                                   p.grad_texts_dtype, p.grad_texts, k * p.dim, false, buffer);
-  }
-  finish_copies();
-  return squares;
 }
 
 }  // namespace

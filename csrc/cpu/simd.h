@@ -33,9 +33,9 @@ inline V load(const float* p) {
 }
 inline void store(float* p, V v) { memcpy(p, &v, sizeof v); }
 
-// Copies what this machine will not read soon past its caches, where that is possible: a large result is then not first
-// read from memory to be overwritten. finish_copies() makes such copies visible to other threads.
-inline void copy_past_cache(void* to, const void* from, int64_t bytes) {
+// Copies what this machine will not read soon by non-temporal stores, where it has them: a large result is then not
+// first read from memory to be overwritten. store_fence() makes such copies visible to other threads.
+inline void copy_non_temporal(void* to, const void* from, int64_t bytes) {
 #if defined(__SSE2__)
   if (((uintptr_t)to & 63) == 0) {
 #if defined(__AVX512F__)
@@ -49,7 +49,7 @@ inline void copy_past_cache(void* to, const void* from, int64_t bytes) {
 #endif
   memcpy(to, from, bytes);
 }
-inline void finish_copies() {
+inline void store_fence() {
 #if defined(__SSE2__)
   _mm_sfence();
 #endif
@@ -106,8 +106,8 @@ inline V exp2_parts(V shifted, V f) {
   return p * from_bits(bits(shifted) << 23);  // a product, not a sum of exponents: NaN times anything is NaN
 }
 
-// 2^x for x < 127, relative error below 1e-7; NaN stays NaN. Without kClamp x must be above -126. With it, what is below
-// -126.5 gives 0: it may be multiplied by 1 / τ, which makes a mere small number large again.
+// 2^x for x < 127, relative error below 1e-7; NaN stays NaN. Without kClamp x must be above -126. With it, what is
+// below -126.5 gives 0: it may be multiplied by 1 / τ, which makes a mere small number large again.
 template <bool kClamp>
 inline V exp2(V x) {
   if (kClamp) x = select(x < broadcast(-127.0f), broadcast(-127.0f), x);

@@ -35,30 +35,29 @@ inline int64_t segment_end(const Rows& rows, int64_t row, int64_t last) {
 
 constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f;
 
-// |s / τ| <= 20: e^(s / τ) and its sums need no offset, and no bound on the exponent. Smaller τ subtract the maximum.
-inline bool is_bounded(const ScoreParams& p) { return p.temperature >= 0.05f; }
+inline bool omits_running_max(const CompatibilityParams& p) { return p.temperature >= kRunningMaxBelow; }
 
 // Rows summed by themselves before they join a longer sum, whose rounding error would otherwise grow with N.
 constexpr int64_t kSumRows = 32;
 
-// Running statistics of one image and one panel of texts. Bounded: z = s log2(e) / τ, e = 2^z, and `largest` is unused.
-// Otherwise everything is relative to the largest s, so that rounding is divided by τ only where it is small:
-// e = exp((s - largest) / τ), and `weighted` is Σ e (s - largest).
+// Running statistics of one image and one panel of texts. Without a running maximum: z = s log2(e) / τ, e = 2^z, and
+// `largest` is unused. With it everything is relative to the largest s, so that rounding is divided by τ only where it
+// is small: e = exp((s - largest) / τ), and `weighted` is Σ e (s - largest).
 struct Softmax {
-  V largest[2], sum[2], weighted[2];  // sum = Σ e, weighted = Σ e z (bounded) or Σ e (s - largest)
+  V largest[2], sum[2], weighted[2];  // sum = Σ e, weighted = Σ e z, or with a running maximum Σ e (s - largest)
 };
 
 constexpr float kBelowEveryScore = -2.0f;  // where `largest` starts
 
 // Adds the scores (raw products) of rows [row, last), all of one image; leaves e in `attention` if that is given.
-template <bool kBounded>
+template <bool kRunningMax>
 inline void accumulate(Softmax& running, const Rows& rows, int64_t row, int64_t last, const float* text_norm,
                        float temperature, float* scores, float* attention) {
   const float scale = kLog2e / temperature;
   for (int v = 0; v < 2; ++v) {
-    const V norm = kBounded ? load(text_norm + v * kLanes) * scale : load(text_norm + v * kLanes);
+    const V norm = kRunningMax ? load(text_norm + v * kLanes) : load(text_norm + v * kLanes) * scale;
     V largest = running.largest[v], total = running.sum[v], weighted = running.weighted[v];
-    if (!kBounded) {
+    if (kRunningMax) {
       for (int64_t r = row; r < last; ++r)
         largest = maximum(load(scores + r * kPanel + v * kLanes) * (norm * rows.inv_norm[r]), largest);
       const V moved = running.largest[v] - largest, shrink = exp2<true>(moved, scale);
@@ -69,8 +68,8 @@ inline void accumulate(Softmax& running, const Rows& rows, int64_t row, int64_t 
       V part{}, part_weighted{};
       for (int64_t r = begin; r < least(begin + kSumRows, last); ++r) {
         const V s = load(scores + r * kPanel + v * kLanes) * (norm * rows.inv_norm[r]);
-        const V z = kBounded ? s : s - largest;
-        const V e = kBounded ? exp2<false>(z) : exp2<true>(z, scale);
+        const V z = kRunningMax ? s - largest : s;
+        const V e = kRunningMax ? exp2<true>(z, scale) : exp2<false>(z);
         if (attention) store(attention + r * kPanel + v * kLanes, e);
         part += e;
         part_weighted = fma(z, e, part_weighted);

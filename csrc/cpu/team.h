@@ -1,4 +1,4 @@
-// Threads and memory of a call. Only for files that are compiled once, not for those of an instruction set.
+// Threads of a call. Only for files that are compiled once, not for those of an instruction set.
 #pragma once
 
 #include <atomic>
@@ -6,7 +6,7 @@
 #include <thread>
 #include <vector>
 
-#include "score.h"
+#include "params.h"
 
 namespace pacl {
 namespace {
@@ -90,19 +90,6 @@ class Team {
   std::atomic<int> started_{0}, arrived_{0}, round_{0};
   std::atomic<int64_t> next_{0};
   int size_ = 1;
-};
-
-// Hands out aligned pieces of the workspace; without a base it only counts.
-struct Arena {
-  char* base;
-  int64_t used = 0;
-
-  template <class T = float>
-  T* take(int64_t count) {
-    T* piece = base ? (T*)(base + used) : nullptr;
-    used += round_up(count * (int64_t)sizeof(T), 64);
-    return piece;
-  }
 };
 
 }  // namespace

@@ -10,8 +10,8 @@
 
 namespace {
 
-// A product takes kInner units at a time and whole tiles of kRows x kPanel; with kMatrix in the processor's matrix unit,
-// which a Session opens. kInnerBlock: units of a right-hand panel that stay in the first-level cache. kColumns: of the
+// A product takes kInner units at a time and whole tiles of kRows x kPanel; with kMatrix in the processor's matrix
+// unit, which a Session opens. kInnerBlock: units of a right-hand panel that stay in the L1 cache. kColumns: of the
 // left operand of the texts' gradient.
 struct Float32 {
   static constexpr bool kMatrix = false;

@@ -1,22 +1,21 @@
 // Which thread enlarges what. Tasks are cut by shape only and share nothing, so any number of threads gives the same
 // bits.
 
-#include "upsample.h"
+#include <memory>
 
-#include <stdexcept>
-#include <string>
-
+#include "calls.h"
 #include "dispatch.h"
+#include "plan.h"
 #include "team.h"
 
 namespace pacl {
 namespace {
 
-constexpr int64_t kTileBytes = 448 * 1024;  // two rows of all classes: they stay in the second-level cache
+constexpr int64_t kTileBytes = 448 * 1024;  // two rows of all classes: they stay in the L2 cache
 
 struct UpsamplePlan {
   const Kernels& kernels;
-  const UpsampleParams& p;
+  const UpsampleParams p;
   int64_t lanes, tiles, vectors;  // tiles of columns; vectors of a tile
   int64_t band, bands;            // rows of a task
   int64_t tasks, scratch_bytes;
@@ -44,22 +43,15 @@ struct UpsamplePlan {
     for (float*& row : tile.rows) row = arena.take(vectors * p.classes * lanes);
     tile.source = arena.take(kSources * (p.width + 1) + 2 * lanes);
     tile.column = arena.take<int32_t>(vectors * lanes);
-    tile.weight = arena.take(vectors * lanes);
+    tile.fraction = arena.take(vectors * lanes);
     tile.all = arena.take<int32_t>(p.classes);
     tile.some = arena.take<int32_t>(p.classes);
   }
 };
 
-}  // namespace
-
-int64_t workspace_bytes(const UpsampleParams& p) { return UpsamplePlan(p).workspace_bytes(); }
-
-void upsample_argmax(const UpsampleParams& p) {
-  const UpsamplePlan plan(p);
-  if (p.workspace_bytes < plan.workspace_bytes())
-    throw std::invalid_argument("workspace has " + std::to_string(p.workspace_bytes) + " bytes, expected " +
-                                std::to_string(plan.workspace_bytes()));
-  char* base = (char*)round_up((int64_t)p.workspace, 64);
+void upsample(const UpsamplePlan& plan, char* workspace) {
+  const UpsampleParams& p = plan.p;
+  char* base = (char*)round_up((int64_t)workspace, 64);
   Team(p.openmp, plan.threads, [&](Team& team, int id) {
     Arena own{base, id * plan.scratch_bytes};
     UpsampleTile tile{};
@@ -72,6 +64,13 @@ void upsample_argmax(const UpsampleParams& p) {
       plan.kernels.upsample_argmax(p, task / plan.bands / plan.tiles, y, least(y + plan.band, p.out_height), tile);
     });
   });
+}
+
+}  // namespace
+
+Planned upsample_argmax(const UpsampleParams& params) {
+  const auto plan = std::make_shared<const UpsamplePlan>(params);
+  return {.workspace_bytes = plan->workspace_bytes(), .run = [=](char* workspace) { upsample(*plan, workspace); }};
 }
 
 }  // namespace pacl

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <string>
 
-#include "cpu/score.h"
+#include "dtype.h"
 #include "plan.h"
 
 namespace pacl::cuda {

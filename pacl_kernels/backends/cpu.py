@@ -60,8 +60,7 @@ def why_not(device: torch.device | None = None, dtype: torch.dtype | None = None
 def compatibility_forward(patches, texts, patch_mask, temperature, form, phi, lse) -> None:
     params = _params(patches, texts, patch_mask, temperature, form, phi, lse)
     if phi.numel():
-        workspace = _workspace(params, backward=False)  # noqa: F841  (alive during the call)
-        _native.score_forward(params)
+        _run(_native.compatibility_forward(params))
 
 
 def compatibility_backward(
@@ -69,7 +68,7 @@ def compatibility_backward(
 ) -> None:
     params = _params(patches, texts, patch_mask, temperature, form, phi, lse)
     texts_sum = phi.new_zeros(params.accumulator_floats()) if grad_texts is not None else None
-    params.set_gradients(
+    params.set(
         grad_phi=grad_phi.data_ptr(),
         grad_patches=_address(grad_patches),
         grad_texts=_address(grad_texts),
@@ -77,38 +76,46 @@ def compatibility_backward(
         texts_sum=_address(texts_sum),
         grad_temperature=_address(grad_temperature),
     )
-    workspace = _workspace(params, backward=True)  # noqa: F841
-    _native.score_backward(params)
+    _run(_native.compatibility_backward(params))
 
 
 def upsample_argmax(scores, rows, columns, scale, labels, best, entropy) -> None:
+    images, classes, height, width = scores.shape
+    _, out_height, out_width = labels.shape
     params = _native.UpsampleParams(
-        sizes=(*scores.shape, *labels.shape[1:]),
+        images=images,
+        classes=classes,
+        height=height,
+        width=width,
+        out_height=out_height,
+        out_width=out_width,
         dtype=_DTYPES[scores.dtype],
         threads=torch.get_num_threads(),
         openmp=_openmp(),
         scores=scores.data_ptr(),
         strides=scores.stride(),
         row=rows[0].data_ptr(),
-        row_weight=rows[1].data_ptr(),
+        row_fraction=rows[1].data_ptr(),
         column=columns[0].data_ptr(),
-        column_weight=columns[1].data_ptr(),
+        column_fraction=columns[1].data_ptr(),
         scale=float(scale),
         labels=labels.data_ptr(),
         best=_address(best),
         entropy=_address(entropy),
     )
-    workspace = torch.empty(params.workspace_bytes(), dtype=torch.uint8)
-    params.set_workspace(workspace.data_ptr(), workspace.numel())
-    _native.upsample_argmax(params)
+    _run(_native.upsample_argmax(params))
 
 
-def _params(patches: Tensor, texts: Tensor, patch_mask: Tensor | None, temperature, form, phi, lse):
+def _params(patches: Tensor, texts: Tensor, patch_mask: Tensor | None, temperature, form, phi, state):
     temperature = float(temperature)
     if 0 < temperature < _SMALLEST:  # of which the inverse overflows; the best patch takes all with either
         temperature = _SMALLEST
-    return _native.ScoreParams(
-        sizes=(*patches.shape[:2], len(texts), patches.shape[2]),
+    images, patches_per_image, dim = patches.shape
+    return _native.CompatibilityParams(
+        images=images,
+        patches_per_image=patches_per_image,
+        text_count=len(texts),
+        dim=dim,
         dtype=_DTYPES[patches.dtype],
         form=form,
         temperature=temperature,
@@ -121,14 +128,14 @@ def _params(patches: Tensor, texts: Tensor, patch_mask: Tensor | None, temperatu
         mask=_address(patch_mask),
         mask_strides=(0, 0) if patch_mask is None else patch_mask.stride(),
         phi=phi.data_ptr(),
-        lse=lse.data_ptr(),
+        state=state.data_ptr(),
     )
 
 
-def _workspace(params, backward: bool) -> Tensor:
-    workspace = torch.empty(params.workspace_bytes(backward), dtype=torch.uint8)
-    params.set_workspace(workspace.data_ptr(), workspace.numel())
-    return workspace
+def _run(call) -> None:
+    """Runs a planned call in a workspace of the size that its plan asks for."""
+    workspace = torch.empty(call.workspace_bytes, dtype=torch.uint8)
+    call.run(workspace.data_ptr(), workspace.numel())
 
 
 def _address(tensor: Tensor | None) -> int:

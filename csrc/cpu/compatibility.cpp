@@ -1,0 +1,297 @@
+// The order of the work: which thread does what, and when.
+// Everything that decides a result's bits depends on shapes alone, so any number of threads gives the same bits.
+
+#include <algorithm>
+#include <cstring>
+#include <memory>
+#include <numeric>
+#include <stdexcept>
+#include <vector>
+
+#include "calls.h"
+#include "plan.h"
+#include "team.h"
+
+namespace pacl {
+namespace {
+
+// Where what W's rounding adds to a gradient is a larger part of it, the backward runs again in float32. That happens
+// where the terms cancel: images or texts that are (nearly) the same, as in a batch of duplicates or a collapsed model.
+// Terms of independent signs leave 0.002, and CLIP's texts, which share a direction, 0.003.
+constexpr double kRoundingShown = 6e-3;
+
+// Rows of the valid patches of each image, one after the other: image b has [row_start[b], row_start[b + 1]).
+std::vector<int64_t> count_rows(const CompatibilityParams& p, int64_t align) {
+  std::vector<int64_t> row_start(p.images + 1, 0);
+  for (int64_t b = 0; b < p.images; ++b) {
+    int64_t count = p.patches_per_image;
+    if (p.mask) {
+      count = 0;
+      for (int64_t n = 0; n < p.patches_per_image; ++n)
+        count += p.mask[b * p.mask_strides.image + n * p.mask_strides.row] != 0;
+    }
+    row_start[b + 1] = row_start[b] + round_up(count, align);
+  }
+  return row_start;
+}
+
+// The gradients of rows [first, last) of a block.
+void populate_gradients(const CompatibilityParams& p, const Rows& rows, int64_t first, int64_t last) {
+  while (first < last && rows.image[last - 1] < 0) --last;
+  while (first < last && rows.image[first] < 0) ++first;
+  if (first == last) return;
+  const int64_t begin = rows.image[first] * p.patches_per_image + rows.index[first];
+  const int64_t end = rows.image[last - 1] * p.patches_per_image + rows.index[last - 1] + 1;
+  populate((char*)p.grad_patches + begin * gradient_row_bytes(p), (end - begin) * gradient_row_bytes(p));
+}
+
+void open_texts(const CompatibilityParams& p, const Plan& plan, int64_t first, Texts& texts) {
+  texts.first = first;
+  texts.count = least(plan.texts_block, p.text_count - first);
+  texts.padded = round_up(texts.count, plan.kernels.panel);
+}
+
+void forward(const Plan& plan, const CompatibilityParams& p, Arena arena) {
+  const Kernels& kernels = plan.kernels;
+  const std::vector<int64_t> row_start = count_rows(p, plan.row_align);
+  Texts shared_texts;
+  plan.take_texts(arena, shared_texts);
+  const int64_t scratch_at = arena.used;
+
+  Team(p.openmp, plan.threads, [&, shared_texts](Team& team, int id) {
+    Arena own{arena.base, scratch_at + id * plan.scratch_bytes};
+    Scratch scratch{};
+    plan.take_scratch(own, scratch);
+    Texts texts = shared_texts;
+    const int64_t groups = ceil_div(p.images, plan.group);
+    for (int64_t first = 0; first < p.text_count; first += plan.texts_block) {
+      open_texts(p, plan, first, texts);
+      const int64_t panels = texts.padded / kernels.panel, ranges = ceil_div(panels, plan.text_panels);
+      team.phase(panels, [&](int64_t panel) { kernels.pack_texts(p, texts, panel, scratch.row); });
+      team.phase(groups * ranges, [&](int64_t task) {
+        const int64_t image = task / ranges * plan.group, panel = task % ranges * plan.text_panels;
+        kernels.forward(p, row_start.data(), image, least(image + plan.group, p.images), texts, panel,
+                        least(panel + plan.text_panels, panels), image + plan.group * plan.threads, scratch);
+      });
+    }
+  });
+}
+
+// Rows of the backward that are in memory together.
+struct Block {
+  int64_t first_row, last_row;
+  std::vector<int64_t> starts;       // of the tasks that make weights: chunks of rows, or (cosine) images; then the end
+  std::vector<int64_t> image_begin;  // see Rows
+  std::vector<float> share;
+};
+
+// Finds the images of a block with means; a block with too many of them ends earlier.
+void count_images(const Plan& plan, const std::vector<int64_t>& row_start, Block& block) {
+  if (!plan.means) return;
+  const int64_t padding = 2 * plan.kernels.inner;
+  int64_t b = std::upper_bound(row_start.begin(), row_start.end(), block.first_row) - row_start.begin() - 1;
+  for (; row_start[b] < block.last_row; ++b) {
+    if (row_start[b] == row_start[b + 1]) continue;
+    block.image_begin.push_back(most(0, row_start[b] - block.first_row));
+    block.share.push_back(1.0f / (float)(row_start[b + 1] - row_start[b]));
+    if ((int64_t)block.share.size() == kMeans)  // the block ends here, or a few rows before: only the last is padded
+      block.last_row =
+          least(block.last_row, block.first_row + (row_start[b + 1] - block.first_row) / padding * padding);
+  }
+  while (block.image_begin.back() >= block.last_row - block.first_row) {
+    block.image_begin.pop_back();
+    block.share.pop_back();
+  }
+}
+
+std::vector<Block> make_blocks(const Plan& plan, const std::vector<int64_t>& row_start) {
+  std::vector<Block> blocks;
+  if (plan.cosine) {
+    for (int64_t b = 0; b < plan.p.images; ++b) {
+      if (row_start[b] == row_start[b + 1]) continue;
+      if (blocks.empty() || row_start[b + 1] - blocks.back().first_row > plan.rows_block ||
+          (plan.means && (int64_t)blocks.back().starts.size() > kMeans))
+        blocks.push_back({.first_row = row_start[b], .last_row = 0, .starts = {0}, .image_begin = {}, .share = {}});
+      Block& block = blocks.back();
+      block.last_row = row_start[b + 1];
+      block.starts.push_back(block.last_row - block.first_row);
+    }
+    for (Block& block : blocks) count_images(plan, row_start, block);
+  } else {
+    const int64_t rows_total = row_start[plan.p.images];
+    for (int64_t row = 0; row < rows_total; row = blocks.back().last_row) {
+      Block block{.first_row = row,
+                  .last_row = least(row + plan.rows_block, rows_total),
+                  .starts = {},
+                  .image_begin = {},
+                  .share = {}};
+      count_images(plan, row_start, block);
+      const int64_t count = round_up(block.last_row - row, 2 * plan.kernels.inner);
+      for (int64_t at = 0; at < count; at += plan.chunk) block.starts.push_back(at);
+      block.starts.push_back(count);
+      blocks.push_back(block);
+    }
+  }
+  for (Block& block : blocks) block.image_begin.push_back(block.starts.back());
+  return blocks;
+}
+
+// The backward of the dot and the cosine form. Returns false where W, rounded to 16 bits, has left too much error in a
+// gradient, which is then not to be used.
+bool backward(const Plan& plan, CompatibilityParams p, Arena arena) {
+  const Kernels& kernels = plan.kernels;
+  const std::vector<int64_t> row_start = count_rows(p, plan.row_align);
+  if (p.grad_patches && p.mask) {  // masked patches are never visited
+    std::memset(p.grad_patches, 0, gradient_bytes(p));
+    p.fresh_gradient = false;
+  }
+
+  Texts shared_texts;
+  Rows shared_rows[2];  // a block's and the next one's
+  Weights weights;
+  Sums shared_sums;
+  plan.take_texts(arena, shared_texts);
+  plan.take_block(arena, shared_rows, weights, shared_sums);
+  const int64_t scratch_at = arena.used;
+
+  const std::vector<Block> blocks = make_blocks(plan, row_start);
+  const int64_t text_blocks = ceil_div(p.text_count, plan.texts_block);
+  size_t most_tasks = 0;
+  for (const Block& block : blocks) most_tasks = most(most_tasks, block.starts.size());
+  std::vector<WeightSums> weight_sums(most_tasks * ceil_div(plan.texts_block, kTextRange));  // by task
+  // Squared norms of the gradients, by chunk of a block and by task.
+  std::vector<double> patches_squared(ceil_div(plan.capacity, plan.chunk)), texts_squared(ceil_div(p.text_count, 16));
+
+  Team(p.openmp, plan.threads, [&](Team& team, int id) {
+    Arena own{arena.base, scratch_at + id * plan.scratch_bytes};
+    Scratch scratch{};
+    plan.take_scratch(own, scratch);
+    Texts texts = shared_texts;
+    const auto chunks = [&](const Block& block) { return ceil_div(block.starts.back(), plan.chunk); };
+    const auto pack = [&](const Block& block, Rows rows, int64_t i) {
+      const int64_t first = i * plan.chunk, last = least(first + plan.chunk, block.starts.back());
+      // Past the last row of all, rows are padding.
+      kernels.pack_rows(p, row_start.data(), block.first_row + first, block.first_row + last, rows, first, scratch.row);
+    };
+    if (!blocks.empty()) team.phase(chunks(blocks[0]), [&](int64_t i) { pack(blocks[0], shared_rows[0], i); });
+    for (size_t number = 0; number < blocks.size(); ++number) {
+      const Block& block = blocks[number];
+      const Block* next = number + 1 < blocks.size() ? &blocks[number + 1] : nullptr;
+      Rows rows = shared_rows[number % 2];
+      rows.count = block.starts.back();
+      rows.means = block.share.size();
+      rows.image_begin = block.image_begin.data();
+      rows.share = block.share.data();
+      for (int64_t text_block = 0; text_block < text_blocks; ++text_block) {
+        const bool add = text_block > 0, finish = text_block == text_blocks - 1;
+        open_texts(p, plan, text_block * plan.texts_block, texts);
+        const int64_t panels = texts.padded / kernels.panel;
+        if (text_blocks > 1 || number == 0)
+          team.phase(panels, [&](int64_t panel) { kernels.pack_texts(p, texts, panel, scratch.row); });
+
+        const int64_t range = plan.cosine ? panels : kTextRange / kernels.panel, ranges = ceil_div(panels, range);
+        const int64_t tasks = ((int64_t)block.starts.size() - 1) * ranges;
+        team.phase(tasks + (text_block == 0 && p.grad_texts ? rows.means : 0), [&](int64_t task) {
+          if (task >= tasks) return kernels.sum_rows(p, rows, task - tasks);
+          const int64_t panel = task % ranges * range;
+          weight_sums[task].add(kernels.weights(p, rows, block.starts[task / ranges], block.starts[task / ranges + 1],
+                                                texts, panel, least(panel + range, panels), weights, shared_sums, add,
+                                                scratch));
+        });
+        if (rows.means && p.grad_patches)
+          team.phase(plan.dims / kernels.panel,
+                     [&](int64_t panel) { kernels.means_product(rows, texts, weights, shared_sums, panel, add); });
+        // Neither product needs the other, so both are one phase, the larger tasks first. The next block is packed in
+        // between, when its rows have been fetched behind the patches' product.
+        const int64_t columns = texts.padded / kernels.tile_columns, dim_panels = plan.dims / kernels.panel;
+        const int64_t column_step = 128 / kernels.tile_columns, panel_step = most(1, 256 / kernels.panel);
+        const int64_t across = ceil_div(dim_panels, panel_step);
+        const int64_t text_tasks = p.grad_texts ? ceil_div(columns, column_step) * across : 0;
+        const int64_t next_chunks = finish && next ? chunks(*next) : 0;
+        team.phase(text_tasks + most(chunks(block), next_chunks), [&](int64_t task) {
+          if (task < text_tasks) {
+            const int64_t column = task / across * column_step, panel = task % across * panel_step;
+            kernels.texts_product(p, rows, texts, weights, column, least(column + column_step, columns), panel,
+                                  least(panel + panel_step, dim_panels));
+            return;
+          }
+          const int64_t i = task - text_tasks, first = i * plan.chunk, last = least(first + plan.chunk, rows.count);
+          if (p.grad_patches && first < last) {
+            Sums sums = shared_sums;
+            if (plan.local_sums) sums.panels = scratch.sums, sums.capacity = plan.local_capacity(), sums.first = first;
+            kernels.patches_product(p, row_start.data(), i < next_chunks ? next->first_row + first : -1, rows, first,
+                                    last, texts, weights, sums, add || plan.cosine);
+            if (finish) populate_gradients(p, rows, first, last);
+            if (finish) patches_squared[i] += kernels.finish_patches(p, rows, first, last, sums, scratch.row);
+          }
+          if (i < next_chunks) pack(*next, shared_rows[(number + 1) % 2], i);
+        });
+      }
+    }
+    if (p.grad_texts)
+      team.phase(ceil_div(p.text_count, 16), [&](int64_t i) {
+        texts_squared[i] = kernels.finish_texts(p, i * 16, least(i * 16 + 16, p.text_count), scratch.row);
+      });
+  });
+
+  WeightSums total;
+  for (const WeightSums& sums : weight_sums) total.add(sums);
+  if (p.grad_temperature) *p.grad_temperature = (float)(-total.temperature / p.temperature / p.temperature);
+  const auto shows = [](double error, const std::vector<double>& squares) {
+    return error > kRoundingShown * kRoundingShown * std::accumulate(squares.begin(), squares.end(), 0.0);
+  };
+  return !(p.grad_patches && shows(total.patches_error, patches_squared)) &&
+         !(p.grad_texts && shows(total.texts_error, texts_squared));
+}
+
+}  // namespace
+
+Planned compatibility_forward(const CompatibilityParams& params) {
+  const auto plan = std::make_shared<const Plan>(params, false, select_kernels(params.dtype, params.dim));
+  const int64_t bytes = plan->workspace_bytes();
+  return {.workspace_bytes = bytes,
+          .run = [=](char* workspace) { forward(*plan, plan->p, open_workspace(workspace, bytes)); }};
+}
+
+Planned compatibility_backward(const CompatibilityParams& params) {
+  if (!params.grad_phi) throw std::invalid_argument("grad_phi is missing, which the backward needs");
+  if (params.grad_texts && !params.texts_sum)
+    throw std::invalid_argument("texts_sum is missing, which grad_texts needs");
+  if (params.form == Form::max) return max_backward(params);
+  const Kernels &kernels = select_kernels(params.dtype, params.dim),
+                &exact = select_kernels(Dtype::float32, params.dim);
+  const auto plan = std::make_shared<const Plan>(params, true, kernels);
+  if (kernels.pair == 1) {
+    const int64_t bytes = plan->workspace_bytes();
+    return {.workspace_bytes = bytes, .run = [=](char* workspace) {
+              backward(*plan, with_fresh_gradient(plan->p), open_workspace(workspace, bytes));
+            }};
+  }
+  const auto exact_forward = std::make_shared<const Plan>(params, false, exact);
+  const auto exact_backward = std::make_shared<const Plan>(params, true, exact);
+  int64_t bytes = plan->workspace_bytes();
+  for (const auto& again : {exact_forward, exact_backward}) bytes = most(bytes, again->workspace_bytes());
+  return {.workspace_bytes = bytes, .run = [=](char* workspace) {
+            CompatibilityParams p = with_fresh_gradient(plan->p);
+            const Arena arena = open_workspace(workspace, bytes);
+            if (backward(*plan, p, arena)) return;
+            if (p.texts_sum) std::memset(p.texts_sum, 0, sizeof(float) * accumulator_floats(p));
+            p.fresh_gradient = false;
+            std::vector<float> again;
+            if (p.form == Form::dot) {  // τ may divide the difference of s and φ: both from the same kernels
+              const int64_t pairs = p.images * p.text_count;
+              again.resize(2 * pairs);
+              p.phi = again.data();
+              p.state = again.data() + pairs;
+              forward(*exact_forward, p, arena);
+            }
+            backward(*exact_backward, p, arena);
+          }};
+}
+
+int64_t accumulator_floats(const CompatibilityParams& p) {
+  const int64_t panel = select_kernels(p.dtype, p.dim).panel;
+  return round_up(p.text_count, panel) * round_up(p.dim, panel);
+}
+
+}  // namespace pacl

@@ -1,0 +1,227 @@
+// The cosine form by the Gram matrix of an image: G, q = G a, and the norm term C with its product C P̂. See cosine.h.
+#pragma once
+
+#include "softmax.h"
+
+namespace {
+
+using namespace pacl;
+
+// Units of pairs of rows of a panel [count, kPanel] of float32, `count` even; for float32 the panel itself.
+template <class Op>
+const float* row_units_of(const float* panel, [[maybe_unused]] int64_t count, [[maybe_unused]] float* to) {
+#if defined(PACL_PAIRS)
+  if (Op::kPair == 2) {
+    for (int64_t r = 0; r < count; r += 2)
+      for (int v = 0; v < 2; ++v) {
+        const float* at = panel + r * kPanel + v * kLanes;
+        store(to + r / 2 * kPanel + v * kLanes, interleave_bfloat16(load(at), load(at + kPanel)));
+      }
+    return to;
+  }
+#endif
+  return panel;
+}
+
+// Panels [rows, columns] of float32 as panels of units of pairs of columns; for float32 the matrix itself.
+template <class Op>
+const float* column_units_of(const float* matrix, [[maybe_unused]] int64_t capacity, [[maybe_unused]] int64_t rows,
+                             [[maybe_unused]] int64_t columns, [[maybe_unused]] float* to) {
+#if defined(PACL_PAIRS)
+  if (Op::kPair == 2) {
+    for (int64_t c = 0; c < columns; c += kLanes)
+      for (int64_t r = 0; r < rows; ++r) {
+        const H rounded = round_to_bfloat16(load(matrix + (c / kPanel * capacity + r) * kPanel + c % kPanel));
+        memcpy(to + (c / 2 / kPanel * capacity + r) * kPanel + c / 2 % kPanel, &rounded, sizeof rounded);
+      }
+    return to;
+  }
+#endif
+  return matrix;
+}
+
+// A symmetric matrix [count, count] as panels, each known from its own first row on: multiplies rows and columns by
+// `norms` and `sign`, fills the rows above from earlier panels, and sets columns past the last one to 0.
+void complete_symmetric(float* matrix, int64_t capacity, int64_t count, const float* norms, float sign) {
+  for (int64_t column = 0; column < count; column += kPanel) {
+    float* panel = matrix + column / kPanel * capacity * kPanel;
+    float scale[kPanel] = {};
+    const int64_t live = least(kPanel, count - column);
+    for (int64_t i = 0; i < live; ++i) scale[i] = sign * norms[column + i];
+    for (int64_t row = column; row < count; ++row)
+      for (int v = 0; v < 2; ++v) {
+        float* at = panel + row * kPanel + v * kLanes;
+        store(at, load(at) * (load(scale + v * kLanes) * norms[row]));
+      }
+    for (int64_t row = 0; row < column; row += kLanes) {
+      const float* mirror = matrix + row / kPanel * capacity * kPanel + column * kPanel + row % kPanel;
+      for (int64_t i = 0; i < kPanel; i += kLanes)
+        transpose(mirror + i * kPanel, kPanel, panel + row * kPanel + i, kPanel);
+    }
+    // A product's rows past `count` hold anything, NaN included: 0 times that is not 0.
+    for (int64_t row = 0; live < kPanel && row < count; ++row)
+      memset(panel + row * kPanel + live, 0, sizeof(float) * (kPanel - live));
+  }
+}
+
+// scratch.gram = p pᵀ of rows [first, first + count), as panels [count, count] with `capacity` rows each, of which each
+// is known from its own first row on.
+template <class Op>
+void gram(const CompatibilityParams& p, const Rows& rows, int64_t first, int64_t count, Scratch& scratch,
+          int64_t capacity) {
+  const int64_t units = dim_units<Op>(p);
+  for (int64_t column = 0; column < count; column += kPanel) {
+    for (int64_t u = 0; u < units; u += kLanes) {
+      const float* block = rows.units + (u / kPanel * rows.capacity + first + column) * kPanel + u % kPanel;
+      for (int64_t i = 0; i < kPanel; i += kLanes)
+        transpose(block + i * kPanel, kPanel, scratch.transposed + u * kPanel + i, kPanel);
+    }
+    const int64_t top = column / Op::kRows * Op::kRows;  // symmetric: rows above are filled in at the end
+    product<Op>(rows.units + (first + top) * kPanel, rows.capacity, count - top, scratch.transposed, dim_inner<Op>(p),
+                scratch.gram + (column / kPanel * capacity + top) * kPanel, false);
+  }
+}
+
+// G, known as above, for eᵀ G e alone: its lower triangle, everything below the diagonal twice; rows and columns times
+// `norms`.
+inline void fold_symmetric(float* matrix, int64_t capacity, int64_t count, const float* norms) {
+  I lane{};
+  for (int i = 0; i < kLanes; ++i) lane[i] = i;
+  for (int64_t column = 0; column < count; column += kPanel) {
+    float* panel = matrix + column / kPanel * capacity * kPanel;
+    float scale[kPanel] = {};
+    memcpy(scale, norms + column, sizeof(float) * least(kPanel, count - column));
+    // The tile of earlier rows may reach into this panel, up to the next multiple of 4 after its last row.
+    for (int64_t row = most(0, column - kTileRows - 2); row < count; ++row)
+      for (int v = 0; v < 2; ++v) {
+        float* at = panel + row * kPanel + v * kLanes;
+        const I before = lane + (int32_t)(column + v * kLanes - row);  // negative below the diagonal
+        const V x = load(at) * (load(scale + v * kLanes) * norms[row]);
+        store(at, select(before < I{}, x + x, select(before == I{}, x, V{})));
+      }
+  }
+}
+
+// For the matrix unit, G is the sum of two matrices of bfloat16, which leaves 2^-17 of it. kLower: its lower triangle.
+template <class Op, bool kLower>
+void split_gram([[maybe_unused]] Scratch& scratch, [[maybe_unused]] int64_t capacity, [[maybe_unused]] int64_t count) {
+#if defined(PACL_MATRIX_UNIT)
+  if constexpr (Op::kMatrix)
+    for (int64_t column = 0; column < count; column += kPanel)
+      for (int64_t row = kLower ? column : 0; row < count; ++row) {
+        const float* at = scratch.gram + (column / kPanel * capacity + row) * kPanel;
+        const int64_t to = (column / 2 / kPanel * capacity + row) * kPanel + column / 2 % kPanel;
+        for (int v = 0; v < 2; ++v) {
+          const V x = load(at + v * kLanes);
+          const H high = round_to_bfloat16(x), low = round_to_bfloat16(x - from_bfloat16(high));
+          memcpy(scratch.gram_high + to + v * kLanes / 2, &high, sizeof high);
+          memcpy(scratch.gram_low + to + v * kLanes / 2, &low, sizeof low);
+        }
+      }
+#endif
+}
+
+#if defined(PACL_MATRIX_UNIT)
+// Rows [row, row + 16 kTall) of G a over `inner` units, of what the two parts of both give all but the product of the
+// small ones.
+template <int kTall>
+inline void split_tile(const Scratch& scratch, int64_t capacity, int64_t row, int64_t inner) {
+  const int64_t block = capacity * kPanel, at = row * kPanel;
+  float* c = scratch.gram_attention + at;
+  matrix_begin<kTall>(c, false);
+  matrix_add<kTall>(scratch.gram_low + at, kPanel, block, scratch.attention_high, inner, [] {});
+  matrix_add<kTall>(scratch.gram_high + at, kPanel, block, scratch.attention_low, inner, [] {});
+  matrix_add<kTall>(scratch.gram_high + at, kPanel, block, scratch.attention_high, inner, [] {});
+  matrix_end<kTall>(c);
+}
+#endif
+
+// scratch.gram_attention = G a for a panel of attention over `count` rows, whose rows up to the next multiple of 2
+// kInner are set to 0. In bfloat16 alone, an error in φ would be multiplied by the logit scale, in the gradient divided
+// by r τ: it is float32, or in the matrix unit two numbers of bfloat16. kLower: of G's lower triangle.
+template <class Op, bool kLower>
+void gram_attention(Scratch& scratch, int64_t capacity, int64_t count) {
+  const int64_t padded = round_up(count, Op::kMatrix ? kPanel : 4);
+  memset(scratch.attention + count * kPanel, 0, sizeof(float) * (padded - count) * kPanel);
+#if defined(PACL_MATRIX_UNIT)
+  if constexpr (Op::kMatrix) {
+    for (int64_t r = 0; r < padded; r += 2)
+      for (int v = 0; v < 2; ++v) {
+        const float* at = scratch.attention + r * kPanel + v * kLanes;
+        const V even = load(at), odd = load(at + kPanel);
+        const V even_high = from_bfloat16(round_to_bfloat16(even)), odd_high = from_bfloat16(round_to_bfloat16(odd));
+        const int64_t to = r / 2 * kPanel + v * kLanes;
+        store(scratch.attention_high + to, interleave_bfloat16(even_high, odd_high));
+        store(scratch.attention_low + to, interleave_bfloat16(even - even_high, odd - odd_high));
+      }
+    for (int64_t row = 0; row < count; row += kPanel) {
+      const int64_t inner = (kLower ? row + kPanel : padded) / 2;
+      count - row > kMatrixRows ? split_tile<2>(scratch, capacity, row, inner)
+                                : split_tile<1>(scratch, capacity, row, inner);
+    }
+    return;
+  }
+#endif
+  for (int64_t at = 0; at < padded; at += Float32::kInnerBlock)
+    for (int64_t row = 0; row < count; row += kTileRows) {
+      const int64_t end = kLower ? least(padded, round_up(row + kTileRows, 4)) : padded;
+      if (at < end)
+        tile<Float32, kTileRows, kPanel, 1>(scratch.gram + (at / kPanel * capacity + row) * kPanel, capacity * kPanel,
+                                            scratch.attention + at * kPanel, scratch.gram_attention + row * kPanel,
+                                            least(Float32::kInnerBlock, end - at), at > 0);
+    }
+}
+
+// r² = eᵀ q for half `v` of a panel, with e not yet divided by its sum.
+inline V squared_norm_from_gram(const Scratch& scratch, int64_t count, int v) {
+  V squared{};
+  for (int64_t begin = 0; begin < count; begin += kSumRows) {
+    V part{};
+    for (int64_t r = begin; r < least(begin + kSumRows, count); ++r) {
+      const int64_t i = r * kPanel + v * kLanes;
+      part = fma(load(scratch.attention + i), load(scratch.gram_attention + i), part);
+    }
+    squared += part;
+  }
+  return squared;
+}
+
+// C (lower half of its panels) += scaled attentionᵀ over the texts of one panel.
+template <class Op>
+void add_norm_term(Scratch& scratch, int64_t count, int64_t capacity, bool add) {
+  const int64_t padded = round_up(count, kPanel);
+  memset(scratch.attention + count * kPanel, 0, sizeof(float) * (padded - count) * kPanel);
+  const float* left = column_units_of<Op>(scratch.scaled, 0, count, kPanel, scratch.scaled_units);
+  float* transposed = scratch.attention_t;
+  for (int64_t m = 0; m < padded; m += kPanel) {
+    for (int64_t i = 0; i < kPanel; i += kLanes)
+      for (int64_t k = 0; k < kPanel; k += kLanes)
+        transpose(scratch.attention + (m + i) * kPanel + k, kPanel, transposed + k * kPanel + i, kPanel);
+    const int64_t top = m / Op::kRows * Op::kRows;
+    product<Op>(left + top * kPanel, 0, count - top, row_units_of<Op>(transposed, kPanel, scratch.attention_t_units),
+                kPanel / Op::kPair, scratch.norm_term + (m / kPanel * capacity + top) * kPanel, add);
+  }
+}
+
+// Sums (+)= -C P̂ for the `count` rows from `first` on, `padded` of them with their padding.
+template <class Op>
+void subtract_norm_term_product(const CompatibilityParams& p, const Rows& rows, int64_t first, int64_t count,
+                                int64_t padded, int64_t capacity, const Sums& sums, bool add, Scratch& scratch) {
+  complete_symmetric(scratch.norm_term, capacity, count, rows.inv_norm + first, -1.0f);
+  const float* left = column_units_of<Op>(scratch.norm_term, capacity, count, padded, scratch.norm_term_units);
+  const int64_t row_units = rows.capacity / Op::kPair;
+  for (int64_t panel = 0; panel < padded_dim(p.dim) / kPanel; ++panel) {
+    float* to = sums.panels + (panel * sums.capacity + first) * kPanel;
+    const float* right = rows.row_units + (panel * row_units + first / Op::kPair) * kPanel;
+    if (Op::kMatrix) {  // an image's padding holds the rest of its last tile
+      product<Op>(left, capacity, count, right, padded / Op::kPair, to, add);
+      continue;
+    }
+    product<Op>(left, capacity, count, right, padded / Op::kPair, scratch.gram_attention, false);
+    for (int64_t i = 0; i < count * kPanel; i += kLanes)
+      store(to + i, add ? load(to + i) + load(scratch.gram_attention + i) : load(scratch.gram_attention + i));
+    if (!add) memset(to + count * kPanel, 0, sizeof(float) * (padded - count) * kPanel);
+  }
+}
+
+}  // namespace

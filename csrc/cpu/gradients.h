@@ -1,0 +1,118 @@
+// From sums to the caller's gradients, through the norm.
+#pragma once
+
+#include "rows.h"
+
+namespace {
+
+using namespace pacl;
+
+// A row of a gradient. Pages that the system has made just now are in the cache, and non-temporal stores
+// would then take twice as long as plain ones; into older memory it is the other way round.
+void write_gradient(void* to, int64_t offset, const void* from, int64_t bytes, bool fresh) {
+  fresh ? (void)memcpy((char*)to + offset, from, bytes) : copy_non_temporal((char*)to + offset, from, bytes);
+}
+
+void write_row(void* base, int64_t offset, int64_t dim, Dtype dtype, const float* in, bool fresh) {
+  uint16_t* half = (uint16_t*)base + offset;
+  if (dtype == Dtype::float32)
+    write_gradient(base, sizeof(float) * offset, in, sizeof(float) * dim, fresh);
+  else if (dtype == Dtype::bfloat16)
+    for (int64_t d = 0; d < dim; ++d) half[d] = to_bfloat16(in[d]);
+  else
+    for (int64_t d = 0; d < dim; ++d) half[d] = to_float16(in[d]);
+}
+
+// ∂L/∂x = sum - (sum · x) x / |x|²: what points along x does not change its direction. `sums` is a row of panels, x is
+// row `row` of others; inv_norm is 1 / |x|, or 0; the caller's row is x / range_scale. kMean: inv_norm times `mean`, a
+// row of Sums.means, belongs to the sum. Returns |∂L/∂x|².
+template <class Op, bool kMean = false>
+float finish_row(const float* sums, int64_t sums_capacity, const float* units, int64_t capacity, int64_t row,
+                 float inv_norm, float range_scale, int64_t dim, Dtype dtype, void* out, int64_t out_offset, bool fresh,
+                 float* buffer, [[maybe_unused]] const float* mean = nullptr) {
+  const int64_t dims = padded_dim(dim);
+  if (inv_norm == 0.0f) {  // no direction: the gradient is 0, whatever comes from above
+    memset(buffer, 0, sizeof(float) * dims);
+    write_row(out, out_offset, dim, dtype, buffer, fresh);
+    return 0.0f;
+  }
+  const float inv_squared = inv_norm * inv_norm;
+  const auto sum_of = [&](int64_t d, int v) {
+    const V x = load(dims_at<Float32>(sums, sums_capacity, 0, d) + v * kLanes);
+    return kMean ? fma(load(dims_at<Float32>(mean, kMeansCapacity, 0, d) + v * kLanes), inv_norm, x) : x;
+  };
+  V dot[2]{}, rest[2]{};
+  for (int64_t d = 0; d < dims; d += kPanel) {
+    const float* x = dims_at<Op>(units, capacity, row, d);
+    for (int v = 0; v < 2; ++v) dot[v] = fma(load_dims<Op>(x, v), sum_of(d, v), dot[v]);
+  }
+  const float along = sum(dot[0] + dot[1]) * inv_squared;
+  for (int64_t d = 0; d < dims; d += kPanel) {
+    const float* x = dims_at<Op>(units, capacity, row, d);
+    for (int v = 0; v < 2; ++v) {
+      const V result = fma(load_dims<Op>(x, v), -along, sum_of(d, v));
+      rest[v] = fma(result, load_dims<Op>(x, v), rest[v]);
+      store(buffer + d + v * kLanes, result);
+    }
+  }
+  // Once more: what the first projection leaves along x is its own rounding, and all of the result where D = 1.
+  const float remainder = sum(rest[0] + rest[1]) * inv_squared;
+  V squares[2]{};
+  for (int64_t d = 0; d < dims; d += kPanel) {
+    const float* x = dims_at<Op>(units, capacity, row, d);
+    for (int v = 0; v < 2; ++v) {
+      const V result = fma(load_dims<Op>(x, v), -remainder, load(buffer + d + v * kLanes)) * range_scale;
+      squares[v] = fma(result, result, squares[v]);
+#if defined(PACL_PAIRS)
+      if (Op::kPair == 2) {
+        const H half = round_to_bfloat16(result);
+        memcpy((uint16_t*)buffer + d + v * kLanes, &half, sizeof half);
+        continue;
+      }
+#endif
+      store(buffer + d + v * kLanes, result);
+    }
+  }
+  if (Op::kPair == 2)
+    write_gradient(out, sizeof(uint16_t) * out_offset, buffer, sizeof(uint16_t) * dim, fresh);
+  else
+    write_row(out, out_offset, dim, dtype, buffer, fresh);
+  return sum(squares[0] + squares[1]);
+}
+
+template <class Op>
+double finish_patches(const CompatibilityParams& p, const Rows& rows, int64_t first, int64_t last, const Sums& sums,
+                      float* buffer) {
+  const auto finish = rows.means ? finish_row<Op, Op::kPair == 2> : finish_row<Op>;
+  int64_t mean = mean_of_row(rows, first);
+  double squares = 0;
+  for (int64_t r = first; r < last; ++r) {
+    if (rows.image[r] < 0) continue;
+    if (rows.means && r >= rows.image_begin[mean + 1]) ++mean;
+    squares += finish(sums.panels + (r - sums.first) * kPanel, sums.capacity, rows.units, rows.capacity, r,
+                      rows.inv_norm[r], rows.range_scale[r], p.dim, p.dtype, p.grad_patches,
+                      (rows.image[r] * p.patches_per_image + rows.index[r]) * p.dim, p.fresh_gradient, buffer,
+                      sums.means + mean * kPanel);
+  }
+  store_fence();
+  return squares;
+}
+
+double finish_texts(const CompatibilityParams& p, int64_t first, int64_t last, float* buffer) {
+  const int64_t dims = padded_dim(p.dim), capacity = round_up(p.text_count, kPanel);
+  float* text = buffer + dims;  // as panels of one row
+  double squares = 0;
+  for (int64_t k = first; k < last; ++k) {
+    read_row(p.texts, k * p.text_strides.row, p.text_strides.dim, p.dim, p.dtype, text);
+    memset(text + p.dim, 0, sizeof(float) * (dims - p.dim));
+    const float* units = text;
+    float range_scale;
+    const float inv_norm = inverse_norm_in_range<Float32>(units, dims, text, range_scale);
+    squares += finish_row<Float32>(p.texts_sum + k * kPanel, capacity, units, 1, 0, inv_norm, range_scale, p.dim,
+                                   p.grad_texts_dtype, p.grad_texts, k * p.dim, false, buffer);
+  }
+  store_fence();
+  return squares;
+}
+
+}  // namespace

@@ -1,0 +1,178 @@
+// Which rows and texts are in memory together, how large a task is, and where it all lies in the workspace. Only for
+// files that are compiled once, not for those of an instruction set.
+#pragma once
+
+#include "kernels.h"
+#include "pages.h"
+
+namespace pacl {
+namespace {
+
+constexpr int64_t kMiB = 1 << 20;
+constexpr int64_t kBudget = 60 * kMiB;       // workspace of a call, whatever its shape and threads; [N, N] comes on top
+constexpr int64_t kTextsBudget = 10 * kMiB;  // packed texts
+constexpr int64_t kRowsBudget = 26 * kMiB;   // a block of rows of the backward: patches, their gradient, weights
+constexpr int64_t kTextRange = 256;          // texts of a task
+
+// From this τ on the attention is nearly uniform, and weights in bfloat16 are stored less their mean (see Weights).
+// At small τ the mean is far from most weights, and would give patches that no text looks at its own rounding.
+constexpr float kMeanTemperature = 0.5f;
+
+// Hands out aligned pieces of the workspace; without a base it only counts.
+struct Arena {
+  char* base;
+  int64_t used = 0;
+
+  template <class T = float>
+  T* take(int64_t count) {
+    T* piece = base ? (T*)(base + used) : nullptr;
+    used += round_up(count * (int64_t)sizeof(T), 64);
+    return piece;
+  }
+};
+
+inline Arena open_workspace(char* workspace, int64_t bytes) {
+  advise_huge_pages(workspace, bytes);
+  return {(char*)round_up((int64_t)workspace, 64)};
+}
+
+// The forward, or the backward of the dot and the cosine form.
+struct Plan {
+  const Kernels& kernels;
+  const CompatibilityParams p;
+  bool backward, cosine, means;
+  bool local_sums;               // the patches' sums of a chunk at a time, see Scratch
+  int64_t row_align;             // rows of an image are padded to this
+  int64_t units, dims;           // padded units of D, padded D
+  int64_t image_rows;            // most rows of an image
+  int64_t chunk;                 // rows of a task
+  int64_t rows_block, capacity;  // backward: rows in memory together
+  int64_t texts_block;           // texts in memory together
+  int64_t group, text_panels;    // forward: images and panels of texts of a task
+  int64_t gram_capacity;
+  int threads;
+  int64_t shared_bytes, scratch_bytes;
+
+  Plan(const CompatibilityParams& params, bool is_backward, const Kernels& used)
+      : kernels(used),
+        p(params),
+        backward(is_backward),
+        cosine(params.form == Form::cosine),
+        means(is_backward && kernels.pair == 2 && params.temperature >= kMeanTemperature) {
+    const int64_t tile = kernels.tile_rows, panel = kernels.panel, pair = kernels.pair;
+    units = round_up(ceil_div(p.dim, pair), panel);
+    dims = round_up(p.dim, panel);
+    row_align = cosine ? 2 * kernels.inner : 1;  // products over the rows of one image take `inner` units at a time
+    image_rows = round_up(p.patches_per_image, row_align);
+    gram_capacity = round_up(image_rows, tile);
+    // Stays in the L2 cache, which is larger (Intel's, 2 MiB) where there is a matrix unit.
+    const int64_t cache = kernels.matrix ? 2 : 1, most_rows = kernels.matrix ? (backward ? 128 : 256) : 112;
+    chunk = most(1, least(most_rows, cache * 512 * 1024 / (4 * units)) / tile) * tile;
+
+    const int64_t text_bytes = 4 * units + (backward && p.grad_patches ? 4 * dims / pair : 0);
+    texts_block = most(1, least(backward ? 1024 : 4096, kTextsBudget / text_bytes) / panel) * panel;
+    texts_block = least(texts_block, round_up(p.text_count, panel));
+    local_sums = backward && !cosine && texts_block >= p.text_count;
+
+    group = cosine ? 1 : ceil_div(4 * chunk, p.patches_per_image);
+    text_panels = (ceil_div(p.images, group) >= 32 ? 1024 : kTextRange) / panel;
+    text_panels = least(text_panels, texts_block / panel);
+    group = most(1, least(group, 512 * 1024 / (12 * text_panels * panel)));
+
+    const int64_t row_bytes =
+        4 * (2 * units + texts_block + (p.grad_patches ? dims : 0)) + (pair == 2 ? 2 * 2 * dims : 0);
+    rows_block = most(1, least(1792, kRowsBudget / row_bytes) / chunk) * chunk;
+    rows_block = least(rows_block, round_up(p.images * image_rows, chunk));
+    if (cosine) rows_block = most(rows_block, image_rows);
+    capacity = round_up(rows_block, 2 * tile) + 2 * tile + (means ? 2 * kMeans : 0);  // tiles read past the last row
+
+    Arena counter{nullptr};
+    Texts texts;
+    take_texts(counter, texts);
+    Rows rows[2];
+    Weights weights;
+    Sums sums;
+    if (backward) take_block(counter, rows, weights, sums);
+    shared_bytes = counter.used;
+    counter.used = 0;
+    Scratch scratch{};
+    take_scratch(counter, scratch);
+    scratch_bytes = counter.used;
+    const int64_t beyond = scratch_bytes - (cosine ? 4 * gram_capacity * round_up(image_rows, panel) : 0);
+    threads = (int)most(1, least(p.threads, (kBudget - shared_bytes) / most(1, beyond)));
+  }
+
+  int64_t workspace_bytes() const { return shared_bytes + threads * scratch_bytes + 64; }
+
+  // No two panels of a row are a multiple of 4 KiB apart, or they would meet in one set of the L1 cache.
+  int64_t local_capacity() const { return round_up(chunk, 32) + 2; }
+
+  void take_texts(Arena& arena, Texts& texts) const {
+    texts.transposed = arena.take(units * texts_block);
+    texts.row_units = backward && p.grad_patches ? arena.take(dims * texts_block / kernels.pair) : nullptr;
+    texts.inv_norm = arena.take(texts_block);
+  }
+
+  void take_rows(Arena& arena, Rows& rows, int64_t size, bool as_right_operand) const {
+    rows.capacity = size;
+    rows.units = arena.take(units * size);
+    rows.row_units = kernels.pair == 1 ? rows.units : as_right_operand ? arena.take(dims * size / 2) : nullptr;
+    rows.inv_norm = arena.take(size);
+    rows.range_scale = arena.take(size);
+    rows.image = arena.take<int32_t>(size);
+    rows.index = arena.take<int32_t>(size);
+  }
+
+  void take_block(Arena& arena, Rows (&rows)[2], Weights& weights, Sums& sums) const {
+    for (Rows& half : rows) take_rows(arena, half, capacity, p.grad_texts || (cosine && p.grad_patches));
+    weights.units = arena.take(capacity * round_up(texts_block, 2 * kernels.panel) / kernels.pair);
+    weights.row_units =
+        kernels.pair == 1 ? weights.units : arena.take(round_up(capacity / 2, kernels.panel) * texts_block);
+    sums = {.panels = nullptr, .capacity = capacity, .first = 0, .means = nullptr};
+    if (!p.grad_patches) return;
+    if (!local_sums) sums.panels = arena.take(capacity * dims);
+    if (means) sums.means = arena.take(kMeansCapacity * dims);
+  }
+
+  void take_scratch(Arena& arena, Scratch& s) const {
+    const int64_t panel = kernels.panel, rows = cosine ? gram_capacity : chunk, columns = round_up(image_rows, panel);
+    s.row = arena.take(most(panel * units, 2 * dims));
+    s.scores = arena.take((rows + panel) * panel);
+    s.rows.capacity = rows;
+    s.sums = local_sums && p.grad_patches ? arena.take(local_capacity() * dims) : nullptr;
+    if (!backward) {
+      take_rows(arena, s.rows, rows, false);
+      s.largest = arena.take(group * text_panels * panel);
+      s.sum = arena.take(group * text_panels * panel);
+      s.weighted = arena.take(group * text_panels * panel);
+    }
+    if (!cosine) return;
+    const int64_t matrix = rows * columns, square = panel * panel;
+    const bool pairs = kernels.pair == 2;
+    s.attention = arena.take((rows + panel) * panel);
+    s.gram_attention = arena.take((rows + panel) * panel);
+    s.transposed = arena.take(units * panel);
+    s.gram = arena.take(matrix);
+    const int64_t half = rows * round_up(columns, 2 * panel) / 2;
+    if (kernels.matrix) {
+      s.gram_high = arena.take(half);
+      s.gram_low = arena.take(half);
+      s.attention_high = arena.take((rows + panel) * panel / 2);
+      s.attention_low = arena.take((rows + panel) * panel / 2);
+    }
+    s.pooled_patch = arena.take(dims * panel);
+    s.direction = arena.take(dims * panel);
+    s.scaled = arena.take((rows + panel) * panel);
+    if (!backward) return;
+    s.scaled_units = pairs ? arena.take((rows + panel) * panel) : nullptr;
+    if (!p.grad_patches) return;
+    s.attention_t = arena.take(square);
+    s.attention_t_units = pairs ? arena.take(square / 2) : nullptr;
+    // In the matrix unit's form G itself is not needed any more when C begins, nor that form when C is whole.
+    s.norm_term = kernels.matrix ? s.gram : arena.take(matrix);
+    s.norm_term_units = kernels.matrix ? s.gram_high : pairs ? arena.take(half) : nullptr;
+  }
+};
+
+}  // namespace
+}  // namespace pacl
