@@ -125,10 +125,9 @@ PYBIND11_MODULE(_native, m) {
       .def("workspace_bytes", py::overload_cast<const UpsampleParams&>(&workspace_bytes));
 
   py::enum_<cuda::Epilogue>(m, "CudaEpilogue", "What a launch makes of the scores; see csrc/cuda/plan.h.")
-#define PACL_EPILOGUE(NAME) .value(#NAME, cuda::Epilogue::NAME)
-      PACL_EPILOGUE(forward) PACL_EPILOGUE(forward_safe) PACL_EPILOGUE(weights) PACL_EPILOGUE(cosine)
-      PACL_EPILOGUE(cosine_weights) PACL_EPILOGUE(attention) PACL_EPILOGUE(pool) PACL_EPILOGUE(pool_weights);
-#undef PACL_EPILOGUE
+#define PACL_EPILOGUE(NAME, DTYPE) .value(#NAME, cuda::Epilogue::NAME)
+#include "cuda/epilogues.def"
+      ;
 
   py::class_<cuda::Plan>(m, "CudaPlan", "Tiles and work of a launch on Hopper; see csrc/cuda/plan.h.")
       .def(py::init(&cuda::make_plan), py::kw_only(), py::arg("images"), py::arg("patches"), py::arg("texts"),

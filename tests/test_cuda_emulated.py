@@ -51,7 +51,8 @@ def run(
         norms = norms.masked_fill(~mask, 1.0)
     inverse_p, inverse_t = (1 / norms).contiguous(), 1 / texts.float().norm(dim=-1)
     if epilogue is None:
-        epilogue = "weights" if weights else "forward_safe" if not on_device and tau < 0.05 else "forward"
+        forward = "dot_forward_running_max" if not on_device and tau < 0.05 else "dot_forward"
+        epilogue = "dot_weights" if weights else forward
     call = emulated.Call(
         library,
         epilogue=getattr(cuda.native().CudaEpilogue, epilogue),
@@ -71,7 +72,7 @@ def run(
         device=0,
         stream=0,
     )
-    if epilogue != "pool":
+    if epilogue != "cosine_forward_from_attention":
         call.make_columns(
             inverse_norms=inverse_p.data_ptr(),
             mask=0 if mask is None else mask.data_ptr(),
@@ -233,7 +234,9 @@ def test_weights(library, b, n, k, d, more, masked, needs_tau, dtype):
 def test_a_temperature_in_memory_chooses_the_launch(library, tau):
     patches, texts = problem(3, 196, 70, 72)
     phi, stat = torch.full((3, 70), float("nan")), torch.full((3, 70), float("nan"))
-    works, returns = ("forward_safe", "forward") if tau < 0.05 else ("forward", "forward_safe")
+    works, returns = "dot_forward", "dot_forward_running_max"
+    if tau < 0.05:
+        works, returns = returns, works
     launch = partial(run, library, patches, texts, phi, stat, tau=torch.tensor([tau]))
     launch(epilogue=returns)
     assert phi.isnan().all()
@@ -301,12 +304,13 @@ def test_cosine(library, b, n, k, d, more, masked, tau):
     options = dict(tau=tau, mask=mask, **more)
     if cuda.native().cuda_can_pool(n):
         found, stat = torch.full((b, k), float("nan")), torch.full((b, k), float("nan"))
-        run(library, patches, texts, found, stat, gram=gram, epilogue="cosine", **options)
+        run(library, patches, texts, found, stat, gram=gram, epilogue="cosine_forward", **options)
     else:
         found, stat = phi.float(), entropy.float()
         attention = attention_in_memory(library, patches, texts, found, stat, **options)
         assert (attention[..., :n] - a).abs().max() < 1e-3
-        run(library, patches, texts, found, stat, gram=gram, attention=attention, epilogue="pool", **options)
+        options |= dict(gram=gram, attention=attention, epilogue="cosine_forward_from_attention")
+        run(library, patches, texts, found, stat, **options)
     assert (found - phi / radius).abs().max() < 2e-3 * (phi / radius).abs().max()  # float16 attention and Gram matrix
     assert (stat - lse).abs().max() < 1e-4
     assert not masked or not found[0].any()
@@ -353,7 +357,8 @@ def test_weights_of_cosine(library, b, n, k, d, more, dtype, masked, tau):
     if cuda.native().cuda_can_pool(n):
         epilogue, attention = "cosine_weights", torch.full((b + 1, k, -(-n // 8) * 8 + 8), 9.0, dtype=dtype)
     else:
-        epilogue, attention = "pool_weights", attention_in_memory(library, patches, texts, None, lse.float(), **options)
+        epilogue = "cosine_weights_from_attention"
+        attention = attention_in_memory(library, patches, texts, None, lse.float(), **options)
     options |= dict(gram=gram, weights=weights, attention=attention, curvature=curvature, epilogue=epilogue)
     run(library, patches, texts, None, lse.float(), **options)
     mine, kept = found[:k, : b * n].double().view(k, b, n), attention[:b, :, :n].double()

@@ -88,17 +88,9 @@ int processors_of(int device) {
 const void* kernel_of(const ScoreCall& call, const Plan& plan) {
   bool half = call.dtype == Dtype::float16;
   switch (call.epilogue) {
-#define PACL_TABLES(NAME) \
-  case Epilogue::NAME: return (half ? NAME##_float16 : NAME##_bfloat16)(plan.width, plan.packed)
-    PACL_TABLES(forward);
-    PACL_TABLES(forward_safe);
-    PACL_TABLES(weights);
-    PACL_TABLES(cosine);
-    PACL_TABLES(cosine_weights);
-    PACL_TABLES(attention);
-    PACL_TABLES(pool_weights);
-#undef PACL_TABLES
-    case Epilogue::pool: return pool_float16(plan.width, plan.packed);
+#define PACL_EPILOGUE(NAME, DTYPE) \
+  case Epilogue::NAME: return (half ? NAME##_float16 : NAME##_##DTYPE)(plan.width, plan.packed);
+#include "epilogues.def"
   }
   return nullptr;
 }
@@ -122,7 +114,7 @@ void score(const ScoreCall& call) {
   Work work = make_work(call, plan);
   CUtensorMap patches = tensor_map(patch_box(call, plan), 3, boxes_are_half(call));
   CUtensorMap texts = tensor_map(text_box(call), 2, boxes_are_half(call));
-  CUtensorMap gram = is_pooled(call.epilogue) ? tensor_map(gram_box(call, plan), 3, true) : patches;
+  CUtensorMap gram = has_second_product(call.epilogue) ? tensor_map(gram_box(call, plan), 3, true) : patches;
   const void* kernel = kernel_of(call, plan);
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes),
         "cudaFuncSetAttribute");

@@ -148,7 +148,7 @@ __device__ __forceinline__ void produce(
           at.next(work.stages);
         }
       }
-      if constexpr (is_pooled(kEpilogue)) {
+      if constexpr (has_second_product(kEpilogue)) {
         for (int warpgroup = 0; warpgroup < kConsumers; ++warpgroup) {
           int image = item.begin + kConsumers * turn + warpgroup;
           for (int step = 0; step < work.gram_steps; ++step) {

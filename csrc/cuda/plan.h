@@ -10,17 +10,21 @@
 
 namespace pacl::cuda {
 
-// What a launch makes of the scores: φ and the entropy, with a running maximum too ("safe"), or the weights of the backward;
-// of the `cosine` form φ and the weights with the image's Gram matrix as a second operand. Where that has no room, the
-// attention goes to memory, and the last two make the same of the attention's products with the Gram matrix.
-enum class Epilogue { forward, forward_safe, weights, cosine, cosine_weights, attention, pool, pool_weights };
+enum class Epilogue {
+#define PACL_EPILOGUE(NAME, DTYPE) NAME,
+#include "epilogues.def"
+};
 
-constexpr bool is_pooled(Epilogue e) { return e == Epilogue::cosine || e == Epilogue::cosine_weights; }
-constexpr bool reads_attention(Epilogue e) { return e == Epilogue::pool || e == Epilogue::pool_weights; }
-constexpr bool has_weights(Epilogue e) {
-  return e == Epilogue::weights || e == Epilogue::cosine_weights || e == Epilogue::pool_weights;
+// A tile has a second product: its attention, in registers, with the Gram matrix, which follows the patches in the ring.
+constexpr bool has_second_product(Epilogue e) { return e == Epilogue::cosine_forward || e == Epilogue::cosine_weights; }
+// The operands are the attention in memory and the Gram matrix, in place of texts and patches.
+constexpr bool reads_attention(Epilogue e) {
+  return e == Epilogue::cosine_forward_from_attention || e == Epilogue::cosine_weights_from_attention;
 }
-constexpr bool is_staged(Epilogue e) { return has_weights(e) || e == Epilogue::attention; }
+constexpr bool writes_weights(Epilogue e) {
+  return e == Epilogue::dot_weights || e == Epilogue::cosine_weights || e == Epilogue::cosine_weights_from_attention;
+}
+constexpr bool is_staged(Epilogue e) { return writes_weights(e) || e == Epilogue::attention; }
 
 inline constexpr int kTileTexts = 64;
 inline constexpr int kStep = 64;  // along D: 128 bytes, what the swizzle of shared memory spans
@@ -50,7 +54,8 @@ inline constexpr int kMostPacked = 128;  // patches of an image up to which seve
 inline constexpr int kMostOfThree = 200;  // columns
 
 constexpr int consumers_of(Epilogue e, int width) {
-  return (e == Epilogue::forward || e == Epilogue::weights || e == Epilogue::attention) && width <= kMostOfThree ? 3 : 2;
+  bool narrow = e == Epilogue::dot_forward || e == Epilogue::dot_weights || e == Epilogue::attention;
+  return narrow && width <= kMostOfThree ? 3 : 2;
 }
 
 struct Plan {
@@ -155,19 +160,19 @@ inline Plan make_plan(
     int64_t images, int64_t patches, int64_t texts, int64_t dim, Epilogue epilogue, int processors, int cluster) {
   Plan plan{};
   plan.staged = is_staged(epilogue);
-  if (is_pooled(epilogue)) {
+  if (has_second_product(epilogue)) {
     plan.width = plan.pitch = width_for(kPooledWidths, patches);
     plan.images = plan.chunks = 1;
     plan.gram_steps = static_cast<int>(ceil_div(plan.width, kStep));
   } else if (reads_attention(epilogue)) {
     choose_chunks(plan, patches, kGramWidths);
-  } else if (epilogue == Epilogue::forward_safe) {
+  } else if (epilogue == Epilogue::dot_forward_running_max) {
     choose_tile(plan, patches, kSafeWidths, kSafePackedWidths);
   } else {
     choose_tile(plan, patches, kWidths, kPackedWidths);
   }
   plan.consumers = consumers_of(epilogue, plan.width);
-  plan.passes = epilogue == Epilogue::pool_weights && plan.chunks > 1 ? 2 : 1;
+  plan.passes = epilogue == Epilogue::cosine_weights_from_attention && plan.chunks > 1 ? 2 : 1;
   plan.groups = ceil_div(images, plan.images);
   plan.steps = static_cast<int>(ceil_div(reads_attention(epilogue) ? patches : dim, kStep));
   plan.cluster = cluster ? cluster : (texts > kTileTexts && processors > 1 ? 2 : 1);

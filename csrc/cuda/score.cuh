@@ -20,7 +20,7 @@ constexpr float kPlainTemperature = 0.05f;  // from here on exp(s / tau) <= e^20
 // What a thread keeps from tile to tile.
 template <Epilogue kEpilogue>
 struct State {
-  Softmax<kEpilogue == Epilogue::forward_safe> softmax;
+  Softmax<kEpilogue == Epilogue::dot_forward_running_max> softmax;
   Moments moments;
   Pooling pooling;
   Known known;
@@ -39,27 +39,27 @@ __device__ __forceinline__ void finish_tile(
   bool last = now.chunk + 1 == work.chunks;
   bool exact = inverse_temperature > 1.0f / kFoldedTemperature;  // s - φ as it is rounded
   Known& known = state.known;
-  if constexpr (kEpilogue == Epilogue::forward || kEpilogue == Epilogue::forward_safe) {
+  if constexpr (kEpilogue == Epilogue::dot_forward || kEpilogue == Epilogue::dot_forward_running_max) {
     forward_epilogue<kWidth, kPacked>(work, rows, acc, columns, image, last, scale, lane, state.softmax);
   } else if constexpr (kEpilogue == Epilogue::attention) {
     if (exact)
       attention_epilogue<kWidth, kPacked, true>(work, rows, outlet, acc, columns, image, now.chunk, scale, lane, known);
     else
       attention_epilogue<kWidth, kPacked, false>(work, rows, outlet, acc, columns, image, now.chunk, scale, lane, known);
-  } else if constexpr (kEpilogue == Epilogue::weights) {
+  } else if constexpr (kEpilogue == Epilogue::dot_weights) {
     if (work.full || exact)
       state.temperature_sum += weights_epilogue<kWidth, kPacked, true, T>(
           work, rows, outlet, acc, columns, image, now.chunk, scale, inverse_temperature, lane, known);
     else
       weights_epilogue<kWidth, kPacked, false, T>(
           work, rows, outlet, acc, columns, image, now.chunk, scale, inverse_temperature, lane, known);
-  } else if constexpr (kEpilogue == Epilogue::cosine || kEpilogue == Epilogue::pool) {
+  } else if constexpr (kEpilogue == Epilogue::cosine_forward || kEpilogue == Epilogue::cosine_forward_from_attention) {
     if (!kRead || now.chunk == 0) state.moments.clear();
     state.moments.template add<kWidth, false>(attention, acc);
     if (kRead && !last) return;
     if constexpr (kRead) state.pooling = pooling_of(work, rows, image, scale);
     cosine_epilogue(work, rows, state.pooling, state.moments, image, lane);
-  } else if constexpr (has_weights(kEpilogue)) {
+  } else if constexpr (writes_weights(kEpilogue)) {
     if (!kRead || !now.again) {
       if (!kRead || now.chunk == 0) state.moments.clear();
       state.moments.template add<kWidth, true>(attention, acc);
@@ -110,7 +110,7 @@ __device__ __forceinline__ void consume(const Work& work, const Shared& shared, 
   at.skip(warpgroup * work.steps, work.stages);
   const int next = warpgroup == kLast ? 0 : warpgroup + 1;  // whose turn comes after ours
   uint32_t texts_parity = 0;
-  constexpr bool kPooled = is_pooled(kEpilogue), kRead = reads_attention(kEpilogue);
+  constexpr bool kPooled = has_second_product(kEpilogue), kRead = reads_attention(kEpilogue);
   using Operand = std::conditional_t<kRead, __half, T>;
   State<kEpilogue> state;
   uint8_t* staged = shared.staged + (warpgroup * 4 + thread / 32) * kStagedBytes;
@@ -130,14 +130,14 @@ __device__ __forceinline__ void consume(const Work& work, const Shared& shared, 
       int chunk = now.chunk, group = item.begin + kConsumers * now.set + warpgroup;
       bool wanted = group < item.end;
       int image = group * work.images_of_tile;
-      if constexpr (kEpilogue == Epilogue::weights || kEpilogue == Epilogue::attention) {
+      if constexpr (kEpilogue == Epilogue::dot_weights || kEpilogue == Epilogue::attention) {
         if (wanted) state.known.load(work, rows, image);
       } else if constexpr (kEpilogue == Epilogue::cosine_weights) {
         // The cosine form needs the rest later, and has no registers to spare.
         if (wanted) state.known.load(state.known.stat, work.stat, work, rows, image);
       }
       named_sync(kTurn + warpgroup, 2 * kWarpgroup);
-      if (kEpilogue != Epilogue::pool && wanted && thread < kWidth / 4)
+      if (kEpilogue != Epilogue::cosine_forward_from_attention && wanted && thread < kWidth / 4)
         copy_16_bytes(columns + 4 * thread, work.columns + (int64_t(group) * work.chunks + chunk) * kWidth + 4 * thread);
       int last_slot = issue_products<kWidth, Operand>(work, shared, at, lane, acc);
       // Behind it come the other warpgroups' steps, and those of the Gram matrix of warpgroup 0.
@@ -157,7 +157,7 @@ __device__ __forceinline__ void consume(const Work& work, const Shared& shared, 
         named_sync(kColumns + warpgroup, kWarpgroup);
       }
       if constexpr (kPooled) {
-        if constexpr (kEpilogue == Epilogue::cosine)
+        if constexpr (kEpilogue == Epilogue::cosine_forward)
           state.pooling = attention_of<kWidth>(rows, acc, columns, scale, lane, attention);
         else
           attention_again<kWidth>(rows, state.known, acc, columns, scale, lane, attention);
@@ -178,7 +178,7 @@ __device__ __forceinline__ void consume(const Work& work, const Shared& shared, 
             work, rows, outlet, acc, attention, columns, image, now, scale, inverse_temperature, lane, state);
     }
   }
-  if constexpr (has_weights(kEpilogue)) {
+  if constexpr (writes_weights(kEpilogue)) {
     if (work.temperature_sums) store_temperature_sum<kConsumers>(work, shared, state.temperature_sum, warpgroup, lane);
   }
 }
@@ -187,9 +187,9 @@ template <int kWidth, bool kPacked, class T, Epilogue kEpilogue>
 __global__ void __launch_bounds__(threads_of(consumers_of(kEpilogue, kWidth)), 1) score_kernel(
     const __grid_constant__ TensorMap patches, const __grid_constant__ TensorMap texts,
     const __grid_constant__ TensorMap gram, const __grid_constant__ Work work) {
-  if constexpr (kEpilogue == Epilogue::forward || kEpilogue == Epilogue::forward_safe) {
+  if constexpr (kEpilogue == Epilogue::dot_forward || kEpilogue == Epilogue::dot_forward_running_max) {
     // A temperature on the device decides which of two launches works; the host does not wait to know.
-    if (work.temperature_at && (*work.temperature_at < kPlainTemperature) != (kEpilogue == Epilogue::forward_safe))
+    if (work.temperature_at && (*work.temperature_at < kPlainTemperature) != (kEpilogue == Epilogue::dot_forward_running_max))
       return;
   }
   constexpr int kConsumers = consumers_of(kEpilogue, kWidth);

@@ -19,9 +19,9 @@ loss_forward, loss_backward, upsample_argmax = triton.loss_forward, triton.loss_
 
 # Blocks of a cluster, 0 for what csrc/cuda/plan.h says; benchmarks try others.
 CLUSTER = 0
-# Whether `cosine` with other than 97 to 256 patches has kernels of its own (`attention`, `pool` and `pool_weights` of
-# csrc/cuda/plan.h) or takes the Triton backend's. None: with more, where they were measured and a step is 1.3 to 2.2
-# times as fast. Tests and benchmarks/tune_cuda.py try both.
+# Whether `cosine` with other than 97 to 256 patches has kernels of its own (`attention` and those `from_attention` of
+# csrc/cuda/epilogues.def) or takes the Triton backend's. None: with more, where they were measured and a step is 1.3 to
+# 2.2 times as fast. Tests and benchmarks/tune_cuda.py try both.
 ATTENTION_IN_MEMORY: bool | None = None
 _PLAIN_TEMPERATURE = 0.05  # as kPlainTemperature in csrc/cuda/score.cuh
 
@@ -72,7 +72,7 @@ class Call(triton_call.Call):
         gram = self.gram_workspace(blocks)
         for b0, b1 in ranges(self.b, blocks.images):
             self.gram(b0, b1, gram)
-            call = self._call("cosine", b0, b1, 0, self.k, self.phi)
+            call = self._call("cosine_forward", b0, b1, 0, self.k, self.phi)
             call.set_gram(gram.data_ptr(), gram.stride(1))
             self._launch(call, b0, b1)
 
@@ -83,7 +83,7 @@ class Call(triton_call.Call):
         temperature = self.temperature
         both = isinstance(temperature, Tensor)  # it is not read: both are launched, and one returns
         for safe in (False, True) if both else (temperature < _PLAIN_TEMPERATURE,):
-            call = self._call("forward_safe" if safe else "forward", 0, self.b, 0, self.k, self.phi)
+            call = self._call("dot_forward_running_max" if safe else "dot_forward", 0, self.b, 0, self.k, self.phi)
             self._launch(call, 0, self.b)
 
     @property
@@ -102,13 +102,13 @@ class Call(triton_call.Call):
         if not self.in_memory:
             super().cosine_forward(b0, b1, k0, k1, attention, gram)
             return
-        call = self._call("pool", b0, b1, k0, k1, self.phi)
+        call = self._call("cosine_forward_from_attention", b0, b1, k0, k1, self.phi)
         call.set_gram(gram.data_ptr(), gram.stride(1))
         call.set_attention(attention.data_ptr(), attention.stride(1))
         call.launch()
 
     def weights(self, b0, b1, k0, k1, w, grad_phi, needs_tau=False) -> Tensor | None:
-        call = self._call("weights", b0, b1, k0, k1, self.phi)
+        call = self._call("dot_weights", b0, b1, k0, k1, self.phi)
         return self._launch_weights(call, b0, b1, k0, w, grad_phi, needs_tau)
 
     def cosine_weights(self, b0, b1, k0, k1, attention, gram, grad_phi, w, curvature, needs_tau) -> Tensor | None:
@@ -117,7 +117,8 @@ class Call(triton_call.Call):
             return super().cosine_weights(b0, b1, k0, k1, attention, gram, grad_phi, w, curvature, needs_tau)
         if not pooled:
             self.attention(b0, b1, k0, k1, attention)
-        call = self._call("cosine_weights" if pooled else "pool_weights", b0, b1, k0, k1, None)
+        epilogue = "cosine_weights" if pooled else "cosine_weights_from_attention"
+        call = self._call(epilogue, b0, b1, k0, k1, None)
         call.set_gram(gram.data_ptr(), gram.stride(1))
         call.set_attention(attention.data_ptr(), attention.stride(1))
         call.set_curvature(curvature.data_ptr())

@@ -17,26 +17,18 @@ TensorMap map_of(const Box& box) {
   return map;
 }
 
+constexpr bool is_of_one_image(Epilogue e) { return has_second_product(e) || reads_attention(e); }
+
 template <int kWidth, bool kPacked, class T>
 void run_tile(Epilogue epilogue, const TensorMap& patches, const TensorMap& texts,
               const TensorMap& gram, const Work& work) {
   switch (epilogue) {
-    case Epilogue::forward: return score_kernel<kWidth, kPacked, T, Epilogue::forward>(patches, texts, gram, work);
-    case Epilogue::forward_safe: return score_kernel<kWidth, kPacked, T, Epilogue::forward_safe>(patches, texts, gram, work);
-    case Epilogue::weights: return score_kernel<kWidth, kPacked, T, Epilogue::weights>(patches, texts, gram, work);
-    case Epilogue::attention: return score_kernel<kWidth, kPacked, T, Epilogue::attention>(patches, texts, gram, work);
-    default: break;
-  }
-  if constexpr (!kPacked) {
-    switch (epilogue) {
-      case Epilogue::cosine: return score_kernel<kWidth, false, T, Epilogue::cosine>(patches, texts, gram, work);
-      case Epilogue::cosine_weights:
-        return score_kernel<kWidth, false, T, Epilogue::cosine_weights>(patches, texts, gram, work);
-      case Epilogue::pool: return score_kernel<kWidth, false, __half, Epilogue::pool>(patches, texts, gram, work);
-      case Epilogue::pool_weights:
-        return score_kernel<kWidth, false, T, Epilogue::pool_weights>(patches, texts, gram, work);
-      default: break;
-    }
+#define PACL_EPILOGUE(NAME, DTYPE)                                                                    \
+  case Epilogue::NAME:                                                                                \
+    if constexpr (!kPacked || !is_of_one_image(Epilogue::NAME))                                       \
+      return score_kernel<kWidth, kPacked, T, Epilogue::NAME>(patches, texts, gram, work);            \
+    break;
+#include "cuda/epilogues.def"
   }
   emulator::fail("a Gram matrix is of one image");
 }
@@ -121,7 +113,7 @@ int emulated_score(const EmulatedCall* in) {
     }
     Work work = make_work(call, plan);
     TensorMap patches = map_of(patch_box(call, plan)), texts = map_of(text_box(call));
-    TensorMap gram = is_pooled(call.epilogue) ? map_of(gram_box(call, plan)) : patches;
+    TensorMap gram = has_second_product(call.epilogue) ? map_of(gram_box(call, plan)) : patches;
     emulator::launch(plan.clusters, plan.cluster, threads_of(plan.consumers), plan.shared_bytes, in->seed, [&] {
       if (in->half)
         run<__half>(plan, call.epilogue, patches, texts, gram, work);
