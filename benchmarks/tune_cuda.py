@@ -40,7 +40,7 @@ def rows_of(batch: int, n: int, d: int, dtype, repeats: int):
     yield "product", "torch.mm", None, product, product
     leaves = patches.requires_grad_(), texts.requires_grad_()
     ways = [(triton, None, False), (cuda, 1, False), (cuda, 2, False)]
-    if not cuda.native().cuda_can_pool(n):
+    if not cuda.native().cuda_fits_one_tile(n):
         ways.append((cuda, 2, True))
     for backend, cluster, in_memory in ways:
         cuda.CLUSTER, cuda.ATTENTION_IN_MEMORY = cluster or 0, in_memory

@@ -15,7 +15,7 @@ from pacl_kernels.backends import cuda
 
 native = cuda.native()
 pytestmark = pytest.mark.skipif(native is None, reason="the native module is not built")
-needs_cuda = pytest.mark.skipif(not hasattr(native, "CudaScoreCall"), reason="built without nvcc")
+needs_cuda = pytest.mark.skipif(not hasattr(native, "CudaLaunch"), reason="built without nvcc")
 
 
 def plan(images=5, patches=196, texts=70, dim=512, epilogue="dot_forward", processors=132, cluster=0):
@@ -30,12 +30,12 @@ def test_every_patch_is_in_one_column(epilogue):
     images = 5
     for n in range(1, 4097):
         p = plan(images=images, patches=n, epilogue=epilogue)
-        assert p.width % 8 == 0 and p.pitch % 8 == 0 and p.pitch <= 256 and p.pitch * p.images <= p.width
+        assert p.width % 8 == 0 and p.pitch % 8 == 0 and p.pitch <= 256 and p.pitch * p.images_of_tile <= p.width
         tile, column = np.divmod(np.arange(p.groups * p.chunks * p.width), p.width)
         group, chunk = np.divmod(tile, p.chunks)
         part, at = np.divmod(column, p.pitch)
-        image, patch = group * p.images + part, chunk * p.width + at
-        live = (part < p.images) & (image < images) & (patch < n)
+        image, patch = group * p.images_of_tile + part, chunk * p.width + at
+        live = (part < p.images_of_tile) & (image < images) & (patch < n)
         covered = np.bincount((image * n + patch)[live], minlength=images * n)
         assert (covered == 1).all(), n
         if n > 128 and epilogue == "dot_forward":  # what the tensor cores do for nothing
@@ -161,18 +161,9 @@ def test_the_machine_code(resources, element, kind, epilogue):
 @needs_cuda
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_cuda_says_what_is_wrong():
-    call = native.CudaScoreCall(
-        **dict(
-            epilogue=native.CudaEpilogue.dot_forward,
-            sizes=(1, 1, 1, 8),
-            dtype="bfloat16",
-            patches=0,
-            patch_strides=(8, 8),
-            texts=0,
-            text_stride=8,
-        ),
-        **dict(inverse_texts=0, temperature=1.0, temperature_at=0, phi=0, stat=0, stride_phi=1),
-        **dict(cluster=0, device=0, stream=0),
-    )
     with pytest.raises(RuntimeError, match="CUDA: cuda.*: "):
-        call.launch()
+        native.CudaLaunch(
+            epilogue=native.CudaEpilogue.dot_forward,
+            **dict(images=1, patches=1, texts=1, dim=8),
+            **dict(dtype="bfloat16", cluster=0, device=0),
+        )

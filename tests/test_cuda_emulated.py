@@ -6,7 +6,6 @@ Widths that the emulator is compiled with: one image to a tile at 144, 200 and 2
 from __future__ import annotations
 
 from functools import partial
-from types import SimpleNamespace
 
 import emulated
 import pytest
@@ -28,23 +27,8 @@ def library(tmp_path_factory, worker_id):
         return emulated.load(folder)
 
 
-def run(
-    library,
-    patches,
-    texts,
-    phi,
-    stat,
-    *,
-    tau=1.0,
-    mask=None,
-    epilogue=None,
-    weights=None,
-    gram=None,
-    attention=None,
-    curvature=None,
-    **more,
-):
-    """A launch as `backends/cuda.py` makes it; `more`: what the emulator can be told."""
+def run(library, patches, texts, phi, stat, *, tau=1.0, mask=None, epilogue=None, weights=None, cluster=0, **more):
+    """A launch as `backends/cuda.py` makes it; `more`: tensors of other fields, and the emulator's settings."""
     on_device = isinstance(tau, torch.Tensor)
     norms = patches.float().norm(dim=-1)
     if mask is not None:
@@ -53,41 +37,47 @@ def run(
     if epilogue is None:
         forward = "dot_forward_running_max" if not on_device and tau < 0.05 else "dot_forward"
         epilogue = "dot_weights" if weights else forward
-    call = emulated.Call(
-        library,
-        epilogue=getattr(cuda.native().CudaEpilogue, epilogue),
-        sizes=(*patches.shape[:2], len(texts), patches.shape[2]),
+    fields = {}
+    for name in ("gram", "attention"):
+        if name in more:
+            x = more.pop(name)
+            fields |= {name: x.data_ptr(), f"{name}_stride": x.stride(1)}
+    if "curvature" in more:
+        fields["curvature"] = more.pop("curvature").data_ptr()
+    if weights is not None:
+        fields |= dict(weights, full=mask is not None or weights["temperature_sums"] != 0)
+    library.configure(**more)
+    launch = library.CudaLaunch(
+        epilogue=getattr(library.CudaEpilogue, epilogue),
+        images=len(patches),
+        patches=patches.shape[1],
+        texts=len(texts),
+        dim=patches.shape[2],
         dtype=str(patches.dtype).removeprefix("torch."),
-        patches=patches.data_ptr(),
-        patch_strides=patches.stride()[:2],
-        texts=texts.data_ptr(),
+        cluster=cluster,
+        device=0,
+        patch_rows=patches.data_ptr(),
+        patch_stride_image=patches.stride(0),
+        patch_stride_row=patches.stride(1),
+        text_rows=texts.data_ptr(),
         text_stride=texts.stride(0),
         inverse_texts=inverse_t.data_ptr(),
         temperature=0.0 if on_device else tau,
         temperature_at=tau.data_ptr() if on_device else 0,
         phi=0 if phi is None else phi.data_ptr(),
         stat=stat.data_ptr(),
-        stride_phi=len(texts),
-        cluster=more.pop("cluster", 0),
-        device=0,
-        stream=0,
+        phi_stride=len(texts),
+        **fields,
     )
     if epilogue != "cosine_forward_from_attention":
-        call.make_columns(
+        columns = torch.empty(launch.plan.groups * launch.plan.chunks * launch.plan.width)
+        launch.make_columns(
             inverse_norms=inverse_p.data_ptr(),
             mask=0 if mask is None else mask.data_ptr(),
             mask_strides=(0, 0) if mask is None else mask.stride(),
-            columns=0,
+            columns=columns.data_ptr(),
         )
-    if weights is not None:
-        call.set_weights(**weights, masked=mask is not None)
-    if gram is not None:
-        call.set_gram(gram.data_ptr(), gram.stride(1))
-    if attention is not None:
-        call.set_attention(attention.data_ptr(), attention.stride(1))
-    if curvature is not None:
-        call.set_curvature(curvature.data_ptr())
-    call.launch(**more)
+    launch.run()
 
 
 def problem(b, n, k, d, dtype=torch.bfloat16, seed=0):
@@ -213,11 +203,11 @@ def test_weights(library, b, n, k, d, more, masked, needs_tau, dtype):
     w = torch.full((k + 1, stride), 9.0, dtype=dtype)
     scale = torch.tensor([4.0])
     sums = torch.zeros(8)
-    addresses = dict(weights=w, grad_phi=g, scale=scale, temperature_sums=sums)
+    addresses = dict(weights=w, grad_phi=g, weight_scale=scale, temperature_sums=sums)
     weights = {name: x.data_ptr() for name, x in addresses.items()}
     if not needs_tau:
         weights["temperature_sums"] = 0
-    weights |= dict(stride=stride)
+    weights |= dict(weights_stride=stride)
     run(library, patches, texts, phi.float(), entropy.float(), tau=tau, mask=mask, weights=weights, **more)
     found = w[:k, : b * n].double().view(k, b, n) / 4
     eps = torch.finfo(dtype).eps
@@ -302,7 +292,7 @@ def test_cosine(library, b, n, k, d, more, masked, tau):
     lse = (a * (s / tau - a.clamp_min(1e-300).log())).sum(-1) / torch.log(torch.tensor(2.0))
     radius = torch.einsum("bkn,bnm,bkm->bk", a, unit @ unit.mT, a).sqrt().clamp_min(1e-6)
     options = dict(tau=tau, mask=mask, **more)
-    if cuda.native().cuda_can_pool(n):
+    if library.cuda_fits_one_tile(n):
         found, stat = torch.full((b, k), float("nan")), torch.full((b, k), float("nan"))
         run(library, patches, texts, found, stat, gram=gram, epilogue="cosine_forward", **options)
     else:
@@ -351,10 +341,10 @@ def test_weights_of_cosine(library, b, n, k, d, more, dtype, masked, tau):
     stride = -(-b * n // 8) * 8 + 8
     found = torch.full((k + 1, stride), 9.0, dtype=dtype)
     curvature, sums = torch.full((b * k + 1,), 9.0), torch.zeros(8)
-    weights = dict(weights=found.data_ptr(), stride=stride, scale=0)
+    weights = dict(weights=found.data_ptr(), weights_stride=stride)
     weights |= dict(grad_phi=g.data_ptr(), temperature_sums=sums.data_ptr() if masked else 0)
     options = dict(tau=tau, mask=mask if masked else None, **more)
-    if cuda.native().cuda_can_pool(n):
+    if library.cuda_fits_one_tile(n):
         epilogue, attention = "cosine_weights", torch.full((b + 1, k, -(-n // 8) * 8 + 8), 9.0, dtype=dtype)
     else:
         epilogue = "cosine_weights_from_attention"
@@ -397,9 +387,8 @@ BACKEND = [
 )
 def test_backend(library, monkeypatch, case, form, dtype):
     """The whole backend, with the emulator's launches between kernels of Triton's interpreter."""
-    native = SimpleNamespace(CudaScoreCall=partial(emulated.Call, library), CudaPlan=cuda.native().CudaPlan)
-    native.cuda_can_pool, native.CudaEpilogue = cuda.native().cuda_can_pool, cuda.native().CudaEpilogue
-    monkeypatch.setattr(cuda, "native", lambda: native)
+    library.configure()
+    monkeypatch.setattr(cuda, "native", lambda: library)
     monkeypatch.setattr(cuda, "why_not", lambda device=None, dtype=None: None)
     monkeypatch.setattr(cuda, "ATTENTION_IN_MEMORY", True)
     check(make(case, form, "compatibility" if case.K else "infonce", dtype), "cuda")

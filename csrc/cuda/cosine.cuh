@@ -121,7 +121,7 @@ __device__ __forceinline__ void load_attention(
   column += 2 * (lane % 4);
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const uint16_t* row = work.attention + (image * work.texts + rows.text[r]) * work.attention_pitch + column;
+    const uint16_t* row = work.attention + (image * work.texts + rows.text[r]) * work.attention_stride + column;
     int left = rows.are_there(work, r) ? work.patches - column : 0;
 #pragma unroll
     for (int j = 0; j < (kWidth + 15) / 16 * 2; ++j) {
@@ -176,7 +176,7 @@ __device__ __forceinline__ void cosine_epilogue(
   for (int r = 0; r < 2; ++r) {
     Pooled found(moments.total[r], moments.squared[r]);
     if (lane % 4 == 0 && rows.are_there(work, r) && image < work.images) {
-      int64_t to = image * work.stride_phi + rows.text[r];
+      int64_t to = image * work.phi_stride + rows.text[r];
       work.phi[to] = known.phi[r] / found.radius;
       work.stat[to] = known.lse[r];
     }

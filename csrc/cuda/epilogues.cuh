@@ -82,7 +82,7 @@ struct Softmax {
       if (lane % 4 == 0 && rows.are_there(work, r) && image < work.images) {
         bool empty = all == 0.0f;
         float phi = empty ? 0.0f : __fmul_rn(mean / all, rows.inverse[r]);
-        int64_t at = image * work.stride_phi + rows.text[r];
+        int64_t at = image * work.phi_stride + rows.text[r];
         work.phi[at] = phi;
         work.stat[at] = empty ? 0.0f : log2f(all) + (offset - phi) * scale;
       }
@@ -204,18 +204,18 @@ struct Outlet {
       return patch.there ? int64_t(patch.image) * work.patches + patch.n : int64_t(-1);
     };
     switch (work.store_elements) {
-      case 8: return copy<8>(work.weights, work.stride_weights, place);
-      case 4: return copy<4>(work.weights, work.stride_weights, place);
-      default: return copy<1>(work.weights, work.stride_weights, place);
+      case 8: return copy<8>(work.weights, work.weights_stride, place);
+      case 4: return copy<4>(work.weights, work.weights_stride, place);
+      default: return copy<1>(work.weights, work.weights_stride, place);
     }
   }
 
-  // The same to the attention `[images, texts, attention_pitch]`.
+  // The same to the attention `[images, texts, attention_stride]`.
   template <int kWidth, bool kPacked>
   __device__ __forceinline__ void copy_attention(const Work& work, int image, int chunk, int j0) const {
-    copy<8>(work.attention, work.attention_pitch, [&](int column) {
+    copy<8>(work.attention, work.attention_stride, [&](int column) {
       Patch patch = Patch::of<kWidth, kPacked>(work, image, chunk, 8 * j0 + column);
-      return patch.there ? patch.image * work.texts * work.attention_pitch + patch.n : int64_t(-1);
+      return patch.there ? patch.image * work.texts * work.attention_stride + patch.n : int64_t(-1);
     });
   }
 };
@@ -230,13 +230,13 @@ struct Known {
     load(grad, work.grad_phi, work, rows, image);
   }
 
-  // One of them, 0 where there is none; `from` [images, stride_phi] or null.
+  // One of them, 0 where there is none; `from` [images, phi_stride] or null.
   static __device__ __forceinline__ void load(
       float (&to)[2], const float* from, const Work& work, const Rows& rows, int image) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       bool there = from && rows.are_there(work, r) && image < work.images;
-      to[r] = there ? from[image * work.stride_phi + rows.text[r]] : 0.0f;
+      to[r] = there ? from[image * work.phi_stride + rows.text[r]] : 0.0f;
     }
   }
 };
@@ -257,7 +257,7 @@ struct Line {
   }
 };
 
-// Stores the attention in float16, `[images, texts, attention_pitch]`. `known` has the entropy and φ of `dot`, or the
+// Stores the attention in float16, `[images, texts, attention_stride]`. `known` has the entropy and φ of `dot`, or the
 // log-sum-exp and 0. kExact: of s - φ as it is rounded, for a temperature below kFoldedTemperature.
 template <int kWidth, bool kPacked, bool kExact>
 __device__ __forceinline__ void attention_epilogue(

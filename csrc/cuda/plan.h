@@ -58,25 +58,32 @@ constexpr int consumers_of(Epilogue e, int width) {
   return narrow && width <= kMostOfThree ? 3 : 2;
 }
 
-struct Plan {
-  int width;          // columns of a tile
-  bool packed;        // several images to a tile
-  int pitch;          // columns from one image of a tile to the next; a multiple of 8
-  int images;         // of a tile, which are a group
-  int chunks;         // tiles of an image
-  int passes;         // over them: 2 where a tile needs what only all of them know
-  int64_t groups;     // of images
-  int steps;          // along D, or along the image's patches for the attention's products
-  int gram_steps;     // along the image's own patches, where the Gram matrix is a second operand; otherwise 0
-  bool resident;      // whether the texts stay in shared memory; otherwise they come with each step
-  bool staged;        // whether there is room for what is on its way to memory
-  int stages;         // of the ring of steps in shared memory
-  int consumers;      // warpgroups that take tiles in turn
-  int cluster;        // blocks that share each step of patches
+// The part of a plan that the kernel reads.
+struct Schedule {
+  int64_t images, texts;
+  int64_t groups;       // of images: those of one tile
+  int64_t splits;       // runs of groups of images
   int64_t text_groups;  // of 64 texts for each block of the cluster
-  int64_t splits;     // runs of groups of images
-  int64_t items;      // text groups times splits
-  int64_t clusters;   // that are launched
+  int64_t items;        // text groups times splits
+  int64_t clusters;     // that are launched
+  int patches;          // of an image
+  int pitch;            // columns from one image of a tile to the next; a multiple of 8
+  int images_of_tile;
+  int chunks;           // tiles of an image
+  int passes;           // over them: 2 where a tile needs what only all of them know
+  int steps;            // along D, or along the image's patches for the attention's products
+  int gram_steps;       // along the image's own patches, where the Gram matrix is a second operand; otherwise 0
+  int stages;           // of the ring of steps in shared memory
+  int cluster;          // blocks that share each step of patches
+  bool resident;        // the texts stay in shared memory; otherwise they come with each step
+};
+
+struct Plan : Schedule {
+  int64_t dim;
+  int width;      // columns of a tile
+  bool packed;    // several images to a tile
+  bool staged;    // there is room for what is on its way to memory
+  int consumers;  // warpgroups that take tiles in turn
   int shared_bytes;
 };
 
@@ -118,7 +125,7 @@ void choose_chunks(Plan& plan, int64_t patches, const int (&widths)[kCount]) {
     if (cost < fewest) fewest = cost, plan.width = width, plan.chunks = static_cast<int>(chunks);
   }
   plan.pitch = plan.width;
-  plan.images = 1;
+  plan.images_of_tile = 1;
 }
 
 template <int kCount, int kPackedCount>
@@ -131,7 +138,7 @@ void choose_tile(Plan& plan, int64_t patches, const int (&widths)[kCount], const
   for (int width : packed_widths) {
     int images = width / plan.pitch;
     double used = double(images * patches) / width;
-    if (images > 0 && used > best) best = used, plan.width = width, plan.images = images;
+    if (images > 0 && used > best) best = used, plan.width = width, plan.images_of_tile = images;
   }
 }
 
@@ -153,16 +160,17 @@ inline void choose_items(Plan& plan, int processors) {
 // matrices of several images side by side would multiply zeros.
 inline constexpr int kLeastPooled = 97;
 
-inline bool can_pool(int64_t patches) { return patches >= kLeastPooled && patches <= kMaxWidth; }
+inline bool fits_one_tile(int64_t patches) { return patches >= kLeastPooled && patches <= kMaxWidth; }
 
 // `processors`: of the device. `cluster`: 1 or 2 blocks; 0 for what is best.
 inline Plan make_plan(
     int64_t images, int64_t patches, int64_t texts, int64_t dim, Epilogue epilogue, int processors, int cluster) {
   Plan plan{};
+  plan.images = images, plan.patches = static_cast<int>(patches), plan.texts = texts, plan.dim = dim;
   plan.staged = is_staged(epilogue);
   if (has_second_product(epilogue)) {
     plan.width = plan.pitch = width_for(kPooledWidths, patches);
-    plan.images = plan.chunks = 1;
+    plan.images_of_tile = plan.chunks = 1;
     plan.gram_steps = static_cast<int>(ceil_div(plan.width, kStep));
   } else if (reads_attention(epilogue)) {
     choose_chunks(plan, patches, kGramWidths);
@@ -173,7 +181,7 @@ inline Plan make_plan(
   }
   plan.consumers = consumers_of(epilogue, plan.width);
   plan.passes = epilogue == Epilogue::cosine_weights_from_attention && plan.chunks > 1 ? 2 : 1;
-  plan.groups = ceil_div(images, plan.images);
+  plan.groups = ceil_div(images, plan.images_of_tile);
   plan.steps = static_cast<int>(ceil_div(reads_attention(epilogue) ? patches : dim, kStep));
   plan.cluster = cluster ? cluster : (texts > kTileTexts && processors > 1 ? 2 : 1);
   plan.text_groups = ceil_div(texts, kTileTexts * plan.cluster);

@@ -27,7 +27,7 @@ _PLAIN_TEMPERATURE = 0.05  # as kPlainTemperature in csrc/cuda/score.cuh
 
 
 def why_not(device: torch.device | None = None, dtype: torch.dtype | None = None) -> str | None:
-    if not hasattr(native(), "CudaScoreCall"):
+    if not hasattr(native(), "CudaLaunch"):
         return "not built; install from source with nvcc 12.3 or newer on PATH and PACL_CUDA=ON in the environment"
     if dtype is not None and dtype not in (torch.bfloat16, torch.float16):
         return f"it takes bfloat16 and float16, not {dtype}"
@@ -61,7 +61,7 @@ class Call(triton_call.Call):
         self.stream = torch.cuda.current_stream(patches.device).cuda_stream if patches.is_cuda else 0
 
     def forward(self, form: str) -> None:
-        if form == "cosine" and native().cuda_can_pool(self.n):
+        if form == "cosine" and native().cuda_fits_one_tile(self.n):
             self.pooled()
         else:
             super().forward(form)
@@ -72,8 +72,8 @@ class Call(triton_call.Call):
         gram = self.gram_workspace(blocks)
         for b0, b1 in ranges(self.b, blocks.images):
             self.gram(b0, b1, gram)
-            call = self._call("cosine_forward", b0, b1, 0, self.k, self.phi)
-            call.set_gram(gram.data_ptr(), gram.stride(1))
+            call = self._call(native().CudaEpilogue.cosine_forward, b0, b1, 0, self.k, self.phi)
+            call.gram, call.gram_stride = gram.data_ptr(), gram.stride(1)
             self._launch(call, b0, b1)
 
     def scores(self, form: str) -> None:
@@ -82,8 +82,9 @@ class Call(triton_call.Call):
             return
         temperature = self.temperature
         both = isinstance(temperature, Tensor)  # it is not read: both are launched, and one returns
-        for safe in (False, True) if both else (temperature < _PLAIN_TEMPERATURE,):
-            call = self._call("dot_forward_running_max" if safe else "dot_forward", 0, self.b, 0, self.k, self.phi)
+        epilogues = native().CudaEpilogue.dot_forward, native().CudaEpilogue.dot_forward_running_max
+        for epilogue in epilogues if both else (epilogues[temperature < _PLAIN_TEMPERATURE],):
+            call = self._call(epilogue, 0, self.b, 0, self.k, self.phi)
             self._launch(call, 0, self.b)
 
     @property
@@ -94,86 +95,88 @@ class Call(triton_call.Call):
         if not self.in_memory:
             super().attention(b0, b1, k0, k1, attention, entropy_over)
             return
-        call = self._call("attention", b0, b1, k0, k1, entropy_over)
-        call.set_attention(attention.data_ptr(), attention.stride(1))
+        call = self._call(native().CudaEpilogue.attention, b0, b1, k0, k1, entropy_over)
+        call.attention, call.attention_stride = attention.data_ptr(), attention.stride(1)
         self._launch(call, b0, b1)
 
     def cosine_forward(self, b0, b1, k0, k1, attention, gram) -> None:
         if not self.in_memory:
             super().cosine_forward(b0, b1, k0, k1, attention, gram)
             return
-        call = self._call("cosine_forward_from_attention", b0, b1, k0, k1, self.phi)
-        call.set_gram(gram.data_ptr(), gram.stride(1))
-        call.set_attention(attention.data_ptr(), attention.stride(1))
-        call.launch()
+        call = self._call(native().CudaEpilogue.cosine_forward_from_attention, b0, b1, k0, k1, self.phi)
+        call.gram, call.gram_stride = gram.data_ptr(), gram.stride(1)
+        call.attention, call.attention_stride = attention.data_ptr(), attention.stride(1)
+        call.run()
 
     def weights(self, b0, b1, k0, k1, w, grad_phi, needs_tau=False) -> Tensor | None:
-        call = self._call("dot_weights", b0, b1, k0, k1, self.phi)
+        call = self._call(native().CudaEpilogue.dot_weights, b0, b1, k0, k1, self.phi)
         return self._launch_weights(call, b0, b1, k0, w, grad_phi, needs_tau)
 
     def cosine_weights(self, b0, b1, k0, k1, attention, gram, grad_phi, w, curvature, needs_tau) -> Tensor | None:
-        pooled = native().cuda_can_pool(self.n)
+        pooled = native().cuda_fits_one_tile(self.n)
         if not pooled and not self.in_memory:
             return super().cosine_weights(b0, b1, k0, k1, attention, gram, grad_phi, w, curvature, needs_tau)
         if not pooled:
             self.attention(b0, b1, k0, k1, attention)
-        epilogue = "cosine_weights" if pooled else "cosine_weights_from_attention"
+        names = native().CudaEpilogue
+        epilogue = names.cosine_weights if pooled else names.cosine_weights_from_attention
         call = self._call(epilogue, b0, b1, k0, k1, None)
-        call.set_gram(gram.data_ptr(), gram.stride(1))
-        call.set_attention(attention.data_ptr(), attention.stride(1))
-        call.set_curvature(curvature.data_ptr())
+        call.gram, call.gram_stride = gram.data_ptr(), gram.stride(1)
+        call.attention, call.attention_stride = attention.data_ptr(), attention.stride(1)
+        call.curvature = curvature.data_ptr()
         return self._launch_weights(call, b0, b1, k0, w, grad_phi, needs_tau)
 
     def attention_workspace(self, blocks: tiles.Blocks, dtype: torch.dtype | None = None) -> Tensor:
-        return super().attention_workspace(blocks, self.patches.dtype if native().cuda_can_pool(self.n) else dtype)
+        return super().attention_workspace(blocks, self.patches.dtype if native().cuda_fits_one_tile(self.n) else dtype)
 
     def _launch_weights(self, call, b0, b1, k0, w, grad_phi, needs_tau) -> Tensor | None:
         sums = None
         if needs_tau:  # one of each block that is launched; the others' stay 0
-            sums = self.phi.new_zeros(2 * call.plan().clusters)
-        call.set_weights(
-            weights=w.data_ptr(),
-            stride=w.stride(0),
-            grad_phi=grad_phi[b0:b1, k0:].data_ptr(),
-            scale=0 if self.scale is None else self.scale.data_ptr(),
-            temperature_sums=0 if sums is None else sums.data_ptr(),
-            masked=self.mask is not None,
-        )
+            sums = self.phi.new_zeros(2 * call.plan.clusters)
+            call.temperature_sums = sums.data_ptr()
+        call.weights, call.weights_stride = w.data_ptr(), w.stride(0)
+        call.grad_phi = grad_phi[b0:b1, k0:].data_ptr()
+        call.weight_scale = 0 if self.scale is None else self.scale.data_ptr()
+        call.full = needs_tau or self.mask is not None
         self._launch(call, b0, b1)
         return sums
 
     def _launch(self, call, b0: int, b1: int) -> None:
         """With columns, which the allocator hands on afterwards, in the order of the stream."""
         columns = self._columns(call, b0, b1)
-        call.launch()
+        call.run()
         del columns
 
-    def _call(self, epilogue: str, b0, b1, k0, k1, phi: Tensor | None):
+    def _call(self, epilogue, b0, b1, k0, k1, phi: Tensor | None):
         temperature = self.temperature
         on_device = isinstance(temperature, Tensor)
         rows, texts = self.rows[b0:b1], self.text_rows[k0:k1]
-        return native().CudaScoreCall(
-            epilogue=getattr(native().CudaEpilogue, epilogue),
-            sizes=(b1 - b0, self.n, k1 - k0, self.d),
+        return native().CudaLaunch(
+            epilogue=epilogue,
+            images=b1 - b0,
+            patches=self.n,
+            texts=k1 - k0,
+            dim=self.d,
             dtype=_name(rows),
-            patches=rows.data_ptr(),
-            patch_strides=rows.stride()[:2],
-            texts=texts.data_ptr(),
+            cluster=CLUSTER,
+            device=self.device,
+            stream=self.stream,
+            patch_rows=rows.data_ptr(),
+            patch_stride_image=rows.stride(0),
+            patch_stride_row=rows.stride(1),
+            text_rows=texts.data_ptr(),
             text_stride=texts.stride(0),
             inverse_texts=self.inv_t[k0:].data_ptr(),
             temperature=0.0 if on_device else temperature,
             temperature_at=temperature.data_ptr() if on_device else 0,
             phi=0 if phi is None else phi[b0:b1, k0:].data_ptr(),
             stat=self.stat[b0:b1, k0:].data_ptr(),
-            stride_phi=self.k,
-            cluster=CLUSTER,
-            device=self.device,
-            stream=self.stream,
+            phi_stride=self.k,
         )
 
     def _columns(self, call, b0: int, b1: int) -> Tensor:
         """1 / ‖p‖ in the order of the kernel's tiles, for as long as the launch is not made."""
-        plan = call.plan()
+        plan = call.plan
         columns = self.phi.new_empty(plan.groups * plan.chunks * plan.width)
         mask = None if self.mask is None else self.mask[b0:b1]
         call.make_columns(
