@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from pacl_kernels import reference
 from pacl_kernels.backends import cuda
 
 native = cuda.native()
@@ -81,6 +82,17 @@ def test_all_processors_are_busy(texts, at_least):
     p = plan(images=4096, texts=texts)
     rounds = -(-p.items // p.clusters) * -(-p.groups // p.splits)  # images that the busiest cluster takes
     assert p.text_groups * p.groups / (rounds * (132 // p.cluster)) > at_least
+
+
+def test_constants_are_those_of_python_and_triton():
+    kernels = pytest.importorskip("pacl_kernels.backends.triton_kernels")
+    expected = dict(
+        running_max_below=cuda.RUNNING_MAX_BELOW,
+        min_pooled_norm=reference.MIN_POOLED_NORM,
+        log2e=kernels.shared.LOG2E.value,
+    )
+    assert native.cuda_constants() == {name: np.float32(value) for name, value in expected.items()}
+    assert kernels.forward.PLAIN_TEMPERATURE.value == cuda.RUNNING_MAX_BELOW
 
 
 def cuobjdump() -> str | None:

@@ -27,7 +27,7 @@ def library(tmp_path_factory, worker_id):
         return emulated.load(folder)
 
 
-def run(library, patches, texts, phi, stat, *, tau=1.0, mask=None, epilogue=None, weights=None, cluster=0, **more):
+def run(library, patches, texts, phi, state, *, tau=1.0, mask=None, epilogue=None, weights=None, cluster=0, **more):
     """A launch as `backends/cuda.py` makes it; `more`: tensors of other fields, and the emulator's settings."""
     on_device = isinstance(tau, torch.Tensor)
     norms = patches.float().norm(dim=-1)
@@ -42,8 +42,8 @@ def run(library, patches, texts, phi, stat, *, tau=1.0, mask=None, epilogue=None
         if name in more:
             x = more.pop(name)
             fields |= {name: x.data_ptr(), f"{name}_stride": x.stride(1)}
-    if "curvature" in more:
-        fields["curvature"] = more.pop("curvature").data_ptr()
+    if "norm_factor" in more:
+        fields["norm_factor"] = more.pop("norm_factor").data_ptr()
     if weights is not None:
         fields |= dict(weights, full=mask is not None or weights["temperature_sums"] != 0)
     library.configure(**more)
@@ -65,7 +65,7 @@ def run(library, patches, texts, phi, stat, *, tau=1.0, mask=None, epilogue=None
         temperature=0.0 if on_device else tau,
         temperature_at=tau.data_ptr() if on_device else 0,
         phi=0 if phi is None else phi.data_ptr(),
-        stat=stat.data_ptr(),
+        state=state.data_ptr(),
         phi_stride=len(texts),
         **fields,
     )
@@ -124,11 +124,11 @@ FORWARD = [
 @pytest.mark.parametrize("b, n, k, d, more", FORWARD)
 def test_forward(library, b, n, k, d, more, tau):
     patches, texts = problem(b, n, k, d)
-    phi, stat = torch.full((b, k), float("nan")), torch.full((b, k), float("nan"))
-    run(library, patches, texts, phi, stat, tau=tau, **more)
+    phi, state = torch.full((b, k), float("nan")), torch.full((b, k), float("nan"))
+    run(library, patches, texts, phi, state, tau=tau, **more)
     _, _, expected, entropy = truth(patches, texts, tau)
     assert (phi - expected).abs().max() < 1e-5
-    assert (stat - entropy).abs().max() < 1e-4
+    assert (state - entropy).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -137,9 +137,9 @@ def test_any_order_of_threads_gives_the_same_bits(library, dtype, seed):
     patches, texts = problem(5, 196, 150, 136, dtype)
     results = []
     for order in (seed, seed + 100):
-        phi, stat = torch.full((5, 150), float("nan")), torch.full((5, 150), float("nan"))
-        run(library, patches, texts, phi, stat, tau=0.1, seed=order, stages=3)
-        results.append((phi, stat))
+        phi, state = torch.full((5, 150), float("nan")), torch.full((5, 150), float("nan"))
+        run(library, patches, texts, phi, state, tau=0.1, seed=order, stages=3)
+        results.append((phi, state))
     assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
     assert (results[0][0] - truth(patches, texts, 0.1)[2]).abs().max() < 1e-5
 
@@ -152,11 +152,11 @@ def test_masks_hide_anything(library, b, n, k, d, tau):
     mask[0] = False
     mask[1] = torch.arange(n) == n - 1
     patches[~mask] = float("nan")
-    phi, stat = torch.full((b, k), float("nan")), torch.full((b, k), float("nan"))
-    run(library, patches, texts, phi, stat, tau=tau, mask=mask)
+    phi, state = torch.full((b, k), float("nan")), torch.full((b, k), float("nan"))
+    run(library, patches, texts, phi, state, tau=tau, mask=mask)
     _, _, expected, entropy = truth(patches.nan_to_num(1.0), texts, tau, mask)
     assert (phi - expected).abs().max() < 1e-5
-    assert (stat - entropy).abs().max() < 1e-4
+    assert (state - entropy).abs().max() < 1e-4
     assert not phi[0].any()
 
 
@@ -203,7 +203,7 @@ def test_weights(library, b, n, k, d, more, masked, needs_tau, dtype):
     w = torch.full((k + 1, stride), 9.0, dtype=dtype)
     scale = torch.tensor([4.0])
     sums = torch.zeros(8)
-    addresses = dict(weights=w, grad_phi=g, weight_scale=scale, temperature_sums=sums)
+    addresses = dict(weights=w, grad_phi=g, range_scale=scale, temperature_sums=sums)
     weights = {name: x.data_ptr() for name, x in addresses.items()}
     if not needs_tau:
         weights["temperature_sums"] = 0
@@ -223,11 +223,11 @@ def test_weights(library, b, n, k, d, more, masked, needs_tau, dtype):
 @pytest.mark.parametrize("tau", [1.0, 0.01], ids="tau{}".format)
 def test_a_temperature_in_memory_chooses_the_launch(library, tau):
     patches, texts = problem(3, 196, 70, 72)
-    phi, stat = torch.full((3, 70), float("nan")), torch.full((3, 70), float("nan"))
+    phi, state = torch.full((3, 70), float("nan")), torch.full((3, 70), float("nan"))
     works, returns = "dot_forward", "dot_forward_running_max"
     if tau < 0.05:
         works, returns = returns, works
-    launch = partial(run, library, patches, texts, phi, stat, tau=torch.tensor([tau]))
+    launch = partial(run, library, patches, texts, phi, state, tau=torch.tensor([tau]))
     launch(epilogue=returns)
     assert phi.isnan().all()
     launch(epilogue=works)
@@ -237,8 +237,8 @@ def test_a_temperature_in_memory_chooses_the_launch(library, tau):
 def test_not_a_number_and_no_direction(library):
     patches, texts = problem(3, 196, 70, 72)
     patches[0, 5, 3] = float("nan")
-    phi, stat = torch.zeros(3, 70), torch.zeros(3, 70)
-    run(library, patches, texts, phi, stat, tau=0.1)
+    phi, state = torch.zeros(3, 70), torch.zeros(3, 70)
+    run(library, patches, texts, phi, state, tau=0.1)
     assert phi[0].isnan().all() and not phi[1:].isnan().any()
 
 
@@ -262,12 +262,12 @@ IN_MEMORY = [
 ]
 
 
-def attention_in_memory(library, patches, texts, phi, stat, **options):
+def attention_in_memory(library, patches, texts, phi, state, **options):
     """The attention `[images, texts, pitch]` of a launch, which must leave alone what is not its own."""
     (b, n, _), k = patches.shape, len(texts)
     pitch = -(-n // 8) * 8
     attention = torch.full((b + 1, k, pitch + 8), 9.0, dtype=torch.float16)
-    run(library, patches, texts, phi, stat, attention=attention, epilogue="attention", **options)
+    run(library, patches, texts, phi, state, attention=attention, epilogue="attention", **options)
     assert (attention[:b, :, pitch:] == 9).all() and (attention[b] == 9).all(), "wrote behind the attention"
     assert (attention[:b, :, n:pitch] == 0).all(), "what lies past the last patch is read"
     return attention[:b]
@@ -293,16 +293,16 @@ def test_cosine(library, b, n, k, d, more, masked, tau):
     radius = torch.einsum("bkn,bnm,bkm->bk", a, unit @ unit.mT, a).sqrt().clamp_min(1e-6)
     options = dict(tau=tau, mask=mask, **more)
     if library.cuda_fits_one_tile(n):
-        found, stat = torch.full((b, k), float("nan")), torch.full((b, k), float("nan"))
-        run(library, patches, texts, found, stat, gram=gram, epilogue="cosine_forward", **options)
+        found, state = torch.full((b, k), float("nan")), torch.full((b, k), float("nan"))
+        run(library, patches, texts, found, state, gram=gram, epilogue="cosine_forward", **options)
     else:
-        found, stat = phi.float(), entropy.float()
-        attention = attention_in_memory(library, patches, texts, found, stat, **options)
+        found, state = phi.float(), entropy.float()
+        attention = attention_in_memory(library, patches, texts, found, state, **options)
         assert (attention[..., :n] - a).abs().max() < 1e-3
         options |= dict(gram=gram, attention=attention, epilogue="cosine_forward_from_attention")
-        run(library, patches, texts, found, stat, **options)
+        run(library, patches, texts, found, state, **options)
     assert (found - phi / radius).abs().max() < 2e-3 * (phi / radius).abs().max()  # float16 attention and Gram matrix
-    assert (stat - lse).abs().max() < 1e-4
+    assert (state - lse).abs().max() < 1e-4
     assert not masked or not found[0].any()
 
 
@@ -340,7 +340,7 @@ def test_weights_of_cosine(library, b, n, k, d, more, dtype, masked, tau):
 
     stride = -(-b * n // 8) * 8 + 8
     found = torch.full((k + 1, stride), 9.0, dtype=dtype)
-    curvature, sums = torch.full((b * k + 1,), 9.0), torch.zeros(8)
+    norm_factor, sums = torch.full((b * k + 1,), 9.0), torch.zeros(8)
     weights = dict(weights=found.data_ptr(), weights_stride=stride)
     weights |= dict(grad_phi=g.data_ptr(), temperature_sums=sums.data_ptr() if masked else 0)
     options = dict(tau=tau, mask=mask if masked else None, **more)
@@ -349,13 +349,13 @@ def test_weights_of_cosine(library, b, n, k, d, more, dtype, masked, tau):
     else:
         epilogue = "cosine_weights_from_attention"
         attention = attention_in_memory(library, patches, texts, None, lse.float(), **options)
-    options |= dict(gram=gram, weights=weights, attention=attention, curvature=curvature, epilogue=epilogue)
+    options |= dict(gram=gram, weights=weights, attention=attention, norm_factor=norm_factor, epilogue=epilogue)
     run(library, patches, texts, None, lse.float(), **options)
     mine, kept = found[:k, : b * n].double().view(k, b, n), attention[:b, :, :n].double()
     assert (mine - w).norm() < 2 * torch.finfo(dtype).eps * w.norm()  # the attention and the Gram matrix are rounded
     assert (kept - a).abs().max() < 5e-3 * a.max()
     assert (mine.permute(1, 2, 0)[~mask] == 0).all() and (kept.transpose(1, 2)[~mask] == 0).all()
-    assert (curvature[:-1].view(b, k) - bend).norm() < 2e-3 * bend.norm() and curvature[-1] == 9
+    assert (norm_factor[:-1].view(b, k) - bend).norm() < 2e-3 * bend.norm() and norm_factor[-1] == 9
     assert (found[:k, b * n :] == 9).all() and (found[k:] == 9).all(), "wrote behind the weights"
     assert (attention[:b, :, -(-n // 8) * 8 :] == 9).all() and (attention[b:] == 9).all(), "wrote behind the attention"
     if not masked:

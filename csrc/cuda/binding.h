@@ -10,6 +10,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "constants.h"
 #include "launch.h"
 #include "plan.h"
 
@@ -63,6 +64,10 @@ inline void bind_plan(py::module_& m) {
 #undef PACL_FIELD
 
   m.def("cuda_fits_one_tile", &fits_one_tile, py::arg("patches"));
+  m.def("cuda_constants", [] {
+    return py::dict(py::arg("running_max_below") = kRunningMaxBelow, py::arg("min_pooled_norm") = kMinPooledNorm,
+                    py::arg("log2e") = kLog2e);
+  });
 }
 
 #ifdef PACL_CUDA
@@ -102,17 +107,17 @@ inline void bind_launch(py::module_& m) {
       PACL_ARGUMENT(temperature)
       PACL_ARGUMENT(temperature_at)
       PACL_ARGUMENT(phi)
-      PACL_ARGUMENT(stat)
+      PACL_ARGUMENT(state)
       PACL_ARGUMENT(phi_stride)
       PACL_ARGUMENT(grad_phi)
       PACL_ARGUMENT(weights)
       PACL_ARGUMENT(full)
       PACL_ARGUMENT(weights_stride)
-      PACL_ARGUMENT(weight_scale)
+      PACL_ARGUMENT(range_scale)
       PACL_ARGUMENT(temperature_sums)
       PACL_ARGUMENT(attention)
       PACL_ARGUMENT(attention_stride)
-      PACL_ARGUMENT(curvature)
+      PACL_ARGUMENT(norm_factor)
 #undef PACL_ARGUMENT
 #undef PACL_FIELD
 #undef PACL_FIELD_OF

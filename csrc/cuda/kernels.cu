@@ -37,11 +37,11 @@ const void* find(int width) {
 
 const void* PACL_TABLE(PACL_TABLE_EPILOGUE, PACL_TABLE_DTYPE)(int width, bool packed) {
   if constexpr (kEpilogue == Epilogue::dot_forward_running_max)
-    return packed ? find<true, kSafePackedWidths>(width) : find<false, kSafeWidths>(width);
+    return packed ? find<true, kRunningMaxPackedWidths>(width) : find<false, kRunningMaxWidths>(width);
   else if constexpr (has_second_product(kEpilogue))
-    return find<false, kPooledWidths>(width);
+    return find<false, kSecondProductWidths>(width);
   else if constexpr (reads_attention(kEpilogue))
-    return find<false, kGramWidths>(width);
+    return find<false, kFromAttentionWidths>(width);
   else
     return packed ? find<true, kPackedWidths>(width) : find<false, kWidths>(width);
 }

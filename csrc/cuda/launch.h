@@ -16,19 +16,19 @@ struct Arguments {
   float temperature;
   const float* temperature_at;  // or null; on the device, where it decides which of two launches works
   float* phi;                   // [images, phi_stride]; read by the backward of `dot`, and by `attention` if not null
-  float* stat;
-  int64_t phi_stride;           // also of `stat` and `grad_phi`
+  float* state;
+  int64_t phi_stride;           // also of `state` and `grad_phi`
   const float* grad_phi;
   uint16_t* weights;            // [texts, weights_stride], of the launch's dtype
   bool full;                    // the backward may meet masked patches, or temperature_sums is not null
   int64_t weights_stride;
   int store_elements;           // of the weights that one store may take: 8, 4 or 1; make_work sets it
-  const float* weight_scale;    // or null
+  const float* range_scale;    // or null
   float* temperature_sums;      // or null; one for each block
   // [images, texts, attention_stride]: of the launch's dtype where `cosine_weights` stores it, otherwise of float16.
   uint16_t* attention;
   int64_t attention_stride;     // a multiple of 8; at most 7 elements behind the patches are written too, as zeros
-  float* curvature;             // [images, texts]
+  float* norm_factor;             // [images, texts]
 };
 
 struct Launch {

@@ -42,11 +42,11 @@ inline constexpr int kStagedBytes = 16 * kStagedPitch;
 // running maximum ("safe") there are fewer.
 inline constexpr int kWidths[] = {144, 160, 176, 192, 200, 208, 224, 232, 248, 256};
 inline constexpr int kPackedWidths[] = {192, 224, 256};
-inline constexpr int kSafeWidths[] = {200, 256};
-inline constexpr int kSafePackedWidths[] = {256};
+inline constexpr int kRunningMaxWidths[] = {200, 256};
+inline constexpr int kRunningMaxPackedWidths[] = {256};
 // With the Gram matrix of the image as a second operand; and as the only one, the attention being in memory.
-inline constexpr int kPooledWidths[] = {144, 176, 192, 200, 208, 256};
-inline constexpr int kGramWidths[] = {144, 176, 192, 200};
+inline constexpr int kSecondProductWidths[] = {144, 176, 192, 200, 208, 256};
+inline constexpr int kFromAttentionWidths[] = {144, 176, 192, 200};
 inline constexpr int kMostPacked = 128;  // patches of an image up to which several share a tile
 
 // Warpgroups that take tiles in turn. Two of 232 registers a thread, or three of 160 where that holds the accumulators and
@@ -158,9 +158,9 @@ inline void choose_items(Plan& plan, int processors) {
 
 // Patches of an image for which the cosine form is one launch: the attention needs all of them in one tile, and the Gram
 // matrices of several images side by side would multiply zeros.
-inline constexpr int kLeastPooled = 97;
+inline constexpr int kLeastOfOneTile = 97;
 
-inline bool fits_one_tile(int64_t patches) { return patches >= kLeastPooled && patches <= kMaxWidth; }
+inline bool fits_one_tile(int64_t patches) { return patches >= kLeastOfOneTile && patches <= kMaxWidth; }
 
 // `processors`: of the device. `cluster`: 1 or 2 blocks; 0 for what is best.
 inline Plan make_plan(
@@ -169,13 +169,13 @@ inline Plan make_plan(
   plan.images = images, plan.patches = static_cast<int>(patches), plan.texts = texts, plan.dim = dim;
   plan.staged = is_staged(epilogue);
   if (has_second_product(epilogue)) {
-    plan.width = plan.pitch = width_for(kPooledWidths, patches);
+    plan.width = plan.pitch = width_for(kSecondProductWidths, patches);
     plan.images_of_tile = plan.chunks = 1;
     plan.gram_steps = static_cast<int>(ceil_div(plan.width, kStep));
   } else if (reads_attention(epilogue)) {
-    choose_chunks(plan, patches, kGramWidths);
+    choose_chunks(plan, patches, kFromAttentionWidths);
   } else if (epilogue == Epilogue::dot_forward_running_max) {
-    choose_tile(plan, patches, kSafeWidths, kSafePackedWidths);
+    choose_tile(plan, patches, kRunningMaxWidths, kRunningMaxPackedWidths);
   } else {
     choose_tile(plan, patches, kWidths, kPackedWidths);
   }

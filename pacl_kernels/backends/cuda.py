@@ -23,7 +23,7 @@ CLUSTER = 0
 # csrc/cuda/epilogues.def) or takes the Triton backend's. None: with more, where they were measured and a step is 1.3 to
 # 2.2 times as fast. Tests and benchmarks/tune_cuda.py try both.
 ATTENTION_IN_MEMORY: bool | None = None
-_PLAIN_TEMPERATURE = 0.05  # as kPlainTemperature in csrc/cuda/score.cuh
+RUNNING_MAX_BELOW = 0.05  # as kRunningMaxBelow in csrc/cuda/constants.h
 
 
 def why_not(device: torch.device | None = None, dtype: torch.dtype | None = None) -> str | None:
@@ -83,7 +83,7 @@ class Call(triton_call.Call):
         temperature = self.temperature
         both = isinstance(temperature, Tensor)  # it is not read: both are launched, and one returns
         epilogues = native().CudaEpilogue.dot_forward, native().CudaEpilogue.dot_forward_running_max
-        for epilogue in epilogues if both else (epilogues[temperature < _PLAIN_TEMPERATURE],):
+        for epilogue in epilogues if both else (epilogues[temperature < RUNNING_MAX_BELOW],):
             call = self._call(epilogue, 0, self.b, 0, self.k, self.phi)
             self._launch(call, 0, self.b)
 
@@ -123,7 +123,7 @@ class Call(triton_call.Call):
         call = self._call(epilogue, b0, b1, k0, k1, None)
         call.gram, call.gram_stride = gram.data_ptr(), gram.stride(1)
         call.attention, call.attention_stride = attention.data_ptr(), attention.stride(1)
-        call.curvature = curvature.data_ptr()
+        call.norm_factor = curvature.data_ptr()
         return self._launch_weights(call, b0, b1, k0, w, grad_phi, needs_tau)
 
     def attention_workspace(self, blocks: tiles.Blocks, dtype: torch.dtype | None = None) -> Tensor:
@@ -136,7 +136,7 @@ class Call(triton_call.Call):
             call.temperature_sums = sums.data_ptr()
         call.weights, call.weights_stride = w.data_ptr(), w.stride(0)
         call.grad_phi = grad_phi[b0:b1, k0:].data_ptr()
-        call.weight_scale = 0 if self.scale is None else self.scale.data_ptr()
+        call.range_scale = 0 if self.scale is None else self.scale.data_ptr()
         call.full = needs_tau or self.mask is not None
         self._launch(call, b0, b1)
         return sums
@@ -170,7 +170,7 @@ class Call(triton_call.Call):
             temperature=0.0 if on_device else temperature,
             temperature_at=temperature.data_ptr() if on_device else 0,
             phi=0 if phi is None else phi[b0:b1, k0:].data_ptr(),
-            stat=self.stat[b0:b1, k0:].data_ptr(),
+            state=self.stat[b0:b1, k0:].data_ptr(),
             phi_stride=self.k,
         )
 
