@@ -1,6 +1,6 @@
-// The cosine form: the attention of a tile stays in the registers, as the left operand of a second product with the
-// image's Gram matrix, q = G a, which takes the place of the scores. Or it is read from memory, beside the products of it
-// that the tensor cores have made of the same memory; then an image may have several tiles.
+// The cosine form. The attention of a tile stays in the registers, as the left operand of a second product with the
+// image's Gram matrix: gram_attention, q = G a, takes the registers of the scores. Or the attention is read from
+// memory, beside its products with the Gram matrix; then an image may have several tiles.
 
 #pragma once
 
@@ -8,22 +8,22 @@
 
 namespace pacl::cuda {
 
-// In float16, as wgmma wants a left operand: 16 columns of rows `row` and `row + 8`, eight by eight.
+// The attention in float16, as wgmma wants a left operand: 16 columns of rows `row` and `row + 8`, eight by eight.
 template <int kWidth>
 using Attention = uint32_t (&)[(kWidth + 15) / 16][4];
 
-// Of the accumulators `at` and `at + 1`, neighbours in a row.
+// The attention that belongs to the accumulators `at` and `at + 1`, neighbours in a row.
 template <int kWidth>
 __device__ __forceinline__ float2 attention_at(Attention<kWidth> attention, int at) {
   return unpack(attention[at / 8][at / 2 % 4], __half());
 }
 
-// What the forward knows before it pools.
+// What the forward of `cosine` takes from that of `dot`.
 struct DotResult {
-  float phi[2], log_sum_exp[2];  // φ of `dot`, and the log-sum-exp in bits
+  float phi[2], log_sum_exp[2];  // the latter in bits
 };
 
-// From the `dot` form's φ and entropy in memory.
+// From φ and the entropy in memory.
 __device__ __forceinline__ DotResult dot_result_of(const Tile& tile) {
   Known known;
   known.load(known.phi, tile.work.phi, tile.work, tile.rows, tile.image);
@@ -35,6 +35,7 @@ __device__ __forceinline__ DotResult dot_result_of(const Tile& tile) {
   return dot;
 }
 
+// Turns the scores of a tile, which is an image, into its attention.
 template <int kWidth>
 __device__ __forceinline__ DotResult attention_of(
     const Rows& rows, float (&acc)[kWidth / 2], const float* columns, float scale, int lane,
@@ -67,14 +68,15 @@ __device__ __forceinline__ DotResult attention_of(
     weighted[r] = fmaf(e, x, weighted[r]);
     acc[i] = e;
   }
-  DotResult known;
+  DotResult dot;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     float all = sum_of_four(total[r]), mean = sum_of_four(weighted[r]);
     bool empty = all == 0.0f;
     inverse[r] = empty ? 0.0f : 1.0f / all;
-    known.phi[r] = mean * inverse[r] * rows.inverse[r];
-    known.log_sum_exp[r] = empty ? 0.0f : log2f(all) + __fmul_rn(most[r], rows.inverse[r] * scale);  // as attention_again's
+    dot.phi[r] = mean * inverse[r] * rows.inverse[r];
+    // The product is rounded as in attention_again.
+    dot.log_sum_exp[r] = empty ? 0.0f : log2f(all) + __fmul_rn(most[r], rows.inverse[r] * scale);
   }
 #pragma unroll
   for (int k = 0; k < (kWidth + 15) / 16; ++k)
@@ -84,7 +86,7 @@ __device__ __forceinline__ DotResult attention_of(
       attention[k][i] =
           at < kWidth / 2 ? pack(acc[at] * inverse[r], acc[at + 1] * inverse[r], __half()) : 0;
     }
-  return known;
+  return dot;
 }
 
 // The same from the log-sum-exp, for the backward.
@@ -129,10 +131,11 @@ __device__ __forceinline__ void load_attention(
   }
 }
 
-// log2 of an attention; where that is 0 any finite number will do.
-__device__ __forceinline__ float bits_of(float a) { return log2_fast(fmaxf(a, 0x1p-24f)); }  // the least float16 above 0
+// log2 of an attention. Where that is 0 any finite number will do: here that of the least float16 above 0.
+__device__ __forceinline__ float bits_of(float a) { return log2_fast(fmaxf(a, 0x1p-24f)); }
 
-// A thread's part of Σ a, Σ a q and Σ a log2 a of its rows, over the rounded attention, so that what must cancel cancels.
+// A thread's part of Σ a, Σ a q and Σ a log2 a of its rows. The sums are over the rounded attention, so that what must
+// cancel cancels.
 struct Moments {
   float total[2], squared[2], weighted[2];
 
@@ -154,10 +157,11 @@ struct Moments {
   }
 };
 
-// Of a row, all of it.
+// The norm of a row's pooled patch, from the sums of its four threads.
 struct PooledNorm {
-  float total, squared, radius;  // Σ a, aᵀ G a, and the norm of the pooled patch, its floor included
-  bool above_floor;                    // whether the norm is above its floor
+  float total, squared;  // Σ a and aᵀ G a
+  float radius;          // the norm, at least kMinPooledNorm
+  bool above_floor;      // the norm is greater than that
 
   __device__ __forceinline__ PooledNorm(float a_sum, float square_sum) {
     total = sum_of_four(a_sum), squared = sum_of_four(square_sum);
@@ -167,8 +171,9 @@ struct PooledNorm {
   }
 };
 
-// φ, given that of `dot`, and the log-sum-exp.
-__device__ __forceinline__ void cosine_epilogue(const Tile& tile, const DotResult& dot, const Moments& moments) {
+// Stores φ and the log-sum-exp.
+__device__ __forceinline__ void cosine_forward_epilogue(
+    const Tile& tile, const DotResult& dot, const Moments& moments) {
   const Work& work = tile.work;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
@@ -181,11 +186,11 @@ __device__ __forceinline__ void cosine_epilogue(const Tile& tile, const DotResul
   }
 }
 
-// W `[texts, images patches]`, if kKeep the attention `[images, texts, pitch]`, and in `norm_factor` `[images, texts]` what
-// Σ a aᵀ is weighted with in the part that the radius adds to the patches' gradient.
-// dS = g (a / r) (1 + (s - u) / τ - (u / r² τ) (q - r²)); where r is at its floor it is a constant, and the last term is 0.
-// Over the rounded attention (s - u) / τ is log2(a) minus its mean, and r² the mean of q, so that what must cancel
-// cancels, whatever τ is. Returns the tile's part of the temperature's sum.
+// Stores W `[texts, images patches]`, if kKeep the attention `[images, texts, attention_stride]`, and the factors c of
+// the norm term Σ c a aᵀ, `[images, texts]`. Returns the tile's part of the temperature's sum.
+// dS = g (a / r) (1 + (s - u) / τ - (u / r² τ) (q - r²)). Where r is at its floor it is a constant, and the last term
+// is 0. Over the rounded attention (s - u) / τ is log2(a) minus its mean, and r² the mean of q, so that what must
+// cancel cancels, whatever τ is.
 template <int kWidth, bool kFull, bool kKeep, class T>
 __device__ __forceinline__ float cosine_weights_epilogue(
     const Tile& tile, Attention<kWidth> attention, const float (&gram_attention)[kWidth / 2], const Moments& moments,

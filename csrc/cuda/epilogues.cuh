@@ -7,7 +7,7 @@
 namespace pacl::cuda {
 
 constexpr float kLn2 = 0.6931471805599453f;
-// Below it the weights are made of s - φ as it is rounded; above, of constants of the row that hold φ already.
+// Below this temperature the weights are made of s - φ as it is rounded; above, of constants of the row that hold φ.
 constexpr float kExactBelow = 0.01f;
 
 __device__ __forceinline__ float sum_of_four(float x) {
@@ -36,11 +36,11 @@ struct Rows {
   __device__ __forceinline__ bool are_there(const Work& work, int r) const { return text[r] < work.texts; }
 };
 
-// A product that something is subtracted from, or that is subtracted, is made by __fmul_rn. Fused with the subtraction,
-// s - max s and s - φ would be a rounding error where they must be 0, which the temperature then divides.
-
-// Softmax sums of the forward over the patches of an image: of e, e x and, if kRunningMax, the maximum, x being s without the
-// text's norm.
+// Softmax sums of the forward over the patches of an image: of e, e x and, if kRunningMax, the maximum. x is s without
+// the text's norm.
+//
+// Here and below a product that takes part in a subtraction is made by __fmul_rn: fused with the subtraction, s - max s
+// and s - φ would be a rounding error where they must be 0, and the temperature would divide it.
 template <bool kRunningMax>
 struct Softmax {
   float total[2], weighted[2], top[2];
@@ -91,7 +91,7 @@ struct Softmax {
   }
 };
 
-// The patch of a column of a tile that begins with `image`; `there`: whether one is wanted.
+// The patch of a column of a tile that begins with `image`; `there` is false for a column without a patch.
 struct Patch {
   int image, n;
   bool there;
@@ -110,23 +110,23 @@ struct Patch {
   }
 };
 
-// A warp's way from registers to memory: 64 columns of its 16 rows at a time through shared memory, so that neighbouring
-// lanes store neighbours.
+// A warp's way from registers to memory: 64 columns of its 16 rows at a time through shared memory, so that
+// neighbouring lanes store neighbours.
 struct Outlet {
   uint8_t* staged;
   int text, texts;  // of the first row, and how many there are in all
   int lane;
 
-  // Between the two `begin` and `end` of 64 columns: blocks `j` and `j + 1` of eight of them, in the layout of accumulators,
-  // packed: of each block row `row` and row `row + 8`.
+  // Stages column blocks `j` and `j + 1`, of eight columns each; to be called between `begin` and `end`.
+  // `two_blocks[2 b + r]` has two packed neighbours of block j + b in the row 8 r below the thread's first.
   __device__ __forceinline__ void put(int j, const uint32_t (&two_blocks)[4]) const {
     store_matrices(staged + lane % 16 * kStagedPitch + lane / 16 * 16 + 16 * j, two_blocks);
   }
   __device__ __forceinline__ void begin() const { __syncwarp(); }  // what was there before has been read
   __device__ __forceinline__ void end() const { __syncwarp(); }
 
-  // 64 columns of a tile from block `j0` on, or as many as there are: `pair(j, column, r)` gives two neighbours of row r in
-  // block j, packed, `column` being what `columns` has for them; `behind()` is called after each block.
+  // Stages 64 columns of a tile from block `j0` on, or as many as there are. `pair(j, column, r)` returns two packed
+  // neighbours of row r in block j, `column` being what `columns` has for them; `behind()` is called after each block.
   template <int kWidth, class Pair, class Behind>
   __device__ __forceinline__ void stage(int j0, const float* columns, const Pair& pair, const Behind& behind) const {
     uint32_t out[4] = {};
@@ -145,8 +145,8 @@ struct Outlet {
     end();
   }
 
-  // To `matrix` with `stride` from text to text, kElements neighbours at a time; `place` has the offset of a column in its
-  // row, negative where none is wanted.
+  // Copies what is staged to `matrix`, with `stride` from text to text, kElements neighbours at a time. `place` returns
+  // the offset of a column in its row, or a negative number for a column that is not stored.
   template <int kElements, class Place>
   __device__ __forceinline__ void copy(uint16_t* matrix, int64_t stride, const Place& place) const {
     constexpr int kLanes = kStagedColumns / kElements < 32 ? kStagedColumns / kElements : 32, kRows = 32 / kLanes;
@@ -198,13 +198,14 @@ struct Tile {
   const Outlet& outlet;
   const float* columns;  // [kWidth], in shared memory
   int image, chunk;      // the first image, and which chunk of it
-  float scale, inverse_temperature;  // log2(e) / τ and 1 / τ
+  float scale;           // log2(e) / τ
+  float inverse_temperature;
   int lane;
 };
 
 // Adds the scores of a tile to `softmax`, which stores φ and the entropy when all chunks of an image are in it.
 template <int kWidth, bool kPacked, bool kRunningMax>
-__device__ __forceinline__ void forward_epilogue(
+__device__ __forceinline__ void dot_forward_epilogue(
     const Tile& tile, const float (&acc)[kWidth / 2], bool last_chunk, Softmax<kRunningMax>& softmax) {
   const Work& work = tile.work;
   const Rows& rows = tile.rows;
@@ -254,8 +255,8 @@ struct Known {
   }
 };
 
-// Constants of a row: a = exp2(x rate + offset), W = a (x slope + constant) / ‖p‖, x being s - φ if kExact, else s without the
-// text's norm.
+// Constants of a row: a = exp2(x rate + offset) and W = a (x slope + constant) / ‖p‖, where x is s - φ if kExact,
+// otherwise s without the text's norm.
 template <bool kExact>
 struct Line {
   float rate, offset, slope, constant;
@@ -272,7 +273,7 @@ struct Line {
 };
 
 // Stores the attention in float16, `[images, texts, attention_stride]`. `known` has the entropy and φ of `dot`, or the
-// log-sum-exp and 0. kExact: of s - φ as it is rounded, for a temperature below kExactBelow.
+// log-sum-exp and 0. kExact: from s - φ as it is rounded, for a temperature below kExactBelow.
 template <int kWidth, bool kPacked, bool kExact>
 __device__ __forceinline__ void attention_epilogue(const Tile& tile, const float (&acc)[kWidth / 2], Known& known) {
   const Work& work = tile.work;
@@ -311,7 +312,7 @@ __device__ __forceinline__ void attention_epilogue(const Tile& tile, const float
 // kFull: any of Work::full, or a temperature below kExactBelow; without it a column that is not there may hold
 // anything, since it is not stored.
 template <int kWidth, bool kPacked, bool kFull, class T>
-__device__ __forceinline__ float weights_epilogue(const Tile& tile, const float (&acc)[kWidth / 2], Known& known) {
+__device__ __forceinline__ float dot_weights_epilogue(const Tile& tile, const float (&acc)[kWidth / 2], Known& known) {
   const Work& work = tile.work;
   const Rows& rows = tile.rows;
   float range_scale = work.range_scale ? *work.range_scale : 1.0f;

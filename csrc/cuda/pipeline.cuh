@@ -203,7 +203,7 @@ __device__ __forceinline__ int issue_products(
   return before;
 }
 
-// q = G a of a tile, `pooled`, from the attention as the left operand; issued like the products.
+// q = G a of a tile, from the attention as the left operand; issued like the products.
 template <int kWidth>
 __device__ __forceinline__ int issue_gram_attention(
     const Work& work, const Shared& shared, Position& at, int lane, const uint32_t (&attention)[(kWidth + 15) / 16][4],

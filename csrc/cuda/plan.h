@@ -15,7 +15,8 @@ enum class Epilogue {
 #include "epilogues.def"
 };
 
-// A tile has a second product: its attention, in registers, with the Gram matrix, which follows the patches in the ring.
+// A tile has a second product: its attention, in registers, with the Gram matrix, which follows the patches in the
+// ring.
 constexpr bool has_second_product(Epilogue e) { return e == Epilogue::cosine_forward || e == Epilogue::cosine_weights; }
 // The operands are the attention in memory and the Gram matrix, in place of texts and patches.
 constexpr bool reads_attention(Epilogue e) {
@@ -33,24 +34,24 @@ inline constexpr int kMaxStages = 8;
 inline constexpr int kSharedBytes = 227 * 1024;  // of a block on Hopper
 inline constexpr int kBarrierBytes = 256;  // room for Barriers in pipeline.cuh
 inline constexpr int kTextStepBytes = kTileTexts * kStep * 2;
-// On the way from registers to memory: 16 rows of a warp by 64 columns of 16 bits. A row's 16 bytes more than its columns
-// keep eight rows out of each other's banks.
+// On the way from registers to memory: 16 rows of a warp by 64 columns of 16 bits. The 16 bytes that a row has beyond
+// its columns keep eight rows out of each other's banks.
 inline constexpr int kStagedColumns = 64;
 inline constexpr int kStagedPitch = kStagedColumns * 2 + 16;
 inline constexpr int kStagedBytes = 16 * kStagedPitch;
 // Columns of the tiles that are compiled, for one image (or a chunk) and for several small ones side by side; with a
-// running maximum ("safe") there are fewer.
+// running maximum there are fewer.
 inline constexpr int kWidths[] = {144, 160, 176, 192, 200, 208, 224, 232, 248, 256};
 inline constexpr int kPackedWidths[] = {192, 224, 256};
 inline constexpr int kRunningMaxWidths[] = {200, 256};
 inline constexpr int kRunningMaxPackedWidths[] = {256};
-// With the Gram matrix of the image as a second operand; and as the only one, the attention being in memory.
+// With a second product; and with the attention in memory.
 inline constexpr int kSecondProductWidths[] = {144, 176, 192, 200, 208, 256};
 inline constexpr int kFromAttentionWidths[] = {144, 176, 192, 200};
 inline constexpr int kMostPacked = 128;  // patches of an image up to which several share a tile
 
-// Warpgroups that take tiles in turn. Two of 232 registers a thread, or three of 160 where that holds the accumulators and
-// all else: while one has the tensor cores, two epilogues hide each other's waits.
+// Warpgroups that take tiles in turn: two of 232 registers a thread, or three of 160 where that holds the accumulators
+// and all else. While one of three has the tensor cores, two epilogues hide each other's waits.
 inline constexpr int kMostOfThree = 200;  // columns
 
 constexpr int consumers_of(Epilogue e, int width) {
@@ -96,7 +97,7 @@ inline int stage_bytes(const Plan& plan) {
 
 // Bytes of what comes before texts and ring in shared memory, at places that the kernel knows when it is compiled.
 constexpr int fixed_bytes(int consumers, bool staged) {
-  int of_consumer = kMaxWidth * 4 + (staged ? 4 * kStagedBytes : 0);  // columns of a warpgroup, and a part for each warp
+  int of_consumer = kMaxWidth * 4 + (staged ? 4 * kStagedBytes : 0);  // a warpgroup's columns, and a part for each warp
   return static_cast<int>(ceil_div(kBarrierBytes + consumers * of_consumer, 1024) * 1024);
 }
 
@@ -156,10 +157,11 @@ inline void choose_items(Plan& plan, int processors) {
   plan.clusters = std::min(most, plan.items);
 }
 
-// Patches of an image for which the cosine form is one launch: the attention needs all of them in one tile, and the Gram
-// matrices of several images side by side would multiply zeros.
+// With fewer patches several images would have to share a tile, and the product with their Gram matrices would be mostly
+// of zeros.
 inline constexpr int kLeastOfOneTile = 97;
 
+// The cosine form can run in one launch: the attention needs all patches of an image, and no others, in a tile.
 inline bool fits_one_tile(int64_t patches) { return patches >= kLeastOfOneTile && patches <= kMaxWidth; }
 
 // `processors`: of the device. `cluster`: 1 or 2 blocks; 0 for what is best.

@@ -1,10 +1,10 @@
 // The kernel: the score product with its epilogues, warp-specialised for Hopper.
 //
-// A block works on 64 texts, which stay in shared memory where they fit, and walks through images: one warp feeds a ring
-// of steps (64 dimensions of the patches of a tile) through the copy engine; two or three warpgroups take tiles in turn, so
-// that the epilogues of some run while the tensor cores work for another. Texts are the rows of a
-// tile and patches its columns: a softmax over patches runs along each thread's own accumulators, and |s| <= 1 makes it
-// two plain sums. The two blocks of a cluster hold other texts and share every step of patches: each loads half of the
+// A block works on 64 texts, which stay in shared memory where they fit, and walks through images. One warp feeds a
+// ring of steps (64 dimensions of the patches of a tile) through the copy engine. Two or three warpgroups take tiles in
+// turn, so that the epilogues of some run while the tensor cores work for another. Texts are the rows of a tile and
+// patches its columns: a softmax over patches runs along each thread's own accumulators, and |s| <= 1 makes it two
+// plain sums. The two blocks of a cluster hold different texts and share every step of patches: each loads half of the
 // steps into both.
 //
 // docs/cuda.md draws it. plan.h chooses the tile and deals out the work.
@@ -15,7 +15,7 @@
 
 namespace pacl::cuda {
 
-// What a thread keeps from tile to tile.
+// Registers that a thread carries from one tile to the next.
 template <Epilogue kEpilogue>
 struct Carry {
   Softmax<kEpilogue == Epilogue::dot_forward_running_max> softmax;
@@ -37,7 +37,7 @@ __device__ __forceinline__ void finish_tile(
   bool exact = tile.inverse_temperature > 1.0f / kExactBelow;  // s - φ as it is rounded
   Known& known = carry.known;
   if constexpr (kEpilogue == Epilogue::dot_forward || kEpilogue == Epilogue::dot_forward_running_max) {
-    forward_epilogue<kWidth, kPacked>(tile, acc, last, carry.softmax);
+    dot_forward_epilogue<kWidth, kPacked>(tile, acc, last, carry.softmax);
   } else if constexpr (kEpilogue == Epilogue::attention) {
     if (exact)
       attention_epilogue<kWidth, kPacked, true>(tile, acc, known);
@@ -45,15 +45,15 @@ __device__ __forceinline__ void finish_tile(
       attention_epilogue<kWidth, kPacked, false>(tile, acc, known);
   } else if constexpr (kEpilogue == Epilogue::dot_weights) {
     if (work.full || exact)
-      carry.temperature_sum += weights_epilogue<kWidth, kPacked, true, T>(tile, acc, known);
+      carry.temperature_sum += dot_weights_epilogue<kWidth, kPacked, true, T>(tile, acc, known);
     else
-      weights_epilogue<kWidth, kPacked, false, T>(tile, acc, known);
+      dot_weights_epilogue<kWidth, kPacked, false, T>(tile, acc, known);
   } else if constexpr (!writes_weights(kEpilogue)) {
     if (!kRead || now.chunk == 0) carry.moments.clear();
     carry.moments.template add<kWidth, false>(attention, acc);
     if (kRead && !last) return;
     if constexpr (kRead) carry.dot = dot_result_of(tile);
-    cosine_epilogue(tile, carry.dot, carry.moments);
+    cosine_forward_epilogue(tile, carry.dot, carry.moments);
   } else {
     if (!kRead || !now.again) {
       if (!kRead || now.chunk == 0) carry.moments.clear();
@@ -129,7 +129,8 @@ __device__ __forceinline__ void consume(const Work& work, const Shared& shared, 
       }
       named_sync(kTurn + warpgroup, 2 * kWarpgroup);
       if (kEpilogue != Epilogue::cosine_forward_from_attention && wanted && thread < kWidth / 4)
-        copy_16_bytes(columns + 4 * thread, work.columns + (int64_t(group) * work.chunks + chunk) * kWidth + 4 * thread);
+        copy_16_bytes(
+            columns + 4 * thread, work.columns + (int64_t(group) * work.chunks + chunk) * kWidth + 4 * thread);
       int last_slot = issue_products<kWidth, Operand>(work, shared, at, lane, acc);
       // Behind it come the other warpgroups' steps, and those of the Gram matrix of warpgroup 0.
       if constexpr (!kSecondProduct) at.skip((kConsumers - 1) * work.steps, work.stages);
@@ -153,7 +154,7 @@ __device__ __forceinline__ void consume(const Work& work, const Shared& shared, 
         else
           attention_again<kWidth>(rows, carry.known, acc, columns, scale, lane, attention);
         named_sync(kTurn + warpgroup, 2 * kWarpgroup);  // the second turn of the tile
-        // In the registers of the scores, which are spent: with others the compiler runs out of them.
+        // Reuses the registers of the scores, which are no longer needed; separate ones would spill.
         int slot = issue_gram_attention<kWidth>(work, shared, at, lane, attention, acc);
         at.skip(warpgroup == 0 ? work.gram_steps : work.steps, work.stages);
         if (warpgroup != kLast || !last_turn) named_arrive(kTurn + next, 2 * kWarpgroup);
@@ -185,10 +186,10 @@ template <int kWidth, bool kPacked, class T, Epilogue kEpilogue>
 __global__ void __launch_bounds__(threads_of(consumers_of(kEpilogue, kWidth)), 1) score_kernel(
     const __grid_constant__ TensorMap patches, const __grid_constant__ TensorMap texts,
     const __grid_constant__ TensorMap gram, const __grid_constant__ Work work) {
-  if constexpr (kEpilogue == Epilogue::dot_forward || kEpilogue == Epilogue::dot_forward_running_max) {
+  constexpr bool kRunningMax = kEpilogue == Epilogue::dot_forward_running_max;
+  if constexpr (kEpilogue == Epilogue::dot_forward || kRunningMax) {
     // A temperature on the device decides which of two launches works; the host does not wait to know.
-    if (work.temperature_at && (*work.temperature_at < kRunningMaxBelow) != (kEpilogue == Epilogue::dot_forward_running_max))
-      return;
+    if (work.temperature_at && (*work.temperature_at < kRunningMaxBelow) != kRunningMax) return;
   }
   constexpr int kConsumers = consumers_of(kEpilogue, kWidth);
   Shared shared = lay_out<kWidth, kEpilogue>(work);

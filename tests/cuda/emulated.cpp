@@ -1,4 +1,5 @@
-// The Hopper kernels on the host: a module with the CUDA side of `pacl_kernels._native`, for tests/test_cuda_emulated.py.
+// The Hopper kernels on the host, for tests/test_cuda_emulated.py: a module with the CUDA side of
+// `pacl_kernels._native`.
 
 #define PACL_EMULATE
 #include "cuda/score.cuh"
