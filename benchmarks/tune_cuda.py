@@ -31,7 +31,7 @@ def rows_of(batch: int, n: int, d: int, dtype, repeats: int):
     """Milliseconds for the whole batch of each kernel and of whole steps, by backend and size of a cluster."""
     patches = torch.nn.functional.normalize(torch.randn(batch, n, d, device="cuda"), dim=-1).to(dtype)
     texts = torch.nn.functional.normalize(torch.randn(batch, d, device="cuda"), dim=-1).to(dtype)
-    phi, stat, grad_phi = (torch.empty(batch, batch, device="cuda") for _ in range(3))
+    phi, state, grad_phi = (torch.empty(batch, batch, device="cuda") for _ in range(3))
     images = tiles.plan_blocks(batch, n, batch, dtype.itemsize).images
     room = torch.empty(batch + 256, images * n + 256, device="cuda", dtype=dtype)
     out = torch.empty(batch, images * n, device="cuda", dtype=dtype)
@@ -45,7 +45,7 @@ def rows_of(batch: int, n: int, d: int, dtype, repeats: int):
     for backend, cluster, in_memory in ways:
         cuda.CLUSTER, cuda.ATTENTION_IN_MEMORY = cluster or 0, in_memory
         name = backend.__name__.rpartition(".")[2]
-        call = backend.Call(patches.detach(), texts.detach(), None, 0.07, phi, stat)
+        call = backend.Call(patches.detach(), texts.detach(), None, 0.07, phi, state)
         call.scale = None
         call.scores("dot")
         grad_phi.normal_()
