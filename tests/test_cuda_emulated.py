@@ -245,8 +245,10 @@ def test_not_a_number_and_no_direction(library):
 def test_a_launch_names_what_it_does_not_take(library):
     sizes = dict(images=1, patches=1, texts=1, dim=8, cluster=0, device=0)
     sizes["epilogue"] = library.CudaEpilogue.dot_forward
-    with pytest.raises(AttributeError, match="CudaLaunch.*'curve'"):
+    with pytest.raises(AttributeError, match="CudaLaunch has no field 'curve'"):
         library.CudaLaunch(**sizes, dtype="bfloat16", curve=0)
+    with pytest.raises(AttributeError, match="CudaLaunch has no field 'curve'"):
+        library.CudaLaunch(**sizes, dtype="bfloat16").curve = 0
     with pytest.raises(ValueError, match="dtype is 'float32', expected bfloat16 or float16"):
         library.CudaLaunch(**sizes, dtype="float32")
 

@@ -18,15 +18,6 @@ namespace pacl::cuda {
 
 namespace py = pybind11;
 
-// An address is an int in Python.
-template <class T>
-T from_python(const py::object& value) {
-  if constexpr (std::is_pointer_v<T>)
-    return reinterpret_cast<T>(value.cast<uintptr_t>());
-  else
-    return value.cast<T>();
-}
-
 inline bool is_half(const std::string& dtype) {
   if (dtype != "bfloat16" && dtype != "float16")
     throw std::invalid_argument("dtype is '" + dtype + "', expected bfloat16 or float16");
@@ -71,16 +62,58 @@ inline void bind_plan(py::module_& m) {
 }
 
 #ifdef PACL_CUDA
+// An address is an int in Python.
+template <class T>
+void assign(T& field, const py::handle& value) {
+  if constexpr (std::is_pointer_v<T>)
+    field = reinterpret_cast<T>(value.cast<uintptr_t>());
+  else
+    field = value.cast<T>();
+}
+
+inline void set_field(Launch& launch, const std::string& name, const py::handle& value) {
+#define PACL_FIELD(NAME) \
+  if (name == #NAME) return assign(launch.NAME, value);
+  PACL_FIELD(stream)
+  PACL_FIELD(patch_rows)
+  PACL_FIELD(patch_stride_image)
+  PACL_FIELD(patch_stride_row)
+  PACL_FIELD(text_rows)
+  PACL_FIELD(text_stride)
+  PACL_FIELD(gram)
+  PACL_FIELD(gram_stride)
+#undef PACL_FIELD
+#define PACL_ARGUMENT(NAME) \
+  if (name == #NAME) return assign(launch.arguments.NAME, value);
+  PACL_ARGUMENT(inverse_texts)
+  PACL_ARGUMENT(temperature)
+  PACL_ARGUMENT(temperature_at)
+  PACL_ARGUMENT(phi)
+  PACL_ARGUMENT(state)
+  PACL_ARGUMENT(phi_stride)
+  PACL_ARGUMENT(grad_phi)
+  PACL_ARGUMENT(weights)
+  PACL_ARGUMENT(full)
+  PACL_ARGUMENT(weights_stride)
+  PACL_ARGUMENT(range_scale)
+  PACL_ARGUMENT(temperature_sums)
+  PACL_ARGUMENT(attention)
+  PACL_ARGUMENT(attention_stride)
+  PACL_ARGUMENT(norm_factor)
+#undef PACL_ARGUMENT
+  throw py::attribute_error("CudaLaunch has no field '" + name + "'");
+}
+
 inline Launch make_launch(Epilogue epilogue, int64_t images, int64_t patches, int64_t texts, int64_t dim,
-                   const std::string& dtype, int cluster, int device, const py::kwargs& fields) {
-  py::object launch = py::cast(Launch{
+                          const std::string& dtype, int cluster, int device, const py::kwargs& fields) {
+  Launch launch{
       .epilogue = epilogue,
       .half = is_half(dtype),
       .device = device,
       .plan = make_plan(images, patches, texts, dim, epilogue, processors_of(device), cluster),
-  });
-  for (auto [name, value] : fields) py::setattr(launch, name, value);
-  return launch.cast<Launch>();
+  };
+  for (auto [name, value] : fields) set_field(launch, name.cast<std::string>(), value);
+  return launch;
 }
 
 inline void bind_launch(py::module_& m) {
@@ -88,39 +121,8 @@ inline void bind_launch(py::module_& m) {
       m, "CudaLaunch", "One launch; its fields are those of launch.h, as keywords or attributes.", py::module_local())
       .def(py::init(&make_launch), py::kw_only(), py::arg("epilogue"), py::arg("images"), py::arg("patches"),
            py::arg("texts"), py::arg("dim"), py::arg("dtype"), py::arg("cluster"), py::arg("device"))
+      .def("__setattr__", &set_field)
       .def_readonly("plan", &Launch::plan)
-#define PACL_FIELD_OF(PLACE, NAME)                               \
-  .def_property(#NAME, nullptr, [](Launch& launch, const py::object& value) { \
-    launch PLACE.NAME = from_python<decltype(launch PLACE.NAME)>(value);         \
-  })
-#define PACL_FIELD(NAME) PACL_FIELD_OF(, NAME)
-#define PACL_ARGUMENT(NAME) PACL_FIELD_OF(.arguments, NAME)
-      PACL_FIELD(stream)
-      PACL_FIELD(patch_rows)
-      PACL_FIELD(patch_stride_image)
-      PACL_FIELD(patch_stride_row)
-      PACL_FIELD(text_rows)
-      PACL_FIELD(text_stride)
-      PACL_FIELD(gram)
-      PACL_FIELD(gram_stride)
-      PACL_ARGUMENT(inverse_texts)
-      PACL_ARGUMENT(temperature)
-      PACL_ARGUMENT(temperature_at)
-      PACL_ARGUMENT(phi)
-      PACL_ARGUMENT(state)
-      PACL_ARGUMENT(phi_stride)
-      PACL_ARGUMENT(grad_phi)
-      PACL_ARGUMENT(weights)
-      PACL_ARGUMENT(full)
-      PACL_ARGUMENT(weights_stride)
-      PACL_ARGUMENT(range_scale)
-      PACL_ARGUMENT(temperature_sums)
-      PACL_ARGUMENT(attention)
-      PACL_ARGUMENT(attention_stride)
-      PACL_ARGUMENT(norm_factor)
-#undef PACL_ARGUMENT
-#undef PACL_FIELD
-#undef PACL_FIELD_OF
       .def(
           "make_columns",
           [](Launch& launch, uintptr_t inverse_norms, uintptr_t mask, std::array<int64_t, 2> mask_strides,
