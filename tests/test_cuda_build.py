@@ -13,7 +13,9 @@ import torch
 
 from pacl_kernels import reference
 from pacl_kernels.backends import cuda
+from pacl_kernels.native import fingerprint
 
+ROOT = Path(__file__).parent.parent
 native = cuda.native()
 pytestmark = pytest.mark.skipif(native is None, reason="the native module is not built")
 needs_cuda = pytest.mark.skipif(not hasattr(native, "CudaLaunch"), reason="built without nvcc")
@@ -93,6 +95,18 @@ def test_constants_are_those_of_python_and_triton():
     )
     assert native.cuda_constants() == {name: np.float32(value) for name, value in expected.items()}
     assert kernels.forward.PLAIN_TEMPERATURE.value == cuda.RUNNING_MAX_BELOW
+
+
+def test_the_fingerprint_covers_every_kind_of_source(tmp_path):
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    shutil.copy(ROOT / "CMakeLists.txt", tmp_path)
+    found = {fingerprint(tmp_path)}
+    by_suffix = {path.suffix: path for path in (tmp_path / "csrc").rglob("*") if path.is_file()}
+    assert ".def" in by_suffix
+    for path in by_suffix.values():
+        path.write_text(path.read_text() + "\n")
+        found.add(fingerprint(tmp_path))
+    assert len(found) == 1 + len(by_suffix), f"a change of one kind of {sorted(by_suffix)} is not seen"
 
 
 def cuobjdump() -> str | None:
