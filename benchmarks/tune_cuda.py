@@ -17,7 +17,8 @@ import torch
 from tune_triton import milliseconds
 
 from pacl_kernels import fused_pacl_loss
-from pacl_kernels.backends.gpu import hopper, tiles, triton
+from pacl_kernels.backends import cuda, triton
+from pacl_kernels.backends import triton_tiles as tiles
 
 SHAPES = [(4096, n, d) for d in (512, 768, 1024) for n in (196, 256)] + [
     (4096, 49, 512),
@@ -30,7 +31,7 @@ def rows_of(batch: int, n: int, d: int, dtype, repeats: int):
     """Milliseconds for the whole batch of each kernel and of whole steps, by backend and size of a cluster."""
     patches = torch.nn.functional.normalize(torch.randn(batch, n, d, device="cuda"), dim=-1).to(dtype)
     texts = torch.nn.functional.normalize(torch.randn(batch, d, device="cuda"), dim=-1).to(dtype)
-    phi, stat, grad_phi = (torch.empty(batch, batch, device="cuda") for _ in range(3))
+    phi, state, grad_phi = (torch.empty(batch, batch, device="cuda") for _ in range(3))
     images = tiles.plan_blocks(batch, n, batch, dtype.itemsize).images
     room = torch.empty(batch + 256, images * n + 256, device="cuda", dtype=dtype)
     out = torch.empty(batch, images * n, device="cuda", dtype=dtype)
@@ -38,13 +39,13 @@ def rows_of(batch: int, n: int, d: int, dtype, repeats: int):
     product = milliseconds(lambda: torch.mm(texts, flat.T, out=out), repeats) * batch / images
     yield "product", "torch.mm", None, product, product
     leaves = patches.requires_grad_(), texts.requires_grad_()
-    ways = [(triton, None, False), (hopper, 1, False), (hopper, 2, False)]
-    if not hopper.native().cuda_can_pool(n):
-        ways.append((hopper, 2, True))
+    ways = [(triton, None, False), (cuda, 1, False), (cuda, 2, False)]
+    if not cuda.native().cuda_fits_one_tile(n):
+        ways.append((cuda, 2, True))
     for backend, cluster, in_memory in ways:
-        hopper.CLUSTER, hopper.ATTENTION_IN_MEMORY = cluster or 0, in_memory
+        cuda.CLUSTER, cuda.ATTENTION_IN_MEMORY = cluster or 0, in_memory
         name = backend.__name__.rpartition(".")[2]
-        call = backend.Call(patches.detach(), texts.detach(), None, 0.07, phi, stat)
+        call = backend.Call(patches.detach(), texts.detach(), None, 0.07, phi, state)
         call.scale = None
         call.scores("dot")
         grad_phi.normal_()
@@ -69,7 +70,7 @@ def rows_of(batch: int, n: int, d: int, dtype, repeats: int):
                 yield kernel, label, cluster, milliseconds(run, repeats) * times, product
             except Exception as error:  # the others still count
                 print(f"{kernel} {name} {cluster}: {type(error).__name__}: {error}", flush=True)
-    hopper.CLUSTER, hopper.ATTENTION_IN_MEMORY = 0, None
+    cuda.CLUSTER, cuda.ATTENTION_IN_MEMORY = 0, None
 
 
 def main() -> None:

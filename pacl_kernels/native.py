@@ -39,7 +39,7 @@ def fingerprint(root: Path) -> str | None:
     if not (root / "csrc" / "binding.cpp").is_file() or not (root / "CMakeLists.txt").is_file():
         return None
     digest = hashlib.sha256()
-    sources = [path for path in (root / "csrc").rglob("*") if path.suffix in (".cpp", ".h", ".cu", ".cuh")]
+    sources = [path for path in (root / "csrc").rglob("*") if path.suffix in (".cpp", ".h", ".cu", ".cuh", ".def")]
     for path in (root / "CMakeLists.txt", *sorted(sources)):
         content = path.read_bytes()
         digest.update(f"{path.relative_to(root).as_posix()} {len(content)}\n".encode() + content)

@@ -11,51 +11,55 @@ import numpy as np
 import pytest
 import torch
 
-from pacl_kernels.backends.gpu import hopper
+from pacl_kernels import reference
+from pacl_kernels.backends import cuda
+from pacl_kernels.native import fingerprint
 
-native = hopper.native()
+ROOT = Path(__file__).parent.parent
+native = cuda.native()
 pytestmark = pytest.mark.skipif(native is None, reason="the native module is not built")
-needs_cuda = pytest.mark.skipif(not hasattr(native, "CudaScoreCall"), reason="built without nvcc")
+needs_cuda = pytest.mark.skipif(not hasattr(native, "CudaLaunch"), reason="built without nvcc")
 
 
-def plan(images=5, patches=196, texts=70, dim=512, epilogue="forward", processors=132, cluster=0):
+def plan(images=5, patches=196, texts=70, dim=512, epilogue="dot_forward", processors=132, cluster=0):
     sizes = dict(images=images, patches=patches, texts=texts, dim=dim)
     epilogue = getattr(native.CudaEpilogue, epilogue)
     return native.CudaPlan(**sizes, epilogue=epilogue, processors=processors, cluster=cluster)
 
 
-@pytest.mark.parametrize("epilogue", ["forward", "forward_safe", "pool_weights"])
+@pytest.mark.parametrize("epilogue", ["dot_forward", "dot_forward_running_max", "cosine_weights_from_attention"])
 def test_every_patch_is_in_one_column(epilogue):
     """As `column_of` in csrc/cuda/score.cuh reads the plan."""
     images = 5
     for n in range(1, 4097):
         p = plan(images=images, patches=n, epilogue=epilogue)
-        assert p.width % 8 == 0 and p.pitch % 8 == 0 and p.pitch <= 256 and p.pitch * p.images <= p.width
+        assert p.width % 8 == 0 and p.pitch % 8 == 0 and p.pitch <= 256 and p.pitch * p.images_of_tile <= p.width
         tile, column = np.divmod(np.arange(p.groups * p.chunks * p.width), p.width)
         group, chunk = np.divmod(tile, p.chunks)
         part, at = np.divmod(column, p.pitch)
-        image, patch = group * p.images + part, chunk * p.width + at
-        live = (part < p.images) & (image < images) & (patch < n)
+        image, patch = group * p.images_of_tile + part, chunk * p.width + at
+        live = (part < p.images_of_tile) & (image < images) & (patch < n)
         covered = np.bincount((image * n + patch)[live], minlength=images * n)
         assert (covered == 1).all(), n
-        if n > 128 and epilogue == "forward":  # what the tensor cores do for nothing
+        if n > 128 and epilogue == "dot_forward":  # what the tensor cores do for nothing
             assert p.chunks * p.width <= 1.15 * n, n
 
 
 def test_everything_fits_into_shared_memory():
     for n in (1, 49, 64, 100, 128, 129, 144, 196, 197, 256, 257, 576, 729, 1369):
         for d in range(8, 2049, 8):
-            for cluster, epilogue in ((1, "forward"), (2, "forward"), (2, "weights"), (2, "attention")):
+            for cluster, epilogue in ((1, "dot_forward"), (2, "dot_forward"), (2, "dot_weights"), (2, "attention")):
                 p = plan(patches=n, dim=d, cluster=cluster, epilogue=epilogue)
                 assert p.steps * 64 >= d > (p.steps - 1) * 64
                 assert 3 <= p.stages <= 8 and p.shared_bytes <= 227 * 1024
-                most = 1024 if epilogue == "forward" else 960 if p.consumers == 3 else 1024 if p.width == 208 else 832
+                of_two = 1024 if p.width == 208 else 832
+                most = 1024 if epilogue == "dot_forward" else 960 if p.consumers == 3 else of_two
                 assert p.resident or d > most, "texts that fit do not travel with each step"
 
 
 def test_the_products_of_an_attention():
     for n in range(1, 4097):
-        p = plan(patches=n, epilogue="pool_weights")
+        p = plan(patches=n, epilogue="cosine_weights_from_attention")
         assert p.steps * 64 >= n > (p.steps - 1) * 64 and not p.resident and not p.packed
         assert p.passes == (2 if p.chunks > 1 else 1)
         assert 3 <= p.stages <= 8 and p.shared_bytes <= 227 * 1024
@@ -82,6 +86,29 @@ def test_all_processors_are_busy(texts, at_least):
     assert p.text_groups * p.groups / (rounds * (132 // p.cluster)) > at_least
 
 
+def test_constants_are_those_of_python_and_triton():
+    kernels = pytest.importorskip("pacl_kernels.backends.triton_kernels")
+    expected = dict(
+        running_max_below=cuda.RUNNING_MAX_BELOW,
+        min_pooled_norm=reference.MIN_POOLED_NORM,
+        log2e=kernels.shared.LOG2E.value,
+    )
+    assert native.cuda_constants() == {name: np.float32(value) for name, value in expected.items()}
+    assert kernels.forward.PLAIN_TEMPERATURE.value == cuda.RUNNING_MAX_BELOW
+
+
+def test_the_fingerprint_covers_every_kind_of_source(tmp_path):
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    shutil.copy(ROOT / "CMakeLists.txt", tmp_path)
+    found = {fingerprint(tmp_path)}
+    by_suffix = {path.suffix: path for path in (tmp_path / "csrc").rglob("*") if path.is_file()}
+    assert ".def" in by_suffix
+    for path in by_suffix.values():
+        path.write_text(path.read_text() + "\n")
+        found.add(fingerprint(tmp_path))
+    assert len(found) == 1 + len(by_suffix), f"a change of one kind of {sorted(by_suffix)} is not seen"
+
+
 def cuobjdump() -> str | None:
     try:
         import triton
@@ -105,12 +132,13 @@ def resources() -> dict[str, str]:
     return {name: line for name, line in found if "score_kernel" in name}
 
 
-EPILOGUES = ("forward", "forward_safe", "weights", "cosine", "cosine_weights", "attention", "pool", "pool_weights")
+EPILOGUES = tuple(native.CudaEpilogue.__members__) if native is not None else ()
+ONLY_FLOAT16 = "cosine_forward_from_attention"  # it reads and writes nothing of the patches' dtype
 
 
 def are_three(epilogue: str, width: int) -> bool:
     """Warpgroups that take tiles in turn; otherwise two, with more registers each."""
-    return epilogue in ("forward", "weights", "attention") and width <= 200
+    return epilogue in ("dot_forward", "dot_weights", "attention") and width <= 200
 
 
 @needs_cuda
@@ -132,13 +160,13 @@ def test_no_kernel_spills(resources):
 @pytest.mark.parametrize(
     "element, kind, epilogue",
     [
-        *(("13__nv_bfloat16", "BF16", epilogue) for epilogue in EPILOGUES if epilogue != "pool"),
-        *(("6__half", "", epilogue) for epilogue in EPILOGUES),  # those of `pool` are always of float16
+        *(("13__nv_bfloat16", "BF16", epilogue) for epilogue in EPILOGUES if epilogue != ONLY_FLOAT16),
+        *(("6__half", "", epilogue) for epilogue in EPILOGUES),
     ],
 )
 def test_the_machine_code(resources, element, kind, epilogue):
-    of_gram = {"64x200x16.F32"} if "cosine" in epilogue or "pool" in epilogue else set()
-    shapes = {f"64x200x16.F32{'.' + kind if kind else ''}"} if "pool" not in epilogue else set()
+    of_gram = {"64x200x16.F32"} if "cosine" in epilogue else set()
+    shapes = {f"64x200x16.F32{'.' + kind if kind else ''}"} if "from_attention" not in epilogue else set()
     kernel, epilogue = epilogue, int(getattr(native.CudaEpilogue, epilogue))
     name = next(n for n in resources if f"ILi200ELb0E{element}" in n and f"EpilogueE{epilogue}E" in n)
     code = dump("-sass", "-fun", name)
@@ -151,25 +179,17 @@ def test_the_machine_code(resources, element, kind, epilogue):
     registers = {int(x, 16) for x in re.findall(r"USETMAXREG\S* (?:UP0, )?(0x\w+)", code)}
     assert registers == ({160, 32} if are_three(kernel, 200) else {232, 40}), "as the block's 65,536 allow"
     assert not shapes or len(re.findall(r"MUFU\.EX2", code)) >= 100, "one exponential for each element"
-    assert len(re.findall(r"\b(LDL|STL)\b", code)) <= (6 if kernel == "weights" else 0), "none in a loop over columns"
+    spills = len(re.findall(r"\b(LDL|STL)\b", code))
+    assert spills <= (6 if kernel == "dot_weights" else 0), "none in a loop over columns"
     assert len(re.findall(r"MEMBAR\.ALL\.GPU", code)) <= 2, "fences belong at the ends of the kernel alone"
 
 
 @needs_cuda
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_cuda_says_what_is_wrong():
-    call = native.CudaScoreCall(
-        **dict(
-            epilogue=native.CudaEpilogue.forward,
-            sizes=(1, 1, 1, 8),
-            dtype="bfloat16",
-            patches=0,
-            patch_strides=(8, 8),
-            texts=0,
-            text_stride=8,
-        ),
-        **dict(inverse_texts=0, temperature=1.0, temperature_at=0, phi=0, stat=0, stride_phi=1),
-        **dict(cluster=0, device=0, stream=0),
-    )
     with pytest.raises(RuntimeError, match="CUDA: cuda.*: "):
-        call.launch()
+        native.CudaLaunch(
+            epilogue=native.CudaEpilogue.dot_forward,
+            **dict(images=1, patches=1, texts=1, dim=8),
+            **dict(dtype="bfloat16", cluster=0, device=0),
+        )

@@ -6,7 +6,6 @@ Widths that the emulator is compiled with: one image to a tile at 144, 200 and 2
 from __future__ import annotations
 
 from functools import partial
-from types import SimpleNamespace
 
 import emulated
 import pytest
@@ -15,7 +14,7 @@ from accuracy import check
 from filelock import FileLock
 from problems import Case, make
 
-from pacl_kernels.backends.gpu import hopper
+from pacl_kernels.backends import cuda
 
 
 @pytest.fixture(scope="session")  # of a module, it would be built each time that a test process comes back to this one
@@ -28,65 +27,57 @@ def library(tmp_path_factory, worker_id):
         return emulated.load(folder)
 
 
-def run(
-    library,
-    patches,
-    texts,
-    phi,
-    stat,
-    *,
-    tau=1.0,
-    mask=None,
-    epilogue=None,
-    weights=None,
-    gram=None,
-    attention=None,
-    curvature=None,
-    **more,
-):
-    """A launch as `backends/gpu/hopper.py` makes it; `more`: what the emulator can be told."""
+def run(library, patches, texts, phi, state, *, tau=1.0, mask=None, epilogue=None, weights=None, cluster=0, **more):
+    """A launch as `backends/cuda.py` makes it; `more`: tensors of other fields, and the emulator's settings."""
     on_device = isinstance(tau, torch.Tensor)
     norms = patches.float().norm(dim=-1)
     if mask is not None:
         norms = norms.masked_fill(~mask, 1.0)
     inverse_p, inverse_t = (1 / norms).contiguous(), 1 / texts.float().norm(dim=-1)
     if epilogue is None:
-        epilogue = "weights" if weights else "forward_safe" if not on_device and tau < 0.05 else "forward"
-    call = emulated.Call(
-        library,
-        epilogue=getattr(hopper.native().CudaEpilogue, epilogue),
-        sizes=(*patches.shape[:2], len(texts), patches.shape[2]),
+        forward = "dot_forward_running_max" if not on_device and tau < 0.05 else "dot_forward"
+        epilogue = "dot_weights" if weights else forward
+    fields = {}
+    for name in ("gram", "attention"):
+        if name in more:
+            x = more.pop(name)
+            fields |= {name: x.data_ptr(), f"{name}_stride": x.stride(1)}
+    if "norm_factor" in more:
+        fields["norm_factor"] = more.pop("norm_factor").data_ptr()
+    if weights is not None:
+        fields |= dict(weights, full=mask is not None or weights["temperature_sums"] != 0)
+    library.configure(**more)
+    launch = library.CudaLaunch(
+        epilogue=getattr(library.CudaEpilogue, epilogue),
+        images=len(patches),
+        patches=patches.shape[1],
+        texts=len(texts),
+        dim=patches.shape[2],
         dtype=str(patches.dtype).removeprefix("torch."),
-        patches=patches.data_ptr(),
-        patch_strides=patches.stride()[:2],
-        texts=texts.data_ptr(),
+        cluster=cluster,
+        device=0,
+        patch_rows=patches.data_ptr(),
+        patch_stride_image=patches.stride(0),
+        patch_stride_row=patches.stride(1),
+        text_rows=texts.data_ptr(),
         text_stride=texts.stride(0),
         inverse_texts=inverse_t.data_ptr(),
         temperature=0.0 if on_device else tau,
         temperature_at=tau.data_ptr() if on_device else 0,
         phi=0 if phi is None else phi.data_ptr(),
-        stat=stat.data_ptr(),
-        stride_phi=len(texts),
-        cluster=more.pop("cluster", 0),
-        device=0,
-        stream=0,
+        state=state.data_ptr(),
+        phi_stride=len(texts),
+        **fields,
     )
-    if epilogue != "pool":
-        call.make_columns(
+    if epilogue != "cosine_forward_from_attention":
+        columns = torch.empty(launch.plan.groups * launch.plan.chunks * launch.plan.width)
+        launch.make_columns(
             inverse_norms=inverse_p.data_ptr(),
             mask=0 if mask is None else mask.data_ptr(),
             mask_strides=(0, 0) if mask is None else mask.stride(),
-            columns=0,
+            columns=columns.data_ptr(),
         )
-    if weights is not None:
-        call.set_weights(**weights, masked=mask is not None)
-    if gram is not None:
-        call.set_gram(gram.data_ptr(), gram.stride(1))
-    if attention is not None:
-        call.set_attention(attention.data_ptr(), attention.stride(1))
-    if curvature is not None:
-        call.set_curvature(curvature.data_ptr())
-    call.launch(**more)
+    launch.run()
 
 
 def problem(b, n, k, d, dtype=torch.bfloat16, seed=0):
@@ -133,11 +124,11 @@ FORWARD = [
 @pytest.mark.parametrize("b, n, k, d, more", FORWARD)
 def test_forward(library, b, n, k, d, more, tau):
     patches, texts = problem(b, n, k, d)
-    phi, stat = torch.full((b, k), float("nan")), torch.full((b, k), float("nan"))
-    run(library, patches, texts, phi, stat, tau=tau, **more)
+    phi, state = torch.full((b, k), float("nan")), torch.full((b, k), float("nan"))
+    run(library, patches, texts, phi, state, tau=tau, **more)
     _, _, expected, entropy = truth(patches, texts, tau)
     assert (phi - expected).abs().max() < 1e-5
-    assert (stat - entropy).abs().max() < 1e-4
+    assert (state - entropy).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -146,9 +137,9 @@ def test_any_order_of_threads_gives_the_same_bits(library, dtype, seed):
     patches, texts = problem(5, 196, 150, 136, dtype)
     results = []
     for order in (seed, seed + 100):
-        phi, stat = torch.full((5, 150), float("nan")), torch.full((5, 150), float("nan"))
-        run(library, patches, texts, phi, stat, tau=0.1, seed=order, stages=3)
-        results.append((phi, stat))
+        phi, state = torch.full((5, 150), float("nan")), torch.full((5, 150), float("nan"))
+        run(library, patches, texts, phi, state, tau=0.1, seed=order, stages=3)
+        results.append((phi, state))
     assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
     assert (results[0][0] - truth(patches, texts, 0.1)[2]).abs().max() < 1e-5
 
@@ -161,11 +152,11 @@ def test_masks_hide_anything(library, b, n, k, d, tau):
     mask[0] = False
     mask[1] = torch.arange(n) == n - 1
     patches[~mask] = float("nan")
-    phi, stat = torch.full((b, k), float("nan")), torch.full((b, k), float("nan"))
-    run(library, patches, texts, phi, stat, tau=tau, mask=mask)
+    phi, state = torch.full((b, k), float("nan")), torch.full((b, k), float("nan"))
+    run(library, patches, texts, phi, state, tau=tau, mask=mask)
     _, _, expected, entropy = truth(patches.nan_to_num(1.0), texts, tau, mask)
     assert (phi - expected).abs().max() < 1e-5
-    assert (stat - entropy).abs().max() < 1e-4
+    assert (state - entropy).abs().max() < 1e-4
     assert not phi[0].any()
 
 
@@ -212,11 +203,11 @@ def test_weights(library, b, n, k, d, more, masked, needs_tau, dtype):
     w = torch.full((k + 1, stride), 9.0, dtype=dtype)
     scale = torch.tensor([4.0])
     sums = torch.zeros(8)
-    addresses = dict(weights=w, grad_phi=g, scale=scale, temperature_sums=sums)
+    addresses = dict(weights=w, grad_phi=g, range_scale=scale, temperature_sums=sums)
     weights = {name: x.data_ptr() for name, x in addresses.items()}
     if not needs_tau:
         weights["temperature_sums"] = 0
-    weights |= dict(stride=stride)
+    weights |= dict(weights_stride=stride)
     run(library, patches, texts, phi.float(), entropy.float(), tau=tau, mask=mask, weights=weights, **more)
     found = w[:k, : b * n].double().view(k, b, n) / 4
     eps = torch.finfo(dtype).eps
@@ -232,9 +223,11 @@ def test_weights(library, b, n, k, d, more, masked, needs_tau, dtype):
 @pytest.mark.parametrize("tau", [1.0, 0.01], ids="tau{}".format)
 def test_a_temperature_in_memory_chooses_the_launch(library, tau):
     patches, texts = problem(3, 196, 70, 72)
-    phi, stat = torch.full((3, 70), float("nan")), torch.full((3, 70), float("nan"))
-    works, returns = ("forward_safe", "forward") if tau < 0.05 else ("forward", "forward_safe")
-    launch = partial(run, library, patches, texts, phi, stat, tau=torch.tensor([tau]))
+    phi, state = torch.full((3, 70), float("nan")), torch.full((3, 70), float("nan"))
+    works, returns = "dot_forward", "dot_forward_running_max"
+    if tau < 0.05:
+        works, returns = returns, works
+    launch = partial(run, library, patches, texts, phi, state, tau=torch.tensor([tau]))
     launch(epilogue=returns)
     assert phi.isnan().all()
     launch(epilogue=works)
@@ -244,9 +237,20 @@ def test_a_temperature_in_memory_chooses_the_launch(library, tau):
 def test_not_a_number_and_no_direction(library):
     patches, texts = problem(3, 196, 70, 72)
     patches[0, 5, 3] = float("nan")
-    phi, stat = torch.zeros(3, 70), torch.zeros(3, 70)
-    run(library, patches, texts, phi, stat, tau=0.1)
+    phi, state = torch.zeros(3, 70), torch.zeros(3, 70)
+    run(library, patches, texts, phi, state, tau=0.1)
     assert phi[0].isnan().all() and not phi[1:].isnan().any()
+
+
+def test_a_launch_names_what_it_does_not_take(library):
+    sizes = dict(images=1, patches=1, texts=1, dim=8, cluster=0, device=0)
+    sizes["epilogue"] = library.CudaEpilogue.dot_forward
+    with pytest.raises(AttributeError, match="CudaLaunch has no field 'curve'"):
+        library.CudaLaunch(**sizes, dtype="bfloat16", curve=0)
+    with pytest.raises(AttributeError, match="CudaLaunch has no field 'curve'"):
+        library.CudaLaunch(**sizes, dtype="bfloat16").curve = 0
+    with pytest.raises(ValueError, match="dtype is 'float32', expected bfloat16 or float16"):
+        library.CudaLaunch(**sizes, dtype="float32")
 
 
 COSINE = [
@@ -269,12 +273,12 @@ IN_MEMORY = [
 ]
 
 
-def attention_in_memory(library, patches, texts, phi, stat, **options):
+def attention_in_memory(library, patches, texts, phi, state, **options):
     """The attention `[images, texts, pitch]` of a launch, which must leave alone what is not its own."""
     (b, n, _), k = patches.shape, len(texts)
     pitch = -(-n // 8) * 8
     attention = torch.full((b + 1, k, pitch + 8), 9.0, dtype=torch.float16)
-    run(library, patches, texts, phi, stat, attention=attention, epilogue="attention", **options)
+    run(library, patches, texts, phi, state, attention=attention, epilogue="attention", **options)
     assert (attention[:b, :, pitch:] == 9).all() and (attention[b] == 9).all(), "wrote behind the attention"
     assert (attention[:b, :, n:pitch] == 0).all(), "what lies past the last patch is read"
     return attention[:b]
@@ -299,16 +303,17 @@ def test_cosine(library, b, n, k, d, more, masked, tau):
     lse = (a * (s / tau - a.clamp_min(1e-300).log())).sum(-1) / torch.log(torch.tensor(2.0))
     radius = torch.einsum("bkn,bnm,bkm->bk", a, unit @ unit.mT, a).sqrt().clamp_min(1e-6)
     options = dict(tau=tau, mask=mask, **more)
-    if hopper.native().cuda_can_pool(n):
-        found, stat = torch.full((b, k), float("nan")), torch.full((b, k), float("nan"))
-        run(library, patches, texts, found, stat, gram=gram, epilogue="cosine", **options)
+    if library.cuda_fits_one_tile(n):
+        found, state = torch.full((b, k), float("nan")), torch.full((b, k), float("nan"))
+        run(library, patches, texts, found, state, gram=gram, epilogue="cosine_forward", **options)
     else:
-        found, stat = phi.float(), entropy.float()
-        attention = attention_in_memory(library, patches, texts, found, stat, **options)
+        found, state = phi.float(), entropy.float()
+        attention = attention_in_memory(library, patches, texts, found, state, **options)
         assert (attention[..., :n] - a).abs().max() < 1e-3
-        run(library, patches, texts, found, stat, gram=gram, attention=attention, epilogue="pool", **options)
+        options |= dict(gram=gram, attention=attention, epilogue="cosine_forward_from_attention")
+        run(library, patches, texts, found, state, **options)
     assert (found - phi / radius).abs().max() < 2e-3 * (phi / radius).abs().max()  # float16 attention and Gram matrix
-    assert (stat - lse).abs().max() < 1e-4
+    assert (state - lse).abs().max() < 1e-4
     assert not masked or not found[0].any()
 
 
@@ -346,21 +351,22 @@ def test_weights_of_cosine(library, b, n, k, d, more, dtype, masked, tau):
 
     stride = -(-b * n // 8) * 8 + 8
     found = torch.full((k + 1, stride), 9.0, dtype=dtype)
-    curvature, sums = torch.full((b * k + 1,), 9.0), torch.zeros(8)
-    weights = dict(weights=found.data_ptr(), stride=stride, scale=0)
+    norm_factor, sums = torch.full((b * k + 1,), 9.0), torch.zeros(8)
+    weights = dict(weights=found.data_ptr(), weights_stride=stride)
     weights |= dict(grad_phi=g.data_ptr(), temperature_sums=sums.data_ptr() if masked else 0)
     options = dict(tau=tau, mask=mask if masked else None, **more)
-    if hopper.native().cuda_can_pool(n):
+    if library.cuda_fits_one_tile(n):
         epilogue, attention = "cosine_weights", torch.full((b + 1, k, -(-n // 8) * 8 + 8), 9.0, dtype=dtype)
     else:
-        epilogue, attention = "pool_weights", attention_in_memory(library, patches, texts, None, lse.float(), **options)
-    options |= dict(gram=gram, weights=weights, attention=attention, curvature=curvature, epilogue=epilogue)
+        epilogue = "cosine_weights_from_attention"
+        attention = attention_in_memory(library, patches, texts, None, lse.float(), **options)
+    options |= dict(gram=gram, weights=weights, attention=attention, norm_factor=norm_factor, epilogue=epilogue)
     run(library, patches, texts, None, lse.float(), **options)
     mine, kept = found[:k, : b * n].double().view(k, b, n), attention[:b, :, :n].double()
     assert (mine - w).norm() < 2 * torch.finfo(dtype).eps * w.norm()  # the attention and the Gram matrix are rounded
     assert (kept - a).abs().max() < 5e-3 * a.max()
     assert (mine.permute(1, 2, 0)[~mask] == 0).all() and (kept.transpose(1, 2)[~mask] == 0).all()
-    assert (curvature[:-1].view(b, k) - bend).norm() < 2e-3 * bend.norm() and curvature[-1] == 9
+    assert (norm_factor[:-1].view(b, k) - bend).norm() < 2e-3 * bend.norm() and norm_factor[-1] == 9
     assert (found[:k, b * n :] == 9).all() and (found[k:] == 9).all(), "wrote behind the weights"
     assert (attention[:b, :, -(-n // 8) * 8 :] == 9).all() and (attention[b:] == 9).all(), "wrote behind the attention"
     if not masked:
@@ -392,9 +398,8 @@ BACKEND = [
 )
 def test_backend(library, monkeypatch, case, form, dtype):
     """The whole backend, with the emulator's launches between kernels of Triton's interpreter."""
-    native = SimpleNamespace(CudaScoreCall=partial(emulated.Call, library), CudaPlan=hopper.native().CudaPlan)
-    native.cuda_can_pool, native.CudaEpilogue = hopper.native().cuda_can_pool, hopper.native().CudaEpilogue
-    monkeypatch.setattr(hopper, "native", lambda: native)
-    monkeypatch.setattr(hopper, "why_not", lambda device=None, dtype=None: None)
-    monkeypatch.setattr(hopper, "ATTENTION_IN_MEMORY", True)
+    library.configure()
+    monkeypatch.setattr(cuda, "native", lambda: library)
+    monkeypatch.setattr(cuda, "why_not", lambda device=None, dtype=None: None)
+    monkeypatch.setattr(cuda, "ATTENTION_IN_MEMORY", True)
     check(make(case, form, "compatibility" if case.K else "infonce", dtype), "cuda")

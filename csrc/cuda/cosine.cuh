@@ -1,6 +1,6 @@
-// The cosine form: the attention of a tile stays in the registers, as the left operand of a second product with the
-// image's Gram matrix, q = G a, which takes the place of the scores. Or it is read from memory, beside the products of it
-// that the tensor cores have made of the same memory; then an image may have several tiles.
+// The cosine form. The attention of a tile stays in the registers, as the left operand of a second product with the
+// image's Gram matrix: gram_attention, q = G a, takes the registers of the scores. Or the attention is read from
+// memory, beside its products with the Gram matrix; then an image may have several tiles.
 
 #pragma once
 
@@ -8,37 +8,36 @@
 
 namespace pacl::cuda {
 
-constexpr float kLeastRadius = 1e-6f;  // MIN_POOLED_NORM in reference.py
-
-// In float16, as wgmma wants a left operand: 16 columns of rows `row` and `row + 8`, eight by eight.
+// The attention in float16, as wgmma wants a left operand: 16 columns of rows `row` and `row + 8`, eight by eight.
 template <int kWidth>
 using Attention = uint32_t (&)[(kWidth + 15) / 16][4];
 
-// Of the accumulators `at` and `at + 1`, neighbours in a row.
+// The attention that belongs to the accumulators `at` and `at + 1`, neighbours in a row.
 template <int kWidth>
 __device__ __forceinline__ float2 attention_at(Attention<kWidth> attention, int at) {
   return unpack(attention[at / 8][at / 2 % 4], __half());
 }
 
-// What the forward knows before it pools.
-struct Pooling {
-  float phi[2], lse[2];  // φ of `dot`, and the log-sum-exp in bits
+// What the forward of `cosine` takes from that of `dot`.
+struct DotResult {
+  float phi[2], log_sum_exp[2];  // the latter in bits
 };
 
-// From the `dot` form's φ and entropy in memory.
-__device__ __forceinline__ Pooling pooling_of(const Work& work, const Rows& rows, int image, float scale) {
+// From φ and the entropy in memory.
+__device__ __forceinline__ DotResult dot_result_of(const Tile& tile) {
   Known known;
-  known.load(known.phi, work.phi, work, rows, image);
-  known.load(known.stat, work.stat, work, rows, image);
-  Pooling pooling;
+  known.load(known.phi, tile.work.phi, tile.work, tile.rows, tile.image);
+  known.load(known.state, tile.work.state, tile.work, tile.rows, tile.image);
+  DotResult dot;
 #pragma unroll
   for (int r = 0; r < 2; ++r)
-    pooling.phi[r] = known.phi[r], pooling.lse[r] = fmaf(known.phi[r], scale, known.stat[r]);
-  return pooling;
+    dot.phi[r] = known.phi[r], dot.log_sum_exp[r] = fmaf(known.phi[r], tile.scale, known.state[r]);
+  return dot;
 }
 
+// Turns the scores of a tile, which is an image, into its attention.
 template <int kWidth>
-__device__ __forceinline__ Pooling attention_of(
+__device__ __forceinline__ DotResult attention_of(
     const Rows& rows, float (&acc)[kWidth / 2], const float* columns, float scale, int lane,
     Attention<kWidth> attention) {
   float most[2] = {-INFINITY, -INFINITY}, total[2] = {0.0f, 0.0f}, weighted[2] = {0.0f, 0.0f}, inverse[2];
@@ -55,7 +54,7 @@ __device__ __forceinline__ Pooling attention_of(
   }
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    most[r] = most_of_four(most[r]);
+    most[r] = max_of_four(most[r]);
     if (most[r] == -INFINITY) most[r] = 0.0f;  // no patch
   }
 #pragma unroll
@@ -69,14 +68,15 @@ __device__ __forceinline__ Pooling attention_of(
     weighted[r] = fmaf(e, x, weighted[r]);
     acc[i] = e;
   }
-  Pooling known;
+  DotResult dot;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     float all = sum_of_four(total[r]), mean = sum_of_four(weighted[r]);
     bool empty = all == 0.0f;
     inverse[r] = empty ? 0.0f : 1.0f / all;
-    known.phi[r] = mean * inverse[r] * rows.inverse[r];
-    known.lse[r] = empty ? 0.0f : log2f(all) + __fmul_rn(most[r], rows.inverse[r] * scale);  // as attention_again's
+    dot.phi[r] = mean * inverse[r] * rows.inverse[r];
+    // The product is rounded as in attention_again.
+    dot.log_sum_exp[r] = empty ? 0.0f : log2f(all) + __fmul_rn(most[r], rows.inverse[r] * scale);
   }
 #pragma unroll
   for (int k = 0; k < (kWidth + 15) / 16; ++k)
@@ -86,7 +86,7 @@ __device__ __forceinline__ Pooling attention_of(
       attention[k][i] =
           at < kWidth / 2 ? pack(acc[at] * inverse[r], acc[at + 1] * inverse[r], __half()) : 0;
     }
-  return known;
+  return dot;
 }
 
 // The same from the log-sum-exp, for the backward.
@@ -106,7 +106,7 @@ __device__ __forceinline__ void attention_again(
         if (j >= kWidth / 8) continue;
         float inverse = c ? column.y : column.x;
         float x = acc[4 * j + 2 * r + c] * inverse;
-        a[c] = exp2_fast(__fmul_rn(x, rows.inverse[r] * scale) - known.stat[r]);
+        a[c] = exp2_fast(__fmul_rn(x, rows.inverse[r] * scale) - known.state[r]);
         a[c] = inverse < 0.0f ? 0.0f : a[c];
       }
       attention[j / 2][j % 2 * 2 + r] = pack(a[0], a[1], __half());
@@ -121,7 +121,7 @@ __device__ __forceinline__ void load_attention(
   column += 2 * (lane % 4);
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const uint16_t* row = work.attention + (image * work.texts + rows.text[r]) * work.attention_pitch + column;
+    const uint16_t* row = work.attention + (image * work.texts + rows.text[r]) * work.attention_stride + column;
     int left = rows.are_there(work, r) ? work.patches - column : 0;
 #pragma unroll
     for (int j = 0; j < (kWidth + 15) / 16 * 2; ++j) {
@@ -131,10 +131,11 @@ __device__ __forceinline__ void load_attention(
   }
 }
 
-// log2 of an attention; where that is 0 any finite number will do.
-__device__ __forceinline__ float bits_of(float a) { return log2_fast(fmaxf(a, 0x1p-24f)); }  // the least float16 above 0
+// log2 of an attention. Where that is 0 any finite number will do: here that of the least float16 above 0.
+__device__ __forceinline__ float bits_of(float a) { return log2_fast(fmaxf(a, 0x1p-24f)); }
 
-// A thread's part of Σ a, Σ a q and Σ a log2 a of its rows, over the rounded attention, so that what must cancel cancels.
+// A thread's part of Σ a, Σ a q and Σ a log2 a of its rows. The sums are over the rounded attention, so that what must
+// cancel cancels.
 struct Moments {
   float total[2], squared[2], weighted[2];
 
@@ -144,75 +145,78 @@ struct Moments {
   }
 
   template <int kWidth, bool kWeighted>
-  __device__ __forceinline__ void add(Attention<kWidth> attention, const float (&pooled)[kWidth / 2]) {
+  __device__ __forceinline__ void add(Attention<kWidth> attention, const float (&gram_attention)[kWidth / 2]) {
 #pragma unroll
     for (int at = 0; at < kWidth / 2; at += 2) {
       int r = at / 2 % 2;
       float2 a = attention_at<kWidth>(attention, at);
-      squared[r] = fmaf(a.x, pooled[at], fmaf(a.y, pooled[at + 1], squared[r]));
+      squared[r] = fmaf(a.x, gram_attention[at], fmaf(a.y, gram_attention[at + 1], squared[r]));
       if constexpr (kWeighted) weighted[r] = fmaf(a.x, bits_of(a.x), fmaf(a.y, bits_of(a.y), weighted[r]));
       total[r] += a.x + a.y;
     }
   }
 };
 
-// Of a row, all of it.
-struct Pooled {
-  float total, squared, radius;  // Σ a, aᵀ G a, and the norm of the pooled patch, its floor included
-  bool moves;                    // whether the norm is above its floor
+// The norm of a row's pooled patch, from the sums of its four threads.
+struct PooledNorm {
+  float total, squared;  // Σ a and aᵀ G a
+  float radius;          // the norm, at least kMinPooledNorm
+  bool above_floor;      // the norm is greater than that
 
-  __device__ __forceinline__ Pooled(float a_sum, float square_sum) {
+  __device__ __forceinline__ PooledNorm(float a_sum, float square_sum) {
     total = sum_of_four(a_sum), squared = sum_of_four(square_sum);
     radius = sqrtf(squared < 0.0f ? 0.0f : squared) / (total == 0.0f ? 1.0f : total);  // NaN stays
-    moves = radius > kLeastRadius;
-    radius = radius < kLeastRadius ? kLeastRadius : radius;
+    above_floor = radius > kMinPooledNorm;
+    radius = radius < kMinPooledNorm ? kMinPooledNorm : radius;
   }
 };
 
-// φ, given that of `dot`, and the log-sum-exp.
-__device__ __forceinline__ void cosine_epilogue(
-    const Work& work, const Rows& rows, const Pooling& known, const Moments& moments, int image, int lane) {
+// Stores φ and the log-sum-exp.
+__device__ __forceinline__ void cosine_forward_epilogue(
+    const Tile& tile, const DotResult& dot, const Moments& moments) {
+  const Work& work = tile.work;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    Pooled found(moments.total[r], moments.squared[r]);
-    if (lane % 4 == 0 && rows.are_there(work, r) && image < work.images) {
-      int64_t to = image * work.stride_phi + rows.text[r];
-      work.phi[to] = known.phi[r] / found.radius;
-      work.stat[to] = known.lse[r];
+    PooledNorm found(moments.total[r], moments.squared[r]);
+    if (tile.lane % 4 == 0 && tile.rows.are_there(work, r) && tile.image < work.images) {
+      int64_t to = tile.image * work.phi_stride + tile.rows.text[r];
+      work.phi[to] = dot.phi[r] / found.radius;
+      work.state[to] = dot.log_sum_exp[r];
     }
   }
 }
 
-// W `[texts, images patches]`, if kKeep the attention `[images, texts, pitch]`, and in `curvature` `[images, texts]` what
-// Σ a aᵀ is weighted with in the part that the radius adds to the patches' gradient.
-// dS = g (a / r) (1 + (s - u) / τ - (u / r² τ) (q - r²)); where r is at its floor it is a constant, and the last term is 0.
-// Over the rounded attention (s - u) / τ is log2(a) minus its mean, and r² the mean of q, so that what must cancel
-// cancels, whatever τ is. Returns the tile's part of the temperature's sum.
+// Stores W `[texts, images patches]`, if kKeep the attention `[images, texts, attention_stride]`, and the factors c of
+// the norm term Σ c a aᵀ, `[images, texts]`. Returns the tile's part of the temperature's sum.
+// dS = g (a / r) (1 + (s - u) / τ - (u / r² τ) (q - r²)). Where r is at its floor it is a constant, and the last term
+// is 0. Over the rounded attention (s - u) / τ is log2(a) minus its mean, and r² the mean of q, so that what must
+// cancel cancels, whatever τ is.
 template <int kWidth, bool kFull, bool kKeep, class T>
 __device__ __forceinline__ float cosine_weights_epilogue(
-    const Work& work, const Rows& rows, const Outlet& outlet, const Known& known, const Moments& moments,
-    Attention<kWidth> attention, const float (&pooled)[kWidth / 2], const float* columns, int image, int chunk,
-    float scale, float inverse_temperature, int lane) {
-  float weight_scale = work.weight_scale ? *work.weight_scale : 1.0f, inverse_scale = 1.0f / scale;
+    const Tile& tile, Attention<kWidth> attention, const float (&gram_attention)[kWidth / 2], const Moments& moments,
+    const Known& known) {
+  const Work& work = tile.work;
+  const Rows& rows = tile.rows;
+  float range_scale = work.range_scale ? *work.range_scale : 1.0f, inverse_scale = 1.0f / tile.scale;
   // W = a (log2(a) rate + constant + (q - mean_q) slope) / ‖p‖.
   float mean_bits[2], mean_q[2], bend_of_q[2], factor[2], rate[2], slope[2], constant[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    Pooled found(moments.total[r], moments.squared[r]);
+    PooledNorm found(moments.total[r], moments.squared[r]);
     float share = 1.0f / (found.total == 0.0f ? 1.0f : found.total), inverse_radius = 1.0f / found.radius;
     mean_bits[r] = sum_of_four(moments.weighted[r]) * share;
     mean_q[r] = found.squared * share;
-    float u = (known.stat[r] + mean_bits[r]) * inverse_scale;
+    float u = (known.state[r] + mean_bits[r]) * inverse_scale;
     float grad = known.grad[r] * inverse_radius, bend = u * inverse_radius * inverse_radius;
-    bend_of_q[r] = found.moves ? bend * share * inverse_temperature : 0.0f;  // q is not divided by Σ a
+    bend_of_q[r] = found.above_floor ? bend * share * tile.inverse_temperature : 0.0f;  // q is not divided by Σ a
     factor[r] = grad * share;
-    float all = factor[r] * rows.inverse[r] * weight_scale;
+    float all = factor[r] * rows.inverse[r] * range_scale;
     rate[r] = all * kLn2;
     slope[r] = -all * bend_of_q[r];
     constant[r] = all * fmaf(-mean_bits[r], kLn2, 1.0f);
-    if (chunk == 0 && lane % 4 == 0 && rows.are_there(work, r) && image < work.images)
-      work.curvature[image * work.texts + rows.text[r]] =
-          (found.moves ? grad * bend : 0.0f) * share * share * weight_scale;
+    if (tile.chunk == 0 && tile.lane % 4 == 0 && rows.are_there(work, r) && tile.image < work.images)
+      work.norm_factor[tile.image * work.texts + rows.text[r]] =
+          (found.above_floor ? grad * bend : 0.0f) * share * share * range_scale;
   }
   float temperature_sum = 0.0f;
   auto kept = [&](int j, float2, int r) {
@@ -226,7 +230,7 @@ __device__ __forceinline__ float cosine_weights_epilogue(
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
       float a = c ? both.y : both.x, bits = bits_of(a);
-      float q = pooled[at + c] - mean_q[r];
+      float q = gram_attention[at + c] - mean_q[r];
       w[c] = a * fmaf(q, slope[r], fmaf(bits, rate[r], constant[r])) * (c ? column.y : column.x);
       if constexpr (kFull) {
         float above = (bits - mean_bits[r]) * kLn2;  // (s - u) / τ
@@ -239,11 +243,11 @@ __device__ __forceinline__ float cosine_weights_epilogue(
 #pragma unroll
   for (int j0 = 0; j0 < kWidth / 8; j0 += 8) {
     if constexpr (kKeep) {
-      outlet.stage<kWidth>(j0, columns, kept, behind);
-      outlet.copy_attention<kWidth, false>(work, image, chunk, j0);
+      tile.outlet.stage<kWidth>(j0, tile.columns, kept, behind);
+      tile.outlet.copy_attention<kWidth, false>(work, tile.image, tile.chunk, j0);
     }
-    outlet.stage<kWidth>(j0, columns, pair, behind);
-    outlet.copy_weights<kWidth, false>(work, image, chunk, j0);
+    tile.outlet.stage<kWidth>(j0, tile.columns, pair, behind);
+    tile.outlet.copy_weights<kWidth, false>(work, tile.image, tile.chunk, j0);
   }
   return temperature_sum;
 }

@@ -6,16 +6,16 @@
 
 namespace pacl::cuda {
 
-constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
-// Below it the weights are made of s - φ as it is rounded; above, of constants of the row that hold φ already.
-constexpr float kFoldedTemperature = 0.01f;
+constexpr float kLn2 = 0.6931471805599453f;
+// Below this temperature the weights are made of s - φ as it is rounded; above, of constants of the row that hold φ.
+constexpr float kExactBelow = 0.01f;
 
 __device__ __forceinline__ float sum_of_four(float x) {
   x += __shfl_xor_sync(0xffffffffu, x, 1);
   return x + __shfl_xor_sync(0xffffffffu, x, 2);
 }
 
-__device__ __forceinline__ float most_of_four(float x) {
+__device__ __forceinline__ float max_of_four(float x) {
   x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
   return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
 }
@@ -36,12 +36,12 @@ struct Rows {
   __device__ __forceinline__ bool are_there(const Work& work, int r) const { return text[r] < work.texts; }
 };
 
-// A product that something is subtracted from, or that is subtracted, is made by __fmul_rn. Fused with the subtraction,
-// s - max s and s - φ would be a rounding error where they must be 0, which the temperature then divides.
-
-// Softmax sums of the forward over the patches of an image: of e, e x and, if kSafe, the maximum, x being s without the
-// text's norm.
-template <bool kSafe>
+// Softmax sums of the forward over the patches of an image: of e, e x and, if kRunningMax, the maximum. x is s without
+// the text's norm.
+//
+// Here and below a product that takes part in a subtraction is made by __fmul_rn: fused with the subtraction, s - max s
+// and s - φ would be a rounding error where they must be 0, and the temperature would divide it.
+template <bool kRunningMax>
 struct Softmax {
   float total[2], weighted[2], top[2];
 
@@ -54,7 +54,7 @@ struct Softmax {
     x0 = dead0 ? 0.0f : x0;  // whatever is behind a mask, NaN too
     x1 = dead1 ? 0.0f : x1;
     float anchor = 0.0f;
-    if constexpr (kSafe) {
+    if constexpr (kRunningMax) {
       float raised = fmaxf(top[r], fmaxf(dead0 ? -INFINITY : x0, dead1 ? -INFINITY : x1));
       anchor = raised == -INFINITY ? 0.0f : raised;
       float shrink = top[r] == -INFINITY ? 0.0f : exp2_fast((top[r] - anchor) * scale);
@@ -72,8 +72,8 @@ struct Softmax {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       float offset = 0.0f;
-      if constexpr (kSafe) {
-        float most = most_of_four(top[r]);
+      if constexpr (kRunningMax) {
+        float most = max_of_four(top[r]);
         float shrink = top[r] == -INFINITY ? 0.0f : exp2_fast((top[r] - most) * rows.inverse[r] * scale);
         total[r] *= shrink, weighted[r] *= shrink;
         offset = most == -INFINITY ? 0.0f : __fmul_rn(most, rows.inverse[r]);
@@ -82,45 +82,16 @@ struct Softmax {
       if (lane % 4 == 0 && rows.are_there(work, r) && image < work.images) {
         bool empty = all == 0.0f;
         float phi = empty ? 0.0f : __fmul_rn(mean / all, rows.inverse[r]);
-        int64_t at = image * work.stride_phi + rows.text[r];
+        int64_t at = image * work.phi_stride + rows.text[r];
         work.phi[at] = phi;
-        work.stat[at] = empty ? 0.0f : log2f(all) + (offset - phi) * scale;
+        work.state[at] = empty ? 0.0f : log2f(all) + (offset - phi) * scale;
       }
     }
     clear();
   }
 };
 
-template <int kWidth, bool kPacked, bool kSafe>
-__device__ __forceinline__ void forward_epilogue(
-    const Work& work, const Rows& rows, const float (&acc)[kWidth / 2], const float* columns, int image,
-    bool last_chunk, float scale, int lane, Softmax<kSafe>& softmax) {
-  float row_scale[2] = {rows.inverse[0] * scale, rows.inverse[1] * scale};
-  int block_of_image = 0;
-#pragma unroll
-  for (int j = 0; j < kWidth / 8; ++j) {
-    float2 column = *reinterpret_cast<const float2*>(columns + 8 * j + 2 * (lane % 4));
-    bool dead0 = column.x < 0.0f, dead1 = column.y < 0.0f;
-#pragma unroll
-    for (int r = 0; r < 2; ++r)
-      softmax.add(
-          r, __fmul_rn(acc[4 * j + 2 * r], column.x), __fmul_rn(acc[4 * j + 2 * r + 1], column.y), dead0, dead1,
-          row_scale[r]);
-    if constexpr (kPacked) {
-      if (++block_of_image == work.pitch / 8) {
-        softmax.finish(work, rows, image++, scale, lane);
-        block_of_image = 0;
-      }
-    }
-  }
-  if constexpr (kPacked) {
-    softmax.clear();  // columns behind the last image of the tile
-  } else {
-    if (last_chunk) softmax.finish(work, rows, image, scale, lane);
-  }
-}
-
-// The patch of a column of a tile that begins with `image`; `there`: whether one is wanted.
+// The patch of a column of a tile that begins with `image`; `there` is false for a column without a patch.
 struct Patch {
   int image, n;
   bool there;
@@ -139,23 +110,23 @@ struct Patch {
   }
 };
 
-// A warp's way from registers to memory: 64 columns of its 16 rows at a time through shared memory, so that neighbouring
-// lanes store neighbours.
+// A warp's way from registers to memory: 64 columns of its 16 rows at a time through shared memory, so that
+// neighbouring lanes store neighbours.
 struct Outlet {
   uint8_t* staged;
   int text, texts;  // of the first row, and how many there are in all
   int lane;
 
-  // Between the two `begin` and `end` of 64 columns: blocks `j` and `j + 1` of eight of them, in the layout of accumulators,
-  // packed: of each block row `row` and row `row + 8`.
+  // Stages column blocks `j` and `j + 1`, of eight columns each; to be called between `begin` and `end`.
+  // `two_blocks[2 b + r]` has two packed neighbours of block j + b in the row 8 r below the thread's first.
   __device__ __forceinline__ void put(int j, const uint32_t (&two_blocks)[4]) const {
     store_matrices(staged + lane % 16 * kStagedPitch + lane / 16 * 16 + 16 * j, two_blocks);
   }
   __device__ __forceinline__ void begin() const { __syncwarp(); }  // what was there before has been read
   __device__ __forceinline__ void end() const { __syncwarp(); }
 
-  // 64 columns of a tile from block `j0` on, or as many as there are: `pair(j, column, r)` gives two neighbours of row r in
-  // block j, packed, `column` being what `columns` has for them; `behind()` is called after each block.
+  // Stages 64 columns of a tile from block `j0` on, or as many as there are. `pair(j, column, r)` returns two packed
+  // neighbours of row r in block j, `column` being what `columns` has for them; `behind()` is called after each block.
   template <int kWidth, class Pair, class Behind>
   __device__ __forceinline__ void stage(int j0, const float* columns, const Pair& pair, const Behind& behind) const {
     uint32_t out[4] = {};
@@ -174,8 +145,8 @@ struct Outlet {
     end();
   }
 
-  // To `matrix` with `stride` from text to text, kElements neighbours at a time; `place` has the offset of a column in its
-  // row, negative where none is wanted.
+  // Copies what is staged to `matrix`, with `stride` from text to text, kElements neighbours at a time. `place` returns
+  // the offset of a column in its row, or a negative number for a column that is not stored.
   template <int kElements, class Place>
   __device__ __forceinline__ void copy(uint16_t* matrix, int64_t stride, const Place& place) const {
     constexpr int kLanes = kStagedColumns / kElements < 32 ? kStagedColumns / kElements : 32, kRows = 32 / kLanes;
@@ -204,73 +175,118 @@ struct Outlet {
       return patch.there ? int64_t(patch.image) * work.patches + patch.n : int64_t(-1);
     };
     switch (work.store_elements) {
-      case 8: return copy<8>(work.weights, work.stride_weights, place);
-      case 4: return copy<4>(work.weights, work.stride_weights, place);
-      default: return copy<1>(work.weights, work.stride_weights, place);
+      case 8: return copy<8>(work.weights, work.weights_stride, place);
+      case 4: return copy<4>(work.weights, work.weights_stride, place);
+      default: return copy<1>(work.weights, work.weights_stride, place);
     }
   }
 
-  // The same to the attention `[images, texts, attention_pitch]`.
+  // The same to the attention `[images, texts, attention_stride]`.
   template <int kWidth, bool kPacked>
   __device__ __forceinline__ void copy_attention(const Work& work, int image, int chunk, int j0) const {
-    copy<8>(work.attention, work.attention_pitch, [&](int column) {
+    copy<8>(work.attention, work.attention_stride, [&](int column) {
       Patch patch = Patch::of<kWidth, kPacked>(work, image, chunk, 8 * j0 + column);
-      return patch.there ? patch.image * work.texts * work.attention_pitch + patch.n : int64_t(-1);
+      return patch.there ? patch.image * work.texts * work.attention_stride + patch.n : int64_t(-1);
     });
   }
 };
 
+// A tile whose products are in the registers, as one thread of its warpgroup sees it.
+struct Tile {
+  const Work& work;
+  const Rows& rows;
+  const Outlet& outlet;
+  const float* columns;  // [kWidth], in shared memory
+  int image, chunk;      // the first image, and which chunk of it
+  float scale;           // log2(e) / τ
+  float inverse_temperature;
+  int lane;
+};
+
+// Adds the scores of a tile to `softmax`, which stores φ and the entropy when all chunks of an image are in it.
+template <int kWidth, bool kPacked, bool kRunningMax>
+__device__ __forceinline__ void dot_forward_epilogue(
+    const Tile& tile, const float (&acc)[kWidth / 2], bool last_chunk, Softmax<kRunningMax>& softmax) {
+  const Work& work = tile.work;
+  const Rows& rows = tile.rows;
+  float scale = tile.scale, row_scale[2] = {rows.inverse[0] * scale, rows.inverse[1] * scale};
+  int image = tile.image, lane = tile.lane, block_of_image = 0;
+#pragma unroll
+  for (int j = 0; j < kWidth / 8; ++j) {
+    float2 column = *reinterpret_cast<const float2*>(tile.columns + 8 * j + 2 * (lane % 4));
+    bool dead0 = column.x < 0.0f, dead1 = column.y < 0.0f;
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+      softmax.add(
+          r, __fmul_rn(acc[4 * j + 2 * r], column.x), __fmul_rn(acc[4 * j + 2 * r + 1], column.y), dead0, dead1,
+          row_scale[r]);
+    if constexpr (kPacked) {
+      if (++block_of_image == work.pitch / 8) {
+        softmax.finish(work, rows, image++, scale, lane);
+        block_of_image = 0;
+      }
+    }
+  }
+  if constexpr (kPacked) {
+    softmax.clear();  // columns behind the last image of the tile
+  } else {
+    if (last_chunk) softmax.finish(work, rows, image, scale, lane);
+  }
+}
+
 // What the backward knows of an image for a thread's two rows.
 struct Known {
-  float phi[2], stat[2], grad[2];
+  float phi[2], state[2], grad[2];
 
   __device__ __forceinline__ void load(const Work& work, const Rows& rows, int image) {
     load(phi, work.phi, work, rows, image);
-    load(stat, work.stat, work, rows, image);
+    load(state, work.state, work, rows, image);
     load(grad, work.grad_phi, work, rows, image);
   }
 
-  // One of them, 0 where there is none; `from` [images, stride_phi] or null.
+  // One of them, 0 where there is none; `from` [images, phi_stride] or null.
   static __device__ __forceinline__ void load(
       float (&to)[2], const float* from, const Work& work, const Rows& rows, int image) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       bool there = from && rows.are_there(work, r) && image < work.images;
-      to[r] = there ? from[image * work.stride_phi + rows.text[r]] : 0.0f;
+      to[r] = there ? from[image * work.phi_stride + rows.text[r]] : 0.0f;
     }
   }
 };
 
-// Constants of a row: a = exp2(x rate + offset), W = a (x slope + constant) / ‖p‖, x being s - φ if kExact, else s without the
-// text's norm.
+// Constants of a row: a = exp2(x rate + offset) and W = a (x slope + constant) / ‖p‖, where x is s - φ if kExact,
+// otherwise s without the text's norm.
 template <bool kExact>
 struct Line {
   float rate, offset, slope, constant;
 
-  __device__ __forceinline__ Line(const Rows& rows, const Known& known, int r, float scale, float inverse_temperature,
-                                  float weight_scale) {
-    float factor = known.grad[r] * rows.inverse[r] * weight_scale;
+  __device__ __forceinline__ Line(const Tile& tile, const Known& known, int r, float range_scale) {
+    const Rows& rows = tile.rows;
+    float scale = tile.scale, inverse_temperature = tile.inverse_temperature;
+    float factor = known.grad[r] * rows.inverse[r] * range_scale;
     rate = kExact ? scale : rows.inverse[r] * scale;
-    offset = kExact ? -known.stat[r] : fmaf(-known.phi[r], scale, -known.stat[r]);
+    offset = kExact ? -known.state[r] : fmaf(-known.phi[r], scale, -known.state[r]);
     slope = factor * inverse_temperature * (kExact ? 1.0f : rows.inverse[r]);
     constant = kExact ? factor : factor * fmaf(-known.phi[r], inverse_temperature, 1.0f);
   }
 };
 
-// Stores the attention in float16, `[images, texts, attention_pitch]`. `known` has the entropy and φ of `dot`, or the
-// log-sum-exp and 0. kExact: of s - φ as it is rounded, for a temperature below kFoldedTemperature.
+// Stores the attention in float16, `[images, texts, attention_stride]`. `known` has the entropy and φ of `dot`, or the
+// log-sum-exp and 0. kExact: from s - φ as it is rounded, for a temperature below kExactBelow.
 template <int kWidth, bool kPacked, bool kExact>
-__device__ __forceinline__ void attention_epilogue(
-    const Work& work, const Rows& rows, const Outlet& outlet, const float (&acc)[kWidth / 2], const float* columns,
-    int image, int chunk, float scale, int lane, Known& known) {
-  int image0 = image, blocks_of_image = work.pitch / 8, block_of_image = 0;
+__device__ __forceinline__ void attention_epilogue(const Tile& tile, const float (&acc)[kWidth / 2], Known& known) {
+  const Work& work = tile.work;
+  const Rows& rows = tile.rows;
+  float scale = tile.scale;
+  int image = tile.image, blocks_of_image = work.pitch / 8, block_of_image = 0;
   auto pair = [&](int j, float2 column, int r) {
-    float rate = rows.inverse[r] * scale, offset = fmaf(-known.phi[r], scale, -known.stat[r]), a[2];
+    float rate = rows.inverse[r] * scale, offset = fmaf(-known.phi[r], scale, -known.state[r]), a[2];
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
       float inverse = c ? column.y : column.x, x = acc[4 * j + 2 * r + c] * inverse;
       if constexpr (kExact)
-        a[c] = exp2_fast(__fmul_rn(__fmul_rn(x, rows.inverse[r]) - known.phi[r], scale) - known.stat[r]);
+        a[c] = exp2_fast(__fmul_rn(__fmul_rn(x, rows.inverse[r]) - known.phi[r], scale) - known.state[r]);
       else
         a[c] = exp2_fast(fmaf(x, rate, offset));
       a[c] = inverse < 0.0f ? 0.0f : a[c];  // whatever is behind a mask, NaN too
@@ -287,23 +303,22 @@ __device__ __forceinline__ void attention_epilogue(
   };
 #pragma unroll
   for (int j0 = 0; j0 < kWidth / 8; j0 += 8) {
-    outlet.stage<kWidth>(j0, columns, pair, behind);
-    outlet.copy_attention<kWidth, kPacked>(work, image0, chunk, j0);
+    tile.outlet.stage<kWidth>(j0, tile.columns, pair, behind);
+    tile.outlet.copy_attention<kWidth, kPacked>(work, tile.image, tile.chunk, j0);
   }
 }
 
 // Stores W = dS / (‖p‖ ‖t‖); returns the tile's part of the temperature's sum.
-// kFull: any of Work::full, or a temperature below kFoldedTemperature; without it a column that is not there may hold
+// kFull: any of Work::full, or a temperature below kExactBelow; without it a column that is not there may hold
 // anything, since it is not stored.
 template <int kWidth, bool kPacked, bool kFull, class T>
-__device__ __forceinline__ float weights_epilogue(
-    const Work& work, const Rows& rows, const Outlet& outlet, const float (&acc)[kWidth / 2], const float* columns,
-    int image, int chunk, float scale, float inverse_temperature, int lane, Known& known) {
-  float weight_scale = work.weight_scale ? *work.weight_scale : 1.0f;
-  int image0 = image, blocks_of_image = work.pitch / 8, block_of_image = 0;
+__device__ __forceinline__ float dot_weights_epilogue(const Tile& tile, const float (&acc)[kWidth / 2], Known& known) {
+  const Work& work = tile.work;
+  const Rows& rows = tile.rows;
+  float range_scale = work.range_scale ? *work.range_scale : 1.0f;
+  int image = tile.image, blocks_of_image = work.pitch / 8, block_of_image = 0;
   float temperature_sum = 0.0f;
-  Line<kFull> lines[2] = {{rows, known, 0, scale, inverse_temperature, weight_scale},
-                          {rows, known, 1, scale, inverse_temperature, weight_scale}};
+  Line<kFull> lines[2] = {{tile, known, 0, range_scale}, {tile, known, 1, range_scale}};
   auto pair = [&](int j, float2 column, int r) {
     float w[2];
 #pragma unroll
@@ -325,15 +340,15 @@ __device__ __forceinline__ float weights_epilogue(
       if (++block_of_image == blocks_of_image) {
         known.load(work, rows, ++image);
 #pragma unroll
-        for (int r = 0; r < 2; ++r) lines[r] = {rows, known, r, scale, inverse_temperature, weight_scale};
+        for (int r = 0; r < 2; ++r) lines[r] = {tile, known, r, range_scale};
         block_of_image = 0;
       }
     }
   };
 #pragma unroll
   for (int j0 = 0; j0 < kWidth / 8; j0 += 8) {
-    outlet.stage<kWidth>(j0, columns, pair, behind);
-    outlet.copy_weights<kWidth, kPacked>(work, image0, chunk, j0);
+    tile.outlet.stage<kWidth>(j0, tile.columns, pair, behind);
+    tile.outlet.copy_weights<kWidth, kPacked>(work, tile.image, tile.chunk, j0);
   }
   return temperature_sum;
 }

@@ -1,4 +1,4 @@
-// Compiled once for each epilogue and dtype: PACL_EPILOGUE and PACL_ELEMENT, PACL_TABLE the name in kernels.h.
+// Compiled once for each epilogue and dtype of epilogues.def, which are PACL_TABLE_EPILOGUE and PACL_TABLE_DTYPE.
 
 #include <cstddef>
 #include <iterator>
@@ -7,15 +7,22 @@
 #include "kernels.h"
 #include "score.cuh"
 
+#define PACL_JOIN(A, B) A##_##B
+#define PACL_TABLE(EPILOGUE, DTYPE) PACL_JOIN(EPILOGUE, DTYPE)  // the name in kernels.h
+
 namespace pacl::cuda {
 namespace {
+
+using bfloat16 = __nv_bfloat16;
+using float16 = __half;
+constexpr Epilogue kEpilogue = Epilogue::PACL_TABLE_EPILOGUE;
 
 template <bool kPacked, const auto& kCompiled, std::size_t... kIndex>
 const void* find(int width, std::index_sequence<kIndex...>) {
   const void* found = nullptr;
   ((width == kCompiled[kIndex]
         ? (found = reinterpret_cast<const void*>(
-               &score_kernel<kCompiled[kIndex], kPacked, PACL_ELEMENT, Epilogue::PACL_EPILOGUE>))
+               &score_kernel<kCompiled[kIndex], kPacked, PACL_TABLE_DTYPE, kEpilogue>))
         : nullptr),
    ...);
   return found;
@@ -28,13 +35,13 @@ const void* find(int width) {
 
 }  // namespace
 
-const void* PACL_TABLE(int width, bool packed) {
-  if constexpr (Epilogue::PACL_EPILOGUE == Epilogue::forward_safe)
-    return packed ? find<true, kSafePackedWidths>(width) : find<false, kSafeWidths>(width);
-  else if constexpr (is_pooled(Epilogue::PACL_EPILOGUE))
-    return find<false, kPooledWidths>(width);
-  else if constexpr (reads_attention(Epilogue::PACL_EPILOGUE))
-    return find<false, kGramWidths>(width);
+const void* PACL_TABLE(PACL_TABLE_EPILOGUE, PACL_TABLE_DTYPE)(int width, bool packed) {
+  if constexpr (kEpilogue == Epilogue::dot_forward_running_max)
+    return packed ? find<true, kRunningMaxPackedWidths>(width) : find<false, kRunningMaxWidths>(width);
+  else if constexpr (has_second_product(kEpilogue))
+    return find<false, kSecondProductWidths>(width);
+  else if constexpr (reads_attention(kEpilogue))
+    return find<false, kFromAttentionWidths>(width);
   else
     return packed ? find<true, kPackedWidths>(width) : find<false, kWidths>(width);
 }

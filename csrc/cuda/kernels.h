@@ -1,25 +1,13 @@
-// The compiled kernels by width: kernels.cu once for each epilogue and dtype, the table in launch.cu.
+// The compiled kernels by width: kernels.cu defines one table for each epilogue and dtype, launch.cu chooses.
 
 #pragma once
 
 namespace pacl::cuda {
 
-// Null where that width is not compiled.
-#define PACL_KERNELS(NAME) const void* NAME(int width, bool packed)
-PACL_KERNELS(forward_bfloat16);
-PACL_KERNELS(forward_float16);
-PACL_KERNELS(forward_safe_bfloat16);
-PACL_KERNELS(forward_safe_float16);
-PACL_KERNELS(weights_bfloat16);
-PACL_KERNELS(weights_float16);
-PACL_KERNELS(cosine_bfloat16);
-PACL_KERNELS(cosine_float16);
-PACL_KERNELS(cosine_weights_bfloat16);
-PACL_KERNELS(cosine_weights_float16);
-PACL_KERNELS(attention_bfloat16);
-PACL_KERNELS(attention_float16);
-PACL_KERNELS(pool_weights_bfloat16);
-PACL_KERNELS(pool_weights_float16);
-PACL_KERNELS(pool_float16);  // reads and writes nothing of the call's dtype
+// `<epilogue>_<dtype>(width, packed)`: null where that width is not compiled.
+#define PACL_EPILOGUE(NAME, DTYPE)                    \
+  const void* NAME##_float16(int width, bool packed); \
+  const void* NAME##_##DTYPE(int width, bool packed);
+#include "epilogues.def"
 
 }  // namespace pacl::cuda

@@ -79,58 +79,47 @@ CUtensorMap tensor_map(const Box& box, int dimensions, bool half) {
   return map;
 }
 
-int processors_of(int device) {
-  int count = 0;
-  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
-  return count;
-}
-
-const void* kernel_of(const ScoreCall& call, const Plan& plan) {
-  bool half = call.dtype == Dtype::float16;
-  switch (call.epilogue) {
-#define PACL_TABLES(NAME) \
-  case Epilogue::NAME: return (half ? NAME##_float16 : NAME##_bfloat16)(plan.width, plan.packed)
-    PACL_TABLES(forward);
-    PACL_TABLES(forward_safe);
-    PACL_TABLES(weights);
-    PACL_TABLES(cosine);
-    PACL_TABLES(cosine_weights);
-    PACL_TABLES(attention);
-    PACL_TABLES(pool_weights);
-#undef PACL_TABLES
-    case Epilogue::pool: return pool_float16(plan.width, plan.packed);
+const void* kernel_of(const Launch& launch) {
+  switch (launch.epilogue) {
+#define PACL_EPILOGUE(NAME, DTYPE) \
+  case Epilogue::NAME: return (launch.half ? NAME##_float16 : NAME##_##DTYPE)(launch.plan.width, launch.plan.packed);
+#include "epilogues.def"
   }
   return nullptr;
 }
 
 }  // namespace
 
-Plan device_plan(const ScoreCall& call) { return plan_of(call, processors_of(call.device)); }
+int processors_of(int device) {
+  int count = 0;
+  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
+  return count;
+}
 
-void make_columns(const ScoreCall& call, const float* inverse_norms, const uint8_t* mask, int64_t mask_stride_image,
+void make_columns(const Launch& launch, const float* inverse_norms, const uint8_t* mask, int64_t mask_stride_image,
                   int64_t mask_stride_row, float* columns) {
-  OnDevice on(call.device);
-  Columns made = make_columns(call, device_plan(call), inverse_norms, mask, mask_stride_image, mask_stride_row, columns);
+  OnDevice on(launch.device);
+  Columns made = columns_of(launch, inverse_norms, mask, mask_stride_image, mask_stride_row, columns);
   int64_t blocks = ceil_div(made.tiles * made.width, 256);
-  columns_kernel<<<static_cast<unsigned>(blocks), 256, 0, static_cast<cudaStream_t>(call.stream)>>>(made);
+  columns_kernel<<<static_cast<unsigned>(blocks), 256, 0, static_cast<cudaStream_t>(launch.stream)>>>(made);
   check(cudaGetLastError(), "columns_kernel");
 }
 
-void score(const ScoreCall& call) {
-  OnDevice on(call.device);
-  Plan plan = device_plan(call);
-  Work work = make_work(call, plan);
-  CUtensorMap patches = tensor_map(patch_box(call, plan), 3, boxes_are_half(call));
-  CUtensorMap texts = tensor_map(text_box(call), 2, boxes_are_half(call));
-  CUtensorMap gram = is_pooled(call.epilogue) ? tensor_map(gram_box(call, plan), 3, true) : patches;
-  const void* kernel = kernel_of(call, plan);
+void run(const Launch& launch) {
+  OnDevice on(launch.device);
+  const Plan& plan = launch.plan;
+  Work work = make_work(launch);
+  CUtensorMap patches = tensor_map(patch_box(launch), 3, boxes_are_half(launch));
+  CUtensorMap texts = tensor_map(text_box(launch), 2, boxes_are_half(launch));
+  CUtensorMap gram = has_second_product(launch.epilogue) ? tensor_map(gram_box(launch), 3, true) : patches;
+  const void* kernel = kernel_of(launch);
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes),
         "cudaFuncSetAttribute");
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(plan.clusters * plan.cluster));
   config.blockDim = dim3(threads_of(plan.consumers));
   config.dynamicSmemBytes = plan.shared_bytes;
-  config.stream = static_cast<cudaStream_t>(call.stream);
+  config.stream = static_cast<cudaStream_t>(launch.stream);
   cudaLaunchAttribute cluster{};
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim.x = plan.cluster;

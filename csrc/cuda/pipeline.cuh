@@ -12,6 +12,7 @@
 #include "ptx.cuh"
 #endif
 
+#include "constants.h"
 #include "work.h"
 
 namespace pacl::cuda {
@@ -148,7 +149,7 @@ __device__ __forceinline__ void produce(
           at.next(work.stages);
         }
       }
-      if constexpr (is_pooled(kEpilogue)) {
+      if constexpr (has_second_product(kEpilogue)) {
         for (int warpgroup = 0; warpgroup < kConsumers; ++warpgroup) {
           int image = item.begin + kConsumers * turn + warpgroup;
           for (int step = 0; step < work.gram_steps; ++step) {
@@ -202,11 +203,11 @@ __device__ __forceinline__ int issue_products(
   return before;
 }
 
-// q = G a of a tile, `pooled`, from the attention as the left operand; issued like the products.
+// q = G a of a tile, from the attention as the left operand; issued like the products.
 template <int kWidth>
-__device__ __forceinline__ int issue_pooling(
+__device__ __forceinline__ int issue_gram_attention(
     const Work& work, const Shared& shared, Position& at, int lane, const uint32_t (&attention)[(kWidth + 15) / 16][4],
-    float (&pooled)[kWidth / 2]) {
+    float (&gram_attention)[kWidth / 2]) {
   constexpr int kAll = (kWidth + 15) / 16, kOfStep = kStep / 16;
   int before = 0;
   uint64_t b = 0;
@@ -217,7 +218,7 @@ __device__ __forceinline__ int issue_pooling(
       b = matrix_descriptor(shared.ring + at.slot * shared.stage_bytes);
       wgmma_fence();
     }
-    Wgmma<kWidth, __half>::multiply(pooled, attention[k], b + 2 * (k % kOfStep), k > 0);
+    Wgmma<kWidth, __half>::multiply(gram_attention, attention[k], b + 2 * (k % kOfStep), k > 0);
     if (k % kOfStep == kOfStep - 1 || k + 1 == kAll) {
       wgmma_commit();
       if (k >= kOfStep) {

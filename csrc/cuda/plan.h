@@ -10,17 +10,22 @@
 
 namespace pacl::cuda {
 
-// What a launch makes of the scores: φ and the entropy, with a running maximum too ("safe"), or the weights of the backward;
-// of the `cosine` form φ and the weights with the image's Gram matrix as a second operand. Where that has no room, the
-// attention goes to memory, and the last two make the same of the attention's products with the Gram matrix.
-enum class Epilogue { forward, forward_safe, weights, cosine, cosine_weights, attention, pool, pool_weights };
+enum class Epilogue {
+#define PACL_EPILOGUE(NAME, DTYPE) NAME,
+#include "epilogues.def"
+};
 
-constexpr bool is_pooled(Epilogue e) { return e == Epilogue::cosine || e == Epilogue::cosine_weights; }
-constexpr bool reads_attention(Epilogue e) { return e == Epilogue::pool || e == Epilogue::pool_weights; }
-constexpr bool has_weights(Epilogue e) {
-  return e == Epilogue::weights || e == Epilogue::cosine_weights || e == Epilogue::pool_weights;
+// A tile has a second product: its attention, in registers, with the Gram matrix, which follows the patches in the
+// ring.
+constexpr bool has_second_product(Epilogue e) { return e == Epilogue::cosine_forward || e == Epilogue::cosine_weights; }
+// The operands are the attention in memory and the Gram matrix, in place of texts and patches.
+constexpr bool reads_attention(Epilogue e) {
+  return e == Epilogue::cosine_forward_from_attention || e == Epilogue::cosine_weights_from_attention;
 }
-constexpr bool is_staged(Epilogue e) { return has_weights(e) || e == Epilogue::attention; }
+constexpr bool writes_weights(Epilogue e) {
+  return e == Epilogue::dot_weights || e == Epilogue::cosine_weights || e == Epilogue::cosine_weights_from_attention;
+}
+constexpr bool is_staged(Epilogue e) { return writes_weights(e) || e == Epilogue::attention; }
 
 inline constexpr int kTileTexts = 64;
 inline constexpr int kStep = 64;  // along D: 128 bytes, what the swizzle of shared memory spans
@@ -29,49 +34,57 @@ inline constexpr int kMaxStages = 8;
 inline constexpr int kSharedBytes = 227 * 1024;  // of a block on Hopper
 inline constexpr int kBarrierBytes = 256;  // room for Barriers in pipeline.cuh
 inline constexpr int kTextStepBytes = kTileTexts * kStep * 2;
-// On the way from registers to memory: 16 rows of a warp by 64 columns of 16 bits. A row's 16 bytes more than its columns
-// keep eight rows out of each other's banks.
+// On the way from registers to memory: 16 rows of a warp by 64 columns of 16 bits. The 16 bytes that a row has beyond
+// its columns keep eight rows out of each other's banks.
 inline constexpr int kStagedColumns = 64;
 inline constexpr int kStagedPitch = kStagedColumns * 2 + 16;
 inline constexpr int kStagedBytes = 16 * kStagedPitch;
 // Columns of the tiles that are compiled, for one image (or a chunk) and for several small ones side by side; with a
-// running maximum ("safe") there are fewer.
+// running maximum there are fewer.
 inline constexpr int kWidths[] = {144, 160, 176, 192, 200, 208, 224, 232, 248, 256};
 inline constexpr int kPackedWidths[] = {192, 224, 256};
-inline constexpr int kSafeWidths[] = {200, 256};
-inline constexpr int kSafePackedWidths[] = {256};
-// With the Gram matrix of the image as a second operand; and as the only one, the attention being in memory.
-inline constexpr int kPooledWidths[] = {144, 176, 192, 200, 208, 256};
-inline constexpr int kGramWidths[] = {144, 176, 192, 200};
+inline constexpr int kRunningMaxWidths[] = {200, 256};
+inline constexpr int kRunningMaxPackedWidths[] = {256};
+// With a second product; and with the attention in memory.
+inline constexpr int kSecondProductWidths[] = {144, 176, 192, 200, 208, 256};
+inline constexpr int kFromAttentionWidths[] = {144, 176, 192, 200};
 inline constexpr int kMostPacked = 128;  // patches of an image up to which several share a tile
 
-// Warpgroups that take tiles in turn. Two of 232 registers a thread, or three of 160 where that holds the accumulators and
-// all else: while one has the tensor cores, two epilogues hide each other's waits.
+// Warpgroups that take tiles in turn: two of 232 registers a thread, or three of 160 where that holds the accumulators
+// and all else. While one of three has the tensor cores, two epilogues hide each other's waits.
 inline constexpr int kMostOfThree = 200;  // columns
 
 constexpr int consumers_of(Epilogue e, int width) {
-  return (e == Epilogue::forward || e == Epilogue::weights || e == Epilogue::attention) && width <= kMostOfThree ? 3 : 2;
+  bool narrow = e == Epilogue::dot_forward || e == Epilogue::dot_weights || e == Epilogue::attention;
+  return narrow && width <= kMostOfThree ? 3 : 2;
 }
 
-struct Plan {
-  int width;          // columns of a tile
-  bool packed;        // several images to a tile
-  int pitch;          // columns from one image of a tile to the next; a multiple of 8
-  int images;         // of a tile, which are a group
-  int chunks;         // tiles of an image
-  int passes;         // over them: 2 where a tile needs what only all of them know
-  int64_t groups;     // of images
-  int steps;          // along D, or along the image's patches for the attention's products
-  int gram_steps;     // along the image's own patches, where the Gram matrix is a second operand; otherwise 0
-  bool resident;      // whether the texts stay in shared memory; otherwise they come with each step
-  bool staged;        // whether there is room for what is on its way to memory
-  int stages;         // of the ring of steps in shared memory
-  int consumers;      // warpgroups that take tiles in turn
-  int cluster;        // blocks that share each step of patches
+// The part of a plan that the kernel reads.
+struct Schedule {
+  int64_t images, texts;
+  int64_t groups;       // of images: those of one tile
+  int64_t splits;       // runs of groups of images
   int64_t text_groups;  // of 64 texts for each block of the cluster
-  int64_t splits;     // runs of groups of images
-  int64_t items;      // text groups times splits
-  int64_t clusters;   // that are launched
+  int64_t items;        // text groups times splits
+  int64_t clusters;     // that are launched
+  int patches;          // of an image
+  int pitch;            // columns from one image of a tile to the next; a multiple of 8
+  int images_of_tile;
+  int chunks;           // tiles of an image
+  int passes;           // over them: 2 where a tile needs what only all of them know
+  int steps;            // along D, or along the image's patches for the attention's products
+  int gram_steps;       // along the image's own patches, where the Gram matrix is a second operand; otherwise 0
+  int stages;           // of the ring of steps in shared memory
+  int cluster;          // blocks that share each step of patches
+  bool resident;        // the texts stay in shared memory; otherwise they come with each step
+};
+
+struct Plan : Schedule {
+  int64_t dim;
+  int width;      // columns of a tile
+  bool packed;    // several images to a tile
+  bool staged;    // there is room for what is on its way to memory
+  int consumers;  // warpgroups that take tiles in turn
   int shared_bytes;
 };
 
@@ -84,7 +97,7 @@ inline int stage_bytes(const Plan& plan) {
 
 // Bytes of what comes before texts and ring in shared memory, at places that the kernel knows when it is compiled.
 constexpr int fixed_bytes(int consumers, bool staged) {
-  int of_consumer = kMaxWidth * 4 + (staged ? 4 * kStagedBytes : 0);  // columns of a warpgroup, and a part for each warp
+  int of_consumer = kMaxWidth * 4 + (staged ? 4 * kStagedBytes : 0);  // a warpgroup's columns, and a part for each warp
   return static_cast<int>(ceil_div(kBarrierBytes + consumers * of_consumer, 1024) * 1024);
 }
 
@@ -113,7 +126,7 @@ void choose_chunks(Plan& plan, int64_t patches, const int (&widths)[kCount]) {
     if (cost < fewest) fewest = cost, plan.width = width, plan.chunks = static_cast<int>(chunks);
   }
   plan.pitch = plan.width;
-  plan.images = 1;
+  plan.images_of_tile = 1;
 }
 
 template <int kCount, int kPackedCount>
@@ -126,7 +139,7 @@ void choose_tile(Plan& plan, int64_t patches, const int (&widths)[kCount], const
   for (int width : packed_widths) {
     int images = width / plan.pitch;
     double used = double(images * patches) / width;
-    if (images > 0 && used > best) best = used, plan.width = width, plan.images = images;
+    if (images > 0 && used > best) best = used, plan.width = width, plan.images_of_tile = images;
   }
 }
 
@@ -144,31 +157,33 @@ inline void choose_items(Plan& plan, int processors) {
   plan.clusters = std::min(most, plan.items);
 }
 
-// Patches of an image for which the cosine form is one launch: the attention needs all of them in one tile, and the Gram
-// matrices of several images side by side would multiply zeros.
-inline constexpr int kLeastPooled = 97;
+// With fewer patches several images would have to share a tile, and the product with their Gram matrices would be mostly
+// of zeros.
+inline constexpr int kLeastOfOneTile = 97;
 
-inline bool can_pool(int64_t patches) { return patches >= kLeastPooled && patches <= kMaxWidth; }
+// The cosine form can run in one launch: the attention needs all patches of an image, and no others, in a tile.
+inline bool fits_one_tile(int64_t patches) { return patches >= kLeastOfOneTile && patches <= kMaxWidth; }
 
 // `processors`: of the device. `cluster`: 1 or 2 blocks; 0 for what is best.
 inline Plan make_plan(
     int64_t images, int64_t patches, int64_t texts, int64_t dim, Epilogue epilogue, int processors, int cluster) {
   Plan plan{};
+  plan.images = images, plan.patches = static_cast<int>(patches), plan.texts = texts, plan.dim = dim;
   plan.staged = is_staged(epilogue);
-  if (is_pooled(epilogue)) {
-    plan.width = plan.pitch = width_for(kPooledWidths, patches);
-    plan.images = plan.chunks = 1;
+  if (has_second_product(epilogue)) {
+    plan.width = plan.pitch = width_for(kSecondProductWidths, patches);
+    plan.images_of_tile = plan.chunks = 1;
     plan.gram_steps = static_cast<int>(ceil_div(plan.width, kStep));
   } else if (reads_attention(epilogue)) {
-    choose_chunks(plan, patches, kGramWidths);
-  } else if (epilogue == Epilogue::forward_safe) {
-    choose_tile(plan, patches, kSafeWidths, kSafePackedWidths);
+    choose_chunks(plan, patches, kFromAttentionWidths);
+  } else if (epilogue == Epilogue::dot_forward_running_max) {
+    choose_tile(plan, patches, kRunningMaxWidths, kRunningMaxPackedWidths);
   } else {
     choose_tile(plan, patches, kWidths, kPackedWidths);
   }
   plan.consumers = consumers_of(epilogue, plan.width);
-  plan.passes = epilogue == Epilogue::pool_weights && plan.chunks > 1 ? 2 : 1;
-  plan.groups = ceil_div(images, plan.images);
+  plan.passes = epilogue == Epilogue::cosine_weights_from_attention && plan.chunks > 1 ? 2 : 1;
+  plan.groups = ceil_div(images, plan.images_of_tile);
   plan.steps = static_cast<int>(ceil_div(reads_attention(epilogue) ? patches : dim, kStep));
   plan.cluster = cluster ? cluster : (texts > kTileTexts && processors > 1 ? 2 : 1);
   plan.text_groups = ceil_div(texts, kTileTexts * plan.cluster);

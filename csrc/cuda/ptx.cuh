@@ -153,8 +153,9 @@ __device__ __forceinline__ float log2_fast(float x) {
   return y;
 }
 
-// Four matrices of eight by eight 16-bit elements to shared memory, whose rows are 16 bytes each: lanes 8 i to 8 i + 7 have
-// the addresses of the rows of matrix i, and lane l has in `v[i]` two neighbours of its row l / 4, columns 2 (l % 4) on.
+// Four matrices of eight by eight 16-bit elements to shared memory, whose rows are 16 bytes each. Lanes 8 i to 8 i + 7
+// have the addresses of the rows of matrix i; lane l has in `v[i]` two neighbours of its row l / 4, at column
+// 2 (l % 4).
 __device__ __forceinline__ void store_matrices(void* row, const uint32_t (&v)[4]) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)), "r"(v[0]),
                "r"(v[1]), "r"(v[2]), "r"(v[3])

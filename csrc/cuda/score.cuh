@@ -1,10 +1,10 @@
 // The kernel: the score product with its epilogues, warp-specialised for Hopper.
 //
-// A block works on 64 texts, which stay in shared memory where they fit, and walks through images: one warp feeds a ring
-// of steps (64 dimensions of the patches of a tile) through the copy engine; two or three warpgroups take tiles in turn, so
-// that the epilogues of some run while the tensor cores work for another. Texts are the rows of a
-// tile and patches its columns: a softmax over patches runs along each thread's own accumulators, and |s| <= 1 makes it
-// two plain sums. The two blocks of a cluster hold other texts and share every step of patches: each loads half of the
+// A block works on 64 texts, which stay in shared memory where they fit, and walks through images. One warp feeds a
+// ring of steps (64 dimensions of the patches of a tile) through the copy engine. Two or three warpgroups take tiles in
+// turn, so that the epilogues of some run while the tensor cores work for another. Texts are the rows of a tile and
+// patches its columns: a softmax over patches runs along each thread's own accumulators, and |s| <= 1 makes it two
+// plain sums. The two blocks of a cluster hold different texts and share every step of patches: each loads half of the
 // steps into both.
 //
 // docs/cuda.md draws it. plan.h chooses the tile and deals out the work.
@@ -15,69 +15,60 @@
 
 namespace pacl::cuda {
 
-constexpr float kPlainTemperature = 0.05f;  // from here on exp(s / tau) <= e^20 needs no running maximum
-
-// What a thread keeps from tile to tile.
+// Registers that a thread carries from one tile to the next.
 template <Epilogue kEpilogue>
-struct State {
-  Softmax<kEpilogue == Epilogue::forward_safe> softmax;
+struct Carry {
+  Softmax<kEpilogue == Epilogue::dot_forward_running_max> softmax;
   Moments moments;
-  Pooling pooling;
+  DotResult dot;
   Known known;
   double temperature_sum = 0.0;
 
-  __device__ __forceinline__ State() { softmax.clear(); }
+  __device__ __forceinline__ Carry() { softmax.clear(); }
 };
 
-// What becomes of the products of a tile; `attention` has it where the products are q = G a.
+// What becomes of the products of a tile: `acc` has the scores, or q = G a where `attention` has a.
 template <int kWidth, bool kPacked, class T, Epilogue kEpilogue, class Attention>
 __device__ __forceinline__ void finish_tile(
-    const Work& work, const Rows& rows, const Outlet& outlet, const float (&acc)[kWidth / 2], Attention& attention,
-    const float* columns, int image, const Turn& now, float scale, float inverse_temperature, int lane,
-    State<kEpilogue>& state) {
+    const Tile& tile, const Turn& now, const float (&acc)[kWidth / 2], Attention& attention, Carry<kEpilogue>& carry) {
   constexpr bool kRead = reads_attention(kEpilogue);
+  const Work& work = tile.work;
   bool last = now.chunk + 1 == work.chunks;
-  bool exact = inverse_temperature > 1.0f / kFoldedTemperature;  // s - φ as it is rounded
-  Known& known = state.known;
-  if constexpr (kEpilogue == Epilogue::forward || kEpilogue == Epilogue::forward_safe) {
-    forward_epilogue<kWidth, kPacked>(work, rows, acc, columns, image, last, scale, lane, state.softmax);
+  bool exact = tile.inverse_temperature > 1.0f / kExactBelow;  // s - φ as it is rounded
+  Known& known = carry.known;
+  if constexpr (kEpilogue == Epilogue::dot_forward || kEpilogue == Epilogue::dot_forward_running_max) {
+    dot_forward_epilogue<kWidth, kPacked>(tile, acc, last, carry.softmax);
   } else if constexpr (kEpilogue == Epilogue::attention) {
     if (exact)
-      attention_epilogue<kWidth, kPacked, true>(work, rows, outlet, acc, columns, image, now.chunk, scale, lane, known);
+      attention_epilogue<kWidth, kPacked, true>(tile, acc, known);
     else
-      attention_epilogue<kWidth, kPacked, false>(work, rows, outlet, acc, columns, image, now.chunk, scale, lane, known);
-  } else if constexpr (kEpilogue == Epilogue::weights) {
+      attention_epilogue<kWidth, kPacked, false>(tile, acc, known);
+  } else if constexpr (kEpilogue == Epilogue::dot_weights) {
     if (work.full || exact)
-      state.temperature_sum += weights_epilogue<kWidth, kPacked, true, T>(
-          work, rows, outlet, acc, columns, image, now.chunk, scale, inverse_temperature, lane, known);
+      carry.temperature_sum += dot_weights_epilogue<kWidth, kPacked, true, T>(tile, acc, known);
     else
-      weights_epilogue<kWidth, kPacked, false, T>(
-          work, rows, outlet, acc, columns, image, now.chunk, scale, inverse_temperature, lane, known);
-  } else if constexpr (kEpilogue == Epilogue::cosine || kEpilogue == Epilogue::pool) {
-    if (!kRead || now.chunk == 0) state.moments.clear();
-    state.moments.template add<kWidth, false>(attention, acc);
+      dot_weights_epilogue<kWidth, kPacked, false, T>(tile, acc, known);
+  } else if constexpr (!writes_weights(kEpilogue)) {
+    if (!kRead || now.chunk == 0) carry.moments.clear();
+    carry.moments.template add<kWidth, false>(attention, acc);
     if (kRead && !last) return;
-    if constexpr (kRead) state.pooling = pooling_of(work, rows, image, scale);
-    cosine_epilogue(work, rows, state.pooling, state.moments, image, lane);
-  } else if constexpr (has_weights(kEpilogue)) {
+    if constexpr (kRead) carry.dot = dot_result_of(tile);
+    cosine_forward_epilogue(tile, carry.dot, carry.moments);
+  } else {
     if (!kRead || !now.again) {
-      if (!kRead || now.chunk == 0) state.moments.clear();
-      state.moments.template add<kWidth, true>(attention, acc);
+      if (!kRead || now.chunk == 0) carry.moments.clear();
+      carry.moments.template add<kWidth, true>(attention, acc);
     }
     if (kRead && work.passes == 2 && !now.again) return;
     if constexpr (kRead) {
-      known.load(known.stat, work.stat, work, rows, image);
-      known.load(known.grad, work.grad_phi, work, rows, image);
+      known.load(known.state, work.state, work, tile.rows, tile.image);
+      known.load(known.grad, work.grad_phi, work, tile.rows, tile.image);
     }
-    int chunk = kRead ? now.chunk : 0;
     if (work.full)
-      state.temperature_sum += cosine_weights_epilogue<kWidth, true, !kRead, T>(
-          work, rows, outlet, known, state.moments, attention, acc, columns, image, chunk, scale, inverse_temperature,
-          lane);
+      carry.temperature_sum +=
+          cosine_weights_epilogue<kWidth, true, !kRead, T>(tile, attention, acc, carry.moments, known);
     else
-      cosine_weights_epilogue<kWidth, false, !kRead, T>(
-          work, rows, outlet, known, state.moments, attention, acc, columns, image, chunk, scale, inverse_temperature,
-          lane);
+      cosine_weights_epilogue<kWidth, false, !kRead, T>(tile, attention, acc, carry.moments, known);
   }
 }
 
@@ -110,9 +101,9 @@ __device__ __forceinline__ void consume(const Work& work, const Shared& shared, 
   at.skip(warpgroup * work.steps, work.stages);
   const int next = warpgroup == kLast ? 0 : warpgroup + 1;  // whose turn comes after ours
   uint32_t texts_parity = 0;
-  constexpr bool kPooled = is_pooled(kEpilogue), kRead = reads_attention(kEpilogue);
+  constexpr bool kSecondProduct = has_second_product(kEpilogue), kRead = reads_attention(kEpilogue);
   using Operand = std::conditional_t<kRead, __half, T>;
-  State<kEpilogue> state;
+  Carry<kEpilogue> carry;
   uint8_t* staged = shared.staged + (warpgroup * 4 + thread / 32) * kStagedBytes;
   if (warpgroup == kLast) named_arrive(kTurn + next, 2 * kWarpgroup);  // the first turn
   const uint32_t items = static_cast<uint32_t>(work.items), clusters = static_cast<uint32_t>(work.clusters);
@@ -130,22 +121,23 @@ __device__ __forceinline__ void consume(const Work& work, const Shared& shared, 
       int chunk = now.chunk, group = item.begin + kConsumers * now.set + warpgroup;
       bool wanted = group < item.end;
       int image = group * work.images_of_tile;
-      if constexpr (kEpilogue == Epilogue::weights || kEpilogue == Epilogue::attention) {
-        if (wanted) state.known.load(work, rows, image);
+      if constexpr (kEpilogue == Epilogue::dot_weights || kEpilogue == Epilogue::attention) {
+        if (wanted) carry.known.load(work, rows, image);
       } else if constexpr (kEpilogue == Epilogue::cosine_weights) {
         // The cosine form needs the rest later, and has no registers to spare.
-        if (wanted) state.known.load(state.known.stat, work.stat, work, rows, image);
+        if (wanted) carry.known.load(carry.known.state, work.state, work, rows, image);
       }
       named_sync(kTurn + warpgroup, 2 * kWarpgroup);
-      if (kEpilogue != Epilogue::pool && wanted && thread < kWidth / 4)
-        copy_16_bytes(columns + 4 * thread, work.columns + (int64_t(group) * work.chunks + chunk) * kWidth + 4 * thread);
+      if (kEpilogue != Epilogue::cosine_forward_from_attention && wanted && thread < kWidth / 4)
+        copy_16_bytes(
+            columns + 4 * thread, work.columns + (int64_t(group) * work.chunks + chunk) * kWidth + 4 * thread);
       int last_slot = issue_products<kWidth, Operand>(work, shared, at, lane, acc);
       // Behind it come the other warpgroups' steps, and those of the Gram matrix of warpgroup 0.
-      if constexpr (!kPooled) at.skip((kConsumers - 1) * work.steps, work.stages);
-      if constexpr (kPooled) at.skip(warpgroup == 0 ? work.steps : work.gram_steps, work.stages);
+      if constexpr (!kSecondProduct) at.skip((kConsumers - 1) * work.steps, work.stages);
+      if constexpr (kSecondProduct) at.skip(warpgroup == 0 ? work.steps : work.gram_steps, work.stages);
       bool last_turn = last_item && turn + 1 == item.turns;
-      if (warpgroup != kLast || kPooled || !last_turn) named_arrive(kTurn + next, 2 * kWarpgroup);
-      uint32_t attention[kPooled || kRead ? (kWidth + 15) / 16 : 1][4];
+      if (warpgroup != kLast || kSecondProduct || !last_turn) named_arrive(kTurn + next, 2 * kWarpgroup);
+      uint32_t attention[kSecondProduct || kRead ? (kWidth + 15) / 16 : 1][4];
       if constexpr (kRead) {
         if (wanted) load_attention<kWidth>(work, rows, image, chunk * kWidth, lane, attention);
       }
@@ -156,30 +148,37 @@ __device__ __forceinline__ void consume(const Work& work, const Shared& shared, 
         wait_for_copies();
         named_sync(kColumns + warpgroup, kWarpgroup);
       }
-      if constexpr (kPooled) {
-        if constexpr (kEpilogue == Epilogue::cosine)
-          state.pooling = attention_of<kWidth>(rows, acc, columns, scale, lane, attention);
+      if constexpr (kSecondProduct) {
+        if constexpr (kEpilogue == Epilogue::cosine_forward)
+          carry.dot = attention_of<kWidth>(rows, acc, columns, scale, lane, attention);
         else
-          attention_again<kWidth>(rows, state.known, acc, columns, scale, lane, attention);
+          attention_again<kWidth>(rows, carry.known, acc, columns, scale, lane, attention);
         named_sync(kTurn + warpgroup, 2 * kWarpgroup);  // the second turn of the tile
-        // In the registers of the scores, which are spent: with others the compiler runs out of them.
-        int slot = issue_pooling<kWidth>(work, shared, at, lane, attention, acc);
+        // Reuses the registers of the scores, which are no longer needed; separate ones would spill.
+        int slot = issue_gram_attention<kWidth>(work, shared, at, lane, attention, acc);
         at.skip(warpgroup == 0 ? work.gram_steps : work.steps, work.stages);
         if (warpgroup != kLast || !last_turn) named_arrive(kTurn + next, 2 * kWarpgroup);
         if constexpr (kEpilogue == Epilogue::cosine_weights) {
-          if (wanted) state.known.load(state.known.grad, work.grad_phi, work, rows, image);
+          if (wanted) carry.known.load(carry.known.grad, work.grad_phi, work, rows, image);
         }
         wgmma_wait<0>();
         release(work, *shared.barriers, slot, lane);
       }
       Outlet outlet{staged, item.text + thread / 32 * 16, static_cast<int>(work.texts), lane};
-      if (wanted)
-        finish_tile<kWidth, kPacked, T, kEpilogue>(
-            work, rows, outlet, acc, attention, columns, image, now, scale, inverse_temperature, lane, state);
+      Tile tile{.work = work,
+                .rows = rows,
+                .outlet = outlet,
+                .columns = columns,
+                .image = image,
+                .chunk = kSecondProduct ? 0 : chunk,  // an image is one tile
+                .scale = scale,
+                .inverse_temperature = inverse_temperature,
+                .lane = lane};
+      if (wanted) finish_tile<kWidth, kPacked, T, kEpilogue>(tile, now, acc, attention, carry);
     }
   }
-  if constexpr (has_weights(kEpilogue)) {
-    if (work.temperature_sums) store_temperature_sum<kConsumers>(work, shared, state.temperature_sum, warpgroup, lane);
+  if constexpr (writes_weights(kEpilogue)) {
+    if (work.temperature_sums) store_temperature_sum<kConsumers>(work, shared, carry.temperature_sum, warpgroup, lane);
   }
 }
 
@@ -187,10 +186,10 @@ template <int kWidth, bool kPacked, class T, Epilogue kEpilogue>
 __global__ void __launch_bounds__(threads_of(consumers_of(kEpilogue, kWidth)), 1) score_kernel(
     const __grid_constant__ TensorMap patches, const __grid_constant__ TensorMap texts,
     const __grid_constant__ TensorMap gram, const __grid_constant__ Work work) {
-  if constexpr (kEpilogue == Epilogue::forward || kEpilogue == Epilogue::forward_safe) {
+  constexpr bool kRunningMax = kEpilogue == Epilogue::dot_forward_running_max;
+  if constexpr (kEpilogue == Epilogue::dot_forward || kRunningMax) {
     // A temperature on the device decides which of two launches works; the host does not wait to know.
-    if (work.temperature_at && (*work.temperature_at < kPlainTemperature) != (kEpilogue == Epilogue::forward_safe))
-      return;
+    if (work.temperature_at && (*work.temperature_at < kRunningMaxBelow) != kRunningMax) return;
   }
   constexpr int kConsumers = consumers_of(kEpilogue, kWidth);
   Shared shared = lay_out<kWidth, kEpilogue>(work);
