@@ -396,5 +396,5 @@ def test_backend(library, monkeypatch, case, form, dtype):
     native.cuda_can_pool, native.CudaEpilogue = hopper.native().cuda_can_pool, hopper.native().CudaEpilogue
     monkeypatch.setattr(hopper, "native", lambda: native)
     monkeypatch.setattr(hopper, "why_not", lambda device=None, dtype=None: None)
-    monkeypatch.setattr(hopper, "ATTENTION_IN_MEMORY", True)
+    monkeypatch.setattr(hopper.settings, "cosine_from_attention", True)
     check(make(case, form, "compatibility" if case.K else "infonce", dtype), "cuda")
