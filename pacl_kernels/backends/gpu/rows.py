@@ -9,7 +9,10 @@ from . import launch, tiles
 
 
 def inverse_norms(x: Tensor, mask: Tensor | None, scaled: tuple = (None, None)) -> Tensor:
-    """1 / ‖x‖ `[B N]` of `[B, N, D]`; `scaled`: room for rows whose norm is near 1, and for their 1 / ‖x‖."""
+    """1 / ‖x‖ `[B N]` of `x` `[B, N, D]`, float32.
+
+    `scaled`: room for the rows times powers of two that bring their norm near 1, and for their 1 / ‖x‖.
+    """
     rows_count, d = x.shape[0] * x.shape[1], x.shape[2]
     inverse = x.new_empty(rows_count, dtype=torch.float32)
     block_d, rows = _row_blocks(d)
@@ -20,17 +23,37 @@ def inverse_norms(x: Tensor, mask: Tensor | None, scaled: tuple = (None, None)) 
 
 
 def project_out(
-    grad: Tensor, x: Tensor, inverse: Tensor, out: Tensor, mask: Tensor | None, scale: Tensor | None, scaled_x=False
+    grad: Tensor,
+    x: Tensor,
+    inverse: Tensor,
+    out: Tensor,
+    mask: Tensor | None,
+    range_scale: Tensor | None,
+    scaled_x: bool = False,
 ) -> None:
-    """`inverse`: 1 / ‖x‖ of the rows; `scaled_x`: whether `grad` is that of the rows which `inverse_norms` scaled."""
+    """Write `grad` `[B N, D]` without its part along each row of `x` `[B, N, D]` into `out`, 0 where masked.
+
+    `inverse`: 1 / ‖x‖ of the rows. `range_scale`: what `grad` has been multiplied with. `scaled_x`: `grad` is that of
+    the rows which `inverse_norms` scaled.
+    """
     rows_count, d = grad.shape
     block_d, rows = _row_blocks(d)
-    arguments = (grad, x, inverse, out, mask, scale, rows_count, x.shape[1], d, *x.stride(), *launch.mask_strides(mask))
-    constants = dict(ROWS=rows, BLOCK_D=block_d, HAS_MASK=mask is not None, SCALED=scale is not None, SCALED_X=scaled_x)
-    launch.run(launch.kernels().project_out_kernel, tiles.ceil_div(rows_count, rows), arguments, constants)
+    launch.run(
+        launch.kernels().project_out_kernel,
+        tiles.ceil_div(rows_count, rows),
+        (grad, x, inverse, out, mask, range_scale, rows_count, x.shape[1], d)
+        + (*x.stride(), *launch.mask_strides(mask)),
+        dict(
+            ROWS=rows,
+            BLOCK_D=block_d,
+            HAS_MASK=mask is not None,
+            SCALED=range_scale is not None,
+            SCALED_X=scaled_x,
+        ),
+    )
 
 
 def _row_blocks(d: int) -> tuple[int, int]:
-    """Step along D, and rows of a program."""
+    """The step along D, and the rows of a program."""
     block_d = min(512, max(16, tiles.power_of_two(d)))
     return block_d, 2048 // block_d
