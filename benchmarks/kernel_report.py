@@ -31,7 +31,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from pacl_kernels.backends.gpu import kernels, run, tiles
+from pacl_kernels.backends.gpu import kernels, tiles
 from pacl_kernels.backends.gpu import triton as backend
 
 TARGETS = (80, 90, 100)
@@ -105,7 +105,7 @@ class Launch(NamedTuple):
     warps: int
     stages: int
     registers: int
-    fused: bool
+    fma: bool
 
 
 def launches(variant: Variant, target: int, batch: int = 1024) -> list[Launch]:
@@ -113,14 +113,14 @@ def launches(variant: Variant, target: int, batch: int = 1024) -> list[Launch]:
     seen: list[Launch] = []
     compiler = make_backend(GPUTarget("cuda", target, 32))
 
-    def record(kernel, programs, arguments, constants, warps=4, stages=3, registers=0, fused=True) -> None:
+    def record(kernel, programs, arguments, constants, warps=4, stages=3, registers=0, fma=True) -> None:
         bind = create_function_from_signature(kernel.signature, kernel.params, compiler)
         kinds = dict(zip(kernel.arg_names, bind(*arguments, **constants)[1], strict=True))
         signature = {name: kind for name, (kind, _) in kinds.items()}
         fixed = {name: value for name, (kind, value) in kinds.items() if kind == "constexpr"}
         aligned = tuple(name for name, (kind, value) in kinds.items() if kind != "constexpr" and value == "D")
         names = kernel.fn.__name__, str(variant), variant.dtype
-        seen.append(Launch(*names, target, signature, fixed, aligned, warps, stages, registers, fused))
+        seen.append(Launch(*names, target, signature, fixed, aligned, warps, stages, registers, fma))
 
     dtype, dim = DTYPES[variant.dtype], variant.dim
     padding = 0 if variant.aligned else 1
@@ -129,17 +129,17 @@ def launches(variant: Variant, target: int, batch: int = 1024) -> list[Launch]:
     texts = torch.empty(batch, padding + dim, dtype=dtype, device="meta")[:, padding:]
     mask = torch.empty(patches.shape[:2], dtype=torch.bool, device="meta") if variant.mask else None
     tau = torch.empty((), device="meta") if variant.tensor_tau else variant.tau
-    phi, stat, grad_phi = (torch.empty(batch, batch, device="meta") for _ in range(3))
+    phi, state, grad_phi = (torch.empty(batch, batch, device="meta") for _ in range(3))
     grads = torch.empty_like(patches), torch.empty_like(texts), phi.new_empty(()) if variant.tensor_tau else None
     grads = grads[0].contiguous(), grads[1].contiguous(), grads[2]
     replaced = dict(run=record, processors=lambda device: 132)
     chip = dict(architecture=lambda device: target, has_bulk_copies=lambda device: target >= 90)
-    with mock.patch.multiple(run, **replaced), mock.patch.multiple(tiles, **chip):
+    with mock.patch.multiple("pacl_kernels.backends.gpu.launch", **replaced), mock.patch.multiple(tiles, **chip):
         if variant.form == "upsample":
             _upsample(dtype, variant.entropy)
             return seen
-        backend.compatibility_forward(patches, texts, mask, tau, variant.form, phi, stat)
-        backend.compatibility_backward(patches, texts, mask, tau, variant.form, phi, stat, grad_phi, *grads)
+        backend.compatibility_forward(patches, texts, mask, tau, variant.form, phi, state)
+        backend.compatibility_backward(patches, texts, mask, tau, variant.form, phi, state, grad_phi, *grads)
         value, scale, statistics = phi.new_empty(()), phi.new_empty(()), phi.new_empty(4, len(phi))
         for loss, kept in (("infonce", statistics), ("sigmoid", None)):
             backend.loss_forward(phi, scale, None, loss, value, kept)
@@ -168,7 +168,7 @@ def compiled(launch: Launch):
         {(index[name],): [["tt.divisibility", 16]] for name in launch.aligned},
     )
     options = dict(num_warps=launch.warps, num_stages=launch.stages, maxnreg=launch.registers or None)
-    options["enable_fp_fusion"] = launch.fused
+    options["enable_fp_fusion"] = launch.fma
     return triton.compile(source, target=GPUTarget("cuda", launch.target, 32), options=options)
 
 

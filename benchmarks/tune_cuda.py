@@ -9,6 +9,7 @@ the kernel.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 from pathlib import Path
 
@@ -17,8 +18,8 @@ import torch
 from tune_triton import milliseconds
 
 from pacl_kernels import fused_pacl_loss
-from pacl_kernels.backends import cuda, triton
-from pacl_kernels.backends import triton_tiles as tiles
+from pacl_kernels.backends.gpu import hopper, order, triton, workspace
+from pacl_kernels.backends.gpu.problem import Block, Upstream
 
 SHAPES = [(4096, n, d) for d in (512, 768, 1024) for n in (196, 256)] + [
     (4096, 49, 512),
@@ -32,45 +33,45 @@ def rows_of(batch: int, n: int, d: int, dtype, repeats: int):
     patches = torch.nn.functional.normalize(torch.randn(batch, n, d, device="cuda"), dim=-1).to(dtype)
     texts = torch.nn.functional.normalize(torch.randn(batch, d, device="cuda"), dim=-1).to(dtype)
     phi, state, grad_phi = (torch.empty(batch, batch, device="cuda") for _ in range(3))
-    images = tiles.plan_blocks(batch, n, batch, dtype.itemsize).images
+    images = workspace.plan_blocks(batch, n, batch, dtype.itemsize).images
     room = torch.empty(batch + 256, images * n + 256, device="cuda", dtype=dtype)
     out = torch.empty(batch, images * n, device="cuda", dtype=dtype)
     flat = patches[:images].flatten(0, 1)
     product = milliseconds(lambda: torch.mm(texts, flat.T, out=out), repeats) * batch / images
     yield "product", "torch.mm", None, product, product
     leaves = patches.requires_grad_(), texts.requires_grad_()
-    ways = [(triton, None, False), (cuda, 1, False), (cuda, 2, False)]
-    if not cuda.native().cuda_fits_one_tile(n):
-        ways.append((cuda, 2, True))
-    for backend, cluster, in_memory in ways:
-        cuda.CLUSTER, cuda.ATTENTION_IN_MEMORY = cluster or 0, in_memory
-        name = backend.__name__.rpartition(".")[2]
-        call = backend.Call(patches.detach(), texts.detach(), None, 0.07, phi, state)
-        call.scale = None
-        call.scores("dot")
+    ways = [("triton", None, False), ("cuda", 1, False), ("cuda", 2, False)]
+    if not hopper.native().cuda_fits_one_tile(n):
+        ways.append(("cuda", 2, True))
+    for name, cluster, own in ways:
+        hopper.settings.cluster, hopper.settings.cosine_from_attention = cluster or 0, own
+        problem = order.prepare(patches.detach(), texts.detach(), None, 0.07, phi, state)
+        launches = triton.TritonLaunches(problem) if name == "triton" else hopper.HopperLaunches(problem)
+        launches.dot_forward()
         grad_phi.normal_()
+        block, upstream = Block(0, images, 0, batch), Upstream(grad_phi, None, needs_temperature=False)
 
         def step(form: str, name=name):
             loss = fused_pacl_loss(*leaves, 20.0, attn_temperature=0.07, form=form, backend=name)
             return torch.autograd.grad(loss, leaves)
 
-        runs = {"forward": (lambda call=call: call.scores("dot"), 1)}
+        runs = {"forward": (launches.dot_forward, 1)}
         if cluster != 1:
             runs |= {
-                "weights": (lambda call=call: call.weights(0, images, 0, batch, room, grad_phi), batch / images),
-                "cosine": (lambda call=call: call.forward("cosine"), 1),
+                "weights": (functools.partial(launches.dot_weights, block, upstream, room), batch / images),
+                "cosine": (functools.partial(order.forward, problem, launches, "cosine"), 1),
                 "step, dot": (lambda: step("dot"), 1),  # noqa: B023
                 "step, cosine": (lambda: step("cosine"), 1),  # noqa: B023
             }
-        if in_memory:
+        if own:
             runs = {kernel: run for kernel, run in runs.items() if "cosine" in kernel}
-        label = f"{name}, attention in memory" if in_memory else name
+        label = f"{name}, attention in memory" if own else name
         for kernel, (run, times) in runs.items():
             try:
                 yield kernel, label, cluster, milliseconds(run, repeats) * times, product
             except Exception as error:  # the others still count
                 print(f"{kernel} {name} {cluster}: {type(error).__name__}: {error}", flush=True)
-    cuda.CLUSTER, cuda.ATTENTION_IN_MEMORY = 0, None
+    hopper.settings.cluster, hopper.settings.cosine_from_attention = 0, None
 
 
 def main() -> None:

@@ -1,11 +1,12 @@
 """Times candidate configurations of the Triton kernels on this GPU and prints what would replace the shipped ones.
 
     python benchmarks/tune_triton.py --json tuning.json          # bfloat16, B = K = 4096, N = 196, D = 512
-    python benchmarks/tune_triton.py --kernels curvature
+    python benchmarks/tune_triton.py --kernels norm_term
 
-The library itself never searches: `CONFIGS`, `CURVATURE` and `POOL` in pacl_kernels/backends/gpu/tiles.py are
-filled by hand, from this. The curvature is timed from an attention in float16 and from one in bfloat16, as backend
-`cuda` has it.
+The library itself never searches: `CONFIGS`, `NORM_TERM` and `GRAM_ATTENTION` in pacl_kernels/backends/gpu/tiles.py are
+filled by hand, from this. The norm term is timed from an attention in float16 and from one in bfloat16, as backend
+`cuda` has it. Results of before 2026-11-29 call the norm term "curvature", the products with the Gram matrix "pool" and
+the weights "backward".
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ import report
 import torch
 from torch import Tensor
 
-from pacl_kernels.backends.gpu import tiles
-from pacl_kernels.backends.gpu import triton as backend
+from pacl_kernels.backends.gpu import order, tiles, workspace
+from pacl_kernels.backends.gpu.problem import Block, Problem, Upstream
+from pacl_kernels.backends.gpu.triton import TritonLaunches
 
 # Texts, patches, step along D, warps, stages, programs for each multiprocessor.
 CANDIDATES = [
@@ -39,7 +41,7 @@ CANDIDATES = [
 ]
 
 # Side of a tile, step along the texts, warps, stages, limit of registers.
-CURVATURE_CANDIDATES = [
+NORM_TERM_CANDIDATES = [
     (64, 32, 4, 3, 0),
     (64, 64, 4, 3, 0),
     (64, 64, 4, 4, 0),
@@ -57,7 +59,7 @@ CURVATURE_CANDIDATES = [
 ]
 
 # Texts, patches, step along the other patches, warps, stages.
-POOL_CANDIDATES = [
+GRAM_ATTENTION_CANDIDATES = [
     (64, 64, 64, 4, 3),
     (64, 128, 64, 4, 3),
     (64, 128, 64, 8, 3),
@@ -96,62 +98,68 @@ class Run(NamedTuple):
     candidates: list
 
 
-def score_runs(call: backend.Call, grad_phi: Tensor, architecture: int) -> dict[str, Run]:
-    dtype = call.patches.dtype
-    block = tiles.plan_blocks(call.b, call.n, call.k, dtype.itemsize)
-    room = call.patches.new_empty(call.k + 256, block.images * call.n + 256)
+def score_runs(p: Problem, grad_phi: Tensor, architecture: int) -> dict[str, Run]:
+    launches, dtype = TritonLaunches(p), p.patches.dtype
+    images = workspace.plan_blocks(p.b, p.n, p.k, dtype.itemsize).images
+    w = p.patches.new_empty(p.k + 256, images * p.n + 256)
+    block, upstream = Block(0, images, 0, p.k), Upstream(grad_phi, None, needs_temperature=False)
     candidates = [tiles.Config(*values) for values in CANDIDATES]
 
     def run(kernel: str, images: int, launch) -> Run:
         return Run(launch, images, tiles.CONFIGS, (kernel, architecture, dtype.itemsize), candidates)
 
     return {
-        "forward": run("forward", call.b, lambda: call.scores("dot")),
-        "backward": run("backward", block.images, lambda: call.weights(0, block.images, 0, call.k, room, grad_phi)),
+        "forward": run("forward", p.b, launches.dot_forward),
+        "weights": run("weights", images, functools.partial(launches.dot_weights, block, upstream, w)),
     }
 
 
-def curvature_runs(call: backend.Call, architecture: int) -> dict[str, Run]:
-    """For a block of images as the backward takes it; numbers do not matter, so the attention is noise."""
-    dtype = call.patches.dtype
-    block = tiles.plan_blocks(call.b, call.n, call.k, dtype.itemsize + call.attention_dtype.itemsize)
-    images, texts = block
-    factors = torch.randn(images * texts, device=call.patches.device)
-    pooled = call.pooled_workspace(block, dtype)
+def cosine_block(p: Problem) -> tuple[workspace.BlockSize, Block]:
+    """A block of images as the backward of the cosine form takes it."""
+    size = workspace.plan_blocks(p.b, p.n, p.k, workspace.score_bytes(p, "cosine"))
+    return size, Block(0, size.images, 0, size.texts)
+
+
+def norm_term_runs(p: Problem, architecture: int) -> dict[str, Run]:
+    """For a block of images; numbers do not matter, so the attention is noise."""
+    launches, dtype = TritonLaunches(p), p.patches.dtype
+    size, block = cosine_block(p)
+    norm_factor = torch.randn(block.images * block.texts, device=p.patches.device)
+    norm_term = workspace.norm_term(p, size, dtype)
 
     def run(attention_dtype: torch.dtype) -> Run:
-        attention = call.attention_workspace(block, attention_dtype).uniform_(0, 0.01)
-        candidates = [tiles.Curvature(*values) for values in CURVATURE_CANDIDATES]
-        launch = functools.partial(call.curvature, 0, images, 0, texts, attention, factors, pooled)
-        return Run(launch, images, tiles.CURVATURE, (architecture, dtype.itemsize), candidates)
+        attention = workspace.attention(p, size, attention_dtype).uniform_(0, 0.01)
+        candidates = [tiles.NormTerm(*values) for values in NORM_TERM_CANDIDATES]
+        launch = functools.partial(launches.norm_term, block, attention, norm_factor, norm_term)
+        return Run(launch, block.images, tiles.NORM_TERM, (architecture, dtype.itemsize), candidates)
 
     if dtype == torch.float32:
-        return {"curvature": run(dtype)}
-    return {"curvature": run(call.attention_dtype), "curvature, bf16": run(torch.bfloat16)}
+        return {"norm term": run(dtype)}
+    return {"norm term": run(p.gram_dtype), "norm term, bf16": run(torch.bfloat16)}
 
 
-def pool_runs(call: backend.Call, grad_phi: Tensor, architecture: int) -> dict[str, Run]:
-    """The products with the Gram matrix, for a block of images as the backward takes it, without the attention."""
-    block = tiles.plan_blocks(call.b, call.n, call.k, call.patches.element_size() + call.attention_dtype.itemsize)
-    images, texts = block
-    attention = call.attention_workspace(block)
-    attention[:, :, : call.n] = 1 / call.n
-    gram, w = call.gram_workspace(block), call.workspace(block, call.patches.dtype)
-    call.gram(0, images, gram)
-    curvature = torch.empty(images * texts, device=call.patches.device)
-    call.attention = lambda *_, **__: None
-    launches = {
-        "forward": lambda: call.cosine_forward(0, images, 0, texts, attention, gram),
-        "backward": lambda: call.cosine_weights(
-            0, images, 0, texts, attention, gram, grad_phi, w, curvature, needs_tau=False
+def gram_attention_runs(p: Problem, grad_phi: Tensor, architecture: int) -> dict[str, Run]:
+    """The products with the Gram matrix, for a block of images, without the attention."""
+    launches = TritonLaunches(p)
+    size, block = cosine_block(p)
+    attention, gram = workspace.attention(p, size, launches.attention_dtype), workspace.gram(p, size)
+    attention[:, :, : p.n] = 1 / p.n
+    launches.gram(block, gram)
+    w = workspace.weights(p, size, launches.weights_tile(needs_temperature=False))
+    norm_factor = torch.empty(block.images * block.texts, device=p.patches.device)
+    upstream = Upstream(grad_phi, None, needs_temperature=False)
+    calls = {
+        "forward": functools.partial(launches.cosine_forward_from_attention, block, attention, gram),
+        "weights": functools.partial(
+            launches.cosine_weights_from_attention, block, upstream, attention, gram, w, norm_factor
         ),
     }
-    candidates = [tiles.Pool(*values) for values in POOL_CANDIDATES]
+    candidates = [tiles.GramAttention(*values) for values in GRAM_ATTENTION_CANDIDATES]
     return {
-        f"pool {kernel}": Run(
-            launch, images, tiles.POOL, (kernel, architecture, call.patches.element_size()), candidates
+        f"gram attention, {kernel}": Run(
+            *(call, block.images, tiles.GRAM_ATTENTION, (kernel, architecture, p.patches.element_size()), candidates)
         )
-        for kernel, launch in launches.items()
+        for kernel, call in calls.items()
     }
 
 
@@ -160,29 +168,29 @@ def main() -> None:
     for name, default in (("batch", 4096), ("patches", 196), ("dim", 512), ("repeats", 7)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    parser.add_argument("--kernels", choices=("scores", "curvature", "pool", "all"), default="all")
+    parser.add_argument("--kernels", choices=("scores", "norm_term", "gram_attention", "all"), default="all")
     parser.add_argument("--json", metavar="FILE", help="write the rows, with the machine they are from")
     args = parser.parse_args()
     dtype = getattr(torch, args.dtype)
     patches = torch.randn(args.batch, args.patches, args.dim, device="cuda", dtype=dtype)
     texts = torch.randn(args.batch, args.dim, device="cuda", dtype=dtype)
-    phi, stat, grad_phi = (torch.empty(args.batch, args.batch, device="cuda") for _ in range(3))
-    call = backend.Call(patches, texts, None, 0.07, phi, stat)
-    call.scale = None
-    images = tiles.plan_blocks(args.batch, args.patches, args.batch, dtype.itemsize).images
+    phi, state, grad_phi = (torch.empty(args.batch, args.batch, device="cuda") for _ in range(3))
+    problem = order.prepare(patches, texts, None, 0.07, phi, state)
+    images = workspace.plan_blocks(args.batch, args.patches, args.batch, dtype.itemsize).images
     rows = patches[:images].flatten(0, 1)
     product_out = torch.empty(args.batch, len(rows), device="cuda", dtype=dtype)
     product = milliseconds(lambda: torch.mm(texts, rows.T, out=product_out), args.repeats) / images
     runs = {}
-    if args.kernels != "curvature":  # "pool" reads their STAT
-        call.scores("dot")
+    if args.kernels != "norm_term":  # "gram_attention" reads their state
+        TritonLaunches(problem).dot_forward()
         grad_phi.normal_()
-    if args.kernels in ("pool", "all"):
-        runs |= pool_runs(call, grad_phi, tiles.newest({a for _, a, _ in tiles.POOL}, patches.device))
-    if args.kernels in ("curvature", "all"):
-        runs |= curvature_runs(call, tiles.newest({a for a, _ in tiles.CURVATURE}, patches.device))
+    if args.kernels in ("gram_attention", "all"):
+        architecture = tiles.newest({a for _, a, _ in tiles.GRAM_ATTENTION}, patches.device)
+        runs |= gram_attention_runs(problem, grad_phi, architecture)
+    if args.kernels in ("norm_term", "all"):
+        runs |= norm_term_runs(problem, tiles.newest({a for a, _ in tiles.NORM_TERM}, patches.device))
     if args.kernels in ("scores", "all"):
-        runs |= score_runs(call, grad_phi, tiles.newest({a for _, a, _ in tiles.CONFIGS}, patches.device))
+        runs |= score_runs(problem, grad_phi, tiles.newest({a for _, a, _ in tiles.CONFIGS}, patches.device))
     results = []
     for kernel, run in runs.items():
         shipped = run.table[run.key]
@@ -207,7 +215,7 @@ def main() -> None:
                 }
             )
             outcome = f"failed: {reason}" if reason else f"{args.batch * ms:8.3f} ms  {ratio:.3f} of torch.mm"
-            print(f"{kernel:17} {tuple(candidate)!s:30} {outcome}", flush=True)
+            print(f"{kernel:23} {tuple(candidate)!s:30} {outcome}", flush=True)
             if args.json:  # after each row: compiling takes most of the time, and a call may be cut off
                 machine = report.machine(torch.device("cuda"), None)
                 Path(args.json).write_text(

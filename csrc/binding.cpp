@@ -1,7 +1,7 @@
 // The native module `pacl_kernels._native`: raw addresses, sizes and strides; Python allocates every buffer.
 
 #include "cpu/calls.h"
-#include "cpu/constants.h"
+#include "constants.h"
 #include "cpu/dispatch.h"
 #include "cuda/binding.h"
 #include "fields.h"
@@ -93,6 +93,7 @@ PYBIND11_MODULE(_native, m) {
     constants["min_norm_squared"] = kMinNormSquared;
     constants["min_pooled_norm"] = kMinPooledNorm;
     constants["largest_score"] = kLargestScore;
+    constants["log2e"] = kLog2e;
     return constants;
   });
   m.def("isas", [] {

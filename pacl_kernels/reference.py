@@ -12,9 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-MIN_NORM = 1e-12  # a shorter patch or text has no direction: similarity 0, gradient 0
-MIN_POOLED_NORM = 1e-6  # floor of the pooled patch's norm in the cosine form
-LARGEST_SCORE = 2.0**120  # of upsample_argmax
+from .constants import LARGEST_SCORE, MIN_NORM, MIN_POOLED_NORM
 
 
 def unit(x: Tensor) -> Tensor:

@@ -1,10 +1,11 @@
 """Numbers that stand in several languages are the same in each."""
 
+import math
+
 import pytest
 import torch
 
-from pacl_kernels import reference
-from pacl_kernels.backends import cuda
+from pacl_kernels import constants
 from pacl_kernels.native import native
 
 
@@ -13,25 +14,25 @@ def _float32(x: float) -> float:
 
 
 @pytest.fixture
-def constants(cpu_backend) -> dict[str, float]:
+def in_cpp(cpu_backend) -> dict[str, float]:
     return native().constants()
 
 
-def test_of_the_native_module_and_the_reference(constants):
+def test_cpp(in_cpp):
     """In C++ they are float32. A new one there fails here until it is compared."""
     expected = {
-        "running_max_below": cuda._PLAIN_TEMPERATURE,
-        "min_norm_squared": reference.MIN_NORM**2,
-        "min_pooled_norm": reference.MIN_POOLED_NORM,
-        "largest_score": reference.LARGEST_SCORE,
+        "running_max_below": constants.RUNNING_MAX_BELOW,
+        "min_norm_squared": constants.MIN_NORM**2,
+        "min_pooled_norm": constants.MIN_POOLED_NORM,
+        "largest_score": constants.LARGEST_SCORE,
+        "log2e": 1.0 / math.log(2.0),
     }
-    assert constants == {name: _float32(value) for name, value in expected.items()}
+    assert in_cpp == {name: _float32(value) for name, value in expected.items()}
 
 
-def test_of_triton(constants):
-    """Triton takes the pooled norm's floor and the largest score from the reference."""
-    pytest.importorskip("triton", reason="triton is missing")
-    from pacl_kernels.backends.triton_kernels import PLAIN_TEMPERATURE, rows
-
-    assert _float32(PLAIN_TEMPERATURE.value) == constants["running_max_below"]
-    assert _float32(rows.MIN_NORM_SQUARED.value) == constants["min_norm_squared"]
+def test_triton(in_cpp):
+    """Its kernels take the others from `constants.py` as arguments."""
+    kernels = pytest.importorskip("pacl_kernels.backends.gpu.kernels", reason="triton is missing")
+    assert _float32(kernels.forward.RUNNING_MAX_BELOW.value) == in_cpp["running_max_below"]
+    assert _float32(kernels.rows.MIN_NORM_SQUARED.value) == in_cpp["min_norm_squared"]
+    assert _float32(kernels.shared.LOG2E.value) == in_cpp["log2e"]

@@ -11,12 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from pacl_kernels import reference
-from pacl_kernels.backends import cuda
+from pacl_kernels.backends.gpu import hopper
 from pacl_kernels.native import fingerprint
 
 ROOT = Path(__file__).parent.parent
-native = cuda.native()
+native = hopper.native()
 pytestmark = pytest.mark.skipif(native is None, reason="the native module is not built")
 needs_cuda = pytest.mark.skipif(not hasattr(native, "CudaLaunch"), reason="built without nvcc")
 
@@ -84,17 +83,6 @@ def test_all_processors_are_busy(texts, at_least):
     p = plan(images=4096, texts=texts)
     rounds = -(-p.items // p.clusters) * -(-p.groups // p.splits)  # images that the busiest cluster takes
     assert p.text_groups * p.groups / (rounds * (132 // p.cluster)) > at_least
-
-
-def test_constants_are_those_of_python_and_triton():
-    kernels = pytest.importorskip("pacl_kernels.backends.triton_kernels")
-    expected = dict(
-        running_max_below=cuda.RUNNING_MAX_BELOW,
-        min_pooled_norm=reference.MIN_POOLED_NORM,
-        log2e=kernels.shared.LOG2E.value,
-    )
-    assert native.cuda_constants() == {name: np.float32(value) for name, value in expected.items()}
-    assert kernels.forward.PLAIN_TEMPERATURE.value == cuda.RUNNING_MAX_BELOW
 
 
 def test_the_fingerprint_covers_every_kind_of_source(tmp_path):

@@ -14,7 +14,7 @@ from accuracy import check
 from filelock import FileLock
 from problems import Case, make
 
-from pacl_kernels.backends import cuda
+from pacl_kernels.backends.gpu import hopper
 
 
 @pytest.fixture(scope="session")  # of a module, it would be built each time that a test process comes back to this one
@@ -28,7 +28,7 @@ def library(tmp_path_factory, worker_id):
 
 
 def run(library, patches, texts, phi, state, *, tau=1.0, mask=None, epilogue=None, weights=None, cluster=0, **more):
-    """A launch as `backends/cuda.py` makes it; `more`: tensors of other fields, and the emulator's settings."""
+    """A launch as `gpu/hopper.py` makes it; `more`: tensors of other fields, and the emulator's settings."""
     on_device = isinstance(tau, torch.Tensor)
     norms = patches.float().norm(dim=-1)
     if mask is not None:
@@ -399,7 +399,7 @@ BACKEND = [
 def test_backend(library, monkeypatch, case, form, dtype):
     """The whole backend, with the emulator's launches between kernels of Triton's interpreter."""
     library.configure()
-    monkeypatch.setattr(cuda, "native", lambda: library)
-    monkeypatch.setattr(cuda, "why_not", lambda device=None, dtype=None: None)
-    monkeypatch.setattr(cuda, "ATTENTION_IN_MEMORY", True)
+    monkeypatch.setattr(hopper, "native", lambda: library)
+    monkeypatch.setattr(hopper, "why_not", lambda device=None, dtype=None: None)
+    monkeypatch.setattr(hopper.settings, "cosine_from_attention", True)
     check(make(case, form, "compatibility" if case.K else "infonce", dtype), "cuda")

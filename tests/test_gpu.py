@@ -7,7 +7,7 @@ from filelock import FileLock
 from problems import FORMS, Case, make
 
 from pacl_kernels import available_backends, backends, compatibility, fused_pacl_loss
-from pacl_kernels.backends.gpu import run as launch
+from pacl_kernels.backends.gpu import launch
 
 pytestmark = [
     pytest.mark.gpu,

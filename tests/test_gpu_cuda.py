@@ -22,13 +22,13 @@ CASES = [
 
 @pytest.fixture(params=[1, 2], ids="cluster{}".format)
 def cluster(request, monkeypatch):
-    monkeypatch.setattr(hopper, "CLUSTER", request.param)
+    monkeypatch.setattr(hopper.settings, "cluster", request.param)
 
 
 @pytest.fixture(params=[False, True], ids=["triton", "in-memory"])
 def in_memory(request, monkeypatch):
     """Where the cosine form has its attention in memory: in kernels of Triton, or the backend's own."""
-    monkeypatch.setattr(hopper, "ATTENTION_IN_MEMORY", request.param)
+    monkeypatch.setattr(hopper.settings, "cosine_from_attention", request.param)
     return request.param
 
 
@@ -42,7 +42,7 @@ def test_shapes(cluster, case, dtype, form):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", [case for case in CASES if not 97 <= case.N <= 256], ids=str)
 def test_an_attention_in_memory(cluster, monkeypatch, case, dtype):
-    monkeypatch.setattr(hopper, "ATTENTION_IN_MEMORY", True)
+    monkeypatch.setattr(hopper.settings, "cosine_from_attention", True)
     check(make(case, "cosine", "infonce", dtype, "cuda"), "cuda")
 
 
@@ -70,7 +70,7 @@ def test_a_large_batch_against_triton(form):
 @pytest.mark.parametrize("form, patches", [("dot", 196), ("cosine", 196), ("cosine", 387)])
 def test_a_thousand_runs_give_the_same_bits(cluster, monkeypatch, form, patches):
     """A moving result is a race. The memory that the results land in is poisoned in between."""
-    monkeypatch.setattr(hopper, "ATTENTION_IN_MEMORY", True)
+    monkeypatch.setattr(hopper.settings, "cosine_from_attention", True)
     inputs = _inputs(96, patches, 512)
     first = _step(inputs, form)
     for _ in range(1000):

@@ -16,6 +16,7 @@ BENCHMARKS = ROOT / "benchmarks"
 SOURCES = ROOT / "pacl_kernels" / "backends" / "gpu" / "kernels"
 SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
 TENSOR_CORE = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05"}
+SCORES = ("compatibility_forward", "dot_weights", "attention")  # kernels with a tile of scores
 
 
 def _run(*arguments) -> str:
@@ -55,7 +56,8 @@ def test_a_batch_of_unseen_size_compiles_nothing():
 
 def test_every_kernel_and_target_is_there(rows):
     assert 30 <= len(rows) <= 80
-    tiled = {"score_forward", "score_backward", "cosine_forward", "cosine_backward", "curvature"}
+    tiled = {"compatibility_forward", "dot_weights", "attention", "norm_term"}
+    tiled |= {"cosine_forward_from_attention", "cosine_weights_from_attention"}
     tiled |= {"max_patches", "max_texts", "upsample_argmax"}
     for target in SHARED:
         assert tiled <= {row["kernel"] for row in rows if row["target"] == target}
@@ -71,14 +73,14 @@ def test_nothing_spills(rows):
 
 def test_products_run_on_the_tensor_cores(rows):
     for row in rows:
-        products = row["kernel"].startswith(("score_", "cosine_", "gram", "curvature", "add_pooled", "max_patches"))
+        products = row["kernel"].startswith((*SCORES, "cosine_", "gram", "norm_term", "max_patches"))
         assert row["tensor_core"] == (TENSOR_CORE[row["target"]] if products else "none"), row
 
 
 def test_the_programs_that_share_a_multiprocessor_fit(rows):
     for row in rows:
         assert 0 < row["registers"] <= 255 and row["shared_bytes"] <= SHARED[row["target"]], row
-        if row["kernel"].startswith("score_"):
+        if row["kernel"] in SCORES:
             expected = 2 if "warps 4" in row["config"] else 1
             assert row["programs_per_sm"] >= expected, row
 
@@ -87,7 +89,7 @@ def test_the_programs_that_share_a_multiprocessor_fit(rows):
 DIFFERENCES = """
 import json
 from kernel_report import Variant, compiled, launches
-kinds = "score_forward_kernel", "score_backward_kernel"
+kinds = "compatibility_forward_kernel", "dot_weights_kernel", "attention_kernel"
 variants = (Variant(tau=0.01), Variant(form="cosine", tau=0.01, dtype="fp32", patches=48))
 found = {str(x): x for variant in variants for x in launches(variant, 90) if x.kernel in kinds}
 print(json.dumps([(x.kernel, compiled(x).asm["ptx"]) for x in found.values()]))

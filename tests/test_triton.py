@@ -1,5 +1,6 @@
 """The Triton kernels in Triton's interpreter, which runs them on CPU tensors; with a GPU, on that."""
 
+import inspect
 from dataclasses import replace
 
 import pytest
@@ -8,9 +9,10 @@ from accuracy import check, evaluate, winners
 from problems import CONTENTS, FORMS, LAYOUTS, SHAPES, Case, make
 
 from pacl_kernels import available_backends, backends, fused_pacl_loss
-from pacl_kernels.backends.gpu import run as launch
-from pacl_kernels.backends.gpu import tiles
-from pacl_kernels.backends.gpu import triton as backend
+from pacl_kernels.backends.gpu import launch, order, tiles, workspace
+from pacl_kernels.backends.gpu.hopper import HopperLaunches
+from pacl_kernels.backends.gpu.problem import Block
+from pacl_kernels.backends.gpu.triton import TritonLaunches
 
 pytestmark = pytest.mark.skipif(available_backends()["triton"] is not None, reason=str(available_backends()["triton"]))
 
@@ -129,6 +131,27 @@ def test_scalars_as_numbers_and_as_tensors(loss, bias, scale):
     check(replace(problem, logit_scale=scale, logit_bias=bias, attn_temperature=0.2), "triton")
 
 
+@pytest.mark.parametrize("loss", ["infonce", "sigmoid"])
+def test_scalars_without_a_gradient(loss):
+    """The other gradients are the same bits as with it."""
+    phi = torch.tensor([[0.3, -0.2], [0.1, 0.4]], device=DEVICE)
+    scale, bias = torch.tensor([7.0, -1.0], device=DEVICE)
+    statistics = phi.new_empty(4, 2) if loss == "infonce" else None
+    backend = backends.get("triton")
+    backend.loss_forward(phi, scale, bias, loss, phi.new_empty(()), statistics)
+    results = []
+    for needs_scale, needs_bias in ((True, True), (True, False), (False, True), (False, False)):
+        grads = torch.empty_like(phi), phi.new_zeros(()), phi.new_zeros(())
+        asked = grads[0], grads[1] if needs_scale else None, grads[2] if needs_bias else None
+        backend.loss_backward(phi, scale, bias, loss, statistics, phi.new_tensor(1.0), *asked)
+        results.append(grads)
+    (every, scale_grad, bias_grad), *others = results
+    assert scale_grad != 0 and bias_grad != 0
+    assert all(torch.equal(every, grads[0]) for grads in others)
+    assert [grads[1] for grads in others] == [scale_grad, 0, 0]
+    assert [grads[2] for grads in others] == [0, bias_grad, 0]
+
+
 @pytest.mark.parametrize("needs", [("patches",), ("texts",), ("attn_temperature",), ("patches", "texts")], ids=str)
 @pytest.mark.parametrize("form", FORMS)
 def test_only_what_is_needed(form, needs):
@@ -139,20 +162,22 @@ def _launched(launches, name):
     return [constants for kernel, constants in launches if kernel == name]
 
 
-@pytest.mark.parametrize("tau, safe", [(0.07, [False]), (0.05, [False]), (0.049, [True])])
-def test_a_number_chooses_the_kernel(tau, safe, launches):
+@pytest.mark.parametrize("tau, running_max", [(0.07, [False]), (0.05, [False]), (0.049, [True])])
+def test_a_number_chooses_the_kernel(tau, running_max, launches):
     problem = make(Case(2, 70, 20), "dot", "compatibility", device=DEVICE)
     call = backends.get("triton").compatibility_forward
-    phi, stat = problem.patches.new_empty(2, 2), problem.patches.new_empty(2, 2)
-    call(problem.patches, problem.texts, None, tau, "dot", phi, stat)
-    assert [constants["SAFE"] for constants in _launched(launches, "score_forward_kernel")] == safe
+    phi, state = problem.patches.new_empty(2, 2), problem.patches.new_empty(2, 2)
+    call(problem.patches, problem.texts, None, tau, "dot", phi, state)
+    launched = _launched(launches, "compatibility_forward_kernel")
+    assert [constants["RUNNING_MAX"] for constants in launched] == running_max
 
 
 @pytest.mark.parametrize("tau", [0.02, 0.5])
 def test_a_tensor_launches_both_and_one_works(tau, launches):
     problem = make(Case(2, 70, 20, tau=tau), "dot", "compatibility", device=DEVICE)
     check(problem, "triton", ())
-    assert {constants["SAFE"] for constants in _launched(launches, "score_forward_kernel")} == {False, True}
+    launched = _launched(launches, "compatibility_forward_kernel")
+    assert {constants["RUNNING_MAX"] for constants in launched} == {False, True}
 
 
 @pytest.mark.parametrize(
@@ -169,7 +194,7 @@ def test_a_tensor_launches_both_and_one_works(tau, launches):
 )
 def test_the_shape_chooses_the_tile(case, expected, launches):
     check(make(case, "dot", "compatibility", torch.bfloat16, DEVICE), "triton")
-    for constants in _launched(launches, "score_forward_kernel"):
+    for constants in _launched(launches, "compatibility_forward_kernel"):
         assert expected.items() <= constants.items()
 
 
@@ -189,7 +214,7 @@ def test_descriptors_where_alignment_allows(case, dtype, expected, launches):
     if not tiles.has_bulk_copies(torch.device(DEVICE)):
         pytest.skip("no bulk copies here")
     check(make(case, "dot", "compatibility", dtype, DEVICE), "triton")
-    for name in ("score_forward_kernel", "score_backward_kernel"):
+    for name in ("compatibility_forward_kernel", "dot_weights_kernel"):
         assert _launched(launches, name) and all(x["DESCRIPTORS"] == expected for x in _launched(launches, name))
 
 
@@ -206,10 +231,11 @@ def test_strides_whose_multiples_need_64_bits():
 @pytest.mark.parametrize("k, dtype", [(7, torch.float32), (7, torch.float16), (150, torch.bfloat16)], ids=str)
 def test_blocks_of_images_and_of_texts(k, dtype, form, launches, monkeypatch):
     """A small workspace: several blocks of images, and where K is large of texts as well, then summed in float32."""
-    monkeypatch.setattr(tiles, "WORKSPACE", 2**12)
+    monkeypatch.setattr(workspace, "WORKSPACE", 2**12)
     check(make(Case(3, 70, 20, K=k, mask="random"), form, "compatibility", dtype, DEVICE), "triton")
-    assert tiles.text_block(70, k, 4) == (7 if k == 7 else 128)
-    assert len(_launched(launches, "max_patches_kernel" if form == "max" else "score_backward_kernel")) >= 2
+    assert workspace.text_block(70, k, 4) == (7 if k == 7 else 128)
+    kernel = {"dot": "dot_weights_kernel", "cosine": "attention_kernel", "max": "max_patches_kernel"}[form]
+    assert len(_launched(launches, kernel)) >= 2
 
 
 @pytest.mark.parametrize("n", [7, 131])
@@ -222,19 +248,20 @@ def test_blocks_of_images_and_of_texts(k, dtype, form, launches, monkeypatch):
     ],
     ids=str,
 )
-def test_curvature(dtype, attention, tolerance, n):
+def test_norm_term(dtype, attention, tolerance, n):
     """-Σ_k c a aᵀ / ‖p‖ in two blocks of texts, against float64, whatever lies between rows of the attention."""
     torch.manual_seed(0)
     images, k = 2, 75
     patches, texts = torch.randn(1 + images, n, 8, device=DEVICE).to(dtype), torch.randn(k, 8, device=DEVICE).to(dtype)
-    call = backend.Call(patches, texts, None, 0.1, *torch.empty(2, 1 + images, k, device=DEVICE))
+    problem = order.prepare(patches, texts, None, 0.1, *torch.empty(2, 1 + images, k, device=DEVICE))
+    launches, size = TritonLaunches(problem), workspace.BlockSize(images, k)
     a = torch.rand(images, k, n, device=DEVICE).to(attention)
     factors = torch.randn(images, k, device=DEVICE)
-    room = call.attention_workspace(tiles.Blocks(images, k), attention).fill_(9.0)
+    room = workspace.attention(problem, size, attention).fill_(9.0)
     room[:, :, :n] = a
-    c = call.pooled_workspace(tiles.Blocks(images, k), torch.float32)
+    c = workspace.norm_term(problem, size, torch.float32)
     for k0, k1 in ((0, 70), (70, k)):
-        call.curvature(1, 1 + images, k0, k1, room[:, k0:k1], factors[:, k0:k1].contiguous(), c)
+        launches.norm_term(Block(1, 1 + images, k0, k1), room[:, k0:k1], factors[:, k0:k1].contiguous(), c)
     inverse = 1 / patches[1:].double().norm(dim=2)
     weighted = torch.einsum("bk,bkn->bkn", factors.double(), a.double())
     others = torch.einsum("bkm,bm->bkm", a.double(), inverse)
@@ -338,10 +365,10 @@ def test_runs_of_images_waste_nothing():
     [(4096, 196, 4096, 2), (32768, 196, 32768, 2), (3, 1369, 2**20, 4), (9999, 196, 3, 6), (1, 1, 1, 2)],
 )
 def test_workspace_is_bounded(b, n, k, itemsize, image_bytes):
-    blocks = tiles.plan_blocks(b, n, k, itemsize, image_bytes)
+    blocks = workspace.plan_blocks(b, n, k, itemsize, image_bytes)
     assert 1 <= blocks.images <= b and 1 <= blocks.texts <= k
     taken = blocks.images * (n * blocks.texts * itemsize + image_bytes)
-    assert taken <= tiles.WORKSPACE + (image_bytes if blocks.images == 1 else 0)
+    assert taken <= workspace.WORKSPACE + (image_bytes if blocks.images == 1 else 0)
 
 
 @pytest.mark.parametrize("k", [1, 17, 129, 4096])
@@ -349,9 +376,18 @@ def test_whole_tiles_fit_into_the_workspace(k, monkeypatch):
     """However few texts are in the last one."""
     monkeypatch.setattr(launch, "run", lambda *_, **__: None)
     patches, texts = (torch.empty(*shape, 64, dtype=torch.bfloat16, device="meta") for shape in ((800_000, 196), (k,)))
-    call = backend.Call(patches, texts, None, 0.1, *torch.empty(2, len(patches), k, device="meta"))
-    blocks = tiles.plan_blocks(len(patches), 196, k, 2)
-    assert 0.95 * tiles.WORKSPACE <= call.workspace(blocks, torch.bfloat16).nbytes <= 1.01 * tiles.WORKSPACE
+    problem = order.prepare(patches, texts, None, 0.1, *torch.empty(2, len(patches), k, device="meta"))
+    size = workspace.plan_blocks(len(patches), 196, k, 2)
+    w = workspace.weights(problem, size, TritonLaunches(problem).weights_tile(needs_temperature=False))
+    assert 0.95 * workspace.WORKSPACE <= w.nbytes <= 1.01 * workspace.WORKSPACE
+
+
+@pytest.mark.parametrize("kind", [TritonLaunches, HopperLaunches])
+def test_a_set_of_launches_has_what_the_order_asks_for(kind):
+    asked = {name: x for name, x in vars(order.Launches).items() if inspect.isfunction(x) and name[0] != "_"}
+    one_tile = {"cosine_forward", "cosine_weights"} if kind is TritonLaunches else set()
+    for name in asked.keys() - one_tile:
+        assert inspect.signature(getattr(kind, name)) == inspect.signature(asked[name]), name
 
 
 def test_a_tensor_on_the_cpu_without_the_interpreter(monkeypatch):

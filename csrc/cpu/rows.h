@@ -1,7 +1,7 @@
 // From the caller's tensors to packed panels.
 #pragma once
 
-#include "constants.h"
+#include "../constants.h"
 #include "half.h"
 #include "product.h"
 

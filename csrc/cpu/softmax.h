@@ -33,7 +33,7 @@ inline int64_t segment_end(const Rows& rows, int64_t row, int64_t last) {
   return row;
 }
 
-constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f;
+constexpr float kLn2 = 0.693147181f;
 
 inline bool omits_running_max(const CompatibilityParams& p) { return p.temperature >= kRunningMaxBelow; }
 

@@ -177,7 +177,7 @@ inline void find_best(const float* top, const float* bottom, const int32_t* clas
 template <int kRows>
 inline void find_entropy(const float* top, const float* bottom, int64_t classes, float scale, const float* fraction,
                          const V* best, V* entropy) {
-  constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+  constexpr float kLn2 = 0.6931471805599453f;
   V total[kRows]{}, weighted[kRows]{};
   for (int64_t first = 0; first < classes; first += kSumLength) {
     V part[kRows]{}, weighted_part[kRows]{};

@@ -10,7 +10,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "constants.h"
 #include "launch.h"
 #include "plan.h"
 
@@ -55,10 +54,6 @@ inline void bind_plan(py::module_& m) {
 #undef PACL_FIELD
 
   m.def("cuda_fits_one_tile", &fits_one_tile, py::arg("patches"));
-  m.def("cuda_constants", [] {
-    return py::dict(py::arg("running_max_below") = kRunningMaxBelow, py::arg("min_pooled_norm") = kMinPooledNorm,
-                    py::arg("log2e") = kLog2e);
-  });
 }
 
 #ifdef PACL_CUDA

@@ -12,7 +12,7 @@
 #include "ptx.cuh"
 #endif
 
-#include "constants.h"
+#include "../constants.h"
 #include "work.h"
 
 namespace pacl::cuda {

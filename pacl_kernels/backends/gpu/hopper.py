@@ -1,32 +1,53 @@
-"""The two fused functions in CUDA C++ for Hopper (csrc/cuda), bfloat16 and float16; docs/cuda.md draws the kernel.
+"""Backend `cuda`: launches of CUDA C++ for Hopper (csrc/cuda), bfloat16 and float16; docs/cuda.md draws the kernel.
 
-Its launches take the place of the Triton backend's: φ and the weights of the `dot` form, and both for the `cosine` form
-with 97 patches or more (for fewer see ATTENTION_IN_MEMORY). Everything around them, the loss, the `max` form and
-`upsample_argmax` are the Triton backend's own.
+`order.py` says what is launched when. φ and W of the `dot` form have kernels of csrc/cuda, and those of the cosine form
+where an image has 97 patches or more (for fewer see `Settings`). The rest is Triton's: the norms, Gram matrices, the
+norm term, the `max` form, the loss and `upsample_argmax`.
 """
 
 from __future__ import annotations
+
+import dataclasses
+import functools
 
 import torch
 from torch import Tensor
 
 from ...native import native
-from . import call, tiles, triton
-from .run import ranges
+from . import launch, order, tiles, triton
+from .loss import loss_backward, loss_forward
+from .problem import Block, Problem, Upstream
+from .upsample import upsample_argmax
 
-loss_forward, loss_backward, upsample_argmax = triton.loss_forward, triton.loss_backward, triton.upsample_argmax
+__all__ = [
+    "HopperLaunches",
+    "Settings",
+    "compatibility_backward",
+    "compatibility_forward",
+    "loss_backward",
+    "loss_forward",
+    "settings",
+    "upsample_argmax",
+    "why_not",
+]
 
-# Blocks of a cluster, 0 for what csrc/cuda/plan.h says; benchmarks try others.
-CLUSTER = 0
-# Whether `cosine` with other than 97 to 256 patches has kernels of its own (`attention`, `pool` and `pool_weights` of
-# csrc/cuda/plan.h) or takes the Triton backend's. None: with more, where they were measured and a step is 1.3 to 2.2
-# times as fast. Tests and benchmarks/tune_cuda.py try both.
-ATTENTION_IN_MEMORY: bool | None = None
-_PLAIN_TEMPERATURE = 0.05  # as kPlainTemperature in csrc/cuda/score.cuh
+
+@dataclasses.dataclass
+class Settings:
+    """Choices between kernels. Tests and benchmarks/tune_cuda.py try others."""
+
+    cluster: int = 0  # thread blocks of a cluster; 0 for what csrc/cuda/plan.h says
+    # Whether the cosine form of images that do not fit one tile (fewer than 97 patches or more than 256) takes kernels
+    # of csrc/cuda or Triton's. None: csrc/cuda's with more than 256, where they were measured and a step is 1.3 to 2.2
+    # times as fast.
+    cosine_from_attention: bool | None = None
+
+
+settings = Settings()
 
 
 def why_not(device: torch.device | None = None, dtype: torch.dtype | None = None) -> str | None:
-    if not hasattr(native(), "CudaScoreCall"):
+    if not hasattr(native(), "CudaLaunch"):
         return "not built; install from source with nvcc 12.3 or newer on PATH and PACL_CUDA=ON in the environment"
     if dtype is not None and dtype not in (torch.bfloat16, torch.float16):
         return f"it takes bfloat16 and float16, not {dtype}"
@@ -41,146 +62,151 @@ def why_not(device: torch.device | None = None, dtype: torch.dtype | None = None
     return None if reason is None else f"it needs the Triton backend beside it: {reason}"
 
 
-def compatibility_forward(patches, texts, patch_mask, temperature, form, phi, state) -> None:
-    triton.forward(Call, patches, texts, patch_mask, temperature, form, phi, state)
+class HopperLaunches:
+    """Hopper's launches for one problem, with Triton's for what csrc/cuda has no kernel for; see `order.Launches`."""
 
+    def __init__(self, problem: Problem):
+        self._p = p = problem
+        self._triton = triton.TritonLaunches(p)
+        self._patches, self._texts = _aligned(p.patches), _aligned(p.texts)
+        self._device = p.patches.device.index or 0
+        self._stream = torch.cuda.current_stream(p.patches.device).cuda_stream if p.patches.is_cuda else 0
+        self.fits_one_tile = native().cuda_fits_one_tile(p.n)
+        self._from_attention = settings.cosine_from_attention
+        if self._from_attention is None:
+            self._from_attention = p.n > 256
+        # Where one launch takes the cosine form, only the norm term reads the attention.
+        self.attention_dtype = p.patches.dtype if self.fits_one_tile else p.gram_dtype
 
-def compatibility_backward(
-    patches, texts, patch_mask, temperature, form, phi, state, grad_phi, grad_patches, grad_texts, grad_temperature
-) -> None:
-    gradients = (grad_phi, grad_patches, grad_texts, grad_temperature)
-    triton.backward(Call, patches, texts, patch_mask, temperature, form, phi, state, gradients)
+    def max_forward(self) -> None:
+        self._triton.max_forward()
 
+    def dot_forward(self) -> None:
+        p = self._p
+        for running_max in launch.running_max_variants(p.temperature):
+            epilogue = "dot_forward_running_max" if running_max else "dot_forward"
+            self._run(self._call(epilogue, p.pairs, p.phi), p.pairs)
 
-class Call(call.Call):
-    def __init__(self, patches, texts, patch_mask, temperature, phi, state):
-        super().__init__(patches, texts, patch_mask, temperature, phi, state)
-        self.rows, self.text_rows = _aligned(patches), _aligned(self.texts)
-        self.device = patches.device.index or 0
-        self.stream = torch.cuda.current_stream(patches.device).cuda_stream if patches.is_cuda else 0
+    def gram(self, block: Block, gram: Tensor) -> None:
+        self._triton.gram(block, gram)
 
-    def forward(self, form: str) -> None:
-        if form == "cosine" and native().cuda_can_pool(self.n):
-            self.pooled()
-        else:
-            super().forward(form)
-
-    def pooled(self) -> None:
-        """φ and STAT of the `cosine` form in one launch for each block of images."""
-        blocks = tiles.Blocks(max(1, min(self.b, tiles.WORKSPACE // self.gram_bytes)), self.k)
-        gram = self.gram_workspace(blocks)
-        for b0, b1 in ranges(self.b, blocks.images):
-            self.gram(b0, b1, gram)
-            call = self._call("cosine", b0, b1, 0, self.k, self.phi)
-            call.set_gram(gram.data_ptr(), gram.stride(1))
-            self._launch(call, b0, b1)
-
-    def scores(self, form: str) -> None:
-        if form == "max":
-            super().scores(form)
+    def attention(self, block: Block, attention: Tensor, state_is_entropy: bool) -> None:
+        if not self._from_attention:
+            self._triton.attention(block, attention, state_is_entropy)
             return
-        temperature = self.temperature
-        both = isinstance(temperature, Tensor)  # it is not read: both are launched, and one returns
-        for safe in (False, True) if both else (temperature < _PLAIN_TEMPERATURE,):
-            call = self._call("forward_safe" if safe else "forward", 0, self.b, 0, self.k, self.phi)
-            self._launch(call, 0, self.b)
+        call = self._call("attention", block, self._p.phi if state_is_entropy else None)
+        _set_attention(call, attention)
+        self._run(call, block)
 
-    @property
-    def in_memory(self) -> bool:
-        return self.n > 256 if ATTENTION_IN_MEMORY is None else ATTENTION_IN_MEMORY
+    def cosine_forward(self, block: Block, gram: Tensor) -> None:
+        call = self._call("cosine_forward", block, self._p.phi)
+        _set_gram(call, gram)
+        self._run(call, block)
 
-    def attention(self, b0, b1, k0, k1, attention, entropy_over=None) -> None:
-        if not self.in_memory:
-            super().attention(b0, b1, k0, k1, attention, entropy_over)
+    def cosine_forward_from_attention(self, block: Block, attention: Tensor, gram: Tensor) -> None:
+        if not self._from_attention:
+            self._triton.cosine_forward_from_attention(block, attention, gram)
             return
-        call = self._call("attention", b0, b1, k0, k1, entropy_over)
-        call.set_attention(attention.data_ptr(), attention.stride(1))
-        self._launch(call, b0, b1)
+        call = self._call("cosine_forward_from_attention", block, self._p.phi)
+        _set_gram(call, gram)
+        _set_attention(call, attention)
+        call.run()
 
-    def cosine_forward(self, b0, b1, k0, k1, attention, gram) -> None:
-        if not self.in_memory:
-            super().cosine_forward(b0, b1, k0, k1, attention, gram)
-            return
-        call = self._call("pool", b0, b1, k0, k1, self.phi)
-        call.set_gram(gram.data_ptr(), gram.stride(1))
-        call.set_attention(attention.data_ptr(), attention.stride(1))
-        call.launch()
+    def weights_tile(self, needs_temperature: bool) -> tuple[int, int]:
+        return self._triton.weights_tile(needs_temperature)
 
-    def weights(self, b0, b1, k0, k1, w, grad_phi, needs_tau=False) -> Tensor | None:
-        call = self._call("weights", b0, b1, k0, k1, self.phi)
-        return self._launch_weights(call, b0, b1, k0, w, grad_phi, needs_tau)
+    def dot_weights(self, block: Block, upstream: Upstream, w: Tensor) -> Tensor | None:
+        return self._run_weights(self._call("dot_weights", block, self._p.phi), block, upstream, w)
 
-    def cosine_weights(self, b0, b1, k0, k1, attention, gram, grad_phi, w, curvature, needs_tau) -> Tensor | None:
-        pooled = native().cuda_can_pool(self.n)
-        if not pooled and not self.in_memory:
-            return super().cosine_weights(b0, b1, k0, k1, attention, gram, grad_phi, w, curvature, needs_tau)
-        if not pooled:
-            self.attention(b0, b1, k0, k1, attention)
-        call = self._call("cosine_weights" if pooled else "pool_weights", b0, b1, k0, k1, None)
-        call.set_gram(gram.data_ptr(), gram.stride(1))
-        call.set_attention(attention.data_ptr(), attention.stride(1))
-        call.set_curvature(curvature.data_ptr())
-        return self._launch_weights(call, b0, b1, k0, w, grad_phi, needs_tau)
+    def cosine_weights(
+        self, block: Block, upstream: Upstream, attention: Tensor, gram: Tensor, w: Tensor, norm_factor: Tensor
+    ) -> Tensor | None:
+        return self._cosine_weights("cosine_weights", block, upstream, attention, gram, w, norm_factor)
 
-    def attention_workspace(self, blocks: tiles.Blocks, dtype: torch.dtype | None = None) -> Tensor:
-        return super().attention_workspace(blocks, self.patches.dtype if native().cuda_can_pool(self.n) else dtype)
+    def cosine_weights_from_attention(
+        self, block: Block, upstream: Upstream, attention: Tensor, gram: Tensor, w: Tensor, norm_factor: Tensor
+    ) -> Tensor | None:
+        if not self._from_attention:
+            return self._triton.cosine_weights_from_attention(block, upstream, attention, gram, w, norm_factor)
+        return self._cosine_weights("cosine_weights_from_attention", block, upstream, attention, gram, w, norm_factor)
 
-    def _launch_weights(self, call, b0, b1, k0, w, grad_phi, needs_tau) -> Tensor | None:
-        sums = None
-        if needs_tau:  # one of each block that is launched; the others' stay 0
-            sums = self.phi.new_zeros(2 * call.plan().clusters)
-        call.set_weights(
-            weights=w.data_ptr(),
-            stride=w.stride(0),
-            grad_phi=grad_phi[b0:b1, k0:].data_ptr(),
-            scale=0 if self.scale is None else self.scale.data_ptr(),
-            temperature_sums=0 if sums is None else sums.data_ptr(),
-            masked=self.mask is not None,
-        )
-        self._launch(call, b0, b1)
-        return sums
+    def norm_term(self, block: Block, attention: Tensor, norm_factor: Tensor, norm_term: Tensor) -> None:
+        self._triton.norm_term(block, attention, norm_factor, norm_term)
 
-    def _launch(self, call, b0: int, b1: int) -> None:
-        """With columns, which the allocator hands on afterwards, in the order of the stream."""
-        columns = self._columns(call, b0, b1)
-        call.launch()
-        del columns
+    def norm_term_product(self, block: Block, norm_term: Tensor, raw: Tensor) -> None:
+        self._triton.norm_term_product(block, norm_term, raw)
 
-    def _call(self, epilogue: str, b0, b1, k0, k1, phi: Tensor | None):
-        temperature = self.temperature
-        on_device = isinstance(temperature, Tensor)
-        rows, texts = self.rows[b0:b1], self.text_rows[k0:k1]
-        return native().CudaScoreCall(
+    def max_texts(self, grad_phi: Tensor, texts_sum: Tensor) -> None:
+        self._triton.max_texts(grad_phi, texts_sum)
+
+    def max_patches(self, block: Block, grad_phi: Tensor, range_scale: Tensor | None, raw: Tensor) -> None:
+        self._triton.max_patches(block, grad_phi, range_scale, raw)
+
+    def _cosine_weights(self, epilogue: str, block: Block, upstream: Upstream, attention, gram, w, norm_factor):
+        call = self._call(epilogue, block, None)
+        _set_gram(call, gram)
+        _set_attention(call, attention)
+        call.norm_factor = norm_factor.data_ptr()
+        return self._run_weights(call, block, upstream, w)
+
+    def _run_weights(self, call, block: Block, upstream: Upstream, w: Tensor) -> Tensor | None:
+        tau_parts = None
+        if upstream.needs_temperature:  # one of each thread block that is launched; the others' stay 0
+            tau_parts = self._p.phi.new_zeros(2 * call.plan.clusters)
+            call.temperature_sums = tau_parts.data_ptr()
+        call.weights, call.weights_stride = w.data_ptr(), w.stride(0)
+        call.grad_phi = upstream.grad_phi[block.b0 : block.b1, block.k0 :].data_ptr()
+        call.range_scale = 0 if upstream.range_scale is None else upstream.range_scale.data_ptr()
+        call.full = upstream.needs_temperature or self._p.mask is not None
+        self._run(call, block)
+        return tau_parts
+
+    def _call(self, epilogue: str, block: Block, phi: Tensor | None):
+        p, on_device = self._p, isinstance(self._p.temperature, Tensor)
+        patches, texts = self._patches[block.b0 : block.b1], self._texts[block.k0 : block.k1]
+        return native().CudaLaunch(
             epilogue=getattr(native().CudaEpilogue, epilogue),
-            sizes=(b1 - b0, self.n, k1 - k0, self.d),
-            dtype=_name(rows),
-            patches=rows.data_ptr(),
-            patch_strides=rows.stride()[:2],
-            texts=texts.data_ptr(),
+            images=block.images,
+            patches=p.n,
+            texts=block.texts,
+            dim=p.d,
+            dtype=str(patches.dtype).removeprefix("torch."),
+            cluster=settings.cluster,
+            device=self._device,
+            stream=self._stream,
+            patch_rows=patches.data_ptr(),
+            patch_stride_image=patches.stride(0),
+            patch_stride_row=patches.stride(1),
+            text_rows=texts.data_ptr(),
             text_stride=texts.stride(0),
-            inverse_texts=self.inv_t[k0:].data_ptr(),
-            temperature=0.0 if on_device else temperature,
-            temperature_at=temperature.data_ptr() if on_device else 0,
-            phi=0 if phi is None else phi[b0:b1, k0:].data_ptr(),
-            state=self.state[b0:b1, k0:].data_ptr(),
-            stride_phi=self.k,
-            cluster=CLUSTER,
-            device=self.device,
-            stream=self.stream,
+            inverse_texts=p.inv_t[block.k0 :].data_ptr(),
+            temperature=0.0 if on_device else p.temperature,
+            temperature_at=p.temperature.data_ptr() if on_device else 0,
+            phi=0 if phi is None else phi[block.b0 : block.b1, block.k0 :].data_ptr(),
+            state=p.state[block.b0 : block.b1, block.k0 :].data_ptr(),
+            phi_stride=p.k,
         )
 
-    def _columns(self, call, b0: int, b1: int) -> Tensor:
-        """1 / ‖p‖ in the order of the kernel's tiles, for as long as the launch is not made."""
-        plan = call.plan()
-        columns = self.phi.new_empty(plan.groups * plan.chunks * plan.width)
-        mask = None if self.mask is None else self.mask[b0:b1]
+    def _run(self, call, block: Block) -> None:
+        """With 1 / ‖p‖ in the order of the kernel's tiles, memory that the allocator hands on in the stream's order."""
+        p, plan = self._p, call.plan
+        columns = p.phi.new_empty(plan.groups * plan.chunks * plan.width)
+        mask = None if p.mask is None else p.mask[block.b0 : block.b1]
         call.make_columns(
-            inverse_norms=self.inv_p[b0 * self.n :].data_ptr(),
+            inverse_norms=p.inv_p[block.b0 * p.n :].data_ptr(),
             mask=0 if mask is None else mask.data_ptr(),
-            mask_strides=(0, 0) if mask is None else mask.stride(),
+            mask_strides=launch.mask_strides(mask),
             columns=columns.data_ptr(),
         )
-        return columns
+        call.run()
+
+
+def _set_gram(call, gram: Tensor) -> None:
+    call.gram, call.gram_stride = gram.data_ptr(), gram.stride(1)
+
+
+def _set_attention(call, attention: Tensor) -> None:
+    call.attention, call.attention_stride = attention.data_ptr(), attention.stride(1)
 
 
 def _aligned(x: Tensor) -> Tensor:
@@ -194,5 +220,5 @@ def _aligned(x: Tensor) -> Tensor:
     return copy.copy_(x)
 
 
-def _name(x: Tensor) -> str:
-    return str(x.dtype).removeprefix("torch.")
+compatibility_forward = functools.partial(order.compatibility_forward, HopperLaunches)
+compatibility_backward = functools.partial(order.compatibility_backward, HopperLaunches)

@@ -1,18 +1,15 @@
-"""Which tiles the Triton kernels use, and how much of a batch is in memory at once: tables and arithmetic only."""
+"""The tiles of the Triton kernels: tables and arithmetic only."""
 
 from __future__ import annotations
 
 import functools
 import importlib.util
-import math
 import os
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-WORKSPACE = 256 * 2**20  # bytes of W in memory at once
-ALIGNED_ROWS = 8  # patches in a block are a multiple of this, but for the last block
 PADDED = 64  # patches of an image up to which it is padded to a power of two, several images to a tile
 
 
@@ -27,44 +24,45 @@ class Config(NamedTuple):
     per_processor: int
 
 
-# "safe" is with a running maximum, "full" with a mask or the temperature's gradient: both need more registers.
+# "forward" is `compatibility_forward_kernel`, "weights" `dot_weights_kernel` and `attention_kernel`. "full" is with a
+# mask or the temperature's gradient; that and a running maximum need more registers.
 # (kernel, architecture, bytes of an element) to configuration; an architecture without an entry takes that of the
-# newest older one. On an H200 "forward" and "backward" of two bytes were the fastest of 21; the others have not been
+# newest older one. On an H200 "forward" and "weights" of two bytes were the fastest of 21; the others have not been
 # timed. What `benchmarks/kernel_report.py` shows without a GPU: no spills, the tensor cores' own instructions, and
 # registers and shared memory for `per_processor` programs on each SM, so that one's epilogue hides behind another's
 # product.
 CONFIGS = {
     ("forward", 80, 2): Config(128, 128, 32, 8, 4, 1),
-    ("forward_safe", 80, 2): Config(128, 128, 32, 8, 4, 1),
-    ("backward", 80, 2): Config(128, 128, 32, 8, 4, 1),
-    ("backward_full", 80, 2): Config(128, 128, 32, 8, 4, 1),
+    ("forward_running_max", 80, 2): Config(128, 128, 32, 8, 4, 1),
+    ("weights", 80, 2): Config(128, 128, 32, 8, 4, 1),
+    ("weights_full", 80, 2): Config(128, 128, 32, 8, 4, 1),
     ("forward", 80, 4): Config(64, 64, 32, 4, 3, 2),
-    ("forward_safe", 80, 4): Config(64, 64, 32, 8, 3, 1),
-    ("backward", 80, 4): Config(64, 64, 32, 4, 3, 2),
-    ("backward_full", 80, 4): Config(64, 64, 32, 8, 3, 1),
+    ("forward_running_max", 80, 4): Config(64, 64, 32, 8, 3, 1),
+    ("weights", 80, 4): Config(64, 64, 32, 4, 3, 2),
+    ("weights_full", 80, 4): Config(64, 64, 32, 8, 3, 1),
     ("forward", 90, 2): Config(128, 128, 64, 4, 3, 2),
-    ("forward_safe", 90, 2): Config(128, 128, 64, 8, 4, 1),
-    ("backward", 90, 2): Config(128, 128, 64, 4, 3, 2),
-    ("backward_full", 90, 2): Config(128, 128, 64, 8, 4, 1),
+    ("forward_running_max", 90, 2): Config(128, 128, 64, 8, 4, 1),
+    ("weights", 90, 2): Config(128, 128, 64, 4, 3, 2),
+    ("weights_full", 90, 2): Config(128, 128, 64, 8, 4, 1),
     ("forward", 90, 4): Config(128, 64, 32, 4, 3, 2),
-    ("forward_safe", 90, 4): Config(128, 64, 32, 8, 3, 1),
-    ("backward", 90, 4): Config(128, 64, 32, 4, 3, 2),
-    ("backward_full", 90, 4): Config(128, 64, 32, 8, 3, 1),
+    ("forward_running_max", 90, 4): Config(128, 64, 32, 8, 3, 1),
+    ("weights", 90, 4): Config(128, 64, 32, 4, 3, 2),
+    ("weights_full", 90, 4): Config(128, 64, 32, 8, 3, 1),
     ("forward", 100, 2): Config(128, 64, 64, 4, 4, 2),
-    ("forward_safe", 100, 2): Config(128, 64, 64, 4, 4, 2),
-    ("backward", 100, 2): Config(128, 64, 64, 4, 4, 2),
-    ("backward_full", 100, 2): Config(128, 64, 64, 4, 4, 2),
+    ("forward_running_max", 100, 2): Config(128, 64, 64, 4, 4, 2),
+    ("weights", 100, 2): Config(128, 64, 64, 4, 4, 2),
+    ("weights_full", 100, 2): Config(128, 64, 64, 4, 4, 2),
     ("forward", 100, 4): Config(128, 64, 32, 8, 3, 1),
-    ("forward_safe", 100, 4): Config(128, 64, 32, 8, 3, 1),
-    ("backward", 100, 4): Config(128, 64, 32, 8, 3, 1),
-    ("backward_full", 100, 4): Config(128, 64, 32, 8, 3, 1),
+    ("forward_running_max", 100, 4): Config(128, 64, 32, 8, 3, 1),
+    ("weights", 100, 4): Config(128, 64, 32, 8, 3, 1),
+    ("weights_full", 100, 4): Config(128, 64, 32, 8, 3, 1),
 }
 # By bytes of an element, where rows are loaded by address, which takes registers: rows that are not evenly spaced,
 # contiguous and aligned, and padded images whose dimensions do not fill the steps along D.
 STRIDED = {2: Config(128, 64, 32, 8, 4, 1), 4: Config(64, 64, 32, 8, 3, 1)}
 
 
-class Pool(NamedTuple):
+class GramAttention(NamedTuple):
     """Tile of q = G a, texts and patches, step along the other patches, and how Triton compiles it."""
 
     block_t: int
@@ -75,29 +73,29 @@ class Pool(NamedTuple):
 
 
 # (kernel, architecture, bytes of an element) to configuration, as `CONFIGS`. Where a tile holds all patches of an image
-# the backward takes q once instead of twice.
-POOL = {
-    ("forward", 80, 2): Pool(64, 256, 64, 8, 2),
-    ("forward", 80, 4): Pool(64, 32, 32, 4, 3),
-    ("forward", 90, 2): Pool(64, 256, 64, 8, 3),
-    ("forward", 90, 4): Pool(64, 32, 32, 4, 3),
-    ("forward", 100, 2): Pool(64, 256, 64, 8, 3),
-    ("forward", 100, 4): Pool(64, 32, 32, 4, 3),
-    ("backward", 80, 2): Pool(64, 256, 64, 8, 2),
-    ("backward", 80, 4): Pool(64, 32, 32, 4, 3),  # three tf32 products keep six operands
-    ("backward", 90, 2): Pool(64, 256, 64, 8, 3),
-    ("backward", 90, 4): Pool(64, 32, 32, 4, 3),
-    ("backward", 100, 2): Pool(64, 256, 64, 8, 3),
-    ("backward", 100, 4): Pool(64, 32, 32, 4, 3),
+# "weights" takes q once instead of twice.
+GRAM_ATTENTION = {
+    ("forward", 80, 2): GramAttention(64, 256, 64, 8, 2),
+    ("forward", 80, 4): GramAttention(64, 32, 32, 4, 3),
+    ("forward", 90, 2): GramAttention(64, 256, 64, 8, 3),
+    ("forward", 90, 4): GramAttention(64, 32, 32, 4, 3),
+    ("forward", 100, 2): GramAttention(64, 256, 64, 8, 3),
+    ("forward", 100, 4): GramAttention(64, 32, 32, 4, 3),
+    ("weights", 80, 2): GramAttention(64, 256, 64, 8, 2),
+    ("weights", 80, 4): GramAttention(64, 32, 32, 4, 3),  # three tf32 products keep six operands
+    ("weights", 90, 2): GramAttention(64, 256, 64, 8, 3),
+    ("weights", 90, 4): GramAttention(64, 32, 32, 4, 3),
+    ("weights", 100, 2): GramAttention(64, 256, 64, 8, 3),
+    ("weights", 100, 4): GramAttention(64, 32, 32, 4, 3),
 }
-POOL_SMALL = {2: Pool(64, 64, 64, 4, 3), 4: Pool(64, 32, 32, 4, 3)}  # up to so many patches
+GRAM_ATTENTION_SMALL = {2: GramAttention(64, 64, 64, 4, 3), 4: GramAttention(64, 32, 32, 4, 3)}  # up to so many patches
 
 
-def pool_config(kernel: str, n: int, patches: Tensor) -> Pool:
+def gram_attention_config(kernel: str, n: int, patches: Tensor) -> GramAttention:
     itemsize = patches.element_size()
-    if n <= POOL_SMALL[itemsize].block_m:
-        return POOL_SMALL[itemsize]
-    entry = POOL[kernel, newest({number for _, number, _ in POOL}, patches.device), itemsize]
+    if n <= GRAM_ATTENTION_SMALL[itemsize].block_m:
+        return GRAM_ATTENTION_SMALL[itemsize]
+    entry = GRAM_ATTENTION[kernel, newest({number for _, number, _ in GRAM_ATTENTION}, patches.device), itemsize]
     return entry._replace(block_m=min(entry.block_m, power_of_two(n)))
 
 
@@ -118,8 +116,8 @@ def gram_config(n: int, itemsize: int) -> Gram:
     return GRAM[itemsize] if n > GRAM_SMALL[itemsize].block else GRAM_SMALL[itemsize]
 
 
-class Curvature(NamedTuple):
-    """Side of a square tile of `curvature_kernel`, step along the texts, and how Triton compiles it.
+class NormTerm(NamedTuple):
+    """Side of a square tile of `norm_term_kernel`, step along the texts, and how Triton compiles it.
 
     `registers`: at most so many of a thread, so that two programs share an SM; 0 leaves it to the compiler.
     """
@@ -132,31 +130,32 @@ class Curvature(NamedTuple):
 
 
 # (architecture, bytes of an element) to configuration, as `CONFIGS`.
-CURVATURE = {
-    (80, 2): Curvature(128, 32, 8, 4),
-    (80, 4): Curvature(64, 32, 4, 3),
-    (90, 2): Curvature(128, 32, 8, 4, 128),
-    (90, 4): Curvature(64, 32, 4, 3),
-    (100, 2): Curvature(128, 64, 8, 3),
-    (100, 4): Curvature(64, 32, 4, 3),
+NORM_TERM = {
+    (80, 2): NormTerm(128, 32, 8, 4),
+    (80, 4): NormTerm(64, 32, 4, 3),
+    (90, 2): NormTerm(128, 32, 8, 4, 128),
+    (90, 4): NormTerm(64, 32, 4, 3),
+    (100, 2): NormTerm(128, 64, 8, 3),
+    (100, 4): NormTerm(64, 32, 4, 3),
 }
-CURVATURE_SMALL = {2: Curvature(64, 64, 4, 3), 4: Curvature(64, 32, 4, 3)}  # where larger tiles would be half empty
-POOLED_ALIGNMENT = 8  # elements between rows of the matrices that it writes
+NORM_TERM_SMALL = {2: NormTerm(64, 64, 4, 3), 4: NormTerm(64, 32, 4, 3)}  # where larger tiles would be half empty
+NORM_TERM_ALIGNMENT = 8  # elements between rows of the matrices that it writes
 
 
-class Pooled(NamedTuple):
-    """Tile of `add_pooled_kernel`, patches and dimensions, step along the other patches, and how Triton compiles it."""
+class PatchTile(NamedTuple):
+    """Tile of patches and dimensions of a gradient, step along what is summed over, and how Triton compiles it."""
 
     block_n: int
     block_d: int
-    block_m: int
+    step: int
     warps: int
     stages: int
 
 
-POOLED = {2: Pooled(128, 128, 64, 8, 3), 4: Pooled(64, 64, 32, 4, 3)}  # by bytes of an element of C
-
-MAX_PATCHES = {2: Pooled(64, 128, 64, 4, 3), 4: Pooled(64, 64, 32, 4, 3)}  # steps along the texts; not timed
+# By bytes of an element of C; steps of patches.
+NORM_TERM_PRODUCT = {2: PatchTile(128, 128, 64, 8, 3), 4: PatchTile(64, 64, 32, 4, 3)}
+# By bytes of an element of the patches; steps of texts. Not timed.
+MAX_PATCHES = {2: PatchTile(64, 128, 64, 4, 3), 4: PatchTile(64, 64, 32, 4, 3)}
 
 
 def max_texts(d: int) -> dict:
@@ -165,10 +164,10 @@ def max_texts(d: int) -> dict:
     return dict(TEXTS=1024 // block_d, IMAGES=4, BLOCK_D=block_d)
 
 
-def curvature_config(n: int, itemsize: int, device: torch.device) -> Curvature:
+def norm_term_config(n: int, itemsize: int, device: torch.device) -> NormTerm:
     """`itemsize`: bytes of an element of the product's operands."""
-    entry = CURVATURE[newest({number for number, _ in CURVATURE}, device), itemsize]
-    return entry if n > CURVATURE_SMALL[itemsize].block else CURVATURE_SMALL[itemsize]
+    entry = NORM_TERM[newest({number for number, _ in NORM_TERM}, device), itemsize]
+    return entry if n > NORM_TERM_SMALL[itemsize].block else NORM_TERM_SMALL[itemsize]
 
 
 def config(kernel: str, patches: Tensor, texts: Tensor, padded: bool = False) -> Config:
@@ -189,28 +188,6 @@ def newest(architectures: set[int], device: torch.device) -> int:
     return max(x for x in architectures if x <= max(architecture(device), min(architectures)))
 
 
-class Blocks(NamedTuple):
-    """Images and texts whose W is in memory at once."""
-
-    images: int
-    texts: int
-
-
-def text_block(n: int, k: int, itemsize: int) -> int:
-    """Texts against which one image at least fits into the workspace."""
-    return min(k, max(128, WORKSPACE // (itemsize * n) // 128 * 128))
-
-
-def plan_blocks(b: int, n: int, k: int, itemsize: int, image_bytes: int = 0) -> Blocks:
-    """What fits into the workspace with `itemsize` bytes for each score and `image_bytes` for each image."""
-    texts = text_block(n, k, itemsize)
-    tile = min(128, max(16, power_of_two(texts)))
-    images = WORKSPACE // (itemsize * n * ceil_div(texts, tile) * tile + image_bytes)
-    if images > ALIGNED_ROWS:  # the library takes half as long for the products of a block with whole vectors of rows
-        images -= images % (ALIGNED_ROWS // math.gcd(n, ALIGNED_ROWS))
-    return Blocks(max(1, min(b, images)), texts)
-
-
 @functools.lru_cache(maxsize=1024)
 def images_per_run(b: int, n: int, text_tiles: int, block_p: int, programs: int) -> int:
     """Images that a program walks through: fewest rounds of tiles over all programs, the last tile's waste included."""
@@ -219,6 +196,11 @@ def images_per_run(b: int, n: int, text_tiles: int, block_p: int, programs: int)
         return ceil_div(text_tiles * ceil_div(b, run), programs) * ceil_div(run * n, block_p)
 
     return min(range(1, min(b, 64) + 1), key=rounds)
+
+
+def images_of_a_tile(n: int, block_p: int) -> int:
+    """Most images that a tile of rows touches, where tiles start at the border of an image."""
+    return 1 if n % block_p == 0 else (block_p - 2) // n + 2
 
 
 def interpreted() -> bool:

@@ -1,12 +1,9 @@
-"""The cosine form: φ of `dot` over the norm of the pooled patches, by the Gram matrix of each image."""
+"""The cosine form: φ of `dot` over the norm of the pooled patch, and its W, from the attention and the Gram matrix."""
 
-import torch
 import triton
 import triton.language as tl
 
 from .shared import INTERPRETED, LOG2E, round_to, scalar, sum_pair, sum_three
-
-DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}  # of the operands of `curvature_kernel`
 
 
 @triton.jit
@@ -72,7 +69,7 @@ def gram_kernel(
 
 
 @triton.jit
-def _pool(
+def _gram_attention(
     A, GRAM, a_rows, t_live, m0, N, width, stride_gram,
     BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -112,12 +109,12 @@ def _columns(q, A, a_rows, t_live, m0, width, PART: tl.constexpr, BLOCK_T: tl.co
 
 
 @triton.jit(do_not_specialize=("image_begin", "N", "K", "stride_image", "stride_text", "stride_phi"))
-def cosine_forward_kernel(
-    A, GRAM, TAU, PHI, STAT, image_begin, N, K, stride_image, stride_text, stride_gram, stride_phi, floor,
+def cosine_forward_from_attention_kernel(
+    A, GRAM, TAU, PHI, STATE, image_begin, N, K, stride_image, stride_text, stride_gram, stride_phi, floor,
     BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, A_ALIGN: tl.constexpr,
     TAU_IS_TENSOR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """φ of the cosine form over that of `dot`, φ / max(r, floor) with r² = aᵀ G a, and in STAT the log-sum-exp in bits
+    """φ of the cosine form over that of `dot`, φ / max(r, floor) with r² = aᵀ G a, and in STATE the log-sum-exp in bits
     over the entropy, since the backward has no `dot` φ any more. One program for an image and a tile of texts.
     """
     # What the divisions tell the compiler: how rows of A are aligned.
@@ -137,7 +134,9 @@ def cosine_forward_kernel(
     squared = tl.zeros([BLOCK_T], tl.float32)
     total = tl.zeros([BLOCK_T], tl.float32)
     for m0 in range(0, N, BLOCK_M):
-        whole = _pool(a_image, gram, a_rows, t_live, m0, N, width, stride_gram, BLOCK_T, BLOCK_M, BLOCK_N, PRECISION)
+        whole = _gram_attention(
+            a_image, gram, a_rows, t_live, m0, N, width, stride_gram, BLOCK_T, BLOCK_M, BLOCK_N, PRECISION
+        )
         for part in tl.static_range((BLOCK_M + 63) // 64):
             q, a, _ = _columns(whole, a_image, a_rows, t_live, m0, width, part, BLOCK_T, BLOCK_M)
             a_q, a_sum = sum_pair(q * a, a, 1)
@@ -145,12 +144,12 @@ def cosine_forward_kernel(
             total += a_sum
     at = (image_begin + image).to(tl.int64) * stride_phi + texts
     phi = tl.load(PHI + at, mask=t_live, other=0.0)
-    entropy = tl.load(STAT + at, mask=t_live, other=0.0)
+    entropy = tl.load(STATE + at, mask=t_live, other=0.0)
     # The rounded attention does not sum to 1; NaN stays NaN.
     radius = tl.sqrt(tl.where(squared < 0.0, 0.0, squared)) / tl.where(total == 0.0, 1.0, total)
     radius = tl.where(radius < floor, floor, radius)
     tl.store(PHI + at, phi / radius, mask=t_live)
-    tl.store(STAT + at, entropy + phi * scale, mask=t_live)
+    tl.store(STATE + at, entropy + phi * scale, mask=t_live)
 
 
 @triton.jit
@@ -198,15 +197,15 @@ def _store_weights(
 
 
 @triton.jit(do_not_specialize=("image_begin", "N", "K", "stride_image", "stride_text", "stride_phi"))
-def cosine_backward_kernel(
-    A, GRAM, TAU, INV_P, INV_T, STAT, G, W_SCALE, W, CURVATURE, TAU_SUMS,
+def cosine_weights_from_attention_kernel(
+    A, GRAM, TAU, INV_P, INV_T, STATE, G, RANGE_SCALE, W, NORM_FACTOR, TAU_SUMS,
     image_begin, N, K, stride_image, stride_text, stride_w, stride_gram, stride_phi, floor,
     BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, A_ALIGN: tl.constexpr, N_ALIGN: tl.constexpr,
     WHOLE: tl.constexpr, TAU_IS_TENSOR: tl.constexpr, NEEDS_TAU: tl.constexpr, SCALED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """W `[K, rows]` of the cosine form from the attention A `[images, K, stride_text]`, and CURVATURE `[images, K]` =
-    g u / r³, what Σ a aᵀ is weighted with in the part that r adds to the patches' gradient.
+    """W `[K, rows]` of the cosine form from the attention A `[images, K, stride_text]`, and NORM_FACTOR `[images, K]` =
+    g u / r³, the factor of each a aᵀ in the norm term (`norm_term_kernel`).
 
     dS = g (a / r) (1 + (s - u) / τ - (u / r² τ) (q - r²)); where r is at its floor it is a constant, and the last term
     is 0. The means u of s and r² of q are taken again over the rounded A, and s from A itself, (s - u) / τ being
@@ -221,7 +220,7 @@ def cosine_backward_kernel(
     N = N // N_ALIGN * N_ALIGN
     tau = scalar(TAU, TAU_IS_TENSOR)
     scale = LOG2E / tau
-    w_scale = tl.load(W_SCALE) if SCALED else 1.0
+    range_scale = tl.load(RANGE_SCALE) if SCALED else 1.0
     text_tiles = tl.cdiv(K, BLOCK_T)
     image = tl.program_id(0) // text_tiles
     text0 = tl.program_id(0) % text_tiles * BLOCK_T
@@ -231,20 +230,24 @@ def cosine_backward_kernel(
     a_rows = tl.arange(0, BLOCK_T) * stride_text
     gram = GRAM + image.to(tl.int64) * N * stride_gram
     at = (image_begin + image).to(tl.int64) * stride_phi + texts
-    stat = tl.load(STAT + at, mask=t_live, other=0.0)
+    state = tl.load(STATE + at, mask=t_live, other=0.0)
     # Where the log-sum-exp is small it is added before the mean is taken: then u, a small difference of both, is exact.
-    anchor = tl.where(tl.abs(stat) < 32.0, stat, 0.0)
+    anchor = tl.where(tl.abs(state) < 32.0, state, 0.0)
     squared = tl.zeros([BLOCK_T], tl.float32)
     total = tl.zeros([BLOCK_T], tl.float32)
     weighted = tl.zeros([BLOCK_T], tl.float32)
     if WHOLE:
-        q = _pool(a_image, gram, a_rows, t_live, 0, N, width, stride_gram, BLOCK_T, BLOCK_M, BLOCK_N, PRECISION)
+        q = _gram_attention(
+            a_image, gram, a_rows, t_live, 0, N, width, stride_gram, BLOCK_T, BLOCK_M, BLOCK_N, PRECISION
+        )
         squared, weighted, total = _moments(
             q, a_image, a_rows, t_live, 0, width, anchor, squared, weighted, total, BLOCK_T, BLOCK_M
         )
     else:
         for m0 in range(0, N, BLOCK_M):
-            q = _pool(a_image, gram, a_rows, t_live, m0, N, width, stride_gram, BLOCK_T, BLOCK_M, BLOCK_N, PRECISION)
+            q = _gram_attention(
+                a_image, gram, a_rows, t_live, m0, N, width, stride_gram, BLOCK_T, BLOCK_M, BLOCK_N, PRECISION
+            )
             squared, weighted, total = _moments(
                 q, a_image, a_rows, t_live, m0, width, anchor, squared, weighted, total, BLOCK_T, BLOCK_M
             )
@@ -253,13 +256,13 @@ def cosine_backward_kernel(
     moves = radius > floor
     radius = tl.where(radius < floor, floor, radius)
     mean_q, mean_bits = squared * share, weighted * share
-    u = (mean_bits + (stat - anchor)) / scale
+    u = (mean_bits + (state - anchor)) / scale
     slope = tl.where(moves, u / (radius * radius) * share / tau, 0.0)  # of q, which is not divided by Σ a
     g = tl.load(G + at, mask=t_live, other=0.0) / radius
-    curvature = tl.where(moves, g * u / (radius * radius), 0.0) * share * share
-    tl.store(CURVATURE + image * K + texts, curvature * w_scale, mask=t_live)
+    norm_factor = tl.where(moves, g * u / (radius * radius), 0.0) * share * share
+    tl.store(NORM_FACTOR + image * K + texts, norm_factor * range_scale, mask=t_live)
     g *= share
-    inv_t = tl.load(INV_T + texts, mask=t_live, other=0.0) * w_scale
+    inv_t = tl.load(INV_T + texts, mask=t_live, other=0.0) * range_scale
     inv_p = INV_P + (image_begin + image) * N
     w = W + text0.to(tl.int64) * stride_w + image * N
     if WHOLE:
@@ -270,133 +273,12 @@ def cosine_backward_kernel(
     else:
         tau_sum = 0.0
         for m0 in range(0, N, BLOCK_M):
-            q = _pool(a_image, gram, a_rows, t_live, m0, N, width, stride_gram, BLOCK_T, BLOCK_M, BLOCK_N, PRECISION)
+            q = _gram_attention(
+                a_image, gram, a_rows, t_live, m0, N, width, stride_gram, BLOCK_T, BLOCK_M, BLOCK_N, PRECISION
+            )
             tau_sum += _store_weights(
                 q, a_image, a_rows, t_live, m0, width, slope, mean_q, anchor, mean_bits, g, inv_t, inv_p, w, stride_w,
                 N, BLOCK_T, BLOCK_M, NEEDS_TAU,
             )  # fmt: skip
     if NEEDS_TAU:
         tl.store(TAU_SUMS + tl.program_id(0), tau_sum)
-
-
-@triton.jit
-def _weighted_gram(
-    rows_n, rows_m, factors, n_live, m_live, K, stride_text,
-    BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, DIAGONAL: tl.constexpr, OPERANDS: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Σ_k factor_k a_kn a_km `[BLOCK, BLOCK]`; `rows_n` and `rows_m` `[BLOCK_K, BLOCK]` point at the first texts."""
-    acc = tl.zeros([BLOCK, BLOCK], tl.float32)
-    for k0 in range(0, K, BLOCK_K):
-        k = k0 + tl.arange(0, BLOCK_K)
-        right = tl.load(rows_m, mask=(k < K)[:, None] & m_live[None, :], other=0.0)
-        if DIAGONAL:
-            left = right.T
-        else:
-            left = tl.load(rows_n, mask=n_live[:, None] & (k < K)[None, :], other=0.0)
-            rows_n += BLOCK_K * stride_text
-        rows_m += BLOCK_K * stride_text
-        factor = tl.load(factors + k, mask=k < K, other=0.0)
-        left = left.to(tl.float32) * factor[None, :]  # beyond the range of float16, hence bfloat16 operands
-        if not INTERPRETED:
-            left = left.to(OPERANDS)
-        acc = tl.dot(left, right.to(left.dtype), acc, input_precision=PRECISION)
-    return acc
-
-
-@triton.jit
-def _store_curvature(c, acc, inv, n, m, N, stride_c, ADD: tl.constexpr):
-    """-acc / ‖p_m‖ to the rows `n` and columns `m` of an image's C, or onto what is there."""
-    c += (n * stride_c)[:, None] + m[None, :]
-    live = (n < N)[:, None] & (m < stride_c)[None, :]
-    acc *= -tl.load(inv + m, mask=m < N, other=0.0)[None, :]
-    if ADD:
-        acc += tl.load(c, mask=live, other=0.0)
-    tl.store(c, round_to(acc, c.dtype.element_ty), mask=live)
-
-
-@triton.jit(do_not_specialize=("image_begin", "N", "K", "stride_image", "stride_text", "stride_c"))
-def curvature_kernel(
-    A, CURVATURE, INV_P, C, image_begin, N, K, stride_image, stride_text, stride_c,
-    BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, A_ALIGN: tl.constexpr, C_ALIGN: tl.constexpr,
-    ADD: tl.constexpr, OPERANDS: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """C `[images, N, stride_c]` (+)= -Σ_k curvature_k a_kn a_km / ‖p_m‖: times P, ‖p_n‖ times what r adds to ∂L/∂p_n.
-
-    With both norms it would underflow where they are large. The sum is symmetric: only tiles on and above the diagonal
-    are computed. Rows of A and C are read and written to the next multiple of their alignment, so that vectors are
-    whole; past column N, C is 0 where A is finite.
-    """
-    tiles = tl.cdiv(N, BLOCK)
-    image = tl.program_id(0) // (tiles * tiles)
-    tile = tl.program_id(0) % (tiles * tiles)
-    tile_n, tile_m = tile // tiles, tile % tiles
-    if tile_n > tile_m:
-        return
-    # What the divisions tell the compiler: how rows of A and C are aligned.
-    stride_image = stride_image // A_ALIGN * A_ALIGN
-    stride_text = stride_text // A_ALIGN * A_ALIGN
-    stride_c = stride_c // C_ALIGN * C_ALIGN
-    width = tl.cdiv(N, A_ALIGN) * A_ALIGN
-    n = tile_n * BLOCK + tl.arange(0, BLOCK)
-    m = tile_m * BLOCK + tl.arange(0, BLOCK)
-    a = A + image.to(tl.int64) * stride_image
-    k = tl.arange(0, BLOCK_K) * stride_text
-    rows_n, rows_m = a + n[:, None] + k[None, :], a + k[:, None] + m[None, :]
-    factors = CURVATURE + image * K
-    if tile_n == tile_m:
-        acc = _weighted_gram(
-            rows_n, rows_m, factors, n < width, m < width, K, stride_text,
-            BLOCK, BLOCK_K, True, OPERANDS, PRECISION,
-        )  # fmt: skip
-    else:
-        acc = _weighted_gram(
-            rows_n, rows_m, factors, n < width, m < width, K, stride_text,
-            BLOCK, BLOCK_K, False, OPERANDS, PRECISION,
-        )  # fmt: skip
-    inv = INV_P + (image_begin + image) * N
-    c = C + image.to(tl.int64) * N * stride_c
-    _store_curvature(c, acc, inv, n, m, N, stride_c, ADD)
-    if tile_n != tile_m:
-        _store_curvature(c, acc.T, inv, m, n, N, stride_c, ADD)
-
-
-@triton.jit(do_not_specialize=("image_begin", "N", "stride_c"))
-def add_pooled_kernel(
-    C, P, INV_P, MASK, RAW, image_begin, N, D, stride_c, stride_pb, stride_pn, stride_pd, stride_mb, stride_mn,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, C_ALIGN: tl.constexpr,
-    HAS_MASK: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """RAW `[images, N, D]` += C P / ‖p‖, masked patches as zeros. C is that of `curvature_kernel`, of RAW's dtype."""
-    stride_c = stride_c // C_ALIGN * C_ALIGN  # tells the compiler how rows are aligned
-    width = tl.cdiv(N, C_ALIGN) * C_ALIGN
-    d_tiles = tl.cdiv(D, BLOCK_D)
-    tiles = tl.cdiv(N, BLOCK_N) * d_tiles
-    image = tl.program_id(0) // tiles
-    tile = tl.program_id(0) % tiles
-    n = tile // d_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
-    d = tile % d_tiles * BLOCK_D + tl.arange(0, BLOCK_D)
-    n_live, d_live = n < N, d < D
-    c = C + image.to(tl.int64) * N * stride_c + (n * stride_c)[:, None]
-    p = P + (image_begin + image).to(tl.int64) * stride_pb + (d.to(tl.int64) * stride_pd)[None, :]
-    mask = MASK + (image_begin + image).to(tl.int64) * stride_mb if HAS_MASK else MASK
-    acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    for m0 in range(0, N, BLOCK_M):
-        m = m0 + tl.arange(0, BLOCK_M)
-        m_live = m < N
-        left = tl.load(c + m[None, :], mask=n_live[:, None] & (m < width)[None, :], other=0.0)
-        if HAS_MASK:
-            m_live &= tl.load(mask + m * stride_mn, mask=m_live, other=0) != 0
-        p_live = m_live[:, None]
-        if not EVEN_D:
-            p_live &= d_live[None, :]
-        right = tl.load(p + (m.to(tl.int64) * stride_pn)[:, None], mask=p_live, other=0.0)
-        if INTERPRETED:
-            left, right = left.to(tl.float32), right.to(tl.float32)
-        acc = tl.dot(left, right.to(left.dtype), acc, input_precision=PRECISION)
-    acc *= tl.load(INV_P + (image_begin + image) * N + n, mask=n_live, other=0.0)[:, None]
-    at = RAW + (image.to(tl.int64) * N * D + (n * D)[:, None] + d[None, :])
-    live = n_live[:, None]
-    if not EVEN_D:
-        live &= d_live[None, :]
-    acc += tl.load(at, mask=live, other=0.0).to(tl.float32)
-    tl.store(at, round_to(acc, RAW.dtype.element_ty), mask=live)

@@ -3,20 +3,21 @@
 import triton
 import triton.language as tl
 
+from ....constants import RUNNING_MAX_BELOW as BELOW
 from .largest import add_largest, max_result
 from .scores import patch_columns, product
 from .shared import LOG2E, scalar, sum_pair
 
-PLAIN_TEMPERATURE = tl.constexpr(0.05)  # from here on exp(s / τ) <= e^20 needs no running maximum, since |s| <= 1
+RUNNING_MAX_BELOW = tl.constexpr(BELOW)
 
 
 @triton.jit
 def _add_softmax(
     s, inside, scale, total, weighted, largest,
-    SELECT: tl.constexpr, SAFE: tl.constexpr, AXIS: tl.constexpr,
+    SELECT: tl.constexpr, RUNNING_MAX: tl.constexpr, AXIS: tl.constexpr,
 ):  # fmt: skip
-    """Adds the columns `inside` of a tile of cosines to Σ e, Σ e s and, if SAFE, the running maximum of s."""
-    if SAFE:
+    """Adds the columns `inside` of a tile of cosines to Σ e, Σ e s and, if RUNNING_MAX, the running maximum of s."""
+    if RUNNING_MAX:
         known = tl.where(inside, s, float("-inf")) if SELECT else s
         raised = tl.maximum(largest, tl.max(known, AXIS))
         anchor = tl.where(raised == float("-inf"), 0.0, raised)  # no patch so far: every e is 0
@@ -36,35 +37,35 @@ def _add_softmax(
 
 
 @triton.jit
-def _softmax_result(total, weighted, largest, scale, SAFE: tl.constexpr):
+def _softmax_result(total, weighted, largest, scale, RUNNING_MAX: tl.constexpr):
     """φ and the entropy in bits; 0 for an image without a patch."""
     empty = total == 0.0
     phi = tl.where(empty, 0.0, weighted / tl.where(empty, 1.0, total))
-    offset = (tl.where(empty, 0.0, largest) - phi) * scale if SAFE else -phi * scale
+    offset = (tl.where(empty, 0.0, largest) - phi) * scale if RUNNING_MAX else -phi * scale
     return phi, tl.where(empty, 0.0, tl.log2(tl.where(empty, 1.0, total)) + offset)
 
 
 @triton.jit(do_not_specialize=("B", "N", "K", "images_per_run"))
-def score_forward_kernel(
-    P, T, MASK, TAU, INV_P, INV_T, PHI, STAT,
+def compatibility_forward_kernel(
+    P, T, MASK, TAU, INV_P, INV_T, PHI, STATE,
     B, N, K, D, stride_pb, stride_pn, stride_pd, stride_tk, stride_td, stride_mb, stride_mn, images_per_run,
     BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, PAD: tl.constexpr, IMAGES: tl.constexpr,
-    MAX: tl.constexpr, SAFE: tl.constexpr, TAU_IS_TENSOR: tl.constexpr, HAS_MASK: tl.constexpr,
+    MAX: tl.constexpr, RUNNING_MAX: tl.constexpr, TAU_IS_TENSOR: tl.constexpr, HAS_MASK: tl.constexpr,
     DESCRIPTORS: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """φ and STAT of the `dot` form, or with MAX of that one. Persistent: each program takes runs of images against one
-    tile of texts.
+    """φ and STATE of the `dot` form, or with MAX of the `max` form.
 
-    IMAGES: how many a tile touches at most. A temperature in device memory chooses between the launch that is SAFE (a
-    running maximum) and the one that is not, without the host reading it: the other has no items. SAFE is to be
-    compiled without fused multiply-adds: s - max s must be 0 where s is the maximum.
+    Persistent: each program takes runs of images against one tile of texts. IMAGES: how many a tile touches at most. A
+    temperature in device memory chooses between the launch with RUNNING_MAX and the one without, and the host does not
+    read it: the other has no items. With RUNNING_MAX it is to be compiled without fused multiply-adds: s - max s must
+    be 0 where s is the maximum.
     """
     tau = scalar(TAU, TAU_IS_TENSOR)
     scale = LOG2E / tau
     text_tiles = tl.cdiv(K, BLOCK_T)
     items = text_tiles * tl.cdiv(B, images_per_run)
     if TAU_IS_TENSOR:
-        items = tl.where((tau < PLAIN_TEMPERATURE) == SAFE, items, 0)
+        items = tl.where((tau < RUNNING_MAX_BELOW) == RUNNING_MAX, items, 0)
     cols = tl.arange(0, BLOCK_P)
     EMPTY: tl.constexpr = -1.0 if MAX else 0.0  # `total` is Σ e, or the winner's index
     # Texts change fastest: programs that run together then read the same patches.
@@ -101,17 +102,17 @@ def score_forward_kernel(
                 inside = tl.reshape(p_live, [1, IMAGES, PAD])
                 if MAX:
                     top, index = add_largest(parts, 0, inside, one + float("-inf"), one - 1.0, 2)
-                    phi, stat = max_result(top, index)
+                    phi, state = max_result(top, index)
                 else:
                     e_sum, es_sum, top = _add_softmax(
-                        parts, inside, scale, one, one, one + float("-inf"), True, SAFE, 2
+                        parts, inside, scale, one, one, one + float("-inf"), True, RUNNING_MAX, 2
                     )
-                    phi, stat = _softmax_result(e_sum, es_sum, top, scale, SAFE)
+                    phi, state = _softmax_result(e_sum, es_sum, top, scale, RUNNING_MAX)
                 images = image0 + tl.arange(0, IMAGES)
                 at = images.to(tl.int64)[None, :] * K + texts[:, None]
                 stored = t_live[:, None] & (images < image_end)[None, :]
                 tl.store(PHI + at, phi, mask=stored)
-                tl.store(STAT + at, stat, mask=stored)
+                tl.store(STATE + at, state, mask=stored)
             else:
                 for j in tl.static_range(IMAGES):
                     image = image0 + j
@@ -123,20 +124,20 @@ def score_forward_kernel(
                             largest, total = add_largest(s, -begin, inside, largest, total, 1)
                         elif HAS_MASK or (begin > 0) | (end < BLOCK_P):
                             total, weighted, largest = _add_softmax(
-                                s, inside, scale, total, weighted, largest, True, SAFE, 1
+                                s, inside, scale, total, weighted, largest, True, RUNNING_MAX, 1
                             )
                         else:
                             total, weighted, largest = _add_softmax(
-                                s, True, scale, total, weighted, largest, False, SAFE, 1
+                                s, True, scale, total, weighted, largest, False, RUNNING_MAX, 1
                             )
                         if end <= BLOCK_P:
                             if MAX:
-                                phi, stat = max_result(largest, total)
+                                phi, state = max_result(largest, total)
                             else:
-                                phi, stat = _softmax_result(total, weighted, largest, scale, SAFE)
+                                phi, state = _softmax_result(total, weighted, largest, scale, RUNNING_MAX)
                             at = image.to(tl.int64) * K + texts
                             tl.store(PHI + at, phi, mask=t_live)
-                            tl.store(STAT + at, stat, mask=t_live)
+                            tl.store(STATE + at, state, mask=t_live)
                             total = tl.zeros([BLOCK_T], tl.float32) + EMPTY
                             weighted = tl.zeros([BLOCK_T], tl.float32)
                             largest = tl.full([BLOCK_T], float("-inf"), tl.float32)

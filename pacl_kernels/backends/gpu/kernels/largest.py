@@ -56,7 +56,7 @@ def max_texts_kernel(
 
 @triton.jit(do_not_specialize=("image_begin", "N", "K"))
 def max_patches_kernel(
-    T, INV_P, INV_T, INDEX, G, W_SCALE, RAW, image_begin, N, K, D, stride_tk, stride_td,
+    T, INV_P, INV_T, INDEX, G, RANGE_SCALE, RAW, image_begin, N, K, D, stride_tk, stride_td,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
     SCALED: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -64,7 +64,7 @@ def max_patches_kernel(
 
     A product with the weights, which are 0 but at the winners. Of 16 bits, they are two numbers, the second being what
     rounding takes from the first: where patches and texts share a direction, the part of the sum that is left when
-    that is projected out is small. SCALED: multiplied by W_SCALE before they are rounded, against underflow.
+    that is projected out is small. SCALED: multiplied by RANGE_SCALE before they are rounded, against underflow.
     """
     d_tiles = tl.cdiv(D, BLOCK_D)
     tiles = tl.cdiv(N, BLOCK_N) * d_tiles
@@ -73,7 +73,7 @@ def max_patches_kernel(
     n = tile // d_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_d = tile % d_tiles * BLOCK_D + tl.arange(0, BLOCK_D)
     n_live, d_live = n < N, offs_d < D
-    w_scale = tl.load(W_SCALE) if SCALED else 1.0
+    range_scale = tl.load(RANGE_SCALE) if SCALED else 1.0
     index, g = INDEX + image.to(tl.int64) * K, G + image.to(tl.int64) * K
     columns = T + (offs_d.to(tl.int64) * stride_td)[None, :]
     acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -84,7 +84,7 @@ def max_patches_kernel(
         if not EVEN_D:
             t_live &= d_live[None, :]
         t = tl.load(columns + (k.to(tl.int64) * stride_tk)[:, None], mask=t_live, other=0.0)
-        w = tl.load(g + k, mask=k_live, other=0.0) * tl.load(INV_T + k, mask=k_live, other=0.0) * w_scale
+        w = tl.load(g + k, mask=k_live, other=0.0) * tl.load(INV_T + k, mask=k_live, other=0.0) * range_scale
         winner = tl.load(index + k, mask=k_live, other=-1.0).to(tl.int32)
         w = tl.where(winner[None, :] == n[:, None], w[None, :], 0.0)
         if T.dtype.element_ty == tl.float32:
@@ -96,6 +96,6 @@ def max_patches_kernel(
                 t, high, low = t.to(tl.float32), high.to(tl.float32), low.to(tl.float32)
             acc = tl.dot(high, t, acc)
             acc = tl.dot(low, t, acc)
-    acc *= (tl.load(INV_P + image * N + n, mask=n_live, other=0.0) / w_scale)[:, None]
+    acc *= (tl.load(INV_P + image * N + n, mask=n_live, other=0.0) / range_scale)[:, None]
     at = RAW + ((image - image_begin).to(tl.int64) * N * D + (n * D)[:, None] + offs_d[None, :])
     tl.store(at, acc, mask=n_live[:, None] & d_live[None, :])

@@ -3,9 +3,10 @@
 import triton
 import triton.language as tl
 
+from ....constants import MIN_NORM
 from .shared import round_to
 
-MIN_NORM_SQUARED = tl.constexpr(1e-24)
+MIN_NORM_SQUARED = tl.constexpr(MIN_NORM**2)
 
 
 @triton.jit
@@ -71,7 +72,7 @@ def inverse_norms_kernel(
 
 @triton.jit(do_not_specialize=("MASK", "INV", "rows_count", "N"))
 def project_out_kernel(
-    GRAD, X, INV, OUT, MASK, W_SCALE, rows_count, N, D, stride_b, stride_n, stride_d, stride_mb, stride_mn,
+    GRAD, X, INV, OUT, MASK, RANGE_SCALE, rows_count, N, D, stride_b, stride_n, stride_d, stride_mb, stride_mn,
     ROWS: tl.constexpr, BLOCK_D: tl.constexpr, HAS_MASK: tl.constexpr, SCALED: tl.constexpr, SCALED_X: tl.constexpr,
 ):  # fmt: skip
     """OUT = GRAD - (GRAD · x) x / ‖x‖² by rows: what points along x does not change its direction.
@@ -100,7 +101,7 @@ def project_out_kernel(
         grad = _load_row(GRAD, at, live, d, D, 1, BLOCK_D)
         rest += tl.sum((grad - along[:, None] * x) * x, 1)
     rest *= inverse
-    undo = 1.0 / tl.load(W_SCALE) if SCALED else 1.0
+    undo = 1.0 / tl.load(RANGE_SCALE) if SCALED else 1.0
     # A row without a direction has W = 0 and so GRAD = 0 already.
     for d in range(0, D, BLOCK_D):
         offs_d = d + tl.arange(0, BLOCK_D)

@@ -21,7 +21,7 @@ def scalar(X, IS_TENSOR: tl.constexpr):
 
 
 @triton.jit
-def fused(x, y, z):
+def fma(x, y, z):
     """x y + z, rounded once, where a kernel is compiled without fused multiply-adds."""
     if INTERPRETED:  # its tl.fma takes no numbers
         return x * y + z

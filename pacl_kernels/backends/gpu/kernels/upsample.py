@@ -16,13 +16,13 @@ def _source_score(SCORES, at, live, LARGEST: tl.constexpr):
 
 @triton.jit(do_not_specialize=("C", "source_h", "source_w", "H", "W"))
 def upsample_argmax_kernel(
-    SCORES, ROW, ROW_WEIGHT, COLUMN, COLUMN_WEIGHT, SCALE, LABELS, BEST, ENTROPY,
+    SCORES, ROW, ROW_FRACTION, COLUMN, COLUMN_FRACTION, SCALE, LABELS, BEST, ENTROPY,
     C, source_h, source_w, H, W, stride_b, stride_c, stride_h, stride_w,
     SCALE_IS_TENSOR: tl.constexpr, LARGEST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """LABELS (BEST, ENTROPY) `[B, H, W]` of SCORES `[B, C, source_h, source_w]`, a block of an image's pixels.
 
-    ROW, COLUMN and their weights say between which elements a pixel lies. One pass over the classes: both sums of the
+    ROW, COLUMN and their fractions say between which elements a pixel lies. One pass over the classes: both sums of the
     softmax are kept relative to the best score so far.
     """
     blocks = tl.cdiv(H * W, BLOCK)
@@ -33,8 +33,8 @@ def upsample_argmax_kernel(
     x = pixel - y * W
     top = tl.load(ROW + y, mask=live, other=0)
     left = tl.load(COLUMN + x, mask=live, other=0)
-    down = tl.load(ROW_WEIGHT + y, mask=live, other=0.0)
-    along = tl.load(COLUMN_WEIGHT + x, mask=live, other=0.0)
+    down = tl.load(ROW_FRACTION + y, mask=live, other=0.0)
+    along = tl.load(COLUMN_FRACTION + x, mask=live, other=0.0)
     # A pixel on an element reads only that: the next may be NaN.
     bottom = tl.minimum(tl.where(down > 0.0, top + 1, top), source_h - 1).to(tl.int64) * stride_h
     right = tl.minimum(tl.where(along > 0.0, left + 1, left), source_w - 1).to(tl.int64) * stride_w

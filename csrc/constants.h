@@ -1,4 +1,4 @@
-// Numbers that other languages write once more: `_native.constants()` gives them to tests/test_constants.py.
+// Numbers that Python and Triton have as well: `_native.constants()` gives them to tests/test_constants.py.
 #pragma once
 
 namespace pacl {
@@ -12,5 +12,7 @@ constexpr float kMinPooledNorm = 1e-6f;    // floor of the pooled patch's norm i
 
 // Upsampling: what is beyond counts as this. An infinite score times a fraction of 0 would be NaN.
 constexpr float kLargestScore = 0x1p120f;
+
+constexpr float kLog2e = 1.4426950408889634f;
 
 }  // namespace pacl

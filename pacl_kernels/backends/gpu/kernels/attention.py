@@ -1,0 +1,152 @@
+"""The attention a of each patch and text from φ and STATE, and the kernel that writes it for the cosine form."""
+
+import triton
+import triton.language as tl
+
+from .scores import patch_columns, product
+from .shared import LOG2E, fma, round_to, scalar
+
+
+@triton.jit
+def _of_two(X, at, stride, known, known_later, later, IMAGES: tl.constexpr):
+    """X `[texts, 1]` of one image or, in the columns `later`, of the next."""
+    x = tl.load(X + at, mask=known, other=0.0)[:, None]
+    if IMAGES == 2:
+        x = tl.where(later[None, :], tl.load(X + at + stride, mask=known_later, other=0.0)[:, None], x)
+    return x
+
+
+@triton.jit
+def pair_values(
+    STATE, PHI, G, cols, rows, texts, t_live, p_live, row0, first_row, image_end, N, stride_phi, IMAGES: tl.constexpr,
+):  # fmt: skip
+    """STATE, PHI and G of each text and of the image of each column, 0 for what is None: columns `cols` of the tile
+    that begins at `row0`, which are the rows `rows` from `first_row` on.
+    """
+    phi, g = 0.0, 0.0
+    first = first_row // N
+    if IMAGES > 2:
+        at = (rows // N).to(tl.int64)[None, :] * stride_phi + texts[:, None]
+        known = t_live[:, None] & p_live[None, :]
+        state = tl.load(STATE + at, mask=known, other=0.0)
+        if PHI is not None:
+            phi = tl.load(PHI + at, mask=known, other=0.0)
+        if G is not None:
+            g = tl.load(G + at, mask=known, other=0.0)
+    else:
+        at = first.to(tl.int64) * stride_phi + texts
+        known = t_live & (first < image_end)
+        later = cols >= (first + 1) * N - row0
+        known_later = t_live & (first + 1 < image_end)
+        state = _of_two(STATE, at, stride_phi, known, known_later, later, IMAGES)
+        if PHI is not None:
+            phi = _of_two(PHI, at, stride_phi, known, known_later, later, IMAGES)
+        if G is not None:
+            g = _of_two(G, at, stride_phi, known, known_later, later, IMAGES)
+    return state, phi, g
+
+
+@triton.jit
+def attention_of(s, PHI, phi, state, scale):
+    """The attention a, and what state is relative to taken from s: s - φ, or without PHI s itself.
+
+    To be compiled without fused multiply-adds: s is rounded before φ, or s / τ before the log-sum-exp, is taken from
+    it, as when the forward made them. Where one patch has all the attention the difference is then exactly 0; fused, it
+    would be a rounding error, which τ divides. `fma` stands where a product need not be rounded.
+    """
+    if PHI is None:
+        centred = s
+        a = tl.exp2(s * scale - state)
+    else:
+        centred = s - phi
+        a = tl.exp2(fma(centred, scale, -state))
+    return a, centred
+
+
+@triton.jit
+def _attention_quarter(
+    acc, col0, inv_t, text0, texts, t_live, row0, image_begin, image_end, at_row,
+    MASK, INV_P, PHI, STATE, A, N, scale, stride_mb, stride_mn, stride_phi, stride_image, stride_text,
+    COLS: tl.constexpr, IMAGES: tl.constexpr, ALIGN: tl.constexpr, HAS_MASK: tl.constexpr,
+):  # fmt: skip
+    """Stores the attention of a tile's columns from `col0` on."""
+    cols = col0 + tl.arange(0, COLS)
+    rows, _, p_live = patch_columns(MASK, 0, row0 + col0, image_end, N, 0, 0, stride_mb, stride_mn, COLS, 0, HAS_MASK)
+    inv_p = tl.load(INV_P + rows, mask=p_live, other=0.0)[None, :]
+    first = (row0 + col0) // N
+    state, phi, _ = pair_values(
+        STATE, PHI, None, cols, rows, texts, t_live, p_live, row0, row0 + col0, image_end, N, stride_phi, IMAGES
+    )
+    inv_t = inv_t[:, None]
+    s = acc * inv_p * inv_t
+    a, _ = attention_of(s, PHI, phi, state, scale)
+    a = tl.where(p_live[None, :], a, 0.0)  # columns behind the mask hold anything, NaN included
+    # One 64-bit address and small offsets: an address for each element takes twice the registers.
+    base = A + text0.to(tl.int64) * stride_text
+    at_text = ((texts - text0) * stride_text)[:, None]
+    # Images begin at columns that are multiples of ALIGN: within those, columns lie one after the other.
+    gap = stride_image - N
+    if IMAGES > 2:
+        at = cols + (rows // N - first) * gap
+    elif IMAGES == 2:
+        at = cols + tl.where(cols >= (first + 1) * N - row0, gap, 0)
+    else:
+        at = cols
+    at = tl.max_contiguous(tl.multiple_of(at, [ALIGN]), [ALIGN])
+    live = t_live[:, None] & (cols < image_end * N - row0)[None, :]
+    base += at_row + (first - image_begin) * gap
+    tl.store(base + (at_text + at[None, :]), round_to(a, A.dtype.element_ty), mask=live)
+
+
+@triton.jit(do_not_specialize=("image_begin", "image_end", "N", "K", "stride_phi", "stride_image"))
+def attention_kernel(
+    P, T, MASK, TAU, INV_P, INV_T, PHI, STATE, A,
+    image_begin, image_end, N, K, D,
+    stride_pb, stride_pn, stride_pd, stride_tk, stride_td, stride_mb, stride_mn, stride_phi, stride_image, stride_text,
+    BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, IMAGES: tl.constexpr, ALIGN: tl.constexpr,
+    TAU_IS_TENSOR: tl.constexpr, HAS_MASK: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The attention A `[images, K, stride_text]` of a block of images, for the cosine form.
+
+    PHI is φ of the `dot` form, which STATE is relative to; without PHI, STATE is the log-sum-exp. Both have rows
+    `stride_phi` apart, so that a block of texts can be taken. IMAGES: how many a quarter of a tile touches at most.
+    To be compiled without fused multiply-adds, see `attention_of`.
+    """
+    # What the divisions tell the compiler: how rows are aligned, and where in a row images begin.
+    N = N // ALIGN * ALIGN
+    stride_image = stride_image // ALIGN * ALIGN
+    stride_text = stride_text // ALIGN * ALIGN
+    tau = scalar(TAU, TAU_IS_TENSOR)
+    scale = LOG2E / tau
+    text_tiles = tl.cdiv(K, BLOCK_T)
+    items = text_tiles * tl.cdiv((image_end - image_begin) * N, BLOCK_P)
+    QUARTER: tl.constexpr = BLOCK_P // 4
+    for item in range(tl.program_id(0), items, tl.num_programs(0)):
+        text0 = item % text_tiles * BLOCK_T
+        at_row = item // text_tiles * BLOCK_P
+        row0 = image_begin * N + at_row
+        texts = text0 + tl.arange(0, BLOCK_T)
+        t_live = texts < K
+        t_offsets = texts.to(tl.int64) * stride_tk
+        inv_t = tl.load(INV_T + texts, mask=t_live, other=0.0)
+        rows, p_offsets, p_live = patch_columns(
+            MASK, 0, row0, image_end, N, stride_pb, stride_pn, stride_mb, stride_mn, BLOCK_P, 0, HAS_MASK
+        )
+        acc = product(
+            P, T, p_offsets, p_live, row0, t_offsets, t_live, text0, D, stride_pd, stride_td,
+            BLOCK_T, BLOCK_P, BLOCK_D, DESCRIPTORS, EVEN_D, PRECISION,
+        )  # fmt: skip
+        # A quarter of the columns at a time: the whole tile's intermediate values do not fit into registers.
+        left, right = tl.split(tl.permute(tl.reshape(acc, [BLOCK_T, 2, BLOCK_P // 2]), [0, 2, 1]))
+        for half in tl.static_range(2):
+            both = left if half == 0 else right
+            first, second = tl.split(tl.permute(tl.reshape(both, [BLOCK_T, 2, QUARTER]), [0, 2, 1]))
+            for quarter in tl.static_range(2):
+                _attention_quarter(
+                    first if quarter == 0 else second, (2 * half + quarter) * QUARTER,
+                    inv_t, text0, texts, t_live, row0, image_begin, image_end, at_row,
+                    MASK, INV_P, PHI, STATE, A, N, scale,
+                    stride_mb, stride_mn, stride_phi, stride_image, stride_text,
+                    QUARTER, IMAGES, ALIGN, HAS_MASK,
+                )  # fmt: skip

@@ -1,0 +1,132 @@
+"""The norm term of the cosine form: what the norm of the pooled patch adds to the patches' gradient."""
+
+import torch
+import triton
+import triton.language as tl
+
+from .shared import INTERPRETED, round_to
+
+DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}  # of the operands of `norm_term_kernel`
+
+
+@triton.jit
+def _weighted_gram(
+    rows_n, rows_m, factors, n_live, m_live, K, stride_text,
+    BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, DIAGONAL: tl.constexpr, OPERANDS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Σ_k factor_k a_kn a_km `[BLOCK, BLOCK]`; `rows_n` and `rows_m` `[BLOCK_K, BLOCK]` point at the first texts."""
+    acc = tl.zeros([BLOCK, BLOCK], tl.float32)
+    for k0 in range(0, K, BLOCK_K):
+        k = k0 + tl.arange(0, BLOCK_K)
+        right = tl.load(rows_m, mask=(k < K)[:, None] & m_live[None, :], other=0.0)
+        if DIAGONAL:
+            left = right.T
+        else:
+            left = tl.load(rows_n, mask=n_live[:, None] & (k < K)[None, :], other=0.0)
+            rows_n += BLOCK_K * stride_text
+        rows_m += BLOCK_K * stride_text
+        factor = tl.load(factors + k, mask=k < K, other=0.0)
+        left = left.to(tl.float32) * factor[None, :]  # beyond the range of float16, hence bfloat16 operands
+        if not INTERPRETED:
+            left = left.to(OPERANDS)
+        acc = tl.dot(left, right.to(left.dtype), acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def _store_norm_term(c, acc, inv, n, m, N, stride_c, ADD: tl.constexpr):
+    """-acc / ‖p_m‖ to the rows `n` and columns `m` of an image's C, or onto what is there."""
+    c += (n * stride_c)[:, None] + m[None, :]
+    live = (n < N)[:, None] & (m < stride_c)[None, :]
+    acc *= -tl.load(inv + m, mask=m < N, other=0.0)[None, :]
+    if ADD:
+        acc += tl.load(c, mask=live, other=0.0)
+    tl.store(c, round_to(acc, c.dtype.element_ty), mask=live)
+
+
+@triton.jit(do_not_specialize=("image_begin", "N", "K", "stride_image", "stride_text", "stride_c"))
+def norm_term_kernel(
+    A, NORM_FACTOR, INV_P, C, image_begin, N, K, stride_image, stride_text, stride_c,
+    BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, A_ALIGN: tl.constexpr, C_ALIGN: tl.constexpr,
+    ADD: tl.constexpr, OPERANDS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """C `[images, N, stride_c]` (+)= -Σ_k factor_k a_kn a_km / ‖p_m‖: times P, ‖p_n‖ times what r adds to ∂L/∂p_n.
+
+    With both norms it would underflow where they are large. The sum is symmetric: only tiles on and above the diagonal
+    are computed. Rows of A and C are read and written to the next multiple of their alignment, so that vectors are
+    whole; past column N, C is 0 where A is finite.
+    """
+    tiles = tl.cdiv(N, BLOCK)
+    image = tl.program_id(0) // (tiles * tiles)
+    tile = tl.program_id(0) % (tiles * tiles)
+    tile_n, tile_m = tile // tiles, tile % tiles
+    if tile_n > tile_m:
+        return
+    # What the divisions tell the compiler: how rows of A and C are aligned.
+    stride_image = stride_image // A_ALIGN * A_ALIGN
+    stride_text = stride_text // A_ALIGN * A_ALIGN
+    stride_c = stride_c // C_ALIGN * C_ALIGN
+    width = tl.cdiv(N, A_ALIGN) * A_ALIGN
+    n = tile_n * BLOCK + tl.arange(0, BLOCK)
+    m = tile_m * BLOCK + tl.arange(0, BLOCK)
+    a = A + image.to(tl.int64) * stride_image
+    k = tl.arange(0, BLOCK_K) * stride_text
+    rows_n, rows_m = a + n[:, None] + k[None, :], a + k[:, None] + m[None, :]
+    factors = NORM_FACTOR + image * K
+    if tile_n == tile_m:
+        acc = _weighted_gram(
+            rows_n, rows_m, factors, n < width, m < width, K, stride_text,
+            BLOCK, BLOCK_K, True, OPERANDS, PRECISION,
+        )  # fmt: skip
+    else:
+        acc = _weighted_gram(
+            rows_n, rows_m, factors, n < width, m < width, K, stride_text,
+            BLOCK, BLOCK_K, False, OPERANDS, PRECISION,
+        )  # fmt: skip
+    inv = INV_P + (image_begin + image) * N
+    c = C + image.to(tl.int64) * N * stride_c
+    _store_norm_term(c, acc, inv, n, m, N, stride_c, ADD)
+    if tile_n != tile_m:
+        _store_norm_term(c, acc.T, inv, m, n, N, stride_c, ADD)
+
+
+@triton.jit(do_not_specialize=("image_begin", "N", "stride_c"))
+def norm_term_product_kernel(
+    C, P, INV_P, MASK, RAW, image_begin, N, D, stride_c, stride_pb, stride_pn, stride_pd, stride_mb, stride_mn,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, C_ALIGN: tl.constexpr,
+    HAS_MASK: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """RAW `[images, N, D]` += C P / ‖p‖, masked patches as zeros. C is that of `norm_term_kernel`, of RAW's dtype."""
+    stride_c = stride_c // C_ALIGN * C_ALIGN  # tells the compiler how rows are aligned
+    width = tl.cdiv(N, C_ALIGN) * C_ALIGN
+    d_tiles = tl.cdiv(D, BLOCK_D)
+    tiles = tl.cdiv(N, BLOCK_N) * d_tiles
+    image = tl.program_id(0) // tiles
+    tile = tl.program_id(0) % tiles
+    n = tile // d_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    d = tile % d_tiles * BLOCK_D + tl.arange(0, BLOCK_D)
+    n_live, d_live = n < N, d < D
+    c = C + image.to(tl.int64) * N * stride_c + (n * stride_c)[:, None]
+    p = P + (image_begin + image).to(tl.int64) * stride_pb + (d.to(tl.int64) * stride_pd)[None, :]
+    mask = MASK + (image_begin + image).to(tl.int64) * stride_mb if HAS_MASK else MASK
+    acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    for m0 in range(0, N, BLOCK_M):
+        m = m0 + tl.arange(0, BLOCK_M)
+        m_live = m < N
+        left = tl.load(c + m[None, :], mask=n_live[:, None] & (m < width)[None, :], other=0.0)
+        if HAS_MASK:
+            m_live &= tl.load(mask + m * stride_mn, mask=m_live, other=0) != 0
+        p_live = m_live[:, None]
+        if not EVEN_D:
+            p_live &= d_live[None, :]
+        right = tl.load(p + (m.to(tl.int64) * stride_pn)[:, None], mask=p_live, other=0.0)
+        if INTERPRETED:
+            left, right = left.to(tl.float32), right.to(tl.float32)
+        acc = tl.dot(left, right.to(left.dtype), acc, input_precision=PRECISION)
+    acc *= tl.load(INV_P + (image_begin + image) * N + n, mask=n_live, other=0.0)[:, None]
+    at = RAW + (image.to(tl.int64) * N * D + (n * D)[:, None] + d[None, :])
+    live = n_live[:, None]
+    if not EVEN_D:
+        live &= d_live[None, :]
+    acc += tl.load(at, mask=live, other=0.0).to(tl.float32)
+    tl.store(at, round_to(acc, RAW.dtype.element_ty), mask=live)
