@@ -11,11 +11,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .data.command import add_data
-
 INTERRUPTED = 130  # what shells report for a program ended by Ctrl-C
 # Commands that parse their own flags: the module whose main(argv, prog) does it, and a line of help.
 OWN_FLAGS = {
+    "data": ("pacl.data.command", "pack image-caption pairs into shards, check them"),
     "train": ("pacl.training.command", "train the vision embedder on image-caption pairs"),
     "features": ("pacl.training.features", "compute what frozen towers give once, and store it for training"),
     "look": ("pacl.segment.command", "where in an image is what words say"),
@@ -43,16 +42,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="pacl", description="Patch Aligned Contrastive Learning: train and look.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_demo(commands)
-    add_data(commands)
     doctor = commands.add_parser("doctor", help="what can run here, what is missing, and a self-check")
     doctor.add_argument("--json", action="store_true", help="for a bug report")
     doctor.set_defaults(run=_doctor)
     for name, (_, text) in OWN_FLAGS.items():
         commands.add_parser(name, help=text)
     arguments = parser.parse_args(argv)
-    missing = _missing("data") if arguments.command == "data" else None
-    if missing:
-        parser.error(missing)
     try:
         return arguments.run(arguments, parser)
     except KeyboardInterrupt:
