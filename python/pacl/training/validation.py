@@ -17,7 +17,7 @@ from pacl_kernels import compatibility
 from ..data.samples import BadData, Samples, loader, no_image
 from ..evaluate.ranks import place_in
 from ..evaluate.retrieval import Retrieval
-from ..segmentation import IGNORE, ConfusionMatrix, class_scores, label_map, patch_labels, patch_shares
+from ..segmentation import IGNORE, ScoreCounts, class_scores
 from ..towers import Towers
 from .config import TrainConfig
 from .model import Trainable
@@ -128,7 +128,7 @@ class Validation:
 
     def _segmentation(self, model: Trainable) -> dict[str, float]:
         texts = model.texts_of(self.classes, self.towers).float()
-        pixels, patches = (ConfusionMatrix(len(self.classes)) for _ in range(2))
+        counts = ScoreCounts(len(self.classes))
         samples = iter(self._read(self.labelled, 1))  # masks have the sizes of their images
         while part := list(itertools.islice(samples, SEGMENTED)):
             images = torch.cat([sample["image"] for sample in part])
@@ -143,12 +143,10 @@ class Validation:
                         f"val_segmentation: {sample['key'][0]} has label {int(wrong[0])}, expected {IGNORE} or, as "
                         f"--val-classes has {len(self.classes)} lines, 0 to {len(self.classes) - 1}"
                     )
-                pixels.update(mask, label_map(score, mask.shape[1:]).cpu())
-                truth = patch_labels(patch_shares(mask, len(self.classes), score.shape[2:]))
-                patches.update(truth, score.argmax(1).cpu())
-        for matrix in (pixels, patches):
+                counts.update(mask, score)
+        for matrix in (counts.pixels, counts.patches):
             matrix.all_reduce(self.group)
-        return {"mIoU": pixels.miou(), "patch_accuracy": patches.accuracy()}
+        return {"mIoU": counts.pixels.miou(), "patch_accuracy": counts.patches.accuracy()}
 
 
 def read_classes(path: Path) -> list[str]:
