@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
-from tqdm import tqdm
 
+from ..progress import Progress
 from .check import EXAMPLES, check, describe
 from .flags import PairFlags
 from .pack import pack
@@ -75,8 +75,8 @@ def _pack(config: PackConfig) -> int:
         transform=no_image,
         on_skip=lambda *reason_key_error: bad.append(reason_key_error) if len(bad) < EXAMPLES else None,
     )
-    with tqdm(unit=" pairs", disable=None) as bar:
-        sizes = pack(source, config.out, shard_size=config.shard_size, progress=bar.update)
+    with Progress("Packed", None, "pair") as progress:
+        sizes = pack(source, config.out, shard_size=config.shard_size, progress=progress.step)
     for reason, key, error in bad:
         print(f"bad: {key}: {reason}: {error}")
     if not sizes:
