@@ -80,7 +80,16 @@ class Run:
             amp=self.amp,
         )
         self.validation = Validation(config, self.towers, self.device, self.group, self.amp)
-        self.validated, self.log = {}, Log(self)
+        self.validated = {}
+        self.log = Log(
+            config,
+            self.device,
+            samples=self.samples,
+            global_batch=self.global_batch,
+            epoch_steps=self.epoch_steps,
+            rank=self.rank,
+            world=self.world,
+        )
 
     def _count(self) -> int:
         """Counted by the first process, for all."""
@@ -99,13 +108,17 @@ class Run:
         """The weights that are validated and kept: their average where there is one."""
         return self.model if self.trainer.average is None else self.trainer.average.module
 
-    @property
-    def lr(self) -> float:
-        return self.trainer.lr
+    def _values(self) -> dict[str, float]:
+        """What a line of the log says of the run as it is."""
+        return {
+            "lr": self.trainer.lr,
+            "scale": self.model.log_scale.exp().item(),
+            "attn_temperature": self._temperature(self.model),
+            "skipped": sum(self.data.skipped.values()),
+        }
 
-    @property
-    def temperature(self) -> float:
-        learned = self.model.log_temperature
+    def _temperature(self, model: Trainable) -> float:
+        learned = model.log_temperature
         return self.config.attn_temperature if learned is None else learned.exp().item()
 
     # Training
@@ -116,18 +129,19 @@ class Run:
             if self._exported() < self.step:  # killed between its last checkpoint and the embedder
                 self.export()
             return
-        with self._signals(), self.log:
+        with self._signals(), self.log.opened(self.step):
             for batch, waited in self._batches():
                 begin = time.perf_counter()
                 loss = self._step(batch)
                 self.step += 1
-                self.log.step(loss, batch["key"], waited, time.perf_counter() - begin)
+                values = self._values if self.due(self.config.log_every_n_steps) else None
+                self.log.step(self.step, loss, batch["key"], waited, time.perf_counter() - begin, values)
                 stop = self._anyone_stopped()
                 if stop or self.due(self.config.save_frequency):
                     self.log.check()
                     self.save()
                 if self.validation and not stop and self.due(self.config.val_frequency):
-                    self.validated = self.log.validated(self.validation(self.result))
+                    self.validated = self.log.validated(self.step, self.validation(self.result))
                     self.export()
                 if stop or self.step == self.steps:
                     return
@@ -257,9 +271,7 @@ class Run:
         notes |= {"metrics": self.validated} if self.validated else {}
         if trained or self.described is None:
             self.described = describe_towers(towers, folder, trained)
-        learned = model.log_temperature
-        temperature = config.attn_temperature if learned is None else learned.exp().item()
-        phi = {"form": config.form, "attn_temperature": temperature}
+        phi = {"form": config.form, "attn_temperature": self._temperature(model)}
         save_embedder(model.embedder, folder, self.described, **phi, **notes)
 
     def _exported(self) -> int:
