@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import importlib
 import importlib.util
 import re
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-
-from .data.command import add_data
 
 INTERRUPTED = 130  # what shells report for a program ended by Ctrl-C
 # Commands that parse their own flags: the module whose main(argv, prog) does it, and a line of help.
 OWN_FLAGS = {
+    "demo": ("pacl.demo.command", "train and segment in a few minutes"),
+    "data": ("pacl.data.command", "pack image-caption pairs into shards, check them"),
     "train": ("pacl.training.command", "train the vision embedder on image-caption pairs"),
     "features": ("pacl.training.features", "compute what frozen towers give once, and store it for training"),
     "look": ("pacl.segment.command", "where in an image is what words say"),
@@ -42,17 +40,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(argv[0], argv[1:])
     parser = argparse.ArgumentParser(prog="pacl", description="Patch Aligned Contrastive Learning: train and look.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _add_demo(commands)
-    add_data(commands)
     doctor = commands.add_parser("doctor", help="what can run here, what is missing, and a self-check")
     doctor.add_argument("--json", action="store_true", help="for a bug report")
     doctor.set_defaults(run=_doctor)
     for name, (_, text) in OWN_FLAGS.items():
         commands.add_parser(name, help=text)
     arguments = parser.parse_args(argv)
-    missing = _missing("data") if arguments.command == "data" else None
-    if missing:
-        parser.error(missing)
     try:
         return arguments.run(arguments, parser)
     except KeyboardInterrupt:
@@ -60,27 +53,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:  # a full disk, a folder that may not be written
         print(f"pacl: error: {error}", file=sys.stderr)
         return 1
-
-
-def _add_demo(commands) -> None:
-    text = (
-        "Train a small CLIP on generated scenes, freeze it, train PACL's vision embedder on it, and show how both "
-        "segment scenes they have not seen. Needs no download and no GPU; under 5 minutes on two cores."
-    )
-    demo = commands.add_parser("demo", help="train and segment in a few minutes", description=text)
-    demo.set_defaults(run=_demo)
-    demo.add_argument("--out", type=Path, default=Path("pacl-demo"), metavar="DIR", help="results (%(default)s)")
-    demo.add_argument("--quick", action="store_true", help="every stage once in seconds, numbers without meaning")
-    demo.add_argument(
-        "--full", action="store_true", help="all measures of the paper too, a few minutes more: report.html, full.json"
-    )
-    for name, text in (
-        ("seed", "same seed, same numbers (default: 0)"),
-        ("threads", "torch's threads (default: those that torch takes by itself, 4 at most)"),
-        ("clip-steps", "training steps of the CLIP"),
-        ("embedder-steps", "training steps of each embedder"),
-    ):
-        demo.add_argument(f"--{name}", type=int, metavar="N", help=text)
 
 
 def _missing(command: str) -> str | None:
@@ -104,22 +76,6 @@ def _run(command: str, argv: Sequence[str]) -> int:
         return importlib.import_module(OWN_FLAGS[command][0]).main(argv, f"pacl {command}")
     except KeyboardInterrupt:
         return INTERRUPTED
-
-
-def _demo(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    missing = _missing("demo")
-    if missing:
-        parser.error(missing)
-    if arguments.out.exists() and not arguments.out.is_dir():
-        parser.error(f"argument --out: {arguments.out} is a file, expected a folder")
-    from .demo.run import QUICK, DemoConfig, run
-
-    given = vars(arguments)
-    values = {item.name: given.get(item.name) for item in dataclasses.fields(DemoConfig)}
-    try:
-        settings = (QUICK if arguments.quick else {}) | {k: v for k, v in values.items() if v is not None}
-        config = DemoConfig(**settings)
-    except ValueError as error:
-        parser.error(str(error))
-    run(config, arguments.out, full=arguments.full)
-    return 0
+    except OSError as error:  # a full disk, a folder that may not be written
+        print(f"pacl: error: {error}", file=sys.stderr)
+        return 1

@@ -45,6 +45,24 @@ def patch_labels(shares: Tensor) -> Tensor:
     return label.masked_fill(share < 0.5, IGNORE)
 
 
+class ScoreCounts:
+    """How well scores on the patches' grid segment: their enlarged maps pixel by pixel, and patch by patch.
+
+    `pixels` and `patches` are confusion matrices of all that was counted.
+    """
+
+    def __init__(self, classes: int):
+        self.pixels, self.patches = ConfusionMatrix(classes), ConfusionMatrix(classes)
+
+    def update(self, masks: Tensor, scores: Tensor) -> Tensor:
+        """Count scores [B, K, h, w] of images with labels [B, H, W]; returns their label maps [B, H, W]."""
+        labels = label_map(scores, masks.shape[1:]).cpu()
+        self.pixels.update(masks, labels)
+        truth = patch_labels(patch_shares(masks, scores.shape[1], scores.shape[2:]))
+        self.patches.update(truth, scores.argmax(1).cpu())
+        return labels
+
+
 class ConfusionMatrix:
     """Counts of (true, predicted) label pairs over any number of batches; exact, and K x K whatever the data's size."""
 

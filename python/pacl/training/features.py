@@ -7,50 +7,38 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import tyro
-from PIL import Image
 from safetensors.torch import save
 from torch import Tensor
-from torch.utils.data import get_worker_info
-from tqdm import tqdm
 
-from ..data import Kind
 from ..data.features import MANIFEST, NOUNS, TOWERS, read_manifest, shard_files, stored_records, write_shard
-from ..data.samples import BadData, Samples, all_captions, loader, split_captions
-from ..data.sources import open_pairs
+from ..data.flags import TrainingDataFlags
+from ..data.samples import BadData, Samples, loader
 from ..data.texts import PROMPTS, noun_finder
 from ..files import write_bytes
 from ..processes import choose_device
+from ..progress import Progress
 from ..sharing import describe_towers
-from ..towers import Towers, load_towers
+from ..towers import load_towers
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-DATA = "csv_separator csv_img_key csv_caption_key image_root max_image_pixels max_bad_share".split()
 
 
-@dataclass(frozen=True)
-class FeaturesConfig:
+@dataclass(frozen=True, kw_only=True)
+class FeaturesConfig(TrainingDataFlags):
     """Store patch tokens and text embeddings of frozen towers, from which `pacl train --features OUT` trains. What is
     there is kept: the same command goes on where it was stopped."""
 
     train_data: str
-    """As for pacl train, and so the flags that follow."""
+    """As for pacl train, and so the flags of data and model."""
     out: Path
     """Folder of the features."""
-    dataset_type: Kind = "auto"
-    csv_separator: str | None = None
-    csv_img_key: str = "filepath"
-    csv_caption_key: str = "title"
-    image_root: Path | None = None
     train_num_samples: int | None = None
     """How many scenes are generated."""
-    max_image_pixels: int = 25_000_000
-    max_bad_share: float = 0.1
     model: str = "ViT-B-16"
     pretrained: str | None = None
     vision_model: str | None = None
@@ -109,14 +97,17 @@ def _write(config: FeaturesConfig) -> None:
     elif config.out.exists() and any(config.out.iterdir()):
         raise ValueError(f"out: {config.out} holds something else, expected a new folder")
     encoder = Encoder(config)
-    source = _source(config, encoder.towers)
+    # With all captions of an image, of which training takes one an epoch.
+    source = config.open(config.train_data, transform=encoder.towers.transform, captions="all")
     done = shard_files(config.out)
-    print(_estimate(config, encoder, source.count() - sum(shard["count"] for shard in done)), flush=True)
+    count = max(0, source.count() - sum(shard["count"] for shard in done))
+    print(_estimate(config, encoder, count), flush=True)
     if config.dry_run:
         return
     write_bytes(config.out / MANIFEST, json.dumps(manifest, indent=2).encode())
-    for number, shard in enumerate(_shards(config, encoder, source), len(done)):
-        write_shard(config.out, number, *shard)
+    with Progress("Features", max(1, count), "image") as progress:
+        for number, shard in enumerate(_shards(config, encoder, source, progress), len(done)):
+            write_shard(config.out, number, *shard)
     if config.nouns:
         find = noun_finder(config.nouns)
         records = stored_records(config.out)
@@ -163,27 +154,13 @@ class Encoder:
             return encode(batch.to(self.device, non_blocking=True))
 
 
-def _source(config: FeaturesConfig, towers: Towers) -> Samples:
-    """The pairs, in order, each once; an image comes with the number of the worker that read it."""
-    options = {name: getattr(config, name) for name in DATA} | {"kind": config.dataset_type}
-    options |= {"scenes": config.train_num_samples} if config.train_num_samples else {}
-    source = open_pairs(config.train_data, transform=partial(_transform, towers.transform), **options)
-    source.choose = all_captions  # training takes one of an image's captions an epoch, so all are stored
-    return source
-
-
-def _transform(transform: Callable[[Image.Image], Tensor], image: Image.Image) -> tuple[Tensor, int]:
-    info = get_worker_info()
-    return transform(image), info.id if info else 0
-
-
 def _estimate(config: FeaturesConfig, encoder: Encoder, count: int) -> str:
     """One line on what `count` images will take; ValueError where it does not fit."""
     image, _ = encoder.towers.probe()
     patches, width = encoder.tokens(image).shape[1:]
     dim = encoder.towers.widths[1]
     # A kilobyte is more than most keys, captions and offsets take.
-    size = max(0, count) * (patches * width * encoder.dtype.itemsize + 4 * dim + 1024)
+    size = count * (patches * width * encoder.dtype.itemsize + 4 * dim + 1024)
     folder = next(path for path in (config.out, *config.out.absolute().parents) if path.exists())
     free = shutil.disk_usage(folder).free
     if size > free:
@@ -197,7 +174,9 @@ def _estimate(config: FeaturesConfig, encoder: Encoder, count: int) -> str:
     )
 
 
-def _shards(config: FeaturesConfig, encoder: Encoder, source: Samples) -> Iterator[tuple[Tensor, Tensor, list[dict]]]:
+def _shards(
+    config: FeaturesConfig, encoder: Encoder, source: Samples, progress: Progress
+) -> Iterator[tuple[Tensor, Tensor, list[dict]]]:
     """Tokens, texts and records of each shard that is not there yet."""
     workers = min(config.workers, source.most_workers)
     # A worker's samples come in its order: what is there of them is their beginning.
@@ -213,14 +192,14 @@ def _shards(config: FeaturesConfig, encoder: Encoder, source: Samples) -> Iterat
     )
     tokens, texts, records = [], [], []
     try:
-        for batch in tqdm(batches, unit=" batches", disable=None):
-            images, readers = batch["image"]
-            captions = [split_captions(given) for given in batch["caption"]]
-            tokens += encoder.tokens(images)
+        for batch in batches:
+            captions = batch["captions"]
+            tokens += encoder.tokens(batch["image"])
             texts += encoder.texts(sum(captions, [])).split([len(each) for each in captions])
-            where = zip(readers.tolist(), batch["place"][1].tolist(), strict=True)
+            where = zip(batch["worker"].tolist(), batch["place"][1].tolist(), strict=True)
             for key, each, place in zip(batch["key"], captions, where, strict=True):
                 records.append({"key": key, "captions": each, "place": place})
+            progress.step(count=len(captions))
             while len(records) >= config.shard_size:
                 yield _take(config.shard_size, tokens, texts, records)
     except BadData as error:

@@ -2,92 +2,100 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import json
 import math
 import sys
-from typing import Protocol
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..data.samples import Samples
 from ..files import write_bytes
 from .config import TrainConfig, reporters
-from .model import Trainable
 
 PAIRS = 1024  # of a batch that pair_statistics looks at
 
 
-class Logged(Protocol):
-    """A run as its log sees it. `data`, `model`, `step`, `lr` and `temperature` are read anew for each line."""
-
-    config: TrainConfig
-    rank: int
-    world: int
-    device: torch.device
-    samples: int
-    global_batch: int
-    epoch_steps: int
-    data: Samples
-    model: Trainable
-    step: int
-    lr: float
-
-    @property
-    def temperature(self) -> float: ...
-
-    def due(self, every: int) -> bool:
-        """True at the steps at which something is done every so many steps."""
-
-
 class Log:
-    """Losses as they come: checked to be finite, printed and written to the run's files, by the first process."""
+    """Losses as they come: checked to be finite, printed and written to the run's files, by the first process.
 
-    def __init__(self, run: Logged):
-        self.run, self.config = run, run.config
+    samples: pairs in an epoch; global_batch: pairs in a step of all `world` processes; epoch_steps: steps in an epoch.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        device: torch.device,
+        *,
+        samples: int,
+        global_batch: int,
+        epoch_steps: int,
+        rank: int = 0,
+        world: int = 1,
+    ):
+        self.config, self.device, self.rank, self.world = config, device, rank, world
+        self.samples, self.global_batch, self.epoch_steps = samples, global_batch, epoch_steps
         self.pending: list[tuple[int, Tensor, list[str]]] = []
         self.mean, self.seconds, self.waited = _Mean(), 0.0, 0.0
         self.steps = 0
         self.file, self.boards = None, []
         self.statistics: dict[str, Tensor] = {}  # what the step under way found, see pair_statistics
 
-    def __enter__(self) -> Log:
-        if self.run.rank == 0:
+    @contextlib.contextmanager
+    def opened(self, step: int) -> Iterator[None]:
+        """With the run's files open, to go on from `step`."""
+        if self.rank == 0:
             self.config.folder.mkdir(parents=True, exist_ok=True)
             self.file = open(self.config.folder / "metrics.jsonl", "a")
-            self.boards = [_board(name, self.config, self.run.step) for name in reporters(self.config.report_to)]
-        return self
+            self.boards = [_board(name, self.config, step) for name in reporters(self.config.report_to)]
+        try:
+            yield
+        finally:
+            for board in self.boards:
+                board.finish()
+            if self.file is not None:
+                self.file.close()
 
-    def __exit__(self, *_) -> None:
-        for board in self.boards:
-            board.finish()
-        if self.file is not None:
-            self.file.close()
+    def step(
+        self,
+        step: int,
+        loss: Tensor,
+        keys: list[str],
+        waited: float,
+        seconds: float,
+        values: Callable[[], dict[str, float]] | None,
+    ) -> None:
+        """Take step `step`, counted from 1, whose batch was waited for.
 
-    def step(self, loss: Tensor, keys: list[str], waited: float, seconds: float) -> None:
-        self.pending.append((self.run.step, loss, keys))
+        values: where the step has a line, gives what it says of the run: lr, scale, attn_temperature and skipped.
+        """
+        self.pending.append((step, loss, keys))
         self.steps, self.waited, self.seconds = self.steps + 1, self.waited + waited, self.seconds + waited + seconds
-        due = self.run.due(self.config.log_every_n_steps)
-        if due or self.run.device.type == "cpu":  # reading a loss makes the host wait for a GPU
+        if values is not None or self.device.type == "cpu":  # reading a loss makes the host wait for a GPU
             self.check()
-        if due and self.run.rank == 0:
-            self._write()
-        if due:
+        if values is not None and self.rank == 0:
+            self._write(step, values())
+        if values is not None:
             self.steps, self.waited, self.seconds = 0, 0.0, 0.0
 
-    def validated(self, values: dict[str, float]) -> dict[str, float | None]:
+    def watch(self, patches: Tensor, texts: Tensor, temperature: Tensor | float) -> None:
+        """Keep the statistics of a step's pairs for its line."""
+        self.statistics = pair_statistics(patches, texts, temperature, self.config.form)
+
+    def validated(self, step: int, values: dict[str, float]) -> dict[str, float | None]:
         """Print and keep what a validation found; returns the line of results.jsonl, which has open_clip's names."""
-        step, epoch = self.run.step, self.run.step // self.run.epoch_steps
+        epoch = step // self.epoch_steps
         row = {"step": step, "epoch": epoch, **{k: v if math.isfinite(v) else None for k, v in values.items()}}
-        if self.run.rank != 0:
+        if self.rank != 0:
             return row
         say(f"Eval Epoch: {epoch} Step: {step} " + "\t".join(f"{k}: {v:.4f}" for k, v in values.items()), self.config)
         with open(self.config.folder / "results.jsonl", "a") as file:
             file.write(json.dumps(row) + "\n")
-        self._report({f"val/{name}": value for name, value in values.items()})
+        self._report(step, {f"val/{name}": value for name, value in values.items()})
         return row
 
     def check(self) -> None:
@@ -95,7 +103,7 @@ class Log:
         for step, loss, keys in self.pending:
             self.mean.add(loss.item())
             if not math.isfinite(self.mean.last):
-                path = self.config.folder / f"not_finite_rank{self.run.rank}.json"
+                path = self.config.folder / f"not_finite_rank{self.rank}.json"
                 write_bytes(path, json.dumps({"step": step, "loss": str(self.mean.last), "keys": keys}).encode())
                 raise FloatingPointError(
                     f"the loss of step {step} is {self.mean.last}; the keys of its samples are in {path}, and the last "
@@ -103,15 +111,13 @@ class Log:
                 )
         self.pending.clear()
 
-    def _write(self) -> None:
-        run, batch = self.run, self.run.global_batch
-        data, seconds = self.waited / self.steps, self.seconds / self.steps
-        scale = run.model.log_scale.exp().item()
-        done = run.step % run.epoch_steps * batch
+    def _write(self, step: int, now: dict[str, float]) -> None:
+        batch, data, seconds = self.global_batch, self.waited / self.steps, self.seconds / self.steps
+        done = step % self.epoch_steps * batch
         say(
-            f"Train Epoch: {run.step // run.epoch_steps} [{done}/{run.samples} ({100 * done / run.samples:.0f}%)] "
+            f"Train Epoch: {step // self.epoch_steps} [{done}/{self.samples} ({100 * done / self.samples:.0f}%)] "
             f"Data (t): {data:.3f} Batch (t): {seconds:.3f}, {batch / seconds:.1f}/s, "
-            f"{batch / seconds / run.world:.1f}/s/process LR: {run.lr:.6f} Logit Scale: {scale:.3f} "
+            f"{batch / seconds / self.world:.1f}/s/process LR: {now['lr']:.6f} Logit Scale: {now['scale']:.3f} "
             f"Contrastive_loss: {self.mean.last:.5g} ({self.mean.value:.5g})",
             self.config,
         )
@@ -122,21 +128,21 @@ class Log:
             "train/data_share": data / seconds,
             "train/batch_time": seconds,
             "train/samples_per_second": batch / seconds,
-            "train/samples_per_second_per_gpu": batch / seconds / run.world,  # open_clip's name, on a CPU too
-            "train/scale": scale,
-            "train/attn_temperature": run.temperature,
+            "train/samples_per_second_per_gpu": batch / seconds / self.world,  # open_clip's name, on a CPU too
+            "train/scale": now["scale"],
+            "train/attn_temperature": now["attn_temperature"],
             **{f"train/{name}": value.item() for name, value in self.statistics.items()},
-            "train/peak_memory_mib": _peak_memory(run.device) / 2**20,
-            "train/lr": run.lr,
-            "train/skipped": sum(run.data.skipped.values()),
+            "train/peak_memory_mib": _peak_memory(self.device) / 2**20,
+            "train/lr": now["lr"],
+            "train/skipped": now["skipped"],
         }
-        self.file.write(json.dumps({"step": run.step, **values}) + "\n")
+        self.file.write(json.dumps({"step": step, **values}) + "\n")
         self.file.flush()
-        self._report(values)
+        self._report(step, values)
 
-    def _report(self, values: dict[str, float]) -> None:
+    def _report(self, step: int, values: dict[str, float]) -> None:
         for board in self.boards:
-            board.log(values, step=self.run.step)
+            board.log(values, step=step)
 
 
 @torch.no_grad()

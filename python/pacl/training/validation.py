@@ -14,11 +14,10 @@ from torch import Tensor
 
 from pacl_kernels import compatibility
 
-from ..data.samples import BadData, Samples, loader
-from ..data.sources import open_pairs
+from ..data.samples import BadData, Samples, loader, no_image
 from ..evaluate.ranks import place_in
 from ..evaluate.retrieval import Retrieval
-from ..segmentation import IGNORE, ConfusionMatrix, class_scores, label_map, patch_labels, patch_shares
+from ..segmentation import IGNORE, ScoreCounts, class_scores
 from ..towers import Towers
 from .config import TrainConfig
 from .model import Trainable
@@ -68,17 +67,16 @@ class Validation:
         return values
 
     def _open(self, data: str, transform, masks: bool = False) -> Samples:
-        options = self.config.data_options | {"rank": self.rank, "world": self.world}
-        if masks:  # --dataset-type is that of pairs; its csv, say, has no masks
-            options |= {"kind": "auto"}
-        return open_pairs(data, transform=transform, masks=masks, **options)
+        # --dataset-type is that of pairs; its csv, say, has no masks.
+        kind = {"kind": "auto"} if masks else {}
+        return self.config.open(data, transform=transform, masks=masks, rank=self.rank, world=self.world, **kind)
 
     def _read(self, data: Samples, batch_size: int) -> Iterator[dict[str, Any]]:
         workers = min(self.config.workers, data.most_workers)
         try:
             yield from loader(data, batch_size, workers=workers)
         except BadData as error:  # a worker's, with its traceback
-            name = "val_data" if data is self.pairs else "val_segmentation"
+            name = "val_segmentation" if data is self.labelled else "val_data"
             raise ValueError(f"{name}: {data.complaint()}") from error
 
     # Retrieval
@@ -117,9 +115,8 @@ class Validation:
 
         In the same batches: by their size several workers give another order.
         """
-        transform, self.pairs.transform = self.pairs.transform, _nothing
-        mine = [caption for batch in self._read(self.pairs, self.config.batch_size) for caption in batch["caption"]]
-        self.pairs.transform = transform
+        pairs = self.pairs.with_options(transform=no_image)
+        mine = [caption for batch in self._read(pairs, self.config.batch_size) for caption in batch["caption"]]
         shares = [mine]
         if self.group is not None:
             shares = [None] * self.world
@@ -131,7 +128,7 @@ class Validation:
 
     def _segmentation(self, model: Trainable) -> dict[str, float]:
         texts = model.texts_of(self.classes, self.towers).float()
-        pixels, patches = (ConfusionMatrix(len(self.classes)) for _ in range(2))
+        counts = ScoreCounts(len(self.classes))
         samples = iter(self._read(self.labelled, 1))  # masks have the sizes of their images
         while part := list(itertools.islice(samples, SEGMENTED)):
             images = torch.cat([sample["image"] for sample in part])
@@ -146,12 +143,10 @@ class Validation:
                         f"val_segmentation: {sample['key'][0]} has label {int(wrong[0])}, expected {IGNORE} or, as "
                         f"--val-classes has {len(self.classes)} lines, 0 to {len(self.classes) - 1}"
                     )
-                pixels.update(mask, label_map(score, mask.shape[1:]).cpu())
-                truth = patch_labels(patch_shares(mask, len(self.classes), score.shape[2:]))
-                patches.update(truth, score.argmax(1).cpu())
-        for matrix in (pixels, patches):
+                counts.update(mask, score)
+        for matrix in (counts.pixels, counts.patches):
             matrix.all_reduce(self.group)
-        return {"mIoU": pixels.miou(), "patch_accuracy": patches.accuracy()}
+        return {"mIoU": counts.pixels.miou(), "patch_accuracy": counts.patches.accuracy()}
 
 
 def read_classes(path: Path) -> list[str]:
@@ -172,7 +167,3 @@ class _Squashed:
 
     def __call__(self, image: Image.Image) -> Tensor:
         return self.transform(image.resize(self.size, Image.Resampling.BICUBIC))
-
-
-def _nothing(image: Image.Image) -> int:
-    return 0
