@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .samples import IMAGE_SUFFIXES, MOST_WORKERS, Raw, Samples, readable
+from .images import IMAGE_SUFFIXES
+from .samples import MOST_WORKERS, Raw, Samples, readable
 from .scene_shards import SceneMembers
 from .scenes import PAIRS, SEEN
 

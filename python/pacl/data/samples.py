@@ -18,14 +18,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torchvision.transforms.functional import pil_to_tensor
 
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")  # Pillow reads dozens more, some of which start other programs
+from .images import IMAGE_FORMATS, IMAGE_SUFFIXES, MAX_IMAGE_PIXELS, TooManyPixels, check_is_file, open_image, to_rgb  # noqa: F401
+
 REASONS = ("archive", "file", "image", "pixels", "caption", "mask")
 MOST_WORKERS = 256  # rows of the counts
 LEAST_SEEN = 500  # samples before their bad share says something
@@ -75,7 +74,7 @@ class Samples(IterableDataset):
         seed: int = 0,
         repeat: bool = False,
         masks: bool = False,
-        max_image_pixels: int = 25_000_000,
+        max_image_pixels: int = MAX_IMAGE_PIXELS,
         max_bad_share: float = 0.1,
         rank: int = 0,
         world: int = 1,
@@ -182,24 +181,21 @@ class Samples(IterableDataset):
         try:
             with open_source(raw.image) as stream:
                 reason = "image"
-                with open_image(stream, IMAGE_FORMATS) as image:
+                with open_image(stream, max_pixels=self.max_image_pixels) as image:
                     size = image.size
-                    if size[0] * size[1] > self.max_image_pixels:
-                        reason = "pixels"
-                        raise ValueError(f"{size[0]} x {size[1]} pixels, more than {self.max_image_pixels:,}")
                     out = {"key": raw.key, "image": self.transform(to_rgb(image))}
             reason = "caption"
             out["caption"] = read_caption(raw.caption)
             if self.masks:
                 reason = "mask"
-                with open_source(raw.mask) as stream, open_image(stream, ("PNG",)) as mask:
+                with open_source(raw.mask) as stream, open_image(stream, ("PNG",), self.max_image_pixels) as mask:
                     if mask.size != size or mask.mode not in ("L", "P"):
                         raise ValueError("a mask has one byte per pixel and the size of its image")
                     out["mask"] = pil_to_tensor(mask)[0]
             self._counts[worker, 0] += 1
             return out
         except Exception as error:  # decoders raise anything on damaged bytes: OSError, SyntaxError, struct.error, ...
-            if isinstance(error, Image.DecompressionBombError):  # Pillow's own cap, should ours be above 179 million
+            if isinstance(error, TooManyPixels):
                 reason = "pixels"
             self.skip(reason, raw.key, error, worker)
         if self.world == 1 and self.too_many:
@@ -249,26 +245,8 @@ def open_source(source: bytes | Path | str | None) -> BinaryIO:
         raise ValueError(source)
     if isinstance(source, bytes):
         return io.BytesIO(source)
-    if not source.is_file():  # a pipe or a device would be waited for
-        raise FileNotFoundError(f"{source} is not a file")
+    check_is_file(source)
     return open(source, "rb")
-
-
-def open_image(stream: BinaryIO, formats: tuple[str, ...]) -> Image.Image:
-    """Image with its header read and nothing decoded; our own cap replaces Pillow's warning."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        return Image.open(stream, formats=formats)
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Of any mode: 16 bits are scaled to 8, and what is transparent lies on white."""
-    if image.mode.startswith("I"):  # Pillow would clip them
-        return Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8)).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
 
 
 class Loader(DataLoader):

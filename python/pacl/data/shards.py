@@ -22,7 +22,8 @@ from webdataset.filters import shuffle as shuffle_samples
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from ..files import write_bytes
-from .samples import IMAGE_SUFFIXES, MOST_WORKERS, Raw, Samples, readable
+from .images import IMAGE_SUFFIXES
+from .samples import MOST_WORKERS, Raw, Samples, readable
 
 SIZES = "sizes.json"  # img2dataset's and open_clip's: {"00000.tar": 1000}
 
