@@ -12,10 +12,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .data.command import add_data
+from .formats import one_line
 
 INTERRUPTED = 130  # what shells report for a program ended by Ctrl-C
-# Commands that parse their own flags: the module whose main(argv, prog) does it, and a line of help.
-OWN_FLAGS = {
+# The module of each command, whose main(argv, prog) runs it, and a line of help.
+COMMANDS = {
+    "demo": ("pacl.demo.command", "train and segment in a few minutes"),
+    "data": ("pacl.data.command", "pack image-caption pairs into shards, check them"),
+    "doctor": ("pacl.doctor", "what can run here, what is missing, and a self-check"),
     "train": ("pacl.training.command", "train the vision embedder on image-caption pairs"),
     "features": ("pacl.training.features", "compute what frozen towers give once, and store it for training"),
     "look": ("pacl.segment.command", "where in an image is what words say"),
@@ -24,6 +28,7 @@ OWN_FLAGS = {
     "compare": ("pacl.compare.command", "training runs, embedders and results side by side, as one page"),
     "serve": ("pacl.serve.command", "a local page: drop an image, type words, click patches"),
 }
+# Modules of the extra "train" and their packages. Every command needs them but doctor, which says what is missing.
 NEEDS = {
     "open_clip": "open_clip_torch",
     "webdataset": "webdataset",
@@ -34,25 +39,52 @@ NEEDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line `argv` (sys.argv by default) and return its exit status."""
+    """Run the command line `argv` (sys.argv by default) and return its exit status.
+
+    A ValueError or OSError of a command is one line on standard error, and status 1.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     # open_clip writes hyphens, its peers underscores: both work.
     argv = [re.sub(r"^--[^=]+", lambda flag: flag[0].replace("_", "-"), word) for word in argv]
-    if argv and argv[0] in OWN_FLAGS:
-        return _run(argv[0], argv[1:])
+    if not argv or argv[0] not in COMMANDS:
+        return _list_commands(argv[:1])
+    command, *rest = argv
+    missing = [package for module, package in NEEDS.items() if importlib.util.find_spec(module) is None]
+    if missing and command != "doctor":
+        print(f"pacl: error: {command} needs {', '.join(missing)}: pip install 'pacl-kernels[train]'", file=sys.stderr)
+        return 2
+    if command in ("demo", "data"):
+        return _argparse_command(argv)
+    try:
+        return importlib.import_module(COMMANDS[command][0]).main(rest, f"pacl {command}")
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except (ValueError, OSError) as error:
+        print(f"pacl: error: {one_line(error)}", file=sys.stderr)
+        return 1
+
+
+def _list_commands(given: list[str]) -> int:
+    """Print the commands: as help where that was asked for, else with what is wrong, and status 2."""
+    asked = given in (["-h"], ["--help"])
+    out = sys.stdout if asked else sys.stderr
+    print("usage: pacl COMMAND ...; pacl COMMAND --help\n", file=out)
+    print("Patch Aligned Contrastive Learning: train and look.\n", file=out)
+    for name, (_, text) in COMMANDS.items():
+        print(f"  {name:<10}{text}", file=out)
+    if not asked:
+        got = f"got {given[0]!r}" if given else "got none"
+        print(f"\npacl: error: command: {got}, expected one of {', '.join(COMMANDS)}", file=sys.stderr)
+    return 0 if asked else 2
+
+
+def _argparse_command(argv: list[str]) -> int:
+    """Run `pacl demo` or `pacl data`, whose options are still argparse's."""
     parser = argparse.ArgumentParser(prog="pacl", description="Patch Aligned Contrastive Learning: train and look.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_demo(commands)
     add_data(commands)
-    doctor = commands.add_parser("doctor", help="what can run here, what is missing, and a self-check")
-    doctor.add_argument("--json", action="store_true", help="for a bug report")
-    doctor.set_defaults(run=_doctor)
-    for name, (_, text) in OWN_FLAGS.items():
-        commands.add_parser(name, help=text)
     arguments = parser.parse_args(argv)
-    missing = _missing("data") if arguments.command == "data" else None
-    if missing:
-        parser.error(missing)
     try:
         return arguments.run(arguments, parser)
     except KeyboardInterrupt:
@@ -83,33 +115,7 @@ def _add_demo(commands) -> None:
         demo.add_argument(f"--{name}", type=int, metavar="N", help=text)
 
 
-def _missing(command: str) -> str | None:
-    """What a command says where the packages of the extra "train" are not installed."""
-    missing = [package for module, package in NEEDS.items() if importlib.util.find_spec(module) is None]
-    return f"{command} needs {', '.join(missing)}: pip install 'pacl-kernels[train]'" if missing else None
-
-
-def _doctor(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    from .doctor import main
-
-    return main(arguments.json)
-
-
-def _run(command: str, argv: Sequence[str]) -> int:
-    missing = _missing(command)
-    if missing:
-        print(f"pacl: error: {missing}", file=sys.stderr)
-        return 2
-    try:
-        return importlib.import_module(OWN_FLAGS[command][0]).main(argv, f"pacl {command}")
-    except KeyboardInterrupt:
-        return INTERRUPTED
-
-
 def _demo(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    missing = _missing("demo")
-    if missing:
-        parser.error(missing)
     if arguments.out.exists() and not arguments.out.is_dir():
         parser.error(f"argument --out: {arguments.out} is a file, expected a folder")
     from .demo.run import QUICK, DemoConfig, run

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import json
 import math
 import os
 import platform
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -90,8 +91,12 @@ def _errors(backend: str, device: str, dtype: torch.dtype) -> Iterator[float]:
             yield error if math.isfinite(error) else math.inf
 
 
-def main(as_json: bool) -> int:
+def main(argv: Sequence[str], prog: str = "pacl doctor") -> int:
     """Print the report; 1 if a backend fails, or computes something else than the reference."""
+    # Not tyro: this command says that it is missing.
+    parser = argparse.ArgumentParser(prog=prog, description="What can run here, what is missing, and a self-check.")
+    parser.add_argument("--json", action="store_true", help="for a bug report")
+    as_json = parser.parse_args(argv).json
     found = report()
     wrong = any(check["failure"] is not None for check in found["checks"].values())
     if as_json:

@@ -11,9 +11,9 @@ import pytest
 import torch
 from conftest import encode, picture
 from pacl.cli import main
-from pacl.segment.command import _slug, _stems
 from pacl.segment.draw import SCALE, _fitting, heat, label_image, overlay, png, voc_palette, with_legend, word_colours
 from pacl.segment.predict import Segmenter
+from pacl.segment.run import _slug, _stems
 from pacl.sharing import load_pacl
 from PIL import Image, ImageFont
 

@@ -17,7 +17,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from pacl_kernels import upsample_argmax
 
-from ..data.samples import to_rgb
+from ..data.images import to_rgb
 from ..towers import Towers
 from .dense import dense_tokens, patch_size, token_step
 from .prompts import TEMPLATES, Texts, class_texts

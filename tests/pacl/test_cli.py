@@ -1,0 +1,113 @@
+"""The `pacl` command line: what it lists, and that spellings of options keep their meaning."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import encode, picture
+from pacl.cli import COMMANDS, main
+
+OF_MODEL = "--checkpoint --model --pretrained --templates --stride --max-image-pixels --device --help"
+OF_IMAGES = (
+    f"{OF_MODEL} --words --classes --short-side --window --window-stride --threshold --entropy --logit-scale --out"
+)
+OPTIONS = {
+    "look": f"{OF_IMAGES} --scale",
+    "segment": OF_IMAGES,
+    "serve": f"{OF_MODEL} --port --examples --no-browser",
+}
+
+
+@pytest.fixture
+def photo(tmp_path):
+    (tmp_path / "photo.jpg").write_bytes(encode(picture(0, 48, 64)))
+    return str(tmp_path / "photo.jpg")
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["-h"], [], ["lok"], ["--version"]])
+def test_commands_are_listed(argv, capsys):
+    asked = argv in (["--help"], ["-h"])
+    assert main(argv) == (0 if asked else 2)
+    said = capsys.readouterr()
+    listed = said.out if asked else said.err
+    assert all(f"  {name} " in listed for name in COMMANDS)
+    if not asked:
+        got = f"got {argv[0]!r}" if argv else "got none"
+        assert listed.splitlines()[-1].startswith(f"pacl: error: command: {got}, expected one of demo, data, ")
+
+
+@pytest.mark.parametrize("command", OPTIONS)
+def test_help_names_all_options_and_does_not_wait_for_torch(command):
+    code = f"""if True:
+        import sys
+        from pacl.cli import main
+        try:
+            main(["{command}", "--help"])
+        finally:
+            assert "torch" not in sys.modules"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == ""
+    words = done.stdout.replace(",", " ").split()
+    assert set(OPTIONS[command].split()) <= set(words)
+
+
+def test_all_options_of_segment(photo, untrained, tmp_path):
+    """Values behind a blank or =, hyphens or underscores, negative numbers, options on both sides of the images."""
+    checkpoint = str(untrained / "run/embedder")
+    flags = ["--words", "dog,red ball", "--templates=none", "--stride", "2", "--short_side", "72", "--window=64"]
+    flags += ["--window-stride", "8", "--threshold", "-0.5", "--entropy=1.5", "--logit_scale=50", "--device", "cpu"]
+    flags += ["--max_image_pixels=8000", f"--out={tmp_path / 'out'}"]
+    assert main(["segment", photo, photo, "--checkpoint", checkpoint, *flags]) == 0
+    assert main(["segment", "--checkpoint", checkpoint, *flags, photo]) == 0
+    found = json.loads((tmp_path / "out/photo-scores.json").read_text())
+    assert found["settings"] == {
+        "stride": 2,
+        "short_side": 72,
+        "window": 64,
+        "window_stride": 8,
+        "templates": "none",
+        "model": checkpoint,
+        "threshold": -0.5,
+        "entropy": 1.5,
+        "logit_scale": 50.0,
+    }
+    assert [x["name"] for x in found["classes"]] == ["background", "dog", "red ball"]
+    assert (tmp_path / "out/photo~2-scores.json").is_file()
+
+
+def test_scale_and_class_file_of_look(photo, untrained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "classes.txt").write_text("dog\n")
+    flags = ["--model", f"local-dir:{untrained / 'clip'}", "--classes", "classes.txt"]
+    maps = {}
+    for scale in ("--scale=-1,1", "--scale 0.1,0.2", ""):
+        assert main(["look", photo, *flags, *scale.split()]) == 0
+        maps[scale] = (tmp_path / "pacl-look/photo-01-dog.png").read_bytes()
+    assert len(set(maps.values())) == 3
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["look", "a.jpg", "--words", "dog"], "--checkpoint, --model"),
+        (["look", "a.jpg", "--words", "dog", "--model", "x", "--checkpoint", "y"], "not allowed together"),
+        (["segment", "a.jpg", "--model", "x"], "--words, --classes"),
+        (["segment", "a.jpg", "--model", "x", "--words", "dog", "--classes", "c.txt"], "not allowed together"),
+        (["segment", "--model", "x", "--words", "dog"], "images: got none, expected files or folders of images"),
+        (["look", "a.jpg", "--model", "x", "--words", "dog", "--scale", "0.5,0.5"], "two increasing numbers"),
+        (["look", "a.jpg", "--model", "x", "--words", "dog", "--scale", "0.5"], "two increasing numbers"),
+        (["look", "a.jpg", "--model", "x", "--words", "dog", "--stride", "a"], "--stride"),
+        (["look", "a.jpg", "--model", "x", "--words", "dog", "--strides", "2"], "--strides"),
+        (["segment", "a.jpg", "--model", "x", "--words", "dog", "--scale", "0,1"], "--scale"),
+        (["serve"], "--checkpoint, --model"),
+        (["serve", "--model", "x", "photo.jpg"], "photo.jpg"),
+        (["doctor", "--yaml"], "--yaml"),
+    ],
+)
+def test_wrong_options_have_status_2(argv, message, capsys):
+    try:
+        status = main(argv)
+    except SystemExit as stop:
+        status = stop.code
+    assert status == 2 and message in capsys.readouterr().err
