@@ -315,6 +315,25 @@ def test_packed_shards_hold_the_same_bytes(form, tmp_path, capsys, write_tar):
     assert before == sorted(path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir())
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_all_captions_of_an_image_are_a_list(tmp_path, packed):
+    """Whatever is in them, without empty ones; the source they come from goes on to give one each."""
+    (tmp_path / "a.png").write_bytes(encode(picture(0), "PNG"))
+    (tmp_path / "b.png").write_bytes(encode(picture(1), "PNG"))
+    said = {"a.png": [" one\0two ", "", "three"], "b.png": ["four"]}
+    images = [{"id": i, "file_name": name} for i, name in enumerate(said)]
+    notes = [{"image_id": i, "caption": text} for i, texts in enumerate(said.values()) for text in texts]
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps({"images": images, "annotations": notes}))
+    if packed:
+        pack(CocoPairs(path), tmp_path / "shards")
+        path = tmp_path / "shards"
+    source = open_pairs(path)
+    (batch,) = loader(source.with_options(captions="all"), 2)
+    assert batch["captions"] == [["one\0two", "three"], ["four"]]
+    assert [sample["caption"] for sample in source] == ["one\0two", "four"]
+
+
 def test_packing_keeps_all_captions_and_skips_bad_samples(tmp_path, capsys):
     path = write_coco(tmp_path, several=3)
     (tmp_path / "train2017/a/01.png").write_bytes(b"bad")

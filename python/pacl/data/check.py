@@ -19,11 +19,12 @@ def check(source: Samples, sample: int = 1000) -> dict[str, Any]:
     bad_share, examples (key, reason and error of the first 20 bad ones), width, height and caption_length of the good
     ones (min, median, max), and problems, a list of lines, empty where nothing is wrong.
     """
-    source.max_bad_share = 1.0
-    examples, sizes, lengths = [], [], []
-    source.on_skip = lambda reason, key, error: examples.append({"key": key, "reason": reason, "error": error})
-    source.transform = lambda image: image.size
-    problems = []
+    examples, sizes, lengths, problems = [], [], [], []
+    source = source.with_options(
+        max_bad_share=1.0,
+        transform=lambda image: image.size,
+        on_skip=lambda reason, key, error: examples.append({"key": key, "reason": reason, "error": error}),
+    )
     if isinstance(source, Shards):
         pairs, problems = _check_shards(source)
     else:

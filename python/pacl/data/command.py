@@ -62,11 +62,14 @@ def _pack(arguments: argparse.Namespace) -> int:
 
     from .check import EXAMPLES
     from .pack import pack
+    from .samples import no_image
 
     source = _open(arguments, shuffle=2000 if arguments.shuffle else 0, seed=arguments.seed)
-    source.transform = lambda image: None
     bad = []
-    source.on_skip = lambda *reason_key_error: bad.append(reason_key_error) if len(bad) < EXAMPLES else None
+    source = source.with_options(
+        transform=no_image,
+        on_skip=lambda *reason_key_error: bad.append(reason_key_error) if len(bad) < EXAMPLES else None,
+    )
     with tqdm(unit=" pairs", disable=None) as bar:
         sizes = pack(source, arguments.out, shard_size=arguments.shard_size, progress=bar.update)
     for reason, key, error in bad:

@@ -74,8 +74,7 @@ class Features(Pairs):
         row = index - (self.ends[number - 1] if number else 0)
         shard = _open(str(self.folder / self.manifest["shards"][number]["name"]))
         record = read_records(shard, row, row + 1)[0]
-        captions = [caption.encode(errors="surrogatepass") for caption in record["captions"]]
-        turn = captions.index(self.choose(record["captions"], epoch, record["key"]))
+        turn = self.turn(record["captions"], epoch, record["key"])
         text = record["text"] + turn
         return {
             "key": record["key"],

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from .images import IMAGE_SUFFIXES
-from .samples import MOST_WORKERS, Raw, Samples, readable
+from .samples import MOST_WORKERS, Raw, Samples, as_bytes, readable
 from .scene_shards import SceneMembers
 from .scenes import PAIRS, SEEN
 
@@ -171,7 +171,8 @@ class CocoPairs(Pairs):
 
     def get(self, index: int, epoch: int) -> Raw:
         name, captions = self._images[index].decode(errors="replace"), json.loads(self._captions[index])
-        return Raw(name, below(self.root, name), self.choose(captions, epoch, name), captions=captions)
+        chosen = as_bytes(captions[self.turn(captions, epoch, name)])
+        return Raw(name, below(self.root, name), chosen, captions=captions)
 
 
 class ScenePairs(Pairs):

@@ -16,11 +16,11 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
 from torchvision.transforms.functional import pil_to_tensor
 
 from .images import IMAGE_FORMATS, IMAGE_SUFFIXES, MAX_IMAGE_PIXELS, TooManyPixels, check_is_file, open_image, to_rgb  # noqa: F401
@@ -29,7 +29,6 @@ REASONS = ("archive", "file", "image", "pixels", "caption", "mask")
 MOST_WORKERS = 256  # rows of the counts
 LEAST_SEEN = 500  # samples before their bad share says something
 MAX_CAPTION_BYTES = 65_536
-SEPARATOR = "\0"  # between the captions of an image
 
 
 class BadData(RuntimeError):
@@ -54,15 +53,16 @@ class Samples(IterableDataset):
     shuffle: 0 for the order of the files; samples held for shuffling where they come in streams.
     repeat: start over for ever instead of stopping.
     masks: require a mask (uint8 tensor [H, W], a class label per pixel) of the image's size.
+    captions: "one" or "all" of those that an image has.
     max_image_pixels: larger images are skipped by what their header says, before they are decoded.
     max_bad_share: BadData once a larger share of at least 500 samples was skipped, by all workers of this process; with
         several processes none raises it alone, which would leave the others waiting, but all can ask for `too_many`.
     rank, world: this process of how many: each takes its share.
 
-    Yields dicts: key (str), image, caption (str), mask where asked for, and place, (epoch, number of the sample in what
-    this worker reads of the epoch). A bad sample is skipped and counted under its reason: `skipped`, shared by all
-    workers. "archive" counts unreadable stretches of tar files, "file" what is missing or may not be read. An epoch
-    without one good sample is BadData; with `repeat`, one of a worker's share.
+    Yields dicts: key (str), image, caption (str) or captions (list of str, at least one), mask where asked for, worker,
+    and place, (epoch, number of the sample in what this worker reads of the epoch). A bad sample is skipped and counted
+    under its reason: `skipped`, shared by all workers. "archive" counts unreadable stretches of tar files, "file" what
+    is missing or may not be read. An epoch without one good sample is BadData; with `repeat`, one of a worker's share.
     """
 
     def __init__(
@@ -74,6 +74,7 @@ class Samples(IterableDataset):
         seed: int = 0,
         repeat: bool = False,
         masks: bool = False,
+        captions: Literal["one", "all"] = "one",
         max_image_pixels: int = MAX_IMAGE_PIXELS,
         max_bad_share: float = 0.1,
         rank: int = 0,
@@ -85,6 +86,7 @@ class Samples(IterableDataset):
         self.seed = seed
         self.repeat = repeat
         self.masks = masks
+        self.captions = captions
         self.max_image_pixels = max_image_pixels
         self.max_bad_share = max_bad_share
         self.rank, self.world = rank, world
@@ -163,17 +165,24 @@ class Samples(IterableDataset):
                 sample = self.decode(raw, worker)
                 if sample is not None:
                     usable = True
-                    yield sample | {"place": (now, number)}
+                    yield sample | {"worker": worker, "place": (now, number)}
             # Without `repeat` the share of another worker may be good; the loader knows when all have ended.
             if not usable and (self.repeat or workers == 1):
                 raise BadData(self.complaint())
             offset = 0
 
-    def choose(self, captions: Sequence[str], epoch: int, key: str) -> bytes:
-        """The one of an image's captions whose turn it is: by (seed, epoch, key); without shuffling the first."""
-        turn = zlib.crc32(f"{self.seed} {epoch} {key}".encode(errors="replace")) if self.shuffle else 0
-        # JSON may hold half a surrogate pair: the bytes are no UTF-8, and the sample is a bad one.
-        return captions[turn % len(captions)].encode(errors="surrogatepass")
+    def with_options(self, **changes: Any) -> Samples:
+        """A copy with other attributes, such as transform or captions; both count what they skip in one place."""
+        other = copy.copy(self)
+        for name, value in changes.items():
+            if not hasattr(other, name):
+                raise TypeError(f"with_options: got {name!r}, which {type(self).__name__} does not have")
+            setattr(other, name, value)
+        return other
+
+    def turn(self, captions: Sequence[str], epoch: int, key: str) -> int:
+        """Number of the caption whose turn it is in this epoch, by (seed, epoch, key); 0 without shuffling."""
+        return zlib.crc32(f"{self.seed} {epoch} {key}".encode(errors="replace")) % len(captions) if self.shuffle else 0
 
     def decode(self, raw: Raw, worker: int = 0) -> dict[str, Any] | None:
         """The sample's key, image, caption and mask, or None, counted under its reason."""
@@ -185,7 +194,10 @@ class Samples(IterableDataset):
                     size = image.size
                     out = {"key": raw.key, "image": self.transform(to_rgb(image))}
             reason = "caption"
-            out["caption"] = read_caption(raw.caption)
+            if self.captions == "one":
+                out["caption"] = read_caption(raw.caption)
+            else:
+                out["captions"] = read_captions(raw)
             if self.masks:
                 reason = "mask"
                 with open_source(raw.mask) as stream, open_image(stream, ("PNG",), self.max_image_pixels) as mask:
@@ -223,14 +235,20 @@ def read_caption(caption: bytes | Path | None) -> str:
     return text
 
 
-def all_captions(captions: Sequence[str], epoch: int, key: str) -> bytes:
-    """In place of Samples.choose: all captions of an image as one, which split_captions takes apart."""
-    return SEPARATOR.join(captions).encode(errors="surrogatepass")
+def read_captions(raw: Raw) -> list[str]:
+    """All captions of an image, stripped, without empty ones; ValueError as of read_caption, or where none is left."""
+    texts = [text for text in raw.captions if text.strip()]
+    return [read_caption(as_bytes(text)) for text in texts] if texts else [read_caption(raw.caption)]
 
 
-def split_captions(caption: str) -> list[str]:
-    """The captions that all_captions joined, stripped, without the empty ones."""
-    return [text.strip() for text in caption.split(SEPARATOR) if text.strip()]
+def as_bytes(caption: str) -> bytes:
+    """A caption out of JSON, which may hold half a surrogate pair: such bytes are no UTF-8, and the sample is bad."""
+    return caption.encode(errors="surrogatepass")
+
+
+def no_image(image: Image.Image) -> int:
+    """A transform for whoever reads captions alone; a function with a name, because it may be pickled."""
+    return 0
 
 
 def readable(name: str) -> str:
@@ -274,7 +292,7 @@ def loader(
     drop_last: bool = False,
     start: dict[str, Any] | None = None,
 ) -> Loader:
-    """Batches of `dataset` as dicts: tensors stacked, keys and captions in lists, place as two tensors [B].
+    """Batches of `dataset` as dicts: tensors stacked, keys and captions in lists, worker and place as tensors [B].
 
     workers: processes that read and decode, 0 for this one; where the source has less to share (shards), fewer, and a
     warning says so (a worker without a shard would wait for ever under `repeat`). start: the `state` of an earlier
@@ -296,7 +314,14 @@ def loader(
     options = {}
     if workers:
         options = {"persistent_workers": True, "worker_init_fn": functools.partial(_outlive_signals, _leaving())}
-    return Loader(dataset, batch_size=batch_size, num_workers=workers, drop_last=drop_last, **options)
+    options |= {"batch_size": batch_size, "num_workers": workers, "drop_last": drop_last, "collate_fn": _collate}
+    return Loader(dataset, **options)
+
+
+def _collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """A batch as torch makes it, but for lists of captions, which have different lengths."""
+    captions = {"captions": [sample.pop("captions") for sample in samples]} if "captions" in samples[0] else {}
+    return default_collate(samples) | captions
 
 
 @functools.cache

@@ -23,7 +23,7 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from ..files import write_bytes
 from .images import IMAGE_SUFFIXES
-from .samples import MOST_WORKERS, Raw, Samples, readable
+from .samples import MOST_WORKERS, Raw, Samples, as_bytes, readable
 
 SIZES = "sizes.json"  # img2dataset's and open_clip's: {"00000.tar": 1000}
 
@@ -100,9 +100,10 @@ class Shards(Samples):
             members = tar_file_expander([{"url": str(path), "stream": stream}], handler=skip)
             for sample in group_by_keys(members, handler=skip):
                 image = next((sample[suffix] for suffix in IMAGE_SUFFIXES if suffix in sample), None)
-                caption, captions = sample.get("txt"), _captions(sample.get("json", b""))
-                if captions and caption is not None:
-                    caption = self.choose(captions, epoch, sample["__key__"])
+                caption = sample.get("txt")
+                captions = [] if caption is None else _captions(sample.get("json", b""))
+                if captions:
+                    caption = as_bytes(captions[self.turn(captions, epoch, sample["__key__"])])
                 yield Raw(readable(sample["__key__"]), image, caption, sample.get("mask.png"), captions)
 
 

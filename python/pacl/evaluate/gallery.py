@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from PIL import Image
 
-from ..data.samples import LEAST_SEEN, BadData, Samples, all_captions, loader, split_captions
+from ..data.samples import LEAST_SEEN, BadData, Samples, loader, no_image
 from .ranks import gather_rows, place_in, progress
 from .retrieval import Retrieval
 from .scorer import Scorer
@@ -35,15 +34,13 @@ class Gallery:
 def read_gallery(
     data: Samples, *, batch_size: int = 64, workers: int = 0, group: dist.ProcessGroup | None = None
 ) -> Gallery:
-    """All captions of every image of `data`, which is then ready for `retrieval` with the same batch size and
-    workers, by which samples come in another order. ValueError without a usable pair.
+    """All captions of every image of `data`, for `retrieval` with the same batch size and workers, by which samples
+    come in another order. ValueError without a usable pair.
 
     group: `data` was opened with this process's rank among so many, and the gallery is that of all.
     """
-    data.choose = all_captions
-    transform, data.transform = data.transform, _nothing
-    own = [split_captions(given) for batch in _read(data, batch_size, workers) for given in batch["caption"]]
-    data.transform = transform
+    texts = data.with_options(captions="all", transform=no_image)
+    own = [captions for batch in _read(texts, batch_size, workers) for captions in batch["captions"]]
     rank, world = place_in(group)
     shares, skipped = [own], [data.skipped]
     if group is not None:
@@ -79,10 +76,11 @@ def retrieval(
     own = gallery.captions[gallery.said.start : gallery.said.stop]
     texts = gather_rows(scorer.towers.embed(own) if own else torch.empty(0, 0, device=scorer.device), group)
     result = Retrieval(gallery.captions, None, None, scorer.device, gallery.owners)
+    data = data.with_options(captions="all")
     at, text = gallery.mine.start, gallery.said.start
     with progress(f"retrieval {scorer.rules['name']}", len(gallery.mine), "image", group) as shown:
         for batch in _read(data, batch_size, workers):
-            found = [caption for given in batch["caption"] for caption in split_captions(given)]
+            found = [caption for captions in batch["captions"] for caption in captions]
             if found != gallery.captions[text : text + len(found)]:
                 raise ValueError("data: its samples changed while they were read")
             text += len(found)
@@ -104,7 +102,3 @@ def _read(data: Samples, batch_size: int, workers: int) -> Iterator[dict]:
         if data.world > 1 and workers < 2 and not data.seen:
             return  # there are more processes than samples
         raise ValueError(f"data: {data.complaint()}") from error
-
-
-def _nothing(image: Image.Image) -> int:
-    return 0

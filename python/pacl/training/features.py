@@ -7,21 +7,18 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import tyro
-from PIL import Image
 from safetensors.torch import save
 from torch import Tensor
-from torch.utils.data import get_worker_info
 from tqdm import tqdm
 
 from ..data import Kind
 from ..data.features import MANIFEST, NOUNS, TOWERS, read_manifest, shard_files, stored_records, write_shard
-from ..data.samples import BadData, Samples, all_captions, loader, split_captions
+from ..data.samples import BadData, Samples, loader
 from ..data.sources import open_pairs
 from ..data.texts import PROMPTS, noun_finder
 from ..files import write_bytes
@@ -164,17 +161,10 @@ class Encoder:
 
 
 def _source(config: FeaturesConfig, towers: Towers) -> Samples:
-    """The pairs, in order, each once; an image comes with the number of the worker that read it."""
+    """The pairs, in order, each once, with all captions: training takes one of an image's an epoch."""
     options = {name: getattr(config, name) for name in DATA} | {"kind": config.dataset_type}
     options |= {"scenes": config.train_num_samples} if config.train_num_samples else {}
-    source = open_pairs(config.train_data, transform=partial(_transform, towers.transform), **options)
-    source.choose = all_captions  # training takes one of an image's captions an epoch, so all are stored
-    return source
-
-
-def _transform(transform: Callable[[Image.Image], Tensor], image: Image.Image) -> tuple[Tensor, int]:
-    info = get_worker_info()
-    return transform(image), info.id if info else 0
+    return open_pairs(config.train_data, transform=towers.transform, captions="all", **options)
 
 
 def _estimate(config: FeaturesConfig, encoder: Encoder, count: int) -> str:
@@ -214,11 +204,10 @@ def _shards(config: FeaturesConfig, encoder: Encoder, source: Samples) -> Iterat
     tokens, texts, records = [], [], []
     try:
         for batch in tqdm(batches, unit=" batches", disable=None):
-            images, readers = batch["image"]
-            captions = [split_captions(given) for given in batch["caption"]]
-            tokens += encoder.tokens(images)
+            captions = batch["captions"]
+            tokens += encoder.tokens(batch["image"])
             texts += encoder.texts(sum(captions, [])).split([len(each) for each in captions])
-            where = zip(readers.tolist(), batch["place"][1].tolist(), strict=True)
+            where = zip(batch["worker"].tolist(), batch["place"][1].tolist(), strict=True)
             for key, each, place in zip(batch["key"], captions, where, strict=True):
                 records.append({"key": key, "captions": each, "place": place})
             while len(records) >= config.shard_size:

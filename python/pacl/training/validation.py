@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pacl_kernels import compatibility
 
-from ..data.samples import BadData, Samples, loader
+from ..data.samples import BadData, Samples, loader, no_image
 from ..data.sources import open_pairs
 from ..evaluate.ranks import place_in
 from ..evaluate.retrieval import Retrieval
@@ -78,7 +78,7 @@ class Validation:
         try:
             yield from loader(data, batch_size, workers=workers)
         except BadData as error:  # a worker's, with its traceback
-            name = "val_data" if data is self.pairs else "val_segmentation"
+            name = "val_segmentation" if data is self.labelled else "val_data"
             raise ValueError(f"{name}: {data.complaint()}") from error
 
     # Retrieval
@@ -117,9 +117,8 @@ class Validation:
 
         In the same batches: by their size several workers give another order.
         """
-        transform, self.pairs.transform = self.pairs.transform, _nothing
-        mine = [caption for batch in self._read(self.pairs, self.config.batch_size) for caption in batch["caption"]]
-        self.pairs.transform = transform
+        pairs = self.pairs.with_options(transform=no_image)
+        mine = [caption for batch in self._read(pairs, self.config.batch_size) for caption in batch["caption"]]
         shares = [mine]
         if self.group is not None:
             shares = [None] * self.world
@@ -172,7 +171,3 @@ class _Squashed:
 
     def __call__(self, image: Image.Image) -> Tensor:
         return self.transform(image.resize(self.size, Image.Resampling.BICUBIC))
-
-
-def _nothing(image: Image.Image) -> int:
-    return 0
