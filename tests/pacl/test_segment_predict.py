@@ -15,7 +15,7 @@ from pacl.segment import predict
 from pacl.segment.dense import dense_tokens
 from pacl.segment.images import read_image
 from pacl.segment.predict import Dense, Segmenter, own_projection, similarity_map
-from pacl.segment.prompts import TEMPLATES, Texts, class_texts, read_classes, templates
+from pacl.segment.prompts import TEMPLATES, Texts, best_synonym, class_texts, read_classes, templates
 from pacl.towers import load_towers
 from PIL import Image
 from torch.nn import functional as F
@@ -236,15 +236,28 @@ def test_sets_of_templates(tmp_path):
 
 def test_class_files(tmp_path, towers):
     path = tmp_path / "classes.txt"
-    path.write_bytes("\ufeffbackground, sky\r\ncafé\r\n\r\n".encode())
-    assert read_classes(path) == ["background, sky", "café"]
-    for data, message in ((b"\n \n", "is empty"), (b"\xff\xfe\x00", "is not UTF-8")):
+    path.write_bytes("\ufeffbackground, sky\r\n café ,,\r\n\r\n".encode())
+    assert read_classes(path) == [["background", "sky"], ["café"]]
+    for data, message in (
+        (b"\n \n", "line 1 is empty"),
+        (b"dog\n\ncat\n", "line 2 is empty, expected a class in every line"),
+        (b"dog\ncat\n , \n", "line 3 is empty"),
+        (b"\xff\xfe\x00", "is not UTF-8"),
+    ):
         path.write_bytes(data)
-        with pytest.raises(ValueError, match=f"classes: .*{message}"):
+        with pytest.raises(ValueError, match=f"classes: .*classes.txt {message}"):
             read_classes(path)
     for classes in ([], ["dog", " , "]):
         with pytest.raises(ValueError, match="classes: got .*expected at least one, and a name for each"):
             class_texts(towers, classes)
+
+
+def test_best_synonym():
+    scores = torch.tensor([[1.0, 5.0, 2.0, 3.0], [9.0, 0.0, 4.0, 2.0]])
+    expected = torch.tensor([[1.0, 5.0, 3.0], [9.0, 4.0, 2.0]])
+    assert torch.equal(best_synonym(scores, [1, 2, 1]), expected)
+    assert torch.equal(best_synonym(scores.T.reshape(1, 4, 2, 1), (1, 2, 1), 1), expected.T.reshape(1, 3, 2, 1))
+    assert best_synonym(scores, [1] * 4) is scores
 
 
 # Images

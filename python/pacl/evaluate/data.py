@@ -14,7 +14,8 @@ import numpy as np
 from PIL import Image
 
 from ..data.samples import to_rgb
-from .specs import UNKNOWN, Masks, Spec, fingerprint, read_classes, spec
+from ..segment.prompts import read_classes
+from .specs import UNKNOWN, Masks, Spec, fingerprint, spec
 
 # Pillow reads dozens of formats, some of which start other programs.
 IMAGE_FORMATS, MASK_FORMATS = ("JPEG", "PNG"), ("PNG", "TIFF")
@@ -101,7 +102,7 @@ class SegmentationData:
     def _read_classes(self, file: str | Path | None) -> list[list[str]]:
         if file is None:
             return self.spec.synonyms
-        classes = read_classes(Path(file))
+        classes = read_classes(file, "class_file")
         if len(classes) != len(self.spec.classes):
             expected = f"{len(self.spec.classes)} ({self.spec.title})"
             raise ValueError(f"class_file: got {len(classes)} classes in {file}, expected {expected}")

@@ -20,12 +20,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..data.samples import IMAGE_FORMATS, IMAGE_SUFFIXES, to_rgb
-from ..segment.predict import best_synonym
-from ..segment.prompts import Texts
+from ..segment.prompts import Texts, best_synonym, read_classes
 from .data import need_scipy, read_picture
 from .ranks import add_up, place_in, progress
 from .scorer import Scorer
-from .specs import fingerprint, read_classes
+from .specs import fingerprint
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ class Labelled(Dataset):
             names = open_clip.IMAGENET_CLASSNAMES
         self.synonyms = [[x if name == "imagenet" else spoken(x, name)] for x in names]
         if class_file is not None:
-            self.synonyms = read_classes(Path(class_file))
+            self.synonyms = read_classes(class_file, "class_file")
             if len(self.synonyms) != len(names):
                 raise ValueError(f"class_file: {class_file} has {len(self.synonyms)} classes, expected {len(names)}")
         self.class_hash = fingerprint(self.synonyms)
@@ -252,7 +251,7 @@ def classification(
         for images, labels in loader:
             for count, scorer in zip(counts, scorers, strict=True):
                 scores = torch.cat(list(scorer.blocks(images, texts.embeddings)))
-                count_hits(count, best_synonym(scores, texts), labels)
+                count_hits(count, best_synonym(scores, texts.synonyms), labels)
             shown.step()
     add_up(counts, group)
     return counts

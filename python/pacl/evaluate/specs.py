@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from ..segment.prompts import read_classes
+
 HERE = Path(__file__).parent
 IGNORED, UNKNOWN = -1, -2  # of a table of labels: a pixel that does not count, and a value that no mask may hold
 
@@ -136,16 +138,6 @@ def spec(name: str) -> Spec:
     masks = tuple(Masks(kind.pop("path"), split=kind.pop("split", None), table=_table(**kind)) for kind in kinds)
     lists = {key: tuple(entry.pop(key)) for key in ("count", "roots", "images")}
     return Spec(**{"background": False, "split": None, **entry}, name=name, classes=classes, masks=masks, **lists)
-
-
-def read_classes(path: Path) -> list[list[str]]:
-    """Classes of a file with one class per line, each a list of synonyms, which commas separate; none may be empty."""
-    lines = Path(path).read_text(encoding="utf-8-sig").rstrip().splitlines()
-    classes = [[name.strip() for name in line.split(",") if name.strip()] for line in lines]
-    empty = [i for i, names in enumerate(classes, 1) if not names]
-    if empty or not classes:
-        raise ValueError(f"class_file: {path} line {(empty or [1])[0]} is empty, expected a class name in every line")
-    return classes
 
 
 def fingerprint(classes: list[list[str]]) -> str:

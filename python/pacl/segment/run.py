@@ -37,11 +37,11 @@ def run(options: LookOptions | SegmentOptions) -> int:
     ValueError or OSError for wrong options and for a folder that cannot be written.
     """
     rule = {"threshold": options.threshold, "entropy": options.entropy, "logit_scale": options.logit_scale}
-    lines = read_classes(options.classes) if options.classes else options.words.split(",")
+    words = options.words.split(",") if options.classes is None else map(", ".join, read_classes(options.classes))
     sentences = templates(options.templates)
     paths = find_images(options.images)
     segmenter = make_segmenter(options, **{name: getattr(options, name) for name in WINDOWS})
-    texts = segmenter.texts(lines, sentences)
+    texts = segmenter.texts(list(words), sentences)
     show = _look if isinstance(options, LookOptions) else _segment
     return _write(options, segmenter, paths, show(options, segmenter, texts, rule))
 
