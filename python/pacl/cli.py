@@ -11,7 +11,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .data.command import add_data
 from .formats import one_line
 
 INTERRUPTED = 130  # what shells report for a program ended by Ctrl-C
@@ -53,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if missing and command != "doctor":
         print(f"pacl: error: {command} needs {', '.join(missing)}: pip install 'pacl-kernels[train]'", file=sys.stderr)
         return 2
-    if command in ("demo", "data"):
+    if command == "demo":
         return _argparse_command(argv)
     try:
         return importlib.import_module(COMMANDS[command][0]).main(rest, f"pacl {command}")
@@ -79,11 +78,10 @@ def _list_commands(given: list[str]) -> int:
 
 
 def _argparse_command(argv: list[str]) -> int:
-    """Run `pacl demo` or `pacl data`, whose options are still argparse's."""
+    """Run `pacl demo`, whose options are still argparse's."""
     parser = argparse.ArgumentParser(prog="pacl", description="Patch Aligned Contrastive Learning: train and look.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_demo(commands)
-    add_data(commands)
     arguments = parser.parse_args(argv)
     try:
         return arguments.run(arguments, parser)

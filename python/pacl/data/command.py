@@ -2,92 +2,95 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from typing import Annotated, Any
 
-from . import Kind
+import tyro
+from tqdm import tqdm
 
-
-def add_data(commands) -> None:
-    """The sub-commands, for argparse."""
-    data = commands.add_parser("data", help="pack image-caption pairs into shards, check them")
-    actions = data.add_subparsers(required=True, metavar="ACTION")
-    pack = actions.add_parser("pack", help="write webdataset shards", description="Images are copied byte for byte.")
-    check = actions.add_parser("check", help="count, decode a sample, show what is wrong (exit status 1)")
-    for parser, action in ((pack, _pack), (check, _check)):
-        parser.set_defaults(run=_run, action=action)
-        parser.add_argument(
-            "source",
-            metavar="SOURCE",
-            help="shards (braces, ::), a folder of them, a .csv or .tsv file, a folder of images with .txt files, an "
-            "annotation .json of COCO captions, or synthetic",
-        )
-        parser.add_argument("--dataset-type", choices=get_args(Kind), default="auto")
-        parser.add_argument("--csv-separator", metavar="C", help="default: tab or comma, as the header has it")
-        parser.add_argument("--csv-img-key", default="filepath", metavar="COLUMN", help="(%(default)s)")
-        parser.add_argument("--csv-caption-key", default="title", metavar="COLUMN", help="(%(default)s)")
-        parser.add_argument("--image-root", metavar="DIR", help="images of a csv or COCO file (default: beside it)")
-        parser.add_argument("--scenes", type=int, default=10_000, metavar="N", help="generated ones (%(default)s)")
-        parser.add_argument("--masks", action="store_true", help="every sample has a mask, .mask.png")
-        parser.add_argument("--max-image-pixels", type=int, default=25_000_000, metavar="N", help="(%(default)s)")
-    pack.add_argument("--out", type=Path, required=True, metavar="DIR", help="a folder that has no shards")
-    pack.add_argument("--shard-size", type=int, default=10_000, metavar="N", help="pairs in a shard (%(default)s)")
-    pack.add_argument("--shuffle", action="store_true", help="in a random order; shards are shuffled 2,000 at a time")
-    pack.add_argument("--seed", type=int, default=0, metavar="N")
-    check.add_argument("--sample", type=int, default=1000, metavar="N", help="pairs to decode, 0: all (%(default)s)")
-    check.add_argument("--json", action="store_true")
+from .check import EXAMPLES, check, describe
+from .flags import PairFlags
+from .pack import pack
+from .samples import Samples, no_image
 
 
-def _run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+@dataclass(frozen=True, kw_only=True)
+class DataFlags(PairFlags):
+    source: Annotated[str, tyro.conf.Positional]
+    """Shards (braces, ::), a folder of them, a .csv or .tsv file, a folder of images with .txt files, an annotation
+    .json of COCO captions, or synthetic."""
+    scenes: int = 10_000
+    """Generated ones."""
+    masks: bool = False
+    """Every sample has a mask, .mask.png."""
+
+    def read(self, **options: Any) -> Samples:
+        return self.open(self.source, scenes=self.scenes, masks=self.masks, max_bad_share=1.0, **options)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackConfig(DataFlags):
+    """Write webdataset shards. Images are copied byte for byte."""
+
+    out: Path
+    """A folder that has no shards."""
+    shard_size: int = 10_000
+    """Pairs in a shard."""
+    shuffle: bool = False
+    """In a random order; shards are shuffled 2,000 at a time."""
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckConfig(DataFlags):
+    """Count, decode a sample, show what is wrong (exit status 1)."""
+
+    sample: int = 1000
+    """Pairs to decode, 0: all."""
+    json: bool = False
+    """Print the report as JSON."""
+
+
+def main(argv: Sequence[str], prog: str = "pacl data") -> int:
+    """Run `pacl data` with these arguments; returns its exit status."""
+    actions = {"pack": (PackConfig, _pack), "check": (CheckConfig, _check)}
+    if not argv or argv[0] not in actions:
+        print(f"usage: {prog} {{{','.join(actions)}}} SOURCE ...; {prog} pack --help", file=sys.stderr)
+        return 0 if argv and argv[0] in ("-h", "--help") else 2
+    flags, action = actions[argv[0]]
     try:
-        return arguments.action(arguments)
-    except ValueError as error:
+        return action(tyro.cli(flags, args=list(argv[1:]), prog=f"{prog} {argv[0]}"))
+    except (ValueError, OSError) as error:
         print(f"pacl: error: {error}", file=sys.stderr)
         return 1
 
 
-def _open(arguments: argparse.Namespace, **options):
-    from .sources import open_pairs
-
-    names = "csv_separator csv_img_key csv_caption_key image_root scenes masks max_image_pixels".split()
-    options |= {name: getattr(arguments, name) for name in names}
-    return open_pairs(arguments.source, kind=arguments.dataset_type, max_bad_share=1.0, **options)
-
-
-def _pack(arguments: argparse.Namespace) -> int:
-    from tqdm import tqdm
-
-    from .check import EXAMPLES
-    from .pack import pack
-    from .samples import no_image
-
-    source = _open(arguments, shuffle=2000 if arguments.shuffle else 0, seed=arguments.seed)
+def _pack(config: PackConfig) -> int:
     bad = []
-    source = source.with_options(
+    source = config.read(shuffle=2000 if config.shuffle else 0, seed=config.seed).with_options(
         transform=no_image,
         on_skip=lambda *reason_key_error: bad.append(reason_key_error) if len(bad) < EXAMPLES else None,
     )
     with tqdm(unit=" pairs", disable=None) as bar:
-        sizes = pack(source, arguments.out, shard_size=arguments.shard_size, progress=bar.update)
+        sizes = pack(source, config.out, shard_size=config.shard_size, progress=bar.update)
     for reason, key, error in bad:
         print(f"bad: {key}: {reason}: {error}")
     if not sizes:
         raise ValueError(source.complaint())
     skipped = ", ".join(f"{reason} {count:,}" for reason, count in source.skipped.items() if count) or "none"
-    print(f"packed {sum(sizes.values()):,} pairs in {len(sizes):,} shard(s): {arguments.out}; skipped: {skipped}")
+    print(f"packed {sum(sizes.values()):,} pairs in {len(sizes):,} shard(s): {config.out}; skipped: {skipped}")
     return 0
 
 
-def _check(arguments: argparse.Namespace) -> int:
-    from .check import check, describe
-
-    if arguments.sample < 0:
-        raise ValueError(f"sample: got {arguments.sample}, expected at least 0")
-    report = check(_open(arguments), arguments.sample)
-    print(json.dumps(report, indent=2) if arguments.json else describe(report))
-    if report["problems"] and arguments.json:
+def _check(config: CheckConfig) -> int:
+    if config.sample < 0:
+        raise ValueError(f"sample: got {config.sample}, expected at least 0")
+    report = check(config.read(), config.sample)
+    print(json.dumps(report, indent=2) if config.json else describe(report))
+    if report["problems"] and config.json:
         print(*report["problems"], sep="\n", file=sys.stderr)
     return 1 if report["problems"] else 0

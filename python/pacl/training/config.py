@@ -12,7 +12,7 @@ import yaml
 
 from pacl_kernels.loss import FORMS, LOSSES
 
-from ..data import Kind
+from ..data.flags import TrainingDataFlags
 from ..embedder import DEFAULT_ATTN_TEMPERATURE, DEFAULT_FORM
 
 POSITIVE = (
@@ -26,7 +26,7 @@ REPORTERS = ("tensorboard", "wandb", "trackio")
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(TrainingDataFlags):
     """Train PACL's vision embedder on a frozen CLIP and image-caption pairs. Flags are named as in open_clip."""
 
     train_data: str | None = None
@@ -34,15 +34,8 @@ class TrainConfig:
     file, a folder of images with .txt files, an annotation .json of COCO captions, or synthetic. Local files."""
     features: Path | None = None
     """What pacl features stored, in place of --train-data; its towers are those of the run."""
-    dataset_type: Kind = "auto"
     dataset_resampled: bool = False
     """Draw shards with replacement."""
-    csv_separator: str | None = None
-    """Without it, the one of tab and comma that finds both columns in the header."""
-    csv_img_key: str = "filepath"
-    csv_caption_key: str = "title"
-    image_root: Path | None = None
-    """Folder of the images that a csv or COCO file names, none of which may lie outside; by default beside it."""
     model: str = "ViT-B-16"
     """Name of an open_clip model, or local-dir:FOLDER as save_pretrained and the demo write it."""
     pretrained: str | None = None
@@ -71,8 +64,6 @@ class TrainConfig:
     epochs: int = 10
     max_steps: int | None = None
     """Stop after that many steps, with the schedule of a run of that length."""
-    train_num_samples: int | None = None
-    """Pairs in an epoch, or generated scenes; without it they are counted (10,000 scenes)."""
     lr: float = 5e-4
     wd: float = 0.2
     """Weight decay of matrices; gains, biases and scalars have none."""
@@ -108,9 +99,6 @@ class TrainConfig:
     """Processes that read and decode, for each training process; no more than shards."""
     shuffle: int = 2000
     """Samples of shards held for shuffling, for each worker; other forms are shuffled whole. 0: not at all."""
-    max_image_pixels: int = 25_000_000
-    max_bad_share: float = 0.1
-    """Stop once a larger share of the samples was skipped as bad, of at least 500 that a process has seen."""
     seed: int = 0
     device: str = "auto"
     backend: str = "auto"
@@ -178,13 +166,6 @@ class TrainConfig:
     @property
     def folder(self) -> Path:
         return self.log_dir / self.name
-
-    @property
-    def data_options(self) -> dict[str, Any]:
-        """What open_pairs takes of these."""
-        names = "csv_separator csv_img_key csv_caption_key image_root max_image_pixels max_bad_share".split()
-        options = {name: getattr(self, name) for name in names} | {"kind": self.dataset_type}
-        return options | ({"scenes": self.train_num_samples} if self.train_num_samples else {})
 
 
 def reporters(names: str) -> list[str]:

@@ -16,38 +16,29 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
-from ..data import Kind
 from ..data.features import MANIFEST, NOUNS, TOWERS, read_manifest, shard_files, stored_records, write_shard
+from ..data.flags import TrainingDataFlags
 from ..data.samples import BadData, Samples, loader
-from ..data.sources import open_pairs
 from ..data.texts import PROMPTS, noun_finder
 from ..files import write_bytes
 from ..processes import choose_device
 from ..sharing import describe_towers
-from ..towers import Towers, load_towers
+from ..towers import load_towers
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-DATA = "csv_separator csv_img_key csv_caption_key image_root max_image_pixels max_bad_share".split()
 
 
-@dataclass(frozen=True)
-class FeaturesConfig:
+@dataclass(frozen=True, kw_only=True)
+class FeaturesConfig(TrainingDataFlags):
     """Store patch tokens and text embeddings of frozen towers, from which `pacl train --features OUT` trains. What is
     there is kept: the same command goes on where it was stopped."""
 
     train_data: str
-    """As for pacl train, and so the flags that follow."""
+    """As for pacl train, and so the flags of data and model."""
     out: Path
     """Folder of the features."""
-    dataset_type: Kind = "auto"
-    csv_separator: str | None = None
-    csv_img_key: str = "filepath"
-    csv_caption_key: str = "title"
-    image_root: Path | None = None
     train_num_samples: int | None = None
     """How many scenes are generated."""
-    max_image_pixels: int = 25_000_000
-    max_bad_share: float = 0.1
     model: str = "ViT-B-16"
     pretrained: str | None = None
     vision_model: str | None = None
@@ -106,7 +97,8 @@ def _write(config: FeaturesConfig) -> None:
     elif config.out.exists() and any(config.out.iterdir()):
         raise ValueError(f"out: {config.out} holds something else, expected a new folder")
     encoder = Encoder(config)
-    source = _source(config, encoder.towers)
+    # With all captions of an image, of which training takes one an epoch.
+    source = config.open(config.train_data, transform=encoder.towers.transform, captions="all")
     done = shard_files(config.out)
     print(_estimate(config, encoder, source.count() - sum(shard["count"] for shard in done)), flush=True)
     if config.dry_run:
@@ -158,13 +150,6 @@ class Encoder:
         amp = self.device.type == "cuda" and self.dtype != torch.float32
         with torch.autocast(self.device.type, self.dtype, enabled=amp):
             return encode(batch.to(self.device, non_blocking=True))
-
-
-def _source(config: FeaturesConfig, towers: Towers) -> Samples:
-    """The pairs, in order, each once, with all captions: training takes one of an image's an epoch."""
-    options = {name: getattr(config, name) for name in DATA} | {"kind": config.dataset_type}
-    options |= {"scenes": config.train_num_samples} if config.train_num_samples else {}
-    return open_pairs(config.train_data, transform=towers.transform, captions="all", **options)
 
 
 def _estimate(config: FeaturesConfig, encoder: Encoder, count: int) -> str:

@@ -21,7 +21,6 @@ from pacl_kernels import cached_step, fused_pacl_loss
 
 from ..data.features import Features
 from ..data.samples import BadData, loader
-from ..data.sources import open_pairs
 from ..data.texts import choose_text, noun_finder
 from ..embedder import CONFIG, VisionEmbedder, save_embedder
 from ..files import write_bytes
@@ -61,9 +60,8 @@ class Run:
             self.data = Features(config.features, nouns=config.nouns, **order)
             self.data.check(self.towers)
         else:
-            transform, resampled = self.towers.transform, config.dataset_resampled
-            data = {"transform": transform, "resampled": resampled} | config.data_options
-            self.data = open_pairs(config.train_data, **order, **data)
+            reading = {"transform": self.towers.transform, "resampled": config.dataset_resampled}
+            self.data = config.open(config.train_data, **order, **reading)
         self.data_state = None
         self.samples = config.train_num_samples or self._count()
         self.global_batch = config.batch_size * config.accum_freq * self.world

@@ -14,7 +14,6 @@ from torch import Tensor
 from pacl_kernels import compatibility
 
 from ..data.samples import BadData, Samples, loader, no_image
-from ..data.sources import open_pairs
 from ..evaluate.ranks import place_in
 from ..evaluate.retrieval import Retrieval
 from ..segment.prompts import best_synonym, read_classes
@@ -68,10 +67,9 @@ class Validation:
         return values
 
     def _open(self, data: str, transform, masks: bool = False) -> Samples:
-        options = self.config.data_options | {"rank": self.rank, "world": self.world}
-        if masks:  # --dataset-type is that of pairs; its csv, say, has no masks
-            options |= {"kind": "auto"}
-        return open_pairs(data, transform=transform, masks=masks, **options)
+        # --dataset-type is that of pairs; its csv, say, has no masks.
+        kind = {"kind": "auto"} if masks else {}
+        return self.config.open(data, transform=transform, masks=masks, rank=self.rank, world=self.world, **kind)
 
     def _read(self, data: Samples, batch_size: int) -> Iterator[dict[str, Any]]:
         workers = min(self.config.workers, data.most_workers)
