@@ -33,9 +33,9 @@ from pacl.backbones import freeze, patch_tokens
 from pacl.data import scenes
 from pacl.demo import loops, toy_clip
 from pacl.embedder import VisionEmbedder
+from pacl.evaluate.metrics import ConfusionMatrix, class_scores, label_map, patch_labels, patch_shares
 from pacl.files import write_bytes
 from pacl.progress import Progress
-from pacl.segmentation import ConfusionMatrix, class_scores, label_map, patch_labels, patch_shares
 from report import machine
 from safetensors.torch import load_file, save
 from torch import Tensor, nn

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib
 import importlib.util
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from .commands import run_command
 from .formats import one_line
 
 INTERRUPTED = 130  # what shells report for a program ended by Ctrl-C
@@ -45,36 +45,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     # open_clip writes hyphens, its peers underscores: both work.
     argv = [re.sub(r"^--[^=]+", lambda flag: flag[0].replace("_", "-"), word) for word in argv]
-    if not argv or argv[0] not in COMMANDS:
-        return _list_commands(argv[:1])
-    command, *rest = argv
     missing = [package for module, package in NEEDS.items() if importlib.util.find_spec(module) is None]
-    if missing and command != "doctor":
-        print(f"pacl: error: {command} needs {', '.join(missing)}: pip install 'pacl-kernels[train]'", file=sys.stderr)
+    if missing and argv and argv[0] in COMMANDS and argv[0] != "doctor":
+        print(f"pacl: error: {argv[0]} needs {', '.join(missing)}: pip install 'pacl-kernels[train]'", file=sys.stderr)
         return 2
-    if command == "demo":
+    if argv and argv[0] == "demo":
         return _argparse_command(argv)
     try:
-        return importlib.import_module(COMMANDS[command][0]).main(rest, f"pacl {command}")
+        return run_command(COMMANDS, argv, "pacl", "Patch Aligned Contrastive Learning: train and look.")
     except KeyboardInterrupt:
         return INTERRUPTED
     except (ValueError, OSError) as error:
         print(f"pacl: error: {one_line(error)}", file=sys.stderr)
         return 1
-
-
-def _list_commands(given: list[str]) -> int:
-    """Print the commands: as help where that was asked for, else with what is wrong, and status 2."""
-    asked = given in (["-h"], ["--help"])
-    out = sys.stdout if asked else sys.stderr
-    print("usage: pacl COMMAND ...; pacl COMMAND --help\n", file=out)
-    print("Patch Aligned Contrastive Learning: train and look.\n", file=out)
-    for name, (_, text) in COMMANDS.items():
-        print(f"  {name:<10}{text}", file=out)
-    if not asked:
-        got = f"got {given[0]!r}" if given else "got none"
-        print(f"\npacl: error: command: {got}, expected one of {', '.join(COMMANDS)}", file=sys.stderr)
-    return 0 if asked else 2
 
 
 def _argparse_command(argv: list[str]) -> int:

@@ -8,8 +8,8 @@ import zlib
 import numpy as np
 import torch
 import torch.distributed as dist
-from pacl.evaluate.data import SegmentationData
-from pacl.evaluate.measure import evaluate_segmentation
+from pacl.evaluate.segmentation_data import SegmentationData
+from pacl.evaluate.segmentation_measure import evaluate_segmentation
 from pacl.evaluate.specs import protocol
 
 

@@ -22,9 +22,9 @@ from pacl.demo.report import report
 from pacl.demo.run import QUICK
 from pacl.demo.toy_clip import new_clip, normalise, tokenizer
 from pacl.embedder import VisionEmbedder
+from pacl.evaluate.metrics import ConfusionMatrix
 from pacl.evaluate.specs import IGNORED
 from pacl.segment.predict import Segmenter
-from pacl.segmentation import ConfusionMatrix
 from pacl.sharing import load_pacl
 from pacl.towers import Towers
 from pages import read

@@ -12,7 +12,7 @@ import torch
 from pacl.backbones import patch_tokens
 from pacl.data.shards import Shards
 from pacl.embedder import VisionEmbedder
-from pacl.evaluate.retrieval import RECALLS, Retrieval
+from pacl.evaluate.metrics import RECALLS, Retrieval
 from pacl.training.checkpoints import checkpoints, load_checkpoint
 from pacl.training.validation import _Squashed
 from PIL import Image

@@ -12,7 +12,7 @@ import torch
 import tyro
 
 from ..evaluate.plots import MISSING, plot_png, series
-from ..evaluate.report import SEGMENTATION, Table, metric_tables, model_of, segmentation_tables
+from ..evaluate.results import SEGMENTATION, Table, metric_tables, model_of, segmentation_tables
 from ..files import write_bytes
 from ..formats import printable
 from ..page import Page, Picture

@@ -14,7 +14,7 @@ from ..data.samples import loader
 from ..data.scenes import CLASSES, HELD_OUT_LABELS, PAIRS, SEEN_LABELS
 from ..data.shards import Shards
 from ..embedder import VisionEmbedder
-from ..segmentation import ConfusionMatrix, class_scores, label_map, patch_labels, patch_shares
+from ..evaluate.metrics import ConfusionMatrix, class_scores, label_map, patch_labels, patch_shares
 from .toy_clip import normalise, tokenizer
 
 METHODS = {

@@ -14,10 +14,17 @@ from torch import Tensor
 from pacl_kernels import compatibility
 
 from ..data.samples import BadData, Samples, loader, no_image
-from ..evaluate.ranks import place_in
-from ..evaluate.retrieval import Retrieval
+from ..evaluate.metrics import (
+    IGNORE,
+    ConfusionMatrix,
+    Retrieval,
+    class_scores,
+    label_map,
+    patch_labels,
+    patch_shares,
+)
+from ..processes import place_in
 from ..segment.prompts import best_synonym, read_classes
-from ..segmentation import IGNORE, ConfusionMatrix, class_scores, label_map, patch_labels, patch_shares
 from ..towers import Towers
 from .config import TrainConfig
 from .model import Trainable
