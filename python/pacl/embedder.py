@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .files import write_bytes
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"  # the names that the Hugging Face Hub expects
-# `pacl train` uses these unless it is told otherwise, and so does whoever reads an embedder without notes on them.
+# `pacl train` uses these unless it is told otherwise, and so does an embedder that says nothing of them.
 DEFAULT_FORM, DEFAULT_ATTN_TEMPERATURE = "cosine", 0.05
 SOURCE = "https://arxiv.org/abs/2212.04994"
 
@@ -35,6 +35,7 @@ class VisionEmbedder(
     embeddings [..., out_dim], not normalised. Source: Mukhoti et al., CVPR 2023, appendix A.1: two linear layers with
     a ReLU between them, and a linear skip.
 
+    form, attn_temperature: of the compatibility φ that it is trained with, by which whole images are scored.
     towers: what `describe_towers` says of those it belongs to; training: notes on the run; both plain values, kept as
     attributes `towers` and `notes`. `save_pretrained(folder)` writes weights (safetensors), config and model card,
     `from_pretrained` reads a folder or the Hub; `pacl.sharing.load_pacl` reads the towers too, and checks them.
@@ -47,14 +48,17 @@ class VisionEmbedder(
         hidden_dim: int | None = None,
         towers: dict[str, Any] | None = None,
         training: dict[str, Any] | None = None,
+        form: str = DEFAULT_FORM,
+        attn_temperature: float = DEFAULT_ATTN_TEMPERATURE,
     ):
         super().__init__()
-        self.config = {"in_dim": in_dim, "out_dim": out_dim, "hidden_dim": hidden_dim or out_dim}
-        for name, value in self.config.items():
+        sizes = {"in_dim": in_dim, "out_dim": out_dim, "hidden_dim": hidden_dim or out_dim}
+        for name, value in sizes.items():
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}: got {value!r}, expected a positive integer")
+        self.config: dict[str, Any] = {**sizes, "form": form, "attn_temperature": attn_temperature}
         self.towers, self.notes = towers or {}, training or {}
-        hidden = self.config["hidden_dim"]
+        hidden = sizes["hidden_dim"]
         self.main = nn.Sequential(nn.Linear(in_dim, hidden), nn.ReLU(), nn.Linear(hidden, out_dim))
         self.skip = nn.Linear(in_dim, out_dim)
 
@@ -68,6 +72,11 @@ class VisionEmbedder(
     def _from_pretrained(cls, *, model_id: str, map_location: str = "cpu", strict: bool = True, **options):
         """Safetensors only, and strictly, where the mixin's own would take a pickle or leave weights random."""
         mine = {name: options.pop(name) for name in inspect.signature(cls).parameters if name in options}
+        notes = dict(mine.get("training") or {})
+        for name in ("form", "attn_temperature"):  # earlier versions wrote them among the notes
+            if name in notes:
+                mine.setdefault(name, notes.pop(name))
+        mine["training"] = notes
         path = Path(model_id) / WEIGHTS if Path(model_id).is_dir() else hf_hub_download(model_id, WEIGHTS, **options)
         embedder = cls(**mine)
         embedder.load_state_dict(load_file(path, device=str(map_location)), strict=strict)
@@ -75,14 +84,23 @@ class VisionEmbedder(
 
 
 def save_embedder(
-    embedder: VisionEmbedder, folder: str | os.PathLike, towers: dict[str, Any] | None = None, **notes
+    embedder: VisionEmbedder,
+    folder: str | os.PathLike,
+    towers: dict[str, Any] | None = None,
+    *,
+    form: str | None = None,
+    attn_temperature: float | None = None,
+    **notes,
 ) -> None:
-    """`embedder.save_pretrained(folder)` that never leaves half a file, with `towers` and `notes` in place of its own.
+    """`embedder.save_pretrained(folder)` that never leaves half a file; what is given takes the place of its own.
 
-    config.json holds the sizes, "towers" (describe_towers) and "training" (notes on how it was trained, JSON values).
+    config.json holds the sizes, form and temperature, "towers" (describe_towers) and "training" (notes on how it was
+    trained, JSON values).
     """
     folder = Path(folder)
-    config = {**embedder.config, "towers": towers or embedder.towers, "training": notes or embedder.notes}
+    given = {"form": form, "attn_temperature": attn_temperature}
+    config = embedder.config | {name: value for name, value in given.items() if value is not None}
+    config |= {"towers": towers or embedder.towers, "training": notes or embedder.notes}
     write_bytes(folder / WEIGHTS, save(embedder.state_dict()))
     write_bytes(folder / CARD, model_card(config).encode())
     write_bytes(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
@@ -111,7 +129,9 @@ def model_card(config: dict[str, Any]) -> str:
     ]
     if metrics:
         parts += ["## Figures of the run", _table(metrics)]
-    parts += ["## Training", _table({name: x for name, x in towers.items() if name != "fingerprint"} | notes)]
+    trained_as = {name: config[name] for name in ("form", "attn_temperature")}
+    values = {name: x for name, x in towers.items() if name != "fingerprint"} | trained_as | notes
+    parts += ["## Training", _table(values)]
     if command:
         parts.append(f"```\n{command}\n```")
     return "\n\n".join(parts) + "\n"

@@ -35,10 +35,35 @@ def test_save_and_load(through_the_mixin, tmp_path, capsys):
     assert (again.towers, again.notes) == (TOWERS, {"steps": 7})
     config = json.loads((tmp_path / "e" / "config.json").read_text())
     sizes = {"in_dim": 6, "out_dim": 4, "hidden_dim": 4}
-    assert config == {**sizes, "towers": TOWERS, "training": {"steps": 7}}
+    trained_as = {"form": "cosine", "attn_temperature": 0.05}
+    assert config == {**sizes, **trained_as, "towers": TOWERS, "training": {"steps": 7}}
     assert set(load_file(tmp_path / "e" / "model.safetensors")) == set(embedder.state_dict())
     assert sorted(path.name for path in (tmp_path / "e").iterdir()) == ["README.md", "config.json", "model.safetensors"]
     assert capsys.readouterr().out == ""
+
+
+def test_form_and_temperature_are_kept(tmp_path):
+    embedder = VisionEmbedder(6, 4, form="dot", attn_temperature=0.2)
+    save_embedder(embedder, tmp_path, attn_temperature=0.25, steps=7)
+    again = VisionEmbedder.from_pretrained(tmp_path)
+    assert (again.config["form"], again.config["attn_temperature"], again.notes) == ("dot", 0.25, {"steps": 7})
+    assert embedder.config["attn_temperature"] == 0.2, "saving changed what was saved"
+    lines = (tmp_path / "README.md").read_text().splitlines()
+    assert "| form | dot |" in lines and "| attn_temperature | 0.25 |" in lines
+
+
+def test_embedders_of_earlier_versions_load(tmp_path):
+    """They have form and temperature among their notes on the training."""
+    save_embedder(VisionEmbedder(6, 4), tmp_path, TOWERS)
+    notes = {"form": "dot", "loss": "infonce", "attn_temperature": 0.2, "steps": 7}
+    config = {"in_dim": 6, "out_dim": 4, "hidden_dim": 4, "towers": TOWERS, "training": notes}
+    (tmp_path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    embedder = VisionEmbedder.from_pretrained(tmp_path)
+    assert (embedder.config["form"], embedder.config["attn_temperature"]) == ("dot", 0.2)
+    assert embedder.notes == {"loss": "infonce", "steps": 7}
+    del config["training"]["form"], config["training"]["attn_temperature"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert VisionEmbedder.from_pretrained(tmp_path).config["attn_temperature"] == 0.05
 
 
 def test_the_card_is_made_from_the_run(tmp_path):

@@ -85,7 +85,7 @@ def _letter(i: int) -> str:
 def _runs(page: Page, runs: dict[str, Entry]) -> None:
     page.heading("Runs")
     rows = [["folder", *(str(entry.path) for entry in runs.values())]]
-    notes = [entry.described.get("training", {}) for entry in runs.values()]
+    notes = [entry.described | entry.described.get("training", {}) for entry in runs.values()]
     for name in TRAINED_AS:
         if any(name in x for x in notes):
             rows.append([name, *(_value(x.get(name)) for x in notes)])

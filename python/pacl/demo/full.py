@@ -113,9 +113,9 @@ class Models:
 
 
 def models(towers: Towers, embedders: dict[str, VisionEmbedder]) -> Models:
-    """Of the demo's embedders "pacl" and "mean_pooling", which get the notes that say how they score an image."""
-    for name, notes in NOTES.items():
-        embedders[name].notes = notes
+    """Of the demo's embedders "pacl" and "mean_pooling", which get the form and temperature they score an image by."""
+    for name, scores in NOTES.items():
+        embedders[name].config |= scores
     return Models(towers, {"clip": None, **embedders})
 
 

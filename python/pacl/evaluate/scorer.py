@@ -35,10 +35,10 @@ class Scorer:
                 raise ValueError(f"plain: got it with {towers.names['vision_model']}, whose images have no embedding")
             return
         self.embed = embedder or own_projection(towers.visual)
-        notes: dict[str, Any] = getattr(embedder, "notes", {})
+        config: dict[str, Any] = getattr(embedder, "config", {})
         self.rules = {"name": "phi"}
-        self.rules["form"] = notes.get("form", DEFAULT_FORM)
-        self.rules["attn_temperature"] = notes.get("attn_temperature", DEFAULT_ATTN_TEMPERATURE)
+        self.rules["form"] = config.get("form", DEFAULT_FORM)
+        self.rules["attn_temperature"] = config.get("attn_temperature", DEFAULT_ATTN_TEMPERATURE)
 
     @torch.no_grad()
     def blocks(self, images: Tensor, texts: Tensor):

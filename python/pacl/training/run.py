@@ -294,16 +294,17 @@ class Run:
         for name in trained:
             state = {key: x.contiguous() for key, x in _on_cpu(getattr(towers, name)).items()}
             write_bytes(folder / f"{name}.safetensors", save(state))
-        learned = model.log_temperature
-        temperature = config.attn_temperature if learned is None else learned.exp().item()
-        notes = {"form": config.form, "loss": config.loss, "attn_temperature": temperature, "steps": self.step}
+        notes = {"loss": config.loss, "steps": self.step}
         notes |= {"global_batch": self.global_batch, "logit_scale": model.log_scale.exp().item()}
         notes |= {"pairs_seen": self.step * self.global_batch, "command": command(config)}
         notes |= {} if config.ema_decay is None else {"ema_decay": config.ema_decay}
         notes |= {"metrics": self.validated} if self.validated else {}
         if trained or self.described is None:
             self.described = describe_towers(towers, folder, trained)
-        save_embedder(model.embedder, folder, self.described, **notes)
+        learned = model.log_temperature
+        temperature = config.attn_temperature if learned is None else learned.exp().item()
+        phi = {"form": config.form, "attn_temperature": temperature}
+        save_embedder(model.embedder, folder, self.described, **phi, **notes)
 
     def _exported(self) -> int:
         """The step of the embedder in the run's folder; -1 without one. Its config.json is written last."""
