@@ -34,7 +34,9 @@ class Logged(Protocol):
     data: Samples
     model: Trainable
     step: int
-    lr: float
+
+    @property
+    def lr(self) -> float: ...
 
     @property
     def temperature(self) -> float: ...
@@ -77,6 +79,10 @@ class Log:
             self._write()
         if due:
             self.steps, self.waited, self.seconds = 0, 0.0, 0.0
+
+    def watch(self, patches: Tensor, texts: Tensor, temperature: Tensor | float) -> None:
+        """Keep the statistics of a step's pairs for its line."""
+        self.statistics = pair_statistics(patches, texts, temperature, self.config.form)
 
     def validated(self, values: dict[str, float]) -> dict[str, float | None]:
         """Print and keep what a validation found; returns the line of results.jsonl, which has open_clip's names."""

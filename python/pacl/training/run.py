@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import signal
 import time
 from collections.abc import Iterator
@@ -15,9 +14,6 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-
-from pacl_kernels import cached_step, fused_pacl_loss
 
 from ..data.features import Features
 from ..data.samples import BadData, loader
@@ -29,10 +25,10 @@ from ..sharing import describe_towers
 from ..towers import load_towers
 from .checkpoints import load_checkpoint, newest, save_checkpoint, step_of
 from .config import TrainConfig
-from .log import Log, pair_statistics, say
+from .log import Log, say
 from .model import Trainable
-from .optimiser import average_of, learning_rate, parameter_groups
 from .recipe import command
+from .trainer import Trainer
 from .validation import Validation
 
 BAD_DATA = 1000  # above the numbers of signals
@@ -73,22 +69,15 @@ class Run:
         self.model = Trainable(VisionEmbedder(*self.towers.widths), config, self.towers).to(self.device)
         if config.torchcompile:
             self.model.embedder.compile()
-        self.average = average_of(self.model, config.ema_decay) if config.ema_decay is not None else None
-        self.wrapped = self.model
-        if self.group:  # the buffers of towers never change
-            self.wrapped = DistributedDataParallel(self.model, process_group=self.group, broadcast_buffers=False)
-        towers = self.model.tower_parameters()
-        others = [x for name, x in self.model.named_parameters() if not name.startswith(("visual.", "text."))]
-        self.optimiser = torch.optim.AdamW(
-            [
-                {**group, "initial_lr": rate or config.lr}
-                for parameters, rate in ((others, None), (towers, config.tower_lr))
-                for group in parameter_groups(parameters, config.wd)
-                if group["params"]
-            ],
-            lr=config.lr,
-            betas=(config.beta1, config.beta2),
-            eps=config.eps,
+        self.trainer = Trainer(
+            self.model,
+            config,
+            self.steps,
+            cooldown=config.epochs_cooldown * self.epoch_steps,
+            tower_parameters=self.model.tower_parameters(),
+            group=self.group,
+            device=self.device,
+            amp=self.amp,
         )
         self.validation = Validation(config, self.towers, self.device, self.group, self.amp)
         self.validated, self.log = {}, Log(self)
@@ -108,7 +97,11 @@ class Run:
     @property
     def result(self) -> Trainable:
         """The weights that are validated and kept: their average where there is one."""
-        return self.model if self.average is None else self.average.module
+        return self.model if self.trainer.average is None else self.trainer.average.module
+
+    @property
+    def lr(self) -> float:
+        return self.trainer.lr
 
     @property
     def temperature(self) -> float:
@@ -162,45 +155,13 @@ class Run:
             yield batch, time.perf_counter() - begin
 
     def _step(self, batch: dict[str, Any]) -> Tensor:
-        config = self.config
-        cooldown = config.epochs_cooldown * self.epoch_steps
-        factor = learning_rate(self.step, self.steps, config.warmup, config.lr_scheduler, cooldown)
-        self.lr = config.lr * factor
-        for group in self.optimiser.param_groups:
-            group["lr"] = group["initial_lr"] * factor
-        self.optimiser.zero_grad()
-        options = {
-            "form": self.config.form,
-            "loss": self.config.loss,
-            "group": self.group,
-            "backend": self.config.backend,
-        }
-
-        def loss(patches, texts, scale, *learned):
-            # A temperature that is not learned is a number, by which the loss chooses its kernel.
-            temperature = learned[0] if self.config.learn_attn_temperature else self.config.attn_temperature
-            bias = learned[-1] if self.config.loss == "sigmoid" else None
-            if self.rank == 0 and self.due(config.log_every_n_steps, ahead=1):
-                self.log.statistics = pair_statistics(patches, texts, temperature, config.form)
-            return fused_pacl_loss(patches, texts, scale, attn_temperature=temperature, logit_bias=bias, **options)
-
         texts = self._texts(batch)
-        if config.features is None:
-            images, texts = batch["image"], self.towers.tokenize(texts)
+        if self.config.features is None:
+            pairs = self._frozen(batch["image"], self.towers.tokenize(texts))
         else:
-            images, texts = batch["tokens"], self.data.embeddings(batch, texts)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
-            pairs = {"images": images, "texts": texts} if config.features else self._frozen(images, texts)
-            modules = [self.wrapped] if self.group else []
-            value = cached_step(self._encode, pairs, loss, micro_batch=self.config.batch_size, modules=modules)
-        if self.config.grad_clip_norm is not None:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip_norm)
-        self.optimiser.step()
-        with torch.no_grad():
-            self.model.log_scale.clamp_(0, math.log(self.config.max_logit_scale))
-        if self.average is not None:
-            self.average.update_parameters(self.model)
-        return value
+            pairs = {"images": batch["tokens"], "texts": self.data.embeddings(batch, texts)}
+        watched = self.rank == 0 and self.due(self.config.log_every_n_steps, ahead=1)
+        return self.trainer.step(self.step, pairs, self.log.watch if watched else None)
 
     def _texts(self, batch: dict[str, Any]) -> list[str]:
         """Captions, or what choose_text makes of them; the same after a resume and for any number of workers."""
@@ -218,17 +179,12 @@ class Run:
             parts = x.split(self.config.batch_size)
             return torch.cat([tower(part.to(self.device, non_blocking=True)) for part in parts])
 
-        if self.model.visual is None:
-            images = run(self.towers.tokens, images)
-        if self.model.text is None:
-            texts = run(self.towers.encode_text, texts)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
+            if self.model.visual is None:
+                images = run(self.towers.tokens, images)
+            if self.model.text is None:
+                texts = run(self.towers.encode_text, texts)
         return {"images": images, "texts": texts}
-
-    def _encode(self, pairs: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        images, texts = (pairs[name].to(self.device, non_blocking=True) for name in ("images", "texts"))
-        if self.config.features is not None:
-            images = images.float()
-        return self.wrapped(images, texts)
 
     @contextlib.contextmanager
     def _signals(self):
@@ -275,8 +231,8 @@ class Run:
             "step": self.step,
             "name": self.config.name,
             "state_dict": _on_cpu(self.model),
-            "ema": None if self.average is None else _on_cpu(self.average),
-            "optimizer": self.optimiser.state_dict(),
+            "ema": None if self.trainer.average is None else _on_cpu(self.trainer.average),
+            "optimizer": self.trainer.optimiser.state_dict(),
             "global_batch": self.global_batch,
             "world": self.world,
             "data": data,
@@ -334,14 +290,14 @@ class Run:
                 f"resume: {path} is of a run with other parameters ({', '.join(unlike)[:200]}), expected one with the "
                 "same model, loss and what is learned"
             )
-        if (state.get("ema") is None) != (self.average is None):
-            raise ValueError(f"resume: {path} is of a run {'without' if self.average else 'with'} --ema-decay")
-        if self.average is not None:
-            self.average.load_state_dict(state["ema"])
+        if (state.get("ema") is None) != (self.trainer.average is None):
+            raise ValueError(f"resume: {path} is of a run {'without' if self.trainer.average else 'with'} --ema-decay")
+        if self.trainer.average is not None:
+            self.trainer.average.load_state_dict(state["ema"])
         self.model.load_state_dict(state["state_dict"])
-        mine = [{k: x for k, x in group.items() if k != "params"} for group in self.optimiser.param_groups]
-        self.optimiser.load_state_dict(state["optimizer"])
-        for group, values in zip(self.optimiser.param_groups, mine, strict=True):
+        mine = [{k: x for k, x in group.items() if k != "params"} for group in self.trainer.optimiser.param_groups]
+        self.trainer.optimiser.load_state_dict(state["optimizer"])
+        for group, values in zip(self.trainer.optimiser.param_groups, mine, strict=True):
             group.update(values)  # rates and decay are this run's flags
         self.step, self.data_state = state["step"], state["data"][self.rank]
 

@@ -1,0 +1,118 @@
+"""The loop of every training: embed a batch of pairs, contrast all of them, update the weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from pacl_kernels import cached_step, fused_pacl_loss
+
+from .config import TrainConfig
+from .optimiser import average_of, learning_rate, parameter_groups
+
+
+class Trainer:
+    """Training steps of `model` by the flags of `pacl train`.
+
+    model: a Trainable, or another module whose `forward(images, texts)` returns patches [B, N, D], texts [B, D], the
+        logit scale, and the attention temperature and bias where they are learned; `log_scale` is its parameter.
+    steps: of the whole training, and cooldown: those at its end that const-cooldown takes, for the learning rate.
+    tower_parameters: those of `model` that have the learning rate config.tower_lr.
+    group: processes whose batches are one; None for this one alone. amp: run under bfloat16 autocast.
+    loss: takes what `model` returns; default: fused_pacl_loss by `config`.
+
+    `average` is the running average of the weights, where config.ema_decay asks for one; `lr` the last learning rate.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: TrainConfig,
+        steps: int,
+        *,
+        cooldown: int = 0,
+        tower_parameters: Iterable[nn.Parameter] = (),
+        group: dist.ProcessGroup | None = None,
+        device: torch.device | str = "cpu",
+        amp: bool = False,
+        loss: Callable[..., Tensor] | None = None,
+    ):
+        self.model, self.config, self.steps, self.cooldown = model, config, steps, cooldown
+        self.group, self.device, self.amp, self.lr = group, torch.device(device), amp, 0.0
+        self.loss = loss or self._contrast
+        self.average = average_of(model, config.ema_decay) if config.ema_decay is not None else None
+        self.wrapped = model
+        if group:  # the buffers of towers never change
+            self.wrapped = DistributedDataParallel(model, process_group=group, broadcast_buffers=False)
+        towers = list(tower_parameters)
+        others = [x for x in model.parameters() if x not in set(towers)]
+        self.optimiser = torch.optim.AdamW(
+            [
+                {**group, "initial_lr": rate or config.lr}
+                for parameters, rate in ((others, None), (towers, config.tower_lr))
+                for group in parameter_groups(parameters, config.wd)
+                if group["params"]
+            ],
+            lr=config.lr,
+            betas=(config.beta1, config.beta2),
+            eps=config.eps,
+        )
+
+    def step(self, number: int, pairs: dict[str, Tensor], watch: Callable[..., Any] | None = None) -> Tensor:
+        """Step `number`, counted from 0, on {"images": ..., "texts": ...}, which `model` takes; returns the loss.
+
+        watch: called with the patches, texts and attention temperature of the batch.
+        """
+        config = self.config
+        factor = learning_rate(number, self.steps, config.warmup, config.lr_scheduler, self.cooldown)
+        self.lr = config.lr * factor
+        for group in self.optimiser.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+        self.optimiser.zero_grad()
+
+        def loss(patches: Tensor, texts: Tensor, *others: Tensor) -> Tensor:
+            if watch is not None:
+                watch(patches, texts, self._temperature(*others))
+            return self.loss(patches, texts, *others)
+
+        modules = [self.wrapped] if self.group else []
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
+            value = cached_step(self._encode, pairs, loss, micro_batch=config.batch_size, modules=modules)
+        if config.grad_clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip_norm)
+        self.optimiser.step()
+        with torch.no_grad():
+            self.model.log_scale.clamp_(0, math.log(config.max_logit_scale))
+        if self.average is not None:
+            self.average.update_parameters(self.model)
+        return value
+
+    def _encode(self, pairs: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        images, texts = (pairs[name].to(self.device, non_blocking=True) for name in ("images", "texts"))
+        if self.config.features is not None:
+            images = images.float()
+        return self.wrapped(images, texts)
+
+    def _temperature(self, scale: Tensor, *learned: Tensor) -> Tensor | float:
+        # A temperature that is not learned is a number, by which the loss chooses its kernel.
+        return learned[0] if self.config.learn_attn_temperature else self.config.attn_temperature
+
+    def _contrast(self, patches: Tensor, texts: Tensor, scale: Tensor, *learned: Tensor) -> Tensor:
+        config = self.config
+        return fused_pacl_loss(
+            patches,
+            texts,
+            scale,
+            attn_temperature=self._temperature(scale, *learned),
+            logit_bias=learned[-1] if config.loss == "sigmoid" else None,
+            form=config.form,
+            loss=config.loss,
+            group=self.group,
+            backend=config.backend,
+        )
