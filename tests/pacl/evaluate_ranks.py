@@ -1,4 +1,4 @@
-"""For test_evaluate_measure.py: measures a data set in this process, or in all processes of a group; prints JSON."""
+"""For test_evaluate_segmentation.py: prints measures of a data set, from this process or all of a group, as JSON."""
 
 import json
 import os

@@ -7,15 +7,27 @@ import sys
 import pytest
 from conftest import encode, picture
 from pacl.cli import COMMANDS, main
+from pacl.evaluate.command import TASKS
 
 OF_MODEL = "--checkpoint --model --pretrained --templates --stride --max-image-pixels --device --help"
 OF_IMAGES = (
     f"{OF_MODEL} --words --classes --short-side --window --window-stride --threshold --entropy --logit-scale --out"
 )
+OF_TASKS = "--checkpoint --model --pretrained --out --device"
+OF_DATA = f"{OF_TASKS} --data-root --dataset --class-file --limit --partial"
 OPTIONS = {
     "look": f"{OF_IMAGES} --scale",
     "segment": OF_IMAGES,
     "serve": f"{OF_MODEL} --port --examples --no-browser",
+}
+EVALUATE_OPTIONS = {
+    "segmentation": f"{OF_DATA} --protocol --stride --threshold --check",
+    "retrieval": f"{OF_TASKS} --data --dataset-type --image-root --csv-separator --csv-img-key --csv-caption-key "
+    "--scenes --plain --batch-size --workers",
+    "alignment": f"{OF_DATA} --short-side --templates --plain",
+    "coherence": f"{OF_DATA} --short-side --patches --pairs --seed",
+    "classification": f"{OF_DATA} --templates --no-plain --batch-size --workers",
+    "table": "--help",
 }
 
 
@@ -25,16 +37,17 @@ def photo(tmp_path):
     return str(tmp_path / "photo.jpg")
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["-h"], [], ["lok"], ["--version"]])
-def test_commands_are_listed(argv, capsys):
-    asked = argv in (["--help"], ["-h"])
-    assert main(argv) == (0 if asked else 2)
+@pytest.mark.parametrize("given", ["--help", "-h", "", "lok", "--version"])
+@pytest.mark.parametrize("parent, commands", [("", COMMANDS), ("evaluate", TASKS)], ids=["pacl", "evaluate"])
+def test_commands_are_listed(parent, commands, given, capsys):
+    asked = given in ("--help", "-h")
+    assert main([*parent.split(), *given.split()]) == (0 if asked else 2)
     said = capsys.readouterr()
     listed = said.out if asked else said.err
-    assert all(f"  {name} " in listed for name in COMMANDS)
+    assert all(f"  {name} " in listed for name in commands)
     if not asked:
-        got = f"got {argv[0]!r}" if argv else "got none"
-        assert listed.splitlines()[-1].startswith(f"pacl: error: command: {got}, expected one of demo, data, ")
+        got = f"got {given!r}" if given else "got none"
+        assert listed.splitlines()[-1] == f"pacl: error: command: {got}, expected one of {', '.join(commands)}"
 
 
 @pytest.mark.parametrize("command", OPTIONS)
@@ -50,6 +63,14 @@ def test_help_names_all_options_and_does_not_wait_for_torch(command):
     assert done.returncode == 0 and done.stderr == ""
     words = done.stdout.replace(",", " ").split()
     assert set(OPTIONS[command].split()) <= set(words)
+
+
+@pytest.mark.parametrize("task", EVALUATE_OPTIONS)
+def test_help_of_tasks_names_all_options(task, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["evaluate", task, "--help"])
+    assert stop.value.code == 0
+    assert set(EVALUATE_OPTIONS[task].split()) <= set(capsys.readouterr().out.replace(",", " ").split())
 
 
 def test_all_options_of_segment(photo, untrained, tmp_path):

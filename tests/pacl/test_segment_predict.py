@@ -8,7 +8,7 @@ import pytest
 import torch
 from open_clip.model import CLIPVisionCfg, _build_vision_tower
 from pacl.backbones import patch_tokens
-from pacl.data.samples import to_rgb
+from pacl.data.images import open_image, to_rgb
 from pacl.demo.toy_clip import new_clip, save_clip
 from pacl.embedder import VisionEmbedder
 from pacl.segment import predict
@@ -278,6 +278,18 @@ def test_modes_of_images():
     deep = Image.fromarray(np.uint16(257 * np.asarray(gray).astype(np.int64)))
     assert deep.mode == "I;16" and np.array_equal(to_rgb(deep).convert("L"), gray)
     assert to_rgb(image.convert("1")).mode == to_rgb(image.convert("CMYK")).mode == "RGB"
+
+
+def test_an_rgb_image_is_converted_by_nothing(tmp_path):
+    """Its pixels outlive the file it was opened from."""
+    image = photo(16, 12)
+    assert to_rgb(image) is image
+    image.save(tmp_path / "a.png")
+    with open_image(tmp_path / "a.png") as opened:
+        again = to_rgb(opened)
+    assert np.array_equal(again, image)
+    image.info["transparency"] = image.getpixel((3, 4))
+    assert to_rgb(image).getpixel((3, 4)) == (255, 255, 255)
 
 
 def test_exif_orientation_and_the_cap(tmp_path):

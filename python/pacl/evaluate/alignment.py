@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..processes import add_up, place_in
 from ..segment.predict import Segmenter
 from ..segment.prompts import Texts, class_texts, templates
-from .metrics import HALF
+from .metrics import HALF, add_hits
 from .patches import PatchOptions, labelled_patches
 from .plots import bars, print_plot
 from .segmentation_data import SegmentationData
@@ -66,10 +66,7 @@ def alignment(
         scores = dense.scores(texts).cpu()[:, keep]
         found = scores[first:].argmax(0) + first
         among = torch.tensor(present)[scores[present].argmax(0)]
-        for row, hit in zip(
-            counts, (torch.ones_like(true, dtype=torch.bool), found == true, among == true), strict=True
-        ):
-            row += true[hit].bincount(minlength=len(row))
+        add_hits(counts, true, found == true, among == true)
         chance[i] = len(true) / len(present)
     add_up(counts, group)
     add_up(chance, group)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -16,7 +15,8 @@ from torch.utils.data import DataLoader, Dataset
 from ..processes import add_up, place_in, shared_progress
 from ..segment.prompts import TEMPLATES, Texts, best_synonym, class_texts, templates
 from .classification_data import Labelled
-from .options import TaskOptions
+from .metrics import add_hits
+from .options import DatasetOptions
 from .scorer import Scorer
 
 
@@ -64,30 +64,21 @@ def count_hits(counts: Tensor, scores: Tensor, labels: Tensor) -> None:
     if scores.isnan().any():
         raise ValueError("scores: got NaN")
     best = scores.topk(min(5, scores.shape[1])).indices.cpu() == labels[:, None]
-    for row, hit in zip(counts, (torch.ones_like(labels, dtype=torch.bool), best[:, 0], best.any(1)), strict=True):
-        row += labels[hit].bincount(minlength=len(row))
+    add_hits(counts, labels, best[:, 0], best.any(1))
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClassificationOptions(TaskOptions):
+class ClassificationOptions(DatasetOptions):
     """Zero-shot classification with φ as a class's score, and by the model's own image embedding: acc1, acc5 and mean
     per-class recall, as fractions."""
 
-    data_root: Path
-    """Folder that the data set's files lie in, as torchvision has it."""
     dataset: str
     """imagenet, cifar10, cifar100, food101, caltech101, dtd, eurosat, flowers102, pets, cars, sun397, stl10; folder: a
     folder per class; wds: clip-benchmark's tar files."""
-    class_file: Path | None = None
-    """Other class names: a class per line in the labels' order, synonyms separated by commas, the best one counts."""
     templates: str | None = None
     """none, photo, simple or openai, or a file; default: what the data brings, else simple."""
     plain: bool = True
     """The model's own image embedding beside φ."""
-    limit: int | None = None
-    """Only so many images, spread over the set."""
-    partial: bool = False
-    """Accept a data set that lacks images."""
     batch_size: int = 64
     workers: int = 4
 
@@ -97,8 +88,7 @@ def main(argv: Sequence[str], prog: str = "pacl evaluate classification") -> int
     options = tyro.cli(ClassificationOptions, args=list(argv), prog=prog)
     if options.batch_size < 1:
         raise ValueError(f"batch_size: got {options.batch_size}, expected at least 1")
-    part = {name: getattr(options, name) for name in ("class_file", "limit", "partial")}
-    data = Labelled(options.dataset, options.data_root, **part)
+    data = Labelled(options.dataset, **options.reading)
     sentences = data.templates if options.templates is None else templates(options.templates)
     sentences = sentences or TEMPLATES["simple"]
     group = options.group()

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from ..data.images import IMAGE_FORMATS, IMAGE_SUFFIXES, open_image, to_rgb
 from ..segment.prompts import read_classes
 from .segmentation_data import MAX_PIXELS, need_scipy, read_picture
-from .specs import fingerprint
+from .specs import fingerprint, spread
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,6 @@ class Labelled(Dataset):
     ):
         if name not in KINDS:
             raise ValueError(f"dataset: got {name!r}, expected one of {', '.join(KINDS)}")
-        if limit is not None and limit < 1:
-            raise ValueError(f"limit: got {limit}, expected at least 1")
         if name in MATLAB:
             need_scipy(name)
         self.name, self.kind, self.transform = name, KINDS[name], None
@@ -78,8 +76,7 @@ class Labelled(Dataset):
                 raise ValueError(f"class_file: {class_file} has {len(self.synonyms)} classes, expected {len(names)}")
         self.class_hash = fingerprint(self.synonyms)
         self.templates: tuple[str, ...] | None = getattr(self.images, "templates", None)
-        step = 1.0 if limit is None else max(1.0, found / limit)
-        self._chosen = [int(i * step) for i in range(found if limit is None else min(limit, found))]
+        self._chosen = spread(found, limit)
 
     def __len__(self) -> int:
         return len(self._chosen)

@@ -64,6 +64,12 @@ def patch_truth(labels: Tensor, grid: tuple[int, int]) -> Tensor:
     return torch.tensor([*present, IGNORED])[found]
 
 
+def add_hits(counts: Tensor, labels: Tensor, *hits: Tensor) -> None:
+    """Add to counts [1 + n, K], in place: how many there are of each of `labels`, and how many that each hit marks."""
+    for row, hit in zip(counts, (torch.ones_like(labels, dtype=torch.bool), *hits), strict=True):
+        row += labels[hit].bincount(minlength=len(row))
+
+
 class ConfusionMatrix:
     """Counts of (true, predicted) label pairs over any number of batches; exact, and K x K whatever the data's size."""
 

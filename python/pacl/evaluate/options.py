@@ -49,3 +49,22 @@ class TaskOptions:
         print(f"{dataset} {rules['name']}: " + ", ".join(f"{k} {x:.4f}" for k, x in metrics.items() if x is not None))
         print(path, flush=True)
         return path
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetOptions(TaskOptions):
+    """Options of the tasks on a data set with classes."""
+
+    data_root: Path
+    """Folder of the data set, or the one above it that holds it, as mmsegmentation and torchvision have it."""
+    class_file: Path | None = None
+    """Other class names: a class per line in the labels' order, synonyms separated by commas, the best one counts."""
+    limit: int | None = None
+    """Only so many images, spread over the set."""
+    partial: bool = False
+    """Accept a data set that lacks images; the result says so."""
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """What SegmentationData and Labelled take of these."""
+        return {"root": self.data_root, "class_file": self.class_file, "limit": self.limit, "partial": self.partial}

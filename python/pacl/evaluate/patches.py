@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,32 +14,23 @@ from torch import Tensor
 from ..processes import place_in, shared_progress
 from ..segment.predict import Dense, Segmenter
 from .metrics import patch_truth
-from .options import TaskOptions
+from .options import DatasetOptions
 from .segmentation_data import SegmentationData
 from .specs import IGNORED
 
 
 @dataclass(frozen=True, kw_only=True)
-class PatchOptions(TaskOptions):
+class PatchOptions(DatasetOptions):
     """Options of the tasks that look at single patches."""
 
-    data_root: Path
-    """Folder of the data set, or the one above it that mmsegmentation calls data."""
     dataset: str = "voc20"
     """A data set of pacl evaluate segmentation; background is no class here."""
     short_side: int | None = None
     """Pixels of the resized image's shorter side; default: the tower's own."""
-    class_file: Path | None = None
-    """Other class names: a class per line in the labels' order, synonyms separated by commas."""
-    limit: int | None = None
-    """Only so many images, spread over the set."""
-    partial: bool = False
-    """Accept a data set that lacks images."""
 
     def read(self) -> SegmentationData:
         """The data set; see SegmentationData for the errors."""
-        options = {name: getattr(self, name) for name in ("class_file", "limit", "partial")}
-        return SegmentationData(self.dataset, self.data_root, **options)
+        return SegmentationData(self.dataset, **self.reading)
 
     def describe(self, data: SegmentationData) -> dict[str, Any]:
         """The data set as results name it."""

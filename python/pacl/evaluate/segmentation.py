@@ -6,7 +6,6 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import tyro
@@ -15,7 +14,7 @@ from ..files import write_bytes
 from ..processes import place_in
 from ..segment.draw import png
 from ..towers import Towers
-from .options import TaskOptions
+from .options import DatasetOptions
 from .results import SEGMENTATION, aligned, names_of, number, tables, write_row
 from .segmentation_check import check_segmentation
 from .segmentation_data import SegmentationData
@@ -25,11 +24,9 @@ from .specs import Protocol, protocol, spec
 
 
 @dataclass(frozen=True, kw_only=True)
-class SegmentationOptions(TaskOptions):
+class SegmentationOptions(DatasetOptions):
     """Zero-shot segmentation of data sets: aAcc, mIoU, mAcc and every class's IoU, as a table and a JSON file each."""
 
-    data_root: Path
-    """Folder of the data set, or the one above it that mmsegmentation calls data."""
     dataset: tuple[str, ...] = ()
     """voc21, context60, object81, voc20, cityscapes, context59, ade150, stuff171, stuff27, ade847; one or more."""
     protocol: str = "tcl"
@@ -38,12 +35,6 @@ class SegmentationOptions(TaskOptions):
     """Tokens along a side per patch, instead of the protocol's; changes its name."""
     threshold: float | None = None
     """Cosine below which a pixel is background, instead of the protocol's rule; changes its name."""
-    class_file: Path | None = None
-    """Other class names: a class per line in the labels' order, synonyms separated by commas."""
-    limit: int | None = None
-    """Only so many images, spread over the set."""
-    partial: bool = False
-    """Accept a data set that lacks images; the result says so."""
     check: bool = False
     """Only look at the data: counts, damaged files, shifted labels, one picture."""
 
@@ -60,12 +51,7 @@ def main(argv: Sequence[str], prog: str = "pacl evaluate segmentation") -> int:
         changes["background"] = {"rule": "threshold", "value": options.threshold}
     rules = protocol(options.protocol, **changes)
     # All data sets are looked at before hours are spent on the first.
-    sets = [
-        SegmentationData(
-            name, options.data_root, class_file=options.class_file, partial=options.partial, limit=options.limit
-        )
-        for name in options.dataset
-    ]
+    sets = [SegmentationData(name, **options.reading) for name in options.dataset]
     for data in sets:
         check_background(data, rules)
     group = options.group()

@@ -14,7 +14,7 @@ from PIL import Image
 
 from ..data.images import IMAGE_FORMATS, open_image, to_rgb
 from ..segment.prompts import read_classes
-from .specs import UNKNOWN, Masks, Spec, fingerprint, spec
+from .specs import UNKNOWN, Masks, Spec, fingerprint, spec, spread
 
 MASK_FORMATS = ("PNG", "TIFF")
 MAX_PIXELS = 100_000_000
@@ -54,11 +54,7 @@ class SegmentationData:
         self.missing = [] if self._detail else [x for x in self.names if not self._mask_path(x).is_file()]
         self.missing += [x for x in self.names if not self._image_path(x).is_file()]
         self._check_missing(partial)
-        if limit is not None:
-            if limit < 1:
-                raise ValueError(f"limit: got {limit}, expected at least 1")
-            step = max(1.0, len(self.names) / limit)
-            self.names = [self.names[int(i * step)] for i in range(min(limit, len(self.names)))]
+        self.names = [self.names[i] for i in spread(len(self.names), limit)]
 
     def __len__(self) -> int:
         return len(self.names)

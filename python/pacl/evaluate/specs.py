@@ -145,6 +145,16 @@ def fingerprint(classes: list[list[str]]) -> str:
     return hashlib.sha256(json.dumps(classes).encode()).hexdigest()[:12]
 
 
+def spread(count: int, limit: int | None) -> list[int]:
+    """The numbers of `limit` of `count` images, spread evenly; all for None. ValueError for a limit below 1."""
+    if limit is None:
+        return list(range(count))
+    if limit < 1:
+        raise ValueError(f"limit: got {limit}, expected at least 1")
+    step = max(1.0, count / limit)
+    return [int(i * step) for i in range(min(limit, count))]
+
+
 def protocol(name: str, **changes: Any) -> Protocol:
     """A protocol of this package, or of a JSON file like `protocols.json`'s entries; `changes` become part of its name.
 
