@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import math
 import multiprocessing
 import statistics
 import time
@@ -31,14 +30,17 @@ import open_clip
 import torch
 from pacl.backbones import freeze, patch_tokens
 from pacl.data import scenes
-from pacl.demo import loops, toy_clip
+from pacl.demo import toy_clip
+from pacl.demo.training import ATTN_TEMPERATURE, OnePatch, clip_config, embedder_config, embedder_pairs
 from pacl.embedder import VisionEmbedder
-from pacl.evaluate.metrics import ConfusionMatrix, class_scores, label_map, patch_labels, patch_shares
+from pacl.evaluate.metrics import ScoreCounts, class_scores
 from pacl.files import write_bytes
 from pacl.progress import Progress
+from pacl.training.model import Trainable
+from pacl.training.trainer import Trainer
 from report import machine
 from safetensors.torch import load_file, save
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from pacl_kernels import compatibility, fused_pacl_loss
@@ -93,7 +95,7 @@ class Run:
     batch: int
     lr: float
     seed: int
-    tau: float | None = loops.ATTN_TEMPERATURE  # None: learned, from the default
+    tau: float | None = ATTN_TEMPERATURE  # None: learned, from the default
     form: str = "cosine"
     pooling: str = "all pairs"  # "paired": attention of an image's own caption for every text; "mean": none
     tower: str = "clip"  # "random": as it was before training
@@ -119,7 +121,8 @@ def prepare(name: str, out: Path, size: Size) -> None:
     random = freeze(toy_clip.new_clip())
     images, captions, _ = _scenes(world.draw_train, size.clip_scenes, 0)
     with Progress(f"{name}: CLIP", size.clip_steps) as progress:
-        loops.train_clip(clip, _batches(images, encode(captions)), progress)
+        trainer = Trainer(OnePatch(clip), clip_config(size.clip_steps, 64), size.clip_steps)
+        trainer.run(_batches(images, encode(captions)), progress.step)
     freeze(clip)
     images, captions = images[: size.scenes], captions[: size.scenes]
     data = {
@@ -141,11 +144,11 @@ def _scenes(draw: Callable, count: int, seed: int) -> tuple[Tensor, list[str], T
     return images, [scene.caption for scene in drawn], torch.from_numpy(np.stack([scene.mask for scene in drawn]))
 
 
-def _batches(images: Tensor, tokens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def _batches(images: Tensor, tokens: Tensor) -> Iterator[dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(0)
     while True:
         for index in torch.randperm(len(images), generator=generator).split(64):
-            yield toy_clip.normalise(images[index]), tokens[index]
+            yield {"images": toy_clip.normalise(images[index]), "texts": tokens[index]}
 
 
 @torch.no_grad()
@@ -203,32 +206,36 @@ def train(run: Run, out: Path, size: Size) -> str:
     begin = time.perf_counter()
     data = load_file(out / f"{run.world}.safetensors")
     kind = "random_tokens" if run.tower == "random" else "tokens"
-    embedder = VisionEmbedder(data["train.tokens"].shape[2], data["classes"].shape[1])
-    if run.tau is None:  # among the embedder's parameters, where the optimiser finds it
-        embedder.log_tau = nn.Parameter(torch.tensor(math.log(loops.ATTN_TEMPERATURE)))
-    points = Points(run, embedder, data, size.images // run.batch)
-    texts, tokens = data["train.texts"], data[f"train.{kind}"]
-    loops.train_embedder(
-        embedder, _loss(run, embedder), tokens, texts, points, batch_size=run.batch, seed=run.seed, lr=run.lr
-    )
+    steps = size.images // run.batch
+    config = embedder_config(steps, run.batch, lr=run.lr, learn_attn_temperature=run.tau is None)
+    model = Trainable(VisionEmbedder(data["train.tokens"].shape[2], data["classes"].shape[1]), config)
+    points = Points(run, model, data, steps)
+    pairs = embedder_pairs(data[f"train.{kind}"], data["train.texts"], run.batch, run.seed)
+    Trainer(model, config, steps, loss=_loss(run)).run(pairs, points.step)
     seconds = time.perf_counter() - begin
     result = {**dataclasses.asdict(run), "points": points.rows, "seconds": round(seconds, 1)}
     write_bytes(out / "runs" / f"{run.name}.json", (json.dumps(result) + "\n").encode())
     return f"{run.name}: mIoU {points.rows[-1]['miou']:.3f}, {seconds:.0f} s"
 
 
-def _loss(run: Run, embedder: VisionEmbedder) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def _loss(run: Run) -> Callable[..., Tensor]:
     if run.pooling == "mean":
-        return loops.mean_pooling
+        return mean_pooling
     if run.pooling == "paired":
         return partial(paired, tau=run.tau)
 
-    def loss(patches: Tensor, texts: Tensor, logit_scale: Tensor) -> Tensor:
-        tau = embedder.log_tau.exp() if run.tau is None else run.tau
+    def loss(patches: Tensor, texts: Tensor, logit_scale: Tensor, *learned: Tensor) -> Tensor:
+        tau = learned[0] if run.tau is None else run.tau
         patches, texts = patches.bfloat16(), texts.bfloat16()
         return fused_pacl_loss(patches, texts, logit_scale, attn_temperature=tau, form=run.form)
 
     return loss
+
+
+def mean_pooling(patches: Tensor, texts: Tensor, logit_scale: Tensor) -> Tensor:
+    """The same contrast, every patch with the same weight."""
+    pooled = F.normalize(F.normalize(patches, dim=-1).mean(1), dim=-1)
+    return open_clip.ClipLoss()(pooled, F.normalize(texts, dim=-1), logit_scale)
 
 
 def paired(patches: Tensor, texts: Tensor, logit_scale: Tensor, *, tau: float) -> Tensor:
@@ -241,8 +248,8 @@ def paired(patches: Tensor, texts: Tensor, logit_scale: Tensor, *, tau: float) -
 class Points:
     """Takes the place of a progress bar: measures the embedder after 1/16, 1/8, ... of the steps."""
 
-    def __init__(self, run: Run, embedder: VisionEmbedder, data: dict[str, Tensor], total: int):
-        self.run, self.embedder, self.data, self.total, self.done = run, embedder, data, total, 0
+    def __init__(self, run: Run, model: Trainable, data: dict[str, Tensor], total: int):
+        self.run, self.model, self.data, self.done = run, model, data, 0
         self.rows: list[dict] = []
         self.due = {max(1, total >> shift) for shift in range(5)}
 
@@ -250,22 +257,24 @@ class Points:
         self.done += 1
         if self.done in self.due:
             row = {"step": self.done, "images": self.done * self.run.batch, "loss": loss.item()}
-            self.rows.append(row | measure(self.run, self.embedder, self.data))
+            learned = self.model.log_temperature
+            tau = self.run.tau if learned is None else learned.exp().item()
+            self.rows.append(row | measure(self.run, self.model.embedder, self.data, tau))
 
 
 @torch.no_grad()
-def measure(run: Run, embedder: VisionEmbedder, data: dict[str, Tensor]) -> dict[str, float]:
+def measure(
+    run: Run, embedder: VisionEmbedder, data: dict[str, Tensor], tau: float = ATTN_TEMPERATURE
+) -> dict[str, float]:
     """mIoU, patch accuracy (all attributes, and each), and image-to-text R@1 among the evaluation's own captions."""
     world, split = WORLDS[run.world], run.split
     masks, classes = data[f"{split}.masks"], data["classes"]
     tokens = data[f"{split}.{'random_tokens' if run.tower == 'random' else 'tokens'}"]
     seen = [label for label in range(len(world.kinds)) if label not in world.held_out]
-    pixels, patches = ConfusionMatrix(len(world.classes)), ConfusionMatrix(len(world.classes))
+    found = ScoreCounts(len(world.classes))
     for part, truth in zip(tokens.split(32), masks.split(32), strict=True):
-        scores = class_scores(embedder(part), classes)
-        shares = patch_shares(truth, len(world.classes), scores.shape[2:])
-        pixels.update(truth, label_map(scores, truth.shape[1:]))
-        patches.update(patch_labels(shares), scores.argmax(1))
+        found.update(truth, class_scores(embedder(part), classes))
+    pixels, patches = found.pixels, found.patches
     out = {"miou": pixels.miou(seen), "patch_accuracy": patches.accuracy(seen)}
     if world.held_out:
         out |= {
@@ -278,16 +287,11 @@ def measure(run: Run, embedder: VisionEmbedder, data: dict[str, Tensor]) -> dict
         right = torch.tensor([[values[k] == values[label] for k in range(len(values))] for label in seen])
         out[name] = float((counts * right).sum() / counts.sum())
     texts = data[f"{split}.texts"]
-    form = {"form": run.form, "attn_temperature": run.tau or embedder_tau(embedder)}
-    phi = compatibility(embedder(tokens), texts, **form)
+    phi = compatibility(embedder(tokens), texts, attn_temperature=tau, form=run.form)
     own = phi.diagonal()[:, None]
     # Equal captions are not mistakes: a text counts against the pair only where its score is larger.
     out["retrieval_r1"] = float(((phi > own + 1e-6).sum(1) == 0).float().mean())
     return out
-
-
-def embedder_tau(embedder: VisionEmbedder) -> float:
-    return embedder.log_tau.exp().item()
 
 
 def work(out: Path, size: Size, processes: int) -> None:
@@ -367,7 +371,7 @@ def tables(result: dict) -> str:
     for world in WORLDS:
         rows = [row for row in result["rows"] if row["world"] == world]
         for title, chosen in (
-            ("batch", [row for row in rows if label(row) == f"τ = {loops.ATTN_TEMPERATURE:g}"]),
+            ("batch", [row for row in rows if label(row) == f"τ = {ATTN_TEMPERATURE:g}"]),
             (f"at a batch of {CONTROL_BATCH}", [row for row in rows if row["batch"] == CONTROL_BATCH]),
         ):
             lines += [f"\n**{world} world**, {result['size']['images']:,} images seen\n"]
@@ -392,7 +396,7 @@ def plot(result: dict, path: Path) -> None:
     for line, world in zip(axes, WORLDS, strict=True):
         rows = [row for row in result["rows"] if row["world"] == world]
         for row in rows:
-            if label(row) != f"τ = {loops.ATTN_TEMPERATURE:g}":
+            if label(row) != f"τ = {ATTN_TEMPERATURE:g}":
                 continue
             miou = [100 * centre(point["miou"]) for point in row["points"]]
             for axis, name in zip(line, ("images", "step"), strict=False):

@@ -5,7 +5,6 @@ python examples/distributed.py demo                         # the same in one pr
 """
 
 import argparse
-import functools
 import os
 from pathlib import Path
 
@@ -13,24 +12,10 @@ import open_clip
 import torch
 import torch.distributed as dist
 from pacl.backbones import freeze
-from pacl.demo import loops
-from pacl.demo.run import frozen_features
+from pacl.demo.training import embedder_config, embedder_pairs, frozen_features
 from pacl.embedder import VisionEmbedder
-from pacl.progress import Progress
-
-
-class Losses(Progress):
-    """Keeps the losses, and shows them in the first process."""
-
-    def __init__(self, steps: int, rank: int):
-        super().__init__("Embedder", steps)
-        self.rank = rank
-
-    def step(self, loss=None, count: int = 1) -> None:
-        self.done += count
-        if self.rank == 0 and (self.done % 20 == 0 or self.done == 1):
-            print(f"step {self.done}: loss {loss.item():.6f}", flush=True)
-
+from pacl.training.model import Trainable
+from pacl.training.trainer import Trainer
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("folder", type=Path)
@@ -49,16 +34,14 @@ clip = open_clip.create_model(f"local-dir:{arguments.folder / 'clip'}")
 freeze(clip)
 shards = sorted((arguments.folder / "scenes").glob("train-*.tar"))
 tokens, texts = frozen_features(clip, shards, arguments.scenes)
-embedder = VisionEmbedder(tokens.shape[2], texts.shape[1])
-loops.train_embedder(
-    embedder,
-    functools.partial(loops.pacl, group=group),
-    tokens,
-    texts,
-    Losses(arguments.steps, group.rank() if group else 0),
-    batch_size=arguments.batch_size,
-    seed=0,
-    group=group,
-)
+config = embedder_config(arguments.steps, arguments.batch_size)
+model = Trainable(VisionEmbedder(tokens.shape[2], texts.shape[1]), config)
+trainer = Trainer(model, config, arguments.steps, group=group)
+rank, world = (group.rank(), group.size()) if group else (0, 1)
+batches = embedder_pairs(tokens, texts, arguments.batch_size, seed=0, rank=rank, world=world)
+for step, pairs in zip(range(arguments.steps), batches, strict=False):
+    loss = trainer.step(step, pairs)
+    if rank == 0 and (step == 0 or (step + 1) % 20 == 0):
+        print(f"step {step + 1}: loss {loss.item():.6f}", flush=True)
 if group is not None:
     dist.destroy_process_group()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import pytest
 
 pytest.importorskip("open_clip")
@@ -11,30 +9,15 @@ import torch
 from pacl.backbones import freeze
 from pacl.data import scenes
 from pacl.data.scene_shards import write_scenes
-from pacl.demo import loops
-from pacl.demo.run import frozen_features
 from pacl.demo.toy_clip import new_clip
+from pacl.demo.training import embedder_config, embedder_pairs, frozen_features
 from pacl.embedder import VisionEmbedder
+from pacl.training.model import Trainable
+from pacl.training.trainer import Trainer
 
-from pacl_kernels import available_backends, fused_pacl_loss
+from pacl_kernels import available_backends
 
 STEPS = 200
-
-
-class Curve:
-    """Takes the losses in place of a progress bar."""
-
-    total = STEPS
-
-    def __init__(self):
-        self.losses: list[float] = []
-
-    @property
-    def done(self) -> int:
-        return len(self.losses)
-
-    def step(self, loss) -> None:
-        self.losses.append(loss.item())
 
 
 @pytest.fixture(scope="module")
@@ -50,11 +33,11 @@ def curve(features, form: str, backend: str, seed: int = 0) -> torch.Tensor:
     tokens, texts = features
     torch.set_num_threads(1)
     torch.manual_seed(seed)
-    embedder, losses = VisionEmbedder(tokens.shape[2], texts.shape[1]), Curve()
-    options = {"form": form, "attn_temperature": loops.ATTN_TEMPERATURE, "backend": backend}
-    loss = functools.partial(fused_pacl_loss, **options)
-    loops.train_embedder(embedder, loss, tokens, texts, losses, batch_size=16, seed=seed)
-    return torch.tensor(losses.losses)
+    config = embedder_config(STEPS, 16, form=form, backend=backend)
+    model = Trainable(VisionEmbedder(tokens.shape[2], texts.shape[1]), config)
+    losses: list[float] = []
+    Trainer(model, config, STEPS).run(embedder_pairs(tokens, texts, 16, seed), lambda loss: losses.append(loss.item()))
+    return torch.tensor(losses)
 
 
 @pytest.mark.parametrize("form", ["dot", "cosine"])

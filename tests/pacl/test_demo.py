@@ -1,5 +1,6 @@
 """The whole demo on a tiny setting: every file, the same numbers twice, and what an interrupt leaves."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -17,16 +18,19 @@ from pacl.backbones import patch_tokens
 from pacl.cli import main
 from pacl.data.scenes import CLASSES, COLOURS, HELD_OUT_LABELS, PAIRS, SEEN_LABELS
 from pacl.data.shards import Shards
-from pacl.demo.full import SceneData, _galleries, models, one_shape_scenes, read_scenes
+from pacl.demo.full import Models, SceneData, _galleries, one_shape_scenes, read_scenes
 from pacl.demo.report import report
 from pacl.demo.run import QUICK
 from pacl.demo.toy_clip import new_clip, normalise, tokenizer
+from pacl.demo.training import MEAN_POOLING, OnePatch, clip_config, embedder_config
 from pacl.embedder import VisionEmbedder
 from pacl.evaluate.metrics import ConfusionMatrix
 from pacl.evaluate.specs import IGNORED
 from pacl.segment.predict import Segmenter
 from pacl.sharing import load_pacl
 from pacl.towers import Towers
+from pacl.training.model import Trainable
+from pacl.training.trainer import Trainer
 from pages import read
 from PIL import Image
 from safetensors.torch import load_file
@@ -245,14 +249,41 @@ def test_the_control_scores_as_it_was_trained():
     torch.manual_seed(0)
     clip, texts = new_clip().eval(), F.normalize(torch.randn(5, 128), dim=-1)
     towers = Towers(clip.visual, clip.transformer, None, None, {"vision_model": None})
-    embedders = {name: VisionEmbedder(128, 128) for name in ("pacl", "mean_pooling")}
+    temperatures = {"pacl": 0.05, "mean_pooling": MEAN_POOLING}
+    embedders = {name: VisionEmbedder(128, 128, attn_temperature=x) for name, x in temperatures.items()}
+    models = Models(towers, embedders)
     images = torch.randn(4, 3, 64, 64)
-    (found,) = models(towers, embedders).scorer("mean_pooling").blocks(images, texts)
+    (found,) = models.scorer("mean_pooling").blocks(images, texts)
     patches = F.normalize(embedders["mean_pooling"](patch_tokens(clip.visual, images)), dim=-1)
     assert torch.allclose(found, F.normalize(patches.mean(1), dim=-1) @ texts.T, atol=1e-4)
-    (found,) = models(towers, embedders).scorer("pacl").blocks(images, texts)
+    (found,) = models.scorer("pacl").blocks(images, texts)
     patches = embedders["pacl"](patch_tokens(clip.visual, images))
     assert torch.allclose(found, compatibility(patches, texts, attn_temperature=0.05, form="cosine"), atol=1e-5)
+
+
+@pytest.mark.parametrize("what", ["clip", "mean_pooling"])
+def test_the_loop_s_losses_are_open_clip_s(what):
+    """A CLIP is PACL with one patch, and mean pooling PACL at a high temperature: losses and gradients are theirs."""
+    torch.manual_seed(0)
+    tokens, texts = torch.randn(8, 5, 16), F.normalize(torch.randn(8, 32), dim=-1)
+    if what == "clip":
+        settings = clip_config(1, 8)
+        model = OnePatch(new_clip().eval())
+        pairs = {"images": torch.randn(8, 3, 64, 64), "texts": tokenizer()(list(CLASSES[:8]))}
+        expected = open_clip.ClipLoss()(*model.clip(*pairs.values()))
+    else:
+        settings = embedder_config(1, 8, attn_temperature=MEAN_POOLING)
+        model = Trainable(VisionEmbedder(16, 32), settings)
+        pairs = {"images": tokens, "texts": texts}
+        pooled = F.normalize(F.normalize(model.embedder(tokens), dim=-1).mean(1), dim=-1)
+        expected = open_clip.ClipLoss()(pooled, texts, model.log_scale.exp())
+    expected.backward()
+    parameters = [x for x in model.parameters() if x.grad is not None]
+    gradients = [x.grad.clone() for x in parameters]
+    trainer = Trainer(model, dataclasses.replace(settings, grad_clip_norm=None), 1)
+    torch.testing.assert_close(trainer.step(0, pairs), expected.detach(), rtol=1e-4, atol=1e-5)
+    for x, gradient in zip(parameters, gradients, strict=True):
+        assert (x.grad - gradient).norm() <= 1e-3 * gradient.norm() + 1e-7
 
 
 def test_without_matplotlib_the_page_says_so(full, monkeypatch):
@@ -308,7 +339,7 @@ def test_interrupt_keeps_the_embedder(tmp_path):
     [
         (["--seed", "-1"], "seed: got -1, expected an integer of at least 0"),
         (["--clip_steps", "0"], "clip_steps: got 0, expected an integer of at least 1"),
-        (["--seed", "x"], "argument --seed: invalid int value: 'x'"),
+        (["--seed", "x"], "Error parsing --seed"),
     ],
 )
 def test_bad_arguments(argument, message, tmp_path, capsys):

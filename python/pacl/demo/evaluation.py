@@ -14,7 +14,7 @@ from ..data.samples import loader
 from ..data.scenes import CLASSES, HELD_OUT_LABELS, PAIRS, SEEN_LABELS
 from ..data.shards import Shards
 from ..embedder import VisionEmbedder
-from ..evaluate.metrics import ConfusionMatrix, class_scores, label_map, patch_labels, patch_shares
+from ..evaluate.metrics import ScoreCounts, class_scores, patch_shares
 from .toy_clip import normalise, tokenizer
 
 METHODS = {
@@ -52,27 +52,22 @@ def evaluate(clip: open_clip.CLIP, embedders: dict[str, VisionEmbedder], data: S
     accuracy: share of the patches whose majority (at least half) is a pair of the group that get that very class.
     """
     texts = clip.encode_text(tokenizer()(list(CLASSES)), normalize=True)
-    pixels, patches = ({name: ConfusionMatrix(len(CLASSES)) for name in METHODS} for _ in range(2))
+    counts = {name: ScoreCounts(len(CLASSES)) for name in METHODS}
     chooser = _Rows()
     for batch in loader(data, 64):
         masks = batch["mask"]
         tokens = patch_tokens(clip.visual, normalise(batch["image"]))
         side = round(tokens.shape[1] ** 0.5)
-        shares = patch_shares(masks, len(CLASSES), (side, side))
-        truth = patch_labels(shares)
-        scores = {"clip": class_scores(tokens @ clip.visual.proj, texts), "oracle": shares}
+        scores = {"clip": class_scores(tokens @ clip.visual.proj, texts)}
+        scores["oracle"] = patch_shares(masks, len(CLASSES), (side, side))
         scores |= {name: class_scores(embedder(tokens), texts) for name, embedder in embedders.items()}
-        maps = {"truth": masks.long()}
-        for name in METHODS:
-            maps[name] = label_map(scores[name], masks.shape[1:])
-            pixels[name].update(masks, maps[name])
-            patches[name].update(truth, scores[name].argmax(1))
+        maps = {"truth": masks.long()} | {name: counts[name].update(masks, scores[name]) for name in METHODS}
         chooser.offer(batch["image"], maps)
     metrics = {
         name: {
             group: {
-                "miou": _finite(pixels[name].miou(labels)),
-                "patch_accuracy": _finite(patches[name].accuracy(labels)),
+                "miou": finite(counts[name].pixels.miou(labels)),
+                "patch_accuracy": finite(counts[name].patches.accuracy(labels)),
             }
             for group, labels in GROUPS.items()
         }
@@ -115,6 +110,11 @@ class _Rows:
         return [Row(title, row.image, row.maps) for title, row in zip(titles, chosen, strict=True)]
 
 
-def _finite(value: float) -> float | None:
-    """JSON has no NaN."""
+def finite(value: float) -> float | None:
+    """The value, or None for NaN, which JSON does not have."""
     return None if math.isnan(value) else value
+
+
+def percent(value: float | None) -> str:
+    """A fraction as tables have it."""
+    return "-" if value is None else f"{100 * value:.1f}"

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -35,7 +34,8 @@ from ..progress import Progress, quiet
 from ..segment.predict import Segmenter
 from ..segment.prompts import TEMPLATES, class_texts
 from ..towers import Towers
-from . import evaluation, loops
+from . import evaluation
+from .evaluation import finite
 from .toy_clip import CONFIG
 
 STRIDES = (1, 2, 4)
@@ -48,11 +48,6 @@ SCORES = {
     "pacl": "φ of PACL",
 }
 GROUPS = {**evaluation.GROUPS, "backgrounds": tuple(range(len(PAIRS), len(CLASSES)))}
-# φ tends to the cosine of the mean patch, which the control was trained with, as its temperature grows.
-NOTES = {
-    "pacl": {"form": "cosine", "attn_temperature": loops.ATTN_TEMPERATURE},
-    "mean_pooling": {"form": "cosine", "attn_temperature": 1e4},
-}
 PER_PAIR = 30  # evaluation scenes for each scene with one shape of a pair
 STRIDE_SHARE = 3  # strides are measured on a third of the scenes: at stride 4 there are 13 times as many tokens
 COHERENCE_PAIRS = 200_000
@@ -99,7 +94,7 @@ class _Scenes(Pairs):
 
 @dataclass(frozen=True)
 class Models:
-    """towers: the demo's frozen CLIP. embedders: of METHODS, None for CLIP's own projection."""
+    """towers: the demo's frozen CLIP. embedders: "pacl" and "mean_pooling", and "clip", None for its own projection."""
 
     towers: Towers
     embedders: dict[str, VisionEmbedder | None]
@@ -110,13 +105,6 @@ class Models:
 
     def scorer(self, name: str) -> Scorer:
         return Scorer(self.towers, self.embedders["clip" if name == "clip_patches" else name], plain=name == "clip")
-
-
-def models(towers: Towers, embedders: dict[str, VisionEmbedder]) -> Models:
-    """Of the demo's embedders "pacl" and "mean_pooling", which get the form and temperature they score an image by."""
-    for name, scores in NOTES.items():
-        embedders[name].config |= scores
-    return Models(towers, {"clip": None, **embedders})
 
 
 def read_scenes(shards: Sequence[Path]) -> list[Raw]:
@@ -206,8 +194,8 @@ def _segmentation(models: Models, data: SceneData, strides: Sequence[int], part:
             with part():
                 predict = SegmenterPredictor(models.towers, models.embedders[method], data, rules)
                 measured = evaluate_segmentation(data, predict, rules)
-            values = {group: _finite(measured.matrix.miou(labels)) for group, labels in GROUPS.items()}
-            found[method][str(stride)] = values | {"pixels_right": _finite(measured.matrix.accuracy())}
+            values = {group: finite(measured.matrix.miou(labels)) for group, labels in GROUPS.items()}
+            found[method][str(stride)] = values | {"pixels_right": finite(measured.matrix.accuracy())}
     return found | {"chance_miou": measured.chance / 100}
 
 
@@ -258,11 +246,6 @@ def _classification(models: Models, singles: list[tuple[Tensor, int]], part: Cal
         groups = {"all": tuple(range(len(PAIRS))), "seen": SEEN_LABELS, "held_out": HELD_OUT_LABELS}
         found[name] = {group: accuracies(count[:, labels])["acc1"] for group, labels in groups.items()}
     return found
-
-
-def _finite(value: float) -> float | None:
-    """JSON has no NaN."""
-    return None if math.isnan(value) else value
 
 
 def _same(image: Image.Image) -> Image.Image:

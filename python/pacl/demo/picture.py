@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..data.scenes import BACKGROUNDS, COLOURS, HELD_OUT, PAIRS, PATTERNS, background_texture, paint
 from ..files import write_bytes
-from .evaluation import Evaluation
+from .evaluation import Evaluation, percent
 
 SCALE = 3  # pixels per scene pixel
 CELL, GAP, LEFT, TOP, LEGEND = 64 * SCALE, 12, 24, 92, 330
@@ -100,8 +100,7 @@ def _legend(sheet: Image.Image, draw: ImageDraw.ImageDraw, x: int, y: int) -> No
 
 
 def _miou(evaluation: Evaluation, method: str) -> str:
-    seen, held_out = (evaluation.metrics[method][group]["miou"] for group in ("seen", "held_out"))
-    seen, held_out = ("-" if value is None else f"{100 * value:.1f}" for value in (seen, held_out))
+    seen, held_out = (percent(evaluation.metrics[method][group]["miou"]) for group in ("seen", "held_out"))
     return f"mIoU {seen} %, held out {held_out} %"
 
 

@@ -17,8 +17,8 @@ from ..page import Page, Picture
 from ..segment.draw import png
 from ..segment.prompts import TEMPLATES, class_texts
 from ..towers import load_towers
-from .evaluation import Evaluation, Row
-from .full import METHODS, PER_PAIR, SCORES, STRIDES, TOKENS, Models, measure, models, read_scenes
+from .evaluation import Evaluation, Row, percent
+from .full import METHODS, PER_PAIR, SCORES, STRIDES, TOKENS, Models, measure, read_scenes
 from .picture import legend_picture, photo, textured
 
 GROUP_NAMES = {"all": "all", "seen": "seen pairs", "held_out": "held-out pairs", "backgrounds": "backgrounds"}
@@ -32,7 +32,7 @@ def write_report(
 
     embedders: "pacl" and "mean_pooling". evaluation: whose rows are the pictures. settings: of the run, by name.
     """
-    made = models(load_towers(f"local-dir:{out / 'clip'}"), embedders)
+    made = Models(load_towers(f"local-dir:{out / 'clip'}"), {"clip": None, **embedders})
     full = {"settings": settings, **measure(made, read_scenes(shards), settings["seed"])}
     write_bytes(out / "full.json", (json.dumps(full, indent=1, allow_nan=False) + "\n").encode())
     write_bytes(out / "report.html", report(full, pictures(made, evaluation.rows)).render())
@@ -92,13 +92,13 @@ def _patch_accuracy(page: Page, found: dict[str, Any]) -> None:
     page.text(
         "The class of a patch is the one that covers at least half of it. It is right if that class's words are "
         f"the most similar of all {len(CLASSES)} classes', or of those of the classes in its image, which is "
-        f"easier: chance is {_percent(found['chance_image_classes'])} % there and {_percent(1 / len(CLASSES))} % "
+        f"easier: chance is {percent(found['chance_image_classes'])} % there and {percent(1 / len(CLASSES))} % "
         "among all."
     )
     groups = ("seen", "held_out", "backgrounds")
     for key, words in (("all_classes", "among all classes"), ("image_classes", "among the image's classes")):
         rows = [
-            [label, *(_percent(found[method].get(group, {}).get(f"patch_accuracy_{key}")) for group in groups)]
+            [label, *(percent(found[method].get(group, {}).get(f"patch_accuracy_{key}")) for group in groups)]
             for method, label in METHODS.items()
         ]
         page.table(["", *map(GROUP_NAMES.get, groups)], rows, f"Patches right {words}, percent", _best(rows))
@@ -115,7 +115,7 @@ def _coherence(page: Page, found: dict[str, Any]) -> None:
         "other in colour and in pattern, so theirs are the easiest to tell apart."
     )
     groups = ("all", "seen", "held_out")
-    rows = [[label, *(_percent(found[x].get(g, {}).get("auc")) for g in groups)] for x, label in TOKENS.items()]
+    rows = [[label, *(percent(found[x].get(g, {}).get("auc")) for g in groups)] for x, label in TOKENS.items()]
     page.table(["", *map(GROUP_NAMES.get, groups)], rows, "AUC, percent", _best(rows))
     for group in groups:
         lines = {label: tuple(found[x][group]["roc"].values()) for x, label in TOKENS.items() if group in found[x]}
@@ -129,16 +129,16 @@ def _segmentation(page: Page, full: dict[str, Any]) -> None:
     page.heading("Segmentation")
     page.text(
         f"All {len(CLASSES)} classes compete in every pixel; chance is an mIoU of "
-        f"{_percent(found['chance_miou'])}. The stride trick moves CLIP's patches by a half (2x) or a quarter "
+        f"{percent(found['chance_miou'])}. The stride trick moves CLIP's patches by a half (2x) or a quarter "
         "(4x) of their size, which makes the grid of tokens finer without any training."
     )
     groups = ("seen", "held_out", "backgrounds")
-    rows = [[label, *(_percent(found[x]["1"][group]) for group in groups)] for x, label in METHODS.items()]
+    rows = [[label, *(percent(found[x]["1"][group]) for group in groups)] for x, label in METHODS.items()]
     caption = f"mIoU of {found['scenes']} scenes, stride 1x, percent"
     page.table(["", *map(GROUP_NAMES.get, groups)], rows, caption, _best(rows))
     head = ["", *(f"{GROUP_NAMES[group]} {n}x" for group in groups for n in STRIDES)]
     rows = [
-        [label, *(_percent(strides[x][str(n)][group]) for group in groups for n in STRIDES)]
+        [label, *(percent(strides[x][str(n)][group]) for group in groups for n in STRIDES)]
         for x, label in METHODS.items()
     ]
     page.table(head, rows, f"mIoU of the first {strides['scenes']} scenes, by stride, percent", _best(rows))
@@ -156,7 +156,7 @@ def _retrieval(page: Page, found: dict[str, Any]) -> None:
     head = ["", *(f"{words} R@{k}" for words in WAYS.values() for k in RECALLS)]
     for name, each in found.items():
         rows = [
-            [label, *(_percent(each[score][f"{way}_R@{k}"]) for way in WAYS for k in RECALLS)]
+            [label, *(percent(each[score][f"{way}_R@{k}"]) for way in WAYS for k in RECALLS)]
             for score, label in SCORES.items()
         ]
         caption = (
@@ -171,10 +171,10 @@ def _classification(page: Page, found: dict[str, Any]) -> None:
         f"{found['images']} further scenes with exactly one shape on a background, "
         f"{found['images'] // len(PAIRS)} of each pair (one for {PER_PAIR} evaluation scenes); the words of the "
         f"{len(PAIRS)} pairs compete, no background's. Not crops: what surrounds the shape is in the image. "
-        f"Chance is {_percent(1 / found['classes'])} %."
+        f"Chance is {percent(1 / found['classes'])} %."
     )
     groups = ("all", "seen", "held_out")
-    rows = [[label, *(_percent(found[score][group]) for group in groups)] for score, label in SCORES.items()]
+    rows = [[label, *(percent(found[score][group]) for group in groups)] for score, label in SCORES.items()]
     page.table(["", *map(GROUP_NAMES.get, groups)], rows, "Top-1 accuracy, percent", _best(rows))
 
 
@@ -190,7 +190,3 @@ def _best(rows: list[list[str]]) -> set[tuple[int, int]]:
         values = [float(row[j]) if row[j] != "-" else -1.0 for row in rows]
         found |= {(i, j) for i, value in enumerate(values) if value == max(values) >= 0}
     return found
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f}"

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import json
-import math
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import open_clip
 import torch
-from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
-from ..backbones import freeze, patch_tokens
+from ..backbones import freeze
 from ..data import scenes
-from ..data.samples import loader
 from ..data.scene_shards import write_scenes
 from ..data.shards import Shards
 from ..embedder import VisionEmbedder, save_embedder
@@ -24,10 +20,21 @@ from ..files import write_bytes
 from ..progress import Progress
 from ..sharing import describe_towers
 from ..towers import load_towers
-from . import loops
-from .evaluation import Evaluation, evaluate
+from ..training.model import Trainable
+from ..training.trainer import Trainer
+from .evaluation import Evaluation, evaluate, percent
 from .picture import draw_picture
-from .toy_clip import new_clip, normalise, save_clip, tokenizer
+from .toy_clip import new_clip, save_clip
+from .training import (
+    ATTN_TEMPERATURE,
+    MEAN_POOLING,
+    OnePatch,
+    clip_config,
+    clip_pairs,
+    embedder_config,
+    embedder_pairs,
+    frozen_features,
+)
 
 
 @dataclass(frozen=True)
@@ -78,7 +85,6 @@ class Trained:
             if name == "clip":
                 save_clip(self.clip, target, **notes)
             else:
-                notes |= {"form": "cosine", "attn_temperature": loops.ATTN_TEMPERATURE}
                 towers = describe_towers(load_towers(f"local-dir:{folder / 'clip'}"), target)
                 save_embedder(self.embedders["pacl"], target, towers, **notes)
             lines.append(f"{target}: {stage.label}, {stage.done} of {stage.total} steps")
@@ -131,44 +137,32 @@ def _write_scenes(config: DemoConfig, folder: Path) -> tuple[list[Path], list[Pa
 
 
 def _train_clip(trained: Trained, shards: list[Path]) -> None:
-    config, encode = trained.config, tokenizer()
-
-    def batches() -> Iterator[tuple[Tensor, Tensor]]:
-        data = Shards(shards, shuffle=2000, seed=config.seed, repeat=True)
-        for batch in loader(data, config.batch_size, drop_last=True):
-            yield normalise(batch["image"]), encode(batch["caption"])
-
+    config, settings = trained.config, clip_config(trained.config.clip_steps, trained.config.batch_size)
+    batches = clip_pairs(shards, config.batch_size, config.seed)
     with Progress("CLIP", config.clip_steps) as trained.stages["clip"]:
-        loops.train_clip(trained.clip, batches(), trained.stages["clip"])
+        trainer = Trainer(OnePatch(trained.clip), settings, config.clip_steps)
+        trainer.run(batches, trained.stages["clip"].step)
     freeze(trained.clip)
 
 
 def _train_embedders(trained: Trained, shards: list[Path]) -> None:
     """PACL's embedder and the control's, from the same initial weights, on the same batches."""
-    config = trained.config
+    config, steps = trained.config, trained.config.embedder_steps
     tokens, texts = frozen_features(trained.clip, shards, min(config.embedder_scenes, config.train_scenes))
-    for name, label, loss in (("pacl", "PACL", loops.pacl), ("mean_pooling", "Mean pooling", loops.mean_pooling)):
+    for name, label, temperature in (
+        ("pacl", "PACL", ATTN_TEMPERATURE),
+        ("mean_pooling", "Mean pooling", MEAN_POOLING),
+    ):
+        settings = embedder_config(steps, config.batch_size, attn_temperature=temperature)
         torch.manual_seed(config.seed)
-        embedder = trained.embedders[name] = VisionEmbedder(tokens.shape[2], texts.shape[1])
-        with Progress(label, config.embedder_steps) as progress:
-            trained.stages[name] = progress
-            loops.train_embedder(
-                embedder, loss, tokens, texts, progress, batch_size=config.batch_size, seed=config.seed
-            )
+        embedder = VisionEmbedder(
+            tokens.shape[2], texts.shape[1], form=settings.form, attn_temperature=settings.attn_temperature
+        )
+        trained.embedders[name] = embedder
+        with Progress(label, steps) as trained.stages[name]:
+            batches = embedder_pairs(tokens, texts, config.batch_size, config.seed)
+            Trainer(Trainable(embedder, settings), settings, steps).run(batches, trained.stages[name].step)
         freeze(embedder)
-
-
-def frozen_features(clip: open_clip.CLIP, shards: list[Path], count: int) -> tuple[Tensor, Tensor]:
-    """Patch tokens [count, N, width] and text embeddings [count, D] of the first `count` scenes."""
-    encode, tokens, texts = tokenizer(), [], []
-    with Progress("Frozen tokens", count, unit="scene") as progress:
-        for batch in loader(Shards(shards), 64):
-            tokens.append(patch_tokens(clip.visual, normalise(batch["image"])))
-            texts.append(clip.encode_text(encode(batch["caption"]), normalize=True))
-            progress.step(count=min(len(texts[-1]), count - progress.done))
-            if progress.done >= count:
-                break
-    return torch.cat(tokens)[:count], torch.cat(texts)[:count]
 
 
 def _summary(config: DemoConfig, evaluation: Evaluation, metrics: dict, out: Path) -> str:
@@ -179,7 +173,7 @@ def _summary(config: DemoConfig, evaluation: Evaluation, metrics: dict, out: Pat
     ]
     for name, label in evaluation.methods.items():
         seen, held_out = metrics[name]["seen"], metrics[name]["held_out"]
-        values = [_percent(part[key]) for part in (seen, held_out) for key in ("miou", "patch_accuracy")]
+        values = [percent(part[key]) for part in (seen, held_out) for key in ("miou", "patch_accuracy")]
         rows.append(f"{label:<20}{values[0]:>6}{values[1]:>9}{values[2]:>12}{values[3]:>9}")
     return "\n".join(
         [
@@ -206,7 +200,3 @@ def _next(evaluation: Evaluation, out: Path) -> list[str]:
     words = ",".join(scenes.CLASSES[label] for label in row.maps["truth"].unique().tolist())
     command = f'pacl look {out / "scene.png"} --words "{words}" --templates none --checkpoint {out / "embedder"}'
     return [f"Next: open {out / 'segmentation.png'}, then", f"  {command} --out {out / 'look'}"]
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None or math.isnan(value) else f"{100 * value:.1f}"

@@ -64,6 +64,24 @@ def patch_truth(labels: Tensor, grid: tuple[int, int]) -> Tensor:
     return torch.tensor([*present, IGNORED])[found]
 
 
+class ScoreCounts:
+    """How well scores on the patches' grid segment: their enlarged maps pixel by pixel, and patch by patch.
+
+    `pixels` and `patches` are confusion matrices of all that was counted.
+    """
+
+    def __init__(self, classes: int):
+        self.pixels, self.patches = ConfusionMatrix(classes), ConfusionMatrix(classes)
+
+    def update(self, masks: Tensor, scores: Tensor) -> Tensor:
+        """Count scores [B, K, h, w] of images with labels [B, H, W]; returns their label maps [B, H, W]."""
+        labels = label_map(scores, masks.shape[1:]).cpu()
+        self.pixels.update(masks, labels)
+        truth = patch_labels(patch_shares(masks, scores.shape[1], scores.shape[2:]))
+        self.patches.update(truth, scores.argmax(1).cpu())
+        return labels
+
+
 def add_hits(counts: Tensor, labels: Tensor, *hits: Tensor) -> None:
     """Add to counts [1 + n, K], in place: how many there are of each of `labels`, and how many that each hit marks."""
     for row, hit in zip(counts, (torch.ones_like(labels, dtype=torch.bool), *hits), strict=True):

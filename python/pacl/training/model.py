@@ -25,11 +25,12 @@ class Trainable(nn.Module):
     Frozen towers stay outside: checkpoints, DDP and an average of the weights have no business with them.
     """
 
-    def __init__(self, embedder: VisionEmbedder, config: TrainConfig, towers: Towers):
+    def __init__(self, embedder: VisionEmbedder, config: TrainConfig, towers: Towers | None = None):
         super().__init__()
         self.embedder = embedder
-        self.visual = towers.visual if "visual" in towers.trained else None
-        self.text = towers.text if "text" in towers.trained else None
+        trained = [] if towers is None else towers.trained
+        self.visual = towers.visual if "visual" in trained else None
+        self.text = towers.text if "text" in trained else None
         self.log_scale = nn.Parameter(torch.tensor(math.log(config.logit_scale)), config.learn_logit_scale)
         self.log_temperature = self.bias = None
         if config.learn_attn_temperature:

@@ -64,6 +64,11 @@ class Trainer:
             eps=config.eps,
         )
 
+    def run(self, batches: Iterable[dict[str, Tensor]], after: Callable[[Tensor], Any] = lambda loss: None) -> None:
+        """All steps, on one batch each; `after` is called with the loss of each."""
+        for number, pairs in zip(range(self.steps), batches, strict=False):
+            after(self.step(number, pairs))
+
     def step(self, number: int, pairs: dict[str, Tensor], watch: Callable[..., Any] | None = None) -> Tensor:
         """Step `number`, counted from 0, on {"images": ..., "texts": ...}, which `model` takes; returns the loss.
 

@@ -14,15 +14,7 @@ from torch import Tensor
 from pacl_kernels import compatibility
 
 from ..data.samples import BadData, Samples, loader, no_image
-from ..evaluate.metrics import (
-    IGNORE,
-    ConfusionMatrix,
-    Retrieval,
-    class_scores,
-    label_map,
-    patch_labels,
-    patch_shares,
-)
+from ..evaluate.metrics import IGNORE, Retrieval, ScoreCounts, class_scores
 from ..processes import place_in
 from ..segment.prompts import best_synonym, read_classes
 from ..towers import Towers
@@ -136,7 +128,7 @@ class Validation:
     def _segmentation(self, model: Trainable) -> dict[str, float]:
         words, synonyms = sum(self.classes, []), [len(each) for each in self.classes]
         texts = model.texts_of(words, self.towers).float()
-        pixels, patches = (ConfusionMatrix(len(self.classes)) for _ in range(2))
+        counts = ScoreCounts(len(self.classes))
         samples = iter(self._read(self.labelled, 1))  # masks have the sizes of their images
         while part := list(itertools.islice(samples, SEGMENTED)):
             images = torch.cat([sample["image"] for sample in part])
@@ -151,12 +143,10 @@ class Validation:
                         f"val_segmentation: {sample['key'][0]} has label {int(wrong[0])}, expected {IGNORE} or, as "
                         f"--val-classes has {len(self.classes)} lines, 0 to {len(self.classes) - 1}"
                     )
-                pixels.update(mask, label_map(score, mask.shape[1:]).cpu())
-                truth = patch_labels(patch_shares(mask, len(self.classes), score.shape[2:]))
-                patches.update(truth, score.argmax(1).cpu())
-        for matrix in (pixels, patches):
+                counts.update(mask, score)
+        for matrix in (counts.pixels, counts.patches):
             matrix.all_reduce(self.group)
-        return {"mIoU": pixels.miou(), "patch_accuracy": patches.accuracy()}
+        return {"mIoU": counts.pixels.miou(), "patch_accuracy": counts.patches.accuracy()}
 
 
 class _Squashed:
