@@ -13,17 +13,22 @@ OF_MODEL = "--checkpoint --model --pretrained --templates --stride --max-image-p
 OF_IMAGES = (
     f"{OF_MODEL} --words --classes --short-side --window --window-stride --threshold --entropy --logit-scale --out"
 )
+OF_PAIRS = "--dataset-type --csv-separator --csv-img-key --csv-caption-key --image-root --help"
 OF_TASKS = "--checkpoint --model --pretrained --out --device"
 OF_DATA = f"{OF_TASKS} --data-root --dataset --class-file --limit --partial"
 OPTIONS = {
     "look": f"{OF_IMAGES} --scale",
     "segment": OF_IMAGES,
     "serve": f"{OF_MODEL} --port --examples --no-browser",
+    "data pack": f"{OF_PAIRS} --scenes --masks --max-image-pixels --out --shard-size --shuffle --seed",
+    "data check": f"{OF_PAIRS} --scenes --masks --max-image-pixels --sample --json",
+    "demo": "--out --quick --full --seed --threads --clip-steps --embedder-steps --help",
+    "doctor": "--json --help",
+    "evaluate": "--help",
 }
 EVALUATE_OPTIONS = {
     "segmentation": f"{OF_DATA} --protocol --stride --threshold --check",
-    "retrieval": f"{OF_TASKS} --data --dataset-type --image-root --csv-separator --csv-img-key --csv-caption-key "
-    "--scenes --plain --batch-size --workers",
+    "retrieval": f"{OF_TASKS} {OF_PAIRS} --data --scenes --plain --batch-size --workers",
     "alignment": f"{OF_DATA} --short-side --templates --plain",
     "coherence": f"{OF_DATA} --short-side --patches --pairs --seed",
     "classification": f"{OF_DATA} --templates --no-plain --batch-size --workers",
@@ -56,7 +61,7 @@ def test_help_names_all_options_and_does_not_wait_for_torch(command):
         import sys
         from pacl.cli import main
         try:
-            main(["{command}", "--help"])
+            sys.exit(main([*"{command}".split(), "--help"]))
         finally:
             assert "torch" not in sys.modules"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

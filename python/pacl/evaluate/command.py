@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-import torch.distributed as dist
+from functools import partial
 
 from ..commands import run_command
 
@@ -21,9 +20,16 @@ TASKS = {
 
 def main(argv: Sequence[str], prog: str = "pacl evaluate") -> int:
     """Run `pacl evaluate` with these arguments; returns its exit status."""
+    run = partial(
+        run_command, TASKS, argv, prog, "Measures of a model on data sets, each with a JSON file of its result."
+    )
+    if not argv or argv[0] not in TASKS:
+        return run()
+    import torch.distributed as dist  # torch takes seconds, which a list of tasks has not
+
     mine = not dist.is_initialized()  # a caller's group stays
     try:
-        return run_command(TASKS, argv, prog, "Measures of a model on data sets, each with a JSON file of its result.")
+        return run()
     finally:
         if mine and dist.is_initialized():
             dist.destroy_process_group()
