@@ -24,9 +24,12 @@ def quiet() -> Iterator[None]:
 
 
 class Progress:
-    """Counts `total` steps of `label` on standard error; as a context manager it ends its bar on an interrupt."""
+    """Counts `total` steps of `label` on standard error; as a context manager it ends its bar on an interrupt.
 
-    def __init__(self, label: str, total: int, unit: str = "step"):
+    total: None where it is not known; then only a terminal shows anything.
+    """
+
+    def __init__(self, label: str, total: int | None, unit: str = "step"):
         self.label, self.total, self.unit = label, total, unit
         self.done = 0
         self._loss = ""
@@ -45,7 +48,7 @@ class Progress:
     def step(self, loss=None, count: int = 1) -> None:
         """Count `count` more; `loss` (number or tensor) is read, and shown, only when a line is due."""
         before, self.done = self.done, self.done + count
-        due = self.done * 10 // self.total > before * 10 // self.total
+        due = self.total is not None and self.done * 10 // self.total > before * 10 // self.total
         if loss is not None and (due or (self._bar is not None and self.done % 10 == 0)):
             self._loss = f"loss {float(loss):.3f}"
         if self._bar is not None:

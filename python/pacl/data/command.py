@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from ..progress import Progress
 from .flags import PairFlags
 
 if TYPE_CHECKING:
@@ -69,8 +70,6 @@ def main(argv: Sequence[str], prog: str = "pacl data") -> int:
 
 
 def _pack(config: PackConfig) -> int:
-    from tqdm import tqdm
-
     from .check import EXAMPLES
     from .pack import pack
     from .samples import no_image
@@ -80,8 +79,8 @@ def _pack(config: PackConfig) -> int:
         transform=no_image,
         on_skip=lambda *reason_key_error: bad.append(reason_key_error) if len(bad) < EXAMPLES else None,
     )
-    with tqdm(unit=" pairs", disable=None) as bar:
-        sizes = pack(source, config.out, shard_size=config.shard_size, progress=bar.update)
+    with Progress("Packed", None, "pair") as progress:
+        sizes = pack(source, config.out, shard_size=config.shard_size, progress=progress.step)
     for reason, key, error in bad:
         print(f"bad: {key}: {reason}: {error}")
     if not sizes:

@@ -14,7 +14,6 @@ import torch
 import tyro
 from safetensors.torch import save
 from torch import Tensor
-from tqdm import tqdm
 
 from ..data.features import MANIFEST, NOUNS, TOWERS, read_manifest, shard_files, stored_records, write_shard
 from ..data.flags import TrainingDataFlags
@@ -22,6 +21,7 @@ from ..data.samples import BadData, Samples, loader
 from ..data.texts import PROMPTS, noun_finder
 from ..files import write_bytes
 from ..processes import choose_device
+from ..progress import Progress
 from ..sharing import describe_towers
 from ..towers import load_towers
 
@@ -100,12 +100,14 @@ def _write(config: FeaturesConfig) -> None:
     # With all captions of an image, of which training takes one an epoch.
     source = config.open(config.train_data, transform=encoder.towers.transform, captions="all")
     done = shard_files(config.out)
-    print(_estimate(config, encoder, source.count() - sum(shard["count"] for shard in done)), flush=True)
+    count = max(0, source.count() - sum(shard["count"] for shard in done))
+    print(_estimate(config, encoder, count), flush=True)
     if config.dry_run:
         return
     write_bytes(config.out / MANIFEST, json.dumps(manifest, indent=2).encode())
-    for number, shard in enumerate(_shards(config, encoder, source), len(done)):
-        write_shard(config.out, number, *shard)
+    with Progress("Features", max(1, count), "image") as progress:
+        for number, shard in enumerate(_shards(config, encoder, source, progress), len(done)):
+            write_shard(config.out, number, *shard)
     if config.nouns:
         find = noun_finder(config.nouns)
         records = stored_records(config.out)
@@ -158,7 +160,7 @@ def _estimate(config: FeaturesConfig, encoder: Encoder, count: int) -> str:
     patches, width = encoder.tokens(image).shape[1:]
     dim = encoder.towers.widths[1]
     # A kilobyte is more than most keys, captions and offsets take.
-    size = max(0, count) * (patches * width * encoder.dtype.itemsize + 4 * dim + 1024)
+    size = count * (patches * width * encoder.dtype.itemsize + 4 * dim + 1024)
     folder = next(path for path in (config.out, *config.out.absolute().parents) if path.exists())
     free = shutil.disk_usage(folder).free
     if size > free:
@@ -172,7 +174,9 @@ def _estimate(config: FeaturesConfig, encoder: Encoder, count: int) -> str:
     )
 
 
-def _shards(config: FeaturesConfig, encoder: Encoder, source: Samples) -> Iterator[tuple[Tensor, Tensor, list[dict]]]:
+def _shards(
+    config: FeaturesConfig, encoder: Encoder, source: Samples, progress: Progress
+) -> Iterator[tuple[Tensor, Tensor, list[dict]]]:
     """Tokens, texts and records of each shard that is not there yet."""
     workers = min(config.workers, source.most_workers)
     # A worker's samples come in its order: what is there of them is their beginning.
@@ -188,13 +192,14 @@ def _shards(config: FeaturesConfig, encoder: Encoder, source: Samples) -> Iterat
     )
     tokens, texts, records = [], [], []
     try:
-        for batch in tqdm(batches, unit=" batches", disable=None):
+        for batch in batches:
             captions = batch["captions"]
             tokens += encoder.tokens(batch["image"])
             texts += encoder.texts(sum(captions, [])).split([len(each) for each in captions])
             where = zip(batch["worker"].tolist(), batch["place"][1].tolist(), strict=True)
             for key, each, place in zip(batch["key"], captions, where, strict=True):
                 records.append({"key": key, "captions": each, "place": place})
+            progress.step(count=len(captions))
             while len(records) >= config.shard_size:
                 yield _take(config.shard_size, tokens, texts, records)
     except BadData as error:
