@@ -33,9 +33,9 @@ from pacl.data import scenes
 from pacl.demo import toy_clip
 from pacl.demo.training import ATTN_TEMPERATURE, OnePatch, clip_config, embedder_config, embedder_pairs
 from pacl.embedder import VisionEmbedder
+from pacl.evaluate.metrics import ScoreCounts, class_scores
 from pacl.files import write_bytes
 from pacl.progress import Progress
-from pacl.segmentation import ScoreCounts, class_scores
 from pacl.training.model import Trainable
 from pacl.training.trainer import Trainer
 from report import machine

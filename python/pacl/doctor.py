@@ -1,97 +1,20 @@
-"""`pacl doctor`: what can run here, what is missing and how to get it, and whether the loss computes what it should."""
+"""The command line of `pacl doctor`: what can run here, what is missing and how to get it, and a self-check."""
 
 from __future__ import annotations
 
-import importlib.metadata
+import argparse
 import json
-import math
-import os
-import platform
-import shutil
-from collections.abc import Iterator
-from typing import Any
-
-import torch
-
-import pacl_kernels
-from pacl_kernels import available_backends, backends, fused_pacl_loss, reference
-from pacl_kernels.checks import FORMS
-from pacl_kernels.native import native
-
-PACKAGES = ("torch", "triton", "numpy", "open_clip_torch", "timm", "torchvision", "webdataset", "safetensors", "pillow")
-# The largest norm of a difference over the norm of the truth; dtypes are tried in this order.
-TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+from collections.abc import Sequence
 
 
-def report() -> dict[str, Any]:
-    """Plain values only: what `--json` prints. Nothing of the environment but what is named here."""
-    return {
-        "pacl_kernels": pacl_kernels.__version__,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "packages": {name: _version(name) for name in PACKAGES},
-        "cpu": {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "isa": _cpu_isa()},
-        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        "disk_free_gib": round(shutil.disk_usage(".").free / 2**30, 1),
-        "backends": available_backends(),
-        "checks": {name: self_check(name) for name in _checkable()},
-    }
-
-
-def self_check(backend: str) -> dict[str, Any]:
-    """A backend's loss and gradients against the reference in float64, on a device and in a dtype that it accepts.
-
-    `error` is the largest relative error, None if there is no finite one. `failure` is a sentence, None if all is well.
-    """
-    target = _target(backend)
-    if target is None:
-        return _result(failure="it takes none of the devices and dtypes that are tried here")
-    device, dtype = target
-    found = _result(device=device, dtype=str(dtype).removeprefix("torch."), tolerance=TOLERANCES[dtype])
-    try:
-        error = max(_errors(backend, device, dtype))
-    except Exception as reason:  # whatever a backend raises here is what the report is for
-        found["failure"] = f"{type(reason).__name__}: {next(iter(str(reason).strip().splitlines()), 'no message')}"
-        return found
-    if not math.isfinite(error):
-        found["failure"] = "an answer is not finite"
-        return found
-    found["error"] = error
-    if error > TOLERANCES[dtype]:
-        found["failure"] = f"its error is {error:.1e}, expected at most {TOLERANCES[dtype]:.0e}"
-    return found
-
-
-def _result(**known) -> dict[str, Any]:
-    return {"device": None, "dtype": None, "error": None, "tolerance": None, "failure": None} | known
-
-
-def _target(backend: str) -> tuple[str, torch.dtype] | None:
-    """The first device, a GPU before the CPU, and the first dtype that the backend accepts."""
-    devices = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
-    why_not = backends.get(backend).why_not
-    targets = ((device, dtype) for device in devices for dtype in TOLERANCES)
-    return next((target for target in targets if why_not(torch.device(target[0]), target[1]) is None), None)
-
-
-def _errors(backend: str, device: str, dtype: torch.dtype) -> Iterator[float]:
-    """Norm of the difference over norm of the truth, of each loss and gradient; infinite where one is not finite."""
-    generator = torch.Generator().manual_seed(0)
-    patches, texts = (torch.randn(*shape, generator=generator).to(dtype) for shape in ((5, 49, 96), (5, 96)))
-    for form in FORMS:
-        options = {"attn_temperature": 0.1, "form": form}
-        exact = [x.double().requires_grad_() for x in (patches, texts)]
-        truth = reference.pacl_loss(*exact, 10.0, **options)
-        inputs = [x.to(device).requires_grad_() for x in (patches, texts)]
-        value = fused_pacl_loss(*inputs, 10.0, **options, backend=backend)
-        answers = [value, *torch.autograd.grad(value, inputs)]
-        for answer, true in zip(answers, [truth, *torch.autograd.grad(truth, exact)], strict=True):
-            error = ((answer.detach().cpu().double() - true).norm() / true.norm()).item()
-            yield error if math.isfinite(error) else math.inf
-
-
-def main(as_json: bool) -> int:
+def main(argv: Sequence[str], prog: str = "pacl doctor") -> int:
     """Print the report; 1 if a backend fails, or computes something else than the reference."""
+    # Not tyro: this command says that it is missing.
+    parser = argparse.ArgumentParser(prog=prog, description="What can run here, what is missing, and a self-check.")
+    parser.add_argument("--json", action="store_true", help="for a bug report")
+    as_json = parser.parse_args(argv).json
+    from .self_check import report  # torch takes seconds, which --help has not
+
     found = report()
     wrong = any(check["failure"] is not None for check in found["checks"].values())
     if as_json:
@@ -113,21 +36,3 @@ def main(as_json: bool) -> int:
             state = f"{check['error']:.1e}{where}" if check["failure"] is None else f"FAILED{where}: {check['failure']}"
         print(f"  {name:<10} {state}")
     return int(wrong)
-
-
-def _checkable() -> list[str]:
-    """Backends that run here at a usual speed, Triton's interpreter not among them."""
-    found = [name for name, reason in available_backends().items() if reason is None and name != "reference"]
-    return [name for name in found if name != "triton" or torch.cuda.is_available()]
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _cpu_isa() -> str | None:
-    module = native()
-    return None if module is None else module.cpu_isa()

@@ -1,11 +1,15 @@
-"""Where a command runs: its device, and the processes that torchrun started."""
+"""Where a command runs: its device, the processes that torchrun started, and what they tell each other."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+
+from .progress import Progress, quiet
 
 
 def choose_device(name: str) -> torch.device:
@@ -29,3 +33,37 @@ def process_group(device: torch.device) -> dist.ProcessGroup | None:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return dist.group.WORLD
+
+
+def place_in(group: dist.ProcessGroup | None) -> tuple[int, int]:
+    """This process's number and how many there are; 0 and 1 for None."""
+    return (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
+
+
+def add_up(values: Tensor, group: dist.ProcessGroup | None) -> None:
+    """In place, the sum over all processes; exact where each entry is of one process and 0 on the others."""
+    if group is not None:
+        there = values.to(group_device(group))
+        dist.all_reduce(there, group=group)
+        values.copy_(there)
+
+
+def gather_rows(rows: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """The rows [n, D] of all processes, one process after the other. n may be 0, and D 0 there too."""
+    if group is None:
+        return rows
+    there = rows.to(group_device(group))
+    shapes = [torch.empty(2, dtype=torch.int64, device=there.device) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(shapes, torch.tensor(there.shape, device=there.device), group=group)
+    most, width = torch.stack(shapes).amax(0).tolist()
+    padded = there.new_zeros(most, width)
+    padded[: there.shape[0], : there.shape[1]] = there
+    parts = [torch.empty_like(padded) for _ in shapes]
+    dist.all_gather(parts, padded, group=group)
+    return torch.cat([part[: int(shape[0])] for part, shape in zip(parts, shapes, strict=True)]).to(rows.device)
+
+
+def shared_progress(label: str, total: int, unit: str, group: dist.ProcessGroup | None) -> Progress:
+    """Progress through this process's share of the data, which only the first process of the group shows."""
+    with quiet() if place_in(group)[0] else contextlib.nullcontext():
+        return Progress(label, max(1, total), unit)

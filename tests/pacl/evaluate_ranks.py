@@ -1,4 +1,4 @@
-"""For test_evaluate_measure.py: measures a data set in this process, or in all processes of a group; prints JSON."""
+"""For test_evaluate_segmentation.py: prints measures of a data set, from this process or all of a group, as JSON."""
 
 import json
 import os
@@ -8,8 +8,8 @@ import zlib
 import numpy as np
 import torch
 import torch.distributed as dist
-from pacl.evaluate.data import SegmentationData
-from pacl.evaluate.measure import evaluate_segmentation
+from pacl.evaluate.segmentation_data import SegmentationData
+from pacl.evaluate.segmentation_measure import evaluate_segmentation
 from pacl.evaluate.specs import protocol
 
 

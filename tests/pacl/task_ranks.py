@@ -9,7 +9,7 @@ import sys
 import torch
 import torch.distributed as dist
 from pacl.cli import main
-from pacl.evaluate.ranks import gather_rows
+from pacl.processes import gather_rows
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

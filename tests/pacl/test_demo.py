@@ -24,9 +24,9 @@ from pacl.demo.run import QUICK
 from pacl.demo.toy_clip import new_clip, normalise, tokenizer
 from pacl.demo.training import MEAN_POOLING, OnePatch, clip_config, embedder_config
 from pacl.embedder import VisionEmbedder
+from pacl.evaluate.metrics import ConfusionMatrix
 from pacl.evaluate.specs import IGNORED
 from pacl.segment.predict import Segmenter
-from pacl.segmentation import ConfusionMatrix
 from pacl.sharing import load_pacl
 from pacl.towers import Towers
 from pacl.training.model import Trainable

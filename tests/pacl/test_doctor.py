@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from pacl import doctor
+from pacl import self_check
 from pacl.cli import main
 
 from pacl_kernels import available_backends, backends
@@ -47,7 +47,7 @@ def test_report(capsys):
 def test_it_names_what_computes_something_else(capsys, monkeypatch):
     assert main(["doctor"]) == 0
     assert "FAILED" not in capsys.readouterr().out
-    monkeypatch.setitem(doctor.TOLERANCES, torch.float32, 1e-9)
+    monkeypatch.setitem(self_check.TOLERANCES, torch.float32, 1e-9)
     assert main(["doctor"]) == 1
     printed = capsys.readouterr().out
     assert "torch      FAILED (float32 on " in printed and "expected at most 1e-09" in printed

@@ -13,7 +13,8 @@ import torch
 from conftest import encode, picture
 from pacl.backbones import patch_tokens
 from pacl.cli import main
-from pacl.evaluate.labelled import KINDS, Labelled, accuracies, count_hits, spoken
+from pacl.evaluate.classification import accuracies, count_hits
+from pacl.evaluate.classification_data import KINDS, Labelled, spoken
 from pacl.segment.prompts import TEMPLATES
 from pacl.sharing import load_pacl
 from PIL import Image

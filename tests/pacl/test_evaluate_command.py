@@ -10,8 +10,8 @@ import pytest
 import torch
 from miniature import IDS, LAYOUTS, write
 from pacl.cli import main
-from pacl.evaluate.data import SegmentationData
-from pacl.evaluate.predictor import SegmenterPredictor
+from pacl.evaluate.segmentation_data import SegmentationData
+from pacl.evaluate.segmentation_measure import SegmenterPredictor
 from pacl.evaluate.specs import protocol
 from pacl.segment.predict import Segmenter
 from pacl.towers import load_towers

@@ -6,10 +6,11 @@ import re
 import numpy as np
 import pytest
 from miniature import ADE, COCO, IDS, LAYOUTS, VOC, encode_rle, mask, save, write
-from pacl.evaluate.check import check_segmentation
-from pacl.evaluate.data import SegmentationData, decode_rle
-from pacl.evaluate.specs import IGNORED, datasets, fingerprint, protocol, read_classes, spec
+from pacl.evaluate.segmentation_check import check_segmentation
+from pacl.evaluate.segmentation_data import SegmentationData, decode_rle
+from pacl.evaluate.specs import IGNORED, datasets, fingerprint, protocol, spec
 from pacl.segment.images import read_image
+from pacl.segment.prompts import read_classes
 from PIL import Image
 
 NAMED = dict(zip(IDS, LAYOUTS, strict=True))

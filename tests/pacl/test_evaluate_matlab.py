@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 from miniature import SIZES, VOC, save
-from pacl.evaluate.check import check_segmentation
-from pacl.evaluate.data import SegmentationData
+from pacl.evaluate.segmentation_check import check_segmentation
+from pacl.evaluate.segmentation_data import SegmentationData
 from pacl.evaluate.specs import IGNORED, UNKNOWN, spec
 from PIL import Image
 

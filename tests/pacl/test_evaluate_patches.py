@@ -10,8 +10,9 @@ import torch
 from miniature import mask, save
 from pacl.backbones import patch_tokens
 from pacl.cli import main
-from pacl.evaluate.data import SegmentationData
-from pacl.evaluate.patches import Coherence, coherence, patch_truth
+from pacl.evaluate.coherence import Coherence, coherence
+from pacl.evaluate.metrics import patch_truth
+from pacl.evaluate.segmentation_data import SegmentationData
 from pacl.evaluate.specs import IGNORED, spec
 from pacl.segment.predict import Segmenter
 from pacl.segment.prompts import TEMPLATES

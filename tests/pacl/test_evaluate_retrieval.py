@@ -10,9 +10,9 @@ from pacl.backbones import patch_tokens
 from pacl.cli import main
 from pacl.data.sources import open_pairs
 from pacl.evaluate import scorer as scorer_module
-from pacl.evaluate.gallery import read_gallery
-from pacl.evaluate.gallery import retrieval as measure
-from pacl.evaluate.retrieval import RECALLS, Retrieval
+from pacl.evaluate.metrics import RECALLS, Retrieval
+from pacl.evaluate.retrieval import read_gallery
+from pacl.evaluate.retrieval import retrieval as measure
 from pacl.evaluate.scorer import Scorer
 from pacl.sharing import load_pacl
 from pacl.towers import load_towers

@@ -11,9 +11,9 @@ import pytest
 import torch
 from conftest import encode, picture
 from pacl.cli import main
-from pacl.segment.command import _slug, _stems
 from pacl.segment.draw import SCALE, _fitting, heat, label_image, overlay, png, voc_palette, with_legend, word_colours
 from pacl.segment.predict import Segmenter
+from pacl.segment.run import _slug, _stems
 from pacl.sharing import load_pacl
 from PIL import Image, ImageFont
 
@@ -130,9 +130,12 @@ def test_more_classes_than_a_palette_holds(images, untrained, tmp_path):
         (["--words", "dog", "--stride", "3"], "stride: got 3, expected a divisor of the patch of 8 pixels"),
         (["--words", "dog", "--templates", "x"], "templates: got 'x', expected none"),
         (["--classes", "missing.txt"], "missing.txt"),
+        (["--classes", "gap.txt"], "classes: gap.txt line 2 is empty, expected a class in every line"),
     ],
 )
-def test_bad_arguments_are_one_line(images, untrained, tmp_path, capsys, words, message):
+def test_bad_arguments_are_one_line(images, untrained, tmp_path, capsys, monkeypatch, words, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gap.txt").write_text("dog\n\ngrass\n")
     assert run(untrained, "segment", images / "a.jpg", *words, out=tmp_path / "out") == 1
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1

@@ -8,14 +8,14 @@ import pytest
 import torch
 from open_clip.model import CLIPVisionCfg, _build_vision_tower
 from pacl.backbones import patch_tokens
-from pacl.data.samples import to_rgb
+from pacl.data.images import open_image, to_rgb
 from pacl.demo.toy_clip import new_clip, save_clip
 from pacl.embedder import VisionEmbedder
 from pacl.segment import predict
 from pacl.segment.dense import dense_tokens
 from pacl.segment.images import read_image
 from pacl.segment.predict import Dense, Segmenter, own_projection, similarity_map
-from pacl.segment.prompts import TEMPLATES, Texts, class_texts, read_classes, templates
+from pacl.segment.prompts import TEMPLATES, Texts, best_synonym, class_texts, read_classes, templates
 from pacl.towers import load_towers
 from PIL import Image
 from torch.nn import functional as F
@@ -236,15 +236,28 @@ def test_sets_of_templates(tmp_path):
 
 def test_class_files(tmp_path, towers):
     path = tmp_path / "classes.txt"
-    path.write_bytes("\ufeffbackground, sky\r\ncafé\r\n\r\n".encode())
-    assert read_classes(path) == ["background, sky", "café"]
-    for data, message in ((b"\n \n", "is empty"), (b"\xff\xfe\x00", "is not UTF-8")):
+    path.write_bytes("\ufeffbackground, sky\r\n café ,,\r\n\r\n".encode())
+    assert read_classes(path) == [["background", "sky"], ["café"]]
+    for data, message in (
+        (b"\n \n", "line 1 is empty"),
+        (b"dog\n\ncat\n", "line 2 is empty, expected a class in every line"),
+        (b"dog\ncat\n , \n", "line 3 is empty"),
+        (b"\xff\xfe\x00", "is not UTF-8"),
+    ):
         path.write_bytes(data)
-        with pytest.raises(ValueError, match=f"classes: .*{message}"):
+        with pytest.raises(ValueError, match=f"classes: .*classes.txt {message}"):
             read_classes(path)
     for classes in ([], ["dog", " , "]):
         with pytest.raises(ValueError, match="classes: got .*expected at least one, and a name for each"):
             class_texts(towers, classes)
+
+
+def test_best_synonym():
+    scores = torch.tensor([[1.0, 5.0, 2.0, 3.0], [9.0, 0.0, 4.0, 2.0]])
+    expected = torch.tensor([[1.0, 5.0, 3.0], [9.0, 4.0, 2.0]])
+    assert torch.equal(best_synonym(scores, [1, 2, 1]), expected)
+    assert torch.equal(best_synonym(scores.T.reshape(1, 4, 2, 1), (1, 2, 1), 1), expected.T.reshape(1, 3, 2, 1))
+    assert best_synonym(scores, [1] * 4) is scores
 
 
 # Images
@@ -265,6 +278,18 @@ def test_modes_of_images():
     deep = Image.fromarray(np.uint16(257 * np.asarray(gray).astype(np.int64)))
     assert deep.mode == "I;16" and np.array_equal(to_rgb(deep).convert("L"), gray)
     assert to_rgb(image.convert("1")).mode == to_rgb(image.convert("CMYK")).mode == "RGB"
+
+
+def test_an_rgb_image_is_converted_by_nothing(tmp_path):
+    """Its pixels outlive the file it was opened from."""
+    image = photo(16, 12)
+    assert to_rgb(image) is image
+    image.save(tmp_path / "a.png")
+    with open_image(tmp_path / "a.png") as opened:
+        again = to_rgb(opened)
+    assert np.array_equal(again, image)
+    image.info["transparency"] = image.getpixel((3, 4))
+    assert to_rgb(image).getpixel((3, 4)) == (255, 255, 255)
 
 
 def test_exif_orientation_and_the_cap(tmp_path):

@@ -24,10 +24,11 @@ from conftest import encode, picture
 from pacl.cli import main
 from pacl.data.scenes import CLASSES
 from pacl.segment.draw import word_colours
+from pacl.segment.options import ServeOptions
 from pacl.segment.predict import Segmenter, similarity_map
 from pacl.serve import server as http_server
 from pacl.serve import viewer as viewing
-from pacl.serve.command import _parser, demo_scenes, find_examples, make_viewer
+from pacl.serve.run import demo_scenes, find_examples, make_viewer
 from pacl.serve.server import MOST_BYTES, PAGE, Server
 from pacl.sharing import load_pacl
 from pacl.towers import load_towers
@@ -50,8 +51,7 @@ def examples(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def viewer(untrained):
-    flags = ["--checkpoint", str(untrained / "run/embedder"), "--max-image-pixels", "8000", "--device", "cpu"]
-    return make_viewer(_parser().parse_args(flags))
+    return make_viewer(ServeOptions(checkpoint=str(untrained / "run/embedder"), max_image_pixels=8000, device="cpu"))
 
 
 def started(server: Server) -> Server:
@@ -411,8 +411,7 @@ def test_bodies_that_are_no_request(server):
 
 def test_plain_clip_alone(untrained):
     model = f"local-dir:{untrained / 'clip'}"
-    flags = ["--model", model, "--stride", "2", "--templates", "photo", "--device", "cpu"]
-    viewer = make_viewer(_parser().parse_args(flags))
+    viewer = make_viewer(ServeOptions(model=model, stride=2, templates="photo", device="cpu"))
     answer = viewer.words(viewer.add(PHOTO)["image"], ["grass"])
     assert (
         list(viewer.segmenters) == ["CLIP"]

@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("open_clip")
 import torch
 from pacl.embedder import VisionEmbedder
-from pacl.segmentation import IGNORE, patch_labels, patch_shares
+from pacl.evaluate.metrics import IGNORE, patch_labels, patch_shares
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import hard_scenes

@@ -12,7 +12,7 @@ import torch
 from pacl.backbones import patch_tokens
 from pacl.data.shards import Shards
 from pacl.embedder import VisionEmbedder
-from pacl.evaluate.retrieval import RECALLS, Retrieval
+from pacl.evaluate.metrics import RECALLS, Retrieval
 from pacl.training.checkpoints import checkpoints, load_checkpoint
 from pacl.training.validation import _Squashed
 from PIL import Image
@@ -144,21 +144,35 @@ def test_several_readers(run_world, tmp_path):
     assert two == pytest.approx(one, rel=1e-5)
 
 
+def test_synonyms_of_a_class_are_texts_of_their_own(run_world, tmp_path):
+    """A class counts by its best one: to name a class twice changes nothing."""
+    names = (run_world / "classes.txt").read_text().splitlines()
+    (tmp_path / "twice.txt").write_text("".join(f"{name}, {name}\n" for name in names))
+    found = []
+    for file in (run_world / "classes.txt", tmp_path / "twice.txt"):
+        changes = {"val_segmentation": run_world / HELD_OUT, "val_classes": file, "name": file.stem}
+        assert train(run_world, tmp_path, max_steps=1, **changes) == 0
+        found.append(lines(tmp_path / file.stem / "results.jsonl"))
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
         ({"val_data": "missing.tar"}, "'missing.tar' is not a file"),
         ({"val_data": "bad.tar"}, "val_data: no usable sample in 1 shard(s) (image 1)"),
         ({"val_segmentation": "eval"}, "val_segmentation: expected --val-classes with it"),
-        ({"val_segmentation": "eval", "val_classes": "empty.txt"}, "val_classes: empty.txt has 0 lines"),
+        ({"val_segmentation": "eval", "val_classes": "empty.txt"}, "val_classes: empty.txt line 1 is empty"),
+        ({"val_segmentation": "eval", "val_classes": "gap.txt"}, "val_classes: gap.txt line 2 is empty"),
         ({"val_segmentation": "eval", "val_classes": "two.txt"}, "eval-000000 has label 2"),
     ],
-    ids=["missing", "bad", "no-classes", "empty-classes", "few-classes"],
+    ids=["missing", "bad", "no-classes", "empty-classes", "blank-line", "few-classes"],
 )
 def test_bad_validation_data_is_one_line(changes, message, run_world, tmp_path, write_tar, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_tar("bad.tar", {"a.jpg": b"no jpeg", "a.txt": b"a word"})
     (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "gap.txt").write_text("cat\n\ndog\n")
     (tmp_path / "two.txt").write_text("cat\ndog\n")
     changes = {key: str(run_world / HELD_OUT) if value == "eval" else value for key, value in changes.items()}
     assert train(run_world, tmp_path / "logs", max_steps=1, **changes) == 1

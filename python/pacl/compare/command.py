@@ -12,10 +12,10 @@ import torch
 import tyro
 
 from ..evaluate.plots import MISSING, plot_png, series
-from ..evaluate.report import SEGMENTATION, Table, metric_tables, model_of, segmentation_tables
+from ..evaluate.results import SEGMENTATION, Table, metric_tables, model_of, segmentation_tables
 from ..files import write_bytes
+from ..formats import printable
 from ..page import Page, Picture
-from ..segment.command import printable
 from ..sharing import TOLERANCE
 from ..training.config import NOTES
 from .config import CompareConfig
@@ -40,21 +40,17 @@ NOT_SETTINGS = (*NOTES, "name")
 def main(argv: Sequence[str], prog: str = "pacl compare") -> int:
     """Run `pacl compare` with these arguments; returns its exit status."""
     config = tyro.cli(CompareConfig, args=list(argv), prog=prog)
-    try:
-        if (config.images is None) != (config.words is None):
-            raise ValueError("images: expected --words with it, and neither without the other")
-        if config.most_images < 1:
-            raise ValueError(f"most_images: got {config.most_images}, expected at least 1")
-        entries = [read_entry(path) for path in dict.fromkeys(config.entries)]
-        notes = [note for entry in entries for note in entry.notes]
-        entries = [entry for entry in entries if entry.trained or entry.results]
-        if not entries:
-            raise ValueError(f"entries: nothing to compare: {'; '.join(notes) or 'none given'}")
-        page = make_page(entries, notes, config)
-        write_bytes(config.out, page.render())
-    except (ValueError, OSError) as error:
-        print(f"pacl: error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
-        return 1
+    if (config.images is None) != (config.words is None):
+        raise ValueError("images: expected --words with it, and neither without the other")
+    if config.most_images < 1:
+        raise ValueError(f"most_images: got {config.most_images}, expected at least 1")
+    entries = [read_entry(path) for path in dict.fromkeys(config.entries)]
+    notes = [note for entry in entries for note in entry.notes]
+    entries = [entry for entry in entries if entry.trained or entry.results]
+    if not entries:
+        raise ValueError(f"entries: nothing to compare: {'; '.join(notes) or 'none given'}")
+    page = make_page(entries, notes, config)
+    write_bytes(config.out, page.render())
     for note in notes:
         print(printable(f"note: {note}"), file=sys.stderr)
     print(config.out)

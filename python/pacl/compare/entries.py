@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from ..embedder import CONFIG, WEIGHTS
-from ..evaluate.report import read_result
+from ..evaluate.results import read_result
 
 
 @dataclass

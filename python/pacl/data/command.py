@@ -7,15 +7,15 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from ..progress import Progress
-from .check import EXAMPLES, check, describe
 from .flags import PairFlags
-from .pack import pack
-from .samples import Samples, no_image
+
+if TYPE_CHECKING:
+    from .samples import Samples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +70,10 @@ def main(argv: Sequence[str], prog: str = "pacl data") -> int:
 
 
 def _pack(config: PackConfig) -> int:
+    from .check import EXAMPLES
+    from .pack import pack
+    from .samples import no_image
+
     bad = []
     source = config.read(shuffle=2000 if config.shuffle else 0, seed=config.seed).with_options(
         transform=no_image,
@@ -87,6 +91,8 @@ def _pack(config: PackConfig) -> int:
 
 
 def _check(config: CheckConfig) -> int:
+    from .check import check, describe
+
     if config.sample < 0:
         raise ValueError(f"sample: got {config.sample}, expected at least 0")
     report = check(config.read(), config.sample)

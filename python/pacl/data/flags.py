@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import Kind
 from .images import MAX_IMAGE_PIXELS
-from .samples import Samples
-from .sources import open_pairs
+
+if TYPE_CHECKING:
+    from .samples import Samples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +32,8 @@ class PairFlags:
 
         scenes: how many are generated, where they are; None for open_pairs' own number. options: of open_pairs.
         """
+        from .sources import open_pairs  # torch takes seconds, which --help has not
+
         flags = {item.name: getattr(self, item.name) for item in dataclasses.fields(PairFlags)}
         flags["kind"] = flags.pop("dataset_type")
         return open_pairs(location, **flags | ({} if scenes is None else {"scenes": scenes}) | options)

@@ -54,7 +54,13 @@ def check_is_file(path: Path) -> None:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert an image of any mode: 16 bits are scaled to 8, and what is transparent lies on white."""
+    """Convert an image of any mode: 16 bits are scaled to 8, and what is transparent lies on white.
+
+    An image that is RGB already is returned itself, with its pixels loaded.
+    """
+    if image.mode == "RGB" and "transparency" not in image.info:
+        image.load()
+        return image
     if image.mode.startswith("I"):  # Pillow would clip them
         return Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:

@@ -14,7 +14,7 @@ from ..data.samples import loader
 from ..data.scenes import CLASSES, HELD_OUT_LABELS, PAIRS, SEEN_LABELS
 from ..data.shards import Shards
 from ..embedder import VisionEmbedder
-from ..segmentation import ScoreCounts, class_scores, patch_shares
+from ..evaluate.metrics import ScoreCounts, class_scores, patch_shares
 from .toy_clip import normalise, tokenizer
 
 METHODS = {

@@ -23,12 +23,12 @@ from ..data.scene_shards import SPLITS, encode_scene
 from ..data.scenes import CLASSES, HELD_OUT, HELD_OUT_LABELS, PAIRS, SEEN_LABELS, draw_scene, phrase
 from ..data.shards import Shards
 from ..embedder import VisionEmbedder
-from ..evaluate.gallery import read_gallery, retrieval
-from ..evaluate.labelled import accuracies, classification
-from ..evaluate.measure import evaluate_segmentation
-from ..evaluate.patches import alignment, coherence
-from ..evaluate.predictor import SegmenterPredictor
+from ..evaluate.alignment import alignment
+from ..evaluate.classification import accuracies, classification
+from ..evaluate.coherence import coherence
+from ..evaluate.retrieval import read_gallery, retrieval
 from ..evaluate.scorer import Scorer
+from ..evaluate.segmentation_measure import SegmenterPredictor, evaluate_segmentation
 from ..evaluate.specs import IGNORED, Protocol, Spec, fingerprint
 from ..progress import Progress, quiet
 from ..segment.predict import Segmenter

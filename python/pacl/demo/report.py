@@ -10,8 +10,8 @@ from torchvision.transforms.functional import to_pil_image
 
 from ..data.scenes import CLASSES, HELD_OUT, PAIRS, phrase
 from ..embedder import VisionEmbedder
+from ..evaluate.metrics import RECALLS
 from ..evaluate.plots import MISSING, bars, curves, plot_png
-from ..evaluate.retrieval import RECALLS
 from ..files import write_bytes
 from ..page import Page, Picture
 from ..segment.draw import png

@@ -28,14 +28,14 @@ def plot_png(size: tuple[float, float], draw: Callable[[Any], None]) -> bytes | 
     return buffer.getvalue()
 
 
-def write_plot(path: Path, size: tuple[float, float], draw: Callable[[Any], None]) -> Path | None:
-    """plot_png at `path`; None, and a line, without matplotlib."""
+def print_plot(path: Path, size: tuple[float, float], draw: Callable[[Any], None]) -> None:
+    """Write plot_png at `path` and print the path; without matplotlib a line says that there is none."""
     png = plot_png(size, draw)
     if png is None:
         print(f"no plot {path}: {MISSING}", file=sys.stderr)
-        return None
+        return
     write_bytes(path, png)
-    return path
+    print(path)
 
 
 def bars(classes: Sequence[str], values: Mapping[str, Sequence[float]], title: str) -> Callable[[Any], None]:

@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from ..segment.prompts import read_classes
+
 HERE = Path(__file__).parent
 IGNORED, UNKNOWN = -1, -2  # of a table of labels: a pixel that does not count, and a value that no mask may hold
 
@@ -138,19 +140,19 @@ def spec(name: str) -> Spec:
     return Spec(**{"background": False, "split": None, **entry}, name=name, classes=classes, masks=masks, **lists)
 
 
-def read_classes(path: Path) -> list[list[str]]:
-    """Classes of a file with one class per line, each a list of synonyms, which commas separate; none may be empty."""
-    lines = Path(path).read_text(encoding="utf-8-sig").rstrip().splitlines()
-    classes = [[name.strip() for name in line.split(",") if name.strip()] for line in lines]
-    empty = [i for i, names in enumerate(classes, 1) if not names]
-    if empty or not classes:
-        raise ValueError(f"class_file: {path} line {(empty or [1])[0]} is empty, expected a class name in every line")
-    return classes
-
-
 def fingerprint(classes: list[list[str]]) -> str:
     """Of class names and synonyms: with other names the numbers are others."""
     return hashlib.sha256(json.dumps(classes).encode()).hexdigest()[:12]
+
+
+def spread(count: int, limit: int | None) -> list[int]:
+    """The numbers of `limit` of `count` images, spread evenly; all for None. ValueError for a limit below 1."""
+    if limit is None:
+        return list(range(count))
+    if limit < 1:
+        raise ValueError(f"limit: got {limit}, expected at least 1")
+    step = max(1.0, count / limit)
+    return [int(i * step) for i in range(min(limit, count))]
 
 
 def protocol(name: str, **changes: Any) -> Protocol:

@@ -6,12 +6,16 @@ import colorsys
 import io
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
 
-from ..data.samples import to_rgb
+from ..data.images import to_rgb
+from ..formats import printable
+
+if TYPE_CHECKING:  # torch takes seconds, which --help has not
+    from torch import Tensor
 
 # Cosines from dark to bright, the same for every word and image, so that what is absent stays dark. The demo's highest
 # cosine of a class is 0.55 in the median where it is present, and 0.16 where it is not.
@@ -61,7 +65,7 @@ def overlay(
     floats [h, w], cosines in magma from scale[0] to scale[1], enlarged bilinearly to the image's size.
     alpha: the share of the colour.
     """
-    values = np.asarray(shown.cpu() if isinstance(shown, Tensor) else shown)
+    values = np.asarray(shown if isinstance(shown, np.ndarray) else shown.cpu())
     picture = np.asarray(to_rgb(image)).astype(np.float32)
     if values.dtype.kind == "f":
         if scale[0] >= scale[1]:
@@ -126,7 +130,7 @@ def png(image: Image.Image) -> bytes:
 
 def _fitting(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
     """As much of the text as fits, on one line."""
-    text = "".join(c if c.isprintable() else " " for c in text)[:200]
+    text = printable(text)[:200]
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "...") > width:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
-from ..data.samples import IMAGE_FORMATS, IMAGE_SUFFIXES, open_image, open_source, to_rgb
+from ..data.images import IMAGE_SUFFIXES, MAX_IMAGE_PIXELS, open_image, to_rgb
 
 
 def find_images(paths: Iterable[Path]) -> list[Path]:
@@ -23,10 +23,10 @@ def find_images(paths: Iterable[Path]) -> list[Path]:
     return found
 
 
-def read_image(path: Path | bytes, max_pixels: int = 25_000_000) -> Image.Image:
-    """Of a file or its bytes: RGB, turned as its EXIF orientation says; raises for what is no image, or by its header
-    has more pixels."""
-    with open_source(path) as stream, open_image(stream, IMAGE_FORMATS) as image:
-        if image.width * image.height > max_pixels:
-            raise ValueError(f"{image.width} x {image.height} pixels, more than {max_pixels:,}")
+def read_image(source: Path | bytes, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
+    """Read a file or its bytes as RGB, turned as its EXIF orientation says.
+
+    Raises TooManyPixels for a header with more than max_pixels, and whatever Pillow raises for what is no image.
+    """
+    with open_image(source, max_pixels=max_pixels) as image:
         return to_rgb(ImageOps.exif_transpose(image))

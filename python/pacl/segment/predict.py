@@ -17,10 +17,10 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from pacl_kernels import upsample_argmax
 
-from ..data.samples import to_rgb
+from ..data.images import to_rgb
 from ..towers import Towers
 from .dense import dense_tokens, patch_size, token_step
-from .prompts import TEMPLATES, Texts, class_texts
+from .prompts import TEMPLATES, Texts, best_synonym, class_texts
 
 LONG_SIDE = 2048  # of the resized image at most, as mmsegmentation's usual Resize((2048, short_side)) has it
 WINDOWS = 8  # that the tower takes at a time
@@ -51,7 +51,7 @@ class Dense:
 
     def scores(self, texts: Texts) -> Tensor:
         """Raw cosines [K, h, w]; of a class with synonyms, its best one's."""
-        return best_synonym(self.patches @ texts.embeddings.T, texts).permute(2, 0, 1)
+        return best_synonym(self.patches @ texts.embeddings.T, texts.synonyms).permute(2, 0, 1)
 
     def summary(self, texts: Texts) -> tuple[Tensor, Tensor]:
         """Highest and mean cosine of each class over the tokens, [K] each, a band of token rows at a time."""
@@ -247,13 +247,6 @@ class _Projection(nn.Module):
 
 def _steps(transform) -> list:
     return list(getattr(transform, "transforms", []))
-
-
-def best_synonym(scores: Tensor, texts: Texts) -> Tensor:
-    """[..., S] to [..., K]."""
-    if len(texts.names) == scores.shape[-1]:
-        return scores
-    return torch.stack([part.amax(-1) for part in scores.split(texts.synonyms, -1)], -1)
 
 
 def _argmax(scores: Tensor, size: tuple[int, int], logit_scale: float | None) -> tuple[Tensor, ...]:

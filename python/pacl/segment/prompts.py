@@ -38,16 +38,27 @@ def templates(name: str) -> tuple[str, ...]:
         return TEMPLATES[name]
     if not Path(name).is_file():
         raise ValueError(f"templates: got {name!r}, expected {', '.join(TEMPLATES)} or a file of templates")
-    lines = _lines(name, "templates")
+    lines = [line.strip() for line in _read_text(name, "templates").splitlines() if line.strip()]
+    if not lines:
+        raise ValueError(f"templates: {name} is empty, expected one per line")
     wrong = [line for line in lines if "{}" not in line]
     if wrong:
         raise ValueError(f"templates: got {wrong[0]!r} in {name}, expected {{}} where the class goes")
     return tuple(lines)
 
 
-def read_classes(path: str | os.PathLike) -> list[str]:
-    """A class per line, its synonyms separated by commas; the first is its name, the first line usually background."""
-    return _lines(path, "classes")
+def read_classes(path: str | os.PathLike, name: str = "classes") -> list[list[str]]:
+    """Read a class file: one class per line, each a list of its name and the synonyms that commas separate.
+
+    The label of a class is its line, from 0. name: the option that gave the file, for errors. Raises ValueError for a
+    line without a class (blank lines at the end do not count) and for a file without one, or that is not UTF-8.
+    """
+    lines = _read_text(path, name).rstrip().splitlines()
+    classes = [[word.strip() for word in line.split(",") if word.strip()] for line in lines]
+    empty = [number for number, words in enumerate(classes, 1) if not words]
+    if empty or not classes:
+        raise ValueError(f"{name}: {path} line {(empty or [1])[0]} is empty, expected a class in every line")
+    return classes
 
 
 @torch.no_grad()
@@ -72,12 +83,18 @@ def class_texts(towers: Towers, classes: Sequence[str], templates: Sequence[str]
     return Texts(tuple(line[0] for line in words), tuple(map(len, words)), torch.cat(rows))
 
 
-def _lines(path: str | os.PathLike, name: str) -> list[str]:
+def best_synonym(scores: Tensor, synonyms: Sequence[int], dim: int = -1) -> Tensor:
+    """The highest score among the synonyms of each class: S scores along `dim` become K.
+
+    synonyms: how many of the scores each class has, one class after the other.
+    """
+    if len(synonyms) == scores.shape[dim]:
+        return scores
+    return torch.stack([part.amax(dim) for part in scores.split(list(synonyms), dim)], dim)
+
+
+def _read_text(path: str | os.PathLike, name: str) -> str:
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+        return Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{name}: {path} is not UTF-8 text: {error.reason}") from error
-    found = [line.strip() for line in lines if line.strip()]
-    if not found:
-        raise ValueError(f"{name}: {path} is empty, expected one per line")
-    return found

@@ -13,7 +13,7 @@ import torch
 from PIL import UnidentifiedImageError
 from torch import Tensor
 
-from ..data.samples import IMAGE_FORMATS
+from ..data.images import IMAGE_FORMATS, MAX_IMAGE_PIXELS
 from ..segment.draw import word_colours
 from ..segment.images import read_image
 from ..segment.predict import Dense, Segmenter
@@ -74,7 +74,7 @@ class Viewer:
         load: dict[str, str],
         *,
         templates: str = "simple",
-        max_image_pixels: int = 25_000_000,
+        max_image_pixels: int = MAX_IMAGE_PIXELS,
     ):
         self.segmenters, self.load, self.max_image_pixels = segmenters, load, max_image_pixels
         self.templates, self.sentences = templates, read_templates(templates)

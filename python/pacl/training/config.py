@@ -110,7 +110,7 @@ class TrainConfig(TrainingDataFlags):
     val_segmentation: str | None = None
     """Shards with a .mask.png for each image, a label per pixel and 255 for none: mIoU and share of right patches."""
     val_classes: Path | None = None
-    """The texts of the labels of --val-segmentation, one a line, from label 0."""
+    """The classes of --val-segmentation, one per line from label 0, synonyms separated by commas."""
     val_frequency: int = 1000
     """Steps between validations; the last step has one too."""
     log_dir: Path = Path("logs")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,9 +14,9 @@ from torch import Tensor
 from pacl_kernels import compatibility
 
 from ..data.samples import BadData, Samples, loader, no_image
-from ..evaluate.ranks import place_in
-from ..evaluate.retrieval import Retrieval
-from ..segmentation import IGNORE, ScoreCounts, class_scores
+from ..evaluate.metrics import IGNORE, Retrieval, ScoreCounts, class_scores
+from ..processes import place_in
+from ..segment.prompts import best_synonym, read_classes
 from ..towers import Towers
 from .config import TrainConfig
 from .model import Trainable
@@ -49,7 +48,7 @@ class Validation:
             self.pairs = self._open(config.val_data, towers.transform)
         if config.val_segmentation:
             self.labelled = self._open(config.val_segmentation, _Squashed(towers.transform), masks=True)
-            self.classes = read_classes(config.val_classes)
+            self.classes = read_classes(config.val_classes, "val_classes")
 
     def __bool__(self) -> bool:
         return self.pairs is not None or self.labelled is not None
@@ -127,14 +126,15 @@ class Validation:
     # Segmentation
 
     def _segmentation(self, model: Trainable) -> dict[str, float]:
-        texts = model.texts_of(self.classes, self.towers).float()
+        words, synonyms = sum(self.classes, []), [len(each) for each in self.classes]
+        texts = model.texts_of(words, self.towers).float()
         counts = ScoreCounts(len(self.classes))
         samples = iter(self._read(self.labelled, 1))  # masks have the sizes of their images
         while part := list(itertools.islice(samples, SEGMENTED)):
             images = torch.cat([sample["image"] for sample in part])
             embedded = model.patches_of(images, self.towers).float()
             with torch.autocast(embedded.device.type, enabled=False):
-                scores = class_scores(embedded, texts)
+                scores = best_synonym(class_scores(embedded, texts), synonyms, 1)
             for score, sample in zip(scores.split(1), part, strict=True):
                 mask = sample["mask"]
                 wrong = mask[(mask >= len(self.classes)) & (mask != IGNORE)]
@@ -147,14 +147,6 @@ class Validation:
         for matrix in (counts.pixels, counts.patches):
             matrix.all_reduce(self.group)
         return {"mIoU": counts.pixels.miou(), "patch_accuracy": counts.patches.accuracy()}
-
-
-def read_classes(path: Path) -> list[str]:
-    """The texts of a file's lines; the label of a class is its line, from 0. ValueError for an empty line or file."""
-    classes = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
-    if not classes or not all(classes):
-        raise ValueError(f"val_classes: {path} has {len(classes)} lines, expected one class in each and none empty")
-    return classes
 
 
 class _Squashed:

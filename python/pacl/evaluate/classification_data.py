@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-import io
 import re
 import tarfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import open_clip
-import torch
-import torch.distributed as dist
 import torchvision.datasets as tv
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from ..data.samples import IMAGE_FORMATS, IMAGE_SUFFIXES, to_rgb
-from ..segment.predict import best_synonym
-from ..segment.prompts import Texts
-from .data import need_scipy, read_picture
-from .ranks import add_up, place_in, progress
-from .scorer import Scorer
-from .specs import fingerprint, read_classes
+from ..data.images import IMAGE_FORMATS, IMAGE_SUFFIXES, open_image, to_rgb
+from ..segment.prompts import read_classes
+from .segmentation_data import MAX_PIXELS, need_scipy, read_picture
+from .specs import fingerprint, spread
 
 
 @dataclass(frozen=True)
@@ -58,8 +52,6 @@ class Labelled(Dataset):
     ):
         if name not in KINDS:
             raise ValueError(f"dataset: got {name!r}, expected one of {', '.join(KINDS)}")
-        if limit is not None and limit < 1:
-            raise ValueError(f"limit: got {limit}, expected at least 1")
         if name in MATLAB:
             need_scipy(name)
         self.name, self.kind, self.transform = name, KINDS[name], None
@@ -79,13 +71,12 @@ class Labelled(Dataset):
             names = open_clip.IMAGENET_CLASSNAMES
         self.synonyms = [[x if name == "imagenet" else spoken(x, name)] for x in names]
         if class_file is not None:
-            self.synonyms = read_classes(Path(class_file))
+            self.synonyms = read_classes(class_file, "class_file")
             if len(self.synonyms) != len(names):
                 raise ValueError(f"class_file: {class_file} has {len(self.synonyms)} classes, expected {len(names)}")
         self.class_hash = fingerprint(self.synonyms)
         self.templates: tuple[str, ...] | None = getattr(self.images, "templates", None)
-        step = 1.0 if limit is None else max(1.0, found / limit)
-        self._chosen = [int(i * step) for i in range(found if limit is None else min(limit, found))]
+        self._chosen = spread(found, limit)
 
     def __len__(self) -> int:
         return len(self._chosen)
@@ -157,7 +148,7 @@ class Tars:
         with open(path, "rb") as file:
             file.seek(offset)
             try:
-                with Image.open(io.BytesIO(file.read(size)), formats=IMAGE_FORMATS) as image:
+                with open_image(file.read(size), max_pixels=MAX_PIXELS) as image:
                     return to_rgb(image), label
             except Exception as error:  # decoders raise anything on damaged bytes
                 raise ValueError(f"data_root: cannot read the image at byte {offset} of {path}: {error}") from error
@@ -228,51 +219,3 @@ KINDS = {
     "folder": Kind("your own", "a folder of images per class", Folder),
     "wds": Kind("clip-benchmark's layout", "classnames.txt and test/*.tar with .cls", Tars),
 }
-
-
-def classification(
-    data: Dataset | Sequence[tuple[Tensor, int]],
-    texts: Texts,
-    scorers: Sequence[Scorer],
-    *,
-    batch_size: int = 64,
-    workers: int = 0,
-    label: str = "classification",
-    group: dist.ProcessGroup | None = None,
-) -> Tensor:
-    """Counts of `accuracies`, int64 [scorers, 3, K], of data that gives transformed images and their classes, shared
-    among the processes of `group`; the score of a class is that of its best synonym.
-    """
-    counts = torch.zeros(len(scorers), 3, len(texts.names), dtype=torch.int64)
-    # Whole batches are shared: in other ones an image's scores would differ by rounding.
-    rank, world = place_in(group)
-    batches = [part.tolist() for part in torch.arange(len(data)).split(batch_size)[rank::world]]
-    loader = DataLoader(data, batch_sampler=batches, num_workers=workers)
-    with progress(label, len(loader), "batch", group) as shown:
-        for images, labels in loader:
-            for count, scorer in zip(counts, scorers, strict=True):
-                scores = torch.cat(list(scorer.blocks(images, texts.embeddings)))
-                count_hits(count, best_synonym(scores, texts), labels)
-            shown.step()
-    add_up(counts, group)
-    return counts
-
-
-def accuracies(counts: Tensor) -> dict[str, float | None]:
-    """CLIP_benchmark's measures from counts int64 [3, K]: images of a class, right, among the five best; fractions."""
-    there = counts[0] > 0
-    total = int(counts[0].sum())
-    return {
-        "acc1": int(counts[1].sum()) / total,
-        "acc5": int(counts[2].sum()) / total if len(there) >= 5 else None,
-        "mean_per_class_recall": float((counts[1, there].double() / counts[0, there]).mean()),
-    }
-
-
-def count_hits(counts: Tensor, scores: Tensor, labels: Tensor) -> None:
-    """Add to counts [3, K] the images with `scores` [B, K] and classes `labels` [B]. ValueError for NaN."""
-    if scores.isnan().any():
-        raise ValueError("scores: got NaN")
-    best = scores.topk(min(5, scores.shape[1])).indices.cpu() == labels[:, None]
-    for row, hit in zip(counts, (torch.ones_like(labels, dtype=torch.bool), best[:, 0], best.any(1)), strict=True):
-        row += labels[hit].bincount(minlength=len(row))

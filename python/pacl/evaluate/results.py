@@ -1,53 +1,21 @@
-"""Results as JSON rows and text tables; rows of different protocols are never in one table."""
+"""Results as JSON rows and text tables, and `pacl evaluate table`; rows of different protocols share no table."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import tyro
 
 from ..files import write_bytes
 from ..towers import Towers
-from .data import SegmentationData
-from .measure import Measured
-from .specs import Protocol, datasets, fingerprint, spec
+from .specs import datasets, fingerprint, spec
 
 SEGMENTATION = "zeroshot_segmentation"
-
-
-def result_row(
-    data: SegmentationData,
-    protocol: Protocol,
-    measured: Measured,
-    *,
-    model: str,
-    pretrained: str | None = None,
-    embedder: str | None = None,
-) -> dict[str, Any]:
-    """What a result file holds: the measures, and everything without which they cannot be compared.
-
-    model, pretrained: open_clip's names. embedder: that of a PACL embedder, None for the model alone.
-    """
-    return {
-        "dataset": data.spec.name,
-        "model": model,
-        "pretrained": pretrained,
-        "embedder": embedder,
-        "task": SEGMENTATION,
-        "language": "en",
-        "protocol": dataclasses.asdict(protocol),
-        "classes": {"count": len(data.classes), "sha256": data.class_hash, "background": data.spec.background},
-        "layout": data.layout,
-        "images": len(data),
-        "images_of_the_set": data.spec.count[0],
-        "metrics": measured.metrics,
-        "chance_mIoU": round(measured.chance, 2),
-        "warnings": measured.warnings,
-    }
 
 
 def names_of(towers: Towers, checkpoint: str | None) -> dict[str, str | None]:
@@ -103,7 +71,7 @@ def tables(rows: Sequence[dict[str, Any]]) -> str:
     """segmentation_tables and metric_tables as text, of the rows of each."""
     parts = [[row for row in rows if (row["task"] == SEGMENTATION) == is_it] for is_it in (True, False)]
     found = segmentation_tables(parts[0]) + metric_tables(parts[1])
-    return "\n\n".join("\n".join([x.title, *_aligned(x.lines)]) for x in found)
+    return "\n\n".join("\n".join([x.title, *aligned(x.lines)]) for x in found)
 
 
 def segmentation_tables(rows: Sequence[dict[str, Any]], names: Sequence[str] | None = None) -> list[Table]:
@@ -137,16 +105,6 @@ def _grouped(rows, names, kind) -> list[list[tuple[str, dict]]]:
     return list(groups.values())
 
 
-def class_table(row: dict[str, Any], data: SegmentationData) -> str:
-    """A row's measures per class."""
-    metrics = row["metrics"]
-    lines = [["class", "IoU", "Acc"]]
-    lines += [[name, _number(metrics["IoU"][name]), _number(metrics["Acc"][name])] for name in metrics["IoU"]]
-    means = "  ".join(f"{name} {_number(metrics[name])}" for name in ("aAcc", "mIoU", "mAcc"))
-    head = f"{data.spec.title}, protocol {row['protocol']['name']}, {row['images']} images"
-    return "\n".join([head, *_aligned(lines), means])
-
-
 def _table(group: list[tuple[str, dict[str, Any]]]) -> Table:
     present = [name for name in datasets() if any(row["dataset"] == name for _, row in group)]
     lines = [["mIoU", *(spec(name).column for name in present), "Avg"]]
@@ -157,7 +115,7 @@ def _table(group: list[tuple[str, dict[str, Any]]]) -> Table:
             cells.append("-" if row is None else _cell(row))
             values.append(None if row is None else row["metrics"]["mIoU"])
         mean = None if None in values else sum(values) / len(values)
-        lines.append([model, *cells, _number(mean)])
+        lines.append([model, *cells, number(mean)])
     protocol = group[0][1]["protocol"]
     return Table(f"protocol {protocol['name']}", protocol, lines)
 
@@ -184,16 +142,32 @@ def _cell(row: dict[str, Any]) -> str:
     official = spec(row["dataset"])
     marks = "*" if row["images"] not in official.count else ""
     marks += "#" if row["classes"]["sha256"] != fingerprint(official.synonyms) else ""
-    return _number(row["metrics"]["mIoU"]) + marks + ("!" if row["warnings"] else "")
+    return number(row["metrics"]["mIoU"]) + marks + ("!" if row["warnings"] else "")
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
-def _aligned(lines: list[list[str]]) -> list[str]:
+def aligned(lines: list[list[str]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return [
         "  ".join([line[0].ljust(widths[0]), *(x.rjust(w) for x, w in zip(line[1:], widths[1:], strict=True))])
         for line in lines
     ]
+
+
+@dataclass(frozen=True)
+class TableOptions:
+    """mIoU of many results, a table per protocol: * a part of the images, # other class names, ! a warning; of other
+    tasks all measures, a table per task, data set and protocol."""
+
+    results: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """JSON files of pacl evaluate."""
+
+
+def main(argv: Sequence[str], prog: str = "pacl evaluate table") -> int:
+    """Run `pacl evaluate table` with these arguments; returns its exit status."""
+    options = tyro.cli(TableOptions, args=list(argv), prog=prog)
+    print(tables([read_result(path) for path in options.results]))
+    return 0

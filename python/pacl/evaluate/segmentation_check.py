@@ -10,8 +10,8 @@ import numpy as np
 from ..files import write_bytes
 from ..progress import Progress
 from ..segment.draw import png
-from .data import SegmentationData
-from .sheet import picture as draw
+from .segmentation_data import SegmentationData
+from .segmentation_pictures import label_picture
 from .specs import IGNORED, UNKNOWN
 
 
@@ -87,7 +87,7 @@ def check_segmentation(
     problems += _label_problems(data, found)
     if picture is not None and richest[1] is not None:
         labels = table[data.values(richest[1])]
-        shown = draw(data, data.image(richest[1]), np.where(labels == UNKNOWN, IGNORED, labels))
+        shown = label_picture(data, data.image(richest[1]), np.where(labels == UNKNOWN, IGNORED, labels))
         write_bytes(picture, png(shown))
     return found
 

@@ -7,15 +7,15 @@ import torch
 from PIL import Image, ImageDraw
 
 from ..segment.draw import overlay, voc_palette, with_legend, word_colours
-from .data import SegmentationData
-from .measure import Measured, Predictor, competitors
+from .segmentation_data import SegmentationData
+from .segmentation_measure import Measured, Predictor, competitors
 from .specs import IGNORED, Protocol
 
 SIDE = 320  # pixels of a picture's longer side on a sheet
 LINE = 18
 
 
-def picture(data: SegmentationData, image: Image.Image, labels: np.ndarray, most: int = 40) -> Image.Image:
+def label_picture(data: SegmentationData, image: Image.Image, labels: np.ndarray, most: int = 40) -> Image.Image:
     """The image under its labels [H, W], a legend of the `most` frequent; background and what is ignored stay bare."""
     count = len(data.classes)
     colours = voc_palette(count + 1) if count < 255 else np.concatenate([[[0, 0, 0]], word_colours(count)])
@@ -64,7 +64,7 @@ def _row(data: SegmentationData, predict: Predictor, protocol: Protocol, i: int,
     pictures = [small]
     for x in (truth, labels):
         shrunk = np.asarray(Image.fromarray(x.astype(np.int32)).resize(size, Image.Resampling.NEAREST))
-        pictures.append(picture(data, small, shrunk, most=8))
+        pictures.append(label_picture(data, small, shrunk, most=8))
     row = Image.new("RGB", (3 * (SIDE + 4), LINE + max(x.height for x in pictures) + 4), "white")
     ImageDraw.Draw(row).text((2, 2), title, fill="black")
     for column, each in enumerate(pictures):

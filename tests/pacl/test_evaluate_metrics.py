@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from pacl.segmentation import IGNORE, ConfusionMatrix, class_scores, label_map, patch_labels, patch_shares
+from pacl.evaluate.metrics import IGNORE, ConfusionMatrix, class_scores, label_map, patch_labels, patch_shares
 
 
 def test_confusion_matrix_by_hand():

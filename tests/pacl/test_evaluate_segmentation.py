@@ -11,10 +11,12 @@ import pytest
 import torch
 from evaluate_ranks import guess, measure
 from miniature import IDS, LAYOUTS, write
-from pacl.evaluate.data import SegmentationData
-from pacl.evaluate.measure import chance_miou, evaluate_segmentation
-from pacl.evaluate.report import class_table, read_result, result_row, tables, write_row
-from pacl.evaluate.sheet import contact_sheet, picture
+from pacl.evaluate.metrics import chance_miou
+from pacl.evaluate.results import read_result, tables, write_row
+from pacl.evaluate.segmentation import class_table, result_row
+from pacl.evaluate.segmentation_data import SegmentationData
+from pacl.evaluate.segmentation_measure import evaluate_segmentation
+from pacl.evaluate.segmentation_pictures import contact_sheet, label_picture
 from pacl.evaluate.specs import IGNORED, protocol
 from PIL import Image
 from running import RANKS
@@ -254,9 +256,9 @@ def test_pictures_leave_background_and_ignored_pixels_bare(load):
     data = load("voc21")
     labels = np.zeros((400, 400), np.int16)
     labels[200:, :200], labels[200:, 200:] = 15, IGNORED
-    pixels = np.asarray(picture(data, Image.new("RGB", (400, 400), (100, 100, 100)), labels))
+    pixels = np.asarray(label_picture(data, Image.new("RGB", (400, 400), (100, 100, 100)), labels))
     assert pixels[10, 10].tolist() == pixels[300, 300].tolist() == [100, 100, 100]
     assert pixels[300, 10].tolist() == [155, 117, 117]  # 0.6 of the devkit's (192, 128, 128) for person
     assert len(pixels) > 400  # names below
-    pixels = np.asarray(picture(load("ade150"), Image.new("RGB", (400, 400), (100, 100, 100)), labels))
+    pixels = np.asarray(label_picture(load("ade150"), Image.new("RGB", (400, 400), (100, 100, 100)), labels))
     assert pixels[10, 10].tolist() != [100, 100, 100] and pixels[300, 300].tolist() == [100, 100, 100]

@@ -1,0 +1,120 @@
+"""Alignment of words and patches: the measure, and `pacl evaluate alignment`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import tyro
+from torch import Tensor, nn
+
+from ..processes import add_up, place_in
+from ..segment.predict import Segmenter
+from ..segment.prompts import Texts, class_texts, templates
+from .metrics import HALF, add_hits
+from .patches import PatchOptions, labelled_patches
+from .plots import bars, print_plot
+from .segmentation_data import SegmentationData
+from .specs import IGNORED
+
+
+@dataclass
+class Alignment:
+    """counts: of the patches of each class, int64 [3, K]: all; those that their word found among all classes' words;
+    and among those of the classes that the image has. chance: of the third, a fraction. Background is no class.
+    """
+
+    counts: Tensor
+    chance: float
+
+    def metrics(self) -> dict[str, float]:
+        """Accuracy over patches, and its mean over classes, by what the word competes with; fractions."""
+        patches = self.counts[0]
+        there = patches > 0
+        each = self.counts[1:, there].double() / patches[there]
+        whole = self.counts[1:].sum(1).double() / patches.sum()
+        return {
+            "patch_accuracy_all_classes": float(whole[0]),
+            "patch_accuracy_image_classes": float(whole[1]),
+            "mean_class_accuracy_all_classes": float(each[0].mean()),
+            "mean_class_accuracy_image_classes": float(each[1].mean()),
+        }
+
+
+def alignment(
+    data: SegmentationData,
+    segmenter: Segmenter,
+    texts: Texts,
+    label: str = "alignment",
+    *,
+    group: dist.ProcessGroup | None = None,
+) -> Alignment:
+    """Classify every patch of which one class covers at least half by its most similar text.
+
+    segmenter: of stride 1 and without windows, so that patches tile the image. texts: of data's classes. group: every
+    process takes its share of the images, and all return the measures of all. ValueError where no patch counts. Source:
+    the patch accuracy of PACL (Mukhoti et al., CVPR 2023); its candidates are not known, hence both.
+    """
+    first = int(data.spec.background)
+    counts = torch.zeros(3, len(data.classes), dtype=torch.int64)
+    chance = torch.zeros(len(data), dtype=torch.float64)  # per image: their sum is the same for any number of processes
+    for i, dense, truth, present in labelled_patches(data, segmenter, label, group):
+        keep = truth != IGNORED
+        true = truth[keep]
+        scores = dense.scores(texts).cpu()[:, keep]
+        found = scores[first:].argmax(0) + first
+        among = torch.tensor(present)[scores[present].argmax(0)]
+        add_hits(counts, true, found == true, among == true)
+        chance[i] = len(true) / len(present)
+    add_up(counts, group)
+    add_up(chance, group)
+    if not counts[0].sum():
+        raise ValueError(f"data: no class covers half of a patch in {len(data)} images of {data.spec.name}")
+    return Alignment(counts, float(chance.sum()) / int(counts[0].sum()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignmentOptions(PatchOptions):
+    """Whether words find patches: a patch's class by the most similar word, among all and the image's own classes."""
+
+    templates: str = "simple"
+    """none, photo, simple or openai, or a file of templates."""
+    plain: bool = False
+    """The model's own projection of patches beside the checkpoint's embedder."""
+
+
+def main(argv: Sequence[str], prog: str = "pacl evaluate alignment") -> int:
+    """Run `pacl evaluate alignment` with these arguments; returns its exit status."""
+    options = tyro.cli(AlignmentOptions, args=list(argv), prog=prog)
+    sentences, data = templates(options.templates), options.read()
+    group = options.group()
+    towers, embedder = options.load()
+    texts = class_texts(towers, [", ".join(names) for names in data.synonyms], sentences)
+    rank, first, shown = place_in(group)[0], int(data.spec.background), {}
+    for name, embed in _embedders(embedder, options.plain).items():
+        segmenter = Segmenter(towers, embed, short_side=options.short_side)
+        found = alignment(data, segmenter, texts, f"alignment {name}", group=group)
+        if rank:
+            continue
+        rules = {"name": f"alignment {name}", "short_side": segmenter.short_side, "share": HALF}
+        patches, *hits = found.counts[:, first:].tolist()
+        more = options.describe(data) | {"patches": sum(patches), "chance_image_classes": found.chance}
+        more["patches_of_class"] = dict(zip(data.classes[first:], patches, strict=True))
+        rules["templates"] = list(sentences)
+        path = options.write("patch_classification", data.spec.name, rules, found.metrics(), towers, **more)
+        for what, each in zip(("all classes", "the image's classes"), hits, strict=True):
+            shown[f"{name}, among {what}"] = [x / max(1, n) for x, n in zip(each, patches, strict=True)]
+    if rank:
+        return 0
+    there = [k for k, n in enumerate(patches) if n]
+    shown = {name: [each[k] for k in there] for name, each in shown.items()}
+    plot = bars([data.classes[first + k] for k in there], shown, f"{data.spec.title}: patches by words")
+    print_plot(path.with_suffix(".png"), (8, 2 + 0.15 * len(there) * len(shown)), plot)
+    return 0
+
+
+def _embedders(embedder: nn.Module | None, plain: bool) -> dict[str, nn.Module | None]:
+    """By the name that results have; the model's own projection is the only one without a checkpoint."""
+    return ({"embedder": embedder} if embedder else {}) | ({"plain": None} if plain or not embedder else {})

@@ -1,0 +1,116 @@
+"""Zero-shot classification: the measure, and `pacl evaluate classification`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import tyro
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ..processes import add_up, place_in, shared_progress
+from ..segment.prompts import TEMPLATES, Texts, best_synonym, class_texts, templates
+from .classification_data import Labelled
+from .metrics import add_hits
+from .options import DatasetOptions
+from .scorer import Scorer
+
+
+def classification(
+    data: Dataset | Sequence[tuple[Tensor, int]],
+    texts: Texts,
+    scorers: Sequence[Scorer],
+    *,
+    batch_size: int = 64,
+    workers: int = 0,
+    label: str = "classification",
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """Counts of `accuracies`, int64 [scorers, 3, K], of data that gives transformed images and their classes, shared
+    among the processes of `group`; the score of a class is that of its best synonym.
+    """
+    counts = torch.zeros(len(scorers), 3, len(texts.names), dtype=torch.int64)
+    # Whole batches are shared: in other ones an image's scores would differ by rounding.
+    rank, world = place_in(group)
+    batches = [part.tolist() for part in torch.arange(len(data)).split(batch_size)[rank::world]]
+    loader = DataLoader(data, batch_sampler=batches, num_workers=workers)
+    with shared_progress(label, len(loader), "batch", group) as shown:
+        for images, labels in loader:
+            for count, scorer in zip(counts, scorers, strict=True):
+                scores = torch.cat(list(scorer.blocks(images, texts.embeddings)))
+                count_hits(count, best_synonym(scores, texts.synonyms), labels)
+            shown.step()
+    add_up(counts, group)
+    return counts
+
+
+def accuracies(counts: Tensor) -> dict[str, float | None]:
+    """CLIP_benchmark's measures from counts int64 [3, K]: images of a class, right, among the five best; fractions."""
+    there = counts[0] > 0
+    total = int(counts[0].sum())
+    return {
+        "acc1": int(counts[1].sum()) / total,
+        "acc5": int(counts[2].sum()) / total if len(there) >= 5 else None,
+        "mean_per_class_recall": float((counts[1, there].double() / counts[0, there]).mean()),
+    }
+
+
+def count_hits(counts: Tensor, scores: Tensor, labels: Tensor) -> None:
+    """Add to counts [3, K] the images with `scores` [B, K] and classes `labels` [B]. ValueError for NaN."""
+    if scores.isnan().any():
+        raise ValueError("scores: got NaN")
+    best = scores.topk(min(5, scores.shape[1])).indices.cpu() == labels[:, None]
+    add_hits(counts, labels, best[:, 0], best.any(1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassificationOptions(DatasetOptions):
+    """Zero-shot classification with φ as a class's score, and by the model's own image embedding: acc1, acc5 and mean
+    per-class recall, as fractions."""
+
+    dataset: str
+    """imagenet, cifar10, cifar100, food101, caltech101, dtd, eurosat, flowers102, pets, cars, sun397, stl10; folder: a
+    folder per class; wds: clip-benchmark's tar files."""
+    templates: str | None = None
+    """none, photo, simple or openai, or a file; default: what the data brings, else simple."""
+    plain: bool = True
+    """The model's own image embedding beside φ."""
+    batch_size: int = 64
+    workers: int = 4
+
+
+def main(argv: Sequence[str], prog: str = "pacl evaluate classification") -> int:
+    """Run `pacl evaluate classification` with these arguments; returns its exit status."""
+    options = tyro.cli(ClassificationOptions, args=list(argv), prog=prog)
+    if options.batch_size < 1:
+        raise ValueError(f"batch_size: got {options.batch_size}, expected at least 1")
+    data = Labelled(options.dataset, **options.reading)
+    sentences = data.templates if options.templates is None else templates(options.templates)
+    sentences = sentences or TEMPLATES["simple"]
+    group = options.group()
+    rank, _ = place_in(group)
+    towers, embedder = options.load()
+    data.transform = towers.transform
+    texts = class_texts(towers, [", ".join(names) for names in data.synonyms], sentences)
+    plain = options.plain and not towers.names["vision_model"]
+    if options.plain and not plain and rank == 0:
+        print("plain: this vision tower has no image embedding in the texts' space, left out", file=sys.stderr)
+    scorers = [Scorer(towers, embedder)] + ([Scorer(towers, plain=True)] if plain else [])
+    reading = {"batch_size": options.batch_size, "workers": options.workers, "group": group}
+    try:
+        counts = classification(data, texts, scorers, **reading, label=f"classification {options.dataset}")
+    except (ValueError, OSError) as error:  # a worker's has its traceback before the line that says it
+        raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
+    if rank:
+        return 0
+    dataset = options.dataset if data.kind.count else options.data_root.resolve().name
+    classes = {"count": len(data.synonyms), "sha256": data.class_hash}
+    sizes = {"classes": classes, "images": len(data), "images_of_the_set": data.kind.count}
+    for scorer, count in zip(scorers, counts, strict=True):
+        rules = scorer.rules | {"name": f"classification {scorer.rules['name']}", "templates": list(sentences)}
+        options.write("zeroshot_classification", dataset, rules, accuracies(count), towers, **sizes)
+    return 0

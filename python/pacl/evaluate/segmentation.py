@@ -1,0 +1,129 @@
+"""`pacl evaluate segmentation`: its options, and what it writes and prints."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import tyro
+
+from ..files import write_bytes
+from ..processes import place_in
+from ..segment.draw import png
+from ..towers import Towers
+from .options import DatasetOptions
+from .results import SEGMENTATION, aligned, names_of, number, tables, write_row
+from .segmentation_check import check_segmentation
+from .segmentation_data import SegmentationData
+from .segmentation_measure import Measured, SegmenterPredictor, check_background, evaluate_segmentation
+from .segmentation_pictures import contact_sheet
+from .specs import Protocol, protocol, spec
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentationOptions(DatasetOptions):
+    """Zero-shot segmentation of data sets: aAcc, mIoU, mAcc and every class's IoU, as a table and a JSON file each."""
+
+    dataset: tuple[str, ...] = ()
+    """voc21, context60, object81, voc20, cityscapes, context59, ade150, stuff171, stuff27, ade847; one or more."""
+    protocol: str = "tcl"
+    """tcl, dino.txt, paper, present, or a JSON file; it is written into every result."""
+    stride: int | None = None
+    """Tokens along a side per patch, instead of the protocol's; changes its name."""
+    threshold: float | None = None
+    """Cosine below which a pixel is background, instead of the protocol's rule; changes its name."""
+    check: bool = False
+    """Only look at the data: counts, damaged files, shifted labels, one picture."""
+
+
+def main(argv: Sequence[str], prog: str = "pacl evaluate segmentation") -> int:
+    """Run `pacl evaluate segmentation` with these arguments; returns its exit status."""
+    options = tyro.cli(SegmentationOptions, args=list(argv), prog=prog)
+    if not options.dataset:
+        raise ValueError("dataset: got none, expected one or more of pacl evaluate segmentation --help")
+    if options.check:
+        return _check(options)
+    changes = {} if options.stride is None else {"stride": options.stride}
+    if options.threshold is not None:
+        changes["background"] = {"rule": "threshold", "value": options.threshold}
+    rules = protocol(options.protocol, **changes)
+    # All data sets are looked at before hours are spent on the first.
+    sets = [SegmentationData(name, **options.reading) for name in options.dataset]
+    for data in sets:
+        check_background(data, rules)
+    group = options.group()
+    first = place_in(group)[0] == 0
+    towers, embedder = options.load()
+    rows = [_measure(data, towers, embedder, rules, options, group, first) for data in sets]
+    if first and len(rows) > 1:
+        print("\n" + tables(rows))
+    return 0
+
+
+def _measure(data: SegmentationData, towers: Towers, embedder, rules: Protocol, options, group, first: bool) -> dict:
+    predict = SegmenterPredictor(towers, embedder, data, rules)
+    measured = evaluate_segmentation(data, predict, rules, group=group)
+    row = result_row(data, rules, measured, **names_of(towers, options.checkpoint))
+    if first:
+        path = write_row(options.out, row)
+        sheet = path.with_suffix(".png")
+        write_bytes(sheet, png(contact_sheet(data, predict, rules, measured)))
+        print(class_table(row, data))
+        for warning in measured.warnings:
+            print(f"warning: {warning}", file=sys.stderr)
+        print(f"{path}\n{sheet}", flush=True)
+    return row
+
+
+def _check(options: SegmentationOptions) -> int:
+    bad = 0
+    for name in options.dataset:
+        picture = options.out / f"{spec(name).name}_check.png"
+        found = check_segmentation(name, options.data_root, class_file=options.class_file, picture=picture)
+        print(f"{found.text()}\n{picture}", flush=True)
+        bad += bool(found.problems)
+    return 1 if bad else 0
+
+
+def result_row(
+    data: SegmentationData,
+    protocol: Protocol,
+    measured: Measured,
+    *,
+    model: str,
+    pretrained: str | None = None,
+    embedder: str | None = None,
+) -> dict[str, Any]:
+    """What a result file holds: the measures, and everything without which they cannot be compared.
+
+    model, pretrained: open_clip's names. embedder: that of a PACL embedder, None for the model alone.
+    """
+    return {
+        "dataset": data.spec.name,
+        "model": model,
+        "pretrained": pretrained,
+        "embedder": embedder,
+        "task": SEGMENTATION,
+        "language": "en",
+        "protocol": dataclasses.asdict(protocol),
+        "classes": {"count": len(data.classes), "sha256": data.class_hash, "background": data.spec.background},
+        "layout": data.layout,
+        "images": len(data),
+        "images_of_the_set": data.spec.count[0],
+        "metrics": measured.metrics,
+        "chance_mIoU": round(measured.chance, 2),
+        "warnings": measured.warnings,
+    }
+
+
+def class_table(row: dict[str, Any], data: SegmentationData) -> str:
+    """A row's measures per class."""
+    metrics = row["metrics"]
+    lines = [["class", "IoU", "Acc"]]
+    lines += [[name, number(metrics["IoU"][name]), number(metrics["Acc"][name])] for name in metrics["IoU"]]
+    means = "  ".join(f"{name} {number(metrics[name])}" for name in ("aAcc", "mIoU", "mAcc"))
+    head = f"{data.spec.title}, protocol {row['protocol']['name']}, {row['images']} images"
+    return "\n".join([head, *aligned(lines), means])

@@ -1,0 +1,278 @@
+"""Images and label masks of a data set, from the official files or those that mmsegmentation's converters made."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from PIL import Image
+
+from ..data.images import IMAGE_FORMATS, open_image, to_rgb
+from ..segment.prompts import read_classes
+from .specs import UNKNOWN, Masks, Spec, fingerprint, spec, spread
+
+MASK_FORMATS = ("PNG", "TIFF")
+MAX_PIXELS = 100_000_000
+
+
+class SegmentationData:
+    """Images with a label per pixel.
+
+    name: of `datasets()`. root: the data set's folder, or one above it as mmsegmentation has it. class_file: other
+    names for the classes, one class per line in the same order, synonyms separated by commas. partial: accept a folder
+    that lacks some of the official images. limit: only so many images, spread evenly over the set.
+
+    `data[i]` is an RGB image and its labels, int16 [H, W], IGNORED (-1) where a pixel does not count. `names` are those
+    of the images, `classes` those that results go by, `synonyms` the words for each, `layout` the masks' path.
+    Raises FileNotFoundError for missing files, ValueError for files that are not what they should be; both say which.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        root: str | Path,
+        *,
+        class_file: str | Path | None = None,
+        partial: bool = False,
+        limit: int | None = None,
+    ):
+        self.spec = spec(name)
+        self.synonyms = self._read_classes(class_file)
+        self.classes = list(self.spec.classes)
+        self.class_hash = fingerprint(self.synonyms)
+        self.root, self._images, self.masks = _find(self.spec, Path(root))
+        self.layout, self.split = self.masks.path, _split(self.spec, self.masks)
+        if self.layout.endswith(".mat"):
+            need_scipy(name)
+        self._detail = _Detail(self.root / self.layout) if self.layout.endswith(".json") else None
+        self.names = self._read_names()
+        self.missing = [] if self._detail else [x for x in self.names if not self._mask_path(x).is_file()]
+        self.missing += [x for x in self.names if not self._image_path(x).is_file()]
+        self._check_missing(partial)
+        self.names = [self.names[i] for i in spread(len(self.names), limit)]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, i: int) -> tuple[Image.Image, np.ndarray]:
+        image, values = self.image(i), self.values(i)
+        if values.shape != (image.height, image.width):
+            raise ValueError(
+                f"data: the mask of {self.names[i]} has {values.shape[1]} x {values.shape[0]} pixels, its image "
+                f"{image.width} x {image.height}"
+            )
+        labels = self.masks.table[values]
+        if (labels == UNKNOWN).any():
+            bad = sorted(set(values[labels == UNKNOWN].tolist()))
+            raise ValueError(
+                f"data: the mask of {self.names[i]} has the values {_few(bad)}, which {self.layout} of "
+                f"{self.spec.name} does not have{self._other_ids()}"
+            )
+        return image, labels
+
+    def image(self, i: int) -> Image.Image:
+        # As stored: masks were drawn on the stored pixels, so an orientation in EXIF is not followed.
+        return read_picture(self._image_path(self.names[i]), IMAGE_FORMATS, to_rgb)
+
+    def values(self, i: int) -> np.ndarray:
+        """A mask's values as its file has them, [H, W]; ValueError for a file that has no labels, such as colours."""
+        if self._detail:
+            return self._detail.values(self.names[i])
+        path = self._mask_path(self.names[i])
+        if path.suffix == ".mat":
+            return _read_label_map(path)
+        values = read_picture(path, MASK_FORMATS, np.asarray)
+        if values.ndim != 2 or values.dtype.kind not in "ui":
+            raise ValueError(f"data: {path} has colours, expected a label per pixel (palette or gray)")
+        if values.size and not 0 <= int(values.min()) <= int(values.max()) < 1 << 16:
+            raise ValueError(f"data: {path} has labels outside 0 to 65535")
+        return values
+
+    def _read_classes(self, file: str | Path | None) -> list[list[str]]:
+        if file is None:
+            return self.spec.synonyms
+        classes = read_classes(file, "class_file")
+        if len(classes) != len(self.spec.classes):
+            expected = f"{len(self.spec.classes)} ({self.spec.title})"
+            raise ValueError(f"class_file: got {len(classes)} classes in {file}, expected {expected}")
+        return classes
+
+    def _read_names(self) -> list[str]:
+        if self._detail:
+            return self._detail.names
+        if self.split:
+            names = (self.root / self.split).read_text(encoding="utf-8").split()
+            for name in names:
+                if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\\" in name:
+                    raise ValueError(f"data: {self.root / self.split} names {name!r}, expected a name below its folder")
+            return names
+        # The name is what the stars stand for, joined by slashes, so that masks are found by it.
+        stars = re.compile(re.escape(self._images).replace(r"\*", "([^/]*)"))
+        paths = (path.relative_to(self.root).as_posix() for path in sorted(self.root.glob(self._images)))
+        names = ["/".join(stars.fullmatch(path).groups()) for path in paths]
+        return [name for name in names if "/." not in f"/{name}"]  # what some systems leave beside files
+
+    def _image_path(self, name: str) -> Path:
+        return self.root / _fill(self._images, name)
+
+    def _mask_path(self, name: str) -> Path:
+        return self.root / _fill(self.layout, name)
+
+    def _check_missing(self, partial: bool) -> None:
+        there = len(self.names) - len(set(self.missing))
+        wrong = not partial and there not in self.spec.count
+        if there == 0 or wrong or (self.missing and not partial):
+            example = f", such as that of {self.missing[0]}" if self.missing else ""
+            raise FileNotFoundError(
+                f"data: {self.root} has {there} of the {self.spec.count[0]} images with masks of {self.spec.title}"
+                f"{example}; {_expected(self.spec)}" + ("" if there == 0 else "; --partial takes what is there")
+            )
+        gone = set(self.missing)
+        self.names = [x for x in self.names if x not in gone]
+
+    def _other_ids(self) -> str:
+        """Whether the values seen are those of another of the data set's mask files."""
+        values = set(np.unique(np.concatenate([np.unique(self.values(i)) for i in range(min(len(self), 20))])).tolist())
+        for other in self.spec.masks:
+            if not np.array_equal(other.table, self.masks.table) and (other.table[list(values)] != UNKNOWN).all():
+                return f"; they look like those of {other.path}"
+        return "; expected labels in the form that the layout names"
+
+
+def _find(spec: Spec, root: Path) -> tuple[Path, str, Masks]:
+    """The folder, the images' pattern and the kind of masks that are there; FileNotFoundError says what is not."""
+    if not root.is_dir():
+        raise FileNotFoundError(f"data: {root} is not a folder; {_expected(spec)}")
+    lacks = None
+    for base in (root / x for x in spec.roots):
+        images = next((x for x in spec.images if _any(base, x)), None)
+        there = [x for x in spec.masks if _any(base, x.path)]
+        for masks in there:
+            split = _split(spec, masks)
+            if images and (split is None or (base / split).is_file()):
+                return base, images, masks
+        if images and lacks is None:
+            what = _split(spec, there[0]) if there else _either([x.path for x in spec.masks])
+            lacks = f"data: {base} has the images of {spec.title} but not {what}"
+        elif there and lacks is None:
+            lacks = f"data: {base} has the masks of {spec.title} but not {_either(spec.images)}"
+    raise FileNotFoundError(f"{lacks or f'data: {root} has no {spec.title}'}; {_expected(spec)}")
+
+
+def _split(spec: Spec, masks: Masks) -> str | None:
+    """The list of the images that have such masks; a .json has its own."""
+    return None if masks.path.endswith(".json") else masks.split or spec.split
+
+
+def _expected(spec: Spec) -> str:
+    splits = [x for x in (_split(spec, masks) for masks in spec.masks) if x]
+    split = f", {_either(splits)}" if splits else ""
+    return f"expected {_either(spec.images)} with {_either([x.path for x in spec.masks])}{split}, from {spec.source}"
+
+
+def _either(paths) -> str:
+    return " or ".join(dict.fromkeys(paths))
+
+
+def _any(base: Path, pattern: str) -> bool:
+    return next(base.glob(pattern), None) is not None
+
+
+def _fill(pattern: str, name: str) -> str:
+    """`a/*/*_b.png` and `x/y`: a/x/y_b.png. A pattern with one star takes the whole name."""
+    for part in [name] if pattern.count("*") == 1 else name.split("/"):
+        pattern = pattern.replace("*", part, 1)
+    return pattern
+
+
+def _few(values: list) -> str:
+    return ", ".join(map(str, values[:5])) + (", ..." if len(values) > 5 else "")
+
+
+def read_picture(path: Path, formats: tuple[str, ...], use: Callable):
+    """What `use` makes of the image in `path`; ValueError that names the file for one that is damaged or too large."""
+    try:
+        with open_image(path, formats, MAX_PIXELS) as image:
+            return use(image)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # decoders raise anything on damaged bytes
+        raise ValueError(f"data: cannot read {path}: {error}") from error
+
+
+def need_scipy(name: str) -> None:
+    """ValueError where the labels of the data set `name` cannot be read."""
+    if importlib.util.find_spec("scipy") is None:
+        raise ValueError(f"dataset: {name} has its labels in Matlab's files, which need scipy: pip install scipy")
+
+
+def _read_label_map(path: Path) -> np.ndarray:
+    """`LabelMap` of a file of Pascal Context, [H, W]."""
+    from scipy.io import loadmat, whosmat
+
+    try:
+        shapes = {name: shape for name, shape, _ in whosmat(str(path), appendmat=False)}
+        if "LabelMap" not in shapes or len(shapes["LabelMap"]) != 2:
+            raise ValueError(f"it has {', '.join(shapes) or 'nothing'}, expected LabelMap of two dimensions")
+        if math.prod(shapes["LabelMap"]) > MAX_PIXELS:
+            raise ValueError(f"{shapes['LabelMap']} pixels, at most {MAX_PIXELS:,} are read")
+        values = loadmat(str(path), appendmat=False, variable_names=["LabelMap"])["LabelMap"]
+        if values.dtype != np.uint16:
+            raise ValueError(f"its LabelMap is {values.dtype}, expected uint16")
+        return values
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # on damaged bytes: TypeError, zlib.error, MatReadError, ...
+        raise ValueError(f"data: cannot read {path}: {error}") from error
+
+
+class _Detail:
+    """Label masks out of trainval_merged.json of PASCAL in Detail: run-length coded regions, drawn in their order."""
+
+    def __init__(self, path: Path):
+        data = json.loads(path.read_bytes())
+        try:
+            sizes = {x["image_id"]: (x["height"], x["width"]) for x in data["images"] if x["phase"] == "val"}
+            self.names = sorted(Path(x["file_name"]).stem for x in data["images"] if x["phase"] == "val")
+            self._ids = {Path(x["file_name"]).stem: x["image_id"] for x in data["images"] if x["phase"] == "val"}
+            self._regions: dict[int, list] = {i: [] for i in sizes}
+            for region in data["annos_segmentation"]:
+                if region["image_id"] in sizes:
+                    self._regions[region["image_id"]].append((region["category_id"], region["segmentation"]))
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"data: {path} lacks {error}, expected the file of PASCAL in Detail") from error
+        self._sizes = sizes
+
+    def values(self, name: str) -> np.ndarray:
+        image = self._ids[name]
+        values = np.zeros(self._sizes[image], np.uint16)
+        for category, code in self._regions[image]:
+            if list(code["size"]) != list(values.shape):
+                raise ValueError(f"data: a region of {name} has the size {code['size']}, expected {list(values.shape)}")
+            values[decode_rle(code["counts"], *values.shape)] = category
+        return values
+
+
+def decode_rle(counts: str, height: int, width: int) -> np.ndarray:
+    """Bool mask [height, width] of COCO's compressed run lengths: columns first, runs of 0 and 1 in turn.
+
+    A run is written in base 32, lowest digits first, a character of 48 + digit (+ 32 if more follow), its sign being
+    the last digit's fifth bit; from the fourth on it is the difference to the run before the last.
+    """
+    runs, value, shift = [], 0, 0
+    for char in counts.encode():
+        digit = char - 48
+        value |= (digit & 31) << shift
+        shift += 5
+        if not digit & 32:
+            value -= (1 << shift) if digit & 16 else 0
+            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+            value, shift = 0, 0
+    if sum(runs) != height * width or min(runs, default=0) < 0:
+        raise ValueError(f"data: a region's run lengths do not make {height} x {width} pixels")
+    return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T

@@ -1,0 +1,139 @@
+"""The `pacl` command line: what it lists, and that spellings of options keep their meaning."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import encode, picture
+from pacl.cli import COMMANDS, main
+from pacl.evaluate.command import TASKS
+
+OF_MODEL = "--checkpoint --model --pretrained --templates --stride --max-image-pixels --device --help"
+OF_IMAGES = (
+    f"{OF_MODEL} --words --classes --short-side --window --window-stride --threshold --entropy --logit-scale --out"
+)
+OF_PAIRS = "--dataset-type --csv-separator --csv-img-key --csv-caption-key --image-root --help"
+OF_TASKS = "--checkpoint --model --pretrained --out --device"
+OF_DATA = f"{OF_TASKS} --data-root --dataset --class-file --limit --partial"
+OPTIONS = {
+    "look": f"{OF_IMAGES} --scale",
+    "segment": OF_IMAGES,
+    "serve": f"{OF_MODEL} --port --examples --no-browser",
+    "data pack": f"{OF_PAIRS} --scenes --masks --max-image-pixels --out --shard-size --shuffle --seed",
+    "data check": f"{OF_PAIRS} --scenes --masks --max-image-pixels --sample --json",
+    "demo": "--out --quick --full --seed --threads --clip-steps --embedder-steps --help",
+    "doctor": "--json --help",
+    "evaluate": "--help",
+}
+EVALUATE_OPTIONS = {
+    "segmentation": f"{OF_DATA} --protocol --stride --threshold --check",
+    "retrieval": f"{OF_TASKS} {OF_PAIRS} --data --scenes --plain --batch-size --workers",
+    "alignment": f"{OF_DATA} --short-side --templates --plain",
+    "coherence": f"{OF_DATA} --short-side --patches --pairs --seed",
+    "classification": f"{OF_DATA} --templates --no-plain --batch-size --workers",
+    "table": "--help",
+}
+
+
+@pytest.fixture
+def photo(tmp_path):
+    (tmp_path / "photo.jpg").write_bytes(encode(picture(0, 48, 64)))
+    return str(tmp_path / "photo.jpg")
+
+
+@pytest.mark.parametrize("given", ["--help", "-h", "", "lok", "--version"])
+@pytest.mark.parametrize("parent, commands", [("", COMMANDS), ("evaluate", TASKS)], ids=["pacl", "evaluate"])
+def test_commands_are_listed(parent, commands, given, capsys):
+    asked = given in ("--help", "-h")
+    assert main([*parent.split(), *given.split()]) == (0 if asked else 2)
+    said = capsys.readouterr()
+    listed = said.out if asked else said.err
+    assert all(f"  {name} " in listed for name in commands)
+    if not asked:
+        got = f"got {given!r}" if given else "got none"
+        assert listed.splitlines()[-1] == f"pacl: error: command: {got}, expected one of {', '.join(commands)}"
+
+
+@pytest.mark.parametrize("command", OPTIONS)
+def test_help_names_all_options_and_does_not_wait_for_torch(command):
+    code = f"""if True:
+        import sys
+        from pacl.cli import main
+        try:
+            sys.exit(main([*"{command}".split(), "--help"]))
+        finally:
+            assert "torch" not in sys.modules"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == ""
+    words = done.stdout.replace(",", " ").split()
+    assert set(OPTIONS[command].split()) <= set(words)
+
+
+@pytest.mark.parametrize("task", EVALUATE_OPTIONS)
+def test_help_of_tasks_names_all_options(task, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["evaluate", task, "--help"])
+    assert stop.value.code == 0
+    assert set(EVALUATE_OPTIONS[task].split()) <= set(capsys.readouterr().out.replace(",", " ").split())
+
+
+def test_all_options_of_segment(photo, untrained, tmp_path):
+    """Values behind a blank or =, hyphens or underscores, negative numbers, options on both sides of the images."""
+    checkpoint = str(untrained / "run/embedder")
+    flags = ["--words", "dog,red ball", "--templates=none", "--stride", "2", "--short_side", "72", "--window=64"]
+    flags += ["--window-stride", "8", "--threshold", "-0.5", "--entropy=1.5", "--logit_scale=50", "--device", "cpu"]
+    flags += ["--max_image_pixels=8000", f"--out={tmp_path / 'out'}"]
+    assert main(["segment", photo, photo, "--checkpoint", checkpoint, *flags]) == 0
+    assert main(["segment", "--checkpoint", checkpoint, *flags, photo]) == 0
+    found = json.loads((tmp_path / "out/photo-scores.json").read_text())
+    assert found["settings"] == {
+        "stride": 2,
+        "short_side": 72,
+        "window": 64,
+        "window_stride": 8,
+        "templates": "none",
+        "model": checkpoint,
+        "threshold": -0.5,
+        "entropy": 1.5,
+        "logit_scale": 50.0,
+    }
+    assert [x["name"] for x in found["classes"]] == ["background", "dog", "red ball"]
+    assert (tmp_path / "out/photo~2-scores.json").is_file()
+
+
+def test_scale_and_class_file_of_look(photo, untrained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "classes.txt").write_text("dog\n")
+    flags = ["--model", f"local-dir:{untrained / 'clip'}", "--classes", "classes.txt"]
+    maps = {}
+    for scale in ("--scale=-1,1", "--scale 0.1,0.2", ""):
+        assert main(["look", photo, *flags, *scale.split()]) == 0
+        maps[scale] = (tmp_path / "pacl-look/photo-01-dog.png").read_bytes()
+    assert len(set(maps.values())) == 3
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["look", "a.jpg", "--words", "dog"], "--checkpoint, --model"),
+        (["look", "a.jpg", "--words", "dog", "--model", "x", "--checkpoint", "y"], "not allowed together"),
+        (["segment", "a.jpg", "--model", "x"], "--words, --classes"),
+        (["segment", "a.jpg", "--model", "x", "--words", "dog", "--classes", "c.txt"], "not allowed together"),
+        (["segment", "--model", "x", "--words", "dog"], "images: got none, expected files or folders of images"),
+        (["look", "a.jpg", "--model", "x", "--words", "dog", "--scale", "0.5,0.5"], "two increasing numbers"),
+        (["look", "a.jpg", "--model", "x", "--words", "dog", "--scale", "0.5"], "two increasing numbers"),
+        (["look", "a.jpg", "--model", "x", "--words", "dog", "--stride", "a"], "--stride"),
+        (["look", "a.jpg", "--model", "x", "--words", "dog", "--strides", "2"], "--strides"),
+        (["segment", "a.jpg", "--model", "x", "--words", "dog", "--scale", "0,1"], "--scale"),
+        (["serve"], "--checkpoint, --model"),
+        (["serve", "--model", "x", "photo.jpg"], "photo.jpg"),
+        (["doctor", "--yaml"], "--yaml"),
+    ],
+)
+def test_wrong_options_have_status_2(argv, message, capsys):
+    try:
+        status = main(argv)
+    except SystemExit as stop:
+        status = stop.code
+    assert status == 2 and message in capsys.readouterr().err
