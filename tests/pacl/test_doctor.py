@@ -14,8 +14,7 @@ from pacl_kernels import available_backends, backends
 def backend(**changes):
     """The `torch` backend with other functions in the places of some of its own."""
     own = backends.get("torch")
-    names = ("why_not", "compatibility_forward", "compatibility_backward", "upsample_argmax")
-    return SimpleNamespace(**{name: getattr(own, name) for name in names} | changes)
+    return SimpleNamespace(**vars(own) | changes)
 
 
 @pytest.fixture

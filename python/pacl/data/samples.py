@@ -23,7 +23,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
 from torchvision.transforms.functional import pil_to_tensor
 
-from .images import IMAGE_FORMATS, IMAGE_SUFFIXES, MAX_IMAGE_PIXELS, TooManyPixels, check_is_file, open_image, to_rgb  # noqa: F401
+from .images import MAX_IMAGE_PIXELS, TooManyPixels, check_is_file, open_image, to_rgb
 
 REASONS = ("archive", "file", "image", "pixels", "caption", "mask")
 MOST_WORKERS = 256  # rows of the counts
