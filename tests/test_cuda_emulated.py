@@ -12,8 +12,10 @@ import pytest
 import torch
 from accuracy import check
 from filelock import FileLock
+from paths import path_to_kernel
 from problems import Case, make
 
+from pacl_kernels import fused_pacl_loss
 from pacl_kernels.backends.gpu import hopper
 
 
@@ -403,3 +405,14 @@ def test_backend(library, monkeypatch, case, form, dtype):
     monkeypatch.setattr(hopper, "why_not", lambda device=None, dtype=None: None)
     monkeypatch.setattr(hopper.settings, "cosine_from_attention", True)
     check(make(case, form, "compatibility" if case.K else "infonce", dtype), "cuda")
+
+
+@pytest.mark.parametrize("form", ["dot", "cosine"])
+def test_path_of_the_patches(library, monkeypatch, form):
+    """As tests/test_path.py has it for the other backends."""
+    library.configure()
+    monkeypatch.setattr(hopper, "native", lambda: library)
+    monkeypatch.setattr(hopper, "why_not", lambda device=None, dtype=None: None)
+    patches, texts = torch.randn(3, 100, 64).bfloat16(), torch.randn(3, 64).bfloat16()
+    found = path_to_kernel(lambda: fused_pacl_loss(patches, texts, 10.0, form=form, backend="cuda"))
+    assert found == ["loss.py", "autograd.py", "ops.py", "backends/gpu/order.py", "backends/gpu/hopper.py"]
