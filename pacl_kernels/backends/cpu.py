@@ -19,7 +19,7 @@ _SMALLEST = torch.finfo(torch.float32).tiny
 
 
 @functools.cache
-def _openmp() -> tuple[int, int, int]:
+def _openmp_addresses() -> tuple[int, int, int]:
     """Addresses of what starts parallel regions in PyTorch's own OpenMP runtime; zeros if it cannot be found.
 
     Its workers spin for milliseconds after each of torch's operators and would share the cores with threads of ours.
@@ -34,16 +34,21 @@ def _openmp() -> tuple[int, int, int]:
         return (0, 0, 0)
 
 
-def _forget_openmp() -> None:
-    """Its workers do not exist in a forked process, which would wait for them for ever."""
-    global _openmp
+_forked = False
 
-    def _openmp() -> tuple[int, int, int]:
-        return (0, 0, 0)
+
+def _openmp() -> tuple[int, int, int]:
+    """The addresses; zeros in a forked process, where the workers do not exist and would be waited for for ever."""
+    return (0, 0, 0) if _forked else _openmp_addresses()
+
+
+def _set_forked() -> None:
+    global _forked
+    _forked = True
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows
-    os.register_at_fork(after_in_child=_forget_openmp)
+    os.register_at_fork(after_in_child=_set_forked)
 
 
 def why_not(device: torch.device | None = None, dtype: torch.dtype | None = None) -> str | None:
@@ -57,16 +62,14 @@ def why_not(device: torch.device | None = None, dtype: torch.dtype | None = None
     return None
 
 
-def compatibility_forward(patches, texts, patch_mask, temperature, form, phi, lse) -> None:
-    params = _params(patches, texts, patch_mask, temperature, form, phi, lse)
-    if phi.numel():
-        _run(_native.compatibility_forward(params))
+def compatibility_forward(patches, texts, patch_mask, temperature, form, phi, state) -> None:
+    _run(_native.compatibility_forward(_params(patches, texts, patch_mask, temperature, form, phi, state)))
 
 
 def compatibility_backward(
-    patches, texts, patch_mask, temperature, form, phi, lse, grad_phi, grad_patches, grad_texts, grad_temperature
+    patches, texts, patch_mask, temperature, form, phi, state, grad_phi, grad_patches, grad_texts, grad_temperature
 ) -> None:
-    params = _params(patches, texts, patch_mask, temperature, form, phi, lse)
+    params = _params(patches, texts, patch_mask, temperature, form, phi, state)
     texts_sum = phi.new_zeros(params.accumulator_floats()) if grad_texts is not None else None
     params.set(
         grad_phi=grad_phi.data_ptr(),
