@@ -23,7 +23,7 @@ def test_autocast(form, objective, dtype, single):
     truth, plain = (evaluate(rounded.to(wide), "reference") for wide in (torch.float64, torch.float32))
     with torch.autocast(single.device, dtype), Spy() as spy:
         answer = evaluate(problem, single.backend)
-    assert {arguments["patches"].dtype for _, arguments in spy.calls} == {dtype}
+    assert {arguments["patches"].dtype for _, arguments in spy.calls if "patches" in arguments} == {dtype}
     assert {arguments["phi"].dtype for _, arguments in spy.calls} == {torch.float32}
     sizes = natural_sizes(rounded)
     for name, true in truth.items():
