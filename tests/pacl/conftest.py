@@ -2,19 +2,7 @@ import io
 import tarfile
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
-
-
-def encode(array: np.ndarray, kind: str = "JPEG") -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(array).save(buffer, kind)
-    return buffer.getvalue()
-
-
-def picture(seed: int, height: int = 8, width: int = 8) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
 @pytest.fixture

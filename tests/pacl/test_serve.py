@@ -20,7 +20,6 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from conftest import encode, picture
 from pacl.cli import main
 from pacl.data.scenes import CLASSES
 from pacl.segment.draw import word_colours
@@ -32,6 +31,7 @@ from pacl.serve.run import demo_scenes, find_examples, make_viewer
 from pacl.serve.server import MOST_BYTES, PAGE, Server
 from pacl.sharing import load_pacl
 from pacl.towers import load_towers
+from pictures import encode, picture
 from PIL import Image
 
 torch.set_num_threads(1)

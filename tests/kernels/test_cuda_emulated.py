@@ -1,4 +1,4 @@
-"""The Hopper kernels' own source, run thread by thread on the host: tests/cuda/emulator.h says what that shows.
+"""The Hopper kernels' own source, run thread by thread on the host: cuda/emulator.h says what that shows.
 
 Widths that the emulator is compiled with: one image to a tile at 144, 200 and 256 columns, several at all of theirs.
 """
