@@ -32,7 +32,7 @@ sanitize() { # name, limit, tool, what to test
 nvidia-smi >"$out/nvidia-smi.log" 2>&1
 # The module for this machine; without it the 'cuda' backend is absent and its tests skip.
 run cuda-build 400 env PACL_CUDA=ON $python setup.py build_ext --inplace
-run cuda-small 120 $python -m pytest -q -x $parallel -p no:cacheprovider -m gpu tests/test_gpu_cuda.py \
+run cuda-small 120 $python -m pytest -q -x $parallel -p no:cacheprovider -m hopper tests/kernels \
   -k "small or (shapes and N196) or (in_memory and N441)"
 run cuda-tune 150 $python benchmarks/tune_cuda.py --json "$out/cuda-tune.json"
 # Half the time goes into torch.compile, and nothing is written before the end.
@@ -49,10 +49,11 @@ for form in dot cosine; do
   run "profile-pipes-$form" 90 ncu --clock-control none --section ComputeWorkloadAnalysis --kernel-name regex:score_kernel \
     $python benchmarks/profile_step.py --once --backend cuda --form $form --batch 1024
 done
-run cuda-tests 400 $python -m pytest -q $parallel -p no:cacheprovider -m gpu tests/test_gpu_cuda.py --maxfail=20
-run sanity 120 $python -m pytest -q -x -p no:cacheprovider tests/test_gpu.py -m gpu -k "auto or never_waits or graph"
+run cuda-tests 400 $python -m pytest -q $parallel -p no:cacheprovider -m hopper tests/kernels --maxfail=20
+run sanity 120 $python -m pytest -q -x -p no:cacheprovider -m gpu \
+  tests/kernels/test_backends.py tests/kernels/test_streams.py -k "auto_takes_the_fastest or never_waits or graph"
 for tool in memcheck racecheck; do
-  sanitize "cuda-$tool" 200 $tool -m gpu tests/test_gpu_cuda.py -k small
+  sanitize "cuda-$tool" 200 $tool -m hopper tests/kernels/test_accuracy.py -k small
 done
 run tune 300 $python benchmarks/tune_triton.py --repeats 5 --json "$out/tune.json"
 run training-step 200 $python benchmarks/training_step.py --device cuda --json "$out/training-step.json"
@@ -60,10 +61,10 @@ run tests 900 $python -m pytest -q $parallel -p no:cacheprovider -m gpu --maxfai
   --continue-on-collection-errors
 # On a GPU where there is one; no row of theirs is marked so.
 run tests-triton 300 $python -m pytest -q $parallel -p no:cacheprovider --maxfail=20 \
-  tests/test_triton.py tests/test_upsample.py -k triton
+  tests/kernels/test_triton.py tests/kernels/test_upsample.py -k triton
 for shape in "256 196 512" "4096 196 768" "4096 256 1024" "2048 576 768"; do
   read -r batch patches dim <<<"$shape"
   run "throughput-$batch-$patches-$dim" 240 $python benchmarks/throughput.py --device cuda --dtype bfloat16 \
     --batch "$batch" --patches "$patches" --dim "$dim" --repeats 5 --json "$out/throughput-$batch-$patches-$dim.json"
 done
-sanitize sanitizer 300 memcheck tests/test_triton.py -k "compatibility and (N65 or N49)"
+sanitize sanitizer 300 memcheck tests/kernels/test_triton.py -k "compatibility and (N65 or N49)"

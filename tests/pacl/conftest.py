@@ -2,19 +2,7 @@ import io
 import tarfile
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
-
-
-def encode(array: np.ndarray, kind: str = "JPEG") -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(array).save(buffer, kind)
-    return buffer.getvalue()
-
-
-def picture(seed: int, height: int = 8, width: int = 8) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
 @pytest.fixture
@@ -61,4 +49,26 @@ def run_world(tmp_path_factory) -> Path:
     write_scenes(folder / "scenes", "train", 120, seed=0, pairs=scenes.SEEN, shard_size=40)
     write_scenes(folder / "scenes", "eval", 60, seed=0, masks=True, shard_size=20)
     (folder / "classes.txt").write_text("\n".join(scenes.CLASSES) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tower_world(tmp_path_factory) -> Path:
+    """An untrained CLIP of the sizes in `small_towers.py`, and 24 scenes."""
+    import copy
+    import json
+
+    import open_clip
+    import torch
+    from pacl.data import scenes
+    from pacl.data.scene_shards import write_scenes
+    from safetensors.torch import save_file
+    from small_towers import SIZES
+
+    folder = tmp_path_factory.mktemp("tower_world")
+    torch.manual_seed(0)
+    (folder / "clip").mkdir()
+    (folder / "clip/open_clip_config.json").write_text(json.dumps({"model_cfg": SIZES, "preprocess_cfg": {}}))
+    save_file(open_clip.CLIP(**copy.deepcopy(SIZES)).state_dict(), folder / "clip/open_clip_model.safetensors")
+    write_scenes(folder / "scenes", "train", 24, seed=0, pairs=scenes.SEEN)
     return folder

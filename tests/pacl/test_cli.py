@@ -5,9 +5,9 @@ import subprocess
 import sys
 
 import pytest
-from conftest import encode, picture
 from pacl.cli import COMMANDS, main
 from pacl.evaluate.command import TASKS
+from pictures import encode, picture
 
 OF_MODEL = "--checkpoint --model --pretrained --templates --stride --max-image-pixels --device --help"
 OF_IMAGES = (

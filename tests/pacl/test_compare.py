@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import encode, picture
 from miniature import IDS, LAYOUTS, write
 from pacl.cli import main
 from pacl.compare.entries import read_lines
@@ -18,6 +17,7 @@ from pacl.segment.predict import Segmenter
 from pacl.segment.prompts import TEMPLATES
 from pacl.sharing import load_pacl
 from pages import read
+from pictures import encode, picture
 from PIL import Image
 from running import lines, train
 

@@ -10,13 +10,13 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from conftest import encode, picture
 from pacl.backbones import patch_tokens
 from pacl.cli import main
 from pacl.evaluate.classification import accuracies, count_hits
 from pacl.evaluate.classification_data import KINDS, Labelled, spoken
 from pacl.segment.prompts import TEMPLATES
 from pacl.sharing import load_pacl
+from pictures import encode, picture
 from PIL import Image
 from running import write_embedder
 from torch.nn import functional as F

@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import encode, picture
 from pacl.backbones import patch_tokens
 from pacl.cli import main
 from pacl.data.sources import open_pairs
@@ -16,6 +15,7 @@ from pacl.evaluate.retrieval import retrieval as measure
 from pacl.evaluate.scorer import Scorer
 from pacl.sharing import load_pacl
 from pacl.towers import load_towers
+from pictures import encode, picture
 from PIL import Image
 from running import write_embedder
 from torch.nn import functional as F

@@ -25,7 +25,7 @@ from pacl.demo.toy_clip import new_clip, save_clip
 from pacl.towers import load_towers
 from pacl.training.checkpoints import checkpoints, load_checkpoint
 from PIL import Image
-from test_train import assert_same_state
+from running import assert_same_state
 
 SCENES = 60
 

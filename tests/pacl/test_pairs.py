@@ -9,7 +9,6 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from conftest import encode, picture
 from pacl.cli import main
 from pacl.data.pack import pack
 from pacl.data.pairs import CocoPairs, CsvPairs, FolderPairs, ScenePairs, below
@@ -17,6 +16,7 @@ from pacl.data.samples import BadData, loader
 from pacl.data.scene_shards import write_scenes
 from pacl.data.shards import Shards
 from pacl.data.sources import open_pairs
+from pictures import encode, picture
 from PIL import Image
 
 COUNT = 12

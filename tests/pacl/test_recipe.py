@@ -10,7 +10,6 @@ import pytest
 
 pytest.importorskip("open_clip")
 pytest.importorskip("tyro")
-import test_train
 import torch
 import yaml
 from pacl.backbones import patch_tokens
@@ -19,15 +18,19 @@ from pacl.data.texts import find_nouns
 from pacl.training.command import _parse
 from pacl.training.recipe import command, fill_batch, recipe_config, recipe_notes
 from pacl.training.run import Run
-from test_train import assert_same_state, final, flags
+from running import assert_same_state, final, flags
 
 from pacl_kernels.reference import pacl_loss
 
-world = test_train.world
+
+@pytest.fixture
+def world(run_world):
+    return run_world
 
 
 def recipe_flags(world, logs, **changes):
-    return flags(world, logs, **({"recipe": "paper", "pretrained": "None", "accum_freq": 1} | changes))
+    defaults = {"recipe": "paper", "pretrained": "None", "accum_freq": 1, "max_steps": 8, "save_frequency": 3}
+    return flags(world, logs, **(defaults | changes))
 
 
 def test_the_papers_values():

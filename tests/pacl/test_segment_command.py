@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import encode, picture
 from pacl.cli import main
 from pacl.segment.draw import SCALE, _fitting, heat, label_image, overlay, png, voc_palette, with_legend, word_colours
 from pacl.segment.predict import Segmenter
 from pacl.segment.run import _slug, _stems
 from pacl.sharing import load_pacl
+from pictures import encode, picture
 from PIL import Image, ImageFont
 
 torch.set_num_threads(1)

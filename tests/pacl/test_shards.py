@@ -13,11 +13,11 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from conftest import encode, picture
 from pacl.data.samples import BadData, loader
 from pacl.data.scene_shards import write_scenes
 from pacl.data.shards import Shards, count_shards, expand_shards
 from pacl.segment.images import read_image
+from pictures import encode, picture
 from PIL import Image
 
 

@@ -1,26 +1,18 @@
-"""Towers: which parts are trained, what their fingerprint tells apart, and what a wrong or malicious name does."""
+"""Towers: those that names and files give, and which of their parts are trained."""
 
 from __future__ import annotations
 
-import copy
 import json
 import os
-import pickle
-import shutil
 import subprocess
 from pathlib import Path
 
-import numpy as np
 import open_clip
 import pytest
 import torch
 import tower_steps
-from pacl import sharing
-from pacl.cli import main
-from pacl.data import scenes
-from pacl.data.scene_shards import write_scenes
-from pacl.embedder import VisionEmbedder, save_embedder
-from pacl.sharing import _absolute, check_towers, describe_towers, load_pacl
+from pacl.embedder import VisionEmbedder
+from pacl.sharing import load_pacl
 from pacl.towers import load_towers, quick_gelu
 from pacl.training.checkpoints import checkpoints, load_checkpoint
 from pacl.training.config import TrainConfig
@@ -28,50 +20,15 @@ from pacl.training.model import Trainable
 from PIL import Image
 from running import RANKS
 from safetensors.torch import load_file, save_file
+from small_towers import registered, train
 
 torch.set_num_threads(1)
-SIZES = {
-    "embed_dim": 48,
-    "vision_cfg": {"image_size": 64, "patch_size": 8, "width": 64, "layers": 3, "head_width": 32},
-    "text_cfg": {"context_length": 24, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
-}
 CHANGES = {"no-lock-text": None, "lock-image-unlocked-groups": 1}
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory) -> Path:
-    """An untrained CLIP and 24 scenes."""
-    folder = tmp_path_factory.mktemp("world")
-    torch.manual_seed(0)
-    (folder / "clip").mkdir()
-    (folder / "clip/open_clip_config.json").write_text(json.dumps({"model_cfg": SIZES, "preprocess_cfg": {}}))
-    save_file(open_clip.CLIP(**copy.deepcopy(SIZES)).state_dict(), folder / "clip/open_clip_model.safetensors")
-    write_scenes(folder / "scenes", "train", 24, seed=0, pairs=scenes.SEEN)
-    return folder
-
-
-def train(world: Path, logs: Path, **changes) -> int:
-    values = {
-        "train-data": world / "scenes/train-000.tar",
-        "model": f"local-dir:{world / 'clip'}",
-        "log-dir": logs,
-        "batch-size": 8,
-        "max-steps": 4,
-        "workers": 0,
-        "report-to": "none",
-    }
-    words = [
-        x for name, value in (values | changes).items() for x in ([f"--{name}"] + [str(value)] * (value is not None))
-    ]
-    return main(["train", *words])
-
-
-def change_config(folder: Path, **changes) -> None:
-    path = folder / "open_clip_config.json"
-    config = json.loads(path.read_text())
-    for name, value in changes.items():
-        config["model_cfg" if name == "quick_gelu" else "preprocess_cfg"][name] = value
-    path.write_text(json.dumps(config))
+@pytest.fixture
+def world(tower_world) -> Path:
+    return tower_world
 
 
 # Which towers
@@ -107,80 +64,8 @@ def test_quick_gelu_is_that_of_the_weights():
         quick_gelu("ViT-B-32-quickgelu", "laion2b_s34b_b79k")
 
 
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        ({"model": "ViT-B-61"}, "model: got 'ViT-B-61', which open_clip does not know; it knows ViT-B-16"),
-        (
-            {"model": "ViT-B-32", "pretrained": "opnai"},
-            "pretrained: got 'opnai', which is no file and no tag of ViT-B-32; it has openai",
-        ),
-        ({"pretrained": "openai"}, "which brings weights of its own"),
-        (
-            {"vision-model": "vit_bas_patch16_224"},
-            "vision_model: got 'vit_bas_patch16_224', which timm does not know; it knows vit_base",
-        ),
-        (
-            {"vision-model": "vit_base_patch16_224.dinno"},
-            "of which timm has no weights; it has vit_base_patch16_224.dino",
-        ),
-        (
-            {"vision-model": "resnet10t", "no-vision-pretrained": None, "force-image-size": -3},
-            "force_image_size: got -3",
-        ),
-        ({"vision-model": "test_efficientnet", "no-vision-pretrained": None}, "visual: got EfficientNet, expected"),
-        (
-            {"vision-model": "test_vit", "no-vision-pretrained": None, "force-image-size": 50},
-            "force_image_size: got 50, expected a multiple of 16",
-        ),
-        ({"lock-image-unlocked-groups": 4}, "lock_image_unlocked_groups: got 4, expected at most the 3 blocks"),
-        (
-            {"lock-image-unlocked-groups": 1, "no-lock-image": None},
-            "lock_image_unlocked_groups: got it with no_lock_image",
-        ),
-        ({"grad-checkpointing": None}, "grad_checkpointing: got True, but every tower is locked"),
-        ({"tower-lr": 1e-5}, "tower_lr: got 1e-05, but every tower is locked"),
-    ],
-    ids=lambda x: "-".join(x) if isinstance(x, dict) else "",
-)
-def test_wrong_names_are_one_line(changes, message, world, tmp_path, capsys):
-    assert train(world, tmp_path, **changes) == 1
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("pacl: error: ") and message in error
-
-
-class Malicious:
-    def __reduce__(self):
-        return (os.mkdir, ("executed",))
-
-
-@pytest.mark.parametrize("how", ["pretrained", "folder", "zip"])
-def test_nothing_is_unpickled(how, world, tmp_path, capsys, monkeypatch):
-    """A pickle offered as weights, as a file or in a model's folder."""
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(world / "clip", "clip")
-    if how == "folder":
-        Path("clip/open_clip_model.safetensors").unlink()
-        torch.save({"state_dict": Malicious()}, "clip/open_clip_pytorch_model.bin")
-        assert train(world, tmp_path, model="local-dir:clip") == 1
-    else:
-        torch.save(Malicious(), "weights.pt") if how == "zip" else Path("weights.pt").write_bytes(
-            pickle.dumps(Malicious())
-        )
-        assert train(world, tmp_path, model=_registered(tmp_path), pretrained="weights.pt") == 1
-        assert "pretrained: open_clip cannot load 'weights.pt' into tiny: " in capsys.readouterr().err
-    assert not Path("executed").exists(), "something was executed"
-
-
-def _registered(folder: Path) -> str:
-    """SIZES under a name that open_clip knows."""
-    (folder / "tiny.json").write_text(json.dumps(SIZES))
-    open_clip.add_model_config(folder / "tiny.json")
-    return "tiny"
-
-
 def test_weights_from_a_file(tmp_path):
-    name = _registered(tmp_path)
+    name = registered(tmp_path)
     model = open_clip.create_model(name)
     torch.save(model.state_dict(), tmp_path / "w.pt")
     towers = load_towers(name, str(tmp_path / "w.pt"))
@@ -192,7 +77,7 @@ def test_towers_without_weights_are_the_same_in_every_run(world, tmp_path):
     """And so in every process, and on resuming."""
     for name in ("one", "two"):
         torch.rand(len(name) * len(list(tmp_path.iterdir())))
-        assert train(world, tmp_path, name=name, model=_registered(world), **{"max-steps": 1}) == 0
+        assert train(world, tmp_path, name=name, model=registered(world), **{"max-steps": 1}) == 0
     one, two = (json.loads((tmp_path / name / "embedder/config.json").read_text())["towers"] for name in ("one", "two"))
     assert one == two
 
@@ -346,133 +231,3 @@ def test_a_run_with_a_timm_tower(name, world, tmp_path):
     after, before = towers.visual.state_dict(), before.visual.state_dict()
     assert moved > 1e-4 and max((after[key] - x).abs().max() for key, x in before.items() if x.ndim) < 1e-6
     assert (embedder.notes["steps"], embedder.notes["pairs_seen"]) == (1, 8)
-
-
-# What the fingerprint tells apart
-
-
-@pytest.fixture(scope="module")
-def shared(world, tmp_path_factory) -> Path:
-    """A CLIP with QuickGELU and beside it an embedder on it."""
-    folder = tmp_path_factory.mktemp("shared")
-    shutil.copytree(world / "clip", folder / "clip")
-    change_config(folder / "clip", quick_gelu=True)
-    towers = describe_towers(load_towers(f"local-dir:{folder / 'clip'}"), folder / "embedder")
-    save_embedder(VisionEmbedder(64, 48), folder / "embedder", towers)
-    return folder
-
-
-@pytest.fixture
-def moved(shared, tmp_path) -> Path:
-    shutil.copytree(shared, tmp_path / "moved")
-    return tmp_path / "moved"
-
-
-def test_the_fingerprint_is_a_few_dozen_numbers(shared):
-    towers = json.loads((shared / "embedder/config.json").read_text())["towers"]
-    assert towers["activation"] == {"visual": "QuickGELU", "text": "QuickGELU"} and towers["image_size"] == [64, 64]
-    for name, count in (("visual", 48), ("text", 24)):
-        numbers = towers["fingerprint"][name]
-        assert len(numbers) == len(set(numbers)) == count and all(isinstance(x, float) for x in numbers)
-
-
-def test_the_same_towers_are_accepted_also_as_bfloat16(moved, monkeypatch):
-    monkeypatch.chdir(moved)
-    for folder in (moved / "embedder", "embedder"):
-        towers, embedder = load_pacl(folder)
-    for part in (towers.visual, towers.text):
-        part.bfloat16()
-    check_towers(embedder.towers, towers)
-
-
-def test_a_lost_quick_gelu_is_caught(moved):
-    change_config(moved / "clip", quick_gelu=False)
-    with pytest.raises(ValueError, match="the vision tower's activation is GELU, not QuickGELU; .*text tower's activ"):
-        load_pacl(moved / "embedder")
-
-
-def test_another_activation_of_the_same_name_is_caught_by_the_numbers(moved):
-    towers, embedder = load_pacl(moved / "embedder")
-    for block in towers.visual.transformer.resblocks:
-        block.mlp.gelu.forward = torch.nn.functional.gelu
-    with pytest.raises(ValueError, match="trained on: the vision tower's output is off by"):
-        check_towers(embedder.towers, towers)
-
-
-@pytest.mark.parametrize("part, label", [("visual.transformer.resblocks.1.", "vision"), ("ln_final.", "text")])
-@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
-def test_other_weights_are_caught(part, label, precision, moved):
-    path = moved / "clip/open_clip_model.safetensors"
-    generator = torch.Generator().manual_seed(1)
-    state = load_file(path)
-    for name, x in state.items():
-        if name.startswith(part):
-            x += x.std().nan_to_num(1).clamp(min=0.1) * torch.randn(x.shape, generator=generator)
-    save_file(state, path)
-    towers, embedder = load_towers(f"local-dir:{moved / 'clip'}"), VisionEmbedder.from_pretrained(moved / "embedder")
-    for tower in (towers.visual, towers.text):
-        tower.to(precision)
-    with pytest.raises(ValueError, match=f"trained on: the {label} tower's output is off by"):
-        check_towers(embedder.towers, towers)
-
-
-@pytest.mark.parametrize(
-    "changes, message",
-    [({"mean": [0.5, 0.5, 0.5]}, "vision tower's output"), ({"resize_mode": "squash"}, "vision tower's output")],
-)
-def test_another_preprocessing_is_caught(changes, message, moved):
-    change_config(moved / "clip", **changes)
-    with pytest.raises(ValueError, match=message):
-        load_pacl(moved / "embedder")
-
-
-def test_another_size_and_other_names_are_told(moved, world):
-    embedder = VisionEmbedder.from_pretrained(moved / "embedder")
-    towers = load_towers(f"local-dir:{moved / 'clip'}", vision_model="test_resnet", vision_pretrained=False)
-    with pytest.raises(ValueError, match=r"pixels, not \[64, 64\]; they are .*clip \(no tag\) with test_resnet, not"):
-        check_towers(embedder.towers, towers)
-
-
-def test_an_embedder_without_towers_is_an_error(tmp_path):
-    save_embedder(VisionEmbedder(6, 4), tmp_path)
-    with pytest.raises(ValueError, match="config.json does not say of which towers it is"):
-        load_pacl(tmp_path)
-
-
-@pytest.mark.parametrize(
-    "name", ["logs/rnu/embedder", "./x", "../x/y", "logs/rnu", "missing", "/no/such", "~/logs", "a b/c", "logs/run.pt"]
-)
-def test_a_mistyped_folder_is_no_name_on_the_hub(name, tmp_path, capsys, monkeypatch):
-    """Nothing asks the network for it."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "logs").mkdir()
-    (tmp_path / "logs/run.pt").write_bytes(b"a file")
-    monkeypatch.setattr(sharing, "snapshot_download", lambda name, **options: pytest.fail(f"asked for {name}"))
-    assert main(["evaluate", "retrieval", "--data", "synthetic:eval", "--scenes", "4", "--checkpoint", name]) == 1
-    said = capsys.readouterr().err
-    assert said.startswith(f"pacl: error: folder: got {name!r}, and there is no such folder; expected one, or a name")
-    assert said.count("\n") == 1
-
-
-def test_a_name_on_the_hub_is_asked_for(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    asked = []
-
-    def download(name, **options):
-        asked.append((name, options["revision"]))
-        raise OSError("no network")
-
-    monkeypatch.setattr(sharing, "snapshot_download", download)
-    with pytest.raises(OSError, match="no network"):
-        load_pacl("owner/some-name_1.0", revision="main")
-    assert asked == [("owner/some-name_1.0", "main")]
-
-
-def test_a_folder_from_the_hub_names_nothing_outside_itself(shared):
-    folder = shared / "embedder"
-    for name in ("local-dir:../clip", "../clip/open_clip_model.safetensors"):
-        assert _absolute(name, folder, trusted=True).endswith(str(folder / name.removeprefix("local-dir:")))
-        with pytest.raises(ValueError, match="names .*, which is outside of it"):
-            _absolute(name, folder, trusted=False)
-    assert _absolute("openai", folder, trusted=False) == "openai"
-    assert np.isfinite(json.loads((folder / "config.json").read_text())["towers"]["fingerprint"]["text"]).all()

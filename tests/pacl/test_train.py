@@ -24,8 +24,9 @@ import torch
 from pacl.cli import main
 from pacl.data.pairs import ScenePairs
 from pacl.sharing import load_pacl
-from pacl.training.checkpoints import checkpoints, load_checkpoint, save_checkpoint, step_of
+from pacl.training.checkpoints import checkpoints, save_checkpoint, step_of
 from ranks import TORCHRUN
+from running import assert_same_state, final
 from safetensors.torch import load_file
 
 
@@ -63,23 +64,6 @@ def finish(process: subprocess.Popen) -> str:
     output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output[-4000:]
     return output
-
-
-def final(logs: Path) -> dict:
-    return load_checkpoint(checkpoints(logs / "pacl/checkpoints")[-1])
-
-
-def assert_same_state(a, b, path: str = "checkpoint"):
-    assert type(a) is type(b), path
-    if isinstance(a, dict):
-        assert a.keys() == b.keys(), path
-        for key in a:
-            assert_same_state(a[key], b[key], f"{path}.{key}")
-    elif isinstance(a, list | tuple):
-        for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            assert_same_state(x, y, f"{path}.{i}")
-    else:
-        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, path
 
 
 def test_what_a_run_leaves(world, tmp_path, capsys):

@@ -1,6 +1,6 @@
-"""Tests that run in every process of a group at once: `torchrun --nproc-per-node 3 -m pytest tests/distributed/...`.
+"""Tests that run in every process of a group at once: `torchrun --nproc-per-node 3 -m pytest tests/.../gloo_loss.py`.
 
-`tests/test_distributed.py` starts them. Their files are not named test_*: one process alone must not collect them.
+`test_distributed.py` starts them. Their files are not named test_*: one process alone must not collect them.
 """
 
 from __future__ import annotations

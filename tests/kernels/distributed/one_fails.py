@@ -1,4 +1,4 @@
-"""Started by tests/test_distributed.py in each of three processes: the last one does not reach the second step."""
+"""Started by test_distributed.py in each of three processes: the last one does not reach the second step."""
 
 import datetime
 import os

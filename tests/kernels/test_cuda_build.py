@@ -14,7 +14,7 @@ import torch
 from pacl_kernels.backends.gpu import hopper
 from pacl_kernels.native import fingerprint
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 native = hopper.native()
 pytestmark = pytest.mark.skipif(native is None, reason="the native module is not built")
 needs_cuda = pytest.mark.skipif(not hasattr(native, "CudaLaunch"), reason="built without nvcc")

@@ -8,10 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from gpu import on_gpu, random_inputs, step
+from problems import FORMS
 
+from pacl_kernels.backends.gpu import launch
 from pacl_kernels.backends.gpu import triton as backend
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "benchmarks"
 SOURCES = ROOT / "pacl_kernels" / "backends" / "gpu" / "kernels"
 SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
@@ -52,6 +55,23 @@ for form in ("dot", "cosine", "max"):
 
 def test_a_batch_of_unseen_size_compiles_nothing():
     assert _run("-c", UNSEEN) == ""
+
+
+@on_gpu
+@pytest.mark.parametrize("form", FORMS)
+def test_a_batch_of_unseen_size_compiles_nothing_on_a_gpu(form):
+    """Once there are texts for whole tiles."""
+    step(random_inputs(128, 196, 128), form)
+    names = [name for name in vars(launch.kernels()) if name.endswith("_kernel")]
+
+    def compiled():
+        caches = [getattr(launch.kernels(), name).device_caches for name in names]
+        return sum(len(cache[0]) for devices in caches for cache in devices.values())
+
+    before = compiled()
+    for b in (129, 130, 144, 200, 257, 1000):
+        step(random_inputs(b, 196, 128), form)
+    assert compiled() == before
 
 
 def test_every_kernel_and_target_is_there(rows):

@@ -1,4 +1,4 @@
-"""The emulator of tests/cuda as a module: the CUDA side of `pacl_kernels._native`, whose launches run on the host."""
+"""The emulator of tests/kernels/cuda as a module: the CUDA side of `pacl_kernels._native`, launched on the host."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from types import ModuleType
 import pytest
 import torch
 
-ROOT = Path(__file__).parent.parent
-SOURCES = ("tests/cuda/emulator.cpp", "tests/cuda/emulated.cpp")
+ROOT = Path(__file__).parents[2]
+SOURCES = ("tests/kernels/cuda/emulator.cpp", "tests/kernels/cuda/emulated.cpp")
 FLAGS = ("-std=c++20", "-O2", "-shared", "-fPIC", "-fvisibility=hidden", "-DPACL_CUDA")  # as a build with nvcc
 # float16 and, where the processor has them, multiply-adds fused as nvcc does, so that tests see what they do.
 FLAGS += ("-march=native", "-ffp-contract=fast")
@@ -37,7 +37,7 @@ def _build(path: Path) -> None:
     # torch brings the headers of pybind11.
     folders = (
         ROOT / "csrc",
-        ROOT / "tests/cuda",
+        ROOT / "tests/kernels/cuda",
         Path(torch.__file__).parent / "include",
         sysconfig.get_path("include"),
     )

@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 from accuracy import Spy, assert_accurate
+from gpu import on_gpu
 
 import pacl_kernels
 from pacl_kernels import available_backends, backends, compatibility, fused_pacl_loss
@@ -48,6 +49,14 @@ def test_auto_takes_the_best():
     assert _ran() == _ran(backend="auto") == {BEST}
     assert _ran(torch.bfloat16) == {BEST}
     assert _ran(torch.float64) == {"torch"}
+
+
+@on_gpu
+def test_auto_takes_the_fastest():
+    fastest = "cuda" if available_backends()["cuda"] is None else "triton"
+    assert backends.resolve("auto", torch.device("cuda"), torch.bfloat16) == fastest
+    assert backends.resolve("auto", torch.device("cuda"), torch.float32) == "triton"
+    assert backends.resolve("auto", torch.device("cuda"), torch.float64) == "torch"
 
 
 @pytest.mark.parametrize("name", ["torch", "cpu"])

@@ -1,4 +1,4 @@
-"""Around the Function: autocast, modes without gradients, open_clip's call, a training step."""
+"""`fused_pacl_loss` and `compatibility` under autocast, without gradients, on meta tensors, and in training."""
 
 from dataclasses import replace
 
@@ -9,7 +9,7 @@ from problems import FORMS, OBJECTIVES, Case, make
 from torch import nn
 
 import pacl_kernels
-from pacl_kernels import PaclLoss, fused_pacl_loss
+from pacl_kernels import fused_pacl_loss
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -85,21 +85,6 @@ def test_value_types_of_the_reference(objective, monkeypatch):
             value, expected = call(inputs, "auto"), call(inputs, "torch")
         assert value.dtype == torch.float32
         assert_accurate("value", value, expected, torch.float32)
-
-
-def test_open_clip_call(single):
-    """open_clip's keywords, its dictionary, and the scalars as its models hand them over."""
-    problem = make(Case(5, 7, 33, mask="random"), "cosine", "sigmoid", device=single.device)
-    module = PaclLoss(attn_temperature=0.1, form="cosine", loss="sigmoid", backend=single.backend)
-    outputs = {"image_features": problem.patches, "text_features": problem.texts, "logit_scale": problem.logit_scale}
-    got = module(**outputs, logit_bias=problem.logit_bias, patch_mask=problem.patch_mask, output_dict=True)
-    assert list(got) == ["contrastive_loss"]
-    assert torch.equal(got["contrastive_loss"], call(problem, single.backend))
-    positional = module(problem.patches, problem.texts, problem.logit_scale, problem.logit_bias, problem.patch_mask)
-    assert torch.equal(positional, got["contrastive_loss"])
-    defaults = PaclLoss()(problem.texts[:, None], problem.texts, problem.logit_scale)
-    assert torch.equal(defaults, fused_pacl_loss(problem.texts[:, None], problem.texts, problem.logit_scale))
-    assert not list(module.parameters()) and "cosine" in repr(module) and "sigmoid" in repr(module)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -13,7 +13,7 @@ import torch
 from pacl_kernels import backends
 from pacl_kernels.native import native
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1}  # plain PyTorch rounds its scores to the input's dtype
 KEYS = (
     "name forward_ms forward_spread step_ms step_spread forward_vs_products step_vs_products forward_share_of_peak "

@@ -1,4 +1,4 @@
-"""`PaclLoss` as a module: it moves, is copied, saved and shown; `tests/distributed/gloo_module.py` has its groups."""
+"""`PaclLoss` as a module: it moves, is copied, saved and shown; `distributed/gloo_module.py` has its groups."""
 
 import copy
 import io
@@ -6,6 +6,8 @@ import pickle
 
 import pytest
 import torch
+from accuracy import call
+from problems import Case, make
 from torch import nn
 
 from pacl_kernels import PaclLoss, fused_pacl_loss
@@ -98,3 +100,18 @@ def test_a_learnable_temperature():
     module = PaclLoss(attn_temperature=log_tau.exp())
     module.double()(*inputs()).backward()
     assert log_tau.grad.isfinite() and log_tau.grad != 0
+
+
+def test_open_clip_call(single):
+    """open_clip's keywords, its dictionary, and the scalars as its models hand them over."""
+    problem = make(Case(5, 7, 33, mask="random"), "cosine", "sigmoid", device=single.device)
+    module = PaclLoss(attn_temperature=0.1, form="cosine", loss="sigmoid", backend=single.backend)
+    outputs = {"image_features": problem.patches, "text_features": problem.texts, "logit_scale": problem.logit_scale}
+    got = module(**outputs, logit_bias=problem.logit_bias, patch_mask=problem.patch_mask, output_dict=True)
+    assert list(got) == ["contrastive_loss"]
+    assert torch.equal(got["contrastive_loss"], call(problem, single.backend))
+    positional = module(problem.patches, problem.texts, problem.logit_scale, problem.logit_bias, problem.patch_mask)
+    assert torch.equal(positional, got["contrastive_loss"])
+    defaults = PaclLoss()(problem.texts[:, None], problem.texts, problem.logit_scale)
+    assert torch.equal(defaults, fused_pacl_loss(problem.texts[:, None], problem.texts, problem.logit_scale))
+    assert not list(module.parameters()) and "cosine" in repr(module) and "sigmoid" in repr(module)

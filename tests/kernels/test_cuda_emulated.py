@@ -1,4 +1,4 @@
-"""The Hopper kernels' own source, run thread by thread on the host: tests/cuda/emulator.h says what that shows.
+"""The Hopper kernels' own source, run thread by thread on the host: cuda/emulator.h says what that shows.
 
 Widths that the emulator is compiled with: one image to a tile at 144, 200 and 256 columns, several at all of theirs.
 """
@@ -409,7 +409,7 @@ def test_backend(library, monkeypatch, case, form, dtype):
 
 @pytest.mark.parametrize("form", ["dot", "cosine"])
 def test_path_of_the_patches(library, monkeypatch, form):
-    """As tests/test_path.py has it for the other backends."""
+    """As tests/kernels/test_path.py has it for the other backends."""
     library.configure()
     monkeypatch.setattr(hopper, "native", lambda: library)
     monkeypatch.setattr(hopper, "why_not", lambda device=None, dtype=None: None)

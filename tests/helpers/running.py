@@ -1,4 +1,4 @@
-"""For tests: runs of `pacl train` (flags, a process or several, and what they leave), and an untrained embedder."""
+"""Runs of `pacl train` (flags, a process or several, and what they leave), and an untrained embedder."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
 from pacl.cli import main
 from pacl.embedder import VisionEmbedder, save_embedder
 from pacl.sharing import describe_towers
 from pacl.towers import load_towers
+from pacl.training.checkpoints import checkpoints, load_checkpoint
 from ranks import forked
 
 
@@ -54,6 +56,23 @@ def start(world: Path, logs: Path, processes: int = 1, launcher: list[str] = RAN
 
 def lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def final(logs: Path) -> dict:
+    return load_checkpoint(checkpoints(logs / "pacl/checkpoints")[-1])
+
+
+def assert_same_state(a, b, path: str = "checkpoint"):
+    assert type(a) is type(b), path
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for key in a:
+            assert_same_state(a[key], b[key], f"{path}.{key}")
+    elif isinstance(a, list | tuple):
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same_state(x, y, f"{path}.{i}")
+    else:
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, path
 
 
 def write_embedder(folder: Path, clip: Path, **notes) -> None:

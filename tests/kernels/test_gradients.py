@@ -26,8 +26,8 @@ def test_gradcheck(form, objective, mask):
     inputs = [getattr(problem, name).clone().requires_grad_() for name in names]
     with Spy() as spy:
         assert torch.autograd.gradcheck(function, inputs)
-    parts = ("compatibility",) if objective == "compatibility" else ("compatibility", "loss")
-    assert spy.backends() == {(f"{part}_{way}", "torch") for part in parts for way in ("forward", "backward")}
+    operators = {"compatibility", "loss"} if objective != "compatibility" else {"compatibility"}
+    assert spy.backends() == {(f"{name}_{way}", "torch") for name in operators for way in ("forward", "backward")}
 
 
 @pytest.mark.parametrize("form", FORMS)

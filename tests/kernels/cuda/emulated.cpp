@@ -1,4 +1,4 @@
-// The Hopper kernels on the host, for tests/test_cuda_emulated.py: a module with the CUDA side of
+// The Hopper kernels on the host, for tests/kernels/test_cuda_emulated.py: a module with the CUDA side of
 // `pacl_kernels._native`.
 
 #define PACL_EMULATE

@@ -1,8 +1,8 @@
-"""Random problems for every backend and instruction set, judged by the tolerance of `tests/accuracy.py`.
+"""Random problems for every backend and instruction set, judged by the tolerance of `tests/helpers/accuracy.py`.
 
-    python tests/fuzz/fuzz.py --seconds 60 --seed 0
-    python tests/fuzz/fuzz.py --backends triton --largest 4096 --form cosine --data huge tiny
-    python tests/fuzz/fuzz.py --case 'B=2 N=5 ... seed=7' --backends cpu --isas avx2
+    python tests/kernels/fuzz/fuzz.py --seconds 60 --seed 0
+    python tests/kernels/fuzz/fuzz.py --backends triton --largest 4096 --form cosine --data huge tiny
+    python tests/kernels/fuzz/fuzz.py --case 'B=2 N=5 ... seed=7' --backends cpu --isas avx2
 
 Problem i of a seed is the same on every machine and at any speed. A failure prints the line that repeats it, and the
 exit status is then 1. Ctrl-C ends the search and prints the summary.
@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "helpers"))
 
 import torch
 
@@ -246,7 +246,7 @@ def failure(draw: Draw, failed: list[Outcome], device: str = "cpu") -> str:
     """One line for the targets that failed and their errors, and the command that repeats the problem."""
     backends = " ".join(dict.fromkeys(outcome.target.backend for outcome in failed))
     isas = " ".join(outcome.target.isa for outcome in failed if outcome.target.isa)
-    command = f"python tests/fuzz/fuzz.py --case '{draw}' --backends {backends}"
+    command = f"python tests/kernels/fuzz/fuzz.py --case '{draw}' --backends {backends}"
     command += (f" --isas {isas}" if isas else "") + (f" --device {device}" if device != "cpu" else "")
     worst = max(failed, key=lambda outcome: outcome.share)
     shares = ", ".join(f"{outcome.target} {outcome.share:.3g}" for outcome in failed)

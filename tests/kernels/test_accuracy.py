@@ -3,9 +3,13 @@
 import pytest
 import torch
 from accuracy import assert_accurate, check, evaluate
+from gpu import on_gpu, on_hopper, random_inputs, step
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from problems import CONTENTS, FORMS, LAYOUTS, LONG_OPPOSITE, SHAPES, Case, make
+
+from pacl_kernels import compatibility
+from pacl_kernels.backends.gpu import hopper
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -119,3 +123,92 @@ def _known_gap(case, form, target) -> str | None:
     if form == "cosine" and target.dtype == torch.float16 and case.scale == 100.0:
         return "the attention has 16 bits, and the logits are 100 times φ (1.2 times the tolerance)"
     return None
+
+
+@on_gpu
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [Case(64, 196, 512), Case(40, 256, 768), Case(24, 576, 1024), Case(300, 49, 64), Case(31, 729, 520)],
+    ids=str,
+)
+def test_shapes_of_practice(case, dtype, form):
+    check(make(case, form, "infonce", dtype, "cuda"), "triton")
+
+
+@on_gpu
+@pytest.mark.parametrize("form", FORMS)
+def test_large_batch_against_the_blockwise_backend(form):
+    """B = 8192: the float64 formula does not fit, the blockwise backend in float32 does."""
+    inputs = random_inputs(8192, 49, 256)
+    ours = step(inputs, form, "triton")
+    wide = tuple(x.detach().float().requires_grad_() for x in inputs)
+    truth = step(wide, form, "torch")
+    for mine, true in zip(ours[: 3 if form == "max" else 5], truth, strict=False):
+        assert (mine.float() - true).norm() <= 1e-2 * true.norm()
+
+
+@on_gpu
+def test_offsets_beyond_32_bits(gigabytes):
+    """Patches of more than 2³¹ elements: the last image's row is that of the same image alone."""
+    b, n, d = 2**31 // (196 * 512) + 40, 196, 512
+    if torch.cuda.mem_get_info()[0] < 3 * 2 * b * n * d:
+        pytest.skip("too little memory")
+    patches = torch.randn(b, n, d, device="cuda", dtype=torch.bfloat16).requires_grad_()
+    texts = torch.randn(3, d, device="cuda", dtype=torch.bfloat16)
+    phi = compatibility(patches, texts, attn_temperature=0.1)
+    phi.sum().backward()
+    last = patches[-2:].detach().requires_grad_()
+    alone = compatibility(last, texts, attn_temperature=0.1)
+    alone.sum().backward()
+    torch.testing.assert_close(phi[-2:], alone)
+    torch.testing.assert_close(patches.grad[-2:], last.grad)
+
+
+HOPPER_DTYPES = [torch.bfloat16, torch.float16]
+HOPPER_CASES = [
+    *(Case(40, n, 136) for n in (1, 16, 49, 64, 97, 128, 129, 144, 169, 196, 197, 200, 225, 256, 257, 441, 576, 1369)),
+    *(Case(64, 196, d) for d in (1, 8, 63, 64, 65, 512, 768, 1024, 1152, 2048)),
+    *(Case(300, 49, 64, mask="random"), Case(31, 729, 520, mask="random"), Case(64, 196, 512, tau=0.01)),
+]
+
+
+@on_hopper
+@pytest.mark.parametrize("form", ["dot", "cosine"])
+@pytest.mark.parametrize("dtype", HOPPER_DTYPES, ids=str)
+@pytest.mark.parametrize("case", HOPPER_CASES, ids=str)
+def test_hopper_shapes(cluster, case, dtype, form):
+    check(make(case, form, "infonce", dtype, "cuda"), "cuda")
+
+
+@pytest.fixture(params=[False, True], ids=["triton", "in-memory"])
+def in_memory(request, monkeypatch):
+    """Where the cosine form has its attention in memory: in kernels of Triton, or the backend's own."""
+    monkeypatch.setattr(hopper.settings, "cosine_from_attention", request.param)
+
+
+@on_hopper
+@pytest.mark.parametrize("in_memory", [True], ids=["in-memory"], indirect=True)
+@pytest.mark.parametrize("dtype", HOPPER_DTYPES, ids=str)
+@pytest.mark.parametrize("case", [case for case in HOPPER_CASES if not 97 <= case.N <= 256], ids=str)
+def test_hopper_attention_in_memory(cluster, in_memory, case, dtype):
+    check(make(case, "cosine", "infonce", dtype, "cuda"), "cuda")
+
+
+@on_hopper
+@pytest.mark.parametrize("form", ["dot", "cosine"])
+def test_a_large_batch_against_triton(form):
+    inputs = random_inputs(4096, 196, 512)
+    for mine, other in zip(step(inputs, form, "cuda"), step(inputs, form, "triton"), strict=True):
+        assert (mine.float() - other.float()).norm() <= 1e-2 * other.float().norm()
+
+
+@on_hopper
+def test_small_for_the_sanitizer(cluster, in_memory):
+    """Every kernel once, on little: what compute-sanitizer runs."""
+    for n in (49, 196, 256, 387):
+        for form in ("dot", "cosine"):
+            check(make(Case(6, n, 72, mask="random"), form, "infonce", torch.bfloat16, "cuda"), "cuda")
+    inputs = random_inputs(3, 196, 72)
+    compatibility(inputs[0], inputs[1], attn_temperature=0.01, backend="cuda")

@@ -8,6 +8,8 @@ from itertools import product
 from pathlib import Path
 
 import pytest
+import torch
+from gpu import on_gpu, random_inputs, step
 
 import pacl_kernels
 
@@ -80,3 +82,22 @@ def test_the_probe_sees_what_the_formula_needs():
     b, n, d = 256, 64, 32
     (grew,) = _run([("reference", "dot", 2, "float32", b, n, d)])
     assert grew > 2 * 4 * b * b * n
+
+
+@on_gpu
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("b", [4096, 32768])
+def test_memory_of_a_step(b, form, gigabytes):
+    """Beyond inputs and gradients: one float32 [K, D], three float32 [B, K], and at most 512 MiB."""
+    n, d = 196, 512
+    if torch.cuda.mem_get_info()[0] < 2.2 * 2 * b * n * d + 3 * 4 * b * b + 2**30:
+        pytest.skip("too little memory")
+    step(random_inputs(64, n, d), form)
+    inputs = random_inputs(b, n, d)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    answers = step(inputs, form)
+    assert all(x is None or x.isfinite().all() for x in answers[:1] + answers[2:])
+    extra = torch.cuda.max_memory_allocated() - before - sum(x.numel() * x.element_size() for x in inputs)
+    assert extra <= 4 * b * d + 3 * 4 * b * b + 512 * MIB, f"{extra / MIB:.0f} MiB"

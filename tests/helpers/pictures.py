@@ -1,0 +1,16 @@
+"""Images for tests: random pixels, and the bytes of a file."""
+
+import io
+
+import numpy as np
+from PIL import Image
+
+
+def encode(array: np.ndarray, kind: str = "JPEG") -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def picture(seed: int, height: int = 8, width: int = 8) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)

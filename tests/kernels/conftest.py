@@ -1,0 +1,79 @@
+"""Fixtures: every backend on every device and dtype it takes. `problems.py` makes inputs, `accuracy.py` judges."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from filelock import FileLock
+
+from pacl_kernels import available_backends
+from pacl_kernels.backends.gpu import hopper
+
+
+class Target(NamedTuple):
+    """Where and in what dtype a backend is tried."""
+
+    backend: str
+    device: str
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        return f"{self.backend}-{self.device}-{str(self.dtype).removeprefix('torch.')}"
+
+
+_LOW = (torch.float32, torch.bfloat16, torch.float16)
+_TARGETS = [
+    *(Target("torch", "cpu", dtype) for dtype in (*_LOW, torch.float64)),
+    *(Target("cpu", "cpu", dtype) for dtype in _LOW),
+    *(Target("torch", "cuda", dtype) for dtype in (*_LOW, torch.float64)),
+    *(Target("triton", "cuda", dtype) for dtype in _LOW),
+    *(Target("cuda", "cuda", dtype) for dtype in (torch.bfloat16, torch.float16)),
+]
+
+
+def _parameter(target: Target):
+    marks = [pytest.mark.gpu] if target.device == "cuda" else []
+    if target.device == "cuda" and not torch.cuda.is_available():
+        marks.append(pytest.mark.skip(reason="no CUDA device"))
+    reason = available_backends()[target.backend]
+    if reason is not None:
+        marks.append(pytest.mark.skip(reason=f"backend {target.backend!r}: {reason}"))
+    return pytest.param(target, id=str(target), marks=marks)
+
+
+@pytest.fixture(params=[_parameter(target) for target in _TARGETS])
+def target(request) -> Target:
+    """Each backend, device and dtype."""
+    return request.param
+
+
+@pytest.fixture(params=[_parameter(target) for target in _TARGETS if target.dtype == torch.float32])
+def single(request) -> Target:
+    """Each backend and device, in float32: for what does not depend on the dtype."""
+    return request.param
+
+
+@pytest.fixture
+def cpu_backend() -> str:
+    """The name of the native CPU backend; skips where it is not built."""
+    reason = available_backends()["cpu"]
+    if reason is not None:
+        pytest.skip(f"backend 'cpu': {reason}")
+    return "cpu"
+
+
+@pytest.fixture
+def gigabytes(tmp_path_factory):
+    """For tests that take much of the GPU's memory: one at a time, of all processes, and none keeps it."""
+    with FileLock(tmp_path_factory.getbasetemp().parent / "gigabytes.lock"):
+        torch.cuda.empty_cache()
+        yield
+        torch.cuda.empty_cache()
+
+
+@pytest.fixture(params=[1, 2], ids="cluster{}".format)
+def cluster(request, monkeypatch):
+    """The Hopper kernels with this many blocks in a cluster."""
+    monkeypatch.setattr(hopper.settings, "cluster", request.param)
