@@ -1,9 +1,10 @@
 // The native module `pacl_kernels._native`: raw addresses, sizes and strides; Python allocates every buffer.
 
-#include "cpu/calls.h"
-#include "constants.h"
-#include "cpu/dispatch.h"
 #include "cuda/binding.h"
+
+#include "constants.h"
+#include "cpu/calls.h"
+#include "cpu/dispatch.h"
 #include "fields.h"
 
 using namespace pacl;

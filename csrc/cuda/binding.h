@@ -2,13 +2,13 @@
 
 #pragma once
 
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
 #include <array>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
-
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
 #include "launch.h"
 #include "plan.h"
@@ -30,9 +30,10 @@ inline void bind_plan(py::module_& m) {
       ;
 
   py::class_<Plan>(m, "CudaPlan", "Tiles and work of a launch; see plan.h.", py::module_local())
-      .def(py::init(&make_plan), py::kw_only(), py::arg("images"), py::arg("patches"), py::arg("texts"),
-           py::arg("dim"), py::arg("epilogue"), py::arg("processors"), py::arg("cluster"))
+      .def(py::init(&make_plan), py::kw_only(), py::arg("images"), py::arg("patches"), py::arg("texts"), py::arg("dim"),
+           py::arg("epilogue"), py::arg("processors"), py::arg("cluster"))
 #define PACL_FIELD(NAME) .def_readonly(#NAME, &Plan::NAME)
+      // clang-format off: one field a line
       PACL_FIELD(groups)
       PACL_FIELD(splits)
       PACL_FIELD(text_groups)
@@ -51,6 +52,7 @@ inline void bind_plan(py::module_& m) {
       PACL_FIELD(packed)
       PACL_FIELD(consumers)
       PACL_FIELD(shared_bytes);
+  // clang-format on
 #undef PACL_FIELD
 
   m.def("cuda_fits_one_tile", &fits_one_tile, py::arg("patches"));
@@ -112,8 +114,8 @@ inline Launch make_launch(Epilogue epilogue, int64_t images, int64_t patches, in
 }
 
 inline void bind_launch(py::module_& m) {
-  py::class_<Launch>(
-      m, "CudaLaunch", "One launch; its fields are those of launch.h, as keywords or attributes.", py::module_local())
+  py::class_<Launch>(m, "CudaLaunch", "One launch; its fields are those of launch.h, as keywords or attributes.",
+                     py::module_local())
       .def(py::init(&make_launch), py::kw_only(), py::arg("epilogue"), py::arg("images"), py::arg("patches"),
            py::arg("texts"), py::arg("dim"), py::arg("dtype"), py::arg("cluster"), py::arg("device"))
       .def("__setattr__", &set_field)

@@ -37,9 +37,8 @@ __device__ __forceinline__ DotResult dot_result_of(const Tile& tile) {
 
 // Turns the scores of a tile, which is an image, into its attention.
 template <int kWidth>
-__device__ __forceinline__ DotResult attention_of(
-    const Rows& rows, float (&acc)[kWidth / 2], const float* columns, float scale, int lane,
-    Attention<kWidth> attention) {
+__device__ __forceinline__ DotResult attention_of(const Rows& rows, float (&acc)[kWidth / 2], const float* columns,
+                                                  float scale, int lane, Attention<kWidth> attention) {
   float most[2] = {-INFINITY, -INFINITY}, total[2] = {0.0f, 0.0f}, weighted[2] = {0.0f, 0.0f}, inverse[2];
 #pragma unroll
   for (int j = 0; j < kWidth / 8; ++j) {
@@ -83,17 +82,16 @@ __device__ __forceinline__ DotResult attention_of(
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       int at = 8 * k + 2 * i, r = i % 2;  // rows `row` and `row + 8` of one block of eight columns, then of the next
-      attention[k][i] =
-          at < kWidth / 2 ? pack(acc[at] * inverse[r], acc[at + 1] * inverse[r], __half()) : 0;
+      attention[k][i] = at < kWidth / 2 ? pack(acc[at] * inverse[r], acc[at + 1] * inverse[r], __half()) : 0;
     }
   return dot;
 }
 
 // The same from the log-sum-exp, for the backward.
 template <int kWidth>
-__device__ __forceinline__ void attention_again(
-    const Rows& rows, const Known& known, const float (&acc)[kWidth / 2], const float* columns, float scale, int lane,
-    Attention<kWidth> attention) {
+__device__ __forceinline__ void attention_again(const Rows& rows, const Known& known, const float (&acc)[kWidth / 2],
+                                                const float* columns, float scale, int lane,
+                                                Attention<kWidth> attention) {
 #pragma unroll
   for (int j = 0; j < (kWidth + 15) / 16 * 2; ++j) {
     float2 column = {kDeadColumn, kDeadColumn};
@@ -116,8 +114,8 @@ __device__ __forceinline__ void attention_again(
 
 // The same from memory, of the patches from `column` on.
 template <int kWidth>
-__device__ __forceinline__ void load_attention(
-    const Work& work, const Rows& rows, int image, int column, int lane, Attention<kWidth> attention) {
+__device__ __forceinline__ void load_attention(const Work& work, const Rows& rows, int image, int column, int lane,
+                                               Attention<kWidth> attention) {
   column += 2 * (lane % 4);
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
@@ -172,8 +170,8 @@ struct PooledNorm {
 };
 
 // Stores φ and the log-sum-exp.
-__device__ __forceinline__ void cosine_forward_epilogue(
-    const Tile& tile, const DotResult& dot, const Moments& moments) {
+__device__ __forceinline__ void cosine_forward_epilogue(const Tile& tile, const DotResult& dot,
+                                                        const Moments& moments) {
   const Work& work = tile.work;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
@@ -192,9 +190,9 @@ __device__ __forceinline__ void cosine_forward_epilogue(
 // is 0. Over the rounded attention (s - u) / τ is log2(a) minus its mean, and r² the mean of q, so that what must
 // cancel cancels, whatever τ is.
 template <int kWidth, bool kFull, bool kKeep, class T>
-__device__ __forceinline__ float cosine_weights_epilogue(
-    const Tile& tile, Attention<kWidth> attention, const float (&gram_attention)[kWidth / 2], const Moments& moments,
-    const Known& known) {
+__device__ __forceinline__ float cosine_weights_epilogue(const Tile& tile, Attention<kWidth> attention,
+                                                         const float (&gram_attention)[kWidth / 2],
+                                                         const Moments& moments, const Known& known) {
   const Work& work = tile.work;
   const Rows& rows = tile.rows;
   float range_scale = work.range_scale ? *work.range_scale : 1.0f, inverse_scale = 1.0f / tile.scale;

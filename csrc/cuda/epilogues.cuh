@@ -175,9 +175,12 @@ struct Outlet {
       return patch.there ? int64_t(patch.image) * work.patches + patch.n : int64_t(-1);
     };
     switch (work.store_elements) {
-      case 8: return copy<8>(work.weights, work.weights_stride, place);
-      case 4: return copy<4>(work.weights, work.weights_stride, place);
-      default: return copy<1>(work.weights, work.weights_stride, place);
+      case 8:
+        return copy<8>(work.weights, work.weights_stride, place);
+      case 4:
+        return copy<4>(work.weights, work.weights_stride, place);
+      default:
+        return copy<1>(work.weights, work.weights_stride, place);
     }
   }
 
@@ -205,8 +208,8 @@ struct Tile {
 
 // Adds the scores of a tile to `softmax`, which stores φ and the entropy when all chunks of an image are in it.
 template <int kWidth, bool kPacked, bool kRunningMax>
-__device__ __forceinline__ void dot_forward_epilogue(
-    const Tile& tile, const float (&acc)[kWidth / 2], bool last_chunk, Softmax<kRunningMax>& softmax) {
+__device__ __forceinline__ void dot_forward_epilogue(const Tile& tile, const float (&acc)[kWidth / 2], bool last_chunk,
+                                                     Softmax<kRunningMax>& softmax) {
   const Work& work = tile.work;
   const Rows& rows = tile.rows;
   float scale = tile.scale, row_scale[2] = {rows.inverse[0] * scale, rows.inverse[1] * scale};
@@ -217,9 +220,8 @@ __device__ __forceinline__ void dot_forward_epilogue(
     bool dead0 = column.x < 0.0f, dead1 = column.y < 0.0f;
 #pragma unroll
     for (int r = 0; r < 2; ++r)
-      softmax.add(
-          r, __fmul_rn(acc[4 * j + 2 * r], column.x), __fmul_rn(acc[4 * j + 2 * r + 1], column.y), dead0, dead1,
-          row_scale[r]);
+      softmax.add(r, __fmul_rn(acc[4 * j + 2 * r], column.x), __fmul_rn(acc[4 * j + 2 * r + 1], column.y), dead0, dead1,
+                  row_scale[r]);
     if constexpr (kPacked) {
       if (++block_of_image == work.pitch / 8) {
         softmax.finish(work, rows, image++, scale, lane);
@@ -245,8 +247,8 @@ struct Known {
   }
 
   // One of them, 0 where there is none; `from` [images, phi_stride] or null.
-  static __device__ __forceinline__ void load(
-      float (&to)[2], const float* from, const Work& work, const Rows& rows, int image) {
+  static __device__ __forceinline__ void load(float (&to)[2], const float* from, const Work& work, const Rows& rows,
+                                              int image) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       bool there = from && rows.are_there(work, r) && image < work.images;

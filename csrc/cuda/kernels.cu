@@ -20,10 +20,9 @@ constexpr Epilogue kEpilogue = Epilogue::PACL_TABLE_EPILOGUE;
 template <bool kPacked, const auto& kCompiled, std::size_t... kIndex>
 const void* find(int width, std::index_sequence<kIndex...>) {
   const void* found = nullptr;
-  ((width == kCompiled[kIndex]
-        ? (found = reinterpret_cast<const void*>(
-               &score_kernel<kCompiled[kIndex], kPacked, PACL_TABLE_DTYPE, kEpilogue>))
-        : nullptr),
+  ((width == kCompiled[kIndex] ? (found = reinterpret_cast<const void*>(
+                                      &score_kernel<kCompiled[kIndex], kPacked, PACL_TABLE_DTYPE, kEpilogue>))
+                               : nullptr),
    ...);
   return found;
 }

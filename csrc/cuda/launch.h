@@ -25,7 +25,8 @@ struct Arguments {
   int store_elements;        // of the weights that one store may take: 8, 4 or 1; make_work sets it
   const float* range_scale;  // or null; a power of two that multiplies the weights and the norm factors
   float* temperature_sums;   // or null; one for each block
-  uint16_t* attention;  // [images, texts, attention_stride]; of the launch's dtype in `cosine_weights`, otherwise float16
+  // [images, texts, attention_stride]; of the launch's dtype in `cosine_weights`, otherwise float16
+  uint16_t* attention;
   int64_t attention_stride;  // a multiple of 8; at most 7 elements behind the patches are written too, as zeros
   float* norm_factor;        // [images, texts]
 };

@@ -111,9 +111,8 @@ struct Turn {
 };
 
 template <int kWidth, Epilogue kEpilogue>
-__device__ __forceinline__ void produce(
-    const Work& work, const Shared& shared, const TensorMap& patches, const TensorMap& texts, const TensorMap& gram,
-    uint32_t block) {
+__device__ __forceinline__ void produce(const Work& work, const Shared& shared, const TensorMap& patches,
+                                        const TensorMap& texts, const TensorMap& gram, uint32_t block) {
   uint32_t patch_bytes = work.pitch * work.images_of_tile * kStep * 2;
   uint32_t bytes = patch_bytes + (work.resident ? 0 : kTextStepBytes);
   uint16_t everyone = static_cast<uint16_t>((1 << work.cluster) - 1);
@@ -180,8 +179,8 @@ __device__ __forceinline__ void release(const Work& work, Barriers& barriers, in
 
 // Raw products of a tile, issued; all but the last step's are complete. Returns the slot of that one.
 template <int kWidth, class T>
-__device__ __forceinline__ int issue_products(
-    const Work& work, const Shared& shared, Position& at, int lane, float (&acc)[kWidth / 2]) {
+__device__ __forceinline__ int issue_products(const Work& work, const Shared& shared, Position& at, int lane,
+                                              float (&acc)[kWidth / 2]) {
   int before = 0;
   for (int step = 0; step < work.steps; ++step) {
     const uint8_t* patches = shared.ring + at.slot * shared.stage_bytes;
@@ -205,9 +204,9 @@ __device__ __forceinline__ int issue_products(
 
 // q = G a of a tile, from the attention as the left operand; issued like the products.
 template <int kWidth>
-__device__ __forceinline__ int issue_gram_attention(
-    const Work& work, const Shared& shared, Position& at, int lane, const uint32_t (&attention)[(kWidth + 15) / 16][4],
-    float (&gram_attention)[kWidth / 2]) {
+__device__ __forceinline__ int issue_gram_attention(const Work& work, const Shared& shared, Position& at, int lane,
+                                                    const uint32_t (&attention)[(kWidth + 15) / 16][4],
+                                                    float (&gram_attention)[kWidth / 2]) {
   constexpr int kAll = (kWidth + 15) / 16, kOfStep = kStep / 16;
   int before = 0;
   uint64_t b = 0;

@@ -32,7 +32,7 @@ inline constexpr int kStep = 64;  // along D: 128 bytes, what the swizzle of sha
 inline constexpr int kMaxWidth = 256;
 inline constexpr int kMaxStages = 8;
 inline constexpr int kSharedBytes = 227 * 1024;  // of a block on Hopper
-inline constexpr int kBarrierBytes = 256;  // room for Barriers in pipeline.cuh
+inline constexpr int kBarrierBytes = 256;        // room for Barriers in pipeline.cuh
 inline constexpr int kTextStepBytes = kTileTexts * kStep * 2;
 // On the way from registers to memory: 16 rows of a warp by 64 columns of 16 bits. The 16 bytes that a row has beyond
 // its columns keep eight rows out of each other's banks.
@@ -70,13 +70,13 @@ struct Schedule {
   int patches;          // of an image
   int pitch;            // columns from one image of a tile to the next; a multiple of 8
   int images_of_tile;
-  int chunks;           // tiles of an image
-  int passes;           // over them: 2 where a tile needs what only all of them know
-  int steps;            // along D, or along the image's patches for the attention's products
-  int gram_steps;       // along the image's own patches, where the Gram matrix is a second operand; otherwise 0
-  int stages;           // of the ring of steps in shared memory
-  int cluster;          // blocks that share each step of patches
-  bool resident;        // the texts stay in shared memory; otherwise they come with each step
+  int chunks;      // tiles of an image
+  int passes;      // over them: 2 where a tile needs what only all of them know
+  int steps;       // along D, or along the image's patches for the attention's products
+  int gram_steps;  // along the image's own patches, where the Gram matrix is a second operand; otherwise 0
+  int stages;      // of the ring of steps in shared memory
+  int cluster;     // blocks that share each step of patches
+  bool resident;   // the texts stay in shared memory; otherwise they come with each step
 };
 
 struct Plan : Schedule {
@@ -91,9 +91,7 @@ struct Plan : Schedule {
 constexpr int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
 
 // Bytes of one step in the ring, whose parts begin at multiples of 1,024.
-inline int stage_bytes(const Plan& plan) {
-  return plan.width * kStep * 2 + (plan.resident ? 0 : kTextStepBytes);
-}
+inline int stage_bytes(const Plan& plan) { return plan.width * kStep * 2 + (plan.resident ? 0 : kTextStepBytes); }
 
 // Bytes of what comes before texts and ring in shared memory, at places that the kernel knows when it is compiled.
 constexpr int fixed_bytes(int consumers, bool staged) {
@@ -157,16 +155,16 @@ inline void choose_items(Plan& plan, int processors) {
   plan.clusters = std::min(most, plan.items);
 }
 
-// With fewer patches several images would have to share a tile, and the product with their Gram matrices would be mostly
-// of zeros.
+// With fewer patches several images would have to share a tile, and the product with their Gram matrices would be
+// mostly of zeros.
 inline constexpr int kLeastOfOneTile = 97;
 
 // The cosine form can run in one launch: the attention needs all patches of an image, and no others, in a tile.
 inline bool fits_one_tile(int64_t patches) { return patches >= kLeastOfOneTile && patches <= kMaxWidth; }
 
 // `processors`: of the device. `cluster`: 1 or 2 blocks; 0 for what is best.
-inline Plan make_plan(
-    int64_t images, int64_t patches, int64_t texts, int64_t dim, Epilogue epilogue, int processors, int cluster) {
+inline Plan make_plan(int64_t images, int64_t patches, int64_t texts, int64_t dim, Epilogue epilogue, int processors,
+                      int cluster) {
   Plan plan{};
   plan.images = images, plan.patches = static_cast<int>(patches), plan.texts = texts, plan.dim = dim;
   plan.staged = is_staged(epilogue);

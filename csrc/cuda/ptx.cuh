@@ -4,11 +4,11 @@
 
 #pragma once
 
-#include <cstdint>
-
 #include <cuda.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+
+#include <cstdint>
 
 #include "wgmma.cuh"
 
@@ -72,15 +72,15 @@ __device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity)
 
 __device__ __forceinline__ void load_box(void* to, const TensorMap& map, uint64_t* barrier, int x, int y) {
   asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(
-          shared_address(to)),
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::
+          "r"(shared_address(to)),
       "l"(&map), "r"(shared_address(barrier)), "r"(x), "r"(y)
       : "memory");
 }
 
 // To the same place of each block in `blocks` (a bit each), completing on the barrier of each.
-__device__ __forceinline__ void load_box(
-    void* to, const TensorMap& map, uint64_t* barrier, int x, int y, int z, uint16_t blocks) {
+__device__ __forceinline__ void load_box(void* to, const TensorMap& map, uint64_t* barrier, int x, int y, int z,
+                                         uint16_t blocks) {
   asm volatile(
       "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
       "[%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(shared_address(to)),

@@ -29,8 +29,8 @@ struct Carry {
 
 // What becomes of the products of a tile: `acc` has the scores, or q = G a where `attention` has a.
 template <int kWidth, bool kPacked, class T, Epilogue kEpilogue, class Attention>
-__device__ __forceinline__ void finish_tile(
-    const Tile& tile, const Turn& now, const float (&acc)[kWidth / 2], Attention& attention, Carry<kEpilogue>& carry) {
+__device__ __forceinline__ void finish_tile(const Tile& tile, const Turn& now, const float (&acc)[kWidth / 2],
+                                            Attention& attention, Carry<kEpilogue>& carry) {
   constexpr bool kRead = reads_attention(kEpilogue);
   const Work& work = tile.work;
   bool last = now.chunk + 1 == work.chunks;
@@ -74,8 +74,8 @@ __device__ __forceinline__ void finish_tile(
 
 // The block's part of the temperature's gradient, from all threads of its warpgroups.
 template <int kConsumers>
-__device__ __forceinline__ void store_temperature_sum(
-    const Work& work, const Shared& shared, double of_thread, int warpgroup, int lane) {
+__device__ __forceinline__ void store_temperature_sum(const Work& work, const Shared& shared, double of_thread,
+                                                      int warpgroup, int lane) {
   int thread = threadIdx.x % kWarpgroup;
   float sum = static_cast<float>(of_thread);
 #pragma unroll
@@ -129,8 +129,8 @@ __device__ __forceinline__ void consume(const Work& work, const Shared& shared, 
       }
       named_sync(kTurn + warpgroup, 2 * kWarpgroup);
       if (kEpilogue != Epilogue::cosine_forward_from_attention && wanted && thread < kWidth / 4)
-        copy_16_bytes(
-            columns + 4 * thread, work.columns + (int64_t(group) * work.chunks + chunk) * kWidth + 4 * thread);
+        copy_16_bytes(columns + 4 * thread,
+                      work.columns + (int64_t(group) * work.chunks + chunk) * kWidth + 4 * thread);
       int last_slot = issue_products<kWidth, Operand>(work, shared, at, lane, acc);
       // Behind it come the other warpgroups' steps, and those of the Gram matrix of warpgroup 0.
       if constexpr (!kSecondProduct) at.skip((kConsumers - 1) * work.steps, work.stages);
@@ -183,9 +183,9 @@ __device__ __forceinline__ void consume(const Work& work, const Shared& shared, 
 }
 
 template <int kWidth, bool kPacked, class T, Epilogue kEpilogue>
-__global__ void __launch_bounds__(threads_of(consumers_of(kEpilogue, kWidth)), 1) score_kernel(
-    const __grid_constant__ TensorMap patches, const __grid_constant__ TensorMap texts,
-    const __grid_constant__ TensorMap gram, const __grid_constant__ Work work) {
+__global__ void __launch_bounds__(threads_of(consumers_of(kEpilogue, kWidth)), 1)
+    score_kernel(const __grid_constant__ TensorMap patches, const __grid_constant__ TensorMap texts,
+                 const __grid_constant__ TensorMap gram, const __grid_constant__ Work work) {
   constexpr bool kRunningMax = kEpilogue == Epilogue::dot_forward_running_max;
   if constexpr (kEpilogue == Epilogue::dot_forward || kRunningMax) {
     // A temperature on the device decides which of two launches works; the host does not wait to know.

@@ -7,12 +7,11 @@
 
 #pragma once
 
+#include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-
-#include <algorithm>
-#include <bit>
 #include <functional>
 #include <memory>
 #include <stdexcept>
@@ -127,7 +126,9 @@ inline uint32_t shared_address(const void* at) {
 
 inline void barrier_init(uint64_t* barrier, int arrivals) { emulator::barrier_init(barrier, arrivals); }
 inline void fence_barrier_init() {}
-inline void barrier_arrive_expect(uint64_t* barrier, uint32_t bytes) { emulator::barrier_arrive(barrier, -1, 1, bytes); }
+inline void barrier_arrive_expect(uint64_t* barrier, uint32_t bytes) {
+  emulator::barrier_arrive(barrier, -1, 1, bytes);
+}
 inline void barrier_arrive(uint64_t* barrier) { emulator::barrier_arrive(barrier, -1, 1, 0); }
 inline void barrier_arrive_at(uint64_t* barrier, uint32_t block) { emulator::barrier_arrive(barrier, block, 1, 0); }
 inline void barrier_wait(uint64_t* barrier, uint32_t parity) { emulator::barrier_wait(barrier, parity); }
