@@ -11,7 +11,7 @@ using namespace pacl;
 
 namespace {
 
-// A field of the struct `Params` at hand, by its own name.
+// An entry for the field NAME of the struct that `Params` stands for.
 #define FIELD(NAME, IS_NEEDED) {#NAME, IS_NEEDED, [](Params& params, py::handle value) { assign(params.NAME, value); }}
 #define NEEDED(NAME) FIELD(NAME, true)
 #define OPTIONAL(NAME) FIELD(NAME, false)
