@@ -1,7 +1,7 @@
 // The cosine form. With a the attention, q = G a, r² = aᵀ q and φ = u / r:
 //   dS = g (a / r) (1 + (s - (φ / r) q) / τ).
-// The norm term adds -C P̂ to the patches' gradient, with C[n, m] = Σ_k g (φ / r²) a_n a_m. If r is at its floor it is a
-// constant: q and C drop out, and s - φ r takes the place of s - (φ / r) q.
+// The norm term adds -C P̂ to the patches' gradient, with C[n, m] = Σ_k g (φ / r²) a_n a_m. If r is at its floor, it is
+// a constant: q and C drop out, and s - φ r takes the place of s - (φ / r) q.
 #pragma once
 
 #include "cosine_gram.h"

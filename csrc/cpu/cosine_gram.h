@@ -190,7 +190,7 @@ inline V squared_norm_from_gram(const Scratch& scratch, int64_t count, int v) {
   return squared;
 }
 
-// Adds scaled attentionᵀ over the texts of one panel to C, of which only the lower triangle of panels is computed.
+// Computes C (+)= scaled · attentionᵀ over the texts of one panel, in each panel of C from its diagonal down.
 template <class Op>
 void add_norm_term(Scratch& scratch, int64_t count, int64_t capacity, bool add) {
   const int64_t padded = round_up(count, kPanel);

@@ -126,8 +126,8 @@ inline int hold(const UpsampleParams& p, int64_t image, int64_t row, int64_t oth
   return slot;
 }
 
-// Finds the classes that can win between the two source rows, and returns their number. Every class is at least its
-// lower end; one with both ends below the largest such bound cannot win.
+// Finds the classes that can win between the two source rows, and returns their number. For each class take the lower
+// of its two ends: a class with both ends below the largest of these cannot win.
 inline int64_t find_candidates(const float* top, const float* bottom, int64_t classes, int32_t* some) {
   V floor = broadcast(-__builtin_inff());
   for (int64_t c = 0; c < classes; ++c) {
