@@ -1,4 +1,4 @@
-// The CUDA side of the native module. The tests' emulator has a module of its own with the same names.
+// The CUDA side of the native module. The tests' emulator is a separate module with the same names.
 
 #pragma once
 
@@ -59,7 +59,7 @@ inline void bind_plan(py::module_& m) {
 }
 
 #ifdef PACL_CUDA
-// An address is an int in Python.
+// Assigns a Python value to a field. An address is an int in Python.
 template <class T>
 void assign(T& field, const py::handle& value) {
   if constexpr (std::is_pointer_v<T>)

@@ -1,4 +1,5 @@
-// Compiled once for each epilogue and dtype of epilogues.def, which are PACL_TABLE_EPILOGUE and PACL_TABLE_DTYPE.
+// The table of kernels of one epilogue and dtype. Compiled once for each pair in epilogues.def, with
+// PACL_TABLE_EPILOGUE and PACL_TABLE_DTYPE defined.
 
 #include <cstddef>
 #include <iterator>

@@ -1,4 +1,4 @@
-// Launches: tensor maps, the choice of kernel, and errors as exceptions.
+// Launches: tensor maps, the choice of the kernel, and CUDA errors as exceptions.
 
 #include <cuda.h>
 #include <cuda_runtime.h>
@@ -19,11 +19,11 @@ __global__ void columns_kernel(Columns c) {
 
 void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
-  cudaGetLastError();  // or the next call would report it again
+  cudaGetLastError();  // clears the error, which the next call would report again
   throw std::runtime_error(std::string("CUDA: ") + what + ": " + cudaGetErrorString(error));
 }
 
-// The device of the tensors for as long as this lives.
+// Makes a device current during the lifetime of the object.
 class OnDevice {
  public:
   explicit OnDevice(int device) {
@@ -38,9 +38,10 @@ class OnDevice {
   int before_ = 0;
 };
 
-// From the driver that is there at run time: linked, the module could not be imported without one.
 using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
 
+// Returns the driver's function, looked up at run time. If it were linked, the module could not be imported without a
+// driver.
 EncodeTiled encode_tiled() {
   static void* const entry = [] {
     void* found = nullptr;

@@ -1,9 +1,9 @@
 // wgmma: acc[64, kWidth] (+)= A[64, 16] B[kWidth, 16]ᵀ, K-major in shared memory (or A in registers), sums in float32.
 //
-// A in registers: what the accumulators of two neighbouring blocks of eight columns become when they are packed.
+// A in registers has the layout of the packed accumulators of two neighbouring blocks of eight columns.
 //
-// Inline assembly wants operand numbers as literals, so the lists "%0,%1,..." and "+f"(d[0]),... are built by macros,
-// four registers (eight columns) at a time.
+// Inline assembly needs operand numbers as literals, so macros build the lists "%0,%1,..." and "+f"(d[0]),..., four
+// registers (eight columns) at a time.
 
 #pragma once
 
@@ -82,7 +82,7 @@ struct Wgmma;
 #define PACL_N32 PACL_N31 ",%124,%125,%126,%127"
 #define PACL_O32 PACL_O31, "+f"(d[124]), "+f"(d[125]), "+f"(d[126]), "+f"(d[127])
 
-// GROUPS: of eight columns. O0 to O5: the operand numbers behind the 4 * GROUPS accumulators.
+// GROUPS: groups of eight columns. O0 to O5: the operand numbers after the 4 * GROUPS accumulators.
 // clang-format off: one instruction's text a line
 #define PACL_WGMMA(WIDTH, GROUPS, O0, O1, O2, O3, O4, O5, TYPE, NAME)                                            \
   template <>                                                                                                    \
