@@ -60,17 +60,18 @@ const Fields<UpsampleParams>& upsample_fields() {
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
-  m.doc() = "Native kernels of pacl_kernels; see csrc/cpu/calls.h and csrc/cuda/launch.h.";
+  m.doc() = "The native kernels of pacl_kernels; see csrc/cpu/calls.h and csrc/cuda/launch.h.";
 
-  py::class_<CompatibilityParams>(m, "CompatibilityParams", "A call of the compatibility; see csrc/cpu/params.h.")
+  py::class_<CompatibilityParams>(m, "CompatibilityParams",
+                                  "Parameters of a call of the compatibility; see csrc/cpu/params.h.")
       .def(py::init([](const py::kwargs& values) { return compatibility_fields().fill(values); }))
       .def("set", [](CompatibilityParams& p, const py::kwargs& values) { compatibility_fields().set(p, values); })
       .def("accumulator_floats", &accumulator_floats);
 
-  py::class_<UpsampleParams>(m, "UpsampleParams", "A call of the upsampling; see csrc/cpu/params.h.")
+  py::class_<UpsampleParams>(m, "UpsampleParams", "Parameters of a call of the upsampling; see csrc/cpu/params.h.")
       .def(py::init([](const py::kwargs& values) { return upsample_fields().fill(values); }));
 
-  py::class_<Planned>(m, "Planned", "A call whose plan has been made; see csrc/cpu/calls.h.")
+  py::class_<Planned>(m, "Planned", "A planned call and its workspace; see csrc/cpu/calls.h.")
       .def_readonly("workspace_bytes", &Planned::workspace_bytes)
       .def(
           "run",
@@ -109,5 +110,5 @@ PYBIND11_MODULE(_native, m) {
         return fma_peak(parse_dtype(dtype), threads, seconds);
       },
       py::arg("dtype"), py::arg("threads"), py::arg("seconds"), py::call_guard<py::gil_scoped_release>(),
-      "Flop per second of independent FMAs on `threads` threads.");
+      "Return the flop per second of independent FMAs on `threads` threads.");
 }

@@ -1,4 +1,4 @@
-// The Hopper kernels on the host, for tests/test_cuda_emulated.py: a module with the CUDA side of
+// The Hopper kernels on the host, for tests/test_cuda_emulated.py. The module has the CUDA side of
 // `pacl_kernels._native`.
 
 #define PACL_EMULATE
@@ -56,10 +56,10 @@ void run_widths(const Launch& launch, const TensorMap& patches, const TensorMap&
   }
 }
 
-// What a test may set; `stages` 0 and `resident` -1 leave what the plan says.
+// Settings of a test. `stages` 0 and `resident` -1 keep the plan's values.
 struct Settings {
-  int processors;  // of the device: even, and few, so that each cluster gets several items
-  uint64_t seed;   // of the order of threads
+  int processors;  // multiprocessors of the device: even, and few, so that each cluster gets several items
+  uint64_t seed;   // seeds the order of threads
   int stages, resident;
 } settings;
 
