@@ -77,8 +77,7 @@ class Fields {
     const char* name;
     bool needed;
     Set set;
-    PyObject* key =
-        PyUnicode_InternFromString(name);  // never freed, like the module; a lookup then makes no new string
+    PyObject* key = PyUnicode_InternFromString(name);  // never freed, like the module; saves a new string per lookup
   };
 
   Fields(const char* name, std::vector<Field> fields) : name_(name), fields_(std::move(fields)) {}

@@ -1,5 +1,5 @@
 // The order of the work on the threads of a call.
-// It depends on shapes alone, so any number of threads gives bit-identical results.
+// Everything that determines a result's bits depends on shapes alone, so any number of threads gives identical results.
 
 #include <algorithm>
 #include <cstring>

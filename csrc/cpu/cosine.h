@@ -133,7 +133,7 @@ WeightSums cosine_weights(const CompatibilityParams& p, const Rows& rows, int64_
     const Lane g(p.grad_phi + rows.image[first] * p.text_count + texts.first + k, live);
     Softmax sums;
     (no_running_max ? attend<false> : attend<true>)(scratch, inv_norm, count, texts.inv_norm + k, p.temperature, sums);
-    V along[2], squared[2];  // u, less `largest`, and r²
+    V along[2], squared[2];  // u minus `largest`, and r²
     bool has_pooled_patch = pools_patches<Op>(p, count);
     if (has_pooled_patch) {
       pool_patches(p, rows, first, count, scratch);

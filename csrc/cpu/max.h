@@ -1,6 +1,6 @@
 // The max form: φ is the largest score over the patches of an image; among equals the first patch wins. The forward
-// stores the winner's index n in `state` (-1: no valid patch), so the backward needs no product. With w = g / (|p|
-// |t|), a patch gets Σ w t over the texts that it won, and a text Σ w p over the images' winners. Both sums are then
+// stores the winner's index n in `state` (-1: no valid patch), so the backward needs no product. A patch gets Σ w t
+// over the texts that it won, and a text Σ w p over the images' winners, where w = g / (|p| |t|). Both sums are then
 // projected as in the other forms.
 #pragma once
 

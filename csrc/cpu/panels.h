@@ -41,9 +41,9 @@ struct Texts {        // a block of texts
 // W = dS / (|p| |t|) of a block of rows and a block of texts. In bfloat16 at large τ (kMeanTemperature), a mean c of
 // each image and text is subtracted first, so that only small numbers are rounded:
 //   R = (dS / |t| - c) / |p|,  W T = R T + (c T) / |p|,  W' P = R' P + c' Σ p̂
-// This holds for any c, so c is a bfloat16 number and exact. c is stored twice for image i of the block:
-// in a row of its own in `units`, which gives c T (Sums.means); and, duplicated in both halves, in row count / 2 + i
-// of `row_units`, opposite Σ p̂ in Rows.row_units, a sum of two bfloat16 numbers.
+// This holds for any c, so c is chosen as a bfloat16 number, which is exact. c is stored twice for image i of the
+// block: in a row of its own in `units`, which gives c T (Sums.means); and, duplicated in both halves, in row count / 2
+// + i of `row_units`, opposite Σ p̂ in Rows.row_units, a sum of two bfloat16 numbers.
 struct Weights {
   float* units;      // panels of [rows, text units]: left operand of the patches' gradient
   float* row_units;  // panels of [row units, texts]: left operand of the texts' gradient; = units for float32

@@ -87,7 +87,7 @@ inline bool rows_are_even(const CompatibilityParams& p) {
   return p.patch_strides.dim == 1 && p.patch_strides.image == p.patches_per_image * p.patch_strides.row;
 }
 
-// Prefetches rows [row, row + count) of the call from the caller's tensor, as if no patch were masked.
+// Returns the prefetch of rows [row, row + count) of the call in the caller's tensor, as if no patch were masked.
 Ahead ahead_of_rows(const CompatibilityParams& p, const int64_t* row_start, int64_t row, int64_t count, int64_t steps) {
   if (row < 0 || row >= row_start[p.images] || !rows_are_even(p)) return {};
   const int64_t image = image_of_row(p, row_start, row), bytes = p.dtype == Dtype::float32 ? 4 : 2;
@@ -96,7 +96,7 @@ Ahead ahead_of_rows(const CompatibilityParams& p, const int64_t* row_start, int6
           least(count, p.images * p.patches_per_image - first), p.dim * bytes, p.patch_strides.row * bytes, steps};
 }
 
-// Prefetches the left operand of a product beyond its first block of `inner`, which is needed at once.
+// Returns the prefetch of a product's left operand beyond its first block of `inner`, which is needed at once.
 template <class Op>
 Ahead ahead_of_left(const float* left, int64_t capacity, int64_t rows, int64_t inner) {
   const int64_t panels = ceil_div(inner, kPanel), first = Op::kInnerBlock / kPanel, steps = ceil_div(rows, Op::kRows);

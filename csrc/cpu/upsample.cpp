@@ -1,5 +1,5 @@
-// The tasks of an upsampling. They depend on shapes alone and share nothing, so any number of threads gives
-// bit-identical results.
+// The tasks of an upsampling. They depend on shapes alone and share nothing, so any number of threads gives identical
+// results.
 
 #include <memory>
 

@@ -76,7 +76,7 @@ __device__ __forceinline__ DotResult attention_of(const Rows& rows, float (&acc)
     bool empty = all == 0.0f;
     inverse[r] = empty ? 0.0f : 1.0f / all;
     dot.phi[r] = mean * inverse[r] * rows.inverse[r];
-    // Rounds the product as attention_again does.
+    // Round the product as attention_again does.
     dot.log_sum_exp[r] = empty ? 0.0f : log2f(all) + __fmul_rn(most[r], rows.inverse[r] * scale);
   }
 #pragma unroll

@@ -118,8 +118,8 @@ struct Outlet {
   int text, texts;  // the text of the first row, and the number of texts
   int lane;
 
-  // Stages column blocks `j` and `j + 1`, of eight columns each. Call it between `begin` and `end`. `two_blocks[2 b +
-  // r]` holds two packed neighbours of block j + b, in the row 8 r below the thread's first.
+  // Stages column blocks `j` and `j + 1`, of eight columns each. Call it between `begin` and `end`. Entry 2 b + r of
+  // `two_blocks` holds two packed neighbours of block j + b, in the row 8 r below the thread's first.
   __device__ __forceinline__ void put(int j, const uint32_t (&two_blocks)[4]) const {
     store_matrices(staged + lane % 16 * kStagedPitch + lane / 16 * 16 + 16 * j, two_blocks);
   }
@@ -168,8 +168,7 @@ struct Outlet {
     }
   }
 
-  // Copies the 64 columns from block `j0` on, of a tile that begins with `image`, to the weights `[texts, images
-  // patches]`.
+  // Copies 64 columns to the weights `[texts, images patches]`, from block `j0` on of a tile that begins with `image`.
   template <int kWidth, bool kPacked>
   __device__ __forceinline__ void copy_weights(const Work& work, int image, int chunk, int j0) const {
     auto place = [&](int column) {
@@ -186,7 +185,7 @@ struct Outlet {
     }
   }
 
-  // Copies them to the attention `[images, texts, attention_stride]`.
+  // Copies the same columns to the attention `[images, texts, attention_stride]`.
   template <int kWidth, bool kPacked>
   __device__ __forceinline__ void copy_attention(const Work& work, int image, int chunk, int j0) const {
     copy<8>(work.attention, work.attention_stride, [&](int column) {
