@@ -1,4 +1,4 @@
-// The functions that the binding calls. Include only in files compiled once, not in those compiled per instruction set.
+// The functions that the binding calls. Include only in files compiled once, not per instruction set.
 #pragma once
 
 #include <functional>

@@ -1,7 +1,7 @@
 // The cosine form. With a the attention, q = G a, r² = aᵀ q and φ = u / r:
 //   dS = g (a / r) (1 + (s - (φ / r) q) / τ).
-// The norm term adds -C P̂ to the patches' gradient, with C[n, m] = Σ_k g (φ / r²) a_n a_m. If r is at its floor, it is
-// a constant: q and C drop out, and s - φ r takes the place of s - (φ / r) q.
+// The norm term adds -C P̂ to the patches' gradient, with C[n, m] = Σ_k g (φ / r²) a_n a_m. At its floor r is a
+// constant: q and C drop out, and s - (φ / r) q becomes s - φ r.
 #pragma once
 
 #include "cosine_gram.h"
@@ -38,8 +38,8 @@ void cosine_forward(const CompatibilityParams& p, const Rows& rows, int64_t coun
 }
 
 // Computes the softmax of a panel: scratch.scores becomes s, and scratch.attention e, not yet divided by Σ e. The sums
-// are computed anew, because the rounding of the forward's sums, divided by τ, would not cancel. `weighted` is
-// Σ e (s - largest), where `largest` is the largest s with kRunningMax and 0 without.
+// are computed anew: the rounding of the forward's sums, divided by τ, would not cancel. `weighted` is
+// Σ e (s - largest), with `largest` 0 unless kRunningMax.
 template <bool kRunningMax>
 inline void attend(Scratch& scratch, const float* inv_norm, int64_t count, const float* text_norm, float temperature,
                    Softmax& sums) {
@@ -68,8 +68,8 @@ inline void attend(Scratch& scratch, const float* inv_norm, int64_t count, const
   }
 }
 
-// Sets scratch.gram_attention, which holds q (or s - slope q if `given`), to s - centre - slope q, and subtracts its
-// mean. The mean is 0 but for rounding, which the division by τ would expose if all s are nearly equal.
+// Sets scratch.gram_attention, which holds q (s - slope q if `given`), to s - centre - slope q less its mean. The mean
+// is a rounding error, which the division by τ would expose if all s are nearly equal.
 inline void recentre(Scratch& scratch, int64_t count, const Softmax& sums, const V slope[2], const V centre[2],
                      bool given) {
   for (int v = 0; v < 2; ++v) {

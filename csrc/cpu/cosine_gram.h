@@ -42,9 +42,8 @@ const float* column_units_of(const float* matrix, [[maybe_unused]] int64_t capac
   return matrix;
 }
 
-// Completes a symmetric matrix [count, count] in panels. Each panel is filled from its diagonal down; the rows above
-// come from earlier panels. Rows and columns are multiplied by `norms`, all elements by `sign`, and columns past the
-// last one are set to 0.
+// Completes a symmetric matrix [count, count] in panels, each filled from its diagonal down. Multiplies rows and
+// columns by `norms` and `sign`, fills the rows above from earlier panels, and zeroes columns past the last one.
 void complete_symmetric(float* matrix, int64_t capacity, int64_t count, const float* norms, float sign) {
   for (int64_t column = 0; column < count; column += kPanel) {
     float* panel = matrix + column / kPanel * capacity * kPanel;
@@ -85,8 +84,8 @@ void gram(const CompatibilityParams& p, const Rows& rows, int64_t first, int64_t
   }
 }
 
-// Prepares G, filled as by gram(), for eᵀ G e alone: keeps the lower triangle, doubles the elements below the diagonal,
-// and multiplies rows and columns by `norms`.
+// Reduces G, as gram() leaves it, to what eᵀ G e needs: its lower triangle, doubled below the diagonal, with rows and
+// columns multiplied by `norms`.
 inline void fold_symmetric(float* matrix, int64_t capacity, int64_t count, const float* norms) {
   I lane{};
   for (int i = 0; i < kLanes; ++i) lane[i] = i;
@@ -190,7 +189,7 @@ inline V squared_norm_from_gram(const Scratch& scratch, int64_t count, int v) {
   return squared;
 }
 
-// Computes C (+)= scaled · attentionᵀ over the texts of one panel, in each panel of C from its diagonal down.
+// C (+)= scaled · attentionᵀ over the texts of one panel, in each panel of C from its diagonal down.
 template <class Op>
 void add_norm_term(Scratch& scratch, int64_t count, int64_t capacity, bool add) {
   const int64_t padded = round_up(count, kPanel);

@@ -71,10 +71,10 @@ void scores_in_double(const CompatibilityParams& p, const Rows& rows, int64_t fi
     }
 }
 
-// Computes scratch.pooled_patch [D, panel] = Σ e p̂, with e = exp((s - largest) / τ), for patches that cancel. It is
-// rare, so the code is short rather than fast. It works in double, whose rounding error is small beside what remains.
-// scratch.scores becomes s, and scratch.attention and `sums` are recomputed from it: otherwise the difference of two
-// roundings of s would be divided by τ. scratch.gram_attention is overwritten.
+// Computes scratch.pooled_patch [D, panel] = Σ e p̂, with e = exp((s - largest) / τ), for patches that cancel. This is
+// rare, so the code is short rather than fast: double precision, whose rounding is small beside the result.
+// scratch.scores becomes s. scratch.attention and `sums` are recomputed from it, or τ would divide the difference of
+// two roundings of s. scratch.gram_attention is overwritten.
 template <class Op>
 void pool_patches_in_double(const CompatibilityParams& p, const Rows& rows, int64_t first, int64_t count,
                             const Texts& texts, int64_t panel, Softmax& sums, Scratch& scratch) {
@@ -115,7 +115,7 @@ void pool_patches_in_double(const CompatibilityParams& p, const Rows& rows, int6
   }
 }
 
-// Returns true if it is cheaper to pool the patches than to compute G: with more patches than dimensions, in float32.
+// Returns true if pooling is cheaper than computing G: in float32, with more patches than dimensions.
 template <class Op>
 inline bool pools_patches(const CompatibilityParams& p, int64_t count) {
   return Op::kPair == 1 && count > p.dim;

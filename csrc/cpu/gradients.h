@@ -1,4 +1,4 @@
-// The last step of the gradients: from the sums, through the norm, to the caller's buffers.
+// From the sums, through the norm, to the caller's gradients.
 #pragma once
 
 #include "rows.h"
@@ -23,9 +23,9 @@ void write_row(void* base, int64_t offset, int64_t dim, Dtype dtype, const float
     for (int64_t d = 0; d < dim; ++d) half[d] = to_float16(in[d]);
 }
 
-// Writes ∂L/∂x = sum - (sum · x) x / |x|², which removes the part along x: it does not change the direction of x.
-// `sums` is a row of panels, x is row `row` of `units`, inv_norm is 1 / |x| or 0, and the caller's row is
-// x / range_scale. With kMean, inv_norm times `mean` (a row of Sums.means) is added to the sum. Returns |∂L/∂x|².
+// Writes ∂L/∂x = sum - (sum · x) x / |x|²: a step along x does not change its direction. `sums` is a row of panels, x
+// is row `row` of `units`, inv_norm is 1 / |x| or 0, and the caller's row is x / range_scale. kMean adds inv_norm times
+// `mean`, a row of Sums.means, to the sum. Returns |∂L/∂x|².
 template <class Op, bool kMean = false>
 float finish_row(const float* sums, int64_t sums_capacity, const float* units, int64_t capacity, int64_t row,
                  float inv_norm, float range_scale, int64_t dim, Dtype dtype, void* out, int64_t out_offset, bool fresh,

@@ -13,8 +13,8 @@ struct Kernels {
                     int64_t at, float* row);
   // Packs panel `panel` of the block.
   void (*pack_texts)(const CompatibilityParams&, Texts& to, int64_t panel, float* row);
-  // Computes phi and state for images [first, last) and panels [panel_first, panel_last) of the block. Image `next` is
-  // likely to be this thread's next one and is prefetched.
+  // Computes phi and state for images [first, last) and panels [panel_first, panel_last) of the block, and prefetches
+  // image `next`.
   void (*forward)(const CompatibilityParams&, const int64_t* row_start, int64_t first, int64_t last, const Texts&,
                   int64_t panel_first, int64_t panel_last, int64_t next, Scratch&);
   // Computes the weights of rows [first, last) and panels [panel_first, panel_last). In the cosine form the rows are
@@ -42,13 +42,11 @@ struct Kernels {
   void (*max_patches)(const CompatibilityParams&, MaxBlock&, int64_t image, int64_t first, int64_t last, MaxScratch&);
   void (*max_texts)(const CompatibilityParams&, const MaxBlock&, int64_t first, int64_t last, MaxScratch&);
   void (*max_finish_texts)(const CompatibilityParams&, int64_t first, int64_t last, MaxScratch&);
-  // Computes labels (best scores, entropies) for rows [y, y_last) of an image and the columns of the tile, see
-  // upsample.h.
+  // Computes labels (best scores, entropies) of rows [y, y_last) of an image for the tile's columns, see upsample.h.
   void (*upsample_argmax)(const UpsampleParams&, int64_t image, int64_t y, int64_t y_last, UpsampleTile&);
 };
 
-// Returns the kernels for PACL_CPU_ISA or, without it, for the best instruction set of this machine. The float32
-// kernels take every dtype.
+// Returns the kernels of select_isa() for a dtype and D. Those of float32 take every dtype.
 const Kernels& select_kernels(Dtype dtype, int64_t dim);
 
 }  // namespace pacl

@@ -1,7 +1,6 @@
 // The matrix unit of processors with AMX: 8 tiles of 16 rows of 64 bytes. One instruction adds the product of two tiles
-// of bfloat16 pairs to a third, 16 x 16 sums of 32 products in 16 cycles. Its operands are the panels of product.h,
-// unchanged. PACL_EMULATE_AMX computes the same with plain loops, so that tests run on any machine and sanitizers see
-// every access.
+// of bfloat16 pairs to a third, 16 x 16 sums of 32 products, in 16 cycles. The panels of product.h are its operands.
+// PACL_EMULATE_AMX computes the same in plain loops, so that tests run anywhere and sanitizers see every access.
 #pragma once
 
 #include "simd.h"

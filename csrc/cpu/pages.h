@@ -10,8 +10,7 @@
 namespace pacl {
 namespace {
 
-// Requests huge pages, for fewer page faults in memory that is written for the first time. It is a hint, so its failure
-// is ignored.
+// Requests huge pages, for fewer page faults in memory written for the first time. It is a hint and cannot fail.
 void advise_huge_pages(void* memory, int64_t bytes) {
 #if defined(__linux__)
   const int64_t huge = 2 << 20, first = round_up((int64_t)memory, huge), last = ((int64_t)memory + bytes) / huge * huge;
@@ -30,8 +29,8 @@ bool is_fresh([[maybe_unused]] const char* address) {
 #endif
 }
 
-// Takes the page faults of memory about to be written for the first time all at once, in half the time that they take
-// one by one. It is a hint: if it fails (before Linux 5.14), the faults come one by one.
+// Takes the page faults of memory about to be written for the first time all at once, in half the time. It is a hint:
+// if it fails (before Linux 5.14), the faults come one by one.
 void populate([[maybe_unused]] char* memory, [[maybe_unused]] int64_t bytes) {
 #if defined(__linux__) && defined(MADV_POPULATE_WRITE)
   static const int64_t page = sysconf(_SC_PAGESIZE);

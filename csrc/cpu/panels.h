@@ -27,8 +27,8 @@ struct Rows {               // valid patches, packed one after the other
   int64_t capacity, count;  // rows between panels; rows in use, padding included
   // Images of the block if weights are stored less their means (see Weights), otherwise 0.
   int64_t means;
-  const int64_t* image_begin;  // [means + 1], the first row of each image, then `count`
-  const float* share;          // [means], 1 / (number of the image's valid patches)
+  const int64_t* image_begin;  // [means + 1], first row of each image, then `count`
+  const float* share;          // [means], 1 / (number of valid patches)
 };
 
 struct Texts {        // a block of texts
@@ -41,9 +41,9 @@ struct Texts {        // a block of texts
 // W = dS / (|p| |t|) of a block of rows and a block of texts. In bfloat16 at large τ (kMeanTemperature), a mean c of
 // each image and text is subtracted first, so that only small numbers are rounded:
 //   R = (dS / |t| - c) / |p|,  W T = R T + (c T) / |p|,  W' P = R' P + c' Σ p̂
-// This holds for any c, so c is chosen as a bfloat16 number, which is exact. c is stored twice for image i of the
-// block: in a row of its own in `units`, which gives c T (Sums.means); and, duplicated in both halves, in row count / 2
-// + i of `row_units`, opposite Σ p̂ in Rows.row_units, a sum of two bfloat16 numbers.
+// This holds for any c, so c is a bfloat16 number and exact. It is stored twice for image i of the block: in a row of
+// its own in `units`, which gives c T (Sums.means), and, in both halves, in row count / 2 + i of `row_units`, opposite
+// Σ p̂ in Rows.row_units, a sum of two bfloat16 numbers.
 struct Weights {
   float* units;      // panels of [rows, text units]: left operand of the patches' gradient
   float* row_units;  // panels of [row units, texts]: left operand of the texts' gradient; = units for float32

@@ -39,9 +39,9 @@ struct CompatibilityParams {
     int64_t image, row;
   } mask_strides;
   float* phi;  // [B, K], written by the forward, read by the backward
-  // [B, K], what the backward needs of the forward. Dot form: log Σ exp(s / τ) over the patches for τ >= 0.05. For
-  // smaller τ it is log Σ exp((s - phi) / τ), the entropy of the attention, which is small and so has a small rounding
-  // error. Max form: the index n of the patch with the largest score, or -1 without a valid patch.
+  // [B, K], for the backward. Dot form: log Σ exp(s / τ) over the patches for τ >= 0.05, otherwise
+  // log Σ exp((s - phi) / τ), the entropy of the attention: it is small, hence so is its rounding error. Max form: the
+  // winner's index n, or -1 without a patch.
   float* state;
   // Backward only; a null gradient is not computed.
   const float* grad_phi;    // [B, K]

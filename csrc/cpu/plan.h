@@ -1,5 +1,5 @@
 // The plan of a call: which rows and texts are in memory together, the size of a task, and the layout of the workspace.
-// Include only in files compiled once, not in those compiled per instruction set.
+// Include only in files compiled once.
 #pragma once
 
 #include "kernels.h"

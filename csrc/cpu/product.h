@@ -96,7 +96,7 @@ Ahead ahead_of_rows(const CompatibilityParams& p, const int64_t* row_start, int6
           least(count, p.images * p.patches_per_image - first), p.dim * bytes, p.patch_strides.row * bytes, steps};
 }
 
-// Returns the prefetch of a product's left operand beyond its first block of `inner`, which is needed at once.
+// Returns the prefetch of a product's left operand past its first block of `inner`, which is needed at once.
 template <class Op>
 Ahead ahead_of_left(const float* left, int64_t capacity, int64_t rows, int64_t inner) {
   const int64_t panels = ceil_div(inner, kPanel), first = Op::kInnerBlock / kPanel, steps = ceil_div(rows, Op::kRows);

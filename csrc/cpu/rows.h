@@ -1,4 +1,4 @@
-// Packing of the caller's tensors into panels, and the norms of their rows.
+// The packing of the caller's tensors into panels.
 #pragma once
 
 #include "../constants.h"
@@ -82,9 +82,9 @@ bool is_long(const float* units, int64_t padded, float inv_norm) {
   return inv_norm < kLongInverse && largest_element<Op>(units, padded) > 1.0f;
 }
 
-// Returns the inverse norm of the row at `units`. A long row, whose squares or products might overflow, is first
-// multiplied by a power of two, `range_scale`, into `buffer`, and `units` is set to point there. The row's gradient is
-// that of the scaled row times range_scale. A row with an infinite element has no known direction and gives NaN.
+// Returns the inverse norm of the row at `units`. A long row, whose squares or products might overflow, is first scaled
+// by a power of two, `range_scale`, into `buffer`, to which `units` then points. Its gradient is the scaled row's times
+// range_scale. A row with an infinite element has no known direction and gives NaN.
 template <class Op>
 float inverse_norm_in_range(const float*& units, int64_t padded, float* buffer, float& range_scale) {
   const float inv_norm = inverse_norm<Op>(units, padded);
@@ -114,7 +114,7 @@ inline int64_t dim_inner(const CompatibilityParams& p) {
   return round_up(ceil_div(p.dim, Op::kPair), Op::kInner);
 }
 
-// Interleaves two rows of bfloat16 into one row of units, the first row in the low halves. Panels of the result are
+// Interleaves two rows of bfloat16 into one row of units, the first row in the low halves; its panels are
 // `panels_apart` floats apart.
 inline void interleave([[maybe_unused]] const float* even_units, [[maybe_unused]] const float* odd_units,
                        [[maybe_unused]] int64_t dim, [[maybe_unused]] float* out,
@@ -217,14 +217,14 @@ inline V load_dims(const float* at, int v) {
   return load(at + v * kLanes);
 }
 
-// Returns the position, among the images of a block with means, of the one that holds row `row`.
+// Returns the index, among the images of a block with means, of the one that holds row `row`.
 inline int64_t mean_of_row(const Rows& rows, int64_t row) {
   int64_t mean = 0;
   while (mean + 1 < rows.means && rows.image_begin[mean + 1] <= row) ++mean;
   return mean;
 }
 
-// Returns the row of Weights.units that holds mean `mean`, past the rows that the last tile of a product overwrites.
+// Returns the row of Weights.units for mean `mean`, past those that the products' last tile overwrites.
 template <class Op>
 inline int64_t row_of_mean(const Rows& rows, int64_t mean) {
   return rows.count + Op::kRows + mean;

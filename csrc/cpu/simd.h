@@ -58,8 +58,8 @@ inline void store_fence() {
 inline V broadcast(float x) { return x - V{}; }  // V{} + x would keep an addition: -0.0 + 0.0 is not -0.0
 
 // Returns a b + c, rounded once where the processor has FMA. The compiler fuses nothing by itself (-ffp-contract=off):
-// a product fused into a difference leaves its rounding error where the result should be 0, and a division by the
-// temperature enlarges that error.
+// a product fused into a difference leaves its rounding error where the result should be 0, and dividing by the
+// temperature enlarges it.
 inline V fma(V a, V b, V c) {
 #if defined(__AVX512F__)
   return (V)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
@@ -107,8 +107,8 @@ inline V exp2_parts(V shifted, V f) {
   return p * from_bits(bits(shifted) << 23);  // a product, not a sum of exponents: NaN times anything is NaN
 }
 
-// Returns 2^x for x < 127 with a relative error below 1e-7; NaN stays NaN. Without kClamp, x must be above -126. With
-// kClamp, x below -126.5 gives exactly 0: a later factor of 1 / τ would make a merely small number large again.
+// Returns 2^x for x < 127, relative error below 1e-7; NaN stays NaN. Without kClamp, x must be above -126. With it, x
+// below -126.5 gives exactly 0: a later factor of 1 / τ would make a merely small number large again.
 template <bool kClamp>
 inline V exp2(V x) {
   if (kClamp) x = select(x < broadcast(-127.0f), broadcast(-127.0f), x);
@@ -124,7 +124,7 @@ inline V exp2(V x, float scale) {
   return exp2_parts(shifted, fma(x, broadcast(scale), kRound - shifted));
 }
 
-// Returns the natural logarithm of a positive, normal x (Cephes' logf) with a relative error of about 1e-7.
+// Returns log x of a positive, normal x (Cephes' logf), relative error about 1e-7.
 inline V logarithm(V x) {
   I exponent = ((bits(x) - 0x3F3504F3) >> 23);  // puts the mantissa into [sqrt(1/2), sqrt(2))
   V f = from_bits(bits(x) - (exponent << 23)) - 1.0f;

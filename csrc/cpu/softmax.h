@@ -7,7 +7,7 @@ namespace {
 
 using namespace pacl;
 
-// Values of one image for one panel of texts, loaded from a row of [B, K]; 0 past the last text.
+// Values of one image for one panel of texts; 0 past the last text.
 struct Lane {
   V half[2];
   Lane(const float* values, int64_t available) {
@@ -26,7 +26,7 @@ void store_lanes(float* to, const V half[2], int64_t available) {
   memcpy(to, buffer, sizeof(float) * least(available, kPanel));
 }
 
-// Returns the end of the rows in [row, last) that belong to the same image as `row`.
+// Returns the end of the rows in [row, last) of the same image as `row`.
 inline int64_t segment_end(const Rows& rows, int64_t row, int64_t last) {
   const int32_t image = rows.image[row];
   while (row < last && rows.image[row] == image) ++row;

@@ -1,4 +1,4 @@
-// The threads of a call. Include only in files compiled once, not in those compiled per instruction set.
+// The threads of a call. Include only in files compiled once.
 #pragma once
 
 #include <atomic>

@@ -55,8 +55,7 @@ inline V permute(V v, I index) {
 #endif
 }
 
-// Fills the columns and fractions of the tile, repeating the last one to whole vectors. Returns the first source
-// column.
+// Fills the tile's columns and fractions, repeating the last one to whole vectors. Returns the first source column.
 inline int64_t open_columns(const UpsampleParams& p, UpsampleTile& tile) {
   const int64_t begin = p.column[tile.first];
   for (int64_t i = 0; i < tile.vectors * kLanes; ++i) {
@@ -67,8 +66,8 @@ inline int64_t open_columns(const UpsampleParams& p, UpsampleTile& tile) {
   return begin;
 }
 
-// Resizes row `row` of all classes horizontally, from column `begin` on. It takes a few classes at a time: their source
-// values are then stored well before they are loaded again at other addresses.
+// Resizes row `row` of all classes horizontally, from column `begin` on, a few classes at a time: their source values
+// are then stored well before they are loaded again at other addresses.
 inline void enlarge(const UpsampleParams& p, int64_t image, int64_t row, int64_t begin, UpsampleTile& tile, int slot) {
   const int64_t length = tile.column[tile.vectors * kLanes - 1] + 2, count = least(length, p.width - begin);
   const int64_t bytes = p.dtype == Dtype::float32 ? 4 : 2;
@@ -126,8 +125,8 @@ inline int hold(const UpsampleParams& p, int64_t image, int64_t row, int64_t oth
   return slot;
 }
 
-// Finds the classes that can win between the two source rows, and returns their number. For each class take the lower
-// of its two ends: a class with both ends below the largest of these cannot win.
+// Returns the number of classes that can win between the two source rows, and lists them in `some`. A class cannot win
+// if both its ends are below both ends of another class.
 inline int64_t find_candidates(const float* top, const float* bottom, int64_t classes, int32_t* some) {
   V floor = broadcast(-__builtin_inff());
   for (int64_t c = 0; c < classes; ++c) {

@@ -65,10 +65,9 @@ inline int64_t measured_share(const CompatibilityParams& p) {
   return p.images * ceil_div(p.text_count, kPanel) < kManySegments ? 1 : kMeasuredShare;
 }
 
-// Adds the squared errors in the gradients that come from rounding a segment (rows of one image, a panel of texts) of W
-// to 16 bits. With r the part of W lost, a text's error is the norm of Σ r p over the rows: at most Σ r ‖p‖ if all
-// patches point one way, about sqrt(Σ r² ‖p‖²) if they point many ways. The estimate is the mean of both squares. A
-// patch's error is estimated in the same way over the texts.
+// Adds the squared errors of the gradients from rounding a segment of W to 16 bits. With r the part of W lost, a text's
+// error is the norm of Σ r p over the rows: at most Σ r ‖p‖ for patches of one direction, about sqrt(Σ r² ‖p‖²) for
+// those of many. The estimate is the mean of both squares, and likewise over the texts for a patch's error.
 template <class Op>
 void measure_rounding([[maybe_unused]] const CompatibilityParams& p, [[maybe_unused]] const float* panel_weights,
                       [[maybe_unused]] const float* inv_norm, [[maybe_unused]] int64_t count,
@@ -103,8 +102,8 @@ void measure_rounding([[maybe_unused]] const CompatibilityParams& p, [[maybe_unu
 #endif
 }
 
-// Computes c of W (see Weights) for image `i` of a block and one panel of texts. On entry `mean` is the mean of dS over
-// the image's patches, on return c. `first` is true for one of the tasks that share the image: that task stores c.
+// Computes c of W (see Weights) for image `i` of a block and one panel of texts: `mean`, about the mean of dS over the
+// patches, becomes c. Of the tasks that share the image, the one with `first` stores it.
 template <class Op>
 void store_mean([[maybe_unused]] const Rows& rows, [[maybe_unused]] int64_t i, [[maybe_unused]] const float* text_norm,
                 [[maybe_unused]] int64_t panel, [[maybe_unused]] bool first, [[maybe_unused]] Weights& to,

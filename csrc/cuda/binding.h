@@ -59,7 +59,7 @@ inline void bind_plan(py::module_& m) {
 }
 
 #ifdef PACL_CUDA
-// Assigns a Python value to a field. An address is an int in Python.
+// Assigns a Python value; an address is an int.
 template <class T>
 void assign(T& field, const py::handle& value) {
   if constexpr (std::is_pointer_v<T>)

@@ -1,7 +1,6 @@
-// The epilogues of the `cosine` form. In one launch, the attention of a tile stays in registers, as the left operand of
-// a second product with the image's Gram matrix, and q = G a (gram_attention) reuses the registers of the scores. With
-// the attention in memory, the tile's products are q, and the epilogue also reads the attention. An image may then have
-// several tiles.
+// The epilogues of the `cosine` form. The attention of a tile stays in registers, as the left operand of a second
+// product with the image's Gram matrix, and q = G a (gram_attention) reuses the registers of the scores. Or the
+// attention is read from memory, besides its products with the Gram matrix; an image may then have several tiles.
 
 #pragma once
 
@@ -9,8 +8,8 @@
 
 namespace pacl::cuda {
 
-// The attention in float16, in the layout of wgmma's left operand: per 16 columns, rows `row` and `row + 8` of the
-// first eight columns, then of the others.
+// The attention in float16, as wgmma's left operand: of each 16 columns, rows `row` and `row + 8` of the first eight,
+// then of the others.
 template <int kWidth>
 using Attention = uint32_t (&)[(kWidth + 15) / 16][4];
 

@@ -1,5 +1,4 @@
-// The epilogues of the `dot` form, which turn a tile of scores in registers into φ and the entropy (forward), the
-// attention, or W (backward).
+// The epilogues of the `dot` form: from a tile of scores in registers to φ and the entropy, the attention, or W.
 
 #pragma once
 
@@ -111,8 +110,8 @@ struct Patch {
   }
 };
 
-// Copies results of a warp from registers to memory, 64 columns of its 16 rows at a time. It stages them in shared
-// memory, so that neighbouring lanes store neighbouring elements.
+// Copies results of a warp from registers to memory, 64 columns of its 16 rows at a time, through shared memory, so
+// that neighbouring lanes store neighbours.
 struct Outlet {
   uint8_t* staged;
   int text, texts;  // the text of the first row, and the number of texts
@@ -247,7 +246,7 @@ struct Known {
     load(grad, work.grad_phi, work, rows, image);
   }
 
-  // Loads one of them from `from`, [images, phi_stride]. The value is 0 if `from` is null or the row does not exist.
+  // Loads one of them from `from`, [images, phi_stride] or null: 0 where there is none.
   static __device__ __forceinline__ void load(float (&to)[2], const float* from, const Work& work, const Rows& rows,
                                               int image) {
 #pragma unroll

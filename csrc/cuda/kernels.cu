@@ -1,5 +1,4 @@
-// The table of kernels of one epilogue and dtype. Compiled once for each pair in epilogues.def, with
-// PACL_TABLE_EPILOGUE and PACL_TABLE_DTYPE defined.
+// The table of kernels of PACL_TABLE_EPILOGUE and PACL_TABLE_DTYPE, compiled once for each pair in epilogues.def.
 
 #include <cstddef>
 #include <iterator>

@@ -40,8 +40,7 @@ class OnDevice {
 
 using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
 
-// Returns the driver's function, looked up at run time. If it were linked, the module could not be imported without a
-// driver.
+// Returns the driver's function. If it were linked, the module could not be imported without a driver.
 EncodeTiled encode_tiled() {
   static void* const entry = [] {
     void* found = nullptr;

@@ -21,8 +21,8 @@ constexpr int kWarpgroup = 128;
 constexpr int threads_of(int consumers) { return (consumers + 1) * kWarpgroup; }  // + 1 for the producer's warpgroup
 
 // Numbers of a block's named barriers; 0 belongs to __syncthreads.
-constexpr int kTurn = 1;     // + warpgroup: the warpgroup may issue its products
-constexpr int kColumns = 4;  // + warpgroup: the warpgroup's columns are in shared memory
+constexpr int kTurn = 1;     // + warpgroup, which may issue its products
+constexpr int kColumns = 4;  // + warpgroup, whose columns are in shared memory
 
 struct Barriers {
   uint64_t full[kMaxStages];
@@ -167,8 +167,7 @@ __device__ __forceinline__ void produce(const Work& work, const Shared& shared, 
   }
 }
 
-// Returns the descriptor of a K-major operand in shared memory with a 128-byte swizzle: rows of 128 bytes, and 1,024
-// bytes per eight rows.
+// Returns the descriptor of a K-major operand in shared memory with a 128-byte swizzle: eight rows are 1,024 bytes.
 __device__ __forceinline__ uint64_t matrix_descriptor(const void* at) {
   uint64_t address = shared_address(at) >> 4;
   return address | uint64_t(1) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;

@@ -1,5 +1,4 @@
-// The plan of a Hopper launch: its tiles and the distribution of work. Plain arithmetic without CUDA, tested on the
-// host.
+// The plan of a Hopper launch: its tiles and the distribution of work. Plain arithmetic, tested on the host.
 //
 // A tile is 64 texts by `width` columns. The columns are the patches of one image, a chunk of them, or several small
 // images. A cluster of one or two blocks works on an item: 64 texts per block against a run of groups of images.
@@ -51,9 +50,9 @@ inline constexpr int kSecondProductWidths[] = {144, 176, 192, 200, 208, 256};
 inline constexpr int kFromAttentionWidths[] = {144, 176, 192, 200};
 inline constexpr int kMostPacked = 128;  // images of at most this many patches share a tile
 
-// Widest tile with three consumers. Consumers are warpgroups that take tiles in turn: two with 232 registers per
-// thread, or three with 160 if that holds everything. While one of three has the tensor cores, the epilogues of the
-// other two hide each other's waits.
+// Widest tile with three consumers. Consumers are warpgroups that take tiles in turn: two with 232 registers a thread,
+// or three with 160 if that suffices. While one of three has the tensor cores, the epilogues of two hide each other's
+// waits.
 inline constexpr int kMostOfThree = 200;  // columns
 
 constexpr int consumers_of(Epilogue e, int width) {
@@ -157,15 +156,14 @@ inline void choose_items(Plan& plan, int processors) {
   plan.clusters = std::min(most, plan.items);
 }
 
-// Fewest patches for one launch of the cosine form. With fewer, several images would share a tile, and the product with
-// their Gram matrices would consist mostly of zeros.
+// With fewer patches several images would share a tile, and the product with their Gram matrices would be mostly zeros.
 inline constexpr int kLeastOfOneTile = 97;
 
 // Returns true if the cosine form can run in one launch, which needs all patches of one image, and no others, in a
 // tile.
 inline bool fits_one_tile(int64_t patches) { return patches >= kLeastOfOneTile && patches <= kMaxWidth; }
 
-// Makes the plan of a launch. `processors`: multiprocessors of the device. `cluster`: 1 or 2 blocks, or 0 for the best.
+// Makes a plan for a device of `processors` multiprocessors. `cluster`: 1 or 2 blocks, or 0 for the best.
 inline Plan make_plan(int64_t images, int64_t patches, int64_t texts, int64_t dim, Epilogue epilogue, int processors,
                       int cluster) {
   Plan plan{};

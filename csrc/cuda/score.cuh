@@ -195,7 +195,7 @@ __global__ void __launch_bounds__(threads_of(consumers_of(kEpilogue, kWidth)), 1
   Shared shared = lay_out<kWidth, kEpilogue>(work);
   Barriers& barriers = *shared.barriers;
   uint32_t block = work.cluster > 1 ? block_of_cluster() : 0;
-  // The shuffle tells the compiler that the number is the same in all threads of a warp.
+  // The shuffle shows the compiler that a warp has one value.
   int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 32), 0);
   if (threadIdx.x == 0) {
     prefetch(patches);

@@ -13,7 +13,7 @@ constexpr float kDeadColumn = -1.0f;  // entry of `columns` for a column whose p
 // The kernel's parameter besides the tensor maps.
 struct Work : Arguments, Schedule {};
 
-// Parameters of the kernel that fills `columns` [tiles][width] with 1 / norm of each patch, or kDeadColumn.
+// Parameters for filling `columns` [tiles][width] with 1 / norm of each patch, or kDeadColumn.
 struct Columns {
   const float* inverse_norms;  // [images, patches]
   const uint8_t* mask;         // or null
