@@ -1,16 +1,17 @@
 // The native module `pacl_kernels._native`: raw addresses, sizes and strides; Python allocates every buffer.
 
-#include "cpu/calls.h"
-#include "constants.h"
-#include "cpu/dispatch.h"
 #include "cuda/binding.h"
+
+#include "constants.h"
+#include "cpu/calls.h"
+#include "cpu/dispatch.h"
 #include "fields.h"
 
 using namespace pacl;
 
 namespace {
 
-// A field of the struct `Params` at hand, by its own name.
+// An entry for the field NAME of the struct that `Params` stands for.
 #define FIELD(NAME, IS_NEEDED) {#NAME, IS_NEEDED, [](Params& params, py::handle value) { assign(params.NAME, value); }}
 #define NEEDED(NAME) FIELD(NAME, true)
 #define OPTIONAL(NAME) FIELD(NAME, false)
@@ -59,17 +60,18 @@ const Fields<UpsampleParams>& upsample_fields() {
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
-  m.doc() = "Native kernels of pacl_kernels; see csrc/cpu/calls.h and csrc/cuda/launch.h.";
+  m.doc() = "The native kernels of pacl_kernels; see csrc/cpu/calls.h and csrc/cuda/launch.h.";
 
-  py::class_<CompatibilityParams>(m, "CompatibilityParams", "A call of the compatibility; see csrc/cpu/params.h.")
+  py::class_<CompatibilityParams>(m, "CompatibilityParams",
+                                  "Parameters of a call of the compatibility; see csrc/cpu/params.h.")
       .def(py::init([](const py::kwargs& values) { return compatibility_fields().fill(values); }))
       .def("set", [](CompatibilityParams& p, const py::kwargs& values) { compatibility_fields().set(p, values); })
       .def("accumulator_floats", &accumulator_floats);
 
-  py::class_<UpsampleParams>(m, "UpsampleParams", "A call of the upsampling; see csrc/cpu/params.h.")
+  py::class_<UpsampleParams>(m, "UpsampleParams", "Parameters of a call of the upsampling; see csrc/cpu/params.h.")
       .def(py::init([](const py::kwargs& values) { return upsample_fields().fill(values); }));
 
-  py::class_<Planned>(m, "Planned", "A call whose plan has been made; see csrc/cpu/calls.h.")
+  py::class_<Planned>(m, "Planned", "A planned call and its workspace; see csrc/cpu/calls.h.")
       .def_readonly("workspace_bytes", &Planned::workspace_bytes)
       .def(
           "run",
@@ -108,5 +110,5 @@ PYBIND11_MODULE(_native, m) {
         return fma_peak(parse_dtype(dtype), threads, seconds);
       },
       py::arg("dtype"), py::arg("threads"), py::arg("seconds"), py::call_guard<py::gil_scoped_release>(),
-      "Flop per second of independent FMAs on `threads` threads.");
+      "Return the flop per second of independent FMAs on `threads` threads.");
 }

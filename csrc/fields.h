@@ -1,4 +1,4 @@
-// Structs that Python fills by name, `Params(images=3, ...)`: a table names each field once.
+// Structs that Python fills by name, as in `Params(images=3, ...)`. A table lists each field once.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -57,7 +57,7 @@ template <class T>
 void assign(T*& to, py::handle value) {
   to = address<T>(cast<uintptr_t>(value, "an address"));
 }
-// Strides or addresses: a struct of 8-byte members, from a tuple of as many integers.
+// Fills a struct of 8-byte members (strides or addresses) from a tuple of as many integers.
 template <class T>
   requires std::is_class_v<T>
 void assign(T& to, py::handle value) {
@@ -68,7 +68,7 @@ void assign(T& to, py::handle value) {
   std::memcpy(static_cast<void*>(&to), members.data(), sizeof to);
 }
 
-// The fields of one struct. A field that is needed must be given to fill(); the others keep their default.
+// The fields of one struct. fill() requires the needed fields; the others keep their default.
 template <class Params>
 class Fields {
  public:
@@ -77,7 +77,7 @@ class Fields {
     const char* name;
     bool needed;
     Set set;
-    PyObject* key = PyUnicode_InternFromString(name);  // for ever, as the module: looking it up costs no new string
+    PyObject* key = PyUnicode_InternFromString(name);  // never freed, like the module; saves a new string per lookup
   };
 
   Fields(const char* name, std::vector<Field> fields) : name_(name), fields_(std::move(fields)) {}

@@ -1,4 +1,4 @@
-// The backward of the dot and the cosine form: the weights W, and the products that make gradients of them.
+// The backward of the dot and cosine forms: the weights W, and the products that turn them into gradients.
 #pragma once
 
 #include "cosine.h"
@@ -24,10 +24,10 @@ void patches_product(const CompatibilityParams& p, const int64_t* row_start, int
   const int64_t inner = texts.padded / Op::kPair, panels = padded_dim(p.dim) / kPanel, count = last - first;
   const float* left = w.units + first * kPanel;
   Ahead ahead = ahead_of_left<Op>(left, rows.capacity, count, inner);
-  // Fetched earlier, the rows would be evicted again.
+  // Prefetched earlier, the rows would be evicted again.
   const int64_t middle = ceil_div(panels, 3), late = panels - ceil_div(panels, 3);
   for (int64_t panel = 0; panel < panels; ++panel) {
-    if (panel == middle && middle < late)  // for finish_patches
+    if (panel == middle && middle < late)  // prefetch for finish_patches
       ahead = Ahead(rows.units + first * kPanel, dim_units<Op>(p) / kPanel, count * kPanel * 4,
                     rows.capacity * kPanel * 4, product_steps<Op>(late - middle, count, inner));
     if (panel == late) ahead = ahead_of_rows(p, row_start, next, count, product_steps<Op>(panels - late, count, inner));

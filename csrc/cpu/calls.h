@@ -1,4 +1,4 @@
-// The functions that the binding calls. Only for files that are compiled once, not for those of an instruction set.
+// The functions that the binding calls. Include only in files compiled once, not per instruction set.
 #pragma once
 
 #include <functional>
@@ -7,7 +7,7 @@
 
 namespace pacl {
 
-// A call whose plan has been made: the workspace that it needs, and what runs in one of that size.
+// A planned call: the size of the workspace it needs, and the function that runs in it.
 struct Planned {
   int64_t workspace_bytes;
   std::function<void(char* workspace)> run;
@@ -15,9 +15,9 @@ struct Planned {
 
 Planned compatibility_forward(const CompatibilityParams&);
 Planned compatibility_backward(const CompatibilityParams&);
-Planned max_backward(const CompatibilityParams&);        // what compatibility_backward is for that form
-int64_t accumulator_floats(const CompatibilityParams&);  // of texts_sum
+Planned max_backward(const CompatibilityParams&);        // compatibility_backward for the max form
+int64_t accumulator_floats(const CompatibilityParams&);  // size of texts_sum
 Planned upsample_argmax(const UpsampleParams&);
-double fma_peak(Dtype dtype, int threads, double seconds);  // flop per second of independent FMAs
+double fma_peak(Dtype dtype, int threads, double seconds);  // measured flop/s of independent FMAs
 
 }  // namespace pacl

@@ -1,5 +1,5 @@
-// The order of the work: which thread does what, and when.
-// Everything that decides a result's bits depends on shapes alone, so any number of threads gives the same bits.
+// The order of the work on the threads of a call.
+// Everything that determines a result's bits depends on shapes alone, so any number of threads gives identical results.
 
 #include <algorithm>
 #include <cstring>
@@ -15,12 +15,12 @@
 namespace pacl {
 namespace {
 
-// Where what W's rounding adds to a gradient is a larger part of it, the backward runs again in float32. That happens
-// where the terms cancel: images or texts that are (nearly) the same, as in a batch of duplicates or a collapsed model.
-// Terms of independent signs leave 0.002, and CLIP's texts, which share a direction, 0.003.
+// The backward runs again in float32 if the rounding of W makes a larger part of a gradient than this. It happens when
+// terms cancel: with (nearly) equal images or texts, as in a batch of duplicates or a collapsed model. Terms of
+// independent signs give 0.002, and CLIP's texts, which share a direction, 0.003.
 constexpr double kRoundingShown = 6e-3;
 
-// Rows of the valid patches of each image, one after the other: image b has [row_start[b], row_start[b + 1]).
+// Assigns rows to the valid patches, image after image. Image b has rows [row_start[b], row_start[b + 1]).
 std::vector<int64_t> count_rows(const CompatibilityParams& p, int64_t align) {
   std::vector<int64_t> row_start(p.images + 1, 0);
   for (int64_t b = 0; b < p.images; ++b) {
@@ -35,7 +35,7 @@ std::vector<int64_t> count_rows(const CompatibilityParams& p, int64_t align) {
   return row_start;
 }
 
-// The gradients of rows [first, last) of a block.
+// Populates the gradients' memory for rows [first, last) of a block.
 void populate_gradients(const CompatibilityParams& p, const Rows& rows, int64_t first, int64_t last) {
   while (first < last && rows.image[last - 1] < 0) --last;
   while (first < last && rows.image[first] < 0) ++first;
@@ -77,15 +77,15 @@ void forward(const Plan& plan, const CompatibilityParams& p, Arena arena) {
   });
 }
 
-// Rows of the backward that are in memory together.
+// Rows of the backward that are in memory together: [first_row, last_row) of the call.
 struct Block {
   int64_t first_row, last_row;
-  std::vector<int64_t> starts;       // of the tasks that make weights: chunks of rows, or (cosine) images; then the end
+  std::vector<int64_t> starts;       // first rows of the weights' tasks (chunks, or images for cosine), then the end
   std::vector<int64_t> image_begin;  // see Rows
   std::vector<float> share;
 };
 
-// Finds the images of a block with means; a block with too many of them ends earlier.
+// Finds the images of a block with means. Shortens the block if it has more than kMeans of them.
 void count_images(const Plan& plan, const std::vector<int64_t>& row_start, Block& block) {
   if (!plan.means) return;
   const int64_t padding = 2 * plan.kernels.inner;
@@ -94,7 +94,7 @@ void count_images(const Plan& plan, const std::vector<int64_t>& row_start, Block
     if (row_start[b] == row_start[b + 1]) continue;
     block.image_begin.push_back(most(0, row_start[b] - block.first_row));
     block.share.push_back(1.0f / (float)(row_start[b + 1] - row_start[b]));
-    if ((int64_t)block.share.size() == kMeans)  // the block ends here, or a few rows before: only the last is padded
+    if ((int64_t)block.share.size() == kMeans)  // end here or a few rows before: only the last block may be padded
       block.last_row =
           least(block.last_row, block.first_row + (row_start[b + 1] - block.first_row) / padding * padding);
   }
@@ -136,8 +136,8 @@ std::vector<Block> make_blocks(const Plan& plan, const std::vector<int64_t>& row
   return blocks;
 }
 
-// The backward of the dot and the cosine form. Returns false where W, rounded to 16 bits, has left too much error in a
-// gradient, which is then not to be used.
+// Runs the backward of the dot or cosine form. Returns false if rounding W to 16 bits left too large an error in a
+// gradient, which must then not be used.
 bool backward(const Plan& plan, CompatibilityParams p, Arena arena) {
   const Kernels& kernels = plan.kernels;
   const std::vector<int64_t> row_start = count_rows(p, plan.row_align);
@@ -147,7 +147,7 @@ bool backward(const Plan& plan, CompatibilityParams p, Arena arena) {
   }
 
   Texts shared_texts;
-  Rows shared_rows[2];  // a block's and the next one's
+  Rows shared_rows[2];  // of a block and of the next one
   Weights weights;
   Sums shared_sums;
   plan.take_texts(arena, shared_texts);
@@ -159,7 +159,7 @@ bool backward(const Plan& plan, CompatibilityParams p, Arena arena) {
   size_t most_tasks = 0;
   for (const Block& block : blocks) most_tasks = most(most_tasks, block.starts.size());
   std::vector<WeightSums> weight_sums(most_tasks * ceil_div(plan.texts_block, kTextRange));  // by task
-  // Squared norms of the gradients, by chunk of a block and by task.
+  // Squared norms of the gradients: of the patches by chunk of a block, of the texts by task.
   std::vector<double> patches_squared(ceil_div(plan.capacity, plan.chunk)), texts_squared(ceil_div(p.text_count, 16));
 
   Team(p.openmp, plan.threads, [&](Team& team, int id) {
@@ -170,7 +170,7 @@ bool backward(const Plan& plan, CompatibilityParams p, Arena arena) {
     const auto chunks = [&](const Block& block) { return ceil_div(block.starts.back(), plan.chunk); };
     const auto pack = [&](const Block& block, Rows rows, int64_t i) {
       const int64_t first = i * plan.chunk, last = least(first + plan.chunk, block.starts.back());
-      // Past the last row of all, rows are padding.
+      // Rows past the last one of the call are padding.
       kernels.pack_rows(p, row_start.data(), block.first_row + first, block.first_row + last, rows, first, scratch.row);
     };
     if (!blocks.empty()) team.phase(chunks(blocks[0]), [&](int64_t i) { pack(blocks[0], shared_rows[0], i); });
@@ -201,8 +201,8 @@ bool backward(const Plan& plan, CompatibilityParams p, Arena arena) {
         if (rows.means && p.grad_patches)
           team.phase(plan.dims / kernels.panel,
                      [&](int64_t panel) { kernels.means_product(rows, texts, weights, shared_sums, panel, add); });
-        // Neither product needs the other, so both are one phase, the larger tasks first. The next block is packed in
-        // between, when its rows have been fetched behind the patches' product.
+        // The two products are independent, so they share one phase, the larger tasks first. The next block is packed
+        // in the same phase, once the patches' product has prefetched its rows.
         const int64_t columns = texts.padded / kernels.tile_columns, dim_panels = plan.dims / kernels.panel;
         const int64_t column_step = 128 / kernels.tile_columns, panel_step = most(1, 256 / kernels.panel);
         const int64_t across = ceil_div(dim_panels, panel_step);
@@ -278,7 +278,7 @@ Planned compatibility_backward(const CompatibilityParams& params) {
             if (p.texts_sum) std::memset(p.texts_sum, 0, sizeof(float) * accumulator_floats(p));
             p.fresh_gradient = false;
             std::vector<float> again;
-            if (p.form == Form::dot) {  // τ may divide the difference of s and φ: both from the same kernels
+            if (p.form == Form::dot) {  // s - φ is divided by τ, so both must come from the same kernels
               const int64_t pairs = p.images * p.text_count;
               again.resize(2 * pairs);
               p.phi = again.data();

@@ -1,6 +1,7 @@
 // The cosine form. With a the attention, q = G a, r² = aᵀ q and φ = u / r:
-//   dS = g (a / r) (1 + (s - (φ / r) q) / τ),  and the norm term adds  -C P̂  to the patches' gradient,
-//   C[n, m] = Σ_k g (φ / r²) a_n a_m.  At its floor r is a constant: q and C drop out and s - φ r remains.
+//   dS = g (a / r) (1 + (s - (φ / r) q) / τ).
+// The norm term adds -C P̂ to the patches' gradient, with C[n, m] = Σ_k g (φ / r²) a_n a_m. At its floor r is a
+// constant: q and C drop out, and s - (φ / r) q becomes s - φ r.
 #pragma once
 
 #include "cosine_gram.h"
@@ -11,8 +12,8 @@ namespace {
 
 using namespace pacl;
 
-// Forward, for an image whose `count` rows lead `rows`: φ = u / max(r, floor). u and r are not yet divided by Σ e,
-// hence a floor times that.
+// Computes φ = u / max(r, floor) for the image in the first `count` rows of `rows`. u and r are not yet divided by Σ e,
+// so the floor is multiplied by Σ e.
 template <class Op>
 void cosine_forward(const CompatibilityParams& p, const Rows& rows, int64_t count, const Texts& texts, int64_t panel,
                     Softmax& sums, Scratch& scratch, float* phi) {
@@ -36,9 +37,9 @@ void cosine_forward(const CompatibilityParams& p, const Rows& rows, int64_t coun
     store(phi + v * kLanes, along[v] / maximum(kMinPooledNorm * sums.sum[v], square_root(squared[v])));
 }
 
-// The softmax of a panel: scratch.scores become s, scratch.attention e, not yet divided by Σ e. Its sums are made again
-// and not taken from forward's, whose rounding, divided by τ, would not cancel. s is relative to `largest` in
-// `weighted`: the largest s with kRunningMax, 0 without.
+// Computes the softmax of a panel: scratch.scores becomes s, and scratch.attention e, not yet divided by Σ e. The sums
+// are computed anew: the rounding of the forward's sums, divided by τ, would not cancel. `weighted` is
+// Σ e (s - largest), with `largest` 0 unless kRunningMax.
 template <bool kRunningMax>
 inline void attend(Scratch& scratch, const float* inv_norm, int64_t count, const float* text_norm, float temperature,
                    Softmax& sums) {
@@ -67,8 +68,8 @@ inline void attend(Scratch& scratch, const float* inv_norm, int64_t count, const
   }
 }
 
-// scratch.gram_attention = s - centre - slope q (`given`: s - slope q is there already), less its mean, which is 0 but
-// for rounding: divided by τ, that would show where all s are nearly equal.
+// Sets scratch.gram_attention, which holds q (s - slope q if `given`), to s - centre - slope q less its mean. The mean
+// is a rounding error, which the division by τ would expose if all s are nearly equal.
 inline void recentre(Scratch& scratch, int64_t count, const Softmax& sums, const V slope[2], const V centre[2],
                      bool given) {
   for (int v = 0; v < 2; ++v) {
@@ -88,8 +89,8 @@ inline void recentre(Scratch& scratch, int64_t count, const Softmax& sums, const
   }
 }
 
-// Half `v` of a panel: scratch.scores become weights, scratch.scaled what C is made of. kReady: scratch.gram_attention
-// holds s - centre - slope q. Returns the temperature's sum.
+// Turns scratch.scores into weights for half `v` of a panel, and fills scratch.scaled, the left factor of C. With
+// kReady, scratch.gram_attention holds s - centre - slope q. Returns the temperature's sum.
 template <bool kReady>
 inline float cosine_weights_of_half(Scratch& scratch, const float* inv_norm, int64_t count, V norm, float temperature,
                                     V alpha, V slope, V centre, V largest, V along, V mean, int v) {
@@ -132,7 +133,7 @@ WeightSums cosine_weights(const CompatibilityParams& p, const Rows& rows, int64_
     const Lane g(p.grad_phi + rows.image[first] * p.text_count + texts.first + k, live);
     Softmax sums;
     (no_running_max ? attend<false> : attend<true>)(scratch, inv_norm, count, texts.inv_norm + k, p.temperature, sums);
-    V along[2], squared[2];  // u, less `largest`, and r²
+    V along[2], squared[2];  // u minus `largest`, and r²
     bool has_pooled_patch = pools_patches<Op>(p, count);
     if (has_pooled_patch) {
       pool_patches(p, rows, first, count, scratch);

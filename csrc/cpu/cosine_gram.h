@@ -1,4 +1,4 @@
-// The cosine form by the Gram matrix of an image: G, q = G a, and the norm term C with its product C P̂. See cosine.h.
+// The cosine form from the Gram matrix G of an image: q = G a, the norm term C and its product C P̂. See cosine.h.
 #pragma once
 
 #include "softmax.h"
@@ -7,7 +7,8 @@ namespace {
 
 using namespace pacl;
 
-// Units of pairs of rows of a panel [count, kPanel] of float32, `count` even; for float32 the panel itself.
+// Converts a float32 panel [count, kPanel], `count` even, to units of pairs of rows; for float32 returns the panel
+// itself.
 template <class Op>
 const float* row_units_of(const float* panel, [[maybe_unused]] int64_t count, [[maybe_unused]] float* to) {
 #if defined(PACL_PAIRS)
@@ -23,7 +24,8 @@ const float* row_units_of(const float* panel, [[maybe_unused]] int64_t count, [[
   return panel;
 }
 
-// Panels [rows, columns] of float32 as panels of units of pairs of columns; for float32 the matrix itself.
+// Converts float32 panels [rows, columns] to panels of units of pairs of columns; for float32 returns the matrix
+// itself.
 template <class Op>
 const float* column_units_of(const float* matrix, [[maybe_unused]] int64_t capacity, [[maybe_unused]] int64_t rows,
                              [[maybe_unused]] int64_t columns, [[maybe_unused]] float* to) {
@@ -40,8 +42,8 @@ const float* column_units_of(const float* matrix, [[maybe_unused]] int64_t capac
   return matrix;
 }
 
-// A symmetric matrix [count, count] as panels, each known from its own first row on: multiplies rows and columns by
-// `norms` and `sign`, fills the rows above from earlier panels, and sets columns past the last one to 0.
+// Completes a symmetric matrix [count, count] in panels, each filled from its diagonal down. Multiplies rows and
+// columns by `norms` and `sign`, fills the rows above from earlier panels, and zeroes columns past the last one.
 void complete_symmetric(float* matrix, int64_t capacity, int64_t count, const float* norms, float sign) {
   for (int64_t column = 0; column < count; column += kPanel) {
     float* panel = matrix + column / kPanel * capacity * kPanel;
@@ -58,14 +60,14 @@ void complete_symmetric(float* matrix, int64_t capacity, int64_t count, const fl
       for (int64_t i = 0; i < kPanel; i += kLanes)
         transpose(mirror + i * kPanel, kPanel, panel + row * kPanel + i, kPanel);
     }
-    // A product's rows past `count` hold anything, NaN included: 0 times that is not 0.
+    // A product's rows past `count` may hold anything, also NaN, and 0 times NaN is not 0.
     for (int64_t row = 0; live < kPanel && row < count; ++row)
       memset(panel + row * kPanel + live, 0, sizeof(float) * (kPanel - live));
   }
 }
 
-// scratch.gram = p pᵀ of rows [first, first + count), as panels [count, count] with `capacity` rows each, of which each
-// is known from its own first row on.
+// Computes scratch.gram = p pᵀ of rows [first, first + count), as panels [count, count] of `capacity` rows. Each panel
+// is filled from its diagonal down.
 template <class Op>
 void gram(const CompatibilityParams& p, const Rows& rows, int64_t first, int64_t count, Scratch& scratch,
           int64_t capacity) {
@@ -76,14 +78,14 @@ void gram(const CompatibilityParams& p, const Rows& rows, int64_t first, int64_t
       for (int64_t i = 0; i < kPanel; i += kLanes)
         transpose(block + i * kPanel, kPanel, scratch.transposed + u * kPanel + i, kPanel);
     }
-    const int64_t top = column / Op::kRows * Op::kRows;  // symmetric: rows above are filled in at the end
+    const int64_t top = column / Op::kRows * Op::kRows;  // symmetric: the rows above are filled in later
     product<Op>(rows.units + (first + top) * kPanel, rows.capacity, count - top, scratch.transposed, dim_inner<Op>(p),
                 scratch.gram + (column / kPanel * capacity + top) * kPanel, false);
   }
 }
 
-// G, known as above, for eᵀ G e alone: its lower triangle, everything below the diagonal twice; rows and columns times
-// `norms`.
+// Reduces G, as gram() leaves it, to what eᵀ G e needs: its lower triangle, doubled below the diagonal, with rows and
+// columns multiplied by `norms`.
 inline void fold_symmetric(float* matrix, int64_t capacity, int64_t count, const float* norms) {
   I lane{};
   for (int i = 0; i < kLanes; ++i) lane[i] = i;
@@ -91,7 +93,7 @@ inline void fold_symmetric(float* matrix, int64_t capacity, int64_t count, const
     float* panel = matrix + column / kPanel * capacity * kPanel;
     float scale[kPanel] = {};
     memcpy(scale, norms + column, sizeof(float) * least(kPanel, count - column));
-    // The tile of earlier rows may reach into this panel, up to the next multiple of 4 after its last row.
+    // A tile of earlier rows may read this panel, up to the next multiple of 4 after the tile's last row.
     for (int64_t row = most(0, column - kTileRows - 2); row < count; ++row)
       for (int v = 0; v < 2; ++v) {
         float* at = panel + row * kPanel + v * kLanes;
@@ -102,7 +104,8 @@ inline void fold_symmetric(float* matrix, int64_t capacity, int64_t count, const
   }
 }
 
-// For the matrix unit, G is the sum of two matrices of bfloat16, which leaves 2^-17 of it. kLower: its lower triangle.
+// Splits G for the matrix unit into the sum of two bfloat16 matrices, with a relative error of 2^-17. With kLower only
+// its lower triangle.
 template <class Op, bool kLower>
 void split_gram([[maybe_unused]] Scratch& scratch, [[maybe_unused]] int64_t capacity, [[maybe_unused]] int64_t count) {
 #if defined(PACL_MATRIX_UNIT)
@@ -122,8 +125,8 @@ void split_gram([[maybe_unused]] Scratch& scratch, [[maybe_unused]] int64_t capa
 }
 
 #if defined(PACL_MATRIX_UNIT)
-// Rows [row, row + 16 kTall) of G a over `inner` units, of what the two parts of both give all but the product of the
-// small ones.
+// Computes rows [row, row + 16 kTall) of G a over `inner` units, from the two parts of both operands. The product of
+// the two small parts is left out.
 template <int kTall>
 inline void split_tile(const Scratch& scratch, int64_t capacity, int64_t row, int64_t inner) {
   const int64_t block = capacity * kPanel, at = row * kPanel;
@@ -136,9 +139,9 @@ inline void split_tile(const Scratch& scratch, int64_t capacity, int64_t row, in
 }
 #endif
 
-// scratch.gram_attention = G a for a panel of attention over `count` rows, whose rows up to the next multiple of 2
-// kInner are set to 0. In bfloat16 alone, an error in φ would be multiplied by the logit scale, in the gradient divided
-// by r τ: it is float32, or in the matrix unit two numbers of bfloat16. kLower: of G's lower triangle.
+// Computes scratch.gram_attention = G a for a panel of attention over `count` rows, and zeroes the attention's padding
+// rows. It uses float32, or pairs of bfloat16 numbers in the matrix unit. The error of a single bfloat16 would be
+// multiplied by the logit scale in the loss, and divided by r τ in the gradient. With kLower, G is its lower triangle.
 template <class Op, bool kLower>
 void gram_attention(Scratch& scratch, int64_t capacity, int64_t count) {
   const int64_t padded = round_up(count, Op::kMatrix ? kPanel : 4);
@@ -172,7 +175,7 @@ void gram_attention(Scratch& scratch, int64_t capacity, int64_t count) {
     }
 }
 
-// r² = eᵀ q for half `v` of a panel, with e not yet divided by its sum.
+// Returns r² = eᵀ q for half `v` of a panel, where e is not yet divided by its sum.
 inline V squared_norm_from_gram(const Scratch& scratch, int64_t count, int v) {
   V squared{};
   for (int64_t begin = 0; begin < count; begin += kSumRows) {
@@ -186,7 +189,7 @@ inline V squared_norm_from_gram(const Scratch& scratch, int64_t count, int v) {
   return squared;
 }
 
-// C (lower half of its panels) += scaled attentionᵀ over the texts of one panel.
+// C (+)= scaled · attentionᵀ over the texts of one panel, in each panel of C from its diagonal down.
 template <class Op>
 void add_norm_term(Scratch& scratch, int64_t count, int64_t capacity, bool add) {
   const int64_t padded = round_up(count, kPanel);
@@ -203,7 +206,7 @@ void add_norm_term(Scratch& scratch, int64_t count, int64_t capacity, bool add) 
   }
 }
 
-// Sums (+)= -C P̂ for the `count` rows from `first` on, `padded` of them with their padding.
+// Computes sums (+)= -C P̂ for the `count` rows from `first` on, `padded` rows with their padding.
 template <class Op>
 void subtract_norm_term_product(const CompatibilityParams& p, const Rows& rows, int64_t first, int64_t count,
                                 int64_t padded, int64_t capacity, const Sums& sums, bool add, Scratch& scratch) {
@@ -213,7 +216,7 @@ void subtract_norm_term_product(const CompatibilityParams& p, const Rows& rows, 
   for (int64_t panel = 0; panel < padded_dim(p.dim) / kPanel; ++panel) {
     float* to = sums.panels + (panel * sums.capacity + first) * kPanel;
     const float* right = rows.row_units + (panel * row_units + first / Op::kPair) * kPanel;
-    if (Op::kMatrix) {  // an image's padding holds the rest of its last tile
+    if (Op::kMatrix) {  // the last tile of an image ends in the image's padding
       product<Op>(left, capacity, count, right, padded / Op::kPair, to, add);
       continue;
     }

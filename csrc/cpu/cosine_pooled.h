@@ -1,5 +1,5 @@
-// The cosine form by the pooled patch v = Σ a p̂: in float32 where there are more patches than dimensions, in double
-// where patches cancel. See cosine.h.
+// The cosine form from the pooled patch v = Σ a p̂: in float32 if there are more patches than dimensions, in double if
+// patches cancel. See cosine.h.
 #pragma once
 
 #include "softmax.h"
@@ -8,8 +8,8 @@ namespace {
 
 using namespace pacl;
 
-// True where r² of any text is much smaller than Σ e², which it is about for patches of random directions: what is left
-// is then the rounding of G.
+// Returns true if r² of any text is much smaller than Σ e², its value for patches of random directions. r² then
+// consists mostly of the rounding error of G.
 inline bool cancels(const Scratch& scratch, const float* inv_norm, int64_t count, const float* text_norm,
                     const V squared[2]) {
   bool any = false;
@@ -19,7 +19,7 @@ inline bool cancels(const Scratch& scratch, const float* inv_norm, int64_t count
       const V e = load(scratch.attention + r * kPanel + v * kLanes);
       incoherent = inv_norm[r] > 0 ? fma(e, e, incoherent) : incoherent;
     }
-    const I below = (squared[v] < incoherent * 0.25f) & (load(text_norm + v * kLanes) > V{});  // not padding
+    const I below = (squared[v] < incoherent * 0.25f) & (load(text_norm + v * kLanes) > V{});  // texts, not padding
     for (int i = 0; i < kLanes; ++i) any |= below[i] != 0;
   }
   return any;
@@ -30,7 +30,7 @@ inline V square_root(V x) {
   return x;
 }
 
-// Half `half` of a unit, in all lanes, as a float.
+// Returns half `half` of each lane's unit as float32.
 template <class Op>
 inline V element(V unit, [[maybe_unused]] int half) {
   if (Op::kPair == 1) return unit;
@@ -42,7 +42,7 @@ inline void add_product(Wide& sum, V a, V b) {
   sum += __builtin_convertvector(a, Wide) * __builtin_convertvector(b, Wide);
 }
 
-// scratch.direction = t̂ - slope v [D, panel] with v in scratch.pooled_patch; without `slope` t̂.
+// Sets scratch.direction [D, panel] to t̂ - slope v, with v in scratch.pooled_patch, or to t̂ if `slope` is null.
 template <class Op>
 void set_direction(const CompatibilityParams& p, const Texts& texts, int64_t panel, const V* slope, Scratch& scratch) {
   const float* text = texts.transposed + panel * dim_units<Op>(p) * kPanel;
@@ -55,7 +55,7 @@ void set_direction(const CompatibilityParams& p, const Texts& texts, int64_t pan
     }
 }
 
-// `to` = p̂ · scratch.direction for the `count` rows from `first` on.
+// Computes `to` = p̂ · scratch.direction for the `count` rows from `first` on.
 template <class Op>
 void scores_in_double(const CompatibilityParams& p, const Rows& rows, int64_t first, int64_t count, Scratch& scratch,
                       float* to) {
@@ -71,10 +71,10 @@ void scores_in_double(const CompatibilityParams& p, const Rows& rows, int64_t fi
     }
 }
 
-// scratch.pooled_patch = Σ e p̂ [D, panel] where patches cancel, with e = exp((s - largest) / τ). Rare, so short rather
-// than fast: in double, whose rounding is small beside what is left. scratch.scores become s, and scratch.attention and
-// `sums` are made again of it, because τ would divide the difference of two roundings of s; scratch.gram_attention is
-// written over.
+// Computes scratch.pooled_patch [D, panel] = Σ e p̂, with e = exp((s - largest) / τ), for patches that cancel. This is
+// rare, so the code is short rather than fast: double precision, whose rounding is small beside the result.
+// scratch.scores becomes s. scratch.attention and `sums` are recomputed from it, or τ would divide the difference of
+// two roundings of s. scratch.gram_attention is overwritten.
 template <class Op>
 void pool_patches_in_double(const CompatibilityParams& p, const Rows& rows, int64_t first, int64_t count,
                             const Texts& texts, int64_t panel, Softmax& sums, Scratch& scratch) {
@@ -115,13 +115,13 @@ void pool_patches_in_double(const CompatibilityParams& p, const Rows& rows, int6
   }
 }
 
-// With more patches than dimensions it is cheaper to pool them than to make G.
+// Returns true if pooling is cheaper than computing G: in float32, with more patches than dimensions.
 template <class Op>
 inline bool pools_patches(const CompatibilityParams& p, int64_t count) {
   return Op::kPair == 1 && count > p.dim;
 }
 
-// scratch.pooled_patch = Σ e p̂ [D, panel] in float32; writes over scratch.scaled.
+// Computes scratch.pooled_patch [D, panel] = Σ e p̂ in float32. Overwrites scratch.scaled.
 inline void pool_patches(const CompatibilityParams& p, const Rows& rows, int64_t first, int64_t count,
                          Scratch& scratch) {
   const int64_t padded = round_up(count, 4);
@@ -136,7 +136,7 @@ inline void pool_patches(const CompatibilityParams& p, const Rows& rows, int64_t
           at > 0);
 }
 
-// From scratch.pooled_patch: Σ e p̂ · t̂, and the squared norm.
+// Computes the score Σ e p̂ · t̂ and the squared norm of scratch.pooled_patch.
 template <class Op>
 void score_and_squared_norm(const CompatibilityParams& p, const Texts& texts, int64_t panel, const Scratch& scratch,
                             V along[2], V squared[2]) {
@@ -153,7 +153,7 @@ void score_and_squared_norm(const CompatibilityParams& p, const Texts& texts, in
   }
 }
 
-// scratch.gram_attention = p̂ · scratch.direction in float32, for the `count` rows from `first` on.
+// Computes scratch.gram_attention = p̂ · scratch.direction in float32 for the `count` rows from `first` on.
 inline void scores_of_direction(const CompatibilityParams& p, const Rows& rows, int64_t first, int64_t count,
                                 Scratch& scratch) {
   product<Float32>(rows.units + first * kPanel, rows.capacity, count, scratch.direction, dim_inner<Float32>(p),
@@ -162,8 +162,8 @@ inline void scores_of_direction(const CompatibilityParams& p, const Rows& rows, 
     store(scratch.gram_attention + i, load(scratch.gram_attention + i) * rows.inv_norm[first + i / kPanel]);
 }
 
-// Sums -= scratch.scaled v / ‖p‖ for the `count` rows from `first` on: what C P̂ is for one panel of texts whose
-// pooled patches v are in scratch.pooled_patch.
+// Computes sums -= scratch.scaled v / ‖p‖ for the `count` rows from `first` on. This is C P̂ for one panel of texts
+// whose pooled patches v are in scratch.pooled_patch.
 inline void subtract_pooled_patch(const CompatibilityParams& p, const Rows& rows, int64_t first, int64_t count,
                                   const Sums& sums, Scratch& scratch) {
   for (int64_t panel = 0; panel < padded_dim(p.dim) / kPanel; ++panel) {

@@ -1,4 +1,4 @@
-// Which instruction set runs: the best that processor and operating system offer, or what PACL_CPU_ISA names.
+// The choice of the instruction set: the best that processor and operating system offer, or the one PACL_CPU_ISA names.
 
 #include "dispatch.h"
 
@@ -25,8 +25,8 @@ PACL_DECLARE(amx)
 PACL_DECLARE(emulated_amx)
 
 #if defined(PACL_AMX)
-// True where the processor has AMX for bfloat16 and the operating system lets this process use it. Asked for once:
-// Linux refuses where a thread's signal stack is too small for the tiles.
+// Returns true if the processor has AMX for bfloat16 and the operating system lets this process use it. Linux refuses
+// if a thread's signal stack is too small for the tiles.
 bool take_amx() {
   unsigned a, b, c, d;
   constexpr unsigned kBFloat16 = 1u << 22, kTile = 1u << 24;
@@ -52,7 +52,7 @@ const std::vector<Isa>& isas() {
 #endif
       }
     }
-#if defined(PACL_EMULATE_AMX)  // a build for tests; first, for the last is the default
+#if defined(PACL_EMULATE_AMX)  // a build for tests; put first, since the last one is the default
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
       found.insert(found.begin(), {"emulated_amx", &avx2::kernels, &emulated_amx::pair_kernels});
 #endif
@@ -76,7 +76,7 @@ const Isa& select_isa() {
 
 const Kernels& select_kernels(Dtype dtype, int64_t dim) {
   const Isa& isa = select_isa();
-  // Below one panel of pairs most of the product would be padding: widened to float32 it costs no more and rounds less.
+  // Below one panel of pairs most of the product would be padding. Widened to float32 it costs no more and rounds less.
   return dtype == Dtype::bfloat16 && dim >= 64 ? *isa.bfloat16_kernels : *isa.float_kernels;
 }
 

@@ -8,9 +8,9 @@ namespace {
 
 using namespace pacl;
 
-// From raw products to weights, in place, for rows of one image and one panel of texts:
+// Turns raw products into weights, in place, for rows of one image and one panel of texts:
 //   dS = a (g + β (s - φ)) with the attention a and β = g / τ, and W = (dS / ‖t‖ - c) / ‖p‖.
-// Returns Σ g a (s - φ)², which only the temperature's gradient needs.
+// Returns Σ g a (s - φ)² for the temperature's gradient if kSum, otherwise 0.
 template <bool kRunningMax, bool kSum, bool kMean>
 inline float dot_weights_of_segment(const float* inv_norm, int64_t count, const float* text_norm, float temperature,
                                     const Lane& phi, const Lane& state, const Lane& grad, const V mean[2],
@@ -18,10 +18,11 @@ inline float dot_weights_of_segment(const float* inv_norm, int64_t count, const 
   float total = 0;
   for (int v = 0; v < 2; ++v) {
     const V norm = load(text_norm + v * kLanes), shift = state.half[v] * kLog2e;
-    // Without a running maximum a = e^(s / τ) e^-state, a factor; with it a = e^((s - φ) / τ - state), see params.h.
+    // Without a running maximum a = e^(s / τ) e^-state, and e^-state goes into g. With it a = e^((s - φ) / τ - state),
+    // see params.h.
     const V g = kRunningMax ? grad.half[v] : grad.half[v] * exp2<true>(-shift);
-    const V beta =
-        g / temperature;  // not with a running maximum: at the smallest τ it overflows, s - φ over τ does not
+    // Unused with a running maximum: at the smallest τ it overflows, and (s - φ) / τ does not.
+    const V beta = g / temperature;
     const float scale = kLog2e / temperature, inv_temperature = 1.0f / temperature;
     V along{};
     for (int64_t r = 0; r < count; ++r) {

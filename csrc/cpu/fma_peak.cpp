@@ -1,4 +1,4 @@
-// The rate of independent FMAs, which benchmarks compare the kernels with.
+// The measured rate of independent FMAs, to which benchmarks compare the kernels.
 
 #include <atomic>
 #include <chrono>

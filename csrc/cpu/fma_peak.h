@@ -1,4 +1,4 @@
-// Independent FMAs, as many as registers hold: the rate that products are compared with.
+// Independent FMAs, as many as the registers hold. Their rate is the peak to which products are compared.
 #pragma once
 
 #include "units.h"
@@ -10,7 +10,7 @@ double independent_fmas(int64_t repeats) {
 #if defined(PACL_MATRIX_UNIT)
   if constexpr (Op::kMatrix) {
     const MatrixUnit session;
-    matrix_zero<4>();  // operands that change would cost up to a quarter of the clock
+    matrix_zero<4>();  // changing operands would lower the clock by up to a quarter
     matrix_zero<5>();
     for (int64_t k = 0; k < repeats; ++k) {
       matrix_multiply_add<0, 4, 5>();
@@ -33,7 +33,7 @@ double independent_fmas(int64_t repeats) {
   V total{};
 #pragma GCC unroll 24
   for (int i = 0; i < kChains; ++i) total += sums[i];
-  volatile float keep = sum(total);  // or the compiler drops the loop
+  volatile float keep = sum(total);  // keeps the compiler from dropping the loop
   (void)keep;
   return 2.0 * Op::kPair * kLanes * kChains * repeats;
 }

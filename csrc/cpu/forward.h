@@ -8,8 +8,8 @@ namespace {
 
 using namespace pacl;
 
-// Adds to the statistics of the images that rows [begin, count) of scratch.scores belong to, for one panel of texts.
-// Statistics are [images from `first`, columns].
+// Adds rows [begin, count) of scratch.scores to the statistics of their images, for one panel of texts. Statistics are
+// [images from `first`, columns].
 template <class Op>
 void add_scores(const CompatibilityParams& p, int64_t first, const Rows& rows, int64_t begin, int64_t count,
                 const Texts& texts, int64_t panel, int64_t columns, int64_t column, Scratch& scratch) {
@@ -32,15 +32,15 @@ void add_scores(const CompatibilityParams& p, int64_t first, const Rows& rows, i
       store(scratch.sum + at + v * kLanes, running.sum[v]);
       store(scratch.weighted + at + v * kLanes, running.weighted[v]);
     }
-    if (cosine)  // the image is whole: the sums become φ
+    if (cosine)  // the image is complete, so its sums become φ
       cosine_forward<Op>(p, rows, end, texts, panel, running, scratch, scratch.weighted + at);
   }
 }
 
 #if defined(PACL_MATRIX_UNIT)
-// The product and its softmax at the same time: while the matrix unit makes one tile of scores, the vector units sum up
-// the one before, a few rows after each step. For the dot form without a running maximum, and rows that fit one block
-// of `inner`; they are `left_row` apart, their blocks of kPanel units `left_block`.
+// Overlaps the product and its softmax: while the matrix unit computes one tile of scores, the vector units sum the
+// previous one, a few rows after each step. It is for the dot form without a running maximum, and for rows that fit in
+// one block of `inner`. Rows are `left_row` apart, their blocks of kPanel units `left_block` apart.
 template <class Op>
 void overlapped(const CompatibilityParams& p, int64_t first, const Rows& rows, const float* left, int64_t left_row,
                 int64_t left_block, int64_t count, const Texts& texts, int64_t panel, int64_t columns, int64_t column,
@@ -85,14 +85,14 @@ void overlapped(const CompatibilityParams& p, int64_t first, const Rows& rows, c
     }
     waiting = -1;
     if (row >= count) continue;
-    if (row + kTall <= count && rows.image[row] == rows.image[row + kTall - 1])  // of one image, hence no padding
+    if (row + kTall <= count && rows.image[row] == rows.image[row + kTall - 1])  // one image, hence no padding
       waiting = row;
     else
       add_scores<Op>(p, first, rows, row, least(row + kTall, count), texts, panel, columns, column, scratch);
   }
 }
 
-// Rows [row, row + count) where the caller has them, if whole tiles of them may be read there; otherwise null.
+// Returns rows [row, row + count) in the caller's memory if whole tiles can be read there, otherwise null.
 template <class Op>
 const float* rows_in_place(const CompatibilityParams& p, int64_t row, int64_t count, Rows& rows) {
   constexpr int64_t kTall = 2 * kMatrixRows;

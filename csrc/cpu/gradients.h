@@ -1,4 +1,4 @@
-// From sums to the caller's gradients, through the norm.
+// From the sums, through the norm, to the caller's gradients.
 #pragma once
 
 #include "rows.h"
@@ -7,8 +7,8 @@ namespace {
 
 using namespace pacl;
 
-// A row of a gradient. Pages that the system has made just now are in the cache, and non-temporal stores
-// would then take twice as long as plain ones; into older memory it is the other way round.
+// Writes part of a gradient. Pages that the system has just created are in the cache, where non-temporal stores take
+// twice as long as plain ones. In older memory plain stores are the slower ones.
 void write_gradient(void* to, int64_t offset, const void* from, int64_t bytes, bool fresh) {
   fresh ? (void)memcpy((char*)to + offset, from, bytes) : copy_non_temporal((char*)to + offset, from, bytes);
 }
@@ -23,15 +23,15 @@ void write_row(void* base, int64_t offset, int64_t dim, Dtype dtype, const float
     for (int64_t d = 0; d < dim; ++d) half[d] = to_float16(in[d]);
 }
 
-// ∂L/∂x = sum - (sum · x) x / |x|²: what points along x does not change its direction. `sums` is a row of panels, x is
-// row `row` of others; inv_norm is 1 / |x|, or 0; the caller's row is x / range_scale. kMean: inv_norm times `mean`, a
-// row of Sums.means, belongs to the sum. Returns |∂L/∂x|².
+// Writes ∂L/∂x = sum - (sum · x) x / |x|²: a step along x does not change its direction. `sums` is a row of panels, x
+// is row `row` of `units`, inv_norm is 1 / |x| or 0, and the caller's row is x / range_scale. kMean adds inv_norm times
+// `mean`, a row of Sums.means, to the sum. Returns |∂L/∂x|².
 template <class Op, bool kMean = false>
 float finish_row(const float* sums, int64_t sums_capacity, const float* units, int64_t capacity, int64_t row,
                  float inv_norm, float range_scale, int64_t dim, Dtype dtype, void* out, int64_t out_offset, bool fresh,
                  float* buffer, [[maybe_unused]] const float* mean = nullptr) {
   const int64_t dims = padded_dim(dim);
-  if (inv_norm == 0.0f) {  // no direction: the gradient is 0, whatever comes from above
+  if (inv_norm == 0.0f) {  // x has no direction, so its gradient is 0 whatever the sum is
     memset(buffer, 0, sizeof(float) * dims);
     write_row(out, out_offset, dim, dtype, buffer, fresh);
     return 0.0f;
@@ -55,7 +55,7 @@ float finish_row(const float* sums, int64_t sums_capacity, const float* units, i
       store(buffer + d + v * kLanes, result);
     }
   }
-  // Once more: what the first projection leaves along x is its own rounding, and all of the result where D = 1.
+  // Project once more: the first projection leaves its rounding error along x, which is the whole result if D = 1.
   const float remainder = sum(rest[0] + rest[1]) * inv_squared;
   V squares[2]{};
   for (int64_t d = 0; d < dims; d += kPanel) {
@@ -100,7 +100,7 @@ double finish_patches(const CompatibilityParams& p, const Rows& rows, int64_t fi
 
 double finish_texts(const CompatibilityParams& p, int64_t first, int64_t last, float* buffer) {
   const int64_t dims = padded_dim(p.dim), capacity = round_up(p.text_count, kPanel);
-  float* text = buffer + dims;  // as panels of one row
+  float* text = buffer + dims;  // panels of one row
   double squares = 0;
   for (int64_t k = first; k < last; ++k) {
     read_row(p.texts, k * p.text_strides.row, p.text_strides.dim, p.dim, p.dtype, text);

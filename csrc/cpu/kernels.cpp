@@ -1,5 +1,5 @@
 // The kernels, written once on the vectors of simd.h and compiled once per instruction set.
-// No std:: templates and no shared inline functions: the linker could keep an AVX-512 copy of them for everyone.
+// They use no std:: templates and no shared inline functions: the linker could keep an AVX-512 copy for every machine.
 
 #include "kernels.h"
 

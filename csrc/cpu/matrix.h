@@ -1,6 +1,6 @@
-// The matrix unit of processors with AMX: 8 tiles of 16 rows of 64 bytes, and tile += tile tile for pairs of bfloat16,
-// 16 x 16 sums of 32 products in 16 cycles. The panels of product.h are its operands as they are. PACL_EMULATE_AMX
-// computes the same with plain loops, so that tests run everywhere and sanitizers see every access.
+// The matrix unit of processors with AMX: 8 tiles of 16 rows of 64 bytes. One instruction adds the product of two tiles
+// of bfloat16 pairs to a third, 16 x 16 sums of 32 products, in 16 cycles. The panels of product.h are its operands.
+// PACL_EMULATE_AMX computes the same in plain loops, so that tests run anywhere and sanitizers see every access.
 #pragma once
 
 #include "simd.h"
@@ -10,7 +10,7 @@
 
 namespace {
 
-constexpr int kMatrixRows = 16, kMatrixUnits = 16;  // of a tile; a unit is 4 bytes
+constexpr int kMatrixRows = 16, kMatrixUnits = 16;  // size of a tile; a unit is 4 bytes
 
 #if defined(PACL_EMULATE_AMX)
 
@@ -67,8 +67,8 @@ inline void matrix_multiply_add() {
 
 #else
 
-// While one lives, this thread may use the tiles; they are given back at its end, or every switch of threads by the
-// operating system would save 8 KiB.
+// Lets this thread use the tiles during its lifetime. The destructor releases them; otherwise the operating system
+// would save 8 KiB at every context switch.
 struct MatrixUnit {
   MatrixUnit() {
     alignas(64) struct {
@@ -85,7 +85,7 @@ struct MatrixUnit {
   ~MatrixUnit() { asm volatile("tilerelease"); }
 };
 
-// In assembly, because GCC's own intrinsics do not tell the compiler that they read and write memory. Strides in units.
+// Written in assembly, because GCC's intrinsics do not tell the compiler that they access memory. Strides are in units.
 template <int kTile>
 inline void matrix_zero() {
   asm volatile("tilezero %%tmm%c0" ::"i"(kTile));
@@ -109,9 +109,9 @@ inline void matrix_multiply_add() {
 
 #endif
 
-// Sums of 16 kTall rows and 32 columns, c = (c +) left right + ...: begun, any number of products, ended. matrix_stream
-// loads what should not take the place of other lines in the L1 cache: a left operand, of which each tile is
-// read once for a panel of the right one.
+// A tile of 16 kTall rows and 32 columns of c = (c +) left right + ...: matrix_begin, any number of matrix_add, then
+// matrix_end. matrix_stream loads with a streaming hint (tileloaddt1): each left tile is used once per right panel and
+// should not evict other lines from the L1 cache.
 template <int kTall>
 inline void matrix_begin(const float* c, bool add) {
   static_assert(kLanes == kMatrixUnits);
@@ -133,8 +133,8 @@ inline void matrix_begin(const float* c, bool add) {
   }
 }
 
-// Over `inner` units, a multiple of 16; panels as in `tile`, but for rows of the left operand `left_row` apart. aside()
-// is called once for each 16.
+// Adds a product over `inner` units, a multiple of 16. Panels are as in `tile`, except that rows of the left operand
+// are `left_row` apart. aside() is called once per 16 units.
 template <int kTall, class Aside>
 inline void matrix_add(const float* left, int64_t left_row, int64_t left_block, const float* right, int64_t inner,
                        Aside aside) {

@@ -1,4 +1,4 @@
-// The order of the work in the max form's backward, see max.h.
+// The order of the work in the max form's backward; see max.h.
 
 #include <memory>
 
@@ -11,7 +11,7 @@ namespace {
 
 constexpr int64_t kMaxRowsBudget = 8 * kMiB;  // a block of patches of the max form's backward
 
-// The backward of the max form: blocks of patches, whole images where they fit, against blocks of texts.
+// The plan of the max form's backward: blocks of patches (whole images if they fit) against blocks of texts.
 struct MaxPlan {
   const Kernels& kernels;
   const CompatibilityParams p;

@@ -1,6 +1,7 @@
-// The max form: φ = max s over the patches of an image, the first of the largest. Forward keeps the winner's index n in
-// `state` (-1: no valid patch), so backward needs no product: with w = g / (|p| |t|), a row of patches gets Σ w t over
-// the texts that it won, a text Σ w p over the images' winners, and each is then projected as in the other forms.
+// The max form: φ is the largest score over the patches of an image; among equals the first patch wins. The forward
+// stores the winner's index n in `state` (-1: no valid patch), so the backward needs no product. A patch gets Σ w t
+// over the texts that it won, and a text Σ w p over the images' winners, where w = g / (|p| |t|). Both sums are then
+// projected as in the other forms.
 #pragma once
 
 #include "gradients.h"
@@ -12,7 +13,8 @@ using namespace pacl;
 
 constexpr float kNoScore = -__builtin_inff();
 
-// The running maximum and its index for one image and one panel of texts, over scores (raw products) [row, last).
+// Updates the maximum and its index for one image and one panel of texts with the scores (raw products) of rows
+// [row, last).
 inline void accumulate_largest(V best[2], V index[2], const Rows& rows, int64_t row, int64_t last,
                                const float* text_norm, const float* scores) {
   const V norm[2] = {load(text_norm), load(text_norm + kLanes)};
@@ -74,7 +76,7 @@ void max_forward(const CompatibilityParams& p, const int64_t* row_start, int64_t
     }
 }
 
-// sum [padded dim] (+)= Σ weights[i] rows[i], `count` rows.
+// Computes sum [padded dim] (+)= Σ weights[i] rows[i] over `count` rows.
 inline void add_rows(const float* const* rows, const float* weights, int64_t count, int64_t dims, float* sum,
                      bool add) {
   constexpr int kSums = kTileRows < 12 ? 6 : 16;
@@ -101,7 +103,7 @@ inline void add_rows(const float* const* rows, const float* weights, int64_t cou
   }
 }
 
-// Texts [first, last) of the block as rows of float32, and their inverse norms.
+// Reads texts [first, last) of the block as rows of float32, and computes their inverse norms.
 void max_pack_texts(const CompatibilityParams& p, MaxBlock& block, int64_t first, int64_t last) {
   const int64_t dims = padded_dim(p.dim);
   for (int64_t k = first; k < last; ++k) {
@@ -112,8 +114,7 @@ void max_pack_texts(const CompatibilityParams& p, MaxBlock& block, int64_t first
   }
 }
 
-// The block's texts in the order of the patches of `image` that they chose: a counting sort, which keeps their own
-// order among equals.
+// Sorts the block's texts by the patch of `image` that they chose. The counting sort is stable.
 void max_sort(const CompatibilityParams& p, MaxBlock& block, int64_t image) {
   const float* chosen = p.state + image * p.text_count + block.text_first;
   int32_t* order = block.order + (image - block.image_first) * block.text_count;
@@ -125,15 +126,15 @@ void max_sort(const CompatibilityParams& p, MaxBlock& block, int64_t image) {
   }
   int32_t end = 0;
   for (int64_t n = 0; n <= block.patches; ++n) start[n] = end += start[n];
-  for (int64_t k = block.text_count; k-- > 0;) {  // from the back: each start moves down to where it belongs
+  for (int64_t k = block.text_count; k-- > 0;) {  // backwards: each start moves down to its final value
     const int64_t n = (int64_t)chosen[k] - block.patch_first;
     if (n >= 0 && n < block.patches) order[--start[n]] = (int32_t)k;
   }
 }
 
-// The part of the patches' gradient that the block's texts give to patches [first, last) of the block and one image,
-// after which those that won are in block.patch for the texts; with the last block of texts, through the norm to the
-// caller.
+// Adds the block's texts to the gradient of patches [first, last) of the block in one image, and stores the patches
+// that won in block.patch for max_texts. With the last block of texts, writes the projected gradient to the caller's
+// buffer.
 void max_patches(const CompatibilityParams& p, MaxBlock& block, int64_t image, int64_t first, int64_t last,
                  MaxScratch& scratch) {
   const int64_t dims = padded_dim(p.dim), width = p.dtype == Dtype::float32 ? 4 : 2;
@@ -174,7 +175,7 @@ void max_patches(const CompatibilityParams& p, MaxBlock& block, int64_t image, i
   store_fence();
 }
 
-// texts_sum (rows of padded D) += what the block's patches give to texts [first, last) of the block.
+// Adds the block's patches to texts_sum (rows of padded D) for texts [first, last) of the block.
 void max_texts(const CompatibilityParams& p, const MaxBlock& block, int64_t first, int64_t last, MaxScratch& scratch) {
   const int64_t dims = padded_dim(p.dim);
   for (int64_t k = first; k < last; ++k) {

@@ -1,4 +1,4 @@
-// The system's pages behind the workspace and the gradients. Only for files that are compiled once.
+// Huge pages and page faults of the workspace and the gradients. Include only in files compiled once.
 #pragma once
 
 #include "panels.h"
@@ -10,7 +10,7 @@
 namespace pacl {
 namespace {
 
-// Fewer page faults in memory that is written for the first time; a hint that cannot fail.
+// Requests huge pages, for fewer page faults in memory written for the first time. It is a hint and cannot fail.
 void advise_huge_pages(void* memory, int64_t bytes) {
 #if defined(__linux__)
   const int64_t huge = 2 << 20, first = round_up((int64_t)memory, huge), last = ((int64_t)memory + bytes) / huge * huge;
@@ -18,7 +18,7 @@ void advise_huge_pages(void* memory, int64_t bytes) {
 #endif
 }
 
-// True where the system has yet to make the page of `address`; false where it does not say.
+// Returns true if the page of `address` is not populated yet, false if it is or the system does not tell.
 bool is_fresh([[maybe_unused]] const char* address) {
 #if defined(__linux__)
   static const int64_t page = sysconf(_SC_PAGESIZE);
@@ -29,8 +29,8 @@ bool is_fresh([[maybe_unused]] const char* address) {
 #endif
 }
 
-// Takes the page faults of memory that is about to be written for the first time all at once, in half the time of one
-// by one. A hint: where it fails (before Linux 5.14), they come as they are.
+// Takes the page faults of memory about to be written for the first time all at once, in half the time. It is a hint:
+// if it fails (before Linux 5.14), the faults come one by one.
 void populate([[maybe_unused]] char* memory, [[maybe_unused]] int64_t bytes) {
 #if defined(__linux__) && defined(MADV_POPULATE_WRITE)
   static const int64_t page = sysconf(_SC_PAGESIZE);
@@ -45,7 +45,7 @@ inline int64_t gradient_bytes(const CompatibilityParams& p) {
   return p.images * p.patches_per_image * gradient_row_bytes(p);
 }
 
-// The same call, told whether the system has yet to make the pages of the patches' gradient.
+// Returns the call with fresh_gradient set if the pages of the patches' gradient are not populated yet.
 inline CompatibilityParams with_fresh_gradient(CompatibilityParams p) {
   p.fresh_gradient = p.grad_patches && is_fresh((const char*)p.grad_patches + gradient_bytes(p) - 1);
   return p;

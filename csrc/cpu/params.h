@@ -1,5 +1,5 @@
-// What a call of the CPU kernels is about, as the binding fills it. All sizes are in elements unless they say bytes;
-// strides are in elements.
+// Parameters of a call of the CPU kernels, filled by the binding. Strides, and sizes not named as bytes, are in
+// elements.
 #pragma once
 
 #include <cstdint>
@@ -10,15 +10,15 @@ namespace pacl {
 
 enum class Form { dot, cosine, max };
 
-// The OpenMP runtime that the process has anyway (PyTorch's), by address. After each parallel region its workers spin
-// for milliseconds, and threads of our own would share the cores with them. Null: std::thread.
+// Functions of the OpenMP runtime that PyTorch has loaded. Its workers spin for milliseconds after each parallel
+// region, and threads of our own would compete with them for the cores. If null, std::thread is used.
 struct OpenMp {
   void (*parallel)(void (*body)(void*), void* data, unsigned threads, unsigned flags);  // GOMP_parallel
   int (*thread_num)();
   int (*num_threads)();
 };
 
-// Compatibility φ of images and texts, and its gradients.
+// The compatibility φ of images and texts, and its gradients.
 struct CompatibilityParams {
   int64_t images, patches_per_image, text_count, dim;  // B, N, K, D
   Dtype dtype;                                         // of patches, texts and the patches' gradient
@@ -38,23 +38,23 @@ struct CompatibilityParams {
   struct {
     int64_t image, row;
   } mask_strides;
-  float* phi;  // [B, K], written by forward, read by backward
-  // [B, K], for the dot form's backward: over patches, log Σ exp(s / τ) for τ of 0.05 and more, and below
-  // log Σ exp((s - phi) / τ), the entropy of the attention: it is small, hence its rounding error as well.
-  // Max form: the winner's index n, -1 without a patch.
+  float* phi;  // [B, K], written by the forward, read by the backward
+  // [B, K], for the backward. Dot form: log Σ exp(s / τ) over the patches for τ >= 0.05, otherwise
+  // log Σ exp((s - phi) / τ), the entropy of the attention: it is small, hence so is its rounding error. Max form: the
+  // winner's index n, or -1 without a patch.
   float* state;
   // Backward only; a null gradient is not computed.
   const float* grad_phi;    // [B, K]
   void* grad_patches;       // [B, N, D], contiguous
-  bool fresh_gradient;      // nobody has written to its memory yet; compatibility_backward finds out
+  bool fresh_gradient;      // grad_patches is in memory never written to; set by compatibility_backward
   void* grad_texts;         // [K, D], contiguous
-  Dtype grad_texts_dtype;   // that of the texts, or float32 for sums that go on
-  float* texts_sum;         // [accumulator_floats], needed with grad_texts
+  Dtype grad_texts_dtype;   // that of the texts, or float32 where the caller adds to the sums
+  float* texts_sum;         // [accumulator_floats], required with grad_texts
   float* grad_temperature;  // [1]
 };
 
-// Bilinear enlargement (or reduction) of class scores and the best class of each pixel, in one step: the enlarged
-// scores never exist.
+// Bilinear resizing of class scores, fused with the choice of the best class of each pixel. The resized scores are
+// never stored.
 struct UpsampleParams {
   int64_t images, classes, height, width, out_height, out_width;  // B, C, h, w, H, W
   Dtype dtype;
@@ -64,11 +64,11 @@ struct UpsampleParams {
   struct {
     int64_t image, class_, row, column;
   } strides;
-  // Output row y lies between row[y] and the one after that (the last one has none and stands for it), row_fraction[y]
-  // of the way; columns likewise. Both indices ascend.
+  // Output row y interpolates between input rows row[y] and row[y] + 1, with weight row_fraction[y] for the second.
+  // The last input row stands in for the one after it. Columns likewise. Both indices ascend.
   const int32_t *row, *column;                  // [H], [W]
   const float *row_fraction, *column_fraction;  // [H], [W]
-  float scale;                                  // of the entropy's softmax
+  float scale;                                  // factor on the scores in the entropy's softmax
   int16_t* labels;                              // [B, H, W]
   float *best, *entropy;                        // [B, H, W], or null
 };

@@ -1,5 +1,5 @@
-// Which rows and texts are in memory together, how large a task is, and where it all lies in the workspace. Only for
-// files that are compiled once, not for those of an instruction set.
+// The plan of a call: which rows and texts are in memory together, the size of a task, and the layout of the workspace.
+// Include only in files compiled once.
 #pragma once
 
 #include "kernels.h"
@@ -9,16 +9,16 @@ namespace pacl {
 namespace {
 
 constexpr int64_t kMiB = 1 << 20;
-constexpr int64_t kBudget = 60 * kMiB;       // workspace of a call, whatever its shape and threads; [N, N] comes on top
+constexpr int64_t kBudget = 60 * kMiB;       // workspace of a call, for any shape and threads, apart from [N, N]
 constexpr int64_t kTextsBudget = 10 * kMiB;  // packed texts
-constexpr int64_t kRowsBudget = 26 * kMiB;   // a block of rows of the backward: patches, their gradient, weights
+constexpr int64_t kRowsBudget = 26 * kMiB;   // a block of rows of the backward: patches, their gradient and weights
 constexpr int64_t kTextRange = 256;          // texts of a task
 
-// From this τ on the attention is nearly uniform, and weights in bfloat16 are stored less their mean (see Weights).
-// At small τ the mean is far from most weights, and would give patches that no text looks at its own rounding.
+// At this τ and above, the attention is nearly uniform, and bfloat16 weights are stored less their mean (see Weights).
+// At small τ the mean is far from most weights; its rounding error would reach patches that no text attends to.
 constexpr float kMeanTemperature = 0.5f;
 
-// Hands out aligned pieces of the workspace; without a base it only counts.
+// Allocates aligned pieces of the workspace. Without a base it only counts their bytes.
 struct Arena {
   char* base;
   int64_t used = 0;
@@ -36,13 +36,13 @@ inline Arena open_workspace(char* workspace, int64_t bytes) {
   return {(char*)round_up((int64_t)workspace, 64)};
 }
 
-// The forward, or the backward of the dot and the cosine form.
+// The plan of the forward, or of the backward of the dot and cosine forms.
 struct Plan {
   const Kernels& kernels;
   const CompatibilityParams p;
   bool backward, cosine, means;
-  bool local_sums;               // the patches' sums of a chunk at a time, see Scratch
-  int64_t row_align;             // rows of an image are padded to this
+  bool local_sums;               // the patches' sums are kept for one chunk at a time, see Scratch
+  int64_t row_align;             // the rows of an image are padded to a multiple of this
   int64_t units, dims;           // padded units of D, padded D
   int64_t image_rows;            // most rows of an image
   int64_t chunk;                 // rows of a task
@@ -62,10 +62,10 @@ struct Plan {
     const int64_t tile = kernels.tile_rows, panel = kernels.panel, pair = kernels.pair;
     units = round_up(ceil_div(p.dim, pair), panel);
     dims = round_up(p.dim, panel);
-    row_align = cosine ? 2 * kernels.inner : 1;  // products over the rows of one image take `inner` units at a time
+    row_align = cosine ? 2 * kernels.inner : 1;  // a product over the rows of an image takes `inner` units at a time
     image_rows = round_up(p.patches_per_image, row_align);
     gram_capacity = round_up(image_rows, tile);
-    // Stays in the L2 cache, which is larger (Intel's, 2 MiB) where there is a matrix unit.
+    // A chunk stays in the L2 cache, which is larger (Intel's 2 MiB) on processors with a matrix unit.
     const int64_t cache = kernels.matrix ? 2 : 1, most_rows = kernels.matrix ? (backward ? 128 : 256) : 112;
     chunk = most(1, least(most_rows, cache * 512 * 1024 / (4 * units)) / tile) * tile;
 
@@ -104,7 +104,7 @@ struct Plan {
 
   int64_t workspace_bytes() const { return shared_bytes + threads * scratch_bytes + 64; }
 
-  // No two panels of a row are a multiple of 4 KiB apart, or they would meet in one set of the L1 cache.
+  // Keeps the panels of a row from being a multiple of 4 KiB apart, where they would share one set of the L1 cache.
   int64_t local_capacity() const { return round_up(chunk, 32) + 2; }
 
   void take_texts(Arena& arena, Texts& texts) const {
@@ -168,7 +168,7 @@ struct Plan {
     if (!p.grad_patches) return;
     s.attention_t = arena.take(square);
     s.attention_t_units = pairs ? arena.take(square / 2) : nullptr;
-    // In the matrix unit's form G itself is not needed any more when C begins, nor that form when C is whole.
+    // With the matrix unit, C reuses the memory of G, which is split by then, and C's units that of the split G.
     s.norm_term = kernels.matrix ? s.gram : arena.take(matrix);
     s.norm_term_units = kernels.matrix ? s.gram_high : pairs ? arena.take(half) : nullptr;
   }

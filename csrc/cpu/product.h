@@ -1,4 +1,4 @@
-// The register-tiled product that everything else is built on, and the fetching of memory ahead of it.
+// The register-tiled matrix product on which all kernels build, and the prefetching of its operands.
 #pragma once
 
 #include "panels.h"
@@ -8,7 +8,7 @@ namespace {
 
 using namespace pacl;
 
-// The image that holds row `row`, below row_start[images].
+// Returns the image that holds row `row`, which is below row_start[images].
 inline int64_t image_of_row(const CompatibilityParams& p, const int64_t* row_start, int64_t row) {
   int64_t image = 0;
   for (int64_t high = p.images; high - image > 1;) {
@@ -18,8 +18,8 @@ inline int64_t image_of_row(const CompatibilityParams& p, const int64_t* row_sta
   return image;
 }
 
-// One tile of kRows x kPanel sums in registers: c (+)= left right over `inner` units (a multiple of 4).
-// Left element (i, j) is left[i * kI + j * kJ] within a block of kPanel units, blocks are left_block apart.
+// Computes one tile of kRows x kPanel sums in registers: c (+)= left right over `inner` units (a multiple of 4).
+// Left element (i, j) is left[i * kI + j * kJ] within a block of kPanel units; blocks are left_block apart.
 template <class Op, int kRows, int kI, int kJ>
 __attribute__((noinline)) void tile(const float* left, int64_t left_block, const float* right, float* c, int64_t inner,
                                     bool add) {
@@ -41,7 +41,7 @@ __attribute__((noinline)) void tile(const float* left, int64_t left_block, const
       }
     }
   }
-  // Added at the end, not at the start: a long sum is then one of short sums, whose rounding errors stay small.
+  // Add c at the end, not at the start: a long sum is then a sum of short ones, whose rounding errors stay small.
   if (add) {
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) {
@@ -56,8 +56,8 @@ __attribute__((noinline)) void tile(const float* left, int64_t left_block, const
   }
 }
 
-// Memory that is needed soon, fetched towards the cache a few lines at a time while tiles are computed: `rows` pieces
-// of `row_bytes`, `stride` bytes apart. Only a hint, so it may be wrong.
+// A prefetch of memory that is needed soon, a few cache lines at a time between tiles: `rows` pieces of `row_bytes`,
+// `stride` bytes apart. It is a hint, so a wrong address does no harm.
 struct Ahead {
   const char* at = nullptr;
   int64_t rows = 0, row_bytes = 0, stride = 0, lines_per_step = 0, byte = 0;
@@ -82,12 +82,12 @@ struct Ahead {
   }
 };
 
-// True where the caller's rows are whole and evenly spaced, those of all images one after the other.
+// Returns true if the caller's rows are contiguous and evenly spaced across all images.
 inline bool rows_are_even(const CompatibilityParams& p) {
   return p.patch_strides.dim == 1 && p.patch_strides.image == p.patches_per_image * p.patch_strides.row;
 }
 
-// Rows [row, row + count) of the call, in the caller's tensor, as if none were masked.
+// Returns the prefetch of rows [row, row + count) of the call in the caller's tensor, as if no patch were masked.
 Ahead ahead_of_rows(const CompatibilityParams& p, const int64_t* row_start, int64_t row, int64_t count, int64_t steps) {
   if (row < 0 || row >= row_start[p.images] || !rows_are_even(p)) return {};
   const int64_t image = image_of_row(p, row_start, row), bytes = p.dtype == Dtype::float32 ? 4 : 2;
@@ -96,7 +96,7 @@ Ahead ahead_of_rows(const CompatibilityParams& p, const int64_t* row_start, int6
           least(count, p.images * p.patches_per_image - first), p.dim * bytes, p.patch_strides.row * bytes, steps};
 }
 
-// The left operand of a product beyond its first block of `inner`, which the product itself waits for.
+// Returns the prefetch of a product's left operand past its first block of `inner`, which is needed at once.
 template <class Op>
 Ahead ahead_of_left(const float* left, int64_t capacity, int64_t rows, int64_t inner) {
   const int64_t panels = ceil_div(inner, kPanel), first = Op::kInnerBlock / kPanel, steps = ceil_div(rows, Op::kRows);
@@ -105,8 +105,8 @@ Ahead ahead_of_left(const float* left, int64_t capacity, int64_t rows, int64_t i
           steps * (ceil_div(inner, Op::kInnerBlock) - 1)};
 }
 
-// One panel of the product: c [rows, panel] (+)= left [rows, inner] right [inner, panel], in whole tiles of rows.
-// `fetch`: c is in no near cache, and a tile's stores would wait for their lines.
+// Computes one panel of the product in whole tiles of rows: c [rows, panel] (+)= left [rows, inner] right [inner,
+// panel]. `fetch` prefetches c, for a c that is in no near cache: a tile's stores would wait for their lines.
 template <class Op>
 void product(const float* left, int64_t capacity, int64_t rows, const float* right, int64_t inner, float* c, bool add,
              Ahead* ahead = nullptr, bool fetch = false) {
@@ -138,7 +138,7 @@ void product(const float* left, int64_t capacity, int64_t rows, const float* rig
     }
 }
 
-// Calls of step() that `panels` products make.
+// Returns the number of times that `panels` products call step().
 template <class Op>
 inline int64_t product_steps(int64_t panels, int64_t rows, int64_t inner) {
   return panels * ceil_div(rows, Op::kRows) * ceil_div(inner, Op::kInnerBlock);

@@ -1,4 +1,4 @@
-// From the caller's tensors to packed panels.
+// The packing of the caller's tensors into panels.
 #pragma once
 
 #include "../constants.h"
@@ -26,7 +26,8 @@ void read_row(const void* base, int64_t offset, int64_t stride, int64_t dim, Dty
 
 inline int64_t padded_dim(int64_t dim) { return round_up(dim, kPanel); }
 
-// One row as units, zero up to `padded` units: the caller's own memory where that will do, otherwise `buffer`.
+// Returns one row as units, zero-padded to `padded` units: the caller's own memory if it has that form, otherwise
+// `buffer`.
 template <class Op>
 const float* row_units_at(const void* base, int64_t offset, int64_t stride, int64_t dim, Dtype dtype, int64_t padded,
                           float* buffer) {
@@ -74,16 +75,16 @@ __attribute__((noinline)) float largest_element(const float* units, int64_t padd
   return most;
 }
 
-constexpr float kLongInverse = 0x1p-30f;  // 1 / norm below which a row is long
+constexpr float kLongInverse = 0x1p-30f;  // a row is long if its 1 / norm is below this
 
 template <class Op>
 bool is_long(const float* units, int64_t padded, float inv_norm) {
   return inv_norm < kLongInverse && largest_element<Op>(units, padded) > 1.0f;
 }
 
-// inverse_norm of a row at `units`. A long one, whose squares or whose products with others might overflow, is first
-// multiplied by a power of two, into `buffer`, where `units` then points; its gradient is the scaled row's times that
-// `range_scale`. A row with an infinite element has no direction that could be told: NaN.
+// Returns the inverse norm of the row at `units`. A long row, whose squares or products might overflow, is first scaled
+// by a power of two, `range_scale`, into `buffer`, to which `units` then points. Its gradient is the scaled row's times
+// range_scale. A row with an infinite element has no known direction and gives NaN.
 template <class Op>
 float inverse_norm_in_range(const float*& units, int64_t padded, float* buffer, float& range_scale) {
   const float inv_norm = inverse_norm<Op>(units, padded);
@@ -91,7 +92,7 @@ float inverse_norm_in_range(const float*& units, int64_t padded, float* buffer, 
   if (!is_long<Op>(units, padded, inv_norm)) return inv_norm;
   const uint32_t exponent = float_bits(largest_element<Op>(units, padded)) >> 23;
   if (exponent == 255) return __builtin_nanf("");
-  range_scale = float_from_bits((255 - exponent) << 23);  // brings that element to between 2 and 4
+  range_scale = float_from_bits((255 - exponent) << 23);  // brings the largest element to between 2 and 4
   for (int64_t i = 0; i < padded * Op::kPair; ++i)
     if (Op::kPair == 1)
       buffer[i] = units[i] * range_scale;
@@ -101,19 +102,20 @@ float inverse_norm_in_range(const float*& units, int64_t padded, float* buffer, 
   return inverse_norm<Op>(units, padded);
 }
 
-// Units of D, padded to whole panels.
+// Returns the units of D, padded to whole panels.
 template <class Op>
 inline int64_t dim_units(const CompatibilityParams& p) {
   return round_up(ceil_div(p.dim, Op::kPair), kPanel);
 }
 
-// Inner length of a product over D: units that hold something, and what makes them whole steps.
+// Returns the inner length of a product over D: its units, rounded up to whole steps.
 template <class Op>
 inline int64_t dim_inner(const CompatibilityParams& p) {
   return round_up(ceil_div(p.dim, Op::kPair), Op::kInner);
 }
 
-// Two rows of bfloat16 as one row of units (first row in the low halves), over panels `panels_apart` floats apart.
+// Interleaves two rows of bfloat16 into one row of units, the first row in the low halves; its panels are
+// `panels_apart` floats apart.
 inline void interleave([[maybe_unused]] const float* even_units, [[maybe_unused]] const float* odd_units,
                        [[maybe_unused]] int64_t dim, [[maybe_unused]] float* out,
                        [[maybe_unused]] int64_t panels_apart) {
@@ -133,7 +135,7 @@ void pack_rows(const CompatibilityParams& p, const int64_t* row_start, int64_t f
                int64_t at, float* row) {
   const int64_t units = dim_units<Op>(p);
   int64_t image = image_of_row(p, row_start, first);
-  int64_t n = -1, place = row_start[image] - 1;  // the last patch looked at, and its row
+  int64_t n = -1, place = row_start[image] - 1;  // the last patch visited, and its row
   const float* even = row;
   for (int64_t r = first; r < last; ++r, ++at) {
     while (image < p.images && r >= row_start[image + 1]) {
@@ -195,14 +197,14 @@ void pack_texts(const CompatibilityParams& p, Texts& to, int64_t panel, float* r
       transpose(row + i * units + u, units, transposed + u * kPanel + i, kPanel);
 }
 
-// Where the elements [d, d + kPanel) of row `row` of a matrix of units of D begin; d is a multiple of kPanel.
+// Returns the address of elements [d, d + kPanel) of row `row` of a matrix of units of D; d is a multiple of kPanel.
 template <class Op>
 inline const float* dims_at(const float* units, int64_t capacity, int64_t row, int64_t d) {
   const int64_t u = d / Op::kPair;
   return units + (u / kPanel * capacity + row) * kPanel + u % kPanel;
 }
 
-// Half `v` of those, as float32.
+// Loads half `v` of the elements that dims_at found, as float32.
 template <class Op>
 inline V load_dims(const float* at, int v) {
 #if defined(PACL_PAIRS)
@@ -215,14 +217,14 @@ inline V load_dims(const float* at, int v) {
   return load(at + v * kLanes);
 }
 
-// The image of a block that holds row `row`, as its means are counted.
+// Returns the index, among the images of a block with means, of the one that holds row `row`.
 inline int64_t mean_of_row(const Rows& rows, int64_t row) {
   int64_t mean = 0;
   while (mean + 1 < rows.means && rows.image_begin[mean + 1] <= row) ++mean;
   return mean;
 }
 
-// Its row of Weights.units: past those that the last tile of the products overwrites.
+// Returns the row of Weights.units for mean `mean`, past those that the products' last tile overwrites.
 template <class Op>
 inline int64_t row_of_mean(const Rows& rows, int64_t mean) {
   return rows.count + Op::kRows + mean;

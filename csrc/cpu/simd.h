@@ -1,5 +1,5 @@
-// Vectors as wide as the instruction set that this file is compiled for, through the compiler's vector extensions.
-// Everything is internal to the including file: nothing here may be shared between instruction sets by the linker.
+// Vectors as wide as those of the instruction set this file is compiled for, from the compiler's vector extensions.
+// Everything is internal to the including file, so that the linker shares nothing between instruction sets.
 #pragma once
 
 #include <cstdint>
@@ -21,7 +21,7 @@ constexpr int kLanes = 4, kTileRows = 14, kTileColumns = 8;  // 32 registers
 #else
 constexpr int kLanes = 4, kTileRows = 6, kTileColumns = 4;
 #endif
-constexpr int kPanel = 2 * kLanes;  // a panel is two vectors wide
+constexpr int kPanel = 2 * kLanes;  // columns of a panel: two vectors
 
 typedef float V __attribute__((vector_size(4 * kLanes)));
 typedef int32_t I __attribute__((vector_size(4 * kLanes)));
@@ -33,8 +33,8 @@ inline V load(const float* p) {
 }
 inline void store(float* p, V v) { memcpy(p, &v, sizeof v); }
 
-// Copies what this machine will not read soon by non-temporal stores, where it has them: a large result is then not
-// first read from memory to be overwritten. store_fence() makes such copies visible to other threads.
+// Copies with non-temporal stores where the machine has them, for data that is not read again soon. A large result is
+// then not first read from memory only to be overwritten. store_fence() makes such copies visible to other threads.
 inline void copy_non_temporal(void* to, const void* from, int64_t bytes) {
 #if defined(__SSE2__)
   if (((uintptr_t)to & 63) == 0) {
@@ -57,8 +57,9 @@ inline void store_fence() {
 
 inline V broadcast(float x) { return x - V{}; }  // V{} + x would keep an addition: -0.0 + 0.0 is not -0.0
 
-// a b + c, rounded once where the processor can. The compiler fuses nothing by itself (-ffp-contract=off): fused into a
-// difference, a product leaves its own rounding error where 0 is right, and the temperature divides that.
+// Returns a b + c, rounded once where the processor has FMA. The compiler fuses nothing by itself (-ffp-contract=off):
+// a product fused into a difference leaves its rounding error where the result should be 0, and dividing by the
+// temperature enlarges it.
 inline V fma(V a, V b, V c) {
 #if defined(__AVX512F__)
   return (V)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
@@ -94,8 +95,8 @@ inline float sum(V v) {
 #endif
 }
 
-// 2^(n + f), with n rounded into the low bits of `shifted` = n + kRound.
-constexpr float kRound = 12582912.0f + 127.0f;  // 1.5 * 2^23, and 127 to make those bits an exponent
+// Returns 2^(n + f) for an integer n, which is in the low bits of `shifted` = n + kRound.
+constexpr float kRound = 12582912.0f + 127.0f;  // 1.5 * 2^23, and the exponent's bias of 127
 inline V exp2_parts(V shifted, V f) {
   V p = fma(f, 1.5345811977e-4f, 1.3399931386e-3f);  // minimax in relative error on [-1/2, 1/2]
   p = fma(p, f, broadcast(9.6184889587e-3f));
@@ -106,8 +107,8 @@ inline V exp2_parts(V shifted, V f) {
   return p * from_bits(bits(shifted) << 23);  // a product, not a sum of exponents: NaN times anything is NaN
 }
 
-// 2^x for x < 127, relative error below 1e-7; NaN stays NaN. Without kClamp x must be above -126. With it, what is
-// below -126.5 gives 0: it may be multiplied by 1 / τ, which makes a mere small number large again.
+// Returns 2^x for x < 127, relative error below 1e-7; NaN stays NaN. Without kClamp, x must be above -126. With it, x
+// below -126.5 gives exactly 0: a later factor of 1 / τ would make a merely small number large again.
 template <bool kClamp>
 inline V exp2(V x) {
   if (kClamp) x = select(x < broadcast(-127.0f), broadcast(-127.0f), x);
@@ -115,7 +116,7 @@ inline V exp2(V x) {
   return exp2_parts(shifted, x - (shifted - kRound));
 }
 
-// 2^(x scale), where the product is not rounded unless it has to be clamped.
+// Returns 2^(x scale). The product is rounded only with kClamp.
 template <bool kClamp>
 inline V exp2(V x, float scale) {
   if (kClamp) return exp2<true>(x * scale);
@@ -123,9 +124,9 @@ inline V exp2(V x, float scale) {
   return exp2_parts(shifted, fma(x, broadcast(scale), kRound - shifted));
 }
 
-// Natural logarithm of positive, normal x (Cephes' logf), relative error about 1e-7.
+// Returns log x of a positive, normal x (Cephes' logf), relative error about 1e-7.
 inline V logarithm(V x) {
-  I exponent = ((bits(x) - 0x3F3504F3) >> 23);  // so that the mantissa lies in [sqrt(1/2), sqrt(2))
+  I exponent = ((bits(x) - 0x3F3504F3) >> 23);  // puts the mantissa into [sqrt(1/2), sqrt(2))
   V f = from_bits(bits(x) - (exponent << 23)) - 1.0f;
   V n = __builtin_convertvector(exponent, V);
   V p = fma(f, 7.0376836292e-2f, -1.1514610310e-1f);

@@ -7,7 +7,7 @@ namespace {
 
 using namespace pacl;
 
-// [K] values of one image for one panel of texts, 0 past the last text.
+// Values of one image for one panel of texts; 0 past the last text.
 struct Lane {
   V half[2];
   Lane(const float* values, int64_t available) {
@@ -26,7 +26,7 @@ void store_lanes(float* to, const V half[2], int64_t available) {
   memcpy(to, buffer, sizeof(float) * least(available, kPanel));
 }
 
-// The rows of one image in [row, last): where they end.
+// Returns the end of the rows in [row, last) of the same image as `row`.
 inline int64_t segment_end(const Rows& rows, int64_t row, int64_t last) {
   const int32_t image = rows.image[row];
   while (row < last && rows.image[row] == image) ++row;
@@ -37,19 +37,19 @@ constexpr float kLn2 = 0.693147181f;
 
 inline bool omits_running_max(const CompatibilityParams& p) { return p.temperature >= kRunningMaxBelow; }
 
-// Rows summed by themselves before they join a longer sum, whose rounding error would otherwise grow with N.
+// Rows of a partial sum. Long sums add partial sums, so that their rounding error does not grow with N.
 constexpr int64_t kSumRows = 32;
 
-// Running statistics of one image and one panel of texts. Without a running maximum: z = s log2(e) / τ, e = 2^z, and
-// `largest` is unused. With it everything is relative to the largest s, so that rounding is divided by τ only where it
-// is small: e = exp((s - largest) / τ), and `weighted` is Σ e (s - largest).
+// Running statistics of one image and one panel of texts. Without a running maximum, z = s log2(e) / τ and e = 2^z;
+// `largest` is unused. With it, e = exp((s - largest) / τ): the division by τ then enlarges only the rounding error of
+// small differences.
 struct Softmax {
   V largest[2], sum[2], weighted[2];  // sum = Σ e, weighted = Σ e z, or with a running maximum Σ e (s - largest)
 };
 
-constexpr float kBelowEveryScore = -2.0f;  // where `largest` starts
+constexpr float kBelowEveryScore = -2.0f;  // initial value of `largest`
 
-// Adds the scores (raw products) of rows [row, last), all of one image; leaves e in `attention` if that is given.
+// Adds the scores (raw products) of rows [row, last), all of one image. Stores e in `attention` unless that is null.
 template <bool kRunningMax>
 inline void accumulate(Softmax& running, const Rows& rows, int64_t row, int64_t last, const float* text_norm,
                        float temperature, float* scores, float* attention) {

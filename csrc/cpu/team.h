@@ -1,4 +1,4 @@
-// Threads of a call. Only for files that are compiled once, not for those of an instruction set.
+// The threads of a call. Include only in files compiled once.
 #pragma once
 
 #include <atomic>
@@ -40,7 +40,7 @@ class Team {
           started_.wait(0);
           program(*this, id);
         });
-    } catch (const std::system_error&) {  // the machine gives no more threads: fewer do the same work
+    } catch (const std::system_error&) {  // no more threads available: fewer do the same work
     }
     begin((int)others.size() + 1);
     program(*this, 0);
@@ -59,7 +59,7 @@ class Team {
           const Job& job = *(const Job*)data;
           const int id = job.openmp->thread_num();
           if (id == 0)
-            job.team->begin(job.openmp->num_threads());  // may be fewer than were asked for
+            job.team->begin(job.openmp->num_threads());  // may be fewer than requested
           else
             job.team->started_.wait(0);
           (*job.program)(*job.team, id);
@@ -82,7 +82,7 @@ class Team {
       round_.notify_all();
       return;
     }
-    for (int spin = 0; spin < 2000; ++spin)  // phases are short: look for a while before sleeping
+    for (int spin = 0; spin < 2000; ++spin)  // phases are short, so spin for a while before sleeping
       if (round_.load(std::memory_order_acquire) != round) return;
     round_.wait(round);
   }

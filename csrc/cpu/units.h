@@ -1,4 +1,4 @@
-// The two kinds of product. A unit is 4 bytes: one float, or two adjacent bfloat16 whose products are summed.
+// The two kinds of product. A unit is 4 bytes: one float32, or two adjacent bfloat16 whose products are summed.
 #pragma once
 
 #include "matrix.h"
@@ -10,14 +10,14 @@
 
 namespace {
 
-// A product takes kInner units at a time and whole tiles of kRows x kPanel; with kMatrix in the processor's matrix
-// unit, which a Session opens. kInnerBlock: units of a right-hand panel that stay in the L1 cache. kColumns: of the
-// left operand of the texts' gradient.
+// A product takes kInner units at a time and whole tiles of kRows x kPanel. With kMatrix it runs in the processor's
+// matrix unit, which a Session opens. kInnerBlock: units of a right-hand panel that stay in the L1 cache. kColumns:
+// columns of a tile's left operand in the texts' gradient.
 struct Float32 {
   static constexpr bool kMatrix = false;
   static constexpr int kPair = 1, kInner = 4, kRows = kTileRows, kColumns = kTileColumns, kInnerBlock = 128;
   struct Session {
-    ~Session() {}  // not trivial, or a variable of it would count as unused
+    ~Session() {}  // not trivial, to avoid an unused-variable warning
   };
   static V broadcast_unit(const float* p) { return broadcast(*p); }
   static V multiply_add(V sum, V a, V b) { return fma(a, b, sum); }
@@ -66,7 +66,7 @@ struct BFloat16 {
 #endif
 };
 
-// Units of the elements of two rows, the first in the low halves.
+// Packs the elements of two rows into units, the first row in the low halves.
 inline V interleave_bfloat16(V low, V high) {
   return from_bits(zero_extend(round_to_bfloat16(low)) | zero_extend(round_to_bfloat16(high)) << 16);
 }

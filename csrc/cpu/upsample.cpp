@@ -1,5 +1,5 @@
-// Which thread enlarges what. Tasks are cut by shape only and share nothing, so any number of threads gives the same
-// bits.
+// The tasks of an upsampling. They depend on shapes alone and share nothing, so any number of threads gives identical
+// results.
 
 #include <memory>
 
@@ -11,7 +11,7 @@
 namespace pacl {
 namespace {
 
-constexpr int64_t kTileBytes = 448 * 1024;  // two rows of all classes: they stay in the L2 cache
+constexpr int64_t kTileBytes = 448 * 1024;  // two rows of all classes, which stay in the L2 cache
 
 struct UpsamplePlan {
   const Kernels& kernels;
@@ -27,7 +27,7 @@ struct UpsamplePlan {
     tiles = ceil_div(all, most(1, kTileBytes / (8 * lanes * p.classes)));
     vectors = ceil_div(all, tiles);
     tiles = ceil_div(all, vectors);
-    band = most(32, 4 * ceil_div(p.out_height, p.height));  // the first row of a band is enlarged once more
+    band = most(32, 4 * ceil_div(p.out_height, p.height));  // each band resizes its first source row once more
     bands = ceil_div(p.out_height, band);
     tasks = p.images * tiles * bands;
     threads = (int)most(1, least(p.threads, tasks));

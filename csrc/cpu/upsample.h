@@ -1,7 +1,7 @@
-// Upsample and arg-max of one tile: rows [y, y_last) of an image, a few vectors of columns, all classes.
+// Upsampling and arg-max of one tile: rows [y, y_last) of an image, a few vectors of columns, all classes.
 //
-// Each source row is enlarged horizontally once; output rows between the same two source rows then take one
-// FMA, one comparison and two selections for each class and vector, with best and label in registers.
+// Each source row is resized horizontally once. Output rows between the same two source rows then take one FMA, one
+// comparison and two selections per class and vector, with the best score and its label in registers.
 #pragma once
 
 #include "rows.h"
@@ -13,12 +13,12 @@ using namespace pacl;
 typedef int16_t S __attribute__((vector_size(2 * kLanes)));
 
 #if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int kPixelRows = 8;  // of a class at a time: best, label and fraction of each in a register
+constexpr int kPixelRows = 8;  // output rows at a time, each with best score, label and fraction in registers
 #else
 constexpr int kPixelRows = 4;
 #endif
-constexpr int64_t kFewRows = 6;     // for so few rows, looking for candidates costs more than it saves
-constexpr int64_t kSumLength = 64;  // classes that are summed before they are added to the total
+constexpr int64_t kFewRows = 6;     // up to this many rows, finding candidates costs more than it saves
+constexpr int64_t kSumLength = 64;  // classes of a partial sum
 
 inline V choose(I mask, V yes, V no) { return mask ? yes : no; }
 inline I choose(I mask, I yes, I no) { return mask ? yes : no; }
@@ -42,7 +42,7 @@ inline bool any(I mask) {
 #endif
 }
 
-// Lane i is lane index[i] of v.
+// Returns a vector whose lane i is lane index[i] of v.
 inline V permute(V v, I index) {
 #if defined(__AVX512F__)
   return (V)_mm512_permutexvar_ps((__m512i)index, (__m512)v);
@@ -55,7 +55,7 @@ inline V permute(V v, I index) {
 #endif
 }
 
-// Columns and fractions of the tile, the last one repeated to a whole vector; returns where its part of a row begins.
+// Fills the tile's columns and fractions, repeating the last one to whole vectors. Returns the first source column.
 inline int64_t open_columns(const UpsampleParams& p, UpsampleTile& tile) {
   const int64_t begin = p.column[tile.first];
   for (int64_t i = 0; i < tile.vectors * kLanes; ++i) {
@@ -66,8 +66,8 @@ inline int64_t open_columns(const UpsampleParams& p, UpsampleTile& tile) {
   return begin;
 }
 
-// Enlarges row `row` of all classes horizontally, from column `begin` on, a few classes at a time: what is read of them
-// is then stored well before it is loaded again, at other addresses.
+// Resizes row `row` of all classes horizontally, from column `begin` on, a few classes at a time: their source values
+// are then stored well before they are loaded again at other addresses.
 inline void enlarge(const UpsampleParams& p, int64_t image, int64_t row, int64_t begin, UpsampleTile& tile, int slot) {
   const int64_t length = tile.column[tile.vectors * kLanes - 1] + 2, count = least(length, p.width - begin);
   const int64_t bytes = p.dtype == Dtype::float32 ? 4 : 2;
@@ -77,13 +77,13 @@ inline void enlarge(const UpsampleParams& p, int64_t image, int64_t row, int64_t
     for (int64_t c = 0; c < classes; ++c) {
       const int64_t at =
           image * p.strides.image + (first + c) * p.strides.class_ + row * p.strides.row + begin * p.strides.column;
-      // Classes lie too far apart for the processor to foresee; what is prefetched need not exist.
+      // Classes lie too far apart for the hardware prefetcher. The prefetched address need not exist.
       __builtin_prefetch((const char*)p.scores + (at + kSources * p.strides.class_) * bytes);
       float* source = tile.source + c * length;
       read_row(p.scores, at, p.strides.column, count, p.dtype, source);
       if (count < length) source[count] = source[count - 1];
     }
-    for (int64_t i = 0; i < classes * length; i += kLanes) {  // what lies behind the last one is never used
+    for (int64_t i = 0; i < classes * length; i += kLanes) {  // elements past the last one are never used
       const V x = load(tile.source + i), low = choose(x < broadcast(-kLargestScore), broadcast(-kLargestScore), x);
       nan |= x != x;
       store(tile.source + i, choose(x > broadcast(kLargestScore), broadcast(kLargestScore), low));
@@ -93,7 +93,7 @@ inline void enlarge(const UpsampleParams& p, int64_t image, int64_t row, int64_t
       const float* from = tile.source + column[0];
       float* to = tile.rows[slot] + (v * p.classes + first) * kLanes;
       const V fraction = load(tile.fraction + v * kLanes);
-      const I exact = fraction == broadcast(0.0f);  // then what lies to the right is not read, it may be NaN
+      const I exact = fraction == broadcast(0.0f);  // takes the left value alone: the right one may be NaN
       if (column[kLanes - 1] - column[0] < kLanes) {
         const I index = load(column) - column[0];
         for (int64_t c = 0; c < classes; ++c, from += length, to += kLanes) {
@@ -115,7 +115,7 @@ inline void enlarge(const UpsampleParams& p, int64_t image, int64_t row, int64_t
   tile.nan[slot] = any(nan);
 }
 
-// The slot that holds the row, enlarged into the one that does not hold `other` if neither does.
+// Returns the slot that holds row `row`. If none does, resizes the row into a slot that does not hold row `other`.
 inline int hold(const UpsampleParams& p, int64_t image, int64_t row, int64_t other, int64_t begin, UpsampleTile& tile) {
   for (int slot = 0; slot < 2; ++slot)
     if (tile.held[slot] == row) return slot;
@@ -125,7 +125,8 @@ inline int hold(const UpsampleParams& p, int64_t image, int64_t row, int64_t oth
   return slot;
 }
 
-// The classes that can win between the two rows: neither end is below the best of what classes have at both ends.
+// Returns the number of classes that can win between the two source rows, and lists them in `some`. A class cannot win
+// if both its ends are below both ends of another class.
 inline int64_t find_candidates(const float* top, const float* bottom, int64_t classes, int32_t* some) {
   V floor = broadcast(-__builtin_inff());
   for (int64_t c = 0; c < classes; ++c) {
@@ -136,7 +137,7 @@ inline int64_t find_candidates(const float* top, const float* bottom, int64_t cl
   for (int64_t c = 0; c < classes; ++c) {
     const V a = load(top + c * kLanes), b = load(bottom + c * kLanes);
     some[count] = (int32_t)c;
-    count += any(~((a < floor) & (b < floor)));  // NaN is not below
+    count += any(~((a < floor) & (b < floor)));  // NaN compares false and stays a candidate
   }
   return count;
 }
@@ -163,7 +164,7 @@ inline void find_best(const float* top, const float* bottom, const int32_t* clas
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       const V between = fma(y[r], step, a), s = kNan ? choose(y[r] == broadcast(0.0f), a, between) : between;
-      // The first of equals stays; a NaN wins, and nothing replaces it.
+      // The first of equals stays. A NaN wins, and nothing replaces it.
       const I stays = kNan ? (s <= most[r]) | (most[r] != most[r]) : s <= most[r];
       most[r] = choose(stays, most[r], s);
       winner[r] = choose(stays, winner[r], number);
@@ -173,7 +174,7 @@ inline void find_best(const float* top, const float* bottom, const int32_t* clas
   for (int r = 0; r < kRows; ++r) best[r] = most[r], label[r] = winner[r];
 }
 
-// Entropy (in nats) of the softmax of scale * score, whose best score is known: two plain sums.
+// Computes the entropy, in nats, of the softmax of scale * score. The best score is known, so two plain sums suffice.
 template <int kRows>
 inline void find_entropy(const float* top, const float* bottom, int64_t classes, float scale, const float* fraction,
                          const V* best, V* entropy) {
@@ -215,7 +216,7 @@ inline void finish_rows(const UpsampleParams& p, const float* top, const float* 
     if (p.best) memcpy(p.best + at + r * p.out_width, &best[r], sizeof(float) * columns);
   }
   if (!p.entropy) return;
-  constexpr int kPart = kRows < 4 ? kRows : kPixelRows / 2;  // more sums than these do not fit the registers
+  constexpr int kPart = kRows < 4 ? kRows : kPixelRows / 2;  // more sums do not fit in the registers
   for (int r = 0; r < kRows; r += kPart) {
     V entropy[kPart];
     find_entropy<kPart>(top, bottom, p.classes, p.scale, p.row_fraction + y + r, best + r, entropy);

@@ -1,4 +1,4 @@
-// The storing of weights W for both products, and the measuring of what their rounding leaves out.
+// Storage of the weights W for both products, and a measurement of their rounding error.
 #pragma once
 
 #include "rows.h"
@@ -7,12 +7,12 @@ namespace {
 
 using namespace pacl;
 
-// Where the matrix unit finds unit `unit` of the rows' pairs for text `k` of the block: W' as its own left operand.
+// Returns the address of W' for text `k` of the block and pair `unit` of rows, in the matrix unit's left operand.
 inline float* transposed_weight(const Weights& w, const Texts& texts, int64_t k, int64_t unit) {
   return w.row_units + (unit / kPanel * texts.padded + k) * kPanel + unit % kPanel;
 }
 
-// A panel of weights [first, last) in float32, into the units of the two products.
+// Stores a panel of float32 weights, rows [first, last), as units for the two products.
 template <class Op>
 void store_weights(const float* panel_weights, const Rows& rows, int64_t first, int64_t last,
                    [[maybe_unused]] const Texts& texts, int64_t panel, Weights& to) {
@@ -58,17 +58,16 @@ void store_weights(const float* panel_weights, const Rows& rows, int64_t first, 
   memcpy(to.units + (panel * rows.capacity + first) * kPanel, panel_weights, sizeof(float) * (last - first) * kPanel);
 }
 
-// The rounding of W is measured in one segment (rows of one image, a panel of texts) of `measured_share`: in all of
-// them in small calls, and in large ones in every eighth, which costs next to nothing.
+// The rounding error of W is measured in one segment (rows of one image, a panel of texts) out of `measured_share`:
+// in every segment of a small call, and in every eighth of a large one, which costs next to nothing.
 constexpr int64_t kManySegments = 256, kMeasuredShare = 8;
 inline int64_t measured_share(const CompatibilityParams& p) {
   return p.images * ceil_div(p.text_count, kPanel) < kManySegments ? 1 : kMeasuredShare;
 }
 
-// Adds the squared errors that storing a segment (rows of one image, a panel of texts) of W in 16 bits leaves in the
-// gradients. With r what the rounding takes away, a text's error is the norm of Σ r p over the rows: at most Σ r ‖p‖
-// for patches of one direction, about sqrt(Σ r² ‖p‖²) for those of many. The mean of both squares stands for it, for a
-// patch's error likewise with the texts.
+// Adds the squared errors of the gradients from rounding a segment of W to 16 bits. With r the part of W lost, a text's
+// error is the norm of Σ r p over the rows: at most Σ r ‖p‖ for patches of one direction, about sqrt(Σ r² ‖p‖²) for
+// those of many. The estimate is the mean of both squares, and likewise over the texts for a patch's error.
 template <class Op>
 void measure_rounding([[maybe_unused]] const CompatibilityParams& p, [[maybe_unused]] const float* panel_weights,
                       [[maybe_unused]] const float* inv_norm, [[maybe_unused]] int64_t count,
@@ -103,8 +102,8 @@ void measure_rounding([[maybe_unused]] const CompatibilityParams& p, [[maybe_unu
 #endif
 }
 
-// c of W (see Weights) for image `i` of a block and one panel of texts, from about the mean of dS over its patches.
-// `first`: of the tasks that share this image, the one that stores it.
+// Computes c of W (see Weights) for image `i` of a block and one panel of texts: `mean`, about the mean of dS over the
+// patches, becomes c. Of the tasks that share the image, the one with `first` stores it.
 template <class Op>
 void store_mean([[maybe_unused]] const Rows& rows, [[maybe_unused]] int64_t i, [[maybe_unused]] const float* text_norm,
                 [[maybe_unused]] int64_t panel, [[maybe_unused]] bool first, [[maybe_unused]] Weights& to,

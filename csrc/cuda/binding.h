@@ -1,14 +1,14 @@
-// The CUDA side of the native module. The tests' emulator has a module of its own with the same names.
+// The CUDA side of the native module. The tests' emulator is a separate module with the same names.
 
 #pragma once
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <array>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
-
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
 #include "launch.h"
 #include "plan.h"
@@ -24,15 +24,16 @@ inline bool is_half(const std::string& dtype) {
 }
 
 inline void bind_plan(py::module_& m) {
-  py::enum_<Epilogue>(m, "CudaEpilogue", "What a launch makes of its products; see epilogues.def.", py::module_local())
+  py::enum_<Epilogue>(m, "CudaEpilogue", "The epilogue of a launch; see epilogues.def.", py::module_local())
 #define PACL_EPILOGUE(NAME, DTYPE) .value(#NAME, Epilogue::NAME)
 #include "epilogues.def"
       ;
 
-  py::class_<Plan>(m, "CudaPlan", "Tiles and work of a launch; see plan.h.", py::module_local())
-      .def(py::init(&make_plan), py::kw_only(), py::arg("images"), py::arg("patches"), py::arg("texts"),
-           py::arg("dim"), py::arg("epilogue"), py::arg("processors"), py::arg("cluster"))
+  py::class_<Plan>(m, "CudaPlan", "The tiles and the distribution of work of a launch; see plan.h.", py::module_local())
+      .def(py::init(&make_plan), py::kw_only(), py::arg("images"), py::arg("patches"), py::arg("texts"), py::arg("dim"),
+           py::arg("epilogue"), py::arg("processors"), py::arg("cluster"))
 #define PACL_FIELD(NAME) .def_readonly(#NAME, &Plan::NAME)
+      // clang-format off: one field a line
       PACL_FIELD(groups)
       PACL_FIELD(splits)
       PACL_FIELD(text_groups)
@@ -51,13 +52,14 @@ inline void bind_plan(py::module_& m) {
       PACL_FIELD(packed)
       PACL_FIELD(consumers)
       PACL_FIELD(shared_bytes);
+  // clang-format on
 #undef PACL_FIELD
 
   m.def("cuda_fits_one_tile", &fits_one_tile, py::arg("patches"));
 }
 
 #ifdef PACL_CUDA
-// An address is an int in Python.
+// Assigns a Python value; an address is an int.
 template <class T>
 void assign(T& field, const py::handle& value) {
   if constexpr (std::is_pointer_v<T>)
@@ -112,8 +114,8 @@ inline Launch make_launch(Epilogue epilogue, int64_t images, int64_t patches, in
 }
 
 inline void bind_launch(py::module_& m) {
-  py::class_<Launch>(
-      m, "CudaLaunch", "One launch; its fields are those of launch.h, as keywords or attributes.", py::module_local())
+  py::class_<Launch>(m, "CudaLaunch", "A launch; its fields are those of launch.h, as keywords or attributes.",
+                     py::module_local())
       .def(py::init(&make_launch), py::kw_only(), py::arg("epilogue"), py::arg("images"), py::arg("patches"),
            py::arg("texts"), py::arg("dim"), py::arg("dtype"), py::arg("cluster"), py::arg("device"))
       .def("__setattr__", &set_field)
@@ -128,7 +130,7 @@ inline void bind_launch(py::module_& m) {
             launch.arguments.columns = made;
           },
           py::kw_only(), py::arg("inverse_norms"), py::arg("mask"), py::arg("mask_strides"), py::arg("columns"),
-          "Fills `columns`, [groups chunks width] of float32, which must live until `run` is done.")
+          "Fill `columns`, [groups chunks width] of float32, which must live until `run` is done.")
       .def("run", &run, py::call_guard<py::gil_scoped_release>());
 }
 #endif

@@ -1,6 +1,6 @@
-// The cosine form. The attention of a tile stays in the registers, as the left operand of a second product with the
-// image's Gram matrix: gram_attention, q = G a, takes the registers of the scores. Or the attention is read from
-// memory, beside its products with the Gram matrix; then an image may have several tiles.
+// The epilogues of the `cosine` form. The attention of a tile stays in registers, as the left operand of a second
+// product with the image's Gram matrix, and q = G a (gram_attention) reuses the registers of the scores. Or the
+// attention is read from memory, besides its products with the Gram matrix; an image may then have several tiles.
 
 #pragma once
 
@@ -8,22 +8,23 @@
 
 namespace pacl::cuda {
 
-// The attention in float16, as wgmma wants a left operand: 16 columns of rows `row` and `row + 8`, eight by eight.
+// The attention in float16, as wgmma's left operand: of each 16 columns, rows `row` and `row + 8` of the first eight,
+// then of the others.
 template <int kWidth>
 using Attention = uint32_t (&)[(kWidth + 15) / 16][4];
 
-// The attention that belongs to the accumulators `at` and `at + 1`, neighbours in a row.
+// Returns the attention for accumulators `at` and `at + 1`, which are neighbours in a row.
 template <int kWidth>
 __device__ __forceinline__ float2 attention_at(Attention<kWidth> attention, int at) {
   return unpack(attention[at / 8][at / 2 % 4], __half());
 }
 
-// What the forward of `cosine` takes from that of `dot`.
+// Results of the `dot` form that the forward of `cosine` uses.
 struct DotResult {
   float phi[2], log_sum_exp[2];  // the latter in bits
 };
 
-// From φ and the entropy in memory.
+// Loads them from φ and the entropy in memory.
 __device__ __forceinline__ DotResult dot_result_of(const Tile& tile) {
   Known known;
   known.load(known.phi, tile.work.phi, tile.work, tile.rows, tile.image);
@@ -35,11 +36,10 @@ __device__ __forceinline__ DotResult dot_result_of(const Tile& tile) {
   return dot;
 }
 
-// Turns the scores of a tile, which is an image, into its attention.
+// Turns the scores of a tile, which holds one image, into its attention.
 template <int kWidth>
-__device__ __forceinline__ DotResult attention_of(
-    const Rows& rows, float (&acc)[kWidth / 2], const float* columns, float scale, int lane,
-    Attention<kWidth> attention) {
+__device__ __forceinline__ DotResult attention_of(const Rows& rows, float (&acc)[kWidth / 2], const float* columns,
+                                                  float scale, int lane, Attention<kWidth> attention) {
   float most[2] = {-INFINITY, -INFINITY}, total[2] = {0.0f, 0.0f}, weighted[2] = {0.0f, 0.0f}, inverse[2];
 #pragma unroll
   for (int j = 0; j < kWidth / 8; ++j) {
@@ -48,7 +48,7 @@ __device__ __forceinline__ DotResult attention_of(
     for (int i = 0; i < 4; ++i) {
       float of_column = i % 2 ? column.y : column.x;
       float& x = acc[4 * j + i];
-      x = of_column < 0.0f ? -INFINITY : __fmul_rn(x, of_column);  // whatever is behind a mask, NaN too
+      x = of_column < 0.0f ? -INFINITY : __fmul_rn(x, of_column);  // a masked patch may hold anything, also NaN
       most[i / 2] = fmaxf(most[i / 2], x);
     }
   }
@@ -75,25 +75,24 @@ __device__ __forceinline__ DotResult attention_of(
     bool empty = all == 0.0f;
     inverse[r] = empty ? 0.0f : 1.0f / all;
     dot.phi[r] = mean * inverse[r] * rows.inverse[r];
-    // The product is rounded as in attention_again.
+    // Round the product as attention_again does.
     dot.log_sum_exp[r] = empty ? 0.0f : log2f(all) + __fmul_rn(most[r], rows.inverse[r] * scale);
   }
 #pragma unroll
   for (int k = 0; k < (kWidth + 15) / 16; ++k)
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      int at = 8 * k + 2 * i, r = i % 2;  // rows `row` and `row + 8` of one block of eight columns, then of the next
-      attention[k][i] =
-          at < kWidth / 2 ? pack(acc[at] * inverse[r], acc[at + 1] * inverse[r], __half()) : 0;
+      int at = 8 * k + 2 * i, r = i % 2;  // rows `row` and `row + 8` of one block of eight columns, then of the other
+      attention[k][i] = at < kWidth / 2 ? pack(acc[at] * inverse[r], acc[at + 1] * inverse[r], __half()) : 0;
     }
   return dot;
 }
 
-// The same from the log-sum-exp, for the backward.
+// Computes the same attention from the log-sum-exp, for the backward.
 template <int kWidth>
-__device__ __forceinline__ void attention_again(
-    const Rows& rows, const Known& known, const float (&acc)[kWidth / 2], const float* columns, float scale, int lane,
-    Attention<kWidth> attention) {
+__device__ __forceinline__ void attention_again(const Rows& rows, const Known& known, const float (&acc)[kWidth / 2],
+                                                const float* columns, float scale, int lane,
+                                                Attention<kWidth> attention) {
 #pragma unroll
   for (int j = 0; j < (kWidth + 15) / 16 * 2; ++j) {
     float2 column = {kDeadColumn, kDeadColumn};
@@ -114,10 +113,10 @@ __device__ __forceinline__ void attention_again(
   }
 }
 
-// The same from memory, of the patches from `column` on.
+// Loads the attention of the patches from `column` on from memory.
 template <int kWidth>
-__device__ __forceinline__ void load_attention(
-    const Work& work, const Rows& rows, int image, int column, int lane, Attention<kWidth> attention) {
+__device__ __forceinline__ void load_attention(const Work& work, const Rows& rows, int image, int column, int lane,
+                                               Attention<kWidth> attention) {
   column += 2 * (lane % 4);
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
@@ -125,17 +124,17 @@ __device__ __forceinline__ void load_attention(
     int left = rows.are_there(work, r) ? work.patches - column : 0;
 #pragma unroll
     for (int j = 0; j < (kWidth + 15) / 16 * 2; ++j) {
-      bool there = j < kWidth / 8 && 8 * j < left;  // behind an odd last patch is a zero
+      bool there = j < kWidth / 8 && 8 * j < left;  // a zero follows an odd last patch
       attention[j / 2][j % 2 * 2 + r] = there ? *reinterpret_cast<const uint32_t*>(row + 8 * j) : 0;
     }
   }
 }
 
-// log2 of an attention. Where that is 0 any finite number will do: here that of the least float16 above 0.
+// Returns log2 of an attention. For 0 any finite number will do: it uses the smallest positive float16.
 __device__ __forceinline__ float bits_of(float a) { return log2_fast(fmaxf(a, 0x1p-24f)); }
 
-// A thread's part of Σ a, Σ a q and Σ a log2 a of its rows. The sums are over the rounded attention, so that what must
-// cancel cancels.
+// A thread's part of Σ a, Σ a q and Σ a log2 a for its rows. The sums use the rounded attention, so that terms that
+// must cancel do so exactly.
 struct Moments {
   float total[2], squared[2], weighted[2];
 
@@ -157,11 +156,11 @@ struct Moments {
   }
 };
 
-// The norm of a row's pooled patch, from the sums of its four threads.
+// The norm of a row's pooled patch, computed from the sums of its four threads.
 struct PooledNorm {
   float total, squared;  // Σ a and aᵀ G a
   float radius;          // the norm, at least kMinPooledNorm
-  bool above_floor;      // the norm is greater than that
+  bool above_floor;      // the norm is greater than kMinPooledNorm
 
   __device__ __forceinline__ PooledNorm(float a_sum, float square_sum) {
     total = sum_of_four(a_sum), squared = sum_of_four(square_sum);
@@ -172,8 +171,8 @@ struct PooledNorm {
 };
 
 // Stores φ and the log-sum-exp.
-__device__ __forceinline__ void cosine_forward_epilogue(
-    const Tile& tile, const DotResult& dot, const Moments& moments) {
+__device__ __forceinline__ void cosine_forward_epilogue(const Tile& tile, const DotResult& dot,
+                                                        const Moments& moments) {
   const Work& work = tile.work;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
@@ -186,15 +185,15 @@ __device__ __forceinline__ void cosine_forward_epilogue(
   }
 }
 
-// Stores W `[texts, images patches]`, if kKeep the attention `[images, texts, attention_stride]`, and the factors c of
-// the norm term Σ c a aᵀ, `[images, texts]`. Returns the tile's part of the temperature's sum.
-// dS = g (a / r) (1 + (s - u) / τ - (u / r² τ) (q - r²)). Where r is at its floor it is a constant, and the last term
-// is 0. Over the rounded attention (s - u) / τ is log2(a) minus its mean, and r² the mean of q, so that what must
-// cancel cancels, whatever τ is.
+// Stores W `[texts, images patches]`, the factors c of the norm term Σ c a aᵀ, `[images, texts]`, and if kKeep the
+// attention `[images, texts, attention_stride]`. Returns the tile's part of the temperature's sum.
+// dS = g (a / r) (1 + (s - u) / τ - (u / r² τ) (q - r²)). If r is at its floor it is a constant, and the last term is
+// 0. (s - u) / τ is computed as log2(a) minus its mean, and r² as the mean of q, both over the rounded attention. Terms
+// that must cancel then do so for any τ.
 template <int kWidth, bool kFull, bool kKeep, class T>
-__device__ __forceinline__ float cosine_weights_epilogue(
-    const Tile& tile, Attention<kWidth> attention, const float (&gram_attention)[kWidth / 2], const Moments& moments,
-    const Known& known) {
+__device__ __forceinline__ float cosine_weights_epilogue(const Tile& tile, Attention<kWidth> attention,
+                                                         const float (&gram_attention)[kWidth / 2],
+                                                         const Moments& moments, const Known& known) {
   const Work& work = tile.work;
   const Rows& rows = tile.rows;
   float range_scale = work.range_scale ? *work.range_scale : 1.0f, inverse_scale = 1.0f / tile.scale;

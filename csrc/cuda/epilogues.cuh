@@ -1,4 +1,4 @@
-// What becomes of a tile of scores in the registers: φ and the entropy (forward), or W (backward).
+// The epilogues of the `dot` form: from a tile of scores in registers to φ and the entropy, the attention, or W.
 
 #pragma once
 
@@ -7,7 +7,7 @@
 namespace pacl::cuda {
 
 constexpr float kLn2 = 0.6931471805599453f;
-// Below this temperature the weights are made of s - φ as it is rounded; above, of constants of the row that hold φ.
+// Below this temperature the weights are computed from the rounded s - φ, above it from row constants that include φ.
 constexpr float kExactBelow = 0.01f;
 
 __device__ __forceinline__ float sum_of_four(float x) {
@@ -20,7 +20,7 @@ __device__ __forceinline__ float max_of_four(float x) {
   return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
 }
 
-// What a thread knows of its two rows: texts `row` and `row + 8` of the tile.
+// The two rows of a thread: texts `row` and `row + 8` of the tile.
 struct Rows {
   int text[2];
   float inverse[2];
@@ -36,11 +36,11 @@ struct Rows {
   __device__ __forceinline__ bool are_there(const Work& work, int r) const { return text[r] < work.texts; }
 };
 
-// Softmax sums of the forward over the patches of an image: of e, e x and, if kRunningMax, the maximum. x is s without
-// the text's norm.
+// Softmax statistics of the forward over the patches of an image: the sums of e and e x and, if kRunningMax, the
+// maximum. x is s without the text's norm.
 //
-// Here and below a product that takes part in a subtraction is made by __fmul_rn: fused with the subtraction, s - max s
-// and s - φ would be a rounding error where they must be 0, and the temperature would divide it.
+// Here and below, __fmul_rn computes a product that takes part in a subtraction. Fused with the subtraction, s - max s
+// and s - φ would be a rounding error where they must be 0, and it would be divided by the temperature.
 template <bool kRunningMax>
 struct Softmax {
   float total[2], weighted[2], top[2];
@@ -51,7 +51,7 @@ struct Softmax {
   }
 
   __device__ __forceinline__ void add(int r, float x0, float x1, bool dead0, bool dead1, float scale) {
-    x0 = dead0 ? 0.0f : x0;  // whatever is behind a mask, NaN too
+    x0 = dead0 ? 0.0f : x0;  // a masked patch may hold anything, also NaN
     x1 = dead1 ? 0.0f : x1;
     float anchor = 0.0f;
     if constexpr (kRunningMax) {
@@ -67,7 +67,7 @@ struct Softmax {
     weighted[r] = fmaf(e0, x0, fmaf(e1, x1, weighted[r]));
   }
 
-  // Writes φ and the entropy in bits of an image, 0 if it has no patch, and begins anew.
+  // Writes φ and the entropy (in bits) of an image, or 0 if it has no patch, and clears the sums.
   __device__ __forceinline__ void finish(const Work& work, const Rows& rows, int image, float scale, int lane) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -110,23 +110,23 @@ struct Patch {
   }
 };
 
-// A warp's way from registers to memory: 64 columns of its 16 rows at a time through shared memory, so that
-// neighbouring lanes store neighbours.
+// Copies results of a warp from registers to memory, 64 columns of its 16 rows at a time, through shared memory, so
+// that neighbouring lanes store neighbours.
 struct Outlet {
   uint8_t* staged;
-  int text, texts;  // of the first row, and how many there are in all
+  int text, texts;  // the text of the first row, and the number of texts
   int lane;
 
-  // Stages column blocks `j` and `j + 1`, of eight columns each; to be called between `begin` and `end`.
-  // `two_blocks[2 b + r]` has two packed neighbours of block j + b in the row 8 r below the thread's first.
+  // Stages column blocks `j` and `j + 1`, of eight columns each. Call it between `begin` and `end`. Entry 2 b + r of
+  // `two_blocks` holds two packed neighbours of block j + b, in the row 8 r below the thread's first.
   __device__ __forceinline__ void put(int j, const uint32_t (&two_blocks)[4]) const {
     store_matrices(staged + lane % 16 * kStagedPitch + lane / 16 * 16 + 16 * j, two_blocks);
   }
-  __device__ __forceinline__ void begin() const { __syncwarp(); }  // what was there before has been read
+  __device__ __forceinline__ void begin() const { __syncwarp(); }  // the previous contents have been read
   __device__ __forceinline__ void end() const { __syncwarp(); }
 
-  // Stages 64 columns of a tile from block `j0` on, or as many as there are. `pair(j, column, r)` returns two packed
-  // neighbours of row r in block j, `column` being what `columns` has for them; `behind()` is called after each block.
+  // Stages 64 columns of a tile from block `j0` on, or fewer at the tile's end. `pair(j, column, r)` returns two packed
+  // neighbours of row r in block j; `column` has their entries of `columns`. `behind()` is called after each block.
   template <int kWidth, class Pair, class Behind>
   __device__ __forceinline__ void stage(int j0, const float* columns, const Pair& pair, const Behind& behind) const {
     uint32_t out[4] = {};
@@ -139,13 +139,13 @@ struct Outlet {
       for (int r = 0; r < 2; ++r) out[i % 2 * 2 + r] = pair(j, column, r);
       bool last = j + 1 == kWidth / 8;
       if (i == 1 || (i == 0 && last)) begin();
-      if (i % 2 == 1 || last) put(i / 2 * 2, out);  // behind an odd last block comes anything
+      if (i % 2 == 1 || last) put(i / 2 * 2, out);  // past an odd last block, the contents do not matter
       behind();
     }
     end();
   }
 
-  // Copies what is staged to `matrix`, with `stride` from text to text, kElements neighbours at a time. `place` returns
+  // Copies the staged columns to `matrix`, kElements neighbours at a time; texts are `stride` apart. `place` returns
   // the offset of a column in its row, or a negative number for a column that is not stored.
   template <int kElements, class Place>
   __device__ __forceinline__ void copy(uint16_t* matrix, int64_t stride, const Place& place) const {
@@ -159,7 +159,7 @@ struct Outlet {
       if (offset < 0) continue;
       const uint8_t* from = staged + first * kStagedPitch + 2 * column;
       uint16_t* to = matrix + (text + first) * stride + offset;
-#pragma unroll kElements == 1 ? 4 : 16  // all of the narrowest stores would be most of the code
+#pragma unroll kElements == 1 ? 4 : 16  // fully unrolled, the narrowest stores would be most of the code
       for (int row = 0; row < 16; row += kRows, to += kRows * stride) {
         Bits bits = *reinterpret_cast<const Bits*>(from + row * kStagedPitch);
         if (row < left) *reinterpret_cast<Bits*>(to) = bits;
@@ -167,7 +167,7 @@ struct Outlet {
     }
   }
 
-  // The 64 columns from block `j0` on of a tile that begins with `image`, to the weights `[texts, images patches]`.
+  // Copies 64 columns to the weights `[texts, images patches]`, from block `j0` on of a tile that begins with `image`.
   template <int kWidth, bool kPacked>
   __device__ __forceinline__ void copy_weights(const Work& work, int image, int chunk, int j0) const {
     auto place = [&](int column) {
@@ -175,13 +175,16 @@ struct Outlet {
       return patch.there ? int64_t(patch.image) * work.patches + patch.n : int64_t(-1);
     };
     switch (work.store_elements) {
-      case 8: return copy<8>(work.weights, work.weights_stride, place);
-      case 4: return copy<4>(work.weights, work.weights_stride, place);
-      default: return copy<1>(work.weights, work.weights_stride, place);
+      case 8:
+        return copy<8>(work.weights, work.weights_stride, place);
+      case 4:
+        return copy<4>(work.weights, work.weights_stride, place);
+      default:
+        return copy<1>(work.weights, work.weights_stride, place);
     }
   }
 
-  // The same to the attention `[images, texts, attention_stride]`.
+  // Copies the same columns to the attention `[images, texts, attention_stride]`.
   template <int kWidth, bool kPacked>
   __device__ __forceinline__ void copy_attention(const Work& work, int image, int chunk, int j0) const {
     copy<8>(work.attention, work.attention_stride, [&](int column) {
@@ -191,22 +194,22 @@ struct Outlet {
   }
 };
 
-// A tile whose products are in the registers, as one thread of its warpgroup sees it.
+// A tile whose products are in registers, seen from one thread of its warpgroup.
 struct Tile {
   const Work& work;
   const Rows& rows;
   const Outlet& outlet;
   const float* columns;  // [kWidth], in shared memory
-  int image, chunk;      // the first image, and which chunk of it
+  int image, chunk;      // the first image, and the chunk of it
   float scale;           // log2(e) / τ
   float inverse_temperature;
   int lane;
 };
 
-// Adds the scores of a tile to `softmax`, which stores φ and the entropy when all chunks of an image are in it.
+// Adds the scores of a tile to `softmax`, which stores φ and the entropy once it has all chunks of an image.
 template <int kWidth, bool kPacked, bool kRunningMax>
-__device__ __forceinline__ void dot_forward_epilogue(
-    const Tile& tile, const float (&acc)[kWidth / 2], bool last_chunk, Softmax<kRunningMax>& softmax) {
+__device__ __forceinline__ void dot_forward_epilogue(const Tile& tile, const float (&acc)[kWidth / 2], bool last_chunk,
+                                                     Softmax<kRunningMax>& softmax) {
   const Work& work = tile.work;
   const Rows& rows = tile.rows;
   float scale = tile.scale, row_scale[2] = {rows.inverse[0] * scale, rows.inverse[1] * scale};
@@ -217,9 +220,8 @@ __device__ __forceinline__ void dot_forward_epilogue(
     bool dead0 = column.x < 0.0f, dead1 = column.y < 0.0f;
 #pragma unroll
     for (int r = 0; r < 2; ++r)
-      softmax.add(
-          r, __fmul_rn(acc[4 * j + 2 * r], column.x), __fmul_rn(acc[4 * j + 2 * r + 1], column.y), dead0, dead1,
-          row_scale[r]);
+      softmax.add(r, __fmul_rn(acc[4 * j + 2 * r], column.x), __fmul_rn(acc[4 * j + 2 * r + 1], column.y), dead0, dead1,
+                  row_scale[r]);
     if constexpr (kPacked) {
       if (++block_of_image == work.pitch / 8) {
         softmax.finish(work, rows, image++, scale, lane);
@@ -228,13 +230,13 @@ __device__ __forceinline__ void dot_forward_epilogue(
     }
   }
   if constexpr (kPacked) {
-    softmax.clear();  // columns behind the last image of the tile
+    softmax.clear();  // drops the columns past the last image of the tile
   } else {
     if (last_chunk) softmax.finish(work, rows, image, scale, lane);
   }
 }
 
-// What the backward knows of an image for a thread's two rows.
+// The values of an image that the backward reads for a thread's two rows.
 struct Known {
   float phi[2], state[2], grad[2];
 
@@ -244,9 +246,9 @@ struct Known {
     load(grad, work.grad_phi, work, rows, image);
   }
 
-  // One of them, 0 where there is none; `from` [images, phi_stride] or null.
-  static __device__ __forceinline__ void load(
-      float (&to)[2], const float* from, const Work& work, const Rows& rows, int image) {
+  // Loads one of them from `from`, [images, phi_stride] or null: 0 where there is none.
+  static __device__ __forceinline__ void load(float (&to)[2], const float* from, const Work& work, const Rows& rows,
+                                              int image) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       bool there = from && rows.are_there(work, r) && image < work.images;
@@ -255,8 +257,8 @@ struct Known {
   }
 };
 
-// Constants of a row: a = exp2(x rate + offset) and W = a (x slope + constant) / ‖p‖, where x is s - φ if kExact,
-// otherwise s without the text's norm.
+// Constants of a row in a = exp2(x rate + offset) and W = a (x slope + constant) / ‖p‖. x is s - φ if kExact, otherwise
+// s without the text's norm.
 template <bool kExact>
 struct Line {
   float rate, offset, slope, constant;
@@ -273,7 +275,7 @@ struct Line {
 };
 
 // Stores the attention in float16, `[images, texts, attention_stride]`. `known` has the entropy and φ of `dot`, or the
-// log-sum-exp and 0. kExact: from s - φ as it is rounded, for a temperature below kExactBelow.
+// log-sum-exp and 0. With kExact, for a temperature below kExactBelow, it is computed from the rounded s - φ.
 template <int kWidth, bool kPacked, bool kExact>
 __device__ __forceinline__ void attention_epilogue(const Tile& tile, const float (&acc)[kWidth / 2], Known& known) {
   const Work& work = tile.work;
@@ -289,7 +291,7 @@ __device__ __forceinline__ void attention_epilogue(const Tile& tile, const float
         a[c] = exp2_fast(__fmul_rn(__fmul_rn(x, rows.inverse[r]) - known.phi[r], scale) - known.state[r]);
       else
         a[c] = exp2_fast(fmaf(x, rate, offset));
-      a[c] = inverse < 0.0f ? 0.0f : a[c];  // whatever is behind a mask, NaN too
+      a[c] = inverse < 0.0f ? 0.0f : a[c];  // a masked patch may hold anything, also NaN
     }
     return pack(a[0], a[1], __half());
   };
@@ -308,9 +310,8 @@ __device__ __forceinline__ void attention_epilogue(const Tile& tile, const float
   }
 }
 
-// Stores W = dS / (‖p‖ ‖t‖); returns the tile's part of the temperature's sum.
-// kFull: any of Work::full, or a temperature below kExactBelow; without it a column that is not there may hold
-// anything, since it is not stored.
+// Stores W = dS / (‖p‖ ‖t‖), and returns the tile's part of the temperature's sum. kFull is needed for Work::full and
+// for a temperature below kExactBelow. Without it, a column without a patch may hold anything: it is not stored.
 template <int kWidth, bool kPacked, bool kFull, class T>
 __device__ __forceinline__ float dot_weights_epilogue(const Tile& tile, const float (&acc)[kWidth / 2], Known& known) {
   const Work& work = tile.work;

@@ -1,4 +1,4 @@
-// Compiled once for each epilogue and dtype of epilogues.def, which are PACL_TABLE_EPILOGUE and PACL_TABLE_DTYPE.
+// The table of kernels of PACL_TABLE_EPILOGUE and PACL_TABLE_DTYPE, compiled once for each pair in epilogues.def.
 
 #include <cstddef>
 #include <iterator>
@@ -20,10 +20,9 @@ constexpr Epilogue kEpilogue = Epilogue::PACL_TABLE_EPILOGUE;
 template <bool kPacked, const auto& kCompiled, std::size_t... kIndex>
 const void* find(int width, std::index_sequence<kIndex...>) {
   const void* found = nullptr;
-  ((width == kCompiled[kIndex]
-        ? (found = reinterpret_cast<const void*>(
-               &score_kernel<kCompiled[kIndex], kPacked, PACL_TABLE_DTYPE, kEpilogue>))
-        : nullptr),
+  ((width == kCompiled[kIndex] ? (found = reinterpret_cast<const void*>(
+                                      &score_kernel<kCompiled[kIndex], kPacked, PACL_TABLE_DTYPE, kEpilogue>))
+                               : nullptr),
    ...);
   return found;
 }

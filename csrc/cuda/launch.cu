@@ -1,10 +1,10 @@
-// Launches: tensor maps, the choice of kernel, and errors as exceptions.
-
-#include <stdexcept>
-#include <string>
+// Launches: tensor maps, the choice of the kernel, and CUDA errors as exceptions.
 
 #include <cuda.h>
 #include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
 
 #include "kernels.h"
 #include "score.cuh"
@@ -19,11 +19,11 @@ __global__ void columns_kernel(Columns c) {
 
 void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
-  cudaGetLastError();  // or the next call would report it again
+  cudaGetLastError();  // clears the error, which the next call would report again
   throw std::runtime_error(std::string("CUDA: ") + what + ": " + cudaGetErrorString(error));
 }
 
-// The device of the tensors for as long as this lives.
+// Makes a device current during the lifetime of the object.
 class OnDevice {
  public:
   explicit OnDevice(int device) {
@@ -38,9 +38,9 @@ class OnDevice {
   int before_ = 0;
 };
 
-// From the driver that is there at run time: linked, the module could not be imported without one.
 using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
 
+// Returns the driver's function. If it were linked, the module could not be imported without a driver.
 EncodeTiled encode_tiled() {
   static void* const entry = [] {
     void* found = nullptr;
@@ -69,10 +69,9 @@ CUtensorMap tensor_map(const Box& box, int dimensions, bool half) {
   }
   auto type = half ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   CUtensorMap map;
-  CUresult result = encode_tiled()(
-      &map, type, dimensions, const_cast<void*>(box.base), sizes, strides, extents, steps,
-      CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  CUresult result = encode_tiled()(&map, type, dimensions, const_cast<void*>(box.base), sizes, strides, extents, steps,
+                                   CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                   CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS)
     throw std::runtime_error("CUDA: cuTensorMapEncodeTiled: error " + std::to_string(static_cast<int>(result)) +
                              " for a tensor of " + std::to_string(sizes[0]) + " dimensions");
@@ -82,7 +81,8 @@ CUtensorMap tensor_map(const Box& box, int dimensions, bool half) {
 const void* kernel_of(const Launch& launch) {
   switch (launch.epilogue) {
 #define PACL_EPILOGUE(NAME, DTYPE) \
-  case Epilogue::NAME: return (launch.half ? NAME##_float16 : NAME##_##DTYPE)(launch.plan.width, launch.plan.packed);
+  case Epilogue::NAME:             \
+    return (launch.half ? NAME##_float16 : NAME##_##DTYPE)(launch.plan.width, launch.plan.packed);
 #include "epilogues.def"
   }
   return nullptr;

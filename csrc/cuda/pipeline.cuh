@@ -1,4 +1,4 @@
-// What feeds the tensor cores: the ring in shared memory, the producer, and the products of a tile.
+// The data path to the tensor cores: the ring in shared memory, the producer, and the products of a tile.
 
 #pragma once
 
@@ -18,11 +18,11 @@
 namespace pacl::cuda {
 
 constexpr int kWarpgroup = 128;
-constexpr int threads_of(int consumers) { return (consumers + 1) * kWarpgroup; }  // the last has the producer
+constexpr int threads_of(int consumers) { return (consumers + 1) * kWarpgroup; }  // + 1 for the producer's warpgroup
 
-// Barriers of a block by number; 0 belongs to __syncthreads.
-constexpr int kTurn = 1;     // + warpgroup: it may issue its products
-constexpr int kColumns = 4;  // + warpgroup: its columns are in shared memory
+// Numbers of a block's named barriers; 0 belongs to __syncthreads.
+constexpr int kTurn = 1;     // + warpgroup, which may issue its products
+constexpr int kColumns = 4;  // + warpgroup, whose columns are in shared memory
 
 struct Barriers {
   uint64_t full[kMaxStages];
@@ -31,13 +31,13 @@ struct Barriers {
   uint64_t texts_empty;
 };
 
-// Where everything is in shared memory. The same in all blocks of a cluster, which write into each other's ring.
+// The layout of shared memory. It is the same in all blocks of a cluster, which write into each other's ring.
 struct Shared {
   Barriers* barriers;
   float* columns;   // [consumers][kMaxWidth]
-  uint8_t* staged;  // [4 consumers][kStagedBytes], a part for each warp, in kernels that write weights or attention
+  uint8_t* staged;  // [4 consumers][kStagedBytes], one per warp, in kernels that write weights or attention
   uint8_t* texts;   // [steps][64 rows of 128 bytes]
-  uint8_t* ring;    // [stages][width rows of 128 bytes, and without resident texts 64 more]
+  uint8_t* ring;    // [stages][width rows of 128 bytes, plus 64 rows if the texts are not resident]
   int stage_bytes;
 };
 
@@ -46,7 +46,7 @@ __device__ __forceinline__ Shared lay_out(const Work& work) {
   constexpr int kConsumers = consumers_of(kEpilogue, kWidth);
   static_assert(sizeof(Barriers) <= kBarrierBytes);
   uint8_t* base = shared_memory();
-  if (shared_address(base) & 1023) trap();  // the swizzle is a function of address bits 7 to 9
+  if (shared_address(base) & 1023) trap();  // the swizzle depends on address bits 7 to 9
   Shared shared;
   shared.barriers = reinterpret_cast<Barriers*>(base);
   shared.columns = reinterpret_cast<float*>(base + kBarrierBytes);
@@ -57,7 +57,7 @@ __device__ __forceinline__ Shared lay_out(const Work& work) {
   return shared;
 }
 
-// Place and parity in the ring; the producer and all warpgroups count its steps alike.
+// A slot of the ring and its parity. The producer and all warpgroups count the steps in the same way.
 struct Position {
   int slot = 0;
   uint32_t parity = 0;
@@ -72,11 +72,11 @@ struct Position {
   }
 };
 
-// Item `item` is 64 texts for each block against the groups [begin, end) of images. Texts change fastest: clusters that
-// run together read the same patches.
+// Item `item`: 64 texts per block against the groups [begin, end) of images. Texts change fastest, so that clusters
+// that run at the same time read the same patches.
 struct Item {
   int text, begin, end;
-  int turns;  // tiles of each warpgroup; those of a group that is not there are computed and forgotten
+  int turns;  // tiles of each warpgroup; a tile past the last group is computed and discarded
 
   __device__ __forceinline__ Item(const Work& work, int64_t item, uint32_t block, int consumers) {
     uint32_t text_groups = static_cast<uint32_t>(work.text_groups);  // items are at most 64 times as many
@@ -88,7 +88,7 @@ struct Item {
   }
 
  private:
-  // groups split / splits without a division of 64 bits, which is a call.
+  // Returns groups * split / splits without a 64-bit division, which is a function call.
   static __device__ __forceinline__ int begin_of(const Work& work, uint32_t split) {
     uint32_t groups = static_cast<uint32_t>(work.groups), splits = static_cast<uint32_t>(work.splits);
     uint32_t whole = groups / splits, rest = groups - whole * splits;
@@ -96,7 +96,7 @@ struct Item {
   }
 };
 
-// Of an item's turns: which set of groups, a group for each warpgroup, and the chunk of their images.
+// A turn of an item: the set of groups (one per warpgroup), and the chunk of their images.
 struct Turn {
   int set, chunk;
   bool again;  // in the second pass over the chunks
@@ -111,16 +111,15 @@ struct Turn {
 };
 
 template <int kWidth, Epilogue kEpilogue>
-__device__ __forceinline__ void produce(
-    const Work& work, const Shared& shared, const TensorMap& patches, const TensorMap& texts, const TensorMap& gram,
-    uint32_t block) {
+__device__ __forceinline__ void produce(const Work& work, const Shared& shared, const TensorMap& patches,
+                                        const TensorMap& texts, const TensorMap& gram, uint32_t block) {
   uint32_t patch_bytes = work.pitch * work.images_of_tile * kStep * 2;
   uint32_t bytes = patch_bytes + (work.resident ? 0 : kTextStepBytes);
   uint16_t everyone = static_cast<uint16_t>((1 << work.cluster) - 1);
   constexpr int kConsumers = consumers_of(kEpilogue, kWidth);
   Barriers& barriers = *shared.barriers;
   Position at;
-  uint32_t texts_parity = 1, loader = 0;  // of the cluster's blocks, the one that loads this step's patches
+  uint32_t texts_parity = 1, loader = 0;  // loader: the block of the cluster that loads this step's patches
   for (int64_t i = blockIdx.x / work.cluster; i < work.items; i += work.clusters) {
     Item item(work, i, block, kConsumers);
     if (work.resident) {
@@ -136,7 +135,8 @@ __device__ __forceinline__ void produce(
       for (int warpgroup = 0; warpgroup < kConsumers; ++warpgroup) {
         int image = (item.begin + kConsumers * now.set + warpgroup) * work.images_of_tile;
         int text = item.text;
-        if constexpr (reads_attention(kEpilogue)) text += image * static_cast<int>(work.texts);  // rows by image
+        if constexpr (reads_attention(kEpilogue))
+          text += image * static_cast<int>(work.texts);  // rows are ordered by image
 #pragma unroll 1
         for (int step = 0; step < work.steps; ++step) {
           uint8_t* slot = shared.ring + at.slot * shared.stage_bytes;
@@ -167,21 +167,21 @@ __device__ __forceinline__ void produce(
   }
 }
 
-// Of a K-major operand in shared memory with a 128-byte swizzle: rows of 128 bytes, eight of them 1,024 bytes.
+// Returns the descriptor of a K-major operand in shared memory with a 128-byte swizzle: eight rows are 1,024 bytes.
 __device__ __forceinline__ uint64_t matrix_descriptor(const void* at) {
   uint64_t address = shared_address(at) >> 4;
   return address | uint64_t(1) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
 }
 
-// Each warp tells every block of the cluster that it is done with a step.
+// Signals to every block of the cluster that this warp is done with a step.
 __device__ __forceinline__ void release(const Work& work, Barriers& barriers, int slot, int lane) {
   if (lane < work.cluster) barrier_arrive_at(&barriers.empty[slot], lane);
 }
 
-// Raw products of a tile, issued; all but the last step's are complete. Returns the slot of that one.
+// Issues the raw products of a tile. All but the last step are complete on return. Returns the slot of the last step.
 template <int kWidth, class T>
-__device__ __forceinline__ int issue_products(
-    const Work& work, const Shared& shared, Position& at, int lane, float (&acc)[kWidth / 2]) {
+__device__ __forceinline__ int issue_products(const Work& work, const Shared& shared, Position& at, int lane,
+                                              float (&acc)[kWidth / 2]) {
   int before = 0;
   for (int step = 0; step < work.steps; ++step) {
     const uint8_t* patches = shared.ring + at.slot * shared.stage_bytes;
@@ -190,7 +190,7 @@ __device__ __forceinline__ int issue_products(
     uint64_t a = matrix_descriptor(texts), b = matrix_descriptor(patches);
     wgmma_fence();
 #pragma unroll
-    for (int k = 0; k < kStep / 16; ++k)  // 16 elements are 32 bytes, and addresses count 16
+    for (int k = 0; k < kStep / 16; ++k)  // 16 elements are 32 bytes; addresses count units of 16 bytes
       Wgmma<kWidth, T>::multiply(acc, a + 2 * k, b + 2 * k, step > 0 || k > 0);
     wgmma_commit();
     if (step > 0) {
@@ -203,11 +203,11 @@ __device__ __forceinline__ int issue_products(
   return before;
 }
 
-// q = G a of a tile, from the attention as the left operand; issued like the products.
+// Issues q = G a of a tile in the same way, with the attention as the left operand.
 template <int kWidth>
-__device__ __forceinline__ int issue_gram_attention(
-    const Work& work, const Shared& shared, Position& at, int lane, const uint32_t (&attention)[(kWidth + 15) / 16][4],
-    float (&gram_attention)[kWidth / 2]) {
+__device__ __forceinline__ int issue_gram_attention(const Work& work, const Shared& shared, Position& at, int lane,
+                                                    const uint32_t (&attention)[(kWidth + 15) / 16][4],
+                                                    float (&gram_attention)[kWidth / 2]) {
   constexpr int kAll = (kWidth + 15) / 16, kOfStep = kStep / 16;
   int before = 0;
   uint64_t b = 0;

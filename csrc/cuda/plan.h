@@ -1,7 +1,7 @@
-// Which tiles the Hopper kernel uses and how work is dealt out: plain arithmetic, no CUDA, tested on the host.
+// The plan of a Hopper launch: its tiles and the distribution of work. Plain arithmetic, tested on the host.
 //
-// A tile is 64 texts by `width` columns, the patches of one image (or a chunk of them, or several small images). A
-// cluster of one or two blocks works on an item: 64 texts for each block against a run of groups of images.
+// A tile is 64 texts by `width` columns. The columns are the patches of one image, a chunk of them, or several small
+// images. A cluster of one or two blocks works on an item: 64 texts per block against a run of groups of images.
 
 #pragma once
 
@@ -15,10 +15,10 @@ enum class Epilogue {
 #include "epilogues.def"
 };
 
-// A tile has a second product: its attention, in registers, with the Gram matrix, which follows the patches in the
-// ring.
+// Returns true if a tile has a second product: its attention, in registers, with the Gram matrix, which follows the
+// patches in the ring.
 constexpr bool has_second_product(Epilogue e) { return e == Epilogue::cosine_forward || e == Epilogue::cosine_weights; }
-// The operands are the attention in memory and the Gram matrix, in place of texts and patches.
+// Returns true if the operands are the attention in memory and the Gram matrix, in place of texts and patches.
 constexpr bool reads_attention(Epilogue e) {
   return e == Epilogue::cosine_forward_from_attention || e == Epilogue::cosine_weights_from_attention;
 }
@@ -28,30 +28,31 @@ constexpr bool writes_weights(Epilogue e) {
 constexpr bool is_staged(Epilogue e) { return writes_weights(e) || e == Epilogue::attention; }
 
 inline constexpr int kTileTexts = 64;
-inline constexpr int kStep = 64;  // along D: 128 bytes, what the swizzle of shared memory spans
+inline constexpr int kStep = 64;  // elements along D: the 128 bytes that the swizzle of shared memory spans
 inline constexpr int kMaxWidth = 256;
 inline constexpr int kMaxStages = 8;
-inline constexpr int kSharedBytes = 227 * 1024;  // of a block on Hopper
-inline constexpr int kBarrierBytes = 256;  // room for Barriers in pipeline.cuh
+inline constexpr int kSharedBytes = 227 * 1024;  // the limit of a block on Hopper
+inline constexpr int kBarrierBytes = 256;        // room for Barriers in pipeline.cuh
 inline constexpr int kTextStepBytes = kTileTexts * kStep * 2;
-// On the way from registers to memory: 16 rows of a warp by 64 columns of 16 bits. The 16 bytes that a row has beyond
-// its columns keep eight rows out of each other's banks.
+// Staging buffer of a warp between registers and memory: 16 rows by 64 columns of 16 bits. Each row is padded by 16
+// bytes, so that eight rows do not share banks.
 inline constexpr int kStagedColumns = 64;
 inline constexpr int kStagedPitch = kStagedColumns * 2 + 16;
 inline constexpr int kStagedBytes = 16 * kStagedPitch;
-// Columns of the tiles that are compiled, for one image (or a chunk) and for several small ones side by side; with a
-// running maximum there are fewer.
+// Compiled tile widths, for one image (or a chunk of it) and for several small images side by side. There are fewer for
+// the running maximum.
 inline constexpr int kWidths[] = {144, 160, 176, 192, 200, 208, 224, 232, 248, 256};
 inline constexpr int kPackedWidths[] = {192, 224, 256};
 inline constexpr int kRunningMaxWidths[] = {200, 256};
 inline constexpr int kRunningMaxPackedWidths[] = {256};
-// With a second product; and with the attention in memory.
+// Compiled tile widths with a second product, and with the attention in memory.
 inline constexpr int kSecondProductWidths[] = {144, 176, 192, 200, 208, 256};
 inline constexpr int kFromAttentionWidths[] = {144, 176, 192, 200};
-inline constexpr int kMostPacked = 128;  // patches of an image up to which several share a tile
+inline constexpr int kMostPacked = 128;  // images of at most this many patches share a tile
 
-// Warpgroups that take tiles in turn: two of 232 registers a thread, or three of 160 where that holds the accumulators
-// and all else. While one of three has the tensor cores, two epilogues hide each other's waits.
+// Widest tile with three consumers. Consumers are warpgroups that take tiles in turn: two with 232 registers a thread,
+// or three with 160 if that suffices. While one of three has the tensor cores, the epilogues of two hide each other's
+// waits.
 inline constexpr int kMostOfThree = 200;  // columns
 
 constexpr int consumers_of(Epilogue e, int width) {
@@ -62,42 +63,40 @@ constexpr int consumers_of(Epilogue e, int width) {
 // The part of a plan that the kernel reads.
 struct Schedule {
   int64_t images, texts;
-  int64_t groups;       // of images: those of one tile
+  int64_t groups;       // groups of images; a group shares a tile
   int64_t splits;       // runs of groups of images
-  int64_t text_groups;  // of 64 texts for each block of the cluster
+  int64_t text_groups;  // groups of 64 texts per block of the cluster
   int64_t items;        // text groups times splits
-  int64_t clusters;     // that are launched
-  int patches;          // of an image
+  int64_t clusters;     // clusters launched
+  int patches;          // patches of an image
   int pitch;            // columns from one image of a tile to the next; a multiple of 8
   int images_of_tile;
-  int chunks;           // tiles of an image
-  int passes;           // over them: 2 where a tile needs what only all of them know
-  int steps;            // along D, or along the image's patches for the attention's products
-  int gram_steps;       // along the image's own patches, where the Gram matrix is a second operand; otherwise 0
-  int stages;           // of the ring of steps in shared memory
-  int cluster;          // blocks that share each step of patches
-  bool resident;        // the texts stay in shared memory; otherwise they come with each step
+  int chunks;      // tiles of an image
+  int passes;      // passes over the chunks: 2 if a tile needs sums over all of them
+  int steps;       // steps along D, or along the image's patches for the attention's products
+  int gram_steps;  // steps along the image's patches if the Gram matrix is a second operand, otherwise 0
+  int stages;      // steps that the ring in shared memory holds
+  int cluster;     // blocks that share each step of patches
+  bool resident;   // the texts stay in shared memory; otherwise each step loads its part of them
 };
 
 struct Plan : Schedule {
   int64_t dim;
   int width;      // columns of a tile
   bool packed;    // several images to a tile
-  bool staged;    // there is room for what is on its way to memory
+  bool staged;    // shared memory has staging buffers for results
   int consumers;  // warpgroups that take tiles in turn
   int shared_bytes;
 };
 
 constexpr int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
 
-// Bytes of one step in the ring, whose parts begin at multiples of 1,024.
-inline int stage_bytes(const Plan& plan) {
-  return plan.width * kStep * 2 + (plan.resident ? 0 : kTextStepBytes);
-}
+// Returns the bytes of one step in the ring. The parts of a step begin at multiples of 1,024.
+inline int stage_bytes(const Plan& plan) { return plan.width * kStep * 2 + (plan.resident ? 0 : kTextStepBytes); }
 
-// Bytes of what comes before texts and ring in shared memory, at places that the kernel knows when it is compiled.
+// Returns the bytes before texts and ring in shared memory. The offsets in this part are compile-time constants.
 constexpr int fixed_bytes(int consumers, bool staged) {
-  int of_consumer = kMaxWidth * 4 + (staged ? 4 * kStagedBytes : 0);  // a warpgroup's columns, and a part for each warp
+  int of_consumer = kMaxWidth * 4 + (staged ? 4 * kStagedBytes : 0);  // its columns, and a staging buffer per warp
   return static_cast<int>(ceil_div(kBarrierBytes + consumers * of_consumer, 1024) * 1024);
 }
 
@@ -106,7 +105,7 @@ inline int shared_bytes(const Plan& plan, int stages) {
   return fixed_bytes(plan.consumers, plan.staged) + texts + stages * stage_bytes(plan);
 }
 
-// The narrowest of the compiled widths that holds `columns`; 0 if none does.
+// Returns the narrowest compiled width of at least `columns`, or 0 if there is none.
 template <int kCount>
 int width_for(const int (&widths)[kCount], int64_t columns) {
   for (int width : widths)
@@ -114,14 +113,14 @@ int width_for(const int (&widths)[kCount], int64_t columns) {
   return 0;
 }
 
-// One image to a tile, or a chunk of it.
+// Plans one image or a chunk of it per tile.
 template <int kCount>
 void choose_chunks(Plan& plan, int64_t patches, const int (&widths)[kCount]) {
   int64_t fewest = INT64_MAX;
   int64_t least = ceil_div(patches, widths[kCount - 1]);
   for (int64_t chunks = least; chunks <= least + 1; ++chunks) {
     int width = width_for(widths, ceil_div(patches, chunks));
-    // A tile has costs of its own, worth about 8 columns.
+    // Each tile has a fixed cost of about 8 columns.
     int64_t cost = chunks * (width + 8);
     if (cost < fewest) fewest = cost, plan.width = width, plan.chunks = static_cast<int>(chunks);
   }
@@ -143,30 +142,30 @@ void choose_tile(Plan& plan, int64_t patches, const int (&widths)[kCount], const
   }
 }
 
-// How the work is cut into items: the fewest rounds of tiles on the busiest cluster.
+// Splits the work into items so that the busiest cluster has the fewest rounds of tiles.
 inline void choose_items(Plan& plan, int processors) {
   int64_t most = std::max<int64_t>(processors / plan.cluster, 1);
   int64_t fewest = INT64_MAX;
   for (int64_t splits = 1; splits <= std::min<int64_t>(plan.groups, 64); ++splits) {
     int64_t items = plan.text_groups * splits;
-    int64_t turns = ceil_div(ceil_div(plan.groups, splits), plan.consumers);  // each warpgroup takes a group
+    int64_t turns = ceil_div(ceil_div(plan.groups, splits), plan.consumers);  // each consumer takes a group
     int64_t tiles = plan.consumers * turns * plan.chunks * plan.passes;
-    int64_t rounds = ceil_div(items, most) * (tiles + 1);  // 1: the texts have to come first
+    int64_t rounds = ceil_div(items, most) * (tiles + 1);  // + 1 for loading the texts
     if (rounds < fewest) fewest = rounds, plan.splits = splits, plan.items = items;
   }
   plan.clusters = std::min(most, plan.items);
 }
 
-// With fewer patches several images would have to share a tile, and the product with their Gram matrices would be mostly
-// of zeros.
+// With fewer patches several images would share a tile, and the product with their Gram matrices would be mostly zeros.
 inline constexpr int kLeastOfOneTile = 97;
 
-// The cosine form can run in one launch: the attention needs all patches of an image, and no others, in a tile.
+// Returns true if the cosine form can run in one launch, which needs all patches of one image, and no others, in a
+// tile.
 inline bool fits_one_tile(int64_t patches) { return patches >= kLeastOfOneTile && patches <= kMaxWidth; }
 
-// `processors`: of the device. `cluster`: 1 or 2 blocks; 0 for what is best.
-inline Plan make_plan(
-    int64_t images, int64_t patches, int64_t texts, int64_t dim, Epilogue epilogue, int processors, int cluster) {
+// Makes a plan for a device of `processors` multiprocessors. `cluster`: 1 or 2 blocks, or 0 for the best.
+inline Plan make_plan(int64_t images, int64_t patches, int64_t texts, int64_t dim, Epilogue epilogue, int processors,
+                      int cluster) {
   Plan plan{};
   plan.images = images, plan.patches = static_cast<int>(patches), plan.texts = texts, plan.dim = dim;
   plan.staged = is_staged(epilogue);
@@ -188,11 +187,11 @@ inline Plan make_plan(
   plan.cluster = cluster ? cluster : (texts > kTileTexts && processors > 1 ? 2 : 1);
   plan.text_groups = ceil_div(texts, kTileTexts * plan.cluster);
   for (bool resident : {true, false}) {
-    if (resident && reads_attention(epilogue)) continue;  // each image has an attention of its own
+    if (resident && reads_attention(epilogue)) continue;  // each image has its own attention
     plan.resident = resident;
     plan.stages = kMaxStages;
     while (plan.stages > 1 && shared_bytes(plan, plan.stages) > kSharedBytes) --plan.stages;
-    // Fewer than three stages do not hide the way from memory.
+    // Fewer than three stages do not hide the memory latency.
     if (plan.stages >= 3) break;
   }
   plan.shared_bytes = shared_bytes(plan, plan.stages);

@@ -1,14 +1,14 @@
-// The instructions of sm_90 that CUDA C++ has no names for, one thin function each.
+// Instructions of sm_90 that CUDA C++ does not expose, one thin function each.
 //
-// tests/cuda/emulator.h defines the same names for the host, so that the kernels' own source runs without a GPU.
+// tests/cuda/emulator.h defines the same names for the host, so that the kernels' source runs there without a GPU.
 
 #pragma once
-
-#include <cstdint>
 
 #include <cuda.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+
+#include <cstdint>
 
 #include "wgmma.cuh"
 
@@ -16,7 +16,7 @@ namespace pacl::cuda {
 
 using TensorMap = CUtensorMap;
 
-// Dynamic shared memory of the block.
+// Returns the dynamic shared memory of the block.
 __device__ __forceinline__ uint8_t* shared_memory() {
   extern __shared__ __align__(1024) uint8_t memory[];
   return memory;
@@ -28,13 +28,13 @@ __device__ __forceinline__ uint32_t shared_address(const void* at) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(at));
 }
 
-// mbarrier: a phase ends when the expected number of arrivals and of bytes have come.
+// mbarrier: a phase ends when the expected number of arrivals and of bytes is reached.
 
 __device__ __forceinline__ void barrier_init(uint64_t* barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals));
 }
 
-// Makes initialised barriers known to the copy engine and to the other blocks of the cluster.
+// Makes initialised barriers visible to the copy engine and to the other blocks of the cluster.
 __device__ __forceinline__ void fence_barrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
@@ -48,8 +48,9 @@ __device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 
-// At the same place in the shared memory of a block of the cluster. Released to this block alone, as CUTLASS does: what
-// the other learns is that tensor cores are done with reading, and a release to the cluster is a fence of all memory.
+// Arrives at the same barrier in the shared memory of block `block` of the cluster. Its release covers this block
+// alone, as in CUTLASS: it only tells the other block that the tensor cores have finished reading, and a release to the
+// cluster would fence all memory.
 __device__ __forceinline__ void barrier_arrive_at(uint64_t* barrier, uint32_t block) {
   asm volatile(
       "{ .reg .b32 remote; mapa.shared::cluster.u32 remote, %0, %1;\n"
@@ -58,7 +59,7 @@ __device__ __forceinline__ void barrier_arrive_at(uint64_t* barrier, uint32_t bl
       : "memory");
 }
 
-// Until the phase of that parity has ended. The phase before the first counts as ended, with parity 1.
+// Waits until the phase of that parity has ended. The phase before the first counts as ended, with parity 1.
 __device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity) {
   asm volatile(
       "{ .reg .pred done;\n"
@@ -68,19 +69,19 @@ __device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity)
       : "memory");
 }
 
-// TMA: a box of a tensor to shared memory; what lies outside of the tensor arrives as zeros, and counts as bytes.
+// TMA: copies a box of a tensor to shared memory. Elements outside the tensor arrive as zeros and count as bytes.
 
 __device__ __forceinline__ void load_box(void* to, const TensorMap& map, uint64_t* barrier, int x, int y) {
   asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(
-          shared_address(to)),
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::
+          "r"(shared_address(to)),
       "l"(&map), "r"(shared_address(barrier)), "r"(x), "r"(y)
       : "memory");
 }
 
-// To the same place of each block in `blocks` (a bit each), completing on the barrier of each.
-__device__ __forceinline__ void load_box(
-    void* to, const TensorMap& map, uint64_t* barrier, int x, int y, int z, uint16_t blocks) {
+// Copies to the same address in each block of the bit mask `blocks`, and completes on the barrier of each.
+__device__ __forceinline__ void load_box(void* to, const TensorMap& map, uint64_t* barrier, int x, int y, int z,
+                                         uint16_t blocks) {
   asm volatile(
       "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
       "[%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(shared_address(to)),
@@ -92,14 +93,15 @@ __device__ __forceinline__ void prefetch(const TensorMap& map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
 
-// 16 bytes from global to shared memory, behind the thread's back.
+// Copies 16 bytes from global to shared memory, asynchronously.
 __device__ __forceinline__ void copy_16_bytes(void* to, const void* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
 }
 
 __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
-// Named barriers of a block: `sync` waits until `threads` have come, `arrive` only counts. Identity 0 is __syncthreads.
+// Named barriers of a block: `sync` waits until `threads` have arrived, `arrive` only counts. Identity 0 is
+// __syncthreads.
 
 __device__ __forceinline__ void named_sync(int identity, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(identity), "r"(threads) : "memory");
@@ -119,7 +121,7 @@ __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
-// Registers of each thread of the warpgroup from here on.
+// take_registers and give_registers change the number of registers of each thread of the warpgroup.
 template <int kRegisters>
 __device__ __forceinline__ void take_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
@@ -130,7 +132,7 @@ __device__ __forceinline__ void give_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-// wgmma reads shared memory and writes its accumulators on its own time, between commit and wait.
+// wgmma reads shared memory and writes its accumulators asynchronously, between commit and wait.
 
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
@@ -153,8 +155,8 @@ __device__ __forceinline__ float log2_fast(float x) {
   return y;
 }
 
-// Four matrices of eight by eight 16-bit elements to shared memory, whose rows are 16 bytes each. Lanes 8 i to 8 i + 7
-// have the addresses of the rows of matrix i; lane l has in `v[i]` two neighbours of its row l / 4, at column
+// Stores four matrices of eight by eight 16-bit elements to shared memory, in rows of 16 bytes. Lanes 8 i to 8 i + 7
+// pass the row addresses of matrix i. In `v[i]`, lane l passes two neighbours of row l / 4 of matrix i, at column
 // 2 (l % 4).
 __device__ __forceinline__ void store_matrices(void* row, const uint32_t (&v)[4]) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)), "r"(v[0]),
@@ -162,7 +164,7 @@ __device__ __forceinline__ void store_matrices(void* row, const uint32_t (&v)[4]
                : "memory");
 }
 
-// Two neighbours, the first in the low half.
+// Packs two neighbours, the first into the low half.
 __device__ __forceinline__ uint32_t pack(float a, float b, __nv_bfloat16) {
   __nv_bfloat162 both = __floats2bfloat162_rn(a, b);
   return *reinterpret_cast<uint32_t*>(&both);

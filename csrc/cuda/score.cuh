@@ -1,13 +1,13 @@
 // The kernel: the score product with its epilogues, warp-specialised for Hopper.
 //
-// A block works on 64 texts, which stay in shared memory where they fit, and walks through images. One warp feeds a
-// ring of steps (64 dimensions of the patches of a tile) through the copy engine. Two or three warpgroups take tiles in
+// A block works on 64 texts, which stay in shared memory if they fit, and walks through images. One warp feeds a ring
+// of steps (64 dimensions of the patches of a tile) through the copy engine. Two or three warpgroups take tiles in
 // turn, so that the epilogues of some run while the tensor cores work for another. Texts are the rows of a tile and
-// patches its columns: a softmax over patches runs along each thread's own accumulators, and |s| <= 1 makes it two
-// plain sums. The two blocks of a cluster hold different texts and share every step of patches: each loads half of the
-// steps into both.
+// patches its columns. A softmax over patches thus runs along each thread's own accumulators, and since |s| <= 1 it is
+// two plain sums. The two blocks of a cluster hold different texts and share every step of patches: each loads half of
+// the steps into both.
 //
-// docs/cuda.md draws it. plan.h chooses the tile and deals out the work.
+// docs/cuda.md has a diagram. plan.h chooses the tile and distributes the work.
 
 #pragma once
 
@@ -15,7 +15,7 @@
 
 namespace pacl::cuda {
 
-// Registers that a thread carries from one tile to the next.
+// Values that a thread keeps in registers from one tile to the next.
 template <Epilogue kEpilogue>
 struct Carry {
   Softmax<kEpilogue == Epilogue::dot_forward_running_max> softmax;
@@ -27,14 +27,14 @@ struct Carry {
   __device__ __forceinline__ Carry() { softmax.clear(); }
 };
 
-// What becomes of the products of a tile: `acc` has the scores, or q = G a where `attention` has a.
+// Runs the epilogue of a tile. `acc` has the scores, or q = G a if `attention` has a.
 template <int kWidth, bool kPacked, class T, Epilogue kEpilogue, class Attention>
-__device__ __forceinline__ void finish_tile(
-    const Tile& tile, const Turn& now, const float (&acc)[kWidth / 2], Attention& attention, Carry<kEpilogue>& carry) {
+__device__ __forceinline__ void finish_tile(const Tile& tile, const Turn& now, const float (&acc)[kWidth / 2],
+                                            Attention& attention, Carry<kEpilogue>& carry) {
   constexpr bool kRead = reads_attention(kEpilogue);
   const Work& work = tile.work;
   bool last = now.chunk + 1 == work.chunks;
-  bool exact = tile.inverse_temperature > 1.0f / kExactBelow;  // s - φ as it is rounded
+  bool exact = tile.inverse_temperature > 1.0f / kExactBelow;  // use the rounded s - φ
   Known& known = carry.known;
   if constexpr (kEpilogue == Epilogue::dot_forward || kEpilogue == Epilogue::dot_forward_running_max) {
     dot_forward_epilogue<kWidth, kPacked>(tile, acc, last, carry.softmax);
@@ -72,15 +72,15 @@ __device__ __forceinline__ void finish_tile(
   }
 }
 
-// The block's part of the temperature's gradient, from all threads of its warpgroups.
+// Stores the block's part of the temperature's gradient, the sum over all threads of its warpgroups.
 template <int kConsumers>
-__device__ __forceinline__ void store_temperature_sum(
-    const Work& work, const Shared& shared, double of_thread, int warpgroup, int lane) {
+__device__ __forceinline__ void store_temperature_sum(const Work& work, const Shared& shared, double of_thread,
+                                                      int warpgroup, int lane) {
   int thread = threadIdx.x % kWarpgroup;
   float sum = static_cast<float>(of_thread);
 #pragma unroll
   for (int distance = 1; distance < 32; distance *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, distance);
-  named_sync(kTurn, kConsumers * kWarpgroup);  // others may still read their columns; their last turns are behind this
+  named_sync(kTurn, kConsumers * kWarpgroup);  // waits until all warpgroups have taken their last turn and read columns
   if (lane == 0) shared.columns[warpgroup * 4 + thread / 32] = sum;
   named_sync(kTurn, kConsumers * kWarpgroup);
   if (warpgroup == 0 && thread == 0) {
@@ -99,7 +99,7 @@ __device__ __forceinline__ void consume(const Work& work, const Shared& shared, 
   Position at;
   constexpr int kConsumers = consumers_of(kEpilogue, kWidth), kLast = kConsumers - 1;
   at.skip(warpgroup * work.steps, work.stages);
-  const int next = warpgroup == kLast ? 0 : warpgroup + 1;  // whose turn comes after ours
+  const int next = warpgroup == kLast ? 0 : warpgroup + 1;  // the warpgroup with the next turn
   uint32_t texts_parity = 0;
   constexpr bool kSecondProduct = has_second_product(kEpilogue), kRead = reads_attention(kEpilogue);
   using Operand = std::conditional_t<kRead, __half, T>;
@@ -116,7 +116,7 @@ __device__ __forceinline__ void consume(const Work& work, const Shared& shared, 
       texts_parity ^= 1;
     }
     for (int turn = 0; turn < item.turns; ++turn) {
-      float acc[kWidth / 2];  // in here: of one tile, the compiler need not keep them for the next
+      float acc[kWidth / 2];  // declared per tile, so that the compiler need not keep it for the next one
       Turn now(work, turn);
       int chunk = now.chunk, group = item.begin + kConsumers * now.set + warpgroup;
       bool wanted = group < item.end;
@@ -124,15 +124,15 @@ __device__ __forceinline__ void consume(const Work& work, const Shared& shared, 
       if constexpr (kEpilogue == Epilogue::dot_weights || kEpilogue == Epilogue::attention) {
         if (wanted) carry.known.load(work, rows, image);
       } else if constexpr (kEpilogue == Epilogue::cosine_weights) {
-        // The cosine form needs the rest later, and has no registers to spare.
+        // The cosine form needs the other values later, and has no registers to spare.
         if (wanted) carry.known.load(carry.known.state, work.state, work, rows, image);
       }
       named_sync(kTurn + warpgroup, 2 * kWarpgroup);
       if (kEpilogue != Epilogue::cosine_forward_from_attention && wanted && thread < kWidth / 4)
-        copy_16_bytes(
-            columns + 4 * thread, work.columns + (int64_t(group) * work.chunks + chunk) * kWidth + 4 * thread);
+        copy_16_bytes(columns + 4 * thread,
+                      work.columns + (int64_t(group) * work.chunks + chunk) * kWidth + 4 * thread);
       int last_slot = issue_products<kWidth, Operand>(work, shared, at, lane, acc);
-      // Behind it come the other warpgroups' steps, and those of the Gram matrix of warpgroup 0.
+      // Skip the other warpgroups' steps, and those of the Gram matrix of warpgroup 0.
       if constexpr (!kSecondProduct) at.skip((kConsumers - 1) * work.steps, work.stages);
       if constexpr (kSecondProduct) at.skip(warpgroup == 0 ? work.steps : work.gram_steps, work.stages);
       bool last_turn = last_item && turn + 1 == item.turns;
@@ -154,7 +154,7 @@ __device__ __forceinline__ void consume(const Work& work, const Shared& shared, 
         else
           attention_again<kWidth>(rows, carry.known, acc, columns, scale, lane, attention);
         named_sync(kTurn + warpgroup, 2 * kWarpgroup);  // the second turn of the tile
-        // Reuses the registers of the scores, which are no longer needed; separate ones would spill.
+        // Reuse the registers of the scores, which are no longer needed; separate ones would spill.
         int slot = issue_gram_attention<kWidth>(work, shared, at, lane, attention, acc);
         at.skip(warpgroup == 0 ? work.gram_steps : work.steps, work.stages);
         if (warpgroup != kLast || !last_turn) named_arrive(kTurn + next, 2 * kWarpgroup);
@@ -183,33 +183,34 @@ __device__ __forceinline__ void consume(const Work& work, const Shared& shared, 
 }
 
 template <int kWidth, bool kPacked, class T, Epilogue kEpilogue>
-__global__ void __launch_bounds__(threads_of(consumers_of(kEpilogue, kWidth)), 1) score_kernel(
-    const __grid_constant__ TensorMap patches, const __grid_constant__ TensorMap texts,
-    const __grid_constant__ TensorMap gram, const __grid_constant__ Work work) {
+__global__ void __launch_bounds__(threads_of(consumers_of(kEpilogue, kWidth)), 1)
+    score_kernel(const __grid_constant__ TensorMap patches, const __grid_constant__ TensorMap texts,
+                 const __grid_constant__ TensorMap gram, const __grid_constant__ Work work) {
   constexpr bool kRunningMax = kEpilogue == Epilogue::dot_forward_running_max;
   if constexpr (kEpilogue == Epilogue::dot_forward || kRunningMax) {
-    // A temperature on the device decides which of two launches works; the host does not wait to know.
+    // A temperature on the device decides which of two launches runs, so that the host need not read it.
     if (work.temperature_at && (*work.temperature_at < kRunningMaxBelow) != kRunningMax) return;
   }
   constexpr int kConsumers = consumers_of(kEpilogue, kWidth);
   Shared shared = lay_out<kWidth, kEpilogue>(work);
   Barriers& barriers = *shared.barriers;
   uint32_t block = work.cluster > 1 ? block_of_cluster() : 0;
-  int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 32), 0);  // known to be the same in a warp
+  // The shuffle shows the compiler that a warp has one value.
+  int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 32), 0);
   if (threadIdx.x == 0) {
     prefetch(patches);
     prefetch(texts);
 #pragma unroll 1
     for (int stage = 0; stage < work.stages; ++stage) {
       barrier_init(&barriers.full[stage], 1);
-      barrier_init(&barriers.empty[stage], 4 * work.cluster);  // the warps of the warpgroup whose tile it is
+      barrier_init(&barriers.empty[stage], 4 * work.cluster);  // the warps of the warpgroup that owns the tile
     }
     barrier_init(&barriers.texts_full, 1);
     barrier_init(&barriers.texts_empty, 4 * kConsumers);
     fence_barrier_init();
   }
   __syncthreads();
-  cluster_sync();  // before anyone writes into another's memory
+  cluster_sync();  // before any block writes into another's memory
   if (warp >= 4 * kConsumers) {
     give_registers<kConsumers == 3 ? 32 : 40>();
     if (warp == 4 * kConsumers && threadIdx.x % 32 == 0)
@@ -219,7 +220,7 @@ __global__ void __launch_bounds__(threads_of(consumers_of(kEpilogue, kWidth)), 1
     take_registers<kConsumers == 3 ? 160 : 232>();
     consume<kWidth, kPacked, T, kEpilogue>(work, shared, block, warp / 4);
   }
-  cluster_sync();  // nor leave while another writes into ours
+  cluster_sync();  // stay until no other block writes into ours
 }
 
 __device__ __forceinline__ float column_of(const Columns& c, int64_t at) {

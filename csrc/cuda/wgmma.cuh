@@ -1,16 +1,16 @@
 // wgmma: acc[64, kWidth] (+)= A[64, 16] B[kWidth, 16]ᵀ, K-major in shared memory (or A in registers), sums in float32.
 //
-// A in registers: what the accumulators of two neighbouring blocks of eight columns become when they are packed.
+// A in registers has the layout of the packed accumulators of two neighbouring blocks of eight columns.
 //
-// Inline assembly wants operand numbers as literals, so the lists "%0,%1,..." and "+f"(d[0]),... are built by macros, four
+// Inline assembly needs operand numbers as literals, so macros build the lists "%0,%1,..." and "+f"(d[0]),..., four
 // registers (eight columns) at a time.
 
 #pragma once
 
-#include <cstdint>
-
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+
+#include <cstdint>
 
 namespace pacl::cuda {
 
@@ -82,30 +82,32 @@ struct Wgmma;
 #define PACL_N32 PACL_N31 ",%124,%125,%126,%127"
 #define PACL_O32 PACL_O31, "+f"(d[124]), "+f"(d[125]), "+f"(d[126]), "+f"(d[127])
 
-// GROUPS: of eight columns. O0 to O5: the operand numbers behind the 4 * GROUPS accumulators.
-#define PACL_WGMMA(WIDTH, GROUPS, O0, O1, O2, O3, O4, O5, TYPE, NAME)                                          \
-  template <>                                                                                                  \
-  struct Wgmma<WIDTH, TYPE> {                                                                                  \
-    using Accumulators = float (&)[WIDTH / 2];                                                                 \
-    static __device__ __forceinline__ void multiply(Accumulators d, uint64_t a, uint64_t b, int accumulate) {  \
-      asm volatile("{ .reg .pred p; setp.ne.b32 p, %" #O2 ", 0;\n"                                             \
+// GROUPS: groups of eight columns. O0 to O5: the operand numbers after the 4 * GROUPS accumulators.
+// clang-format off: one instruction's text a line
+#define PACL_WGMMA(WIDTH, GROUPS, O0, O1, O2, O3, O4, O5, TYPE, NAME)                                            \
+  template <>                                                                                                    \
+  struct Wgmma<WIDTH, TYPE> {                                                                                    \
+    using Accumulators = float (&)[WIDTH / 2];                                                                   \
+    static __device__ __forceinline__ void multiply(Accumulators d, uint64_t a, uint64_t b, int accumulate) {    \
+      asm volatile("{ .reg .pred p; setp.ne.b32 p, %" #O2 ", 0;\n"                                               \
                    "wgmma.mma_async.sync.aligned.m64n" #WIDTH "k16.f32." NAME "." NAME " {" PACL_N##GROUPS "}, " \
-                   "%" #O0 ", %" #O1 ", p, 1, 1, 0, 0; }\n"                                                    \
-                   : PACL_O##GROUPS                                                                            \
-                   : "l"(a), "l"(b), "r"(accumulate));                                                         \
-    }                                                                                                          \
-    static __device__ __forceinline__ void multiply(                                                           \
-        Accumulators d, const uint32_t (&a)[4], uint64_t b, int accumulate) {                                  \
-      asm volatile("{ .reg .pred p; setp.ne.b32 p, %" #O5 ", 0;\n"                                             \
+                   "%" #O0 ", %" #O1 ", p, 1, 1, 0, 0; }\n"                                                      \
+                   : PACL_O##GROUPS                                                                              \
+                   : "l"(a), "l"(b), "r"(accumulate));                                                           \
+    }                                                                                                            \
+    static __device__ __forceinline__ void multiply(                                                             \
+        Accumulators d, const uint32_t (&a)[4], uint64_t b, int accumulate) {                                    \
+      asm volatile("{ .reg .pred p; setp.ne.b32 p, %" #O5 ", 0;\n"                                               \
                    "wgmma.mma_async.sync.aligned.m64n" #WIDTH "k16.f32." NAME "." NAME " {" PACL_N##GROUPS "}, " \
-                   "{%" #O0 ", %" #O1 ", %" #O2 ", %" #O3 "}, %" #O4 ", p, 1, 1, 0; }\n"                       \
-                   : PACL_O##GROUPS                                                                            \
-                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));                     \
-    }                                                                                                          \
+                   "{%" #O0 ", %" #O1 ", %" #O2 ", %" #O3 "}, %" #O4 ", p, 1, 1, 0; }\n"                         \
+                   : PACL_O##GROUPS                                                                              \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));                       \
+    }                                                                                                            \
   };
+// clang-format on
 
-#define PACL_WGMMA_BOTH(WIDTH, GROUPS, O0, O1, O2, O3, O4, O5)                    \
-  PACL_WGMMA(WIDTH, GROUPS, O0, O1, O2, O3, O4, O5, __nv_bfloat16, "bf16")       \
+#define PACL_WGMMA_BOTH(WIDTH, GROUPS, O0, O1, O2, O3, O4, O5)             \
+  PACL_WGMMA(WIDTH, GROUPS, O0, O1, O2, O3, O4, O5, __nv_bfloat16, "bf16") \
   PACL_WGMMA(WIDTH, GROUPS, O0, O1, O2, O3, O4, O5, __half, "f16")
 
 PACL_WGMMA_BOTH(128, 16, 64, 65, 66, 67, 68, 69)

@@ -1,4 +1,4 @@
-// What the kernels are given, made from a launch: the same on a device and in the emulator of the tests.
+// The kernels' parameters, made from a launch. They are the same on a device and in the tests' emulator.
 
 #pragma once
 
@@ -8,12 +8,12 @@
 
 namespace pacl::cuda {
 
-constexpr float kDeadColumn = -1.0f;  // in `columns`, where a patch has 1 / its norm: none there, or masked
+constexpr float kDeadColumn = -1.0f;  // entry of `columns` for a column whose patch is missing or masked
 
-// The kernel's parameter beside the tensor maps.
+// The kernel's parameter besides the tensor maps.
 struct Work : Arguments, Schedule {};
 
-// `columns` [tiles][width]: 1 / norm of each patch, or kDeadColumn.
+// Parameters for filling `columns` [tiles][width] with 1 / norm of each patch, or kDeadColumn.
 struct Columns {
   const float* inverse_norms;  // [images, patches]
   const uint8_t* mask;         // or null
@@ -23,7 +23,7 @@ struct Columns {
   int patches, width, pitch, images_of_tile, chunks;
 };
 
-// A tensor of 16-bit elements as the copy engine sees it, innermost dimension first; `strides` in bytes, [0] unused.
+// A tensor of 16-bit elements for the copy engine, innermost dimension first. `strides` are in bytes; [0] is unused.
 struct Box {
   const void* base;
   int64_t sizes[3], strides[3];
@@ -60,7 +60,7 @@ inline Box text_box(const Launch& launch) {
           .box = {kStep, kTileTexts, 1}};
 }
 
-// The boxes of patches and texts are of float16; the Gram matrix always is.
+// Returns true if the boxes of patches and texts are float16. The Gram matrix always is.
 inline bool boxes_are_half(const Launch& launch) { return launch.half || reads_attention(launch.epilogue); }
 
 inline Columns columns_of(const Launch& launch, const float* inverse_norms, const uint8_t* mask,
@@ -82,7 +82,7 @@ inline Columns columns_of(const Launch& launch, const float* inverse_norms, cons
 
 inline Work make_work(const Launch& launch) {
   Work work{launch.arguments, launch.plan};
-  // As many neighbours as every block of eight columns is aligned to, whatever image and text it belongs to.
+  // The largest store to which every block of eight columns is aligned, in any image and text.
   auto aligned = [&](int elements) {
     return work.patches % elements == 0 && work.weights_stride % elements == 0 &&
            reinterpret_cast<uintptr_t>(work.weights) % (2 * elements) == 0;

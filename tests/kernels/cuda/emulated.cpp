@@ -1,10 +1,9 @@
-// The Hopper kernels on the host, for tests/kernels/test_cuda_emulated.py: a module with the CUDA side of
+// The Hopper kernels on the host, for tests/kernels/test_cuda_emulated.py. The module has the CUDA side of
 // `pacl_kernels._native`.
 
 #define PACL_EMULATE
-#include "cuda/score.cuh"
-
 #include "cuda/binding.h"
+#include "cuda/score.cuh"
 
 namespace py = pybind11;
 using namespace pacl;
@@ -22,13 +21,13 @@ TensorMap map_of(const Box& box) {
 constexpr bool is_of_one_image(Epilogue e) { return has_second_product(e) || reads_attention(e); }
 
 template <int kWidth, bool kPacked, class T>
-void run_tile(Epilogue epilogue, const TensorMap& patches, const TensorMap& texts,
-              const TensorMap& gram, const Work& work) {
+void run_tile(Epilogue epilogue, const TensorMap& patches, const TensorMap& texts, const TensorMap& gram,
+              const Work& work) {
   switch (epilogue) {
-#define PACL_EPILOGUE(NAME, DTYPE)                                                                    \
-  case Epilogue::NAME:                                                                                \
-    if constexpr (!kPacked || !is_of_one_image(Epilogue::NAME))                                       \
-      return score_kernel<kWidth, kPacked, T, Epilogue::NAME>(patches, texts, gram, work);            \
+#define PACL_EPILOGUE(NAME, DTYPE)                                                         \
+  case Epilogue::NAME:                                                                     \
+    if constexpr (!kPacked || !is_of_one_image(Epilogue::NAME))                            \
+      return score_kernel<kWidth, kPacked, T, Epilogue::NAME>(patches, texts, gram, work); \
     break;
 #include "cuda/epilogues.def"
   }
@@ -40,20 +39,27 @@ void run_widths(const Launch& launch, const TensorMap& patches, const TensorMap&
                 const Work& work) {
   const Plan& plan = launch.plan;
   switch (plan.packed ? -plan.width : plan.width) {
-    case -192: return run_tile<192, true, T>(launch.epilogue, patches, texts, gram, work);
-    case -224: return run_tile<224, true, T>(launch.epilogue, patches, texts, gram, work);
-    case -256: return run_tile<256, true, T>(launch.epilogue, patches, texts, gram, work);
-    case 144: return run_tile<144, false, T>(launch.epilogue, patches, texts, gram, work);
-    case 200: return run_tile<200, false, T>(launch.epilogue, patches, texts, gram, work);
-    case 256: return run_tile<256, false, T>(launch.epilogue, patches, texts, gram, work);
-    default: emulator::fail("width " + std::to_string(plan.width) + " is not compiled into the emulator");
+    case -192:
+      return run_tile<192, true, T>(launch.epilogue, patches, texts, gram, work);
+    case -224:
+      return run_tile<224, true, T>(launch.epilogue, patches, texts, gram, work);
+    case -256:
+      return run_tile<256, true, T>(launch.epilogue, patches, texts, gram, work);
+    case 144:
+      return run_tile<144, false, T>(launch.epilogue, patches, texts, gram, work);
+    case 200:
+      return run_tile<200, false, T>(launch.epilogue, patches, texts, gram, work);
+    case 256:
+      return run_tile<256, false, T>(launch.epilogue, patches, texts, gram, work);
+    default:
+      emulator::fail("width " + std::to_string(plan.width) + " is not compiled into the emulator");
   }
 }
 
-// What a test may set; `stages` 0 and `resident` -1 leave what the plan says.
+// Settings of a test. `stages` 0 and `resident` -1 keep the plan's values.
 struct Settings {
-  int processors;  // of the device: even, and few, so that each cluster gets several items
-  uint64_t seed;   // of the order of threads
+  int processors;  // multiprocessors of the device: even, and few, so that each cluster gets several items
+  uint64_t seed;   // seeds the order of threads
   int stages, resident;
 } settings;
 

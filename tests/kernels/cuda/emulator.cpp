@@ -1,4 +1,4 @@
-#undef _FORTIFY_SOURCE  // its longjmp takes a jump to another stack for an error
+#undef _FORTIFY_SOURCE  // its longjmp reports a jump to another stack as an error
 #include "emulator.h"
 
 #include <setjmp.h>
@@ -12,7 +12,7 @@ namespace {
 
 constexpr size_t kStack = 192 * 1024;
 
-struct Barrier {  // what an mbarrier in shared memory stands for
+struct Barrier {  // the state of an mbarrier in shared memory
   int expected = 0, pending = 0;
   int64_t bytes = 0;
   int phase = 0;
@@ -41,21 +41,21 @@ struct Block {
 
 struct Fiber {
   ucontext_t entry;
-  jmp_buf place;  // where it goes on; swapcontext would be two system calls each time
+  jmp_buf place;  // where the fiber continues; swapcontext would make two system calls each time
   int thread, block;
   bool begun = false, done = false;
   const std::function<bool()>* ready = nullptr;
   const char* waits_for = "";
   std::vector<std::function<void()>> copies;
-  std::vector<std::vector<Product>> groups;  // the last one open
+  std::vector<std::vector<Product>> groups;  // groups of wgmma; the last one is open
 };
 
 struct Machine {
   std::vector<Block> blocks;
   std::vector<Fiber> fibers;
-  std::vector<std::function<void()>> engine;  // the copy engine's queue, in any order
+  std::vector<std::function<void()>> engine;  // the copy engine's queue, run in any order
   std::mt19937_64 random;
-  std::vector<std::unique_ptr<char[]>> stacks;  // of the fibers, kept from cluster to cluster
+  std::vector<std::unique_ptr<char[]>> stacks;  // the fibers' stacks, reused by the next cluster
   jmp_buf scheduler;
   Fiber* current = nullptr;
   Index first_block{};
@@ -104,7 +104,7 @@ void fail(const std::string& what) {
 
 void wait_until(const std::function<bool()>& ready, const char* what) {
   Fiber& self = *machine->current;
-  // Sometimes others first, even where there is nothing to wait for.
+  // Sometimes lets others run first, even if there is nothing to wait for.
   if (ready() && !chance(8)) return;
   self.ready = &ready, self.waits_for = what;
   if (!_setjmp(self.place)) _longjmp(machine->scheduler, 1);
@@ -229,7 +229,7 @@ void wgmma_issue(const Product& product) {
 void wgmma_commit() { machine->current->groups.emplace_back(); }
 
 void wgmma_wait(int in_flight) {
-  auto& groups = machine->current->groups;  // all but the last, which is open, are committed
+  auto& groups = machine->current->groups;  // all are committed but the last, which is open
   while (static_cast<int>(groups.size()) - 1 > in_flight) {
     for (Product& p : groups.front()) p.multiply(p);
     groups.erase(groups.begin());
@@ -257,7 +257,7 @@ void launch(int64_t clusters, int cluster, int threads, uint32_t shared, uint64_
     emulated.cluster = {};
     emulated.blocks = std::vector<Block>(cluster);
     for (Block& b : emulated.blocks) {
-      b.memory.assign(shared + 1024, 0xff);  // NaN: what was never written must not matter
+      b.memory.assign(shared + 1024, 0xff);  // NaN: memory that was never written must not matter
       b.base = b.memory.data() + 1024 - reinterpret_cast<uintptr_t>(b.memory.data()) % 1024;
       b.warps.resize(threads / 32);
     }

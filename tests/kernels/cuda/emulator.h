@@ -1,18 +1,17 @@
-// The names of csrc/cuda/ptx.cuh for the host: the Hopper kernels' own source, run without a GPU.
+// An emulator of csrc/cuda/ptx.cuh for the host, which runs the Hopper kernels' source without a GPU.
 //
-// Each thread of a cluster is a fiber; the order in which they run is drawn at random, and everything asynchronous (the
-// copy engine, cp.async, wgmma) happens as late as the kernel's own waiting allows, or at a random time before. A wait
-// that nothing can end, a barrier that is counted wrongly, a read outside of shared memory end the run with a message.
-// It knows what the instructions do, not what they cost, and nothing of the memory model beyond that.
+// Each thread of a cluster is a fiber, and the order in which fibers run is random. Asynchronous work (the copy engine,
+// cp.async, wgmma) happens as late as the kernel's own waits allow, or at a random earlier time. A deadlock, a barrier
+// that is counted wrongly and a read outside shared memory end the run with a message. The emulator knows what the
+// instructions do, not what they cost, and nothing of the memory model beyond that.
 
 #pragma once
 
+#include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-
-#include <algorithm>
-#include <bit>
 #include <functional>
 #include <memory>
 #include <stdexcept>
@@ -50,17 +49,17 @@ struct Index {
 inline thread_local Index thread_index, block_index, block_size;
 
 [[noreturn]] void fail(const std::string& what);
-// Gives the processor to another fiber until `ready` holds; `what` names the wait in a deadlock's message.
+// Runs other fibers until `ready` holds. `what` names the wait in the message of a deadlock.
 void wait_until(const std::function<bool()>& ready, const char* what);
 
-struct Map {  // a tensor of 16-bit elements, as the copy engine sees it
+struct Map {  // a tensor of 16-bit elements for the copy engine
   const uint8_t* base;
   int64_t sizes[3];    // innermost first
   int64_t strides[3];  // bytes; [0] is 2
   int box[3];
 };
 
-inline thread_local uint8_t* own_shared;  // of the block of the running thread
+inline thread_local uint8_t* own_shared;  // shared memory of the running thread's block
 inline thread_local uint32_t own_shared_bytes;
 inline uint8_t* shared_base() { return own_shared; }
 inline uint32_t shared_bytes() { return own_shared_bytes; }
@@ -70,16 +69,16 @@ void named_barrier(int identity, int threads, bool wait);
 void cluster_barrier();
 unsigned cluster_rank();
 void barrier_init(uint64_t* at, int arrivals);
-void barrier_arrive(uint64_t* at, int block, int arrivals, int64_t bytes);  // block -1: the own one
+void barrier_arrive(uint64_t* at, int block, int arrivals, int64_t bytes);  // block -1: the thread's own block
 void barrier_wait(uint64_t* at, uint32_t parity);
 void load_box(void* to, const Map& map, uint64_t* barrier, const int* corner, uint32_t blocks);
-void later(std::function<void()> action);  // of this thread, until it waits for its copies
+void later(std::function<void()> action);  // runs `action` before this thread's wait for its copies ends
 void finish_copies();
 struct Product {
   void (*multiply)(const Product& self);
   float* d;
   uint64_t a;
-  const uint32_t* a_registers;  // instead
+  const uint32_t* a_registers;  // in place of `a`, or null
   uint64_t b;
   int accumulate;
 };
@@ -127,7 +126,9 @@ inline uint32_t shared_address(const void* at) {
 
 inline void barrier_init(uint64_t* barrier, int arrivals) { emulator::barrier_init(barrier, arrivals); }
 inline void fence_barrier_init() {}
-inline void barrier_arrive_expect(uint64_t* barrier, uint32_t bytes) { emulator::barrier_arrive(barrier, -1, 1, bytes); }
+inline void barrier_arrive_expect(uint64_t* barrier, uint32_t bytes) {
+  emulator::barrier_arrive(barrier, -1, 1, bytes);
+}
 inline void barrier_arrive(uint64_t* barrier) { emulator::barrier_arrive(barrier, -1, 1, 0); }
 inline void barrier_arrive_at(uint64_t* barrier, uint32_t block) { emulator::barrier_arrive(barrier, block, 1, 0); }
 inline void barrier_wait(uint64_t* barrier, uint32_t parity) { emulator::barrier_wait(barrier, parity); }
@@ -157,7 +158,7 @@ void take_registers() {}
 template <int>
 void give_registers() {}
 
-// Aligned: no lane goes on before all lanes of its warp are there.
+// Aligned instructions: no lane goes on before all lanes of its warp have arrived.
 inline void wgmma_fence() { emulator::shuffle(0, 0); }
 inline void wgmma_commit() { emulator::wgmma_commit(); }
 template <int kInFlight>
@@ -166,7 +167,7 @@ void wgmma_wait() {
   emulator::shuffle(0, 0);
 }
 
-// Row `row` of an operand that a descriptor of K-major memory with a 128-byte swizzle names, elements [0, 16).
+// Reads elements [0, 16) of row `row` of the operand at a K-major descriptor with a 128-byte swizzle.
 template <class T>
 void operand_row(uint64_t descriptor, int row, float (&out)[16]) {
   uint32_t start = (descriptor & 0x3fff) << 4, eight_rows = ((descriptor >> 32) & 0x3fff) << 4;
@@ -187,7 +188,7 @@ struct Wgmma {
     issue({compute, d, a, nullptr, b, accumulate});
   }
 
-  // The registers are read when the product is computed: they must not change before.
+  // The registers are read when the product is computed, and must not change before.
   static void multiply(float (&d)[kWidth / 2], const uint32_t (&a)[4], uint64_t b, int accumulate) {
     issue({compute, d, 0, a, b, accumulate});
   }
@@ -198,7 +199,7 @@ struct Wgmma {
     emulator::wgmma_issue(product);
   }
 
-  // Each thread computes its own accumulators: rows `row` and `row + 8`, two neighbours of each eight columns.
+  // Computes this thread's accumulators: rows `row` and `row + 8`, two neighbours of each eight columns.
   static void compute(const emulator::Product& product) {
     int lane = threadIdx.x % 32, row = threadIdx.x % 128 / 32 * 16 + lane / 4;
     float rows[2][16], column[16];
@@ -220,7 +221,8 @@ struct Wgmma {
       }
   }
 
-  // A row of A lies in the registers of four lanes: columns 2 t and 2 t + 1, and eight further, of lane t.
+  // Gathers two rows of A from the registers of four lanes. Lane t has columns 2 t and 2 t + 1, and those eight
+  // further.
   static void gather(const uint32_t* registers, int lane, float (&rows)[2][16]) {
     for (int i = 0; i < 4; ++i)
       for (int distance = 0; distance < 4; ++distance) {
@@ -241,7 +243,7 @@ inline void store_matrices(void* row, const uint32_t (&v)[4]) {
   }
 }
 
-// Rounded before anything is added to it, whatever the compiler fuses.
+// Rounds the product before anything is added to it, even if the compiler fuses.
 inline float __fmul_rn(float a, float b) {
   volatile float product = a * b;
   return product;
