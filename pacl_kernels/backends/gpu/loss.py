@@ -14,7 +14,7 @@ _COLUMN_TILE = dict(ROWS=32, BLOCK=64)
 def loss_forward(
     phi: Tensor, scale: Scalar, bias: Scalar | None, loss: str, value: Tensor, statistics: Tensor | None
 ) -> None:
-    """Write the loss of φ `[B, B]`, and for InfoNCE `statistics` `[4, B]`: maximum and log-sum of rows, then columns."""
+    """Write the loss of φ `[B, B]`, and for InfoNCE `statistics` `[4, B]`, see `contrastive.loss_forward`."""
     b = len(phi)
     with launch.on_device(phi):
         constants = _loss_constants(scale, bias)

@@ -24,8 +24,8 @@ class Config(NamedTuple):
     per_processor: int
 
 
-# "forward" is `compatibility_forward_kernel`, "weights" is `dot_weights_kernel` and `attention_kernel`. "full" means with
-# a mask or the gradient of the temperature; that and a running maximum need more registers.
+# "forward" is `compatibility_forward_kernel`, "weights" is `dot_weights_kernel` and `attention_kernel`. "full" means
+# with a mask or the gradient of the temperature; that and a running maximum need more registers.
 # (kernel, architecture, bytes per element) to configuration; an architecture without an entry takes that of the newest
 # older one. On an H200 "forward" and "weights" of two bytes were the fastest of 21; the others have not been timed.
 # `benchmarks/kernel_report.py`, which needs no GPU, shows for all of them: no spills, tensor core instructions, and
