@@ -140,7 +140,7 @@ class GlobalPaclFunction(torch.autograd.Function):
         else:
             grad_patches, grad_texts = gradients(slice(0, gathered.shape[0]), gathered, phi, state)
             grad_texts = collectives.reduce_scatter(grad_texts, plan) if needs_texts else None
-        if needs_texts:
+        if grad_texts is not None:
             grad_texts = grad_texts[: texts.shape[0]].to(texts.dtype, copy=True)
         if needs_scale or needs_temperature or needs_bias:
             sums = collectives.wait(collectives.all_reduce(sums / plan.world, plan))
