@@ -22,7 +22,7 @@ def cached_step(
     """Run forward and backward of `loss(*encode(batch))`, with activations of only `micro_batch` samples in memory.
 
     The first pass encodes all samples without a graph. The loss of the whole batch then gives the gradients of their
-    embeddings, and a second pass encodes each micro-batch but the last again to propagate these. Gradients are added to
+    embeddings, and a second pass encodes each micro-batch but the last again to propagate them. Gradients are added to
     `.grad`, as by `backward()`, and equal those of one pass over the same micro-batches: torch's random numbers are
     replayed, so dropout agrees. Batch normalisation in training mode normalises by micro-batch and updates its
     statistics by micro-batch.

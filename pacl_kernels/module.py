@@ -100,7 +100,7 @@ class PaclLoss(nn.Module):
         The keyword names are open_clip's; the other arguments, and the errors, are those of `fused_pacl_loss`.
         `output_dict=True` returns `{"contrastive_loss": loss}`.
         """
-        if self.world_size > 1 and isinstance(self.group, str):  # a process group was compared when it was set
+        if self.world_size > 1 and isinstance(self.group, str):  # a process group was compared in __init__
             groups.check_size(self.group, self.rank, self.world_size)
         value = fused_pacl_loss(
             image_features,
