@@ -126,7 +126,7 @@ def keep(ctx: Any, *values: Any) -> None:
 
 def _only_first_has_gradient(ctx: Any, output: tuple[Tensor, ...]) -> None:
     ctx.mark_non_differentiable(*output[1:])
-    if not torch.compiler.is_compiling():  # the compiler neither supports nor needs it
+    if not torch.compiler.is_compiling():  # the compiler neither supports nor needs this
         ctx.set_materialize_grads(False)  # else autograd makes an array of zeros for each other output
 
 

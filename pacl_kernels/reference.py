@@ -98,7 +98,8 @@ def _largest(
     winner = patches[torch.arange(patches.shape[0], device=patches.device)[:, None], first_maximum(scores.detach())]
     phi = torch.einsum("bkd,kd->bk", winner, texts)
     if isinstance(attn_temperature, Tensor):
-        # Never selected; it ties φ to the temperature so that its gradient is 0, not None, for which DDP would wait.
+        # Never selected; it ties φ to the temperature so that its gradient is 0, not None (DDP waits for every
+        # parameter).
         phi = torch.where(torch.zeros_like(phi, dtype=torch.bool), attn_temperature, phi)
     return phi
 

@@ -68,7 +68,7 @@ def global_loss(
         ("logit_scale", logit_scale),
         ("logit_bias", logit_bias),
     ):
-        # The backward's collectives depend on it, so it must agree.
+        # The collectives of the backward depend on `requires_grad`, so all processes must agree on it.
         needed = torch.is_grad_enabled() and isinstance(value, Tensor) and value.requires_grad
         settings[f"{name}.requires_grad"] = Setting(needed, bool)
     plan, headers = make_plan(group, texts, settings)

@@ -198,7 +198,7 @@ class TritonLaunches:
 
     def norm_term(self, block: Block, attention: Tensor, norm_factor: Tensor, norm_term: Tensor) -> None:
         p = self._p
-        # The factors exceed the range of float16, and bfloat16 has three bits fewer than float16 operands.
+        # The factors exceed the range of float16, and bfloat16 would lose the last three bits of float16 operands.
         wide, precision = p.patches.dtype != torch.bfloat16, self._precision
         if p.patches.dtype == torch.float16 and torch.version.hip is None:
             precision = "tf32"
@@ -343,6 +343,6 @@ def _descriptors(patches: Tensor, texts: Tensor, chosen: tiles.Config) -> tuple[
     )
 
 
-# The ignored errors: launches that only `fits_one_tile` asks for are missing.
+# mypy is right that TritonLaunches lacks launches, but these are called only if `fits_one_tile`.
 compatibility_forward = functools.partial(order.compatibility_forward, TritonLaunches)  # type: ignore[arg-type]
 compatibility_backward = functools.partial(order.compatibility_backward, TritonLaunches)  # type: ignore[arg-type]

@@ -26,7 +26,7 @@ def product(
                 p_mask &= offs_d[None, :] < D
             t = tl.load(T + t_offsets[:, None] + (offs_d * stride_td)[None, :], mask=t_mask, other=0.0)
             p = tl.load(P + p_offsets[:, None] + (offs_d * stride_pd)[None, :], mask=p_mask, other=0.0)
-        if INTERPRETED:  # its tl.dot reads the bits of a bfloat16 as an integer
+        if INTERPRETED:  # the interpreter's tl.dot reads the bits of a bfloat16 as an integer
             t, p = t.to(tl.float32), p.to(tl.float32)
         acc = tl.dot(t, p.T, acc, input_precision=PRECISION)
     return acc

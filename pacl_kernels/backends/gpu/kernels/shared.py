@@ -23,7 +23,7 @@ def scalar(X, IS_TENSOR: tl.constexpr):
 @triton.jit
 def fma(x, y, z):
     """Return x y + z, rounded once, in kernels that are compiled without FMA contraction."""
-    if INTERPRETED:  # its tl.fma does not accept plain numbers
+    if INTERPRETED:  # the interpreter's tl.fma does not accept plain numbers
         return x * y + z
     else:
         return tl.fma(x, y, z)
@@ -37,7 +37,7 @@ def _add_pairs(a, b, c, d):
 @triton.jit
 def sum_pair(a, b, AXIS: tl.constexpr):
     """Return both sums in one pass, so that neither operand is ever whole in registers."""
-    if INTERPRETED:  # tl.reduce is a loop over elements there
+    if INTERPRETED:  # the interpreter runs tl.reduce as a loop over elements
         return tl.sum(a, AXIS), tl.sum(b, AXIS)
     else:
         return tl.reduce((a, b), AXIS, _add_pairs)
