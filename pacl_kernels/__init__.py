@@ -1,4 +1,4 @@
-"""Patch Aligned Contrastive Learning, all pairs of a batch, at the cost of its matrix products and almost no memory."""
+"""Exact Patch Aligned Contrastive Learning over all pairs of a batch, at the cost of its matrix products."""
 
 from .autograd import PaclFunction
 from .backends import available_backends

@@ -1,4 +1,4 @@
-"""`python -m pacl_kernels`: which backends can run on this machine, and what is missing for the others."""
+"""`python -m pacl_kernels`: print the backends that can run on this machine, and what the others lack."""
 
 from . import __version__, available_backends
 

@@ -1,31 +1,32 @@
-"""The autograd Functions: they allocate what the operators write, and say what the backward needs.
+"""The autograd Functions: they allocate the operators' outputs and save what the backward needs.
 
-They check nothing (`loss.py` does) and keep no more than three `[B, K]` arrays alive between forward and backward:
-φ, the backend's state, and in the backward ∂L/∂φ.
+They check nothing, because `loss.py` does. At most three `[B, K]` arrays are alive: φ and the backend's state between
+forward and backward, and ∂L/∂φ in the backward.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
 from . import ops
-from .ops import Scalar
+from .checks import Form, Loss, Scalar
 
 
 class Options(NamedTuple):
-    """The choices of a call, as `fused_pacl_loss` describes them; `loss` is None for the compatibility alone."""
+    """Choices of a call, as in `fused_pacl_loss`; `loss` is None for the compatibility alone."""
 
-    form: str
-    loss: str | None
+    form: Form
+    loss: Loss | None
     backend: str
 
 
 class Inputs(NamedTuple):
-    """What φ `[B, K]` depends on: patches `[B, N, D]`, texts `[K, D]`, their mask `[B, N]` and the temperature."""
+    """Inputs of φ `[B, K]`: patches `[B, N, D]`, texts `[K, D]`, patch mask `[B, N]` and temperature."""
 
     patches: Tensor
     texts: Tensor
@@ -34,10 +35,12 @@ class Inputs(NamedTuple):
 
 
 class PerSample(torch.autograd.Function):
-    """A Function that `torch.func.vmap` calls once for each sample: the operators fill buffers and know no batches."""
+    """Function that `torch.func.vmap` calls once per sample, because the operators have no batching rule."""
 
     @classmethod
-    def vmap(cls, info, in_dims, *arguments):
+    def vmap(
+        cls, info: Any, in_dims: tuple[int | None, ...], *arguments: Any
+    ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         calls = [
             cls.apply(*(x.select(d, i) if isinstance(d, int) else x for x, d in zip(arguments, in_dims, strict=True)))
             for i in range(info.batch_size)
@@ -46,99 +49,109 @@ class PerSample(torch.autograd.Function):
         return outputs, tuple(None if output is None else 0 for output in outputs)
 
 
-def first_output(function: type[PerSample], *arguments):
-    """Calls `function` and returns its first output, without those that only its backward needs."""
+def first_output(function: type[PerSample], *arguments: Any) -> Tensor:
+    """Call `function` and return its first output; only its backward needs the others."""
+    output: Tensor
     if torch.compiler.is_compiling():
-        return function.apply(*arguments)[0]
+        output = function.apply(*arguments)[0]
+        return output
     try:
-        return function.apply(*arguments)[0]
+        output = function.apply(*arguments)[0]
+        return output
     except NotImplementedError as error:
         if torch.autograd.forward_ad._current_level < 0:
             raise
-        # PyTorch's own refuses it too, and names nothing. A `jvp` that raises would end torch.compile's fullgraph.
+        # PyTorch refuses it too, but its message names nothing. A `jvp` that raises would break fullgraph=True.
         raise NotImplementedError(
             "a fused function has no derivative in forward mode (jvp, jacfwd, hessian), expected reverse mode (grad, "
             "vjp, jacrev) or backend='reference'"
         ) from error
 
 
+Gradients = tuple[Tensor | None, ...]
+Compute = Callable[..., Gradients]
+
+
 class _Gradients(PerSample):
-    """Runs a backward, ties what it returns to the tensors it depends on, and refuses to be differentiated."""
+    """Backward whose results keep a graph to the tensors that they depend on; differentiating them is an error."""
 
     @staticmethod
-    def forward(compute, grad, *saved):
+    def forward(compute: Compute, grad: Tensor, *saved: Tensor | None) -> Gradients:
         return compute(grad, *saved)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         pass
 
     @staticmethod
-    def backward(ctx, *grads):
+    def backward(ctx: Any, *grads: Tensor | None) -> NoReturn:
         raise RuntimeError(
             "the PACL loss cannot be differentiated twice: only its first derivative is supported, unless "
             "backend='reference'"
         )
 
 
-def first_order(backward):
-    """Like `once_differentiable`, but also refuses a second derivative that depends on saved tensors alone (a penalty).
+def first_order(backward: Callable[[Any, list[Any], Tensor], Gradients]) -> Callable[..., Gradients]:
+    """Decorate a backward like `once_differentiable`, but raise for every second derivative.
 
-    `backward` takes ctx, the values that `keep` saved and the gradient of the first output; the others have none.
+    The original lets through a gradient that depends only on saved tensors (a gradient penalty). `backward` takes ctx,
+    the values that `keep` saved and the gradient of the first output; no other output has a gradient.
     """
 
     @functools.wraps(backward)
-    def wrapper(ctx, grad, *_):
+    def wrapper(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> Gradients:
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
 
-        def compute(grad, *saved):
+        def compute(grad: Tensor, *saved: Tensor | None) -> Gradients:
             return backward(ctx, [ctx.others.get(i, x) for i, x in enumerate(saved)], grad)
 
-        saved = ctx.saved_tensors  # once: a checkpoint gives them out no second time, hooks would copy them again
+        saved = ctx.saved_tensors  # read once: a checkpoint refuses a second read, and hooks would copy again
         transformed = not torch.compiler.is_compiling() and (
             torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
         )
         if transformed:
-            return _Gradients.apply(compute, grad, *saved)
+            return _Gradients.apply(compute, grad, *saved)  # type: ignore[no-any-return]  # `apply` is untyped
         with torch.no_grad():
             return compute(grad, *saved)
 
     return wrapper
 
 
-def keep(ctx, *values) -> None:
-    """Saves tensors, numbers and None for the backward, which `first_order` hands them to."""
+def keep(ctx: Any, *values: Any) -> None:
+    """Save tensors, numbers and None; `first_order` passes them to the backward."""
     ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in values))
     ctx.others = {i: x for i, x in enumerate(values) if not isinstance(x, Tensor)}
 
 
-def _only_first_has_gradient(ctx, output) -> None:
+def _only_first_has_gradient(ctx: Any, output: tuple[Tensor, ...]) -> None:
     ctx.mark_non_differentiable(*output[1:])
-    if not torch.compiler.is_compiling():  # which neither knows it nor needs it
-        ctx.set_materialize_grads(False)  # or each other output would get an array of zeros
+    if not torch.compiler.is_compiling():  # the compiler neither supports nor needs this
+        ctx.set_materialize_grads(False)  # else autograd makes an array of zeros for each other output
 
 
 class CompatibilityFunction(PerSample):
-    """φ `[B, K]` of patches `[B, N, D]` and texts `[K, D]`, float32 (float64 for float64 inputs).
+    """Compatibility φ `[B, K]` of patches `[B, N, D]` and texts `[K, D]`, float32 (float64 for float64 inputs).
 
-    `apply(patches, texts, patch_mask, attn_temperature, options)` returns a tuple, of which φ is the first, because
-    `torch.func` wants what the backward needs to be an output.
+    `apply(patches, texts, patch_mask, attn_temperature, options)` returns a tuple that starts with φ. The other outputs
+    are for the backward: `torch.func` demands that tensors saved for it are inputs or outputs.
     """
 
     @staticmethod
-    def forward(patches, texts, patch_mask, attn_temperature, options):
+    def forward(
+        patches: Tensor, texts: Tensor, patch_mask: Tensor | None, attn_temperature: Scalar, options: Options
+    ) -> tuple[Tensor, Tensor]:
         return compatibility(Inputs(patches, texts, patch_mask, attn_temperature), options)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         *values, ctx.options = inputs
         keep(ctx, *values, *output)
         _only_first_has_gradient(ctx, output)
 
     @staticmethod
     @first_order
-    def backward(ctx, values, grad_phi):
+    def backward(ctx: Any, values: list[Any], grad_phi: Tensor) -> Gradients:
         *values, phi, state = values
         needs = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
         grad_patches, grad_texts, grad_temperature = compatibility_gradients(
@@ -148,14 +161,18 @@ class CompatibilityFunction(PerSample):
 
 
 class PaclFunction(PerSample):
-    """The loss (0-D) of φ; gradients for patches, texts, logit scale, temperature and logit bias.
+    """Loss (0-D) with gradients for patches, texts, logit scale, temperature and logit bias.
 
-    `apply(patches, texts, logit_scale, patch_mask, attn_temperature, logit_bias, options)` returns a tuple, of which
-    the loss is the first, because `torch.func` wants what the backward needs to be an output.
+    `apply(patches, texts, logit_scale, patch_mask, attn_temperature, logit_bias, options)` returns a tuple that starts
+    with the loss. The other outputs are for the backward: `torch.func` demands that tensors saved for it are inputs or
+    outputs.
     """
 
     @staticmethod
-    def forward(patches, texts, logit_scale, patch_mask, attn_temperature, logit_bias, options):
+    def forward(
+        patches: Tensor, texts: Tensor, logit_scale: Scalar, patch_mask: Tensor | None, attn_temperature: Scalar,
+        logit_bias: Scalar | None, options: Options,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
         phi, state = compatibility(Inputs(patches, texts, patch_mask, attn_temperature), options)
         value = phi.new_empty(())
         statistics = phi.new_empty(4, phi.shape[0]) if options.loss == "infonce" else None
@@ -164,7 +181,7 @@ class PaclFunction(PerSample):
         return value, phi, state, *(() if statistics is None else (statistics,))
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         *values, ctx.options = inputs
         _, phi, state, *statistics = output
         keep(ctx, *values, phi, state, *(statistics or (None,)))
@@ -172,7 +189,7 @@ class PaclFunction(PerSample):
 
     @staticmethod
     @first_order
-    def backward(ctx, values, grad_loss):
+    def backward(ctx: Any, values: list[Any], grad_loss: Tensor) -> Gradients:
         patches, texts, logit_scale, patch_mask, attn_temperature, logit_bias, phi, state, statistics = values
         needs_patches, needs_texts, needs_scale, _, needs_temperature, needs_bias, _ = ctx.needs_input_grad
         grad_phi = torch.empty_like(phi)
@@ -190,13 +207,13 @@ class PaclFunction(PerSample):
         return grad_patches, grad_texts, grad_scale, None, grad_temperature, grad_bias, None
 
 
-def like(grad: Tensor | None, scalar: Scalar | None) -> Tensor | None:
-    """A 0-D gradient in the dtype and shape of its scalar."""
+def like(grad: Tensor | None, scalar: Any) -> Tensor | None:
+    """Return a 0-D gradient in the dtype and shape of its scalar, a tensor unless `grad` is None."""
     return None if grad is None else grad.to(scalar.dtype).reshape(scalar.shape)
 
 
 def compatibility(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
-    """φ `[B, K]` and the backend's state `[B, K]`, which its backward reads."""
+    """Return φ `[B, K]` and the backend's state `[B, K]`, which its backward reads."""
     patches, texts, patch_mask, attn_temperature = inputs
     dtype = torch.float64 if patches.dtype == torch.float64 else torch.float32
     phi = patches.new_empty(patches.shape[0], texts.shape[0], dtype=dtype)
@@ -218,7 +235,7 @@ def compatibility_gradients(
     needs_temperature: bool,
     texts_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients from ∂L/∂φ, those that are needed, of patches, texts (in their dtype or `texts_dtype`), temperature."""
+    """Return the needed gradients of patches, texts (in `texts_dtype`, by default their own) and temperature."""
     patches, texts, patch_mask, attn_temperature = inputs
     grad_patches = patches.new_empty(patches.shape) if needs_patches else None
     grad_texts = texts.new_empty(texts.shape, dtype=texts_dtype) if needs_texts else None

@@ -1,9 +1,9 @@
-"""Batches beyond memory: a training step in two passes, with the gradients of one (GradCache, arXiv 2101.06983)."""
+"""Batches beyond memory: a training step in two passes with the gradients of one pass (GradCache, arXiv 2101.06983)."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -19,12 +19,13 @@ def cached_step(
     micro_batch: int,
     modules: Iterable[nn.Module] = (),
 ) -> Tensor:
-    """Forward and backward of `loss(*encode(batch))` with the activations of `micro_batch` samples in memory.
+    """Run forward and backward of `loss(*encode(batch))`, with activations of only `micro_batch` samples in memory.
 
-    All samples are encoded without a graph, the loss of the whole batch gives the gradients of their embeddings, and
-    each micro-batch but the last is encoded once more to pass them on. Gradients are added to `.grad`, as by
-    `backward()`, and are those of one pass over the same micro-batches: torch's random numbers are replayed, so dropout
-    agrees. Batch normalisation in training mode normalises, and updates its statistics, by micro-batch.
+    The first pass encodes all samples without a graph. The loss of the whole batch then gives the gradients of their
+    embeddings, and a second pass encodes each micro-batch but the last again to propagate them. Gradients are added to
+    `.grad`, as by `backward()`, and equal those of one pass over the same micro-batches: torch's random numbers are
+    replayed, so dropout agrees. Batch normalisation in training mode normalises by micro-batch and updates its
+    statistics by micro-batch.
 
     ```python
     def encode(batch):
@@ -36,23 +37,23 @@ def cached_step(
     ```
 
     Args:
-        encode: takes a part of `batch` and returns a tensor, or a tuple of tensors: embeddings with one row for each
+        encode: takes a part of `batch` and returns a tensor or a tuple of tensors: embeddings with one row for each
             sample, or scalars (0-D or one element `[1]`), which must not depend on the samples.
-        batch: a tensor, or tuples, lists and dicts of tensors that all have the samples along their first dimension;
-            whatever is not a tensor is handed to each part as it is.
-        loss: takes the whole batch's outputs of `encode`, one argument each, and returns a scalar. It may communicate
-            (`group=`) and may use parameters of its own, whose gradients it adds as usual.
-        micro_batch: samples encoded at a time, at least 1.
-        modules: those under DistributedDataParallel (without `static_graph`) or `fully_shard` that `encode` calls: they
-            exchange gradients after the last micro-batch only, and not at all where the caller has switched that off
-            (`no_sync`, `set_requires_gradient_sync(False)`). With `fully_shard` every process needs as many
-            micro-batches.
+        batch: a tensor, or tuples, lists and dicts of tensors, all with the samples along their first dimension. Every
+            part gets the values that are not tensors unchanged.
+        loss: takes the outputs of `encode` for the whole batch, one argument each, and returns a scalar. It may
+            communicate (`group=`) and may use parameters of its own; their gradients are added to `.grad` as usual.
+        micro_batch: number of samples to encode at a time, at least 1.
+        modules: the modules under DistributedDataParallel (without `static_graph`) or `fully_shard` that `encode`
+            calls. They exchange gradients only after the last micro-batch, and not at all if the caller has switched
+            the exchange off (`no_sync`, `set_requires_gradient_sync(False)`). With `fully_shard` every process needs
+            the same number of micro-batches.
 
     Returns:
         The loss, detached.
 
     Raises:
-        TypeError, ValueError: naming the argument, what came and what was expected.
+        TypeError, ValueError: for a bad argument; the message names it, what came and what was expected.
     """
     if isinstance(micro_batch, bool) or not isinstance(micro_batch, int):
         raise TypeError(f"micro_batch is a {type(micro_batch).__name__}, expected an int")
@@ -61,13 +62,14 @@ def cached_step(
     parts, sizes = _split(batch, micro_batch)
     modules = tuple(modules)
     _check_modules(modules)
-    random, outputs = [], []
+    random: list[tuple[Tensor, list[Tensor]]] = []
+    outputs: list[list[Tensor]] = []
     with _no_exchange(modules), torch.no_grad():
         for part, size in zip(parts[:-1], sizes, strict=False):
             random.append(_random_state())
-            # An encoder that hands on its input, or turns gradients on itself, has a graph even here.
+            # An encoder that returns its input, or turns gradients on, has a graph even here.
             outputs.append([output.detach() for output in _outputs(encode, part, size)])
-    final = len(parts) == 1  # whether what comes next is the last backward, after which processes exchange gradients
+    final = len(parts) == 1  # the next backward is the last, after which processes exchange gradients
     with contextlib.nullcontext() if final else _no_exchange(modules):
         last = _outputs(encode, parts[-1], sizes[-1])
         after = _random_state()
@@ -83,9 +85,9 @@ def cached_step(
             leaf.grad.split(sizes) if leaf.grad is not None and _has_rows(leaf) else [leaf.grad] * len(parts)
             for leaf in leaves
         ]
-        del leaves  # of which the gradients are left
+        del leaves  # only their gradients are needed
         _pass_on(last, [grad[-1] for grad in grads], scalars=final)
-    del last  # with its graph
+    del last  # and its graph
     for i, (part, state) in enumerate(zip(parts[:-1], random, strict=True)):
         final = i == len(parts) - 2
         with contextlib.nullcontext() if final else _no_exchange(modules):
@@ -96,7 +98,7 @@ def cached_step(
 
 
 def _split(batch: Any, micro_batch: int) -> tuple[list[Any], list[int]]:
-    """Parts of at most `micro_batch` samples, and how many each has."""
+    """Split the batch into parts of at most `micro_batch` samples; return them and the sizes."""
     leaves, structure = tree_flatten(batch)
     counts = {len(x) if x.ndim else 0 for x in leaves if isinstance(x, Tensor)}
     if len(counts) != 1 or counts == {0}:
@@ -106,8 +108,8 @@ def _split(batch: Any, micro_batch: int) -> tuple[list[Any], list[int]]:
     return [tree_unflatten([column[i] for column in columns], structure) for i in range(len(sizes))], sizes
 
 
-def _outputs(encode, part: Any, samples: int) -> tuple[Tensor, ...]:
-    # Autocast remembers weights that it has cast, without a graph from the first pass, or with one that is used up.
+def _outputs(encode: Callable[[Any], Any], part: Any, samples: int) -> tuple[Tensor, ...]:
+    # Autocast caches cast weights: those of the first pass have no graph, those of an earlier backward a freed one.
     torch.clear_autocast_cache()
     outputs = encode(part)
     outputs = outputs if isinstance(outputs, tuple | list) else (outputs,)
@@ -128,20 +130,22 @@ def _has_rows(output: Tensor) -> bool:
 
 
 def _pass_on(outputs: tuple[Tensor, ...], grads: list[Tensor | None], scalars: bool) -> None:
-    """Backward through `encode`. Scalars take part once, in the last backward: DDP waits for every parameter there."""
+    """Propagate gradients through `encode`; scalars join the last backward, where DDP waits for every parameter."""
     pairs = [
         (output, grad)
         for output, grad in zip(outputs, grads, strict=True)
         if output.requires_grad and grad is not None and (scalars or _has_rows(output))
     ]
     if pairs:
-        torch.autograd.backward(*zip(*pairs, strict=True))
+        tensors, gradients = zip(*pairs, strict=True)
+        torch.autograd.backward(tensors, gradients)
 
 
 @contextlib.contextmanager
-def _no_exchange(modules: tuple[nn.Module, ...]):
-    """Gradients of these modules stay in this process; afterwards they are exchanged if they were before."""
+def _no_exchange(modules: tuple[nn.Module, ...]) -> Iterator[None]:
+    """Keep the modules' gradients in this process; restore the previous setting on exit."""
     with contextlib.ExitStack() as stack:
+        module: Any  # the methods are those of DistributedDataParallel and of `fully_shard`
         for module in modules:
             if hasattr(module, "no_sync"):  # DistributedDataParallel
                 stack.enter_context(module.no_sync())
@@ -153,12 +157,13 @@ def _no_exchange(modules: tuple[nn.Module, ...]):
         yield
 
 
-def _sharded_groups(module: nn.Module) -> list:
-    """The groups of parameters under `fully_shard`, which hold whether gradients are exchanged; no method tells it."""
-    states = [part._get_fsdp_state() for part in module.modules() if hasattr(part, "set_requires_gradient_sync")]
-    groups = []
+def _sharded_groups(module: nn.Module) -> list[Any]:
+    """Return the parameter groups under `fully_shard`; only their private flags tell if gradients are exchanged."""
+    parts: Iterable[Any] = module.modules()
+    states = [part._get_fsdp_state() for part in parts if hasattr(part, "set_requires_gradient_sync")]
+    groups: list[Any] = []
     for state in states:
-        # Newer versions of torch have a list, older ones one group or None.
+        # Newer torch has a list, older torch one group or None.
         groups += state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else [state._fsdp_param_group]
     return [group for group in groups if group is not None]
 
@@ -167,11 +172,11 @@ def _check_modules(modules: tuple[nn.Module, ...]) -> None:
     for module in modules:
         name = type(module).__name__
         if not (hasattr(module, "no_sync") or hasattr(module, "set_requires_gradient_sync")):
-            raise TypeError(f"modules has a {name}, expected DistributedDataParallel or fully_shard's modules")
+            raise TypeError(f"modules has a {name}, expected a module under DistributedDataParallel or fully_shard")
         if getattr(module, "static_graph", False):
             raise ValueError(
-                f"modules has a {name} with static_graph=True, expected static_graph=False: of a step's several "
-                "forwards and backwards only the last exchanges gradients"
+                f"modules has a {name} with static_graph=True, expected static_graph=False: a step runs several "
+                "forwards and backwards, and only the last backward exchanges gradients"
             )
 
 

@@ -1,12 +1,12 @@
-"""Checks of arguments that the public functions share, and the choices that they offer.
+"""Argument checks that the public functions share, and the choices that they offer.
 
-Each raises TypeError or ValueError with one sentence that names the argument, what came and what was expected.
+Each check raises TypeError or ValueError with one sentence that names the argument, what came and what was expected.
 """
 
 from __future__ import annotations
 
 from numbers import Real
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -14,6 +14,9 @@ from torch import Tensor
 Form = Literal["dot", "cosine", "max"]
 Loss = Literal["infonce", "sigmoid"]
 Exchange = Literal["auto", "gather", "ring"]
+BackendName = Literal["auto", "cuda", "triton", "cpu", "torch", "reference"]
+
+Scalar = float | Tensor
 
 FORMS: tuple[str, ...] = get_args(Form)
 LOSSES: tuple[str, ...] = get_args(Loss)
@@ -22,7 +25,10 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_pair(patches: Tensor, texts: Tensor, patch_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Checks patches `[B, N, D]`, texts `[K, D]` and their mask; returns the two in autocast's dtype where it is on."""
+    """Check patches `[B, N, D]`, texts `[K, D]` and the mask `[B, N]`.
+
+    Return patches and texts, inside autocast in its dtype.
+    """
     for name, value, layout in (("patches", patches, "[B, N, D]"), ("texts", texts, "[K, D]")):
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} is a {type(value).__name__}, expected a tensor of shape {layout}")
@@ -60,8 +66,8 @@ def check_pair(patches: Tensor, texts: Tensor, patch_mask: Tensor | None) -> tup
     return patches, texts
 
 
-def _layout_hint(patches: Tensor, texts) -> str:
-    """How to make `[B, N, D]` of patches that are laid out otherwise, where the texts' D tells."""
+def _layout_hint(patches: Tensor, texts: Any) -> str:
+    """Say how to bring patches of another layout to `[B, N, D]`; empty where the texts' D does not tell."""
     d = texts.shape[1] if isinstance(texts, Tensor) and texts.ndim == 2 else None
     sizes = list(patches.shape)
     if len(sizes) == 3 and sizes[1] == d:
@@ -74,12 +80,12 @@ def _layout_hint(patches: Tensor, texts) -> str:
 
 
 def autocasts(device: str) -> bool:
-    """True where autocast is on. PyTorch refuses the question for "meta", which has none."""
+    """Return True inside autocast. "meta" has no autocast, and PyTorch raises an error when asked about it."""
     return device != "meta" and torch.is_autocast_enabled(device)
 
 
 def check_not_empty(patches: Tensor, dimensions: str) -> None:
-    """Raises ValueError if one of the dimensions named, some of "BND", is 0."""
+    """Raise ValueError if one of the named dimensions, a subset of "BND", is 0."""
     for name in dimensions:
         if patches.shape["BND".index(name)] == 0:
             raise ValueError(f"patches has shape {list(patches.shape)}, expected [B, N, D] with {name} of at least 1")
@@ -91,13 +97,15 @@ def check_dense(name: str, value: Tensor) -> None:
         raise TypeError(f"{name} is a {kind} tensor, expected a dense one")
 
 
-def check_scalar(name: str, value, like: Tensor, like_name: str = "patches", positive: bool = False) -> float | Tensor:
-    """A tensor of one element as it is, a number as a float that the dtype computed in can hold.
+def check_scalar(name: str, value: Any, like: Tensor, like_name: str = "patches", positive: bool = False) -> Scalar:
+    """Return a tensor of one element unchanged, and a number as a float.
 
-    That dtype is float32, or float64 where `like` is. Positive numbers are its normal ones: 1 / value is then finite.
+    The number must be finite in the dtype of the computation: float64 if `like` is float64, else float32. `positive`
+    also excludes subnormal numbers, so that 1 / value is finite.
     """
     if isinstance(value, Tensor):
-        if hasattr(value, "full_tensor"):  # a parameter under FSDP; the gradient is the same on every rank, as it asks
+        # A parameter under FSDP. `full_tensor` requires the same gradient on every rank, which the loss provides.
+        if hasattr(value, "full_tensor"):
             value = value.full_tensor()
         if not value.dtype.is_floating_point:
             raise TypeError(f"{name} is a {value.dtype} tensor, expected a floating-point one")
@@ -105,13 +113,14 @@ def check_scalar(name: str, value, like: Tensor, like_name: str = "patches", pos
             raise ValueError(f"{name} has shape {list(value.shape)}, expected one element")
         if value.device != like.device:
             raise ValueError(f"{name} is on {value.device}, expected {like.device} like {like_name}")
-        return value
+        return value  # type: ignore[no-any-return]  # `full_tensor` is untyped
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} is a {type(value).__name__}, expected a number or a tensor of one element")
     wide = torch.float64 if like.dtype == torch.float64 else torch.float32
     limits = torch.finfo(wide)
     smallest, kind = (limits.tiny, "finite number above 0") if positive else (-limits.max, "finite number")
-    if not smallest <= value <= limits.max:  # NaN fails it too
+    number: Any = value  # the type stubs give Real no order
+    if not smallest <= number <= limits.max:  # False for NaN
         dtype = str(wide).removeprefix("torch.")
         raise ValueError(
             f"{name} is {_shown(value)}, expected a {kind} that {dtype} holds ({smallest:.2g} to {limits.max:.2g})"
@@ -120,7 +129,7 @@ def check_scalar(name: str, value, like: Tensor, like_name: str = "patches", pos
 
 
 def _shown(value: Real) -> str:
-    """A number in a sentence: an integer may have more digits than anybody reads, or Python prints."""
+    """Return a number as text; integers beyond float64 have more digits than Python prints."""
     try:
         float(value)
     except OverflowError:
@@ -128,6 +137,6 @@ def _shown(value: Real) -> str:
     return str(value)
 
 
-def check_choice(name: str, value, choices: tuple[str, ...]) -> None:
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(repr, choices))}")

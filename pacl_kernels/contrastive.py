@@ -1,34 +1,35 @@
 """The losses over logits `[B, K]` and their gradients, in plain PyTorch.
 
 `loss_forward` and `loss_backward` take all pairs of one process; every backend without kernels for the loss uses them.
-The parts below them take a block of columns at a time, for the batch of many processes. There the pairs may lie
-anywhere: row i belongs to column `pairs + i`. Rows are complete in one process; columns may go on in others, so their
-sums are handed out before they are finished (`Sums`).
+The functions below them take one block of columns at a time, for the batch of many processes. In such a block row i
+pairs with column `pairs + i`. Each row is complete in one process, but a column may continue in others, so column sums
+are returned before their logarithm is taken (`Sums`).
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-Scalar = float | Tensor
+from .checks import Scalar
 
 
 def loss_forward(
     phi: Tensor, scale: Scalar, bias: Scalar | None, loss: str, value: Tensor, statistics: Tensor | None
 ) -> None:
-    """Writes the loss (0-D) of φ `[B, B]`, and for InfoNCE `statistics` `[4, B]`.
+    """Write the loss (0-D) of φ `[B, B]`, and for InfoNCE `statistics` `[4, B]`.
 
-    Those are maximum and log-sum of the rows, then of the columns.
+    The statistics are maximum and log-sum of the rows, then maximum and log-sum of the columns.
     """
     logits = logits_of(phi, scale, bias)
     if loss == "sigmoid":
         value.copy_(sigmoid(logits, 0) / logits.shape[0])
         return
     rows, columns = (sums(logits, dim).finish() for dim in (1, 0))
+    assert statistics is not None  # the caller allocates them for InfoNCE
     value.copy_(infonce(logits.diagonal(), rows, columns))
     for line, into in zip((*rows, *columns), statistics, strict=True):
         into.copy_(line)
@@ -45,11 +46,12 @@ def loss_backward(
     grad_scale: Tensor | None,
     grad_bias: Tensor | None,
 ) -> None:
-    """Writes ∂L/∂φ `[B, B]` and, where a buffer is given, the gradients (0-D) of logit scale and bias."""
+    """Write ∂L/∂φ `[B, B]` and, where a buffer is given, the gradients (0-D) of logit scale and bias."""
     logits = logits_of(phi, scale, bias, out=grad_phi)
     if loss == "sigmoid":
         grad = sigmoid_gradient(logits, 0).div_(logits.shape[0])
     else:
+        assert statistics is not None
         rows, columns = LogSumExp(*statistics[:2]), LogSumExp(*statistics[2:])
         grad = infonce_gradient(logits, rows, columns, 0).div_(2 * logits.shape[0])
     grad.mul_(grad_loss)
@@ -60,26 +62,34 @@ def loss_backward(
     grad.mul_(scale)
 
 
+@overload
+def scalar(value: Scalar, dtype: torch.dtype) -> Scalar: ...
+
+
+@overload
+def scalar(value: Scalar | None, dtype: torch.dtype) -> Scalar | None: ...
+
+
 def scalar(value: Scalar | None, dtype: torch.dtype) -> Scalar | None:
-    """A number or None as it is; a tensor of one element 0-D in `dtype`, so that it adds no dimension to a product."""
+    """Return a number or None unchanged, and a tensor of one element as 0-D in `dtype`, so that it adds no axis."""
     return value.to(dtype).reshape(()) if isinstance(value, Tensor) else value
 
 
 def logits_of(phi: Tensor, scale: Scalar, bias: Scalar | None, out: Tensor | None = None) -> Tensor:
-    """`scale * phi + bias`; scalars as `scalar` makes them."""
+    """Return `scale * phi + bias`; scalars must be those that `scalar` returns."""
     logits = torch.mul(phi, scale, out=out)
     return logits if bias is None else logits.add_(bias)
 
 
 class LogSumExp(NamedTuple):
-    """`largest + log`, kept apart: their sum would round away a saturated loss (log 1e-6 beside a maximum of 100)."""
+    """Log-sum-exp as two terms, `largest + log`: in their sum a maximum of 100 would round away a log of 1e-6."""
 
     largest: Tensor
     log: Tensor
 
 
 class Sums(NamedTuple):
-    """`Σ exp(z) = total exp(largest)`, which can still be added to."""
+    """Unfinished log-sum-exp, `Σ exp(z) = total * exp(largest)`; `merge` adds two of them."""
 
     largest: Tensor
     total: Tensor
@@ -89,7 +99,7 @@ class Sums(NamedTuple):
 
 
 def sums(logits: Tensor, dim: int) -> Sums:
-    """Of exp(logits) along `dim`; a line of nothing but -inf has the total 0."""
+    """Sum exp(logits) along `dim`; the total is 0 where all logits are -inf."""
     largest = logits.amax(dim)
     finite = largest.masked_fill(largest == float("-inf"), 0.0)
     return Sums(finite, (logits - finite.unsqueeze(dim)).exp_().sum(dim))
@@ -101,7 +111,7 @@ def merge(a: Sums, b: Sums) -> Sums:
 
 
 def infonce(pair: Tensor, rows: LogSumExp, columns: LogSumExp) -> Tensor:
-    """Mean of row and column cross-entropy, of the pairs' logits `[B]` and the log-sums of their rows and columns."""
+    """Return the mean of row and column cross-entropy from the pairs' logits `[B]` and their log-sum-exps."""
     return (cross_entropy(pair, rows).mean() + cross_entropy(pair, columns).mean()) / 2
 
 
@@ -110,7 +120,7 @@ def cross_entropy(pair: Tensor, lines: LogSumExp) -> Tensor:
 
 
 def infonce_gradient(logits: Tensor, rows: LogSumExp, columns: LogSumExp, pairs: int | None) -> Tensor:
-    """2 B times the gradient, in place of `logits`, a block of columns; `pairs` is None if it holds no pair."""
+    """Overwrite `logits`, a block of columns, with 2 B times the gradient; `pairs` is None if the block has no pair."""
     by_column = (logits - columns.largest).sub_(columns.log).exp_()
     grad = logits.sub_(rows.largest[:, None]).sub_(rows.log[:, None]).exp_().add_(by_column)
     if pairs is not None:
@@ -119,14 +129,14 @@ def infonce_gradient(logits: Tensor, rows: LogSumExp, columns: LogSumExp, pairs:
 
 
 def sigmoid(logits: Tensor, pairs: int | None) -> Tensor:
-    """B times the sigmoid loss of a block of columns, in place of `logits`."""
+    """Return B times the sigmoid loss of a block of columns; overwrites `logits`."""
     if pairs is not None:
         logits.diagonal(pairs).neg_()
     return F.softplus(logits).sum()
 
 
 def sigmoid_gradient(logits: Tensor, pairs: int | None) -> Tensor:
-    """B times the gradient, in place of `logits`."""
+    """Overwrite `logits` with B times the gradient of the sigmoid loss."""
     if pairs is not None:
         logits.diagonal(pairs).neg_()
     grad = logits.sigmoid_()

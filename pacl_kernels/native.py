@@ -1,8 +1,9 @@
-"""Finds and loads the native module `pacl_kernels._native`, or says why there is none.
+"""Find and load the native module `pacl_kernels._native`, or say why there is none.
 
-It lies beside this file in an installation, and in a clone after `pip install -e .`. A plain `pip install .` leaves
-none in the clone, and Python started there imports this package from the clone all the same. Then the installed module
-is loaded if it was built from the same sources. Any other would run other code than the clone holds, and is an error.
+An installation has it next to this file, and so does a clone after `pip install -e .`. A plain `pip install .` leaves
+no module in the clone, but Python started in the clone imports this package from there. The installed module is then
+loaded if it was built from the same sources as the clone. Any other module would run other code than the clone
+holds, so it is an error.
 """
 
 from __future__ import annotations
@@ -22,20 +23,20 @@ _PACKAGE = Path(__file__).resolve().parent
 
 
 def native() -> ModuleType | None:
-    """The native module, or None where there is none.
+    """Return the native module, or None where there is none.
 
-    Raises ImportError if the only ones there are belong to another version of this package, or to other sources.
+    Raises ImportError if all that are found belong to another version of this package or to other sources.
     """
     return _load()[0]
 
 
 def why_not() -> str | None:
-    """None if there is a native module, otherwise the reason why not."""
+    """Return None if there is a native module, otherwise the reason why not."""
     return _load()[1]
 
 
 def fingerprint(root: Path) -> str | None:
-    """SHA-256 of all that the native module is built from, or None if `root` does not hold the sources."""
+    """Return the SHA-256 of the sources of the native module, or None if `root` does not hold them."""
     if not (root / "csrc" / "binding.cpp").is_file() or not (root / "CMakeLists.txt").is_file():
         return None
     digest = hashlib.sha256()
@@ -47,13 +48,14 @@ def fingerprint(root: Path) -> str | None:
 
 
 def stamp(version: str, sources: str) -> str:
-    """The text that the build writes into the module, so that it can be told from others before it is loaded."""
+    """Return the text that the build writes into the module, to identify it before it is loaded."""
     return f"pacl_kernels version {version} from {sources}"
 
 
 @functools.cache
 def _load() -> tuple[ModuleType | None, str | None]:
-    refusals, errors = [], []
+    refusals: list[str] = []
+    errors: list[str] = []
     for folder in _folders():
         spec = importlib.machinery.PathFinder.find_spec("_native", [str(folder)])
         if spec is None or spec.origin is None:
@@ -74,23 +76,23 @@ def _load() -> tuple[ModuleType | None, str | None]:
 
 
 def _folders() -> Iterator[Path]:
-    """Where the module may be: beside this file and, if this is no installation but a clone, in the installations."""
+    """Yield the folders that may hold the module: this one and, for a clone, those of the installations."""
     yield _PACKAGE
     if any(_PACKAGE.parent.glob("pacl_kernels-*.dist-info")):
         return
     folders = []
-    lent = importlib.util.find_spec(_NAME)  # an editable installation of another clone answers here
+    lent = importlib.util.find_spec(_NAME)  # finds an editable installation of another clone
     if lent is not None and lent.origin is not None:
         folders.append(Path(lent.origin).parent)
-    from importlib.metadata import distributions  # slow to import, and mostly not needed
+    from importlib.metadata import distributions  # slow to import and rarely needed
 
-    folders += [Path(found.locate_file("pacl_kernels")) for found in distributions(name="pacl-kernels")]
+    folders += [Path(str(found.locate_file("pacl_kernels"))) for found in distributions(name="pacl-kernels")]
     yield from (folder for folder in map(Path.resolve, folders) if folder != _PACKAGE)
 
 
 def _refusal(path: Path) -> str | None:
-    """None if the module at `path` belongs to this package, otherwise a sentence that says to what it belongs."""
-    from .version import __version__  # here, because setup.py runs this file by itself
+    """Return None if the module at `path` belongs to this package, otherwise a sentence that says why not."""
+    from .version import __version__  # not at the top: setup.py runs this file without its package
 
     beside, sources = path.parent == _PACKAGE, fingerprint(_PACKAGE.parent)
     if beside and sources is None:
@@ -111,6 +113,7 @@ def _refusal(path: Path) -> str | None:
 
 def _import(path: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(_NAME, path)
+    assert spec is not None and spec.loader is not None  # the file exists
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     sys.modules[_NAME] = module

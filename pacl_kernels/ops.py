@@ -1,33 +1,38 @@
-"""The kernels as `torch.library` operators, so that `torch.compile` takes the functions whole.
+"""The kernels as `torch.library` operators, so that `torch.compile` captures the loss in one graph.
 
-They write into buffers that the caller allocated and return nothing: the fake implementations then have nothing to say.
-They carry no autograd formula; the Functions of `autograd.py` differentiate. A scalar of the public functions is two
-arguments of an operator, which `pair` makes of it: its tensor of one element or None, and its value.
+They write into buffers that the caller allocated and return nothing, so the fake implementations are empty. They carry
+no autograd formula: the Functions of `autograd.py` differentiate. Each scalar of the public functions is two arguments
+of an operator, a tensor of one element or None, and a number or None; `pair` makes them.
 """
 
 from __future__ import annotations
 
 import contextlib
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
 
 from . import backends
-from .checks import autocasts
-from .contrastive import Scalar, scalar
+from .checks import Scalar, autocasts
+from .contrastive import scalar
 
-OptionalTensor = Optional[Tensor]  # noqa: UP045  (torch.library knows no `Tensor | None` before torch 2.8)
+OptionalTensor = Optional[Tensor]  # noqa: UP045  (torch.library accepts `Tensor | None` only from torch 2.8 on)
 OptionalFloat = Optional[float]  # noqa: UP045
 
 
 def pair(value: Scalar | None) -> tuple[Tensor | None, float | None]:
-    """A scalar as operators take it: its tensor and None, or None and its value (None for None)."""
+    """Return a scalar as two arguments of an operator: (tensor, None) or (None, number); (None, None) for None."""
     return (value, None) if isinstance(value, Tensor) else (None, value)
 
 
-def _without_autocast(device: torch.device):
-    """Autocast of the caller's region must not cast a backend's own products once more."""
+def _join(tensor: Tensor | None, value: float | None, dtype: torch.dtype) -> Any:
+    """Return the `Scalar` (None for None) that `pair` split; a tensor becomes 0-D in `dtype`."""
+    return scalar(value if tensor is None else tensor, dtype)
+
+
+def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Switch autocast off, so that it does not cast the operands of a backend's own products."""
     return torch.autocast(device.type, enabled=False) if autocasts(device.type) else contextlib.nullcontext()
 
 
@@ -43,20 +48,20 @@ def compatibility_forward(
     phi: Tensor,
     state: Tensor,
 ) -> None:
-    """Writes compatibility φ `[B, K]` and `state` `[B, K]`, which the same backend's backward reads.
+    """Write compatibility φ `[B, K]` and `state` `[B, K]`, which the backward of the same backend reads.
 
     `patches` `[B, N, D]`, `texts` `[K, D]`, `patch_mask` bool `[B, N]`. The state is the log-sum-exp over patches of
-    s / τ or another number from which the backend makes the attention again. For form "max" it is the index n of the
-    winning patch (exact in float32 for N < 2**24), -1 for an image without a patch.
+    s / τ, or another number from which the backend can recompute the attention. For form "max" it is the index n of
+    the winning patch (exact in float32 for N < 2**24), -1 for an image without a patch.
     """
     if phi.numel():
-        tau = scalar(temperature_value if temperature is None else temperature, phi.dtype)
+        tau = _join(temperature, temperature_value, phi.dtype)
         with _without_autocast(patches.device):
             backends.get(backend).compatibility_forward(patches, texts, patch_mask, tau, form, phi, state)
 
 
 @compatibility_forward.register_fake
-def _(patches, texts, patch_mask, temperature, temperature_value, form, backend, phi, state):
+def _(*arguments: Any) -> None:
     return None
 
 
@@ -78,16 +83,16 @@ def compatibility_backward(
     grad_texts: OptionalTensor,
     grad_temperature: OptionalTensor,
 ) -> None:
-    """Writes gradients from ∂L/∂φ `[B, K]` into those buffers that are given: like patches, like texts, and 0-D.
+    """Write gradients from ∂L/∂φ `[B, K]` into the buffers that are not None: like patches, like texts, and 0-D.
 
-    The texts' gradient may be float32 whatever their dtype.
+    The buffer of the texts' gradient may be float32 for texts of any dtype.
     """
     if not phi.numel():
         for grad in (grad_patches, grad_texts, grad_temperature):
             if grad is not None:
                 grad.zero_()
         return
-    tau = scalar(temperature_value if temperature is None else temperature, phi.dtype)
+    tau = _join(temperature, temperature_value, phi.dtype)
     with _without_autocast(patches.device):
         backends.get(backend).compatibility_backward(
             *(patches, texts, patch_mask, tau, form, phi, state),
@@ -96,7 +101,7 @@ def compatibility_backward(
 
 
 @compatibility_backward.register_fake
-def _(patches, texts, patch_mask, temperature, temperature_value, form, backend, phi, state, grad_phi, *grads):
+def _(*arguments: Any) -> None:
     return None
 
 
@@ -112,17 +117,14 @@ def loss_forward(
     value: Tensor,
     statistics: OptionalTensor,
 ) -> None:
-    """Writes the loss (0-D) of φ `[B, B]`, and for InfoNCE what its backward needs, `[4, B]`."""
-    scale, bias = (
-        scalar(scale_value if scale is None else scale, phi.dtype),
-        scalar(bias_value if bias is None else bias, phi.dtype),
-    )
+    """Write the loss (0-D) of φ `[B, B]`, and for InfoNCE the statistics `[4, B]` that its backward needs."""
+    scalars = _join(scale, scale_value, phi.dtype), _join(bias, bias_value, phi.dtype)
     with _without_autocast(phi.device):
-        backends.get(backend).loss_forward(phi, scale, bias, loss, value, statistics)
+        backends.get(backend).loss_forward(phi, *scalars, loss, value, statistics)
 
 
 @loss_forward.register_fake
-def _(phi, scale, scale_value, bias, bias_value, loss, backend, value, statistics):
+def _(*arguments: Any) -> None:
     return None
 
 
@@ -141,21 +143,16 @@ def loss_backward(
     grad_scale: OptionalTensor,
     grad_bias: OptionalTensor,
 ) -> None:
-    """Writes ∂L/∂φ `[B, B]` and, where buffers are given, the gradients of logit scale and bias (0-D)."""
-    scale, bias = (
-        scalar(scale_value if scale is None else scale, phi.dtype),
-        scalar(bias_value if bias is None else bias, phi.dtype),
-    )
+    """Write ∂L/∂φ `[B, B]` and, where buffers are given, the gradients of logit scale and bias (0-D)."""
+    scalars = _join(scale, scale_value, phi.dtype), _join(bias, bias_value, phi.dtype)
     with _without_autocast(phi.device):
-        backends.get(backend).loss_backward(
-            phi, scale, bias, loss, statistics, grad_loss, grad_phi, grad_scale, grad_bias
-        )
+        backends.get(backend).loss_backward(phi, *scalars, loss, statistics, grad_loss, grad_phi, grad_scale, grad_bias)
         if grad_bias is not None and loss == "infonce":
-            grad_bias.mul_(0.0)  # the loss does not depend on it: the sum is rounding, or NaN
+            grad_bias.mul_(0.0)  # the loss does not depend on the bias: the sum is rounding error or NaN
 
 
 @loss_backward.register_fake
-def _(phi, scale, scale_value, bias, bias_value, loss, backend, statistics, grad_loss, grad_phi, *grads):
+def _(*arguments: Any) -> None:
     return None
 
 
@@ -170,7 +167,7 @@ def upsample_argmax(
     best: OptionalTensor,
     entropy: OptionalTensor,
 ) -> None:
-    """Writes labels (int16) of `[B, C, h, w]`, and best score and entropy where buffers are given, `[B, H, W]` each."""
+    """Write labels (int16) of scores `[B, C, h, w]`, and best scores and entropies if given; `[B, H, W]` each."""
     if not labels.numel():
         return
     wide = torch.float64 if scores.dtype == torch.float64 else torch.float32
@@ -178,19 +175,21 @@ def upsample_argmax(
         _positions(source, size, align_corners, scores.device, wide)
         for source, size in zip(scores.shape[2:], labels.shape[1:], strict=True)
     )
-    scale = scalar(scale_value if scale is None else scale, wide)
-    backends.get(backend).upsample_argmax(scores, rows, columns, scale, labels, best, entropy)
+    factor = _join(scale, scale_value, wide)
+    backends.get(backend).upsample_argmax(scores, rows, columns, factor, labels, best, entropy)
 
 
 @upsample_argmax.register_fake
-def _(scores, align_corners, scale, scale_value, backend, labels, best, entropy):
+def _(*arguments: Any) -> None:
     return None
 
 
-def _positions(source: int, size: int, align_corners: bool, device, dtype) -> tuple[Tensor, Tensor]:
-    """For each of `size` pixels the element of `source` before it (int32) and how far it is to the next one, in [0, 1).
+def _positions(
+    source: int, size: int, align_corners: bool, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Return, for each of `size` pixels, the element before it (int32) and the fraction to the next one, in [0, 1).
 
-    In integers, so exact: a float32 coordinate would be off by 1e-5 in the middle of a large picture.
+    Integer arithmetic is exact; a float32 coordinate would be off by 1e-5 in the middle of a large picture.
     """
     pixels = torch.arange(size, device=device)
     if align_corners:

@@ -1,6 +1,6 @@
-"""The formula in plain PyTorch: the specification that every backend is tested against.
+"""The formula in plain PyTorch: the specification for the tests of every backend.
 
-It builds the `[B, K, N]` tensor, works in the dtype of its inputs on any device, and lets autograd differentiate it.
+It builds the `[B, K, N]` tensor, computes in the dtype of its inputs on any device, and is differentiated by autograd.
 Equation numbers are those of Mukhoti et al., CVPR 2023 (arXiv 2212.04994).
 """
 
@@ -12,30 +12,31 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .checks import Scalar
 from .constants import LARGEST_SCORE, MIN_NORM, MIN_POOLED_NORM
 
 
 def unit(x: Tensor) -> Tensor:
-    """`x / ‖x‖` along the last dimension, 0 (and gradient 0) where the norm is below `MIN_NORM`."""
+    """Return `x / ‖x‖` along the last dimension, 0 (with gradient 0) where the norm is below `MIN_NORM`."""
     factor = range_factor(torch.linalg.vector_norm(x.detach(), float("inf"), dim=-1, keepdim=True))
     x = x * factor
     squared = (x * x).sum(-1, keepdim=True)
-    short = squared.sqrt() / factor < MIN_NORM  # NaN compares false, so it passes through
+    short = squared.sqrt() / factor < MIN_NORM  # False for NaN, which therefore propagates
     return torch.where(short, 0.0, x * torch.where(short, 1.0, squared).rsqrt())
 
 
 def range_factor(largest: Tensor) -> Tensor:
-    """A power of two that brings a row whose largest element is `largest` to where squares neither overflow nor vanish.
+    """Return powers of two that scale rows with largest elements `largest` so that squares neither overflow nor vanish.
 
-    1 for a row that is not finite. 1 / norm is that of the scaled row times the factor.
+    The factor of a row that is not finite is 1. The inverse norm of a row is that of the scaled row times the factor.
     """
-    highest = math.frexp(torch.finfo(largest.dtype).max)[1] - 2  # beyond it the factor would lose precision
+    highest = math.frexp(torch.finfo(largest.dtype).max)[1] - 2  # a larger exponent would make the factor subnormal
     _, exponent = torch.frexp(torch.where(largest.isfinite(), largest, 1.0))
     return torch.ldexp(torch.ones_like(largest), -exponent.clamp(-min(64, highest), highest))
 
 
 def first_maximum(scores: Tensor) -> Tensor:
-    """Index of the first maximum along the last dimension, of the first NaN where there is one."""
+    """Return the index of the first maximum along the last dimension, or of the first NaN where there is one."""
     largest = (scores == scores.amax(-1, keepdim=True)) | scores.isnan()
     places = torch.arange(scores.shape[-1], device=scores.device)
     return torch.where(largest, places, scores.shape[-1]).amin(-1)
@@ -49,10 +50,10 @@ def compatibility(
     attn_temperature: float | Tensor = 1.0,
     form: str = "dot",
 ) -> Tensor:
-    """φ `[B, K]` of patches `[B, N, D]` and texts `[K, D]` (eq. 2 to 4), `patch_mask` `[B, N]` True at real patches.
+    """Return φ `[B, K]` of patches `[B, N, D]` and texts `[K, D]` (eq. 2 to 4); `patch_mask` `[B, N]`: real patches.
 
-    `form="max"`, φ = max s, is the limit of both other forms for τ → 0: the first maximum on ties, which alone has a
-    gradient; NaN if any real patch has s = NaN.
+    `form="max"`, φ = max s, is the limit of both other forms for τ → 0. The first maximum wins a tie and alone has a
+    gradient. φ is NaN if any real patch has s = NaN.
     """
     attn_temperature = _scalar(attn_temperature)
     some = None if patch_mask is None else patch_mask.any(-1, keepdim=True)  # an image without a patch has φ = 0
@@ -61,13 +62,15 @@ def compatibility(
     patches, texts = unit(patches), unit(texts)
     scores = torch.einsum("bnd,kd->bkn", patches, texts)
     if some is not None:
-        scores = scores.masked_fill(~some[..., None], 0.0)  # 0 × NaN, where a text is not finite
+        scores = scores.masked_fill(~some[..., None], 0.0)  # removes 0 × NaN of texts that are not finite
     phi = _form(form, patches, texts, scores, patch_mask, attn_temperature)
     return phi if some is None else phi.masked_fill(~some, 0.0)
 
 
-def _form(form: str, patches, texts, scores, patch_mask, attn_temperature) -> Tensor:
-    """φ `[B, K]` of unit patches and texts; not defined for an image without a patch."""
+def _form(
+    form: str, patches: Tensor, texts: Tensor, scores: Tensor, patch_mask: Tensor | None, attn_temperature: Scalar
+) -> Tensor:
+    """Return φ `[B, K]` of unit patches and texts; the rows of images without a patch are undefined."""
     if form == "max":
         return _largest(patches, texts, scores, patch_mask, attn_temperature)
     attention = scores / attn_temperature
@@ -75,36 +78,39 @@ def _form(form: str, patches, texts, scores, patch_mask, attn_temperature) -> Te
         attention = attention.softmax(-1)
     else:
         valid = patch_mask[:, None]
-        # An image without a patch would give softmax(-inf, ..) = NaN: let it attend anywhere.
+        # An image without a patch attends to all: softmax(-inf, ..) would be NaN.
         attention = attention.masked_fill(~valid & valid.any(-1, keepdim=True), float("-inf")).softmax(-1)
         attention = attention.masked_fill(~valid, 0.0)
     if form == "dot":
         return (attention * scores).sum(-1)
     pooled = torch.einsum("bkn,bnd->bkd", attention, patches)
     squared = (pooled * pooled).sum(-1)
-    norm = squared.clamp_min(MIN_POOLED_NORM**2).sqrt()
+    norm: Tensor = squared.clamp_min(MIN_POOLED_NORM**2).sqrt()
     return torch.einsum("bkd,kd->bk", pooled, texts) / norm
 
 
-def _largest(patches, texts, scores, patch_mask: Tensor | None, attn_temperature: float | Tensor) -> Tensor:
+def _largest(
+    patches: Tensor, texts: Tensor, scores: Tensor, patch_mask: Tensor | None, attn_temperature: Scalar
+) -> Tensor:
     if patch_mask is not None:
         scores = scores.masked_fill(~patch_mask[:, None], float("-inf"))
-    # The winner's score once more, from its own row: no other patch then has a gradient, not even 0 × NaN.
+    # Recompute the winner's score from its own row: then no other patch has a gradient, not even 0 × NaN.
     winner = patches[torch.arange(patches.shape[0], device=patches.device)[:, None], first_maximum(scores.detach())]
     phi = torch.einsum("bkd,kd->bk", winner, texts)
     if isinstance(attn_temperature, Tensor):
-        # Selected nowhere: a learnable temperature has gradient 0 and not None, which DDP would wait for.
+        # Never selected; it ties φ to the temperature so that its gradient is 0, not None (DDP waits for every
+        # parameter).
         phi = torch.where(torch.zeros_like(phi, dtype=torch.bool), attn_temperature, phi)
     return phi
 
 
-def _scalar(value: float | Tensor) -> float | Tensor:
-    """A tensor 0-D: dimensions of its own would be added to those of what it multiplies."""
+def _scalar(value: Scalar) -> Scalar:
+    """Return a tensor as 0-D, because its own axes would be added to a product; return a number unchanged."""
     return value.reshape(()) if isinstance(value, Tensor) else value
 
 
 def contrastive_loss(logits: Tensor, loss: str = "infonce") -> Tensor:
-    """Symmetric InfoNCE, or SigLIP's sigmoid loss divided by B, of logits `[B, B]` with the pairs on the diagonal."""
+    """Return symmetric InfoNCE, or SigLIP's sigmoid loss over B, of logits `[B, B]` with pairs on the diagonal."""
     if loss == "infonce":
         target = torch.arange(logits.shape[0], device=logits.device)
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
@@ -123,7 +129,7 @@ def pacl_loss(
     loss: str = "infonce",
     logit_bias: float | Tensor | None = None,
 ) -> Tensor:
-    """The loss (0-D) that `pacl_kernels.fused_pacl_loss` computes, with the same arguments."""
+    """Return the loss (0-D) that `pacl_kernels.fused_pacl_loss` computes; the arguments are the same."""
     phi = compatibility(patches, texts, patch_mask=patch_mask, attn_temperature=attn_temperature, form=form)
     logits = _scalar(logit_scale) * phi
     if logit_bias is not None:
@@ -134,9 +140,9 @@ def pacl_loss(
 def upsample_argmax(
     scores: Tensor, size: tuple[int, int], align_corners: bool, logit_scale: float | Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Best score, label (int16) and entropy of the classes' softmax, `[B, H, W]` each, of scores `[B, C, h, w]`."""
+    """Return best scores, labels (int16) and softmax entropies of scores `[B, C, h, w]`, each `[B, H, W]`."""
     wide = torch.float64 if scores.dtype == torch.float64 else torch.float32
-    # An infinite score would be NaN where its weight is 0.
+    # An infinite score times a weight of 0 would be NaN.
     x = scores.to(wide).clamp(-LARGEST_SCORE, LARGEST_SCORE)
     x = F.interpolate(x, size, mode="bilinear", align_corners=align_corners)
     best, labels = x.max(1)

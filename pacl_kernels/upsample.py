@@ -1,8 +1,9 @@
-"""`upsample_argmax`: the best class of each pixel from coarse class scores, without the enlarged scores."""
+"""`upsample_argmax`: best class of each pixel from coarse class scores, without the upsampled scores."""
 
 from __future__ import annotations
 
 from numbers import Integral
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -10,9 +11,49 @@ from torch import Tensor
 from . import ops, reference
 from .autograd import PerSample
 from .backends import resolve
-from .checks import DTYPES, check_dense, check_scalar
+from .checks import DTYPES, BackendName, Scalar, check_dense, check_scalar
 
 MAX_CLASSES = 2**15  # labels are int16
+
+
+@overload
+def upsample_argmax(
+    scores: Tensor, size: tuple[int, int], *, align_corners: bool = False,
+    return_best: Literal[False] = False, return_entropy: Literal[False] = False,
+    logit_scale: float | Tensor = 1.0, backend: BackendName = "auto",
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def upsample_argmax(
+    scores: Tensor, size: tuple[int, int], *, align_corners: bool = False,
+    return_best: Literal[True], return_entropy: Literal[False] = False,
+    logit_scale: float | Tensor = 1.0, backend: BackendName = "auto",
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
+@overload
+def upsample_argmax(
+    scores: Tensor, size: tuple[int, int], *, align_corners: bool = False,
+    return_best: Literal[False] = False, return_entropy: Literal[True],
+    logit_scale: float | Tensor = 1.0, backend: BackendName = "auto",
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
+@overload
+def upsample_argmax(
+    scores: Tensor, size: tuple[int, int], *, align_corners: bool = False,
+    return_best: Literal[True], return_entropy: Literal[True],
+    logit_scale: float | Tensor = 1.0, backend: BackendName = "auto",
+) -> tuple[Tensor, Tensor, Tensor]: ...  # fmt: skip
+
+
+@overload
+def upsample_argmax(
+    scores: Tensor, size: tuple[int, int], *, align_corners: bool = False,
+    return_best: bool = False, return_entropy: bool = False,
+    logit_scale: float | Tensor = 1.0, backend: BackendName = "auto",
+) -> Tensor | tuple[Tensor, ...]: ...  # fmt: skip
 
 
 def upsample_argmax(
@@ -23,9 +64,9 @@ def upsample_argmax(
     return_best: bool = False,
     return_entropy: bool = False,
     logit_scale: float | Tensor = 1.0,
-    backend: str = "auto",
+    backend: BackendName = "auto",
 ) -> Tensor | tuple[Tensor, ...]:
-    """The best class of each pixel, without the `[B, C, H, W]` tensor. Equals, up to rounding,
+    """Return the best class of each pixel, without the `[B, C, H, W]` tensor. Equals, up to rounding,
 
     ```python
     x = F.interpolate(scores.float(), size, mode="bilinear", align_corners=align_corners)
@@ -35,42 +76,45 @@ def upsample_argmax(
 
     Args:
         scores: `[B, C, h, w]`, C at most 32,768; float32, bfloat16, float16 (both widened to float32) or float64, any
-            strides. What is beyond ±2¹²⁰ counts as that: -inf excludes a class.
+            strides. Scores are clamped to ±2¹²⁰, so -inf excludes a class.
         size: H and W, larger or smaller than h and w.
         align_corners: as in `F.interpolate`.
-        return_best: also the best class's score.
-        return_entropy: also the entropy, in nats, of the classes' softmax.
-        logit_scale: factor of the scores in that softmax, above 0: a number from 1.2e-38 to 3.4e38, the normal ones of
-            float32 (for float64 scores of float64), or a tensor of one element, whose value is not checked.
+        return_best: also return the score of the best class.
+        return_entropy: also return the entropy of the softmax over classes, in nats.
+        logit_scale: factor of the scores in that softmax, above 0: a number from 1.2e-38 to 3.4e38, the range of normal
+            float32 numbers (of float64 for float64 scores), or a tensor of one element, whose value is not checked.
         backend: `"auto"`, or one of `available_backends()`; the environment variable PACL_BACKEND replaces `"auto"`.
 
     Returns:
-        labels, int16 `[B, H, W]`, alone or in a tuple with what was asked for, in that order, float32 (float64 for
-        float64 scores) `[B, H, W]`. The first of equal classes wins. The first NaN wins, as in `torch.argmax`, at
-        pixels where it has a weight above 0; best score and entropy are then NaN. No gradients. `torch.func.vmap`
-        computes one sample after the other.
+        The labels, int16 `[B, H, W]`; or the tuple of labels, best scores and entropies, without those that were not
+        requested. Best scores and entropies are float32 (float64 for float64 scores) `[B, H, W]`. The first of equal
+        classes wins. As in `torch.argmax`, the first NaN wins at pixels where it has a weight above 0; best score and
+        entropy are then NaN. No result has a gradient. `torch.func.vmap` computes one sample after the other.
 
     Raises:
-        TypeError, ValueError: naming the argument, what came and what was expected.
+        TypeError, ValueError: for a bad argument; the message names it, what came and what was expected.
     """
     h, w = _check(scores, size)
     logit_scale = check_scalar("logit_scale", logit_scale, scores, "scores", positive=True)
-    backend = resolve(backend, scores.device, scores.dtype)
+    name = resolve(backend, scores.device, scores.dtype)
     scores = scores.detach()
-    if backend == "reference":
+    if name == "reference":
         best, labels, entropy = reference.upsample_argmax(scores, (h, w), align_corners, logit_scale)
         return _answer(labels, best if return_best else None, entropy if return_entropy else None)
     scale = logit_scale.detach() if isinstance(logit_scale, Tensor) else logit_scale
-    return _answer(*_Upsample.apply(scores, h, w, align_corners, scale, return_best, return_entropy, backend))
+    return _answer(*_Upsample.apply(scores, h, w, align_corners, scale, return_best, return_entropy, name))
 
 
 class _Upsample(PerSample):
-    """Labels, best score and entropy, the latter two None where they are not asked for; none has a gradient."""
+    """Labels, best scores and entropies; the latter two are None unless requested, and none has a gradient."""
 
     @staticmethod
-    def forward(scores, h, w, align_corners, logit_scale, return_best, return_entropy, backend):
+    def forward(
+        scores: Tensor, h: int, w: int, align_corners: bool, logit_scale: Scalar, return_best: bool,
+        return_entropy: bool, backend: str,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
         wide = torch.float64 if scores.dtype == torch.float64 else torch.float32
-        # Not len(scores), which torch.export would take for a constant.
+        # Not len(scores): torch.export would make it a constant.
         labels = scores.new_empty(scores.shape[0], h, w, dtype=torch.int16)
         best = scores.new_empty(labels.shape, dtype=wide) if return_best else None
         entropy = scores.new_empty(labels.shape, dtype=wide) if return_entropy else None
@@ -78,16 +122,16 @@ class _Upsample(PerSample):
         return labels, best, entropy
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
         ctx.mark_non_differentiable(*(x for x in output if x is not None))
 
 
-def _answer(labels, best, entropy):
+def _answer(labels: Tensor, best: Tensor | None, entropy: Tensor | None) -> Tensor | tuple[Tensor, ...]:
     asked = tuple(x for x in (labels, best, entropy) if x is not None)
     return asked if len(asked) > 1 else labels
 
 
-def _check(scores, size) -> tuple[int, int]:
+def _check(scores: Any, size: Any) -> tuple[int, int]:
     if not isinstance(scores, Tensor):
         raise TypeError(f"scores is a {type(scores).__name__}, expected a tensor of shape [B, C, h, w]")
     check_dense("scores", scores)
@@ -102,4 +146,4 @@ def _check(scores, size) -> tuple[int, int]:
         raise TypeError(f"size is {size!r}, expected two integers (H, W)")
     if min(size) < 1:
         raise ValueError(f"size is {tuple(size)}, expected H and W of at least 1")
-    return size
+    return size  # type: ignore[no-any-return]  # checked above

@@ -1,78 +1,79 @@
-"""Which implementation of the fused functions runs, and what an implementation consists of (`Backend`)."""
+"""The backends: the interface of one (`Backend`), and the choice of the one that runs."""
 
 from __future__ import annotations
 
 import os
 import warnings
-from typing import Protocol
+from typing import Protocol, get_args
 
 import torch
 from torch import Tensor
 
-from ..contrastive import Scalar
+from ..checks import BackendName, Scalar
 from . import blockwise, cpu
 from .gpu import hopper, triton
 
 
 class Backend(Protocol):
-    """The functions of a backend, a module or an object; they write into the buffers that they are given.
+    """Functions of a backend, a module or an object; they write into buffers that the caller allocated.
 
     All tensors are on one device. `patches` `[B, N, D]` and `texts` `[K, D]` have one dtype and any strides,
     `patch_mask` is bool `[B, N]` or None. φ, the state and ∂L/∂φ are contiguous `[B, K]`, float32 (float64 for float64
     inputs); the loss and the gradients of scalars are 0-D and of the same dtype. A scalar is a number or a 0-D tensor
-    of that dtype. A gradient whose buffer is None is not computed.
+    of that dtype. Gradients whose buffer is None are not computed.
     """
 
     def why_not(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> str | None:
-        """None if it can run; otherwise one sentence that says what is missing and how to get it."""
+        """Return None if the backend can run, otherwise one sentence that says what is missing and how to get it."""
 
     def compatibility_forward(
         self, patches: Tensor, texts: Tensor, patch_mask: Tensor | None, temperature: Scalar, form: str,
         phi: Tensor, state: Tensor,
     ) -> None:  # fmt: skip
-        """Writes φ, and the state that the backward needs besides."""
+        """Write φ, and the state that the backward also needs."""
 
     def compatibility_backward(
         self, patches: Tensor, texts: Tensor, patch_mask: Tensor | None, temperature: Scalar, form: str,
         phi: Tensor, state: Tensor, grad_phi: Tensor,
         grad_patches: Tensor | None, grad_texts: Tensor | None, grad_temperature: Tensor | None,
     ) -> None:  # fmt: skip
-        """Writes the gradients from ∂L/∂φ: `[B, N, D]`, `[K, D]` (float32 or the texts' dtype) and 0-D."""
+        """Write the gradients from ∂L/∂φ: `[B, N, D]`, `[K, D]` (float32 or the texts' dtype) and 0-D."""
 
     def loss_forward(
         self, phi: Tensor, scale: Scalar, bias: Scalar | None, loss: str, value: Tensor, statistics: Tensor | None
     ) -> None:
-        """Writes the loss (0-D) of φ `[B, B]`, and for InfoNCE the statistics `[4, B]` that its backward needs."""
+        """Write the loss (0-D) of φ `[B, B]`, and for InfoNCE the statistics `[4, B]` that its backward needs."""
 
     def loss_backward(
         self, phi: Tensor, scale: Scalar, bias: Scalar | None, loss: str, statistics: Tensor | None, grad_loss: Tensor,
         grad_phi: Tensor, grad_scale: Tensor | None, grad_bias: Tensor | None,
     ) -> None:  # fmt: skip
-        """Writes ∂L/∂φ and the gradients of logit scale and bias."""
+        """Write ∂L/∂φ and the gradients of logit scale and bias."""
 
     def upsample_argmax(
         self, scores: Tensor, rows: tuple[Tensor, Tensor], columns: tuple[Tensor, Tensor], scale: Scalar,
         labels: Tensor, best: Tensor | None, entropy: Tensor | None,
     ) -> None:  # fmt: skip
-        """Writes labels int16 `[B, H, W]`, best scores and entropies of scores `[B, C, h, w]`.
+        """Write labels int16 `[B, H, W]`, best scores and entropies of scores `[B, C, h, w]`.
 
-        `rows` and `columns`: for each output row (column) the index before it and its fraction, see `ops._positions`.
+        `rows` and `columns`: for each output row (column) the source index before it and the fraction, see
+        `ops._positions`.
         """
 
 
 _BACKENDS: dict[str, Backend] = {"cuda": hopper, "triton": triton, "cpu": cpu, "torch": blockwise}
-NAMES = ("auto", *_BACKENDS, "reference")
+NAMES: tuple[str, ...] = get_args(BackendName)
 
 
 def available_backends() -> dict[str, str | None]:
-    """Backend name to None if it can run on this machine, otherwise to the reason why not."""
+    """Map each backend's name to None if it can run on this machine, otherwise to the reason why not."""
     return {name: backend.why_not() for name, backend in _BACKENDS.items()} | {"reference": None}
 
 
 def resolve(backend: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The name of the backend to run: `backend` itself, or for `"auto"` what `PACL_BACKEND` says or the best there is.
+    """Return the backend to run: `backend` itself, or for `"auto"` that of `PACL_BACKEND`, or the fastest that can run.
 
-    Raises ValueError if the one asked for is unknown or cannot run on this device and dtype.
+    Raises ValueError if the requested backend is unknown or cannot run on this device and dtype.
     """
     if backend == "auto":
         backend = os.environ.get("PACL_BACKEND", "auto")
@@ -88,9 +89,9 @@ def resolve(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     return backend
 
 
-# What torch.compiler.assume_constant_result sets: decided while tracing, warning included. The decorator itself would
-# import the compiler, 1.7 s, into every program that imports this package.
-resolve._dynamo_marked_constant = True
+# The compiler evaluates `resolve` while it traces, warning included. This is what torch.compiler.assume_constant_result
+# sets; the decorator itself would import the compiler, 1.7 s, into every program that imports this package.
+resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def get(name: str) -> Backend:
@@ -99,9 +100,9 @@ def get(name: str) -> Backend:
 
 def _best(device: torch.device, dtype: torch.dtype) -> str:
     if dtype == torch.float64:
-        return "torch"  # the only one that keeps 53 bits
+        return "torch"  # the only backend with 53 bits
     if device.type == "meta":
-        return "torch"  # nothing runs: there are shapes only
+        return "torch"  # nothing runs: meta tensors have shapes only
     if device.type == "cuda" and hopper.why_not(device, dtype) is None:
         return "cuda"
     best = "cpu" if device.type == "cpu" else "triton"

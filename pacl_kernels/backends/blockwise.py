@@ -1,6 +1,6 @@
-"""The fused functions in plain PyTorch, over blocks of images and texts: any device, any dtype, fixed workspace.
+"""Backend `torch`: plain PyTorch over blocks of images and texts, for any device and dtype, in a fixed workspace.
 
-Low-precision inputs are widened to float32 a block at a time: a product that is rounded to bfloat16 spoils s / τ.
+16-bit inputs are widened to float32 a block at a time, because rounding s to bfloat16 would spoil s / τ.
 """
 
 from __future__ import annotations
@@ -8,11 +8,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..contrastive import loss_backward, loss_forward  # noqa: F401  (part of a backend, see `Backend`)
-from ..reference import LARGEST_SCORE, MIN_NORM, MIN_POOLED_NORM, range_factor
+from ..checks import Scalar
+from ..constants import LARGEST_SCORE, MIN_NORM, MIN_POOLED_NORM
+from ..contrastive import loss_backward as loss_backward  # part of a `Backend`
+from ..contrastive import loss_forward as loss_forward
+from ..reference import range_factor
 
-# Elements of one block of scores; about five such blocks are alive at a time. A GPU needs larger ones: with those of a
-# CPU it spends its time on launches.
+# Elements of one block of scores; about five such blocks are alive at a time. A GPU needs larger blocks, else it spends
+# its time on launches.
 _BLOCK, _GPU_BLOCK = 2**21, 2**24
 
 
@@ -20,10 +23,13 @@ def why_not(device: torch.device | None = None, dtype: torch.dtype | None = None
     return None
 
 
-def compatibility_forward(patches, texts, patch_mask, temperature, form, phi, state) -> None:
-    """Write φ `[B, K]`. The backward makes the softmax again and does not read `state`, which is filled with 0.
+def compatibility_forward(
+    patches: Tensor, texts: Tensor, patch_mask: Tensor | None, temperature: Scalar, form: str,
+    phi: Tensor, state: Tensor,
+) -> None:  # fmt: skip
+    """Write φ `[B, K]`, and 0 to `state`: the backward recomputes the softmax and does not read it.
 
-    For the form "max", which ignores τ, `state` takes the index of the winning patch (-1 for an image without a patch).
+    For form "max", `state` is the index of the winning patch (-1 for an image without a patch).
     """
     state.zero_()
     for images, text_blocks in _blocks(patches, texts):
@@ -31,7 +37,7 @@ def compatibility_forward(patches, texts, patch_mask, temperature, form, phi, st
         copy_of = _first_copies(p, patch_mask, images) if form == "max" else None
         for columns in text_blocks:
             t, *_ = _unit(texts[columns], phi.dtype)
-            if form == "max":
+            if copy_of is not None:
                 phi[images, columns], state[images, columns] = _largest(p, t, patch_mask, images, copy_of)
                 continue
             s, a, largest = _attend(p, t, patch_mask, images, temperature)
@@ -41,27 +47,29 @@ def compatibility_forward(patches, texts, patch_mask, temperature, form, phi, st
                 u, _, r = _pool(p, t, a)
                 phi[images, columns] = u / r
     if patch_mask is not None:
-        phi.masked_fill_(_without_patch(patch_mask), 0.0)  # 0 x NaN, where a text is not finite
+        phi.masked_fill_(_without_patch(patch_mask), 0.0)  # removes 0 x NaN of texts that are not finite
 
 
 def compatibility_backward(
-    patches, texts, patch_mask, temperature, form, phi, state, grad_phi, grad_patches, grad_texts, grad_temperature
-) -> None:
-    """Write the gradients whose buffers are given: `[B, N, D]`, `[K, D]` and `[]` (0 for the form "max")."""
+    patches: Tensor, texts: Tensor, patch_mask: Tensor | None, temperature: Scalar, form: str,
+    phi: Tensor, state: Tensor, grad_phi: Tensor,
+    grad_patches: Tensor | None, grad_texts: Tensor | None, grad_temperature: Tensor | None,
+) -> None:  # fmt: skip
+    """Write the gradients whose buffers are not None: `[B, N, D]`, `[K, D]` and 0-D (0 for form "max")."""
     texts_sum = None if grad_texts is None else texts.new_zeros(texts.shape, dtype=phi.dtype)
     temperature_sum = phi.new_zeros(())
     if patch_mask is not None:
         grad_phi = grad_phi.masked_fill(_without_patch(patch_mask), 0.0)
     for images, text_blocks in _blocks(patches, texts):
-        p, *inverse = _unit(_masked(patches, patch_mask, images), phi.dtype)
+        p, inverse, factor = _unit(_masked(patches, patch_mask, images), phi.dtype)
         patches_sum = None if grad_patches is None else p.new_zeros(p.shape)
         for columns in text_blocks:
             t, *_ = _unit(texts[columns], phi.dtype)
             if form == "max":
                 _add_largest(p, t, state[images, columns], grad_phi[images, columns], patches_sum, texts_sum, columns)
                 continue
-            # The attention and its mean are made again, not taken from φ and state: their rounding, divided by τ, would
-            # not cancel against that of s.
+            # Recompute the attention and its mean: the rounding of a stored φ, divided by τ, would not cancel against
+            # that of s.
             s, a, largest = _attend(p, t, patch_mask, images, temperature)
             g = grad_phi[images, columns]
             if form == "dot":
@@ -69,56 +77,60 @@ def compatibility_backward(
                 centred = s - u[:, None]
             else:
                 u, pooled, r = _pool(p, t, a)
-                # At its floor r is a constant: then the derivative is that of u / r alone.
+                # At its floor r is a constant, and only u has a derivative.
                 moves = r > MIN_POOLED_NORM
-                # One product with the difference, not the difference of two: it is small where φ is near 1.
+                # One product with the difference, not the difference of two products, which would cancel for φ near 1.
                 direction = t - torch.where(moves, u / r.square(), 0.0)[..., None] * pooled
                 centred = p @ direction.mT - torch.where(moves, 0.0, u)[:, None]
-                # Its mean is 0 but for rounding, which τ magnifies where all s are nearly equal.
+                # The mean is 0 except for rounding, which 1 / τ magnifies where all s are nearly equal.
                 centred -= (a * centred).sum(1, keepdim=True)
                 u = u - largest[:, 0]
                 g = g / r
-                if grad_patches is not None:
+                if patches_sum is not None:
                     patches_sum += (a * g[:, None]) @ direction
                 if texts_sum is not None:
                     texts_sum[columns] += (g[..., None] * pooled).sum(0)
             if grad_temperature is not None:
-                # Σ (s - u) centred a, and not Σ s dS - Σ φ g, whose two terms are nearly equal.
+                # Σ (s - u) centred a, not Σ s dS - Σ φ g: those two terms are nearly equal.
                 temperature_sum -= (((s - u[:, None]) * centred * a).sum(1) * g).sum()
-            ds = centred.mul_(a).div_(temperature)  # in this order: an attention of 0 stays 0 whatever τ
+            ds = centred.mul_(a).div_(temperature)  # in this order, an attention of 0 stays 0 for every τ
             if form == "dot":
                 ds.add_(a)
             ds.mul_(g[:, None])
-            if grad_patches is not None:
+            if patches_sum is not None:
                 patches_sum += ds @ t
             if texts_sum is not None:
                 texts_sum[columns] += ds.flatten(0, 1).T @ p.flatten(0, 1)
-        if grad_patches is not None:
-            _project_out(patches_sum, p, *inverse, into=grad_patches[images])
+        if grad_patches is not None and patches_sum is not None:
+            _project_out(patches_sum, p, inverse, factor, into=grad_patches[images])
     # An attention of 0 may have been multiplied by NaN.
     nothing = None if patch_mask is None else ~patch_mask.any()
     if grad_patches is not None and patch_mask is not None:
         grad_patches.masked_fill_(~patch_mask[..., None], 0.0)
-    if grad_texts is not None:
+    if grad_texts is not None and texts_sum is not None:
         if nothing is not None:
             texts_sum.masked_fill_(nothing, 0.0)
         for rows in _split(len(texts), _block(texts) // max(1, texts.shape[1])):
-            t, *inverse = _unit(texts[rows], phi.dtype)
-            _project_out(texts_sum[rows], t, *inverse, into=grad_texts[rows])
+            t, inverse, factor = _unit(texts[rows], phi.dtype)
+            _project_out(texts_sum[rows], t, inverse, factor, into=grad_texts[rows])
     if grad_temperature is not None:
         grad_temperature.copy_(temperature_sum if form == "max" else temperature_sum / temperature / temperature)
         if nothing is not None:
             grad_temperature.masked_fill_(nothing, 0.0)
 
 
-def upsample_argmax(scores, rows, columns, scale, labels, best, entropy) -> None:
-    """Write labels and, where their buffers are given, best scores and entropies, over bands of rows.
+def upsample_argmax(
+    scores: Tensor, rows: tuple[Tensor, Tensor], columns: tuple[Tensor, Tensor], scale: Scalar,
+    labels: Tensor, best: Tensor | None, entropy: Tensor | None,
+) -> None:  # fmt: skip
+    """Write labels and, where the buffers are not None, best scores and entropies, one band of rows at a time.
 
-    `rows` and `columns`: for each output row (column) the index before it and its weight, see `ops._positions`.
+    `rows` and `columns`: for each output row (column) the source index before it and the fraction, see
+    `ops._positions`.
     """
     (classes, height, width), (size_h, size_w) = scores.shape[1:], labels.shape[1:]
     left, weight = columns[0].long(), columns[1]
-    right = (left + (weight > 0)).clamp_max(width - 1)  # a pixel on an element reads only that, the next may be NaN
+    right = (left + (weight > 0)).clamp_max(width - 1)  # a pixel on an element reads only that: the next may be NaN
     step = max(1, _block(labels) // (classes * size_w))
     for image in range(len(scores)):
         for first in range(0, size_h, step):
@@ -149,9 +161,11 @@ def _split(size: int, step: int) -> list[slice]:
     return [slice(start, min(start + step, size)) for start in range(0, size, step)]
 
 
-def _blocks(patches: Tensor, texts: Tensor):
-    """Slices of images, each with its slices of texts, such that patches, scores and pooled patches have at most
-    `_block` elements (or one image and one text)."""
+def _blocks(patches: Tensor, texts: Tensor) -> list[tuple[slice, list[slice]]]:
+    """Return slices of images, each with its slices of texts.
+
+    Patches, scores and pooled patches of a block have at most `_block` elements each, or are of one image and one text.
+    """
     (b, n, d), k, block = patches.shape, len(texts), _block(patches)
     columns = _split(k, block // max(n, d))
     widest = max(n * d, max(n, d) * min(k, block // max(n, d)))
@@ -164,14 +178,14 @@ def _masked(patches: Tensor, patch_mask: Tensor | None, images: slice) -> Tensor
 
 
 def _without_patch(patch_mask: Tensor) -> Tensor:
-    """True `[B, 1]` at images whose patches are all masked."""
+    """Return bool `[B, 1]`, True at images whose patches are all masked."""
     return ~patch_mask.any(1, keepdim=True)
 
 
 def _unit(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows divided by their norm, and two factors whose product is 1 / norm; 0 for a row without a direction.
+    """Return rows divided by their norm, and two factors whose product is 1 / norm; 0 for a row without a direction.
 
-    Two, because the inverse of a norm near the largest number is too small for full precision.
+    There are two factors because the inverse of a norm near the largest number is subnormal.
     """
     x = x.to(dtype)
     factor = range_factor(torch.linalg.vector_norm(x, float("inf"), dim=-1, keepdim=True))
@@ -181,15 +195,15 @@ def _unit(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     return x.mul_(inverse), inverse, factor
 
 
-def _attend(p: Tensor, t: Tensor, patch_mask: Tensor | None, images: slice, temperature) -> tuple[Tensor, ...]:
-    """s less its largest `[I, N, K]`, its softmax a over patches (0 where masked), and the largest s `[I, 1, K]`.
+def _attend(p: Tensor, t: Tensor, patch_mask: Tensor | None, images: slice, temperature: Scalar) -> tuple[Tensor, ...]:
+    """Return s minus its maximum `[I, N, K]`, its softmax over patches (0 where masked), and that maximum `[I, 1, K]`.
 
-    Relative to the largest, because τ divides the rounding of s.
+    The maximum is subtracted first because τ divides the rounding error of s.
     """
     s = p @ t.T
     masked = s if patch_mask is None else s.masked_fill(~patch_mask[images, :, None], float("-inf"))
     largest = masked.amax(1, keepdim=True)
-    largest.masked_fill_(largest == float("-inf"), 0.0)  # an image without a patch: every e below is 0
+    largest.masked_fill_(largest == float("-inf"), 0.0)  # for an image without a patch, where every e below is 0
     e = (masked - largest).div_(temperature).exp_()
     total = e.sum(1, keepdim=True)
     total.masked_fill_(total == 0.0, 1.0)
@@ -197,7 +211,7 @@ def _attend(p: Tensor, t: Tensor, patch_mask: Tensor | None, images: slice, temp
 
 
 def _largest(p: Tensor, t: Tensor, patch_mask: Tensor | None, images: slice, copy_of: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest s of each pair and the first index that has it, -1 for an image without a patch."""
+    """Return the largest s of each pair and its first index, -1 for an image without a patch."""
     s = p @ t.T
     if patch_mask is not None:
         s.masked_fill_(~patch_mask[images, :, None], float("-inf"))
@@ -207,15 +221,15 @@ def _largest(p: Tensor, t: Tensor, patch_mask: Tensor | None, images: slice, cop
 
 
 def _first_copies(p: Tensor, patch_mask: Tensor | None, images: slice) -> Tensor:
-    """For each patch the first one of its image that equals it, `[I, N]`.
+    """Return for each patch the index `[I, N]` of the first patch of its image that equals it.
 
-    A matrix product may add in another order for another row, so copies differ in their last bits.
+    The scores of copies may differ in their last bits, because a matrix product may add in another order for each row.
     """
     bits = (p + 0.0).view(torch.int32 if p.dtype == torch.float32 else torch.int64)  # -0.0 counts as 0.0
-    # Scrambled numbers, made on the device, which a random generator's would have to be copied to.
+    # Hash weights computed on the device: numbers of a random generator would have to be copied to it.
     weights = torch.arange(1, p.shape[2] + 1, device=p.device) * -0x61C8864680B583EB
     weights = (weights ^ (weights >> 29)) * -0x40A7B892E31B1A47
-    key = (bits * weights).sum(-1)  # of copies the same: integers have no rounding
+    key = (bits * weights).sum(-1)  # the same for copies, because integers do not round
     if patch_mask is not None:
         key.masked_fill_(~patch_mask[images], 1)
     places = torch.arange(p.shape[1], device=p.device).expand_as(key)
@@ -224,12 +238,14 @@ def _first_copies(p: Tensor, patch_mask: Tensor | None, images: slice) -> Tensor
     starts[:, 1:] = key[:, 1:] != key[:, :-1]
     first = order.gather(1, torch.where(starts, places, 0).cummax(1).values)
     first = torch.empty_like(order).scatter_(1, order, first)
-    same = (p.gather(1, first[..., None].expand_as(p)) == p).all(-1)  # one key does not prove it
+    same = (p.gather(1, first[..., None].expand_as(p)) == p).all(-1)  # different patches may share a key
     return torch.where(same, first, places)
 
 
-def _add_largest(p, t, index, g, patches_sum, texts_sum, columns) -> None:
-    """Add `g t` to the winner's row and `g p` to the text's: backward needs no second product.
+def _add_largest(
+    p: Tensor, t: Tensor, index: Tensor, g: Tensor, patches_sum: Tensor | None, texts_sum: Tensor | None, columns: slice
+) -> None:
+    """Add `g t` to the row of the winning patch and `g p` to that of the text, which needs no matrix product.
 
     `g` is 0 where there is no winner.
     """
@@ -242,22 +258,22 @@ def _add_largest(p, t, index, g, patches_sum, texts_sum, columns) -> None:
 
 
 def _add_rows(sums: Tensor, rows: Tensor, values: Tensor) -> None:
-    """`sums[rows[i]] += values[i]` in the same order on every run."""
-    if sums.is_cuda:  # sorts there, where scatter_add_ has atomics
+    """Add `values[i]` to `sums[rows[i]]`, in the same order in every run."""
+    if sums.is_cuda:  # index_put_ sorts the rows there; scatter_add_ uses atomics
         sums.index_put_((rows,), values, accumulate=True)
     else:
         sums.scatter_add_(0, rows[:, None].expand_as(values), values)
 
 
 def _pool(p: Tensor, t: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """u = v · t `[I, K]`, the pooled patches v `[I, K, D]` and their norm r `[I, K]`, not below its floor."""
+    """Return u = v · t `[I, K]`, the pooled patches v `[I, K, D]` and their norm r `[I, K]`, floored."""
     pooled = a.mT @ p
     return (pooled * t).sum(-1), pooled, torch.linalg.vector_norm(pooled, dim=-1).clamp_min(MIN_POOLED_NORM)
 
 
 def _project_out(grad_unit: Tensor, unit: Tensor, inverse: Tensor, factor: Tensor, into: Tensor) -> None:
-    """`into = ∂L/∂x` from `∂L/∂(x / ‖x‖)`: what points along x does not change its direction."""
-    # Twice: the first leaves along x its own rounding, which is all there is where D = 1.
+    """Write ∂L/∂x to `into` from ∂L/∂(x / ‖x‖), without its part along x, which does not change the direction."""
+    # Twice: the first projection leaves its own rounding along x, which is all that remains for D = 1.
     for _ in range(2):
         grad_unit = grad_unit - torch.linalg.vecdot(grad_unit, unit)[..., None] * unit
     into.copy_((grad_unit * inverse * factor).masked_fill_((unit == 0).all(-1, keepdim=True), 0.0))

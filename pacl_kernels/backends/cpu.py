@@ -1,4 +1,4 @@
-"""The fused functions in C++ for CPUs: hands addresses, sizes and strides to the native module."""
+"""Backend `cpu`: passes addresses, sizes and strides to the native module in C++."""
 
 from __future__ import annotations
 
@@ -6,30 +6,39 @@ import ctypes
 import functools
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import native
-from ..contrastive import loss_backward, loss_forward  # noqa: F401  (part of a backend, see `Backend`)
+from ..checks import Scalar
+from ..contrastive import loss_backward as loss_backward  # part of a `Backend`
+from ..contrastive import loss_forward as loss_forward
 
-_native = native.native()  # None: built without a C++ compiler, or for another Python
+_native: Any = native.native()  # None: built without a C++ compiler, or for another Python
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _SMALLEST = torch.finfo(torch.float32).tiny
 
 
 @functools.cache
 def _openmp_addresses() -> tuple[int, int, int]:
-    """Addresses of what starts parallel regions in PyTorch's own OpenMP runtime; zeros if it cannot be found.
+    """Return the addresses of three functions of PyTorch's OpenMP runtime; zeros if it cannot be found.
 
-    Its workers spin for milliseconds after each of torch's operators and would share the cores with threads of ours.
+    The native module starts its parallel regions with them: torch's workers spin for milliseconds after each operator
+    and would compete with threads of another runtime for the cores.
     """
     library = next((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*"), None)
-    names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")  # GNU's, and LLVM's and Intel's as well
+    names = (
+        "GOMP_parallel",
+        "omp_get_thread_num",
+        "omp_get_num_threads",
+    )  # LLVM's and Intel's runtimes have GNU's names too
     try:
-        # Looked up in that library's own dependencies: a process may hold several such runtimes.
-        library = ctypes.CDLL(str(library), mode=os.RTLD_NOLOAD | os.RTLD_LAZY)
-        return tuple(ctypes.cast(getattr(library, name), ctypes.c_void_p).value for name in names)
+        # Search this library's own dependencies, because a process may hold several OpenMP runtimes.
+        handle = ctypes.CDLL(str(library), mode=os.RTLD_NOLOAD | os.RTLD_LAZY)
+        start, thread, threads = (ctypes.cast(getattr(handle, name), ctypes.c_void_p).value or 0 for name in names)
+        return start, thread, threads
     except (OSError, AttributeError):
         return (0, 0, 0)
 
@@ -38,7 +47,7 @@ _forked = False
 
 
 def _openmp() -> tuple[int, int, int]:
-    """The addresses; zeros in a forked process, where the workers do not exist and would be waited for for ever."""
+    """Return the addresses, or zeros in a forked process: it has no workers, and waiting for them would hang."""
     return (0, 0, 0) if _forked else _openmp_addresses()
 
 
@@ -62,13 +71,18 @@ def why_not(device: torch.device | None = None, dtype: torch.dtype | None = None
     return None
 
 
-def compatibility_forward(patches, texts, patch_mask, temperature, form, phi, state) -> None:
+def compatibility_forward(
+    patches: Tensor, texts: Tensor, patch_mask: Tensor | None, temperature: Scalar, form: str,
+    phi: Tensor, state: Tensor,
+) -> None:  # fmt: skip
     _run(_native.compatibility_forward(_params(patches, texts, patch_mask, temperature, form, phi, state)))
 
 
 def compatibility_backward(
-    patches, texts, patch_mask, temperature, form, phi, state, grad_phi, grad_patches, grad_texts, grad_temperature
-) -> None:
+    patches: Tensor, texts: Tensor, patch_mask: Tensor | None, temperature: Scalar, form: str,
+    phi: Tensor, state: Tensor, grad_phi: Tensor,
+    grad_patches: Tensor | None, grad_texts: Tensor | None, grad_temperature: Tensor | None,
+) -> None:  # fmt: skip
     params = _params(patches, texts, patch_mask, temperature, form, phi, state)
     texts_sum = phi.new_zeros(params.accumulator_floats()) if grad_texts is not None else None
     params.set(
@@ -82,7 +96,10 @@ def compatibility_backward(
     _run(_native.compatibility_backward(params))
 
 
-def upsample_argmax(scores, rows, columns, scale, labels, best, entropy) -> None:
+def upsample_argmax(
+    scores: Tensor, rows: tuple[Tensor, Tensor], columns: tuple[Tensor, Tensor], scale: Scalar,
+    labels: Tensor, best: Tensor | None, entropy: Tensor | None,
+) -> None:  # fmt: skip
     images, classes, height, width = scores.shape
     _, out_height, out_width = labels.shape
     params = _native.UpsampleParams(
@@ -109,9 +126,13 @@ def upsample_argmax(scores, rows, columns, scale, labels, best, entropy) -> None
     _run(_native.upsample_argmax(params))
 
 
-def _params(patches: Tensor, texts: Tensor, patch_mask: Tensor | None, temperature, form, phi, state):
+def _params(
+    patches: Tensor, texts: Tensor, patch_mask: Tensor | None, temperature: Scalar, form: str,
+    phi: Tensor, state: Tensor,
+) -> Any:  # fmt: skip
+    """Return the native module's `CompatibilityParams`."""
     temperature = float(temperature)
-    if 0 < temperature < _SMALLEST:  # of which the inverse overflows; the best patch takes all with either
+    if 0 < temperature < _SMALLEST:  # 1 / τ would overflow; the best patch has all the attention with either τ
         temperature = _SMALLEST
     images, patches_per_image, dim = patches.shape
     return _native.CompatibilityParams(
@@ -135,8 +156,8 @@ def _params(patches: Tensor, texts: Tensor, patch_mask: Tensor | None, temperatu
     )
 
 
-def _run(call) -> None:
-    """Runs a planned call in a workspace of the size that its plan asks for."""
+def _run(call: Any) -> None:
+    """Run a planned call in a workspace of the size that its plan needs."""
     workspace = torch.empty(call.workspace_bytes, dtype=torch.uint8)
     call.run(workspace.data_ptr(), workspace.numel())
 

@@ -1,4 +1,4 @@
-"""The loss over the batch of all processes of a group, on `torch.distributed`; `function.py` describes the step."""
+"""Loss over the batch of all processes of a `torch.distributed` group; `function.py` describes the step."""
 
 from . import collectives
 from .agreement import GATHER_BYTES, forget, gathered_bytes

@@ -1,11 +1,11 @@
-"""What the processes of a group agree on: the settings, and how many texts each one sends."""
+"""Agreement of the processes of a group on their settings and on the number of texts that each of them sends."""
 
 from __future__ import annotations
 
 import functools
 import struct
 import weakref
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -14,29 +14,29 @@ from torch import Tensor
 from . import collectives
 from .collectives import Plan
 
-GATHER_BYTES = 8 * 2**30  # of what grows with the global batch in one process, up to which "auto" gathers
+GATHER_BYTES = 8 * 2**30  # "auto" gathers up to this size of the arrays that grow with the global batch
 _NONE, _A_TENSOR, _A_NUMBER = -1, -2, -3  # codes of settings, see `Setting`
 
 
 class Setting(NamedTuple):
-    """A value that must agree on all ranks, encoded as an integer for the all-gather.
+    """Value that must agree on all ranks, encoded as an integer for the all-gather.
 
-    `kind`: its type, or the tuple of the values that it may have.
+    `kind`: the type of the value, or the tuple of allowed values.
     """
 
-    value: object
-    kind: type | tuple
+    value: Any
+    kind: type | tuple[Any, ...]
 
     def code(self, numbers: bool = True) -> int:
-        """The integer; with `numbers=False` all floats share one, because schedules may change them."""
+        """Return the integer; with `numbers=False` all floats share one, because schedules may change them."""
         if self.value is None or isinstance(self.value, Tensor):
             return _NONE if self.value is None else _A_TENSOR
         if self.kind is float:
             return struct.unpack("q", struct.pack("d", self.value))[0] if numbers else _A_NUMBER
-        return int(self.value) if self.kind in (int, bool) else self.kind.index(self.value)
+        return int(self.value) if self.kind in (int, bool) else self.kind.index(self.value)  # type: ignore[union-attr]
 
     def name(self, code: int) -> str:
-        if code in (_NONE, _A_TENSOR):  # as floating-point numbers these are NaN
+        if code in (_NONE, _A_TENSOR):  # as floats these codes are NaN
             return "None" if code == _NONE else "a tensor"
         if self.kind is float:
             return repr(struct.unpack("d", struct.pack("q", code))[0])
@@ -44,17 +44,18 @@ class Setting(NamedTuple):
 
 
 def make_plan(group: dist.ProcessGroup, texts: Tensor, settings: dict[str, Setting]) -> tuple[Plan, Tensor]:
-    """The plan for `texts` `[B_local, D]`, and what each process said, `[world, 1 + settings]`, to be waited for.
+    """Return the plan for `texts` `[B_local, D]`, and all processes' headers `[world, 1 + settings]`, to be waited for.
 
-    First in a row is the number of texts. Settings that differ are a ValueError in every process that looks: on a CPU
-    at every call, and there the capacity is what this step needs. Elsewhere looking would make the host wait for the
-    device, so processes look at their first call (numbers, which a schedule may change, aside) and the capacity stays:
-    smaller batches may follow, a larger one is a ValueError. Inside `torch.compile` nobody looks, and every process
-    must bring as many texts.
+    A header starts with the number of texts. On a CPU every call reads the headers, and the capacity is what this step
+    needs. Elsewhere reading them would make the host wait for the device. There only the first call with given settings
+    reads them (numbers, which a schedule may change, do not count), and its capacity stays: smaller batches may follow.
+    Inside `torch.compile` nothing is read, and every process must bring the same number of texts.
+
+    Raises ValueError if settings differ, in every process that reads the headers, and for a batch above the capacity.
     """
     world, capacity, d, device = group.size(), texts.shape[0], texts.shape[1], texts.device
     compiling, agreed = torch.compiler.is_compiling(), None
-    # While compiling, a number may be a symbol that has no bits.
+    # While compiling, a number may be a symbol, which has no bits.
     codes = tuple(setting.code(numbers=not compiling) for setting in settings.values())
     if compiling or may_read(device):
         header = torch.tensor((capacity, *codes), device=device)
@@ -84,31 +85,31 @@ def make_plan(group: dist.ProcessGroup, texts: Tensor, settings: dict[str, Setti
 
 
 def gathered_bytes(world: int, capacity: int, d: int, itemsize: int) -> int:
-    """What grows with the global batch: texts, two float32 arrays of their gradient, four of [B_local, B_global]."""
+    """Return the bytes that grow with the global batch: texts, two float32 gradients, four [B_local, B_global]."""
     return world * capacity * (d * (itemsize + 8) + 16 * capacity)
 
 
-# By settings: the largest local batch of any process (not for a CPU, where every step asks).
-_capacities: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[tuple, int]] = weakref.WeakKeyDictionary()
+# The largest local batch of any process, by settings. Not used on a CPU, where every step reads the headers.
+_capacities: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[tuple[int, ...], int]] = weakref.WeakKeyDictionary()
 
 
 def may_read(device: torch.device) -> bool:
-    """True where the host may read what a collective on this device returned, at every step."""
+    """Return True if the host may read the result of a collective on this device in every step."""
     return device.type == "cpu"
 
 
 def forget(group: dist.ProcessGroup) -> None:
-    """Lets the next step on a GPU agree anew on the largest local batch; to be called in every process of the group."""
+    """Let the next step on a GPU agree again on the largest local batch; call this in every process of the group."""
     _capacities.pop(group, None)
 
 
 @functools.lru_cache(maxsize=256)
 def _on_device(codes: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor(codes, device=device)  # kept: a copy from the host may wait for the device
+    return torch.tensor(codes, device=device)  # cached: a copy from the host may wait for the device
 
 
 def _compare(headers: list[list[int]], settings: dict[str, Setting]) -> int:
-    """The largest local batch; ValueError if settings differ."""
+    """Return the largest local batch; raise ValueError if settings differ."""
     for rank, header in enumerate(headers):
         for (name, setting), first, other in zip(settings.items(), headers[0][1:], header[1:], strict=True):
             if first != other and _A_NUMBER not in (first, other):

@@ -1,6 +1,7 @@
-"""How the texts of a step travel, and the collectives that move them.
+"""The plan of a step, and the collectives that move its texts.
 
-The collectives are PyTorch's functional ones, by name: `torch.compile` takes them, and they are under way until `wait`.
+They are PyTorch's functional collectives, called by name: `torch.compile` supports them, and they run in the background
+until `wait`.
 """
 
 from __future__ import annotations
@@ -13,44 +14,48 @@ from torch.nn import functional as F
 
 
 class Plan(NamedTuple):
-    """How the texts of a step travel; alike in every process but for the rank."""
+    """Plan of the exchange of texts in a step; the same in every process except for the rank."""
 
     group: str
     rank: int
     world: int
     capacity: int  # rows of texts that each process sends
     ring: bool
-    scatters: bool  # whether the group's backend has a reduce-scatter
+    scatters: bool  # the backend of the group has a reduce-scatter
 
     def columns(self, rank: int) -> slice:
-        """Where that process's texts stand in the global batch."""
+        """Return the place of that process's texts in the global batch."""
         return slice(rank * self.capacity, (rank + 1) * self.capacity)
 
 
 def all_gather(x: Tensor, world: int, group: str) -> Tensor:
-    return torch.ops._c10d_functional.all_gather_into_tensor(x, world, group)
+    result: Tensor = torch.ops._c10d_functional.all_gather_into_tensor(x, world, group)
+    return result
 
 
 def all_reduce(x: Tensor, plan: Plan) -> Tensor:
-    return torch.ops._c10d_functional.all_reduce(x, "sum", plan.group)
+    result: Tensor = torch.ops._c10d_functional.all_reduce(x, "sum", plan.group)
+    return result
 
 
 def reduce_scatter(x: Tensor, plan: Plan) -> Tensor:
-    """The own rows of the sum over processes."""
+    """Return this process's rows of the sum over all processes."""
     if plan.scatters:
         return wait(torch.ops._c10d_functional.reduce_scatter_tensor(x, "sum", plan.world, plan.group))
     return wait(all_reduce(x, plan))[plan.columns(plan.rank)]
 
 
 def hop(x: Tensor, plan: Plan) -> Tensor:
-    """Sends `[capacity, D]` to the next process of the ring; returns what comes from the previous one."""
+    """Send `[capacity, D]` to the next process of the ring and return that of the previous one."""
     previous, following = ((plan.rank + way) % plan.world for way in (-1, 1))
     received, sent = ([x.shape[0] * (rank == peer) for rank in range(plan.world)] for peer in (previous, following))
-    return torch.ops._c10d_functional.all_to_all_single(x, received, sent, plan.group)
+    result: Tensor = torch.ops._c10d_functional.all_to_all_single(x, received, sent, plan.group)
+    return result
 
 
 def wait(x: Tensor) -> Tensor:
-    return torch.ops._c10d_functional.wait_tensor(x)
+    result: Tensor = torch.ops._c10d_functional.wait_tensor(x)
+    return result
 
 
 def padded(texts: Tensor, plan: Plan) -> Tensor:

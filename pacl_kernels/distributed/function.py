@@ -1,35 +1,37 @@
-"""The loss over the batch of every process of a group, on `torch.distributed`: texts travel, patches stay.
+"""Loss over the batch of every process of a `torch.distributed` group: texts travel, patches stay.
 
-Each process computes its rows of φ, `[B_local, B_global]`. It finishes their log-sum-exp at home; those of the columns
-need one all-reduce. Two ways for the texts to come round:
+Each process computes its rows of φ, `[B_local, B_global]`. The log-sum-exps of these rows are local; those of the
+columns need one all-reduce. The texts are exchanged in one of two ways:
 
-- "gather": one all-gather of the texts (the local ones are scored meanwhile), and in the backward one reduce-scatter
-  of their gradient.
-- "ring": texts, and in the backward their gradient, go from neighbour to neighbour, and each block of φ is made again
-  in the backward (5 units of work instead of 4). Nothing grows with the global batch but a few numbers for each text,
-  and no block of φ is larger than `RING_BYTES` allow.
+- "gather": one all-gather of the texts, during which the local texts are scored, and in the backward one
+  reduce-scatter of their gradient.
+- "ring": texts, and in the backward their gradient, travel from neighbour to neighbour, and the backward recomputes
+  each block of φ (5 units of work instead of 4). Only a few numbers per text grow with the global batch, and no block
+  of φ exceeds `RING_BYTES`.
 
 No step waits for the device: texts are padded to the largest local batch that the processes agreed on, the number of
-real ones is a tensor, and padding is masked out of every sum.
+real texts is a tensor, and padding is masked out of every sum.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from .. import contrastive
-from ..autograd import Inputs, Options, compatibility, compatibility_gradients, first_order, keep, like
-from ..checks import DTYPES, EXCHANGES, FORMS, LOSSES
-from ..contrastive import Scalar, scalar
+from ..autograd import Gradients, Inputs, Options, compatibility, compatibility_gradients, first_order, keep, like
+from ..checks import DTYPES, EXCHANGES, FORMS, LOSSES, Scalar
+from ..contrastive import scalar
 from . import collectives
 from .agreement import Setting, make_plan
 from .collectives import Plan, padded
 
-RING_BYTES = 2 * 2**30  # of the four float32 arrays `[B_local, texts]` of a block
+Blocks = list[tuple[slice, Tensor]]  # columns and their texts, one block in memory at a time
+RING_BYTES = 2 * 2**30  # size of the four float32 arrays `[B_local, texts]` of a block
 
 
 def global_loss(
@@ -43,9 +45,9 @@ def global_loss(
     group: dist.ProcessGroup,
     exchange: str,
 ) -> Tensor:
-    """The loss (0-D) of the batch of all processes of the group, from arguments that have been checked."""
+    """Return the loss (0-D) of the batch of all processes of the group; the arguments must have been checked."""
     if options.backend == "reference":
-        raise ValueError("backend is 'reference', expected another one with a group: the reference is one process")
+        raise ValueError("backend is 'reference', expected another one with a group: the reference runs in one process")
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         raise RuntimeError(
             "group is one of several processes, expected None or 'local' inside a transform of torch.func"
@@ -66,31 +68,34 @@ def global_loss(
         ("logit_scale", logit_scale),
         ("logit_bias", logit_bias),
     ):
-        # The collectives of the backward depend on it.
+        # The collectives of the backward depend on `requires_grad`, so all processes must agree on it.
         needed = torch.is_grad_enabled() and isinstance(value, Tensor) and value.requires_grad
         settings[f"{name}.requires_grad"] = Setting(needed, bool)
     plan, headers = make_plan(group, texts, settings)
-    return GlobalPaclFunction.apply(
+    return GlobalPaclFunction.apply(  # type: ignore[no-any-return]  # `apply` is untyped
         patches, texts, logit_scale, patch_mask, attn_temperature, logit_bias, options, plan, headers
     )
 
 
 class GlobalPaclFunction(torch.autograd.Function):
-    """The loss (0-D) of the global batch, the same in every process.
+    """Loss (0-D) of the global batch, the same in every process.
 
-    Gradients of patches and texts are `world` times those of the whole batch, so that the mean over processes, which
-    DDP and FSDP take of the parameters' gradients, is right; those of the scalars are exact in every process.
+    Gradients of patches and texts are `world` times those of the whole batch, because DDP and FSDP average the
+    gradients of parameters over processes. Gradients of the scalars are exact in every process.
     """
 
     @staticmethod
-    def forward(ctx, patches, texts, logit_scale, patch_mask, attn_temperature, logit_bias, options, plan, headers):
+    def forward(
+        ctx: Any, patches: Tensor, texts: Tensor, logit_scale: Scalar, patch_mask: Tensor | None,
+        attn_temperature: Scalar, logit_bias: Scalar | None, options: Options, plan: Plan, headers: Tensor,
+    ) -> Tensor:  # fmt: skip
         ctx.options, ctx.plan = options, plan
         inputs = Inputs(patches, texts, patch_mask, attn_temperature)
         sums = _GlobalSums(plan, options.loss, logit_scale, logit_bias, headers)
         if plan.ring:
-            arrays = (None,) * 3
+            arrays: tuple[Tensor | None, ...] = (None,) * 3
 
-            def visit(blocks):
+            def visit(blocks: Blocks) -> None:
                 for at, block in blocks:
                     sums.add(at, compatibility(inputs._replace(texts=block), options)[0])
 
@@ -104,7 +109,7 @@ class GlobalPaclFunction(torch.autograd.Function):
 
     @staticmethod
     @first_order
-    def backward(ctx, values, grad_loss):
+    def backward(ctx: Any, values: list[Any], grad_loss: Tensor) -> Gradients:
         plan, options, needs = ctx.plan, ctx.options, ctx.needs_input_grad
         needs_patches, needs_texts, needs_scale, _, needs_temperature, needs_bias = needs[:6]
         inputs = Inputs(*values[:4])
@@ -114,8 +119,8 @@ class GlobalPaclFunction(torch.autograd.Function):
         valid, factor = _valid(sizes, plan), grad_loss * plan.world / sizes.sum()
         sums = torch.zeros(3, dtype=torch.float64, device=texts.device)  # gradients of scale, temperature and bias
 
-        def gradients(at: slice, block: Tensor, phi: Tensor, state: Tensor) -> tuple[Tensor | None, Tensor | None]:
-            """Of the patches and of a block of texts, in float32; those of the scalars are added up."""
+        def gradients(at: slice, block: Tensor, phi: Tensor, state: Tensor) -> tuple[Any, Any]:
+            """Return the gradients of patches and a block of texts in float32, and add up those of the scalars."""
             logits = _logits(phi, valid[at], logit_scale, logit_bias)
             grad = _gradient(logits, options.loss, statistics, _pairs(at, plan), at).mul_(factor)
             if needs_scale:
@@ -126,7 +131,7 @@ class GlobalPaclFunction(torch.autograd.Function):
                 inputs._replace(texts=block),
                 *(options, phi, state, grad.mul_(scale), needs_patches, needs_texts, needs_temperature, phi.dtype),
             )
-            if needs_temperature:
+            if grad_temperature is not None:
                 sums[1] += grad_temperature
             return grad_patches, grad_texts
 
@@ -135,7 +140,7 @@ class GlobalPaclFunction(torch.autograd.Function):
         else:
             grad_patches, grad_texts = gradients(slice(0, gathered.shape[0]), gathered, phi, state)
             grad_texts = collectives.reduce_scatter(grad_texts, plan) if needs_texts else None
-        if needs_texts:
+        if grad_texts is not None:
             grad_texts = grad_texts[: texts.shape[0]].to(texts.dtype, copy=True)
         if needs_scale or needs_temperature or needs_bias:
             sums = collectives.wait(collectives.all_reduce(sums / plan.world, plan))
@@ -146,7 +151,7 @@ class GlobalPaclFunction(torch.autograd.Function):
 
 
 def _gather_and_score(inputs: Inputs, options: Options, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
-    """All texts `[B_global, D]`, and φ and the backend's state `[B_local, B_global]`; the local texts come first."""
+    """Return all texts `[B_global, D]`, φ and state `[B_local, B_global]`; the local texts are scored first."""
     sent = padded(inputs.texts, plan)
     gathered = collectives.all_gather(sent, plan.world, plan.group)
     local = compatibility(inputs._replace(texts=sent), options)
@@ -160,11 +165,8 @@ def _gather_and_score(inputs: Inputs, options: Options, plan: Plan) -> tuple[Ten
     return gathered, phi, state
 
 
-Blocks = list[tuple[slice, Tensor]]  # columns and texts whose scores with the images are in memory at once
-
-
 def _send_round(texts: Tensor, plan: Plan, images: int, visit: Callable[[Blocks], None]) -> None:
-    """Calls `visit` with the texts of each process, the own first; the next ones travel meanwhile."""
+    """Call `visit` with the texts of each process, its own first; the next texts travel meanwhile."""
     size = max(1, RING_BYTES // (16 * images))
     size -= size % 128 if size > 128 else 0
     for step in range(plan.world):
@@ -176,11 +178,17 @@ def _send_round(texts: Tensor, plan: Plan, images: int, visit: Callable[[Blocks]
 
 
 def _ring_gradients(
-    gradients, inputs: Inputs, options: Options, needs, plan: Plan
+    gradients: Callable[..., tuple[Any, Any]],
+    inputs: Inputs,
+    options: Options,
+    needs: Sequence[bool],
+    plan: Plan,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """∂L/∂P, summed here, and ∂L/∂T `[capacity, D]`, to which every process adds while it travels with its texts."""
+    """Return ∂L/∂P and ∂L/∂T `[capacity, D]`; the latter travels with its texts, and every process adds to it."""
     patches, texts = inputs.patches, inputs.texts
-    patches_sum, travelling, wide = None, None, torch.promote_types(patches.dtype, torch.float32)
+    patches_sum: Any = None  # tensors after the first visit
+    travelling: Any = None
+    wide = torch.promote_types(patches.dtype, torch.float32)
 
     def visit(blocks: Blocks) -> None:
         nonlocal patches_sum, travelling
@@ -201,17 +209,18 @@ def _ring_gradients(
 
 
 class _GlobalSums:
-    """Takes φ a block of columns at a time and makes the loss of the global batch of it."""
+    """Accumulator of the loss of the global batch, from φ one block of columns at a time."""
 
-    def __init__(self, plan: Plan, loss: str, logit_scale, logit_bias, headers: Tensor):
+    def __init__(self, plan: Plan, loss: str | None, logit_scale: Scalar, logit_bias: Scalar | None, headers: Tensor):
         self.plan, self.loss, self.scalars, self.headers = plan, loss, (logit_scale, logit_bias), headers
-        self.valid = self.rows = None
+        self.valid: Any = None  # bool [B_global] after the first block
+        self.rows: Any = None  # Sums after the first block
         self.pairs: list[Tensor] = []
         self.columns: list[tuple[slice, contrastive.Sums]] = []
-        self.total = 0.0
+        self.total: Any = 0.0  # a tensor after the first block
 
     def add(self, at: slice, phi: Tensor) -> None:
-        if self.valid is None:  # not before the first block has been scored
+        if self.valid is None:  # wait only after the first block has been scored
             self.sizes = collectives.wait(self.headers)[:, 0].clone()
             self.valid, self.dtype = _valid(self.sizes, self.plan), phi.dtype
         logits, pairs = _logits(phi, self.valid[at], *self.scalars), _pairs(at, self.plan)
@@ -225,26 +234,26 @@ class _GlobalSums:
         self.columns.append((at, contrastive.sums(logits, 0)))
 
     def finish(self) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The loss, and for InfoNCE the log-sums of the own rows and of all columns; one all-reduce."""
+        """Return the loss, and for InfoNCE the log-sums of the own rows and of all columns; takes one all-reduce."""
         count = self.sizes.sum()
         if self.loss == "sigmoid":
             return (collectives.wait(collectives.all_reduce(self.total, self.plan)) / count).to(self.dtype), ()
         rows, pair = self.rows.finish(), torch.cat(self.pairs)
-        # Without a common maximum, which would be one more exchange: |φ| <= 1, and float64 holds exp(±600).
+        # No common maximum, which would take another exchange: |φ| <= 1, and float64 holds exp(±600).
         shares = pair.new_empty(self.valid.shape[0] + 2)
         for at, columns in self.columns:
             shares[at] = columns.total.double() * columns.largest.double().exp()
         shares[-2] = contrastive.cross_entropy(pair, rows).sum()
         shares[-1] = pair.sum()
         shares = collectives.wait(collectives.all_reduce(shares, self.plan))
-        columns = shares[:-2].log().masked_fill(~self.valid, 0.0)
-        value = (shares[-2] + (columns.sum() - shares[-1])) / (2 * count)
-        largest = columns.to(self.dtype)
-        return value.to(self.dtype), (*rows, largest, (columns - largest).to(self.dtype))
+        logs = shares[:-2].log().masked_fill(~self.valid, 0.0)
+        value = (shares[-2] + (logs.sum() - shares[-1])) / (2 * count)
+        largest = logs.to(self.dtype)
+        return value.to(self.dtype), (*rows, largest, (logs - largest).to(self.dtype))
 
 
-def _gradient(logits: Tensor, loss: str, statistics: tuple[Tensor, ...], pairs: int | None, at: slice) -> Tensor:
-    """B ∂L/∂logits of a block of columns, in place of `logits`."""
+def _gradient(logits: Tensor, loss: str | None, statistics: Sequence[Tensor], pairs: int | None, at: slice) -> Tensor:
+    """Overwrite `logits`, a block of columns, with B ∂L/∂logits."""
     if loss == "sigmoid":
         return contrastive.sigmoid_gradient(logits, pairs)
     rows, columns = statistics[:2], (x[at] for x in statistics[2:])
@@ -252,17 +261,17 @@ def _gradient(logits: Tensor, loss: str, statistics: tuple[Tensor, ...], pairs: 
     return grad.div_(2)
 
 
-def _logits(phi: Tensor, valid: Tensor, scale, bias) -> Tensor:
+def _logits(phi: Tensor, valid: Tensor, scale: Scalar, bias: Scalar | None) -> Tensor:
     logits = contrastive.logits_of(phi, scalar(scale, phi.dtype), scalar(bias, phi.dtype))
     return logits.masked_fill_(~valid, float("-inf"))
 
 
 def _pairs(at: slice, plan: Plan) -> int | None:
-    """The diagonal of the block on which the pairs lie; None if the block is of other processes."""
+    """Return the diagonal of the block that holds the pairs, or None if the block belongs to other processes."""
     own = plan.columns(plan.rank)
     return own.start - at.start if at.start < own.stop and own.start < at.stop else None
 
 
 def _valid(sizes: Tensor, plan: Plan) -> Tensor:
-    """Bool `[B_global]`: False for padding."""
+    """Return bool `[B_global]`, False for padding."""
     return (torch.arange(plan.capacity, device=sizes.device) < sizes[:, None]).flatten()

@@ -1,1 +1,1 @@
-"""GPU backends: one order of launches, with Triton's launches or Hopper's."""
+"""GPU backends: one order of launches, filled with Triton's or Hopper's launches."""

@@ -1,14 +1,15 @@
 """Backend `cuda`: launches of CUDA C++ for Hopper (csrc/cuda), bfloat16 and float16; docs/cuda.md draws the kernel.
 
-`order.py` says what is launched when. φ and W of the `dot` form have kernels of csrc/cuda, and those of the cosine form
-where an image has 97 patches or more (for fewer see `Settings`). The rest is Triton's: the norms, Gram matrices, the
-norm term, the `max` form, the loss and `upsample_argmax`.
+`order.py` has the order of the launches. csrc/cuda has kernels for φ and W of the `dot` form, and of the cosine form
+for images of 97 patches or more (for fewer see `Settings`). Everything else is Triton's: the norms, the Gram matrices,
+the norm term, the `max` form, the loss and `upsample_argmax`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,12 +35,11 @@ __all__ = [
 
 @dataclasses.dataclass
 class Settings:
-    """Choices between kernels. Tests and benchmarks/tune_cuda.py try others."""
+    """Choices between kernels; tests and benchmarks/tune_cuda.py change them."""
 
-    cluster: int = 0  # thread blocks of a cluster; 0 for what csrc/cuda/plan.h says
-    # Whether the cosine form of images that do not fit one tile (fewer than 97 patches or more than 256) takes kernels
-    # of csrc/cuda or Triton's. None: csrc/cuda's with more than 256, where they were measured and a step is 1.3 to 2.2
-    # times as fast.
+    cluster: int = 0  # thread blocks per cluster; 0: the choice of csrc/cuda/plan.h
+    # True: kernels of csrc/cuda, not Triton's, for the cosine form of images that do not fit one tile (fewer than 97
+    # patches or more than 256). None: only for more than 256, where a step was measured to be 1.3 to 2.2 times as fast.
     cosine_from_attention: bool | None = None
 
 
@@ -54,28 +54,28 @@ def why_not(device: torch.device | None = None, dtype: torch.dtype | None = None
     if device is not None and device.type != "cuda":
         return f"it takes tensors on a GPU, not on {device.type}"
     if not torch.cuda.is_available() or torch.version.hip is not None:
-        return "torch finds no GPU of NVIDIA's"
+        return "torch finds no NVIDIA GPU"
     index = device if device is not None else torch.device("cuda", torch.cuda.current_device())
     if torch.cuda.get_device_capability(index) != (9, 0):
         return f"{torch.cuda.get_device_name(index)} is not of compute capability 9.0 (Hopper)"
     reason = triton.why_not(device, dtype)
-    return None if reason is None else f"it needs the Triton backend beside it: {reason}"
+    return None if reason is None else f"it also needs the Triton backend: {reason}"
 
 
 class HopperLaunches:
-    """Hopper's launches for one problem, with Triton's for what csrc/cuda has no kernel for; see `order.Launches`."""
+    """Hopper's launches for one problem, and Triton's where csrc/cuda has no kernel; see `order.Launches`."""
 
-    def __init__(self, problem: Problem):
+    def __init__(self, problem: Problem) -> None:
         self._p = p = problem
         self._triton = triton.TritonLaunches(p)
         self._patches, self._texts = _aligned(p.patches), _aligned(p.texts)
         self._device = p.patches.device.index or 0
         self._stream = torch.cuda.current_stream(p.patches.device).cuda_stream if p.patches.is_cuda else 0
-        self.fits_one_tile = native().cuda_fits_one_tile(p.n)
+        self.fits_one_tile: bool = _module().cuda_fits_one_tile(p.n)
         self._from_attention = settings.cosine_from_attention
         if self._from_attention is None:
             self._from_attention = p.n > 256
-        # Where one launch takes the cosine form, only the norm term reads the attention.
+        # If the cosine form is one launch, only the norm term reads the attention.
         self.attention_dtype = p.patches.dtype if self.fits_one_tile else p.gram_dtype
 
     def max_forward(self) -> None:
@@ -142,16 +142,19 @@ class HopperLaunches:
     def max_patches(self, block: Block, grad_phi: Tensor, range_scale: Tensor | None, raw: Tensor) -> None:
         self._triton.max_patches(block, grad_phi, range_scale, raw)
 
-    def _cosine_weights(self, epilogue: str, block: Block, upstream: Upstream, attention, gram, w, norm_factor):
+    def _cosine_weights(
+        self, epilogue: str, block: Block, upstream: Upstream,
+        attention: Tensor, gram: Tensor, w: Tensor, norm_factor: Tensor,
+    ) -> Tensor | None:  # fmt: skip
         call = self._call(epilogue, block, None)
         _set_gram(call, gram)
         _set_attention(call, attention)
         call.norm_factor = norm_factor.data_ptr()
         return self._run_weights(call, block, upstream, w)
 
-    def _run_weights(self, call, block: Block, upstream: Upstream, w: Tensor) -> Tensor | None:
+    def _run_weights(self, call: Any, block: Block, upstream: Upstream, w: Tensor) -> Tensor | None:
         tau_parts = None
-        if upstream.needs_temperature:  # one of each thread block that is launched; the others' stay 0
+        if upstream.needs_temperature:  # one per launched thread block; the others stay 0
             tau_parts = self._p.phi.new_zeros(2 * call.plan.clusters)
             call.temperature_sums = tau_parts.data_ptr()
         call.weights, call.weights_stride = w.data_ptr(), w.stride(0)
@@ -161,11 +164,11 @@ class HopperLaunches:
         self._run(call, block)
         return tau_parts
 
-    def _call(self, epilogue: str, block: Block, phi: Tensor | None):
-        p, on_device = self._p, isinstance(self._p.temperature, Tensor)
+    def _call(self, epilogue: str, block: Block, phi: Tensor | None) -> Any:
+        p, temperature = self._p, self._p.temperature
         patches, texts = self._patches[block.b0 : block.b1], self._texts[block.k0 : block.k1]
-        return native().CudaLaunch(
-            epilogue=getattr(native().CudaEpilogue, epilogue),
+        return _module().CudaLaunch(
+            epilogue=getattr(_module().CudaEpilogue, epilogue),
             images=block.images,
             patches=p.n,
             texts=block.texts,
@@ -180,15 +183,18 @@ class HopperLaunches:
             text_rows=texts.data_ptr(),
             text_stride=texts.stride(0),
             inverse_texts=p.inv_t[block.k0 :].data_ptr(),
-            temperature=0.0 if on_device else p.temperature,
-            temperature_at=p.temperature.data_ptr() if on_device else 0,
+            temperature=0.0 if isinstance(temperature, Tensor) else temperature,
+            temperature_at=temperature.data_ptr() if isinstance(temperature, Tensor) else 0,
             phi=0 if phi is None else phi[block.b0 : block.b1, block.k0 :].data_ptr(),
             state=p.state[block.b0 : block.b1, block.k0 :].data_ptr(),
             phi_stride=p.k,
         )
 
-    def _run(self, call, block: Block) -> None:
-        """With 1 / ‖p‖ in the order of the kernel's tiles, memory that the allocator hands on in the stream's order."""
+    def _run(self, call: Any, block: Block) -> None:
+        """Launch with temporary `columns`, 1 / ‖p‖ in the order of the kernel's tiles.
+
+        Freeing them at once is safe, since the allocator reuses memory in stream order.
+        """
         p, plan = self._p, call.plan
         columns = p.phi.new_empty(plan.groups * plan.chunks * plan.width)
         mask = None if p.mask is None else p.mask[block.b0 : block.b1]
@@ -201,16 +207,21 @@ class HopperLaunches:
         call.run()
 
 
-def _set_gram(call, gram: Tensor) -> None:
+def _module() -> Any:
+    """Return the native module, which `why_not` has found."""
+    return native()
+
+
+def _set_gram(call: Any, gram: Tensor) -> None:
     call.gram, call.gram_stride = gram.data_ptr(), gram.stride(1)
 
 
-def _set_attention(call, attention: Tensor) -> None:
+def _set_attention(call: Any, attention: Tensor) -> None:
     call.attention, call.attention_stride = attention.data_ptr(), attention.stride(1)
 
 
 def _aligned(x: Tensor) -> Tensor:
-    """`x`, or a copy as the copy engine wants it: rows contiguous, everything else at multiples of 16 bytes."""
+    """Return `x`, or a copy with the layout of bulk copies: contiguous rows that start at multiples of 16 bytes."""
     fits = x.stride(-1) == 1 and x.data_ptr() % 16 == 0
     fits &= all(stride % 8 == 0 and stride > 0 for stride in x.stride()[:-1])
     if fits:

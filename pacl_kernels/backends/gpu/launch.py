@@ -1,32 +1,35 @@
-"""What the launches of Triton's kernels share: how one is started, and what depends on the device."""
+"""Helpers for launches of Triton's kernels, and facts about the device."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...constants import RUNNING_MAX_BELOW
 
-_INTERPRETER_PROGRAMS = 3  # fewer than items, so that programs of the interpreter loop as those of a GPU do
+Constants = dict[str, Any]  # compile-time arguments of a kernel by name
+
+_INTERPRETER_PROGRAMS = 3  # fewer than items, so that programs loop in the interpreter as on a GPU
 
 
 @functools.cache
 def kernels() -> ModuleType:
-    """The kernels' package, which imports triton: not before a kernel is needed."""
-    from . import kernels as package
-
-    return package
+    """Import the package of the kernels, which imports triton, when the first kernel is needed."""
+    return importlib.import_module(".kernels", __package__)
 
 
 def run(
-    kernel, programs: int, arguments: tuple, constants: dict, warps=4, stages=3, registers: int = 0, fma: bool = True
-) -> None:
-    """Launch `programs` programs of a kernel. `fma`: the compiler may fuse multiply-adds."""
-    limit = {"maxnreg": registers} if registers else {}  # of NVIDIA's alone
+    kernel: Any, programs: int, arguments: tuple[Any, ...], constants: Constants,
+    warps: int = 4, stages: int = 3, registers: int = 0, fma: bool = True,
+) -> None:  # fmt: skip
+    """Launch `programs` programs of a kernel. `fma`: allow FMA contraction."""
+    limit = {"maxnreg": registers} if registers else {}  # NVIDIA only
     options = dict(num_warps=warps, num_stages=stages, enable_fp_fusion=fma)
     kernel[(programs,)](*arguments, **constants, **options, **limit)
 
@@ -40,29 +43,28 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def on_device(x: Tensor):
-    """Triton launches on the current device, which need not be that of the tensors."""
+def on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Make the device of `x` the current one, on which Triton launches."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
 def mask_strides(mask: Tensor | None) -> tuple[int, int]:
-    return (0, 0) if mask is None else mask.stride()
+    return (0, 0) if mask is None else (mask.stride(0), mask.stride(1))
 
 
 def running_max_variants(temperature: float | Tensor) -> tuple[bool, ...]:
-    """The variants of a softmax to launch, True for the one with a running maximum.
+    """Return the variants of a softmax to launch, True for the one with a running maximum.
 
-    A temperature on the device is not read: both are launched, and one of them returns at once.
+    The host never reads a temperature on the device: both variants are launched, and one of them returns at once.
     """
     return (False, True) if isinstance(temperature, Tensor) else (temperature < RUNNING_MAX_BELOW,)
 
 
 def float32_precision() -> str:
-    """How products of float32 are computed: in one tf32 product where torch's own setting allows it, else in three."""
+    """Return the precision of float32 products: one tf32 product if torch's own setting allows it, otherwise three."""
     if torch.version.hip is not None:
         return "ieee"
-    if hasattr(
-        torch.backends.cuda.matmul, "fp32_precision"
-    ):  # torch 2.9; once it is set, the older setting is an error
+    # torch 2.9 and later; once this is set, reading the older setting is an error.
+    if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
         return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
     return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"

@@ -1,32 +1,37 @@
-"""The loss of φ `[B, B]` and its gradient, in Triton."""
+"""Loss of φ `[B, B]` and its gradient, in Triton."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
+from ...checks import Scalar
 from . import launch, tiles
 
 _ROW_TILE = dict(ROWS=4, BLOCK=512)
 _COLUMN_TILE = dict(ROWS=32, BLOCK=64)
 
 
-def loss_forward(phi: Tensor, scale, bias, loss: str, value: Tensor, statistics: Tensor | None) -> None:
-    """Write the loss of φ `[B, B]`; for InfoNCE also `statistics` `[4, B]`, maximum and log-sum of rows and columns."""
+def loss_forward(
+    phi: Tensor, scale: Scalar, bias: Scalar | None, loss: str, value: Tensor, statistics: Tensor | None
+) -> None:
+    """Write the loss of φ `[B, B]`, and for InfoNCE `statistics` `[4, B]`, see `contrastive.loss_forward`."""
     b = len(phi)
     with launch.on_device(phi):
         constants = _loss_constants(scale, bias)
         if loss == "sigmoid":
             sums = phi.new_empty(tiles.ceil_div(b, constants["ROWS"]))
-            arguments = (phi, scale, bias, sums, b)
-            launch.run(launch.kernels().sigmoid_loss_kernel, len(sums), arguments, constants, fma=False)
+            launch.run(
+                launch.kernels().sigmoid_loss_kernel, len(sums), (phi, scale, bias, sums, b), constants, fma=False
+            )
             value.copy_(sums.sum() / b)
             return
+        assert statistics is not None  # the caller allocates them for InfoNCE
         row_largest, row_log, column_largest, column_log = statistics
         arguments = (phi, scale, bias, row_largest, row_log, b, b, b, 1)
-        # The pair's logit is subtracted below: all are rounded alike.
+        # No FMA: the logit of the pair, which is subtracted below, must be rounded like these.
         rows = tiles.ceil_div(b, constants["ROWS"])
         launch.run(launch.kernels().shifted_logsumexp_kernel, rows, arguments, constants, fma=False)
-        # A column's neighbours in memory are other columns, so a program takes 32 of them.
+        # The neighbours of an element in memory belong to other columns, so a program takes 32 columns.
         arguments, constants = (phi, scale, bias, column_largest, column_log, b, b, 1, b), constants | _COLUMN_TILE
         columns = tiles.ceil_div(b, constants["ROWS"])
         launch.run(launch.kernels().shifted_logsumexp_kernel, columns, arguments, constants, fma=False)
@@ -36,14 +41,17 @@ def loss_forward(phi: Tensor, scale, bias, loss: str, value: Tensor, statistics:
         value.copy_(((row_largest - pair + row_log).mean() + (column_largest - pair + column_log).mean()) / 2)
 
 
-def loss_backward(phi, scale, bias, loss: str, statistics, grad_loss, grad_phi, grad_scale, grad_bias) -> None:
-    """Write ∂L/∂φ `[B, B]` and, 0-D and unless they are None, the gradients of logit scale and bias."""
+def loss_backward(
+    phi: Tensor, scale: Scalar, bias: Scalar | None, loss: str, statistics: Tensor | None, grad_loss: Tensor,
+    grad_phi: Tensor, grad_scale: Tensor | None, grad_bias: Tensor | None,
+) -> None:  # fmt: skip
+    """Write ∂L/∂φ `[B, B]` and, where the buffers are not None, the gradients of logit scale and bias (0-D)."""
     with launch.on_device(phi):
         constants = _loss_constants(scale, bias)
         programs = tiles.ceil_div(len(phi), constants["ROWS"])
         sums = phi.new_empty(2, programs)
-        statistics = (None,) * 4 if statistics is None else tuple(statistics)
-        arguments = (phi, scale, bias, *statistics, grad_loss, grad_phi, *sums, len(phi))
+        lines = (None,) * 4 if statistics is None else tuple(statistics)
+        arguments = (phi, scale, bias, *lines, grad_loss, grad_phi, *sums, len(phi))
         constants |= dict(SIGMOID=loss == "sigmoid")
         launch.run(launch.kernels().loss_backward_kernel, programs, arguments, constants, stages=2, fma=False)
         for grad, parts in zip((grad_scale, grad_bias), sums, strict=True):
@@ -51,5 +59,5 @@ def loss_backward(phi, scale, bias, loss: str, statistics, grad_loss, grad_phi, 
                 grad.copy_(parts.sum())
 
 
-def _loss_constants(scale, bias) -> dict:
+def _loss_constants(scale: Scalar, bias: Scalar | None) -> launch.Constants:
     return _ROW_TILE | dict(SCALE_IS_TENSOR=isinstance(scale, Tensor), BIAS_IS_TENSOR=isinstance(bias, Tensor))

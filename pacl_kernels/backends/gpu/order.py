@@ -1,32 +1,32 @@
-"""What a GPU backend launches when, for all forms, forward and backward.
+"""The order of launches of a GPU backend, for all forms, forward and backward.
 
-Which kernels are launched is up to a set of launches: Triton's in `triton.py`, Hopper's in `hopper.py`. Everything is
-deterministic: there are no atomics. With TRITON_INTERPRET=1 set before triton is imported, Triton's launches run on CPU
-tensors.
+A set of launches chooses the kernels: Triton's in `triton.py`, Hopper's in `hopper.py`. Everything is deterministic:
+there are no atomics. If TRITON_INTERPRET=1 is set before triton is imported, Triton's launches run on CPU tensors.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from ...checks import Scalar
 from . import launch, rows, workspace
 from .problem import Block, Problem, Upstream
 
 
 class Launches(Protocol):
-    """The launches that a backend makes for one problem.
+    """The launches of a backend for one problem.
 
     `block`: the images and texts that a launch takes. `w` `[texts, rows]` has room for whole tiles of W, `attention` is
-    `[images, texts, pitch]`, `gram` and `norm_term` `[images, N, pitch]`, all for the block alone. Those that write W
-    return the parts whose sum is that of the temperature's gradient, None unless `upstream.needs_temperature`.
+    `[images, texts, pitch]`, `gram` and `norm_term` are `[images, N, pitch]`, all for the block alone. The launches
+    that write W return partial sums of the temperature's gradient, or None unless `upstream.needs_temperature`.
     """
 
-    fits_one_tile: bool  # the cosine form runs in one launch, without an attention in memory
+    fits_one_tile: bool  # the cosine form is one launch, without attention in memory
     attention_dtype: torch.dtype  # of the attention in memory
 
     def max_forward(self) -> None:
@@ -39,19 +39,19 @@ class Launches(Protocol):
         """Write the Gram matrices G of the block's images."""
 
     def attention(self, block: Block, attention: Tensor, state_is_entropy: bool) -> None:
-        """Write the attention, but for what lies past column N.
+        """Write the attention up to column N.
 
         `state_is_entropy`: φ and state are those of the `dot` form; otherwise the state is that of the cosine form.
         """
 
     def cosine_forward(self, block: Block, gram: Tensor) -> None:
-        """Write φ and state of the cosine form; called only where `fits_one_tile`."""
+        """Write φ and state of the cosine form; called only if `fits_one_tile`."""
 
     def cosine_forward_from_attention(self, block: Block, attention: Tensor, gram: Tensor) -> None:
         """Turn φ and state of the `dot` form into those of the cosine form."""
 
     def weights_tile(self, needs_temperature: bool) -> tuple[int, int]:
-        """Texts and rows of a tile of W."""
+        """Return the number of texts and rows of a tile of W."""
 
     def dot_weights(self, block: Block, upstream: Upstream, w: Tensor) -> Tensor | None:
         """Write W of the `dot` form."""
@@ -59,7 +59,7 @@ class Launches(Protocol):
     def cosine_weights(
         self, block: Block, upstream: Upstream, attention: Tensor, gram: Tensor, w: Tensor, norm_factor: Tensor
     ) -> Tensor | None:
-        """Write W of the cosine form, the attention, and the factors of the norm term; only where `fits_one_tile`."""
+        """Write W of the cosine form, attention and factors of the norm term; called only if `fits_one_tile`."""
 
     def cosine_weights_from_attention(
         self, block: Block, upstream: Upstream, attention: Tensor, gram: Tensor, w: Tensor, norm_factor: Tensor
@@ -67,35 +67,37 @@ class Launches(Protocol):
         """Write W of the cosine form and the factors of the norm term, from the attention."""
 
     def norm_term(self, block: Block, attention: Tensor, norm_factor: Tensor, norm_term: Tensor) -> None:
-        """Write the norm term C of the block's images, or add this block of texts to it unless it is the first."""
+        """Write the norm term C of the block's images; every block of texts but the first adds to it."""
 
     def norm_term_product(self, block: Block, norm_term: Tensor, raw: Tensor) -> None:
         """Add C P / ‖p‖ of each image to `raw` `[rows, D]`."""
 
     def max_texts(self, grad_phi: Tensor, texts_sum: Tensor) -> None:
-        """Write the texts' sums over their winners, `[K, D]`."""
+        """Write the sum over the winning patches of each text, `[K, D]`."""
 
     def max_patches(self, block: Block, grad_phi: Tensor, range_scale: Tensor | None, raw: Tensor) -> None:
-        """Write the sums over the texts for which a patch won, `[rows, D]`."""
+        """Write the sum over the texts that each patch won, `[rows, D]`."""
 
 
 def prepare(
     patches: Tensor, texts: Tensor, patch_mask: Tensor | None, temperature: float | Tensor, phi: Tensor, state: Tensor
 ) -> Problem:
-    """The problem, with the inverse norms launched."""
+    """Launch the inverse norms and return the problem."""
     inv_p = rows.inverse_norms(patches, patch_mask)
-    if texts.dtype == torch.float16:  # whose products and weights are in the range of float32
+    if texts.dtype == torch.float16:  # its products and weights fit the range of float32
         scaled = texts
         inv_t = raw_inv_t = rows.inverse_norms(texts[:, None], None)
-    else:  # W, which is divided by both norms, is in range whatever the texts' norms are
+    else:  # scaling keeps W, which is divided by both norms, in range for texts of any norm
         scaled, inv_t = texts.new_empty(texts.shape), phi.new_empty(len(texts))
         raw_inv_t = rows.inverse_norms(texts[:, None], None, (scaled, inv_t))
     return Problem(patches, scaled, texts, patch_mask, temperature, phi, state, inv_p, inv_t, raw_inv_t)
 
 
 def compatibility_forward(
-    launches_of: Callable[[Problem], Launches], patches, texts, patch_mask, temperature, form, phi, state
-) -> None:
+    launches_of: Callable[[Problem], Launches],
+    patches: Tensor, texts: Tensor, patch_mask: Tensor | None, temperature: Scalar, form: str,
+    phi: Tensor, state: Tensor,
+) -> None:  # fmt: skip
     """Write φ `[B, K]` and the state `[B, K]`, both float32."""
     if not phi.numel():
         return
@@ -125,7 +127,7 @@ def _cosine_forward(p: Problem, launches: Launches) -> None:
 
 
 def _cosine_forward_from_attention(p: Problem, launches: Launches) -> None:
-    """The attention again, now that its sum is known, and r² = aᵀ G a from that."""
+    """Recompute the attention, whose sum is now known, and compute r² = aᵀ G a from it."""
     size = workspace.attention_blocks(p)
     gram, room = workspace.gram(p, size), workspace.attention(p, size, launches.attention_dtype)
     for images in p.pairs.by_images(size.images):
@@ -138,9 +140,11 @@ def _cosine_forward_from_attention(p: Problem, launches: Launches) -> None:
 
 def compatibility_backward(
     launches_of: Callable[[Problem], Launches],
-    patches, texts, patch_mask, temperature, form, phi, state, grad_phi, grad_patches, grad_texts, grad_temperature,
+    patches: Tensor, texts: Tensor, patch_mask: Tensor | None, temperature: Scalar, form: str,
+    phi: Tensor, state: Tensor, grad_phi: Tensor,
+    grad_patches: Tensor | None, grad_texts: Tensor | None, grad_temperature: Tensor | None,
 ) -> None:  # fmt: skip
-    """Write the gradients of patches, texts and temperature into those of the buffers that are not None."""
+    """Write the gradients of patches, texts and temperature to the buffers that are not None."""
     with launch.on_device(patches):
         p = prepare(patches, texts, patch_mask, temperature, phi, state)
         launches = launches_of(p)
@@ -161,17 +165,17 @@ def _backward(
     grad_texts: Tensor | None,
     grad_temperature: Tensor | None,
 ) -> None:
-    """The `dot` and the cosine form: W of a block of images and texts, then ∂P = Wᵀ T and ∂T += W P.
+    """Write the gradients of the `dot` and the cosine form: W of each block, then ∂P = Wᵀ T and ∂T += W P.
 
-    The cosine form adds C P to ∂P, with C the norm term. The last step projects out what points along each row.
+    The cosine form adds C P to ∂P, where C is the norm term. The last step projects out the part along each row.
     """
     cosine, dtype = form == "cosine", p.patches.dtype
     range_scale = _range_scale(p, form, grad_phi) if dtype == torch.float16 else None
     upstream = Upstream(grad_phi, range_scale, grad_temperature is not None)
-    # float16 may overflow before the scale is undone; a sum over blocks of texts would be rounded each time.
+    # In float16 the scaled sum may overflow, and a sum over several blocks of texts would be rounded after each.
     widened = range_scale is not None or p.k > workspace.text_block(p.n, p.k, workspace.score_bytes(p, form))
     size = workspace.backward_blocks(p, form, widened)
-    # The temperature's gradient changes the tile of `dot_weights` alone.
+    # The gradient of the temperature changes only the tile of `dot_weights`.
     w = workspace.weights(p, size, launches.weights_tile(not cosine and upstream.needs_temperature))
     if cosine:
         gram, room = workspace.gram(p, size), workspace.attention(p, size, launches.attention_dtype)
@@ -186,7 +190,7 @@ def _backward(
         rows_count = images.images * p.n
         if grad_patches is not None:
             into = grad_patches[images.b0 : images.b1].view(rows_count, p.d)
-            raw = patches_sum[:rows_count] if widened else into
+            raw = into if patches_sum is None else patches_sum[:rows_count]
         if grad_texts is not None:
             patch_rows = _patch_rows(p, images)
         if cosine:
@@ -199,7 +203,7 @@ def _backward(
                 tau_parts = write_weights(block, upstream, attention, gram, w, norm_factor)
             else:
                 tau_parts = launches.dot_weights(block, upstream, w)
-            if tau_parts is not None:
+            if tau_sum is not None and tau_parts is not None:
                 tau_sum += tau_parts.sum(dtype=torch.float64)
             weights, texts = w[: block.texts, :rows_count], p.texts[block.k0 : block.k1]
             if grad_patches is not None:
@@ -211,15 +215,15 @@ def _backward(
                     raw += _product(weights.T, texts)
                 if cosine:
                     launches.norm_term(block, attention, norm_factor, norm_term)
-            if grad_texts is not None:
+            if texts_sum is not None:
                 texts_sum[block.k0 : block.k1] += _product(weights, patch_rows)
         if grad_patches is not None:
             if cosine:
                 launches.norm_term_product(images, norm_term, raw)
             _project_patches(p, images, raw, into, range_scale)
-    if grad_texts is not None:
+    if grad_texts is not None and texts_sum is not None:
         _project_texts(p, texts_sum, grad_texts, range_scale)
-    if grad_temperature is not None:
+    if grad_temperature is not None and tau_sum is not None:
         if not cosine:
             tau_sum = tau_sum / p.temperature / p.temperature
         grad_temperature.copy_(-tau_sum)
@@ -228,7 +232,7 @@ def _backward(
 def _max_backward(
     p: Problem, launches: Launches, grad_phi: Tensor, grad_patches: Tensor | None, grad_texts: Tensor | None
 ) -> None:
-    """The `max` form: sums over the winners, in float32 until they are projected."""
+    """Write the gradients of the `max` form: sums over the winners, in float32 until the projection."""
     if grad_texts is not None:
         texts_sum = p.phi.new_empty(p.k, p.d)
         launches.max_texts(grad_phi, texts_sum)
@@ -240,12 +244,12 @@ def _max_backward(
     patches_sum = p.phi.new_empty(step * p.n, p.d)
     for images in p.pairs.by_images(step):
         raw = patches_sum[: images.images * p.n]
-        launches.max_patches(images, grad_phi, range_scale, raw)  # and undoes the scale
+        launches.max_patches(images, grad_phi, range_scale, raw)  # divides the scale out
         _project_patches(p, images, raw, grad_patches[images.b0 : images.b1].view(-1, p.d), None)
 
 
 def _patch_rows(p: Problem, images: Block) -> Tensor:
-    """The patches of a block `[rows, D]`, zeros where they are masked: 0 times the NaN behind a mask is not 0."""
+    """Return the patches of a block `[rows, D]`, zeros where masked, because a masked patch may be NaN."""
     some = p.patches[images.b0 : images.b1]
     if p.mask is not None:
         some = some.masked_fill(~p.mask[images.b0 : images.b1, :, None], 0.0)
@@ -263,7 +267,7 @@ def _project_texts(p: Problem, texts_sum: Tensor, into: Tensor, range_scale: Ten
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """The library's a b in float32, whatever their dtype."""
+    """Return the library's product a b in float32, for operands of any dtype."""
     if a.dtype == torch.float32:
         return a @ b
     if a.is_cuda and "dtype" in torch.ops.aten.mm.overloads():  # torch 2.8
@@ -272,10 +276,11 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _range_scale(p: Problem, form: str, grad_phi: Tensor) -> Tensor:
-    """The power of two that brings the bound of |W|, max|g| (1 + c) max 1/‖p‖ max 1/‖t‖, to 2¹⁴.
+    """Return the power of two, computed on the device, that brings the bound of |W| to at most 2¹⁴.
 
-    c bounds a |s - φ| / τ: 2 / τ, and in the `dot` form ln N too, since that is a |ln a + H| with the entropy H.
-    Computed on the device. In the cosine form W may reach 1 / r times that bound; infinity begins at 4 times it.
+    The bound is max|g| (1 + c) max 1/‖p‖ max 1/‖t‖. c bounds a |s - φ| / τ: it is 2 / τ, and in the `dot` form at most
+    ln N, since there a |s - φ| / τ = a |ln a + H| with the entropy H. In the cosine form W may reach 1 / r times the
+    bound; float16 overflows at 4 times 2¹⁴.
     """
     bend = 2.0 / p.temperature
     if form == "dot":
@@ -285,8 +290,8 @@ def _range_scale(p: Problem, form: str, grad_phi: Tensor) -> Tensor:
 
 
 def _power_of_two_below(*factors: Tensor | float) -> Tensor:
-    """The power of two that brings the product of the factors' largest values to at most 2¹⁴."""
-    bound = 1.0
+    """Return the power of two that brings the product of the factors' largest values to at most 2¹⁴."""
+    bound: Any = 1.0  # a tensor, once it has a factor that is one
     for factor in factors:
         bound = bound * (factor.abs().amax() if isinstance(factor, Tensor) else factor)
     exponent = torch.floor(14.0 - torch.log2(bound)).nan_to_num(0.0, 100.0, -100.0).clamp_(-100.0, 100.0)

@@ -1,4 +1,4 @@
-"""What the launches of one call work on: its tensors, and the block of images and texts that a launch takes."""
+"""The tensors of one call, and the blocks of images and texts that its launches take."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ class Problem(NamedTuple):
     """The tensors of one call; sizes are B images, N patches, K texts and D dimensions."""
 
     patches: Tensor  # [B, N, D]
-    texts: Tensor  # [K, D] as the kernels take them: in bfloat16 and float32 scaled, with norms near 1
-    raw_texts: Tensor  # [K, D] as the caller gave them
+    texts: Tensor  # [K, D] for the kernels: in bfloat16 and float32 scaled to norms near 1
+    raw_texts: Tensor  # [K, D] from the caller
     mask: Tensor | None  # bool [B, N]
     temperature: float | Tensor
     phi: Tensor  # [B, K], float32
-    state: Tensor  # [B, K], float32: what the backward needs beside φ, see kernels/__init__.py
+    state: Tensor  # [B, K], float32: what the backward needs besides φ, see kernels/__init__.py
     inv_p: Tensor  # [B N], 1 / norm of the patches, float32
     inv_t: Tensor  # [K], of `texts`
     raw_inv_t: Tensor  # [K], of `raw_texts`
@@ -71,16 +71,17 @@ class Problem(NamedTuple):
 
     @property
     def gram_dtype(self) -> torch.dtype:
-        """The dtype of Gram matrices, and of the attention where these are multiplied with it.
+        """The dtype of the Gram matrices, and of the attention that is multiplied with them.
 
-        float16 for 16 bits, because a <= 1 and its rounding is divided by r τ: bfloat16 loses too much.
+        For 16-bit patches it is float16: a <= 1 fits, and the rounding error, which is divided by r τ, would be too
+        large in bfloat16.
         """
         return torch.float32 if self.patches.dtype == torch.float32 else torch.float16
 
 
 class Upstream(NamedTuple):
-    """What the backward starts from."""
+    """Inputs of the backward."""
 
     grad_phi: Tensor  # [B, K], float32
-    range_scale: Tensor | None  # the power of two that keeps float16 in range; None for other dtypes
-    needs_temperature: bool  # whether the temperature has a gradient
+    range_scale: Tensor | None  # power of two that keeps float16 in range; None for other dtypes
+    needs_temperature: bool  # compute the gradient of the temperature

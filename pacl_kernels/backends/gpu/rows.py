@@ -1,4 +1,4 @@
-"""Launches over rows of patches or texts: their inverse norms, and the projection that takes these into account."""
+"""Launches over rows of patches or texts: inverse norms, and the projection of gradients."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from torch import Tensor
 from . import launch, tiles
 
 
-def inverse_norms(x: Tensor, mask: Tensor | None, scaled: tuple = (None, None)) -> Tensor:
-    """1 / ‖x‖ `[B N]` of `x` `[B, N, D]`, float32.
+def inverse_norms(
+    x: Tensor, mask: Tensor | None, scaled: tuple[Tensor, Tensor] | tuple[None, None] = (None, None)
+) -> Tensor:
+    """Return 1 / ‖x‖ `[B N]` of `x` `[B, N, D]`, float32.
 
-    `scaled`: room for the rows times powers of two that bring their norm near 1, and for their 1 / ‖x‖.
+    `scaled`: buffers for the rows times powers of two that bring their norms near 1, and for the 1 / ‖x‖ of these rows.
     """
     rows_count, d = x.shape[0] * x.shape[1], x.shape[2]
     inverse = x.new_empty(rows_count, dtype=torch.float32)
@@ -31,10 +33,10 @@ def project_out(
     range_scale: Tensor | None,
     scaled_x: bool = False,
 ) -> None:
-    """Write `grad` `[B N, D]` without its part along each row of `x` `[B, N, D]` into `out`, 0 where masked.
+    """Write `grad` `[B N, D]` without its part along each row of `x` `[B, N, D]` to `out`, 0 where masked.
 
-    `inverse`: 1 / ‖x‖ of the rows. `range_scale`: what `grad` has been multiplied with. `scaled_x`: `grad` is that of
-    the rows which `inverse_norms` scaled.
+    `inverse`: 1 / ‖x‖ of the rows. `range_scale`: factor of `grad`, to be divided out. `scaled_x`: `grad` is the
+    gradient of the rows that `inverse_norms` scaled.
     """
     rows_count, d = grad.shape
     block_d, rows = _row_blocks(d)
@@ -54,6 +56,6 @@ def project_out(
 
 
 def _row_blocks(d: int) -> tuple[int, int]:
-    """The step along D, and the rows of a program."""
+    """Return the step along D and the number of rows of a program."""
     block_d = min(512, max(16, tiles.power_of_two(d)))
     return block_d, 2048 // block_d

@@ -1,4 +1,4 @@
-"""The tiles of the Triton kernels: tables and arithmetic only."""
+"""Tile sizes of the Triton kernels: tables and arithmetic only."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-PADDED = 64  # patches of an image up to which it is padded to a power of two, several images to a tile
+PADDED = 64  # images of at most this many patches are padded to a power of two, several to a tile
 
 
 class Config(NamedTuple):
-    """Tile of texts and patches, step along D, and how Triton compiles it; `per_processor` programs run on one SM."""
+    """Tile of texts and patches, step along D, and compile options; `per_processor` programs run on one SM."""
 
     block_t: int
     block_p: int
@@ -24,13 +24,13 @@ class Config(NamedTuple):
     per_processor: int
 
 
-# "forward" is `compatibility_forward_kernel`, "weights" `dot_weights_kernel` and `attention_kernel`. "full" is with a
-# mask or the temperature's gradient; that and a running maximum need more registers.
-# (kernel, architecture, bytes of an element) to configuration; an architecture without an entry takes that of the
-# newest older one. On an H200 "forward" and "weights" of two bytes were the fastest of 21; the others have not been
-# timed. What `benchmarks/kernel_report.py` shows without a GPU: no spills, the tensor cores' own instructions, and
-# registers and shared memory for `per_processor` programs on each SM, so that one's epilogue hides behind another's
-# product.
+# "forward" is `compatibility_forward_kernel`, "weights" is `dot_weights_kernel` and `attention_kernel`. "full" means
+# with a mask or the gradient of the temperature; that and a running maximum need more registers.
+# (kernel, architecture, bytes per element) to configuration; an architecture without an entry takes that of the newest
+# older one. On an H200 "forward" and "weights" of two bytes were the fastest of 21; the others have not been timed.
+# `benchmarks/kernel_report.py`, which needs no GPU, shows for all of them: no spills, tensor core instructions, and
+# registers and shared memory for `per_processor` programs on each SM, so that the epilogue of one program overlaps with
+# the product of another.
 CONFIGS = {
     ("forward", 80, 2): Config(128, 128, 32, 8, 4, 1),
     ("forward_running_max", 80, 2): Config(128, 128, 32, 8, 4, 1),
@@ -57,13 +57,13 @@ CONFIGS = {
     ("weights", 100, 4): Config(128, 64, 32, 8, 3, 1),
     ("weights_full", 100, 4): Config(128, 64, 32, 8, 3, 1),
 }
-# By bytes of an element, where rows are loaded by address, which takes registers: rows that are not evenly spaced,
-# contiguous and aligned, and padded images whose dimensions do not fill the steps along D.
+# Configurations by bytes per element where rows are loaded by address, which takes registers: for rows that are not
+# evenly spaced, contiguous and aligned, and for padded images where D is not a multiple of the step.
 STRIDED = {2: Config(128, 64, 32, 8, 4, 1), 4: Config(64, 64, 32, 8, 3, 1)}
 
 
 class GramAttention(NamedTuple):
-    """Tile of q = G a, texts and patches, step along the other patches, and how Triton compiles it."""
+    """Tile of texts and patches for q = G a, step along the other patches, and compile options."""
 
     block_t: int
     block_m: int
@@ -72,8 +72,8 @@ class GramAttention(NamedTuple):
     stages: int
 
 
-# (kernel, architecture, bytes of an element) to configuration, as `CONFIGS`. Where a tile holds all patches of an image
-# "weights" takes q once instead of twice.
+# (kernel, architecture, bytes per element) to configuration, as `CONFIGS`. If a tile holds all patches of an image,
+# "weights" computes q once instead of twice.
 GRAM_ATTENTION = {
     ("forward", 80, 2): GramAttention(64, 256, 64, 8, 2),
     ("forward", 80, 4): GramAttention(64, 32, 32, 4, 3),
@@ -82,13 +82,16 @@ GRAM_ATTENTION = {
     ("forward", 100, 2): GramAttention(64, 256, 64, 8, 3),
     ("forward", 100, 4): GramAttention(64, 32, 32, 4, 3),
     ("weights", 80, 2): GramAttention(64, 256, 64, 8, 2),
-    ("weights", 80, 4): GramAttention(64, 32, 32, 4, 3),  # three tf32 products keep six operands
+    ("weights", 80, 4): GramAttention(64, 32, 32, 4, 3),  # three tf32 products need six operands
     ("weights", 90, 2): GramAttention(64, 256, 64, 8, 3),
     ("weights", 90, 4): GramAttention(64, 32, 32, 4, 3),
     ("weights", 100, 2): GramAttention(64, 256, 64, 8, 3),
     ("weights", 100, 4): GramAttention(64, 32, 32, 4, 3),
 }
-GRAM_ATTENTION_SMALL = {2: GramAttention(64, 64, 64, 4, 3), 4: GramAttention(64, 32, 32, 4, 3)}  # up to so many patches
+GRAM_ATTENTION_SMALL = {
+    2: GramAttention(64, 64, 64, 4, 3),
+    4: GramAttention(64, 32, 32, 4, 3),
+}  # for images that fit these tiles
 
 
 def gram_attention_config(kernel: str, n: int, patches: Tensor) -> GramAttention:
@@ -100,7 +103,7 @@ def gram_attention_config(kernel: str, n: int, patches: Tensor) -> GramAttention
 
 
 class Gram(NamedTuple):
-    """Side of a square tile of `gram_kernel`, step along D, and how Triton compiles it."""
+    """Side of a square tile of `gram_kernel`, step along D, and compile options."""
 
     block: int
     block_d: int
@@ -108,8 +111,8 @@ class Gram(NamedTuple):
     stages: int
 
 
-GRAM = {2: Gram(128, 64, 8, 3), 4: Gram(64, 32, 8, 3)}  # by bytes of an element
-GRAM_SMALL = {2: Gram(64, 64, 4, 3), 4: Gram(64, 32, 8, 3)}  # where larger tiles would be half empty
+GRAM = {2: Gram(128, 64, 8, 3), 4: Gram(64, 32, 8, 3)}  # by bytes per element
+GRAM_SMALL = {2: Gram(64, 64, 4, 3), 4: Gram(64, 32, 8, 3)}  # for images that would leave larger tiles half empty
 
 
 def gram_config(n: int, itemsize: int) -> Gram:
@@ -117,9 +120,9 @@ def gram_config(n: int, itemsize: int) -> Gram:
 
 
 class NormTerm(NamedTuple):
-    """Side of a square tile of `norm_term_kernel`, step along the texts, and how Triton compiles it.
+    """Side of a square tile of `norm_term_kernel`, step along the texts, and compile options.
 
-    `registers`: at most so many of a thread, so that two programs share an SM; 0 leaves it to the compiler.
+    `registers`: the limit per thread that lets two programs share an SM; 0 leaves it to the compiler.
     """
 
     block: int
@@ -129,7 +132,7 @@ class NormTerm(NamedTuple):
     registers: int = 0
 
 
-# (architecture, bytes of an element) to configuration, as `CONFIGS`.
+# (architecture, bytes per element) to configuration, as `CONFIGS`.
 NORM_TERM = {
     (80, 2): NormTerm(128, 32, 8, 4),
     (80, 4): NormTerm(64, 32, 4, 3),
@@ -138,12 +141,15 @@ NORM_TERM = {
     (100, 2): NormTerm(128, 64, 8, 3),
     (100, 4): NormTerm(64, 32, 4, 3),
 }
-NORM_TERM_SMALL = {2: NormTerm(64, 64, 4, 3), 4: NormTerm(64, 32, 4, 3)}  # where larger tiles would be half empty
-NORM_TERM_ALIGNMENT = 8  # elements between rows of the matrices that it writes
+NORM_TERM_SMALL = {
+    2: NormTerm(64, 64, 4, 3),
+    4: NormTerm(64, 32, 4, 3),
+}  # for images that would leave larger tiles half empty
+NORM_TERM_ALIGNMENT = 8  # rows of the matrices C are a multiple of this many elements
 
 
 class PatchTile(NamedTuple):
-    """Tile of patches and dimensions of a gradient, step along what is summed over, and how Triton compiles it."""
+    """Tile of patches and dimensions of a gradient, step along the summed axis, and compile options."""
 
     block_n: int
     block_d: int
@@ -152,26 +158,26 @@ class PatchTile(NamedTuple):
     stages: int
 
 
-# By bytes of an element of C; steps of patches.
+# By bytes per element of C; the step counts patches.
 NORM_TERM_PRODUCT = {2: PatchTile(128, 128, 64, 8, 3), 4: PatchTile(64, 64, 32, 4, 3)}
-# By bytes of an element of the patches; steps of texts. Not timed.
+# By bytes per element of the patches; the step counts texts. Not timed.
 MAX_PATCHES = {2: PatchTile(64, 128, 64, 4, 3), 4: PatchTile(64, 64, 32, 4, 3)}
 
 
-def max_texts(d: int) -> dict:
-    """Tile of `max_texts_kernel`: eight elements of each image to a thread."""
+def max_texts(d: int) -> dict[str, int]:
+    """Return the tile of `max_texts_kernel`, with eight elements of each image per thread."""
     block_d = min(128, max(16, power_of_two(d)))
     return dict(TEXTS=1024 // block_d, IMAGES=4, BLOCK_D=block_d)
 
 
 def norm_term_config(n: int, itemsize: int, device: torch.device) -> NormTerm:
-    """`itemsize`: bytes of an element of the product's operands."""
+    """Return the entry for N patches; `itemsize`: bytes per element of the operands of the product."""
     entry = NORM_TERM[newest({number for number, _ in NORM_TERM}, device), itemsize]
     return entry if n > NORM_TERM_SMALL[itemsize].block else NORM_TERM_SMALL[itemsize]
 
 
 def config(kernel: str, patches: Tensor, texts: Tensor, padded: bool = False) -> Config:
-    """The table's entry, with smaller tiles where there are fewer texts or dimensions."""
+    """Return the entry of the table, with smaller tiles for fewer texts or dimensions."""
     d = patches.shape[2]
     if are_describable(patches, texts) and not (padded and d % min(64, power_of_two(d))):
         entry = CONFIGS[kernel, newest({number for _, number, _ in CONFIGS}, patches.device), patches.element_size()]
@@ -184,13 +190,13 @@ def config(kernel: str, patches: Tensor, texts: Tensor, padded: bool = False) ->
 
 
 def newest(architectures: set[int], device: torch.device) -> int:
-    """The newest of them that is no newer than the device, else the oldest."""
+    """Return the newest of them that is not newer than the device, or the oldest if all are newer."""
     return max(x for x in architectures if x <= max(architecture(device), min(architectures)))
 
 
 @functools.lru_cache(maxsize=1024)
 def images_per_run(b: int, n: int, text_tiles: int, block_p: int, programs: int) -> int:
-    """Images that a program walks through: fewest rounds of tiles over all programs, the last tile's waste included."""
+    """Return the images per run of a program with the fewest rounds of tiles, counting the waste of the last tile."""
 
     def rounds(run: int) -> int:
         return ceil_div(text_tiles * ceil_div(b, run), programs) * ceil_div(run * n, block_p)
@@ -199,18 +205,18 @@ def images_per_run(b: int, n: int, text_tiles: int, block_p: int, programs: int)
 
 
 def images_of_a_tile(n: int, block_p: int) -> int:
-    """Most images that a tile of rows touches, where tiles start at the border of an image."""
+    """Return the most images that a tile of rows can touch, if the first tile starts with an image."""
     return 1 if n % block_p == 0 else (block_p - 2) // n + 2
 
 
 def interpreted() -> bool:
-    """True where Triton's interpreter runs the kernels, on CPU tensors."""
+    """Return True if Triton's interpreter runs the kernels, on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y", "yes")
 
 
 @functools.cache
 def architecture(device: torch.device) -> int:
-    """Compute capability times ten; that of an A100 for what has none (AMD, the interpreter)."""
+    """Return ten times the compute capability; AMD and the interpreter have none and count as an A100."""
     if device.type != "cuda" or torch.version.hip is not None:
         return 80
     major, minor = torch.cuda.get_device_capability(device)
@@ -225,7 +231,7 @@ def has_bulk_copies(device: torch.device) -> bool:
 
 
 def are_describable(patches: Tensor, texts: Tensor) -> bool:
-    """Whether both are matrices of evenly spaced rows, contiguous and aligned to 16 bytes."""
+    """Return True if both are matrices of evenly spaced, contiguous rows that are aligned to 16 bytes."""
 
     def aligned(x: Tensor) -> bool:
         rows = x.stride(-2)
@@ -238,12 +244,12 @@ def are_describable(patches: Tensor, texts: Tensor) -> bool:
 
 
 def alignment(x: Tensor) -> int:
-    """Elements in 16 bytes."""
+    """Return the number of elements in 16 bytes."""
     return 16 // x.element_size()
 
 
 def pitch(n: int, itemsize: int) -> int:
-    """Elements from row to row of `n`, so that each begins at a multiple of 16 bytes."""
+    """Return the stride of rows of `n` elements that makes each row begin at a multiple of 16 bytes."""
     return ceil_div(n * itemsize, 16) * 16 // itemsize
 
 

@@ -1,4 +1,4 @@
-"""Backend `triton`: Triton's launches, for every GPU that it supports; `order.py` says what is launched when."""
+"""Backend `triton`: launches of Triton's kernels on every GPU that it supports; `order.py` has their order."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import functools
 import importlib.metadata
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,16 +61,16 @@ def _triton_version() -> tuple[int, ...] | None:
 class TritonLaunches:
     """Triton's launches for one problem, see `order.Launches`."""
 
-    fits_one_tile = False  # the cosine form always has its attention in memory
+    fits_one_tile = False  # the cosine form always keeps its attention in memory
 
-    def __init__(self, problem: Problem):
+    def __init__(self, problem: Problem) -> None:
         self._p = p = problem
         self.attention_dtype = p.gram_dtype
         self._strides = (*p.patches.stride(), *p.texts.stride(), *launch.mask_strides(p.mask))
         self._precision = launch.float32_precision() if p.patches.dtype == torch.float32 else "ieee"
 
     def max_forward(self) -> None:
-        self._forward(1.0, running_max=False, largest=True)  # reads no temperature: nothing depends on where that is
+        self._forward(1.0, running_max=False, largest=True)  # the kernel ignores the temperature, so any number will do
 
     def dot_forward(self) -> None:
         for running_max in launch.running_max_variants(self._p.temperature):
@@ -197,7 +198,7 @@ class TritonLaunches:
 
     def norm_term(self, block: Block, attention: Tensor, norm_factor: Tensor, norm_term: Tensor) -> None:
         p = self._p
-        # The factors are beyond the range of float16, and bfloat16 would lose its last three bits.
+        # The factors exceed the range of float16, and bfloat16 would lose the last three bits of float16 operands.
         wide, precision = p.patches.dtype != torch.bfloat16, self._precision
         if p.patches.dtype == torch.float16 and torch.version.hip is None:
             precision = "tf32"
@@ -283,17 +284,19 @@ class TritonLaunches:
         return tiles.config("weights_full" if full else "weights", p.patches, p.texts)
 
     def _programs(self, block: Block, chosen: tiles.Config) -> int:
-        """Programs that share a block's tiles of W or of the attention."""
+        """Return the number of programs that share the tiles of W, or of the attention, of a block."""
         p = self._p
         return min(launch.programs(p.patches.device, chosen.per_processor), _weight_tiles(p, block, chosen))
 
-    def _operands(self, chosen: tiles.Config, texts: Tensor, descriptors: bool = True) -> tuple[tuple, dict]:
-        """Patches and texts as the kernels take them, and the constants of their tiles.
+    def _operands(
+        self, chosen: tiles.Config, texts: Tensor, descriptors: bool = True
+    ) -> tuple[tuple[Any, Any], launch.Constants]:
+        """Return patches and texts as arguments of the kernels, and the constants of their tiles.
 
-        As descriptors of bulk copies (TMA) where that is possible and `descriptors`.
+        `descriptors`: pass them as descriptors of bulk copies (TMA), where that is possible.
         """
         p = self._p
-        operands = p.patches, texts
+        operands: tuple[Any, Any] = p.patches, texts
         descriptors &= tiles.has_bulk_copies(p.patches.device) and tiles.are_describable(p.patches, texts)
         if descriptors:
             operands = _descriptors(p.patches, texts, chosen)
@@ -307,8 +310,8 @@ class TritonLaunches:
             PRECISION=self._precision,
         )
 
-    def _gram_attention_constants(self, chosen: tiles.GramAttention, attention: Tensor) -> dict:
-        """The constants of the kernels that take q = G a."""
+    def _gram_attention_constants(self, chosen: tiles.GramAttention, attention: Tensor) -> launch.Constants:
+        """Return the constants of the kernels that compute q = G a."""
         return dict(
             BLOCK_T=chosen.block_t,
             BLOCK_M=chosen.block_m,
@@ -318,7 +321,7 @@ class TritonLaunches:
         ) | _temperature_constants(self._p.temperature)
 
 
-def _temperature_constants(temperature: float | Tensor) -> dict:
+def _temperature_constants(temperature: float | Tensor) -> launch.Constants:
     return dict(TAU_IS_TENSOR=isinstance(temperature, Tensor))
 
 
@@ -330,7 +333,7 @@ def _images_of_a_quarter(p: Problem, chosen: tiles.Config) -> int:
     return tiles.images_of_a_tile(p.n, chosen.block_p // 4)
 
 
-def _descriptors(patches: Tensor, texts: Tensor, chosen: tiles.Config) -> tuple:
+def _descriptors(patches: Tensor, texts: Tensor, chosen: tiles.Config) -> tuple[Any, Any]:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     (b, n, d), k = patches.shape, len(texts)
@@ -340,5 +343,6 @@ def _descriptors(patches: Tensor, texts: Tensor, chosen: tiles.Config) -> tuple:
     )
 
 
-compatibility_forward = functools.partial(order.compatibility_forward, TritonLaunches)
-compatibility_backward = functools.partial(order.compatibility_backward, TritonLaunches)
+# mypy is right that TritonLaunches lacks launches, but these are called only if `fits_one_tile`.
+compatibility_forward = functools.partial(order.compatibility_forward, TritonLaunches)  # type: ignore[arg-type]
+compatibility_backward = functools.partial(order.compatibility_backward, TritonLaunches)  # type: ignore[arg-type]

@@ -1,18 +1,18 @@
-"""The Triton kernels. `../triton.py` launches them, `../order.py` says in which order; docs/triton.md draws the tiles.
+"""The Triton kernels. `../triton.py` launches them in the order of `../order.py`; docs/triton.md draws the tiles.
 
-A tile has texts as its rows and patches as its columns, so that sums over patches run along a thread's own registers.
-Operands are raw; the two inverse norms enter behind the product. The patches of all images lie one after the other: a
-tile may end in the middle of an image, and nothing is padded but the last tile of a run of images. Images of at most
-64 patches are padded to a power of two instead (`PAD`), several to a tile.
+Texts are the rows of a tile and patches its columns, so that sums over patches stay in the registers of a thread. The
+operands are raw; the two inverse norms are applied after the product. The patches of all images lie one after another:
+a tile may end within an image, and only the last tile of a run of images is padded. Images of at most 64 patches are
+instead padded to a power of two (`PAD`), several to a tile.
 
     P [B, N, D]  T [K, D]  MASK [B, N]  PHI, STATE, G [B, K]  INV_P [B N]  INV_T [K]      sizes and strides in elements
 
-`do_not_specialize` names what depends on B, N or K, numbers and the addresses of slices: Triton would compile again
-where one is a multiple of 16 and was not before, and the last batch of an epoch would wait for that.
+`do_not_specialize` names the numbers and slice addresses that depend on B, N or K. Otherwise Triton compiles again when
+one of them becomes a multiple of 16, and the last batch of an epoch would wait for that.
 
-STATE is what the backward needs beside φ: for `dot` the entropy of the attention in bits, lse(s / τ) - φ / τ over ln 2.
-Unlike the log-sum-exp it is small where τ is, so `a = exp2((s - φ) log2(e) / τ - STATE)` loses nothing. For `cosine`
-the log-sum-exp in bits, for `max` the index of the winning patch.
+STATE is what the backward needs besides φ. For `dot` it is the entropy of the attention in bits, (lse(s / τ) - φ / τ)
+/ ln 2. The entropy is small where τ is small, unlike the log-sum-exp, so `a = exp2((s - φ) log2(e) / τ - STATE)` loses
+no precision. For `cosine` STATE is the log-sum-exp in bits, for `max` the index of the winning patch.
 """
 
 from .attention import attention_kernel

@@ -1,4 +1,4 @@
-"""The attention a of each patch and text from φ and STATE, and the kernel that writes it for the cosine form."""
+"""Attention a of each patch and text from φ and STATE, and the kernel that writes it for the cosine form."""
 
 import triton
 import triton.language as tl
@@ -9,7 +9,7 @@ from .shared import LOG2E, fma, round_to, scalar
 
 @triton.jit
 def _of_two(X, at, stride, known, known_later, later, IMAGES: tl.constexpr):
-    """X `[texts, 1]` of one image or, in the columns `later`, of the next."""
+    """Load X `[texts, 1]` of one image or, in the columns `later`, of the next."""
     x = tl.load(X + at, mask=known, other=0.0)[:, None]
     if IMAGES == 2:
         x = tl.where(later[None, :], tl.load(X + at + stride, mask=known_later, other=0.0)[:, None], x)
@@ -20,8 +20,9 @@ def _of_two(X, at, stride, known, known_later, later, IMAGES: tl.constexpr):
 def pair_values(
     STATE, PHI, G, cols, rows, texts, t_live, p_live, row0, first_row, image_end, N, stride_phi, IMAGES: tl.constexpr,
 ):  # fmt: skip
-    """STATE, PHI and G of each text and of the image of each column, 0 for what is None: columns `cols` of the tile
-    that begins at `row0`, which are the rows `rows` from `first_row` on.
+    """Load STATE, PHI and G for each text and the image of each column, 0 where one is None.
+
+    The columns `cols` belong to the tile that begins at `row0`; they are the rows `rows`, from `first_row` on.
     """
     phi, g = 0.0, 0.0
     first = first_row // N
@@ -48,11 +49,11 @@ def pair_values(
 
 @triton.jit
 def attention_of(s, PHI, phi, state, scale):
-    """The attention a, and what state is relative to taken from s: s - φ, or without PHI s itself.
+    """Return the attention a, and s - φ, or s itself if PHI is None.
 
-    To be compiled without fused multiply-adds: s is rounded before φ, or s / τ before the log-sum-exp, is taken from
-    it, as when the forward made them. Where one patch has all the attention the difference is then exactly 0; fused, it
-    would be a rounding error, which τ divides. `fma` stands where a product need not be rounded.
+    Compile callers without FMA contraction: s must be rounded before φ is subtracted, and s / τ before the log-sum-exp
+    is subtracted, as in the forward. Where one patch has all the attention, the difference is then exactly 0; with FMA
+    it would be a rounding error, which τ divides. `fma` is called where a product need not be rounded.
     """
     if PHI is None:
         centred = s
@@ -69,7 +70,7 @@ def _attention_quarter(
     MASK, INV_P, PHI, STATE, A, N, scale, stride_mb, stride_mn, stride_phi, stride_image, stride_text,
     COLS: tl.constexpr, IMAGES: tl.constexpr, ALIGN: tl.constexpr, HAS_MASK: tl.constexpr,
 ):  # fmt: skip
-    """Stores the attention of a tile's columns from `col0` on."""
+    """Store the attention of the columns of a tile from `col0` on."""
     cols = col0 + tl.arange(0, COLS)
     rows, _, p_live = patch_columns(MASK, 0, row0 + col0, image_end, N, 0, 0, stride_mb, stride_mn, COLS, 0, HAS_MASK)
     inv_p = tl.load(INV_P + rows, mask=p_live, other=0.0)[None, :]
@@ -80,11 +81,11 @@ def _attention_quarter(
     inv_t = inv_t[:, None]
     s = acc * inv_p * inv_t
     a, _ = attention_of(s, PHI, phi, state, scale)
-    a = tl.where(p_live[None, :], a, 0.0)  # columns behind the mask hold anything, NaN included
-    # One 64-bit address and small offsets: an address for each element takes twice the registers.
+    a = tl.where(p_live[None, :], a, 0.0)  # masked columns may hold anything, NaN included
+    # One 64-bit address and small offsets: one address per element would take twice the registers.
     base = A + text0.to(tl.int64) * stride_text
     at_text = ((texts - text0) * stride_text)[:, None]
-    # Images begin at columns that are multiples of ALIGN: within those, columns lie one after the other.
+    # Images begin at columns that are multiples of ALIGN, so ALIGN columns are contiguous in memory.
     gap = stride_image - N
     if IMAGES > 2:
         at = cols + (rows // N - first) * gap
@@ -107,13 +108,13 @@ def attention_kernel(
     TAU_IS_TENSOR: tl.constexpr, HAS_MASK: tl.constexpr,
     DESCRIPTORS: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The attention A `[images, K, stride_text]` of a block of images, for the cosine form.
+    """Write the attention A `[images, K, stride_text]` of a block of images, for the cosine form.
 
-    PHI is φ of the `dot` form, which STATE is relative to; without PHI, STATE is the log-sum-exp. Both have rows
-    `stride_phi` apart, so that a block of texts can be taken. IMAGES: how many a quarter of a tile touches at most.
-    To be compiled without fused multiply-adds, see `attention_of`.
+    With PHI, φ and STATE are those of the `dot` form; without, STATE is the log-sum-exp. Their rows are `stride_phi`
+    apart, so that a block of texts can be a slice. IMAGES: the most images that a quarter of a tile touches.
+    Compile without FMA contraction, see `attention_of`.
     """
-    # What the divisions tell the compiler: how rows are aligned, and where in a row images begin.
+    # The divisions tell the compiler how rows are aligned, and where images begin in a row.
     N = N // ALIGN * ALIGN
     stride_image = stride_image // ALIGN * ALIGN
     stride_text = stride_text // ALIGN * ALIGN
@@ -137,7 +138,7 @@ def attention_kernel(
             P, T, p_offsets, p_live, row0, t_offsets, t_live, text0, D, stride_pd, stride_td,
             BLOCK_T, BLOCK_P, BLOCK_D, DESCRIPTORS, EVEN_D, PRECISION,
         )  # fmt: skip
-        # A quarter of the columns at a time: the whole tile's intermediate values do not fit into registers.
+        # A quarter of the columns at a time, because the intermediate values of a whole tile do not fit into registers.
         left, right = tl.split(tl.permute(tl.reshape(acc, [BLOCK_T, 2, BLOCK_P // 2]), [0, 2, 1]))
         for half in tl.static_range(2):
             both = left if half == 0 else right

@@ -1,4 +1,4 @@
-"""The cosine form: φ of `dot` over the norm of the pooled patch, and its W, from the attention and the Gram matrix."""
+"""Cosine form: φ of `dot` divided by the norm of the pooled patch, and W, from attention and Gram matrix."""
 
 import triton
 import triton.language as tl
@@ -11,7 +11,7 @@ def _products(
     rows_n, rows_m, n_live, m_live, D, stride_pd,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, DIAGONAL: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Products of patches `[BLOCK_N, BLOCK_N]`; `rows_n` and `rows_m` `[BLOCK_N, 1]` point at them."""
+    """Return products of patches `[BLOCK_N, BLOCK_N]`; `rows_n` and `rows_m` `[BLOCK_N, 1]` point at the patches."""
     acc = tl.zeros([BLOCK_N, BLOCK_N], tl.float32)
     for d in range(0, D, BLOCK_D):
         offs_d = (d + tl.arange(0, BLOCK_D)).to(tl.int64)[None, :]
@@ -35,9 +35,9 @@ def gram_kernel(
     P, MASK, INV_P, GRAM, image_begin, N, D, stride_pb, stride_pn, stride_pd, stride_mb, stride_mn, stride_gram,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, HAS_MASK: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """GRAM `[images, N, stride_gram]`: cosines between the patches of each image, 0 for masked ones and past column N.
+    """Write GRAM `[images, N, stride_gram]`, the cosines between the patches of each image.
 
-    Only tiles on and above the diagonal are computed.
+    Masked patches and columns past N are 0. Only tiles on and above the diagonal are computed.
     """
     tiles = tl.cdiv(N, BLOCK_N)
     image = tl.program_id(0) // (tiles * tiles)
@@ -73,9 +73,9 @@ def _gram_attention(
     A, GRAM, a_rows, t_live, m0, N, width, stride_gram,
     BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """q = G a `[BLOCK_T, BLOCK_M]` of the patches from `m0` on, of the image at whose first patch A points.
+    """Return q = G a `[BLOCK_T, BLOCK_M]` for the patches from `m0` on; A and GRAM point at the image.
 
-    Rows are read to `width`, so that vectors are whole; past column N they hold zeros.
+    Rows are read up to `width`, so that vectors are whole; past column N they hold zeros.
     """
     m = m0 + tl.arange(0, BLOCK_M)
     q = tl.zeros([BLOCK_T, BLOCK_M], tl.float32)
@@ -93,8 +93,9 @@ def _gram_attention(
 
 @triton.jit
 def _columns(q, A, a_rows, t_live, m0, width, PART: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr):
-    """64 columns at most of q, the same of a, and their patches: a whole tile's intermediate values do not fit into
-    registers.
+    """Return at most 64 columns of q, the same columns of a, and the indices of their patches.
+
+    The intermediate values of a whole tile do not fit into registers.
     """
     PARTS: tl.constexpr = (BLOCK_M + 63) // 64
     if PARTS > 1:
@@ -114,10 +115,12 @@ def cosine_forward_from_attention_kernel(
     BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, A_ALIGN: tl.constexpr,
     TAU_IS_TENSOR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """φ of the cosine form over that of `dot`, φ / max(r, floor) with r² = aᵀ G a, and in STATE the log-sum-exp in bits
-    over the entropy, since the backward has no `dot` φ any more. One program for an image and a tile of texts.
+    """Overwrite φ of `dot` with that of the cosine form, φ / max(r, floor) with r² = aᵀ G a.
+
+    The log-sum-exp in bits replaces the entropy in STATE, because the backward no longer has φ of `dot`. Each program
+    takes one image and one tile of texts.
     """
-    # What the divisions tell the compiler: how rows of A are aligned.
+    # The divisions tell the compiler how rows of A are aligned.
     stride_image = stride_image // A_ALIGN * A_ALIGN
     stride_text = stride_text // A_ALIGN * A_ALIGN
     width = tl.cdiv(N, A_ALIGN) * A_ALIGN
@@ -154,7 +157,7 @@ def cosine_forward_from_attention_kernel(
 
 @triton.jit
 def _bits(a, anchor):
-    """log2(a) + anchor, `s scale` but for a constant of the pair; where a is 0 any finite number will do."""
+    """Return log2(a) + anchor, which is `s scale` up to a constant per pair; any finite number will do where a is 0."""
     return tl.log2(tl.where(a > 0.0, a, 1.0)) + anchor[:, None]
 
 
@@ -163,7 +166,7 @@ def _moments(
     whole, A, a_rows, t_live, m0, width, anchor, squared, weighted, total,
     BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Adds Σ a q, Σ a bits and Σ a of the patches from `m0` on."""
+    """Add Σ a q, Σ a bits and Σ a of the patches from `m0` on."""
     for part in tl.static_range((BLOCK_M + 63) // 64):
         q, a, _ = _columns(whole, A, a_rows, t_live, m0, width, part, BLOCK_T, BLOCK_M)
         a_q, a_bits, a_sum = sum_three(q * a, a * _bits(a, anchor), a, 1)
@@ -178,9 +181,7 @@ def _store_weights(
     whole, A, a_rows, t_live, m0, width, slope, mean_q, anchor, mean_bits, g, inv_t, inv_p, w, stride_w, N,
     BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr, NEEDS_TAU: tl.constexpr,
 ):  # fmt: skip
-    """Stores W of the patches from `m0` on, of the image to whose first patch A, `inv_p` and `w` point; returns their
-    part of TAU_SUMS.
-    """
+    """Store W of the patches from `m0` on, and return their part of TAU_SUMS; A, `inv_p` and `w` point at the image."""
     tau_sum = 0.0
     w_rows = tl.arange(0, BLOCK_T) * stride_w
     for part in tl.static_range((BLOCK_M + 63) // 64):
@@ -204,16 +205,16 @@ def cosine_weights_from_attention_kernel(
     WHOLE: tl.constexpr, TAU_IS_TENSOR: tl.constexpr, NEEDS_TAU: tl.constexpr, SCALED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """W `[K, rows]` of the cosine form from the attention A `[images, K, stride_text]`, and NORM_FACTOR `[images, K]` =
-    g u / r³, the factor of each a aᵀ in the norm term (`norm_term_kernel`).
+    """Write W `[K, rows]` of the cosine form, and NORM_FACTOR `[images, K]`, from the attention A.
 
-    dS = g (a / r) (1 + (s - u) / τ - (u / r² τ) (q - r²)); where r is at its floor it is a constant, and the last term
-    is 0. The means u of s and r² of q are taken again over the rounded A, and s from A itself, (s - u) / τ being
-    log2(a) minus its mean: so what must cancel cancels, whatever τ is. WHOLE: a tile holds all patches, and q = G a
-    stays in registers, where otherwise it is taken twice. TAU_SUMS gets each program's part of the temperature's
-    gradient, negative.
+    A is `[images, K, stride_text]`. NORM_FACTOR = g u / r³ is the factor of each a aᵀ in the norm term
+    (`norm_term_kernel`). dS = g (a / r) (1 + (s - u) / τ - (u / r² τ) (q - r²)); where r is at its floor, it is a
+    constant and the last term is 0. The means u of s and r² of q are recomputed over the rounded A, and s is derived
+    from A: (s - u) / τ is log2(a) minus its mean, times ln 2. Rounding errors that must cancel then do so for every τ.
+    WHOLE: a tile holds all patches, and q = G a stays in registers; otherwise q is computed twice. TAU_SUMS gets each
+    program's part of the temperature's gradient, negated.
     """
-    # What the divisions tell the compiler: how rows of A and W are aligned.
+    # The divisions tell the compiler how rows of A and W are aligned.
     stride_image = stride_image // A_ALIGN * A_ALIGN
     stride_text = stride_text // A_ALIGN * A_ALIGN
     width = tl.cdiv(N, A_ALIGN) * A_ALIGN
@@ -231,7 +232,7 @@ def cosine_weights_from_attention_kernel(
     gram = GRAM + image.to(tl.int64) * N * stride_gram
     at = (image_begin + image).to(tl.int64) * stride_phi + texts
     state = tl.load(STATE + at, mask=t_live, other=0.0)
-    # Where the log-sum-exp is small it is added before the mean is taken: then u, a small difference of both, is exact.
+    # A small log-sum-exp is added before the mean is taken: then u, a small difference of the two, is exact.
     anchor = tl.where(tl.abs(state) < 32.0, state, 0.0)
     squared = tl.zeros([BLOCK_T], tl.float32)
     total = tl.zeros([BLOCK_T], tl.float32)
@@ -257,7 +258,7 @@ def cosine_weights_from_attention_kernel(
     radius = tl.where(radius < floor, floor, radius)
     mean_q, mean_bits = squared * share, weighted * share
     u = (mean_bits + (state - anchor)) / scale
-    slope = tl.where(moves, u / (radius * radius) * share / tau, 0.0)  # of q, which is not divided by Σ a
+    slope = tl.where(moves, u / (radius * radius) * share / tau, 0.0)  # factor of q, which is not divided by Σ a
     g = tl.load(G + at, mask=t_live, other=0.0) / radius
     norm_factor = tl.where(moves, g * u / (radius * radius), 0.0) * share * share
     tl.store(NORM_FACTOR + image * K + texts, norm_factor * range_scale, mask=t_live)

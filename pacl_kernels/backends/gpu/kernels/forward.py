@@ -1,4 +1,4 @@
-"""φ of the `dot` and the `max` form."""
+"""Compatibility φ of the `dot` and the `max` form."""
 
 import triton
 import triton.language as tl
@@ -16,7 +16,7 @@ def _add_softmax(
     s, inside, scale, total, weighted, largest,
     SELECT: tl.constexpr, RUNNING_MAX: tl.constexpr, AXIS: tl.constexpr,
 ):  # fmt: skip
-    """Adds the columns `inside` of a tile of cosines to Σ e, Σ e s and, if RUNNING_MAX, the running maximum of s."""
+    """Add the columns `inside` of a tile of cosines to Σ e, Σ e s and, if RUNNING_MAX, the running maximum of s."""
     if RUNNING_MAX:
         known = tl.where(inside, s, float("-inf")) if SELECT else s
         raised = tl.maximum(largest, tl.max(known, AXIS))
@@ -29,7 +29,7 @@ def _add_softmax(
     else:
         e = tl.exp2(s * scale)
     es = e * s
-    if SELECT:  # NaN elsewhere must not come in: select, do not multiply
+    if SELECT:  # select, do not multiply: other columns may be NaN
         e = tl.where(inside, e, 0.0)
         es = tl.where(inside, es, 0.0)
     e_sum, es_sum = sum_pair(e, es, AXIS)
@@ -38,7 +38,7 @@ def _add_softmax(
 
 @triton.jit
 def _softmax_result(total, weighted, largest, scale, RUNNING_MAX: tl.constexpr):
-    """φ and the entropy in bits; 0 for an image without a patch."""
+    """Return φ and the entropy in bits; both are 0 for an image without a patch."""
     empty = total == 0.0
     phi = tl.where(empty, 0.0, weighted / tl.where(empty, 1.0, total))
     offset = (tl.where(empty, 0.0, largest) - phi) * scale if RUNNING_MAX else -phi * scale
@@ -53,12 +53,12 @@ def compatibility_forward_kernel(
     MAX: tl.constexpr, RUNNING_MAX: tl.constexpr, TAU_IS_TENSOR: tl.constexpr, HAS_MASK: tl.constexpr,
     DESCRIPTORS: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """φ and STATE of the `dot` form, or with MAX of the `max` form.
+    """Write φ and STATE of the `dot` form, or with MAX of the `max` form.
 
-    Persistent: each program takes runs of images against one tile of texts. IMAGES: how many a tile touches at most. A
-    temperature in device memory chooses between the launch with RUNNING_MAX and the one without, and the host does not
-    read it: the other has no items. With RUNNING_MAX it is to be compiled without fused multiply-adds: s - max s must
-    be 0 where s is the maximum.
+    The kernel is persistent: each program takes runs of images against one tile of texts. IMAGES: the most images that
+    a tile touches. The host does not read a temperature in device memory: it launches the kernel with and without
+    RUNNING_MAX, and the wrong launch has no items. Compile the kernel with RUNNING_MAX without FMA contraction, because
+    s - max s must be 0 at the maximum.
     """
     tau = scalar(TAU, TAU_IS_TENSOR)
     scale = LOG2E / tau
@@ -68,7 +68,7 @@ def compatibility_forward_kernel(
         items = tl.where((tau < RUNNING_MAX_BELOW) == RUNNING_MAX, items, 0)
     cols = tl.arange(0, BLOCK_P)
     EMPTY: tl.constexpr = -1.0 if MAX else 0.0  # `total` is Σ e, or the winner's index
-    # Texts change fastest: programs that run together then read the same patches.
+    # Texts change fastest, so that concurrent programs read the same patches.
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
         text0 = item % text_tiles * BLOCK_T
         image_begin = item // text_tiles * images_per_run
@@ -95,7 +95,7 @@ def compatibility_forward_kernel(
                 BLOCK_T, BLOCK_P, BLOCK_D, DESCRIPTORS, EVEN_D, PRECISION,
             )  # fmt: skip
             inv_p = tl.load(INV_P + rows, mask=p_live, other=0.0)
-            s = acc * inv_p[None, :] * inv_t[:, None]  # rounded as the backward's, and as csrc/cuda's
+            s = acc * inv_p[None, :] * inv_t[:, None]  # rounded as in the backward and in csrc/cuda
             if PAD > 0:
                 one = tl.zeros([BLOCK_T, IMAGES], tl.float32)
                 parts = tl.reshape(s, [BLOCK_T, IMAGES, PAD])

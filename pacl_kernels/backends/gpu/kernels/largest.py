@@ -1,4 +1,4 @@
-"""The `max` form: the first of the largest cosines, and the gradients that its winners get."""
+"""The `max` form: first of the largest cosines, and gradients of the winners."""
 
 import triton
 import triton.language as tl
@@ -8,7 +8,7 @@ from .shared import INTERPRETED, round_to
 
 @triton.jit
 def add_largest(s, first_n, inside, best, index, AXIS: tl.constexpr):
-    """The first maximum of `best` so far and the columns `inside`, whose first is patch `first_n`. NaN wins, as inf."""
+    """Return the first maximum of `best` and the columns `inside`; `first_n`: patch of column 0. NaN counts as inf."""
     key = tl.where(inside, tl.where(s != s, float("inf"), s), float("-inf"))
     top, at = tl.max(key, AXIS, return_indices=True, return_indices_tie_break_left=True)
     higher = top > best
@@ -26,9 +26,10 @@ def max_texts_kernel(
     P, INV_P, INV_T, INDEX, G, SUM, B, N, K, D, stride_pb, stride_pn, stride_pd,
     TEXTS: tl.constexpr, IMAGES: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """SUM `[K, D]` = Σ_b g p / (‖p‖ ‖t‖) over the patches that won.
+    """Write SUM `[K, D]` = Σ_b g p / (‖p‖ ‖t‖) over the patches that won.
 
-    A program has TEXTS of the texts and loads the winners of IMAGES at once, which have sums of their own to the end.
+    A program has TEXTS texts and loads the winners of IMAGES images at once; each of these has a sum of its own until
+    the end.
     """
     d_blocks = tl.cdiv(D, BLOCK_D)
     row = tl.arange(0, IMAGES * TEXTS)
@@ -60,11 +61,12 @@ def max_patches_kernel(
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
     SCALED: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """RAW `[images, N, D]` = Σ_k g t / (‖p‖ ‖t‖) over the texts for which a patch won.
+    """Write RAW `[images, N, D]` = Σ_k g t / (‖p‖ ‖t‖) over the texts that each patch won.
 
-    A product with the weights, which are 0 but at the winners. Of 16 bits, they are two numbers, the second being what
-    rounding takes from the first: where patches and texts share a direction, the part of the sum that is left when
-    that is projected out is small. SCALED: multiplied by RANGE_SCALE before they are rounded, against underflow.
+    This is a product with the weights, which are 0 except at the winners. A 16-bit weight is two numbers, of which the
+    second is the rounding error of the first: where patches and texts share a direction, the projection removes most
+    of the sum and would leave that error. SCALED: weights are multiplied by RANGE_SCALE before rounding, against
+    underflow.
     """
     d_tiles = tl.cdiv(D, BLOCK_D)
     tiles = tl.cdiv(N, BLOCK_N) * d_tiles

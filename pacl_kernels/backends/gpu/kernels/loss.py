@@ -1,4 +1,4 @@
-"""The losses of a matrix φ, and ∂L/∂φ."""
+"""Losses of a matrix φ, and ∂L/∂φ."""
 
 import triton
 import triton.language as tl
@@ -8,14 +8,15 @@ from .shared import scalar, sum_pair
 
 @triton.jit(
     do_not_specialize=("LARGEST", "LOG", "rows_count", "length"),
-    do_not_specialize_on_alignment=("stride_row", "stride"),  # but on 1: then neighbours are loaded together
+    do_not_specialize_on_alignment=("stride_row", "stride"),  # still on 1, where neighbours are loaded together
 )
 def shifted_logsumexp_kernel(
     PHI, SCALE, BIAS, LARGEST, LOG, rows_count, length, stride_row, stride,
     SCALE_IS_TENSOR: tl.constexpr, BIAS_IS_TENSOR: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Of each row of the logits the maximum m and log Σ exp(logit - m), apart: their sum would round away a saturated
-    loss. With the strides exchanged, of each column.
+    """Write the maximum m and log Σ exp(logit - m) of each row of the logits, or of each column if strides are swapped.
+
+    The two stay apart, because their sum would round away a saturated loss.
     """
     scale, bias = scalar(SCALE, SCALE_IS_TENSOR), scalar(BIAS, BIAS_IS_TENSOR)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -40,7 +41,7 @@ def sigmoid_loss_kernel(
     PHI, SCALE, BIAS, SUMS, B,
     SCALE_IS_TENSOR: tl.constexpr, BIAS_IS_TENSOR: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """SUMS gets each program's part of Σ softplus(-y logit)."""
+    """Write each program's part of Σ softplus(-y logit) to SUMS."""
     scale, bias = scalar(SCALE, SCALE_IS_TENSOR), scalar(BIAS, BIAS_IS_TENSOR)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     total = tl.zeros([ROWS], tl.float32)
@@ -50,7 +51,7 @@ def sigmoid_loss_kernel(
         logits = tl.load(PHI + rows.to(tl.int64)[:, None] * B + cols[None, :], mask=known, other=0.0) * scale + bias
         x = tl.where(rows[:, None] == cols[None, :], -logits, logits)
         small = tl.exp(-tl.abs(x))
-        above = 1.0 + small  # log1p: what 1 + small rounds away is put back
+        above = 1.0 + small  # log1p: restores the part of `small` that 1 + small rounds away
         log1p = tl.where(above == 1.0, small, tl.log(above) * small / tl.where(above == 1.0, 1.0, above - 1.0))
         softplus = tl.where(x > 0.0, x, 0.0) + log1p
         softplus = tl.where(x != x, x, softplus)
@@ -66,7 +67,7 @@ def loss_backward_kernel(
     SIGMOID: tl.constexpr, SCALE_IS_TENSOR: tl.constexpr, BIAS_IS_TENSOR: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """∂L/∂φ `[B, B]` in one pass, and each program's part of the sums for logit scale and bias."""
+    """Write ∂L/∂φ `[B, B]` in one pass, and each program's part of the gradients of logit scale and bias."""
     scale, bias = scalar(SCALE, SCALE_IS_TENSOR), scalar(BIAS, BIAS_IS_TENSOR)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     live = rows < B

@@ -1,4 +1,4 @@
-"""The norm term of the cosine form: what the norm of the pooled patch adds to the patches' gradient."""
+"""Norm term of the cosine form: the part of the patches' gradient that comes from the norm of the pooled patch."""
 
 import torch
 import triton
@@ -6,7 +6,7 @@ import triton.language as tl
 
 from .shared import INTERPRETED, round_to
 
-DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}  # of the operands of `norm_term_kernel`
+DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}  # operands of `norm_term_kernel`
 
 
 @triton.jit
@@ -14,7 +14,7 @@ def _weighted_gram(
     rows_n, rows_m, factors, n_live, m_live, K, stride_text,
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, DIAGONAL: tl.constexpr, OPERANDS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Σ_k factor_k a_kn a_km `[BLOCK, BLOCK]`; `rows_n` and `rows_m` `[BLOCK_K, BLOCK]` point at the first texts."""
+    """Return Σ_k factor_k a_kn a_km `[BLOCK, BLOCK]`; `rows_n` and `rows_m` `[BLOCK_K, BLOCK]` point at text 0."""
     acc = tl.zeros([BLOCK, BLOCK], tl.float32)
     for k0 in range(0, K, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
@@ -26,7 +26,7 @@ def _weighted_gram(
             rows_n += BLOCK_K * stride_text
         rows_m += BLOCK_K * stride_text
         factor = tl.load(factors + k, mask=k < K, other=0.0)
-        left = left.to(tl.float32) * factor[None, :]  # beyond the range of float16, hence bfloat16 operands
+        left = left.to(tl.float32) * factor[None, :]  # may exceed the range of float16, hence bfloat16 operands
         if not INTERPRETED:
             left = left.to(OPERANDS)
         acc = tl.dot(left, right.to(left.dtype), acc, input_precision=PRECISION)
@@ -35,7 +35,7 @@ def _weighted_gram(
 
 @triton.jit
 def _store_norm_term(c, acc, inv, n, m, N, stride_c, ADD: tl.constexpr):
-    """-acc / ‖p_m‖ to the rows `n` and columns `m` of an image's C, or onto what is there."""
+    """Store -acc / ‖p_m‖ to rows `n` and columns `m` of an image's C, or add it if ADD."""
     c += (n * stride_c)[:, None] + m[None, :]
     live = (n < N)[:, None] & (m < stride_c)[None, :]
     acc *= -tl.load(inv + m, mask=m < N, other=0.0)[None, :]
@@ -50,11 +50,12 @@ def norm_term_kernel(
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, A_ALIGN: tl.constexpr, C_ALIGN: tl.constexpr,
     ADD: tl.constexpr, OPERANDS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """C `[images, N, stride_c]` (+)= -Σ_k factor_k a_kn a_km / ‖p_m‖: times P, ‖p_n‖ times what r adds to ∂L/∂p_n.
+    """Write C `[images, N, stride_c]` = -Σ_k factor_k a_kn a_km / ‖p_m‖, or add it to C if ADD.
 
-    With both norms it would underflow where they are large. The sum is symmetric: only tiles on and above the diagonal
-    are computed. Rows of A and C are read and written to the next multiple of their alignment, so that vectors are
-    whole; past column N, C is 0 where A is finite.
+    C P / ‖p_n‖ is the part of ∂L/∂p_n that comes from r. C leaves out 1 / ‖p_n‖, with which it would underflow for
+    large norms. The sum is symmetric, so only tiles on and above the diagonal are computed. Rows of A and C are read
+    and written up to the next multiple of their alignment, so that vectors are whole; past column N, C is 0 where A is
+    finite.
     """
     tiles = tl.cdiv(N, BLOCK)
     image = tl.program_id(0) // (tiles * tiles)
@@ -62,7 +63,7 @@ def norm_term_kernel(
     tile_n, tile_m = tile // tiles, tile % tiles
     if tile_n > tile_m:
         return
-    # What the divisions tell the compiler: how rows of A and C are aligned.
+    # The divisions tell the compiler how rows of A and C are aligned.
     stride_image = stride_image // A_ALIGN * A_ALIGN
     stride_text = stride_text // A_ALIGN * A_ALIGN
     stride_c = stride_c // C_ALIGN * C_ALIGN
@@ -96,7 +97,7 @@ def norm_term_product_kernel(
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, C_ALIGN: tl.constexpr,
     HAS_MASK: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """RAW `[images, N, D]` += C P / ‖p‖, masked patches as zeros. C is that of `norm_term_kernel`, of RAW's dtype."""
+    """Add C P / ‖p‖ to RAW `[images, N, D]`, masked patches as zeros; C is from `norm_term_kernel`, in RAW's dtype."""
     stride_c = stride_c // C_ALIGN * C_ALIGN  # tells the compiler how rows are aligned
     width = tl.cdiv(N, C_ALIGN) * C_ALIGN
     d_tiles = tl.cdiv(D, BLOCK_D)

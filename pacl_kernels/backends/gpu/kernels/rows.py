@@ -1,4 +1,4 @@
-"""Norms of rows, and the projection that takes them into account in a gradient."""
+"""Inverse norms of rows, and the projection of gradients."""
 
 import triton
 import triton.language as tl
@@ -11,7 +11,7 @@ MIN_NORM_SQUARED = tl.constexpr(MIN_NORM**2)
 
 @triton.jit
 def _rows(MASK, rows, rows_count, N, stride_b, stride_n, stride_mb, stride_mn, HAS_MASK: tl.constexpr):
-    """Whether each row counts, and its offset in a tensor `[rows / N, N, D]`."""
+    """Return for each row True if it exists and is not masked, and its offset in a tensor `[rows / N, N, D]`."""
     live = rows < rows_count
     image = rows // N
     n = rows - image * N
@@ -23,7 +23,7 @@ def _rows(MASK, rows, rows_count, N, stride_b, stride_n, stride_mb, stride_mn, H
 
 @triton.jit
 def _load_row(X, offsets, live, d, D, stride_d, BLOCK_D: tl.constexpr):
-    """`[ROWS, BLOCK_D]` in float32, 0 for rows that do not count, which are not read."""
+    """Load `[ROWS, BLOCK_D]` in float32; rows that are not `live` are 0 and never read."""
     offs_d = (d + tl.arange(0, BLOCK_D)).to(tl.int64)
     mask = live[:, None] & (offs_d < D)[None, :]
     return tl.load(X + offsets[:, None] + (offs_d * stride_d)[None, :], mask=mask, other=0.0).to(tl.float32)
@@ -31,7 +31,7 @@ def _load_row(X, offsets, live, d, D, stride_d, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def _power_of_two(inverse):
-    """The power of two at or below 1 / ‖x‖, times which x has a norm from 1/2 to 1; 1 where 1 / ‖x‖ is none."""
+    """Return the power of two at or below 1 / ‖x‖, which scales x to a norm from 1/2 to 1; 1 for a row without norm."""
     power = (inverse.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
     return tl.where((inverse > 0.0) & (inverse < float("inf")) & (power > 0.0), power, 1.0)
 
@@ -41,14 +41,14 @@ def inverse_norms_kernel(
     X, MASK, INV, SCALED_X, SCALED_INV, rows_count, N, D, stride_b, stride_n, stride_d, stride_mb, stride_mn,
     ROWS: tl.constexpr, BLOCK_D: tl.constexpr, HAS_MASK: tl.constexpr,
 ):  # fmt: skip
-    """1 / ‖x‖ of each row of `[rows / N, N, D]`; 0 for a row without a direction and for a masked one.
+    """Write 1 / ‖x‖ of each row of `[rows / N, N, D]`; 0 for masked rows and rows without a direction.
 
-    SCALED_X, if given, gets the rows times the power of two that brings their norm to between 1/2 and 1, contiguous,
-    and SCALED_INV their 1 / ‖x‖.
+    SCALED_X, unless None, gets the rows, contiguous, times the power of two that brings their norms to between 1/2
+    and 1, and SCALED_INV gets the 1 / ‖x‖ of these rows.
     """
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     live, offsets = _rows(MASK, rows, rows_count, N, stride_b, stride_n, stride_mb, stride_mn, HAS_MASK)
-    SMALL: tl.constexpr = 2.0**-80  # times which any float32 has a square
+    SMALL: tl.constexpr = 2.0**-80  # scales any float32 so that its square is finite
     squared = tl.zeros([ROWS], tl.float32)
     small_squared = tl.zeros([ROWS], tl.float32)
     for d in range(0, D, BLOCK_D):
@@ -75,12 +75,12 @@ def project_out_kernel(
     GRAD, X, INV, OUT, MASK, RANGE_SCALE, rows_count, N, D, stride_b, stride_n, stride_d, stride_mb, stride_mn,
     ROWS: tl.constexpr, BLOCK_D: tl.constexpr, HAS_MASK: tl.constexpr, SCALED: tl.constexpr, SCALED_X: tl.constexpr,
 ):  # fmt: skip
-    """OUT = GRAD - (GRAD · x) x / ‖x‖² by rows: what points along x does not change its direction.
+    """Write OUT = GRAD - (GRAD · x) x / ‖x‖² by rows: the part along x does not change the direction of x.
 
-    GRAD and OUT are contiguous `[rows, D]` and may be the same memory. Twice, because the first projection leaves along
-    x its own rounding, which is all there is where D = 1. From GRAD itself, so that the rounding of W along x cancels.
-    INV has 1 / ‖x‖: with the power of two next to it ‖x‖² is near 1 whatever x is. SCALED_X: GRAD is that of the
-    rows which `inverse_norms_kernel` has scaled.
+    GRAD and OUT are contiguous `[rows, D]` and may be the same memory. The projection is done twice, because the first
+    leaves its own rounding along x, which is all that remains for D = 1. It starts from GRAD itself, so that the
+    rounding of W along x cancels. INV has 1 / ‖x‖: the nearby power of two makes ‖x‖² near 1 for every x. SCALED_X:
+    GRAD is the gradient of the rows that `inverse_norms_kernel` has scaled.
     """
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     live, offsets = _rows(MASK, rows, rows_count, N, stride_b, stride_n, stride_mb, stride_mn, HAS_MASK)
@@ -102,7 +102,7 @@ def project_out_kernel(
         rest += tl.sum((grad - along[:, None] * x) * x, 1)
     rest *= inverse
     undo = 1.0 / tl.load(RANGE_SCALE) if SCALED else 1.0
-    # A row without a direction has W = 0 and so GRAD = 0 already.
+    # For a row without a direction W = 0, hence GRAD = 0 already.
     for d in range(0, D, BLOCK_D):
         offs_d = d + tl.arange(0, BLOCK_D)
         x = _load_row(X, offsets, live, d, D, stride_d, BLOCK_D) * power[:, None]

@@ -1,4 +1,4 @@
-"""A tile of products of texts and patches, and what its columns are."""
+"""Tile of products of texts and patches, and the patches of its columns."""
 
 import triton
 import triton.language as tl
@@ -12,7 +12,7 @@ def product(
     BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
     DESCRIPTORS: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Raw products `[BLOCK_T, BLOCK_P]` of the texts from `text0` on and the patches from row `row0` on."""
+    """Return raw products `[BLOCK_T, BLOCK_P]` of the texts from `text0` on and the patches from row `row0` on."""
     acc = tl.zeros([BLOCK_T, BLOCK_P], tl.float32)
     for d in range(0, D, BLOCK_D):
         if DESCRIPTORS:
@@ -26,7 +26,7 @@ def product(
                 p_mask &= offs_d[None, :] < D
             t = tl.load(T + t_offsets[:, None] + (offs_d * stride_td)[None, :], mask=t_mask, other=0.0)
             p = tl.load(P + p_offsets[:, None] + (offs_d * stride_pd)[None, :], mask=p_mask, other=0.0)
-        if INTERPRETED:  # its tl.dot takes the bits of a bfloat16 for an integer
+        if INTERPRETED:  # the interpreter's tl.dot reads the bits of a bfloat16 as an integer
             t, p = t.to(tl.float32), p.to(tl.float32)
         acc = tl.dot(t, p.T, acc, input_precision=PRECISION)
     return acc
@@ -37,7 +37,7 @@ def patch_columns(
     MASK, image0, row0, image_end, N, stride_pb, stride_pn, stride_mb, stride_mn,
     BLOCK_P: tl.constexpr, PAD: tl.constexpr, HAS_MASK: tl.constexpr,
 ):  # fmt: skip
-    """Of each column of a tile: its row in `[B N]`, the offset of its patch, and whether it is one (and not masked)."""
+    """Return the row in `[B N]` of each column, the offset of its patch, and True if it is a patch and not masked."""
     cols = tl.arange(0, BLOCK_P)
     if PAD > 0:
         image, n = image0 + cols // PAD, cols % PAD

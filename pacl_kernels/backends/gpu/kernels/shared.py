@@ -1,4 +1,4 @@
-"""Constants, scalar arguments, a multiply-add, and sums in one pass."""
+"""Constants, scalar arguments, FMA, rounding, and several sums in one pass."""
 
 import triton
 import triton.language as tl
@@ -11,7 +11,7 @@ INTERPRETED = tl.constexpr(interpreted())
 
 @triton.jit
 def scalar(X, IS_TENSOR: tl.constexpr):
-    """A number, or what is at that address; 0 for None."""
+    """Return a number unchanged, the value at an address, or 0 for None."""
     if X is None:
         return 0.0
     elif IS_TENSOR:
@@ -22,8 +22,8 @@ def scalar(X, IS_TENSOR: tl.constexpr):
 
 @triton.jit
 def fma(x, y, z):
-    """x y + z, rounded once, where a kernel is compiled without fused multiply-adds."""
-    if INTERPRETED:  # its tl.fma takes no numbers
+    """Return x y + z, rounded once, in kernels that are compiled without FMA contraction."""
+    if INTERPRETED:  # the interpreter's tl.fma does not accept plain numbers
         return x * y + z
     else:
         return tl.fma(x, y, z)
@@ -36,8 +36,8 @@ def _add_pairs(a, b, c, d):
 
 @triton.jit
 def sum_pair(a, b, AXIS: tl.constexpr):
-    """Both sums in one pass, so that neither operand is ever whole in registers."""
-    if INTERPRETED:  # a reduction with its own function is a loop over elements there
+    """Return both sums in one pass, so that neither operand is ever whole in registers."""
+    if INTERPRETED:  # the interpreter runs tl.reduce as a loop over elements
         return tl.sum(a, AXIS), tl.sum(b, AXIS)
     else:
         return tl.reduce((a, b), AXIS, _add_pairs)
@@ -58,7 +58,7 @@ def sum_three(a, b, c, AXIS: tl.constexpr):
 
 @triton.jit
 def round_to(x, TYPE: tl.constexpr):
-    """float32 to the nearest of that type, in the interpreter too, whose own cast to bfloat16 truncates."""
+    """Round float32 to the nearest of that type; in the interpreter, the plain cast to bfloat16 would truncate."""
     if INTERPRETED and TYPE == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
         nearest = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)

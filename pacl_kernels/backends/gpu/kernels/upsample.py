@@ -1,4 +1,4 @@
-"""The best class of each pixel."""
+"""Best class of each pixel."""
 
 import triton
 import triton.language as tl
@@ -8,7 +8,7 @@ from .shared import LOG2E, scalar
 
 @triton.jit
 def _source_score(SCORES, at, live, LARGEST: tl.constexpr):
-    """Scores at those offsets in float32; a NaN stays one."""
+    """Load scores as float32, clamped to ±LARGEST; NaN stays NaN."""
     s = tl.load(SCORES + at, mask=live, other=0.0).to(tl.float32)
     s = tl.maximum(s, -LARGEST, propagate_nan=tl.PropagateNan.ALL)
     return tl.minimum(s, LARGEST, propagate_nan=tl.PropagateNan.ALL)
@@ -20,10 +20,10 @@ def upsample_argmax_kernel(
     C, source_h, source_w, H, W, stride_b, stride_c, stride_h, stride_w,
     SCALE_IS_TENSOR: tl.constexpr, LARGEST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """LABELS (BEST, ENTROPY) `[B, H, W]` of SCORES `[B, C, source_h, source_w]`, a block of an image's pixels.
+    """Write LABELS, BEST and ENTROPY `[B, H, W]` of SCORES `[B, C, source_h, source_w]`.
 
-    ROW, COLUMN and their fractions say between which elements a pixel lies. One pass over the classes: both sums of the
-    softmax are kept relative to the best score so far.
+    Each program takes a block of pixels of one image. ROW, COLUMN and their fractions give the elements between which a
+    pixel lies. There is one pass over the classes: both sums of the softmax are relative to the best score so far.
     """
     blocks = tl.cdiv(H * W, BLOCK)
     image = tl.program_id(0) // blocks
@@ -54,15 +54,15 @@ def upsample_argmax_kernel(
         below = b + along * (_source_score(of_class, bottom + right, live, LARGEST) - b)
         s = above + down * (below - above)
         of_class += stride_c
-        wins = ((s > best) | (s != s)) & (best == best)  # the first of equals stays; a NaN wins and stays
+        wins = ((s > best) | (s != s)) & (best == best)  # the first of equal scores stays; a NaN wins and stays
         if ENTROPY is not None:
             if c == 0:
                 total += 1.0
             else:
-                # Both finite and far enough: 2^-200 is 0.
+                # Clamped to stay finite; 2^-200 is 0.
                 distance = tl.minimum(tl.maximum((s - best) * scale, -200.0), 200.0)
                 e = tl.exp2(-tl.abs(distance))
-                # Relative to a new best, each e and each distance of what was summed shrink alike.
+                # A new best score scales every earlier e and shifts every earlier distance alike.
                 weighted = tl.where(wins, (weighted - distance * total) * e, weighted + distance * e)
                 total = tl.where(wins, total * e + 1.0, total + e)
         best = tl.where(wins, s, best)

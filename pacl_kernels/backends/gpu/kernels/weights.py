@@ -1,4 +1,4 @@
-"""The gradient weights W of the `dot` form."""
+"""Gradient weights W of the `dot` form."""
 
 import triton
 import triton.language as tl
@@ -15,7 +15,7 @@ def _weights_quarter(
     COLS: tl.constexpr, IMAGES: tl.constexpr,
     HAS_MASK: tl.constexpr, NEEDS_TAU: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
-    """Stores the weights of a tile's columns from `col0` on; returns their part of TAU_SUMS."""
+    """Store the weights of the columns of a tile from `col0` on; return their part of TAU_SUMS."""
     cols = col0 + tl.arange(0, COLS)
     rows, _, p_live = patch_columns(MASK, 0, row0 + col0, image_end, N, 0, 0, stride_mb, stride_mn, COLS, 0, HAS_MASK)
     inv_p = tl.load(INV_P + rows, mask=p_live, other=0.0)[None, :]
@@ -28,9 +28,9 @@ def _weights_quarter(
     w = a * (g * fma(centred, inv_tau, 1.0)) * inv_t * inv_p
     if SCALED:
         w *= range_scale
-    if HAS_MASK:  # columns behind the mask hold anything, NaN included
+    if HAS_MASK:  # masked columns may hold anything, NaN included
         w = tl.where(p_live[None, :], w, 0.0)
-    # One 64-bit address and small offsets: an address for each element takes twice the registers.
+    # One 64-bit address and small offsets: one address per element would take twice the registers.
     base = W + text0.to(tl.int64) * stride_w
     at_text = ((texts - text0) * stride_w)[:, None]
     tl.store(base + at_row + at_text + cols[None, :], round_to(w, W.dtype.element_ty))
@@ -50,13 +50,13 @@ def dot_weights_kernel(
     TAU_IS_TENSOR: tl.constexpr, HAS_MASK: tl.constexpr, NEEDS_TAU: tl.constexpr, SCALED: tl.constexpr,
     DESCRIPTORS: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """W `[K, rows]` = dS / (‖p‖ ‖t‖) of the `dot` form, dS = a g (1 + (s - φ) / τ), for a block of images.
+    """Write W `[K, rows]` = dS / (‖p‖ ‖t‖) of the `dot` form, dS = a g (1 + (s - φ) / τ), for a block of images.
 
-    The weights have room for whole tiles; what lies past the last text or row is not read. PHI, STATE and G have rows
-    `stride_phi` apart, so that a block of texts can be taken. IMAGES: how many a quarter of a tile touches at most.
-    TAU_SUMS gets Σ a g (s - φ)² of each item: -τ² times its part of the temperature's gradient.
+    W has room for whole tiles; nothing past the last text or row is read later. The rows of PHI, STATE and G are
+    `stride_phi` apart, so that a block of texts can be a slice. IMAGES: the most images that a quarter of a tile
+    touches. TAU_SUMS gets Σ a g (s - φ)² of each item: -τ² times its part of the temperature's gradient.
 
-    To be compiled without fused multiply-adds, see `attention_of`.
+    Compile without FMA contraction, see `attention_of`.
     """
     tau = scalar(TAU, TAU_IS_TENSOR)
     scale, inv_tau = LOG2E / tau, 1.0 / tau
@@ -79,7 +79,7 @@ def dot_weights_kernel(
             P, T, p_offsets, p_live, row0, t_offsets, t_live, text0, D, stride_pd, stride_td,
             BLOCK_T, BLOCK_P, BLOCK_D, DESCRIPTORS, EVEN_D, PRECISION,
         )  # fmt: skip
-        # A quarter of the columns at a time: the whole tile's intermediate values do not fit into registers.
+        # A quarter of the columns at a time, because the intermediate values of a whole tile do not fit into registers.
         left, right = tl.split(tl.permute(tl.reshape(acc, [BLOCK_T, 2, BLOCK_P // 2]), [0, 2, 1]))
         tau_sum = 0.0
         for half in tl.static_range(2):
