@@ -292,7 +292,7 @@ def test_processes_that_differ(name, changes, group):
 
 
 def test_without_reading_what_others_say(group, monkeypatch):
-    """Behave as on a GPU: the first step fixes the largest local batch, later ones may be smaller and change numbers."""
+    """Behave as on a GPU: step one fixes the largest local batch, later ones may be smaller or change numbers."""
     world, rank = group.size(), group.rank()
     if world == 1:
         pytest.skip("one process agrees with itself")
