@@ -1,4 +1,4 @@
-"""Cost of a batch of many processes: bytes sent, memory and time with Gloo on this machine, and a model of H200s.
+"""What the batch of many processes costs: bytes sent, memory and time, on this machine with Gloo, and a model of H200s.
 
     python benchmarks/distributed.py                       # 1 to 4 processes, a few minutes on two cores
     python benchmarks/distributed.py --json result.json
@@ -269,13 +269,13 @@ def print_model(rows: list[dict]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 3, 4], metavar="N")
-    parser.add_argument("--batch", type=int, default=64, help="Pairs of one process (%(default)s).")
+    parser.add_argument("--batch", type=int, default=64, help="local batch (%(default)s)")
     parser.add_argument("--patches", type=int, default=196)
     parser.add_argument("--dim", type=int, default=512)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--json", metavar="FILE")
-    parser.add_argument("--show", metavar="FILE", help="Print the tables of an earlier --json.")
+    parser.add_argument("--show", metavar="FILE", help="print the tables of an earlier --json")
     parser.add_argument("--model-only", action="store_true")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()

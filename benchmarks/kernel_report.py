@@ -1,6 +1,5 @@
-"""Report what the compiler makes of every Triton kernel that the library launches; needs no GPU.
-
-Registers, spills, shared memory and tensor-core instructions are read from the machine code.
+"""What the compiler makes of every Triton kernel that the library launches: registers, spills, shared memory, tensor
+cores, read from the machine code. Needs no GPU.
 
     python benchmarks/kernel_report.py                    # the shipped configurations at common shapes, under 3 minutes
     python benchmarks/kernel_report.py --all --json report.json
@@ -94,7 +93,7 @@ ONCE = (
 
 
 class Launch(NamedTuple):
-    """One compilation, by Triton's own rules: types, constants and alignments by argument name."""
+    """What Triton compiles, by its own rules: types, constants and alignments by argument name."""
 
     kernel: str
     config: str
@@ -244,12 +243,10 @@ def report(variants: list[Variant], targets, jobs: int) -> list[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--all", action="store_true", help="Compile every variant, not only the common ones (hours).")
-    parser.add_argument(
-        "--targets", default=",".join(map(str, TARGETS)), help="Compute capabilities times ten, a comma list."
-    )
+    parser.add_argument("--all", action="store_true", help="every variant, not only the common ones (hours)")
+    parser.add_argument("--targets", default=",".join(map(str, TARGETS)), help="compute capabilities times ten")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
-    parser.add_argument("--json", metavar="FILE", help="Write the rows.")
+    parser.add_argument("--json", metavar="FILE", help="write the rows")
     args = parser.parse_args()
     targets = [int(target) for target in args.targets.split(",")]
     rows = report(every_variant() if args.all else DEFAULT, targets, args.jobs)

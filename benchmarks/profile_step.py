@@ -1,9 +1,9 @@
-"""Time of a training step on a GPU, kernel by kernel, from torch's profiler.
+"""Where a training step's time on a GPU goes, kernel by kernel, as torch's profiler has it.
 
     python benchmarks/profile_step.py --backend cuda --form cosine --json profile.json
     ncu --section ComputeWorkloadAnalysis --kernel-name regex:score_kernel python benchmarks/profile_step.py --once
 
-The second command shows how busy the tensor cores are, which torch's profiler does not.
+The second: how busy the tensor cores are, which torch's profiler does not say.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--backend", choices=NAMES, default="auto")
     parser.add_argument("--form", choices=FORMS, default="dot")
-    parser.add_argument("--once", action="store_true", help="Run one step without a profile, for a profiler around it.")
-    parser.add_argument("--json", metavar="FILE", help="Write the rows and the machine.")
+    parser.add_argument("--once", action="store_true", help="one step and no profile, for a profiler around it")
+    parser.add_argument("--json", metavar="FILE", help="write the rows, with the machine they are from")
     args = parser.parse_args()
     patches = torch.randn(args.batch, args.patches, args.dim, device="cuda").bfloat16().requires_grad_()
     texts = torch.randn(args.batch, args.dim, device="cuda").bfloat16().requires_grad_()

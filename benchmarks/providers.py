@@ -32,7 +32,7 @@ CHUNK = 16  # images: at the usual sizes the scores of a chunk then stay in the 
 
 
 def pooled(patches: Tensor, texts: Tensor, temperature: float, form: str) -> Tensor:
-    """Compute φ as the paper writes it: scores, softmax, the pooled patch of every pair, its product with the text."""
+    """As the paper writes it: scores, softmax, the pooled patch of every pair, its product with the text."""
     p, t = F.normalize(patches, dim=-1), F.normalize(texts, dim=-1)
     scores = torch.einsum("bnd,kd->bkn", p, t)
     return _compare(torch.einsum("bkn,bnd->bkd", (scores / temperature).softmax(-1), p), t, form)

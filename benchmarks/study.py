@@ -1,4 +1,4 @@
-"""Effect of batch size, attention and temperature in two generated worlds: curves, controls, a picture.
+"""What a larger batch, the attention and the temperature buy, in two generated worlds: curves, controls, a picture.
 
     python benchmarks/study.py run DIR                 # everything, two processes of one thread; go on by running again
     python benchmarks/study.py report DIR --json study.json --plot study.png
@@ -239,7 +239,7 @@ def mean_pooling(patches: Tensor, texts: Tensor, logit_scale: Tensor) -> Tensor:
 
 
 def paired(patches: Tensor, texts: Tensor, logit_scale: Tensor, *, tau: float) -> Tensor:
-    """Compute the loss of re-implementations: pool an image for its own caption, compare that patch with all texts."""
+    """What re-implementations do: an image is pooled for its own caption, and that pooled patch meets every text."""
     patches, texts = F.normalize(patches, dim=-1), F.normalize(texts, dim=-1)
     weights = ((patches @ texts[:, :, None]) / tau).softmax(1)
     return open_clip.ClipLoss()(F.normalize((weights * patches).sum(1), dim=-1), texts, logit_scale)
@@ -348,7 +348,7 @@ def centre(value: dict[str, float] | float) -> float:
 
 
 def label(row: dict) -> str:
-    """Name what sets a control apart."""
+    """What is special about a control."""
     if row["pooling"] != "all pairs":
         return {"paired": "attention of the paired caption only", "mean": "mean pooling"}[row["pooling"]]
     if row["tower"] == "random":
@@ -420,8 +420,8 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run")
     run.add_argument("out", type=Path)
-    run.add_argument("--processes", type=int, default=2, help="Processes of one thread each (default: %(default)s).")
-    run.add_argument("--quick", action="store_true", help="Run everything once in minutes; the numbers mean nothing.")
+    run.add_argument("--processes", type=int, default=2, help="of one thread each (default: %(default)s)")
+    run.add_argument("--quick", action="store_true", help="everything once in minutes, numbers without meaning")
     show = commands.add_parser("report")
     show.add_argument("out", type=Path)
     show.add_argument("--json", type=Path)

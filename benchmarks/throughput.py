@@ -48,10 +48,8 @@ logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 
 def make_inputs(args, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return random patches and texts, which cost the same as real ones.
-
-    They are drawn on the device: for a batch of a GPU's size the CPU's generator takes seconds per provider.
-    """
+    """Patches and texts; random directions cost the same as real ones. Made on the device: for a batch of a GPU's size
+    the CPU's generator takes seconds, for every provider again."""
     device = args.torch_device
     generator = torch.Generator(device).manual_seed(args.seed)
     patches = torch.randn(batch, args.patches, args.dim, generator=generator, device=device).to(args.torch_dtype)
@@ -60,11 +58,8 @@ def make_inputs(args, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class Clock:
-    """Milliseconds between marks.
-
-    A GPU first gets a pause, so that launches are queued before the first mark, and a sweep of its cache, because a
-    training step does not find its patches there either.
-    """
+    """Milliseconds between marks. A GPU gets a pause first, so that launches are queued before the first mark, and a
+    sweep of its cache, since a training step does not find its patches there either."""
 
     def __init__(self, device: torch.device):
         self.sweep = torch.empty(2**28, dtype=torch.int8, device=device) if device.type == "cuda" else None
@@ -106,10 +101,9 @@ def unit(args) -> int:
 
 
 def units(args) -> dict[str, float]:
-    """Return the work that grows with B K N, in units.
+    """What grows with B K N; for the cosine the norm of the pooled patch adds N/D of a unit, and 2N/D backward.
 
-    For cosine the norm of the pooled patch adds N/D of a unit forward and 2N/D backward. The max form takes one
-    product, and one row of D per pair for each of its gradients.
+    The max form: one product, and one row of D per pair for each of its gradients.
     """
     if args.form == "max":
         return {"forward": 1, "step": 1 + (1 if args.frozen_texts else 2) / args.patches}
@@ -118,12 +112,12 @@ def units(args) -> dict[str, float]:
 
 
 def operations(args) -> dict[str, float]:
-    """Return the work of the fused loss in units, on which the shares of the peak are based.
+    """What the fused loss has to compute, in units: what the shares of the peak count.
 
-    For cosine it is the cheaper of two ways to the pooled patch's norm. The first takes the Gram matrix G = P̂ P̂ᵀ of
-    each image and half of each symmetric matrix: G costs N/2K, forward and again backward, aᵀ G a N/2D, and in the
-    backward G a N/D, C = Σ w a aᵀ N/2D, C P̂ N/K. The second takes the pooled patches v = Σ a p̂: v costs 1 forward and
-    again backward, as do p̂ · (t̂ - (φ / r) v) and the part of the patches' gradient that comes from v.
+    For the cosine that is the cheaper of two ways to the pooled patch's norm. With the Gram matrix G = P̂ P̂ᵀ of each
+    image, half of what is symmetric: G takes N/2K, in forward and again in backward, aᵀ G a N/2D, and in backward
+    G a N/D, C = Σ w a aᵀ N/2D, C P̂ N/K. With the pooled patches v = Σ a p̂ themselves: v is 1 in forward and again in
+    backward, as are p̂ · (t̂ - (φ / r) v) and what v adds to the patches' gradient.
     """
     if args.form != "cosine":
         return units(args)
@@ -355,27 +349,23 @@ def _note(text: str) -> None:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--batch", type=int, default=256, help="Images, and as many texts.")
-    add("--patches", type=int, default=196, help="Patches of an image.")
-    add("--dim", type=int, default=512, help="Dimensions of the embeddings.")
+    add("--batch", type=int, default=256, help="images, and as many texts")
+    add("--patches", type=int, default=196, help="of an image")
+    add("--dim", type=int, default=512, help="of the embeddings")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     add("--form", choices=FORMS, default="dot")
-    add("--temperature", type=float, default=0.1, help="Temperature of the softmax over patches.")
-    add("--frozen-texts", action="store_true", help="Leave out the texts' gradient.")
+    add("--temperature", type=float, default=0.1, help="of the softmax over patches")
+    add("--frozen-texts", action="store_true", help="texts need no gradient")
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--threads", type=int, default=torch.get_num_threads(), help="CPU threads.")
-    add("--backend", help="Backends of the fused loss, a comma list (default: all for this device).")
-    add("--peers", default="all", help="Run only peers whose names contain this; any other word runs none.")
-    add("--repeats", type=int, default=11, help="Timed runs of each row; slow rows get fewer, but at least 3.")
+    add("--threads", type=int, default=torch.get_num_threads(), help="on the CPU")
+    add("--backend", help="of the fused loss, a comma list (default: all for this device)")
+    add("--peers", default="all", help="only those with this in their names; any other word for none")
+    add("--repeats", type=int, default=11, help="timed runs of each; slow ones get fewer, but 3")
     add("--seed", type=int, default=0)
-    add("--json", metavar="FILE", help="Write the result and the machine.")
-    add("--plot", metavar="FILE", help="Write a chart, .svg or .png.")
-    add("--profile", metavar="FILE", help="Write a trace of one step of each row, for Perfetto.")
-    add(
-        "--quick",
-        action="store_true",
-        help="Take small shapes and 3 repeats, to see that it works; the times mean nothing.",
-    )
+    add("--json", metavar="FILE", help="write the result, with the machine it is from")
+    add("--plot", metavar="FILE", help="write a chart, .svg or .png")
+    add("--profile", metavar="FILE", help="write a trace of one step of each, for Perfetto")
+    add("--quick", action="store_true", help="small shapes, 3 repeats: shows that it runs, not how fast")
     if parser.parse_args(argv).quick:
         parser.set_defaults(batch=16, patches=49, dim=64, repeats=3)
     args = parser.parse_args(argv)

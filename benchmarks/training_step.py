@@ -182,14 +182,12 @@ def table(result: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=list(BATCHES))
-    parser.add_argument("--batches", type=int, nargs="+", help="Pairs of a step; the default depends on the device.")
-    parser.add_argument(
-        "--dtype", choices=["float32", "bfloat16"], help="Dtype of autocast; default: float32 on a CPU."
-    )
+    parser.add_argument("--batches", type=int, nargs="+", help="default: by device")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="autocast's; default: float32 on a CPU")
     parser.add_argument("--form", default="cosine", choices=["dot", "cosine"])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--show", type=Path, metavar="FILE", help="Print the table of a result.")
+    parser.add_argument("--show", type=Path, metavar="FILE", help="print the table of a result")
     arguments = parser.parse_args()
     if arguments.show:
         print(table(json.loads(arguments.show.read_text())))

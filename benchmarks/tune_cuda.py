@@ -78,8 +78,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
-    parser.add_argument("--json", metavar="FILE", help="Write the rows and the machine.")
-    parser.add_argument("--shapes", help="Batch x patches x dim, a comma list (default: common shapes).")
+    parser.add_argument("--json", metavar="FILE", help="write the rows, with the machine they are from")
+    parser.add_argument("--shapes", help="batch x patches x dim, a comma list (default: those of practice)")
     args = parser.parse_args()
     shapes = [tuple(map(int, shape.split("x"))) for shape in args.shapes.split(",")] if args.shapes else SHAPES
     results = []

@@ -169,7 +169,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--kernels", choices=("scores", "norm_term", "gram_attention", "all"), default="all")
-    parser.add_argument("--json", metavar="FILE", help="Write the rows and the machine.")
+    parser.add_argument("--json", metavar="FILE", help="write the rows, with the machine they are from")
     args = parser.parse_args()
     dtype = getattr(torch, args.dtype)
     patches = torch.randn(args.batch, args.patches, args.dim, device="cuda", dtype=dtype)

@@ -113,18 +113,16 @@ def measure(case: str, args) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--case", action="append", help="Classes x h x w x H x W, such as 21x28x28x448x448; repeatable."
-    )
+    parser.add_argument("--case", action="append", help="classes x h x w x H x W, e.g. 21x28x28x448x448; repeatable")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--limit", type=float, default=8 * 2**30, help="Skip rows that need more bytes.")
+    parser.add_argument("--limit", type=float, default=8 * 2**30, help="bytes that a row may need")
     parser.add_argument(
-        "--slow", type=float, default=60.0, help="Do not measure the memory of rows that take more seconds."
+        "--slow", type=float, default=60.0, help="seconds: the memory of what takes longer is not taken"
     )
-    parser.add_argument("--no-compile", dest="compile", action="store_false", help="Leave out torch.compile.")
+    parser.add_argument("--no-compile", dest="compile", action="store_false", help="without torch.compile")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", metavar="FILE", help="Write the result.")
+    parser.add_argument("--json", metavar="FILE", help="write the result")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     result = {"machine": report.machine(torch.device("cpu"), native()), "settings": vars(args), "cases": []}

@@ -19,7 +19,7 @@ from pacl_kernels import available_backends
 
 
 class Target(NamedTuple):
-    """A backend with the device and the dtype of a test."""
+    """Where and in what dtype a backend is tried."""
 
     backend: str
     device: str

@@ -1,4 +1,4 @@
-"""Tests that need a GPU. `pytest -m gpu` runs this file and every other test's rows for a GPU."""
+"""What only a GPU can show. `pytest -m gpu` runs this file and every other test's rows for a GPU."""
 
 import pytest
 import torch

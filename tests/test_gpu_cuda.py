@@ -27,7 +27,7 @@ def cluster(request, monkeypatch):
 
 @pytest.fixture(params=[False, True], ids=["triton", "in-memory"])
 def in_memory(request, monkeypatch):
-    """Kernels that keep cosine's attention in memory: Triton's, or the backend's own."""
+    """Where the cosine form has its attention in memory: in kernels of Triton, or the backend's own."""
     monkeypatch.setattr(hopper.settings, "cosine_from_attention", request.param)
     return request.param
 
