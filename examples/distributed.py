@@ -21,7 +21,7 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("folder", type=Path)
 parser.add_argument("--scenes", type=int, default=2000)
 parser.add_argument("--steps", type=int, default=200)
-parser.add_argument("--batch-size", type=int, default=64, help="Pairs of all processes together.")
+parser.add_argument("--batch-size", type=int, default=64, help="of all processes together")
 arguments = parser.parse_args()
 
 group = None
