@@ -101,7 +101,7 @@ class Clone:
         return self._run([self.venv / "bin" / "python", *options], {}, cwd or self.venv)
 
     def which(self, cwd: Path | None = None) -> list[str]:
-        """Where a program started in `cwd` takes the package and the native module from, and what that says."""
+        """Return where a program started in `cwd` finds the package and the native module, and what that says."""
         done = self.python("-c", WHICH, cwd=cwd)
         assert done.returncode == 0, done.stdout
         return done.stdout.strip().splitlines()[-1].split("|")

@@ -1,4 +1,4 @@
-"""What a backend answers to a problem, and the one tolerance that every answer is held to.
+"""Answers of a backend to a problem, and the one tolerance for all of them.
 
 The truth is the reference in float64 on the same numbers, already rounded to the dtype that the backend is given. An
 error is the norm of the difference over the norm of the truth; it may be twice that of the plain formula (the reference

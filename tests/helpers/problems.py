@@ -14,7 +14,7 @@ DIFFERENTIABLE = ("patches", "texts", "logit_scale", "logit_bias", "attn_tempera
 
 @dataclass(frozen=True)
 class Case:
-    """What a problem looks like; `K` None stands for a square problem, which the losses take as well."""
+    """Shape of a problem. `K` None means a square problem, which the losses take as well."""
 
     B: int = 5
     N: int = 7

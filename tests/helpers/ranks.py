@@ -1,4 +1,4 @@
-"""As `torchrun --standalone --nproc-per-node N`, in processes forked from one that has the imports behind it.
+"""Act as `torchrun --standalone --nproc-per-node N`, with processes forked from one that has done the imports.
 
 `python ranks.py MODULE,MODULE N script.py ...` or `python ranks.py MODULE,MODULE N -m module ...`. The status is 1 when
 one fails; the others then have ten seconds to end by themselves. To import: the beginnings of both commands.

@@ -63,7 +63,7 @@ def test_anything(case, form, seed, target):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("case", LONG_OPPOSITE, ids=str)
 def test_long_patches_that_cancel(case, form, target):
-    """Where p and -p cancel, gradients are small beside the weights they are made of."""
+    """When p and -p cancel, gradients are small beside the weights they are made of."""
     _check(case, form, target)
 
 
@@ -77,7 +77,7 @@ def test_pooled_norm_at_its_floor(case, target):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_every_row_counts(form, single):
-    """Where norms differ by orders of magnitude, the rows with large norms have accurate (small) gradients as well."""
+    """When norms differ by orders of magnitude, the rows with large norms have accurate (small) gradients as well."""
     problem = make(Case(6, 30, 70, data="norms"), form, "compatibility", device=single.device)
     answer = evaluate(problem, single.backend)
     truth, plain = (evaluate(problem.to(dtype), "reference") for dtype in (torch.float64, torch.float32))

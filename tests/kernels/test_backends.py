@@ -26,7 +26,7 @@ def _ran(dtype=torch.float32, **options) -> set[str]:
 
 
 def _python(code: str, **environment) -> str:
-    """What a fresh interpreter prints; it must not fail."""
+    """Return what a fresh interpreter prints; it must not fail."""
     command = [sys.executable, *(["-c", code] if code else ["-m", "pacl_kernels"])]
     path = {"PATH": "/usr/bin:/bin", "PYTHONPATH": pacl_kernels.__path__[0] + "/.."}
     done = subprocess.run(command, env=path | environment, capture_output=True, text=True, timeout=120)

@@ -1,4 +1,4 @@
-"""What the native module says to calls that do not fit it; the backend itself never makes them."""
+"""Errors of the native module for malformed calls, which the backend itself never makes."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ def tensors() -> dict:
 
 @pytest.fixture
 def fields(cpu_backend, tensors) -> dict:
-    """Those of a `CompatibilityParams` for two images of three patches and two texts in four dimensions."""
+    """Fields of a `CompatibilityParams` for two images of three patches and two texts in four dimensions."""
     return dict(
         {name: tensor.data_ptr() for name, tensor in tensors.items()},
         images=2,

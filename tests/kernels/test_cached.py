@@ -96,7 +96,7 @@ def test_the_loss_may_have_parameters_of_its_own():
 
 
 def test_outputs_that_keep_their_graph():
-    """Of an encoder that hands on what it was given, or turns gradients on: none of the first pass is used."""
+    """An encoder that returns its input, or turns gradients on: no graph of the first pass is used."""
     batch = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
     factor = nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
 

@@ -15,7 +15,7 @@ COMPATIBILITY_BACKWARD = torch.ops.pacl_kernels.compatibility_backward.default
 
 
 def operator_arguments(problem, backend):
-    """What the operators take before their buffers: the temperature as a tensor, then as a number."""
+    """Return the operators' arguments before their buffers: the temperature as a tensor, then as a number."""
     inputs = (problem.patches, problem.texts, problem.patch_mask)
     tau = problem.attn_temperature
     return [(*inputs, tau, 1.0, problem.form, backend), (*inputs, None, tau.item(), problem.form, backend)]

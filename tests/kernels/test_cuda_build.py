@@ -1,4 +1,4 @@
-"""What can be known of the Hopper kernels without a GPU: how work is cut up, and what the compiler made of it."""
+"""The Hopper kernels without a GPU: how work is cut up, and what the compiler makes of it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def plan(images=5, patches=196, texts=70, dim=512, epilogue="dot_forward", proce
 
 @pytest.mark.parametrize("epilogue", ["dot_forward", "dot_forward_running_max", "cosine_weights_from_attention"])
 def test_every_patch_is_in_one_column(epilogue):
-    """As `column_of` in csrc/cuda/score.cuh reads the plan."""
+    """Read the plan as `column_of` in csrc/cuda/score.cuh does."""
     images = 5
     for n in range(1, 4097):
         p = plan(images=images, patches=n, epilogue=epilogue)

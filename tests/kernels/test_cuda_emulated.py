@@ -409,7 +409,7 @@ def test_backend(library, monkeypatch, case, form, dtype):
 
 @pytest.mark.parametrize("form", ["dot", "cosine"])
 def test_path_of_the_patches(library, monkeypatch, form):
-    """As tests/kernels/test_path.py has it for the other backends."""
+    """The path that tests/kernels/test_path.py checks for the other backends."""
     library.configure()
     monkeypatch.setattr(hopper, "native", lambda: library)
     monkeypatch.setattr(hopper, "why_not", lambda device=None, dtype=None: None)

@@ -77,7 +77,7 @@ def test_meta_tensors(backend):
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_value_types_of_the_reference(objective, monkeypatch):
-    """Those of the other backends, from inputs in 16 bits or under autocast; float16's squares would overflow."""
+    """Value types are those of the other backends, in 16 bits and under autocast; float16's squares would overflow."""
     monkeypatch.setenv("PACL_BACKEND", "reference")
     problem = make(Case(5, 7, 33, data="large"), "cosine", objective, torch.float16)
     for inputs, autocast in ((problem, False), (problem.to(torch.float32), True)):

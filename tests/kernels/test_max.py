@@ -1,4 +1,4 @@
-"""What only the form "max" has: ties, NaN, a winner's index instead of a log-sum-exp, and its own blocks of work."""
+"""Features of the form "max" alone: ties, NaN, a winner's index instead of a log-sum-exp, its own blocks of work."""
 
 from dataclasses import replace
 
@@ -148,7 +148,7 @@ def test_one_dimension_has_no_gradient(target):
 
 
 def test_a_wrong_winner_is_seen(single):
-    """What `check` takes as the truth is the backend's own choice, once that is right."""
+    """`check` takes the backend's own winner as the truth only if it is right."""
     problem = make(Case(4, 9, 21), "max", "compatibility", device=single.device)
     index = winners(problem, single.backend)
     wide = problem.to(torch.float64)

@@ -1,4 +1,4 @@
-"""What a step needs beyond its inputs and gradients does not grow with the batch."""
+"""Memory of a step beyond its inputs and gradients does not grow with the batch."""
 
 import json
 import subprocess

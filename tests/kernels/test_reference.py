@@ -91,7 +91,7 @@ def test_gradcheck(form, loss, mask):
 
 
 def test_definitions_at_the_edges():
-    """What the formula leaves open: an image without a patch, rows without a direction, NaN behind the mask."""
+    """Cases that the formula leaves open: an image without a patch, rows without a direction, NaN behind the mask."""
     patches = torch.randn(3, 4, 5, dtype=torch.float64)
     texts = torch.randn(3, 5, dtype=torch.float64)
     mask = torch.ones(3, 4, dtype=torch.bool)

@@ -279,7 +279,7 @@ def test_same_bits_on_every_run(form):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_permuting_the_batch_permutes_the_answer(form):
-    """Where an image lies in a tile does not matter beyond rounding."""
+    """The place of an image in a tile matters only up to rounding."""
     problem = make(Case(5, 70, 20, K=5), form, "compatibility", device=DEVICE)
     order = torch.tensor([3, 0, 1, 4, 2], device=DEVICE)
     moved = replace(problem, patches=problem.patches[order], upstream=problem.upstream[order])

@@ -1,4 +1,4 @@
-"""What the compiler makes of the shipped Triton kernels: no spills, the tensor cores, shared memory that fits."""
+"""Machine code of the shipped Triton kernels: no spills, the tensor cores, shared memory that fits."""
 
 import json
 import os
@@ -23,7 +23,7 @@ SCORES = ("compatibility_forward", "dot_weights", "attention")  # kernels with a
 
 
 def _run(*arguments) -> str:
-    """What Python prints, without the interpreter of Triton that the other tests use."""
+    """Return what Python prints without Triton's interpreter, which the other tests use."""
     if backend._triton_version() is None or backend._triton_version() < (3, 6):
         pytest.skip("ahead-of-time compilation is checked with Triton 3.6 and later")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

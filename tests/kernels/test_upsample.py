@@ -42,8 +42,10 @@ def truth(scores, size, align_corners=False, logit_scale=3.0):
 
 
 def check(scores, size, backend, align_corners=False, logit_scale=3.0):
-    """Labels wherever the two best differ by more than 1e-6 of the scores' size, best scores to that, entropy to 1e-5
-    (or what such a difference makes, where logits are above 10). Returns the labels.
+    """Check labels, best scores and entropy against float64, and return the labels.
+
+    Labels count where the two best differ by more than 1e-6 of the scores' size. Best scores agree to that, the entropy
+    to 1e-5 (where logits are above 10, to what such a difference makes).
     """
     x, entropy = truth(scores, size, align_corners, logit_scale)
     options = dict(align_corners=align_corners, return_best=True, return_entropy=True, logit_scale=logit_scale)

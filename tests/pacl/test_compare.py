@@ -65,7 +65,7 @@ def compare(*words) -> int:
 
 @pytest.fixture(scope="module")
 def page(world):
-    """Of everything at once."""
+    """A page of everything at once."""
     words = "dog,<script>alert(2)</script>,a & \"b\" 'c'"
     pictures = ["--images", world / "images", "--words", words, "--templates", "none", "--stride", "2"]
     out = world / "new/compare.html"

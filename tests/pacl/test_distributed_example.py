@@ -23,7 +23,7 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "distributed.py"
 
 @pytest.fixture
 def demo(tmp_path) -> Path:
-    """What the demo leaves behind, with an untrained CLIP."""
+    """The folder that the demo leaves, with an untrained CLIP."""
     torch.manual_seed(0)
     save_clip(new_clip(), tmp_path / "clip")
     write_scenes(tmp_path / "scenes", "train", 48, seed=0, pairs=scenes.SEEN)

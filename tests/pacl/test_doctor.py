@@ -73,7 +73,7 @@ def test_an_answer_that_is_not_finite_is_a_failure_in_valid_json(doctor_with):
 
 
 def test_a_backend_is_tried_in_a_dtype_that_it_takes(doctor_with):
-    """As `cuda` is, which takes 16 bits alone: its error is judged by what their rounding allows."""
+    """`cuda` takes 16 bits alone; its error is judged by what their rounding allows."""
 
     def why_not(device=None, dtype=None):
         return None if dtype in (None, torch.bfloat16) else "it takes bfloat16"

@@ -50,7 +50,7 @@ def world(untrained, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def truth(world):
-    """Of each image: true label of every 8 x 8 patch by counting its pixels (voc21's labels), and labels it has."""
+    """True label of every 8 x 8 patch of each image by counting its pixels (voc21's labels), and the image's labels."""
     found = []
     for name in NAMES:
         values = np.asarray(Image.open(world / f"VOCdevkit/VOC2012/SegmentationClass/{name}.png"))

@@ -21,7 +21,7 @@ def commands(world) -> dict[str, list[str]]:
 @pytest.mark.parametrize("command", ["train", "evaluate"])
 @pytest.mark.parametrize("device, backend", [("cpu", "gloo"), ("cuda", "nccl"), ("auto", "nccl")])
 def test_the_backend_follows_the_device(command, device, backend, run_world, capsys, monkeypatch):
-    """As if there were a GPU; the group is not made."""
+    """Pretend that there is a GPU; no group is made."""
     chosen = []
 
     def stop(backend):

@@ -154,7 +154,7 @@ def test_plan(run_world, tmp_path, capsys):
 
 
 def test_bytes_over_the_network(run_world, tmp_path):
-    """As benchmarks/distributed.py measured them for the loss (less headers and sums), and DDP's of the gradients."""
+    """The plan has the bytes that benchmarks/distributed.py measured (less headers and sums), and those of DDP."""
     config = TrainConfig(
         train_data=str(run_world / "scenes/train-000.tar"), model=f"local-dir:{run_world / 'clip'}", batch_size=12
     )

@@ -71,7 +71,7 @@ def test_own_grid_is_patch_tokens_and_the_tower_stays_as_it_was(make):
 
 
 def embedded(visual: nn.Module, picture: torch.Tensor, stride: int) -> torch.Tensor:
-    """What enters the first block, prefix left out: [B, h, w, width]."""
+    """Return the input of the first block without its prefix, [B, h, w, width]."""
     kept = []
     block = visual.transformer.resblocks[0] if hasattr(visual, "transformer") else visual.blocks[0]
     handle = block.register_forward_pre_hook(lambda module, inputs: kept.append(inputs[0]))

@@ -98,7 +98,7 @@ def test_what_a_run_leaves(world, tmp_path, capsys):
 
 
 def whole_run(world: Path, logs: Path, processes: int, **changes) -> str:
-    """What it printed. One process is this one, which has its imports behind it."""
+    """Return what the run printed. A single process is this one, which has done its imports."""
     if processes > 1:
         return finish(start(world, logs, processes, **changes))
     torch.set_num_threads(1)
@@ -315,7 +315,7 @@ def test_killed_before_the_embedder_was_written(left, world, tmp_path):
 
 
 def test_half_checkpoints_of_a_killed_run_go(world, tmp_path):
-    """What kill -9 in a save leaves, and nothing else, by the next start of the run or the next save."""
+    """The next start or save removes what kill -9 in a save leaves, and nothing else."""
     assert main(["train", *flags(world, tmp_path, max_steps=1)]) == 0
     folder = tmp_path / "pacl/checkpoints"
     kept = {"step_00000001.pt", ".step_1.pt", ".step_x.pt.abcdefgh", ".step_1.pt.abcdefgh.mine", "step_1.pt.abcdefgh"}

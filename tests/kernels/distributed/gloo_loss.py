@@ -48,7 +48,7 @@ def answer(problem: Problem, needs=DIFFERENTIABLE, **options) -> dict[str, Tenso
 
 
 def shares(answer: dict[str, Tensor], rows: slice, world: int) -> dict[str, Tensor]:
-    """What one process of `world` should get: of patches and texts its rows, `world` times."""
+    """Return the gradients that one process should get: its rows of patches and texts, `world` times."""
     return {name: x[rows] * world if name in ("patches", "texts") else x for name, x in answer.items()}
 
 
@@ -292,7 +292,7 @@ def test_processes_that_differ(name, changes, group):
 
 
 def test_without_reading_what_others_say(group, monkeypatch):
-    """As on a GPU: the first step decides on the largest local batch, later ones may be smaller and change numbers."""
+    """Behave as on a GPU: step one fixes the largest local batch, later ones may be smaller or change numbers."""
     world, rank = group.size(), group.rank()
     if world == 1:
         pytest.skip("one process agrees with itself")
@@ -363,7 +363,7 @@ def test_compiles(loss, exchange, group):
 
 @pytest.mark.parametrize("exchange, dtype", [("gather", torch.bfloat16), ("ring", torch.float32)], ids=str)
 def test_triton_kernels(exchange, dtype, sizes, group):
-    """Those of the GPU, in Triton's interpreter."""
+    """Run the GPU's kernels in Triton's interpreter."""
     if available_backends()["triton"] is not None:
         pytest.skip(available_backends()["triton"])
     problem, rows = make(Case(sum(sizes), 5, 17), "dot", "infonce", dtype), local_rows(sizes, group.rank())

@@ -265,14 +265,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--first", type=int, default=0, help="index of the first problem of the seed")
+    parser.add_argument("--first", type=int, default=0, help="Index of the first problem of the seed.")
     parser.add_argument("--backends", nargs="+", default=["cpu", "torch"])
-    parser.add_argument("--isas", nargs="+", help="of the cpu backend; all that the machine has")
-    parser.add_argument("--device", default="cpu", help="cpu, where triton runs in its interpreter, or cuda")
-    parser.add_argument("--largest", type=int, default=2**19, help="elements of the largest array")
-    parser.add_argument("--case", help="one problem, as a failure prints it")
+    parser.add_argument(
+        "--isas", nargs="+", help="Instruction sets of the cpu backend; default: all that the machine has."
+    )
+    parser.add_argument("--device", default="cpu", help="Device: cpu, where triton runs in its interpreter, or cuda.")
+    parser.add_argument("--largest", type=int, default=2**19, help="Elements of the largest array.")
+    parser.add_argument("--case", help="One problem, as a failure prints it.")
     for name in ("form", "dtype", "data", "objective"):
-        parser.add_argument(f"--{name}", nargs="+", help=f"only problems of such a {name}")
+        parser.add_argument(f"--{name}", nargs="+", help=f"Only problems of such a {name}.")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton")  # NumPy's, in the interpreter
     among = targets(arguments.backends, arguments.isas)
