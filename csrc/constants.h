@@ -1,4 +1,4 @@
-// Constants that Python and Triton define as well; tests/kernels/test_constants.py compares them through `_native.constants()`.
+// Constants that Python and Triton define as well: tests/kernels/test_constants.py compares `_native.constants()`.
 #pragma once
 
 namespace pacl {
