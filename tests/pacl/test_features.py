@@ -163,7 +163,7 @@ def test_interrupted_and_gone_on_with(world, tmp_path, capsys):
         time.sleep(0.005)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate()
-    assert process.returncode == 130 and said.endswith("stopped; the same command goes on\n"), said
+    assert process.returncode == 130 and said.endswith("stopped; the same command continues\n"), said
     assert features(world, folder, **settings, dry_run=None) == 0
     assert 0 < int(re.search(r"features: ([\d,]+) images", capsys.readouterr().out)[1].replace(",", "")) <= 1992
 
@@ -260,8 +260,8 @@ def damage(folder: Path, kind: str) -> None:
         ("no manifest", {}, "has no manifest.json that pacl features wrote"),
         ("", {"model": "local-dir:other"}, "towers: not those"),
         ("", {"nouns": "words"}, "nouns: got 'words', but"),
-        ("", {"train_data": "a.tar"}, "train_data: got --features too"),
-        ("", {"no-lock-image": None}, "features: got some, but towers that are trained"),
+        ("", {"train_data": "a.tar"}, "train_data: got both"),
+        ("", {"no-lock-image": None}, "features: got stored features and a tower to train"),
     ],
 )
 def test_bad_features_are_one_line(kind, changes, message, world, tmp_path, capsys):
@@ -294,4 +294,4 @@ def test_a_damaged_shard_is_not_gone_on_from(world, tmp_path, capsys):
 def test_a_folder_of_something_else_is_left_alone(world, tmp_path, capsys):
     (tmp_path / "precious").write_text("")
     assert features(world, tmp_path) == 1
-    assert "holds something else" in capsys.readouterr().err
+    assert "holds other files" in capsys.readouterr().err

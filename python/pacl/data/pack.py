@@ -1,4 +1,4 @@
-"""Shards out of any source of pairs: images as they are, byte for byte."""
+"""Pack any source of pairs into shards; images are copied byte for byte."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ from .shards import SIZES
 def pack(
     source: Samples, out: Path, *, shard_size: int = 10_000, progress: Callable[[], None] = lambda: None
 ) -> dict[str, int]:
-    """Write the good samples of `source` as `out/00000.tar`, ..., and sizes.json; returns what that holds.
+    """Write the good samples of `source` as `out/00000.tar`, ..., and sizes.json; return the sizes.
 
     Every sample is decoded once, to leave out bad ones (`source.skipped`), and its bytes are copied. Members are
-    numbered; their .json holds the source's `key`, and `captions` where an image has several (.txt is one of them), of
-    which Shards then takes one an epoch. progress: called once per sample. ValueError if `out` has shards already.
+    numbered. Their .json holds the source's `key` and, for an image with several captions, `captions`, of which Shards
+    takes one an epoch; .txt is one of them. progress: called once per sample. Raises ValueError if `out` has shards
+    already, or for a `shard_size` below 1.
     """
     if shard_size < 1:
         raise ValueError(f"shard_size: got {shard_size}, expected at least 1")
     if any(out.glob("*.tar")) or (out / SIZES).exists():
-        raise ValueError(f"out: {out} has shards already, expected another folder")
+        raise ValueError(f"out: {out} has shards already, expected a folder without any")
     samples = _members(source, progress)
     sizes: dict[str, int] = {}
     for number in itertools.count():
@@ -61,5 +62,5 @@ def _read(data: bytes | Path) -> bytes:
 
 
 def _suffix(image: bytes) -> str:
-    """By what it is, not by how its file was called."""
+    """Return the suffix of an image by its content, not by the name of its file."""
     return "jpg" if image.startswith(b"\xff\xd8") else "png" if image.startswith(b"\x89PNG") else "webp"

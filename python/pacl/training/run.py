@@ -1,4 +1,4 @@
-"""A run of `pacl train`: the vision embedder on its towers, in one process or under torchrun."""
+"""A run of `pacl train`, in one process or under torchrun."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ TOWERS = (
 
 
 class Run:
-    """One training run: its models, its data, and how far it got."""
+    """One training run: its models, its data, and its progress."""
 
     def __init__(self, config: TrainConfig):
         self.config = config
@@ -49,7 +49,7 @@ class Run:
         self.amp = config.precision == "amp_bf16" or (config.precision == "auto" and self.device.type == "cuda")
         self.step, self.stopped_by, self.described = 0, None, None
         self.nouns = noun_finder(config.nouns) if config.nouns else None
-        torch.manual_seed(config.seed)  # towers without weights are the same in every process, and on resuming
+        torch.manual_seed(config.seed)  # so that towers without weights are equal in every process and on resuming
         self.towers = load_towers(**{name: getattr(config, name) for name in TOWERS}, device=self.device)
         order = {"shuffle": config.shuffle, "seed": config.seed, "repeat": True, "rank": self.rank, "world": self.world}
         if config.features is not None:
@@ -63,7 +63,10 @@ class Run:
         self.global_batch = config.batch_size * config.accum_freq * self.world
         self.epoch_steps = self.samples // self.global_batch
         if self.epoch_steps == 0:
-            raise ValueError(f"batch_size: a step takes {self.global_batch} pairs, expected at most {self.samples}")
+            raise ValueError(
+                f"batch_size: got {self.global_batch} pairs in a step of all processes, expected at most the "
+                f"{self.samples} of an epoch"
+            )
         self.steps = config.max_steps or config.epochs * self.epoch_steps
         torch.manual_seed(config.seed)
         self.model = Trainable(VisionEmbedder(*self.towers.widths), config, self.towers).to(self.device)
@@ -92,24 +95,24 @@ class Run:
         )
 
     def _count(self) -> int:
-        """Counted by the first process, for all."""
+        """Count the pairs in the first process, for all."""
         counts = [self.data.count() if self.rank == 0 else None]
         if self.group:
             dist.broadcast_object_list(counts, src=0, group=self.group)
         return counts[0]
 
     def say(self, text: str) -> None:
-        """A line for the console and out.log, of the first process."""
+        """Print a line and append it to out.log, in the first process."""
         if self.rank == 0:
             say(text, None if self.config.dry_run else self.config)
 
     @property
     def result(self) -> Trainable:
-        """The weights that are validated and kept: their average where there is one."""
+        """The weights that are validated and exported: their average, if the run keeps one."""
         return self.model if self.trainer.average is None else self.trainer.average.module
 
     def _values(self) -> dict[str, float]:
-        """What a line of the log says of the run as it is."""
+        """Return the current values of the run for a line of the log."""
         return {
             "lr": self.trainer.lr,
             "scale": self.model.log_scale.exp().item(),
@@ -124,9 +127,9 @@ class Run:
     # Training
 
     def train(self) -> None:
-        """From the current step to the last, with checkpoints; on a signal the step under way is finished and saved."""
+        """Train from the current step to the last, with checkpoints; on a signal, finish the current step and save."""
         if self.step >= self.steps:
-            if self._exported() < self.step:  # killed between its last checkpoint and the embedder
+            if self._exported() < self.step:  # the run was killed between its last checkpoint and its export
                 self.export()
             return
         with self._signals(), self.log.opened(self.step):
@@ -147,12 +150,12 @@ class Run:
                     return
 
     def due(self, every: int, ahead: int = 0) -> bool:
-        """Whether what is done every so many steps, and at the last one, is done at this one, or `ahead` from it."""
+        """Return True if the step `ahead` of the current one is the last, or a multiple of `every`."""
         step = self.step + ahead
         return step % every == 0 or step == self.steps
 
     def _batches(self) -> Iterator[tuple[dict[str, Any], float]]:
-        """Batches of a step of this process, and the seconds that each was waited for."""
+        """Yield this process's batch for each step, with the seconds that the process waited for it."""
         size, parts = self.config.batch_size, self.config.accum_freq
         options = {"workers": self.config.workers, "drop_last": True, "start": self.data_state}
         batches = loader(self.data, size * parts, **options)
@@ -161,7 +164,7 @@ class Run:
             begin = time.perf_counter()
             try:
                 batch = next(iterator)
-            except BadData as error:  # a worker's message holds its traceback
+            except BadData as error:  # replaced, because a worker's message holds its traceback
                 if self.group is None and self.step:
                     self.save()
                 raise _bad_data([self.data.complaint()]) from error
@@ -178,7 +181,7 @@ class Run:
         return self.trainer.step(self.step, pairs, self.log.watch if watched else None)
 
     def _texts(self, batch: dict[str, Any]) -> list[str]:
-        """Captions, or what choose_text makes of them; the same after a resume and for any number of workers."""
+        """Return the captions, or the choice of choose_text, which depends on neither resuming nor workers."""
         if self.nouns is None:
             return batch["caption"]
         when = {"seed": self.config.seed, "epoch": self.step // self.epoch_steps}
@@ -187,7 +190,7 @@ class Run:
 
     @torch.no_grad()
     def _frozen(self, images: Tensor, texts: Tensor) -> dict[str, Tensor]:
-        """The step's pairs after the frozen towers: cached_step encodes everything twice, and they need not be."""
+        """Run the frozen towers on the step's pairs. Done outside cached_step, which encodes its inputs twice."""
 
         def run(tower, x: Tensor) -> Tensor:
             parts = x.split(self.config.batch_size)
@@ -202,10 +205,10 @@ class Run:
 
     @contextlib.contextmanager
     def _signals(self):
-        """SIGTERM and Ctrl-C are remembered, and answered after the step."""
+        """Remember SIGTERM and Ctrl-C until the current step ends."""
 
         def remember(number, frame):
-            if self.stopped_by is not None:  # a second one is meant
+            if self.stopped_by is not None:  # a second signal stops at once
                 raise KeyboardInterrupt
             self.stopped_by = number
 
@@ -217,7 +220,10 @@ class Run:
                 signal.signal(number, handler)
 
     def _anyone_stopped(self) -> bool:
-        """All processes stop at the same step: they ask each other at every step on a CPU, when they log on a GPU."""
+        """Return True if any process has a signal, so that all stop at the same step.
+
+        Processes exchange signals at every step on a CPU, and at every logged step on a GPU.
+        """
         due = self.device.type == "cpu" or self.due(self.config.log_every_n_steps)
         if self.group is None or not due:
             return self.group is None and self.stopped_by is not None
@@ -231,10 +237,10 @@ class Run:
         self.stopped_by = int(flag) or None
         return self.stopped_by is not None
 
-    # What stays
+    # Files
 
     def save(self) -> None:
-        """The checkpoint, and the embedder alone as safetensors; by the first process, called by all."""
+        """Write a checkpoint and export the embedder. All processes call it; the first one writes."""
         data = [self.data_state]
         if self.group:
             data = [None] * self.world
@@ -255,8 +261,10 @@ class Run:
         self.export()
 
     def export(self) -> None:
-        """The embedder's folder, as load_pacl reads it: embedder, model card, and towers that were trained, with what
-        the last validation found; by the first process."""
+        """Write the folder that load_pacl reads: embedder, model card with the last validation, and trained towers.
+
+        Only the first process writes.
+        """
         if self.rank != 0:
             return
         folder, config, model = self.config.folder / "embedder", self.config, self.result
@@ -275,7 +283,7 @@ class Run:
         save_embedder(model.embedder, folder, self.described, **phi, **notes)
 
     def _exported(self) -> int:
-        """The step of the embedder in the run's folder; -1 without one. Its config.json is written last."""
+        """Return the step of the exported embedder, -1 without one; read from config.json, which is written last."""
         try:
             return int(json.loads((self.config.folder / "embedder" / CONFIG).read_bytes())["training"]["steps"])
         except (OSError, ValueError, KeyError, TypeError):
@@ -291,26 +299,27 @@ class Run:
         latest = newest(self.config.folder / "checkpoints")
         if latest is not None and step_of(latest) > state["step"]:
             raise ValueError(
-                f"resume: {path} is of step {state['step']}, but {latest} is there, which latest would mean; delete "
-                "what is later, or give the run another --name"
+                f"resume: {path} is of step {state['step']}, but --resume latest would take {latest}; delete the later "
+                "checkpoints, or give the run another --name"
             )
         mine = {name: x.shape for name, x in self.model.state_dict().items()}
         theirs = {name: x.shape for name, x in state["state_dict"].items()}
         if mine != theirs:
             unlike = sorted(name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name))
             raise ValueError(
-                f"resume: {path} is of a run with other parameters ({', '.join(unlike)[:200]}), expected one with the "
-                "same model, loss and what is learned"
+                f"resume: {path} is of a run with other parameters ({', '.join(unlike)[:200]}), expected the same "
+                "model, loss and learned parameters"
             )
         if (state.get("ema") is None) != (self.trainer.average is None):
-            raise ValueError(f"resume: {path} is of a run {'without' if self.trainer.average else 'with'} --ema-decay")
+            got, expected = ("without", "with") if self.trainer.average else ("with", "without")
+            raise ValueError(f"resume: {path} is of a run {got} --ema-decay, expected one {expected} it")
         if self.trainer.average is not None:
             self.trainer.average.load_state_dict(state["ema"])
         self.model.load_state_dict(state["state_dict"])
         mine = [{k: x for k, x in group.items() if k != "params"} for group in self.trainer.optimiser.param_groups]
         self.trainer.optimiser.load_state_dict(state["optimizer"])
         for group, values in zip(self.trainer.optimiser.param_groups, mine, strict=True):
-            group.update(values)  # rates and decay are this run's flags
+            group.update(values)  # learning rates and weight decay come from this run's flags
         self.step, self.data_state = state["step"], state["data"][self.rank]
 
 
@@ -319,4 +328,4 @@ def _on_cpu(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _bad_data(complaints: list[str]) -> ValueError:
-    return ValueError(f"train_data: {'; '.join(filter(None, complaints))}; pacl data check shows which")
+    return ValueError(f"train_data: {'; '.join(filter(None, complaints))}; `pacl data check` lists them")
