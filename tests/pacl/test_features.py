@@ -254,10 +254,10 @@ def damage(folder: Path, kind: str) -> None:
 @pytest.mark.parametrize(
     "kind, changes, message",
     [
-        ("truncated", {}, "features-00001.safetensors is missing or not of"),
-        ("missing", {}, "features-00001.safetensors is missing or not of"),
+        ("truncated", {}, "features-00001.safetensors is missing or does not have"),
+        ("missing", {}, "features-00001.safetensors is missing or does not have"),
         ("outside", {}, "names '../features-00000.safetensors', expected"),
-        ("no manifest", {}, "has no manifest.json that pacl features wrote"),
+        ("no manifest", {}, "has no manifest.json of `pacl features`"),
         ("", {"model": "local-dir:other"}, "towers: not those"),
         ("", {"nouns": "words"}, "nouns: got 'words', but"),
         ("", {"train_data": "a.tar"}, "train_data: got both"),
@@ -284,11 +284,11 @@ def test_a_damaged_shard_is_not_gone_on_from(world, tmp_path, capsys):
     data = (world / "stored/features-00000.safetensors").read_bytes()
     (tmp_path / "features-00000.safetensors").write_bytes(data[:-1])
     assert features(world, tmp_path, nouns="words") == 1
-    assert "features-00000.safetensors is not whole" in capsys.readouterr().err
+    assert "features-00000.safetensors is damaged" in capsys.readouterr().err
     (tmp_path / "features-00000.safetensors").unlink()
     (tmp_path / "features-00001.safetensors").write_bytes(data)
     assert features(world, tmp_path, nouns="words") == 1
-    assert "without the one before it" in capsys.readouterr().err
+    assert "without the shard before it" in capsys.readouterr().err
 
 
 def test_a_folder_of_something_else_is_left_alone(world, tmp_path, capsys):

@@ -153,7 +153,7 @@ def test_csv_rows_that_are_bad(tmp_path):
     assert [sample["caption"] for sample in source] == ["good", "also good"]
     assert source.skipped == {"archive": 0, "file": 3, "image": 0, "pixels": 0, "caption": 2, "mask": 0}
     (tmp_path / "nul.csv").write_bytes(b"filepath,title\n" + b'"' + b"x" * 200_000 + b'",y\n')
-    with pytest.raises(ValueError, match="nul.csv is no csv from line 2"):
+    with pytest.raises(ValueError, match="nul.csv is not a csv from line 2"):
         open_pairs(tmp_path / "nul.csv")
 
 

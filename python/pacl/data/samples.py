@@ -299,7 +299,7 @@ def loader(
     drop_last: bool = False,
     start: dict[str, Any] | None = None,
 ) -> Loader:
-    """Return batches of `dataset` as dicts: tensors stacked, keys and captions in lists, worker and place as tensors [B].
+    """Return batches of `dataset` as dicts: tensors are stacked, keys and captions are lists, worker and place are [B].
 
     workers: processes that read and decode, 0 for this one. If the source has fewer shards, fewer are used, with a
     warning, because under `repeat` a worker without a shard would wait for ever. start: the `state` of an earlier
