@@ -259,7 +259,7 @@ def damage(folder: Path, kind: str) -> None:
         ("outside", {}, "names '../features-00000.safetensors', expected"),
         ("no manifest", {}, "has no manifest.json of `pacl features`"),
         ("", {"model": "local-dir:other"}, "towers: not those"),
-        ("", {"nouns": "words"}, "nouns: got 'words', but"),
+        ("", {"nouns": "words"}, "nouns: got 'words', expected None"),
         ("", {"train_data": "a.tar"}, "train_data: got both"),
         ("", {"no-lock-image": None}, "features: got stored features and a tower to train"),
     ],

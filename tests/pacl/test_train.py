@@ -241,7 +241,7 @@ class Malicious:
     [
         ({"train_data": "missing.tar"}, "'missing.tar' is not a file"),
         ({"train_data": "pipe:touch executed"}, "expected the path of a local .tar file"),
-        ({"model": "ViT-B-61"}, "model: got 'ViT-B-61', which open_clip does not know; it knows ViT-B-16"),
+        ({"model": "ViT-B-61"}, "model: got 'ViT-B-61', expected a model of open_clip, such as ViT-B-16"),
         ({"batch_size": 1000}, "batch_size: got 1000 pairs in a step of all processes, expected at most the 120"),
         ({"train_data": "missing.csv"}, "'missing.csv' is not a file"),
         ({"dataset_type": "folder"}, "is not a folder, expected one of images"),

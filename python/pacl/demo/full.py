@@ -1,6 +1,6 @@
-"""`pacl demo --full`: every measure of the paper on generated scenes, of plain CLIP, the control and PACL.
+"""`pacl demo --full`: all measures of the paper on generated scenes, for plain CLIP, the control and PACL.
 
-The measures are those of pacl.evaluate, on the demo's evaluation scenes with raw class names as texts.
+The measures are those of pacl.evaluate, on the demo's evaluation scenes, with raw class names as texts.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ SCORES = {
 }
 GROUPS = {**evaluation.GROUPS, "backgrounds": tuple(range(len(PAIRS), len(CLASSES)))}
 PER_PAIR = 30  # evaluation scenes for each scene with one shape of a pair
-STRIDE_SHARE = 3  # strides are measured on a third of the scenes: at stride 4 there are 13 times as many tokens
+STRIDE_SHARE = 3  # strides are measured on a third of the scenes, because stride 4 has 13 times as many tokens
 COHERENCE_PAIRS = 200_000
 
 
 class SceneData:
-    """Scenes and their masks as pacl.evaluate takes a data set; `data[i]` is an RGB image and labels, int16 [H, W].
+    """Scenes and their masks as a dataset of pacl.evaluate; `data[i]` is an RGB image and its labels, int16 [H, W].
 
-    only: the labels that count, every other pixel being IGNORED; None: all.
+    only: the labels that count; all other pixels are IGNORED. None: all count.
     """
 
     def __init__(self, scenes: Sequence[Raw], only: Sequence[int] | None = None):
@@ -79,7 +79,7 @@ class SceneData:
 
 
 class _Scenes(Pairs):
-    """Pairs out of memory."""
+    """Pairs in memory."""
 
     def __init__(self, scenes: Sequence[Raw], **options):
         super().__init__("generated scenes", **options)
@@ -94,7 +94,10 @@ class _Scenes(Pairs):
 
 @dataclass(frozen=True)
 class Models:
-    """towers: the demo's frozen CLIP. embedders: "pacl" and "mean_pooling", and "clip", None for its own projection."""
+    """The demo's models.
+
+    towers: the frozen CLIP. embedders: "pacl", "mean_pooling", and "clip", which is None: CLIP's own projection.
+    """
 
     towers: Towers
     embedders: dict[str, VisionEmbedder | None]
@@ -108,14 +111,14 @@ class Models:
 
 
 def read_scenes(shards: Sequence[Path]) -> list[Raw]:
-    """All scenes of shards, encoded: some 5 kB each."""
+    """Return all scenes of shards, encoded, about 5 kB each."""
     return list(Shards(shards, masks=True).undecoded(0, 0, 1))
 
 
 def measure(models: Models, scenes: Sequence[Raw], seed: int) -> dict[str, Any]:
-    """All measures, as fractions, by task, method and group; JSON values, what full.json holds.
+    """Return all measures as fractions, by task, method and group, as JSON values: the contents of full.json.
 
-    Groups are the seen and the held-out pairs of colour and pattern, and the backgrounds; all classes compete.
+    The groups are the seen pairs, the held-out pairs, and the backgrounds; all classes compete.
     """
     start = time.perf_counter()
     data = SceneData(scenes)
@@ -136,7 +139,7 @@ def measure(models: Models, scenes: Sequence[Raw], seed: int) -> dict[str, Any]:
 
 
 class _Part:
-    """`with part():` is one step of the progress, in which nothing else shows its own."""
+    """Context manager `with part():` for one step of the progress; other progress inside it is hidden."""
 
     def __init__(self, progress: Progress):
         self.progress = progress
@@ -149,7 +152,7 @@ class _Part:
 
 
 def _patch_accuracy(models: Models, data: SceneData, part: Callable) -> dict[str, Any]:
-    """Share of the patches of a group whose own word is the most similar: of all words, and of the image's."""
+    """Return the share of a group's patches whose own word is the most similar, among all words and the image's."""
     texts = class_texts(models.towers, CLASSES, TEMPLATES["none"])
     found = {}
     for method in METHODS:
@@ -167,7 +170,7 @@ def _patch_accuracy(models: Models, data: SceneData, part: Callable) -> dict[str
 
 
 def _coherence(models: Models, scenes: Sequence[Raw], seed: int, part: Callable) -> dict[str, Any]:
-    """AUC and ROC of "same class" by the cosine of two patches, both of the group."""
+    """Return AUC and ROC of "same class" by the cosine of two patches of a group."""
     found: dict[str, Any] = {name: {} for name in TOKENS}
     for group, labels in {"all": None, "seen": SEEN_LABELS, "held_out": HELD_OUT_LABELS}.items():
         for name in TOKENS:
@@ -177,7 +180,7 @@ def _coherence(models: Models, scenes: Sequence[Raw], seed: int, part: Callable)
                         SceneData(scenes, labels), models.segmenter(name), pairs=COHERENCE_PAIRS, seed=seed
                     )
                 except ValueError as error:
-                    if not str(error).startswith("data:"):  # so few scenes that no two patches make a pair
+                    if not str(error).startswith("data:"):  # "data:" means too few scenes for a pair of patches
                         raise
                     continue
                 found[name][group] = {"auc": each.auc(), "pairs": len(each.same), "roc": each.roc()}
@@ -185,7 +188,7 @@ def _coherence(models: Models, scenes: Sequence[Raw], seed: int, part: Callable)
 
 
 def _segmentation(models: Models, data: SceneData, strides: Sequence[int], part: Callable) -> dict[str, Any]:
-    """mIoU of the groups' classes over all pixels of all scenes, by stride."""
+    """Return the mIoU of the groups' classes over all pixels of all scenes, by stride."""
     found: dict[str, Any] = {"scenes": len(data), **{method: {} for method in METHODS}}
     size = CONFIG["model_cfg"]["vision_cfg"]["image_size"]
     for stride in strides:
@@ -200,7 +203,7 @@ def _segmentation(models: Models, data: SceneData, strides: Sequence[int], part:
 
 
 def _galleries(scenes: Sequence[Raw]) -> dict[str, list[Raw]]:
-    """All scenes; those whose caption names a held-out pair; as many that name a pair and have none held out."""
+    """Return scenes by group: all; held_out, whose captions name a held-out pair; seen, as many that have none."""
     data, found = SceneData(scenes), {"all": list(scenes), "seen": [], "held_out": []}
     for i, scene in enumerate(scenes):
         named = {pair for pair in PAIRS if phrase(pair) in scene.caption.decode()}
@@ -225,7 +228,7 @@ def _retrieval(models: Models, scenes: list[Raw], part: Callable) -> dict[str, A
 
 
 def one_shape_scenes(transform: Callable[[Image.Image], Tensor], each: int, seed: int) -> list[tuple[Tensor, int]]:
-    """`each` scenes of one shape for every pair, transformed, with the pair's label; none is in the demo's shards."""
+    """Draw `each` scenes of one shape for every pair; return images and labels. None is in the demo's shards."""
     labels = [label for label in range(len(PAIRS)) for _ in range(each)]
     raws = []
     for i, label in enumerate(labels):
@@ -237,7 +240,7 @@ def one_shape_scenes(transform: Callable[[Image.Image], Tensor], each: int, seed
 
 
 def _classification(models: Models, singles: list[tuple[Tensor, int]], part: Callable) -> dict[str, Any]:
-    """Share of the scenes of one shape whose pair's words score best among those of all pairs."""
+    """Return the share of one-shape scenes whose pair's words score best among all pairs."""
     texts = class_texts(models.towers, CLASSES[: len(PAIRS)], TEMPLATES["none"])
     with part():
         counts = classification(singles, texts, [models.scorer(name) for name in SCORES])
