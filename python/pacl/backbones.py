@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import timm.models as timm_models
 from open_clip.modified_resnet import ModifiedResNet
 from open_clip.timm_model import TimmModel
@@ -54,13 +56,13 @@ def patch_tokens(visual: nn.Module, images: Tensor) -> Tensor:
         return trunk.forward_intermediates(images, **options)["image_intermediates"][0]
     if isinstance(trunk, TIMM_VITS):
         _check_transformer(trunk, getattr(trunk, "patch_drop", None))
-        return trunk.fc_norm(trunk.forward_features(images)[:, trunk.num_prefix_tokens :])
+        return trunk.get_submodule("fc_norm")(trunk.forward_features(images)[:, trunk.num_prefix_tokens :])
     if isinstance(trunk, ModifiedResNet):
         features = trunk.forward_intermediates(images, indices=1, intermediates_only=True)["image_intermediates"][0]
+    elif isinstance(trunk, timm_models.ConvNeXt):
+        features = getattr(trunk.head, "norm", nn.Identity())(trunk.forward_features(images))
     else:
-        features = trunk.forward_features(images)
-        if isinstance(trunk, timm_models.ConvNeXt):
-            features = getattr(trunk.head, "norm", nn.Identity())(features)
+        features = cast(timm_models.ResNet, trunk).forward_features(images)
     return features.flatten(2).transpose(1, 2)
 
 
@@ -76,7 +78,7 @@ def tower_blocks(visual: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
         return list(trunk.blocks), [trunk.norm, trunk.fc_norm]
     if isinstance(trunk, timm_models.ConvNeXt):
         return list(trunk.stages), [trunk.norm_pre, getattr(trunk.head, "norm", nn.Identity())]
-    return [trunk.layer1, trunk.layer2, trunk.layer3, trunk.layer4], []
+    return [trunk.get_submodule(f"layer{i}") for i in range(1, 5)], []
 
 
 def tower_trunk(visual: nn.Module) -> nn.Module:

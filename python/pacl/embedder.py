@@ -6,7 +6,7 @@ import inspect
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import yaml
 from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
@@ -17,7 +17,8 @@ from .files import write_bytes
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"  # the names that the Hugging Face Hub expects
 # Defaults of `pacl train`, and of embedders whose config has no value.
-DEFAULT_FORM, DEFAULT_ATTN_TEMPERATURE = "cosine", 0.05
+DEFAULT_FORM: Final = "cosine"
+DEFAULT_ATTN_TEMPERATURE = 0.05
 SOURCE = "https://arxiv.org/abs/2212.04994"
 
 
@@ -71,7 +72,9 @@ class VisionEmbedder(
         save_embedder(self, save_directory)
 
     @classmethod
-    def _from_pretrained(cls, *, model_id: str, map_location: str = "cpu", strict: bool = True, **options):
+    def _from_pretrained(
+        cls, *, model_id: str, map_location: str = "cpu", strict: bool = True, **options: Any
+    ) -> VisionEmbedder:
         """Load safetensors only, and strictly; the mixin's own method accepts a pickle and may leave weights random."""
         mine = {name: options.pop(name) for name in inspect.signature(cls).parameters if name in options}
         notes = dict(mine.get("training") or {})
@@ -92,7 +95,7 @@ def save_embedder(
     *,
     form: str | None = None,
     attn_temperature: float | None = None,
-    **notes,
+    **notes: Any,
 ) -> None:
     """Write `embedder` to `folder` as `embedder.save_pretrained` does, but every file atomically.
 

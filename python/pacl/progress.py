@@ -7,6 +7,7 @@ import contextvars
 import sys
 import time
 from collections.abc import Iterator
+from typing import SupportsFloat
 
 from tqdm import tqdm
 
@@ -41,11 +42,11 @@ class Progress:
     def __enter__(self) -> Progress:
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.close()
 
-    def step(self, loss=None, count: int = 1) -> None:
+    def step(self, loss: SupportsFloat | None = None, count: int = 1) -> None:
         """Count `count` more steps. `loss` (number or tensor) is read only when it is shown."""
         before, self.done = self.done, self.done + count
         due = self.total is not None and self.done * 10 // self.total > before * 10 // self.total

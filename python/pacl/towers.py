@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import open_clip
@@ -69,7 +69,7 @@ class Towers:
         if length == ids.shape[1]:
             return self.encode_text(ids)
         # open_clip's towers take fewer ids but add their whole mask; this call replaces it by a smaller one.
-        mask = {"attn_mask": self.text.attn_mask[:length, :length]}
+        mask = {"attn_mask": cast(Tensor, self.text.attn_mask)[:length, :length]}
         return encode_text(partial(functional_call, self.text, mask), ids[:, :length])
 
     @property
@@ -162,11 +162,11 @@ def load_towers(
         )
     size = None if vision_model else force_image_size
     clip, transform, tokenize = _load_clip(model, pretrained, size)
-    visual = clip.visual
+    visual, text = clip.get_submodule("visual"), clip.get_submodule("text")
     if vision_model:
         visual, transform = _load_timm(vision_model, vision_pretrained, force_image_size)
-    trainable = {x for module in (visual, clip.text) for x in module.parameters() if x.requires_grad}
-    towers = Towers(freeze(visual), freeze(clip.text), transform, tokenize, names).to(device)
+    trainable = {x for module in (visual, text) for x in module.parameters() if x.requires_grad}
+    towers = Towers(freeze(visual), freeze(text), transform, tokenize, names).to(device)
     try:
         blocks, norms = tower_blocks(visual)
     except TypeError as error:
@@ -241,12 +241,12 @@ def _load_timm(name: str, pretrained: bool, size: int | None) -> tuple[nn.Module
         if pretrained and (not tagged or "." in name and name not in tagged):
             have = f"a name such as {_close(name, tagged)}" if tagged else "--no-vision-pretrained, random weights"
             raise ValueError(f"vision_model: got {name!r}, for which timm has no weights; expected {have}")
-    options = {"num_classes": 0}
+    options: dict[str, Any] = {"num_classes": 0}
     try:
         if size is not None:
             shape = timm.create_model(name, **options)
             if isinstance(shape, TIMM_VITS):  # other models take any size
-                patch = shape.patch_embed.patch_size
+                patch = cast(tuple[int, int], shape.patch_embed.patch_size)
                 if any(size % x for x in patch):
                     raise ValueError(f"force_image_size: got {size}, expected a multiple of {patch[0]}")
                 options["img_size"] = size

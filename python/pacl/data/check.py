@@ -19,7 +19,10 @@ def check(source: Samples, sample: int = 1000) -> dict[str, Any]:
     bad_share, examples (key, reason and error of the first 20 bad samples), width, height and caption_length of the
     good samples (min, median, max), and problems, a list of lines, empty if there are none.
     """
-    examples, sizes, lengths, problems = [], [], [], []
+    examples: list[dict[str, str]] = []
+    sizes: list[tuple[int, int]] = []
+    lengths: list[int] = []
+    problems: list[str] = []
     source = source.with_options(
         max_bad_share=1.0,
         transform=lambda image: image.size,

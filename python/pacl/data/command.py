@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, kw_only=True)
 class DataFlags(PairFlags):
     source: Annotated[str, tyro.conf.Positional]
-    """Image-caption pairs: shards (braces, ::), a folder of them, a .csv or .tsv file, a folder of images with .txt
-    files, an annotation .json of COCO captions, or synthetic."""
+    """Image-caption pairs in local files: shards (`a-{000..015}.tar::b.tar`), a folder of them, a .csv or .tsv file,
+    a folder of images with .txt files, an annotation .json of COCO captions, or synthetic."""
     scenes: int = 10_000
     """Number of generated scenes, if SOURCE is synthetic."""
     masks: bool = False
@@ -57,7 +57,10 @@ class CheckConfig(DataFlags):
 
 def main(argv: Sequence[str], prog: str = "pacl data") -> int:
     """Run `pacl data` with these arguments and return its exit status."""
-    actions = {"pack": (PackConfig, _pack), "check": (CheckConfig, _check)}
+    actions: dict[str, tuple[type[DataFlags], Callable[[Any], int]]] = {
+        "pack": (PackConfig, _pack),
+        "check": (CheckConfig, _check),
+    }
     if not argv or argv[0] not in actions:
         print(f"usage: {prog} {{{','.join(actions)}}} SOURCE ...; {prog} pack --help", file=sys.stderr)
         return 0 if argv and argv[0] in ("-h", "--help") else 2
@@ -74,10 +77,10 @@ def _pack(config: PackConfig) -> int:
     from .pack import pack
     from .samples import no_image
 
-    bad = []
+    bad: list[tuple[str, str, str]] = []
     source = config.read(shuffle=2000 if config.shuffle else 0, seed=config.seed).with_options(
         transform=no_image,
-        on_skip=lambda *reason_key_error: bad.append(reason_key_error) if len(bad) < EXAMPLES else None,
+        on_skip=lambda reason, key, error: bad.append((reason, key, error)) if len(bad) < EXAMPLES else None,
     )
     with Progress("Packed", None, "pair") as progress:
         sizes = pack(source, config.out, shard_size=config.shard_size, progress=progress.step)

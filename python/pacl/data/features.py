@@ -41,7 +41,7 @@ class Features(Pairs):
     an incomplete folder.
     """
 
-    def __init__(self, folder: str | os.PathLike, *, nouns: str | None = None, **options):
+    def __init__(self, folder: str | os.PathLike, *, nouns: str | None = None, **options: Any):
         super().__init__(str(folder), **options)
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder)
@@ -51,7 +51,7 @@ class Features(Pairs):
         if nouns is not None and nouns != stored:
             raise ValueError(f"nouns: got {nouns!r}, expected {stored!r}, with which {folder} was written")
         self.ends = list(accumulate(shard["count"] for shard in self.manifest["shards"]))
-        self.prompts = {}
+        self.prompts: dict[str, Tensor] = {}
         if nouns is not None:
             texts = [prompt.format(noun) for noun in self.manifest["nouns"] for prompt in PROMPTS]
             self.prompts = dict(zip(texts, load_file(self.folder / NOUNS)["texts"], strict=True))
@@ -66,10 +66,11 @@ class Features(Pairs):
     def __len__(self) -> int:
         return self.ends[-1]
 
-    def get(self, index: int, epoch: int) -> tuple[int, int]:
-        return index, epoch  # decode reads everything
+    # mypy: here an undecoded sample is its index and epoch, not a Raw, because decode reads everything.
+    def get(self, index: int, epoch: int) -> tuple[int, int]:  # type: ignore[override]
+        return index, epoch
 
-    def decode(self, raw: tuple[int, int], worker: int = 0) -> dict[str, Any]:
+    def decode(self, raw: tuple[int, int], worker: int = 0) -> dict[str, Any]:  # type: ignore[override]
         index, epoch = raw
         number = bisect.bisect_right(self.ends, index)
         row = index - (self.ends[number - 1] if number else 0)
@@ -111,7 +112,7 @@ def write_shard(folder: Path, number: int, tokens: Tensor, texts: Tensor, record
     write_bytes(folder / f"features-{number:05d}.safetensors", save(tensors))
 
 
-def read_records(shard, start: int, end: int) -> list[dict]:
+def read_records(shard: safe_open, start: int, end: int) -> list[dict]:
     """Return records `start` to `end` of an open shard."""
     ends = shard.get_slice("ends")[max(0, start - 1) : end].tolist()
     ends = ends if start else [0, *ends]
@@ -167,6 +168,6 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 @cache
-def _open(path: str):
+def _open(path: str) -> safe_open:
     """Open a shard once per process and keep it open; mapped pages take no memory of their own."""
     return safe_open(path, "pt").__enter__()

@@ -10,7 +10,8 @@ from pathlib import Path
 from webdataset import TarWriter
 
 from ..files import atomic_writer, write_bytes
-from .samples import Samples, read_caption
+from .samples import Samples, open_source, read_caption
+from .scene_shards import Members
 from .shards import SIZES
 
 
@@ -44,7 +45,7 @@ def pack(
     return sizes
 
 
-def _members(source: Samples, progress: Callable[[], None]) -> Iterator[dict[str, str | bytes]]:
+def _members(source: Samples, progress: Callable[[], None]) -> Iterator[Members]:
     numbers = itertools.count()
     for raw in source.undecoded(0, 0, 1):
         progress()
@@ -52,13 +53,14 @@ def _members(source: Samples, progress: Callable[[], None]) -> Iterator[dict[str
             continue
         notes = {"key": raw.key} | ({"captions": raw.captions} if raw.captions else {})
         image = _read(raw.image)
-        sample = {"__key__": f"{next(numbers):09d}", _suffix(image): image}
+        sample: Members = {"__key__": f"{next(numbers):09d}", _suffix(image): image}
         sample |= {"txt": read_caption(raw.caption).encode(), "json": json.dumps(notes).encode()}
         yield sample | ({"mask.png": _read(raw.mask)} if source.masks else {})
 
 
-def _read(data: bytes | Path) -> bytes:
-    return data if isinstance(data, bytes) else data.read_bytes()
+def _read(data: bytes | Path | str | None) -> bytes:
+    with open_source(data) as stream:
+        return stream.read()
 
 
 def _suffix(image: bytes) -> str:

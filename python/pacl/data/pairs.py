@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -60,7 +61,7 @@ class CsvPairs(Pairs):
         image_key: str = "filepath",
         caption_key: str = "title",
         root: str | os.PathLike | None = None,
-        **options,
+        **options: Any,
     ):
         path = Path(path)
         super().__init__(str(path), **options)
@@ -107,7 +108,7 @@ class FolderPairs(Pairs):
     Hidden files and folders are left out. Raises ValueError for a folder without images.
     """
 
-    def __init__(self, folder: str | os.PathLike, **options):
+    def __init__(self, folder: str | os.PathLike, **options: Any):
         self.folder = Path(folder)
         super().__init__(str(folder), **options)
         names = []
@@ -144,7 +145,7 @@ class CocoPairs(Pairs):
     own. An image without a caption is left out. Raises ValueError for any other file.
     """
 
-    def __init__(self, path: str | os.PathLike, *, root: str | os.PathLike | None = None, **options):
+    def __init__(self, path: str | os.PathLike, *, root: str | os.PathLike | None = None, **options: Any):
         path = Path(path)
         super().__init__(str(path), **options)
         if self.masks:
@@ -184,7 +185,7 @@ class ScenePairs(Pairs):
     of "train".
     """
 
-    def __init__(self, split: str = "train", scenes: int = 10_000, **options):
+    def __init__(self, split: str = "train", scenes: int = 10_000, **options: Any):
         super().__init__("generated scenes", **options)
         self._members = SceneMembers(split, scenes, 0, SEEN if split == "train" else PAIRS, self.masks)
 

@@ -16,6 +16,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any, BinaryIO, Literal, NamedTuple
 
 import torch
@@ -94,10 +95,9 @@ class Samples(IterableDataset):
         self.max_image_pixels = max_image_pixels
         self.max_bad_share = max_bad_share
         self.rank, self.world = rank, world
-        self.start = None  # a state of `loader` to continue from
+        self.start: dict[str, Any] | None = None  # a state of `loader` to continue from
         self.on_skip: Callable[[str, str, str], None] = _ignore
-        # One row per worker; the first column counts good samples. In shared memory, because a count in a worker's own
-        # memory would be lost with the worker.
+        # One row per worker; the first column counts good samples. Shared memory outlives a worker.
         self._counts = torch.zeros(MOST_WORKERS, 1 + len(REASONS), dtype=torch.int64).share_memory_()
 
     # Each source provides these
@@ -265,7 +265,7 @@ def readable(name: str) -> str:
 
 def open_source(source: bytes | Path | str | None) -> BinaryIO:
     if source is None:
-        raise ValueError("there is none")
+        raise ValueError("missing")
     if isinstance(source, str):
         raise ValueError(source)
     if isinstance(source, bytes):
@@ -277,9 +277,12 @@ def open_source(source: bytes | Path | str | None) -> BinaryIO:
 class Loader(DataLoader):
     """Batches of Samples. `state`, plain Python, lets `loader` continue after the last batch given out."""
 
+    dataset: Samples
     state: dict[str, Any]
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    # mypy: a generator in place of torch's own iterator class.
+    def __iter__(self) -> Iterator[dict[str, Any]]:  # type: ignore[override]
+        assert self.dataset.start is not None  # set by `loader`
         self.state = copy.deepcopy(self.dataset.start)
         for batch in super().__iter__():
             epoch, number = (int(x[-1]) for x in batch["place"])
@@ -318,7 +321,7 @@ def loader(
     if start is not None and len(start["places"]) != places:
         raise ValueError(f"workers: got {workers}, expected {start['workers']} as in the run that is resumed")
     dataset.start = start or {"batches": 0, "workers": workers, "places": [[0, 0]] * places}
-    options = {}
+    options: dict[str, Any] = {}
     if workers:
         options = {"persistent_workers": True, "worker_init_fn": functools.partial(_outlive_signals, _leaving())}
     options |= {"batch_size": batch_size, "num_workers": workers, "drop_last": drop_last, "collate_fn": _collate}
@@ -346,7 +349,7 @@ def _outlive_signals(leaving: torch.Tensor, worker: int) -> None:
     its step.
     """
 
-    def answer(number, frame):
+    def answer(number: int, frame: FrameType | None) -> None:
         if leaving:
             os._exit(0)
 

@@ -6,6 +6,7 @@ import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -16,7 +17,7 @@ from ..files import atomic_writer
 from .scenes import PAIRS, Scene, draw_scene
 
 SPLITS = ("train", "eval")  # the order matters: a scene's seed includes the index of its split
-Members = dict[str, str | bytes]  # the members of one sample, by extension
+Members = dict[str, Any]  # the members of one sample, by extension: str or bytes
 
 
 def encode_scene(scene: Scene, key: str, *, mask: bool) -> Members:
@@ -70,7 +71,7 @@ def write_scenes(
     drawn = SceneMembers(split, count, seed, pairs, masks)
     batches = DataLoader(drawn, batch_size=50, collate_fn=list, num_workers=workers)
     samples = (sample for batch in batches for sample in batch)
-    paths = []
+    paths: list[Path] = []
     for start in range(0, count, shard_size):
         path = folder / f"{split}-{len(paths):03d}.tar"
         with atomic_writer(path) as file, TarWriter(file, encoder=False, mtime=0) as tar:

@@ -151,7 +151,7 @@ def background_texture(name: str) -> np.ndarray:
         """Return unit noise smoothed over `height` x `width` pixels."""
         field = rng.normal(size=(256, 256))
         for axis, length in ((0, height), (1, width)):
-            field = sum(np.roll(field, shift, axis) for shift in range(length))
+            field = sum((np.roll(field, shift, axis) for shift in range(length)), np.zeros_like(field))
         return (field / field.std())[..., None]
 
     base, grain = {

@@ -41,7 +41,9 @@ class Shards(Samples):
     for a missing file.
     """
 
-    def __init__(self, shards: str | os.PathLike | Iterable[str | os.PathLike], *, resampled: bool = False, **options):
+    def __init__(
+        self, shards: str | os.PathLike | Iterable[str | os.PathLike], *, resampled: bool = False, **options: Any
+    ):
         self.paths = expand_shards(shards)
         super().__init__(f"{len(self.paths)} shard(s)", **options)
         if resampled and not self.repeat:
@@ -67,7 +69,7 @@ class Shards(Samples):
             if self.shuffle:
                 random.Random(f"{self.seed} {epoch}").shuffle(order)
             order = order[first::step]
-        samples = itertools.chain.from_iterable(self._read(path, worker, epoch) for path in order)
+        samples: Iterator[Raw] = itertools.chain.from_iterable(self._read(path, worker, epoch) for path in order)
         if not by_shard:
             samples = itertools.islice(samples, self.rank, None, self.world)
         if self.shuffle:
@@ -146,18 +148,18 @@ def count_shards(paths: Iterable[Path]) -> dict[Path, int]:
         folders.setdefault(path.parent, []).append(path)
     for folder, shards in folders.items():
         known = read_sizes(folder)
-        found = {path: _known(path, known) for path in shards}
         new = {}
         for path in shards:
-            if found[path] is None:
-                found[path], whole = count_members(path)
+            count = _known(path, known)
+            if count is None:
+                count, whole = count_members(path)
                 if whole:
-                    new[path.name] = found[path]
+                    new[path.name] = count
+            counts[path] = count
         # An unreadable sizes.json belongs to someone else and stays. A read-only folder is no reason to stop.
         if new and known is not None:
             with contextlib.suppress(OSError):
                 write_bytes(folder / SIZES, json.dumps(known | new, indent=0, sort_keys=True).encode())
-        counts |= found
     return counts
 
 
@@ -175,7 +177,7 @@ def read_sizes(folder: Path) -> dict[str, Any] | None:
 def _known(path: Path, sizes: dict[str, Any] | None) -> int | None:
     """Return the entry of a shard in `sizes`; None if there is none or it is stale."""
     try:
-        count = int(sizes[path.name])
+        count = int((sizes or {})[path.name])
         shard = path.stat()
         younger = shard.st_mtime_ns > (path.parent / SIZES).stat().st_mtime_ns
         # An image and a caption take four blocks of an uncompressed tar file.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from . import Kind
 from .pairs import CocoPairs, CsvPairs, FolderPairs, ScenePairs
@@ -23,7 +23,7 @@ def open_pairs(
     csv_caption_key: str = "title",
     image_root: str | os.PathLike | None = None,
     scenes: int = 10_000,
-    **options,
+    **options: Any,
 ) -> Samples:
     """Open the pairs at `location`. Their format is `kind`, or with "auto" inferred from the name.
 
@@ -61,9 +61,10 @@ def open_pairs(
     return CsvPairs(path, separator=csv_separator, root=image_root, **keys, **options)
 
 
-def _kind(location: str, path: Path) -> str:
+def _kind(location: str, path: Path) -> Kind:
     if path.is_dir():
         return "webdataset" if any(path.glob("*.tar")) else "folder"
     if location.split(":")[0] == "synthetic":
         return "synthetic"
-    return {".csv": "csv", ".tsv": "csv", ".json": "coco"}.get(path.suffix.lower(), "webdataset")
+    kinds: dict[str, Kind] = {".csv": "csv", ".tsv": "csv", ".json": "coco"}
+    return kinds.get(path.suffix.lower(), "webdataset")

@@ -8,7 +8,8 @@ from functools import lru_cache
 from importlib.resources import files
 from random import Random
 
-# Mukhoti et al., CVPR 2023, appendix A.2.2; OpenAI's fifth, of which these are a subset, is "a {} in a video game."
+# Mukhoti et al., CVPR 2023, appendix A.2.2. A subset of OpenAI's prompts, except that OpenAI's fifth of them is
+# "a {} in a video game."
 PROMPTS = (
     "itap of a {}.",
     "a bad photo of the {}.",
@@ -118,7 +119,8 @@ def _nltk() -> Callable[[str], list[str]]:
         ) from error
 
     def find(caption: str) -> list[str]:
-        found, run = {}, []
+        found: dict[str, None] = {}
+        run: list[str] = []
         for word, kind in [*tag(TreebankWordTokenizer().tokenize(caption)), ("", ".")]:
             if kind in ("NN", "NNS"):
                 run.append(word.lower())

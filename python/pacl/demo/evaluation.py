@@ -87,8 +87,10 @@ class _Rows:
     PACL misses a held-out pair, so that the picture does not promise more than the table.
     """
 
-    def __init__(self):
-        self.seen, self.held_out, self.missed = [], [], []
+    def __init__(self) -> None:
+        self.seen: list[Row] = []
+        self.held_out: list[Row] = []
+        self.missed: list[Row] = []
 
     def offer(self, images: Tensor, maps: dict[str, Tensor]) -> None:
         for i, image in enumerate(images):

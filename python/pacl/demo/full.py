@@ -8,17 +8,17 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from PIL import Image
 from torch import Tensor, nn
 
 from ..data.pairs import Pairs
-from ..data.samples import Raw
+from ..data.samples import Raw, read_caption
 from ..data.scene_shards import SPLITS, encode_scene
 from ..data.scenes import CLASSES, HELD_OUT, HELD_OUT_LABELS, PAIRS, SEEN_LABELS, draw_scene, phrase
 from ..data.shards import Shards
@@ -28,6 +28,7 @@ from ..evaluate.classification import accuracies, classification
 from ..evaluate.coherence import coherence
 from ..evaluate.retrieval import read_gallery, retrieval
 from ..evaluate.scorer import Scorer
+from ..evaluate.segmentation_data import SegmentationData
 from ..evaluate.segmentation_measure import SegmenterPredictor, evaluate_segmentation
 from ..evaluate.specs import IGNORED, Protocol, Spec, fingerprint
 from ..progress import Progress, quiet
@@ -63,25 +64,41 @@ class SceneData:
         self.scenes, self.only = _Scenes(scenes, transform=_same, masks=True), only
         self.classes, self.synonyms = list(CLASSES), [[name] for name in CLASSES]
         self.class_hash = fingerprint(self.synonyms)
-        places = {"source": "pacl demo", "roots": (), "images": (), "split": None, "masks": ()}
-        counted = {"classes": CLASSES, "background": False, "count": (len(scenes),)}
-        self.spec = Spec(name="scenes", title="Generated scenes", column="Scenes", **counted, **places)
+        self.spec = Spec(
+            name="scenes",
+            title="Generated scenes",
+            column="Scenes",
+            classes=CLASSES,
+            background=False,
+            count=(len(scenes),),
+            source="pacl demo",
+            roots=(),
+            images=(),
+            split=None,
+            masks=(),
+        )
 
     def __len__(self) -> int:
         return len(self.scenes)
 
     def __getitem__(self, i: int) -> tuple[Image.Image, np.ndarray]:
         sample = self.scenes.decode(self.scenes.get(i, 0))
+        assert sample is not None  # generated scenes are never bad
         labels = sample["mask"].numpy().astype(np.int16)
         if self.only is not None:
             labels[~np.isin(labels, self.only)] = IGNORED
         return sample["image"], labels
 
 
+def _dataset(scenes: Sequence[Raw], only: Sequence[int] | None = None) -> SegmentationData:
+    """Return SceneData typed as a SegmentationData, of which it has all that these measures use."""
+    return cast(SegmentationData, SceneData(scenes, only))
+
+
 class _Scenes(Pairs):
     """Pairs in memory."""
 
-    def __init__(self, scenes: Sequence[Raw], **options):
+    def __init__(self, scenes: Sequence[Raw], **options: Any):
         super().__init__("generated scenes", **options)
         self.scenes = scenes
 
@@ -121,7 +138,7 @@ def measure(models: Models, scenes: Sequence[Raw], seed: int) -> dict[str, Any]:
     The groups are the seen pairs, the held-out pairs, and the backgrounds; all classes compete.
     """
     start = time.perf_counter()
-    data = SceneData(scenes)
+    data = _dataset(scenes)
     galleries = _galleries(scenes)
     singles = one_shape_scenes(models.towers.transform, max(1, len(scenes) // PER_PAIR), seed)
     parts = len(METHODS) * (2 + len(STRIDES)) + len(TOKENS) * 3 + len(galleries) * len(SCORES) + 1
@@ -131,7 +148,7 @@ def measure(models: Models, scenes: Sequence[Raw], seed: int) -> dict[str, Any]:
             "patch_accuracy": _patch_accuracy(models, data, part),
             "coherence": _coherence(models, scenes, seed, part),
             "segmentation": _segmentation(models, data, STRIDES[:1], part),
-            "strides": _segmentation(models, SceneData(scenes[: max(1, len(scenes) // STRIDE_SHARE)]), STRIDES, part),
+            "strides": _segmentation(models, _dataset(scenes[: max(1, len(scenes) // STRIDE_SHARE)]), STRIDES, part),
             "retrieval": {name: _retrieval(models, each, part) for name, each in galleries.items()},
             "classification": _classification(models, singles, part),
         }
@@ -145,16 +162,16 @@ class _Part:
         self.progress = progress
 
     @contextlib.contextmanager
-    def __call__(self):
+    def __call__(self) -> Iterator[None]:
         with quiet():
             yield
         self.progress.step()
 
 
-def _patch_accuracy(models: Models, data: SceneData, part: Callable) -> dict[str, Any]:
+def _patch_accuracy(models: Models, data: SegmentationData, part: Callable) -> dict[str, Any]:
     """Return the share of a group's patches whose own word is the most similar, among all words and the image's."""
     texts = class_texts(models.towers, CLASSES, TEMPLATES["none"])
-    found = {}
+    found: dict[str, Any] = {}
     for method in METHODS:
         with part():
             whole = alignment(data, models.segmenter(method), texts)
@@ -176,9 +193,7 @@ def _coherence(models: Models, scenes: Sequence[Raw], seed: int, part: Callable)
         for name in TOKENS:
             with part():
                 try:
-                    each = coherence(
-                        SceneData(scenes, labels), models.segmenter(name), pairs=COHERENCE_PAIRS, seed=seed
-                    )
+                    each = coherence(_dataset(scenes, labels), models.segmenter(name), pairs=COHERENCE_PAIRS, seed=seed)
                 except ValueError as error:
                     if not str(error).startswith("data:"):  # "data:" means too few scenes for a pair of patches
                         raise
@@ -187,7 +202,7 @@ def _coherence(models: Models, scenes: Sequence[Raw], seed: int, part: Callable)
     return found
 
 
-def _segmentation(models: Models, data: SceneData, strides: Sequence[int], part: Callable) -> dict[str, Any]:
+def _segmentation(models: Models, data: SegmentationData, strides: Sequence[int], part: Callable) -> dict[str, Any]:
     """Return the mIoU of the groups' classes over all pixels of all scenes, by stride."""
     found: dict[str, Any] = {"scenes": len(data), **{method: {} for method in METHODS}}
     size = CONFIG["model_cfg"]["vision_cfg"]["image_size"]
@@ -204,9 +219,10 @@ def _segmentation(models: Models, data: SceneData, strides: Sequence[int], part:
 
 def _galleries(scenes: Sequence[Raw]) -> dict[str, list[Raw]]:
     """Return scenes by group: all; held_out, whose captions name a held-out pair; seen, as many that have none."""
-    data, found = SceneData(scenes), {"all": list(scenes), "seen": [], "held_out": []}
+    data = SceneData(scenes)
+    found: dict[str, list[Raw]] = {"all": list(scenes), "seen": [], "held_out": []}
     for i, scene in enumerate(scenes):
-        named = {pair for pair in PAIRS if phrase(pair) in scene.caption.decode()}
+        named = {pair for pair in PAIRS if phrase(pair) in read_caption(scene.caption)}
         if named & set(HELD_OUT):
             found["held_out"].append(scene)
         elif named and not np.isin(data[i][1], HELD_OUT_LABELS).any():

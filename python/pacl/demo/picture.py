@@ -104,5 +104,5 @@ def _miou(evaluation: Evaluation, method: str) -> str:
     return f"mIoU {seen} %, held out {held_out} %"
 
 
-def _font(size: int) -> ImageFont.FreeTypeFont:
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size)

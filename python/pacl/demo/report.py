@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,7 @@ def _patch_accuracy(page: Page, found: dict[str, Any]) -> None:
             [label, *(percent(found[method].get(group, {}).get(f"patch_accuracy_{key}")) for group in groups)]
             for method, label in METHODS.items()
         ]
-        page.table(["", *map(GROUP_NAMES.get, groups)], rows, f"Patches right {words}, percent", _best(rows))
+        page.table(["", *(GROUP_NAMES[x] for x in groups)], rows, f"Patches right {words}, percent", _best(rows))
     there = [name for name in CLASSES if found["pacl"]["classes"][name] is not None]
     values = {label: [found[method]["classes"][name] for name in there] for method, label in METHODS.items()}
     _plot(page, (9, 10), bars(there, values, "Patches right among all classes"), "patch accuracy of every class")
@@ -116,7 +117,7 @@ def _coherence(page: Page, found: dict[str, Any]) -> None:
     )
     groups = ("all", "seen", "held_out")
     rows = [[label, *(percent(found[x].get(g, {}).get("auc")) for g in groups)] for x, label in TOKENS.items()]
-    page.table(["", *map(GROUP_NAMES.get, groups)], rows, "AUC, percent", _best(rows))
+    page.table(["", *(GROUP_NAMES[x] for x in groups)], rows, "AUC, percent", _best(rows))
     for group in groups:
         lines = {label: tuple(found[x][group]["roc"].values()) for x, label in TOKENS.items() if group in found[x]}
         if lines:
@@ -135,7 +136,7 @@ def _segmentation(page: Page, full: dict[str, Any]) -> None:
     groups = ("seen", "held_out", "backgrounds")
     rows = [[label, *(percent(found[x]["1"][group]) for group in groups)] for x, label in METHODS.items()]
     caption = f"mIoU of {found['scenes']} scenes, stride 1x, percent"
-    page.table(["", *map(GROUP_NAMES.get, groups)], rows, caption, _best(rows))
+    page.table(["", *(GROUP_NAMES[x] for x in groups)], rows, caption, _best(rows))
     head = ["", *(f"{GROUP_NAMES[group]} {n}x" for group in groups for n in STRIDES)]
     rows = [
         [label, *(percent(strides[x][str(n)][group]) for group in groups for n in STRIDES)]
@@ -175,10 +176,10 @@ def _classification(page: Page, found: dict[str, Any]) -> None:
     )
     groups = ("all", "seen", "held_out")
     rows = [[label, *(percent(found[score][group]) for group in groups)] for score, label in SCORES.items()]
-    page.table(["", *map(GROUP_NAMES.get, groups)], rows, "Top-1 accuracy, percent", _best(rows))
+    page.table(["", *(GROUP_NAMES[x] for x in groups)], rows, "Top-1 accuracy, percent", _best(rows))
 
 
-def _plot(page: Page, size: tuple[float, float], draw, words: str) -> None:
+def _plot(page: Page, size: tuple[float, float], draw: Callable[[Any], None], words: str) -> None:
     made = plot_png(size, draw)
     page.note(f"No plot of {words}: {MISSING}") if made is None else page.picture(Picture(made, words))
 

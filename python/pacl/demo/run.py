@@ -6,6 +6,7 @@ import json
 import time
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import torch
@@ -51,7 +52,7 @@ class DemoConfig:
     embedder_steps: int = 2_000
     batch_size: int = 64
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for item in fields(self):
             value, least = getattr(self, item.name), 0 if item.name == "seed" else 1
             if not isinstance(value, int) or value < least:
@@ -81,7 +82,7 @@ class Trained:
             if stage is None or stage.done == 0:
                 continue
             target = folder / ("embedder" if name == "pacl" else name)
-            notes = {"steps": stage.done, "planned_steps": stage.total, "seed": self.config.seed}
+            notes: dict[str, Any] = {"steps": stage.done, "planned_steps": stage.total, "seed": self.config.seed}
             if name == "clip":
                 save_clip(self.clip, target, **notes)
             else:
@@ -130,7 +131,7 @@ def run(config: DemoConfig, out: Path, *, full: bool = False) -> dict:
 def _write_scenes(config: DemoConfig, folder: Path) -> tuple[list[Path], list[Path]]:
     with Progress("Scenes", config.train_scenes + config.eval_scenes, unit="scene") as progress:
         workers = config.threads if config.threads > 1 else 0
-        options = {"seed": config.seed, "workers": workers, "progress": progress.step}
+        options: dict[str, Any] = {"seed": config.seed, "workers": workers, "progress": progress.step}
         train = write_scenes(folder, "train", config.train_scenes, pairs=scenes.SEEN, **options)
         evaluation = write_scenes(folder, "eval", config.eval_scenes, masks=True, **options)
     return train, evaluation

@@ -6,6 +6,7 @@ import copy
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from ..files import write_bytes
 
 # open_clip's own config format, so that `open_clip.create_model("local-dir:...")` reads what save_clip writes.
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "model_cfg": {
         "embed_dim": 128,
         # CLIP pools by the class token, because mean pooling would teach the patches to segment by themselves.
@@ -54,7 +55,7 @@ def normalise(images: Tensor) -> Tensor:
     return (images.float() / 255 - mean) / std
 
 
-def save_clip(model: open_clip.CLIP, folder: str | os.PathLike, **notes) -> None:
+def save_clip(model: open_clip.CLIP, folder: str | os.PathLike, **notes: Any) -> None:
     """Write open_clip_model.safetensors and open_clip_config.json (with `notes` on the training) to `folder`."""
     folder = Path(folder)
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}

@@ -33,7 +33,7 @@ def main(argv: Sequence[str], prog: str = "pacl train") -> int:
         if config.dry_run:
             return 0
         if config.resume:
-            path = _checkpoint(config)
+            path = _checkpoint(config, config.resume)
             if path is not None:
                 run.restore(path)
                 run.say(f"resume: {path}, step {run.step}")
@@ -80,9 +80,9 @@ def _parse(argv: list[str], prog: str) -> TrainConfig:
     return fill_batch(config.check(), int(os.environ.get("WORLD_SIZE", 1)))
 
 
-def _checkpoint(config: TrainConfig) -> Path | None:
+def _checkpoint(config: TrainConfig, resume: str) -> Path | None:
     """Return the checkpoint to continue from; None for "latest" in a folder without checkpoints: the run begins."""
-    return newest(config.folder / "checkpoints") if config.resume == "latest" else Path(config.resume)
+    return newest(config.folder / "checkpoints") if resume == "latest" else Path(resume)
 
 
 def _refuse_to_overwrite(config: TrainConfig) -> None:

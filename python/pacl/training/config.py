@@ -30,9 +30,8 @@ class TrainConfig(TrainingDataFlags):
     """Train PACL's vision embedder on a frozen CLIP and image-caption pairs. Flags are named as in open_clip."""
 
     train_data: str | None = None
-    """Image-caption pairs: shards (a path, braces and :: as in open_clip, `a-{000..015}.tar::b.tar`) or a folder of
-    them, a .csv or .tsv file, a folder of images with .txt files, an annotation .json of COCO captions, or synthetic.
-    Local files only."""
+    """Image-caption pairs in local files: shards (`a-{000..015}.tar::b.tar` as in open_clip), a folder of them,
+    a .csv or .tsv file, a folder of images with .txt files, an annotation .json of COCO captions, or synthetic."""
     features: Path | None = None
     """Folder that `pacl features` wrote, in place of --train-data. The run uses the towers of these features."""
     dataset_resampled: bool = False
@@ -50,8 +49,7 @@ class TrainConfig(TrainingDataFlags):
     lock_image: bool = True
     """Freeze the vision tower; --no-lock-image trains all of it."""
     lock_image_unlocked_groups: int = 0
-    """Number of last blocks (stages of a convolutional tower) of a locked vision tower to train, with the norm that
-    follows them."""
+    """Number of last blocks (or convolutional stages) of a locked vision tower to train, with the norm after them."""
     lock_text: bool = True
     """Freeze the text tower."""
     tower_lr: float | None = None
@@ -61,8 +59,8 @@ class TrainConfig(TrainingDataFlags):
     batch_size: int = 256
     """Pairs that one process encodes at a time."""
     accum_freq: int | None = 1
-    """Batches in one step of a process. All pairs of a step, of all processes, are contrasted with each other. None: as
-    many batches as make 4,096 pairs, the paper's batch."""
+    """Batches in one step of a process. All pairs of a step, of all processes, are contrasted with each other.
+    None: as many batches as make 4,096 pairs, the paper's batch."""
     epochs: int = 10
     max_steps: int | None = None
     """Number of steps, instead of --epochs; the schedule has the same length."""
@@ -79,8 +77,7 @@ class TrainConfig(TrainingDataFlags):
     """Epochs at the end in which const-cooldown lowers the learning rate linearly to 0."""
     grad_clip_norm: float | None = 1.0
     ema_decay: float | None = None
-    """Decay of a running average of the weights (0.999, for example). The average is validated and exported in place of
-    the weights."""
+    """Decay of a running average of the weights, such as 0.999. The run then validates and exports the average."""
     form: Literal["dot", "cosine", "max"] = DEFAULT_FORM
     loss: Literal["infonce", "sigmoid"] = "infonce"
     attn_temperature: float = DEFAULT_ATTN_TEMPERATURE
@@ -91,11 +88,11 @@ class TrainConfig(TrainingDataFlags):
     learn_logit_scale: bool = True
     max_logit_scale: float = 100.0
     nouns: Literal["words", "nltk"] | None = None
-    """Replace the caption, half of the time, by a prompt with one of its nouns. The package's word list (words) or
-    NLTK's tagger (nltk) finds the nouns."""
+    """Replace the caption, half of the time, by a prompt with one of its nouns.
+    The package's word list (words) or NLTK's tagger (nltk) finds the nouns."""
     recipe: Literal["paper"] | None = None
-    """Use the paper's values as defaults of all flags, a batch of 4,096 pairs included. config.yaml lists what other
-    flags change, and what the paper leaves open."""
+    """Use the paper's values as defaults of all flags, a batch of 4,096 pairs included.
+    config.yaml lists what other flags change, and what the paper leaves open."""
     precision: Literal["auto", "fp32", "amp_bf16"] = "auto"
     """Number format of the towers and the embedder. Auto means amp_bf16 on a GPU and fp32 on a CPU."""
     workers: int = 4
@@ -124,8 +121,8 @@ class TrainConfig(TrainingDataFlags):
     keep_checkpoints: int = 2
     log_every_n_steps: int = 50
     report_to: str = "auto"
-    """Trackers of the curves, separated by commas (tensorboard, wandb, trackio), or none. Auto is tensorboard if it is
-    installed."""
+    """Trackers of the curves, separated by commas (tensorboard, wandb, trackio), or none.
+    Auto is tensorboard if it is installed."""
     resume: str | None = None
     """Checkpoint to continue from, or latest. The data order continues too."""
     dry_run: bool = False
@@ -170,6 +167,13 @@ class TrainConfig(TrainingDataFlags):
         weights = self.pretrained or ("from a folder" if ":" in self.model else "RANDOM, no --pretrained")
         vision = "" if self.vision_pretrained else " (RANDOM)"
         return f"{self.model} ({weights})" + (f" with {self.vision_model}{vision}" if self.vision_model else "")
+
+    @property
+    def local_batch(self) -> int:
+        """Pairs in one step of a process. Raises ValueError while accum_freq is None; see fill_batch."""
+        if self.accum_freq is None:
+            raise ValueError("accum_freq: got None, expected a number; fill_batch gives one")
+        return self.batch_size * self.accum_freq
 
     @property
     def folder(self) -> Path:

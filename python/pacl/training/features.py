@@ -85,7 +85,7 @@ def main(argv: Sequence[str], prog: str = "pacl features") -> int:
 
 
 def _write(config: FeaturesConfig) -> None:
-    manifest = {"complete": False, "plan": config.plan, "shards": []}
+    manifest: dict[str, Any] = {"complete": False, "plan": config.plan, "shards": []}
     if (config.out / MANIFEST).exists():
         found = read_manifest(config.out)
         changed = [name for name, value in config.plan.items() if found["plan"].get(name) != value]
@@ -192,7 +192,9 @@ def _shards(
         workers=workers,
         start={"batches": 0, "workers": workers, "places": places},
     )
-    tokens, texts, records = [], [], []
+    tokens: list[Tensor] = []
+    texts: list[Tensor] = []
+    records: list[dict] = []
     try:
         for batch in batches:
             captions = batch["captions"]
@@ -210,7 +212,9 @@ def _shards(
         yield _take(config.shard_size, tokens, texts, records)
 
 
-def _take(size: int, tokens: list, texts: list, records: list) -> tuple[Tensor, Tensor, list[dict]]:
+def _take(
+    size: int, tokens: list[Tensor], texts: list[Tensor], records: list[dict]
+) -> tuple[Tensor, Tensor, list[dict]]:
     """Remove and return the first `size` of each; set each record's "text", the first row of its image's texts."""
     first = 0
     for record, each in zip(records[:size], texts, strict=False):

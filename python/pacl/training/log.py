@@ -9,6 +9,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterator
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor
@@ -42,7 +43,8 @@ class Log:
         self.pending: list[tuple[int, Tensor, list[str]]] = []
         self.mean, self.seconds, self.waited = _Mean(), 0.0, 0.0
         self.steps = 0
-        self.file, self.boards = None, []
+        self.file: TextIO | None = None
+        self.boards: list[Any] = []
         self.statistics: dict[str, Tensor] = {}  # pair_statistics of the current step
 
     @contextlib.contextmanager
@@ -137,6 +139,7 @@ class Log:
             "train/lr": now["lr"],
             "train/skipped": now["skipped"],
         }
+        assert self.file is not None  # lines are written inside `opened`
         self.file.write(json.dumps({"step": step, **values}) + "\n")
         self.file.flush()
         self._report(step, values)
@@ -184,7 +187,7 @@ class _Tensorboard:
             self.writer.add_scalar(name, value, step)
 
 
-def _board(name: str, config: TrainConfig, step: int):
+def _board(name: str, config: TrainConfig, step: int) -> Any:
     """Return a tracker: an object with `log(values, step=...)` and `finish()`."""
     if name == "tensorboard":
         return _Tensorboard(config, step)
@@ -206,7 +209,7 @@ def _peak_memory(device: torch.device) -> int:
 
 
 class _Mean:
-    def __init__(self):
+    def __init__(self) -> None:
         self.total, self.count, self.last = 0.0, 0, math.nan
 
     def add(self, value: float) -> None:

@@ -28,11 +28,11 @@ class Trainable(nn.Module):
     def __init__(self, embedder: VisionEmbedder, config: TrainConfig, towers: Towers | None = None):
         super().__init__()
         self.embedder = embedder
-        trained = [] if towers is None else towers.trained
-        self.visual = towers.visual if "visual" in trained else None
-        self.text = towers.text if "text" in trained else None
+        self.visual = towers.visual if towers is not None and "visual" in towers.trained else None
+        self.text = towers.text if towers is not None and "text" in towers.trained else None
         self.log_scale = nn.Parameter(torch.tensor(math.log(config.logit_scale)), config.learn_logit_scale)
-        self.log_temperature = self.bias = None
+        self.log_temperature: nn.Parameter | None = None
+        self.bias: nn.Parameter | None = None
         if config.learn_attn_temperature:
             self.log_temperature = nn.Parameter(torch.tensor(math.log(config.attn_temperature)))
         if config.loss == "sigmoid":

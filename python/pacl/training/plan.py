@@ -44,7 +44,7 @@ def memory(run: Run) -> dict[str, int]:
     trained = sum(x.numel() * x.element_size() for x in run.model.parameters() if x.requires_grad)
     image = run.towers.transform(Image.new("RGB", (8, 8)))
     patches = run.model.patches_of(image[None], run.towers).shape[1]
-    local = config.batch_size * config.accum_freq
+    local = config.local_batch
     width, hidden, out = (sizes[f"{name}_dim"] for name in ("in", "hidden", "out"))
     return {
         "weights": weights,
@@ -53,7 +53,7 @@ def memory(run: Run) -> dict[str, int]:
         "images": local * image.numel() * 4,
         "tokens": (local * width + config.batch_size * (2 * hidden + 3 * out)) * patches * item,
         # Patch embeddings and their gradient; with micro-batches also the parts of the embeddings.
-        "embeddings": (3 if config.accum_freq > 1 else 2) * local * patches * out * item,
+        "embeddings": (3 if local > config.batch_size else 2) * local * patches * out * item,
         "loss": gathered_bytes(run.world, local, out, item),
     }
 
@@ -61,7 +61,7 @@ def memory(run: Run) -> dict[str, int]:
 def sent_bytes(run: Run) -> int:
     """Return the bytes that a process sends in a step: gradients of the parameters, texts, and their float32 gradients
     (see docs/distributed.md). Assumes ring algorithms; leaves out headers and sums."""
-    local, out = run.config.batch_size * run.config.accum_freq, run.model.embedder.config["out_dim"]
+    local, out = run.config.local_batch, run.model.embedder.config["out_dim"]
     item, others = 2 if run.amp else 4, run.world - 1
     trained = sum(x.numel() * x.element_size() for x in run.model.parameters() if x.requires_grad)
     texts, gradients = local * out * item, local * out * 4

@@ -6,9 +6,10 @@ import contextlib
 import json
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -16,7 +17,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from ..data.features import Features
-from ..data.samples import BadData, loader
+from ..data.samples import BadData, Samples, loader
 from ..data.texts import choose_text, noun_finder
 from ..embedder import CONFIG, VisionEmbedder, save_embedder
 from ..files import write_bytes
@@ -47,20 +48,24 @@ class Run:
         self.group = process_group(self.device)
         self.rank, self.world = (self.group.rank(), self.group.size()) if self.group else (0, 1)
         self.amp = config.precision == "amp_bf16" or (config.precision == "auto" and self.device.type == "cuda")
-        self.step, self.stopped_by, self.described = 0, None, None
+        self.step = 0
+        self.stopped_by: int | None = None  # number of a signal
+        self.described: dict[str, Any] | None = None
         self.nouns = noun_finder(config.nouns) if config.nouns else None
         torch.manual_seed(config.seed)  # so that towers without weights are equal in every process and on resuming
         self.towers = load_towers(**{name: getattr(config, name) for name in TOWERS}, device=self.device)
         order = {"shuffle": config.shuffle, "seed": config.seed, "repeat": True, "rank": self.rank, "world": self.world}
+        self.data: Samples
         if config.features is not None:
-            self.data = Features(config.features, nouns=config.nouns, **order)
-            self.data.check(self.towers)
+            self.data = features = Features(config.features, nouns=config.nouns, **order)
+            features.check(self.towers)
         else:
+            assert config.train_data is not None  # TrainConfig.check
             reading = {"transform": self.towers.transform, "resampled": config.dataset_resampled}
             self.data = config.open(config.train_data, **order, **reading)
-        self.data_state = None
+        self.data_state: dict[str, Any] | None = None
         self.samples = config.train_num_samples or self._count()
-        self.global_batch = config.batch_size * config.accum_freq * self.world
+        self.global_batch = config.local_batch * self.world
         self.epoch_steps = self.samples // self.global_batch
         if self.epoch_steps == 0:
             raise ValueError(
@@ -83,7 +88,7 @@ class Run:
             amp=self.amp,
         )
         self.validation = Validation(config, self.towers, self.device, self.group, self.amp)
-        self.validated = {}
+        self.validated: dict[str, float | None] = {}
         self.log = Log(
             config,
             self.device,
@@ -96,7 +101,7 @@ class Run:
 
     def _count(self) -> int:
         """Count the pairs in the first process, for all."""
-        counts = [self.data.count() if self.rank == 0 else None]
+        counts = [self.data.count() if self.rank == 0 else 0]
         if self.group:
             dist.broadcast_object_list(counts, src=0, group=self.group)
         return counts[0]
@@ -109,7 +114,7 @@ class Run:
     @property
     def result(self) -> Trainable:
         """The weights that are validated and exported: their average, if the run keeps one."""
-        return self.model if self.trainer.average is None else self.trainer.average.module
+        return self.model if self.trainer.average is None else cast(Trainable, self.trainer.average.module)
 
     def _values(self) -> dict[str, float]:
         """Return the current values of the run for a line of the log."""
@@ -156,9 +161,8 @@ class Run:
 
     def _batches(self) -> Iterator[tuple[dict[str, Any], float]]:
         """Yield this process's batch for each step, with the seconds that the process waited for it."""
-        size, parts = self.config.batch_size, self.config.accum_freq
-        options = {"workers": self.config.workers, "drop_last": True, "start": self.data_state}
-        batches = loader(self.data, size * parts, **options)
+        size, workers = self.config.local_batch, self.config.workers
+        batches = loader(self.data, size, workers=workers, drop_last=True, start=self.data_state)
         iterator = iter(batches)
         while True:
             begin = time.perf_counter()
@@ -173,10 +177,10 @@ class Run:
 
     def _step(self, batch: dict[str, Any]) -> Tensor:
         texts = self._texts(batch)
-        if self.config.features is None:
-            pairs = self._frozen(batch["image"], self.towers.tokenize(texts))
-        else:
+        if isinstance(self.data, Features):
             pairs = {"images": batch["tokens"], "texts": self.data.embeddings(batch, texts)}
+        else:
+            pairs = self._frozen(batch["image"], self.towers.tokenize(texts))
         watched = self.rank == 0 and self.due(self.config.log_every_n_steps, ahead=1)
         return self.trainer.step(self.step, pairs, self.log.watch if watched else None)
 
@@ -192,7 +196,7 @@ class Run:
     def _frozen(self, images: Tensor, texts: Tensor) -> dict[str, Tensor]:
         """Run the frozen towers on the step's pairs. Done outside cached_step, which encodes its inputs twice."""
 
-        def run(tower, x: Tensor) -> Tensor:
+        def run(tower: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
             parts = x.split(self.config.batch_size)
             return torch.cat([tower(part.to(self.device, non_blocking=True)) for part in parts])
 
@@ -204,10 +208,10 @@ class Run:
         return {"images": images, "texts": texts}
 
     @contextlib.contextmanager
-    def _signals(self):
+    def _signals(self) -> Iterator[None]:
         """Remember SIGTERM and Ctrl-C until the current step ends."""
 
-        def remember(number, frame):
+        def remember(number: int, frame: FrameType | None) -> None:
             if self.stopped_by is not None:  # a second signal stops at once
                 raise KeyboardInterrupt
             self.stopped_by = number
@@ -231,7 +235,7 @@ class Run:
         dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.group)
         if int(flag) == BAD_DATA:
             self.save()
-            complaints = [None] * self.world
+            complaints = [""] * self.world
             dist.all_gather_object(complaints, self.data.complaint() if self.data.too_many else "", group=self.group)
             raise _bad_data(complaints) if self.rank == 0 else SystemExit(1)
         self.stopped_by = int(flag) or None
@@ -241,7 +245,7 @@ class Run:
 
     def save(self) -> None:
         """Write a checkpoint and export the embedder. All processes call it; the first one writes."""
-        data = [self.data_state]
+        data: list[Any] = [self.data_state]
         if self.group:
             data = [None] * self.world
             dist.all_gather_object(data, self.data_state, group=self.group)
@@ -272,15 +276,21 @@ class Run:
         for name in trained:
             state = {key: x.contiguous() for key, x in _on_cpu(getattr(towers, name)).items()}
             write_bytes(folder / f"{name}.safetensors", save(state))
-        notes = {"loss": config.loss, "steps": self.step}
+        notes: dict[str, Any] = {"loss": config.loss, "steps": self.step}
         notes |= {"global_batch": self.global_batch, "logit_scale": model.log_scale.exp().item()}
         notes |= {"pairs_seen": self.step * self.global_batch, "command": command(config)}
         notes |= {} if config.ema_decay is None else {"ema_decay": config.ema_decay}
         notes |= {"metrics": self.validated} if self.validated else {}
         if trained or self.described is None:
             self.described = describe_towers(towers, folder, trained)
-        phi = {"form": config.form, "attn_temperature": self._temperature(model)}
-        save_embedder(model.embedder, folder, self.described, **phi, **notes)
+        save_embedder(
+            model.embedder,
+            folder,
+            self.described,
+            form=config.form,
+            attn_temperature=self._temperature(model),
+            **notes,
+        )
 
     def _exported(self) -> int:
         """Return the step of the exported embedder, -1 without one; read from config.json, which is written last."""
@@ -290,6 +300,7 @@ class Run:
             return -1
 
     def restore(self, path: Path) -> None:
+        """Load a checkpoint. Raises ValueError for one of another run, model, or number of processes."""
         state = load_checkpoint(path)
         for name, mine in (("global_batch", self.global_batch), ("world", self.world)):
             if state.get(name) != mine:
@@ -302,10 +313,10 @@ class Run:
                 f"resume: {path} is of step {state['step']}, but --resume latest would take {latest}; delete the later "
                 "checkpoints, or give the run another --name"
             )
-        mine = {name: x.shape for name, x in self.model.state_dict().items()}
-        theirs = {name: x.shape for name, x in state["state_dict"].items()}
-        if mine != theirs:
-            unlike = sorted(name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name))
+        own = {name: x.shape for name, x in self.model.state_dict().items()}
+        saved = {name: x.shape for name, x in state["state_dict"].items()}
+        if own != saved:
+            unlike = sorted(name for name in own.keys() | saved.keys() if own.get(name) != saved.get(name))
             raise ValueError(
                 f"resume: {path} is of a run with other parameters ({', '.join(unlike)[:200]}), expected the same "
                 "model, loss and learned parameters"
@@ -316,9 +327,9 @@ class Run:
         if self.trainer.average is not None:
             self.trainer.average.load_state_dict(state["ema"])
         self.model.load_state_dict(state["state_dict"])
-        mine = [{k: x for k, x in group.items() if k != "params"} for group in self.trainer.optimiser.param_groups]
+        flags = [{k: x for k, x in group.items() if k != "params"} for group in self.trainer.optimiser.param_groups]
         self.trainer.optimiser.load_state_dict(state["optimizer"])
-        for group, values in zip(self.trainer.optimiser.param_groups, mine, strict=True):
+        for group, values in zip(self.trainer.optimiser.param_groups, flags, strict=True):
             group.update(values)  # learning rates and weight decay come from this run's flags
         self.step, self.data_state = state["step"], state["data"][self.rank]
 

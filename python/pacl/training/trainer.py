@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -95,7 +95,7 @@ class Trainer:
             nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip_norm)
         self.optimiser.step()
         with torch.no_grad():
-            self.model.log_scale.clamp_(0, math.log(config.max_logit_scale))
+            cast(Tensor, self.model.log_scale).clamp_(0, math.log(config.max_logit_scale))
         if self.average is not None:
             self.average.update_parameters(self.model)
         return value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -41,12 +41,13 @@ class Validation:
     ):
         self.config, self.towers, self.device, self.group, self.amp = config, towers, device, group, amp
         self.rank, self.world = place_in(group)
-        self.captions: list[str] | None = None  # of all processes; read by the first validation
+        self.captions: list[str] = []  # of all processes; read by the first validation
         self.texts: Tensor | None = None
-        self.pairs = self.labelled = None
+        self.pairs: Samples | None = None
+        self.labelled: Samples | None = None
         if config.val_data:
             self.pairs = self._open(config.val_data, towers.transform)
-        if config.val_segmentation:
+        if config.val_segmentation and config.val_classes:
             self.labelled = self._open(config.val_segmentation, _Squashed(towers.transform), masks=True)
             self.classes = read_classes(config.val_classes, "val_classes")
 
@@ -56,16 +57,16 @@ class Validation:
     @torch.no_grad()
     def __call__(self, model: Trainable) -> dict[str, float]:
         """Return measures of `model` as fractions, and the loss. The random numbers of the training do not change."""
-        values = {}
+        values: dict[str, float] = {}
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices), torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
             if self.pairs is not None:
-                values |= self._retrieval(model)
+                values |= self._retrieval(model, self.pairs)
             if self.labelled is not None:
-                values |= self._segmentation(model)
+                values |= self._segmentation(model, self.labelled)
         return values
 
-    def _open(self, data: str, transform, masks: bool = False) -> Samples:
+    def _open(self, data: str, transform: Callable[[Image.Image], Tensor], masks: bool = False) -> Samples:
         # --dataset-type is the type of the pairs; a csv, for example, has no masks.
         kind = {"kind": "auto"} if masks else {}
         return self.config.open(data, transform=transform, masks=masks, rank=self.rank, world=self.world, **kind)
@@ -80,11 +81,11 @@ class Validation:
 
     # Retrieval
 
-    def _retrieval(self, model: Trainable) -> dict[str, float]:
+    def _retrieval(self, model: Trainable, pairs: Samples) -> dict[str, float]:
         """Encode every image once and score it against all texts, with one block in memory at a time."""
         config = self.config
-        if self.captions is None:
-            self._read_captions()
+        if not self.captions:
+            self._read_captions(pairs)
         if self.texts is None or model.text is not None:  # the embeddings of a frozen tower stay the same
             blocks = range(0, len(self.captions), config.batch_size)
             parts = [self.captions[i : i + config.batch_size] for i in blocks]
@@ -93,7 +94,7 @@ class Validation:
         bias = None if model.bias is None else model.bias.item()
         result = Retrieval(self.captions, scale, bias, self.device)
         at = self.first
-        for batch in self._read(self.pairs, config.batch_size):
+        for batch in self._read(pairs, config.batch_size):
             patches = model.patches_of(batch["image"], self.towers)
             temperature = config.attn_temperature if model.log_temperature is None else model.log_temperature.exp()
             phi = compatibility(
@@ -109,14 +110,14 @@ class Validation:
             at += len(phi)
         return result.values(self.group)
 
-    def _read_captions(self) -> None:
+    def _read_captions(self, pairs: Samples) -> None:
         """Read all captions, without pixels, because an image is scored against the texts that come after it, too.
 
         The batches are those of the images: with several workers their size decides the order.
         """
-        pairs = self.pairs.with_options(transform=no_image)
-        mine = [caption for batch in self._read(pairs, self.config.batch_size) for caption in batch["caption"]]
-        shares = [mine]
+        texts = pairs.with_options(transform=no_image)
+        mine = [caption for batch in self._read(texts, self.config.batch_size) for caption in batch["caption"]]
+        shares: list[Any] = [mine]
         if self.group is not None:
             shares = [None] * self.world
             dist.all_gather_object(shares, mine, group=self.group)
@@ -125,11 +126,11 @@ class Validation:
 
     # Segmentation
 
-    def _segmentation(self, model: Trainable) -> dict[str, float]:
+    def _segmentation(self, model: Trainable, labelled: Samples) -> dict[str, float]:
         words, synonyms = sum(self.classes, []), [len(each) for each in self.classes]
         texts = model.texts_of(words, self.towers).float()
         counts = ScoreCounts(len(self.classes))
-        samples = iter(self._read(self.labelled, 1))  # one by one, because masks differ in size
+        samples = iter(self._read(labelled, 1))  # one by one, because masks differ in size
         while part := list(itertools.islice(samples, SEGMENTED)):
             images = torch.cat([sample["image"] for sample in part])
             embedded = model.patches_of(images, self.towers).float()
@@ -152,7 +153,7 @@ class Validation:
 class _Squashed:
     """Squeeze an image to the tower's size before `transform`, whose crop would leave the rest without a label."""
 
-    def __init__(self, transform):
+    def __init__(self, transform: Callable[[Image.Image], Tensor]):
         self.transform = transform
         height, width = transform(Image.new("RGB", (8, 8))).shape[-2:]
         self.size = width, height
