@@ -134,16 +134,19 @@ def load_towers(
     """Load the towers of an open_clip model, or its text tower and timm's `vision_model`; both are frozen by default.
 
     Args:
-        model, pretrained: open_clip's names; `pretrained` may be a file (safetensors, or tensors only). QuickGELU is
-            used if the weights were trained with it, whatever the name of the model.
+        model: name of an open_clip model, or local-dir:FOLDER.
+        pretrained: an open_clip tag, or a file (safetensors, or tensors only). QuickGELU is used if the weights were
+            trained with it, whatever the name of the model.
         vision_model: a timm name, with timm's tag (vit_base_patch16_224.dino). The transform uses its size, mean and
-            standard deviation. vision_pretrained: load its weights.
+            standard deviation.
+        vision_pretrained: load timm's weights.
         force_image_size: side of the images in pixels; default: the vision tower's own.
-        lock_image: False trains the whole vision tower. lock_image_unlocked_groups: number of its last blocks (stages
-            of a convolutional tower) to train, with the norm that follows them; open_clip also counts the projection,
-            which PACL does not use. lock_text: False trains the text tower. Parameters that the output does not depend
-            on stay frozen.
+        lock_image: False trains the whole vision tower. Parameters that the output does not depend on stay frozen.
+        lock_image_unlocked_groups: number of last blocks (stages of a convolutional tower) of the vision tower to
+            train, with the norm after them; open_clip also counts the projection, which PACL does not use.
+        lock_text: False trains the text tower.
         grad_checkpointing: recompute the activations of trained towers in the backward pass.
+        device: device of both towers.
 
     Raises:
         ValueError: one line that names the argument: an unknown name, with similar ones, or weights that do not load.

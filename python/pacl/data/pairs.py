@@ -219,7 +219,8 @@ def _coco_images(path: Path) -> Path:
 
 class _Strings:
     """Many strings in one bytes object, whose pages forked workers share; the reference counts of a list would copy
-    them."""
+    them.
+    """
 
     def __init__(self, strings: Iterable[str]):
         parts = [os.fsencode(text) for text in strings]

@@ -84,7 +84,6 @@ class Shards(Samples):
 
     def _read(self, path: Path, worker: int = 0, epoch: int = 0) -> Iterator[Raw]:
         """Yield the samples of a single shard, because older webdataset joins samples across the end of a shard."""
-
         torn = False
 
         def skip(error: Exception) -> bool:

@@ -73,7 +73,8 @@ def choose_text(caption: str, key: str, *, seed: int, epoch: int, nouns: Callabl
 @lru_cache
 def _listed() -> tuple[dict[str, str], int]:
     """Return a table from singulars and plurals, in lower case with spaces for hyphens, to nouns; and the most words
-    in a key."""
+    in a key.
+    """
     from open_clip import IMAGENET_CLASSNAMES
 
     lines = files("pacl.data").joinpath("nouns.txt").read_text(encoding="utf-8").splitlines()

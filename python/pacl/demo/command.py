@@ -14,7 +14,8 @@ import tyro
 @dataclass(frozen=True)
 class DemoFlags:
     """Train a small CLIP on generated scenes, freeze it, train PACL's vision embedder on it, and show how both segment
-    unseen scenes. The demo needs no download and no GPU, and takes under 5 minutes on two cores."""
+    unseen scenes. The demo needs no download and no GPU, and takes under 5 minutes on two cores.
+    """
 
     out: Path = Path("pacl-demo")
     """Folder of the results."""

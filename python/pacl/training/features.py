@@ -31,7 +31,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 @dataclass(frozen=True, kw_only=True)
 class FeaturesConfig(TrainingDataFlags):
     """Store patch tokens and text embeddings of frozen towers for `pacl train --features OUT`. The same command
-    continues a run that was stopped."""
+    continues a run that was stopped.
+    """
 
     train_data: str
     """Image-caption pairs, given as for `pacl train`; so are the flags of data and model."""

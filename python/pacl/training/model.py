@@ -62,7 +62,8 @@ class Trainable(nn.Module):
     @torch.no_grad()
     def patches_of(self, images: Tensor, towers: Towers) -> Tensor:
         """Return patch embeddings [B, N, D] of images [B, 3, H, W] on any device; frozen weights are those of
-        `towers`."""
+        `towers`.
+        """
         return self.embedder(self.towers_of(towers).tokens(images.to(self.log_scale.device, non_blocking=True)))
 
     @torch.no_grad()

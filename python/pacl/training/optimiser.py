@@ -20,7 +20,8 @@ def parameter_groups(parameters: Iterable[nn.Parameter], weight_decay: float) ->
 
 def learning_rate(step: int, steps: int, warmup: int, scheduler: str, cooldown: int = 0) -> float:
     """Return the learning rate at `step` of `steps` as a share of the full one: linear warm-up, then "cosine" to 0,
-    "const", or "const-cooldown", which falls linearly to 0 over the last `cooldown` steps."""
+    "const", or "const-cooldown", which falls linearly to 0 over the last `cooldown` steps.
+    """
     warm = min(1.0, (step + 1) / warmup) if warmup else 1.0
     if scheduler == "const":
         return warm
@@ -32,5 +33,6 @@ def learning_rate(step: int, steps: int, warmup: int, scheduler: str, cooldown: 
 
 def average_of(model: nn.Module, decay: float) -> AveragedModel:
     """Return a running average of `model`, to be updated after every step. The first update copies the weights; later
-    ones keep a share `decay` of the average."""
+    ones keep a share `decay` of the average.
+    """
     return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay)).requires_grad_(False)

@@ -60,7 +60,8 @@ def memory(run: Run) -> dict[str, int]:
 
 def sent_bytes(run: Run) -> int:
     """Return the bytes that a process sends in a step: gradients of the parameters, texts, and their float32 gradients
-    (see docs/distributed.md). Assumes ring algorithms; leaves out headers and sums."""
+    (see docs/distributed.md). Assumes ring algorithms; leaves out headers and sums.
+    """
     local, out = run.config.local_batch, run.model.embedder.config["out_dim"]
     item, others = 2 if run.amp else 4, run.world - 1
     trained = sum(x.numel() * x.element_size() for x in run.model.parameters() if x.requires_grad)
