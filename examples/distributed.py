@@ -1,4 +1,4 @@
-"""Trains the demo's embedder in several processes; the losses are those of one process with the whole batch.
+"""Train the demo's embedder in several processes; the losses equal those of one process with the whole batch.
 
 torchrun --nproc-per-node 2 examples/distributed.py demo    # the folder that `pacl demo --out demo` wrote
 python examples/distributed.py demo                         # the same in one process
@@ -21,7 +21,7 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("folder", type=Path)
 parser.add_argument("--scenes", type=int, default=2000)
 parser.add_argument("--steps", type=int, default=200)
-parser.add_argument("--batch-size", type=int, default=64, help="of all processes together")
+parser.add_argument("--batch-size", type=int, default=64, help="Pairs in a batch of all processes together.")
 arguments = parser.parse_args()
 
 group = None

@@ -1,6 +1,8 @@
-"""Patch tokens of vision towers, one function for every family that is known to give the right tensor."""
+"""Patch tokens of vision towers, by one function for all supported families."""
 
 from __future__ import annotations
+
+from typing import cast
 
 import timm.models as timm_models
 from open_clip.modified_resnet import ModifiedResNet
@@ -23,26 +25,26 @@ def freeze(model: nn.Module) -> nn.Module:
 
 
 def patch_tokens(visual: nn.Module, images: Tensor) -> Tensor:
-    """The last feature of every patch, class and register tokens left out.
+    """Return the last feature of every patch, without class and register tokens.
 
-    visual: an open_clip model's vision tower, `model.visual`, or a timm model. Which tensor that gives:
+    visual: an open_clip model's vision tower, `model.visual`, or a timm model. The feature depends on its family:
 
     - open_clip `VisionTransformer` (ViT-B-32, ViT-B-16, ViT-L-14, ...): the last block's output after `ln_post` and
-      before `proj`, as its `output_tokens=True` gives, so 768 wide for ViT-B-16. OpenAI's code applies `ln_post` to
-      the class token alone; PACL's paper does not say.
+      before `proj`, as with its `output_tokens=True`; 768 wide for ViT-B-16. OpenAI's code applies `ln_post` to the
+      class token alone; PACL's paper does not state it.
     - timm's vision transformers (`VisionTransformer`, `Eva`, `Beit`, `VisionTransformerRelPos`: DINO, DINOv2, DINOv3,
       SigLIP, EVA, MAE, ...): the last block's output after the final `norm` and before pooling and head. A model that
-      pools before its norm has it in `fc_norm`, which is then applied to each token.
-    - timm `ConvNeXt` (DINOv3 too): the last stage's feature map, each position through the norm that the model has
-      before its head (after pooling in most: `head.norm`).
-    - timm `ResNet` and open_clip's `ModifiedResNet` (OpenAI's RN50, ...): the last stage's feature map, before the
-      pooling; they have no norm there.
-    - open_clip `TimmModel`: as its trunk.
+      pools before its norm calls the norm `fc_norm`; it is then applied to each token.
+    - timm `ConvNeXt` (DINOv3 too): the last stage's feature map, with each position normalised by the norm before the
+      model's head (in most models `head.norm`, after pooling).
+    - timm `ResNet` and open_clip's `ModifiedResNet` (OpenAI's RN50, ...): the last stage's feature map before pooling;
+      these have no norm there.
+    - open_clip `TimmModel`: the feature of its trunk.
 
-    images: float [B, 3, H, W], normalised as the tower expects; H x W its own size, but any for a convolutional one.
-    Returns [B, N, width] in the tower's dtype, row by row from the top left; N = (H / patch) * (W / patch), with a
-    stride of 32 in place of the patch for the convolutional ones.
-    Raises TypeError for any other tower, ValueError for towers or images of a known family that do not fit.
+    images: float [B, 3, H, W], normalised for the tower; H x W is the tower's own size, or any for a convolutional one.
+    Returns [B, N, width] in the tower's dtype, row by row from the top left; N = (H / patch) * (W / patch), where a
+    convolutional tower has a stride of 32 instead of a patch.
+    Raises TypeError for any other tower, ValueError if a supported tower or its images do not fit.
     """
     if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
         raise ValueError(f"images: got {images.dtype} {list(images.shape)}, expected floats of shape [B, 3, H, W]")
@@ -54,18 +56,18 @@ def patch_tokens(visual: nn.Module, images: Tensor) -> Tensor:
         return trunk.forward_intermediates(images, **options)["image_intermediates"][0]
     if isinstance(trunk, TIMM_VITS):
         _check_transformer(trunk, getattr(trunk, "patch_drop", None))
-        return trunk.fc_norm(trunk.forward_features(images)[:, trunk.num_prefix_tokens :])
+        return trunk.get_submodule("fc_norm")(trunk.forward_features(images)[:, trunk.num_prefix_tokens :])
     if isinstance(trunk, ModifiedResNet):
         features = trunk.forward_intermediates(images, indices=1, intermediates_only=True)["image_intermediates"][0]
+    elif isinstance(trunk, timm_models.ConvNeXt):
+        features = getattr(trunk.head, "norm", nn.Identity())(trunk.forward_features(images))
     else:
-        features = trunk.forward_features(images)
-        if isinstance(trunk, timm_models.ConvNeXt):
-            features = getattr(trunk.head, "norm", nn.Identity())(features)
+        features = cast(timm_models.ResNet, trunk).forward_features(images)
     return features.flatten(2).transpose(1, 2)
 
 
 def tower_blocks(visual: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
-    """The blocks of a tower that patch_tokens takes, a convolutional one's stages, first to last; and the norms behind.
+    """Return the blocks of a tower (stages of a convolutional one), first to last, and the norms that follow them.
 
     Raises TypeError as patch_tokens does.
     """
@@ -76,11 +78,11 @@ def tower_blocks(visual: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
         return list(trunk.blocks), [trunk.norm, trunk.fc_norm]
     if isinstance(trunk, timm_models.ConvNeXt):
         return list(trunk.stages), [trunk.norm_pre, getattr(trunk.head, "norm", nn.Identity())]
-    return [trunk.layer1, trunk.layer2, trunk.layer3, trunk.layer4], []
+    return [trunk.get_submodule(f"layer{i}") for i in range(1, 5)], []
 
 
 def tower_trunk(visual: nn.Module) -> nn.Module:
-    """The tower itself, out of open_clip's TimmModel. Raises TypeError as patch_tokens does."""
+    """Return the tower itself, unwrapped from open_clip's TimmModel. Raises TypeError as patch_tokens does."""
     trunk = visual.trunk if isinstance(visual, TimmModel) else visual
     if not isinstance(trunk, (VisionTransformer, ModifiedResNet, *TIMM_VITS, *TIMM_CONVNETS)):
         raise TypeError(
@@ -91,7 +93,7 @@ def tower_trunk(visual: nn.Module) -> nn.Module:
 
 
 def _check_size(trunk: nn.Module, images: Tensor) -> None:
-    """A position embedding has one size, unless timm resamples it."""
+    """Raise ValueError for images of another size than the position embedding's, unless timm resamples it."""
     size = None
     if isinstance(trunk, VisionTransformer):
         size = trunk.image_size
@@ -105,5 +107,5 @@ def _check_transformer(trunk: nn.Module, dropout: nn.Module | None) -> None:
     if not isinstance(dropout, nn.Identity | None) and dropout.training:
         raise ValueError("visual: got a tower that drops patches, expected it in eval mode")
     if isinstance(trunk, VisionTransformer) and trunk.attn_pool is not None:
-        # ln_post then normalises what the pooler returns, not the patches.
-        raise ValueError("visual: got an open_clip tower with an attention pooler, whose patches have no norm")
+        # ln_post of such a tower normalises the pooler's output, not the patches.
+        raise ValueError("visual: got an open_clip tower with an attention pooler, expected one without")

@@ -1,4 +1,4 @@
-"""The vision embedder: what PACL trains, and what is shared of it."""
+"""The vision embedder that PACL trains, its files, and its model card."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import inspect
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import yaml
 from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from .files import write_bytes
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"  # the names that the Hugging Face Hub expects
-# `pacl train` uses these unless it is told otherwise, and so does an embedder that says nothing of them.
-DEFAULT_FORM, DEFAULT_ATTN_TEMPERATURE = "cosine", 0.05
+# Defaults of `pacl train`, and of embedders whose config has no value.
+DEFAULT_FORM: Final = "cosine"
+DEFAULT_ATTN_TEMPERATURE = 0.05
 SOURCE = "https://arxiv.org/abs/2212.04994"
 
 
@@ -28,17 +29,19 @@ class VisionEmbedder(
     license="mit",
     tags=["zero-shot-image-segmentation", "pacl"],
 ):
-    """The paper's residual block, from patch tokens to the text embedding's space: `main(x) + skip(x)`.
+    """The paper's residual block, from patch tokens to the space of the text embeddings: `main(x) + skip(x)`.
 
-    in_dim: width of the tokens, 768 for ViT-B-16; out_dim: width of the text embeddings; hidden_dim: out_dim unless
-    given. The defaults make 1,050,112 parameters, the paper's "about 1.1M". Takes tokens [..., in_dim], returns patch
-    embeddings [..., out_dim], not normalised. Source: Mukhoti et al., CVPR 2023, appendix A.1: two linear layers with
-    a ReLU between them, and a linear skip.
+    Takes tokens [..., in_dim] and returns patch embeddings [..., out_dim], not normalised. in_dim: width of the tokens,
+    768 for ViT-B-16. out_dim: width of the text embeddings. hidden_dim: default out_dim. The default sizes make
+    1,050,112 parameters, the paper's "about 1.1M". Source: Mukhoti et al., CVPR 2023, appendix A.1: two linear layers
+    with a ReLU between them, and a linear skip.
 
-    form, attn_temperature: of the compatibility φ that it is trained with, by which whole images are scored.
-    towers: what `describe_towers` says of those it belongs to; training: notes on the run; both plain values, kept as
-    attributes `towers` and `notes`. `save_pretrained(folder)` writes weights (safetensors), config and model card,
-    `from_pretrained` reads a folder or the Hub; `pacl.sharing.load_pacl` reads the towers too, and checks them.
+    form, attn_temperature: those of the compatibility φ in training, which also scores whole images.
+    towers: the embedder's towers, as `describe_towers` returns them. training: notes on the run. Both hold plain values
+    and are kept as the attributes `towers` and `notes`.
+
+    `save_pretrained(folder)` writes weights (safetensors), config and model card. `from_pretrained` reads a folder or
+    the Hub. `pacl.sharing.load_pacl` also loads the towers and checks them.
     """
 
     def __init__(
@@ -69,11 +72,13 @@ class VisionEmbedder(
         save_embedder(self, save_directory)
 
     @classmethod
-    def _from_pretrained(cls, *, model_id: str, map_location: str = "cpu", strict: bool = True, **options):
-        """Safetensors only, and strictly, where the mixin's own would take a pickle or leave weights random."""
+    def _from_pretrained(
+        cls, *, model_id: str, map_location: str = "cpu", strict: bool = True, **options: Any
+    ) -> VisionEmbedder:
+        """Load safetensors only, and strictly; the mixin's own method accepts a pickle and may leave weights random."""
         mine = {name: options.pop(name) for name in inspect.signature(cls).parameters if name in options}
         notes = dict(mine.get("training") or {})
-        for name in ("form", "attn_temperature"):  # earlier versions wrote them among the notes
+        for name in ("form", "attn_temperature"):  # earlier versions wrote both into the notes
             if name in notes:
                 mine.setdefault(name, notes.pop(name))
         mine["training"] = notes
@@ -90,12 +95,12 @@ def save_embedder(
     *,
     form: str | None = None,
     attn_temperature: float | None = None,
-    **notes,
+    **notes: Any,
 ) -> None:
-    """`embedder.save_pretrained(folder)` that never leaves half a file; what is given takes the place of its own.
+    """Write `embedder` to `folder` as `embedder.save_pretrained` does, but every file atomically.
 
-    config.json holds the sizes, form and temperature, "towers" (describe_towers) and "training" (notes on how it was
-    trained, JSON values).
+    Arguments that are given replace the embedder's own values. config.json holds the sizes, form and temperature,
+    "towers" (see describe_towers) and "training" (notes on the training, JSON values).
     """
     folder = Path(folder)
     given = {"form": form, "attn_temperature": attn_temperature}
@@ -107,7 +112,10 @@ def save_embedder(
 
 
 def model_card(config: dict[str, Any]) -> str:
-    """README.md for the Hub, from what config.json holds; "command" and "metrics" among the notes get their places."""
+    """Return the README.md for the Hub, made from the contents of config.json.
+
+    The notes "command" and "metrics" get sections of their own.
+    """
     info = VisionEmbedder._hub_mixin_info.model_card_data
     towers, notes = config["towers"], dict(config["training"])
     command, metrics = notes.pop("command", None), notes.pop("metrics", {})
@@ -118,8 +126,8 @@ def model_card(config: dict[str, Any]) -> str:
     parts = [
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
         f"# PACL on {tower}",
-        f"The vision embedder of [Patch Aligned Contrastive Learning]({SOURCE}): patch tokens of a vision tower, "
-        f"{config['in_dim']} wide, to the space of its text embeddings, {config['out_dim']} wide, where their cosines "
+        f"The vision embedder of [Patch Aligned Contrastive Learning]({SOURCE}). It maps patch tokens of a vision "
+        f"tower, {config['in_dim']} wide, to the space of the text embeddings, {config['out_dim']} wide, where cosines "
         "segment images by words. Trained with `pacl-kernels`. The towers keep their own licences.",
         "```python\nimport torch.nn.functional as F\nfrom pacl.sharing import load_pacl\n\n"
         'towers, embedder = load_pacl("FOLDER OR NAME ON THE HUB")\n'
@@ -128,7 +136,7 @@ def model_card(config: dict[str, Any]) -> str:
         "cosines = F.normalize(patches, dim=-1) @ texts.T  # [1, N, 2]\n```",
     ]
     if metrics:
-        parts += ["## Figures of the run", _table(metrics)]
+        parts += ["## Results", _table(metrics)]
     trained_as = {name: config[name] for name in ("form", "attn_temperature")}
     values = {name: x for name, x in towers.items() if name != "fingerprint"} | trained_as | notes
     parts += ["## Training", _table(values)]

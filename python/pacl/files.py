@@ -1,4 +1,4 @@
-"""Whole files or none: a reader never meets half a file, and a crash leaves the one that was there."""
+"""Atomic writing of files: a reader never sees half a file, and a crash leaves the old one."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from typing import BinaryIO
 
 @contextlib.contextmanager
 def atomic_writer(path: str | os.PathLike) -> Iterator[BinaryIO]:
-    """Open a temporary file beside `path`; on success it is flushed to disk and renamed to `path`.
+    """Open a temporary file beside `path`; on success flush it to disk and rename it to `path`.
 
-    On any exception, a KeyboardInterrupt or a full disk included, `path` keeps what it held and the temporary
-    file is removed. Missing parent folders are made.
+    On any exception, a KeyboardInterrupt or a full disk included, `path` keeps its contents and the temporary file is
+    removed. Missing parent folders are made.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -25,7 +25,7 @@ def atomic_writer(path: str | os.PathLike) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        # mkstemp gives 0600 whatever the umask says; a result is readable by whom the user's umask allows.
+        # mkstemp gives 0600 whatever the umask; the result gets the permissions of the user's umask.
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)
@@ -37,6 +37,6 @@ def atomic_writer(path: str | os.PathLike) -> Iterator[BinaryIO]:
 
 
 def write_bytes(path: str | os.PathLike, data: bytes) -> None:
-    """Replace `path` by `data`, whole or not at all."""
+    """Replace the contents of `path` by `data`, atomically."""
     with atomic_writer(path) as file:
         file.write(data)

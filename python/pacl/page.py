@@ -1,4 +1,4 @@
-"""One HTML page of tables and pictures that opens without a network: no script, everything inside the file."""
+"""A self-contained HTML page of tables and pictures: no script, no network."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from html import escape
 
-# The browser's own word that nothing is loaded and nothing runs, whatever the page holds.
+# With this policy the browser loads and runs nothing, whatever the page holds.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 24px auto; max-width: 1280px; padding: 0 16px; color: #1e1e22; }
@@ -27,14 +27,14 @@ ul.legend li { display: inline-block; margin-right: 18px; } ul.legend i { displa
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG and what it shows, in words."""
+    """A PNG and a description of it."""
 
     png: bytes
     words: str
 
 
 class Page:
-    """Collects headings, texts, tables and pictures; all words are escaped here, so that callers pass them as they are.
+    """Collect headings, texts, tables and pictures. The page escapes all words, so callers pass plain text.
 
     A table's cell is a string or a Picture.
     """
@@ -50,7 +50,7 @@ class Page:
         self._parts.append(f"<p>{escape(text)}</p>")
 
     def note(self, text: str) -> None:
-        """A text in small grey letters."""
+        """Add a text in small grey letters."""
         self._parts.append(f'<p class="note">{escape(text)}</p>')
 
     def table(
@@ -60,7 +60,7 @@ class Page:
         caption: str = "",
         best: Collection[tuple[int, int]] = (),
     ) -> None:
-        """best: rows and columns, from 0, of the cells in bold."""
+        """Add a table. best: (row, column), from 0, of the cells in bold."""
         lines = [f"<caption>{escape(caption)}</caption>"] if caption else []
         lines.append("<tr>" + "".join(f"<th>{escape(x)}</th>" for x in head) + "</tr>")
         for i, row in enumerate(rows):
@@ -75,7 +75,7 @@ class Page:
         self._parts.append(f"<figure>{_cell(picture)}</figure>")
 
     def legend(self, entries: Sequence[tuple[Sequence[int], str]]) -> None:
-        """Colours, red, green and blue of 0 to 255, and what they stand for."""
+        """Add a legend. entries: colours (red, green and blue, 0 to 255) and their meanings."""
         items = [
             f'<li><i style="background: rgb({",".join(str(int(x)) for x in colour)})"></i>{escape(words)}</li>'
             for colour, words in entries
@@ -83,7 +83,7 @@ class Page:
         self._parts.append(f'<ul class="legend">{"".join(items)}</ul>')
 
     def render(self) -> bytes:
-        """The whole file as UTF-8; other bytes, of a file's name say, become question marks."""
+        """Return the whole file as UTF-8; characters that UTF-8 cannot encode become question marks."""
         head = (
             f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n'
             f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'

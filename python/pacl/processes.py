@@ -1,4 +1,4 @@
-"""Where a command runs: its device, the processes that torchrun started, and what they tell each other."""
+"""The device of a command, the processes that torchrun started, and exchanges between them."""
 
 from __future__ import annotations
 
@@ -13,18 +13,20 @@ from .progress import Progress, quiet
 
 
 def choose_device(name: str) -> torch.device:
-    """Device of a --device flag; "auto" is a GPU where there is one."""
+    """Return the device of a --device flag; "auto" is a GPU if there is one."""
     return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
 
 
 def group_device(group: dist.ProcessGroup) -> torch.device:
-    """Where tensors must lie for the group to exchange them."""
+    """Return the device of the tensors that the group can exchange."""
     return torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
 
 
 def process_group(device: torch.device) -> dist.ProcessGroup | None:
-    """All processes that torchrun started, to exchange tensors of `device`, or the caller's own group; None for one
-    alone."""
+    """Return the group of all processes that torchrun started, or the one already initialised; None for one process.
+
+    device: that of the tensors to exchange.
+    """
     if dist.is_initialized():
         return dist.group.WORLD
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
@@ -36,12 +38,12 @@ def process_group(device: torch.device) -> dist.ProcessGroup | None:
 
 
 def place_in(group: dist.ProcessGroup | None) -> tuple[int, int]:
-    """This process's number and how many there are; 0 and 1 for None."""
+    """Return the rank of this process and the number of processes; 0 and 1 for None."""
     return (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
 
 
 def add_up(values: Tensor, group: dist.ProcessGroup | None) -> None:
-    """In place, the sum over all processes; exact where each entry is of one process and 0 on the others."""
+    """Sum `values` over all processes, in place; exact if each entry is 0 on all processes but one."""
     if group is not None:
         there = values.to(group_device(group))
         dist.all_reduce(there, group=group)
@@ -49,7 +51,7 @@ def add_up(values: Tensor, group: dist.ProcessGroup | None) -> None:
 
 
 def gather_rows(rows: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """The rows [n, D] of all processes, one process after the other. n may be 0, and D 0 there too."""
+    """Return the rows [n, D] of all processes, in the order of their ranks. n may be 0, and then D too."""
     if group is None:
         return rows
     there = rows.to(group_device(group))
@@ -64,6 +66,6 @@ def gather_rows(rows: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 
 def shared_progress(label: str, total: int, unit: str, group: dist.ProcessGroup | None) -> Progress:
-    """Progress through this process's share of the data, which only the first process of the group shows."""
+    """Return a Progress over this process's share of the data; only the first process of the group shows it."""
     with quiet() if place_in(group)[0] else contextlib.nullcontext():
         return Progress(label, max(1, total), unit)

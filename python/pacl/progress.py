@@ -1,4 +1,4 @@
-"""A bar with loss and rate at a terminal, ten plain lines in a file."""
+"""Progress on standard error: a bar with loss and rate at a terminal, ten plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import contextvars
 import sys
 import time
 from collections.abc import Iterator
+from typing import SupportsFloat
 
 from tqdm import tqdm
 
@@ -15,7 +16,7 @@ _QUIET = contextvars.ContextVar("quiet", default=False)
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """What begins in here shows nothing: where one bar stands for many small parts."""
+    """Hide every Progress that begins in this context, for parts that share one bar."""
     token = _QUIET.set(True)
     try:
         yield
@@ -24,9 +25,9 @@ def quiet() -> Iterator[None]:
 
 
 class Progress:
-    """Counts `total` steps of `label` on standard error; as a context manager it ends its bar on an interrupt.
+    """Count `total` steps of `label` on standard error. As a context manager it closes its bar, also on an interrupt.
 
-    total: None where it is not known; then only a terminal shows anything.
+    total: None if it is unknown; then only a terminal shows progress.
     """
 
     def __init__(self, label: str, total: int | None, unit: str = "step"):
@@ -41,12 +42,12 @@ class Progress:
     def __enter__(self) -> Progress:
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.close()
 
-    def step(self, loss=None, count: int = 1) -> None:
-        """Count `count` more; `loss` (number or tensor) is read, and shown, only when a line is due."""
+    def step(self, loss: SupportsFloat | None = None, count: int = 1) -> None:
+        """Count `count` more steps. `loss` (number or tensor) is read only when it is shown."""
         before, self.done = self.done, self.done + count
         due = self.total is not None and self.done * 10 // self.total > before * 10 // self.total
         if loss is not None and (due or (self._bar is not None and self.done % 10 == 0)):

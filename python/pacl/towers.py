@@ -1,4 +1,4 @@
-"""A vision tower beside a text tower: open_clip's two, or one of timm's beside open_clip's text; frozen or trained."""
+"""A vision and a text tower, frozen or trained: both from open_clip, or a vision tower from timm."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import open_clip
@@ -24,15 +24,15 @@ from torch.nn import functional as F
 from .backbones import TIMM_VITS, freeze, patch_tokens, tower_blocks
 
 SENTENCE = "A photo of two small dogs, left of a red-brick house."
-BATCH, SENTENCES = 256, 2**13  # texts that the text tower takes at a time, and that are sorted by their length
+BATCH, SENTENCES = 256, 2**13  # texts per call of the text tower, and texts that are sorted by length at a time
 
 
 @dataclass(eq=False)
 class Towers:
-    """Two towers, in eval mode: unlocked ones too, so that a batch's parts and the processes compute the same.
+    """A vision and a text tower. Trained ones are in eval mode too, so that all parts of a batch compute the same.
 
-    visual, text: modules; `text` takes token ids [B, L]. transform: PIL image to float [3, H, W]. tokenize: list of
-    strings to ids [B, L]. names: the arguments of load_towers.
+    visual: vision tower. text: text tower, which takes token ids [B, L]. transform: function from a PIL image to float
+    [3, H, W]. tokenize: function from a list of strings to ids [B, L]. names: the arguments of load_towers.
     """
 
     visual: nn.Module
@@ -42,18 +42,19 @@ class Towers:
     names: dict[str, Any]
 
     def tokens(self, images: Tensor) -> Tensor:
-        """Patch tokens [B, N, width] of normalised images [B, 3, H, W], as patch_tokens says."""
+        """Return patch tokens [B, N, width] of normalised images [B, 3, H, W]; see patch_tokens."""
         return patch_tokens(self.visual, images)
 
     def encode_text(self, ids: Tensor) -> Tensor:
-        """Text embeddings [B, D] of token ids [B, L], normalised."""
+        """Return normalised text embeddings [B, D] of token ids [B, L]."""
         return encode_text(self.text, ids)
 
     @torch.no_grad()
     def embed(self, texts: Sequence[str]) -> Tensor:
-        """Normalised float32 embeddings [K, D] of any number of texts, for inference: encode_text's up to rounding.
+        """Return normalised float32 embeddings [K, D] of any number of texts, for inference.
 
-        Of texts of about one length at a time, without the padding behind the longest where the tower cannot see it.
+        They equal encode_text's up to rounding. Each call of the tower gets texts of similar length, without the
+        padding that it cannot see.
         """
         device, parts = next(self.text.parameters()).device, []
         for start in range(0, len(texts), SENTENCES):
@@ -67,18 +68,18 @@ class Towers:
     def _encode_cut(self, ids: Tensor, length: int) -> Tensor:
         if length == ids.shape[1]:
             return self.encode_text(ids)
-        # open_clip's towers take fewer ids, but add their mask as it is: for this call it is a smaller one.
-        mask = {"attn_mask": self.text.attn_mask[:length, :length]}
+        # open_clip's towers take fewer ids but add their whole mask; this call replaces it by a smaller one.
+        mask = {"attn_mask": cast(Tensor, self.text.attn_mask)[:length, :length]}
         return encode_text(partial(functional_call, self.text, mask), ids[:, :length])
 
     @property
     def trained(self) -> list[str]:
-        """Which of "visual" and "text" have gradients."""
+        """The names, "visual" and "text", of the towers with trained parameters."""
         return [name for name in ("visual", "text") if any(x.requires_grad for x in getattr(self, name).parameters())]
 
     @property
     def widths(self) -> tuple[int, int]:
-        """Of patch tokens and of text embeddings."""
+        """The widths of patch tokens and of text embeddings."""
         image, ids = self.probe()
         with torch.no_grad():
             return self.tokens(image).shape[2], self.encode_text(ids).shape[1]
@@ -88,7 +89,7 @@ class Towers:
         return self
 
     def probe(self) -> tuple[Tensor, Tensor]:
-        """A picture made by a formula, through the towers' own transform, and a sentence: [1, 3, H, W] and [1, L]."""
+        """Return a transformed synthetic picture [1, 3, H, W] and the ids [1, L] of a sentence."""
         y, x = np.mgrid[0:384, 0:512] / 64.0
         channels = [np.sin(x * (1 + c) + y**2 / (2 + c)) + np.cos(y * (3 - c) - x) for c in range(3)]
         picture = Image.fromarray(np.uint8(127.5 + 63 * np.stack(channels, -1)))
@@ -98,8 +99,10 @@ class Towers:
 
 
 def read_lengths(text: nn.Module, ids: Tensor) -> Tensor:
-    """How many ids of each text [B, L] its embedding depends on, int64 [B]: up to the end of the text where open_clip's
-    tower reads from left to right and takes its output there; all L of any other tower (SigLIP's, CoCa's, ...).
+    """Return how many ids of each text [B, L] its embedding depends on, int64 [B].
+
+    For an open_clip tower with a causal mask and its output at the end of the text, these are the ids up to there; for
+    any other tower (SigLIP's, CoCa's, ...) all L.
     """
     if isinstance(text, TextTransformer) and text.attn_mask is not None and text.cls_emb is None:
         if text.pool_type == "argmax":
@@ -110,8 +113,8 @@ def read_lengths(text: nn.Module, ids: Tensor) -> Tensor:
 
 
 def encode_text(text: Callable[[Tensor], Any], ids: Tensor) -> Tensor:
-    """Normalised embeddings [B, D] of a text tower; CoCa's returns its tokens too."""
-    out = text(ids)
+    """Return normalised embeddings [B, D] of token ids [B, L] by a text tower."""
+    out = text(ids)  # CoCa's tower returns its tokens too
     return F.normalize(out[0] if isinstance(out, tuple) else out, dim=-1)
 
 
@@ -128,21 +131,25 @@ def load_towers(
     grad_checkpointing: bool = False,
     device: torch.device | str = "cpu",
 ) -> Towers:
-    """Towers of an open_clip model, or its text tower beside timm's `vision_model`; frozen unless asked otherwise.
+    """Load the towers of an open_clip model, or its text tower and timm's `vision_model`; both are frozen by default.
 
     Args:
-        model, pretrained: open_clip's names; `pretrained` may be a file (safetensors, or tensors only). QuickGELU is
-            used where the weights' tag was trained with it, whatever the model's name says.
-        vision_model: a timm name, with timm's tag (vit_base_patch16_224.dino); its own size, mean and deviation are
-            those of the transform. vision_pretrained: load its weights.
-        force_image_size: pixels of a side, where the towers' own size is not wanted.
-        lock_image: False trains the whole vision tower. lock_image_unlocked_groups: its last blocks (a convolutional
-            tower's stages) that are trained, and the norm behind them; open_clip counts the projection, which PACL
-            does not use, as one. lock_text: False trains the text tower. Parameters that do not take part stay off.
-        grad_checkpointing: of the towers that are trained.
+        model: name of an open_clip model, or local-dir:FOLDER.
+        pretrained: an open_clip tag, or a file (safetensors, or tensors only). QuickGELU is used if the weights were
+            trained with it, whatever the name of the model.
+        vision_model: a timm name, with timm's tag (vit_base_patch16_224.dino). The transform uses its size, mean and
+            standard deviation.
+        vision_pretrained: load timm's weights.
+        force_image_size: side of the images in pixels; default: the vision tower's own.
+        lock_image: False trains the whole vision tower. Parameters that the output does not depend on stay frozen.
+        lock_image_unlocked_groups: number of last blocks (stages of a convolutional tower) of the vision tower to
+            train, with the norm after them; open_clip also counts the projection, which PACL does not use.
+        lock_text: False trains the text tower.
+        grad_checkpointing: recompute the activations of trained towers in the backward pass.
+        device: device of both towers.
 
     Raises:
-        ValueError: one line naming the argument: a name that does not exist, with close ones; weights that do not load.
+        ValueError: one line that names the argument: an unknown name, with similar ones, or weights that do not load.
     """
     names = {
         "model": model,
@@ -152,14 +159,17 @@ def load_towers(
         "force_image_size": force_image_size,
     }
     if not lock_image and lock_image_unlocked_groups:
-        raise ValueError("lock_image_unlocked_groups: got it with no_lock_image, which unlocks every group")
+        raise ValueError(
+            f"lock_image_unlocked_groups: got {lock_image_unlocked_groups} with no_lock_image, which trains every "
+            "block; expected only one of them"
+        )
     size = None if vision_model else force_image_size
     clip, transform, tokenize = _load_clip(model, pretrained, size)
-    visual = clip.visual
+    visual, text = clip.get_submodule("visual"), clip.get_submodule("text")
     if vision_model:
         visual, transform = _load_timm(vision_model, vision_pretrained, force_image_size)
-    trainable = {x for module in (visual, clip.text) for x in module.parameters() if x.requires_grad}
-    towers = Towers(freeze(visual), freeze(clip.text), transform, tokenize, names).to(device)
+    trainable = {x for module in (visual, text) for x in module.parameters() if x.requires_grad}
+    towers = Towers(freeze(visual), freeze(text), transform, tokenize, names).to(device)
     try:
         blocks, norms = tower_blocks(visual)
     except TypeError as error:
@@ -177,24 +187,24 @@ def load_towers(
         _unlock(trainable, [towers.text], lambda: towers.encode_text(ids))
     if grad_checkpointing:
         if isinstance(visual, ModifiedResNet) and "visual" in towers.trained:
-            raise ValueError(f"grad_checkpointing: open_clip has none for {model}")
+            raise ValueError(f"grad_checkpointing: got True for {model}, for which open_clip has none; expected False")
         for name in towers.trained:
             getattr(towers, name).set_grad_checkpointing(True)
     return towers
 
 
 def quick_gelu(model: str, pretrained: str | None) -> bool:
-    """Whether the weights of `pretrained`, a tag of an open_clip model, were trained with QuickGELU.
+    """Return True if the weights of `pretrained`, a tag of an open_clip model, were trained with QuickGELU.
 
-    open_clip builds ViT-B-16 with GELU for OpenAI's weights too, and only warns. ValueError for unknown names.
+    open_clip builds ViT-B-16 with GELU even for OpenAI's weights, and only warns. Raises ValueError for unknown names.
     """
     known = open_clip.list_models()
     if model not in known:
-        raise ValueError(f"model: got {model!r}, which open_clip does not know; it knows {_close(model, known)}")
+        raise ValueError(f"model: got {model!r}, expected a model of open_clip, such as {_close(model, known)}")
     config = open_clip.get_pretrained_cfg(model, pretrained) if pretrained else {}
     if pretrained and not config and not Path(pretrained).is_file():
         close = _close(pretrained, open_clip.list_pretrained_tags_by_model(model))
-        raise ValueError(f"pretrained: got {pretrained!r}, which is no file and no tag of {model}; it has {close}")
+        raise ValueError(f"pretrained: got {pretrained!r}, expected a file or a tag of {model}, such as {close}")
     return bool(config.get("quick_gelu", False))
 
 
@@ -202,11 +212,11 @@ def _load_clip(model: str, pretrained: str | None, size: int | None) -> tuple[nn
     if parse_model_name(model)[0] is None:
         quick = quick_gelu(model, pretrained)
     elif pretrained:
-        raise ValueError(f"pretrained: got {pretrained!r} for {model}, which brings weights of its own")
+        raise ValueError(f"pretrained: got {pretrained!r} for {model}, which has its own weights; expected none")
     else:
-        quick = False  # as the folder's config says
+        quick = False  # the folder's config decides
     try:
-        # A text tower of its own class for every model. Weights are read with weights_only=True, open_clip's default.
+        # force_custom_text gives every model a text tower as a module of its own.
         clip, _, transform = open_clip.create_model_and_transforms(
             model,
             pretrained=pretrained,
@@ -218,7 +228,7 @@ def _load_clip(model: str, pretrained: str | None, size: int | None) -> tuple[nn
         return clip, transform, open_clip.get_tokenizer(model)
     except OSError:
         raise
-    except Exception as error:  # whatever its download, unpickler or state dict raised
+    except Exception as error:  # the download, the unpickler and the state dict raise many types
         raise ValueError(
             f"pretrained: open_clip cannot load {pretrained!r} into {model}: {_first_line(error)}"
         ) from error
@@ -229,17 +239,17 @@ def _load_timm(name: str, pretrained: bool, size: int | None) -> tuple[nn.Module
     if ":" not in name:
         if not timm.is_model(base):
             close = _close(base, timm.list_models())
-            raise ValueError(f"vision_model: got {name!r}, which timm does not know; it knows {close}")
+            raise ValueError(f"vision_model: got {name!r}, expected a model of timm, such as {close}")
         tagged = timm.list_models(f"{base}.*", pretrained=True)
         if pretrained and (not tagged or "." in name and name not in tagged):
-            have = f"it has {_close(name, tagged)}" if tagged else "it has none; --no-vision-pretrained is random"
-            raise ValueError(f"vision_model: got {name!r}, of which timm has no weights; {have}")
-    options = {"num_classes": 0}
+            have = f"a name such as {_close(name, tagged)}" if tagged else "--no-vision-pretrained, random weights"
+            raise ValueError(f"vision_model: got {name!r}, for which timm has no weights; expected {have}")
+    options: dict[str, Any] = {"num_classes": 0}
     try:
         if size is not None:
             shape = timm.create_model(name, **options)
-            if isinstance(shape, TIMM_VITS):  # others take any size
-                patch = shape.patch_embed.patch_size
+            if isinstance(shape, TIMM_VITS):  # other models take any size
+                patch = cast(tuple[int, int], shape.patch_embed.patch_size)
                 if any(size % x for x in patch):
                     raise ValueError(f"force_image_size: got {size}, expected a multiple of {patch[0]}")
                 options["img_size"] = size
@@ -253,7 +263,7 @@ def _load_timm(name: str, pretrained: bool, size: int | None) -> tuple[nn.Module
 
 
 def _unlock(trainable: set[nn.Parameter], modules: list[nn.Module], output: Callable[[], Tensor]) -> None:
-    """Turn on those of the modules' parameters that the output depends on: DDP waits for the gradient of every one."""
+    """Turn on the gradients of the modules' parameters that `output` depends on; DDP would wait for any other."""
     parameters = [x for module in modules for x in module.parameters() if x in trainable]
     for x in parameters:
         x.requires_grad_(True)

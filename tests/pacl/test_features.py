@@ -163,7 +163,7 @@ def test_interrupted_and_gone_on_with(world, tmp_path, capsys):
         time.sleep(0.005)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate()
-    assert process.returncode == 130 and said.endswith("stopped; the same command goes on\n"), said
+    assert process.returncode == 130 and said.endswith("stopped; the same command continues\n"), said
     assert features(world, folder, **settings, dry_run=None) == 0
     assert 0 < int(re.search(r"features: ([\d,]+) images", capsys.readouterr().out)[1].replace(",", "")) <= 1992
 
@@ -254,14 +254,14 @@ def damage(folder: Path, kind: str) -> None:
 @pytest.mark.parametrize(
     "kind, changes, message",
     [
-        ("truncated", {}, "features-00001.safetensors is missing or not of"),
-        ("missing", {}, "features-00001.safetensors is missing or not of"),
+        ("truncated", {}, "features-00001.safetensors is missing or does not have"),
+        ("missing", {}, "features-00001.safetensors is missing or does not have"),
         ("outside", {}, "names '../features-00000.safetensors', expected"),
-        ("no manifest", {}, "has no manifest.json that pacl features wrote"),
+        ("no manifest", {}, "has no manifest.json of `pacl features`"),
         ("", {"model": "local-dir:other"}, "towers: not those"),
-        ("", {"nouns": "words"}, "nouns: got 'words', but"),
-        ("", {"train_data": "a.tar"}, "train_data: got --features too"),
-        ("", {"no-lock-image": None}, "features: got some, but towers that are trained"),
+        ("", {"nouns": "words"}, "nouns: got 'words', expected None"),
+        ("", {"train_data": "a.tar"}, "train_data: got both"),
+        ("", {"no-lock-image": None}, "features: got stored features and a tower to train"),
     ],
 )
 def test_bad_features_are_one_line(kind, changes, message, world, tmp_path, capsys):
@@ -284,14 +284,14 @@ def test_a_damaged_shard_is_not_gone_on_from(world, tmp_path, capsys):
     data = (world / "stored/features-00000.safetensors").read_bytes()
     (tmp_path / "features-00000.safetensors").write_bytes(data[:-1])
     assert features(world, tmp_path, nouns="words") == 1
-    assert "features-00000.safetensors is not whole" in capsys.readouterr().err
+    assert "features-00000.safetensors is damaged" in capsys.readouterr().err
     (tmp_path / "features-00000.safetensors").unlink()
     (tmp_path / "features-00001.safetensors").write_bytes(data)
     assert features(world, tmp_path, nouns="words") == 1
-    assert "without the one before it" in capsys.readouterr().err
+    assert "without the shard before it" in capsys.readouterr().err
 
 
 def test_a_folder_of_something_else_is_left_alone(world, tmp_path, capsys):
     (tmp_path / "precious").write_text("")
     assert features(world, tmp_path) == 1
-    assert "holds something else" in capsys.readouterr().err
+    assert "holds other files" in capsys.readouterr().err

@@ -153,7 +153,7 @@ def test_csv_rows_that_are_bad(tmp_path):
     assert [sample["caption"] for sample in source] == ["good", "also good"]
     assert source.skipped == {"archive": 0, "file": 3, "image": 0, "pixels": 0, "caption": 2, "mask": 0}
     (tmp_path / "nul.csv").write_bytes(b"filepath,title\n" + b'"' + b"x" * 200_000 + b'",y\n')
-    with pytest.raises(ValueError, match="nul.csv is no csv from line 2"):
+    with pytest.raises(ValueError, match="nul.csv is not a csv from line 2"):
         open_pairs(tmp_path / "nul.csv")
 
 
@@ -308,7 +308,7 @@ def test_packed_shards_hold_the_same_bytes(form, tmp_path, capsys, write_tar):
     assert {raw.key for raw in packed.undecoded(0, 0, 1)} == {f"{i:09d}" for i in range(COUNT)}
     before = sorted(path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir())
     assert main(["data", "pack", str(location), "--out", str(tmp_path / "out"), *options]) == 1
-    assert "out has shards already, expected another folder" in capsys.readouterr().err
+    assert "out has shards already, expected a folder without any" in capsys.readouterr().err
     (tmp_path / "out/sizes.json").rename(tmp_path / "sizes.json")  # one that was interrupted has none
     assert main(["data", "pack", str(location), "--out", str(tmp_path / "out"), *options]) == 1
     (tmp_path / "sizes.json").rename(tmp_path / "out/sizes.json")
@@ -364,7 +364,7 @@ def test_check_finds_nothing_wrong(tmp_path, capsys):
     assert report["bad"] == {} and report["problems"] == []
     assert main(["data", "check", str(tmp_path), "--sample", "6"]) == 0
     printed = capsys.readouterr().out
-    assert "pairs: 30 in 3 shard(s)\ndecoded: 6\nwidth: 64 to 64, median 64\n" in printed and "nothing wrong" in printed
+    assert "pairs: 30 in 3 shard(s)\ndecoded: 6\nwidth: 64 to 64, median 64\n" in printed and "no problems" in printed
 
 
 def test_check_names_what_is_wrong(tmp_path, capsys, write_tar):
@@ -380,8 +380,8 @@ def test_check_names_what_is_wrong(tmp_path, capsys, write_tar):
     assert report["pairs"] == 5 + 2 and report["bad"] == {"archive": 1, "image": 1}
     assert report["width"] == [9, 9, 9] and report["height"] == [8, 9, 11] and report["caption_length"] == [7, 7, 7]
     assert {item["key"] for item in report["examples"]} == {"5", str(cut)}
-    assert f"{tmp_path / 'a.tar'} holds 5 pairs, sizes.json says 7" in report["problems"]
-    assert f"{cut} cannot be read to its end, 2 pairs before that" in report["problems"]
+    assert f"{tmp_path / 'a.tar'} holds 5 pairs, but sizes.json says 7" in report["problems"]
+    assert f"{cut} cannot be read to its end; 2 pairs are readable" in report["problems"]
     assert main(["data", "check", str(tmp_path)]) == 1
     printed = capsys.readouterr().out
     assert "bad: 5: image: cannot identify" in printed and "WRONG: " in printed

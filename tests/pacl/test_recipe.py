@@ -122,7 +122,7 @@ def test_a_resumed_run_draws_the_same_texts(world, tmp_path):
     "changes, message",
     [
         ({"batch_size": 100, "accum_freq": "None"}, "batch_size: got 100 in 1 process(es)"),
-        ({"config": "config.yaml"}, "recipe: got --config too"),
+        ({"config": "config.yaml"}, "recipe: got --recipe and --config"),
     ],
 )
 def test_bad_input_is_one_line(changes, message, world, tmp_path, capsys):

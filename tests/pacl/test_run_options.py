@@ -71,9 +71,8 @@ def test_reporters(run_world, tmp_path, capsys):
     missing = next((name for name in ("trackio", "wandb") if importlib.util.find_spec(name) is None), None)
     if missing is not None:
         assert train(run_world, tmp_path, report_to=f"tensorboard,{missing}") == 1
-        assert (
-            capsys.readouterr().err == f"pacl: error: report_to: {missing} is not installed (pip install {missing})\n"
-        )
+        expected = f"report_to: got {missing!r}, which is not installed (pip install {missing})"
+        assert capsys.readouterr().err == f"pacl: error: {expected}\n"
     assert train(run_world, tmp_path, report_to="wandv") == 1
     assert "report_to: got 'wandv', expected auto, none, or some of tensorboard" in capsys.readouterr().err
 

@@ -60,7 +60,7 @@ def test_a_convolutional_tower_takes_the_size_asked_for(world):
 def test_quick_gelu_is_that_of_the_weights():
     assert quick_gelu("ViT-B-16", "openai") and quick_gelu("ViT-B-16-quickgelu", "openai")
     assert not quick_gelu("ViT-B-16", "laion2b_s34b_b88k") and not quick_gelu("ViT-B-16", None)
-    with pytest.raises(ValueError, match="which is no file and no tag of ViT-B-32-quickgelu"):
+    with pytest.raises(ValueError, match="expected a file or a tag of ViT-B-32-quickgelu"):
         quick_gelu("ViT-B-32-quickgelu", "laion2b_s34b_b79k")
 
 

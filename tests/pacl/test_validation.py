@@ -161,7 +161,7 @@ def test_synonyms_of_a_class_are_texts_of_their_own(run_world, tmp_path):
     [
         ({"val_data": "missing.tar"}, "'missing.tar' is not a file"),
         ({"val_data": "bad.tar"}, "val_data: no usable sample in 1 shard(s) (image 1)"),
-        ({"val_segmentation": "eval"}, "val_segmentation: expected --val-classes with it"),
+        ({"val_segmentation": "eval"}, "val_segmentation: got --val-segmentation alone"),
         ({"val_segmentation": "eval", "val_classes": "empty.txt"}, "val_classes: empty.txt line 1 is empty"),
         ({"val_segmentation": "eval", "val_classes": "gap.txt"}, "val_classes: gap.txt line 2 is empty"),
         ({"val_segmentation": "eval", "val_classes": "two.txt"}, "eval-000000 has label 2"),

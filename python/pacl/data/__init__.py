@@ -1,4 +1,4 @@
-"""Image-caption pairs: where they come from and how they are read."""
+"""Image-caption pairs: sources and readers."""
 
 from typing import Literal
 

@@ -1,4 +1,4 @@
-"""What is in a source of pairs, and what is wrong with it."""
+"""Count and check a source of pairs."""
 
 from __future__ import annotations
 
@@ -13,13 +13,16 @@ EXAMPLES = 20  # bad samples that a report names
 
 
 def check(source: Samples, sample: int = 1000) -> dict[str, Any]:
-    """Count the pairs of `source`, decode about `sample` of them from all over it (0: every one), and report.
+    """Count the pairs of `source`, decode about `sample` of them from all over it (0: all), and return a report.
 
-    Returns plain Python for JSON: source, pairs, shards (None where there are none), decoded, bad (reason to count),
-    bad_share, examples (key, reason and error of the first 20 bad ones), width, height and caption_length of the good
-    ones (min, median, max), and problems, a list of lines, empty where nothing is wrong.
+    The report is plain Python for JSON: source, pairs, shards (None if there are none), decoded, bad (reason to count),
+    bad_share, examples (key, reason and error of the first 20 bad samples), width, height and caption_length of the
+    good samples (min, median, max), and problems, a list of lines, empty if there are none.
     """
-    examples, sizes, lengths, problems = [], [], [], []
+    examples: list[dict[str, str]] = []
+    sizes: list[tuple[int, int]] = []
+    lengths: list[int] = []
+    problems: list[str] = []
     source = source.with_options(
         max_bad_share=1.0,
         transform=lambda image: image.size,
@@ -56,7 +59,7 @@ def check(source: Samples, sample: int = 1000) -> dict[str, Any]:
 
 
 def describe(report: dict[str, Any]) -> str:
-    """A report of `check` as lines to read."""
+    """Return a report of `check` as lines of text."""
     shards = "" if report["shards"] is None else f" in {report['shards']:,} shard(s)"
     lines = [f"pairs: {report['pairs']:,}{shards}", f"decoded: {report['decoded']:,}"]
     for name in ("width", "height", "caption_length"):
@@ -66,11 +69,11 @@ def describe(report: dict[str, Any]) -> str:
     lines += [f"bad: {item['key']}: {item['reason']}: {item['error']}" for item in report["examples"]]
     more = sum(report["bad"].values()) - len(report["examples"])
     lines += [f"bad: and {more:,} more"] if more > 0 else []
-    return "\n".join(lines + ([f"WRONG: {problem}" for problem in report["problems"]] or ["nothing wrong found"]))
+    return "\n".join(lines + ([f"WRONG: {problem}" for problem in report["problems"]] or ["no problems found"]))
 
 
 def _check_shards(source: Shards) -> tuple[int, list[str]]:
-    """Pairs, counted anew, and where a shard is damaged or sizes.json says something else."""
+    """Count the pairs anew; return the count and the problems: damaged shards, and those that contradict sizes.json."""
     problems, total = [], 0
     known = {folder: read_sizes(folder) for folder in {path.parent for path in source.paths}}
     for path in source.paths:
@@ -78,9 +81,9 @@ def _check_shards(source: Shards) -> tuple[int, list[str]]:
         total += count
         said = (known[path.parent] or {}).get(path.name)
         if not whole:
-            problems.append(f"{path} cannot be read to its end, {count:,} pairs before that")
+            problems.append(f"{path} cannot be read to its end; {count:,} pairs are readable")
         if said is not None and said != count:
-            problems.append(f"{path} holds {count:,} pairs, sizes.json says {said}")
+            problems.append(f"{path} holds {count:,} pairs, but sizes.json says {said}")
     return total, problems
 
 

@@ -1,10 +1,10 @@
-"""`pacl data`: shards out of any source, and what is wrong with one."""
+"""`pacl data`: pack any source of pairs into shards, or check it."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, kw_only=True)
 class DataFlags(PairFlags):
     source: Annotated[str, tyro.conf.Positional]
-    """Shards (braces, ::), a folder of them, a .csv or .tsv file, a folder of images with .txt files, an annotation
-    .json of COCO captions, or synthetic."""
+    """Image-caption pairs in local files: shards (`a-{000..015}.tar::b.tar`), a folder of them, a .csv or .tsv file,
+    a folder of images with .txt files, an annotation .json of COCO captions, or synthetic."""
     scenes: int = 10_000
-    """Generated ones."""
+    """Number of generated scenes, if SOURCE is synthetic."""
     masks: bool = False
-    """Every sample has a mask, .mask.png."""
+    """Require a mask, .mask.png, of every sample."""
 
     def read(self, **options: Any) -> Samples:
         return self.open(self.source, scenes=self.scenes, masks=self.masks, max_bad_share=1.0, **options)
@@ -37,27 +37,30 @@ class PackConfig(DataFlags):
     """Write webdataset shards. Images are copied byte for byte."""
 
     out: Path
-    """A folder that has no shards."""
+    """Folder to write to; it must hold no shards."""
     shard_size: int = 10_000
-    """Pairs in a shard."""
+    """Pairs in one shard."""
     shuffle: bool = False
-    """In a random order; shards are shuffled 2,000 at a time."""
+    """Write the pairs in random order; pairs from shards are shuffled 2,000 at a time."""
     seed: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckConfig(DataFlags):
-    """Count, decode a sample, show what is wrong (exit status 1)."""
+    """Count the pairs, decode some of them, and show problems (exit status 1)."""
 
     sample: int = 1000
-    """Pairs to decode, 0: all."""
+    """Number of pairs to decode; 0 decodes all."""
     json: bool = False
     """Print the report as JSON."""
 
 
 def main(argv: Sequence[str], prog: str = "pacl data") -> int:
-    """Run `pacl data` with these arguments; returns its exit status."""
-    actions = {"pack": (PackConfig, _pack), "check": (CheckConfig, _check)}
+    """Run `pacl data` with these arguments and return its exit status."""
+    actions: dict[str, tuple[type[DataFlags], Callable[[Any], int]]] = {
+        "pack": (PackConfig, _pack),
+        "check": (CheckConfig, _check),
+    }
     if not argv or argv[0] not in actions:
         print(f"usage: {prog} {{{','.join(actions)}}} SOURCE ...; {prog} pack --help", file=sys.stderr)
         return 0 if argv and argv[0] in ("-h", "--help") else 2
@@ -74,10 +77,10 @@ def _pack(config: PackConfig) -> int:
     from .pack import pack
     from .samples import no_image
 
-    bad = []
+    bad: list[tuple[str, str, str]] = []
     source = config.read(shuffle=2000 if config.shuffle else 0, seed=config.seed).with_options(
         transform=no_image,
-        on_skip=lambda *reason_key_error: bad.append(reason_key_error) if len(bad) < EXAMPLES else None,
+        on_skip=lambda reason, key, error: bad.append((reason, key, error)) if len(bad) < EXAMPLES else None,
     )
     with Progress("Packed", None, "pair") as progress:
         sizes = pack(source, config.out, shard_size=config.shard_size, progress=progress.step)

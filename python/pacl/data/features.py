@@ -1,8 +1,8 @@
-"""Tokens and text embeddings of frozen towers, computed once by `pacl features`, and read back as a source of pairs.
+"""Tokens and text embeddings of frozen towers, written by `pacl features` and read back as a source of pairs.
 
-A folder holds features-00000.safetensors, ...; manifest.json; and with nouns prompts.safetensors. A shard has tokens
-[n, N, width], texts [m, D] in float32 (every caption of an image), and keys and captions as JSON in records (bytes), of
-which record i ends before ends[i]. So a sample is read, out of mapped memory, without the rest of its shard.
+A folder holds features-00000.safetensors, ...; manifest.json; and, with nouns, prompts.safetensors. A shard has tokens
+[n, N, width], texts [m, D] in float32 (all captions of all images), and keys and captions as JSON in the bytes
+`records`; record i ends before ends[i]. So a sample is read from mapped memory without the rest of its shard.
 """
 
 from __future__ import annotations
@@ -34,41 +34,43 @@ MANIFEST, NOUNS = "manifest.json", "prompts.safetensors"
 
 
 class Features(Pairs):
-    """What `pacl features` left in `folder`, in the order that other numbered sources have: by (seed, epoch).
+    """Features that `pacl features` wrote to `folder`, in an order by (seed, epoch) as in other numbered sources.
 
     nouns: the finder of `pacl train --nouns`, whose prompts must be among the stored texts. Yields dicts: key, caption
-    (of several the one whose turn it is), tokens [N, width] as stored, text [D] float32, and place. Raises ValueError
-    for a folder that is not whole.
+    (one of several, by epoch), tokens [N, width] as stored, text [D] float32, worker and place. Raises ValueError for
+    an incomplete folder.
     """
 
-    def __init__(self, folder: str | os.PathLike, *, nouns: str | None = None, **options):
+    def __init__(self, folder: str | os.PathLike, *, nouns: str | None = None, **options: Any):
         super().__init__(str(folder), **options)
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder)
         if not self.manifest["complete"]:
-            raise ValueError(f"features: {folder} is not finished, expected one on which pacl features has ended")
-        if nouns is not None and nouns != self.manifest["plan"]["nouns"]:
-            raise ValueError(f"nouns: got {nouns!r}, but {folder} was written with {self.manifest['plan']['nouns']!r}")
+            raise ValueError(f"features: {folder} is incomplete, expected one that `pacl features` has finished")
+        stored = self.manifest["plan"]["nouns"]
+        if nouns is not None and nouns != stored:
+            raise ValueError(f"nouns: got {nouns!r}, expected {stored!r}, with which {folder} was written")
         self.ends = list(accumulate(shard["count"] for shard in self.manifest["shards"]))
-        self.prompts = {}
+        self.prompts: dict[str, Tensor] = {}
         if nouns is not None:
             texts = [prompt.format(noun) for noun in self.manifest["nouns"] for prompt in PROMPTS]
             self.prompts = dict(zip(texts, load_file(self.folder / NOUNS)["texts"], strict=True))
 
     def check(self, towers: Towers) -> None:
-        """ValueError unless `towers` are those that the features are of."""
+        """Raise ValueError unless `towers` are those that computed the features."""
         try:
             check_towers(self.manifest["towers"], towers)
         except ValueError as error:
-            raise ValueError(f"features: {self.folder} has those of others; {error}") from error
+            raise ValueError(f"features: {self.folder} has features of other towers; {error}") from error
 
     def __len__(self) -> int:
         return self.ends[-1]
 
-    def get(self, index: int, epoch: int) -> tuple[int, int]:
-        return index, epoch  # there is nothing undecoded
+    # mypy: here an undecoded sample is its index and epoch, not a Raw, because decode reads everything.
+    def get(self, index: int, epoch: int) -> tuple[int, int]:  # type: ignore[override]
+        return index, epoch
 
-    def decode(self, raw: tuple[int, int], worker: int = 0) -> dict[str, Any]:
+    def decode(self, raw: tuple[int, int], worker: int = 0) -> dict[str, Any]:  # type: ignore[override]
         index, epoch = raw
         number = bisect.bisect_right(self.ends, index)
         row = index - (self.ends[number - 1] if number else 0)
@@ -84,19 +86,22 @@ class Features(Pairs):
         }
 
     def embeddings(self, batch: dict[str, Any], texts: list[str]) -> Tensor:
-        """Embeddings [B, D] of `texts`, each its sample's caption or a noun in a prompt."""
+        """Return embeddings [B, D] of `texts`: each is its sample's caption or a prompt with a noun of it."""
         embedded = batch["text"].clone()
         for i, (text, caption) in enumerate(zip(texts, batch["caption"], strict=True)):
             if text != caption:
                 if text not in self.prompts:
-                    raise ValueError(f"features: {self.folder} has no embedding of {text!r}; its nouns are other ones")
+                    raise ValueError(f"features: {self.folder} has no embedding of {text!r}; it has other nouns")
                 embedded[i] = self.prompts[text]
         return embedded
 
 
 def write_shard(folder: Path, number: int, tokens: Tensor, texts: Tensor, records: list[dict]) -> None:
-    """One file, whole or not at all; records: key, captions, text, the row of texts that is the first's,
-    and place, the worker that read the image and its number there."""
+    """Write one shard atomically.
+
+    tokens: [n, N, width]. texts: [m, D]. records: for each image key, captions, text (row of its first caption in
+    `texts`) and place (the worker that read it, and its index there).
+    """
     lines = [json.dumps(record).encode() for record in records]
     tensors = {
         "tokens": tokens,
@@ -107,8 +112,8 @@ def write_shard(folder: Path, number: int, tokens: Tensor, texts: Tensor, record
     write_bytes(folder / f"features-{number:05d}.safetensors", save(tensors))
 
 
-def read_records(shard, start: int, end: int) -> list[dict]:
-    """Records `start` to `end` of an open shard."""
+def read_records(shard: safe_open, start: int, end: int) -> list[dict]:
+    """Return records `start` to `end` of an open shard."""
     ends = shard.get_slice("ends")[max(0, start - 1) : end].tolist()
     ends = ends if start else [0, *ends]
     data = bytes(shard.get_slice("records")[ends[0] : ends[-1]].numpy())
@@ -116,53 +121,53 @@ def read_records(shard, start: int, end: int) -> list[dict]:
 
 
 def shard_files(folder: Path) -> list[dict[str, Any]]:
-    """Name, size in bytes and count of each shard of `folder`; ValueError if one is missing between them."""
+    """Return name, size in bytes and count of each shard of `folder`; raise ValueError for a damaged or missing one."""
     shards = []
     for path in sorted(folder.glob("features-*.safetensors")):
         try:
             with safe_open(path, "pt") as shard:
                 count = shard.get_slice("ends").get_shape()[0]
         except SafetensorError as error:
-            raise ValueError(f"out: {path} is not whole ({error}); delete it and those after it") from error
+            raise ValueError(f"out: {path} is damaged ({error}); delete it and all later shards") from error
         shards.append({"name": path.name, "bytes": path.stat().st_size, "count": count})
         if path.name != f"features-{len(shards) - 1:05d}.safetensors":
-            raise ValueError(f"out: {folder} has {path.name} without the one before it; choose another folder")
+            raise ValueError(f"out: {folder} has {path.name} without the shard before it; choose another folder")
     return shards
 
 
 def stored_records(folder: Path) -> Iterator[dict[str, Any]]:
-    """Records of all shards."""
+    """Yield the records of all shards."""
     for file in shard_files(folder):
         with safe_open(folder / file["name"], "pt") as shard:
             yield from read_records(shard, 0, file["count"])
 
 
 def tower_names(folder: Path) -> dict[str, Any]:
-    """Arguments of load_towers for the towers whose features are in `folder`."""
+    """Return the arguments of load_towers for the towers whose features are in `folder`."""
     plan = read_manifest(folder)["plan"]
     return {name: plan[name] for name in TOWERS}
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """manifest.json of a folder of features, checked against the files; ValueError for another folder."""
+    """Read manifest.json of a folder of features and check it against the files; raise ValueError for other folders."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         shards = {shard["name"]: shard["bytes"] for shard in manifest["shards"]}
         complete, _ = manifest["complete"], manifest["plan"]["nouns"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"features: {folder} has no {MANIFEST} that pacl features wrote") from error
+        raise ValueError(f"features: {folder} has no {MANIFEST} of `pacl features`") from error
     for name, size in shards.items():
-        if not re.fullmatch(r"features-\d+\.safetensors", name):  # nothing outside the folder
+        if not re.fullmatch(r"features-\d+\.safetensors", name):  # never read outside the folder
             raise ValueError(f"features: {folder / MANIFEST} names {name!r}, expected features-00000.safetensors, ...")
         path = folder / name
         if not path.is_file() or path.stat().st_size != size:
-            raise ValueError(f"features: {path} is missing or not of {size:,} bytes; copy it again or write it anew")
+            raise ValueError(f"features: {path} is missing or does not have {size:,} bytes; copy it or write it again")
     if complete and not shards:
-        raise ValueError(f"features: {folder} holds no shard")
+        raise ValueError(f"features: {folder} holds no shard, expected at least one")
     return manifest
 
 
 @cache
-def _open(path: str):
-    """Kept open, once a process: what is mapped takes no memory of its own."""
+def _open(path: str) -> safe_open:
+    """Open a shard once per process and keep it open; mapped pages take no memory of their own."""
     return safe_open(path, "pt").__enter__()

@@ -1,4 +1,4 @@
-"""The flags that say how pairs are read, the same for every command that reads some."""
+"""The flags that say how pairs are read, shared by all commands that read pairs."""
 
 from __future__ import annotations
 
@@ -16,23 +16,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class PairFlags:
-    """Base of a command's flags: the options of open_pairs that depend on the form of the data."""
+    """Base of a command's flags: the options of open_pairs that depend on the format of the data."""
 
     dataset_type: Kind = "auto"
     csv_separator: str | None = None
-    """Without it, the one of tab and comma that finds both columns in the header."""
+    """Separator of the columns. Default: tab or comma, whichever finds both columns in the header."""
     csv_img_key: str = "filepath"
     csv_caption_key: str = "title"
     image_root: Path | None = None
-    """Folder of the images that a csv or COCO file names, none of which may lie outside; by default beside it."""
+    """Folder of the images that a csv or COCO file names. Images outside it are refused. Default: beside the file."""
     max_image_pixels: int = MAX_IMAGE_PIXELS
 
     def open(self, location: str, *, scenes: int | None = None, **options: Any) -> Samples:
-        """The pairs at `location`, read as these flags say.
+        """Open the pairs at `location` by these flags.
 
-        scenes: how many are generated, where they are; None for open_pairs' own number. options: of open_pairs.
+        scenes: number of generated scenes, if `location` is synthetic; None: the default of open_pairs. options: those
+        of open_pairs.
         """
-        from .sources import open_pairs  # torch takes seconds, which --help has not
+        from .sources import open_pairs  # here, because importing torch would make --help slow
 
         flags = {item.name: getattr(self, item.name) for item in dataclasses.fields(PairFlags)}
         flags["kind"] = flags.pop("dataset_type")
@@ -41,12 +42,12 @@ class PairFlags:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingDataFlags(PairFlags):
-    """What a command has too that reads all pairs for training."""
+    """Base of the flags of a command that reads all pairs for training."""
 
     train_num_samples: int | None = None
-    """Pairs in an epoch, or generated scenes; without it they are counted (10,000 scenes)."""
+    """Pairs in an epoch, or number of generated scenes. Default: the pairs are counted; 10,000 scenes."""
     max_bad_share: float = 0.1
-    """Stop once a larger share of the samples was skipped as bad, of at least 500 that a process has seen."""
+    """Stop when a larger share of the samples is bad, once a process has read 500."""
 
     def open(self, location: str, **options: Any) -> Samples:
         counts = {"scenes": self.train_num_samples or None, "max_bad_share": self.max_bad_share}

@@ -1,4 +1,4 @@
-"""Images from files and bytes: by a list of formats, with a cap on their pixels, in every mode."""
+"""Open images from files and bytes in a few formats, with a cap on their pixels, and convert every mode to RGB."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def open_image(
     formats: tuple[str, ...] = IMAGE_FORMATS,
     max_pixels: int = MAX_IMAGE_PIXELS,
 ) -> Image.Image:
-    """Open an image with its header read and nothing decoded; use it in a `with`, which closes its file.
+    """Open an image and read its header without decoding; use it in a `with`, which closes its file.
 
-    The pixels are as stored: an orientation in EXIF is not followed.
+    The pixels stay as stored: an EXIF orientation is not applied.
 
-    Raises TooManyPixels for a header with more than max_pixels, FileNotFoundError for a path that is no file, and
-    whatever Pillow raises for damaged data or another format.
+    Raises TooManyPixels for a header with more than max_pixels, FileNotFoundError for a path that is not a file, and
+    Pillow's own errors for damaged data or another format.
     """
     if isinstance(source, bytes):
         source = io.BytesIO(source)
@@ -39,7 +39,7 @@ def open_image(
         with warnings.catch_warnings():  # our own cap replaces Pillow's warning
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(source, formats=formats)
-    except Image.DecompressionBombError as error:  # Pillow's own cap, should ours be above 179 million
+    except Image.DecompressionBombError as error:  # Pillow's own cap, 179 million pixels, can be below max_pixels
         raise TooManyPixels(str(error)) from error
     if image.width * image.height > max_pixels:
         image.close()
@@ -48,20 +48,20 @@ def open_image(
 
 
 def check_is_file(path: Path) -> None:
-    """FileNotFoundError unless `path` is a regular file: a pipe or a device would be waited for."""
+    """Raise FileNotFoundError unless `path` is a regular file: reading a pipe or a device would block."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not a file")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert an image of any mode: 16 bits are scaled to 8, and what is transparent lies on white.
+    """Convert an image of any mode to RGB: 16 bits are scaled to 8, and transparent pixels are drawn on white.
 
-    An image that is RGB already is returned itself, with its pixels loaded.
+    An RGB image is returned itself, with its pixels loaded.
     """
     if image.mode == "RGB" and "transparency" not in image.info:
         image.load()
         return image
-    if image.mode.startswith("I"):  # Pillow would clip them
+    if image.mode.startswith("I"):  # Pillow would clip 16-bit values
         return Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")

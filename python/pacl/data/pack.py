@@ -1,4 +1,4 @@
-"""Shards out of any source of pairs: images as they are, byte for byte."""
+"""Pack any source of pairs into shards; images are copied byte for byte."""
 
 from __future__ import annotations
 
@@ -10,23 +10,25 @@ from pathlib import Path
 from webdataset import TarWriter
 
 from ..files import atomic_writer, write_bytes
-from .samples import Samples, read_caption
+from .samples import Samples, open_source, read_caption
+from .scene_shards import Members
 from .shards import SIZES
 
 
 def pack(
     source: Samples, out: Path, *, shard_size: int = 10_000, progress: Callable[[], None] = lambda: None
 ) -> dict[str, int]:
-    """Write the good samples of `source` as `out/00000.tar`, ..., and sizes.json; returns what that holds.
+    """Write the good samples of `source` as `out/00000.tar`, ..., and sizes.json; return the sizes.
 
     Every sample is decoded once, to leave out bad ones (`source.skipped`), and its bytes are copied. Members are
-    numbered; their .json holds the source's `key`, and `captions` where an image has several (.txt is one of them), of
-    which Shards then takes one an epoch. progress: called once per sample. ValueError if `out` has shards already.
+    numbered. Their .json holds the source's `key` and, for an image with several captions, `captions`, of which Shards
+    takes one an epoch; .txt is one of them. progress: called once per sample. Raises ValueError if `out` has shards
+    already, or for a `shard_size` below 1.
     """
     if shard_size < 1:
         raise ValueError(f"shard_size: got {shard_size}, expected at least 1")
     if any(out.glob("*.tar")) or (out / SIZES).exists():
-        raise ValueError(f"out: {out} has shards already, expected another folder")
+        raise ValueError(f"out: {out} has shards already, expected a folder without any")
     samples = _members(source, progress)
     sizes: dict[str, int] = {}
     for number in itertools.count():
@@ -43,7 +45,7 @@ def pack(
     return sizes
 
 
-def _members(source: Samples, progress: Callable[[], None]) -> Iterator[dict[str, str | bytes]]:
+def _members(source: Samples, progress: Callable[[], None]) -> Iterator[Members]:
     numbers = itertools.count()
     for raw in source.undecoded(0, 0, 1):
         progress()
@@ -51,15 +53,16 @@ def _members(source: Samples, progress: Callable[[], None]) -> Iterator[dict[str
             continue
         notes = {"key": raw.key} | ({"captions": raw.captions} if raw.captions else {})
         image = _read(raw.image)
-        sample = {"__key__": f"{next(numbers):09d}", _suffix(image): image}
+        sample: Members = {"__key__": f"{next(numbers):09d}", _suffix(image): image}
         sample |= {"txt": read_caption(raw.caption).encode(), "json": json.dumps(notes).encode()}
         yield sample | ({"mask.png": _read(raw.mask)} if source.masks else {})
 
 
-def _read(data: bytes | Path) -> bytes:
-    return data if isinstance(data, bytes) else data.read_bytes()
+def _read(data: bytes | Path | str | None) -> bytes:
+    with open_source(data) as stream:
+        return stream.read()
 
 
 def _suffix(image: bytes) -> str:
-    """By what it is, not by how its file was called."""
+    """Return the suffix of an image by its content, not by the name of its file."""
     return "jpg" if image.startswith(b"\xff\xd8") else "png" if image.startswith(b"\x89PNG") else "webp"

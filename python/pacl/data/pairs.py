@@ -1,4 +1,4 @@
-"""Image-caption pairs that lie in files of their own, or are drawn: any of them can be reached by its number."""
+"""Image-caption pairs with random access: csv files, folders, COCO captions and generated scenes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,13 +19,13 @@ from .scenes import PAIRS, SEEN
 
 
 class Pairs(Samples):
-    """Base of sources with numbered samples. With `shuffle` (any number) an epoch is a permutation of all of them."""
+    """Base of sources with numbered samples. With any `shuffle` above 0 an epoch is a permutation of all samples."""
 
     def __len__(self) -> int:
         raise NotImplementedError
 
     def get(self, index: int, epoch: int) -> Raw:
-        """Sample `index`; where an image has several captions, the one whose turn it is in this epoch."""
+        """Return sample `index`; if its image has several captions, with the one of this epoch."""
         raise NotImplementedError
 
     @property
@@ -47,9 +48,9 @@ class Pairs(Samples):
 class CsvPairs(Pairs):
     """Rows of a csv or tsv file with a header, as open_clip reads them: an image's path and its caption.
 
-    separator: default the one of tab and comma that finds both columns in the header; image_key, caption_key: their
-    names. root: the folder that paths are relative to, by default the file's; a path out of it is a bad sample (links
-    are followed, for they are yours). Raises ValueError for other columns or a file that is no csv.
+    separator: default: tab or comma, whichever finds both columns in the header. image_key, caption_key: names of the
+    columns. root: folder that paths are relative to, by default the file's; a path outside it is a bad sample, but
+    links are followed. Raises ValueError if the columns are missing or the file is not a csv.
     """
 
     def __init__(
@@ -60,14 +61,14 @@ class CsvPairs(Pairs):
         image_key: str = "filepath",
         caption_key: str = "title",
         root: str | os.PathLike | None = None,
-        **options,
+        **options: Any,
     ):
         path = Path(path)
         super().__init__(str(path), **options)
         if self.masks:
-            raise ValueError("masks: got True for a csv, expected False; shards, a folder, scenes have masks")
+            raise ValueError("masks: got True for a csv, expected False; only shards, folders and scenes have masks")
         self.root = path.parent if root is None else Path(root)
-        # Bytes that are not UTF-8 reach the caption's own check.
+        # surrogateescape passes bytes that are not UTF-8 on to the check of the caption.
         with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
             header = file.readline()
             separators = ["\t", ","] if separator is None else [separator.replace("\\t", "\t")]
@@ -90,7 +91,7 @@ class CsvPairs(Pairs):
                     names.append(row[first] if whole else "")
                     captions.append(row[second] if whole else "")
             except csv.Error as error:
-                raise ValueError(f"data: {path} is no csv from line {rows.line_num + 1} on: {error}") from error
+                raise ValueError(f"data: {path} is not a csv from line {rows.line_num + 1} on: {error}") from error
         self._images, self._captions = _Strings(names), _Strings(captions)
 
     def __len__(self) -> int:
@@ -107,7 +108,7 @@ class FolderPairs(Pairs):
     Hidden files and folders are left out. Raises ValueError for a folder without images.
     """
 
-    def __init__(self, folder: str | os.PathLike, **options):
+    def __init__(self, folder: str | os.PathLike, **options: Any):
         self.folder = Path(folder)
         super().__init__(str(folder), **options)
         names = []
@@ -122,7 +123,7 @@ class FolderPairs(Pairs):
             names += [os.path.relpath(os.path.join(parent, name), self.folder) for name in files if _is_image(name)]
         if not names:
             raise ValueError(
-                f"data: {folder} holds no image (.{', .'.join(IMAGE_SUFFIXES)}), expected some and .txt files"
+                f"data: {folder} holds no image (.{', .'.join(IMAGE_SUFFIXES)}), expected images and .txt files"
             )
         self._images = _Strings(sorted(names))
 
@@ -137,18 +138,20 @@ class FolderPairs(Pairs):
 
 
 class CocoPairs(Pairs):
-    """The layout of torchvision's CocoCaptions: an annotation file and a folder of images.
+    """Images with several captions in the layout of torchvision's CocoCaptions: an annotation file, a folder of images.
 
-    An image is one sample; of its captions each epoch takes one, without `shuffle` always the first. root: the folder
+    An image is one sample; each epoch takes one of its captions, without `shuffle` always the first. root: the folder
     of images, by default `X` for an annotation file captions_X.json, beside it or beside its folder, else the file's
-    own. An image without caption is left out. Raises ValueError for another file.
+    own. An image without a caption is left out. Raises ValueError for any other file.
     """
 
-    def __init__(self, path: str | os.PathLike, *, root: str | os.PathLike | None = None, **options):
+    def __init__(self, path: str | os.PathLike, *, root: str | os.PathLike | None = None, **options: Any):
         path = Path(path)
         super().__init__(str(path), **options)
         if self.masks:
-            raise ValueError("masks: got True for COCO captions, expected False; shards, a folder, scenes have masks")
+            raise ValueError(
+                "masks: got True for COCO captions, expected False; only shards, folders and scenes have masks"
+            )
         self.root = _coco_images(path) if root is None else Path(root)
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
@@ -176,12 +179,13 @@ class CocoPairs(Pairs):
 
 
 class ScenePairs(Pairs):
-    """Generated scenes, drawn when their turn comes: those that write_scenes with seed 0 writes, whatever `seed` is.
+    """Generated scenes, drawn on access. They are those of write_scenes with seed 0; `seed` only changes their order.
 
-    split: "train" (some pairs of colour and pattern never occur) or "eval" (all do, and no scene is of "train").
+    split: "train", in which some pairs of colour and pattern never occur, or "eval", which has all pairs and no scene
+    of "train".
     """
 
-    def __init__(self, split: str = "train", scenes: int = 10_000, **options):
+    def __init__(self, split: str = "train", scenes: int = 10_000, **options: Any):
         super().__init__("generated scenes", **options)
         self._members = SceneMembers(split, scenes, 0, SEEN if split == "train" else PAIRS, self.masks)
 
@@ -194,8 +198,8 @@ class ScenePairs(Pairs):
 
 
 def below(root: Path, name: str) -> Path | str:
-    """The path of `name` below `root`, or a string that says why it may not be read."""
-    path = os.path.normpath(os.path.join(root, name))  # an absolute name stands for itself
+    """Return the path of `name` below `root`, or a string: the reason why it may not be read."""
+    path = os.path.normpath(os.path.join(root, name))  # join ignores `root` if the name is absolute
     inside = os.path.relpath(path, root).split(os.sep)[0] not in (os.pardir, os.curdir)
     if not name or "\0" in name or not inside:
         return f"{name!r} is not a path below {root}"
@@ -214,7 +218,9 @@ def _coco_images(path: Path) -> Path:
 
 
 class _Strings:
-    """Many strings as one: forked workers share its pages, which reference counts of a list would copy."""
+    """Many strings in one bytes object, whose pages forked workers share; the reference counts of a list would copy
+    them.
+    """
 
     def __init__(self, strings: Iterable[str]):
         parts = [os.fsencode(text) for text in strings]

@@ -1,6 +1,6 @@
-"""What all sources of image-caption pairs share: decoding, skipping bad samples, batches, exact resuming.
+"""The base of all sources of image-caption pairs: decoding, skipping bad samples, batches, exact resuming.
 
-Bytes are decoded here, whoever read them, by a list of formats: nothing is unpickled and no other program started.
+All sources decode their bytes here, by a list of formats: nothing is unpickled and no other program is started.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any, BinaryIO, Literal, NamedTuple
 
 import torch
@@ -27,7 +28,7 @@ from .images import MAX_IMAGE_PIXELS, TooManyPixels, check_is_file, open_image, 
 
 REASONS = ("archive", "file", "image", "pixels", "caption", "mask")
 MOST_WORKERS = 256  # rows of the counts
-LEAST_SEEN = 500  # samples before their bad share says something
+LEAST_SEEN = 500  # samples after which the share of bad ones is meaningful
 MAX_CAPTION_BYTES = 65_536
 
 
@@ -36,8 +37,11 @@ class BadData(RuntimeError):
 
 
 class Raw(NamedTuple):
-    """A sample that is not decoded yet. A path is opened when its turn comes; image None: there is none, a string: why
-    its file may not be read. captions: all of an image that has several, of which caption is one."""
+    """A sample that is not decoded yet. Paths are opened on decoding.
+
+    image: bytes, a path, None if it is missing, or a string: the reason why its file may not be read. captions: all
+    captions of an image that has several; `caption` is one of them.
+    """
 
     key: str
     image: bytes | Path | str | None
@@ -47,22 +51,23 @@ class Raw(NamedTuple):
 
 
 class Samples(IterableDataset):
-    """Image-caption pairs, in an order that depends on (seed, epoch, rank, worker) alone; base of all sources.
+    """Base of all sources: image-caption pairs in an order that depends on (seed, epoch, rank, worker) alone.
 
-    transform: from a PIL RGB image to what the sample shall hold; default: uint8 tensor [3, H, W].
-    shuffle: 0 for the order of the files; samples held for shuffling where they come in streams.
+    transform: function of a PIL RGB image that gives the sample's image; default: uint8 tensor [3, H, W].
+    shuffle: 0 for the order of the files; for streams, the number of samples held for shuffling.
     repeat: start over for ever instead of stopping.
     masks: require a mask (uint8 tensor [H, W], a class label per pixel) of the image's size.
-    captions: "one" or "all" of those that an image has.
-    max_image_pixels: larger images are skipped by what their header says, before they are decoded.
-    max_bad_share: BadData once a larger share of at least 500 samples was skipped, by all workers of this process; with
-        several processes none raises it alone, which would leave the others waiting, but all can ask for `too_many`.
-    rank, world: this process of how many: each takes its share.
+    captions: "one" or "all" captions of an image.
+    max_image_pixels: skip larger images, by their header, before decoding.
+    max_bad_share: raise BadData when a larger share of the samples is bad, once all workers of this process together
+        have read 500. With several processes none raises alone, because the others would wait; all can read `too_many`.
+    rank, world: index and number of the processes; each takes its share.
 
-    Yields dicts: key (str), image, caption (str) or captions (list of str, at least one), mask where asked for, worker,
-    and place, (epoch, number of the sample in what this worker reads of the epoch). A bad sample is skipped and counted
-    under its reason: `skipped`, shared by all workers. "archive" counts unreadable stretches of tar files, "file" what
-    is missing or may not be read. An epoch without one good sample is BadData; with `repeat`, one of a worker's share.
+    Yields dicts: key (str), image, caption (str) or captions (list of str, at least one), mask if required, worker, and
+    place (epoch, index of the sample among those that this worker reads in the epoch). A bad sample is skipped and
+    counted by its reason in `skipped`, shared by all workers: "archive" counts unreadable parts of tar files, "file"
+    files that are missing or may not be read. Raises BadData for an epoch without a good sample; with `repeat`, for
+    such a share of one worker.
     """
 
     def __init__(
@@ -90,36 +95,35 @@ class Samples(IterableDataset):
         self.max_image_pixels = max_image_pixels
         self.max_bad_share = max_bad_share
         self.rank, self.world = rank, world
-        self.start = None  # a state of `loader`, to go on from
+        self.start: dict[str, Any] | None = None  # a state of `loader` to continue from
         self.on_skip: Callable[[str, str, str], None] = _ignore
-        # In shared memory, one row per worker: a count that lives in a worker process would be lost with it.
-        # The first column counts good samples.
+        # One row per worker; the first column counts good samples. Shared memory outlives a worker.
         self._counts = torch.zeros(MOST_WORKERS, 1 + len(REASONS), dtype=torch.int64).share_memory_()
 
-    # What a source provides
+    # Each source provides these
 
     @property
     def most_workers(self) -> int:
-        """Worker processes of which each has something to read."""
+        """The largest number of worker processes with samples for each."""
         raise NotImplementedError
 
     def count(self) -> int:
-        """Pairs in an epoch of all processes, without decoding them."""
+        """Return the number of pairs in an epoch of all processes, without decoding."""
         raise NotImplementedError
 
     def undecoded(self, epoch: int, worker: int, workers: int, start: int = 0) -> Iterator[Raw]:
-        """What this worker of this process reads in an epoch, from its sample number `start` on."""
+        """Yield the samples that this worker of this process reads in an epoch, from sample number `start` on."""
         raise NotImplementedError
 
     def spread(self, count: int) -> Iterator[Raw]:
-        """About `count` samples from all over the source."""
+        """Yield about `count` samples from all over the source."""
         raise NotImplementedError
 
-    # What they share
+    # All sources share the rest
 
     @property
     def skipped(self) -> dict[str, int]:
-        """Reason to number of skipped samples so far, all workers together."""
+        """Number of skipped samples so far by reason, all workers together."""
         return dict(zip(REASONS, self._counts[:, 1:].sum(0).tolist(), strict=True))
 
     @property
@@ -134,11 +138,11 @@ class Samples(IterableDataset):
 
     @property
     def too_many(self) -> bool:
-        """Whether more samples were bad than max_bad_share allows."""
+        """True if the share of bad samples exceeds max_bad_share."""
         return self.seen >= LEAST_SEEN and sum(self.skipped.values()) > self.max_bad_share * self.seen
 
     def complaint(self) -> str:
-        """One line on what was skipped so far."""
+        """Return a line on the samples skipped so far."""
         skipped, seen = self.skipped, self.seen
         bad = sum(skipped.values())
         reasons = ", ".join(f"{reason} {count:,}" for reason, count in skipped.items() if count) or "none skipped"
@@ -153,39 +157,42 @@ class Samples(IterableDataset):
             raise ValueError(f"workers: got {workers}, expected at most {self.most_workers} for {self.name}")
         epoch = offset = 0
         if self.start is not None:
-            # Workers take turns; the first batch after those left out is that of worker `batches % workers`.
+            # Workers take turns, so the next batch comes from worker `batches % workers`.
             worker = (worker + self.start["batches"]) % workers
             epoch, offset = self.start["places"][worker]
         return self._samples(worker, workers, epoch, offset)
 
     def _samples(self, worker: int, workers: int, epoch: int, offset: int) -> Iterator[dict[str, Any]]:
         for now in itertools.count(epoch) if self.repeat else range(epoch, 1):
-            usable = offset > 0  # what came before was
+            usable = offset > 0  # the earlier samples of the epoch were usable
             for number, raw in enumerate(self.undecoded(now, worker, workers, offset), offset):
                 sample = self.decode(raw, worker)
                 if sample is not None:
                     usable = True
                     yield sample | {"worker": worker, "place": (now, number)}
-            # Without `repeat` the share of another worker may be good; the loader knows when all have ended.
+            # Without `repeat` another worker may have good samples; the loader checks at the end of all.
             if not usable and (self.repeat or workers == 1):
                 raise BadData(self.complaint())
             offset = 0
 
     def with_options(self, **changes: Any) -> Samples:
-        """A copy with other attributes, such as transform or captions; both count what they skip in one place."""
+        """Return a copy with other attributes, such as transform or captions; the copies share their counts.
+
+        Raises TypeError for an unknown attribute.
+        """
         other = copy.copy(self)
         for name, value in changes.items():
             if not hasattr(other, name):
-                raise TypeError(f"with_options: got {name!r}, which {type(self).__name__} does not have")
+                raise TypeError(f"with_options: got {name!r}, expected an attribute of {type(self).__name__}")
             setattr(other, name, value)
         return other
 
     def turn(self, captions: Sequence[str], epoch: int, key: str) -> int:
-        """Number of the caption whose turn it is in this epoch, by (seed, epoch, key); 0 without shuffling."""
+        """Return the index of the caption to take in this epoch, by (seed, epoch, key); 0 without shuffling."""
         return zlib.crc32(f"{self.seed} {epoch} {key}".encode(errors="replace")) % len(captions) if self.shuffle else 0
 
     def decode(self, raw: Raw, worker: int = 0) -> dict[str, Any] | None:
-        """The sample's key, image, caption and mask, or None, counted under its reason."""
+        """Decode a sample into key, image, caption and mask; return None for a bad one, counted by its reason."""
         reason = "file" if isinstance(raw.image, (Path, str)) else "image"
         try:
             with open_source(raw.image) as stream:
@@ -202,11 +209,11 @@ class Samples(IterableDataset):
                 reason = "mask"
                 with open_source(raw.mask) as stream, open_image(stream, ("PNG",), self.max_image_pixels) as mask:
                     if mask.size != size or mask.mode not in ("L", "P"):
-                        raise ValueError("a mask has one byte per pixel and the size of its image")
+                        raise ValueError(f"got a mask of {mask.size} {mask.mode}, expected {size}, one byte per pixel")
                     out["mask"] = pil_to_tensor(mask)[0]
             self._counts[worker, 0] += 1
             return out
-        except Exception as error:  # decoders raise anything on damaged bytes: OSError, SyntaxError, struct.error, ...
+        except Exception as error:  # on damaged bytes decoders raise OSError, SyntaxError, struct.error, ...
             if isinstance(error, TooManyPixels):
                 reason = "pixels"
             self.skip(reason, raw.key, error, worker)
@@ -220,15 +227,15 @@ class Samples(IterableDataset):
 
 
 def _ignore(reason: str, key: str, message: str) -> None:
-    """A function with a name, because worker processes may be handed the source pickled."""
+    """Do nothing. A named function, because the source may be pickled for worker processes."""
 
 
 def read_caption(caption: bytes | Path | None) -> str:
-    """Its text, stripped; ValueError for none, an empty one, or one that is not UTF-8."""
+    """Return the stripped text of a caption; raise ValueError if it is missing, empty, too long or not UTF-8."""
     with open_source(caption) as stream:
         data = stream.read(MAX_CAPTION_BYTES + 1)
     if len(data) > MAX_CAPTION_BYTES:
-        raise ValueError(f"more than {MAX_CAPTION_BYTES:,} bytes")
+        raise ValueError(f"got a caption of more than {MAX_CAPTION_BYTES:,} bytes")
     text = data.decode("utf-8-sig").strip()
     if not text:
         raise ValueError("empty caption")
@@ -236,29 +243,29 @@ def read_caption(caption: bytes | Path | None) -> str:
 
 
 def read_captions(raw: Raw) -> list[str]:
-    """All captions of an image, stripped, without empty ones; ValueError as of read_caption, or where none is left."""
+    """Return all captions of an image, stripped, without empty ones; raise ValueError as read_caption does."""
     texts = [text for text in raw.captions if text.strip()]
     return [read_caption(as_bytes(text)) for text in texts] if texts else [read_caption(raw.caption)]
 
 
 def as_bytes(caption: str) -> bytes:
-    """A caption out of JSON, which may hold half a surrogate pair: such bytes are no UTF-8, and the sample is bad."""
+    """Encode a caption from JSON. Half a surrogate pair, which JSON allows, gives invalid UTF-8 and a bad sample."""
     return caption.encode(errors="surrogatepass")
 
 
 def no_image(image: Image.Image) -> int:
-    """A transform for whoever reads captions alone; a function with a name, because it may be pickled."""
+    """Return 0: a transform for readers of captions alone. A named function, because it may be pickled."""
     return 0
 
 
 def readable(name: str) -> str:
-    """The name of a file or a member for people: what is not UTF-8 in it could not be printed."""
+    """Return the name of a file or a member in printable form: parts that are not UTF-8 become question marks."""
     return name.encode(errors="replace").decode()
 
 
 def open_source(source: bytes | Path | str | None) -> BinaryIO:
     if source is None:
-        raise ValueError("there is none")
+        raise ValueError("missing")
     if isinstance(source, str):
         raise ValueError(source)
     if isinstance(source, bytes):
@@ -268,11 +275,14 @@ def open_source(source: bytes | Path | str | None) -> BinaryIO:
 
 
 class Loader(DataLoader):
-    """Batches of Samples. `state`, plain Python, is what `loader` takes to go on after the last batch given out."""
+    """Batches of Samples. `state`, plain Python, lets `loader` continue after the last batch given out."""
 
+    dataset: Samples
     state: dict[str, Any]
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    # mypy: a generator in place of torch's own iterator class.
+    def __iter__(self) -> Iterator[dict[str, Any]]:  # type: ignore[override]
+        assert self.dataset.start is not None  # set by `loader`
         self.state = copy.deepcopy(self.dataset.start)
         for batch in super().__iter__():
             epoch, number = (int(x[-1]) for x in batch["place"])
@@ -292,11 +302,11 @@ def loader(
     drop_last: bool = False,
     start: dict[str, Any] | None = None,
 ) -> Loader:
-    """Batches of `dataset` as dicts: tensors stacked, keys and captions in lists, worker and place as tensors [B].
+    """Return batches of `dataset` as dicts: tensors are stacked, keys and captions are lists, worker and place are [B].
 
-    workers: processes that read and decode, 0 for this one; where the source has less to share (shards), fewer, and a
-    warning says so (a worker without a shard would wait for ever under `repeat`). start: the `state` of an earlier
-    loader; what follows is what followed there, and what came before is not decoded again. ValueError if that one had
+    workers: processes that read and decode, 0 for this one. If the source has fewer shards, fewer are used, with a
+    warning, because under `repeat` a worker without a shard would wait for ever. start: the `state` of an earlier
+    loader; its next batches follow, and earlier ones are not decoded again. Raises ValueError if the earlier loader had
     another number of workers.
     """
     if workers > dataset.most_workers:
@@ -309,9 +319,9 @@ def loader(
         workers = dataset.most_workers
     places = max(1, workers)
     if start is not None and len(start["places"]) != places:
-        raise ValueError(f"workers: got {workers}, expected as many as where the data order began, {start['workers']}")
+        raise ValueError(f"workers: got {workers}, expected {start['workers']} as in the run that is resumed")
     dataset.start = start or {"batches": 0, "workers": workers, "places": [[0, 0]] * places}
-    options = {}
+    options: dict[str, Any] = {}
     if workers:
         options = {"persistent_workers": True, "worker_init_fn": functools.partial(_outlive_signals, _leaving())}
     options |= {"batch_size": batch_size, "num_workers": workers, "drop_last": drop_last, "collate_fn": _collate}
@@ -319,24 +329,27 @@ def loader(
 
 
 def _collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """A batch as torch makes it, but for lists of captions, which have different lengths."""
+    """Collate a batch as torch does, except for the lists of captions, which differ in length."""
     captions = {"captions": [sample.pop("captions") for sample in samples]} if "captions" in samples[0] else {}
     return default_collate(samples) | captions
 
 
 @functools.cache
 def _leaving() -> torch.Tensor:
-    """Whether this process is at its end, for the workers of all its loaders: True before multiprocessing ends them."""
+    """Return a shared flag for the workers of all loaders, set when this process exits, before they are terminated."""
     flag = torch.zeros((), dtype=torch.bool).share_memory_()
     atexit.register(flag.fill_, True)
     return flag
 
 
 def _outlive_signals(leaving: torch.Tensor, worker: int) -> None:
-    """SIGTERM and Ctrl-C come to whole groups of processes (torchrun, schedulers, terminals): the main one finishes its
-    step and saves, and needs its workers for that. They end when it does."""
+    """Let a worker ignore SIGTERM and Ctrl-C until the main process exits.
 
-    def answer(number, frame):
+    torchrun, schedulers and terminals signal whole groups of processes, and the main one needs its workers to finish
+    its step.
+    """
+
+    def answer(number: int, frame: FrameType | None) -> None:
         if leaving:
             os._exit(0)
 

@@ -1,4 +1,4 @@
-"""Scenes as shards: the same .jpg and .txt members that anybody's data has, plus exact masks where asked for."""
+"""Generated scenes as shards, with the usual .jpg and .txt members and, on request, exact masks."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -15,12 +16,12 @@ from webdataset import TarWriter
 from ..files import atomic_writer
 from .scenes import PAIRS, Scene, draw_scene
 
-SPLITS = ("train", "eval")  # their order is part of what a seed means
-Members = dict[str, str | bytes]  # of one sample, by extension
+SPLITS = ("train", "eval")  # the order matters: a scene's seed includes the index of its split
+Members = dict[str, Any]  # the members of one sample, by extension: str or bytes
 
 
 def encode_scene(scene: Scene, key: str, *, mask: bool) -> Members:
-    """Members of one sample: JPEG (quality 95, no chroma subsampling), caption, and the mask as PNG."""
+    """Return the members of one sample: JPEG (quality 95, no chroma subsampling), caption, and the mask as PNG."""
     jpeg = io.BytesIO()
     # Subsampled chroma would smear 2-pixel stripes into their neighbours.
     Image.fromarray(scene.image).save(jpeg, "JPEG", quality=95, subsampling=0)
@@ -34,7 +35,7 @@ def encode_scene(scene: Scene, key: str, *, mask: bool) -> Members:
 
 @dataclass
 class SceneMembers(Dataset[Members]):
-    """Scene `index` of a split as the members of its sample; each has a random state of its own."""
+    """Dataset of the scenes of a split, each as the members of its sample. Every scene has its own random state."""
 
     split: str
     count: int
@@ -64,13 +65,13 @@ def write_scenes(
 ) -> list[Path]:
     """Write `count` scenes as `folder/split-000.tar`, ...; the same arguments give the same bytes.
 
-    split: "train" or "eval", which never share a scene. workers: processes that draw, 0 for this one; any number
-    writes the same. progress: called once per scene. Returns the shards' paths.
+    split: "train" or "eval", which never share a scene. workers: processes that draw, 0 for this one; the bytes do not
+    depend on it. progress: called once per scene. Returns the shards' paths.
     """
     drawn = SceneMembers(split, count, seed, pairs, masks)
     batches = DataLoader(drawn, batch_size=50, collate_fn=list, num_workers=workers)
     samples = (sample for batch in batches for sample in batch)
-    paths = []
+    paths: list[Path] = []
     for start in range(0, count, shard_size):
         path = folder / f"{split}-{len(paths):03d}.tar"
         with atomic_writer(path) as file, TarWriter(file, encoder=False, mtime=0) as tar:

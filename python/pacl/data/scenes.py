@@ -1,8 +1,8 @@
 """A generated world with exact masks: coloured, patterned shapes on textured backgrounds, 64 x 64 pixels.
 
-The concepts are local texture on purpose: in a trial a small CLIP named silhouettes at chance after two minutes of
-training, while colour and pattern are learnt in that time. Three of the 18 colour x pattern pairs never occur in
-training scenes; whoever names them has composed what it knows of the colour and of the pattern.
+The concepts are local textures on purpose: in a trial a small CLIP learned colour and pattern in two minutes of
+training, but still named silhouettes at chance. Three of the 18 colour x pattern pairs never occur in training scenes;
+a model that names them has composed its knowledge of the colour and of the pattern.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 
 SIZE = 64  # pixels, both sides
 
-# No green and nothing grey or brown among the colours: shapes that share a colour with a background cost most errors.
+# No green, grey or brown: shapes that share a colour with a background caused the most errors.
 COLOURS = {
     "red": (215, 35, 40),
     "orange": (250, 130, 15),
@@ -34,7 +34,7 @@ SEEN = tuple(pair for pair in PAIRS if pair not in HELD_OUT)
 
 
 def phrase(pair: tuple[str, str]) -> str:
-    """Words for a (colour, pattern) pair: `an orange striped shape`."""
+    """Return the words for a (colour, pattern) pair: `an orange striped shape`."""
     colour, pattern = pair
     return f"{'an' if colour[0] in 'aeiou' else 'a'} {colour} {pattern} shape"
 
@@ -60,7 +60,7 @@ class Scene:
 
 
 def draw_scene(rng: np.random.Generator, pairs: tuple[tuple[str, str], ...] = PAIRS) -> Scene:
-    """Draw one to three shapes with different `pairs` on a random background; the same `rng` state, the same scene."""
+    """Draw one to three shapes of different `pairs` on a random background; the `rng` state determines the scene."""
 
     def choose(rng: np.random.Generator) -> list[int]:
         chosen = rng.choice(len(pairs), size=min(int(rng.integers(1, 4)), len(pairs)), replace=False)
@@ -76,9 +76,10 @@ def draw_shapes(
     texture: Callable[[int], np.ndarray],
     first_background: int,
 ) -> tuple[np.ndarray, np.ndarray, tuple[int, ...], str]:
-    """Image, mask, labels and background of a scene: shapes with the labels that `choose` draws, back to front.
+    """Draw shapes with the labels that `choose` returns, back to front; return image, mask, labels and background.
 
-    texture: of a label, float [64, 64, 3]. first_background: the mask's label of the first of BACKGROUNDS.
+    texture: function from a label to its texture, float [64, 64, 3]. first_background: the label in the mask of the
+    first of BACKGROUNDS.
     """
     while True:
         background = int(rng.integers(len(BACKGROUNDS)))
@@ -91,7 +92,7 @@ def draw_shapes(
             inside = _silhouette(rng)
             mask[inside] = label
             image[inside] = texture(label)[inside]
-        # A shape hidden by a later one would be named in the caption and absent from the picture.
+        # Draw again if a later shape hides one, which the caption would name but the picture not show.
         if all(np.count_nonzero(mask == label) >= 150 for label in labels):
             break
     image = np.clip(image + rng.normal(0, 4, image.shape), 0, 255).astype(np.uint8)
@@ -99,7 +100,7 @@ def draw_shapes(
 
 
 def paint(pair: tuple[str, str], size: int, rng: np.random.Generator | None = None, scale: int = 1) -> np.ndarray:
-    """Float [size, size, 3] filled with a pair's texture: white stripes 2 pixels wide, or black dots 5 across.
+    """Return float [size, size, 3] filled with a pair's texture: white stripes 2 pixels wide, or black dots 5 across.
 
     `rng` shifts the pattern and varies the colour; `scale` enlarges the pattern, for legends.
     """
@@ -108,7 +109,7 @@ def paint(pair: tuple[str, str], size: int, rng: np.random.Generator | None = No
     fill = np.array(COLOURS[colour], dtype=np.float64) + (rng.uniform(-12, 12, 3) if rng else 0)
     out = np.broadcast_to(fill, (size, size, 3)).copy()
     y, x = np.ogrid[:size, :size]
-    if pattern == "striped":  # narrower than the colour between them, so that the colour prevails
+    if pattern == "striped":  # stripes narrower than the gaps, so that the colour prevails
         out[np.broadcast_to((y // scale + shift[0]) % 6 < 2, (size, size))] = 255
     elif pattern == "dotted":
         out[((y // scale + shift[0]) % 7 - 3) ** 2 + ((x // scale + shift[1]) % 7 - 3) ** 2 <= 4] = 15
@@ -116,7 +117,7 @@ def paint(pair: tuple[str, str], size: int, rng: np.random.Generator | None = No
 
 
 def _silhouette(rng: np.random.Generator) -> np.ndarray:
-    """Bool [64, 64]: an ellipse or a polygon of 3 to 8 corners around a random centre."""
+    """Return bool [64, 64]: an ellipse, or a polygon of 3 to 8 corners, around a random centre."""
     centre, radius = rng.uniform(12, SIZE - 12, 2), rng.uniform(13, 22)
     angles = np.linspace(0, 2 * np.pi, 24, endpoint=False)
     if rng.random() < 0.3:
@@ -132,7 +133,7 @@ def _silhouette(rng: np.random.Generator) -> np.ndarray:
 
 
 def _caption(rng: np.random.Generator, labels: tuple[int, ...], background: str) -> str:
-    """Name the scene's parts in random order, each left out at times as people do, down to a bare `grass`."""
+    """Name the scene's parts in random order. Parts are left out at times, as people do, down to a bare `grass`."""
     named = [CLASSES[label] for label in rng.permutation(labels) if rng.random() < 0.75]
     with_background = rng.random() < 0.6
     if not named:
@@ -143,14 +144,14 @@ def _caption(rng: np.random.Generator, labels: tuple[int, ...], background: str)
 
 @cache
 def background_texture(name: str) -> np.ndarray:
-    """Float [256, 256, 3] texture from which a background is cut; always the same for a name."""
+    """Return the texture from which a background is cut, float [256, 256, 3]; always the same for a name."""
     rng = np.random.default_rng(BACKGROUNDS.index(name))
 
     def noise(height: int, width: int) -> np.ndarray:
-        """Unit noise smoothed over `height` x `width` pixels."""
+        """Return unit noise smoothed over `height` x `width` pixels."""
         field = rng.normal(size=(256, 256))
         for axis, length in ((0, height), (1, width)):
-            field = sum(np.roll(field, shift, axis) for shift in range(length))
+            field = sum((np.roll(field, shift, axis) for shift in range(length)), np.zeros_like(field))
         return (field / field.std())[..., None]
 
     base, grain = {

@@ -1,7 +1,7 @@
-"""Image-caption pairs out of webdataset shards, yours or the generated ones.
+"""Image-caption pairs from webdataset shards.
 
-webdataset walks the tar files; its own handlers are never called: they unpickle `.pyd` and `.pkl` members, and its URL
-opener runs `pipe:` and `http:` addresses through other programs.
+webdataset walks the tar files. Its decoders are never called, because they unpickle `.pyd` and `.pkl` members; nor is
+its URL opener, which runs other programs for `pipe:` and `http:` addresses.
 """
 
 from __future__ import annotations
@@ -31,19 +31,23 @@ SIZES = "sizes.json"  # img2dataset's and open_clip's: {"00000.tar": 1000}
 class Shards(Samples):
     """Samples of .tar shards: an image (.jpg, .jpeg, .png, .webp), its caption (.txt), perhaps a mask (.mask.png).
 
-    shards: a path, braces and `::` as in open_clip (`a-{000..015}.tar::b.tar`), or a list of such. Local files only.
-    resampled: every worker draws its shards with replacement, as many as its share of them in an epoch; needs `repeat`.
-    A .json member with a list `captions`, as `pacl data pack` writes for COCO, has one of them taken an epoch.
-    The rest as in Samples: with `shuffle` the shards change order too, and a process takes its share of the shards, or
-    of the samples where there are fewer shards than processes. Raises ValueError for no shards or a URL,
-    FileNotFoundError for a missing file.
+    shards: a path, with braces and `::` as in open_clip (`a-{000..015}.tar::b.tar`), or a list of paths. Local files
+    only.
+    resampled: every worker draws shards with replacement, in an epoch as many as its share; needs `repeat`.
+
+    From a .json member with a list `captions`, which `pacl data pack` writes for COCO, each epoch takes one caption.
+    `shuffle` also shuffles the shards. A process takes its share of the shards, or of the samples if there are fewer
+    shards than processes. Everything else is as in Samples. Raises ValueError for no shards or a URL, FileNotFoundError
+    for a missing file.
     """
 
-    def __init__(self, shards: str | os.PathLike | Iterable[str | os.PathLike], *, resampled: bool = False, **options):
+    def __init__(
+        self, shards: str | os.PathLike | Iterable[str | os.PathLike], *, resampled: bool = False, **options: Any
+    ):
         self.paths = expand_shards(shards)
         super().__init__(f"{len(self.paths)} shard(s)", **options)
         if resampled and not self.repeat:
-            raise ValueError("resampled: got True without repeat, expected both, for there is no end to draw to")
+            raise ValueError("resampled: got True without repeat, expected both, because resampling has no end")
         self.resampled = resampled
 
     @property
@@ -52,7 +56,7 @@ class Shards(Samples):
 
     def count(self) -> int:
         counts = count_shards(self.paths)
-        return sum(counts[path] for path in self.paths)  # one given twice is read twice
+        return sum(counts[path] for path in self.paths)  # a path given twice is read twice
 
     def undecoded(self, epoch: int, worker: int, workers: int, start: int = 0) -> Iterator[Raw]:
         by_shard = self.resampled or len(self.paths) >= self.world
@@ -65,7 +69,7 @@ class Shards(Samples):
             if self.shuffle:
                 random.Random(f"{self.seed} {epoch}").shuffle(order)
             order = order[first::step]
-        samples = itertools.chain.from_iterable(self._read(path, worker, epoch) for path in order)
+        samples: Iterator[Raw] = itertools.chain.from_iterable(self._read(path, worker, epoch) for path in order)
         if not by_shard:
             samples = itertools.islice(samples, self.rank, None, self.world)
         if self.shuffle:
@@ -74,26 +78,25 @@ class Shards(Samples):
         return itertools.islice(samples, start, None)
 
     def spread(self, count: int) -> Iterator[Raw]:
-        """The first ones of every shard."""
+        """Yield the first samples of every shard, about `count` in all."""
         each = -(-count // len(self.paths))
         return itertools.chain.from_iterable(itertools.islice(self._read(path), each) for path in self.paths)
 
     def _read(self, path: Path, worker: int = 0, epoch: int = 0) -> Iterator[Raw]:
-        """Samples of one shard. One at a time: older webdataset joins samples across a shard's end."""
-
+        """Yield the samples of a single shard, because older webdataset joins samples across the end of a shard."""
         torn = False
 
         def skip(error: Exception) -> bool:
             nonlocal torn
             tear = isinstance(error, (tarfile.TarError, OSError, EOFError))
-            if not (tear and torn):  # webdataset tries once more, in vain
+            if not (tear and torn):  # webdataset tries a torn file twice; count it once
                 self.skip("archive", str(path), error, worker)
             torn |= tear
             return True
 
         try:
             stream = open(path, "rb")
-        except OSError as error:  # it was there when the run began
+        except OSError as error:  # the file existed when the run began
             self.skip("file", str(path), error, worker)
             return
         with stream:
@@ -108,7 +111,7 @@ class Shards(Samples):
 
 
 def _captions(notes: bytes) -> list[str]:
-    """Several captions of an image as `pacl data pack` writes them; any other .json is left alone."""
+    """Return the captions in a .json member of `pacl data pack`; [] for any other .json."""
     if b'"captions"' not in notes:
         return []
     try:
@@ -119,13 +122,13 @@ def _captions(notes: bytes) -> list[str]:
 
 
 def expand_shards(shards: str | os.PathLike | Iterable[str | os.PathLike]) -> list[Path]:
-    """Paths named by `shards` (see Shards), checked to be existing local files."""
+    """Return the paths that `shards` names (see Shards), all existing local files."""
     given = [shards] if isinstance(shards, (str, os.PathLike)) else list(shards)
     names = [name for item in given for part in os.fspath(item).split("::") for name in braceexpand.braceexpand(part)]
     if not names:
         raise ValueError("shards: got an empty list, expected paths of .tar files")
     for name in names:
-        # Two letters and more: `c:` is a drive. `pipe:` would run a shell, `http:` another program.
+        # Schemes have two letters or more; `c:` is a drive. webdataset runs a shell for `pipe:`, a program for `http:`.
         if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", name):
             raise ValueError(f"shards: got {name!r}, expected the path of a local .tar file; download it first")
         if not Path(name).is_file():
@@ -134,9 +137,9 @@ def expand_shards(shards: str | os.PathLike | Iterable[str | os.PathLike]) -> li
 
 
 def count_shards(paths: Iterable[Path]) -> dict[Path, int]:
-    """Samples of each shard: out of sizes.json beside them where that is up to date, else counted, and written there.
+    """Return the number of samples of each shard, from sizes.json beside it, or counted and then written there.
 
-    An entry is stale if its shard is younger than the file, or too small for so many samples.
+    An entry is stale if its shard is younger than sizes.json, or too small for so many samples.
     """
     counts: dict[Path, int] = {}
     folders: dict[Path, list[Path]] = {}
@@ -144,23 +147,23 @@ def count_shards(paths: Iterable[Path]) -> dict[Path, int]:
         folders.setdefault(path.parent, []).append(path)
     for folder, shards in folders.items():
         known = read_sizes(folder)
-        found = {path: _known(path, known) for path in shards}
         new = {}
         for path in shards:
-            if found[path] is None:
-                found[path], whole = count_members(path)
+            count = _known(path, known)
+            if count is None:
+                count, whole = count_members(path)
                 if whole:
-                    new[path.name] = found[path]
-        # A file that is there and unreadable is somebody else's. A folder that may not be written is no reason to stop.
+                    new[path.name] = count
+            counts[path] = count
+        # An unreadable sizes.json belongs to someone else and stays. A read-only folder is no reason to stop.
         if new and known is not None:
             with contextlib.suppress(OSError):
                 write_bytes(folder / SIZES, json.dumps(known | new, indent=0, sort_keys=True).encode())
-        counts |= found
     return counts
 
 
 def read_sizes(folder: Path) -> dict[str, Any] | None:
-    """sizes.json of a folder: {} where there is none, None where it holds something else."""
+    """Read sizes.json of a folder: {} if there is none, None if it is not a JSON object."""
     try:
         sizes = json.loads((folder / SIZES).read_text())
     except FileNotFoundError:
@@ -171,9 +174,9 @@ def read_sizes(folder: Path) -> dict[str, Any] | None:
 
 
 def _known(path: Path, sizes: dict[str, Any] | None) -> int | None:
-    """The entry of a shard, or None if there is none or it is stale."""
+    """Return the entry of a shard in `sizes`; None if there is none or it is stale."""
     try:
-        count = int(sizes[path.name])
+        count = int((sizes or {})[path.name])
         shard = path.stat()
         younger = shard.st_mtime_ns > (path.parent / SIZES).stat().st_mtime_ns
         # An image and a caption take four blocks of an uncompressed tar file.
@@ -184,7 +187,7 @@ def _known(path: Path, sizes: dict[str, Any] | None) -> int | None:
 
 
 def count_members(path: Path) -> tuple[int, bool]:
-    """Images that have a caption, by the names of a shard's members, and whether it was readable to its end."""
+    """Count the images with a caption by the names of a shard's members; also return whether all of it is readable."""
     suffixes: dict[str, set[str]] = {}
     try:
         with tarfile.open(path) as tar:

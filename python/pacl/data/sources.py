@@ -1,10 +1,10 @@
-"""One call for every form that pairs come in."""
+"""Open pairs in any of the supported formats."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from . import Kind
 from .pairs import CocoPairs, CsvPairs, FolderPairs, ScenePairs
@@ -23,14 +23,14 @@ def open_pairs(
     csv_caption_key: str = "title",
     image_root: str | os.PathLike | None = None,
     scenes: int = 10_000,
-    **options,
+    **options: Any,
 ) -> Samples:
-    """The pairs at `location`, by its form or by `kind`; options are those of Samples.
+    """Open the pairs at `location`. Their format is `kind`, or with "auto" inferred from the name.
 
     webdataset: .tar shards (see Shards) or a folder of them, `resampled` or not; csv: a .csv or .tsv file; folder:
     images with .txt files beside them; coco: an annotation .json; synthetic: `synthetic`, or `synthetic:eval`.
-    image_root: folder of the images of csv and coco. scenes: how many generated ones. Raises ValueError or
-    FileNotFoundError, one line, for what is none of these.
+    image_root: folder of the images of csv and coco. scenes: number of generated scenes. options: those of Samples.
+    Raises ValueError or FileNotFoundError, one line, for any other location.
     """
     if kind not in get_args(Kind):
         raise ValueError(f"dataset_type: got {kind!r}, expected one of {', '.join(get_args(Kind))}")
@@ -38,7 +38,7 @@ def open_pairs(
     if kind == "auto":
         kind = _kind(os.fspath(location), path)
     if resampled and kind != "webdataset":
-        raise ValueError(f"dataset_resampled: got True for {kind}, expected webdataset; only shards are drawn")
+        raise ValueError(f"dataset_resampled: got True for {kind}, expected webdataset; only shards can be resampled")
     if kind == "webdataset":
         shards = sorted(path.glob("*.tar")) if path.is_dir() else location
         return Shards(shards, resampled=resampled, **options)
@@ -48,7 +48,7 @@ def open_pairs(
             raise ValueError(f"data: got {os.fspath(location)!r}, expected synthetic, synthetic:train, synthetic:eval")
         return ScenePairs(split or "train", scenes, **options)
     if image_root is not None and not Path(image_root).is_dir():
-        raise FileNotFoundError(f"image_root: {os.fspath(image_root)!r} is not a folder, expected that of the images")
+        raise FileNotFoundError(f"image_root: {os.fspath(image_root)!r} is not a folder, expected one of images")
     if kind == "folder":
         if not path.is_dir():
             raise FileNotFoundError(f"data: {os.fspath(location)!r} is not a folder, expected one of images")
@@ -61,9 +61,10 @@ def open_pairs(
     return CsvPairs(path, separator=csv_separator, root=image_root, **keys, **options)
 
 
-def _kind(location: str, path: Path) -> str:
+def _kind(location: str, path: Path) -> Kind:
     if path.is_dir():
         return "webdataset" if any(path.glob("*.tar")) else "folder"
     if location.split(":")[0] == "synthetic":
         return "synthetic"
-    return {".csv": "csv", ".tsv": "csv", ".json": "coco"}.get(path.suffix.lower(), "webdataset")
+    kinds: dict[str, Kind] = {".csv": "csv", ".tsv": "csv", ".json": "coco"}
+    return kinds.get(path.suffix.lower(), "webdataset")

@@ -1,4 +1,4 @@
-"""A second text of an image: a noun of its caption in a prompt, as the paper's training adds it."""
+"""A second text of an image: a prompt with a noun of its caption, which the paper's training adds."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from functools import lru_cache
 from importlib.resources import files
 from random import Random
 
-# Mukhoti et al., CVPR 2023, appendix A.2.2; OpenAI's fifth, of which these are a subset, is "a {} in a video game."
+# Mukhoti et al., CVPR 2023, appendix A.2.2. A subset of OpenAI's prompts, except that OpenAI's fifth of them is
+# "a {} in a video game."
 PROMPTS = (
     "itap of a {}.",
     "a bad photo of the {}.",
@@ -18,17 +19,17 @@ PROMPTS = (
     "art of the {}.",
     "a photo of the small {}.",
 )
-# ImageNet's names that in captions are more often no noun, or another one.
+# Names of ImageNet that captions use more often in another sense, or not as nouns.
 AMBIGUOUS = {"boxer", "fly", "orange", "ram", "safe", "ski", "swing", "tick"}
 
 
 def noun_finder(name: str) -> Callable[[str], list[str]]:
-    """Function from a caption to its nouns, without repetition, in their order.
+    """Return a function from a caption to its nouns, in order, without repetition.
 
     name: "words" looks up the package's nouns.txt and ImageNet's class names, longest first, and returns singulars; it
-        does not know a verb that is spelled as a noun. "nltk" asks NLTK's part-of-speech tagger, whose neighbouring
-        common nouns are one ("fire truck") and stay as they are written; names of people and places are left out.
-    Raises ValueError for another name, and where NLTK or its tagger's data are not installed.
+        takes a verb that is spelled like a noun for the noun. "nltk" uses NLTK's part-of-speech tagger, joins adjacent
+        common nouns ("fire truck"), keeps their spelling, and leaves out names of people and places.
+    Raises ValueError for another name, or if NLTK or its tagger's data are not installed.
     """
     if name == "words":
         return find_nouns
@@ -38,16 +39,16 @@ def noun_finder(name: str) -> Callable[[str], list[str]]:
 
 
 def find_nouns(caption: str) -> list[str]:
-    """Nouns of a caption by the word list; see noun_finder."""
+    """Return the nouns of a caption by the word list; see noun_finder."""
     nouns, longest = _listed()
     found: dict[str, None] = {}
-    for phrase in re.split(r"[^\w\s'’-]+|\s-+\s|--+", caption.lower()):  # no noun goes across a comma or a dash
+    for phrase in re.split(r"[^\w\s'’-]+|\s-+\s|--+", caption.lower()):  # no noun crosses a comma or a dash
         words = [re.sub(r"['’]s?$", "", word) for word in phrase.replace("-", "- ").split()]
         at = 0
         while at < len(words):
             for size in range(min(longest, len(words) - at), 0, -1):
                 part = words[at : at + size]
-                # "fire-truck" is a fire truck, but the man in "man-made" is none.
+                # "fire-truck" is a fire truck, but "man-made" contains no man.
                 whole = not part[-1].endswith("-") and not (at and words[at - 1].endswith("-"))
                 noun = nouns.get(" ".join(part).replace("-", "")) if whole else None
                 if noun is not None:
@@ -58,9 +59,9 @@ def find_nouns(caption: str) -> list[str]:
 
 
 def choose_text(caption: str, key: str, *, seed: int, epoch: int, nouns: Callable[[str], list[str]]) -> str:
-    """The caption, or as often one of its nouns in one of PROMPTS; the caption where it has no noun.
+    """Return the caption or, half of the time, one of PROMPTS with one of its nouns; without a noun the caption.
 
-    The choice depends on its arguments alone, so neither on what was drawn before nor on the number of processes.
+    The choice depends on the arguments alone, not on earlier choices or the number of processes.
     """
     rng = Random(f"{seed} {epoch} {key}")
     if rng.random() < 0.5:
@@ -71,18 +72,20 @@ def choose_text(caption: str, key: str, *, seed: int, epoch: int, nouns: Callabl
 
 @lru_cache
 def _listed() -> tuple[dict[str, str], int]:
-    """Singulars and plurals in lower case, hyphens as spaces, to the noun; and the most words that one has."""
+    """Return a table from singulars and plurals, in lower case with spaces for hyphens, to nouns; and the most words
+    in a key.
+    """
     from open_clip import IMAGENET_CLASSNAMES
 
     lines = files("pacl.data").joinpath("nouns.txt").read_text(encoding="utf-8").splitlines()
     entries = [line.split(", ") for line in lines]
-    # "kite (bird of prey)" is a kite; "bell or wind chime" and "carton / box" are two names that are in our list.
+    # "kite (bird of prey)" is a kite; "bell or wind chime" and "carton / box" are each two names, all in our list.
     names = [re.sub(r" \(.*", "", name) for name in IMAGENET_CLASSNAMES if not re.search(r" or | / ", name)]
     entries += [[name] for name in names if name.lower() not in AMBIGUOUS]
     table: dict[str, str] = {}
     for noun, *_ in entries:
         table.setdefault(_key(noun), noun)
-    for noun, *plurals in entries:  # after all singulars: glasses are listed, and not the plural of glass
+    for noun, *plurals in entries:  # after all singulars, so that "glasses" is itself and not the plural of "glass"
         for plural in plurals or [_plural(noun)]:
             table.setdefault(_key(plural), noun)
     return table, max(len(key.split()) for key in table)
@@ -93,7 +96,7 @@ def _key(noun: str) -> str:
 
 
 def _plural(noun: str) -> str:
-    """Of a noun that has no plural beside it in nouns.txt."""
+    """Return the regular plural of a noun for which nouns.txt gives none."""
     if re.search(r"(s|x|z|ch|sh)$", noun):
         return noun + "es"
     if re.search(r"[^aeiou]y$", noun):
@@ -107,17 +110,18 @@ def _nltk() -> Callable[[str], list[str]]:
         from nltk.tokenize import TreebankWordTokenizer
 
         if not hasattr(PerceptronTagger, "load_from_json"):
-            raise ImportError  # it would unpickle its weights
+            raise ImportError  # older versions unpickle their weights
         tag = PerceptronTagger().tag
     except ImportError as error:
-        raise ValueError("nouns: nltk is not installed, or older than 3.9: pip install 'nltk>=3.9'") from error
+        raise ValueError("nouns: got nltk, which is missing or older than 3.9 (pip install 'nltk>=3.9')") from error
     except LookupError as error:
         raise ValueError(
-            "nouns: nltk has no tagger yet: python -m nltk.downloader averaged_perceptron_tagger_eng"
+            "nouns: got nltk, whose tagger is missing (python -m nltk.downloader averaged_perceptron_tagger_eng)"
         ) from error
 
     def find(caption: str) -> list[str]:
-        found, run = {}, []
+        found: dict[str, None] = {}
+        run: list[str] = []
         for word, kind in [*tag(TreebankWordTokenizer().tokenize(caption)), ("", ".")]:
             if kind in ("NN", "NNS"):
                 run.append(word.lower())

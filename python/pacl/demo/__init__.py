@@ -1,1 +1,1 @@
-"""`pacl demo`: a world, a CLIP and an embedder that train in minutes."""
+"""`pacl demo`: generated scenes, and a CLIP and an embedder that train on them in minutes."""

@@ -14,18 +14,19 @@ import tyro
 @dataclass(frozen=True)
 class DemoFlags:
     """Train a small CLIP on generated scenes, freeze it, train PACL's vision embedder on it, and show how both segment
-    scenes they have not seen. Needs no download and no GPU; under 5 minutes on two cores."""
+    unseen scenes. The demo needs no download and no GPU, and takes under 5 minutes on two cores.
+    """
 
     out: Path = Path("pacl-demo")
     """Folder of the results."""
     quick: bool = False
-    """Every stage once in seconds, numbers without meaning."""
+    """Run every stage for a few seconds only; the numbers mean nothing."""
     full: bool = False
-    """All measures of the paper too, a few minutes more: report.html, full.json."""
+    """Also measure everything that the paper measures, into report.html and full.json; takes a few minutes more."""
     seed: int = 0
-    """Same seed, same numbers."""
+    """Random seed; the same seed gives the same numbers."""
     threads: int | None = None
-    """Torch's threads (default: those that torch takes by itself, 4 at most)."""
+    """Number of torch's threads. Default: torch's own choice, at most 4."""
     clip_steps: int | None = None
     """Training steps of the CLIP."""
     embedder_steps: int | None = None
@@ -33,9 +34,9 @@ class DemoFlags:
 
 
 def main(argv: Sequence[str], prog: str = "pacl demo") -> int:
-    """Run `pacl demo` with these arguments; returns its exit status, and passes on KeyboardInterrupt."""
+    """Run `pacl demo` with these arguments and return its exit status; KeyboardInterrupt passes through."""
     flags = tyro.cli(DemoFlags, args=list(argv), prog=prog)
-    from .run import QUICK, DemoConfig, run  # after --help, which needs none of it
+    from .run import QUICK, DemoConfig, run  # after --help, which does not need torch
 
     try:
         if flags.out.exists() and not flags.out.is_dir():
@@ -45,6 +46,6 @@ def main(argv: Sequence[str], prog: str = "pacl demo") -> int:
         config = DemoConfig(**(QUICK if flags.quick else {}) | given)
     except ValueError as error:
         print(f"pacl: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from error  # as for arguments that the parser refuses
+        raise SystemExit(2) from error  # the status for arguments that the parser refuses
     run(config, flags.out, full=flags.full)
     return 0

@@ -1,4 +1,4 @@
-"""How well plain CLIP, PACL, the control and the patch grid itself segment the evaluation scenes."""
+"""Segmentation of the evaluation scenes by plain CLIP, PACL, the control and the limit of the patch grid."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from .toy_clip import normalise, tokenizer
 
 METHODS = {
     "clip": "Plain CLIP",  # patches through ln_post and CLIP's own projection
-    "mean_pooling": "Mean pooling",  # the same embedder, every patch with the same weight
+    "mean_pooling": "Mean pooling",  # the same embedder, trained with the same weight for every patch
     "pacl": "PACL",
-    "oracle": "Patch-grid limit",  # every patch scored with the true share of each class in it
+    "oracle": "Patch-grid limit",  # every patch scored by the true share of each class in it
 }
 GROUPS = {"seen": SEEN_LABELS, "held_out": HELD_OUT_LABELS}
 
@@ -37,7 +37,11 @@ class Row:
 
 @dataclass
 class Evaluation:
-    """metrics: method -> "seen" | "held_out" -> "miou" | "patch_accuracy", fractions (None where nothing counts)."""
+    """The result of `evaluate`.
+
+    metrics: method -> "seen" | "held_out" -> "miou" | "patch_accuracy", fractions (None if nothing counts). rows: the
+    scenes of the picture. methods: the names and titles of the methods.
+    """
 
     metrics: dict[str, dict] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
@@ -46,10 +50,10 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(clip: open_clip.CLIP, embedders: dict[str, VisionEmbedder], data: Shards) -> Evaluation:
-    """Segment `data` (scenes with masks) with every method, one batch in memory at a time.
+    """Segment `data` (scenes with masks) by every method, with one batch in memory at a time.
 
     All 24 classes compete in every pixel. mIoU: mean over the pairs of a group of the IoU over all pixels. Patch
-    accuracy: share of the patches whose majority (at least half) is a pair of the group that get that very class.
+    accuracy: of the patches that a pair of the group covers by at least half, the share that get this class.
     """
     texts = clip.encode_text(tokenizer()(list(CLASSES)), normalize=True)
     counts = {name: ScoreCounts(len(CLASSES)) for name in METHODS}
@@ -77,14 +81,16 @@ def evaluate(clip: open_clip.CLIP, embedders: dict[str, VisionEmbedder], data: S
 
 
 class _Rows:
-    """Chooses the picture's scenes by a rule: the first with two or more shapes that cover at least 22 %.
+    """Choose the picture's scenes by a rule: the first ones with two or more shapes that cover at least 22 %.
 
-    Three with seen pairs only, one with a held-out pair, and, the one choice by result, the first in which PACL
-    misses a held-out pair: the picture shall not promise more than the table.
+    Three scenes have only seen pairs, one has a held-out pair. The last is chosen by its result: the first in which
+    PACL misses a held-out pair, so that the picture does not promise more than the table.
     """
 
-    def __init__(self):
-        self.seen, self.held_out, self.missed = [], [], []
+    def __init__(self) -> None:
+        self.seen: list[Row] = []
+        self.held_out: list[Row] = []
+        self.missed: list[Row] = []
 
     def offer(self, images: Tensor, maps: dict[str, Tensor]) -> None:
         for i, image in enumerate(images):
@@ -111,10 +117,10 @@ class _Rows:
 
 
 def finite(value: float) -> float | None:
-    """The value, or None for NaN, which JSON does not have."""
+    """Return the value, or None for NaN, which JSON does not have."""
     return None if math.isnan(value) else value
 
 
 def percent(value: float | None) -> str:
-    """A fraction as tables have it."""
+    """Return a fraction in percent, with one decimal, for tables."""
     return "-" if value is None else f"{100 * value:.1f}"

@@ -1,6 +1,6 @@
-"""`pacl demo --full`: every measure of the paper on generated scenes, of plain CLIP, the control and PACL.
+"""`pacl demo --full`: all measures of the paper on generated scenes, for plain CLIP, the control and PACL.
 
-The measures are those of pacl.evaluate, on the demo's evaluation scenes with raw class names as texts.
+The measures are those of pacl.evaluate, on the demo's evaluation scenes, with raw class names as texts.
 """
 
 from __future__ import annotations
@@ -8,17 +8,17 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from PIL import Image
 from torch import Tensor, nn
 
 from ..data.pairs import Pairs
-from ..data.samples import Raw
+from ..data.samples import Raw, read_caption
 from ..data.scene_shards import SPLITS, encode_scene
 from ..data.scenes import CLASSES, HELD_OUT, HELD_OUT_LABELS, PAIRS, SEEN_LABELS, draw_scene, phrase
 from ..data.shards import Shards
@@ -28,6 +28,7 @@ from ..evaluate.classification import accuracies, classification
 from ..evaluate.coherence import coherence
 from ..evaluate.retrieval import read_gallery, retrieval
 from ..evaluate.scorer import Scorer
+from ..evaluate.segmentation_data import SegmentationData
 from ..evaluate.segmentation_measure import SegmenterPredictor, evaluate_segmentation
 from ..evaluate.specs import IGNORED, Protocol, Spec, fingerprint
 from ..progress import Progress, quiet
@@ -49,39 +50,55 @@ SCORES = {
 }
 GROUPS = {**evaluation.GROUPS, "backgrounds": tuple(range(len(PAIRS), len(CLASSES)))}
 PER_PAIR = 30  # evaluation scenes for each scene with one shape of a pair
-STRIDE_SHARE = 3  # strides are measured on a third of the scenes: at stride 4 there are 13 times as many tokens
+STRIDE_SHARE = 3  # strides are measured on a third of the scenes, because stride 4 has 13 times as many tokens
 COHERENCE_PAIRS = 200_000
 
 
 class SceneData:
-    """Scenes and their masks as pacl.evaluate takes a data set; `data[i]` is an RGB image and labels, int16 [H, W].
+    """Scenes and their masks as a dataset of pacl.evaluate; `data[i]` is an RGB image and its labels, int16 [H, W].
 
-    only: the labels that count, every other pixel being IGNORED; None: all.
+    only: the labels that count; all other pixels are IGNORED. None: all count.
     """
 
     def __init__(self, scenes: Sequence[Raw], only: Sequence[int] | None = None):
         self.scenes, self.only = _Scenes(scenes, transform=_same, masks=True), only
         self.classes, self.synonyms = list(CLASSES), [[name] for name in CLASSES]
         self.class_hash = fingerprint(self.synonyms)
-        places = {"source": "pacl demo", "roots": (), "images": (), "split": None, "masks": ()}
-        counted = {"classes": CLASSES, "background": False, "count": (len(scenes),)}
-        self.spec = Spec(name="scenes", title="Generated scenes", column="Scenes", **counted, **places)
+        self.spec = Spec(
+            name="scenes",
+            title="Generated scenes",
+            column="Scenes",
+            classes=CLASSES,
+            background=False,
+            count=(len(scenes),),
+            source="pacl demo",
+            roots=(),
+            images=(),
+            split=None,
+            masks=(),
+        )
 
     def __len__(self) -> int:
         return len(self.scenes)
 
     def __getitem__(self, i: int) -> tuple[Image.Image, np.ndarray]:
         sample = self.scenes.decode(self.scenes.get(i, 0))
+        assert sample is not None  # generated scenes are never bad
         labels = sample["mask"].numpy().astype(np.int16)
         if self.only is not None:
             labels[~np.isin(labels, self.only)] = IGNORED
         return sample["image"], labels
 
 
-class _Scenes(Pairs):
-    """Pairs out of memory."""
+def _dataset(scenes: Sequence[Raw], only: Sequence[int] | None = None) -> SegmentationData:
+    """Return SceneData typed as a SegmentationData, of which it has all that these measures use."""
+    return cast(SegmentationData, SceneData(scenes, only))
 
-    def __init__(self, scenes: Sequence[Raw], **options):
+
+class _Scenes(Pairs):
+    """Pairs in memory."""
+
+    def __init__(self, scenes: Sequence[Raw], **options: Any):
         super().__init__("generated scenes", **options)
         self.scenes = scenes
 
@@ -94,7 +111,10 @@ class _Scenes(Pairs):
 
 @dataclass(frozen=True)
 class Models:
-    """towers: the demo's frozen CLIP. embedders: "pacl" and "mean_pooling", and "clip", None for its own projection."""
+    """The demo's models.
+
+    towers: the frozen CLIP. embedders: "pacl", "mean_pooling", and "clip", which is None: CLIP's own projection.
+    """
 
     towers: Towers
     embedders: dict[str, VisionEmbedder | None]
@@ -108,17 +128,17 @@ class Models:
 
 
 def read_scenes(shards: Sequence[Path]) -> list[Raw]:
-    """All scenes of shards, encoded: some 5 kB each."""
+    """Return all scenes of shards, encoded, about 5 kB each."""
     return list(Shards(shards, masks=True).undecoded(0, 0, 1))
 
 
 def measure(models: Models, scenes: Sequence[Raw], seed: int) -> dict[str, Any]:
-    """All measures, as fractions, by task, method and group; JSON values, what full.json holds.
+    """Return all measures as fractions, by task, method and group, as JSON values: the contents of full.json.
 
-    Groups are the seen and the held-out pairs of colour and pattern, and the backgrounds; all classes compete.
+    The groups are the seen pairs, the held-out pairs, and the backgrounds; all classes compete.
     """
     start = time.perf_counter()
-    data = SceneData(scenes)
+    data = _dataset(scenes)
     galleries = _galleries(scenes)
     singles = one_shape_scenes(models.towers.transform, max(1, len(scenes) // PER_PAIR), seed)
     parts = len(METHODS) * (2 + len(STRIDES)) + len(TOKENS) * 3 + len(galleries) * len(SCORES) + 1
@@ -128,7 +148,7 @@ def measure(models: Models, scenes: Sequence[Raw], seed: int) -> dict[str, Any]:
             "patch_accuracy": _patch_accuracy(models, data, part),
             "coherence": _coherence(models, scenes, seed, part),
             "segmentation": _segmentation(models, data, STRIDES[:1], part),
-            "strides": _segmentation(models, SceneData(scenes[: max(1, len(scenes) // STRIDE_SHARE)]), STRIDES, part),
+            "strides": _segmentation(models, _dataset(scenes[: max(1, len(scenes) // STRIDE_SHARE)]), STRIDES, part),
             "retrieval": {name: _retrieval(models, each, part) for name, each in galleries.items()},
             "classification": _classification(models, singles, part),
         }
@@ -136,22 +156,22 @@ def measure(models: Models, scenes: Sequence[Raw], seed: int) -> dict[str, Any]:
 
 
 class _Part:
-    """`with part():` is one step of the progress, in which nothing else shows its own."""
+    """Context manager `with part():` for one step of the progress; other progress inside it is hidden."""
 
     def __init__(self, progress: Progress):
         self.progress = progress
 
     @contextlib.contextmanager
-    def __call__(self):
+    def __call__(self) -> Iterator[None]:
         with quiet():
             yield
         self.progress.step()
 
 
-def _patch_accuracy(models: Models, data: SceneData, part: Callable) -> dict[str, Any]:
-    """Share of the patches of a group whose own word is the most similar: of all words, and of the image's."""
+def _patch_accuracy(models: Models, data: SegmentationData, part: Callable) -> dict[str, Any]:
+    """Return the share of a group's patches whose own word is the most similar, among all words and the image's."""
     texts = class_texts(models.towers, CLASSES, TEMPLATES["none"])
-    found = {}
+    found: dict[str, Any] = {}
     for method in METHODS:
         with part():
             whole = alignment(data, models.segmenter(method), texts)
@@ -167,25 +187,23 @@ def _patch_accuracy(models: Models, data: SceneData, part: Callable) -> dict[str
 
 
 def _coherence(models: Models, scenes: Sequence[Raw], seed: int, part: Callable) -> dict[str, Any]:
-    """AUC and ROC of "same class" by the cosine of two patches, both of the group."""
+    """Return AUC and ROC of "same class" by the cosine of two patches of a group."""
     found: dict[str, Any] = {name: {} for name in TOKENS}
     for group, labels in {"all": None, "seen": SEEN_LABELS, "held_out": HELD_OUT_LABELS}.items():
         for name in TOKENS:
             with part():
                 try:
-                    each = coherence(
-                        SceneData(scenes, labels), models.segmenter(name), pairs=COHERENCE_PAIRS, seed=seed
-                    )
+                    each = coherence(_dataset(scenes, labels), models.segmenter(name), pairs=COHERENCE_PAIRS, seed=seed)
                 except ValueError as error:
-                    if not str(error).startswith("data:"):  # so few scenes that no two patches make a pair
+                    if not str(error).startswith("data:"):  # "data:" means too few scenes for a pair of patches
                         raise
                     continue
                 found[name][group] = {"auc": each.auc(), "pairs": len(each.same), "roc": each.roc()}
     return found
 
 
-def _segmentation(models: Models, data: SceneData, strides: Sequence[int], part: Callable) -> dict[str, Any]:
-    """mIoU of the groups' classes over all pixels of all scenes, by stride."""
+def _segmentation(models: Models, data: SegmentationData, strides: Sequence[int], part: Callable) -> dict[str, Any]:
+    """Return the mIoU of the groups' classes over all pixels of all scenes, by stride."""
     found: dict[str, Any] = {"scenes": len(data), **{method: {} for method in METHODS}}
     size = CONFIG["model_cfg"]["vision_cfg"]["image_size"]
     for stride in strides:
@@ -200,10 +218,11 @@ def _segmentation(models: Models, data: SceneData, strides: Sequence[int], part:
 
 
 def _galleries(scenes: Sequence[Raw]) -> dict[str, list[Raw]]:
-    """All scenes; those whose caption names a held-out pair; as many that name a pair and have none held out."""
-    data, found = SceneData(scenes), {"all": list(scenes), "seen": [], "held_out": []}
+    """Return scenes by group: all; held_out, whose captions name a held-out pair; seen, as many that have none."""
+    data = SceneData(scenes)
+    found: dict[str, list[Raw]] = {"all": list(scenes), "seen": [], "held_out": []}
     for i, scene in enumerate(scenes):
-        named = {pair for pair in PAIRS if phrase(pair) in scene.caption.decode()}
+        named = {pair for pair in PAIRS if phrase(pair) in read_caption(scene.caption)}
         if named & set(HELD_OUT):
             found["held_out"].append(scene)
         elif named and not np.isin(data[i][1], HELD_OUT_LABELS).any():
@@ -225,7 +244,7 @@ def _retrieval(models: Models, scenes: list[Raw], part: Callable) -> dict[str, A
 
 
 def one_shape_scenes(transform: Callable[[Image.Image], Tensor], each: int, seed: int) -> list[tuple[Tensor, int]]:
-    """`each` scenes of one shape for every pair, transformed, with the pair's label; none is in the demo's shards."""
+    """Draw `each` scenes of one shape for every pair; return images and labels. None is in the demo's shards."""
     labels = [label for label in range(len(PAIRS)) for _ in range(each)]
     raws = []
     for i, label in enumerate(labels):
@@ -237,7 +256,7 @@ def one_shape_scenes(transform: Callable[[Image.Image], Tensor], each: int, seed
 
 
 def _classification(models: Models, singles: list[tuple[Tensor, int]], part: Callable) -> dict[str, Any]:
-    """Share of the scenes of one shape whose pair's words score best among those of all pairs."""
+    """Return the share of one-shape scenes whose pair's words score best among all pairs."""
     texts = class_texts(models.towers, CLASSES[: len(PAIRS)], TEMPLATES["none"])
     with part():
         counts = classification(singles, texts, [models.scorer(name) for name in SCORES])

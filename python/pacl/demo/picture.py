@@ -44,12 +44,12 @@ def draw_picture(evaluation: Evaluation, path: Path) -> None:
 
 
 def photo(image: Tensor) -> Image.Image:
-    """A scene's image, uint8 [3, 64, 64], at the picture's scale."""
+    """Return a scene's image, uint8 [3, 64, 64], at the picture's scale."""
     return Image.fromarray(image.permute(1, 2, 0).numpy()).resize((CELL, CELL), Image.Resampling.BICUBIC)
 
 
 def textured(labels: Tensor) -> Image.Image:
-    """A label map [64, 64] as a picture [CELL, CELL]: each class filled with what its words mean, regions outlined."""
+    """Draw a label map [64, 64] as a picture [CELL, CELL]: each class in its own texture, regions outlined."""
     big = labels.numpy().repeat(SCALE, 0).repeat(SCALE, 1)
     out = np.zeros((CELL, CELL, 3))
     for label in np.unique(big):
@@ -62,7 +62,7 @@ def textured(labels: Tensor) -> Image.Image:
 
 
 def legend_picture() -> Image.Image:
-    """What every class is drawn with, alone."""
+    """Return the legend alone: the texture of every class."""
     sheet = Image.new("RGB", (LEGEND, 760 - TOP), "white")
     _legend(sheet, ImageDraw.Draw(sheet), 4, 8)
     return sheet
@@ -75,7 +75,7 @@ def _texture(label: int, size: int) -> np.ndarray:
 
 
 def _legend(sheet: Image.Image, draw: ImageDraw.ImageDraw, x: int, y: int) -> None:
-    """Colours down, patterns across, held-out pairs framed; the backgrounds below."""
+    """Draw the legend at (x, y): colours down, patterns across, held-out pairs framed; the backgrounds below."""
     size, step = 56, 70
     y += 26
     for column, pattern in enumerate(PATTERNS):
@@ -104,5 +104,5 @@ def _miou(evaluation: Evaluation, method: str) -> str:
     return f"mIoU {seen} %, held out {held_out} %"
 
 
-def _font(size: int) -> ImageFont.FreeTypeFont:
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size)

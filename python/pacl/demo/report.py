@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,9 @@ WAYS = {"text_to_image": "text to image", "image_to_text": "image to text"}
 def write_report(
     out: Path, embedders: dict[str, VisionEmbedder], shards: list[Path], evaluation: Evaluation, settings: dict
 ) -> dict[str, Any]:
-    """Measure what a demo left in `out` and write full.json and report.html there; returns what full.json holds.
+    """Measure the models of a demo in `out`, write full.json and report.html there, and return full.json's contents.
 
-    embedders: "pacl" and "mean_pooling". evaluation: whose rows are the pictures. settings: of the run, by name.
+    embedders: "pacl" and "mean_pooling". evaluation: its rows are the pictures. settings: those of the run, by name.
     """
     made = Models(load_towers(f"local-dir:{out / 'clip'}"), {"clip": None, **embedders})
     full = {"settings": settings, **measure(made, read_scenes(shards), settings["seed"])}
@@ -40,7 +41,7 @@ def write_report(
 
 
 def pictures(models: Models, rows: list[Row]) -> list[list[str | Picture]]:
-    """The demo's scenes: title, image, truth, CLIP, the control, and PACL at every stride."""
+    """Return rows of the demo's scenes: title, image, truth, CLIP, the control, and PACL at every stride."""
     texts = class_texts(models.towers, CLASSES, TEMPLATES["none"])
     found: list[list[str | Picture]] = []
     for row in rows:
@@ -55,10 +56,10 @@ def pictures(models: Models, rows: list[Row]) -> list[list[str | Picture]]:
 
 
 def report(full: dict[str, Any], scenes: list[list[str | Picture]]) -> Page:
-    """The page, of full.json's numbers alone."""
+    """Return the page, made of full.json's numbers and the pictures in `scenes`."""
     page = Page("pacl demo: plain CLIP, mean pooling and PACL")
     page.text(
-        f"{full['scenes']} generated scenes that were not trained on, with exact masks, seed "
+        f"{full['scenes']} generated scenes that no model was trained on, with exact masks, seed "
         f"{full['settings']['seed']}. Plain CLIP: every patch through CLIP's own projection. Mean pooling: the "
         "control, an embedder trained like PACL's on the same pairs, but contrasting the mean of all patches. "
         "PACL: the embedder trained with the fused loss. All three share the frozen CLIP, which was trained here "
@@ -66,10 +67,10 @@ def report(full: dict[str, Any], scenes: list[list[str | Picture]]) -> Page:
     )
     held_out = ", ".join(phrase(pair) for pair in HELD_OUT)
     page.text(
-        f"Held-out pairs ({held_out}) never occur in a training scene. There are only three, so single runs "
-        "scatter there by ten points. The scenes are a toy with local textures as concepts: they show alignment "
-        "of patches and words, and nothing about real photographs. All numbers are percent and those of "
-        f"full.json; measured in {full['seconds']:.0f} s."
+        f"Held-out pairs ({held_out}) never occur in a training scene. There are only three, so their numbers "
+        "differ by ten points between runs. The scenes are a toy with local textures as concepts: they show the "
+        "alignment of patches and words, and nothing about real photographs. All numbers are percent and come from "
+        f"full.json. Measuring took {full['seconds']:.0f} s."
     )
     if full["settings"]["clip_steps"] < 100:
         page.text("This run was too short to learn anything (--quick): its numbers mean nothing.")
@@ -77,7 +78,7 @@ def report(full: dict[str, Any], scenes: list[list[str | Picture]]) -> Page:
         page.heading("Pictures")
         head = ["scene", "image", "truth", "plain CLIP", "mean pooling", "PACL", *(f"PACL {n}x" for n in STRIDES[1:])]
         page.table(head, scenes)
-        page.note("Scenes are chosen by a rule, not by result, but for the last: a held-out pair that PACL misses.")
+        page.note("A rule chooses the scenes. Only the last is chosen by its result: PACL misses a held-out pair.")
         page.picture(Picture(png(legend_picture()), "the texture of every class"))
     _patch_accuracy(page, full["patch_accuracy"])
     _coherence(page, full["coherence"])
@@ -90,10 +91,10 @@ def report(full: dict[str, Any], scenes: list[list[str | Picture]]) -> Page:
 def _patch_accuracy(page: Page, found: dict[str, Any]) -> None:
     page.heading("Patch accuracy")
     page.text(
-        "The class of a patch is the one that covers at least half of it. It is right if that class's words are "
-        f"the most similar of all {len(CLASSES)} classes', or of those of the classes in its image, which is "
-        f"easier: chance is {percent(found['chance_image_classes'])} % there and {percent(1 / len(CLASSES))} % "
-        "among all."
+        "The class of a patch is the one that covers at least half of it. A patch is right if the words of its class "
+        f"are the most similar, among all {len(CLASSES)} classes or among the classes in its image. The second is "
+        f"easier: chance is {percent(found['chance_image_classes'])} %, against {percent(1 / len(CLASSES))} % among "
+        "all."
     )
     groups = ("seen", "held_out", "backgrounds")
     for key, words in (("all_classes", "among all classes"), ("image_classes", "among the image's classes")):
@@ -101,7 +102,7 @@ def _patch_accuracy(page: Page, found: dict[str, Any]) -> None:
             [label, *(percent(found[method].get(group, {}).get(f"patch_accuracy_{key}")) for group in groups)]
             for method, label in METHODS.items()
         ]
-        page.table(["", *map(GROUP_NAMES.get, groups)], rows, f"Patches right {words}, percent", _best(rows))
+        page.table(["", *(GROUP_NAMES[x] for x in groups)], rows, f"Patches right {words}, percent", _best(rows))
     there = [name for name in CLASSES if found["pacl"]["classes"][name] is not None]
     values = {label: [found[method]["classes"][name] for name in there] for method, label in METHODS.items()}
     _plot(page, (9, 10), bars(there, values, "Patches right among all classes"), "patch accuracy of every class")
@@ -110,13 +111,13 @@ def _patch_accuracy(page: Page, found: dict[str, Any]) -> None:
 def _coherence(page: Page, found: dict[str, Any]) -> None:
     page.heading("Semantic coherence")
     page.text(
-        "No text takes part: with the cosine of two patches as the score of their having the same class, how good is "
-        "the ROC curve? Both patches are of the group. An AUC of 50 is chance. The held-out pairs differ from each "
-        "other in colour and in pattern, so theirs are the easiest to tell apart."
+        "This measure uses no text. The cosine of two patches of a group scores whether they have the same class; the "
+        "table has the area under the ROC curve (AUC). Chance is 50. The held-out pairs differ from each other in both "
+        "colour and pattern, so they are the easiest to tell apart."
     )
     groups = ("all", "seen", "held_out")
     rows = [[label, *(percent(found[x].get(g, {}).get("auc")) for g in groups)] for x, label in TOKENS.items()]
-    page.table(["", *map(GROUP_NAMES.get, groups)], rows, "AUC, percent", _best(rows))
+    page.table(["", *(GROUP_NAMES[x] for x in groups)], rows, "AUC, percent", _best(rows))
     for group in groups:
         lines = {label: tuple(found[x][group]["roc"].values()) for x, label in TOKENS.items() if group in found[x]}
         if lines:
@@ -129,13 +130,13 @@ def _segmentation(page: Page, full: dict[str, Any]) -> None:
     page.heading("Segmentation")
     page.text(
         f"All {len(CLASSES)} classes compete in every pixel; chance is an mIoU of "
-        f"{percent(found['chance_miou'])}. The stride trick moves CLIP's patches by a half (2x) or a quarter "
+        f"{percent(found['chance_miou'])}. The stride trick shifts CLIP's patches by a half (2x) or a quarter "
         "(4x) of their size, which makes the grid of tokens finer without any training."
     )
     groups = ("seen", "held_out", "backgrounds")
     rows = [[label, *(percent(found[x]["1"][group]) for group in groups)] for x, label in METHODS.items()]
     caption = f"mIoU of {found['scenes']} scenes, stride 1x, percent"
-    page.table(["", *map(GROUP_NAMES.get, groups)], rows, caption, _best(rows))
+    page.table(["", *(GROUP_NAMES[x] for x in groups)], rows, caption, _best(rows))
     head = ["", *(f"{GROUP_NAMES[group]} {n}x" for group in groups for n in STRIDES)]
     rows = [
         [label, *(percent(strides[x][str(n)][group]) for group in groups for n in STRIDES)]
@@ -147,11 +148,11 @@ def _segmentation(page: Page, full: dict[str, Any]) -> None:
 def _retrieval(page: Page, found: dict[str, Any]) -> None:
     page.heading("Image-text retrieval")
     page.text(
-        "One caption per scene. Captions leave parts of a scene out, and many scenes have the same caption: such pairs "
-        "do not count against each other. Ties count as wrong. CLIP's own image embedding is what it was trained with; "
-        "φ is the score of attention over patches; the control scores with the mean of its patches, as it was trained. "
-        "Held-out: scenes whose caption names a held-out pair; seen: as many whose caption names a pair and whose "
-        "image has none that is held out. So both have the same number of rivals."
+        "Every scene has one caption. Captions leave out parts of a scene, and many scenes have equal captions, which "
+        "do not count against each other. Ties count as wrong. CLIP scores with the image embedding that it was "
+        "trained with, φ with attention over patches, and the control with the mean of its patches, as it was trained. "
+        "Held-out pairs: scenes whose caption names a held-out pair. Seen pairs: as many scenes whose caption names a "
+        "pair and whose image has no held-out pair. So both groups have the same number of rivals."
     )
     head = ["", *(f"{words} R@{k}" for words in WAYS.values() for k in RECALLS)]
     for name, each in found.items():
@@ -170,21 +171,21 @@ def _classification(page: Page, found: dict[str, Any]) -> None:
     page.text(
         f"{found['images']} further scenes with exactly one shape on a background, "
         f"{found['images'] // len(PAIRS)} of each pair (one for {PER_PAIR} evaluation scenes); the words of the "
-        f"{len(PAIRS)} pairs compete, no background's. Not crops: what surrounds the shape is in the image. "
-        f"Chance is {percent(1 / found['classes'])} %."
+        f"{len(PAIRS)} pairs compete, without the backgrounds. The images are not crops: they show the shape's "
+        f"surroundings. Chance is {percent(1 / found['classes'])} %."
     )
     groups = ("all", "seen", "held_out")
     rows = [[label, *(percent(found[score][group]) for group in groups)] for score, label in SCORES.items()]
-    page.table(["", *map(GROUP_NAMES.get, groups)], rows, "Top-1 accuracy, percent", _best(rows))
+    page.table(["", *(GROUP_NAMES[x] for x in groups)], rows, "Top-1 accuracy, percent", _best(rows))
 
 
-def _plot(page: Page, size: tuple[float, float], draw, words: str) -> None:
+def _plot(page: Page, size: tuple[float, float], draw: Callable[[Any], None], words: str) -> None:
     made = plot_png(size, draw)
     page.note(f"No plot of {words}: {MISSING}") if made is None else page.picture(Picture(made, words))
 
 
 def _best(rows: list[list[str]]) -> set[tuple[int, int]]:
-    """Of every column, the cells with its highest number, all where several have it as printed."""
+    """Return (row, column) of the cells with the highest printed number of their column, ties included."""
     found = set()
     for j in range(1, len(rows[0])):
         values = [float(row[j]) if row[j] != "-" else -1.0 for row in rows]

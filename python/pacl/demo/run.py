@@ -1,4 +1,4 @@
-"""`pacl demo`: generated scenes, a CLIP from scratch, PACL on top of it, and what that buys, in a few minutes."""
+"""`pacl demo`: generate scenes, train a CLIP and PACL on top of it, and compare both, in a few minutes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import time
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import torch
@@ -39,19 +40,19 @@ from .training import (
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """What a demo run depends on: the same values on the same machine give the same numbers."""
+    """The settings of a demo run. The same values on the same machine give the same numbers."""
 
     seed: int = 0
-    # The models are small, so at most 4. Beside a process that holds one of two cores, one is the fastest.
+    # At most 4, because the models are small. One is fastest if another process holds one of two cores.
     threads: int = field(default_factory=lambda: min(4, torch.get_num_threads()))
     train_scenes: int = 16_000
     eval_scenes: int = 600
     clip_steps: int = 700
-    embedder_scenes: int = 8_000  # whose frozen tokens are kept in memory: 32 kB each
+    embedder_scenes: int = 8_000  # their frozen tokens stay in memory, 32 kB each
     embedder_steps: int = 2_000
     batch_size: int = 64
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for item in fields(self):
             value, least = getattr(self, item.name), 0 if item.name == "seed" else 1
             if not isinstance(value, int) or value < least:
@@ -60,13 +61,13 @@ class DemoConfig:
             raise ValueError(f"train_scenes: got {self.train_scenes}, expected at least one batch ({self.batch_size})")
 
 
-# Every stage once, in seconds: to see that it runs, not what it learns.
+# Every stage for a few seconds: shows that it runs, not what it learns.
 QUICK = {"train_scenes": 256, "eval_scenes": 60, "clip_steps": 5, "embedder_scenes": 256, "embedder_steps": 40}
 
 
 @dataclass
 class Trained:
-    """What a run has trained so far, with how far each part got."""
+    """The models of a run, with the progress of each stage."""
 
     config: DemoConfig
     clip: open_clip.CLIP
@@ -74,14 +75,14 @@ class Trained:
     stages: dict[str, Progress] = field(default_factory=dict)
 
     def save(self, folder: Path) -> list[str]:
-        """Write the CLIP and the PACL embedder to `folder`, as far as they are trained; one line for each."""
+        """Write the CLIP and the PACL embedder to `folder`, if training began; return a line for each."""
         lines = []
         for name in ("clip", "pacl"):
             stage = self.stages.get(name)
             if stage is None or stage.done == 0:
                 continue
             target = folder / ("embedder" if name == "pacl" else name)
-            notes = {"steps": stage.done, "planned_steps": stage.total, "seed": self.config.seed}
+            notes: dict[str, Any] = {"steps": stage.done, "planned_steps": stage.total, "seed": self.config.seed}
             if name == "clip":
                 save_clip(self.clip, target, **notes)
             else:
@@ -94,10 +95,10 @@ class Trained:
 def run(config: DemoConfig, out: Path, *, full: bool = False) -> dict:
     """Run the whole demo, write its files to `out`, print its table, and return the contents of metrics.json.
 
-    full: measure more afterwards, and write report.html and full.json.
+    full: also write report.html and full.json, with more measures.
 
-    On KeyboardInterrupt what was trained goes to `out`/interrupted, so that a complete run in `out` stays as it is,
-    and the exception goes on.
+    On KeyboardInterrupt the models go to `out`/interrupted, so that a complete run in `out` stays as it is, and the
+    exception is raised again.
     """
     start = time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
@@ -111,7 +112,7 @@ def run(config: DemoConfig, out: Path, *, full: bool = False) -> dict:
         evaluation = evaluate(trained.clip, trained.embedders, Shards(eval_shards, masks=True))
     except KeyboardInterrupt:
         lines = trained.save(out / "interrupted")
-        first = "Interrupted. Kept:" if lines else "Interrupted before anything was trained: nothing is kept."
+        first = "Interrupted. Kept:" if lines else "Interrupted before any training; nothing is kept."
         print(f"\n{first}", *lines, sep="\n  ")
         raise
     trained.save(out)
@@ -130,7 +131,7 @@ def run(config: DemoConfig, out: Path, *, full: bool = False) -> dict:
 def _write_scenes(config: DemoConfig, folder: Path) -> tuple[list[Path], list[Path]]:
     with Progress("Scenes", config.train_scenes + config.eval_scenes, unit="scene") as progress:
         workers = config.threads if config.threads > 1 else 0
-        options = {"seed": config.seed, "workers": workers, "progress": progress.step}
+        options: dict[str, Any] = {"seed": config.seed, "workers": workers, "progress": progress.step}
         train = write_scenes(folder, "train", config.train_scenes, pairs=scenes.SEEN, **options)
         evaluation = write_scenes(folder, "eval", config.eval_scenes, masks=True, **options)
     return train, evaluation
@@ -146,7 +147,7 @@ def _train_clip(trained: Trained, shards: list[Path]) -> None:
 
 
 def _train_embedders(trained: Trained, shards: list[Path]) -> None:
-    """PACL's embedder and the control's, from the same initial weights, on the same batches."""
+    """Train PACL's embedder and the control's, from the same initial weights, on the same batches."""
     config, steps = trained.config, trained.config.embedder_steps
     tokens, texts = frozen_features(trained.clip, shards, min(config.embedder_scenes, config.train_scenes))
     for name, label, temperature in (
@@ -166,7 +167,7 @@ def _train_embedders(trained: Trained, shards: list[Path]) -> None:
 
 
 def _summary(config: DemoConfig, evaluation: Evaluation, metrics: dict, out: Path) -> str:
-    """The table, in percent, and what to do next."""
+    """Return the table, in percent, and the commands to try next."""
     rows = [
         "                        seen pairs        held-out pairs",
         "                      mIoU  patches        mIoU  patches",
@@ -182,8 +183,8 @@ def _summary(config: DemoConfig, evaluation: Evaluation, metrics: dict, out: Pat
             "",
             *rows,
             "",
-            "patches: accuracy over the patches of such shapes; held-out pairs never occur in training.",
-            *(["This run was too short to learn anything: leave out --quick."] if config.clip_steps < 100 else []),
+            "patches: accuracy over the patches of these shapes; held-out pairs never occur in training.",
+            *(["This run was too short to learn anything; run without --quick."] if config.clip_steps < 100 else []),
             f"{metrics['seconds']:.0f} s with seed {config.seed}. Written to {out}:",
             "  segmentation.png  metrics.json  embedder/  clip/  scenes/",
             *_next(evaluation, out),
@@ -192,7 +193,7 @@ def _summary(config: DemoConfig, evaluation: Evaluation, metrics: dict, out: Pat
 
 
 def _next(evaluation: Evaluation, out: Path) -> list[str]:
-    """What to type next; the scene that it looks at is written here. A short run may have none worth a picture."""
+    """Write the first scene to `out` and return the commands to try next; [] if no scene was chosen."""
     if not evaluation.rows:
         return []
     row = evaluation.rows[0]

@@ -1,4 +1,4 @@
-"""What the demo trains, by the loop of `pacl train`: a CLIP from scratch, then embedders on its frozen tokens."""
+"""The demo's models for the loop of `pacl train`: a CLIP from scratch, then embedders on its frozen tokens."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from ..progress import Progress
 from ..training.config import TrainConfig
 from .toy_clip import normalise, tokenizer
 
-ATTN_TEMPERATURE = 0.05  # decides whether patches learn to point: at 1 the loss pools almost by the mean
-MEAN_POOLING = 1e4  # the attention temperature of the control: every patch has the same weight, to one part in 10,000
+ATTN_TEMPERATURE = 0.05  # low enough to align single patches: at 1 the loss pools almost by the mean
+MEAN_POOLING = 1e4  # attention temperature of the control: equal weights of all patches, to one part in 10,000
 
 
 class OnePatch(nn.Module):
-    """A CLIP as the loop takes it: an image is a single patch, whose loss over all patches is CLIP's own."""
+    """A CLIP for the training loop: each image is a single patch, so the loss is CLIP's own."""
 
     def __init__(self, clip: open_clip.CLIP):
         super().__init__()
@@ -37,12 +37,12 @@ class OnePatch(nn.Module):
 
 
 def clip_config(steps: int, batch_size: int) -> TrainConfig:
-    """How the CLIP is trained."""
+    """Return the config of the CLIP's training."""
     return _config(steps, batch_size=batch_size, lr=1e-3, wd=0.1, form="dot")
 
 
 def embedder_config(steps: int, batch_size: int, **changes: Any) -> TrainConfig:
-    """How embedders are trained: PACL's, unless `changes` say otherwise."""
+    """Return the config of an embedder's training: PACL's, with `changes`."""
     values = {"lr": 2e-3, "wd": 0.05, "logit_scale": 20.0, "attn_temperature": ATTN_TEMPERATURE}
     return _config(steps, batch_size=batch_size, **values | changes)
 
@@ -52,14 +52,14 @@ def _config(steps: int, **values: Any) -> TrainConfig:
 
 
 def clip_pairs(shards: list, batch_size: int, seed: int) -> Iterator[dict[str, Tensor]]:
-    """Batches of images and token ids, without end."""
+    """Yield batches of images and token ids, without end."""
     encode = tokenizer()
     for batch in loader(Shards(shards, shuffle=2000, seed=seed, repeat=True), batch_size, drop_last=True):
         yield {"images": normalise(batch["image"]), "texts": encode(batch["caption"])}
 
 
 def frozen_features(clip: open_clip.CLIP, shards: list, count: int) -> tuple[Tensor, Tensor]:
-    """Patch tokens [count, N, width] and text embeddings [count, D] of the first `count` scenes."""
+    """Return patch tokens [count, N, width] and text embeddings [count, D] of the first `count` scenes."""
     encode, tokens, texts = tokenizer(), [], []
     with Progress("Frozen tokens", count, unit="scene") as progress:
         for batch in loader(Shards(shards), 64):
@@ -74,9 +74,9 @@ def frozen_features(clip: open_clip.CLIP, shards: list, count: int) -> tuple[Ten
 def embedder_pairs(
     tokens: Tensor, texts: Tensor, batch_size: int, seed: int, rank: int = 0, world: int = 1
 ) -> Iterator[dict[str, Tensor]]:
-    """Batches of cached tokens [S, N, width] and text embeddings [S, D] without end, each epoch in an order of its own.
+    """Yield batches of cached tokens [S, N, width] and text embeddings [S, D] without end, in a new order every epoch.
 
-    rank, world: this process of how many, which takes its part of every batch of `batch_size`.
+    rank, world: index and number of the processes; each takes its part of every batch of `batch_size`.
     """
     generator = torch.Generator().manual_seed(seed)
     while True:

@@ -1,1 +1,1 @@
-"""`pacl train`: the embedder on your pairs and frozen towers."""
+"""`pacl train`: train the embedder on image-caption pairs and frozen towers."""

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: tensors and plain Python only, written whole or not at all, read with `weights_only=True`."""
+"""Checkpoints of a run: tensors and plain Python only, written atomically, read with `weights_only=True`."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from ..files import atomic_writer
 
 
 def save_checkpoint(folder: Path, state: dict[str, Any], *, keep: int) -> Path:
-    """Write `state` as `folder`/step_N.pt with N = state["step"], and delete all but the newest `keep`.
+    """Write `state` as `folder`/step_N.pt with N = state["step"], and delete all but the newest `keep` checkpoints.
 
-    OSError where that fails, a full disk say; what was there before stays.
+    Raises OSError if the write fails, for example on a full disk; the older checkpoints then stay.
     """
     path = folder / f"step_{state['step']:08d}.pt"
     remove_halves(folder)
@@ -34,9 +34,9 @@ def save_checkpoint(folder: Path, state: dict[str, Any], *, keep: int) -> Path:
 
 
 def remove_halves(folder: Path) -> None:
-    """Delete what a process left that was killed in save_checkpoint: temporary files, of the size of a checkpoint.
+    """Delete the temporary files, as large as checkpoints, of a process that was killed in save_checkpoint.
 
-    For the one process that writes there.
+    Call it only in the process that writes to `folder`.
     """
     for path in folder.glob(".step_*.pt.*"):
         if re.fullmatch(r"\.step_\d+\.pt\.[a-z0-9_]{8}", path.name):  # as atomic_writer names them
@@ -44,12 +44,12 @@ def remove_halves(folder: Path) -> None:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Those in `folder`, oldest first."""
+    """Return the checkpoints in `folder`, oldest first."""
     return sorted(path for path in folder.glob("step_*.pt") if re.fullmatch(r"step_\d+\.pt", path.name))
 
 
 def newest(folder: Path) -> Path | None:
-    """The one of the highest step, which `--resume latest` means."""
+    """Return the checkpoint of the highest step, that of `--resume latest`, or None."""
     return next(reversed(checkpoints(folder)), None)
 
 
@@ -58,8 +58,10 @@ def step_of(path: Path) -> int:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """What save_checkpoint wrote. A file that holds anything but tensors and plain Python is a ValueError; it is never
-    unpickled without that check."""
+    """Load a checkpoint of save_checkpoint.
+
+    Raises ValueError for a file that holds anything but tensors and plain Python; it is not unpickled.
+    """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:

@@ -22,7 +22,7 @@ from .run import Run
 
 
 def main(argv: Sequence[str], prog: str = "pacl train") -> int:
-    """Run `pacl train` with these arguments; returns its exit status."""
+    """Run `pacl train` with these arguments and return its exit status."""
     config = None
     try:
         config = _parse(list(argv), prog)
@@ -33,7 +33,7 @@ def main(argv: Sequence[str], prog: str = "pacl train") -> int:
         if config.dry_run:
             return 0
         if config.resume:
-            path = _checkpoint(config)
+            path = _checkpoint(config, config.resume)
             if path is not None:
                 run.restore(path)
                 run.say(f"resume: {path}, step {run.step}")
@@ -53,21 +53,21 @@ def main(argv: Sequence[str], prog: str = "pacl train") -> int:
         if dist.is_initialized():
             dist.destroy_process_group()
     if run.stopped_by is not None:
-        run.say(f"stopped at step {run.step} of {run.steps}; go on with --resume latest")
+        run.say(f"stopped at step {run.step} of {run.steps}; continue with --resume latest")
         return 128 + run.stopped_by
     run.say(f"finished {run.steps} steps: {config.folder / 'embedder'}")
     return 0
 
 
 def _parse(argv: list[str], prog: str) -> TrainConfig:
-    """`--config FILE` gives the values of a run, `--recipe` those of the paper; flags change them."""
+    """Parse the flags, with defaults from `--config FILE` or from `--recipe`."""
     argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
     if "--config" in argv:
         at = argv.index("--config")
         if at + 1 == len(argv):
             raise ValueError("config: got no file, expected the config.yaml of a run")
         if any(word.partition("=")[0] == "--recipe" for word in argv):
-            raise ValueError("recipe: got --config too, expected one of them")
+            raise ValueError("recipe: got --recipe and --config, expected only one of them")
         config = read_config(Path(argv[at + 1]))
         config = tyro.cli(TrainConfig, args=argv[:at] + argv[at + 2 :], default=config, prog=prog)
     else:
@@ -80,11 +80,14 @@ def _parse(argv: list[str], prog: str) -> TrainConfig:
     return fill_batch(config.check(), int(os.environ.get("WORLD_SIZE", 1)))
 
 
-def _checkpoint(config: TrainConfig) -> Path | None:
-    """The one to go on from; None for "latest" in a folder that has none, where the run begins."""
-    return newest(config.folder / "checkpoints") if config.resume == "latest" else Path(config.resume)
+def _checkpoint(config: TrainConfig, resume: str) -> Path | None:
+    """Return the checkpoint to continue from; None for "latest" in a folder without checkpoints: the run begins."""
+    return newest(config.folder / "checkpoints") if resume == "latest" else Path(resume)
 
 
 def _refuse_to_overwrite(config: TrainConfig) -> None:
     if config.resume is None and newest(config.folder / "checkpoints"):
-        raise ValueError(f"name: {config.folder} has checkpoints of an earlier run; --resume latest or another --name")
+        raise ValueError(
+            f"name: got {config.name!r}, but {config.folder} has checkpoints of an earlier run; expected "
+            "--resume latest or another --name"
+        )

@@ -1,4 +1,4 @@
-"""What a training run depends on: the flags of `pacl train`, and config.yaml in its folder."""
+"""The flags of `pacl train`, and config.yaml in the folder of a run."""
 
 from __future__ import annotations
 
@@ -30,40 +30,40 @@ class TrainConfig(TrainingDataFlags):
     """Train PACL's vision embedder on a frozen CLIP and image-caption pairs. Flags are named as in open_clip."""
 
     train_data: str | None = None
-    """Shards (a path, braces and :: as in open_clip, `a-{000..015}.tar::b.tar`) or a folder of them, a .csv or .tsv
-    file, a folder of images with .txt files, an annotation .json of COCO captions, or synthetic. Local files."""
+    """Image-caption pairs in local files: shards (`a-{000..015}.tar::b.tar` as in open_clip), a folder of them,
+    a .csv or .tsv file, a folder of images with .txt files, an annotation .json of COCO captions, or synthetic."""
     features: Path | None = None
-    """What pacl features stored, in place of --train-data; its towers are those of the run."""
+    """Folder that `pacl features` wrote, in place of --train-data. The run uses the towers of these features."""
     dataset_resampled: bool = False
     """Draw shards with replacement."""
     model: str = "ViT-B-16"
     """Name of an open_clip model, or local-dir:FOLDER as save_pretrained and the demo write it."""
     pretrained: str | None = None
-    """open_clip's tag of its weights, such as openai, or a file of them. Without it a named model is random."""
+    """Weights of --model: an open_clip tag, such as openai, or a file. Without it a named model has random weights."""
     vision_model: str | None = None
-    """A timm model, such as vit_base_patch16_224.dino, in place of the open_clip model's vision tower."""
+    """Name of a timm model, such as vit_base_patch16_224.dino, that replaces the vision tower of --model."""
     vision_pretrained: bool = True
-    """Load timm's weights of it."""
+    """Load timm's weights of --vision-model."""
     force_image_size: int | None = None
-    """Pixels of a side, if not the vision tower's own."""
+    """Side of the images in pixels. Default: the vision tower's own."""
     lock_image: bool = True
-    """Keep the vision tower as it is; --no-lock-image trains all of it."""
+    """Freeze the vision tower; --no-lock-image trains all of it."""
     lock_image_unlocked_groups: int = 0
-    """Train its last blocks (stages of a convolutional one) all the same, and the norm behind them."""
+    """Number of last blocks (or convolutional stages) of a locked vision tower to train, with the norm after them."""
     lock_text: bool = True
-    """Keep the text tower as it is."""
+    """Freeze the text tower."""
     tower_lr: float | None = None
-    """Learning rate of towers that are trained, if not that of the embedder."""
+    """Learning rate of trained towers. Default: that of the embedder."""
     grad_checkpointing: bool = False
-    """Recompute the activations of towers that are trained."""
+    """Recompute the activations of trained towers in the backward pass."""
     batch_size: int = 256
     """Pairs that one process encodes at a time."""
     accum_freq: int | None = 1
-    """Such batches in a step of a process; all of them, of all processes, are contrasted with each other. None: as many
-    as make 4,096 pairs, the paper's batch."""
+    """Batches in one step of a process. All pairs of a step, of all processes, are contrasted with each other.
+    None: as many batches as make 4,096 pairs, the paper's batch."""
     epochs: int = 10
     max_steps: int | None = None
-    """Stop after that many steps, with the schedule of a run of that length."""
+    """Number of steps, instead of --epochs; the schedule has the same length."""
     lr: float = 5e-4
     wd: float = 0.2
     """Weight decay of matrices; gains, biases and scalars have none."""
@@ -74,94 +74,106 @@ class TrainConfig(TrainingDataFlags):
     """Steps of linear warm-up."""
     lr_scheduler: Literal["cosine", "const", "const-cooldown"] = "cosine"
     epochs_cooldown: int = 1
-    """Epochs at the end in which const-cooldown goes linearly to 0."""
+    """Epochs at the end in which const-cooldown lowers the learning rate linearly to 0."""
     grad_clip_norm: float | None = 1.0
     ema_decay: float | None = None
-    """Keep a running average of the weights (0.999, say): it is what is validated and written as the embedder."""
+    """Decay of a running average of the weights, such as 0.999. The run then validates and exports the average."""
     form: Literal["dot", "cosine", "max"] = DEFAULT_FORM
     loss: Literal["infonce", "sigmoid"] = "infonce"
     attn_temperature: float = DEFAULT_ATTN_TEMPERATURE
-    """Of the softmax over patches; the paper states none (1), with which the loss is almost a mean over patches."""
+    """Temperature of the softmax over patches. The paper states none; at 1 the loss is almost a mean over patches."""
     learn_attn_temperature: bool = False
     logit_scale: float = 1 / 0.07
-    """Where the learned logit scale begins."""
+    """Initial value of the logit scale."""
     learn_logit_scale: bool = True
     max_logit_scale: float = 100.0
     nouns: Literal["words", "nltk"] | None = None
-    """Train every other time on a noun of the caption in a prompt instead of the caption; nouns by the package's word
-    list, or by nltk's tagger."""
+    """Replace the caption, half of the time, by a prompt with one of its nouns.
+    The package's word list (words) or NLTK's tagger (nltk) finds the nouns."""
     recipe: Literal["paper"] | None = None
-    """paper: defaults of all flags as in the paper, a batch of 4,096 pairs included; config.yaml lists what other flags
-    change, and what the paper leaves open."""
+    """Use the paper's values as defaults of all flags, a batch of 4,096 pairs included.
+    config.yaml lists what other flags change, and what the paper leaves open."""
     precision: Literal["auto", "fp32", "amp_bf16"] = "auto"
-    """auto: amp_bf16 on a GPU, fp32 on a CPU."""
+    """Number format of the towers and the embedder. Auto means amp_bf16 on a GPU and fp32 on a CPU."""
     workers: int = 4
-    """Processes that read and decode, for each training process; no more than shards."""
+    """Processes that read and decode for each training process; at most one for each shard."""
     shuffle: int = 2000
-    """Samples of shards held for shuffling, for each worker; other forms are shuffled whole. 0: not at all."""
+    """Samples that each worker holds to shuffle shards; other sources are shuffled as a whole. 0 turns it off."""
     seed: int = 0
     device: str = "auto"
     backend: str = "auto"
-    """Of the loss; see python -m pacl_kernels."""
+    """Backend of the loss; `python -m pacl_kernels` shows which ones run."""
     torchcompile: bool = False
-    """Compile the embedder; needs a compiler where it runs."""
+    """Compile the embedder by torch.compile, which needs a compiler on the machine."""
     val_data: str | None = None
-    """Held-out pairs, named like --train-data: retrieval and loss among all of them."""
+    """Held-out pairs, given like --train-data, for retrieval and the loss among all of them."""
     val_segmentation: str | None = None
-    """Shards with a .mask.png for each image, a label per pixel and 255 for none: mIoU and share of right patches."""
+    """Shards with a .mask.png for each image (a label per pixel, 255 for none), for mIoU and patch accuracy."""
     val_classes: Path | None = None
-    """The classes of --val-segmentation, one per line from label 0, synonyms separated by commas."""
+    """File with the classes of --val-segmentation, one per line from label 0, synonyms separated by commas."""
     val_frequency: int = 1000
-    """Steps between validations; the last step has one too."""
+    """Steps between validations; the last step is always validated."""
     log_dir: Path = Path("logs")
     name: str = "pacl"
-    """The folder of the run is LOG_DIR/NAME."""
+    """Name of the run; its folder is LOG_DIR/NAME."""
     save_frequency: int = 1000
     """Steps between checkpoints."""
     keep_checkpoints: int = 2
     log_every_n_steps: int = 50
     report_to: str = "auto"
-    """tensorboard, wandb, trackio, with commas between; auto: tensorboard if it is installed; none."""
+    """Trackers of the curves, separated by commas (tensorboard, wandb, trackio), or none.
+    Auto is tensorboard if it is installed."""
     resume: str | None = None
-    """latest, or a checkpoint: go on with the same data order."""
+    """Checkpoint to continue from, or latest. The data order continues too."""
     dry_run: bool = False
     """Print the plan and stop."""
 
     def check(self) -> TrainConfig:
-        """This config; ValueError for a value that cannot be."""
+        """Return this config; raise ValueError for a value that is out of range or contradicts another."""
         for name in (*POSITIVE, *NOT_NEGATIVE):
             value = getattr(self, name)
             if value is not None and not (value > 0 or value == 0 and name in NOT_NEGATIVE):
                 least = "at least 0" if name in NOT_NEGATIVE else "above 0"
                 raise ValueError(f"{name}: got {value!r}, expected a number {least}")
         if (self.train_data is None) == (self.features is None):
-            got = "none" if self.features is None else "--features too"
-            raise ValueError(f"train_data: got {got}, expected image-caption pairs or features")
+            got = "neither" if self.features is None else "both"
+            raise ValueError(f"train_data: got {got}, expected exactly one of --train-data and --features")
         choices = {"form": FORMS, "loss": LOSSES, "nouns": (None, "words", "nltk"), "recipe": (None, "paper")}
         for name, values in choices.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, expected one of {', '.join(map(str, values))}")
         locked = self.lock_image and self.lock_text and not self.lock_image_unlocked_groups
         if self.features is not None and not locked:
-            raise ValueError("features: got some, but towers that are trained change theirs; train on --train-data")
+            raise ValueError(
+                "features: got stored features and a tower to train, expected locked towers; trained towers need "
+                "--train-data"
+            )
         for name in ("tower_lr", "grad_checkpointing"):
             if getattr(self, name) and locked:
-                raise ValueError(f"{name}: got {getattr(self, name)!r}, but every tower is locked")
+                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected a tower to train, but all are locked")
         if not 1 <= self.logit_scale <= self.max_logit_scale:
             most = self.max_logit_scale
             raise ValueError(f"logit_scale: got {self.logit_scale!r}, expected 1 to {most!r} (--max-logit-scale)")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"ema_decay: got {self.ema_decay!r}, expected a number between 0 and 1")
         if (self.val_segmentation is None) != (self.val_classes is None):
-            raise ValueError("val_segmentation: expected --val-classes with it, and neither without the other")
+            got = "--val-classes" if self.val_segmentation is None else "--val-segmentation"
+            raise ValueError(f"val_segmentation: got {got} alone, expected --val-segmentation and --val-classes")
         reporters(self.report_to)
         return self
 
     def tower_names(self) -> str:
-        """The towers and their weights, for the plan."""
+        """Return the names of the towers and of their weights, for the plan."""
         weights = self.pretrained or ("from a folder" if ":" in self.model else "RANDOM, no --pretrained")
         vision = "" if self.vision_pretrained else " (RANDOM)"
         return f"{self.model} ({weights})" + (f" with {self.vision_model}{vision}" if self.vision_model else "")
+
+    @property
+    def local_batch(self) -> int:
+        """Pairs in one step of a process. Raises ValueError while accum_freq is None; see fill_batch."""
+        if self.accum_freq is None:
+            raise ValueError("accum_freq: got None, expected a number; fill_batch gives one")
+        return self.batch_size * self.accum_freq
 
     @property
     def folder(self) -> Path:
@@ -169,7 +181,7 @@ class TrainConfig(TrainingDataFlags):
 
 
 def reporters(names: str) -> list[str]:
-    """Where curves go; ValueError for a name that is unknown or not installed."""
+    """Return the trackers that `report_to` names; raise ValueError for one that is unknown or not installed."""
     if names == "auto":
         return ["tensorboard"] if importlib.util.find_spec("tensorboard") else []
     chosen = [name.strip() for name in names.split(",") if name.strip() not in ("", "none")]
@@ -177,18 +189,18 @@ def reporters(names: str) -> list[str]:
         if name not in REPORTERS:
             raise ValueError(f"report_to: got {name!r}, expected auto, none, or some of {', '.join(REPORTERS)}")
         if importlib.util.find_spec(name) is None:
-            raise ValueError(f"report_to: {name} is not installed (pip install {name})")
+            raise ValueError(f"report_to: got {name!r}, which is not installed (pip install {name})")
     return chosen
 
 
 def dump_config(config: TrainConfig, notes: dict[str, Any]) -> str:
-    """As YAML; `--config` reads it back, all but the notes of a recipe."""
+    """Return `config` and `notes` as YAML. `--config` reads it back, except for the notes."""
     values = {name: str(x) if isinstance(x, Path) else x for name, x in dataclasses.asdict(config).items()}
     return yaml.safe_dump(values | notes, sort_keys=False, width=120)
 
 
 def read_config(path: Path) -> TrainConfig:
-    """A config that dump_config wrote; ValueError for what is no such file."""
+    """Read a config that dump_config wrote; raise ValueError for any other file."""
     try:
         values = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
@@ -198,10 +210,10 @@ def read_config(path: Path) -> TrainConfig:
     fields = {item.name for item in dataclasses.fields(TrainConfig)}
     if not isinstance(values, dict) or "train_data" not in values or not set(values) <= fields:
         unknown = sorted(set(values) - fields) if isinstance(values, dict) else values
-        raise ValueError(f"config: {path} is not the config.yaml of a run (unknown: {unknown})")
+        raise ValueError(f"config: got {path} (unknown: {unknown}), expected the config.yaml of a run")
     for item in dataclasses.fields(TrainConfig):
         if "float" in str(item.type) and isinstance(values.get(item.name), str):
-            try:  # to YAML 1e-3, without a point, is a string
+            try:  # YAML reads 1e-3, which has no point, as a string
                 values[item.name] = float(values[item.name])
             except ValueError as error:
                 raise ValueError(

@@ -1,4 +1,4 @@
-"""`pacl features`: tokens and text embeddings of frozen towers, computed once, for `pacl train --features`."""
+"""`pacl features`: compute tokens and text embeddings of frozen towers once, for `pacl train --features`."""
 
 from __future__ import annotations
 
@@ -30,33 +30,34 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 @dataclass(frozen=True, kw_only=True)
 class FeaturesConfig(TrainingDataFlags):
-    """Store patch tokens and text embeddings of frozen towers, from which `pacl train --features OUT` trains. What is
-    there is kept: the same command goes on where it was stopped."""
+    """Store patch tokens and text embeddings of frozen towers for `pacl train --features OUT`. The same command
+    continues a run that was stopped.
+    """
 
     train_data: str
-    """As for pacl train, and so the flags of data and model."""
+    """Image-caption pairs, given as for `pacl train`; so are the flags of data and model."""
     out: Path
-    """Folder of the features."""
+    """Folder to write the features to."""
     train_num_samples: int | None = None
-    """How many scenes are generated."""
+    """Number of generated scenes, if --train-data is synthetic."""
     model: str = "ViT-B-16"
     pretrained: str | None = None
     vision_model: str | None = None
     vision_pretrained: bool = True
     force_image_size: int | None = None
     nouns: Literal["words", "nltk"] | None = None
-    """Store the prompts of all nouns of the captions too, for `pacl train --nouns` and `--recipe paper`."""
+    """Also store prompts with all nouns of the captions, for `pacl train --nouns` and `--recipe paper`."""
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
-    """Of the stored tokens; on a GPU the towers run under autocast to it. Text embeddings are stored in float32."""
+    """Number format of the stored tokens; on a GPU also that of autocast. Text embeddings are stored in float32."""
     batch_size: int = 64
     shard_size: int = 1000
-    """Images in a file."""
+    """Images in one file."""
     workers: int = 4
     device: str = "auto"
     seed: int = 0
-    """Of towers without weights."""
+    """Random seed of towers without weights."""
     dry_run: bool = False
-    """Print how much would be stored and stop."""
+    """Print the size of the features and stop."""
 
     def check(self) -> FeaturesConfig:
         for name in ("batch_size", "shard_size", "max_image_pixels"):
@@ -66,38 +67,40 @@ class FeaturesConfig(TrainingDataFlags):
 
     @property
     def plan(self) -> dict[str, Any]:
-        """What must not change between two starts, as plain values."""
+        """The values that must not change when a run continues, as plain Python."""
         values = {name: str(x) if isinstance(x, Path) else x for name, x in asdict(self).items()}
         return {name: x for name, x in values.items() if name not in ("out", "dry_run", "device", "batch_size")}
 
 
 def main(argv: Sequence[str], prog: str = "pacl features") -> int:
-    """Run `pacl features` with these arguments; returns its exit status, and passes on KeyboardInterrupt."""
+    """Run `pacl features` with these arguments and return its exit status; KeyboardInterrupt passes through."""
     try:
         _write(tyro.cli(FeaturesConfig, args=argv, prog=prog).check())
     except (ValueError, OSError) as error:
         print(f"pacl: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr)
+        print("stopped; the same command continues", file=sys.stderr)
         raise
     return 0
 
 
 def _write(config: FeaturesConfig) -> None:
-    manifest = {"complete": False, "plan": config.plan, "shards": []}
+    manifest: dict[str, Any] = {"complete": False, "plan": config.plan, "shards": []}
     if (config.out / MANIFEST).exists():
         found = read_manifest(config.out)
         changed = [name for name, value in config.plan.items() if found["plan"].get(name) != value]
         if changed:
-            raise ValueError(f"out: {config.out} was begun with another {', '.join(changed)}; choose another folder")
+            raise ValueError(
+                f"out: {config.out} was begun with another {', '.join(changed)}, expected the same or another folder"
+            )
         if found["complete"]:
             print(f"finished: {config.out}, {sum(shard['count'] for shard in found['shards']):,} images")
             return
     elif config.out.exists() and any(config.out.iterdir()):
-        raise ValueError(f"out: {config.out} holds something else, expected a new folder")
+        raise ValueError(f"out: {config.out} holds other files, expected a new folder")
     encoder = Encoder(config)
-    # With all captions of an image, of which training takes one an epoch.
+    # All captions of an image are stored; training takes one of them an epoch.
     source = config.open(config.train_data, transform=encoder.towers.transform, captions="all")
     done = shard_files(config.out)
     count = max(0, source.count() - sum(shard["count"] for shard in done))
@@ -126,7 +129,7 @@ def _write(config: FeaturesConfig) -> None:
 
 
 class Encoder:
-    """Frozen towers that give what is stored."""
+    """The frozen towers, with outputs in the dtypes that are stored."""
 
     def __init__(self, config: FeaturesConfig):
         self.device = choose_device(config.device)
@@ -135,14 +138,14 @@ class Encoder:
         self.towers = load_towers(**{name: getattr(config, name) for name in TOWERS}, device=self.device)
 
     def tokens(self, images: Tensor) -> Tensor:
-        """Patch tokens [B, N, width] of images [B, 3, H, W], as they are stored."""
+        """Return patch tokens [B, N, width] of images [B, 3, H, W], in the dtype of --precision."""
         tokens = self._run(self.towers.tokens, images).to(self.dtype)
         if not tokens.isfinite().all():
-            raise ValueError(f"precision: some token is not finite in {self.dtype}, expected a wider one")
+            raise ValueError(f"precision: got tokens that are not finite in {self.dtype}, expected a wider type")
         return tokens.cpu()
 
     def texts(self, texts: list[str]) -> Tensor:
-        """Normalised embeddings [B, D], float32."""
+        """Return normalised text embeddings [B, D], float32."""
         parts = [texts[i : i + self.batch_size] for i in range(0, len(texts), self.batch_size)]
         rows = [self._run(self.towers.encode_text, self.towers.tokenize(part)).float().cpu() for part in parts]
         return torch.cat(rows) if rows else torch.empty(0, self.towers.widths[1])
@@ -155,18 +158,18 @@ class Encoder:
 
 
 def _estimate(config: FeaturesConfig, encoder: Encoder, count: int) -> str:
-    """One line on what `count` images will take; ValueError where it does not fit."""
+    """Return a line on the size of the features of `count` images; raise ValueError if they do not fit on the disk."""
     image, _ = encoder.towers.probe()
     patches, width = encoder.tokens(image).shape[1:]
     dim = encoder.towers.widths[1]
-    # A kilobyte is more than most keys, captions and offsets take.
+    # Most keys, captions and offsets take less than a kilobyte.
     size = count * (patches * width * encoder.dtype.itemsize + 4 * dim + 1024)
     folder = next(path for path in (config.out, *config.out.absolute().parents) if path.exists())
     free = shutil.disk_usage(folder).free
     if size > free:
         raise ValueError(
             f"out: {count:,} images take {size / 1e9:,.1f} GB, {(size - free) / 1e9:,.1f} GB more than {folder} has "
-            "free; pacl train without --features computes tokens as it goes"
+            "free; `pacl train` without --features computes tokens as it trains"
         )
     return (
         f"features: {count:,} images, {patches} x {width} {config.precision} and texts of {dim} fp32: "
@@ -177,9 +180,9 @@ def _estimate(config: FeaturesConfig, encoder: Encoder, count: int) -> str:
 def _shards(
     config: FeaturesConfig, encoder: Encoder, source: Samples, progress: Progress
 ) -> Iterator[tuple[Tensor, Tensor, list[dict]]]:
-    """Tokens, texts and records of each shard that is not there yet."""
+    """Yield tokens, texts and records of each shard that is still missing."""
     workers = min(config.workers, source.most_workers)
-    # A worker's samples come in its order: what is there of them is their beginning.
+    # Each worker reads its samples in a fixed order, so the stored ones are the first.
     places = [[0, 0] for _ in range(max(1, workers))]
     for record in stored_records(config.out):
         worker, number = record["place"]
@@ -190,7 +193,9 @@ def _shards(
         workers=workers,
         start={"batches": 0, "workers": workers, "places": places},
     )
-    tokens, texts, records = [], [], []
+    tokens: list[Tensor] = []
+    texts: list[Tensor] = []
+    records: list[dict] = []
     try:
         for batch in batches:
             captions = batch["captions"]
@@ -203,13 +208,15 @@ def _shards(
             while len(records) >= config.shard_size:
                 yield _take(config.shard_size, tokens, texts, records)
     except BadData as error:
-        raise ValueError(f"train_data: {source.complaint()}; pacl data check shows which") from error
+        raise ValueError(f"train_data: {source.complaint()}; `pacl data check` lists them") from error
     if records:
         yield _take(config.shard_size, tokens, texts, records)
 
 
-def _take(size: int, tokens: list, texts: list, records: list) -> tuple[Tensor, Tensor, list[dict]]:
-    """The first `size` of each, removed, with the row of texts at which each image's begin."""
+def _take(
+    size: int, tokens: list[Tensor], texts: list[Tensor], records: list[dict]
+) -> tuple[Tensor, Tensor, list[dict]]:
+    """Remove and return the first `size` of each; set each record's "text", the first row of its image's texts."""
     first = 0
     for record, each in zip(records[:size], texts, strict=False):
         record["text"], first = first, first + len(each)

@@ -1,4 +1,4 @@
-"""What a run says as it trains: console, metrics.jsonl, curves, and the stop at a loss that is not finite."""
+"""The log of a run: console, metrics.jsonl, curves, and the stop at a loss that is not finite."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterator
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor
@@ -17,13 +18,13 @@ from torch.nn import functional as F
 from ..files import write_bytes
 from .config import TrainConfig, reporters
 
-PAIRS = 1024  # of a batch that pair_statistics looks at
+PAIRS = 1024  # pairs of a batch that pair_statistics reads
 
 
 class Log:
-    """Losses as they come: checked to be finite, printed and written to the run's files, by the first process.
+    """Check that losses are finite; print them and write them to the run's files in the first process.
 
-    samples: pairs in an epoch; global_batch: pairs in a step of all `world` processes; epoch_steps: steps in an epoch.
+    samples: pairs in an epoch. global_batch: pairs in a step of all `world` processes. epoch_steps: steps in an epoch.
     """
 
     def __init__(
@@ -42,12 +43,13 @@ class Log:
         self.pending: list[tuple[int, Tensor, list[str]]] = []
         self.mean, self.seconds, self.waited = _Mean(), 0.0, 0.0
         self.steps = 0
-        self.file, self.boards = None, []
-        self.statistics: dict[str, Tensor] = {}  # what the step under way found, see pair_statistics
+        self.file: TextIO | None = None
+        self.boards: list[Any] = []
+        self.statistics: dict[str, Tensor] = {}  # pair_statistics of the current step
 
     @contextlib.contextmanager
     def opened(self, step: int) -> Iterator[None]:
-        """With the run's files open, to go on from `step`."""
+        """Keep the run's files open, to continue from `step`."""
         if self.rank == 0:
             self.config.folder.mkdir(parents=True, exist_ok=True)
             self.file = open(self.config.folder / "metrics.jsonl", "a")
@@ -69,13 +71,14 @@ class Log:
         seconds: float,
         values: Callable[[], dict[str, float]] | None,
     ) -> None:
-        """Take step `step`, counted from 1, whose batch was waited for.
+        """Record step `step`, counted from 1.
 
-        values: where the step has a line, gives what it says of the run: lr, scale, attn_temperature and skipped.
+        loss: its loss, 0-D. keys: those of its samples. waited, seconds: the time for the batch and for the step.
+        values: returns lr, scale, attn_temperature and skipped, if the step is to be logged; None: it is not.
         """
         self.pending.append((step, loss, keys))
         self.steps, self.waited, self.seconds = self.steps + 1, self.waited + waited, self.seconds + waited + seconds
-        if values is not None or self.device.type == "cpu":  # reading a loss makes the host wait for a GPU
+        if values is not None or self.device.type == "cpu":  # on a GPU, reading a loss makes the host wait
             self.check()
         if values is not None and self.rank == 0:
             self._write(step, values())
@@ -83,11 +86,11 @@ class Log:
             self.steps, self.waited, self.seconds = 0, 0.0, 0.0
 
     def watch(self, patches: Tensor, texts: Tensor, temperature: Tensor | float) -> None:
-        """Keep the statistics of a step's pairs for its line."""
+        """Keep the statistics of a step's pairs for its line in the log."""
         self.statistics = pair_statistics(patches, texts, temperature, self.config.form)
 
     def validated(self, step: int, values: dict[str, float]) -> dict[str, float | None]:
-        """Print and keep what a validation found; returns the line of results.jsonl, which has open_clip's names."""
+        """Print the results of a validation and append them to results.jsonl, by open_clip's names; return the line."""
         epoch = step // self.epoch_steps
         row = {"step": step, "epoch": epoch, **{k: v if math.isfinite(v) else None for k, v in values.items()}}
         if self.rank != 0:
@@ -99,14 +102,14 @@ class Log:
         return row
 
     def check(self) -> None:
-        """Read the losses since the last time; one that is not finite ends the run."""
+        """Read the losses since the last call; raise FloatingPointError for one that is not finite."""
         for step, loss, keys in self.pending:
             self.mean.add(loss.item())
             if not math.isfinite(self.mean.last):
                 path = self.config.folder / f"not_finite_rank{self.rank}.json"
                 write_bytes(path, json.dumps({"step": step, "loss": str(self.mean.last), "keys": keys}).encode())
                 raise FloatingPointError(
-                    f"the loss of step {step} is {self.mean.last}; the keys of its samples are in {path}, and the last "
+                    f"the loss of step {step} is {self.mean.last}; {path} has the keys of its samples, and the last "
                     "checkpoint is of an earlier step"
                 )
         self.pending.clear()
@@ -136,6 +139,7 @@ class Log:
             "train/lr": now["lr"],
             "train/skipped": now["skipped"],
         }
+        assert self.file is not None  # lines are written inside `opened`
         self.file.write(json.dumps({"step": step, **values}) + "\n")
         self.file.flush()
         self._report(step, values)
@@ -147,9 +151,11 @@ class Log:
 
 @torch.no_grad()
 def pair_statistics(patches: Tensor, texts: Tensor, temperature: float | Tensor, form: str) -> dict[str, Tensor]:
-    """Of patches [B, N, D] against their own texts [B, D], no other pair: `similarity`, the mean of the cosines s,
-    `similarity_p99`, their 99th percentile, and `attention_entropy`, that of the softmax over patches as a share of
-    log N, the mean over images (none for form "max", which has no softmax). 0-D float32; of the first 1,024 pairs."""
+    """Return statistics of patches [B, N, D] against their own texts [B, D], over the first 1,024 pairs, 0-D float32.
+
+    similarity: mean of the cosines s. similarity_p99: their 99th percentile. attention_entropy: entropy of the softmax
+    over patches as a share of log N, mean over images; absent for form "max", which has no softmax.
+    """
     patches, texts = patches[:PAIRS], texts[:PAIRS]
     norms = torch.linalg.vector_norm(patches, dim=-1, dtype=torch.float32)
     s = torch.bmm(patches, F.normalize(texts, dim=-1)[..., None])[..., 0].float() / norms.clamp_min(1e-12)
@@ -161,7 +167,7 @@ def pair_statistics(patches: Tensor, texts: Tensor, temperature: float | Tensor,
 
 
 def say(text: str, config: TrainConfig | None = None) -> None:
-    """Print a line, and append it to out.log in the folder of a run."""
+    """Print a line; with `config`, also append it to out.log in the folder of the run."""
     print(text, flush=True)
     if config is not None:
         config.folder.mkdir(parents=True, exist_ok=True)
@@ -181,17 +187,17 @@ class _Tensorboard:
             self.writer.add_scalar(name, value, step)
 
 
-def _board(name: str, config: TrainConfig, step: int):
-    """Something with `log(values, step=...)` and `finish()`."""
+def _board(name: str, config: TrainConfig, step: int) -> Any:
+    """Return a tracker: an object with `log(values, step=...)` and `finish()`."""
     if name == "tensorboard":
         return _Tensorboard(config, step)
-    module = importlib.import_module(name)  # wandb's calls, which trackio has too
+    module = importlib.import_module(name)  # trackio has wandb's interface
     values = json.loads(json.dumps(dataclasses.asdict(config), default=str))
     return module.init(project="pacl", name=config.name, config=values)
 
 
 def _peak_memory(device: torch.device) -> int:
-    """Bytes: what PyTorch has taken of a GPU, or the process of the machine's memory; 0 where nobody says."""
+    """Return the peak memory in bytes: PyTorch's on a GPU, or the process's; 0 if the system does not report it."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
@@ -203,7 +209,7 @@ def _peak_memory(device: torch.device) -> int:
 
 
 class _Mean:
-    def __init__(self):
+    def __init__(self) -> None:
         self.total, self.count, self.last = 0.0, 0, math.nan
 
     def add(self, value: float) -> None:

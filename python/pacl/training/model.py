@@ -1,4 +1,4 @@
-"""What the optimiser sees of a run."""
+"""The module that a run optimises."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from ..towers import Towers, encode_text
 if TYPE_CHECKING:
     from .config import TrainConfig
 
-SIGMOID_BIAS = -10.0  # where SigLIP's begins
+SIGMOID_BIAS = -10.0  # SigLIP's initial value
 
 
 class Trainable(nn.Module):
-    """The embedder, the logit scale, attention temperature and bias where learned, and the towers that are trained.
+    """The embedder, the logit scale, the attention temperature and bias if they are learned, and the trained towers.
 
-    Frozen towers stay outside: checkpoints, DDP and an average of the weights have no business with them.
+    Frozen towers stay outside: checkpoints, DDP and the average of the weights must not include them.
     """
 
     def __init__(self, embedder: VisionEmbedder, config: TrainConfig, towers: Towers | None = None):
         super().__init__()
         self.embedder = embedder
-        trained = [] if towers is None else towers.trained
-        self.visual = towers.visual if "visual" in trained else None
-        self.text = towers.text if "text" in trained else None
+        self.visual = towers.visual if towers is not None and "visual" in towers.trained else None
+        self.text = towers.text if towers is not None and "text" in towers.trained else None
         self.log_scale = nn.Parameter(torch.tensor(math.log(config.logit_scale)), config.learn_logit_scale)
-        self.log_temperature = self.bias = None
+        self.log_temperature: nn.Parameter | None = None
+        self.bias: nn.Parameter | None = None
         if config.learn_attn_temperature:
             self.log_temperature = nn.Parameter(torch.tensor(math.log(config.attn_temperature)))
         if config.loss == "sigmoid":
             self.bias = nn.Parameter(torch.tensor(SIGMOID_BIAS))
 
     def train(self, mode: bool = True) -> Trainable:
-        """Towers stay in eval mode, as `Towers` says."""
+        """Set the mode of all modules but the towers, which stay in eval mode (see `Towers`)."""
         super().train(mode)
         for tower in (self.visual, self.text):
             if tower is not None:
@@ -47,9 +47,10 @@ class Trainable(nn.Module):
         return self
 
     def forward(self, images: Tensor, texts: Tensor) -> tuple[Tensor, ...]:
-        """Patch embeddings, text embeddings, the logit scale, and what is learned of attention temperature and bias.
+        """Return patch embeddings, text embeddings, the logit scale, and the attention temperature and bias if learned.
 
-        images: of a tower that is trained, else its tokens; texts: token ids for one that is trained, else embeddings.
+        images: images [B, 3, H, W] if the vision tower is trained, else its tokens [B, N, width]. texts: token ids
+        [B, L] if the text tower is trained, else text embeddings [B, D].
         """
         tokens = images if self.visual is None else patch_tokens(self.visual, images)
         embedded = texts if self.text is None else encode_text(self.text, texts)
@@ -60,19 +61,20 @@ class Trainable(nn.Module):
 
     @torch.no_grad()
     def patches_of(self, images: Tensor, towers: Towers) -> Tensor:
-        """Patch embeddings [B, N, D] of images [B, 3, H, W] on any device, by these weights and the frozen ones of
-        `towers`."""
+        """Return patch embeddings [B, N, D] of images [B, 3, H, W] on any device; frozen weights are those of
+        `towers`.
+        """
         return self.embedder(self.towers_of(towers).tokens(images.to(self.log_scale.device, non_blocking=True)))
 
     @torch.no_grad()
     def texts_of(self, captions: list[str], towers: Towers) -> Tensor:
-        """Text embeddings [B, D] of captions, by these weights and the frozen ones of `towers`."""
+        """Return text embeddings [B, D] of captions; frozen weights are those of `towers`."""
         return self.towers_of(towers).encode_text(towers.tokenize(captions).to(self.log_scale.device))
 
     def towers_of(self, towers: Towers) -> Towers:
-        """`towers`, those that are trained replaced by the ones of this module."""
+        """Return `towers` with the trained ones replaced by those of this module."""
         return dataclasses.replace(towers, **{name: getattr(self, name) for name in towers.trained})
 
     def tower_parameters(self) -> list[nn.Parameter]:
-        """Those of the towers, which may have a learning rate of their own."""
+        """Return the parameters of the trained towers, which may have a learning rate of their own."""
         return [x for module in (self.visual, self.text) if module is not None for x in module.parameters()]

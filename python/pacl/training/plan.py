@@ -1,4 +1,4 @@
-"""What a run is about to do, and what it will need: the lines that `pacl train` begins with."""
+"""The plan that `pacl train` prints first: what a run will do, and how much memory it needs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .run import Run
 
 
 def plan(run: Run) -> str:
-    """A few lines for the console."""
+    """Return the plan as lines for the console."""
     config = run.config
     trained = sum(x.numel() for x in run.model.parameters() if x.requires_grad)
     frozen = sum(x.numel() for x in _parameters(run) if not x.requires_grad)
@@ -24,10 +24,10 @@ def plan(run: Run) -> str:
         f"{config.accum_freq} x {config.batch_size}), {run.epoch_steps:,} an epoch",
         f"device: {run.device}, {'bfloat16 autocast' if run.amp else 'float32'}",
         f"memory: {_mib(sum(need.values()))} a process ({', '.join(f'{k} {_mib(x)}' for k, x in need.items())}), "
-        "beside PyTorch itself and what the towers need as they run",
+        "plus PyTorch itself and the activations of the towers",
     ]
     if run.world > 1:
-        lines.append(f"network: {_mib(sent_bytes(run))} sent by a process in a step")
+        lines.append(f"network: each process sends {_mib(sent_bytes(run))} in a step")
     lines.append(f"folder: {config.folder}")
     deviations = recipe_notes(config, run.global_batch).get("deviations")
     if deviations is not None:
@@ -37,31 +37,32 @@ def plan(run: Run) -> str:
 
 
 def memory(run: Run) -> dict[str, int]:
-    """Bytes of one process by what needs them; of what is there at the same time, in the worst moment of a step."""
+    """Return the bytes that one process needs at the peak of a step, by use."""
     config, sizes = run.config, run.model.embedder.config
     item = 2 if run.amp else 4
     weights = sum(x.numel() * x.element_size() for x in _parameters(run))
     trained = sum(x.numel() * x.element_size() for x in run.model.parameters() if x.requires_grad)
     image = run.towers.transform(Image.new("RGB", (8, 8)))
     patches = run.model.patches_of(image[None], run.towers).shape[1]
-    local = config.batch_size * config.accum_freq
+    local = config.local_batch
     width, hidden, out = (sizes[f"{name}_dim"] for name in ("in", "hidden", "out"))
     return {
         "weights": weights,
-        # Gradients, Adam's two averages, and that of the weights.
+        # Gradients, Adam's two averages, and the average of the weights.
         "optimiser": trained * (3 + (config.ema_decay is not None)),
         "images": local * image.numel() * 4,
         "tokens": (local * width + config.batch_size * (2 * hidden + 3 * out)) * patches * item,
-        # Patch embeddings and their gradient; with micro-batches their parts too.
-        "embeddings": (3 if config.accum_freq > 1 else 2) * local * patches * out * item,
+        # Patch embeddings and their gradient; with micro-batches also the parts of the embeddings.
+        "embeddings": (3 if local > config.batch_size else 2) * local * patches * out * item,
         "loss": gathered_bytes(run.world, local, out, item),
     }
 
 
 def sent_bytes(run: Run) -> int:
-    """What a process sends in a step: gradients of the parameters, texts, and their float32 gradients (see
-    docs/distributed.md); ring algorithms, headers and sums left out."""
-    local, out = run.config.batch_size * run.config.accum_freq, run.model.embedder.config["out_dim"]
+    """Return the bytes that a process sends in a step: gradients of the parameters, texts, and their float32 gradients
+    (see docs/distributed.md). Assumes ring algorithms; leaves out headers and sums.
+    """
+    local, out = run.config.local_batch, run.model.embedder.config["out_dim"]
     item, others = 2 if run.amp else 4, run.world - 1
     trained = sum(x.numel() * x.element_size() for x in run.model.parameters() if x.requires_grad)
     texts, gradients = local * out * item, local * out * 4
@@ -73,7 +74,7 @@ def sent_bytes(run: Run) -> int:
 
 
 def _parameters(run: Run) -> set[nn.Parameter]:
-    """Of towers and model, which share those that are trained."""
+    """Return the parameters of the towers and the model, which share those that are trained."""
     return {x for module in (run.towers.visual, run.towers.text, run.model) for x in module.parameters()}
 
 

@@ -1,4 +1,4 @@
-"""The paper's training recipe: defaults for the flags of `pacl train`, and what a run does otherwise."""
+"""The paper's training recipe: defaults for the flags of `pacl train`, and how a run deviates from them."""
 
 from __future__ import annotations
 
@@ -39,33 +39,33 @@ PAPER: dict[str, Any] = {
 }
 ALSO_THE_PAPERS = {"model": ("ViT-L-14",), "nouns": ("nltk",)}
 LEFT_OPEN = {
-    "data": "the paper trains on GCC-3M, GCC-12M and YFCC-15M, about 30 million pairs; here on those of the run",
-    "attn_temperature": "none is stated: 1, a plain softmax over patches",
-    "form": "dot or cosine of the pooled patch and the text: what is written about the paper has both",
-    "logit_scale": "not stated, and not learned according to SPARC (2024), who re-implemented it: 100, CLIP's own",
-    "tokens": "after ln_post and before proj, which gives the paper's 1.1 M parameters; neither is stated",
-    "weight_decay": "which parameters decay is not stated: matrices, not biases",
-    "grad_clip_norm": "not mentioned: none",
-    "warmup": "not mentioned: none",
-    "nouns": "how they are found is not stated; equal texts of two images of a batch are negatives of each other",
-    "image_transform": "size and augmentation are not stated: the tower's own size, resized and cropped at the centre",
+    "data": "the paper trains on GCC-3M, GCC-12M and YFCC-15M, about 30 million pairs; this run on its own pairs",
+    "attn_temperature": "the paper states none; 1 is used, a plain softmax over patches",
+    "form": "dot or cosine of the pooled patch and the text; texts about the paper have both",
+    "logit_scale": "not stated; SPARC (2024), a re-implementation, does not learn it; 100 is used, CLIP's own",
+    "tokens": "not stated; taken after ln_post and before proj, which gives the paper's 1.1 M parameters",
+    "weight_decay": "the paper does not state which parameters decay; matrices do, biases do not",
+    "grad_clip_norm": "not mentioned; none is used",
+    "warmup": "not mentioned; none is used",
+    "nouns": "how nouns are found is not stated; equal texts of two images in a batch are negatives of each other",
+    "image_transform": "size and augmentation are not stated; the tower's own size, resized and cropped at the centre",
 }
 
 
 def recipe_config() -> TrainConfig:
-    """The defaults under `--recipe paper`; accum_freq is left to fill_batch."""
+    """Return the defaults under `--recipe paper`; fill_batch sets accum_freq."""
     return TrainConfig(**PAPER, recipe="paper", accum_freq=None)
 
 
 def defaults(recipe: str | None) -> TrainConfig:
-    """Of the flags, with `--recipe` or without."""
+    """Return the defaults of the flags, with `--recipe` or without."""
     return TrainConfig() if recipe is None else recipe_config()
 
 
 def fill_batch(config: TrainConfig, world: int) -> TrainConfig:
-    """`config`, its accum_freq of None made the number that gives all `world` processes together 4,096 pairs.
+    """Return `config` with an accum_freq of None replaced by the number that gives all `world` processes 4,096 pairs.
 
-    Raises ValueError where that is no whole number.
+    Raises ValueError if that is not a whole number.
     """
     if config.accum_freq is not None:
         return config
@@ -79,7 +79,7 @@ def fill_batch(config: TrainConfig, world: int) -> TrainConfig:
 
 
 def command(config: TrainConfig) -> str:
-    """The command that gives this config: every flag that is not at its default, which is its recipe's."""
+    """Return the command that gives this config: every flag that differs from the default of its recipe."""
     words, default = ["pacl", "train"], dataclasses.replace(defaults(config.recipe), recipe=None)
     for item in dataclasses.fields(config):
         value, flag = getattr(config, item.name), item.name.replace("_", "-")
@@ -91,7 +91,7 @@ def command(config: TrainConfig) -> str:
 
 
 def recipe_notes(config: TrainConfig, global_batch: int) -> dict[str, Any]:
-    """For config.yaml: what the run does otherwise than its recipe, and what the paper leaves open; {} without one."""
+    """Return notes for config.yaml: deviations from the recipe, and what the paper leaves open; {} without a recipe."""
     if config.recipe is None:
         return {}
     deviations = {

@@ -1,4 +1,4 @@
-"""A run of `pacl train`: the vision embedder on its towers, in one process or under torchrun."""
+"""A run of `pacl train`, in one process or under torchrun."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import contextlib
 import json
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -16,7 +17,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from ..data.features import Features
-from ..data.samples import BadData, loader
+from ..data.samples import BadData, Samples, loader
 from ..data.texts import choose_text, noun_finder
 from ..embedder import CONFIG, VisionEmbedder, save_embedder
 from ..files import write_bytes
@@ -39,7 +40,7 @@ TOWERS = (
 
 
 class Run:
-    """One training run: its models, its data, and how far it got."""
+    """One training run: its models, its data, and its progress."""
 
     def __init__(self, config: TrainConfig):
         self.config = config
@@ -47,23 +48,30 @@ class Run:
         self.group = process_group(self.device)
         self.rank, self.world = (self.group.rank(), self.group.size()) if self.group else (0, 1)
         self.amp = config.precision == "amp_bf16" or (config.precision == "auto" and self.device.type == "cuda")
-        self.step, self.stopped_by, self.described = 0, None, None
+        self.step = 0
+        self.stopped_by: int | None = None  # number of a signal
+        self.described: dict[str, Any] | None = None
         self.nouns = noun_finder(config.nouns) if config.nouns else None
-        torch.manual_seed(config.seed)  # towers without weights are the same in every process, and on resuming
+        torch.manual_seed(config.seed)  # so that towers without weights are equal in every process and on resuming
         self.towers = load_towers(**{name: getattr(config, name) for name in TOWERS}, device=self.device)
         order = {"shuffle": config.shuffle, "seed": config.seed, "repeat": True, "rank": self.rank, "world": self.world}
+        self.data: Samples
         if config.features is not None:
-            self.data = Features(config.features, nouns=config.nouns, **order)
-            self.data.check(self.towers)
+            self.data = features = Features(config.features, nouns=config.nouns, **order)
+            features.check(self.towers)
         else:
+            assert config.train_data is not None  # TrainConfig.check
             reading = {"transform": self.towers.transform, "resampled": config.dataset_resampled}
             self.data = config.open(config.train_data, **order, **reading)
-        self.data_state = None
+        self.data_state: dict[str, Any] | None = None
         self.samples = config.train_num_samples or self._count()
-        self.global_batch = config.batch_size * config.accum_freq * self.world
+        self.global_batch = config.local_batch * self.world
         self.epoch_steps = self.samples // self.global_batch
         if self.epoch_steps == 0:
-            raise ValueError(f"batch_size: a step takes {self.global_batch} pairs, expected at most {self.samples}")
+            raise ValueError(
+                f"batch_size: got {self.global_batch} pairs in a step of all processes, expected at most the "
+                f"{self.samples} of an epoch"
+            )
         self.steps = config.max_steps or config.epochs * self.epoch_steps
         torch.manual_seed(config.seed)
         self.model = Trainable(VisionEmbedder(*self.towers.widths), config, self.towers).to(self.device)
@@ -80,7 +88,7 @@ class Run:
             amp=self.amp,
         )
         self.validation = Validation(config, self.towers, self.device, self.group, self.amp)
-        self.validated = {}
+        self.validated: dict[str, float | None] = {}
         self.log = Log(
             config,
             self.device,
@@ -92,24 +100,24 @@ class Run:
         )
 
     def _count(self) -> int:
-        """Counted by the first process, for all."""
-        counts = [self.data.count() if self.rank == 0 else None]
+        """Count the pairs in the first process, for all."""
+        counts = [self.data.count() if self.rank == 0 else 0]
         if self.group:
             dist.broadcast_object_list(counts, src=0, group=self.group)
         return counts[0]
 
     def say(self, text: str) -> None:
-        """A line for the console and out.log, of the first process."""
+        """Print a line and append it to out.log, in the first process."""
         if self.rank == 0:
             say(text, None if self.config.dry_run else self.config)
 
     @property
     def result(self) -> Trainable:
-        """The weights that are validated and kept: their average where there is one."""
-        return self.model if self.trainer.average is None else self.trainer.average.module
+        """The weights that are validated and exported: their average, if the run keeps one."""
+        return self.model if self.trainer.average is None else cast(Trainable, self.trainer.average.module)
 
     def _values(self) -> dict[str, float]:
-        """What a line of the log says of the run as it is."""
+        """Return the current values of the run for a line of the log."""
         return {
             "lr": self.trainer.lr,
             "scale": self.model.log_scale.exp().item(),
@@ -124,9 +132,9 @@ class Run:
     # Training
 
     def train(self) -> None:
-        """From the current step to the last, with checkpoints; on a signal the step under way is finished and saved."""
+        """Train from the current step to the last, with checkpoints; on a signal, finish the current step and save."""
         if self.step >= self.steps:
-            if self._exported() < self.step:  # killed between its last checkpoint and the embedder
+            if self._exported() < self.step:  # the run was killed between its last checkpoint and its export
                 self.export()
             return
         with self._signals(), self.log.opened(self.step):
@@ -147,21 +155,20 @@ class Run:
                     return
 
     def due(self, every: int, ahead: int = 0) -> bool:
-        """Whether what is done every so many steps, and at the last one, is done at this one, or `ahead` from it."""
+        """Return True if the step `ahead` of the current one is the last, or a multiple of `every`."""
         step = self.step + ahead
         return step % every == 0 or step == self.steps
 
     def _batches(self) -> Iterator[tuple[dict[str, Any], float]]:
-        """Batches of a step of this process, and the seconds that each was waited for."""
-        size, parts = self.config.batch_size, self.config.accum_freq
-        options = {"workers": self.config.workers, "drop_last": True, "start": self.data_state}
-        batches = loader(self.data, size * parts, **options)
+        """Yield this process's batch for each step, with the seconds that the process waited for it."""
+        size, workers = self.config.local_batch, self.config.workers
+        batches = loader(self.data, size, workers=workers, drop_last=True, start=self.data_state)
         iterator = iter(batches)
         while True:
             begin = time.perf_counter()
             try:
                 batch = next(iterator)
-            except BadData as error:  # a worker's message holds its traceback
+            except BadData as error:  # replaced, because a worker's message holds its traceback
                 if self.group is None and self.step:
                     self.save()
                 raise _bad_data([self.data.complaint()]) from error
@@ -170,15 +177,15 @@ class Run:
 
     def _step(self, batch: dict[str, Any]) -> Tensor:
         texts = self._texts(batch)
-        if self.config.features is None:
-            pairs = self._frozen(batch["image"], self.towers.tokenize(texts))
-        else:
+        if isinstance(self.data, Features):
             pairs = {"images": batch["tokens"], "texts": self.data.embeddings(batch, texts)}
+        else:
+            pairs = self._frozen(batch["image"], self.towers.tokenize(texts))
         watched = self.rank == 0 and self.due(self.config.log_every_n_steps, ahead=1)
         return self.trainer.step(self.step, pairs, self.log.watch if watched else None)
 
     def _texts(self, batch: dict[str, Any]) -> list[str]:
-        """Captions, or what choose_text makes of them; the same after a resume and for any number of workers."""
+        """Return the captions, or the choice of choose_text, which depends on neither resuming nor workers."""
         if self.nouns is None:
             return batch["caption"]
         when = {"seed": self.config.seed, "epoch": self.step // self.epoch_steps}
@@ -187,9 +194,9 @@ class Run:
 
     @torch.no_grad()
     def _frozen(self, images: Tensor, texts: Tensor) -> dict[str, Tensor]:
-        """The step's pairs after the frozen towers: cached_step encodes everything twice, and they need not be."""
+        """Run the frozen towers on the step's pairs. Done outside cached_step, which encodes its inputs twice."""
 
-        def run(tower, x: Tensor) -> Tensor:
+        def run(tower: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
             parts = x.split(self.config.batch_size)
             return torch.cat([tower(part.to(self.device, non_blocking=True)) for part in parts])
 
@@ -201,11 +208,11 @@ class Run:
         return {"images": images, "texts": texts}
 
     @contextlib.contextmanager
-    def _signals(self):
-        """SIGTERM and Ctrl-C are remembered, and answered after the step."""
+    def _signals(self) -> Iterator[None]:
+        """Remember SIGTERM and Ctrl-C until the current step ends."""
 
-        def remember(number, frame):
-            if self.stopped_by is not None:  # a second one is meant
+        def remember(number: int, frame: FrameType | None) -> None:
+            if self.stopped_by is not None:  # a second signal stops at once
                 raise KeyboardInterrupt
             self.stopped_by = number
 
@@ -217,7 +224,10 @@ class Run:
                 signal.signal(number, handler)
 
     def _anyone_stopped(self) -> bool:
-        """All processes stop at the same step: they ask each other at every step on a CPU, when they log on a GPU."""
+        """Return True if any process has a signal, so that all stop at the same step.
+
+        Processes exchange signals at every step on a CPU, and at every logged step on a GPU.
+        """
         due = self.device.type == "cpu" or self.due(self.config.log_every_n_steps)
         if self.group is None or not due:
             return self.group is None and self.stopped_by is not None
@@ -225,17 +235,17 @@ class Run:
         dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.group)
         if int(flag) == BAD_DATA:
             self.save()
-            complaints = [None] * self.world
+            complaints = [""] * self.world
             dist.all_gather_object(complaints, self.data.complaint() if self.data.too_many else "", group=self.group)
             raise _bad_data(complaints) if self.rank == 0 else SystemExit(1)
         self.stopped_by = int(flag) or None
         return self.stopped_by is not None
 
-    # What stays
+    # Files
 
     def save(self) -> None:
-        """The checkpoint, and the embedder alone as safetensors; by the first process, called by all."""
-        data = [self.data_state]
+        """Write a checkpoint and export the embedder. All processes call it; the first one writes."""
+        data: list[Any] = [self.data_state]
         if self.group:
             data = [None] * self.world
             dist.all_gather_object(data, self.data_state, group=self.group)
@@ -255,8 +265,10 @@ class Run:
         self.export()
 
     def export(self) -> None:
-        """The embedder's folder, as load_pacl reads it: embedder, model card, and towers that were trained, with what
-        the last validation found; by the first process."""
+        """Write the folder that load_pacl reads: embedder, model card with the last validation, and trained towers.
+
+        Only the first process writes.
+        """
         if self.rank != 0:
             return
         folder, config, model = self.config.folder / "embedder", self.config, self.result
@@ -264,24 +276,31 @@ class Run:
         for name in trained:
             state = {key: x.contiguous() for key, x in _on_cpu(getattr(towers, name)).items()}
             write_bytes(folder / f"{name}.safetensors", save(state))
-        notes = {"loss": config.loss, "steps": self.step}
+        notes: dict[str, Any] = {"loss": config.loss, "steps": self.step}
         notes |= {"global_batch": self.global_batch, "logit_scale": model.log_scale.exp().item()}
         notes |= {"pairs_seen": self.step * self.global_batch, "command": command(config)}
         notes |= {} if config.ema_decay is None else {"ema_decay": config.ema_decay}
         notes |= {"metrics": self.validated} if self.validated else {}
         if trained or self.described is None:
             self.described = describe_towers(towers, folder, trained)
-        phi = {"form": config.form, "attn_temperature": self._temperature(model)}
-        save_embedder(model.embedder, folder, self.described, **phi, **notes)
+        save_embedder(
+            model.embedder,
+            folder,
+            self.described,
+            form=config.form,
+            attn_temperature=self._temperature(model),
+            **notes,
+        )
 
     def _exported(self) -> int:
-        """The step of the embedder in the run's folder; -1 without one. Its config.json is written last."""
+        """Return the step of the exported embedder, -1 without one; read from config.json, which is written last."""
         try:
             return int(json.loads((self.config.folder / "embedder" / CONFIG).read_bytes())["training"]["steps"])
         except (OSError, ValueError, KeyError, TypeError):
             return -1
 
     def restore(self, path: Path) -> None:
+        """Load a checkpoint. Raises ValueError for one of another run, model, or number of processes."""
         state = load_checkpoint(path)
         for name, mine in (("global_batch", self.global_batch), ("world", self.world)):
             if state.get(name) != mine:
@@ -291,26 +310,27 @@ class Run:
         latest = newest(self.config.folder / "checkpoints")
         if latest is not None and step_of(latest) > state["step"]:
             raise ValueError(
-                f"resume: {path} is of step {state['step']}, but {latest} is there, which latest would mean; delete "
-                "what is later, or give the run another --name"
+                f"resume: {path} is of step {state['step']}, but --resume latest would take {latest}; delete the later "
+                "checkpoints, or give the run another --name"
             )
-        mine = {name: x.shape for name, x in self.model.state_dict().items()}
-        theirs = {name: x.shape for name, x in state["state_dict"].items()}
-        if mine != theirs:
-            unlike = sorted(name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name))
+        own = {name: x.shape for name, x in self.model.state_dict().items()}
+        saved = {name: x.shape for name, x in state["state_dict"].items()}
+        if own != saved:
+            unlike = sorted(name for name in own.keys() | saved.keys() if own.get(name) != saved.get(name))
             raise ValueError(
-                f"resume: {path} is of a run with other parameters ({', '.join(unlike)[:200]}), expected one with the "
-                "same model, loss and what is learned"
+                f"resume: {path} is of a run with other parameters ({', '.join(unlike)[:200]}), expected the same "
+                "model, loss and learned parameters"
             )
         if (state.get("ema") is None) != (self.trainer.average is None):
-            raise ValueError(f"resume: {path} is of a run {'without' if self.trainer.average else 'with'} --ema-decay")
+            got, expected = ("without", "with") if self.trainer.average else ("with", "without")
+            raise ValueError(f"resume: {path} is of a run {got} --ema-decay, expected one {expected} it")
         if self.trainer.average is not None:
             self.trainer.average.load_state_dict(state["ema"])
         self.model.load_state_dict(state["state_dict"])
-        mine = [{k: x for k, x in group.items() if k != "params"} for group in self.trainer.optimiser.param_groups]
+        flags = [{k: x for k, x in group.items() if k != "params"} for group in self.trainer.optimiser.param_groups]
         self.trainer.optimiser.load_state_dict(state["optimizer"])
-        for group, values in zip(self.trainer.optimiser.param_groups, mine, strict=True):
-            group.update(values)  # rates and decay are this run's flags
+        for group, values in zip(self.trainer.optimiser.param_groups, flags, strict=True):
+            group.update(values)  # learning rates and weight decay come from this run's flags
         self.step, self.data_state = state["step"], state["data"][self.rank]
 
 
@@ -319,4 +339,4 @@ def _on_cpu(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _bad_data(complaints: list[str]) -> ValueError:
-    return ValueError(f"train_data: {'; '.join(filter(None, complaints))}; pacl data check shows which")
+    return ValueError(f"train_data: {'; '.join(filter(None, complaints))}; `pacl data check` lists them")

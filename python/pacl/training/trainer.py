@@ -1,10 +1,10 @@
-"""The loop of every training: embed a batch of pairs, contrast all of them, update the weights."""
+"""The training loop: embed a batch of pairs, contrast all of them, update the weights."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -21,13 +21,15 @@ class Trainer:
     """Training steps of `model` by the flags of `pacl train`.
 
     model: a Trainable, or another module whose `forward(images, texts)` returns patches [B, N, D], texts [B, D], the
-        logit scale, and the attention temperature and bias where they are learned; `log_scale` is its parameter.
-    steps: of the whole training, and cooldown: those at its end that const-cooldown takes, for the learning rate.
-    tower_parameters: those of `model` that have the learning rate config.tower_lr.
-    group: processes whose batches are one; None for this one alone. amp: run under bfloat16 autocast.
-    loss: takes what `model` returns; default: fused_pacl_loss by `config`.
+        logit scale, and the attention temperature and bias if they are learned. Its parameter `log_scale` is the
+        logarithm of the logit scale.
+    steps: steps of the whole training. cooldown: steps at its end in which const-cooldown lowers the learning rate.
+    tower_parameters: parameters of `model` with the learning rate config.tower_lr.
+    group: processes that share one batch; None for this one alone. amp: run under bfloat16 autocast.
+    loss: function of the outputs of `model`; default: fused_pacl_loss by `config`.
 
-    `average` is the running average of the weights, where config.ema_decay asks for one; `lr` the last learning rate.
+    Attributes: `average`, the running average of the weights, None without config.ema_decay; `lr`, the last learning
+    rate.
     """
 
     def __init__(
@@ -65,12 +67,12 @@ class Trainer:
         )
 
     def run(self, batches: Iterable[dict[str, Tensor]], after: Callable[[Tensor], Any] = lambda loss: None) -> None:
-        """All steps, on one batch each; `after` is called with the loss of each."""
+        """Run all steps, one batch each, and call `after` with each loss."""
         for number, pairs in zip(range(self.steps), batches, strict=False):
             after(self.step(number, pairs))
 
     def step(self, number: int, pairs: dict[str, Tensor], watch: Callable[..., Any] | None = None) -> Tensor:
-        """Step `number`, counted from 0, on {"images": ..., "texts": ...}, which `model` takes; returns the loss.
+        """Run step `number`, counted from 0, on `model`'s inputs {"images": ..., "texts": ...}; return the loss, 0-D.
 
         watch: called with the patches, texts and attention temperature of the batch.
         """
@@ -93,7 +95,7 @@ class Trainer:
             nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip_norm)
         self.optimiser.step()
         with torch.no_grad():
-            self.model.log_scale.clamp_(0, math.log(config.max_logit_scale))
+            cast(Tensor, self.model.log_scale).clamp_(0, math.log(config.max_logit_scale))
         if self.average is not None:
             self.average.update_parameters(self.model)
         return value
@@ -105,7 +107,7 @@ class Trainer:
         return self.wrapped(images, texts)
 
     def _temperature(self, scale: Tensor, *learned: Tensor) -> Tensor | float:
-        # A temperature that is not learned is a number, by which the loss chooses its kernel.
+        # A temperature that is not learned is a number, because the loss chooses its kernel by it.
         return learned[0] if self.config.learn_attn_temperature else self.config.attn_temperature
 
     def _contrast(self, patches: Tensor, texts: Tensor, scale: Tensor, *learned: Tensor) -> Tensor:

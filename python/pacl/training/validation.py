@@ -1,9 +1,9 @@
-"""What a run measures on data that it does not train on: retrieval among held-out pairs, and segmentation."""
+"""Measures of a run on held-out data: retrieval among pairs, and segmentation."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -21,14 +21,14 @@ from ..towers import Towers
 from .config import TrainConfig
 from .model import Trainable
 
-SEGMENTED = 32  # images at a time
+SEGMENTED = 32  # images that are segmented at a time
 
 
 class Validation:
-    """The held-out data of a run. Every process reads its share, and all of them know the result.
+    """The held-out data of a run. Every process reads its share and gets the result of all.
 
-    towers: those of the run, on `device`. group: the processes of the run; None for one alone. amp: under bfloat16
-    autocast, as in training.
+    towers: those of the run, on `device`. group: the processes of the run; None for one alone. amp: use bfloat16
+    autocast, as training does.
     """
 
     def __init__(
@@ -41,12 +41,13 @@ class Validation:
     ):
         self.config, self.towers, self.device, self.group, self.amp = config, towers, device, group, amp
         self.rank, self.world = place_in(group)
-        self.captions: list[str] | None = None  # of all processes, from the first validation on
+        self.captions: list[str] = []  # of all processes; read by the first validation
         self.texts: Tensor | None = None
-        self.pairs = self.labelled = None
+        self.pairs: Samples | None = None
+        self.labelled: Samples | None = None
         if config.val_data:
             self.pairs = self._open(config.val_data, towers.transform)
-        if config.val_segmentation:
+        if config.val_segmentation and config.val_classes:
             self.labelled = self._open(config.val_segmentation, _Squashed(towers.transform), masks=True)
             self.classes = read_classes(config.val_classes, "val_classes")
 
@@ -55,18 +56,18 @@ class Validation:
 
     @torch.no_grad()
     def __call__(self, model: Trainable) -> dict[str, float]:
-        """Measures of `model` as fractions, and the loss. Training keeps the random numbers that it would have had."""
-        values = {}
+        """Return measures of `model` as fractions, and the loss. The random numbers of the training do not change."""
+        values: dict[str, float] = {}
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices), torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
             if self.pairs is not None:
-                values |= self._retrieval(model)
+                values |= self._retrieval(model, self.pairs)
             if self.labelled is not None:
-                values |= self._segmentation(model)
+                values |= self._segmentation(model, self.labelled)
         return values
 
-    def _open(self, data: str, transform, masks: bool = False) -> Samples:
-        # --dataset-type is that of pairs; its csv, say, has no masks.
+    def _open(self, data: str, transform: Callable[[Image.Image], Tensor], masks: bool = False) -> Samples:
+        # --dataset-type is the type of the pairs; a csv, for example, has no masks.
         kind = {"kind": "auto"} if masks else {}
         return self.config.open(data, transform=transform, masks=masks, rank=self.rank, world=self.world, **kind)
 
@@ -74,18 +75,18 @@ class Validation:
         workers = min(self.config.workers, data.most_workers)
         try:
             yield from loader(data, batch_size, workers=workers)
-        except BadData as error:  # a worker's, with its traceback
+        except BadData as error:  # replaced, because a worker's message holds its traceback
             name = "val_segmentation" if data is self.labelled else "val_data"
             raise ValueError(f"{name}: {data.complaint()}") from error
 
     # Retrieval
 
-    def _retrieval(self, model: Trainable) -> dict[str, float]:
-        """Every image is encoded once and scored against all texts, one block in memory at a time."""
+    def _retrieval(self, model: Trainable, pairs: Samples) -> dict[str, float]:
+        """Encode every image once and score it against all texts, with one block in memory at a time."""
         config = self.config
-        if self.captions is None:
-            self._read_captions()
-        if self.texts is None or model.text is not None:  # those of a frozen tower stay
+        if not self.captions:
+            self._read_captions(pairs)
+        if self.texts is None or model.text is not None:  # the embeddings of a frozen tower stay the same
             blocks = range(0, len(self.captions), config.batch_size)
             parts = [self.captions[i : i + config.batch_size] for i in blocks]
             self.texts = torch.cat([model.texts_of(part, self.towers) for part in parts])
@@ -93,7 +94,7 @@ class Validation:
         bias = None if model.bias is None else model.bias.item()
         result = Retrieval(self.captions, scale, bias, self.device)
         at = self.first
-        for batch in self._read(self.pairs, config.batch_size):
+        for batch in self._read(pairs, config.batch_size):
             patches = model.patches_of(batch["image"], self.towers)
             temperature = config.attn_temperature if model.log_temperature is None else model.log_temperature.exp()
             phi = compatibility(
@@ -104,19 +105,19 @@ class Validation:
                 backend=config.backend,
             )
             if batch["caption"] != self.captions[at : at + len(phi)]:
-                raise ValueError("val_data: its samples changed in the course of the run")
+                raise ValueError("val_data: got other samples than at the first validation, expected the same ones")
             result.update(phi, at)
             at += len(phi)
         return result.values(self.group)
 
-    def _read_captions(self) -> None:
-        """A pass over the data without its pixels, because an image is to meet the texts that come after it.
+    def _read_captions(self, pairs: Samples) -> None:
+        """Read all captions, without pixels, because an image is scored against the texts that come after it, too.
 
-        In the same batches: by their size several workers give another order.
+        The batches are those of the images: with several workers their size decides the order.
         """
-        pairs = self.pairs.with_options(transform=no_image)
-        mine = [caption for batch in self._read(pairs, self.config.batch_size) for caption in batch["caption"]]
-        shares = [mine]
+        texts = pairs.with_options(transform=no_image)
+        mine = [caption for batch in self._read(texts, self.config.batch_size) for caption in batch["caption"]]
+        shares: list[Any] = [mine]
         if self.group is not None:
             shares = [None] * self.world
             dist.all_gather_object(shares, mine, group=self.group)
@@ -125,11 +126,11 @@ class Validation:
 
     # Segmentation
 
-    def _segmentation(self, model: Trainable) -> dict[str, float]:
+    def _segmentation(self, model: Trainable, labelled: Samples) -> dict[str, float]:
         words, synonyms = sum(self.classes, []), [len(each) for each in self.classes]
         texts = model.texts_of(words, self.towers).float()
         counts = ScoreCounts(len(self.classes))
-        samples = iter(self._read(self.labelled, 1))  # masks have the sizes of their images
+        samples = iter(self._read(labelled, 1))  # one by one, because masks differ in size
         while part := list(itertools.islice(samples, SEGMENTED)):
             images = torch.cat([sample["image"] for sample in part])
             embedded = model.patches_of(images, self.towers).float()
@@ -140,8 +141,8 @@ class Validation:
                 wrong = mask[(mask >= len(self.classes)) & (mask != IGNORE)]
                 if len(wrong):
                     raise ValueError(
-                        f"val_segmentation: {sample['key'][0]} has label {int(wrong[0])}, expected {IGNORE} or, as "
-                        f"--val-classes has {len(self.classes)} lines, 0 to {len(self.classes) - 1}"
+                        f"val_segmentation: {sample['key'][0]} has label {int(wrong[0])}, expected {IGNORE} or 0 to "
+                        f"{len(self.classes) - 1}, for the {len(self.classes)} lines of --val-classes"
                     )
                 counts.update(mask, score)
         for matrix in (counts.pixels, counts.patches):
@@ -150,9 +151,9 @@ class Validation:
 
 
 class _Squashed:
-    """`transform` of an image squeezed to the tower's size first: a crop would leave nothing to say of the rest."""
+    """Squeeze an image to the tower's size before `transform`, whose crop would leave the rest without a label."""
 
-    def __init__(self, transform):
+    def __init__(self, transform: Callable[[Image.Image], Tensor]):
         self.transform = transform
         height, width = transform(Image.new("RGB", (8, 8))).shape[-2:]
         self.size = width, height
