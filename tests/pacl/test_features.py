@@ -258,7 +258,7 @@ def damage(folder: Path, kind: str) -> None:
         ("missing", {}, "features-00001.safetensors is missing or not of"),
         ("outside", {}, "names '../features-00000.safetensors', expected"),
         ("no manifest", {}, "has no manifest.json that pacl features wrote"),
-        ("", {"model": "local-dir:other"}, "towers: not those"),
+        ("", {"model": "local-dir:other"}, "towers: expected those that the embedder was trained on, but"),
         ("", {"nouns": "words"}, "nouns: got 'words', but"),
         ("", {"train_data": "a.tar"}, "train_data: got --features too"),
         ("", {"no-lock-image": None}, "features: got some, but towers that are trained"),

@@ -395,7 +395,7 @@ def test_another_activation_of_the_same_name_is_caught_by_the_numbers(moved):
     towers, embedder = load_pacl(moved / "embedder")
     for block in towers.visual.transformer.resblocks:
         block.mlp.gelu.forward = torch.nn.functional.gelu
-    with pytest.raises(ValueError, match="trained on: the vision tower's output is off by"):
+    with pytest.raises(ValueError, match="trained on, but the vision tower's output is off by"):
         check_towers(embedder.towers, towers)
 
 
@@ -412,7 +412,7 @@ def test_other_weights_are_caught(part, label, precision, moved):
     towers, embedder = load_towers(f"local-dir:{moved / 'clip'}"), VisionEmbedder.from_pretrained(moved / "embedder")
     for tower in (towers.visual, towers.text):
         tower.to(precision)
-    with pytest.raises(ValueError, match=f"trained on: the {label} tower's output is off by"):
+    with pytest.raises(ValueError, match=f"trained on, but the {label} tower's output is off by"):
         check_towers(embedder.towers, towers)
 
 
@@ -435,7 +435,7 @@ def test_another_size_and_other_names_are_told(moved, world):
 
 def test_an_embedder_without_towers_is_an_error(tmp_path):
     save_embedder(VisionEmbedder(6, 4), tmp_path)
-    with pytest.raises(ValueError, match="config.json does not say of which towers it is"):
+    with pytest.raises(ValueError, match="config.json does not describe the towers of the embedder"):
         load_pacl(tmp_path)
 
 
@@ -450,7 +450,7 @@ def test_a_mistyped_folder_is_no_name_on_the_hub(name, tmp_path, capsys, monkeyp
     monkeypatch.setattr(sharing, "snapshot_download", lambda name, **options: pytest.fail(f"asked for {name}"))
     assert main(["evaluate", "retrieval", "--data", "synthetic:eval", "--scenes", "4", "--checkpoint", name]) == 1
     said = capsys.readouterr().err
-    assert said.startswith(f"pacl: error: folder: got {name!r}, and there is no such folder; expected one, or a name")
+    assert said.startswith(f"pacl: error: folder: got {name!r}, which does not exist; expected a folder, or a name")
     assert said.count("\n") == 1
 
 

@@ -13,11 +13,11 @@ OPTIONS = {"pacl look": LookOptions, "pacl segment": SegmentOptions}
 
 
 def main(argv: Sequence[str], prog: str) -> int:
-    """Run "pacl look" or "pacl segment", as `prog` says; returns its exit status, 1 when no image was usable."""
+    """Run the command `prog`, "pacl look" or "pacl segment"; returns its exit status, 1 when no image was usable."""
     options = tyro.cli(OPTIONS[prog], args=list(argv), prog=prog)
     if not options.images:
         print(f"{prog}: error: images: got none, expected files or folders of images", file=sys.stderr)
         return 2
-    from .run import run  # torch takes seconds, which --help has not
+    from .run import run  # imports torch, which takes seconds that --help should not
 
     return run(options)
