@@ -61,7 +61,7 @@ def self_check(backend: str) -> dict[str, Any]:
     return found
 
 
-def _result(**known) -> dict[str, Any]:
+def _result(**known: Any) -> dict[str, Any]:
     return {"device": None, "dtype": None, "error": None, "tolerance": None, "failure": None} | known
 
 
@@ -78,11 +78,12 @@ def _errors(backend: str, device: str, dtype: torch.dtype) -> Iterator[float]:
     generator = torch.Generator().manual_seed(0)
     patches, texts = (torch.randn(*shape, generator=generator).to(dtype) for shape in ((5, 49, 96), (5, 96)))
     for form in FORMS:
-        options = {"attn_temperature": 0.1, "form": form}
+        options: dict[str, Any] = {"attn_temperature": 0.1, "form": form}
         exact = [x.double().requires_grad_() for x in (patches, texts)]
-        truth = reference.pacl_loss(*exact, 10.0, **options)
+        truth = reference.pacl_loss(exact[0], exact[1], 10.0, **options)
         inputs = [x.to(device).requires_grad_() for x in (patches, texts)]
-        value = fused_pacl_loss(*inputs, 10.0, **options, backend=backend)
+        options |= {"backend": backend}
+        value = fused_pacl_loss(inputs[0], inputs[1], 10.0, **options)
         answers = [value, *torch.autograd.grad(value, inputs)]
         for answer, true in zip(answers, [truth, *torch.autograd.grad(truth, exact)], strict=True):
             error = ((answer.detach().cpu().double() - true).norm() / true.norm()).item()

@@ -31,7 +31,7 @@ TOLERANCE = {torch.float32: 0.001, torch.bfloat16: 0.05, torch.float16: 0.05}
 
 
 def load_pacl(
-    folder: str | os.PathLike, device: torch.device | str = "cpu", **download
+    folder: str | os.PathLike, device: torch.device | str = "cpu", **download: Any
 ) -> tuple[Towers, VisionEmbedder]:
     """Load the towers and the embedder of a run or of the demo, frozen and in eval mode.
 
@@ -45,11 +45,12 @@ def load_pacl(
             "(owner/name, where owner is not a local folder)"
         )
     folder = Path(folder) if local else Path(snapshot_download(str(folder), **HUB_FILES | download))
-    embedder = freeze(VisionEmbedder.from_pretrained(folder)).to(device)
+    embedder = VisionEmbedder.from_pretrained(folder)
+    freeze(embedder).to(device)
     described = embedder.towers
     if not {*LOADED, "vision_pretrained", "force_image_size", "trained", "fingerprint", "activation"} <= set(described):
         raise ValueError(f"folder: {folder / CONFIG} does not describe the towers of the embedder")
-    names = {name: _absolute(described[name], folder, local) for name in LOADED}
+    names: dict[str, Any] = {name: _absolute(described[name], folder, local) for name in LOADED}
     trained, vision_pretrained = described["trained"], described["vision_pretrained"]
     names |= {"vision_pretrained": vision_pretrained and "visual" not in trained}
     towers = load_towers(**names, force_image_size=described["force_image_size"])
@@ -177,7 +178,8 @@ def _base_models(towers: Towers) -> list[str]:
     hub = identifier if schema == "hf-hub" else open_clip.get_pretrained_cfg(model, pretrained or "").get("hf_hub")
     found = ["/".join(hub.split("/")[:2])] if hub else []
     if vision and towers.names["vision_pretrained"]:
-        found += [towers.visual.pretrained_cfg.get("hf_hub_id") or vision]
+        config: Any = towers.visual.pretrained_cfg  # a dict of timm models
+        found += [config.get("hf_hub_id") or vision]
     return found
 
 

@@ -143,7 +143,8 @@ def _validation(page: Page, runs: dict[str, Entry]) -> None:
     page.heading("Validation")
     measures = list(dict.fromkeys(name for entry in known.values() for row in entry.validation for name in row))
     measures = [x for x in measures if x not in ("step", "epoch")]
-    rows, best = [], set()
+    rows: list[list[str]] = []
+    best: set[tuple[int, int]] = set()
     for measure in measures:
         better = min if measure in LOWER else max
         lines = {name: curve(entry.validation, measure) for name, entry in known.items()}

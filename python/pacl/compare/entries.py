@@ -114,7 +114,8 @@ def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
 
     A run resumed from an earlier step repeats steps; the later row counts.
     """
-    rows, bad = [], 0
+    rows: list[dict[str, Any]] = []
+    bad = 0
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             row = json.loads(line)

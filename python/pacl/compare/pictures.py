@@ -25,6 +25,7 @@ def add_pictures(page: Page, runs: dict[str, Entry], config: CompareConfig, note
 
     Raises ValueError for words, templates or images that are unusable for every run.
     """
+    assert config.images is not None and config.words is not None  # checked by the command
     words = [word.strip() for word in config.words.split(",") if word.strip()]
     if not words:
         raise ValueError(f"words: got {config.words!r}, expected at least one word, separated by commas")
@@ -40,22 +41,23 @@ def add_pictures(page: Page, runs: dict[str, Entry], config: CompareConfig, note
             notes.append(f"{path} is skipped: {str(error) or type(error).__name__}")
             continue
         table[path] = [path.name, Picture(png(_small(image)), path.name)]
-    with_embedder = {name: entry for name, entry in runs.items() if entry.embedder}
-    if not table or not with_embedder:
+    embedders = {name: entry.embedder for name, entry in runs.items() if entry.embedder}
+    if not table or not embedders:
         notes.append(f"no segmentations: there is no {'embedder' if table else 'readable image'}")
         return
-    colours, shown = word_colours(len(words) + 1)[1:], []
-    for name, entry in with_embedder.items():
+    colours = word_colours(len(words) + 1)[1:]
+    shown: list[str] = []
+    for name, embedder in embedders.items():
         made = []
         try:
-            segmenter = Segmenter(*load_pacl(entry.embedder, choose_device(config.device)), stride=config.stride)
+            segmenter = Segmenter(*load_pacl(embedder, choose_device(config.device)), stride=config.stride)
             texts = segmenter.texts(words, sentences)
             for path in table:  # read again, because large images are not kept for all runs
                 image = read_image(path, config.max_image_pixels)
-                picture = _small(overlay(image, segmenter.labels(image, texts), colours=colours))
-                made.append(Picture(png(picture), f"{path.name} by {name}"))
+                small = _small(overlay(image, segmenter.labels(image, texts), colours=colours))
+                made.append(Picture(png(small), f"{path.name} by {name}"))
         except Exception as error:  # loading towers raises anything; still show the other runs
-            notes.append(f"{entry.embedder} is not shown: {' '.join(str(error).split())[:300] or type(error).__name__}")
+            notes.append(f"{embedder} is not shown: {' '.join(str(error).split())[:300] or type(error).__name__}")
             continue
         shown.append(name)
         for row, picture in zip(table.values(), made, strict=True):

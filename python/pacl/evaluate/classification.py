@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -21,7 +22,7 @@ from .scorer import Scorer
 
 
 def classification(
-    data: Dataset | Sequence[tuple[Tensor, int]],
+    data: Labelled | Sequence[tuple[Tensor, int]],
     texts: Texts,
     scorers: Sequence[Scorer],
     *,
@@ -39,7 +40,7 @@ def classification(
     # Each process takes whole batches: in a batch of another size an image's scores would differ by rounding.
     rank, world = place_in(group)
     batches = [part.tolist() for part in torch.arange(len(data)).split(batch_size)[rank::world]]
-    loader = DataLoader(data, batch_sampler=batches, num_workers=workers)
+    loader = DataLoader(cast(Dataset, data), batch_sampler=batches, num_workers=workers)
     with shared_progress(label, len(loader), "batch", group) as shown:
         for images, labels in loader:
             for count, scorer in zip(counts, scorers, strict=True):
@@ -81,7 +82,7 @@ class ClassificationOptions(DatasetOptions):
     """One of imagenet, cifar10, cifar100, food101, caltech101, dtd, eurosat, flowers102, pets, cars, sun397, stl10;
     folder (a folder per class); or wds (clip-benchmark's tar files)."""
     templates: str | None = None
-    """Prompt templates: none, photo, simple, openai, or a file (default: those of the dataset, else simple)."""
+    """Prompt templates: none, photo, simple, openai, or a file; by default those of the dataset, else simple."""
     plain: bool = True
     """Measure the model's own image embedding too, besides φ."""
     batch_size: int = 64
@@ -107,7 +108,7 @@ def main(argv: Sequence[str], prog: str = "pacl evaluate classification") -> int
     if options.plain and not plain and rank == 0:
         print("plain: skipped, because this vision tower has no image embedding in the text space", file=sys.stderr)
     scorers = [Scorer(towers, embedder)] + ([Scorer(towers, plain=True)] if plain else [])
-    reading = {"batch_size": options.batch_size, "workers": options.workers, "group": group}
+    reading: dict[str, Any] = {"batch_size": options.batch_size, "workers": options.workers, "group": group}
     try:
         counts = classification(data, texts, scorers, **reading, label=f"classification {options.dataset}")
     except (ValueError, OSError) as error:  # a worker's message puts its traceback before the line that matters

@@ -54,7 +54,8 @@ class Labelled(Dataset):
             raise ValueError(f"dataset: got {name!r}, expected one of {', '.join(KINDS)}")
         if name in MATLAB:
             need_scipy(name)
-        self.name, self.kind, self.transform = name, KINDS[name], None
+        self.name, self.kind = name, KINDS[name]
+        self.transform: Any = None  # from a PIL image to a tensor; set before reading
         expected = f"expected {self.kind.layout} ({self.kind.title})"
         try:
             self.images = self.kind.open(Path(root))
@@ -163,7 +164,8 @@ class Tars:
                 if member.isfile() and suffix in IMAGE_SUFFIXES:
                     images[key] = member.offset_data, member.size
                 elif member.isfile() and suffix == "cls":
-                    text = tar.extractfile(member).read(32).decode(errors="replace").strip()
+                    content: Any = tar.extractfile(member)  # None only for what is not a file
+                    text = content.read(32).decode(errors="replace").strip()
                     if not text.isdecimal() or int(text) >= len(self.classes):
                         raise ValueError(
                             f"data_root: {member.name} of {path} has {text!r}, expected 0 to {len(self.classes) - 1}"

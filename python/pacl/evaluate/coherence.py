@@ -73,7 +73,8 @@ def coherence(
     the same. Background is not a class. Raises ValueError if pairs of either kind are missing, or for NaN. This is the
     paper's test of vision encoders.
     """
-    keys, kept, labels = torch.empty(0, dtype=torch.float64), [], torch.empty(0, dtype=torch.int64)
+    keys, labels = torch.empty(0, dtype=torch.float64), torch.empty(0, dtype=torch.int64)
+    kept: list[Tensor] = []
     for i, dense, truth, _ in labelled_patches(data, segmenter, label, group):
         keep = truth != IGNORED
         # The patches with the lowest random keys are an even sample, whatever their final number. The keys depend on
@@ -148,7 +149,7 @@ def main(argv: Sequence[str], prog: str = "pacl evaluate coherence") -> int:
         path = options.write(
             "semantic_coherence", data.spec.name, rules, metrics, towers, **options.describe(data), **counts, roc=roc
         )
-        shown[f"{name}, AUC {metrics['auc']:.3f}"] = tuple(roc.values())
+        shown[f"{name}, AUC {metrics['auc']:.3f}"] = (roc["false_positive_rate"], roc["true_positive_rate"])
     if rank:
         return 0
     print_plot(path.with_suffix(".png"), (6, 6), curves(shown, f"{data.spec.title}: pairs of patches"))

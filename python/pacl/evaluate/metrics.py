@@ -76,9 +76,9 @@ class ScoreCounts:
 
     def update(self, masks: Tensor, scores: Tensor) -> Tensor:
         """Count scores [B, K, h, w] of images with labels [B, H, W]; return the predicted label maps [B, H, W]."""
-        labels = label_map(scores, masks.shape[1:]).cpu()
+        labels = label_map(scores, (masks.shape[1], masks.shape[2])).cpu()
         self.pixels.update(masks, labels)
-        truth = patch_labels(patch_shares(masks, scores.shape[1], scores.shape[2:]))
+        truth = patch_labels(patch_shares(masks, scores.shape[1], (scores.shape[2], scores.shape[3])))
         self.patches.update(truth, scores.argmax(1).cpu())
         return labels
 

@@ -20,11 +20,11 @@ class TaskOptions:
     """Options of every task: the model, its device, and where results go."""
 
     checkpoint: str | None = None
-    """Folder of a PACL embedder, or its name on the Hub (default: measure the open_clip model alone)."""
+    """Folder of a PACL embedder, or its name on the Hub; without it the task measures the open_clip model alone."""
     model: str = "ViT-B-16"
     """Name of the open_clip model; ignored with --checkpoint."""
     pretrained: str | None = None
-    """Weights of the open_clip model, a tag or a file; required without --checkpoint."""
+    """Weights of the open_clip model, a tag or a file; required for open_clip's own model names."""
     out: Path = Path("results")
     """Folder for JSON files and plots."""
     device: str = "auto"
@@ -38,12 +38,12 @@ class TaskOptions:
         """Load the model's towers and its embedder, which is None without a checkpoint."""
         return load_model(self.checkpoint, self.model, self.pretrained, choose_device(self.device))
 
-    def write(self, task: str, dataset: str, rules: dict[str, Any], metrics: dict, towers: Towers, **more) -> Path:
+    def write(self, task: str, dataset: str, rules: dict[str, Any], metrics: dict, towers: Towers, **more: Any) -> Path:
         """Write a row like CLIP_benchmark's, with the rules that make its numbers comparable, and print its numbers.
 
         Call it in the first process alone. Returns the path of the file.
         """
-        row = {"dataset": dataset, **names_of(towers, self.checkpoint), "task": task, "language": "en"}
+        row: dict[str, Any] = {"dataset": dataset, **names_of(towers, self.checkpoint), "task": task, "language": "en"}
         row |= {"protocol": rules, **more, "metrics": metrics}
         path = write_row(self.out, row)
         print(f"{dataset} {rules['name']}: " + ", ".join(f"{k} {x:.4f}" for k, x in metrics.items() if x is not None))

@@ -26,7 +26,7 @@ class PatchOptions(DatasetOptions):
     dataset: str = "voc20"
     """Name of a dataset of pacl evaluate segmentation; its background class is ignored."""
     short_side: int | None = None
-    """Resize images so that their shorter side has this many pixels (default: the tower's size)."""
+    """Resize images so that their shorter side has this many pixels, by default the tower's size."""
 
     def read(self) -> SegmentationData:
         """Open the dataset; raises the errors of SegmentationData."""
@@ -60,5 +60,6 @@ def labelled_patches(
             present = [x for x in np.unique(labels).tolist() if x != IGNORED]
             if present:
                 dense = segmenter.dense(image)
-                yield i, dense, patch_truth(torch.from_numpy(labels), tuple(dense.patches.shape[:2])), present
+                grid = (dense.patches.shape[0], dense.patches.shape[1])
+                yield i, dense, patch_truth(torch.from_numpy(labels), grid), present
             shown.step()

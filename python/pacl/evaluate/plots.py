@@ -41,7 +41,7 @@ def print_plot(path: Path, size: tuple[float, float], draw: Callable[[Any], None
 def bars(classes: Sequence[str], values: Mapping[str, Sequence[float]], title: str) -> Callable[[Any], None]:
     """Draw bars of the classes' accuracies, 0 to 1, in a colour for each of `values`."""
 
-    def draw(axes) -> None:
+    def draw(axes: Any) -> None:
         height = 0.8 / len(values)
         for i, (name, each) in enumerate(values.items()):
             axes.barh([k + (i + 0.5) * height - 0.4 for k in range(len(classes))], each, height, label=name)
@@ -55,7 +55,7 @@ def bars(classes: Sequence[str], values: Mapping[str, Sequence[float]], title: s
 def curves(lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], title: str) -> Callable[[Any], None]:
     """Draw ROC curves and the diagonal."""
 
-    def draw(axes) -> None:
+    def draw(axes: Any) -> None:
         axes.plot([0, 1], [0, 1], color="gray", linewidth=0.8)
         for name, (false, true) in lines.items():
             axes.plot(false, true, label=name)
@@ -69,7 +69,7 @@ def curves(lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], title: 
 def series(lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], title: str) -> Callable[[Any], None]:
     """Draw curves over training steps; one without points is not named, but keeps its colour for the other plots."""
 
-    def draw(axes) -> None:
+    def draw(axes: Any) -> None:
         for i, (name, (steps, values)) in enumerate(lines.items()):
             if len(steps):
                 dots = "." if len(steps) < 30 else None

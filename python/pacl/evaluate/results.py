@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,7 +18,7 @@ from .specs import datasets, fingerprint, spec
 SEGMENTATION = "zeroshot_segmentation"
 
 
-def names_of(towers: Towers, checkpoint: str | None) -> dict[str, str | None]:
+def names_of(towers: Towers, checkpoint: str | None) -> dict[str, Any]:
     """Return a row's names of the model: without local folders; a run's `embedder` gets the name of the run."""
     model, pretrained, vision = (towers.names[name] for name in ("model", "pretrained", "vision_model"))
     if model.startswith("local-dir:"):
@@ -96,7 +96,9 @@ def metric_tables(rows: Sequence[dict[str, Any]], names: Sequence[str] | None = 
     return [_metric_table(group) for group in _grouped(rows, names, kind)]
 
 
-def _grouped(rows, names, kind) -> list[list[tuple[str, dict]]]:
+def _grouped(
+    rows: Sequence[dict[str, Any]], names: Sequence[str] | None, kind: Callable[[dict[str, Any]], Any]
+) -> list[list[tuple[str, dict]]]:
     """Group (name, row) pairs by `kind(row)`."""
     groups: dict[str, list] = {}
     names = [" ".join(model_of(row)) for row in rows] if names is None else names
@@ -109,7 +111,8 @@ def _table(group: list[tuple[str, dict[str, Any]]]) -> Table:
     present = [name for name in datasets() if any(row["dataset"] == name for _, row in group)]
     lines = [["mIoU", *(spec(name).column for name in present), "Avg"]]
     for model in dict.fromkeys(model for model, _ in group):
-        cells, values = [], []
+        cells: list[str] = []
+        values: list[Any] = []
         for name in present:
             row = next((x for given, x in reversed(group) if given == model and x["dataset"] == name), None)
             cells.append("-" if row is None else _cell(row))

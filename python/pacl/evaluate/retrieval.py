@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -52,13 +53,13 @@ def read_gallery(
     texts = data.with_options(captions="all", transform=no_image)
     own = [captions for batch in _read(texts, batch_size, workers) for captions in batch["captions"]]
     rank, world = place_in(group)
-    shares, skipped = [own], [data.skipped]
+    both: list[Any] = [(own, data.skipped)]
     if group is not None:
         both = [None] * world
         dist.all_gather_object(both, (own, data.skipped), group=group)
-        shares, skipped = zip(*both, strict=True)
+    shares, counts = zip(*both, strict=True)
     images = [each for share in shares for each in share]
-    skipped = {reason: sum(one[reason] for one in skipped) for reason in data.skipped}
+    skipped = {reason: sum(one[reason] for one in counts) for reason in data.skipped}
     bad = sum(skipped.values())
     if not images or bad > data.max_bad_share * (bad + len(images)) and bad + len(images) >= LEAST_SEEN:
         raise ValueError(f"data: {bad:,} of {bad + len(images):,} samples of {data.name} are bad")
@@ -139,7 +140,7 @@ def main(argv: Sequence[str], prog: str = "pacl evaluate retrieval") -> int:
     towers, embedder = options.load()
     scorers = [Scorer(towers, embedder)] + ([Scorer(towers, plain=True)] if options.plain else [])
     data.transform = towers.transform
-    reading = {"batch_size": options.batch_size, "workers": options.workers, "group": group}
+    reading: dict[str, Any] = {"batch_size": options.batch_size, "workers": options.workers, "group": group}
     gallery = read_gallery(data, **reading)
     skipped = {reason: count for reason, count in gallery.skipped.items() if count}
     for scorer in scorers:

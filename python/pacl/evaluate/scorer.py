@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -27,7 +28,8 @@ class Scorer:
     """
 
     def __init__(self, towers: Towers, embedder: nn.Module | None = None, *, plain: bool = False):
-        self.towers, self.rules = towers, {"name": "plain"}
+        self.towers = towers
+        self.rules: dict[str, Any] = {"name": "plain"}
         self.device = next(towers.text.parameters()).device
         self.embed = None
         if plain:
@@ -43,7 +45,7 @@ class Scorer:
         self.rules["attn_temperature"] = config.get("attn_temperature", DEFAULT_ATTN_TEMPERATURE)
 
     @torch.no_grad()
-    def blocks(self, images: Tensor, texts: Tensor):
+    def blocks(self, images: Tensor, texts: Tensor) -> Iterator[Tensor]:
         """Yield scores [b, K] of normalised images [B, 3, H, W] with texts [K, D], in order, at most SCORES at once."""
         images = images.to(self.device)
         size = max(1, SCORES // max(1, len(texts)))

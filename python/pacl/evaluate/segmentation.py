@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch.distributed as dist
 import tyro
+from torch import nn
 
 from ..files import write_bytes
 from ..processes import place_in
@@ -47,7 +49,7 @@ def main(argv: Sequence[str], prog: str = "pacl evaluate segmentation") -> int:
         raise ValueError("dataset: got none, expected one or more of those in pacl evaluate segmentation --help")
     if options.check:
         return _check(options)
-    changes = {} if options.stride is None else {"stride": options.stride}
+    changes: dict[str, Any] = {} if options.stride is None else {"stride": options.stride}
     if options.threshold is not None:
         changes["background"] = {"rule": "threshold", "value": options.threshold}
     rules = protocol(options.protocol, **changes)
@@ -64,7 +66,15 @@ def main(argv: Sequence[str], prog: str = "pacl evaluate segmentation") -> int:
     return 0
 
 
-def _measure(data: SegmentationData, towers: Towers, embedder, rules: Protocol, options, group, first: bool) -> dict:
+def _measure(
+    data: SegmentationData,
+    towers: Towers,
+    embedder: nn.Module | None,
+    rules: Protocol,
+    options: SegmentationOptions,
+    group: dist.ProcessGroup | None,
+    first: bool,
+) -> dict[str, Any]:
     predict = SegmenterPredictor(towers, embedder, data, rules)
     measured = evaluate_segmentation(data, predict, rules, group=group)
     row = result_row(data, rules, measured, **names_of(towers, options.checkpoint))

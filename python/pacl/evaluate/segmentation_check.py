@@ -64,7 +64,8 @@ def check_segmentation(
     elif len(data) not in spec.count:
         problems.append(f"{len(data)} images, expected {' or '.join(map(str, spec.count))}: from {spec.source}")
     counts = np.zeros(1 << 16, np.int64)
-    damaged, sizes, richest = [], [], (0, None)
+    damaged, sizes = [], []
+    richest: tuple[int, int | None] = (0, None)
     with Progress(f"check {name}", len(data), "image") as progress:
         for i, image_name in enumerate(data.names):
             progress.step()
@@ -79,7 +80,7 @@ def check_segmentation(
             seen = np.bincount(values.ravel(), minlength=1 << 16)
             counts += seen
             if np.count_nonzero(seen) > richest[0]:
-                richest = (np.count_nonzero(seen), i)
+                richest = (int(np.count_nonzero(seen)), i)
     if damaged:
         problems.append(f"{len(damaged)} images or masks are damaged, first {damaged[0]}")
     if sizes:

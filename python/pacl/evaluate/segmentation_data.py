@@ -6,8 +6,9 @@ import importlib.util
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image
@@ -16,6 +17,7 @@ from ..data.images import IMAGE_FORMATS, open_image, to_rgb
 from ..segment.prompts import read_classes
 from .specs import UNKNOWN, Masks, Spec, fingerprint, spec, spread
 
+Content = TypeVar("Content")
 MASK_FORMATS = ("PNG", "TIFF")
 MAX_PIXELS = 100_000_000
 
@@ -114,7 +116,7 @@ class SegmentationData:
         # A name is the text matched by the stars, joined by slashes, because masks are found by it.
         stars = re.compile(re.escape(self._images).replace(r"\*", "([^/]*)"))
         paths = (path.relative_to(self.root).as_posix() for path in sorted(self.root.glob(self._images)))
-        names = ["/".join(stars.fullmatch(path).groups()) for path in paths]
+        names = ["/".join(match.groups()) for path in paths if (match := stars.fullmatch(path))]
         return [name for name in names if "/." not in f"/{name}"]  # skip hidden files that some systems add
 
     def _image_path(self, name: str) -> Path:
@@ -175,7 +177,7 @@ def _expected(spec: Spec) -> str:
     return f"expected {_either(spec.images)} with {_either([x.path for x in spec.masks])}{split}, from {spec.source}"
 
 
-def _either(paths) -> str:
+def _either(paths: Iterable[str]) -> str:
     return " or ".join(dict.fromkeys(paths))
 
 
@@ -194,7 +196,7 @@ def _few(values: list) -> str:
     return ", ".join(map(str, values[:5])) + (", ..." if len(values) > 5 else "")
 
 
-def read_picture(path: Path, formats: tuple[str, ...], use: Callable):
+def read_picture(path: Path, formats: tuple[str, ...], use: Callable[[Image.Image], Content]) -> Content:
     """Open the image at `path` and return `use(image)`; raises ValueError naming a damaged or too large file."""
     try:
         with open_image(path, formats, MAX_PIXELS) as image:
@@ -264,7 +266,8 @@ def decode_rle(counts: str, height: int, width: int) -> np.ndarray:
     A run is a base-32 number, lowest digit first. Each character is 48 + digit, + 32 if more follow; the last digit's
     fifth bit is the sign. From the fourth run on, the number is the difference to the run two before.
     """
-    runs, value, shift = [], 0, 0
+    runs: list[int] = []
+    value = shift = 0
     for char in counts.encode():
         digit = char - 48
         value |= (digit & 31) << shift

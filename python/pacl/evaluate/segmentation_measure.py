@@ -126,7 +126,7 @@ def _alarms(
         other = ConfusionMatrix(len(data.classes))
         other.counts = matrix.counts.roll(-step, dims=1)
         moved[step] = other.miou(scored)
-    step = max(moved, key=moved.get)
+    step = max(moved, key=lambda step: moved[step])
     if moved[step] > max(0.05, 2 * miou, 2 * chance):  # below 5 % it may be chance
         return [
             f"labels are probably shifted: mIoU is {100 * miou:.2f}, and {100 * moved[step]:.2f} with every prediction "

@@ -36,9 +36,9 @@ def contact_sheet(
     Their labels are predicted again, because only the finished evaluation shows which images these are.
     """
     order = torch.argsort(measured.scores, descending=True)
-    order = order[~measured.scores[order].isnan()].tolist()
-    middle = max(0, (len(order) - each) // 2)
-    groups = {"best": order[:each], "median": order[middle : middle + each], "worst": order[-each:]}
+    ranked = order[~measured.scores[order].isnan()].tolist()
+    middle = max(0, (len(ranked) - each) // 2)
+    groups = {"best": ranked[:each], "median": ranked[middle : middle + each], "worst": ranked[-each:]}
     titles: dict[int, str] = {}
     for group, indices in groups.items():
         for i in indices:

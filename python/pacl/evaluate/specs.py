@@ -87,7 +87,7 @@ class Protocol:
     foreground: bool = False
     note: str = ""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         allowed = {"candidates": ("all", "present"), "average": ("dataset", "image")}
         for name, values in allowed.items():
             if getattr(self, name) not in values:
@@ -140,7 +140,8 @@ def spec(name: str) -> Spec:
     kinds = map(dict, entry.pop("masks"))
     masks = tuple(Masks(kind.pop("path"), split=kind.pop("split", None), table=_table(**kind)) for kind in kinds)
     lists = {key: tuple(entry.pop(key)) for key in ("count", "roots", "images")}
-    return Spec(**{"background": False, "split": None, **entry}, name=name, classes=classes, masks=masks, **lists)
+    values: dict[str, Any] = {"background": False, "split": None, **entry, **lists}
+    return Spec(**values, name=name, classes=classes, masks=masks)
 
 
 def fingerprint(classes: list[list[str]]) -> str:

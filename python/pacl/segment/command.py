@@ -9,12 +9,15 @@ import tyro
 
 from .options import LookOptions, SegmentOptions
 
-OPTIONS = {"pacl look": LookOptions, "pacl segment": SegmentOptions}
+OPTIONS: dict[str, type[LookOptions] | type[SegmentOptions]] = {
+    "pacl look": LookOptions,
+    "pacl segment": SegmentOptions,
+}
 
 
 def main(argv: Sequence[str], prog: str) -> int:
     """Run the command `prog`, "pacl look" or "pacl segment"; returns its exit status, 1 when no image was usable."""
-    options = tyro.cli(OPTIONS[prog], args=list(argv), prog=prog)
+    options: LookOptions | SegmentOptions = tyro.cli(OPTIONS[prog], args=list(argv), prog=prog)
     if not options.images:
         print(f"{prog}: error: images: got none, expected files or folders of images", file=sys.stderr)
         return 2

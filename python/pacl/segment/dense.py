@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from types import SimpleNamespace
+from typing import Any, TypeVar
 
 import timm.layers
 import timm.models as timm_models
@@ -21,6 +22,7 @@ from torch.nn import functional as F
 
 from ..backbones import TIMM_VITS, patch_tokens, tower_trunk
 
+Module = TypeVar("Module", bound=nn.Module)
 # timm before DINOv3 has only the first class.
 ROTARY = tuple(
     getattr(timm.layers, x) for x in ("RotaryEmbeddingCat", "RotaryEmbeddingDinoV3") if hasattr(timm.layers, x)
@@ -29,7 +31,7 @@ ROTARY = tuple(
 
 def patch_size(visual: nn.Module) -> int:
     """Return the side of the tower's patches in pixels, or a convolutional tower's stride; raises as patch_tokens."""
-    trunk = tower_trunk(visual)
+    trunk: Any = tower_trunk(visual)
     if isinstance(trunk, VisionTransformer):
         sides = trunk.patch_size
     elif isinstance(trunk, TIMM_VITS):
@@ -82,13 +84,13 @@ def dense_tokens(visual: nn.Module, images: Tensor, stride: int = 1) -> Tensor:
     return tokens.unflatten(1, ((height - patch) // step + 1, (width - patch) // step + 1))
 
 
-def _own_size(trunk: nn.Module) -> tuple[int, int]:
+def _own_size(trunk: Any) -> tuple[int, int]:
     return tuple(trunk.image_size if isinstance(trunk, VisionTransformer) else trunk.patch_embed.img_size)
 
 
-def _view(trunk: nn.Module, size: tuple[int, int], stride: int) -> nn.Module:
+def _view(trunk: Any, size: tuple[int, int], stride: int) -> nn.Module:
     """Return the tower for images of `size` and another stride; it shares all weights but the position embedding."""
-    view = _share(trunk)
+    view: Any = _share(trunk)
     patch = patch_size(trunk)
     if isinstance(trunk, VisionTransformer):
         view.conv1 = _strided(trunk.conv1, patch // stride)
@@ -101,10 +103,11 @@ def _view(trunk: nn.Module, size: tuple[int, int], stride: int) -> nn.Module:
     turns = isinstance(rope, ROTARY) and hasattr(rope, "update_feat_shape")  # old timm lacks this method
     if not known or not (rope is None or turns) or not isinstance(trunk.patch_embed, PatchEmbed):
         raise ValueError(
-            f"images, stride: got {size[0]} x {size[1]} pixels and {stride}; this {type(trunk).__name__}'s positions "
-            f"cannot be interpolated, expected {_own_size(trunk)[0]} x {_own_size(trunk)[1]} and 1"
+            f"images, stride: got {size[0]} x {size[1]} pixels and {stride}, expected {_own_size(trunk)[0]} x "
+            f"{_own_size(trunk)[1]} and 1: the positions of this {type(trunk).__name__} cannot be interpolated"
         )
-    embed = view.patch_embed = _share(trunk.patch_embed)
+    embed: Any = _share(trunk.patch_embed)
+    view.patch_embed = embed
     embed.proj = _strided(embed.proj, patch // stride)
     embed.img_size, embed.dynamic_img_pad = None, False  # neither check the size nor pad
     if trunk.pos_embed is not None:
@@ -119,7 +122,7 @@ def _view(trunk: nn.Module, size: tuple[int, int], stride: int) -> nn.Module:
     return view
 
 
-def _share(module: nn.Module) -> nn.Module:
+def _share(module: Module) -> Module:
     """Return another module over the same tensors and children; replacing one in it leaves the original unchanged."""
     twin = copy.copy(module)
     twin._parameters, twin._modules = dict(module._parameters), dict(module._modules)
@@ -148,7 +151,7 @@ def _resampled(
     return torch.cat([table[:, :prefix], new.flatten(2).transpose(1, 2).to(table.dtype)], 1)
 
 
-def _turned(rope: nn.Module, size: tuple[int, int], patch: int, stride: int) -> Tensor:
+def _turned(rope: Any, size: tuple[int, int], patch: int, stride: int) -> Tensor:
     """Return the rotary embedding [h * w, ...] at the patches' positions in an image of `size`.
 
     Angles are linear in the position, and timm computes them for whole grids. The tokens are the first rows and columns
@@ -160,7 +163,8 @@ def _turned(rope: nn.Module, size: tuple[int, int], patch: int, stride: int) -> 
     if not isinstance(rope, RotaryEmbeddingCat):
         rope.grid_offset += (stride - 1) / 2
     elif stride > 1 and rope.ref_feat_shape is None:
-        rope.ref_feat_shape = [x / stride for x in fine]  # measure positions in patches, not in tokens
+        shape: Any = [x / stride for x in fine]
+        rope.ref_feat_shape = shape  # measure positions in patches, not in tokens
     if isinstance(rope, RotaryEmbeddingCat) and rope.feat_shape is not None:
         rope.feat_shape = [0, 0]  # differs from the cached shape, so that timm recomputes
         rope.update_feat_shape(fine)

@@ -40,7 +40,7 @@ def word_colours(count: int) -> np.ndarray:
     """Return colours uint8 [count, 3] whose hues are a golden ratio apart, so that any consecutive ones differ."""
     golden = (math.sqrt(5) - 1) / 2
     colours = [colorsys.hsv_to_rgb((0.02 + i * golden) % 1, 0.85, (1.0, 0.8)[i // 5 % 2]) for i in range(count)]
-    return np.uint8(255 * np.array(colours).reshape(count, 3))
+    return (255 * np.array(colours).reshape(count, 3)).astype(np.uint8)
 
 
 def heat(values: np.ndarray, scale: tuple[float, float] = SCALE) -> np.ndarray:
@@ -129,7 +129,7 @@ def png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def _fitting(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+def _fitting(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
     """Cut the text to what fits on one line."""
     text = printable(text)[:200]
     if font.getlength(text) <= width:

@@ -68,11 +68,11 @@ class ImagesOptions(SegmenterOptions):
     classes: Annotated[Path | None, CLASSES] = None
     """File with one class per line; commas separate its synonyms."""
     short_side: int | None = None
-    """Resize images so that their shorter side has this many pixels (default: the model's size)."""
+    """Resize images so that their shorter side has this many pixels, by default the model's size."""
     window: int | None = None
-    """Side of a sliding window in pixels (default: no window)."""
+    """Side of a sliding window in pixels; by default there is no window."""
     window_stride: int | None = None
-    """Distance between windows in pixels (default: half a window)."""
+    """Distance between windows in pixels, by default half a window."""
     threshold: float | None = None
     """Label a pixel background if its best cosine is below this."""
     entropy: float | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torchvision.transforms as transforms
@@ -56,7 +57,8 @@ class Dense:
     def summary(self, texts: Texts) -> tuple[Tensor, Tensor]:
         """Return the highest and the mean cosine of each class over the tokens, [K] each; computes a band at a time."""
         size = max(1, BAND // (len(texts.embeddings) * self.patches.shape[1]))
-        highest, total = -math.inf, 0.0
+        highest: Any = -math.inf
+        total: Any = 0.0
         for rows in self.patches.split(size):
             scores = Dense(rows, self.size).scores(texts).flatten(1)
             highest, total = scores.amax(1).clamp(min=highest), total + scores.sum(1)
@@ -156,16 +158,17 @@ class Segmenter:
             if value is not None and (value < 1 or value % unit):
                 expected = f"a positive multiple of {unit}" if unit > 1 else "a positive number of pixels"
                 raise ValueError(f"{name}: got {value}, expected {expected}")
-        if window is not None and window_stride > window - self.patch + self.step:
+        if window is not None and window_stride is not None and window_stride > window - self.patch + self.step:
             most = window - self.patch + self.step
             raise ValueError(
                 f"window_stride: got {window_stride}, expected at most {most}, so that windows cover every token"
             )
-        self.normalise = next((x for x in _steps(towers.transform) if isinstance(x, transforms.Normalize)), None)
-        if self.normalise is None:
+        normalise = next((x for x in _steps(towers.transform) if isinstance(x, transforms.Normalize)), None)
+        if normalise is None:
             raise ValueError(
                 "towers: got a transform without Normalize, expected one with the mean and deviation of images"
             )
+        self.normalise = normalise
 
     @torch.no_grad()
     def dense(self, image: Image.Image) -> Dense:
@@ -175,7 +178,8 @@ class Segmenter:
         window = [min(self.window or side, side) for side in sides]
         corners = [(y, x) for y in self._offsets(sides[0], window[0]) for x in self._offsets(sides[1], window[1])]
         grid = [(side - self.patch) // self.step + 1 for side in sides]
-        total, count = None, torch.zeros(*grid, 1, device=picture.device)
+        total: Any = None
+        count = torch.zeros(*grid, 1, device=picture.device)
         for start in range(0, len(corners), WINDOWS):
             part = corners[start : start + WINDOWS]
             crops = torch.stack([picture[:, y : y + window[0], x : x + window[1]] for y, x in part])
@@ -198,7 +202,7 @@ class Segmenter:
         """Return raw cosines [K, h, w] on the grid of tokens."""
         return self.dense(image).scores(classes if isinstance(classes, Texts) else self.texts(classes))
 
-    def labels(self, image: Image.Image, classes: Texts | Sequence[str], **rule) -> Tensor:
+    def labels(self, image: Image.Image, classes: Texts | Sequence[str], **rule: Any) -> Tensor:
         """Return the label map int16 [H, W] at the image's size; `rule` are the background options of Dense.labels."""
         texts = classes if isinstance(classes, Texts) else self.texts(classes)
         return self.dense(image).labels(texts, **rule).labels
@@ -213,14 +217,14 @@ class Segmenter:
 
     def _offsets(self, side: int, window: int) -> list[int]:
         """Return where windows begin; the last one ends with the side. All are multiples of the step, as sides are."""
-        if window == side:
+        if window == side or self.window_stride is None:
             return [0]
         steps = math.ceil((side - window) / self.window_stride)
         return [min(i * self.window_stride, side - window) for i in range(steps + 1)]
 
 
 def similarity_map(
-    image: Image.Image, words: Sequence[str], towers: Towers, embedder: nn.Module | None = None, **settings
+    image: Image.Image, words: Sequence[str], towers: Towers, embedder: nn.Module | None = None, **settings: Any
 ) -> Tensor:
     """Return raw cosines [K, h, w] of an image's patches with words; `settings` are those of Segmenter."""
     return Segmenter(towers, embedder, **settings).scores(image, words)
@@ -251,13 +255,13 @@ class _Projection(nn.Module):
         return tokens @ self.weight
 
 
-def _steps(transform) -> list:
+def _steps(transform: Any) -> list[Any]:
     return list(getattr(transform, "transforms", []))
 
 
 def _argmax(scores: Tensor, size: tuple[int, int], logit_scale: float | None) -> tuple[Tensor, ...]:
     """Enlarge scores [K, h, w]; return labels (int16), best scores and, with a logit_scale, entropies, [H, W] each."""
-    options = {} if logit_scale is None else {"return_entropy": True, "logit_scale": logit_scale}
+    options: dict[str, Any] = {} if logit_scale is None else {"return_entropy": True, "logit_scale": logit_scale}
     return tuple(x[0] for x in upsample_argmax(scores[None], size, return_best=True, **options))
 
 

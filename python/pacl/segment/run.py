@@ -18,7 +18,7 @@ from ..processes import choose_device
 from ..sharing import load_model
 from .draw import label_image, overlay, png, voc_palette, with_legend, word_colours
 from .images import find_images, read_image
-from .options import ImagesOptions, LookOptions, SegmenterOptions, SegmentOptions
+from .options import LookOptions, SegmenterOptions, SegmentOptions
 from .predict import Dense, Segmenter
 from .prompts import Texts, read_classes, templates
 
@@ -27,8 +27,9 @@ WINDOWS = ("short_side", "window", "window_stride")  # options of a Segmenter be
 
 def make_segmenter(options: SegmenterOptions, **windows: int | None) -> Segmenter:
     """Make the segmenter of a checkpoint or of plain CLIP; raises ValueError for an open_clip model without weights."""
-    names = (options.checkpoint, options.model, options.pretrained)
-    return Segmenter(*load_model(*names, choose_device(options.device)), stride=options.stride, **windows)
+    names = (options.checkpoint, options.model or "", options.pretrained)  # a checkpoint names its own model
+    towers, embedder = load_model(*names, choose_device(options.device))
+    return Segmenter(towers, embedder, stride=options.stride, **windows)
 
 
 def run(options: LookOptions | SegmentOptions) -> int:
@@ -37,16 +38,19 @@ def run(options: LookOptions | SegmentOptions) -> int:
     Raises ValueError or OSError for wrong options and for a folder that cannot be written.
     """
     rule = {"threshold": options.threshold, "entropy": options.entropy, "logit_scale": options.logit_scale}
-    words = options.words.split(",") if options.classes is None else map(", ".join, read_classes(options.classes))
+    words = (
+        (options.words or "").split(",") if options.classes is None else map(", ".join, read_classes(options.classes))
+    )
     sentences = templates(options.templates)
     paths = find_images(options.images)
     segmenter = make_segmenter(options, **{name: getattr(options, name) for name in WINDOWS})
     texts = segmenter.texts(list(words), sentences)
-    show = _look if isinstance(options, LookOptions) else _segment
-    return _write(options, segmenter, paths, show(options, segmenter, texts, rule))
+    if isinstance(options, LookOptions):
+        return _write(options, segmenter, paths, _look(options, segmenter, texts, rule))
+    return _write(options, segmenter, paths, _segment(options, segmenter, texts, rule))
 
 
-def _write(options: ImagesOptions, segmenter: Segmenter, paths: list[Path], show: Callable) -> int:
+def _write(options: LookOptions | SegmentOptions, segmenter: Segmenter, paths: list[Path], show: Callable) -> int:
     """Write the files that `show` yields for each image; skip and report a bad image, end the run on a full disk."""
     skipped = 0
     for path, stem in zip(paths, _stems(paths), strict=True):

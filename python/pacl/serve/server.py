@@ -12,7 +12,7 @@ import secrets
 import signal
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -82,20 +82,21 @@ class Server(ThreadingHTTPServer):
                 connection.shutdown(socket.SHUT_RDWR)
         super().server_close()
 
-    def process_request(self, request, client_address) -> None:
+    def process_request(self, request: Any, client_address: Any) -> None:
         """Register the connection before its thread starts, because the server may close first."""
         self.connections.add(request)
         super().process_request(request, client_address)
 
-    def shutdown_request(self, request) -> None:
+    def shutdown_request(self, request: Any) -> None:
         self.connections.discard(request)
         super().shutdown_request(request)
 
-    def handle_error(self, request, client_address) -> None:
+    def handle_error(self, request: Any, client_address: Any) -> None:
         """Ignore broken connections; errors of a request are in its answer."""
 
 
 class Handler(BaseHTTPRequestHandler):
+    server: Server
     timeout = 10
 
     def do_GET(self) -> None:
@@ -122,7 +123,8 @@ class Handler(BaseHTTPRequestHandler):
         viewer = self.server.viewer
         if path == "/api/image":
             return _json(viewer.add(self._body()))
-        method = {"/api/words": viewer.words, "/api/patch": viewer.patch}.get(path)
+        methods: dict[str, Callable[..., Any]] = {"/api/words": viewer.words, "/api/patch": viewer.patch}
+        method = methods.get(path)
         if method is None:
             raise Refused(404, "path: there is nothing here")
         try:
@@ -137,7 +139,7 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused(400, f"body: {error}") from error
         return _json(method(**request))
 
-    def _answer(self, method) -> None:
+    def _answer(self, method: Callable[[str], tuple[str, bytes]]) -> None:
         try:
             self._allow()
             status, (kind, data) = 200, method(urlsplit(self.path).path)
@@ -204,7 +206,7 @@ class Handler(BaseHTTPRequestHandler):
     def version_string(self) -> str:
         return "pacl"
 
-    def log_message(self, *args) -> None:
+    def log_message(self, format: str, *args: Any) -> None:
         """Log nothing, because addresses contain the token."""
 
 
@@ -220,7 +222,7 @@ def _policy(page: bytes) -> str:
     """Return a Content-Security-Policy that allows no other origin, and only the page's own script and style."""
     sources = []
     for name in ("script", "style"):
-        inside = re.search(rf"<{name}>(.*?)</{name}>".encode(), page, re.DOTALL)[1]
+        (inside,) = re.findall(rf"<{name}>(.*?)</{name}>".encode(), page, re.DOTALL)
         sources.append(f"{name}-src 'sha256-{base64.b64encode(hashlib.sha256(inside).digest()).decode()}'")
     rest = "img-src blob: data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     return f"default-src 'none'; {'; '.join(sources)}; {rest}"
