@@ -60,7 +60,7 @@ def make_inputs(args, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class Clock:
-    """Milliseconds between marks.
+    """Clock of milliseconds between marks.
 
     A GPU first gets a pause, so that launches are queued before the first mark, and a sweep of its cache, because a
     training step does not find its patches there either.

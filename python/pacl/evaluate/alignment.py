@@ -61,7 +61,7 @@ def alignment(
     """
     first = int(data.spec.background)
     counts = torch.zeros(3, len(data.classes), dtype=torch.int64)
-    chance = torch.zeros(len(data), dtype=torch.float64)  # per image, so that the sum is independent of the processes
+    chance = torch.zeros(len(data), dtype=torch.float64)  # per image: the sum is the same for any number of processes
     for i, dense, truth, present in labelled_patches(data, segmenter, label, group):
         keep = truth != IGNORED
         true = truth[keep]

@@ -109,7 +109,7 @@ def _read(data: Samples, batch_size: int, workers: int) -> Iterator[dict]:
     workers = min(workers, data.most_workers)
     try:
         yield from loader(data, batch_size, workers=workers)
-    except BadData as error:  # a worker's, with its traceback
+    except BadData as error:  # raised in a worker, so its message has a traceback
         if data.world > 1 and workers < 2 and not data.seen:
             return  # there are more processes than samples
         raise ValueError(f"data: {data.complaint()}") from error

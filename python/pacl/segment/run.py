@@ -33,7 +33,7 @@ def make_segmenter(options: SegmenterOptions, **windows: int | None) -> Segmente
 
 
 def run(options: LookOptions | SegmentOptions) -> int:
-    """Look at or segment the images; returns the exit status, 1 when no image was usable.
+    """Look at or segment the images and return the exit status, 1 when no image was usable.
 
     Raises ValueError or OSError for wrong options and for a folder that cannot be written.
     """
