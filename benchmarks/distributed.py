@@ -1,16 +1,16 @@
-"""What the batch of many processes costs: bytes sent, memory and time, on this machine with Gloo, and a model of H200s.
+"""Measure the cost of a batch over many processes with Gloo on this machine, and model it for H200s.
 
     python benchmarks/distributed.py                       # 1 to 4 processes, a few minutes on two cores
     python benchmarks/distributed.py --json result.json
-    python benchmarks/distributed.py --show result.json    # the tables of such a file
-    python benchmarks/distributed.py --model-only          # the model's table alone
+    python benchmarks/distributed.py --show result.json    # print the tables of such a file
+    python benchmarks/distributed.py --model-only          # print the model's table alone
 
-Compared are the two exchanges of `fused_pacl_loss(group=)`, the same with all patches gathered (what ClipLoss does with
-its features, done to patches), and open_clip's ClipLoss on pooled features. "sent" is what the loopback device counted,
-"formula" what ring algorithms send: all-gather and reduce-scatter of x bytes by W processes (W - 1) x / W each per
-process for the whole, all-reduce twice that. Time "without" is the same step with every collective replaced by local
-copies, in all processes at once, so that they compete for the cores alike; "model" is the H200 model's formula with the
-bandwidth and latency of all-gathers in the same run.
+The providers are the two exchanges of `fused_pacl_loss(group=)`, the same loss with all patches gathered (as ClipLoss
+gathers its features), and open_clip's ClipLoss on pooled features. "sent" is the count of the loopback device.
+"formula" is the traffic of ring algorithms: per process, all-gather and reduce-scatter of x bytes over W processes send
+(W - 1) x / W, and all-reduce twice that. "without" is the time of the same step with every collective replaced by local
+copies, in all processes at once, so that they compete for the cores in the same way. "model" is the H200 model's
+formula with the bandwidth and latency of all-gathers in the same run.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ from torch.nn import functional as F
 from pacl_kernels import distributed, fused_pacl_loss
 
 SCALE = 1 / 0.07
-HEADER = 13 * 8  # bytes that each process says about itself
-# Assumed for the model: nothing here has been measured on such a machine.
+HEADER = 13 * 8  # bytes with which each process describes itself
+# Assumptions of the model, none of them measured on such a machine.
 H200 = {"flops": 450e12, "link_bytes": 50e9, "latency": 10e-6}  # bf16 products of the loss; 400 Gb/s; one hop
 
 
@@ -52,7 +52,7 @@ def step_ring(patches, texts):
 
 
 def step_patches(patches, texts):
-    """Everybody gathers everything, with gradients, and computes the whole batch."""
+    """Gather all patches and texts in every process, with gradients, and compute the whole batch there."""
     if dist.get_world_size() > 1:
         patches, texts = (torch.cat(torch.distributed.nn.all_gather(x)) for x in (patches, texts))
     return fused_pacl_loss(patches, texts, SCALE, group="local")
@@ -70,7 +70,10 @@ STEPS = {"gather": step_gather, "ring": step_ring, "all patches": step_patches, 
 
 
 def formula(provider: str, world: int, batch: int, patches: int, dim: int, size: int, scatters: bool) -> float:
-    """Bytes that one process sends in a step; float32 gradients of texts, and twice as many where nothing scatters."""
+    """Return the bytes that one process sends in a step.
+
+    Gradients of texts are float32, and take twice the bytes if the group cannot reduce-scatter (`scatters`).
+    """
     texts, others, gradient = batch * dim * size, world - 1, batch * dim * 4
     sums = 2 * others / world * 8 * (world * batch + 2) + HEADER * others
     if provider == "gather":
@@ -124,7 +127,7 @@ def worker(args) -> None:
 
 
 def link() -> dict[str, float]:
-    """Bytes per second and seconds per hop of this group, from all-gathers of 8 bytes and of 1 MiB."""
+    """Measure bytes per second and seconds per hop of this group, by all-gathers of 8 bytes and of 1 MiB."""
     world, times = dist.get_world_size(), []
     for size in (2, 2**18):
         x, out = torch.ones(size), torch.empty(world * size)
@@ -136,13 +139,13 @@ def link() -> dict[str, float]:
 
 
 def communication(sent: float, world: int, ring: bool, link: dict[str, float]) -> float:
-    """Seconds to send `sent` bytes in the hops of an exchange, if nothing of it were hidden."""
+    """Return the seconds to send `sent` bytes in the hops of an exchange, without overlap with computation."""
     hops = (3 if ring else 2) * (world - 1) + 2 * math.ceil(math.log2(world))
     return sent / link["link_bytes"] + hops * link["latency"]
 
 
 def no_communication():
-    """Local stand-ins of the same shapes."""
+    """Replace collectives by local stand-ins with the same shapes."""
 
     def all_gather(x, world, group):
         return x.repeat(world, *[1] * (x.ndim - 1))
@@ -175,7 +178,7 @@ def _sent_on_loopback() -> int:
 
 
 def _memory(run, patches, texts) -> float:
-    """MiB at the peak of a step beyond inputs and gradients."""
+    """Return the peak memory of a step beyond inputs and gradients, in MiB."""
     gradients = sum(x.numel() * x.element_size() for x in (patches, texts))
     return max(0, peak_growth(run) - gradients) / 2**20
 
@@ -225,7 +228,7 @@ def print_measured(args, machine: dict, rows: list[dict]) -> None:
 
 
 def model(patches: int = 196, dim: int = 512, size: int = 2) -> list[dict]:
-    """Seconds of a step of the loss on H200s: its products, and what is sent if nothing of it were hidden."""
+    """Model the seconds of a step of the loss on H200s: its products, and its communication without overlap."""
     rows = []
     for batch in (2**15, 2**17, 2**20):
         for world in (8, 64, 256, 1024):
@@ -268,15 +271,16 @@ def print_model(rows: list[dict]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 3, 4], metavar="N")
-    parser.add_argument("--batch", type=int, default=64, help="local batch (%(default)s)")
-    parser.add_argument("--patches", type=int, default=196)
-    parser.add_argument("--dim", type=int, default=512)
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--json", metavar="FILE")
-    parser.add_argument("--show", metavar="FILE", help="print the tables of an earlier --json")
-    parser.add_argument("--model-only", action="store_true")
+    add = parser.add_argument
+    add("--processes", type=int, nargs="+", default=[1, 2, 3, 4], metavar="N", help="Numbers of processes to measure.")
+    add("--batch", type=int, default=64, help="Batch of each process (default: %(default)s).")
+    add("--patches", type=int, default=196, help="Patches per image.")
+    add("--dim", type=int, default=512, help="Dimension of the embeddings.")
+    add("--dtype", default="float32", choices=["float32", "bfloat16"], help="Dtype of the embeddings.")
+    add("--repeats", type=int, default=7, help="Timed steps of each provider.")
+    add("--json", metavar="FILE", help="Write the result.")
+    add("--show", metavar="FILE", help="Print the tables of an earlier --json.")
+    add("--model-only", action="store_true", help="Print the model's table without measuring.")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:

@@ -1,8 +1,8 @@
 """A world of near-duplicates for study.py: 168 textures that differ in one of three attributes, or in their order.
 
 A shape has a colour, a pattern and the pattern's accent: "a red shape with blue stripes" is not "a blue shape with red
-stripes", and half of the scenes hold shapes that differ in one attribute alone. A batch of 64 rarely shows a caption's
-nearest neighbours, one of 4,096 always does. Concepts are local texture, as in pacl.data.scenes, and sizes the same.
+stripes". In half of the scenes the shapes differ in one attribute alone. A batch of 64 rarely contains a caption's
+nearest neighbours; one of 4,096 always does. Concepts are local textures of the same size as in pacl.data.scenes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ INDEX = {kind: label for label, kind in enumerate(KINDS)}
 
 
 def draw_scene(rng: np.random.Generator) -> Scene:
-    """One to three shapes on a background; in half of the scenes each differs from the first in one attribute."""
+    """Draw one to three shapes on a background; in half of the scenes each differs from the first in one attribute."""
     image, mask, labels, background = scenes.draw_shapes(rng, _labels, partial(paint, rng=rng), len(KINDS))
     named = [CLASSES[label] for label in rng.permutation(labels) if rng.random() < 0.9]
     words = " and ".join(named)
@@ -41,7 +41,7 @@ def _labels(rng: np.random.Generator) -> list[int]:
 
 
 def paint(label: int, rng: np.random.Generator) -> np.ndarray:
-    """Float [64, 64, 3] of a kind's texture: two rows or columns of six in the accent, or dots 5 across of seven."""
+    """Return a kind's texture, float [64, 64, 3]: two of six rows or columns in the accent, or dots 5 wide every 7."""
     colour, pattern, accent = KINDS[label]
     y, x = np.ogrid[:SIZE, :SIZE]
     dy, dx = rng.integers(0, 42, size=2)

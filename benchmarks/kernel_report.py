@@ -1,10 +1,11 @@
-"""What the compiler makes of every Triton kernel that the library launches: registers, spills, shared memory, tensor
-cores, read from the machine code. Needs no GPU.
+"""Report registers, spills, shared memory and tensor cores of every Triton kernel that the library launches.
+
+The numbers are read from the machine code, which needs no GPU.
 
     python benchmarks/kernel_report.py                    # the shipped configurations at common shapes, under 3 minutes
     python benchmarks/kernel_report.py --all --json report.json
 
-The launches are recorded from the library's own code on tensors without data, so that nothing is listed twice.
+The launches are recorded from the library's own code on tensors without data, so that no second list can disagree.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from pacl_kernels.backends.gpu import kernels, tiles
 from pacl_kernels.backends.gpu import triton as backend
 
 TARGETS = (80, 90, 100)
-# Shared memory of a program, and registers of a multiprocessor (NVIDIA's programming guide, compute capabilities).
+# Shared memory per program, and registers per multiprocessor (NVIDIA's programming guide, compute capabilities).
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 REGISTERS = 65536
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -43,7 +44,7 @@ TOOLS = Path(triton.backends.nvidia.__file__).parent / "bin"
 
 
 class Variant(NamedTuple):
-    """One call whose launches are reported; a Python number for the temperature unless `tensor_tau`."""
+    """One call whose launches are reported. The temperature is a Python number unless `tensor_tau`."""
 
     form: str = "dot"
     dtype: str = "bf16"
@@ -53,8 +54,8 @@ class Variant(NamedTuple):
     tau: float = 0.07
     tensor_tau: bool = False
     aligned: bool = True
-    flat: bool = True  # without gaps between images, which a class token in front leaves
-    entropy: bool = False  # of `form="upsample"`, the arg-max of class scores: with best score and entropy
+    flat: bool = True  # False: with gaps between images, such as those of a class token
+    entropy: bool = False  # for `form="upsample"`, the arg-max of class scores: add best score and entropy
 
     def __str__(self) -> str:
         if self.form == "upsample":
@@ -72,7 +73,7 @@ DEFAULT = [
     Variant(form="upsample", dtype="fp32"),
     Variant(form="upsample", entropy=True),
 ]
-# What differs from those little enough that one architecture stands for all.
+# Variants similar enough to the above that one architecture stands for all.
 ON_90 = [
     Variant(dtype="fp16"),
     Variant(flat=False),
@@ -81,7 +82,7 @@ ON_90 = [
     Variant(tensor_tau=True),
     Variant(form="cosine", dtype="fp32", patches=49),
 ]
-# Kernels without a tile of scores: a row each, of the same architecture.
+# Kernels without a tile of scores: one row each, for the same architecture.
 ONCE = (
     "inverse_norms_kernel",
     "project_out_kernel",
@@ -93,7 +94,7 @@ ONCE = (
 
 
 class Launch(NamedTuple):
-    """What Triton compiles, by its own rules: types, constants and alignments by argument name."""
+    """Input of Triton's compiler, by its own rules: types, constants and alignments by argument name."""
 
     kernel: str
     config: str
@@ -109,7 +110,7 @@ class Launch(NamedTuple):
 
 
 def launches(variant: Variant, target: int, batch: int = 1024) -> list[Launch]:
-    """The launches of forward and backward of a call, on tensors without data."""
+    """Return the launches of a call's forward and backward, on tensors without data."""
     seen: list[Launch] = []
     compiler = make_backend(GPUTarget("cuda", target, 32))
 
@@ -158,7 +159,7 @@ def _upsample(dtype: torch.dtype, entropy: bool) -> None:
 
 
 def compiled(launch: Launch):
-    """Triton's compiled kernel of a launch: `asm` has its code as text and as machine code."""
+    """Compile the kernel of a launch; `asm` of the result holds its code as text and as machine code."""
     kernel = getattr(kernels, launch.kernel)
     index = {name: i for i, name in enumerate(kernel.arg_names)}
     source = ASTSource(
@@ -173,7 +174,7 @@ def compiled(launch: Launch):
 
 
 def compile_launch(launch: Launch) -> dict:
-    """The row of a launch: what the machine code holds."""
+    """Compile a launch and return its row, read from the machine code."""
     kernel = compiled(launch)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(kernel.asm["cubin"])
@@ -199,13 +200,13 @@ def compile_launch(launch: Launch) -> dict:
 
 
 def _run(tool: str, *arguments: str) -> str:
-    # nvdisasm of the wheel is for the newest chips under another name in some versions.
+    # In some versions of the wheel the nvdisasm for the newest chips has another name.
     found = next((path for path in (TOOLS / tool, TOOLS / f"{tool}-blackwell") if path.exists()), tool)
     return subprocess.run([found, *arguments], capture_output=True, text=True, check=True).stdout
 
 
 def _tensor_core(code: str) -> str:
-    """The instruction family of the products: wgmma (Hopper), tcgen05 (Blackwell), mma (Ampere), or none."""
+    """Return the instruction family of the products: wgmma (Hopper), tcgen05 (Blackwell), mma (Ampere), or none."""
     for instruction, name in (("GMMA", "wgmma"), (r"UTC\w*MMA", "tcgen05"), (r"[HI]MMA", "mma")):
         if re.search(rf"\b\w?{instruction}", code):
             return name
@@ -213,7 +214,7 @@ def _tensor_core(code: str) -> str:
 
 
 def rows_of(variants: list[Variant], targets) -> list[Launch]:
-    """Every launch once: two with the same types, constants and alignments are one binary."""
+    """Return every distinct launch: those with the same types, constants and alignments share a binary."""
     unique: dict[tuple, Launch] = {}
     for target in targets:
         for variant in [*variants, *(ON_90 if target == 90 else ())]:
@@ -243,10 +244,11 @@ def report(variants: list[Variant], targets, jobs: int) -> list[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--all", action="store_true", help="every variant, not only the common ones (hours)")
-    parser.add_argument("--targets", default=",".join(map(str, TARGETS)), help="compute capabilities times ten")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count())
-    parser.add_argument("--json", metavar="FILE", help="write the rows")
+    parser.add_argument("--all", action="store_true", help="Compile every variant, not only the common ones (hours).")
+    every = ",".join(map(str, TARGETS))
+    parser.add_argument("--targets", default=every, help="Compute capabilities times ten, separated by commas.")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="Number of compiling processes.")
+    parser.add_argument("--json", metavar="FILE", help="Write the rows.")
     args = parser.parse_args()
     targets = [int(target) for target in args.targets.split(",")]
     rows = report(every_variant() if args.all else DEFAULT, targets, args.jobs)

@@ -1,9 +1,9 @@
-"""Where a training step's time on a GPU goes, kernel by kernel, as torch's profiler has it.
+"""Profile a training step on a GPU, kernel by kernel, with torch's profiler.
 
     python benchmarks/profile_step.py --backend cuda --form cosine --json profile.json
     ncu --section ComputeWorkloadAnalysis --kernel-name regex:score_kernel python benchmarks/profile_step.py --once
 
-The second: how busy the tensor cores are, which torch's profiler does not say.
+The second command shows how busy the tensor cores are, which torch's profiler does not.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ from pacl_kernels.checks import FORMS
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, default in (("batch", 4096), ("patches", 196), ("dim", 512)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--backend", choices=NAMES, default="auto")
-    parser.add_argument("--form", choices=FORMS, default="dot")
-    parser.add_argument("--once", action="store_true", help="one step and no profile, for a profiler around it")
-    parser.add_argument("--json", metavar="FILE", help="write the rows, with the machine they are from")
+    parser.add_argument("--batch", type=int, default=4096, help="Number of images, and of texts.")
+    parser.add_argument("--patches", type=int, default=196, help="Patches per image.")
+    parser.add_argument("--dim", type=int, default=512, help="Dimension of the embeddings.")
+    parser.add_argument("--backend", choices=NAMES, default="auto", help="Backend of the fused loss.")
+    parser.add_argument("--form", choices=FORMS, default="dot", help="Form of φ.")
+    parser.add_argument("--once", action="store_true", help="Run one step without profiling, for an outer profiler.")
+    parser.add_argument("--json", metavar="FILE", help="Write the rows, with a description of the machine.")
     args = parser.parse_args()
     patches = torch.randn(args.batch, args.patches, args.dim, device="cuda").bfloat16().requires_grad_()
     texts = torch.randn(args.batch, args.dim, device="cuda").bfloat16().requires_grad_()

@@ -1,8 +1,8 @@
-"""Who is compared: the fused loss, what people run instead of it, and the bare matrix products.
+"""Providers to compare: the fused loss, what people run instead of it, and the bare matrix products.
 
 A peer is `phi(patches, texts, temperature, form)`, the compatibility `[B, K]` of patches `[B, N, D]` and texts
-`[K, D]`, written as its authors would write it, normalisation included. Each form has those peers that can express it;
-for `max` these are two published MaxSim packages too, where they and a GPU are there.
+`[K, D]`, written as its authors would write it, normalisation included. Each form has the peers that can express it;
+for `max` these include two published MaxSim packages, if they are installed and there is a GPU.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from pacl_kernels import backends, fused_pacl_loss, reference
 
 LOGIT_SCALE = 1 / 0.07
 PRODUCTS = "matrix products"
-# Elements of the scores that the bare products write at a time: on a CPU they stay in its cache; on a GPU smaller
-# products are slower (with 4096 texts a unit took 6.0 ms on an H200 with 2²⁴ and 5.1 with 2²⁸).
+# Scores that the bare products write at a time. On a CPU they stay in its cache; on a GPU smaller products are slower
+# (with 4096 texts a unit took 6.0 ms on an H200 with 2²⁴ and 5.1 with 2²⁸).
 BLOCK = {"cpu": 2**24, "cuda": 2**28}
 MIN_POOLED_NORM = 1e-6
-CHUNK = 16  # images: at the usual sizes the scores of a chunk then stay in the last-level cache
+CHUNK = 16  # images; at the usual sizes the scores of a chunk stay in the last-level cache
 
 
 def pooled(patches: Tensor, texts: Tensor, temperature: float, form: str) -> Tensor:
-    """As the paper writes it: scores, softmax, the pooled patch of every pair, its product with the text."""
+    """Compute φ as in the paper: scores, softmax, the pooled patch of every pair, its product with the text."""
     p, t = F.normalize(patches, dim=-1), F.normalize(texts, dim=-1)
     scores = torch.einsum("bnd,kd->bkn", p, t)
     return _compare(torch.einsum("bkn,bnd->bkd", (scores / temperature).softmax(-1), p), t, form)
 
 
 def weighted_scores(patches: Tensor, texts: Tensor, temperature: float, form: str) -> Tensor:
-    """The same number without a pooled patch: Σ a s, over sqrt(aᵀ G a) with G = p̂ p̂ᵀ for the cosine."""
+    """Compute φ without a pooled patch: Σ a s, divided by sqrt(aᵀ G a) with G = p̂ p̂ᵀ for the cosine."""
     p, t = F.normalize(patches, dim=-1), F.normalize(texts, dim=-1)
     scores = torch.einsum("bnd,kd->bkn", p, t)
     a = (scores / temperature).softmax(-1)
@@ -51,7 +51,7 @@ def weighted_scores(patches: Tensor, texts: Tensor, temperature: float, form: st
 
 
 def attention(patches: Tensor, texts: Tensor, temperature: float, form: str) -> Tensor:
-    """PyTorch's fused attention: the texts are the queries of every image, its patches are keys and values."""
+    """Compute φ by PyTorch's fused attention: texts are the queries of every image, its patches keys and values."""
     p, t = F.normalize(patches, dim=-1), F.normalize(texts, dim=-1)
     queries = t.expand(len(p), 1, *t.shape)
     v = F.scaled_dot_product_attention(queries, p[:, None], p[:, None], scale=1 / temperature)
@@ -59,24 +59,24 @@ def attention(patches: Tensor, texts: Tensor, temperature: float, form: str) -> 
 
 
 def largest_score(patches: Tensor, texts: Tensor, temperature: float, form: str) -> Tensor:
-    """The max form as everybody writes it; its backward is a product with a tensor that is nearly all zeros."""
+    """Compute the max form as usually written; its backward is a product with a tensor that is nearly all zeros."""
     p, t = F.normalize(patches, dim=-1), F.normalize(texts, dim=-1)
     return torch.einsum("bnd,kd->bkn", p, t).max(-1).values
 
 
 def late_interaction_kernels(patches: Tensor, texts: Tensor, temperature: float, form: str) -> Tensor:
-    """MaxSim of queries `[K, 1, D]` and documents `[B, N, D]`, which it normalises itself."""
+    """Compute MaxSim of queries `[K, 1, D]` and documents `[B, N, D]`; the package normalises them itself."""
     return importlib.import_module("late_interaction_kernels").maxsim(texts[:, None], patches, normalize=True).T
 
 
 def flash_maxsim(patches: Tensor, texts: Tensor, temperature: float, form: str) -> Tensor:
-    """The same arguments, already normalised; its kernels multiply in float16, whatever comes in."""
+    """Compute MaxSim of normalised arguments; the package's kernels always multiply in float16."""
     p, t = F.normalize(patches, dim=-1), F.normalize(texts, dim=-1)
     return importlib.import_module("flash_maxsim").flash_maxsim_batched_train(t[:, None], p).T
 
 
 def chunked(patches: Tensor, texts: Tensor, temperature: float, form: str, phi=None) -> Tensor:
-    """A few images at a time, each chunk computed again in the backward pass."""
+    """Compute φ for a few images at a time, and each chunk again in the backward pass."""
     phi = phi or (largest_score if form == "max" else weighted_scores)
     chunks = patches.split(CHUNK)
     return torch.cat([checkpoint(phi, chunk, texts, temperature, form, use_reentrant=False) for chunk in chunks])
@@ -88,9 +88,9 @@ def _compare(v: Tensor, t: Tensor, form: str) -> Tensor:
     return torch.einsum("bkd,kd->bk", v, t)
 
 
-# Name to: φ, whether it is compiled, and for each form that it has what a step holds at its peak beside inputs and
-# gradients, in sizes of patches, of scores [B, K, N] and of pooled patches [B, K, D] (measured on a CPU; packages: by
-# their documentation).
+# For each name: φ, whether it is compiled, and for each of its forms the peak memory of a step beyond inputs and
+# gradients, in multiples of patches, of scores [B, K, N] and of pooled patches [B, K, D] (measured on a CPU; for
+# packages, from their documentation).
 PEERS = {
     "eager, pooled patch (paper)": (pooled, False, {"dot": (1, 2, 1), "cosine": (1, 2, 6)}),
     "eager, sum of a s": (weighted_scores, False, {"dot": (1, 4, 0), "cosine": (1, 11, 0)}),
@@ -107,7 +107,7 @@ PACKAGES = {"late-interaction-kernels": "late_interaction_kernels", "flash-maxsi
 
 
 def losses(args, only: str | None = None) -> dict:
-    """Name to loss(patches, texts): the same number from each. `only` that one: torch.compile takes 5 s to load."""
+    """Return loss(patches, texts) by name, equal for all; `only` makes that one alone: torch.compile loads for 5 s."""
 
     def fused(backend):
         return lambda patches, texts: fused_pacl_loss(
@@ -132,7 +132,7 @@ def is_compiled(name: str) -> bool:
 
 
 def why_not(name: str, args) -> str | None:
-    """The reason why a provider cannot run. Memory is estimated: a machine that runs out of it may kill anything."""
+    """Return why a provider cannot run, or None. Memory is estimated: running out of it may kill any process."""
     if name not in PEERS:
         try:
             backends.resolve(name.removeprefix("fused "), args.torch_device, args.torch_dtype)
@@ -166,9 +166,9 @@ def _free_bytes(device: torch.device) -> float:
 
 
 def products(inputs, clock, form):
-    """A function that does the bare products of a step, into buffers that exist: a floor without page faults.
+    """Return a function that does a step's bare products into existing buffers: a lower bound without page faults.
 
-    The max form needs one product, that of its forward.
+    The max form needs only the product of its forward.
     """
     patches, texts = inputs[0].detach().flatten(0, 1), inputs[1].detach()
     blocks = patches.split(max(1, BLOCK[patches.device.type] // len(texts)))

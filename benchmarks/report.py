@@ -1,6 +1,6 @@
-"""The result of `throughput.py` for people: the machine it ran on, a table, a chart.
+"""Show a result of `throughput.py`: describe the machine, print a table, draw a chart.
 
-`python benchmarks/report.py FILE...` prints the README's tables of results that were written with --json.
+`python benchmarks/report.py FILE...` prints Markdown tables of results written with --json.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ import pacl_kernels
 
 EXPLANATION = """
 Medians of interleaved runs; ± is half the distance from the 20th to the 80th percentile.
-/ products: time over that of the bare matrix products of a step ({products:.0f} units; forward 1).
-% of peak: {forward:.3g} and {step:.3g} units, what the fused loss computes (products: their own), over time and peak.
-speed: time of forward + backward of the fastest row that is not ours over that of this row; above 1 beats them all.
-extra: peak memory beyond inputs and gradients. error: the largest of loss and gradients, norm of difference over norm
-of the float64 truth, at B = K = {error_batch}."""
+/ products: time divided by that of the bare matrix products of a step ({products:.0f} units; forward 1).
+% of peak: work of the fused loss, {forward:.3g} and {step:.3g} units (products: their own), over time and peak.
+speed: step time of the fastest row that is not ours divided by that of this row; above 1 beats them all.
+extra: peak memory beyond inputs and gradients. error: largest relative error of loss and gradients, norm of the
+difference over norm of the float64 truth, at B = K = {error_batch}."""
 
 
 def machine(device: torch.device, native) -> dict:
     cuda = device.type == "cuda"
     try:
         cpu = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())[1]
-    except (OSError, TypeError):  # not Linux, or an Arm without the line
+    except (OSError, TypeError):  # not Linux, or an Arm whose cpuinfo lacks the line
         cpu = platform.processor() or platform.machine()
-    commit = os.environ.get("PACL_COMMIT")  # of a copy with another history, or none
+    commit = os.environ.get("PACL_COMMIT")  # for a copy with another history or without one
     describe = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty"]
     try:
         commit = commit or subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
@@ -48,7 +48,7 @@ def machine(device: torch.device, native) -> dict:
         "cuda": torch.version.cuda if cuda else None,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "compiler": None,  # of the native module, which does not tell
+        "compiler": None,  # the native module does not report it
         "pacl_kernels": pacl_kernels.__version__,
         "commit": commit,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -91,7 +91,7 @@ def table(result: dict) -> str:
 
 
 def markdown(result: dict) -> str:
-    """The table as the README shows it."""
+    """Format the table as Markdown, for the documentation."""
     settings, peak = result["settings"], result["peak"]
     peak = f"{peak / 1e12:.0f} TFLOP/s" if peak >= 1e14 else f"{peak / 1e9:.0f} GFLOP/s"
     lines = [

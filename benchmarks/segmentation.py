@@ -1,12 +1,12 @@
-"""Segmentation on this machine: pacl's label maps against the same in plain PyTorch, and images a second.
+"""Measure segmentation on this machine: pacl's label maps against plain PyTorch, and images per second.
 
     python benchmarks/segmentation.py [--json F]          # about two minutes on a CPU
     python benchmarks/segmentation.py --large             # also 847 classes at 2,048 x 1,536 pixels
 
-The first table starts from an image's patch embeddings and the classes' texts and ends with its label map. Plain: class
-scores, F.interpolate to the image's size, argmax. Memory is what the process grows by at most. The second is whole
-images through a ViT-B-16 with random weights (which do not change the time), 150 classes, at each stride and window;
-"label map" is what of that the first table times.
+The first table times the way from an image's patch embeddings and the classes' texts to its label map. "plain" is class
+scores, F.interpolate to the image's size, argmax. Memory is the process's peak growth. The second table times whole
+images with 150 classes at each stride and window, through a ViT-B-16 with random weights, which do not change the time;
+its "label map" is the part that the first table times.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def random_texts(classes: int) -> Texts:
 
 def plain(dense: Dense, texts: Texts) -> Tensor:
     h, w, _ = dense.patches.shape
-    scores = (texts.embeddings @ dense.patches.flatten(0, 1).T).view(-1, h, w)  # contiguous, or it takes 3 times
+    scores = (texts.embeddings @ dense.patches.flatten(0, 1).T).view(-1, h, w)  # contiguous: 3 times as fast
     return F.interpolate(scores[None], dense.size, mode="bilinear", align_corners=False)[0].argmax(0)
 
 
@@ -54,7 +54,7 @@ def ours(dense: Dense, texts: Texts) -> Tensor:
 
 
 def measure(runs: dict[str, Callable], repeats: int) -> dict[str, float]:
-    """Median seconds of each, interleaved, after a first call that does not count."""
+    """Return the median seconds of each run, interleaved, after a first call that does not count."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for repeat in range(repeats + 1):
         for name, run in runs.items():
@@ -92,11 +92,11 @@ def images(settings: dict, towers, embedder: VisionEmbedder, repeats: int) -> di
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--large", action="store_true", help="the plain computation then takes 11 GB")
-    parser.add_argument("--quick", action="store_true", help="two small cases, to see that it runs")
-    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="Threads of torch.")
+    parser.add_argument("--repeats", type=int, default=3, help="Timed runs of each.")
+    parser.add_argument("--large", action="store_true", help="Add a case for which plain PyTorch needs 11 GB.")
+    parser.add_argument("--quick", action="store_true", help="Run two small cases, to see that it runs.")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="Write the result.")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     cases = [(5, 64, 48, 1)] if arguments.quick else CASES + [LARGE] * arguments.large

@@ -1,13 +1,13 @@
-"""What a larger batch, the attention and the temperature buy, in two generated worlds: curves, controls, a picture.
+"""Measure the effect of batch size, attention and temperature in two generated worlds: curves, controls, a plot.
 
-    python benchmarks/study.py run DIR                 # everything, two processes of one thread; go on by running again
+    python benchmarks/study.py run DIR                 # everything, in two processes of one thread; rerun to resume
     python benchmarks/study.py report DIR --json study.json --plot study.png
 
-Each world (the demo's, and hard_scenes.py's near-duplicates) gets one small CLIP, trained and frozen; its patch tokens
-are cached, and every run trains a new embedder on them from the same number of images: batches of 64 to 4,096, then
-at one batch size the temperatures, forms and controls. The learning rate of each batch size is chosen on scenes of
-their own, in the hard world. Losses are computed in bfloat16. Seeds change the embedder and the order of the
-images; the CLIP, the training scenes and the 512 evaluation scenes are the same for all.
+Each world (the demo's, and hard_scenes.py's near-duplicates) gets one small CLIP, trained and then frozen. Its patch
+tokens are cached, and every run trains a new embedder on them with the same number of images: batches of 64 to 4,096,
+then at one batch size the temperatures, forms and controls. The learning rate of each batch size is tuned on separate
+scenes of the hard world. Losses are computed in bfloat16. Seeds change the embedder and the order of the images; the
+CLIP, the training scenes and the 512 evaluation scenes are the same for all runs.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from pacl_kernels import compatibility, fused_pacl_loss
 
 @dataclass(frozen=True)
 class World:
-    """draw: one scene; kinds: the attributes of the first labels; held_out: labels that training never shows."""
+    """World of scenes. draw: draws one; kinds: attributes of the first labels; held_out: labels unseen in training."""
 
     draw: Callable
     draw_train: Callable
@@ -67,8 +67,8 @@ WORLDS = {
     ),
     "hard": World(hard_scenes.draw_scene, hard_scenes.draw_scene, hard_scenes.CLASSES, hard_scenes.KINDS),
 }
-# Batch sizes, and the learning rates tried first for each; twice the largest is tried for as long as that is the best,
-# up to MAX_LR, where trials gained less than seeds differ.
+# Batch sizes, and the learning rates tried first for each. While the largest is the best, tuning doubles it, up to
+# MAX_LR; beyond that trials gained less than seeds differ.
 LRS = {64: (8e-3, 16e-3), 256: (16e-3, 32e-3), 1024: (16e-3, 32e-3), 4096: (16e-3, 32e-3)}
 MAX_LR = 64e-3
 SEEDS = (0, 1, 2)
@@ -77,7 +77,7 @@ CONTROL_BATCH, TUNE_SEED = 256, 100
 
 @dataclass(frozen=True)
 class Size:
-    """How much of everything: `images` are seen by each run, `scenes` are drawn and cached."""
+    """Amounts of work: each run sees `images`; `scenes` are drawn and cached."""
 
     images: int = 131_072
     scenes: int = 8_192
@@ -97,8 +97,8 @@ class Run:
     seed: int
     tau: float | None = ATTN_TEMPERATURE  # None: learned, from the default
     form: str = "cosine"
-    pooling: str = "all pairs"  # "paired": attention of an image's own caption for every text; "mean": none
-    tower: str = "clip"  # "random": as it was before training
+    pooling: str = "all pairs"  # "paired": attend with an image's own caption for every text; "mean": no attention
+    tower: str = "clip"  # "random": the tower before training
     split: str = "eval"
 
     @property
@@ -110,7 +110,7 @@ class Run:
 
 
 def prepare(name: str, out: Path, size: Size) -> None:
-    """Write `out`/NAME.safetensors: tokens, texts and masks of everything that runs of that world read."""
+    """Write `out`/NAME.safetensors: all tokens, texts and masks that the runs of that world read."""
     path = out / f"{name}.safetensors"
     if path.exists():
         return
@@ -165,7 +165,7 @@ def _texts(clip: open_clip.CLIP, tokens: Tensor) -> Tensor:
 
 
 def plan(out: Path) -> tuple[list[Run], list[Run]]:
-    """The runs that choose learning rates, as far as is known yet, and, once those are there, all others."""
+    """Return the known runs that tune learning rates and, once those are complete, all others."""
     tune, lr = [], {}
     for batch, rates in LRS.items():
         runs = [Run("hard", batch, rate, TUNE_SEED, split="tune") for rate in rates]
@@ -190,7 +190,7 @@ def plan(out: Path) -> tuple[list[Run], list[Run]]:
             changes = [{"tau": tau} for tau in (1.0, 0.1, None)] + [{"form": "dot"}, {"tower": "random"}]
             changes += [{"pooling": pooling} for pooling in ("paired", "mean")]
             rest += [dataclasses.replace(control, **change) for change in changes]
-    rest.sort(key=lambda run: run.batch == max(LRS))  # these take as long as all others: last
+    rest.sort(key=lambda run: run.batch == max(LRS))  # last, because these take as long as all others together
     return tune, rest
 
 
@@ -200,7 +200,7 @@ def _result(out: Path, run: Run) -> list[dict] | None:
 
 
 def train(run: Run, out: Path, size: Size) -> str:
-    """One run, from cached tokens to `out`/runs/NAME.json; returns a line about it."""
+    """Run once, from cached tokens to `out`/runs/NAME.json; return a line about it."""
     torch.set_num_threads(1)
     torch.manual_seed(run.seed)
     begin = time.perf_counter()
@@ -233,20 +233,20 @@ def _loss(run: Run) -> Callable[..., Tensor]:
 
 
 def mean_pooling(patches: Tensor, texts: Tensor, logit_scale: Tensor) -> Tensor:
-    """The same contrast, every patch with the same weight."""
+    """Return the contrastive loss with the same weight for every patch."""
     pooled = F.normalize(F.normalize(patches, dim=-1).mean(1), dim=-1)
     return open_clip.ClipLoss()(pooled, F.normalize(texts, dim=-1), logit_scale)
 
 
 def paired(patches: Tensor, texts: Tensor, logit_scale: Tensor, *, tau: float) -> Tensor:
-    """What re-implementations do: an image is pooled for its own caption, and that pooled patch meets every text."""
+    """Return the loss of common re-implementations: pool an image for its own caption, compare that with every text."""
     patches, texts = F.normalize(patches, dim=-1), F.normalize(texts, dim=-1)
     weights = ((patches @ texts[:, :, None]) / tau).softmax(1)
     return open_clip.ClipLoss()(F.normalize((weights * patches).sum(1), dim=-1), texts, logit_scale)
 
 
 class Points:
-    """Takes the place of a progress bar: measures the embedder after 1/16, 1/8, ... of the steps."""
+    """Stand-in for a progress bar that measures the embedder after 1/16, 1/8, ... of the steps."""
 
     def __init__(self, run: Run, model: Trainable, data: dict[str, Tensor], total: int):
         self.run, self.model, self.data, self.done = run, model, data, 0
@@ -266,7 +266,7 @@ class Points:
 def measure(
     run: Run, embedder: VisionEmbedder, data: dict[str, Tensor], tau: float = ATTN_TEMPERATURE
 ) -> dict[str, float]:
-    """mIoU, patch accuracy (all attributes, and each), and image-to-text R@1 among the evaluation's own captions."""
+    """Return mIoU, patch accuracy (all attributes, and each), and image-to-text R@1 among the evaluation's captions."""
     world, split = WORLDS[run.world], run.split
     masks, classes = data[f"{split}.masks"], data["classes"]
     tokens = data[f"{split}.{'random_tokens' if run.tower == 'random' else 'tokens'}"]
@@ -289,17 +289,17 @@ def measure(
     texts = data[f"{split}.texts"]
     phi = compatibility(embedder(tokens), texts, attn_temperature=tau, form=run.form)
     own = phi.diagonal()[:, None]
-    # Equal captions are not mistakes: a text counts against the pair only where its score is larger.
+    # Equal captions are not mistakes: a text counts against the pair only if its score is larger.
     out["retrieval_r1"] = float(((phi > own + 1e-6).sum(1) == 0).float().mean())
     return out
 
 
 def work(out: Path, size: Size, processes: int) -> None:
-    """Prepare both worlds, then all runs that are not there yet, `processes` at a time."""
+    """Prepare both worlds, then do all missing runs, `processes` at a time."""
     (out / "runs").mkdir(parents=True, exist_ok=True)
     settings = out / "size.json"
     if settings.exists() and json.loads(settings.read_text()) != dataclasses.asdict(size):
-        raise SystemExit(f"study: {out} holds runs of another size; give another folder")
+        raise SystemExit(f"study: out: {out} holds runs of another size, expected another folder")
     write_bytes(settings, json.dumps(dataclasses.asdict(size)).encode())
     begin = time.perf_counter()
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -313,7 +313,7 @@ def work(out: Path, size: Size, processes: int) -> None:
 
 
 def report(out: Path) -> dict:
-    """Means and spreads over seeds of every kind of run that is there; what is missing is left out, and counted."""
+    """Return means and spreads over seeds of every kind of finished run, and the number of missing runs."""
     tune, rest = plan(out)
     found = {run: points for run in (*tune, *rest) if (points := _result(out, run)) is not None}
     groups: dict[Run, list[list[dict]]] = {}
@@ -348,7 +348,7 @@ def centre(value: dict[str, float] | float) -> float:
 
 
 def label(row: dict) -> str:
-    """What is special about a control."""
+    """Return what distinguishes a control from the default."""
     if row["pooling"] != "all pairs":
         return {"paired": "attention of the paired caption only", "mean": "mean pooling"}[row["pooling"]]
     if row["tower"] == "random":
@@ -360,7 +360,7 @@ def label(row: dict) -> str:
 
 
 def tables(result: dict) -> str:
-    """Markdown: batch sizes, then controls, of each world; percent, mean (least to most) over seeds."""
+    """Format Markdown tables of batch sizes and controls per world: percent, mean (least to most) over seeds."""
 
     def cell(value) -> str:
         text = f"{100 * centre(value):.1f}"
@@ -386,7 +386,7 @@ def tables(result: dict) -> str:
 
 
 def plot(result: dict, path: Path) -> None:
-    """mIoU against images seen and against steps, a line per batch size; the controls as bars."""
+    """Plot mIoU against images seen and against steps, with a line per batch size, and the controls as bars."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -419,13 +419,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run")
-    run.add_argument("out", type=Path)
-    run.add_argument("--processes", type=int, default=2, help="of one thread each (default: %(default)s)")
-    run.add_argument("--quick", action="store_true", help="everything once in minutes, numbers without meaning")
+    run.add_argument("out", type=Path, help="Folder of the runs.")
+    run.add_argument(
+        "--processes", type=int, default=2, help="Number of processes, with one thread each (default: %(default)s)."
+    )
+    run.add_argument("--quick", action="store_true", help="Run everything once in minutes; the numbers mean nothing.")
     show = commands.add_parser("report")
-    show.add_argument("out", type=Path)
-    show.add_argument("--json", type=Path)
-    show.add_argument("--plot", type=Path)
+    show.add_argument("out", type=Path, help="Folder of the runs.")
+    show.add_argument("--json", type=Path, help="Write the result.")
+    show.add_argument("--plot", type=Path, help="Write a chart.")
     arguments = parser.parse_args()
     if arguments.command == "run":
         work(arguments.out, QUICK if arguments.quick else Size(), arguments.processes)

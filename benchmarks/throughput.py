@@ -1,10 +1,10 @@
-"""Time, memory and accuracy of the fused loss and of everything else that computes it, on this machine, in one run.
+"""Measure time, memory and accuracy of the fused loss and of its alternatives, on this machine, in one run.
 
     python benchmarks/throughput.py                             # under two minutes, B = K = 256, N = 196, D = 512
     python benchmarks/throughput.py --form cosine --dtype bfloat16 --json result.json --plot result.svg
 
-One unit is the product of all patches with all texts, 2·B·N·K·D floating-point operations. A training step needs 4 of
-them (forward; the scores again, the gradient of the patches and that of the texts), 3 with frozen texts. The max form
+One unit is the product of all patches with all texts, 2·B·N·K·D floating-point operations. A training step needs 4
+units (forward, recomputed scores, gradient of the patches, gradient of the texts), or 3 with frozen texts. The max form
 needs one: its backward adds one row of D for each pair and gradient, 1/N of a unit each.
 """
 
@@ -34,22 +34,24 @@ from pacl_kernels import backends, reference
 from pacl_kernels.checks import FORMS
 from pacl_kernels.native import native
 
-SECONDS = 3.0  # of timed runs for one provider: a slow one runs less often than --repeats, but 3 times
-ERROR_UNIT = 2e10  # where a unit is larger, errors are taken at a smaller batch: the float64 truth is slow
-SLOW = 10.0  # seconds: what takes longer has no warm-up but the run at that smaller batch
+SECONDS = 3.0  # timed runs of a provider: a slow one runs less often than --repeats, but at least 3 times
+ERROR_UNIT = 2e10  # if a unit is larger, errors are measured at a smaller batch, because the float64 truth is slow
+SLOW = 10.0  # seconds: slower providers are warmed up only by the run at that smaller batch
 # NVIDIA's data sheets (A100 SXM, H100 SXM, H200 SXM): FP32, and half of the tensor figures printed "with sparsity".
 CUDA_PEAKS = {
     "NVIDIA A100-SXM4": {"float32": 19.5e12, "bfloat16": 312e12, "float16": 312e12},
     "NVIDIA H100 80GB HBM3": {"float32": 67e12, "bfloat16": 989e12, "float16": 989e12},
     "NVIDIA H200": {"float32": 67e12, "bfloat16": 989e12, "float16": 989e12},
 }
-# torch.compile says three times on a machine without a GPU that it found none.
+# On a machine without a GPU torch.compile warns of that three times.
 logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 
 def make_inputs(args, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Patches and texts; random directions cost the same as real ones. Made on the device: for a batch of a GPU's size
-    the CPU's generator takes seconds, for every provider again."""
+    """Return random patches and texts; random directions cost the same as real ones.
+
+    They are drawn on the device: for a GPU-sized batch the CPU's generator takes seconds, again for every provider.
+    """
     device = args.torch_device
     generator = torch.Generator(device).manual_seed(args.seed)
     patches = torch.randn(batch, args.patches, args.dim, generator=generator, device=device).to(args.torch_dtype)
@@ -58,8 +60,11 @@ def make_inputs(args, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class Clock:
-    """Milliseconds between marks. A GPU gets a pause first, so that launches are queued before the first mark, and a
-    sweep of its cache, since a training step does not find its patches there either."""
+    """Clock of milliseconds between marks.
+
+    A GPU first gets a pause, so that launches are queued before the first mark, and a sweep of its cache, because a
+    training step does not find its patches there either.
+    """
 
     def __init__(self, device: torch.device):
         self.sweep = torch.empty(2**28, dtype=torch.int8, device=device) if device.type == "cuda" else None
@@ -87,7 +92,7 @@ class Clock:
 
 
 def step(loss, inputs, clock: Clock) -> list[torch.Tensor]:
-    """Loss and gradients. The forward pass is that of a training step: it keeps what the backward pass needs."""
+    """Return loss and gradients. The forward pass is that of a training step: it keeps what the backward pass needs."""
     clock.start()
     value = loss(*inputs)
     clock.mark()
@@ -101,7 +106,7 @@ def unit(args) -> int:
 
 
 def units(args) -> dict[str, float]:
-    """What grows with B K N; for the cosine the norm of the pooled patch adds N/D of a unit, and 2N/D backward.
+    """Return the units that grow with B K N; for the cosine the pooled patch's norm adds N/D, and 2N/D in backward.
 
     The max form: one product, and one row of D per pair for each of its gradients.
     """
@@ -112,12 +117,12 @@ def units(args) -> dict[str, float]:
 
 
 def operations(args) -> dict[str, float]:
-    """What the fused loss has to compute, in units: what the shares of the peak count.
+    """Return the work of the fused loss in units, the basis of the shares of the peak.
 
-    For the cosine that is the cheaper of two ways to the pooled patch's norm. With the Gram matrix G = P̂ P̂ᵀ of each
-    image, half of what is symmetric: G takes N/2K, in forward and again in backward, aᵀ G a N/2D, and in backward
-    G a N/D, C = Σ w a aᵀ N/2D, C P̂ N/K. With the pooled patches v = Σ a p̂ themselves: v is 1 in forward and again in
-    backward, as are p̂ · (t̂ - (φ / r) v) and what v adds to the patches' gradient.
+    For the cosine that is the cheaper of two ways to the pooled patch's norm. The first uses the Gram matrix G = P̂ P̂ᵀ
+    of each image and computes half of every symmetric matrix: G takes N/2K, in forward and again in backward, aᵀ G a
+    N/2D, and in backward G a N/D, C = Σ w a aᵀ N/2D, C P̂ N/K. The second uses the pooled patches v = Σ a p̂: v takes 1
+    in forward and again in backward, p̂ · (t̂ - (φ / r) v) takes 1, and so does v's part of the patches' gradient.
     """
     if args.form != "cosine":
         return units(args)
@@ -128,16 +133,16 @@ def operations(args) -> dict[str, float]:
 
 
 def warm_up(args, run, small_run, clock: Clock, compiled: bool = False):
-    """Loads code, starts threads, compiles (again for each shape). Returns the result of the small run."""
+    """Load code, start threads and compile (again for each shape); return the result of the small run."""
     result = small_run()
-    seconds = 1e-3 * clock.read()[-1] * (args.batch / args.error_batch) ** 2  # that `run` will take, about
+    seconds = 1e-3 * clock.read()[-1] * (args.batch / args.error_batch) ** 2  # estimate for `run`
     if args.error_batch < args.batch and (compiled or seconds < SLOW):
         run()
     return result
 
 
 def extra_memory(args, name: str) -> float:
-    """MiB at the peak of a step beyond inputs and gradients. On a CPU that is the growth of this process."""
+    """Return the peak memory of a step beyond inputs and gradients, in MiB; on a CPU, the growth of this process."""
     loss, inputs, clock = losses(args, name)[name], make_inputs(args, args.batch), Clock(args.torch_device)
     gradients = sum(x.numel() * x.element_size() for x in inputs if x.requires_grad)
     run, small = functools.partial(step, loss, inputs, clock), make_inputs(args, args.error_batch)
@@ -154,11 +159,11 @@ def extra_memory(args, name: str) -> float:
 
 
 def peak_growth(run) -> int:
-    """Bytes by which this process's memory grows while `run()` lasts, at most."""
+    """Return the peak growth of this process's memory during `run()`, in bytes."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     before = _resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM, the peak, starts again from here
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the peak
     run()
     return _resident("VmHWM") - before
 
@@ -168,19 +173,19 @@ def _resident(field: str) -> int:
 
 
 def _memory_process(args, name: str, pipe) -> None:
-    os.environ["MKL_DISABLE_FAST_MM"] = "1"  # otherwise MKL keeps its buffers, and the second step shows none
+    os.environ["MKL_DISABLE_FAST_MM"] = "1"  # else MKL keeps its buffers, and the second step does not show them
     torch.set_num_threads(args.threads)
     pipe.send(_attempt(extra_memory, args, name))
 
 
 def measure_memory(args, name: str) -> tuple[float | None, str | None]:
-    """(MiB, None), or (None, why it fails), or (None, None) where the system cannot tell."""
+    """Return (MiB, None), or (None, why it fails), or (None, None) if the system does not report memory."""
     if args.torch_device.type == "cuda":
         return _attempt(extra_memory, args, name)
     if not os.path.exists("/proc/self/clear_refs"):
         return None, None
-    context = multiprocessing.get_context("forkserver")  # forks from a process that has loaded torch and run nothing
-    context.set_forkserver_preload(["torch"])  # pacl_kernels it would take from the working folder, if there is one
+    context = multiprocessing.get_context("forkserver")  # forks from a process that has only loaded torch
+    context.set_forkserver_preload(["torch"])  # not pacl_kernels, which it could import from the working folder
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_memory_process, args=(args, name, sender))
     process.start()
@@ -189,11 +194,11 @@ def measure_memory(args, name: str) -> tuple[float | None, str | None]:
         return receiver.recv()
     except EOFError:
         process.join()
-        return None, f"its process died with exit code {process.exitcode} (-9 is most often out of memory)"
+        return None, f"its process died with exit code {process.exitcode} (-9 usually means out of memory)"
 
 
 def _attempt(function, *arguments) -> tuple:
-    """(result, None) or (None, one line that says what went wrong): any failure of a provider is a row of the table."""
+    """Return (result, None), or (None, the error in one line), because a failing provider is a row of the table too."""
     try:
         return function(*arguments), None
     except Exception as error:
@@ -211,12 +216,12 @@ def float64_truth(args, inputs, clock: Clock) -> list[torch.Tensor]:
 
 
 def relative_error(results, truth) -> float:
-    """The largest of loss and gradients; in the max form it has pairs whose two best patches rounding swaps."""
+    """Return the largest error of loss and gradients; in the max form, rounding may swap a pair's two best patches."""
     return max(((x.double() - y).norm() / y.norm()).item() for x, y in zip(results, truth, strict=True))
 
 
 def machine_peak(args) -> float | None:
-    """Floating-point operations a second: measured on a CPU, from the data sheet on a GPU."""
+    """Return the machine's floating-point operations per second: measured on a CPU, from the data sheet on a GPU."""
     if args.torch_device.type == "cuda":
         name = torch.cuda.get_device_name()
         return next((peaks[args.dtype] for prefix, peaks in CUDA_PEAKS.items() if name.startswith(prefix)), None)
@@ -229,7 +234,7 @@ def machine_peak(args) -> float | None:
 
 
 def measure(args) -> Iterator[dict]:
-    """The result after each round of timed runs, which is what --json writes: a run that is cut off keeps the last."""
+    """Yield the result after each round of timed runs, for --json, so that an interrupted run keeps its last result."""
     functions, clock, machine = losses(args), Clock(args.torch_device), report.machine(args.torch_device, native())
     rows = {name: {"reason": why_not(name, args)} for name in functions} | {PRODUCTS: {"reason": None}}
     for name in functions:
@@ -259,7 +264,7 @@ def measure(args) -> Iterator[dict]:
         del results
     del truth, small, small_runs
 
-    # Every round runs each provider at most once, and each round starts with another one.
+    # Every round runs each provider at most once, and starts with a different one.
     order, samples, peaks, counts = list(runs), {name: [] for name in runs}, [], {}
     for turn in range(args.repeats):
         _note(f"timed round {turn + 1} of {args.repeats}")
@@ -298,7 +303,7 @@ def result(machine: dict, rows: dict, samples: dict, peaks: list, args) -> dict:
 
 
 def complete(rows: dict, peak: float | None, args) -> list[dict]:
-    """The rows with their ratios; a key without a value is None."""
+    """Return the rows with their ratios; missing values are None."""
     best_peer = min((row["step_ms"] for name, row in rows.items() if name in PEERS and "step_ms" in row), default=None)
     full = []
     for name, row in rows.items():
@@ -316,7 +321,7 @@ def complete(rows: dict, peak: float | None, args) -> list[dict]:
 
 
 def missing(outcome: dict, args) -> list[str]:
-    """A sentence for each row of the fused loss that is not there, but for `cuda` beside another on another GPU."""
+    """Return a sentence for each missing row of the fused loss, except `cuda` on other GPUs if another backend ran."""
     fused = {name: row for row in outcome["rows"] if (name := row["name"].removeprefix("fused ")) != row["name"]}
     lost = {name: row["reason"] for name, row in fused.items() if row["reason"] is not None}
     if len(lost) < len(fused) and backends.get("cuda").why_not(args.torch_device, args.torch_dtype) is not None:
@@ -330,7 +335,7 @@ def _p20_p80(values) -> list[float]:
 
 
 def write_profile(args, runs: dict) -> None:
-    """A trace of one step of every provider, for ui.perfetto.dev or chrome://tracing."""
+    """Write a trace of one step of every provider, for ui.perfetto.dev or chrome://tracing."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if args.torch_device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -349,38 +354,39 @@ def _note(text: str) -> None:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--batch", type=int, default=256, help="images, and as many texts")
-    add("--patches", type=int, default=196, help="of an image")
-    add("--dim", type=int, default=512, help="of the embeddings")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    add("--form", choices=FORMS, default="dot")
-    add("--temperature", type=float, default=0.1, help="of the softmax over patches")
-    add("--frozen-texts", action="store_true", help="texts need no gradient")
-    add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--threads", type=int, default=torch.get_num_threads(), help="on the CPU")
-    add("--backend", help="of the fused loss, a comma list (default: all for this device)")
-    add("--peers", default="all", help="only those with this in their names; any other word for none")
-    add("--repeats", type=int, default=11, help="timed runs of each; slow ones get fewer, but 3")
-    add("--seed", type=int, default=0)
-    add("--json", metavar="FILE", help="write the result, with the machine it is from")
-    add("--plot", metavar="FILE", help="write a chart, .svg or .png")
-    add("--profile", metavar="FILE", help="write a trace of one step of each, for Perfetto")
-    add("--quick", action="store_true", help="small shapes, 3 repeats: shows that it runs, not how fast")
+    add("--batch", type=int, default=256, help="Number of images, and of texts.")
+    add("--patches", type=int, default=196, help="Patches per image.")
+    add("--dim", type=int, default=512, help="Dimension of the embeddings.")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="Dtype of the embeddings.")
+    add("--form", choices=FORMS, default="dot", help="Form of φ.")
+    add("--temperature", type=float, default=0.1, help="Temperature of the softmax over patches.")
+    add("--frozen-texts", action="store_true", help="Compute no gradient of the texts.")
+    default_device = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", choices=("cpu", "cuda"), default=default_device, help="Device to run on.")
+    add("--threads", type=int, default=torch.get_num_threads(), help="Threads on the CPU.")
+    add("--backend", help="Backends of the fused loss, separated by commas (default: all for this device).")
+    add("--peers", default="all", help="Compare only peers with this in their names; an unknown word selects none.")
+    add("--repeats", type=int, default=11, help="Timed runs of each provider; slow ones get fewer, but at least 3.")
+    add("--seed", type=int, default=0, help="Seed of the inputs.")
+    add("--json", metavar="FILE", help="Write the result, with a description of the machine.")
+    add("--plot", metavar="FILE", help="Write a chart, .svg or .png.")
+    add("--profile", metavar="FILE", help="Write a trace of one step of each provider, for Perfetto.")
+    add("--quick", action="store_true", help="Use small shapes and 3 repeats, to see that it runs.")
     if parser.parse_args(argv).quick:
         parser.set_defaults(batch=16, patches=49, dim=64, repeats=3)
     args = parser.parse_args(argv)
     for name in ("batch", "patches", "dim", "threads", "repeats"):
         if getattr(args, name) < 1:
-            parser.error(f"--{name} is {getattr(args, name)}, expected at least 1")
+            parser.error(f"--{name}: got {getattr(args, name)}, expected at least 1")
     if not 0 < args.temperature < math.inf:
-        parser.error(f"--temperature is {args.temperature}, expected a finite number above 0")
+        parser.error(f"--temperature: got {args.temperature}, expected a finite number above 0")
     if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device is cuda, but torch finds no GPU here")
+        parser.error("--device: got cuda, expected cpu, because torch finds no GPU here")
     every = "cpu,torch" if args.device == "cpu" else "cuda,triton,torch"
     args.backend = (args.backend or every).split(",")
     for name in args.backend:
         if name not in backends.NAMES:
-            parser.error(f"--backend names {name!r}, expected some of {', '.join(backends.NAMES)}")
+            parser.error(f"--backend: got {name!r}, expected some of {', '.join(backends.NAMES)}")
     args.torch_device, args.torch_dtype = torch.device(args.device), getattr(torch, args.dtype)
     args.error_batch = min(args.batch, max(2, int(args.batch * math.sqrt(ERROR_UNIT / unit(args)))))
     return args
@@ -390,10 +396,10 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parse(argv)
     torch.set_num_threads(arguments.threads)
     if reason := does_not_fit(2, arguments):
-        sys.exit(f"patches and their gradient at these sizes do not fit: {reason}")
+        sys.exit(f"patches and their gradient do not fit in memory at these sizes: {reason}")
     half = {"bfloat16": "bf16", "float16": "fp16"}.get(arguments.dtype)
     if arguments.device == "cpu" and half and not getattr(torch.ops.mkldnn, f"_is_mkldnn_{half}_supported", bool)():
-        print(f"torch has no fast {arguments.dtype} products here; --peers none leaves peers out", file=sys.stderr)
+        print(f"torch has no fast {arguments.dtype} products here; --peers none skips the peers", file=sys.stderr)
     for outcome in measure(arguments):
         if arguments.json:
             Path(arguments.json).write_text(json.dumps(outcome, indent=1) + "\n")

@@ -1,13 +1,13 @@
-"""How much of a training step the loss takes, fused and eager: a frozen ViT-B/16, the embedder, one step of AdamW.
+"""Measure the loss's share of a training step, fused and eager: a frozen ViT-B/16, the embedder, one step of AdamW.
 
     python benchmarks/training_step.py                          # CPU: batches of 64, 256 and 1,024, tens of minutes
     python benchmarks/training_step.py --device cuda --json F   # 1,024 to 16,384
     python benchmarks/training_step.py --show F
 
-Weights are random and the images noise: neither changes the time. Towers are open_clip's ViT-B-16, or timm's vision
-tower alone where open_clip is not installed (the table says which), and are timed once. "of a step" counts towers,
-embedder, loss and optimiser; "from cached tokens" leaves the towers out, as `pacl train --features` does. Eager is the
-formula of the paper, the pooled patch of every pair, with autograd.
+Weights are random and the images noise: neither changes the time. The towers are open_clip's ViT-B-16, or timm's vision
+tower alone if open_clip is not installed (the table names them); they are timed once. "of a step" counts towers,
+embedder, loss and optimiser; "from cached tokens" excludes the towers, like `pacl train --features`. Eager is the
+paper's formula, the pooled patch of every pair, with autograd.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from torch.nn import functional as F
 
 from pacl_kernels import fused_pacl_loss
 
-CHUNK = 64  # images that the towers take at a time
+CHUNK = 64  # images in a batch of the towers
 TAU = 0.05
 N, WIDTH, D = 196, 768, 512
 BATCHES = {"cpu": (64, 256, 1024), "cuda": (1024, 4096, 16384)}
@@ -53,7 +53,7 @@ LOSSES: dict[str, Callable[[Tensor, Tensor, str], Tensor]] = {"fused": fused, "e
 
 
 class Towers:
-    """Tokens and text embeddings of a batch, a chunk at a time, without a graph."""
+    """Towers that embed a batch, a chunk at a time, without a graph."""
 
     def __init__(self, device: torch.device):
         self.clip = None
@@ -83,7 +83,7 @@ class Towers:
 
 
 class Step:
-    """One training step in parts that are timed apart."""
+    """One training step, in parts that are timed separately."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype, batch: int, form: str):
         self.device, self.dtype, self.form = device, dtype, form
@@ -108,12 +108,12 @@ class Step:
         return out, self._clock() - begin
 
     def rest(self, tokens: Tensor, texts: Tensor, name: str) -> tuple[float, float]:
-        """Seconds of the loss, forward and backward, and of embedder and optimiser."""
+        """Return the seconds of the loss, forward and backward, and those of embedder and optimiser."""
         self.optimiser.zero_grad()
         begin = self._clock()
         with self._autocast():
             patches = self.embedder(tokens)
-        leaf = patches.detach().requires_grad_()  # splits the backward of the loss from that of the embedder
+        leaf = patches.detach().requires_grad_()  # separates the loss's backward from the embedder's
         middle = self._clock()
         with self._autocast():
             loss = LOSSES[name](leaf, texts.to(leaf.dtype), self.form)
@@ -125,7 +125,7 @@ class Step:
         return after - middle, middle - begin + self._clock() - after
 
     def memory(self, tokens: Tensor, texts: Tensor, name: str) -> int:
-        """Bytes that a step from these tokens takes at most."""
+        """Return the peak memory of a step from these tokens, in bytes."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
             before = torch.cuda.memory_allocated(self.device)
@@ -181,13 +181,13 @@ def table(result: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu", choices=list(BATCHES))
-    parser.add_argument("--batches", type=int, nargs="+", help="default: by device")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="autocast's; default: float32 on a CPU")
-    parser.add_argument("--form", default="cosine", choices=["dot", "cosine"])
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--show", type=Path, metavar="FILE", help="print the table of a result")
+    parser.add_argument("--device", default="cpu", choices=list(BATCHES), help="Device to run on.")
+    parser.add_argument("--batches", type=int, nargs="+", help="Batch sizes (default: those of the device).")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="Autocast dtype (CPU default: float32).")
+    parser.add_argument("--form", default="cosine", choices=["dot", "cosine"], help="Form of φ.")
+    parser.add_argument("--repeats", type=int, default=5, help="Timed steps of each.")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="Write the result.")
+    parser.add_argument("--show", type=Path, metavar="FILE", help="Print the table of an earlier --json.")
     arguments = parser.parse_args()
     if arguments.show:
         print(table(json.loads(arguments.show.read_text())))

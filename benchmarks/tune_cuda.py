@@ -1,9 +1,9 @@
-"""The Hopper kernels against cuBLAS and the Triton kernels on this GPU, in one run: what `auto` should take.
+"""Time the Hopper kernels against cuBLAS and the Triton kernels on this GPU, to decide what `auto` takes.
 
     python benchmarks/tune_cuda.py --json tuning.json          # bfloat16, B = K = 4096, D = 512 and more, N of practice
 
-One unit is the product of all patches with all texts; `share` is torch.mm's time for the same tensors over that of
-the kernel.
+One unit is the product of all patches with all texts. `share` is torch.mm's time for the same tensors divided by the
+kernel's.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SHAPES = [(4096, n, d) for d in (512, 768, 1024) for n in (196, 256)] + [
 
 
 def rows_of(batch: int, n: int, d: int, dtype, repeats: int):
-    """Milliseconds for the whole batch of each kernel and of whole steps, by backend and size of a cluster."""
+    """Yield the milliseconds of each kernel and of whole steps for the whole batch, by backend and cluster size."""
     patches = torch.nn.functional.normalize(torch.randn(batch, n, d, device="cuda"), dim=-1).to(dtype)
     texts = torch.nn.functional.normalize(torch.randn(batch, d, device="cuda"), dim=-1).to(dtype)
     phi, state, grad_phi = (torch.empty(batch, batch, device="cuda") for _ in range(3))
@@ -69,17 +69,17 @@ def rows_of(batch: int, n: int, d: int, dtype, repeats: int):
         for kernel, (run, times) in runs.items():
             try:
                 yield kernel, label, cluster, milliseconds(run, repeats) * times, product
-            except Exception as error:  # the others still count
+            except Exception as error:  # report it and time the others
                 print(f"{kernel} {name} {cluster}: {type(error).__name__}: {error}", flush=True)
     hopper.settings.cluster, hopper.settings.cosine_from_attention = 0, None
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
-    parser.add_argument("--json", metavar="FILE", help="write the rows, with the machine they are from")
-    parser.add_argument("--shapes", help="batch x patches x dim, a comma list (default: those of practice)")
+    parser.add_argument("--repeats", type=int, default=7, help="Timed launches of each kernel.")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16", help="Dtype of the inputs.")
+    parser.add_argument("--json", metavar="FILE", help="Write the rows, with a description of the machine.")
+    parser.add_argument("--shapes", help="Shapes BxNxD, separated by commas (default: common shapes).")
     args = parser.parse_args()
     shapes = [tuple(map(int, shape.split("x"))) for shape in args.shapes.split(",")] if args.shapes else SHAPES
     results = []
@@ -91,7 +91,7 @@ def main() -> None:
             name = f"{backend}{f', cluster {cluster}' if cluster else ''}"
             speed = f"{teraflops:6.0f} TFLOP/s {product / ms:.3f} of torch.mm"
             print(f"B{batch} N{n} D{d} {kernel:12} {name:16} {ms:9.3f} ms {speed}", flush=True)
-            if args.json:  # after each row: a call may be cut off
+            if args.json:  # after each row, because a run may be interrupted
                 machine = report.machine(torch.device("cuda"), None)
                 Path(args.json).write_text(
                     json.dumps({"machine": machine, "settings": vars(args), "rows": results}, indent=1)

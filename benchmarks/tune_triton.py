@@ -1,12 +1,12 @@
-"""Times candidate configurations of the Triton kernels on this GPU and prints what would replace the shipped ones.
+"""Time candidate configurations of the Triton kernels on this GPU and print what would replace the shipped ones.
 
     python benchmarks/tune_triton.py --json tuning.json          # bfloat16, B = K = 4096, N = 196, D = 512
     python benchmarks/tune_triton.py --kernels norm_term
 
-The library itself never searches: `CONFIGS`, `NORM_TERM` and `GRAM_ATTENTION` in pacl_kernels/backends/gpu/tiles.py are
-filled by hand, from this. The norm term is timed from an attention in float16 and from one in bfloat16, as backend
-`cuda` has it. Results of before 2026-11-29 call the norm term "curvature", the products with the Gram matrix "pool" and
-the weights "backward".
+The library never tunes itself: `CONFIGS`, `NORM_TERM` and `GRAM_ATTENTION` in pacl_kernels/backends/gpu/tiles.py are
+filled by hand from these results. The norm term is timed with an attention in float16 and with one in bfloat16, as in
+backend `cuda`. Results from before 2026-11-29 call the norm term "curvature", the products with the Gram matrix "pool"
+and the weights "backward".
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pacl_kernels.backends.gpu import order, tiles, workspace
 from pacl_kernels.backends.gpu.problem import Block, Problem, Upstream
 from pacl_kernels.backends.gpu.triton import TritonLaunches
 
-# Texts, patches, step along D, warps, stages, programs for each multiprocessor.
+# Texts, patches, step along D, warps, stages, programs per multiprocessor.
 CANDIDATES = [
     *itertools.product((128,), (128,), (64,), (4,), (3,), (1, 2)),
     *itertools.product((128,), (128,), (64,), (8,), (3, 4), (1,)),
@@ -40,7 +40,7 @@ CANDIDATES = [
     *itertools.product((128,), (128,), (32,), (4, 8), (4, 6), (1, 2)),
 ]
 
-# Side of a tile, step along the texts, warps, stages, limit of registers.
+# Side of a tile, step along the texts, warps, stages, register limit.
 NORM_TERM_CANDIDATES = [
     (64, 32, 4, 3, 0),
     (64, 64, 4, 3, 0),
@@ -73,7 +73,7 @@ GRAM_ATTENTION_CANDIDATES = [
 
 
 def milliseconds(function, repeats: int) -> float:
-    """Median of single launches, each behind a sweep of the cache."""
+    """Return the median milliseconds of single launches, each after a sweep of the cache."""
     sweep = torch.empty(2**28, dtype=torch.int8, device="cuda")
     times = []
     for turn in range(repeats + 1):
@@ -89,7 +89,7 @@ def milliseconds(function, repeats: int) -> float:
 
 
 class Run(NamedTuple):
-    """A launch for `images` of the batch, and the entry of a table that chooses its configuration."""
+    """Launch for `images` of the batch, and the table entry that selects its configuration."""
 
     launch: Callable[[], object]
     images: int
@@ -115,13 +115,13 @@ def score_runs(p: Problem, grad_phi: Tensor, architecture: int) -> dict[str, Run
 
 
 def cosine_block(p: Problem) -> tuple[workspace.BlockSize, Block]:
-    """A block of images as the backward of the cosine form takes it."""
+    """Return a block of images like that of the cosine form's backward."""
     size = workspace.plan_blocks(p.b, p.n, p.k, workspace.score_bytes(p, "cosine"))
     return size, Block(0, size.images, 0, size.texts)
 
 
 def norm_term_runs(p: Problem, architecture: int) -> dict[str, Run]:
-    """For a block of images; numbers do not matter, so the attention is noise."""
+    """Make the norm term's run for a block of images; values do not matter, so the attention is noise."""
     launches, dtype = TritonLaunches(p), p.patches.dtype
     size, block = cosine_block(p)
     norm_factor = torch.randn(block.images * block.texts, device=p.patches.device)
@@ -139,7 +139,7 @@ def norm_term_runs(p: Problem, architecture: int) -> dict[str, Run]:
 
 
 def gram_attention_runs(p: Problem, grad_phi: Tensor, architecture: int) -> dict[str, Run]:
-    """The products with the Gram matrix, for a block of images, without the attention."""
+    """Make the run of the products with the Gram matrix, for a block of images, without the attention."""
     launches = TritonLaunches(p)
     size, block = cosine_block(p)
     attention, gram = workspace.attention(p, size, launches.attention_dtype), workspace.gram(p, size)
@@ -165,11 +165,17 @@ def gram_attention_runs(p: Problem, grad_phi: Tensor, architecture: int) -> dict
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, default in (("batch", 4096), ("patches", 196), ("dim", 512), ("repeats", 7)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    parser.add_argument("--kernels", choices=("scores", "norm_term", "gram_attention", "all"), default="all")
-    parser.add_argument("--json", metavar="FILE", help="write the rows, with the machine they are from")
+    parser.add_argument("--batch", type=int, default=4096, help="Number of images, and of texts.")
+    parser.add_argument("--patches", type=int, default=196, help="Patches per image.")
+    parser.add_argument("--dim", type=int, default=512, help="Dimension of the embeddings.")
+    parser.add_argument("--repeats", type=int, default=7, help="Timed launches of each candidate.")
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="Dtype of the inputs."
+    )
+    parser.add_argument(
+        "--kernels", choices=("scores", "norm_term", "gram_attention", "all"), default="all", help="Kernels to tune."
+    )
+    parser.add_argument("--json", metavar="FILE", help="Write the rows, with a description of the machine.")
     args = parser.parse_args()
     dtype = getattr(torch, args.dtype)
     patches = torch.randn(args.batch, args.patches, args.dim, device="cuda", dtype=dtype)
@@ -199,7 +205,7 @@ def main() -> None:
             try:
                 ms = milliseconds(run.launch, args.repeats) / run.images
                 ratio, reason = product / ms, None
-            except Exception as error:  # too much shared memory, say
+            except Exception as error:  # such as too much shared memory
                 ms, ratio, reason = None, None, f"{type(error).__name__}: {str(error).splitlines()[0]}"[:100]
             finally:
                 run.table[run.key] = shipped
@@ -216,7 +222,7 @@ def main() -> None:
             )
             outcome = f"failed: {reason}" if reason else f"{args.batch * ms:8.3f} ms  {ratio:.3f} of torch.mm"
             print(f"{kernel:23} {tuple(candidate)!s:30} {outcome}", flush=True)
-            if args.json:  # after each row: compiling takes most of the time, and a call may be cut off
+            if args.json:  # after each row, because compiling takes most of the time and a run may be interrupted
                 machine = report.machine(torch.device("cuda"), None)
                 Path(args.json).write_text(
                     json.dumps({"machine": machine, "settings": vars(args), "rows": results}, indent=1)

@@ -1,11 +1,11 @@
-"""Time and memory of `upsample_argmax` and of what people run instead of it, on this CPU, in one interleaved run.
+"""Measure time and memory of `upsample_argmax` and of its alternatives, on this CPU, in one interleaved run.
 
     python benchmarks/upsample.py                       # 21 classes at 448 x 448, 150 at 512 x 683; a minute
     python benchmarks/upsample.py --case 847x96x128x1536x2048 --repeats 3 --json result.json
 
-Scores are noise, which leaves more classes that may win than smooth ones do. With one thread time is that of the
-processor, so that other programs on the machine change little; with more it is that of the clock. The memory is the
-process's growth at its peak, the labels included.
+Scores are noise, which leaves more candidates for the best class than smooth scores. With one thread the time is
+processor time, which other programs on the machine hardly change; with more threads it is wall-clock time. Memory is
+the process's peak growth, labels included.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pacl_kernels.native import native
 
 CASES = ("21x28x28x448x448", "150x32x43x512x683")
 CHUNK = 16  # classes
-SECONDS = 5.0  # of timed runs for a row: a slow one runs less often than --repeats, but once
+SECONDS = 5.0  # timed runs of a row: a slow one runs less often than --repeats, but at least once
 LOGIT_SCALE = 50.0
 
 
@@ -41,7 +41,7 @@ def eager_entropy(scores, size):
 
 
 def chunked(scores, size):
-    """A few classes at a time against the best so far."""
+    """Compare a few classes at a time with the best so far."""
     best = labels = None
     for first in range(0, scores.shape[1], CHUNK):
         value, label = F.interpolate(scores[:, first : first + CHUNK], size, mode="bilinear").max(1)
@@ -113,16 +113,16 @@ def measure(case: str, args) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--case", action="append", help="classes x h x w x H x W, e.g. 21x28x28x448x448; repeatable")
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--limit", type=float, default=8 * 2**30, help="bytes that a row may need")
+    parser.add_argument("--case", action="append", help="Case KxhxwxHxW, such as 21x28x28x448x448; repeatable.")
+    parser.add_argument("--repeats", type=int, default=9, help="Timed runs of each row.")
+    parser.add_argument("--threads", type=int, default=1, help="Threads of torch and of the kernel.")
+    parser.add_argument("--limit", type=float, default=8 * 2**30, help="Skip rows that need more bytes than this.")
     parser.add_argument(
-        "--slow", type=float, default=60.0, help="seconds: the memory of what takes longer is not taken"
+        "--slow", type=float, default=60.0, help="Do not measure the memory of rows slower than this, in seconds."
     )
-    parser.add_argument("--no-compile", dest="compile", action="store_false", help="without torch.compile")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", metavar="FILE", help="write the result")
+    parser.add_argument("--no-compile", dest="compile", action="store_false", help="Skip torch.compile.")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of the scores.")
+    parser.add_argument("--json", metavar="FILE", help="Write the result.")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     result = {"machine": report.machine(torch.device("cpu"), native()), "settings": vars(args), "cases": []}

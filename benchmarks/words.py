@@ -1,9 +1,9 @@
-"""New words on this machine: ViT-B-16's text tower (random weights) without the padding it cannot see, and with all.
+"""Time new words on this machine: ViT-B-16's text tower (random weights) with and without the padding it cannot see.
 
     python benchmarks/words.py [--json F]          # a few minutes on a CPU
 
-"answer" is all that `pacl serve` computes for new words where the image's tokens are there. Rows are interleaved; each
-has the least of its wall-clock times and of its processor times, which other work on the machine lengthens less.
+"answer" is everything that `pacl serve` computes for new words once it has the image's tokens. Runs are interleaved;
+each shows its least wall-clock time and its least processor time, which other work on the machine lengthens less.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ CASES = [("photo", 1), ("simple", 1), ("simple", 4)]  # templates, new words
 
 @torch.no_grad()
 def whole(towers: Towers, words: Sequence[str], templates: Sequence[str]) -> Tensor:
-    """class_texts's embeddings with the whole context of 77 tokens."""
+    """Return class_texts's embeddings with the whole context of 77 tokens."""
     sentences = [template.replace("{}", word) for word in words for template in templates]
     found = torch.cat([towers.encode_text(part) for part in towers.tokenize(sentences).split(256)])
     return F.normalize(found.unflatten(0, (len(words), -1)).mean(1), dim=-1)
 
 
 def measure(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, dict[str, float]]:
-    """The least milliseconds of each, interleaved, after a first call that does not count."""
+    """Return the least milliseconds of each run, interleaved, after a first call that does not count."""
     found = {name: {"wall_ms": float("inf"), "cpu_ms": float("inf")} for name in runs}
     for repeat in range(repeats + 1):
         for name, run in runs.items():
@@ -75,10 +75,10 @@ def case(towers: Towers, templates: str, count: int, repeats: int) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--quick", action="store_true", help="one small case, to see that it runs")
-    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="Threads of torch.")
+    parser.add_argument("--repeats", type=int, default=10, help="Timed runs of each.")
+    parser.add_argument("--quick", action="store_true", help="Run one small case, to see that it runs.")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="Write the result.")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     towers, rows = load_towers("ViT-B-32" if arguments.quick else "ViT-B-16"), []

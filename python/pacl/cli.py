@@ -9,21 +9,21 @@ from collections.abc import Sequence
 from .commands import run_command
 from .formats import one_line
 
-INTERRUPTED = 130  # what shells report for a program ended by Ctrl-C
-# The module of each command, whose main(argv, prog) runs it, and a line of help.
+INTERRUPTED = 130  # the exit status that shells report after Ctrl-C
+# For each command, the module whose main(argv, prog) runs it, and a line of help.
 COMMANDS = {
-    "demo": ("pacl.demo.command", "train and segment in a few minutes"),
-    "data": ("pacl.data.command", "pack image-caption pairs into shards, check them"),
-    "doctor": ("pacl.doctor", "what can run here, what is missing, and a self-check"),
-    "train": ("pacl.training.command", "train the vision embedder on image-caption pairs"),
-    "features": ("pacl.training.features", "compute what frozen towers give once, and store it for training"),
-    "look": ("pacl.segment.command", "where in an image is what words say"),
-    "segment": ("pacl.segment.command", "segment images by a list of classes"),
-    "evaluate": ("pacl.evaluate.command", "measures on data sets, tables of results"),
-    "compare": ("pacl.compare.command", "training runs, embedders and results side by side, as one page"),
-    "serve": ("pacl.serve.command", "a local page: drop an image, type words, click patches"),
+    "demo": ("pacl.demo.command", "Train and segment in a few minutes."),
+    "data": ("pacl.data.command", "Pack image-caption pairs into shards, or check them."),
+    "doctor": ("pacl.doctor", "Report what runs here and what is missing, and check the backends."),
+    "train": ("pacl.training.command", "Train the vision embedder on image-caption pairs."),
+    "features": ("pacl.training.features", "Compute the features of frozen towers once and store them for training."),
+    "look": ("pacl.segment.command", "Show where an image matches words."),
+    "segment": ("pacl.segment.command", "Segment images by a list of classes."),
+    "evaluate": ("pacl.evaluate.command", "Measure a model on datasets, and print tables of results."),
+    "compare": ("pacl.compare.command", "Show training runs, embedders and results side by side on one page."),
+    "serve": ("pacl.serve.command", "Serve a local page: drop an image, type words, click patches."),
 }
-# Modules of the extra "train" and their packages. Every command needs them but doctor, which says what is missing.
+# Modules of the extra "train" and their packages. Every command but doctor, which reports what is missing, needs them.
 NEEDS = {
     "open_clip": "open_clip_torch",
     "webdataset": "webdataset",
@@ -34,9 +34,9 @@ NEEDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line `argv` (sys.argv by default) and return its exit status.
+    """Run the command line `argv` (default: sys.argv) and return its exit status.
 
-    A ValueError or OSError of a command is one line on standard error, and status 1.
+    A ValueError or OSError of a command becomes one line on standard error, and status 1.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     missing = [package for module, package in NEEDS.items() if importlib.util.find_spec(module) is None]
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"pacl: error: {argv[0]} needs {', '.join(missing)}: pip install 'pacl-kernels[train]'", file=sys.stderr)
         return 2
     try:
-        return run_command(COMMANDS, argv, "pacl", "Patch Aligned Contrastive Learning: train and look.")
+        return run_command(COMMANDS, argv, "pacl", "Patch Aligned Contrastive Learning: train, segment and measure.")
     except KeyboardInterrupt:
         return INTERRUPTED
     except (ValueError, OSError) as error:

@@ -1,4 +1,4 @@
-"""Commands by name, for `pacl` and those of its commands that have some of their own."""
+"""Dispatch to commands by name, for `pacl` and for those of its commands that have subcommands."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 
 
 def run_command(commands: Mapping[str, tuple[str, str]], argv: Sequence[str], prog: str, about: str) -> int:
-    """Run the command that `argv` begins with, or list all; returns the exit status.
+    """Run the command that `argv` begins with, or list all commands; returns the exit status, 2 for an unknown name.
 
-    commands: from the name to the module whose main(argv, prog) runs it, and a line of help. A name that is not there
-    has status 2.
+    commands: from each name to the module whose main(argv, prog) runs it, and a line of help. about: a sentence about
+    all of them.
     """
     if argv and argv[0] in commands:
         return importlib.import_module(commands[argv[0]][0]).main(list(argv[1:]), f"{prog} {argv[0]}")

@@ -1,4 +1,4 @@
-"""The command line of `pacl doctor`: what can run here, what is missing and how to get it, and a self-check."""
+"""The command line of `pacl doctor`: report what runs here, what is missing and how to get it, and check backends."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from collections.abc import Sequence
 
 
 def main(argv: Sequence[str], prog: str = "pacl doctor") -> int:
-    """Print the report; 1 if a backend fails, or computes something else than the reference."""
-    # Not tyro: this command says that it is missing.
-    parser = argparse.ArgumentParser(prog=prog, description="What can run here, what is missing, and a self-check.")
-    parser.add_argument("--json", action="store_true", help="for a bug report")
+    """Print the report; returns 1 if a backend fails or disagrees with the reference, else 0."""
+    # argparse, not tyro: this command must run where tyro is missing.
+    about = "Report what runs here and what is missing, and check every backend against the reference."
+    parser = argparse.ArgumentParser(prog=prog, description=about)
+    parser.add_argument("--json", action="store_true", help="Print the report as JSON, for a bug report.")
     as_json = parser.parse_args(argv).json
-    from .self_check import report  # torch takes seconds, which --help has not
+    from .self_check import report  # imports torch, which takes seconds that --help should not
 
     found = report()
     wrong = any(check["failure"] is not None for check in found["checks"].values())
@@ -24,11 +25,11 @@ def main(argv: Sequence[str], prog: str = "pacl doctor") -> int:
     for name, version in found["packages"].items():
         print(f"  {name:<16} {version or 'not installed'}")
     if None in [version for name, version in found["packages"].items() if name != "triton"]:
-        print("  what is not installed comes with: pip install 'pacl-kernels[train]'")
+        print("  to install what is missing: pip install 'pacl-kernels[train]'")
     cpu = found["cpu"]
     print(f"{cpu['cores']} cores, {cpu['threads']} threads, {cpu['isa'] or 'no native module'}")
     print(f"GPUs: {', '.join(found['gpus']) or 'none'}; {found['disk_free_gib']} GiB free on this disk")
-    print("Backends, and their largest error against float64:")
+    print("Backends and their largest error against float64:")
     for name, reason in found["backends"].items():
         state = "available" if reason is None else reason
         if (check := found["checks"].get(name)) is not None:

@@ -1,4 +1,4 @@
-"""What can run here, what is missing, and whether the loss computes what it should."""
+"""Report what runs here and what is missing, and check every backend against the reference."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from pacl_kernels.checks import FORMS
 from pacl_kernels.native import native
 
 PACKAGES = ("torch", "triton", "numpy", "open_clip_torch", "timm", "torchvision", "webdataset", "safetensors", "pillow")
-# The largest norm of a difference over the norm of the truth; dtypes are tried in this order.
+# Largest relative error: norm of the difference over norm of the truth. Dtypes are tried in this order.
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
 def report() -> dict[str, Any]:
-    """Describe this machine by plain values, which `pacl doctor` prints; nothing else of the environment is read."""
+    """Describe this machine by plain values, which `pacl doctor` prints. Reads nothing else of the environment."""
     return {
         "pacl_kernels": pacl_kernels.__version__,
         "python": platform.python_version(),
@@ -38,18 +38,18 @@ def report() -> dict[str, Any]:
 
 
 def self_check(backend: str) -> dict[str, Any]:
-    """A backend's loss and gradients against the reference in float64, on a device and in a dtype that it accepts.
+    """Compare a backend's loss and gradients with the float64 reference, on a device and in a dtype that it accepts.
 
-    `error` is the largest relative error, None if there is no finite one. `failure` is a sentence, None if all is well.
+    `error` is the largest relative error, None if it is not finite. `failure` is a sentence, None if the check passes.
     """
     target = _target(backend)
     if target is None:
-        return _result(failure="it takes none of the devices and dtypes that are tried here")
+        return _result(failure="it takes none of the devices and dtypes tried here")
     device, dtype = target
     found = _result(device=device, dtype=str(dtype).removeprefix("torch."), tolerance=TOLERANCES[dtype])
     try:
         error = max(_errors(backend, device, dtype))
-    except Exception as reason:  # whatever a backend raises here is what the report is for
+    except Exception as reason:  # the report exists to show whatever a backend raises
         found["failure"] = f"{type(reason).__name__}: {next(iter(str(reason).strip().splitlines()), 'no message')}"
         return found
     if not math.isfinite(error):
@@ -61,12 +61,12 @@ def self_check(backend: str) -> dict[str, Any]:
     return found
 
 
-def _result(**known) -> dict[str, Any]:
+def _result(**known: Any) -> dict[str, Any]:
     return {"device": None, "dtype": None, "error": None, "tolerance": None, "failure": None} | known
 
 
 def _target(backend: str) -> tuple[str, torch.dtype] | None:
-    """The first device, a GPU before the CPU, and the first dtype that the backend accepts."""
+    """Return the first device (GPU before CPU) and dtype that the backend accepts, or None."""
     devices = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
     why_not = backends.get(backend).why_not
     targets = ((device, dtype) for device in devices for dtype in TOLERANCES)
@@ -74,15 +74,16 @@ def _target(backend: str) -> tuple[str, torch.dtype] | None:
 
 
 def _errors(backend: str, device: str, dtype: torch.dtype) -> Iterator[float]:
-    """Norm of the difference over norm of the truth, of each loss and gradient; infinite where one is not finite."""
+    """Yield the relative error of each loss and gradient (by norms); infinity if it is not finite."""
     generator = torch.Generator().manual_seed(0)
     patches, texts = (torch.randn(*shape, generator=generator).to(dtype) for shape in ((5, 49, 96), (5, 96)))
     for form in FORMS:
-        options = {"attn_temperature": 0.1, "form": form}
+        options: dict[str, Any] = {"attn_temperature": 0.1, "form": form}
         exact = [x.double().requires_grad_() for x in (patches, texts)]
-        truth = reference.pacl_loss(*exact, 10.0, **options)
+        truth = reference.pacl_loss(exact[0], exact[1], 10.0, **options)
         inputs = [x.to(device).requires_grad_() for x in (patches, texts)]
-        value = fused_pacl_loss(*inputs, 10.0, **options, backend=backend)
+        options |= {"backend": backend}
+        value = fused_pacl_loss(inputs[0], inputs[1], 10.0, **options)
         answers = [value, *torch.autograd.grad(value, inputs)]
         for answer, true in zip(answers, [truth, *torch.autograd.grad(truth, exact)], strict=True):
             error = ((answer.detach().cpu().double() - true).norm() / true.norm()).item()
@@ -90,7 +91,7 @@ def _errors(backend: str, device: str, dtype: torch.dtype) -> Iterator[float]:
 
 
 def _checkable() -> list[str]:
-    """Backends that run here at a usual speed, Triton's interpreter not among them."""
+    """Return the backends that run here at full speed, which excludes Triton's interpreter."""
     found = [name for name, reason in available_backends().items() if reason is None and name != "reference"]
     return [name for name in found if name != "triton" or torch.cuda.is_available()]
 

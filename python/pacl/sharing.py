@@ -1,4 +1,4 @@
-"""What is shared of a run: the embedder's folder with its towers, and proof that they are those it was trained on."""
+"""Load an embedder with its towers, and check that the towers compute what they did in training."""
 
 from __future__ import annotations
 
@@ -25,31 +25,32 @@ from .towers import Towers, load_towers
 
 HUB_FILES = {"allow_patterns": ["*.json", "*.safetensors"]}
 LOADED = ("model", "pretrained", "vision_model")  # names that may be local paths
-# How far off a fingerprint may be, relative. With random weights, 3 to 12 layers, bfloat16 made 0.005 to 0.01, and the
-# other activation 0.003 to 0.016, which is why its name is compared too.
+# Largest relative error of a fingerprint. With random weights and 3 to 12 layers, bfloat16 caused errors of 0.005 to
+# 0.01, and a wrong activation 0.003 to 0.016; therefore the activation's name is compared too.
 TOLERANCE = {torch.float32: 0.001, torch.bfloat16: 0.05, torch.float16: 0.05}
 
 
 def load_pacl(
-    folder: str | os.PathLike, device: torch.device | str = "cpu", **download
+    folder: str | os.PathLike, device: torch.device | str = "cpu", **download: Any
 ) -> tuple[Towers, VisionEmbedder]:
-    """What a run, or the demo, left in its embedder's folder, or a name on the Hub: towers and embedder, to be used.
+    """Load the towers and the embedder of a run or of the demo, frozen and in eval mode.
 
-    Both are frozen and in eval mode, and the towers compute what they did in training. Raises ValueError where they
-    do not, or where the folder says nothing of its towers. download: of snapshot_download, such as revision.
+    folder: the embedder's folder, or its name on the Hub. download: arguments of snapshot_download, such as revision.
+    Raises ValueError if the towers do not compute what they did in training, or if the folder does not describe them.
     """
     local = Path(folder).is_dir()
     if not local and not _may_be_on_the_hub(str(folder)):
         raise ValueError(
-            f"folder: got {str(folder)!r}, and there is no such folder; expected one, or a name on the Hub "
-            "(owner/name, where owner is no folder here)"
+            f"folder: got {str(folder)!r}, which does not exist; expected a folder, or a name on the Hub "
+            "(owner/name, where owner is not a local folder)"
         )
     folder = Path(folder) if local else Path(snapshot_download(str(folder), **HUB_FILES | download))
-    embedder = freeze(VisionEmbedder.from_pretrained(folder)).to(device)
+    embedder = VisionEmbedder.from_pretrained(folder)
+    freeze(embedder).to(device)
     described = embedder.towers
     if not {*LOADED, "vision_pretrained", "force_image_size", "trained", "fingerprint", "activation"} <= set(described):
-        raise ValueError(f"folder: {folder / CONFIG} does not say of which towers it is")
-    names = {name: _absolute(described[name], folder, local) for name in LOADED}
+        raise ValueError(f"folder: {folder / CONFIG} does not describe the towers of the embedder")
+    names: dict[str, Any] = {name: _absolute(described[name], folder, local) for name in LOADED}
     trained, vision_pretrained = described["trained"], described["vision_pretrained"]
     names |= {"vision_pretrained": vision_pretrained and "visual" not in trained}
     towers = load_towers(**names, force_image_size=described["force_image_size"])
@@ -65,22 +66,22 @@ def load_pacl(
 def load_model(
     checkpoint: str | None, model: str, pretrained: str | None, device: torch.device | str = "cpu"
 ) -> tuple[Towers, VisionEmbedder | None]:
-    """What is measured or looked at: load_pacl of a checkpoint, or without one an open_clip model's towers alone.
+    """Load a checkpoint as load_pacl does, or without one the towers of an open_clip model, and None as the embedder.
 
-    Raises ValueError for a model without weights, whose numbers would look like any other's.
+    Raises ValueError for a model without weights, because its numbers would look like any other's.
     """
     if checkpoint:
         return load_pacl(checkpoint, device)
     if not pretrained and parse_model_name(model)[0] is None:
         raise ValueError(
-            f"pretrained: got none for {model}, whose weights would be random; expected a tag or a file of weights, or "
-            "--checkpoint"
+            f"pretrained: got none for {model}, whose weights would be random; expected a tag or a file of weights, "
+            "or --checkpoint"
         )
     return load_towers(model, pretrained, device=device), None
 
 
 def check_towers(described: dict[str, Any], towers: Towers) -> None:
-    """ValueError that says what differs, unless `towers` are those of `described`, an embedder's `towers`."""
+    """Raise ValueError, naming the differences, unless `towers` are those that an embedder's `described` describes."""
     found = describe_towers(towers, Path())
     wrong = []
     for name, label in (("visual", "vision"), ("text", "text")):
@@ -97,15 +98,15 @@ def check_towers(described: dict[str, Any], towers: Towers) -> None:
     if wrong:
         have, expected = (_tag(x) for x in (found, described))
         wrong += [f"they are {have}, not {expected}"] if have != expected else []
-        raise ValueError(f"towers: not those that the embedder was trained on: {'; '.join(wrong)}")
+        raise ValueError(f"towers: expected those that the embedder was trained on, but {'; '.join(wrong)}")
 
 
 @torch.no_grad()
 def describe_towers(towers: Towers, folder: Path, trained: Iterable[str] = ()) -> dict[str, Any]:
-    """What an embedder's config.json in `folder` keeps of its towers: plain values, local paths relative to it.
+    """Describe towers for an embedder's config.json in `folder`: plain values, with local paths relative to it.
 
-    trained: "visual", "text" or both, where `folder` has the tower's weights. The fingerprint is made on the CPU: TF32
-    and the like are no part of a tower.
+    trained: "visual", "text" or both, if `folder` holds the tower's weights. The fingerprint is computed on the CPU,
+    so that it does not depend on TF32 and other settings of a device.
     """
     towers = dataclasses.replace(towers, visual=_on_cpu(towers.visual), text=_on_cpu(towers.text))
     image, ids = towers.probe()
@@ -126,23 +127,23 @@ def describe_towers(towers: Towers, folder: Path, trained: Iterable[str] = ()) -
 
 
 def activation(module: nn.Module) -> str:
-    """Class names of a tower's activations: GELU, QuickGELU, ..."""
+    """Return the class names of a tower's activations: GELU, QuickGELU, ..."""
     kinds = {type(m) for m in module.modules() if not any(True for _ in m.children())}
     found = (k.__name__ for k in kinds if "activation" in k.__module__ or k is QuickGELU)
     return ", ".join(sorted(found)) or "functional"
 
 
 def _on_cpu(module: nn.Module) -> nn.Module:
-    """The module, or a copy if it is elsewhere."""
+    """Return the module if it is on the CPU, else a copy that is."""
     held = [*module.parameters(), *module.buffers()]
     if all(x.device.type == "cpu" for x in held):
         return module
     there = {id(x): nn.Parameter(x.cpu(), False) if isinstance(x, nn.Parameter) else x.cpu() for x in held}
-    return copy.deepcopy(module, there)  # which takes these in place of copying
+    return copy.deepcopy(module, there)  # takes the tensors of `there` instead of copying on the device
 
 
 def _relative(name: str | None, folder: Path) -> str | None:
-    """A local folder or file relative to `folder`, so that both can be moved; any other name as it is."""
+    """Make a local folder or file relative to `folder`, so that both can move; return any other name unchanged."""
     schema, path = parse_model_name(name or "")
     if schema == "local-dir" or schema is None and os.path.isfile(path):
         return ("local-dir:" if schema else "") + Path(os.path.relpath(path, folder)).as_posix()
@@ -150,7 +151,7 @@ def _relative(name: str | None, folder: Path) -> str | None:
 
 
 def _absolute(name: str | None, folder: Path, trusted: bool) -> str | None:
-    """What _relative made. A folder from the Hub names nothing outside itself."""
+    """Invert _relative; raise ValueError if a folder from the Hub (not `trusted`) names something outside itself."""
     schema, path = parse_model_name(name or "")
     if schema == "local-dir" or schema is None and path and (folder / path).is_file():
         found = folder / path
@@ -161,7 +162,7 @@ def _absolute(name: str | None, folder: Path, trusted: bool) -> str | None:
 
 
 def _may_be_on_the_hub(name: str) -> bool:
-    """Not what is a mistyped path by its looks, of which the Hub would say that it cannot be reached, or log in."""
+    """Return False for what looks like a mistyped local path, so that the error is about the path, not the Hub."""
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -171,13 +172,14 @@ def _may_be_on_the_hub(name: str) -> bool:
 
 
 def _base_models(towers: Towers) -> list[str]:
-    """Names on the Hub of the weights that the towers began with."""
+    """Return the Hub names of the weights that the towers were initialised from."""
     model, pretrained, vision = (towers.names[name] for name in ("model", "pretrained", "vision_model"))
     schema, identifier = parse_model_name(model)
     hub = identifier if schema == "hf-hub" else open_clip.get_pretrained_cfg(model, pretrained or "").get("hf_hub")
     found = ["/".join(hub.split("/")[:2])] if hub else []
     if vision and towers.names["vision_pretrained"]:
-        found += [towers.visual.pretrained_cfg.get("hf_hub_id") or vision]
+        config: Any = towers.visual.pretrained_cfg  # a dict of timm models
+        found += [config.get("hf_hub_id") or vision]
     return found
 
 

@@ -123,7 +123,7 @@ def test_what_does_not_fit_is_said():
 
 def test_a_wrong_option_is_one_clear_line():
     done = throughput("--temperature", "0")
-    assert done.returncode == 2 and "--temperature is 0.0, expected a finite number above 0" in done.stderr
+    assert done.returncode == 2 and "--temperature: got 0.0, expected a finite number above 0" in done.stderr
 
 
 def test_a_row_of_ours_that_fails_is_an_error(tmp_path, monkeypatch, capsys):

@@ -105,7 +105,7 @@ def test_last_and_best_validation(world, page):
             expected += [f"{rows[-1][measure]:.4f}", f"{best[measure]:.4f} at {best['step']:,}"]
         assert table[measure] == expected
     assert set(table) - {""} == set(found[0][0]) - {"step", "epoch"}
-    assert "their numbers are of different data" not in page.text
+    assert "their numbers come from different data" not in page.text
 
 
 def test_curves(page):
@@ -148,7 +148,7 @@ def test_segmentations_are_the_embedders(world, page):
         shown[letter] = np.asarray(page.images[f"1.png by {letter} {run}"])
         assert np.array_equal(shown[letter], np.asarray(expected))
     assert not np.array_equal(shown["A"], shown["B"])
-    assert {f"{i}.png" for i in range(3)} <= set(page.images) and "broken.png is left out" in page.text
+    assert {f"{i}.png" for i in range(3)} <= set(page.images) and "broken.png is skipped" in page.text
 
 
 def test_embedder_folders_and_result_files(world, tmp_path, capsys):
@@ -206,11 +206,11 @@ def test_what_is_missing_is_said(world, tmp_path, capsys):
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["EMPTY"], "nothing to compare"),
+        (["EMPTY"], "entries: got nothing to compare"),
         (["nowhere"], "nowhere does not exist"),
-        (["RUN", "--images", "x"], "images: expected --words with it"),
+        (["RUN", "--images", "x"], "images: got x with --words None, expected both or neither"),
         (["RUN", "--images", "IMAGES", "--words", " , "], "words: got ' , '"),
-        (["RUN", "--images", "EMPTY", "--words", "dog"], "images: none in"),
+        (["RUN", "--images", "EMPTY", "--words", "dog"], "images: got none in"),
         (["RUN", "--images", "IMAGES", "--words", "dog", "--templates", "no"], "templates: got 'no'"),
     ],
 )
@@ -229,7 +229,7 @@ def test_validation_on_other_data_is_said(world, tmp_path):
     config.write_text(config.read_text().replace("eval-000.tar", "eval-001.tar"))
     assert compare(world / "logs/one", tmp_path / "one", "--out", tmp_path / "page.html") == 0
     page = (tmp_path / "page.html").read_bytes()
-    assert "val_data and val_segmentation: their numbers are of different data" in read(page).text
+    assert "val_data and val_segmentation, so their numbers come from different data" in read(page).text
     assert b'class="best"' not in page
 
 
@@ -249,7 +249,7 @@ def test_other_towers_are_said(world, tmp_path):
         (tmp_path / "other/config.json").write_text(json.dumps(config))
         assert compare(world / "logs/one", tmp_path / "other", "--out", tmp_path / "page.html") == 0
         text = read((tmp_path / "page.html").read_bytes()).text
-        assert ("the towers of B other are others than those of A one" in text) is expected
+        assert ("the towers of B other differ from those of A one" in text) is expected
 
 
 def test_few_of_many_images(world, tmp_path):
@@ -260,7 +260,7 @@ def test_few_of_many_images(world, tmp_path):
     assert compare(world / "logs/one", *pictures, "--out", tmp_path / "page.html") == 0
     page = read((tmp_path / "page.html").read_bytes())
     assert {x for x in page.images if "by A" in x} == {"0.png by A one", "4.png by A one"}
-    assert "has 5 images, 2 are shown" in page.text
+    assert "has 5 images; the page shows 2" in page.text
 
 
 def test_lines_of_a_resumed_run(tmp_path):

@@ -80,11 +80,11 @@ LAYOUTS = {
 @pytest.mark.parametrize("write", LAYOUTS, ids=[x.__name__ for x in LAYOUTS])
 def test_torchvision_s_layouts(write, tmp_path):
     name = write.__name__
-    with pytest.raises(FileNotFoundError, match=f"has no whole {name}; expected "):
+    with pytest.raises(FileNotFoundError, match=f"does not hold a complete {name}; expected "):
         Labelled(name, tmp_path)
     write(tmp_path)
     with pytest.raises(
-        FileNotFoundError, match=f"has 2 of the {KINDS[name].count} images of {name}; .*--partial takes"
+        FileNotFoundError, match=f"has 2 of the {KINDS[name].count} images of {name}; .*--partial accepts"
     ):
         Labelled(name, tmp_path)
     data = Labelled(name, tmp_path, partial=True)
@@ -113,7 +113,7 @@ class Trap:
 def test_another_pickle_than_cifar_s_is_never_opened(tmp_path):
     for name in ("test_batch", "batches.meta", *(f"data_batch_{i}" for i in range(1, 6))):
         put(tmp_path / "cifar-10-batches-py" / name, pickle.dumps(Trap(tmp_path / "sprung")))
-    with pytest.raises(FileNotFoundError, match="no whole cifar10"):
+    with pytest.raises(FileNotFoundError, match="does not hold a complete cifar10"):
         Labelled("cifar10", tmp_path, partial=True)
     assert not (tmp_path / "sprung").exists()
 
@@ -251,7 +251,7 @@ def test_bad_tar_files_are_one_line(members, message, tmp_path, write_tar):
         data.transform = np.asarray
         data[0]
     (tmp_path / "test/0.tar").write_bytes(b"no tar file" * 100)
-    with pytest.raises(ValueError, match="is no whole tar file"):
+    with pytest.raises(ValueError, match="is not a complete tar file"):
         Labelled("wds", tmp_path)
 
 

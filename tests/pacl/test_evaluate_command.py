@@ -72,7 +72,7 @@ def test_results_of_a_checkpoint_and_of_its_clip(world, untrained, tmp_path, cap
     "words, message",
     [
         (["--dataset", "voc21"], "has 3 of the 1449 images"),
-        (["--partial", "--dataset", "voc20", "--threshold", "0.2"], "voc20, which has no background class"),
+        (["--partial", "--dataset", "voc20", "--threshold", "0.2"], "voc20, expected none: it has no background class"),
         (["--partial", "--dataset", "voc12"], "did you mean"),
         (["--partial"], "dataset: got none"),
         (["--partial", "--dataset", "cityscapes"], "no Cityscapes val"),

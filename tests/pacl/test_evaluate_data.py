@@ -250,9 +250,9 @@ def test_check_lists_what_is_damaged(tmp_path):
     "layout, values, message",
     [
         ("ade150 {}.png", [0, 12, 255], "values 255 .*one too low"),
-        ("cityscapes {}_gtFine_labelTrainIds.png", [7, 26, 33], "all values are of .*labelIds"),
-        ("stuff171 {}_labelTrainIds.png", [0, 171], "values 171 are no labels of"),
-        ("object81 {}_instanceTrainIds.png", [0, 81], "values 81 are no labels of"),
+        ("cityscapes {}_gtFine_labelTrainIds.png", [7, 26, 33], "all values are labels of .*labelIds"),
+        ("stuff171 {}_labelTrainIds.png", [0, 171], "values 171 are not labels of"),
+        ("object81 {}_instanceTrainIds.png", [0, 81], "values 81 are not labels of"),
     ],
 )
 def test_check_finds_shifted_labels(layout, values, message, tmp_path):

@@ -86,7 +86,7 @@ def test_files_that_are_no_label_maps(root):
         ({"LabelMap": np.ones((9, 14))}, "its LabelMap is float64, expected uint16"),
         ({"LabelMap": np.full((9, 14), 460, np.uint16)}, r"has the values 460, which trainval/\*.mat"),
         ({"LabelMap": np.ones((14, 9), np.uint16)}, "has 9 x 14 pixels, its image 14 x 9"),
-        ({"LabelMap": np.zeros((10_001, 10_000), np.uint16)}, "at most 100,000,000 are read"),
+        ({"LabelMap": np.zeros((10_001, 10_000), np.uint16)}, "expected at most 100,000,000"),
     ):
         io.savemat(folder / f"{VOC[0]}.mat", content, do_compression=True)
         with pytest.raises(ValueError, match=message):
@@ -100,7 +100,7 @@ def test_without_its_list_or_scipy(root, monkeypatch):
     root = root[0]
     with monkeypatch.context() as patch:
         patch.setattr("importlib.util.find_spec", lambda name: None)
-        with pytest.raises(ValueError, match="dataset: context59 has its labels in Matlab's files, which need scipy"):
+        with pytest.raises(ValueError, match="dataset: context59 stores its labels as Matlab files, which need scipy"):
             SegmentationData("context59", root, partial=True)
     (root / "VOCdevkit/VOC2010/ImageSets/Main/val.txt").unlink()
     with pytest.raises(FileNotFoundError, match="has the images of Pascal Context .* but not ImageSets/Main/val.txt"):

@@ -162,7 +162,7 @@ def test_a_sample_of_pairs(world, untrained):
     assert np.mean(
         [coherence(data, segmenter, patches=60, pairs=1500, seed=x).auc() for x in range(4)]
     ) == pytest.approx(whole, abs=0.06)
-    with pytest.raises(ValueError, match="expected none: patches are to tile"):
+    with pytest.raises(ValueError, match="expected 1 and None, so that patches tile"):
         coherence(data, Segmenter(segmenter.towers, nn.Identity(), stride=2))
 
 

@@ -168,7 +168,7 @@ def test_a_threshold_needs_a_background(load):
 
 def test_labels_that_did_not_compete_are_refused(load):
     data = load("voc20")
-    with pytest.raises(ValueError, match="got label 20, which did not compete"):
+    with pytest.raises(ValueError, match="got label 20, expected one of the 20 that compete"):
         evaluate_segmentation(data, lambda image, labels: np.full((image.height, image.width), 20), TCL)
     with pytest.raises(ValueError, match="expected \\(9, 14\\)"):
         evaluate_segmentation(data, lambda image, labels: np.zeros((4, 4), int), TCL)

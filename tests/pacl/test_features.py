@@ -258,7 +258,7 @@ def damage(folder: Path, kind: str) -> None:
         ("missing", {}, "features-00001.safetensors is missing or does not have"),
         ("outside", {}, "names '../features-00000.safetensors', expected"),
         ("no manifest", {}, "has no manifest.json of `pacl features`"),
-        ("", {"model": "local-dir:other"}, "towers: not those"),
+        ("", {"model": "local-dir:other"}, "towers: expected those that the embedder was trained on, but"),
         ("", {"nouns": "words"}, "nouns: got 'words', expected None"),
         ("", {"train_data": "a.tar"}, "train_data: got both"),
         ("", {"no-lock-image": None}, "features: got stored features and a tower to train"),

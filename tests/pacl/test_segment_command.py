@@ -144,7 +144,7 @@ def test_bad_arguments_are_one_line(images, untrained, tmp_path, capsys, monkeyp
 
 def test_no_image_is_an_error(untrained, tmp_path, capsys):
     assert run(untrained, "look", tmp_path, "--words", "dog", out=tmp_path / "out") == 1
-    assert "images: none in" in capsys.readouterr().err
+    assert "images: got none in" in capsys.readouterr().err
     assert run(untrained, "look", tmp_path / "missing.jpg", "--words", "dog", out=tmp_path / "out") == 1
     assert "skipped" in capsys.readouterr().err
     assert main(["look", "x.jpg", "--model", "ViT-B-32", "--words", "dog"]) == 1

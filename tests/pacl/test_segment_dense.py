@@ -185,7 +185,7 @@ def test_positions_that_fit_one_grid_alone(name):
         pytest.skip("timm is older than this model")
     visual = freeze(timm.create_model(name, img_size=32, depth=1, num_classes=0))
     assert dense_tokens(visual, images(32, 32)).shape[:3] == (2, 2, 2)
-    with pytest.raises(ValueError, match="images, stride: got 32 x 32 pixels and 2; the positions of this"):
+    with pytest.raises(ValueError, match="images, stride: got 32 x 32 pixels and 2, expected 32 x 32 and 1"):
         dense_tokens(visual, images(32, 32), 2)
 
 

@@ -230,7 +230,7 @@ def test_sets_of_templates(tmp_path):
     path.write_text("a {} here\nnone\n")
     with pytest.raises(ValueError, match="templates: got 'none' in .*, expected {} where the class goes"):
         templates(str(path))
-    with pytest.raises(ValueError, match="templates: got 'imagenet', expected none, photo, simple, openai or a file"):
+    with pytest.raises(ValueError, match="templates: got 'imagenet', expected none, photo, simple, openai, or a file"):
         templates("imagenet")
 
 

@@ -75,7 +75,7 @@ def test_another_activation_of_the_same_name_is_caught_by_the_numbers(moved):
     towers, embedder = load_pacl(moved / "embedder")
     for block in towers.visual.transformer.resblocks:
         block.mlp.gelu.forward = torch.nn.functional.gelu
-    with pytest.raises(ValueError, match="trained on: the vision tower's output is off by"):
+    with pytest.raises(ValueError, match="trained on, but the vision tower's output is off by"):
         check_towers(embedder.towers, towers)
 
 
@@ -92,7 +92,7 @@ def test_other_weights_are_caught(part, label, precision, moved):
     towers, embedder = load_towers(f"local-dir:{moved / 'clip'}"), VisionEmbedder.from_pretrained(moved / "embedder")
     for tower in (towers.visual, towers.text):
         tower.to(precision)
-    with pytest.raises(ValueError, match=f"trained on: the {label} tower's output is off by"):
+    with pytest.raises(ValueError, match=f"trained on, but the {label} tower's output is off by"):
         check_towers(embedder.towers, towers)
 
 
@@ -115,5 +115,5 @@ def test_another_size_and_other_names_are_told(moved, world):
 
 def test_an_embedder_without_towers_is_an_error(tmp_path):
     save_embedder(VisionEmbedder(6, 4), tmp_path)
-    with pytest.raises(ValueError, match="config.json does not say of which towers it is"):
+    with pytest.raises(ValueError, match="config.json does not describe the towers of the embedder"):
         load_pacl(tmp_path)

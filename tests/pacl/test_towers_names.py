@@ -98,7 +98,7 @@ def test_a_mistyped_folder_is_no_name_on_the_hub(name, tmp_path, capsys, monkeyp
     monkeypatch.setattr(sharing, "snapshot_download", lambda name, **options: pytest.fail(f"asked for {name}"))
     assert main(["evaluate", "retrieval", "--data", "synthetic:eval", "--scenes", "4", "--checkpoint", name]) == 1
     said = capsys.readouterr().err
-    assert said.startswith(f"pacl: error: folder: got {name!r}, and there is no such folder; expected one, or a name")
+    assert said.startswith(f"pacl: error: folder: got {name!r}, which does not exist; expected a folder, or a name")
     assert said.count("\n") == 1
 
 

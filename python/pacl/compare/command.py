@@ -1,4 +1,4 @@
-"""`pacl compare`: one page of what differs between runs, how they trained, and what they measure and see."""
+"""`pacl compare`: one page with the settings, curves, results and segmentations of several runs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .config import CompareConfig
 from .entries import Entry, curve, is_number, read_entry
 from .pictures import add_pictures
 
-CURVES = {  # by file: what is drawn, and as what
+CURVES = {  # for each file, the measures to draw and their titles
     "train": {"train/contrastive_loss": "training loss"},
     "validation": {
         "clip_val_loss": "validation loss",
@@ -33,22 +33,24 @@ CURVES = {  # by file: what is drawn, and as what
     },
 }
 TRAINED_AS = ("steps", "global_batch", "pairs_seen", "form", "loss", "attn_temperature", "logit_scale")
-LOWER = ("clip_val_loss",)  # is better
+LOWER = ("clip_val_loss",)  # measures of which the lower value is better
 NOT_SETTINGS = (*NOTES, "name")
 
 
 def main(argv: Sequence[str], prog: str = "pacl compare") -> int:
-    """Run `pacl compare` with these arguments; returns its exit status."""
+    """Run `pacl compare` and return its exit status."""
     config = tyro.cli(CompareConfig, args=list(argv), prog=prog)
     if (config.images is None) != (config.words is None):
-        raise ValueError("images: expected --words with it, and neither without the other")
+        raise ValueError(f"images: got {config.images} with --words {config.words}, expected both or neither")
     if config.most_images < 1:
         raise ValueError(f"most_images: got {config.most_images}, expected at least 1")
     entries = [read_entry(path) for path in dict.fromkeys(config.entries)]
     notes = [note for entry in entries for note in entry.notes]
     entries = [entry for entry in entries if entry.trained or entry.results]
     if not entries:
-        raise ValueError(f"entries: nothing to compare: {'; '.join(notes) or 'none given'}")
+        raise ValueError(
+            f"entries: got nothing to compare ({'; '.join(notes) or 'none given'}), expected runs, embedders or results"
+        )
     page = make_page(entries, notes, config)
     write_bytes(config.out, page.render())
     for note in notes:
@@ -58,7 +60,7 @@ def main(argv: Sequence[str], prog: str = "pacl compare") -> int:
 
 
 def make_page(entries: list[Entry], notes: list[str], config: CompareConfig) -> Page:
-    """The page; what turns out to be missing is added to `notes`, which it ends with."""
+    """Make the page. It ends with `notes`, to which this function adds everything that turns out to be missing."""
     runs = {f"{_letter(i)} {entry.name}": entry for i, entry in enumerate(x for x in entries if x.trained)}
     page = Page("pacl compare: " + ", ".join(runs or [str(entry.path) for entry in entries]))
     if runs:
@@ -77,7 +79,7 @@ def make_page(entries: list[Entry], notes: list[str], config: CompareConfig) -> 
 
 
 def _letter(i: int) -> str:
-    """A to Z, then A2, ..."""
+    """Return A to Z, then A2, ..."""
     turn, place = divmod(i, 26)
     return string.ascii_uppercase[place] + (str(turn + 1) if turn else "")
 
@@ -97,17 +99,17 @@ def _runs(page: Page, runs: dict[str, Entry]) -> None:
     first = next(iter(prints), "")
     other = [name for name, x in prints.items() if not _same(x, prints[first])]
     if other:
-        page.note(f"By their fingerprints, the towers of {', '.join(other)} are others than those of {first}.")
+        page.note(f"By their fingerprints, the towers of {', '.join(other)} differ from those of {first}.")
 
 
 def _towers(entry: Entry) -> dict[str, Any]:
-    """Of the embedder, or, without one, what the settings say."""
+    """Return the towers of the embedder, or without one those of the settings."""
     found = entry.described.get("towers")
     return found if isinstance(found, dict) and found else entry.config
 
 
 def _same(one: dict[str, list[float]], other: dict[str, list[float]]) -> bool:
-    """Whether two fingerprints are of the same towers, perhaps on other machines."""
+    """Return whether two fingerprints agree within the rounding of different machines."""
     if one.keys() != other.keys() or any(len(one[x]) != len(other[x]) for x in one):
         return False
     pairs = [(np.array(one[x]), np.array(other[x])) for x in one]
@@ -131,7 +133,7 @@ def _settings(page: Page, runs: dict[str, Entry]) -> None:
     if rows:
         page.table(["", *known], rows)
     else:
-        page.text("None." if len(known) > 1 else "There are settings of one run alone.")
+        page.text("None." if len(known) > 1 else "Only one run has settings.")
 
 
 def _validation(page: Page, runs: dict[str, Entry]) -> None:
@@ -141,7 +143,8 @@ def _validation(page: Page, runs: dict[str, Entry]) -> None:
     page.heading("Validation")
     measures = list(dict.fromkeys(name for entry in known.values() for row in entry.validation for name in row))
     measures = [x for x in measures if x not in ("step", "epoch")]
-    rows, best = [], set()
+    rows: list[list[str]] = []
+    best: set[tuple[int, int]] = set()
     for measure in measures:
         better = min if measure in LOWER else max
         lines = {name: curve(entry.validation, measure) for name, entry in known.items()}
@@ -166,9 +169,9 @@ def _validation(page: Page, runs: dict[str, Entry]) -> None:
     head = [x for name, entry in known.items() for x in (f"{name}, last", f"best of {len(entry.validation)}")]
     page.table(["", *head], rows, best=() if different else best)
     ends = ", ".join(f"{name} {entry.validation[-1]['step']:,}" for name, entry in known.items())
-    page.note(f"Fractions, and the loss. Steps of the last validation: {ends}.")
+    page.note(f"Measures are fractions, except the loss. Steps of the last validation: {ends}.")
     if different:
-        page.text(f"The runs differ in {' and '.join(different)}: their numbers are of different data.")
+        page.text(f"The runs differ in {' and '.join(different)}, so their numbers come from different data.")
 
 
 def _curves(page: Page, runs: dict[str, Entry]) -> None:
@@ -182,7 +185,7 @@ def _curves(page: Page, runs: dict[str, Entry]) -> None:
                 page.heading("Curves")
                 batches = {entry.described.get("training", {}).get("global_batch") for entry in runs.values()} - {None}
                 if len(batches) > 1:
-                    page.text("The runs have different batches: their losses do not compare, nor do equal steps.")
+                    page.text("The runs have different batch sizes, so losses and equal steps do not compare.")
             drawn = True
             made = plot_png((6, 3.6), series(lines, title))
             if made is None:
@@ -203,14 +206,14 @@ def _results(page: Page, entries: list[Entry]) -> None:
         for table in make([rows[i] for i in chosen], [names[i] for i in chosen]):
             _result_table(page, table)
     if any(segmentation):
-        page.note("mIoU in percent; * of a part of the official images, # with other class names, ! with a warning.")
+        page.note("mIoU in percent; * on a part of the official images, # with other class names, ! with a warning.")
     for name, row in zip(names, rows, strict=True):
         for warning in row.get("warnings") or []:
             page.note(f"{name}, {row['dataset']}: {warning}")
 
 
 def _names(found: list[tuple[Entry, dict[str, Any]]]) -> list[str]:
-    """Of the rows' models; where two paths have a result of the same thing by the same name, with the path."""
+    """Return the rows' model names, with the path if two paths have the same result under the same name."""
     places: dict[str, dict[str, set]] = {}
     keys = []
     for entry, row in found:

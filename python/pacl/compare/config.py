@@ -1,4 +1,4 @@
-"""The flags of `pacl compare`."""
+"""Options of `pacl compare`."""
 
 from __future__ import annotations
 
@@ -11,21 +11,24 @@ import tyro
 
 @dataclass(frozen=True)
 class CompareConfig:
-    """Training runs, embedders and results of pacl evaluate side by side, in one HTML page that needs no network."""
+    """Show training runs, embedders and results of pacl evaluate side by side, in one HTML page that needs no
+    network."""
 
     entries: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Folders of pacl train or pacl demo, embedder folders, and JSON files of pacl evaluate or folders of them."""
+    """Folders of pacl train or pacl demo, embedder folders, JSON files of pacl evaluate, or folders of such files."""
     images: Path | None = None
-    """An image or a folder of some, to be segmented by every embedder; needs --words."""
+    """Image, or folder of images, that every embedder segments; needs --words."""
     words: str | None = None
-    """Classes, with commas between: "dog,grass,red ball"."""
+    """Classes, separated by commas: "dog,grass,red ball"."""
     templates: str = "simple"
-    """Prompt templates of the words: none, photo, simple or openai, or a file."""
+    """Prompt templates for the words: none, photo, simple, openai, or a file with one per line."""
     stride: int = 1
-    """Tokens per patch along each side."""
+    """Tokens per patch along each side; it must divide the patch size."""
     most_images: int = 12
-    """Images at most, spread over the folder."""
+    """Show at most this many images, spread over the folder."""
     max_image_pixels: int = 25_000_000
-    """Larger images are left out."""
+    """Skip images with more pixels than this."""
     device: str = "auto"
+    """Device to run on: cpu, cuda, ...; auto takes a GPU if there is one."""
     out: Path = Path("compare.html")
+    """Path of the page."""

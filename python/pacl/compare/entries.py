@@ -1,4 +1,4 @@
-"""What there is to compare at a path: a training run's folder, an embedder's, or results of `pacl evaluate`."""
+"""Read what a path holds for comparison: a training run's folder, an embedder's, or results of `pacl evaluate`."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from ..evaluate.results import read_result
 
 @dataclass
 class Entry:
-    """What was found at `path`; whatever is not there is empty.
+    """Findings at `path`; fields of missing files are empty.
 
-    config: of config.yaml. train, validation: lines of metrics.jsonl and results.jsonl by rising step. embedder: its
-    folder; described: its config.json. results: rows of pacl evaluate. notes: what is missing or could not be read.
+    config: content of config.yaml. train, validation: lines of metrics.jsonl and results.jsonl, by rising step.
+    embedder: the embedder's folder. described: its config.json. results: rows of pacl evaluate. notes: sentences about
+    missing and unreadable files.
     """
 
     path: Path
@@ -34,18 +35,18 @@ class Entry:
 
     @property
     def name(self) -> str:
-        """As results call it: the folder's name, and the run's for its `embedder`."""
+        """Name used by results: that of the folder, or that of the run for its `embedder` folder."""
         path = self.path.resolve()
         return path.parent.name if path.name == "embedder" else path.name
 
     @property
     def trained(self) -> bool:
-        """Whether it is a run or an embedder, and not results alone."""
+        """True for a run or an embedder, false for results alone."""
         return bool(self.config or self.train or self.validation or self.embedder)
 
 
 def read_entry(path: Path) -> Entry:
-    """What is at `path`; FileNotFoundError where there is nothing at all."""
+    """Read what is at `path`; raises FileNotFoundError if it does not exist."""
     if not path.exists():
         raise FileNotFoundError(f"entries: {path} does not exist, expected a run, an embedder or results")
     entry = Entry(path)
@@ -59,11 +60,11 @@ def read_entry(path: Path) -> Entry:
         try:
             entry.results.append(read_result(file))
         except (ValueError, OSError) as error:
-            # The folders of runs and embedders have other files of that kind.
+            # The folders of runs and embedders hold other JSON files too.
             if not entry.trained:
                 entry.notes.append(" ".join(str(error).split()))
     if not entry.trained and not entry.results and not entry.notes:
-        entry.notes.append(f"{path} is no run, no embedder, and has no results (*.json)")
+        entry.notes.append(f"{path} is neither a run nor an embedder and holds no results (*.json)")
     return entry
 
 
@@ -76,12 +77,12 @@ def _read_run(entry: Entry) -> None:
         try:
             read = yaml.safe_load(config.read_text(encoding="utf-8"))
             if not isinstance(read, dict):
-                raise ValueError("no settings")
+                raise ValueError("it holds no settings")
             entry.config = {str(name): x for name, x in read.items()}
         except (yaml.YAMLError, ValueError, OSError) as error:
             entry.notes.append(f"{config} cannot be read: {str(error).splitlines()[0]}")
     else:
-        entry.notes.append(f"{config} is missing: its settings are not known")
+        entry.notes.append(f"{config} is missing: the settings are unknown")
     for name, what in (("metrics.jsonl", "training curves"), ("results.jsonl", "validation")):
         if files[name].is_file():
             rows, bad = read_lines(files[name])
@@ -98,7 +99,7 @@ def _read_embedder(entry: Entry) -> None:
         try:
             described = json.loads((folder / CONFIG).read_bytes())
             if not isinstance(described, dict) or not isinstance(described.get("training", {}), dict):
-                raise ValueError("no settings of an embedder")
+                raise ValueError("it holds no settings of an embedder")
         except (ValueError, RecursionError) as error:
             entry.notes.append(f"{folder / CONFIG} cannot be read: {error}")
             return
@@ -109,11 +110,12 @@ def _read_embedder(entry: Entry) -> None:
 
 
 def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """Rows of a .jsonl by rising step, and how many lines are none (a crash tears the last).
+    """Read the rows of a .jsonl by rising step, and count the broken lines (a crash truncates the last).
 
-    A run that was resumed from an earlier step says those steps again: what it said later counts.
+    A run resumed from an earlier step repeats steps; the later row counts.
     """
-    rows, bad = [], 0
+    rows: list[dict[str, Any]] = []
+    bad = 0
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             row = json.loads(line)
@@ -130,7 +132,7 @@ def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
 
 
 def curve(rows: Iterable[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
-    """Steps and values of a measure, where it is a finite number."""
+    """Return the steps and values of a measure, skipping values that are not finite numbers."""
     found = [(row["step"], row[name]) for row in rows if is_number(row.get(name))]
     return [step for step, _ in found], [value for _, value in found]
 

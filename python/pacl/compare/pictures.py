@@ -1,4 +1,4 @@
-"""Segmentations of some images by the embedder of every run."""
+"""Segment some images by the embedder of every run."""
 
 from __future__ import annotations
 
@@ -21,41 +21,43 @@ SIDE = 320  # pixels of a picture's longer side
 
 
 def add_pictures(page: Page, runs: dict[str, Entry], config: CompareConfig, notes: list[str]) -> None:
-    """A table of images by runs; what cannot be read or loaded is a line of `notes`.
+    """Add a table of images by runs to the page, and a line to `notes` for everything that cannot be read or loaded.
 
-    ValueError for words, templates or images that no run could be shown for.
+    Raises ValueError for words, templates or images that are unusable for every run.
     """
+    assert config.images is not None and config.words is not None  # checked by the command
     words = [word.strip() for word in config.words.split(",") if word.strip()]
     if not words:
-        raise ValueError(f"words: got {config.words!r}, expected some, with commas between")
+        raise ValueError(f"words: got {config.words!r}, expected at least one word, separated by commas")
     sentences, paths = templates(config.templates), find_images([config.images])
     if len(paths) > config.most_images:
-        notes.append(f"{config.images} has {len(paths)} images, {config.most_images} are shown (--most-images)")
+        notes.append(f"{config.images} has {len(paths)} images; the page shows {config.most_images} (--most-images)")
         paths = [paths[int(i)] for i in np.linspace(0, len(paths) - 1, config.most_images)]
     table: dict[Path, list[str | Picture]] = {}
     for path in paths:
         try:
             image = read_image(path, config.max_image_pixels)
         except Exception as error:  # decoders raise anything on damaged bytes
-            notes.append(f"{path} is left out: {str(error) or type(error).__name__}")
+            notes.append(f"{path} is skipped: {str(error) or type(error).__name__}")
             continue
         table[path] = [path.name, Picture(png(_small(image)), path.name)]
-    with_embedder = {name: entry for name, entry in runs.items() if entry.embedder}
-    if not table or not with_embedder:
+    embedders = {name: entry.embedder for name, entry in runs.items() if entry.embedder}
+    if not table or not embedders:
         notes.append(f"no segmentations: there is no {'embedder' if table else 'readable image'}")
         return
-    colours, shown = word_colours(len(words) + 1)[1:], []
-    for name, entry in with_embedder.items():
+    colours = word_colours(len(words) + 1)[1:]
+    shown: list[str] = []
+    for name, embedder in embedders.items():
         made = []
         try:
-            segmenter = Segmenter(*load_pacl(entry.embedder, choose_device(config.device)), stride=config.stride)
+            segmenter = Segmenter(*load_pacl(embedder, choose_device(config.device)), stride=config.stride)
             texts = segmenter.texts(words, sentences)
-            for path in table:  # read again: large ones are not kept for all runs
+            for path in table:  # read again, because large images are not kept for all runs
                 image = read_image(path, config.max_image_pixels)
-                picture = _small(overlay(image, segmenter.labels(image, texts), colours=colours))
-                made.append(Picture(png(picture), f"{path.name} by {name}"))
-        except Exception as error:  # whatever its towers' files raise: the other runs are shown all the same
-            notes.append(f"{entry.embedder} is not shown: {' '.join(str(error).split())[:300] or type(error).__name__}")
+                small = _small(overlay(image, segmenter.labels(image, texts), colours=colours))
+                made.append(Picture(png(small), f"{path.name} by {name}"))
+        except Exception as error:  # loading towers raises anything; still show the other runs
+            notes.append(f"{embedder} is not shown: {' '.join(str(error).split())[:300] or type(error).__name__}")
             continue
         shown.append(name)
         for row, picture in zip(table.values(), made, strict=True):
@@ -63,11 +65,11 @@ def add_pictures(page: Page, runs: dict[str, Entry], config: CompareConfig, note
     page.heading("Segmentations")
     page.legend(list(zip(colours, words, strict=True)))
     page.table(["image", "", *shown], list(table.values()))
-    page.note(f"The best of the words in every pixel; stride {config.stride}, templates {config.templates}.")
+    page.note(f"The best word of every pixel; stride {config.stride}, templates {config.templates}.")
 
 
 def _small(image: Image.Image) -> Image.Image:
-    """At most SIDE pixels wide and high, and small ones enlarged by whole numbers."""
+    """Resize to at most SIDE pixels in width and height; enlarge small images by a whole factor."""
     factor = max(1, SIDE // max(image.size))
     image = image.resize([x * factor for x in image.size], Image.Resampling.NEAREST)
     image.thumbnail((SIDE, SIDE))

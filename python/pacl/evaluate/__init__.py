@@ -1,1 +1,1 @@
-"""Zero-shot evaluation on data sets: what they are, how they are measured, and the measuring."""
+"""Zero-shot evaluation: datasets, protocols, measures, and the commands that run them."""

@@ -22,15 +22,17 @@ from .specs import IGNORED
 
 @dataclass
 class Alignment:
-    """counts: of the patches of each class, int64 [3, K]: all; those that their word found among all classes' words;
-    and among those of the classes that the image has. chance: of the third, a fraction. Background is no class.
+    """Counts of correctly classified patches. Background is not a class.
+
+    counts: int64 [3, K], per class: all its patches, those that its word won among the words of all classes, and those
+    that it won among the classes present in the image. chance: expected value of the third, as a fraction of patches.
     """
 
     counts: Tensor
     chance: float
 
     def metrics(self) -> dict[str, float]:
-        """Accuracy over patches, and its mean over classes, by what the word competes with; fractions."""
+        """Return accuracy over patches and its mean over classes, as fractions, for both sets of competing words."""
         patches = self.counts[0]
         there = patches > 0
         each = self.counts[1:, there].double() / patches[there]
@@ -51,15 +53,15 @@ def alignment(
     *,
     group: dist.ProcessGroup | None = None,
 ) -> Alignment:
-    """Classify every patch of which one class covers at least half by its most similar text.
+    """Classify patches by their most similar text; a patch counts if one class covers at least half of it.
 
-    segmenter: of stride 1 and without windows, so that patches tile the image. texts: of data's classes. group: every
-    process takes its share of the images, and all return the measures of all. ValueError where no patch counts. Source:
-    the patch accuracy of PACL (Mukhoti et al., CVPR 2023); its candidates are not known, hence both.
+    segmenter: stride 1 and no windows, so that patches tile the image. texts: those of data's classes. group: every
+    process measures its share of the images, and all return the totals. Raises ValueError if no patch counts. This is
+    the patch accuracy of PACL (Mukhoti et al., CVPR 2023); the paper does not name the competing classes, hence both.
     """
     first = int(data.spec.background)
     counts = torch.zeros(3, len(data.classes), dtype=torch.int64)
-    chance = torch.zeros(len(data), dtype=torch.float64)  # per image: their sum is the same for any number of processes
+    chance = torch.zeros(len(data), dtype=torch.float64)  # per image: the sum is the same for any number of processes
     for i, dense, truth, present in labelled_patches(data, segmenter, label, group):
         keep = truth != IGNORED
         true = truth[keep]
@@ -77,16 +79,17 @@ def alignment(
 
 @dataclass(frozen=True, kw_only=True)
 class AlignmentOptions(PatchOptions):
-    """Whether words find patches: a patch's class by the most similar word, among all and the image's own classes."""
+    """Measure how well words find patches: classify each patch by the most similar word, among all classes and among
+    the image's own."""
 
     templates: str = "simple"
-    """none, photo, simple or openai, or a file of templates."""
+    """Prompt templates for the words: none, photo, simple, openai, or a file with one per line."""
     plain: bool = False
-    """The model's own projection of patches beside the checkpoint's embedder."""
+    """Measure the model's own projection of patches too, besides the checkpoint's embedder."""
 
 
 def main(argv: Sequence[str], prog: str = "pacl evaluate alignment") -> int:
-    """Run `pacl evaluate alignment` with these arguments; returns its exit status."""
+    """Run `pacl evaluate alignment` and return its exit status."""
     options = tyro.cli(AlignmentOptions, args=list(argv), prog=prog)
     sentences, data = templates(options.templates), options.read()
     group = options.group()
@@ -116,5 +119,5 @@ def main(argv: Sequence[str], prog: str = "pacl evaluate alignment") -> int:
 
 
 def _embedders(embedder: nn.Module | None, plain: bool) -> dict[str, nn.Module | None]:
-    """By the name that results have; the model's own projection is the only one without a checkpoint."""
+    """Return embedders by their name in results; without a checkpoint, only the model's own projection (None)."""
     return ({"embedder": embedder} if embedder else {}) | ({"plain": None} if plain or not embedder else {})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -21,7 +22,7 @@ from .scorer import Scorer
 
 
 def classification(
-    data: Dataset | Sequence[tuple[Tensor, int]],
+    data: Labelled | Sequence[tuple[Tensor, int]],
     texts: Texts,
     scorers: Sequence[Scorer],
     *,
@@ -30,14 +31,16 @@ def classification(
     label: str = "classification",
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """Counts of `accuracies`, int64 [scorers, 3, K], of data that gives transformed images and their classes, shared
-    among the processes of `group`; the score of a class is that of its best synonym.
+    """Count hits: int64 [scorers, 3, K], the input of `accuracies` for each scorer.
+
+    data: transformed images with their classes, shared among the processes of `group`. The score of a class is that of
+    its best synonym.
     """
     counts = torch.zeros(len(scorers), 3, len(texts.names), dtype=torch.int64)
-    # Whole batches are shared: in other ones an image's scores would differ by rounding.
+    # Each process takes whole batches: in a batch of another size an image's scores would differ by rounding.
     rank, world = place_in(group)
     batches = [part.tolist() for part in torch.arange(len(data)).split(batch_size)[rank::world]]
-    loader = DataLoader(data, batch_sampler=batches, num_workers=workers)
+    loader = DataLoader(cast(Dataset, data), batch_sampler=batches, num_workers=workers)
     with shared_progress(label, len(loader), "batch", group) as shown:
         for images, labels in loader:
             for count, scorer in zip(counts, scorers, strict=True):
@@ -49,7 +52,10 @@ def classification(
 
 
 def accuracies(counts: Tensor) -> dict[str, float | None]:
-    """CLIP_benchmark's measures from counts int64 [3, K]: images of a class, right, among the five best; fractions."""
+    """Return CLIP_benchmark's measures, as fractions.
+
+    counts: int64 [3, K], per class: all images, those classified correctly, and those with it among the best five.
+    """
     there = counts[0] > 0
     total = int(counts[0].sum())
     return {
@@ -60,31 +66,33 @@ def accuracies(counts: Tensor) -> dict[str, float | None]:
 
 
 def count_hits(counts: Tensor, scores: Tensor, labels: Tensor) -> None:
-    """Add to counts [3, K] the images with `scores` [B, K] and classes `labels` [B]. ValueError for NaN."""
+    """Add to counts [3, K] the images with `scores` [B, K] and classes `labels` [B]; raises ValueError for NaN."""
     if scores.isnan().any():
-        raise ValueError("scores: got NaN")
+        raise ValueError("scores: got NaN, expected numbers")
     best = scores.topk(min(5, scores.shape[1])).indices.cpu() == labels[:, None]
     add_hits(counts, labels, best[:, 0], best.any(1))
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClassificationOptions(DatasetOptions):
-    """Zero-shot classification with φ as a class's score, and by the model's own image embedding: acc1, acc5 and mean
-    per-class recall, as fractions."""
+    """Measure zero-shot classification with φ as the score of a class, and with the model's own image embedding: acc1,
+    acc5 and mean per-class recall, as fractions."""
 
     dataset: str
-    """imagenet, cifar10, cifar100, food101, caltech101, dtd, eurosat, flowers102, pets, cars, sun397, stl10; folder: a
-    folder per class; wds: clip-benchmark's tar files."""
+    """One of imagenet, cifar10, cifar100, food101, caltech101, dtd, eurosat, flowers102, pets, cars, sun397, stl10;
+    folder (a folder per class); or wds (clip-benchmark's tar files)."""
     templates: str | None = None
-    """none, photo, simple or openai, or a file; default: what the data brings, else simple."""
+    """Prompt templates: none, photo, simple, openai, or a file; by default those of the dataset, else simple."""
     plain: bool = True
-    """The model's own image embedding beside φ."""
+    """Measure the model's own image embedding too, besides φ."""
     batch_size: int = 64
+    """Images per batch."""
     workers: int = 4
+    """Processes that decode images."""
 
 
 def main(argv: Sequence[str], prog: str = "pacl evaluate classification") -> int:
-    """Run `pacl evaluate classification` with these arguments; returns its exit status."""
+    """Run `pacl evaluate classification` and return its exit status."""
     options = tyro.cli(ClassificationOptions, args=list(argv), prog=prog)
     if options.batch_size < 1:
         raise ValueError(f"batch_size: got {options.batch_size}, expected at least 1")
@@ -98,12 +106,12 @@ def main(argv: Sequence[str], prog: str = "pacl evaluate classification") -> int
     texts = class_texts(towers, [", ".join(names) for names in data.synonyms], sentences)
     plain = options.plain and not towers.names["vision_model"]
     if options.plain and not plain and rank == 0:
-        print("plain: this vision tower has no image embedding in the texts' space, left out", file=sys.stderr)
+        print("plain: skipped, because this vision tower has no image embedding in the text space", file=sys.stderr)
     scorers = [Scorer(towers, embedder)] + ([Scorer(towers, plain=True)] if plain else [])
-    reading = {"batch_size": options.batch_size, "workers": options.workers, "group": group}
+    reading: dict[str, Any] = {"batch_size": options.batch_size, "workers": options.workers, "group": group}
     try:
         counts = classification(data, texts, scorers, **reading, label=f"classification {options.dataset}")
-    except (ValueError, OSError) as error:  # a worker's has its traceback before the line that says it
+    except (ValueError, OSError) as error:  # a worker's message puts its traceback before the line that matters
         raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
     if rank:
         return 0

@@ -1,4 +1,4 @@
-"""Images with a class each: torchvision's data sets, ImageNet, any folder of folders, clip-benchmark's tar files."""
+"""Images with one class each: torchvision's datasets, ImageNet, a folder per class, clip-benchmark's tar files."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ from .specs import fingerprint, spread
 
 @dataclass(frozen=True)
 class Kind:
-    """title: as it is cited; layout: what must lie below the root; count: images of the set, None for a user's own."""
+    """A kind of dataset. layout: files expected below the root; count: official number of images, None if any."""
 
     title: str
     layout: str
-    open: Callable[[Path], Any]  # can be pickled
+    open: Callable[[Path], Any]  # must be picklable
     count: int | None = None
 
 
 class Labelled(Dataset):
-    """`data[i]` is a transformed image and its class, an int.
+    """Images with a class each: `data[i]` is a transformed image and its class, an int.
 
-    name: of KINDS. root: the folder that the set's files lie in. class_file: other names, a class per line in the order
-    of the labels, synonyms separated by commas. partial: accept a number of images other than the official one. limit:
-    only so many, spread evenly. `synonyms` are the words for each class, `templates` those of the data or None.
-    Raises FileNotFoundError, one line, for what is not there, ValueError for what is not as it should be.
+    name: a key of KINDS. root: the folder of the dataset's files. class_file: other names, one class per line in label
+    order, with synonyms separated by commas. partial: accept a number of images other than the official one. limit: use
+    this many images only, spread evenly. `synonyms` are the words for each class, `templates` those of the dataset or
+    None. Raises FileNotFoundError, in one line, for missing files, and ValueError for unexpected content.
     """
 
     def __init__(
@@ -54,17 +54,18 @@ class Labelled(Dataset):
             raise ValueError(f"dataset: got {name!r}, expected one of {', '.join(KINDS)}")
         if name in MATLAB:
             need_scipy(name)
-        self.name, self.kind, self.transform = name, KINDS[name], None
+        self.name, self.kind = name, KINDS[name]
+        self.transform: Any = None  # from a PIL image to a tensor; set before reading
         expected = f"expected {self.kind.layout} ({self.kind.title})"
         try:
             self.images = self.kind.open(Path(root))
         except (RuntimeError, OSError) as error:
-            raise FileNotFoundError(f"data_root: {root} has no whole {name}; {expected}") from error
+            raise FileNotFoundError(f"data_root: {root} does not hold a complete {name}; {expected}") from error
         found = len(self.images)
         if found != self.kind.count and self.kind.count is not None and not partial or not found:
             raise FileNotFoundError(
                 f"data_root: {root} has {found} of the {self.kind.count or 'images'} images of {name}; {expected}"
-                + ("; --partial takes what is there" if found else "")
+                + ("; --partial accepts a part of them" if found else "")
             )
         names = self.images.classes
         if name == "imagenet":
@@ -87,31 +88,31 @@ class Labelled(Dataset):
 
 
 def spoken(name: str, dataset: str = "") -> str:
-    """A class's name as words: commas would part synonyms, and the names of files and folders have no blanks."""
+    """Turn a class name into words: commas would separate synonyms, and names of files and folders lack spaces."""
     if dataset == "eurosat":
         name = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower()
     return " ".join(re.sub(r"[_/,]+", " ", name).split())
 
 
 class Folder(tv.ImageFolder):
-    """A folder per class, their names the classes in order; Pillow sees JPEG, PNG and WebP alone."""
+    """A folder per class, named like the class and in sorted order; Pillow decodes only JPEG, PNG and WebP."""
 
     def __init__(self, root: Path):
         super().__init__(str(root), loader=_rgb)
 
 
 class ImageNet(Folder):
-    """The 1,000 folders n01440764, ... of the validation images, in the root or in its `val`."""
+    """ImageNet's validation images in 1,000 folders n01440764, ..., in the root or in its `val`."""
 
     def __init__(self, root: Path):
         super().__init__(root / "val" if (root / "val").is_dir() else root)
         strange = [name for name in self.classes if not re.fullmatch(r"n\d{8}", name)]
         if strange or len(self.classes) != 1000:
-            raise FileNotFoundError(f"{root} has {len(self.classes)} folders")
+            raise FileNotFoundError(f"{root} has {len(self.classes)} folders, expected the 1,000 WordNet ids")
 
 
 class Caltech101(Folder):
-    """torchvision's would need scipy; what is in BACKGROUND_Google is of no class."""
+    """Caltech-101 without BACKGROUND_Google, which is not a class; torchvision's own reader needs scipy."""
 
     def __init__(self, root: Path):
         super().__init__(root / "caltech101/101_ObjectCategories")
@@ -124,7 +125,7 @@ class Caltech101(Folder):
 class Tars:
     """clip-benchmark's layout: `test/*.tar` with an image and a .cls each, classnames.txt, and templates with {c}.
 
-    The headers are read once and images when they are asked for; a label is a number in digits, nothing is unpickled.
+    Headers are read once and images on access. A label is a decimal number; nothing is unpickled.
     """
 
     def __init__(self, root: Path):
@@ -132,13 +133,13 @@ class Tars:
         templates = root / "zeroshot_classification_templates.txt"
         self.templates = tuple(x.replace("{c}", "{}") for x in _lines(templates)) if templates.is_file() else None
         if self.templates and not all("{}" in x for x in self.templates):
-            raise ValueError(f"data_root: {templates} has a line without {{c}}, where the class goes")
+            raise ValueError(f"data_root: {templates} has a line without {{c}}, expected it where the class goes")
         self._places: list[tuple[Path, int, int, int]] = []
         for path in sorted((root / "test").glob("*.tar")):
             try:
                 self._index(path)
             except tarfile.TarError as error:
-                raise ValueError(f"data_root: {path} is no whole tar file: {error}") from error
+                raise ValueError(f"data_root: {path} is not a complete tar file: {error}") from error
 
     def __len__(self) -> int:
         return len(self._places)
@@ -163,7 +164,8 @@ class Tars:
                 if member.isfile() and suffix in IMAGE_SUFFIXES:
                     images[key] = member.offset_data, member.size
                 elif member.isfile() and suffix == "cls":
-                    text = tar.extractfile(member).read(32).decode(errors="replace").strip()
+                    content: Any = tar.extractfile(member)  # None only for what is not a file
+                    text = content.read(32).decode(errors="replace").strip()
                     if not text.isdecimal() or int(text) >= len(self.classes):
                         raise ValueError(
                             f"data_root: {member.name} of {path} has {text!r}, expected 0 to {len(self.classes) - 1}"
@@ -171,7 +173,7 @@ class Tars:
                     labels[key] = int(text)
         odd = sorted(images.keys() ^ labels.keys())
         if odd:
-            raise ValueError(f"data_root: {odd[0].lstrip('/')} of {path} lacks its image or its .cls")
+            raise ValueError(f"data_root: {odd[0].lstrip('/')} of {path} lacks its image or its .cls, expected both")
         self._places += [(path, *images[key], labels[key]) for key in images]
 
 
@@ -180,12 +182,12 @@ def _lines(path: Path) -> list[str]:
 
 
 def _rgb(path: str) -> Image.Image:
-    """A function with a name, as worker processes may be handed the data pickled."""
+    """Read an image. A named function, because worker processes may receive the dataset pickled."""
     return read_picture(Path(path), IMAGE_FORMATS, to_rgb)
 
 
 MATLAB = ("flowers102", "cars")
-# torchvision's own splits and class lists. Its CIFAR files are pickles, and read only if their digests are official.
+# torchvision's own splits and class lists. Its CIFAR files are pickles; it reads them only if their digests match.
 KINDS = {
     "imagenet": Kind(
         "ILSVRC2012 val (image-net.org)", "val/n01440764/*.JPEG, a folder per WordNet id", ImageNet, 50_000

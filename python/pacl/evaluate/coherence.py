@@ -20,18 +20,21 @@ from .plots import curves, print_plot
 from .segmentation_data import SegmentationData
 from .specs import IGNORED
 
-PAIRS = 2**16  # of patches, multiplied at a time
+PAIRS = 2**16  # pairs of patches multiplied at a time
 
 
 @dataclass(frozen=True)
 class Coherence:
-    """scores: cosines of pairs of patches, float [M]; same: whether both are of one class, bool [M]."""
+    """Cosines of pairs of patches.
+
+    scores: float [M]. same: bool [M], true where both patches have one class.
+    """
 
     scores: Tensor
     same: Tensor
 
     def curve(self) -> tuple[Tensor, Tensor]:
-        """False and true positive rates, float64, rising from 0 to 1; a point for each distinct score."""
+        """Return false and true positive rates, float64, rising from 0 to 1, with a point for each distinct score."""
         values, place = self.scores.unique(return_inverse=True)
         counts = torch.zeros(2, len(values), dtype=torch.int64)
         for row, chosen in zip(counts, (~self.same, self.same), strict=True):
@@ -40,13 +43,13 @@ class Coherence:
         return tuple(F.pad(rates, (1, 0)))
 
     def roc(self, points: int = 101) -> dict[str, list[float]]:
-        """The curve at evenly spaced false positive rates, as JSON values."""
+        """Return the curve at evenly spaced false positive rates, as JSON values."""
         false, true = self.curve()
         at = torch.searchsorted(false, torch.linspace(0, 1, points, dtype=false.dtype), right=True) - 1
         return {"false_positive_rate": false[at].tolist(), "true_positive_rate": true[at].tolist()}
 
     def auc(self) -> float:
-        """The probability that a pair of one class has a higher cosine than another pair; exact, ties count half."""
+        """Return the probability that a pair of one class has a higher cosine than another pair; ties count half."""
         false, true = self.curve()
         return float(torch.trapezoid(true, false))
 
@@ -62,18 +65,20 @@ def coherence(
     label: str = "coherence",
     group: dist.ProcessGroup | None = None,
 ) -> Coherence:
-    """Whether patches of one class have more similar tokens than others: no text takes part.
+    """Compare the tokens of patches of one class with those of other patches, without any text.
 
-    segmenter: of stride 1 and without windows; its embeddings are compared, tokens with an identity as its embedder.
-    patches: so many of the data set's with a class, drawn evenly by `seed`; pairs: so many of theirs, or all where they
-    are no more. group: every process takes its share of the images, and all return the same. Background is no class.
-    ValueError without pairs of both kinds, or for NaN. Source: the paper's test of vision encoders.
+    segmenter: stride 1 and no windows; its embeddings are compared, or the tokens if its embedder is an identity.
+    patches: how many of the dataset's labelled patches to draw, evenly. pairs: how many of their pairs to draw, or all
+    if there are no more. seed: seed of both draws. group: every process takes its share of the images, and all return
+    the same. Background is not a class. Raises ValueError if pairs of either kind are missing, or for NaN. This is the
+    paper's test of vision encoders.
     """
-    keys, kept, labels = torch.empty(0, dtype=torch.float64), [], torch.empty(0, dtype=torch.int64)
+    keys, labels = torch.empty(0, dtype=torch.float64), torch.empty(0, dtype=torch.int64)
+    kept: list[Tensor] = []
     for i, dense, truth, _ in labelled_patches(data, segmenter, label, group):
         keep = truth != IGNORED
-        # The patches with the lowest random keys are an even sample, whatever their number will be; an image's keys
-        # are its own, whichever process has it.
+        # The patches with the lowest random keys are an even sample, whatever their final number. The keys depend on
+        # the image alone, not on the process that reads it.
         drawn = torch.from_numpy(np.random.default_rng([seed, i]).random(int(keep.sum())))
         kept, labels = [*kept, dense.patches.cpu()[keep]], torch.cat([labels, truth[keep]])
         keys = torch.cat([keys, drawn])
@@ -104,25 +109,26 @@ def coherence(
 
 
 def _lowest(count: int, keys: Tensor, *rows: Tensor) -> list[Tensor]:
-    """The `count` lowest keys in their order, and their rows of each."""
+    """Return the `count` lowest keys in ascending order, and the rows that belong to them."""
     chosen = keys.argsort()[:count]
     return [x[chosen] for x in (keys, *rows)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class CoherenceOptions(PatchOptions):
-    """Whether patches of one class have more similar tokens than others: ROC and AUC, without any text; of the vision
-    tower's tokens, and of the checkpoint's embeddings."""
+    """Measure whether patches of one class have more similar tokens than other patches: ROC and AUC of the vision
+    tower's tokens and of the checkpoint's embeddings, without any text."""
 
     patches: int = 20_000
-    """Drawn of the data set's."""
+    """Number of patches drawn from the dataset."""
     pairs: int = 1_000_000
-    """Drawn of theirs."""
+    """Number of pairs drawn from those patches."""
     seed: int = 0
+    """Seed of the draws."""
 
 
 def main(argv: Sequence[str], prog: str = "pacl evaluate coherence") -> int:
-    """Run `pacl evaluate coherence` with these arguments; returns its exit status."""
+    """Run `pacl evaluate coherence` and return its exit status."""
     options = tyro.cli(CoherenceOptions, args=list(argv), prog=prog)
     for name, least in (("patches", 2), ("pairs", 1), ("seed", 0)):
         if getattr(options, name) < least:
@@ -143,7 +149,7 @@ def main(argv: Sequence[str], prog: str = "pacl evaluate coherence") -> int:
         path = options.write(
             "semantic_coherence", data.spec.name, rules, metrics, towers, **options.describe(data), **counts, roc=roc
         )
-        shown[f"{name}, AUC {metrics['auc']:.3f}"] = tuple(roc.values())
+        shown[f"{name}, AUC {metrics['auc']:.3f}"] = (roc["false_positive_rate"], roc["true_positive_rate"])
     if rank:
         return 0
     print_plot(path.with_suffix(".png"), (6, 6), curves(shown, f"{data.spec.title}: pairs of patches"))

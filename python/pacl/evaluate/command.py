@@ -1,4 +1,4 @@
-"""`pacl evaluate`: which task runs."""
+"""`pacl evaluate`: run the task that the command line names."""
 
 from __future__ import annotations
 
@@ -7,27 +7,25 @@ from functools import partial
 
 from ..commands import run_command
 
-# The module of each task, as in pacl.cli.
+# For each task, its module and a line of help, as in pacl.cli.
 TASKS = {
-    "segmentation": ("pacl.evaluate.segmentation", "mIoU of labels of pixels, and what is wrong with a data set"),
-    "retrieval": ("pacl.evaluate.retrieval", "recall of captions by images and of images by captions"),
-    "classification": ("pacl.evaluate.classification", "accuracy of classes of whole images"),
-    "alignment": ("pacl.evaluate.alignment", "accuracy of single patches by the most similar word"),
-    "coherence": ("pacl.evaluate.coherence", "whether patches of one class are similar, without any text"),
-    "table": ("pacl.evaluate.results", "results side by side"),
+    "segmentation": ("pacl.evaluate.segmentation", "Measure mIoU over pixels, or check a dataset."),
+    "retrieval": ("pacl.evaluate.retrieval", "Measure recall of captions by images and of images by captions."),
+    "classification": ("pacl.evaluate.classification", "Measure the accuracy of classes of whole images."),
+    "alignment": ("pacl.evaluate.alignment", "Measure how often the most similar word names a patch's class."),
+    "coherence": ("pacl.evaluate.coherence", "Measure whether patches of one class are similar, without any text."),
+    "table": ("pacl.evaluate.results", "Print results side by side."),
 }
 
 
 def main(argv: Sequence[str], prog: str = "pacl evaluate") -> int:
-    """Run `pacl evaluate` with these arguments; returns its exit status."""
-    run = partial(
-        run_command, TASKS, argv, prog, "Measures of a model on data sets, each with a JSON file of its result."
-    )
+    """Run `pacl evaluate` and return its exit status."""
+    run = partial(run_command, TASKS, argv, prog, "Measure a model on datasets; each task writes its result as JSON.")
     if not argv or argv[0] not in TASKS:
         return run()
-    import torch.distributed as dist  # torch takes seconds, which a list of tasks has not
+    import torch.distributed as dist  # torch takes seconds, which a list of tasks should not
 
-    mine = not dist.is_initialized()  # a caller's group stays
+    mine = not dist.is_initialized()  # leave a caller's group as it is
     try:
         return run()
     finally:

@@ -1,4 +1,4 @@
-"""The old place of SegmentationData, which documentation has named."""
+"""Former module of SegmentationData, kept because the documentation named it."""
 
 from .segmentation_data import SegmentationData
 

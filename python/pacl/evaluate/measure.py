@@ -1,4 +1,4 @@
-"""The old place of evaluate_segmentation, which documentation has named."""
+"""Former module of evaluate_segmentation, kept because the documentation named it."""
 
 from .segmentation_measure import evaluate_segmentation
 

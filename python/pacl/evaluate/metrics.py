@@ -20,9 +20,10 @@ RECALLS = (1, 5, 10)
 
 
 def class_scores(patches: Tensor, texts: Tensor) -> Tensor:
-    """Cosine of every patch [B, N, D] with every class text [K, D]: [B, K, h, w] on the patches' square grid.
+    """Return the cosine of every patch [B, N, D] with every class text [K, D]: [B, K, h, w] on the square patch grid.
 
-    Raw cosines, because they alone compare between classes: a softmax over patches is normalised per text.
+    The cosines are raw, because only they compare between classes: a softmax over patches is normalised per text.
+    Raises ValueError if N is not a square number.
     """
     side = round(patches.shape[1] ** 0.5)
     if side * side != patches.shape[1]:
@@ -32,14 +33,14 @@ def class_scores(patches: Tensor, texts: Tensor) -> Tensor:
 
 
 def label_map(scores: Tensor, size: tuple[int, int]) -> Tensor:
-    """Scores [B, K, h, w] enlarged bilinearly to `size` pixels, then the best class of each: int64 [B, H, W]."""
+    """Enlarge scores [B, K, h, w] bilinearly to `size` pixels and return each pixel's best class: int64 [B, H, W]."""
     return upsample_argmax(scores, size).long()
 
 
 def patch_shares(masks: Tensor, classes: int | Sequence[int], grid: tuple[int, int]) -> Tensor:
-    """The share of each patch that each class covers: float [B, K, h, w] from labels [B, H, W].
+    """Return the share of each patch that each class covers: float [B, K, h, w] from labels [B, H, W].
 
-    classes: the labels to look for, or how many from 0. Any other label covers nothing. A pixel that lies in two
+    classes: the labels to look for, or their number from 0; other labels cover nothing. A pixel that lies in two
     patches counts for both.
     """
     labels = range(classes) if isinstance(classes, int) else classes
@@ -47,15 +48,15 @@ def patch_shares(masks: Tensor, classes: int | Sequence[int], grid: tuple[int, i
 
 
 def patch_labels(shares: Tensor, ignore: int = IGNORE) -> Tensor:
-    """The class that covers at least half of a patch, else `ignore`: int64 [B, h, w] from shares [B, K, h, w]."""
+    """Return the class that covers at least half of a patch, else `ignore`: int64 [B, h, w] of shares [B, K, h, w]."""
     share, label = shares.max(1)
     return label.masked_fill(share < HALF, ignore)
 
 
 def patch_truth(labels: Tensor, grid: tuple[int, int]) -> Tensor:
-    """The label that covers at least half of each patch, else IGNORED (-1): int64 [h, w] from labels [H, W].
+    """Return the label that covers at least half of each patch, else IGNORED (-1): int64 [h, w] from labels [H, W].
 
-    For data sets of many classes: only those that the image has are looked for.
+    Suits datasets of many classes, because it looks only for those present in the image.
     """
     present = [int(x) for x in labels.unique() if x != IGNORED]
     if not present:
@@ -65,38 +66,38 @@ def patch_truth(labels: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 class ScoreCounts:
-    """How well scores on the patches' grid segment: their enlarged maps pixel by pixel, and patch by patch.
+    """Counts of how well scores on the patch grid segment, pixel by pixel on enlarged maps, and patch by patch.
 
-    `pixels` and `patches` are confusion matrices of all that was counted.
+    `pixels` and `patches` are the confusion matrices.
     """
 
     def __init__(self, classes: int):
         self.pixels, self.patches = ConfusionMatrix(classes), ConfusionMatrix(classes)
 
     def update(self, masks: Tensor, scores: Tensor) -> Tensor:
-        """Count scores [B, K, h, w] of images with labels [B, H, W]; returns their label maps [B, H, W]."""
-        labels = label_map(scores, masks.shape[1:]).cpu()
+        """Count scores [B, K, h, w] of images with labels [B, H, W]; return the predicted label maps [B, H, W]."""
+        labels = label_map(scores, (masks.shape[1], masks.shape[2])).cpu()
         self.pixels.update(masks, labels)
-        truth = patch_labels(patch_shares(masks, scores.shape[1], scores.shape[2:]))
+        truth = patch_labels(patch_shares(masks, scores.shape[1], (scores.shape[2], scores.shape[3])))
         self.patches.update(truth, scores.argmax(1).cpu())
         return labels
 
 
 def add_hits(counts: Tensor, labels: Tensor, *hits: Tensor) -> None:
-    """Add to counts [1 + n, K], in place: how many there are of each of `labels`, and how many that each hit marks."""
+    """Add to counts [1 + n, K], in place: the number of each of `labels`, and the number that each hit marks."""
     for row, hit in zip(counts, (torch.ones_like(labels, dtype=torch.bool), *hits), strict=True):
         row += labels[hit].bincount(minlength=len(row))
 
 
 class ConfusionMatrix:
-    """Counts of (true, predicted) label pairs over any number of batches; exact, and K x K whatever the data's size."""
+    """Exact counts of (true, predicted) label pairs over any number of batches, int64 [K, K]."""
 
     def __init__(self, classes: int, ignore: int = IGNORE):
         self.counts = torch.zeros(classes, classes, dtype=torch.int64)
         self.ignore = ignore
 
     def update(self, truth: Tensor, predicted: Tensor) -> None:
-        """Count label tensors of equal shape; where `truth` is `ignore` nothing counts. Other labels are below K."""
+        """Count label tensors of equal shape, except where `truth` is `ignore`; raises ValueError beyond K - 1."""
         classes = len(self.counts)
         keep = truth != self.ignore
         truth, predicted = truth[keep].long(), predicted[keep].long()
@@ -108,36 +109,37 @@ class ConfusionMatrix:
         self.counts += pairs.reshape(classes, classes)
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> None:
-        """Add up the counts of every process of `group`, whose data are disjoint; None: this process alone."""
+        """Add up the counts of every process of `group`, whose data are disjoint; do nothing for None."""
         if group is not None:
             counts = self.counts.to(group_device(group))
             dist.all_reduce(counts, group=group)
             self.counts = counts.cpu()
 
     def recall(self) -> Tensor:
-        """Share of each class's pixels that was found, float64 [K]; NaN for a class that is not present."""
+        """Return the share of each class's pixels predicted correctly, float64 [K]; NaN for an absent class."""
         return self.counts.diagonal().double() / self.counts.sum(1)
 
     def iou(self) -> Tensor:
-        """Intersection over union per class, float64 [K]; NaN for a class neither present nor predicted."""
+        """Return the intersection over union per class, float64 [K]; NaN for a class neither present nor predicted."""
         hit = self.counts.diagonal().double()
         return hit / (self.counts.sum(0) + self.counts.sum(1) - hit)
 
     def miou(self, labels: Sequence[int] | None = None) -> float:
-        """Mean IoU over `labels` (all classes unless given), as a fraction; classes with NaN are left out."""
+        """Return the mean IoU over `labels` (default: all), as a fraction; classes with NaN do not count."""
         iou = self.iou()
         return float(iou[list(labels)].nanmean() if labels is not None else iou.nanmean())
 
     def accuracy(self, labels: Sequence[int] | None = None) -> float:
-        """Share of correct predictions among the truths in `labels` (all unless given); NaN without any."""
+        """Return the share of correct predictions among truths in `labels` (default: all); NaN if there are none."""
         rows = list(labels) if labels is not None else list(range(len(self.counts)))
         return float(self.counts.diagonal()[rows].sum() / self.counts[rows].sum())
 
 
 def chance_miou(truth: Tensor, scored: Sequence[int], competing: int) -> float:
-    """The mIoU over classes `scored` of labels drawn evenly from `competing` ones, for pixel counts [K]; a fraction.
+    """Return the mIoU over classes `scored`, as a fraction, if labels are drawn evenly from `competing` ones.
 
-    With f the share of a class and q = 1 / competing, f q of the pixels are hits and f + q - f q are true or predicted.
+    truth: pixel counts [K]. With f the share of a class and q = 1 / competing, f q of the pixels are hits and
+    f + q - f q are true or predicted.
     """
     share = (truth / truth.sum()).double()[list(scored)]
     hit = share / competing
@@ -147,12 +149,12 @@ def chance_miou(truth: Tensor, scored: Sequence[int], competing: int) -> float:
 class Retrieval:
     """Recalls and loss from blocks of φ; keeps a dozen numbers for each text, whatever the number of images.
 
-    captions: of all T texts; the one of a pair is found by its image, or the image by it, and where two images have the
-    same caption, either is right for the other and neither is counted against it. owners: the image of each text, from
-    0; default: text i is image i's. Of an image with several texts the best one counts. Another caption (or image) that
-    ties with the pair, or is NaN, counts as better than the pair: an embedder that gives everything the same score has
-    recall 0. scale, bias: of the logits; a bias means the sigmoid loss, and none InfoNCE, both with all pairs as one
-    batch; scale None: no loss, which images with several texts do not have.
+    captions: those of all T texts. If two images have the same caption, either text is right for both images and never
+    counts as a competitor. owners: the image of each text, from 0 (default: text i belongs to image i); of an image
+    with several texts the best one counts. Another caption (or image) that ties with the pair, or is NaN, counts as
+    better than the pair, so that an embedder with equal scores everywhere has recall 0. scale, bias: those of the
+    logits. With a bias the loss is the sigmoid loss, without one InfoNCE, both over all pairs as one batch. scale None:
+    no loss; it is undefined for images with several texts.
     """
 
     def __init__(
@@ -169,12 +171,12 @@ class Retrieval:
         self.owners = torch.as_tensor(range(len(captions)) if owners is None else owners, device=device)
         self.scale, self.bias = scale, bias
         best = max(RECALLS)
-        # For each text: the best of the other images, what its column sums to, and its own image.
+        # Scores of each text: those of its best other images, the log-sum-exp of its column, and that of its own image.
         self.columns = torch.full((len(captions), best + 2), -torch.inf, device=device)
         self.hits, self.loss, self.images = [0] * len(RECALLS), 0.0, 0
 
     def update(self, phi: Tensor, at: int) -> None:
-        """Rows [b, T] of φ, images `at` and following against all texts."""
+        """Add rows [b, T] of φ: images `at` and following against all texts."""
         phi, best = phi.float(), max(RECALLS)
         texts = ((self.owners >= at) & (self.owners < at + len(phi))).nonzero()[:, 0]
         rows = self.owners[texts] - at
@@ -201,7 +203,7 @@ class Retrieval:
             self.loss -= F.logsigmoid(sign * logits).double().sum().item()
 
     def values(self, group: dist.ProcessGroup | None = None) -> dict[str, float]:
-        """Recalls as fractions and `clip_val_loss`; of the images of all processes of a group."""
+        """Return recalls as fractions and `clip_val_loss`, over the images of all processes of a group."""
         columns, best = self.columns[None], max(RECALLS)
         counts = torch.tensor([*self.hits, self.images, self.loss], dtype=torch.float64, device=columns.device)
         if group is not None:

@@ -1,4 +1,4 @@
-"""Patches of a data set's images with their classes, for the tasks that look at single patches."""
+"""Patches of a dataset's images with their classes, for the tasks that measure single patches."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from .specs import IGNORED
 
 @dataclass(frozen=True, kw_only=True)
 class PatchOptions(DatasetOptions):
-    """Options of the tasks that look at single patches."""
+    """Options of the tasks that measure single patches."""
 
     dataset: str = "voc20"
-    """A data set of pacl evaluate segmentation; background is no class here."""
+    """Name of a dataset of pacl evaluate segmentation; its background class is ignored."""
     short_side: int | None = None
-    """Pixels of the resized image's shorter side; default: the tower's own."""
+    """Resize images so that their shorter side has this many pixels, by default the tower's size."""
 
     def read(self) -> SegmentationData:
-        """The data set; see SegmentationData for the errors."""
+        """Open the dataset; raises the errors of SegmentationData."""
         return SegmentationData(self.dataset, **self.reading)
 
     def describe(self, data: SegmentationData) -> dict[str, Any]:
-        """The data set as results name it."""
+        """Return the entries of a result that describe the dataset."""
         classes = {"count": len(data.classes), "sha256": data.class_hash, "background": data.spec.background}
         return {"classes": classes, "images": len(data), "images_of_the_set": data.spec.count[0]}
 
@@ -41,12 +41,15 @@ class PatchOptions(DatasetOptions):
 def labelled_patches(
     data: SegmentationData, segmenter: Segmenter, label: str, group: dist.ProcessGroup | None
 ) -> Iterator[tuple[int, Dense, Tensor, list[int]]]:
-    """Of each image of this process that has a class: its number, its patches, their classes [h, w], and which it has.
+    """Yield (number, patches, classes of the patches [h, w], classes present) of this process's images with a class.
 
     Background is ignored.
     """
     if segmenter.stride != 1 or segmenter.window is not None:
-        raise ValueError("segmenter: got a stride or a window, expected none: patches are to tile the image")
+        raise ValueError(
+            f"segmenter: got stride {segmenter.stride} and window {segmenter.window}, expected 1 and None, so that "
+            "patches tile the image"
+        )
     rank, world = place_in(group)
     mine = range(rank, len(data), world)
     with shared_progress(label, len(mine), "image", group) as shown:
@@ -57,5 +60,6 @@ def labelled_patches(
             present = [x for x in np.unique(labels).tolist() if x != IGNORED]
             if present:
                 dense = segmenter.dense(image)
-                yield i, dense, patch_truth(torch.from_numpy(labels), tuple(dense.patches.shape[:2])), present
+                grid = (dense.patches.shape[0], dense.patches.shape[1])
+                yield i, dense, patch_truth(torch.from_numpy(labels), grid), present
             shown.step()

@@ -1,4 +1,4 @@
-"""Plots of results, by matplotlib where it is installed."""
+"""Plots of results, if matplotlib is installed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MISSING = "matplotlib is not installed, pip install matplotlib"
 
 
 def plot_png(size: tuple[float, float], draw: Callable[[Any], None]) -> bytes | None:
-    """A PNG of `size` inches, in whose one axes `draw` draws; None without matplotlib."""
+    """Return a PNG of `size` inches with one axes, filled by `draw`; None without matplotlib."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -29,7 +29,7 @@ def plot_png(size: tuple[float, float], draw: Callable[[Any], None]) -> bytes | 
 
 
 def print_plot(path: Path, size: tuple[float, float], draw: Callable[[Any], None]) -> None:
-    """Write plot_png at `path` and print the path; without matplotlib a line says that there is none."""
+    """Write plot_png to `path` and print the path; without matplotlib, print that there is no plot."""
     png = plot_png(size, draw)
     if png is None:
         print(f"no plot {path}: {MISSING}", file=sys.stderr)
@@ -39,23 +39,23 @@ def print_plot(path: Path, size: tuple[float, float], draw: Callable[[Any], None
 
 
 def bars(classes: Sequence[str], values: Mapping[str, Sequence[float]], title: str) -> Callable[[Any], None]:
-    """Accuracies of classes, 0 to 1, a colour for each of `values`."""
+    """Draw bars of the classes' accuracies, 0 to 1, in a colour for each of `values`."""
 
-    def draw(axes) -> None:
+    def draw(axes: Any) -> None:
         height = 0.8 / len(values)
         for i, (name, each) in enumerate(values.items()):
             axes.barh([k + (i + 0.5) * height - 0.4 for k in range(len(classes))], each, height, label=name)
         axes.set_yticks(range(len(classes)), [_plain(name) for name in classes])
         axes.set(xlim=(0, 1), ylim=(len(classes) - 0.5, -0.5), xlabel="accuracy over patches", title=title)
-        axes.figure.legend(loc="outside lower center")  # not over the bars
+        axes.figure.legend(loc="outside lower center")  # off the bars
 
     return draw
 
 
 def curves(lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], title: str) -> Callable[[Any], None]:
-    """ROC curves, and the diagonal."""
+    """Draw ROC curves and the diagonal."""
 
-    def draw(axes) -> None:
+    def draw(axes: Any) -> None:
         axes.plot([0, 1], [0, 1], color="gray", linewidth=0.8)
         for name, (false, true) in lines.items():
             axes.plot(false, true, label=name)
@@ -67,9 +67,9 @@ def curves(lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], title: 
 
 
 def series(lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], title: str) -> Callable[[Any], None]:
-    """Curves over training steps; one without points keeps its colour for the other plots and is not named."""
+    """Draw curves over training steps; one without points is not named, but keeps its colour for the other plots."""
 
-    def draw(axes) -> None:
+    def draw(axes: Any) -> None:
         for i, (name, (steps, values)) in enumerate(lines.items()):
             if len(steps):
                 dots = "." if len(steps) < 30 else None
@@ -82,5 +82,5 @@ def series(lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], title: 
 
 
 def _plain(name: str) -> str:
-    """Without matplotlib's mathematics."""
+    """Escape `$`, with which matplotlib begins a formula."""
     return name.replace("$", r"\$")

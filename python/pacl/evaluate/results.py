@@ -1,10 +1,10 @@
-"""Results as JSON rows and text tables, and `pacl evaluate table`; rows of different protocols share no table."""
+"""Results as JSON rows and text tables, and `pacl evaluate table`; each protocol has tables of its own."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,8 +18,8 @@ from .specs import datasets, fingerprint, spec
 SEGMENTATION = "zeroshot_segmentation"
 
 
-def names_of(towers: Towers, checkpoint: str | None) -> dict[str, str | None]:
-    """How a row calls the model: without the folders of this machine, and a run's `embedder` by the run's name."""
+def names_of(towers: Towers, checkpoint: str | None) -> dict[str, Any]:
+    """Return a row's names of the model: without local folders; a run's `embedder` gets the name of the run."""
     model, pretrained, vision = (towers.names[name] for name in ("model", "pretrained", "vision_model"))
     if model.startswith("local-dir:"):
         model = Path(model).name
@@ -33,7 +33,7 @@ def names_of(towers: Towers, checkpoint: str | None) -> dict[str, str | None]:
 
 
 def write_row(folder: Path, row: dict[str, Any]) -> Path:
-    """Write a row as DATASET_MODEL_PROTOCOL.json into `folder`; returns its path."""
+    """Write a row as DATASET_MODEL_PROTOCOL.json into `folder` and return its path."""
     parts = [row["dataset"], *model_of(row), row["protocol"]["name"]]
     name = "_".join(re.sub(r"[^A-Za-z0-9.=-]+", "-", part).strip("-.") for part in parts if part)
     path = folder / f"{name}.json"
@@ -42,14 +42,14 @@ def write_row(folder: Path, row: dict[str, Any]) -> Path:
 
 
 def read_result(path: Path) -> dict[str, Any]:
-    """A row of any task that write_row wrote; ValueError for another file."""
+    """Read a row of any task that write_row wrote; raises ValueError for any other file."""
     try:
         row = json.loads(Path(path).read_bytes())
         if not all(isinstance(x, str) for x in (row["task"], row["dataset"], row["protocol"]["name"], *model_of(row))):
-            raise ValueError("task, dataset, protocol or model is no name")
+            raise ValueError("task, dataset, protocol or model is not a string")
         metrics = {"mIoU": row["metrics"]["mIoU"]} if row["task"] == SEGMENTATION else row["metrics"]
         if not all(x is None or type(x) in (int, float) for x in metrics.values()):
-            raise ValueError("metrics are no numbers")
+            raise ValueError("metrics are not numbers")
         if row["task"] == SEGMENTATION:
             spec(row["dataset"]), row["images"], row["classes"]["sha256"], row["warnings"]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -60,7 +60,7 @@ def read_result(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Table:
-    """lines: of cells, the first being the head."""
+    """Table of results. lines: rows of cells; the first is the head."""
 
     title: str
     protocol: dict[str, Any]
@@ -68,23 +68,23 @@ class Table:
 
 
 def tables(rows: Sequence[dict[str, Any]]) -> str:
-    """segmentation_tables and metric_tables as text, of the rows of each."""
+    """Format segmentation_tables and metric_tables of the rows as text."""
     parts = [[row for row in rows if (row["task"] == SEGMENTATION) == is_it] for is_it in (True, False)]
     found = segmentation_tables(parts[0]) + metric_tables(parts[1])
     return "\n\n".join("\n".join([x.title, *aligned(x.lines)]) for x in found)
 
 
 def segmentation_tables(rows: Sequence[dict[str, Any]], names: Sequence[str] | None = None) -> list[Table]:
-    """mIoU of models by data set, a table per protocol: sets with background, the others and their mean.
+    """Tabulate mIoU of models by dataset, a table per protocol: sets with background first, then the others, the mean.
 
-    A star marks a number of a part of the official images, an exclamation mark one with a warning, # other class names.
-    names: of the rows' models, by default as the rows have them; of rows with one name the last counts.
+    * marks a number from a part of the official images, ! one with a warning, # one with other class names. names: of
+    the rows' models (default: those in the rows); among rows with the same name and dataset the last one counts.
     """
     return [_table(group) for group in _grouped(rows, names, lambda row: row["protocol"])]
 
 
 def metric_tables(rows: Sequence[dict[str, Any]], names: Sequence[str] | None = None) -> list[Table]:
-    """All measures of models, a table per task, data set (with its classes) and protocol: those of the other tasks.
+    """Tabulate all measures of the other tasks, a table per task, dataset (with its classes) and protocol.
 
     The form and the attention temperature of φ belong to the model, not to the protocol, and have a column.
     """
@@ -96,8 +96,10 @@ def metric_tables(rows: Sequence[dict[str, Any]], names: Sequence[str] | None = 
     return [_metric_table(group) for group in _grouped(rows, names, kind)]
 
 
-def _grouped(rows, names, kind) -> list[list[tuple[str, dict]]]:
-    """Names and rows, by what `kind` says of a row."""
+def _grouped(
+    rows: Sequence[dict[str, Any]], names: Sequence[str] | None, kind: Callable[[dict[str, Any]], Any]
+) -> list[list[tuple[str, dict]]]:
+    """Group (name, row) pairs by `kind(row)`."""
     groups: dict[str, list] = {}
     names = [" ".join(model_of(row)) for row in rows] if names is None else names
     for name, row in zip(names, rows, strict=True):
@@ -109,7 +111,8 @@ def _table(group: list[tuple[str, dict[str, Any]]]) -> Table:
     present = [name for name in datasets() if any(row["dataset"] == name for _, row in group)]
     lines = [["mIoU", *(spec(name).column for name in present), "Avg"]]
     for model in dict.fromkeys(model for model, _ in group):
-        cells, values = [], []
+        cells: list[str] = []
+        values: list[Any] = []
         for name in present:
             row = next((x for given, x in reversed(group) if given == model and x["dataset"] == name), None)
             cells.append("-" if row is None else _cell(row))
@@ -134,7 +137,7 @@ def _metric_table(group: list[tuple[str, dict[str, Any]]]) -> Table:
 
 
 def model_of(row: dict[str, Any]) -> tuple[str, ...]:
-    """The names of a row's model, as tables have them."""
+    """Return the parts of a row's model name, as tables show them."""
     return tuple(row[key] for key in ("model", "pretrained", "embedder") if row[key])
 
 
@@ -159,15 +162,15 @@ def aligned(lines: list[list[str]]) -> list[str]:
 
 @dataclass(frozen=True)
 class TableOptions:
-    """mIoU of many results, a table per protocol: * a part of the images, # other class names, ! a warning; of other
-    tasks all measures, a table per task, data set and protocol."""
+    """Print results side by side. Segmentation: mIoU, in a table per protocol, where * marks a part of the images,
+    # other class names and ! a warning. Other tasks: all measures, in a table per task, dataset and protocol."""
 
     results: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """JSON files of pacl evaluate."""
+    """JSON files written by pacl evaluate."""
 
 
 def main(argv: Sequence[str], prog: str = "pacl evaluate table") -> int:
-    """Run `pacl evaluate table` with these arguments; returns its exit status."""
+    """Run `pacl evaluate table` and return its exit status."""
     options = tyro.cli(TableOptions, args=list(argv), prog=prog)
     print(tables([read_result(path) for path in options.results]))
     return 0

@@ -1,6 +1,6 @@
 """Image-text retrieval among the pairs of a source, and `pacl evaluate retrieval`.
 
-It is streamed: every image is read once for each way of scoring and never kept.
+The images are streamed: each is read once for every way of scoring and never kept.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,8 +24,10 @@ from .scorer import Scorer
 
 @dataclass(frozen=True)
 class Gallery:
-    """captions: of all images, one after the other; owners: the image of each, from 0. Of several processes each has
-    the images `mine`, with the captions `said`, both ranges. skipped: bad samples of all by reason.
+    """Captions of a set of images.
+
+    captions: those of all images, in their order. owners: the image of each caption, from 0. mine, said: ranges of this
+    process's images and of their captions. skipped: bad samples of all processes, by reason.
     """
 
     captions: list[str]
@@ -41,21 +44,22 @@ class Gallery:
 def read_gallery(
     data: Samples, *, batch_size: int = 64, workers: int = 0, group: dist.ProcessGroup | None = None
 ) -> Gallery:
-    """All captions of every image of `data`, for `retrieval` with the same batch size and workers, by which samples
-    come in another order. ValueError without a usable pair.
+    """Read all captions of every image of `data`.
 
-    group: `data` was opened with this process's rank among so many, and the gallery is that of all.
+    batch_size, workers: those of the `retrieval` that follows; they determine the order of the samples. group: `data`
+    is opened with this process's rank in it, and the gallery holds the captions of all processes. Raises ValueError if
+    there is no usable pair.
     """
     texts = data.with_options(captions="all", transform=no_image)
     own = [captions for batch in _read(texts, batch_size, workers) for captions in batch["captions"]]
     rank, world = place_in(group)
-    shares, skipped = [own], [data.skipped]
+    both: list[Any] = [(own, data.skipped)]
     if group is not None:
         both = [None] * world
         dist.all_gather_object(both, (own, data.skipped), group=group)
-        shares, skipped = zip(*both, strict=True)
+    shares, counts = zip(*both, strict=True)
     images = [each for share in shares for each in share]
-    skipped = {reason: sum(one[reason] for one in skipped) for reason in data.skipped}
+    skipped = {reason: sum(one[reason] for one in counts) for reason in data.skipped}
     bad = sum(skipped.values())
     if not images or bad > data.max_bad_share * (bad + len(images)) and bad + len(images) >= LEAST_SEEN:
         raise ValueError(f"data: {bad:,} of {bad + len(images):,} samples of {data.name} are bad")
@@ -75,10 +79,10 @@ def retrieval(
     workers: int = 0,
     group: dist.ProcessGroup | None = None,
 ) -> dict[str, float]:
-    """Recalls at 1, 5 and 10 as fractions, text to image and image to text, of the data that `gallery` was read from.
+    """Return recalls at 1, 5 and 10, text to image and image to text, as fractions.
 
-    Scores exist for a few images and all texts at a time. group: that of read_gallery; all its processes return the
-    same. ValueError where the samples are no longer those.
+    gallery: read from the same data. Scores exist for a few images and all texts at a time. group: that of
+    read_gallery; all its processes return the same. Raises ValueError if the samples have changed since.
     """
     own = gallery.captions[gallery.said.start : gallery.said.stop]
     texts = gather_rows(scorer.towers.embed(own) if own else torch.empty(0, 0, device=scorer.device), group)
@@ -105,7 +109,7 @@ def _read(data: Samples, batch_size: int, workers: int) -> Iterator[dict]:
     workers = min(workers, data.most_workers)
     try:
         yield from loader(data, batch_size, workers=workers)
-    except BadData as error:  # a worker's, with its traceback
+    except BadData as error:  # raised in a worker, so its message has a traceback
         if data.world > 1 and workers < 2 and not data.seen:
             return  # there are more processes than samples
         raise ValueError(f"data: {data.complaint()}") from error
@@ -113,33 +117,35 @@ def _read(data: Samples, batch_size: int, workers: int) -> Iterator[dict]:
 
 @dataclass(frozen=True, kw_only=True)
 class RetrievalOptions(TaskOptions, PairFlags):
-    """Image-text retrieval with φ: recall at 1, 5 and 10 as fractions. COCO captions count with all of an image's."""
+    """Measure image-text retrieval with φ: recall at 1, 5 and 10 as fractions. All captions of a COCO image count."""
 
     data: str
-    """Pairs in any form that pacl train takes: .tar shards, csv, a folder, COCO's captions .json, synthetic:eval."""
+    """Pairs in any format of pacl train: .tar shards, csv, a folder, COCO's captions .json, or synthetic:eval."""
     scenes: int = 1000
-    """Generated scenes of synthetic."""
+    """Number of scenes to generate for synthetic data."""
     plain: bool = False
-    """The model's own image embedding beside φ."""
+    """Measure the model's own image embedding too, besides φ."""
     batch_size: int = 64
+    """Images per batch."""
     workers: int = 4
+    """Processes that decode images."""
 
 
 def main(argv: Sequence[str], prog: str = "pacl evaluate retrieval") -> int:
-    """Run `pacl evaluate retrieval` with these arguments; returns its exit status."""
+    """Run `pacl evaluate retrieval` and return its exit status."""
     options = tyro.cli(RetrievalOptions, args=list(argv), prog=prog)
-    data = options.open(options.data, scenes=options.scenes)  # what is wrong with it is said before the model loads
+    data = options.open(options.data, scenes=options.scenes)  # report errors in the data before the model loads
     group = options.group()
     data.rank, data.world = place_in(group)
     towers, embedder = options.load()
     scorers = [Scorer(towers, embedder)] + ([Scorer(towers, plain=True)] if options.plain else [])
     data.transform = towers.transform
-    reading = {"batch_size": options.batch_size, "workers": options.workers, "group": group}
+    reading: dict[str, Any] = {"batch_size": options.batch_size, "workers": options.workers, "group": group}
     gallery = read_gallery(data, **reading)
     skipped = {reason: count for reason, count in gallery.skipped.items() if count}
     for scorer in scorers:
         found = retrieval(data, gallery, scorer, **reading)
-        # CLIP_benchmark names a recall by what is retrieved.
+        # CLIP_benchmark names a recall after the retrieved kind.
         metrics = {
             f"{what}_retrieval_recall@{k}": found[f"{way}_R@{k}"]
             for what, way in (("image", "text_to_image"), ("text", "image_to_text"))

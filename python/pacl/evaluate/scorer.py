@@ -1,7 +1,8 @@
-"""Scores of whole images and texts: φ, or plain CLIP's cosine."""
+"""Score whole images against texts: by φ, or by plain CLIP's cosine."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,25 +15,28 @@ from ..embedder import DEFAULT_ATTN_TEMPERATURE, DEFAULT_FORM
 from ..segment.predict import own_projection
 from ..towers import Towers
 
-SCORES = 2**23  # that are made at a time: 32 MiB
+SCORES = 2**23  # most scores in memory at a time: 32 MiB
 
 
 class Scorer:
-    """`scorer.blocks(images, texts)`: scores [b, K] of normalised images with text embeddings, block by block.
+    """Scorer of whole images: `scorer.blocks(images, texts)` yields scores [b, K], block by block.
 
-    embedder: from patch tokens to the texts' space; None: the model's own projection of single patches, see
-    own_projection. plain: the model's own image embedding instead, without patches; ValueError where it has none.
-    φ has the form and attention temperature that the embedder was trained with, or `pacl train`'s defaults. `rules` is
-    what a result says of it.
+    embedder: maps patch tokens to the texts' space; None takes the model's own projection of single patches, see
+    own_projection. plain: use the model's own image embedding instead, without patches; raises ValueError if it has
+    none. φ has the form and attention temperature that the embedder was trained with, or `pacl train`'s defaults.
+    `rules` describes the scorer in results.
     """
 
     def __init__(self, towers: Towers, embedder: nn.Module | None = None, *, plain: bool = False):
-        self.towers, self.rules = towers, {"name": "plain"}
+        self.towers = towers
+        self.rules: dict[str, Any] = {"name": "plain"}
         self.device = next(towers.text.parameters()).device
         self.embed = None
         if plain:
             if towers.names["vision_model"]:
-                raise ValueError(f"plain: got it with {towers.names['vision_model']}, whose images have no embedding")
+                raise ValueError(
+                    f"plain: got True with {towers.names['vision_model']}, expected False: its images have no embedding"
+                )
             return
         self.embed = embedder or own_projection(towers.visual)
         config: dict[str, Any] = getattr(embedder, "config", {})
@@ -41,13 +45,13 @@ class Scorer:
         self.rules["attn_temperature"] = config.get("attn_temperature", DEFAULT_ATTN_TEMPERATURE)
 
     @torch.no_grad()
-    def blocks(self, images: Tensor, texts: Tensor):
-        """Scores [b, K] of images [B, 3, H, W], in their order, never of too many at once."""
+    def blocks(self, images: Tensor, texts: Tensor) -> Iterator[Tensor]:
+        """Yield scores [b, K] of normalised images [B, 3, H, W] with texts [K, D], in order, at most SCORES at once."""
         images = images.to(self.device)
         size = max(1, SCORES // max(1, len(texts)))
         if self.embed is None:
             found = self.towers.visual(images)
-            found = found[0] if isinstance(found, tuple) else found  # CoCa's has its tokens too
+            found = found[0] if isinstance(found, tuple) else found  # CoCa returns its tokens too
             for part in F.normalize(found.float(), dim=-1).split(size):
                 yield part @ texts.T
             return

@@ -1,4 +1,4 @@
-"""`pacl evaluate segmentation`: its options, and what it writes and prints."""
+"""`pacl evaluate segmentation`: its options, its result files and its output."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch.distributed as dist
 import tyro
+from torch import nn
 
 from ..files import write_bytes
 from ..processes import place_in
@@ -25,32 +27,33 @@ from .specs import Protocol, protocol, spec
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentationOptions(DatasetOptions):
-    """Zero-shot segmentation of data sets: aAcc, mIoU, mAcc and every class's IoU, as a table and a JSON file each."""
+    """Measure zero-shot segmentation: aAcc, mIoU, mAcc and the IoU of every class, as a table and a JSON file for each
+    dataset."""
 
     dataset: tuple[str, ...] = ()
-    """voc21, context60, object81, voc20, cityscapes, context59, ade150, stuff171, stuff27, ade847; one or more."""
+    """One or more of voc21, context60, object81, voc20, cityscapes, context59, ade150, stuff171, stuff27, ade847."""
     protocol: str = "tcl"
-    """tcl, dino.txt, paper, present, or a JSON file; it is written into every result."""
+    """Protocol, recorded in every result: tcl, dino.txt, paper, present, or a JSON file."""
     stride: int | None = None
-    """Tokens along a side per patch, instead of the protocol's; changes its name."""
+    """Tokens per patch along each side, instead of the protocol's; recorded in the protocol's name."""
     threshold: float | None = None
-    """Cosine below which a pixel is background, instead of the protocol's rule; changes its name."""
+    """Cosine below which a pixel is background, instead of the protocol's rule; recorded in the protocol's name."""
     check: bool = False
-    """Only look at the data: counts, damaged files, shifted labels, one picture."""
+    """Check the data instead of measuring: counts, damaged files, shifted labels, and one picture."""
 
 
 def main(argv: Sequence[str], prog: str = "pacl evaluate segmentation") -> int:
-    """Run `pacl evaluate segmentation` with these arguments; returns its exit status."""
+    """Run `pacl evaluate segmentation` and return its exit status."""
     options = tyro.cli(SegmentationOptions, args=list(argv), prog=prog)
     if not options.dataset:
-        raise ValueError("dataset: got none, expected one or more of pacl evaluate segmentation --help")
+        raise ValueError("dataset: got none, expected one or more of those in pacl evaluate segmentation --help")
     if options.check:
         return _check(options)
-    changes = {} if options.stride is None else {"stride": options.stride}
+    changes: dict[str, Any] = {} if options.stride is None else {"stride": options.stride}
     if options.threshold is not None:
         changes["background"] = {"rule": "threshold", "value": options.threshold}
     rules = protocol(options.protocol, **changes)
-    # All data sets are looked at before hours are spent on the first.
+    # Open every dataset before spending hours on the first.
     sets = [SegmentationData(name, **options.reading) for name in options.dataset]
     for data in sets:
         check_background(data, rules)
@@ -63,7 +66,15 @@ def main(argv: Sequence[str], prog: str = "pacl evaluate segmentation") -> int:
     return 0
 
 
-def _measure(data: SegmentationData, towers: Towers, embedder, rules: Protocol, options, group, first: bool) -> dict:
+def _measure(
+    data: SegmentationData,
+    towers: Towers,
+    embedder: nn.Module | None,
+    rules: Protocol,
+    options: SegmentationOptions,
+    group: dist.ProcessGroup | None,
+    first: bool,
+) -> dict[str, Any]:
     predict = SegmenterPredictor(towers, embedder, data, rules)
     measured = evaluate_segmentation(data, predict, rules, group=group)
     row = result_row(data, rules, measured, **names_of(towers, options.checkpoint))
@@ -97,9 +108,9 @@ def result_row(
     pretrained: str | None = None,
     embedder: str | None = None,
 ) -> dict[str, Any]:
-    """What a result file holds: the measures, and everything without which they cannot be compared.
+    """Return the content of a result file: the measures and everything needed to compare them.
 
-    model, pretrained: open_clip's names. embedder: that of a PACL embedder, None for the model alone.
+    model, pretrained: open_clip's names. embedder: the PACL embedder's name, None for the model alone.
     """
     return {
         "dataset": data.spec.name,
@@ -120,7 +131,7 @@ def result_row(
 
 
 def class_table(row: dict[str, Any], data: SegmentationData) -> str:
-    """A row's measures per class."""
+    """Format a row's measures per class as text."""
     metrics = row["metrics"]
     lines = [["class", "IoU", "Acc"]]
     lines += [[name, number(metrics["IoU"][name]), number(metrics["Acc"][name])] for name in metrics["IoU"]]

@@ -1,4 +1,4 @@
-"""What is wrong with a data set on disk: counts, damaged files, labels of another layout, shifted labels."""
+"""Check a dataset on disk: counts, damaged files, labels of another layout, shifted labels."""
 
 from __future__ import annotations
 
@@ -17,8 +17,11 @@ from .specs import IGNORED, UNKNOWN
 
 @dataclass
 class Check:
-    """images, official: how many are there and should be. pixels: of each label, int64 [K]; ignored: that do not count.
-    values: pixels per value of the files. problems: one line each; a data set without any can be evaluated.
+    """Findings about a dataset.
+
+    images, official: number of images found and expected. pixels: count of each label, int64 [K]. ignored: number of
+    pixels that do not count. values: pixels per value in the mask files. problems: one line each; a dataset without
+    problems can be evaluated.
     """
 
     title: str
@@ -32,7 +35,7 @@ class Check:
     problems: list[str] = field(default_factory=list)
 
     def text(self) -> str:
-        """The report, with every label's share of the pixels that count."""
+        """Format the report, with every label's share of the pixels that count."""
         total = max(1, int(self.pixels.sum()))
         lines = [f"{self.title}: {self.images} of {self.official} images, masks {self.layout}"]
         lines += [f"  {100 * self.pixels[k] / total:6.2f} %  {k:3d}  {x}" for k, x in enumerate(self.classes)]
@@ -44,10 +47,10 @@ class Check:
 def check_segmentation(
     name: str, root: str | Path, *, class_file: str | Path | None = None, picture: str | Path | None = None
 ) -> Check:
-    """Read every image and mask of a data set; `picture` becomes one image under its labels, with their names.
+    """Read every image and mask of a dataset; write one image under its labels, with their names, to `picture`.
 
-    Raises FileNotFoundError where there is no image with a mask at all, ValueError for an unknown data set; anything
-    else that is wrong is a line of the result's `problems`.
+    Raises FileNotFoundError if no image has a mask, and ValueError for an unknown dataset. Every other problem becomes
+    a line of the result's `problems`.
     """
     data = SegmentationData(name, root, class_file=class_file, partial=True)
     spec, table = data.spec, data.masks.table
@@ -61,7 +64,8 @@ def check_segmentation(
     elif len(data) not in spec.count:
         problems.append(f"{len(data)} images, expected {' or '.join(map(str, spec.count))}: from {spec.source}")
     counts = np.zeros(1 << 16, np.int64)
-    damaged, sizes, richest = [], [], (0, None)
+    damaged, sizes = [], []
+    richest: tuple[int, int | None] = (0, None)
     with Progress(f"check {name}", len(data), "image") as progress:
         for i, image_name in enumerate(data.names):
             progress.step()
@@ -76,7 +80,7 @@ def check_segmentation(
             seen = np.bincount(values.ravel(), minlength=1 << 16)
             counts += seen
             if np.count_nonzero(seen) > richest[0]:
-                richest = (np.count_nonzero(seen), i)
+                richest = (int(np.count_nonzero(seen)), i)
     if damaged:
         problems.append(f"{len(damaged)} images or masks are damaged, first {damaged[0]}")
     if sizes:
@@ -93,17 +97,17 @@ def check_segmentation(
 
 
 def _label_problems(data: SegmentationData, found: Check) -> list[str]:
-    """Values that cannot be, and gaps that say that all labels are one too low or too high."""
+    """Report impossible values, and gaps that suggest that all labels are one too low or too high."""
     table, values = data.masks.table, found.values
     unknown = [v for v in values if table[v] == UNKNOWN]
     if unknown:
         others = [x for x in data.spec.masks if (x.table[list(values)] != UNKNOWN).all()]
-        hint = f"; all values are of {others[0].path}" if others else ""
+        hint = f"; all values are labels of {others[0].path}" if others else ""
         if unknown == [255] and table[0] == IGNORED:
-            hint = ": labels are probably one too low, as if the zero label had been taken out already"
-        return [f"values {', '.join(map(str, unknown[:8]))} are no labels of {data.layout}{hint}"]
+            hint = ": labels are probably one too low, as if label 0 had already been removed"
+        return [f"values {', '.join(map(str, unknown[:8]))} are not labels of {data.layout}{hint}"]
     absent = [name for name, n in zip(found.classes, found.pixels, strict=True) if n == 0]
     if not absent or found.images not in data.spec.count:
-        return []  # a part of the images may well lack a class
+        return []  # a subset of the images may well lack a class
     low = ": labels are probably one too low" if absent == found.classes[-1:] else ""
     return [f"{len(absent)} of {len(found.classes)} classes never occur, first {absent[0]!r}{low}"]

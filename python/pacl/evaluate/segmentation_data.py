@@ -1,4 +1,4 @@
-"""Images and label masks of a data set, from the official files or those that mmsegmentation's converters made."""
+"""Images and label masks of a dataset, from the official files or from those of mmsegmentation's converters."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import importlib.util
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image
@@ -16,6 +17,7 @@ from ..data.images import IMAGE_FORMATS, open_image, to_rgb
 from ..segment.prompts import read_classes
 from .specs import UNKNOWN, Masks, Spec, fingerprint, spec, spread
 
+Content = TypeVar("Content")
 MASK_FORMATS = ("PNG", "TIFF")
 MAX_PIXELS = 100_000_000
 
@@ -23,13 +25,13 @@ MAX_PIXELS = 100_000_000
 class SegmentationData:
     """Images with a label per pixel.
 
-    name: of `datasets()`. root: the data set's folder, or one above it as mmsegmentation has it. class_file: other
-    names for the classes, one class per line in the same order, synonyms separated by commas. partial: accept a folder
-    that lacks some of the official images. limit: only so many images, spread evenly over the set.
+    name: one of `datasets()`. root: the dataset's folder, or its parent as in mmsegmentation. class_file: other names
+    for the classes, one class per line in the same order, with synonyms separated by commas. partial: accept a folder
+    that lacks some of the official images. limit: use this many images only, spread evenly over the set.
 
-    `data[i]` is an RGB image and its labels, int16 [H, W], IGNORED (-1) where a pixel does not count. `names` are those
-    of the images, `classes` those that results go by, `synonyms` the words for each, `layout` the masks' path.
-    Raises FileNotFoundError for missing files, ValueError for files that are not what they should be; both say which.
+    `data[i]` is an RGB image and its labels, int16 [H, W], IGNORED (-1) for pixels that do not count. `names` are the
+    images' names, `classes` the class names in results, `synonyms` the words for each class, `layout` the masks' path.
+    Raises FileNotFoundError for missing files and ValueError for unexpected content; both name the file.
     """
 
     def __init__(
@@ -76,11 +78,11 @@ class SegmentationData:
         return image, labels
 
     def image(self, i: int) -> Image.Image:
-        # As stored: masks were drawn on the stored pixels, so an orientation in EXIF is not followed.
+        # Ignore an EXIF orientation, because masks are drawn on the pixels as stored.
         return read_picture(self._image_path(self.names[i]), IMAGE_FORMATS, to_rgb)
 
     def values(self, i: int) -> np.ndarray:
-        """A mask's values as its file has them, [H, W]; ValueError for a file that has no labels, such as colours."""
+        """Return a mask's values as stored, [H, W]; raises ValueError for a file without labels, such as colours."""
         if self._detail:
             return self._detail.values(self.names[i])
         path = self._mask_path(self.names[i])
@@ -90,7 +92,7 @@ class SegmentationData:
         if values.ndim != 2 or values.dtype.kind not in "ui":
             raise ValueError(f"data: {path} has colours, expected a label per pixel (palette or gray)")
         if values.size and not 0 <= int(values.min()) <= int(values.max()) < 1 << 16:
-            raise ValueError(f"data: {path} has labels outside 0 to 65535")
+            raise ValueError(f"data: {path} has labels {values.min()} to {values.max()}, expected 0 to 65535")
         return values
 
     def _read_classes(self, file: str | Path | None) -> list[list[str]]:
@@ -111,11 +113,11 @@ class SegmentationData:
                 if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\\" in name:
                     raise ValueError(f"data: {self.root / self.split} names {name!r}, expected a name below its folder")
             return names
-        # The name is what the stars stand for, joined by slashes, so that masks are found by it.
+        # A name is the text matched by the stars, joined by slashes, because masks are found by it.
         stars = re.compile(re.escape(self._images).replace(r"\*", "([^/]*)"))
         paths = (path.relative_to(self.root).as_posix() for path in sorted(self.root.glob(self._images)))
-        names = ["/".join(stars.fullmatch(path).groups()) for path in paths]
-        return [name for name in names if "/." not in f"/{name}"]  # what some systems leave beside files
+        names = ["/".join(match.groups()) for path in paths if (match := stars.fullmatch(path))]
+        return [name for name in names if "/." not in f"/{name}"]  # skip hidden files that some systems add
 
     def _image_path(self, name: str) -> Path:
         return self.root / _fill(self._images, name)
@@ -130,22 +132,22 @@ class SegmentationData:
             example = f", such as that of {self.missing[0]}" if self.missing else ""
             raise FileNotFoundError(
                 f"data: {self.root} has {there} of the {self.spec.count[0]} images with masks of {self.spec.title}"
-                f"{example}; {_expected(self.spec)}" + ("" if there == 0 else "; --partial takes what is there")
+                f"{example}; {_expected(self.spec)}" + ("" if there == 0 else "; --partial accepts a part of them")
             )
         gone = set(self.missing)
         self.names = [x for x in self.names if x not in gone]
 
     def _other_ids(self) -> str:
-        """Whether the values seen are those of another of the data set's mask files."""
+        """Return the end of an error: the values belong to another of the dataset's mask files, or are unknown."""
         values = set(np.unique(np.concatenate([np.unique(self.values(i)) for i in range(min(len(self), 20))])).tolist())
         for other in self.spec.masks:
             if not np.array_equal(other.table, self.masks.table) and (other.table[list(values)] != UNKNOWN).all():
                 return f"; they look like those of {other.path}"
-        return "; expected labels in the form that the layout names"
+        return "; expected labels in that layout"
 
 
 def _find(spec: Spec, root: Path) -> tuple[Path, str, Masks]:
-    """The folder, the images' pattern and the kind of masks that are there; FileNotFoundError says what is not."""
+    """Find the folder, the images' pattern and the kind of masks; raises FileNotFoundError naming what is missing."""
     if not root.is_dir():
         raise FileNotFoundError(f"data: {root} is not a folder; {_expected(spec)}")
     lacks = None
@@ -165,7 +167,7 @@ def _find(spec: Spec, root: Path) -> tuple[Path, str, Masks]:
 
 
 def _split(spec: Spec, masks: Masks) -> str | None:
-    """The list of the images that have such masks; a .json has its own."""
+    """Return the list file of the images with such masks; None for a .json, which has its own list."""
     return None if masks.path.endswith(".json") else masks.split or spec.split
 
 
@@ -175,7 +177,7 @@ def _expected(spec: Spec) -> str:
     return f"expected {_either(spec.images)} with {_either([x.path for x in spec.masks])}{split}, from {spec.source}"
 
 
-def _either(paths) -> str:
+def _either(paths: Iterable[str]) -> str:
     return " or ".join(dict.fromkeys(paths))
 
 
@@ -184,7 +186,7 @@ def _any(base: Path, pattern: str) -> bool:
 
 
 def _fill(pattern: str, name: str) -> str:
-    """`a/*/*_b.png` and `x/y`: a/x/y_b.png. A pattern with one star takes the whole name."""
+    """Fill stars with the parts of a name: `a/*/*_b.png`, `x/y` -> a/x/y_b.png; one star takes the whole name."""
     for part in [name] if pattern.count("*") == 1 else name.split("/"):
         pattern = pattern.replace("*", part, 1)
     return pattern
@@ -194,8 +196,8 @@ def _few(values: list) -> str:
     return ", ".join(map(str, values[:5])) + (", ..." if len(values) > 5 else "")
 
 
-def read_picture(path: Path, formats: tuple[str, ...], use: Callable):
-    """What `use` makes of the image in `path`; ValueError that names the file for one that is damaged or too large."""
+def read_picture(path: Path, formats: tuple[str, ...], use: Callable[[Image.Image], Content]) -> Content:
+    """Open the image at `path` and return `use(image)`; raises ValueError naming a damaged or too large file."""
     try:
         with open_image(path, formats, MAX_PIXELS) as image:
             return use(image)
@@ -206,13 +208,13 @@ def read_picture(path: Path, formats: tuple[str, ...], use: Callable):
 
 
 def need_scipy(name: str) -> None:
-    """ValueError where the labels of the data set `name` cannot be read."""
+    """Raise ValueError if scipy, which the labels of the dataset `name` need, is missing."""
     if importlib.util.find_spec("scipy") is None:
-        raise ValueError(f"dataset: {name} has its labels in Matlab's files, which need scipy: pip install scipy")
+        raise ValueError(f"dataset: {name} stores its labels as Matlab files, which need scipy: pip install scipy")
 
 
 def _read_label_map(path: Path) -> np.ndarray:
-    """`LabelMap` of a file of Pascal Context, [H, W]."""
+    """Read `LabelMap` of a Pascal Context file, [H, W]."""
     from scipy.io import loadmat, whosmat
 
     try:
@@ -220,7 +222,7 @@ def _read_label_map(path: Path) -> np.ndarray:
         if "LabelMap" not in shapes or len(shapes["LabelMap"]) != 2:
             raise ValueError(f"it has {', '.join(shapes) or 'nothing'}, expected LabelMap of two dimensions")
         if math.prod(shapes["LabelMap"]) > MAX_PIXELS:
-            raise ValueError(f"{shapes['LabelMap']} pixels, at most {MAX_PIXELS:,} are read")
+            raise ValueError(f"its LabelMap has {shapes['LabelMap']} pixels, expected at most {MAX_PIXELS:,}")
         values = loadmat(str(path), appendmat=False, variable_names=["LabelMap"])["LabelMap"]
         if values.dtype != np.uint16:
             raise ValueError(f"its LabelMap is {values.dtype}, expected uint16")
@@ -232,7 +234,7 @@ def _read_label_map(path: Path) -> np.ndarray:
 
 
 class _Detail:
-    """Label masks out of trainval_merged.json of PASCAL in Detail: run-length coded regions, drawn in their order."""
+    """Label masks from PASCAL in Detail's trainval_merged.json: run-length coded regions, drawn in their order."""
 
     def __init__(self, path: Path):
         data = json.loads(path.read_bytes())
@@ -259,12 +261,13 @@ class _Detail:
 
 
 def decode_rle(counts: str, height: int, width: int) -> np.ndarray:
-    """Bool mask [height, width] of COCO's compressed run lengths: columns first, runs of 0 and 1 in turn.
+    """Decode COCO's compressed run lengths to a bool mask [height, width]; columns first, runs of 0 and 1 in turn.
 
-    A run is written in base 32, lowest digits first, a character of 48 + digit (+ 32 if more follow), its sign being
-    the last digit's fifth bit; from the fourth on it is the difference to the run before the last.
+    A run is a base-32 number, lowest digit first. Each character is 48 + digit, + 32 if more follow; the last digit's
+    fifth bit is the sign. From the fourth run on, the number is the difference to the run two before.
     """
-    runs, value, shift = [], 0, 0
+    runs: list[int] = []
+    value = shift = 0
     for char in counts.encode():
         digit = char - 48
         value |= (digit & 31) << shift

@@ -1,4 +1,4 @@
-"""IoU and accuracy of a predictor on a data set, by a protocol, and the predictor that a Segmenter makes."""
+"""Measure IoU and accuracy of a predictor on a dataset, by a protocol; make a predictor of a Segmenter."""
 
 from __future__ import annotations
 
@@ -21,15 +21,18 @@ from .metrics import ConfusionMatrix, chance_miou
 from .segmentation_data import SegmentationData
 from .specs import IGNORED, Protocol
 
-# From an RGB image and the labels that compete to a label per pixel of it, integers [H, W].
+# Maps an RGB image and the competing labels to a label per pixel, integers [H, W].
 Predictor = Callable[[Image.Image, Sequence[int]], "Tensor | np.ndarray"]
 
 
 @dataclass
 class Measured:
-    """matrix: of the whole data set. scores: mean IoU of each image over the classes it has, float64 [images], NaN
-    where no pixel counts. metrics: `aAcc`, `mIoU`, `mAcc`, and `IoU` and `Acc` per class, in percent of two decimals,
-    None for a class that is not there. chance: the mIoU of labels drawn at random. warnings: what looks wrong.
+    """Measures of a predictor on a dataset.
+
+    matrix: confusion matrix of the whole dataset. scores: float64 [images], the mean IoU of each image over its own
+    classes, NaN if no pixel counts. metrics: `aAcc`, `mIoU`, `mAcc`, and `IoU` and `Acc` per class, in percent with two
+    decimals, None for an absent class. chance: the mIoU of labels drawn at random. warnings: a sentence for everything
+    that looks wrong.
     """
 
     matrix: ConfusionMatrix
@@ -42,15 +45,15 @@ class Measured:
 def evaluate_segmentation(
     data: SegmentationData, predict: Predictor, protocol: Protocol, *, group: dist.ProcessGroup | None = None
 ) -> Measured:
-    """Measure `predict` on `data`. With `group` every process takes its share and all return the measures of all.
+    """Measure `predict` on `data`. With `group`, every process measures its share, and all return the totals.
 
-    ValueError for a threshold on a data set without background, and for labels that did not compete.
+    Raises ValueError for a threshold on a dataset without background, and for predicted labels that do not compete.
     """
     check_background(data, protocol)
     rank, world = place_in(group)
     classes = len(data.classes)
     matrix = ConfusionMatrix(classes, ignore=IGNORED)
-    per_image = torch.zeros(2, len(data), dtype=torch.float64)  # score, and what chance makes
+    per_image = torch.zeros(2, len(data), dtype=torch.float64)  # score, and the score of chance
     mine = range(rank, len(data), world)
     with shared_progress(data.spec.name, len(mine), "image", group) as shown:
         for i in mine:
@@ -63,7 +66,9 @@ def evaluate_segmentation(
                     raise ValueError(f"predict: got labels {tuple(labels.shape)}, expected {truth.shape}")
                 stray = set(labels.unique().tolist()) - set(candidates)
                 if stray:
-                    raise ValueError(f"predict: got label {min(stray)}, which did not compete")
+                    raise ValueError(
+                        f"predict: got label {min(stray)}, expected one of the {len(candidates)} that compete"
+                    )
                 one.update(torch.from_numpy(truth), labels)
             present = one.counts.sum(1).nonzero()[:, 0].tolist()
             per_image[0, i] = one.miou(present) if present else math.nan
@@ -76,7 +81,7 @@ def evaluate_segmentation(
 
 
 def competitors(data: SegmentationData, truth: np.ndarray, protocol: Protocol) -> tuple[list[int], np.ndarray]:
-    """The labels that compete for an image, and its truth as the protocol counts it."""
+    """Return the labels that compete for an image, and the truth with the pixels ignored that the protocol ignores."""
     if protocol.candidates == "all":
         return list(range(len(data.classes))), truth
     if protocol.foreground and data.spec.background:
@@ -85,11 +90,11 @@ def competitors(data: SegmentationData, truth: np.ndarray, protocol: Protocol) -
 
 
 def check_background(data: SegmentationData, protocol: Protocol) -> None:
-    """ValueError for a threshold that would send pixels to the first class of a data set that has no background."""
+    """Raise ValueError for a threshold on a dataset without background: it would send pixels to the first class."""
     if protocol.background["rule"] == "threshold" and not data.spec.background:
         raise ValueError(
-            f"background: got a threshold with {data.spec.name}, which has no background class: pixels below it would "
-            f"count as {data.classes[0]!r}; leave it out"
+            f"background: got a threshold with {data.spec.name}, expected none: it has no background class, so pixels "
+            f"below the threshold would count as {data.classes[0]!r}"
         )
 
 
@@ -115,14 +120,14 @@ def _measures(data: SegmentationData, protocol: Protocol, matrix: ConfusionMatri
 def _alarms(
     data: SegmentationData, matrix: ConfusionMatrix, miou: float, chance: float, scored: list[int]
 ) -> list[str]:
-    """What an mIoU below chance, or a far better one with all labels moved by one, says."""
+    """Warn of an mIoU below chance, and of a far better one after a shift of all labels by one."""
     moved = {}
     for step in (1, -1):
         other = ConfusionMatrix(len(data.classes))
         other.counts = matrix.counts.roll(-step, dims=1)
         moved[step] = other.miou(scored)
-    step = max(moved, key=moved.get)
-    if moved[step] > max(0.05, 2 * miou, 2 * chance):  # below 5 % it may be luck
+    step = max(moved, key=lambda step: moved[step])
+    if moved[step] > max(0.05, 2 * miou, 2 * chance):  # below 5 % it may be chance
         return [
             f"labels are probably shifted: mIoU is {100 * miou:.2f}, and {100 * moved[step]:.2f} with every prediction "
             + ("lowered" if step > 0 else "raised")
@@ -137,7 +142,7 @@ def _alarms(
 
 
 class SegmenterPredictor:
-    """Labels by the classes' cosines: `predict(image, labels)`. embedder: None for the model's own projection."""
+    """Predict labels by the classes' cosines: `predict(image, labels)`. embedder: None for the model's projection."""
 
     def __init__(self, towers: Towers, embedder: nn.Module | None, data: SegmentationData, protocol: Protocol):
         check_background(data, protocol)
@@ -155,7 +160,7 @@ class SegmenterPredictor:
         self.rule = _rule(data, protocol)
 
     def __call__(self, image: Image.Image, labels: Sequence[int]) -> Tensor:
-        # Where a rule finds the background, that class does not compete, and the segmenter's labels begin at 1.
+        # If a rule finds the background, that class does not compete, and the segmenter's labels begin at 1.
         dense = self.segmenter.dense(image)
         if self.rule:
             return dense.labels(_some(self.texts, range(1, len(self.texts.names))), **self.rule).labels.cpu()
@@ -164,7 +169,7 @@ class SegmenterPredictor:
 
 
 def _rule(data: SegmentationData, protocol: Protocol) -> dict[str, float]:
-    """Of the segmenter for background; nothing where its class competes, and in data sets that have none."""
+    """Return the segmenter's options for background; none if that class competes or the dataset lacks it."""
     rule = protocol.background
     if rule["rule"] == "class" or not data.spec.background:
         return {}
@@ -174,7 +179,7 @@ def _rule(data: SegmentationData, protocol: Protocol) -> dict[str, float]:
 
 
 def _some(texts: Texts, classes: Sequence[int]) -> Texts:
-    """The texts of some of the classes, in that order."""
+    """Select the texts of some classes, in the given order."""
     rows = texts.embeddings.split(texts.synonyms)
     return Texts(
         tuple(texts.names[k] for k in classes),

@@ -1,4 +1,4 @@
-"""Pictures of labels over images, and of the best, median and worst images of an evaluation."""
+"""Draw labels over images, and the best, median and worst images of an evaluation."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ LINE = 18
 
 
 def label_picture(data: SegmentationData, image: Image.Image, labels: np.ndarray, most: int = 40) -> Image.Image:
-    """The image under its labels [H, W], a legend of the `most` frequent; background and what is ignored stay bare."""
+    """Draw labels [H, W] over the image, with a legend of the `most` frequent; background and ignored pixels stay."""
     count = len(data.classes)
     colours = voc_palette(count + 1) if count < 255 else np.concatenate([[[0, 0, 0]], word_colours(count)])
     if data.spec.background:
         colours = np.concatenate([[[0, 0, 0]], colours[:-1]])
-    shown = labels.astype(np.int64) - IGNORED  # what is ignored is 0
+    shown = labels.astype(np.int64) - IGNORED  # ignored pixels become 0
     pixels = np.bincount(shown.ravel(), minlength=count + 1)[1:]
     present = [k for k in np.argsort(-pixels, kind="stable")[:most].tolist() if pixels[k]]
     entries = [(colours[k - IGNORED], data.classes[k]) for k in present]
@@ -31,14 +31,14 @@ def label_picture(data: SegmentationData, image: Image.Image, labels: np.ndarray
 def contact_sheet(
     data: SegmentationData, predict: Predictor, protocol: Protocol, measured: Measured, each: int = 3
 ) -> Image.Image:
-    """Rows of image, truth and prediction: the `each` best, median and worst images by their mean IoU.
+    """Draw rows of image, truth and prediction: the `each` best, median and worst images by mean IoU.
 
-    They are predicted once more: while they are measured nobody knows which they are.
+    Their labels are predicted again, because only the finished evaluation shows which images these are.
     """
     order = torch.argsort(measured.scores, descending=True)
-    order = order[~measured.scores[order].isnan()].tolist()
-    middle = max(0, (len(order) - each) // 2)
-    groups = {"best": order[:each], "median": order[middle : middle + each], "worst": order[-each:]}
+    ranked = order[~measured.scores[order].isnan()].tolist()
+    middle = max(0, (len(ranked) - each) // 2)
+    groups = {"best": ranked[:each], "median": ranked[middle : middle + each], "worst": ranked[-each:]}
     titles: dict[int, str] = {}
     for group, indices in groups.items():
         for i in indices:

@@ -1,8 +1,8 @@
-"""Data sets and protocols: `datasets.json`, `protocols.json` and `class-names/` of this package, read and checked.
+"""Datasets and protocols: `datasets.json`, `protocols.json` and `class-names/` of this package, read and checked.
 
-Class names are those of the data sets' own lists, in mmsegmentation's order. ADE20K's are the first name of each line
-of objectInfo150, as mmsegmentation has them but for "television". The full ADE20K's 847, with their synonyms, are those
-of Mask2Former's register_ade20k_full.py (MIT licence), which published results rest on.
+Class names come from the datasets' own lists, in mmsegmentation's order. ADE20K's are the first name of each line of
+objectInfo150, as in mmsegmentation except for "television". The full ADE20K's 847, with their synonyms, come from
+Mask2Former's register_ade20k_full.py (MIT licence), on which published results rest.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ import numpy as np
 from ..segment.prompts import read_classes
 
 HERE = Path(__file__).parent
-IGNORED, UNKNOWN = -1, -2  # of a table of labels: a pixel that does not count, and a value that no mask may hold
+IGNORED, UNKNOWN = -1, -2  # entries of a label table: a pixel that does not count, and a value that no mask may hold
 
 
 @dataclass(frozen=True)
 class Masks:
-    """One kind of mask files of a data set: where they lie, and `table`, int16 [65536], from their values to labels.
+    """One kind of mask files of a dataset: their path, and `table`, int16 [65536], which maps values to labels.
 
-    split: the list of their images, where it is not the data set's.
+    split: the list of their images, if it differs from the dataset's.
     """
 
     path: str
@@ -38,9 +38,10 @@ class Masks:
 
 @dataclass(frozen=True)
 class Spec:
-    """A data set. Paths are relative to one of `roots`; `*` stands for a part of an image's name.
+    """A dataset. Paths are relative to one of `roots`; `*` stands for a part of an image's name.
 
-    count: images that the official set has. background: whether class 0 is "background". column: of result tables.
+    count: number of images in the official set. background: true if class 0 is "background". column: heading in result
+    tables.
     """
 
     name: str
@@ -57,21 +58,21 @@ class Spec:
 
     @property
     def synonyms(self) -> list[list[str]]:
-        """The official words for each class; only the full ADE20K has several."""
+        """Official words for each class; only the full ADE20K has several."""
         return [name.split(", ") for name in self.classes]
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """How a number was made. Rows of different protocols are never in one table.
+    """Rules by which a number is measured. Rows of different protocols never share a table.
 
-    short_side: pixels of the image's shorter side, the longer being at most 2,048. window, window_stride: of the
-    sliding window in pixels, or None for the whole image at once. stride: tokens along a side per patch of the tower.
-    templates: a set's name or the prompts, with {} for the class. background: how pixels become background where the
-    data set has that class: {"rule": "class"}, the class of that name competes; {"rule": "threshold", "value": cosine};
-    {"rule": "entropy", "value": nats, "logit_scale": of the softmax over classes}. candidates: "all" classes, or those
-    "present" in the image. average: of IoU over the classes of the whole "dataset", or per "image" over those present.
-    foreground: leave background out of the means, and with "present" ignore its pixels.
+    short_side: pixels of the image's shorter side; the longer one has at most 2,048. window, window_stride: pixels of
+    the sliding window, or None for the whole image at once. stride: tokens per patch of the tower along each side.
+    templates: name of a set, or the prompts, with {} for the class. background: the rule that makes pixels background
+    in datasets with that class: {"rule": "class"}, the class of that name competes; {"rule": "threshold", "value":
+    cosine}; {"rule": "entropy", "value": nats, "logit_scale": scale of the softmax over classes}. candidates: "all"
+    classes compete, or only those "present" in the image. average: mean IoU over the classes of the whole "dataset", or
+    per "image" over those present. foreground: exclude background from the means, and with "present" ignore its pixels.
     """
 
     name: str
@@ -86,14 +87,14 @@ class Protocol:
     foreground: bool = False
     note: str = ""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         allowed = {"candidates": ("all", "present"), "average": ("dataset", "image")}
         for name, values in allowed.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, expected {' or '.join(values)}")
         rule = self.background.get("rule") if isinstance(self.background, dict) else None
         if rule not in ("class", "threshold", "entropy"):
-            raise ValueError(f"background: got {self.background!r}, expected a rule: class, threshold or entropy")
+            raise ValueError(f"background: got {self.background!r}, expected the rule class, threshold or entropy")
         if rule != "class" and not isinstance(self.background.get("value"), (int, float)):
             raise ValueError(f"background: got {self.background!r}, expected a number as its value")
         if rule != "class" and self.candidates == "present":
@@ -101,7 +102,9 @@ class Protocol:
         if self.average == "image" and self.candidates != "present":
             raise ValueError("average: got 'image' with all candidates, expected candidates 'present'")
         if (self.window is None) != (self.window_stride is None):
-            raise ValueError("window: expected window and window_stride together, or neither")
+            raise ValueError(
+                f"window: got {self.window} with window_stride {self.window_stride}, expected both or neither"
+            )
         for name in ("short_side", "window", "window_stride", "stride"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, int) and value > 0):
@@ -109,13 +112,13 @@ class Protocol:
 
 
 def datasets() -> list[str]:
-    """Names of the data sets, in the order of a result table's columns."""
+    """Return the names of the datasets, in the order of a result table's columns."""
     return list(_json("datasets.json"))
 
 
 @cache
 def spec(name: str) -> Spec:
-    """The data set `name`; ValueError with close names for one that is not there."""
+    """Return the dataset `name`; raises ValueError, with a close name, for an unknown one."""
     known = _json("datasets.json")
     if name not in known:
         close = difflib.get_close_matches(name, known, 1, cutoff=0.4)
@@ -123,7 +126,7 @@ def spec(name: str) -> Spec:
         raise ValueError(f"dataset: got {name!r}, expected one of {', '.join(known)}{hint}")
     entry = dict(known[name])
     if "foreground_of" in entry:
-        # Without the background class: its pixels are ignored and the labels move down by one.
+        # Drop the background class: ignore its pixels and move the labels down by one.
         whole = spec(entry.pop("foreground_of"))
         move = [IGNORED, *range(len(whole.classes) - 1)]
         return dataclasses.replace(_derived(whole, move, whole.classes[1:]), name=name, background=False, **entry)
@@ -137,16 +140,17 @@ def spec(name: str) -> Spec:
     kinds = map(dict, entry.pop("masks"))
     masks = tuple(Masks(kind.pop("path"), split=kind.pop("split", None), table=_table(**kind)) for kind in kinds)
     lists = {key: tuple(entry.pop(key)) for key in ("count", "roots", "images")}
-    return Spec(**{"background": False, "split": None, **entry}, name=name, classes=classes, masks=masks, **lists)
+    values: dict[str, Any] = {"background": False, "split": None, **entry, **lists}
+    return Spec(**values, name=name, classes=classes, masks=masks)
 
 
 def fingerprint(classes: list[list[str]]) -> str:
-    """Of class names and synonyms: with other names the numbers are others."""
+    """Hash class names and synonyms, because other names give other numbers."""
     return hashlib.sha256(json.dumps(classes).encode()).hexdigest()[:12]
 
 
 def spread(count: int, limit: int | None) -> list[int]:
-    """The numbers of `limit` of `count` images, spread evenly; all for None. ValueError for a limit below 1."""
+    """Return the indices of `limit` of `count` images, spread evenly; None means all. Raises ValueError below 1."""
     if limit is None:
         return list(range(count))
     if limit < 1:
@@ -156,23 +160,24 @@ def spread(count: int, limit: int | None) -> list[int]:
 
 
 def protocol(name: str, **changes: Any) -> Protocol:
-    """A protocol of this package, or of a JSON file like `protocols.json`'s entries; `changes` become part of its name.
+    """Return a protocol of this package, or of a JSON file like an entry of `protocols.json`.
 
-    ValueError for one that does not exist, or a field or value that it cannot have.
+    changes: other values of its fields, which become part of its name. Raises ValueError for an unknown protocol, field
+    or value.
     """
     known = _json("protocols.json")
     entry, label = known.get(name), name
     if entry is None:
         if not Path(name).is_file():
-            raise ValueError(f"protocol: got {name!r}, expected {', '.join(known)}, or a JSON file of one")
+            raise ValueError(f"protocol: got {name!r}, expected {', '.join(known)}, or a JSON file of a protocol")
         entry, label = json.loads(Path(name).read_text(encoding="utf-8")), Path(name).stem
     fields = {field.name for field in dataclasses.fields(Protocol)} - {"name"}
     unknown = sorted(set(entry | changes) - fields)
     if unknown:
-        raise ValueError(f"protocol: {label} has {', '.join(unknown)}, expected of {', '.join(sorted(fields))}")
+        raise ValueError(f"protocol: {label} has {', '.join(unknown)}, expected only {', '.join(sorted(fields))}")
     missing = sorted({"short_side", "templates", "background"} - set(entry))
     if missing:
-        raise ValueError(f"protocol: {label} lacks {', '.join(missing)}")
+        raise ValueError(f"protocol: {label} lacks {', '.join(missing)}, expected short_side, templates and background")
     if isinstance(entry["templates"], list):
         entry = {**entry, "templates": tuple(entry["templates"])}
     rules = Protocol(name=label, **entry)
@@ -182,13 +187,13 @@ def protocol(name: str, **changes: Any) -> Protocol:
 
 
 def numbers(ranges: str) -> list[int]:
-    """The numbers of "0-2,5": [0, 1, 2, 5]."""
+    """Expand ranges: "0-2,5" gives [0, 1, 2, 5]."""
     pairs = [part.partition("-") for part in ranges.split(",") if part]
     return [n for first, _, last in pairs for n in range(int(first), int(last or first) + 1)]
 
 
 def _table(values: str, ignore: str = "", first: int = 0, rest: int = UNKNOWN, last: int = (1 << 16) - 1) -> np.ndarray:
-    """Label k + first for the k-th of `values`, IGNORED for those to ignore, `rest` for all others up to `last`."""
+    """Map the k-th of `values` to label k + first, those of `ignore` to IGNORED, others up to `last` to `rest`."""
     table = np.full(1 << 16, UNKNOWN, np.int16)
     table[: last + 1] = rest
     table[numbers(ignore)] = IGNORED
@@ -198,8 +203,8 @@ def _table(values: str, ignore: str = "", first: int = 0, rest: int = UNKNOWN, l
 
 
 def _derived(whole: Spec, move: list[int], classes: tuple[str, ...]) -> Spec:
-    """`whole` with other classes: label k becomes move[k]."""
-    lookup = np.array([*move, UNKNOWN, IGNORED], np.int16)  # UNKNOWN and IGNORED are -2 and -1: they stay what they are
+    """Return `whole` with other classes: label k becomes move[k]."""
+    lookup = np.array([*move, UNKNOWN, IGNORED], np.int16)  # indices -2 and -1: UNKNOWN and IGNORED stay
     masks = tuple(dataclasses.replace(kind, table=lookup[kind.table]) for kind in whole.masks)
     return dataclasses.replace(whole, classes=classes, masks=masks)
 

@@ -1,1 +1,1 @@
-"""Zero-shot segmentation of images by words: dense tokens, class texts, scores and label maps, pictures of them."""
+"""Zero-shot segmentation of images by words: dense tokens, class texts, scores, label maps and pictures."""

@@ -9,15 +9,18 @@ import tyro
 
 from .options import LookOptions, SegmentOptions
 
-OPTIONS = {"pacl look": LookOptions, "pacl segment": SegmentOptions}
+OPTIONS: dict[str, type[LookOptions] | type[SegmentOptions]] = {
+    "pacl look": LookOptions,
+    "pacl segment": SegmentOptions,
+}
 
 
 def main(argv: Sequence[str], prog: str) -> int:
-    """Run "pacl look" or "pacl segment", as `prog` says; returns its exit status, 1 when no image was usable."""
-    options = tyro.cli(OPTIONS[prog], args=list(argv), prog=prog)
+    """Run the command `prog`, "pacl look" or "pacl segment", and return its exit status, 1 when no image was usable."""
+    options: LookOptions | SegmentOptions = tyro.cli(OPTIONS[prog], args=list(argv), prog=prog)
     if not options.images:
         print(f"{prog}: error: images: got none, expected files or folders of images", file=sys.stderr)
         return 2
-    from .run import run  # torch takes seconds, which --help has not
+    from .run import run  # imports torch, which takes seconds that --help should not
 
     return run(options)

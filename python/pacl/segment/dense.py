@@ -1,14 +1,15 @@
-"""Patch tokens on a grid, of images of any size and at a smaller stride than the tower's own (the "stride trick").
+"""Patch tokens on a grid, for images of any size and at a smaller stride than the tower's own (the "stride trick").
 
-A transformer's patches need not touch: its patch convolution may step by a fraction of the patch, with each token's
-position embedding read off the trained grid at the token's own centre. No weight changes and the tower is never
-touched: what runs is a second module over the same tensors.
+A transformer's patches may overlap: its patch convolution can step by a fraction of the patch, if each token's position
+embedding is interpolated on the trained grid at the token's own centre. The tower and its weights do not change: a
+second module runs over the same tensors.
 """
 
 from __future__ import annotations
 
 import copy
 from types import SimpleNamespace
+from typing import Any, TypeVar
 
 import timm.layers
 import timm.models as timm_models
@@ -21,15 +22,16 @@ from torch.nn import functional as F
 
 from ..backbones import TIMM_VITS, patch_tokens, tower_trunk
 
-# timm before DINOv3 has only the first.
+Module = TypeVar("Module", bound=nn.Module)
+# timm before DINOv3 has only the first class.
 ROTARY = tuple(
     getattr(timm.layers, x) for x in ("RotaryEmbeddingCat", "RotaryEmbeddingDinoV3") if hasattr(timm.layers, x)
 )
 
 
 def patch_size(visual: nn.Module) -> int:
-    """Pixels of a side of the tower's patches; of a convolutional tower, its stride. Raises as patch_tokens does."""
-    trunk = tower_trunk(visual)
+    """Return the side of the tower's patches in pixels, or a convolutional tower's stride; raises as patch_tokens."""
+    trunk: Any = tower_trunk(visual)
     if isinstance(trunk, VisionTransformer):
         sides = trunk.patch_size
     elif isinstance(trunk, TIMM_VITS):
@@ -42,7 +44,10 @@ def patch_size(visual: nn.Module) -> int:
 
 
 def token_step(visual: nn.Module, stride: int) -> int:
-    """Pixels from one token to the next; ValueError where `stride` does not divide the patch or the tower has none."""
+    """Return the pixels from one token to the next, patch / stride.
+
+    Raises ValueError if `stride` does not divide the patch, or is above 1 and the tower has no patch convolution.
+    """
     patch = patch_size(visual)
     if isinstance(stride, bool) or not isinstance(stride, int) or stride < 1 or patch % stride:
         fit = ", ".join(str(x) for x in range(1, patch + 1) if patch % x == 0)
@@ -54,16 +59,16 @@ def token_step(visual: nn.Module, stride: int) -> int:
 
 
 def dense_tokens(visual: nn.Module, images: Tensor, stride: int = 1) -> Tensor:
-    """Tokens of images of any size, `stride` times as many along each side as the tower has by itself.
+    """Return tokens of images of any size, `stride` times as many along each side as the tower's own.
 
-    visual: what patch_tokens takes. images: float [B, 3, H, W], normalised; H and W of at least a patch, and a patch
-    plus a multiple of the step, patch / stride, so that the last token ends with the image. Returns [B, h, w, width],
+    visual: a tower that patch_tokens accepts. images: float [B, 3, H, W], normalised; H and W are a patch plus a
+    multiple of the step, patch / stride, so that the last token ends with the image. Returns [B, h, w, width] with
     h = (H - patch) / step + 1; token (i, j) sees the patch whose corner is at pixel (i * step, j * step).
 
-    Position embeddings are interpolated bicubically at the patches' centres, the trained grid covering the image; at
-    stride 1 that is the usual resizing. Rotary ones are computed there. ValueError for towers whose positions are of
-    another kind (relative biases, learnt rotations) unless images have their own size and stride is 1; for
-    convolutional towers at any stride but 1.
+    Position embeddings are interpolated bicubically at the patches' centres, with the trained grid covering the image;
+    at stride 1 that is the usual resizing. Rotary embeddings are computed at those centres. Raises ValueError for
+    towers with other positions (relative biases, learnt rotations), unless images have the tower's size and stride is
+    1, and for convolutional towers at any stride but 1.
     """
     step, patch = token_step(visual, stride), patch_size(visual)
     height, width = images.shape[-2:]
@@ -79,13 +84,13 @@ def dense_tokens(visual: nn.Module, images: Tensor, stride: int = 1) -> Tensor:
     return tokens.unflatten(1, ((height - patch) // step + 1, (width - patch) // step + 1))
 
 
-def _own_size(trunk: nn.Module) -> tuple[int, int]:
+def _own_size(trunk: Any) -> tuple[int, int]:
     return tuple(trunk.image_size if isinstance(trunk, VisionTransformer) else trunk.patch_embed.img_size)
 
 
-def _view(trunk: nn.Module, size: tuple[int, int], stride: int) -> nn.Module:
-    """The same tower for images of `size` and another stride, sharing all weights but the position embedding."""
-    view = _share(trunk)
+def _view(trunk: Any, size: tuple[int, int], stride: int) -> nn.Module:
+    """Return the tower for images of `size` and another stride; it shares all weights but the position embedding."""
+    view: Any = _share(trunk)
     patch = patch_size(trunk)
     if isinstance(trunk, VisionTransformer):
         view.conv1 = _strided(trunk.conv1, patch // stride)
@@ -95,20 +100,21 @@ def _view(trunk: nn.Module, size: tuple[int, int], stride: int) -> nn.Module:
         return view
     rope = getattr(trunk, "rope", None)
     known = isinstance(trunk, (timm_models.VisionTransformer, timm_models.Eva))
-    turns = isinstance(rope, ROTARY) and hasattr(rope, "update_feat_shape")  # old timm cannot be asked
+    turns = isinstance(rope, ROTARY) and hasattr(rope, "update_feat_shape")  # old timm lacks this method
     if not known or not (rope is None or turns) or not isinstance(trunk.patch_embed, PatchEmbed):
         raise ValueError(
-            f"images, stride: got {size[0]} x {size[1]} pixels and {stride}; the positions of this "
-            f"{type(trunk).__name__} are for {_own_size(trunk)[0]} x {_own_size(trunk)[1]} and 1 alone"
+            f"images, stride: got {size[0]} x {size[1]} pixels and {stride}, expected {_own_size(trunk)[0]} x "
+            f"{_own_size(trunk)[1]} and 1: the positions of this {type(trunk).__name__} cannot be interpolated"
         )
-    embed = view.patch_embed = _share(trunk.patch_embed)
+    embed: Any = _share(trunk.patch_embed)
+    view.patch_embed = embed
     embed.proj = _strided(embed.proj, patch // stride)
-    embed.img_size, embed.dynamic_img_pad = None, False  # no check of the size, no padding
+    embed.img_size, embed.dynamic_img_pad = None, False  # neither check the size nor pad
     if trunk.pos_embed is not None:
         prefix = 0 if getattr(trunk, "no_embed_class", False) else trunk.num_prefix_tokens
         table = _resampled(trunk.pos_embed, embed.grid_size, size, patch, stride, prefix)
         view._parameters["pos_embed"] = table
-    view.dynamic_img_size, embed.flatten = False, True  # tokens and table are flat and fit each other
+    view.dynamic_img_size, embed.flatten = False, True  # tokens and table are flat and of equal length
     if rope is not None:
         turned = _turned(rope, size, patch, stride)
         del view._modules["rope"]
@@ -116,8 +122,8 @@ def _view(trunk: nn.Module, size: tuple[int, int], stride: int) -> nn.Module:
     return view
 
 
-def _share(module: nn.Module) -> nn.Module:
-    """Another module over the same tensors and children, both of which can be replaced in it alone."""
+def _share(module: Module) -> Module:
+    """Return another module over the same tensors and children; replacing one in it leaves the original unchanged."""
     twin = copy.copy(module)
     twin._parameters, twin._modules = dict(module._parameters), dict(module._modules)
     return twin
@@ -132,10 +138,10 @@ def _strided(convolution: nn.Conv2d, step: int) -> nn.Conv2d:
 def _resampled(
     table: Tensor, grid: tuple[int, int], size: tuple[int, int], patch: int, stride: int, prefix: int = 1
 ) -> Tensor:
-    """Position embeddings [1, prefix + grid, C] read at the centres of the patches of an image of `size`.
+    """Interpolate position embeddings [1, prefix + grid, C] at the centres of the patches of an image of `size`.
 
-    In units of the image's sides, so that at stride 1 it is F.interpolate(mode="bicubic"), and that at every stride a
-    patch which the tower itself has gets the embedding that it has there.
+    Positions are relative to the image's sides. At stride 1 the result is therefore F.interpolate(mode="bicubic"), and
+    at every stride a patch that the tower itself has keeps its embedding.
     """
     step = patch // stride
     rows, columns = (torch.arange(patch / 2, side - patch / 2 + 1, step) * 2 / side - 1 for side in size)
@@ -145,11 +151,11 @@ def _resampled(
     return torch.cat([table[:, :prefix], new.flatten(2).transpose(1, 2).to(table.dtype)], 1)
 
 
-def _turned(rope: nn.Module, size: tuple[int, int], patch: int, stride: int) -> Tensor:
-    """Rotary embedding [h * w, ...] at the patches' places in an image of `size`.
+def _turned(rope: Any, size: tuple[int, int], patch: int, stride: int) -> Tensor:
+    """Return the rotary embedding [h * w, ...] at the patches' positions in an image of `size`.
 
-    Angles are linear in a place, and timm computes them for whole grids: of one `stride` times as fine as the tower's,
-    the tokens are the first rows and columns, shifted by half the difference where timm measures from the centres.
+    Angles are linear in the position, and timm computes them for whole grids. The tokens are the first rows and columns
+    of a grid `stride` times as fine as the tower's, shifted by half the difference if timm measures from the centres.
     """
     fine = [side * stride // patch for side in size]
     rope = copy.deepcopy(rope)
@@ -157,9 +163,10 @@ def _turned(rope: nn.Module, size: tuple[int, int], patch: int, stride: int) -> 
     if not isinstance(rope, RotaryEmbeddingCat):
         rope.grid_offset += (stride - 1) / 2
     elif stride > 1 and rope.ref_feat_shape is None:
-        rope.ref_feat_shape = [x / stride for x in fine]  # places count in patches, not in tokens
+        shape: Any = [x / stride for x in fine]
+        rope.ref_feat_shape = shape  # measure positions in patches, not in tokens
     if isinstance(rope, RotaryEmbeddingCat) and rope.feat_shape is not None:
-        rope.feat_shape = [0, 0]  # not the shape of what it keeps, so that it computes
+        rope.feat_shape = [0, 0]  # differs from the cached shape, so that timm recomputes
         rope.update_feat_shape(fine)
         embed = rope.get_embed()
     else:

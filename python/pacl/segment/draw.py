@@ -1,4 +1,4 @@
-"""Pictures of label maps and of similarity maps, with NumPy and Pillow alone."""
+"""Draw label maps and similarity maps with NumPy and Pillow alone."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from PIL import Image, ImageDraw, ImageFont
 from ..data.images import to_rgb
 from ..formats import printable
 
-if TYPE_CHECKING:  # torch takes seconds, which --help has not
+if TYPE_CHECKING:  # torch takes seconds to import, which --help should not
     from torch import Tensor
 
-# Cosines from dark to bright, the same for every word and image, so that what is absent stays dark. The demo's highest
-# cosine of a class is 0.55 in the median where it is present, and 0.16 where it is not.
+# Cosines of the darkest and brightest colour, the same for every word and image, so that absent words stay dark. In the
+# demo the median of a class's highest cosine is 0.55 where the class is present, and 0.16 where it is not.
 SCALE = (0.0, 0.6)
 # matplotlib's "magma" at nine even places.
 MAGMA = np.array(
@@ -26,25 +26,25 @@ MAGMA = np.array(
     + [(230, 81, 100), (251, 136, 97), (254, 194, 135), (252, 253, 191)]
 )
 INK, FAINT = (30, 30, 34), (110, 110, 118)
-LINE, ENTRY, FONT = 22, 220, 14  # pixels: height and width of an entry of the legend, size of its letters
+LINE, ENTRY, FONT = 22, 220, 14  # pixels: height and width of a legend entry, size of its letters
 
 
 def voc_palette(count: int) -> np.ndarray:
-    """Pascal VOC's colours of the labels 0 (black), 1, ...: uint8 [count, 3]; they repeat after 256."""
+    """Return Pascal VOC's colours of the labels 0 (black), 1, ...: uint8 [count, 3]; they repeat after 256."""
     labels = np.arange(count)[:, None, None] % 256
     bits = labels >> (3 * np.arange(8)[:, None] + np.arange(3)) & 1  # the label's bits, in turn for red, green, blue
     return (bits << (7 - np.arange(8)[:, None])).sum(1).astype(np.uint8)
 
 
 def word_colours(count: int) -> np.ndarray:
-    """Hues a golden ratio apart, so that any number of them in a row differ: uint8 [count, 3]."""
+    """Return colours uint8 [count, 3] whose hues are a golden ratio apart, so that any consecutive ones differ."""
     golden = (math.sqrt(5) - 1) / 2
     colours = [colorsys.hsv_to_rgb((0.02 + i * golden) % 1, 0.85, (1.0, 0.8)[i // 5 % 2]) for i in range(count)]
-    return np.uint8(255 * np.array(colours).reshape(count, 3))
+    return (255 * np.array(colours).reshape(count, 3)).astype(np.uint8)
 
 
 def heat(values: np.ndarray, scale: tuple[float, float] = SCALE) -> np.ndarray:
-    """Colours uint8 [..., 3] of values; those beyond the scale get its end's."""
+    """Return the colours uint8 [..., 3] of values [...]; values beyond the scale get the colour of its end."""
     low, high = scale
     place = (values.clip(low, high) - low) / (high - low) * (len(MAGMA) - 1)
     channels = [np.interp(place, np.arange(len(MAGMA)), MAGMA[:, channel]) for channel in range(3)]
@@ -59,11 +59,12 @@ def overlay(
     scale: tuple[float, float] = SCALE,
     alpha: float = 0.6,
 ) -> Image.Image:
-    """The image under a label map or under one similarity map.
+    """Draw a label map or one similarity map over the image.
 
-    shown: integers [H, W], labels painted in `colours` [K, 3] (default: VOC's), black leaving the image as it is; or
-    floats [h, w], cosines in magma from scale[0] to scale[1], enlarged bilinearly to the image's size.
-    alpha: the share of the colour.
+    shown: integers [H, W], labels painted in `colours` [K, 3] (default: VOC's), where black leaves the image as it is;
+    or floats [h, w], cosines painted in magma from scale[0] to scale[1], enlarged bilinearly to the image's size.
+    alpha: opacity of the colour, 0 to 1. Raises ValueError for labels of another size and for a scale that does not
+    increase.
     """
     values = np.asarray(shown if isinstance(shown, np.ndarray) else shown.cpu())
     picture = np.asarray(to_rgb(image)).astype(np.float32)
@@ -73,7 +74,7 @@ def overlay(
         if values.shape != picture.shape[:2]:
             large = Image.fromarray(values.astype(np.float32)).resize(image.size, Image.Resampling.BILINEAR)
             values = np.asarray(large)
-        grey = picture.mean(-1, keepdims=True)  # so that all colour is the map's
+        grey = picture.mean(-1, keepdims=True)  # so that all colour comes from the map
         return Image.fromarray(((1 - alpha) * grey + alpha * heat(values, scale)).round().astype(np.uint8))
     if values.shape != picture.shape[:2]:
         raise ValueError(f"shown: got labels {list(values.shape)}, expected the image's {list(picture.shape[:2])}")
@@ -88,7 +89,7 @@ def with_legend(
     entries: Sequence[tuple[Sequence[int] | None, str]] = (),
     scale: tuple[float, float] | None = None,
 ) -> Image.Image:
-    """The picture, small ones enlarged, with a legend below: a colour, or none, and a text per entry; a scale."""
+    """Enlarge a small picture, and add a legend below: a colour (or None) and a text per entry, and a colour scale."""
     factor = max(1, 320 // max(picture.size))
     picture = picture.resize([x * factor for x in picture.size], Image.Resampling.NEAREST)
     columns = max(1, picture.width // ENTRY)
@@ -113,7 +114,7 @@ def with_legend(
 
 
 def label_image(labels: Tensor, colours: np.ndarray) -> Image.Image:
-    """Labels [H, W] as a palette image, whose pixels are the labels; of 16 bits, without colours, for more than 256."""
+    """Return labels [H, W] as a palette image; with more than 256 colours, as a 16-bit image without colours."""
     values = labels.cpu().numpy()
     if len(colours) > 256:
         return Image.fromarray(values.astype(np.uint16))
@@ -128,8 +129,8 @@ def png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def _fitting(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
-    """As much of the text as fits, on one line."""
+def _fitting(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+    """Cut the text to what fits on one line."""
     text = printable(text)[:200]
     if font.getlength(text) <= width:
         return text

@@ -1,4 +1,4 @@
-"""Images of users: found in folders, read with a cap on their pixels, of any mode."""
+"""Find users' images in folders and read them, in any mode, up to a number of pixels."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..data.images import IMAGE_SUFFIXES, MAX_IMAGE_PIXELS, open_image, to_rgb
 
 
 def find_images(paths: Iterable[Path]) -> list[Path]:
-    """Files as given, folders as the images in them by name; ValueError where there is none."""
+    """Return files as given and folders as their images, sorted by name; raises ValueError if there is none."""
     paths, found = list(paths), []
     for path in paths:
         if path.is_dir():
@@ -19,14 +19,17 @@ def find_images(paths: Iterable[Path]) -> list[Path]:
         else:
             found.append(path)
     if not found:
-        raise ValueError(f"images: none in {', '.join(map(str, paths))}, expected {', '.join(IMAGE_SUFFIXES)} files")
+        raise ValueError(
+            f"images: got none in {', '.join(map(str, paths))}, expected {', '.join(IMAGE_SUFFIXES)} files"
+        )
     return found
 
 
 def read_image(source: Path | bytes, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
-    """Read a file or its bytes as RGB, turned as its EXIF orientation says.
+    """Read a file or its bytes as RGB, rotated by its EXIF orientation.
 
-    Raises TooManyPixels for a header with more than max_pixels, and whatever Pillow raises for what is no image.
+    Raises TooManyPixels for a header with more than max_pixels, and whatever Pillow raises for a file that is not an
+    image.
     """
     with open_image(source, max_pixels=max_pixels) as image:
         return to_rgb(ImageOps.exif_transpose(image))

@@ -1,4 +1,4 @@
-"""Options of `pacl look`, `pacl segment` and `pacl serve`. Nothing here imports torch, so that `--help` is quick."""
+"""Options of `pacl look`, `pacl segment` and `pacl serve`. This module does not import torch, so `--help` is quick."""
 
 from __future__ import annotations
 
@@ -42,72 +42,73 @@ class SegmenterOptions:
     """The model and how it embeds images and words."""
 
     checkpoint: Annotated[str | None, MODEL] = None
-    """An embedder that pacl train or pacl demo wrote, or one on the Hub."""
+    """Folder of an embedder that pacl train or pacl demo wrote, or its name on the Hub."""
     model: Annotated[str | None, MODEL] = None
-    """Plain CLIP alone: an open_clip model."""
+    """Name of an open_clip model, for plain CLIP instead of a checkpoint."""
     pretrained: str | None = None
-    """The open_clip model's weights, a tag or a file."""
+    """Weights of the open_clip model: a tag or a file."""
     templates: str = "simple"
-    """Prompt templates of the words: none, photo, simple or openai, or a file."""
+    """Prompt templates for the words: none, photo, simple, openai, or a file with one per line."""
     stride: int = 1
-    """Tokens per patch along each side."""
+    """Tokens per patch along each side; it must divide the patch size."""
     max_image_pixels: int = MAX_IMAGE_PIXELS
-    """Larger images are left out."""
+    """Skip images with more pixels than this."""
     device: str = "auto"
+    """Device to run on: cpu, cuda, ...; auto takes a GPU if there is one."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImagesOptions(SegmenterOptions):
-    """What `pacl look` and `pacl segment` share."""
+    """Options shared by `pacl look` and `pacl segment`."""
 
     images: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Files, or folders of images."""
+    """Image files, or folders of images."""
     words: Annotated[str | None, CLASSES] = None
-    """Classes with commas between: "dog,grass,red ball"."""
+    """Classes, separated by commas: "dog,grass,red ball"."""
     classes: Annotated[Path | None, CLASSES] = None
-    """A file with one class per line, synonyms separated by commas."""
+    """File with one class per line; commas separate its synonyms."""
     short_side: int | None = None
-    """Pixels of the resized image's shorter side; default: the model's."""
+    """Resize images so that their shorter side has this many pixels, by default the model's size."""
     window: int | None = None
-    """Pixels of a sliding window's side; default: no window."""
+    """Side of a sliding window in pixels; by default there is no window."""
     window_stride: int | None = None
-    """Pixels between windows; default: half a window."""
+    """Distance between windows in pixels, by default half a window."""
     threshold: float | None = None
-    """Background is where no cosine reaches it."""
+    """Label a pixel background if its best cosine is below this."""
     entropy: float | None = None
-    """Background is where the softmax over the classes has more entropy; the paper: 1.5."""
+    """Label a pixel background if its softmax over the classes has a higher entropy; the paper uses 1.5."""
     logit_scale: float = 100.0
-    """Scale of the cosines in that softmax."""
+    """Scale of the cosines in the softmax of --entropy."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LookOptions(ImagesOptions):
-    """Where in an image is what the words say: the best word of every pixel as an overlay, and one map per word on a
-    fixed colour scale. Cosines and shares of pixels are printed."""
+    """Show where an image matches words: write an overlay with the best word of every pixel, and one map per word on a
+    fixed colour scale. Print cosines and shares of pixels."""
 
     scale: Scale = SCALE
-    """Cosines from dark to bright."""
+    """Cosines of the darkest and the brightest colour."""
     out: Path = Path("pacl-look")
-    """Folder of the pictures."""
+    """Folder for the pictures."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentOptions(ImagesOptions):
-    """Zero-shot segmentation: an overlay, a label map (palette PNG) and scores (JSON) per image. Labels are numbers of
-    lines of the class file from 0; with --threshold or --entropy, 0 is background and classes begin at 1."""
+    """Segment images zero-shot: write an overlay, a label map (palette PNG) and scores (JSON) per image. Labels number
+    the classes from 0, in their order; with --threshold or --entropy, 0 is background and classes begin at 1."""
 
     out: Path = Path("pacl-segment")
-    """Folder of the results."""
+    """Folder for the results."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServeOptions(SegmenterOptions):
-    """A page on this machine: drop an image, type words, and see where they are, or click a patch for those like it;
-    plain CLIP beside PACL. Nothing is loaded from elsewhere, and only the printed address is answered."""
+    """Serve a page on this machine: drop an image, type words and see where they are, or click a patch to find similar
+    ones; compare PACL with plain CLIP. The page loads nothing from elsewhere; only the printed address opens it."""
 
     port: int = 8000
-    """Port of the page; 0: any that is free."""
+    """Port of the page; 0 takes any free one."""
     examples: Path | None = None
-    """Folder of images that the page offers."""
+    """Folder of images that the page offers as examples."""
     browser: bool = True
-    """Open the page in a browser; --no-browser prints the address only."""
+    """Open the page in a browser; --no-browser only prints the address."""

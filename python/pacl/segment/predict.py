@@ -1,10 +1,11 @@
-"""Scores and label maps of an image for classes given by words."""
+"""Compute scores and label maps of an image for classes given by words."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torchvision.transforms as transforms
@@ -22,14 +23,14 @@ from ..towers import Towers
 from .dense import dense_tokens, patch_size, token_step
 from .prompts import TEMPLATES, Texts, best_synonym, class_texts
 
-LONG_SIDE = 2048  # of the resized image at most, as mmsegmentation's usual Resize((2048, short_side)) has it
-WINDOWS = 8  # that the tower takes at a time
-BAND = 2**24  # class scores that exist at a time: 64 MiB
+LONG_SIDE = 2048  # largest side of the resized image, as in mmsegmentation's usual Resize((2048, short_side))
+WINDOWS = 8  # windows in a batch of the tower
+BAND = 2**24  # most class scores in memory at a time: 64 MiB
 
 
 @dataclass(frozen=True)
 class Labels:
-    """Of every pixel [H, W]: label (int16), the best class's cosine and, where asked for, the classes' entropy."""
+    """Maps [H, W] of an image: labels (int16), the best class's cosine and, on request, the entropy over classes."""
 
     labels: Tensor
     best: Tensor
@@ -38,11 +39,11 @@ class Labels:
 
 @dataclass(frozen=True)
 class Dense:
-    """An image's patch embeddings, once for any number of words.
+    """An image's patch embeddings, computed once for any number of words.
 
-    patches: float32 [h, w, D]; normalised, or the mean over windows of normalised ones, so that its product with a text
-    is the mean of the windows' cosines. size: H and W of the image. margins: what part of its height and width lies
-    outside of the cells at each end: the tokens' centres lie evenly, but from half a patch to half a patch.
+    patches: float32 [h, w, D]; normalised, or the mean over windows of normalised embeddings, whose product with a text
+    is the mean of the windows' cosines. size: H and W of the image. margins: fractions of its height and width outside
+    the grid of cells, at each end: the tokens' centres begin and end half a patch inside the image.
     """
 
     patches: Tensor
@@ -50,13 +51,14 @@ class Dense:
     margins: tuple[float, float] = (0.0, 0.0)
 
     def scores(self, texts: Texts) -> Tensor:
-        """Raw cosines [K, h, w]; of a class with synonyms, its best one's."""
+        """Return raw cosines [K, h, w]; a class with synonyms gets its best one's."""
         return best_synonym(self.patches @ texts.embeddings.T, texts.synonyms).permute(2, 0, 1)
 
     def summary(self, texts: Texts) -> tuple[Tensor, Tensor]:
-        """Highest and mean cosine of each class over the tokens, [K] each, a band of token rows at a time."""
+        """Return the highest and the mean cosine of each class over the tokens, [K] each; computes a band at a time."""
         size = max(1, BAND // (len(texts.embeddings) * self.patches.shape[1]))
-        highest, total = -math.inf, 0.0
+        highest: Any = -math.inf
+        total: Any = 0.0
         for rows in self.patches.split(size):
             scores = Dense(rows, self.size).scores(texts).flatten(1)
             highest, total = scores.amax(1).clamp(min=highest), total + scores.sum(1)
@@ -65,11 +67,11 @@ class Dense:
     def labels(
         self, texts: Texts, *, threshold: float | None = None, entropy: float | None = None, logit_scale: float = 100.0
     ) -> Labels:
-        """The best class of every pixel, scores enlarged bilinearly.
+        """Return the best class of every pixel, from scores enlarged bilinearly.
 
-        Labels are 0 to K - 1, or, with a rule for background, that at 0 and the classes at 1 to K. threshold: pixels
-        whose best cosine is below it are background. entropy: those are whose softmax over the classes, of cosines
-        times logit_scale, has more (the paper's 1.5; it does not say which scale).
+        Labels are 0 to K - 1; with a rule for background, 0 is background and the classes are 1 to K. threshold: a
+        pixel is background if its best cosine is lower. entropy: a pixel is background if its softmax over the classes,
+        of cosines times logit_scale, has a higher entropy (1.5 in the paper, which does not give the scale).
         """
         height, width = (side - 2 * pad for side, pad in zip(self.size, self._pads, strict=True))
         parts = [
@@ -86,25 +88,26 @@ class Dense:
         return Labels(labels, best, *more)
 
     def enlarged(self, scores: Tensor) -> Tensor:
-        """Scores [K, h, w] at the image's resolution [K, H, W], as `labels` sees them; for a few words."""
+        """Enlarge scores [K, h, w] to the image's resolution [K, H, W], as `labels` does; meant for a few words."""
         inner = [side - 2 * pad for side, pad in zip(self.size, self._pads, strict=True)]
         return _extend(F.interpolate(scores[None], inner, mode="bilinear", align_corners=False)[0], self._pads)
 
     @property
     def _pads(self) -> list[int]:
-        """The margins in pixels of the image."""
+        """Margins in pixels of the image."""
         return [min(round(x * side), (side - 1) // 2) for x, side in zip(self.margins, self.size, strict=True)]
 
     def _bands(self, texts: Texts, height: int) -> Iterator[tuple[Tensor, int]]:
-        """Class scores and how many rows of pixels they make, from top to bottom.
+        """Yield class scores and the number of pixel rows that they make, from top to bottom.
 
-        Those of all tokens, [K, h, w], or, where they are too many, [K, rows, w] whose rows are pixels' already.
+        The scores are those of all tokens, [K, h, w]; if these exceed BAND, they come in parts [K, rows, w], already
+        interpolated to rows of pixels.
         """
         rows = len(self.patches)
         if len(texts.embeddings) * self.patches[..., 0].numel() <= BAND:
             yield self.scores(texts), height
             return
-        # F.interpolate's places, clamped to the first and the last row.
+        # Sampling positions of F.interpolate, clamped to the first and the last row.
         places = ((torch.arange(height) + 0.5) * (rows / height) - 0.5).clamp(0, rows - 1).to(self.patches.device)
         above = places.long().clamp(max=max(0, rows - 2))
         share = (places - above).float()
@@ -118,14 +121,14 @@ class Dense:
 
 
 class Segmenter:
-    """Scores images for words: `Segmenter(*load_pacl(folder))`, or `Segmenter(load_towers(...))` for plain CLIP.
+    """Score images for words: `Segmenter(*load_pacl(folder))`, or `Segmenter(load_towers(...))` for plain CLIP.
 
-    embedder: from patch tokens to the text embedding's space; None takes the model's own projection, which it must
-    then have for single patches. stride: tokens along a side per one of the tower's own, a divisor of its patch: 4 with
-    patches of 16 pixels is the paper's stride of 4. short_side: pixels of the resized image's shorter side, default the
-    tower's own; sides are rounded to whole patches, the longer one to at most 2,048. window, window_stride: pixels;
-    the tower sees squares of that side, clipped to the image, the last of a row ending with it; default: the image
-    whole, and half a window. Both are multiples of the patch and of the token step.
+    embedder: maps patch tokens to the text embeddings' space; None takes the model's own projection, which must then
+    work on single patches. stride: tokens per patch along each side, a divisor of the patch; 4 with patches of 16
+    pixels is the paper's stride of 4. short_side: pixels of the resized image's shorter side (default: the tower's);
+    sides are rounded to whole patches, the longer one to at most 2,048. window: side in pixels of the squares that the
+    tower sees, clipped to the image, a multiple of the patch (default: the whole image). window_stride: pixels between
+    them, a multiple of the token step (default: half a window); the last of a row ends with the image.
     """
 
     def __init__(
@@ -143,7 +146,7 @@ class Segmenter:
         self.stride = stride
         self.short_side = short_side or min(towers.transform(Image.new("RGB", (64, 64))).shape[1:])
         if window_stride is not None and window is None:
-            raise ValueError(f"window_stride: got {window_stride} without a window")
+            raise ValueError(f"window_stride: got {window_stride} without a window, expected a window with it")
         if window is not None and window_stride is None:
             window_stride = max(self.step, window // 2 // self.step * self.step)
         self.window, self.window_stride = window, window_stride
@@ -155,24 +158,28 @@ class Segmenter:
             if value is not None and (value < 1 or value % unit):
                 expected = f"a positive multiple of {unit}" if unit > 1 else "a positive number of pixels"
                 raise ValueError(f"{name}: got {value}, expected {expected}")
-        if window is not None and window_stride > window - self.patch + self.step:
+        if window is not None and window_stride is not None and window_stride > window - self.patch + self.step:
             most = window - self.patch + self.step
             raise ValueError(
-                f"window_stride: got {window_stride}, expected at most {most}, so that no token is left out"
+                f"window_stride: got {window_stride}, expected at most {most}, so that windows cover every token"
             )
-        self.normalise = next((x for x in _steps(towers.transform) if isinstance(x, transforms.Normalize)), None)
-        if self.normalise is None:
-            raise ValueError("towers: their transform has no Normalize, whose mean and deviation the image needs")
+        normalise = next((x for x in _steps(towers.transform) if isinstance(x, transforms.Normalize)), None)
+        if normalise is None:
+            raise ValueError(
+                "towers: got a transform without Normalize, expected one with the mean and deviation of images"
+            )
+        self.normalise = normalise
 
     @torch.no_grad()
     def dense(self, image: Image.Image) -> Dense:
-        """Patch embeddings of a PIL image of any mode and size."""
+        """Return the patch embeddings of a PIL image of any mode and size."""
         picture = self._resized(image)
         sides = picture.shape[1:]
         window = [min(self.window or side, side) for side in sides]
         corners = [(y, x) for y in self._offsets(sides[0], window[0]) for x in self._offsets(sides[1], window[1])]
         grid = [(side - self.patch) // self.step + 1 for side in sides]
-        total, count = None, torch.zeros(*grid, 1, device=picture.device)
+        total: Any = None
+        count = torch.zeros(*grid, 1, device=picture.device)
         for start in range(0, len(corners), WINDOWS):
             part = corners[start : start + WINDOWS]
             crops = torch.stack([picture[:, y : y + window[0], x : x + window[1]] for y, x in part])
@@ -188,20 +195,20 @@ class Segmenter:
         return Dense(total / count, (image.height, image.width), (margin / sides[0], margin / sides[1]))
 
     def texts(self, classes: Sequence[str], templates: Sequence[str] = TEMPLATES["simple"]) -> Texts:
-        """Class texts, to be used for many images; see class_texts."""
+        """Embed classes, to use for many images; see class_texts."""
         return class_texts(self.towers, classes, templates)
 
     def scores(self, image: Image.Image, classes: Texts | Sequence[str]) -> Tensor:
-        """Raw cosines [K, h, w] on the grid of tokens."""
+        """Return raw cosines [K, h, w] on the grid of tokens."""
         return self.dense(image).scores(classes if isinstance(classes, Texts) else self.texts(classes))
 
-    def labels(self, image: Image.Image, classes: Texts | Sequence[str], **rule) -> Tensor:
-        """Label map int16 [H, W] of the image's own size; `rule` for background as Dense.labels has it."""
+    def labels(self, image: Image.Image, classes: Texts | Sequence[str], **rule: Any) -> Tensor:
+        """Return the label map int16 [H, W] at the image's size; `rule` are the background options of Dense.labels."""
         texts = classes if isinstance(classes, Texts) else self.texts(classes)
         return self.dense(image).labels(texts, **rule).labels
 
     def _resized(self, image: Image.Image) -> Tensor:
-        """Normalised [3, H, W] on the tower's device, sides in whole patches, at least one."""
+        """Return the image normalised, [3, H, W] on the tower's device; each side is at least one whole patch."""
         scale = min(self.short_side / min(image.size), LONG_SIDE / max(image.size))
         width, height = (max(self.patch, round(x * scale / self.patch) * self.patch) for x in image.size)
         picture = to_rgb(image).resize((width, height), Image.Resampling.BICUBIC)
@@ -209,22 +216,25 @@ class Segmenter:
         return self.normalise(pil_to_tensor(picture).float() / 255).to(weight.device, weight.dtype)
 
     def _offsets(self, side: int, window: int) -> list[int]:
-        """Where windows begin, the last one ending with the side. All are multiples of the step, as the sides are."""
-        if window == side:
+        """Return where windows begin; the last one ends with the side. All are multiples of the step, as sides are."""
+        if window == side or self.window_stride is None:
             return [0]
         steps = math.ceil((side - window) / self.window_stride)
         return [min(i * self.window_stride, side - window) for i in range(steps + 1)]
 
 
 def similarity_map(
-    image: Image.Image, words: Sequence[str], towers: Towers, embedder: nn.Module | None = None, **settings
+    image: Image.Image, words: Sequence[str], towers: Towers, embedder: nn.Module | None = None, **settings: Any
 ) -> Tensor:
-    """Raw cosines [K, h, w] of an image's patches with words; `settings` are Segmenter's."""
+    """Return raw cosines [K, h, w] of an image's patches with words; `settings` are those of Segmenter."""
     return Segmenter(towers, embedder, **settings).scores(image, words)
 
 
 def own_projection(visual: nn.Module) -> nn.Module:
-    """An open_clip tower's projection, for single tokens; ValueError where pooling is more than a mean or a token."""
+    """Return an open_clip tower's projection as a module for single tokens.
+
+    Raises ValueError if the tower pools by more than a mean or one token.
+    """
     if isinstance(visual, VisionTransformer) and visual.proj is not None:
         return _Projection(visual.proj)
     if isinstance(visual, TimmModel) and getattr(visual.trunk, "attn_pool", None) is None:
@@ -232,7 +242,7 @@ def own_projection(visual: nn.Module) -> nn.Module:
             return visual.head if len(visual.head) else visual.trunk.get_classifier()
     raise ValueError(
         f"embedder: got none, and {type(visual).__name__} has no projection of single patches; "
-        "a checkpoint's embedder is needed"
+        "expected the embedder of a checkpoint"
     )
 
 
@@ -245,18 +255,18 @@ class _Projection(nn.Module):
         return tokens @ self.weight
 
 
-def _steps(transform) -> list:
+def _steps(transform: Any) -> list[Any]:
     return list(getattr(transform, "transforms", []))
 
 
 def _argmax(scores: Tensor, size: tuple[int, int], logit_scale: float | None) -> tuple[Tensor, ...]:
-    """Labels (int16), best scores and, with a logit_scale, entropies [H, W] of enlarged scores [K, h, w]."""
-    options = {} if logit_scale is None else {"return_entropy": True, "logit_scale": logit_scale}
+    """Enlarge scores [K, h, w]; return labels (int16), best scores and, with a logit_scale, entropies, [H, W] each."""
+    options: dict[str, Any] = {} if logit_scale is None else {"return_entropy": True, "logit_scale": logit_scale}
     return tuple(x[0] for x in upsample_argmax(scores[None], size, return_best=True, **options))
 
 
 def _extend(x: Tensor, pads: Sequence[int]) -> Tensor:
-    """Repeat the outermost values of [H, W] or [K, H, W] by so many pixels: beyond the tokens' centres all is one."""
+    """Pad [H, W] or [K, H, W] by `pads` pixels, repeating the edge: scores are constant beyond the tokens' centres."""
     y, z = (
         torch.arange(-pad, side + pad, device=x.device).clamp(0, side - 1)
         for side, pad in zip(x.shape[-2:], pads, strict=True)

@@ -1,4 +1,4 @@
-"""Class names, their synonyms, and the templates that make sentences of them."""
+"""Class names, their synonyms, and the templates that turn them into sentences."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from ..towers import SENTENCES, Towers
 
-# open_clip has them as functions of the class name.
+# open_clip defines its templates as functions of the class name.
 TEMPLATES = {
     "none": ("{}",),
     "photo": ("a photo of a {}.",),
@@ -25,7 +25,7 @@ TEMPLATES = {
 
 @dataclass(frozen=True)
 class Texts:
-    """Text embeddings of classes. names: K; synonyms: how many rows each has; embeddings: [S, D], normalised."""
+    """Text embeddings of K classes. synonyms: rows of each class; embeddings: [S, D], normalised."""
 
     names: tuple[str, ...]
     synonyms: tuple[int, ...]
@@ -33,14 +33,14 @@ class Texts:
 
 
 def templates(name: str) -> tuple[str, ...]:
-    """Of a set by name (TEMPLATES: 1, 1, 7 and 80 sentences), or of a file with a template per line, {} the class."""
+    """Return the templates of a set (TEMPLATES: 1, 1, 7 and 80), or of a file with one per line; {} is the class."""
     if name in TEMPLATES:
         return TEMPLATES[name]
     if not Path(name).is_file():
-        raise ValueError(f"templates: got {name!r}, expected {', '.join(TEMPLATES)} or a file of templates")
+        raise ValueError(f"templates: got {name!r}, expected {', '.join(TEMPLATES)}, or a file of templates")
     lines = [line.strip() for line in _read_text(name, "templates").splitlines() if line.strip()]
     if not lines:
-        raise ValueError(f"templates: {name} is empty, expected one per line")
+        raise ValueError(f"templates: {name} is empty, expected one template per line")
     wrong = [line for line in lines if "{}" not in line]
     if wrong:
         raise ValueError(f"templates: got {wrong[0]!r} in {name}, expected {{}} where the class goes")
@@ -48,10 +48,10 @@ def templates(name: str) -> tuple[str, ...]:
 
 
 def read_classes(path: str | os.PathLike, name: str = "classes") -> list[list[str]]:
-    """Read a class file: one class per line, each a list of its name and the synonyms that commas separate.
+    """Read a class file with one class per line; return each class as a list of its name and synonyms.
 
-    The label of a class is its line, from 0. name: the option that gave the file, for errors. Raises ValueError for a
-    line without a class (blank lines at the end do not count) and for a file without one, or that is not UTF-8.
+    Commas separate synonyms. The label of a class is its line number from 0. name: the option that gave the file, for
+    errors. Raises ValueError for an empty line (except at the end), for an empty file, and if the file is not UTF-8.
     """
     lines = _read_text(path, name).rstrip().splitlines()
     classes = [[word.strip() for word in line.split(",") if word.strip()] for line in lines]
@@ -63,10 +63,11 @@ def read_classes(path: str | os.PathLike, name: str = "classes") -> list[list[st
 
 @torch.no_grad()
 def class_texts(towers: Towers, classes: Sequence[str], templates: Sequence[str] = TEMPLATES["simple"]) -> Texts:
-    """Embed classes, each "name" or "name, synonym, ...": per synonym the normalised mean of its normalised sentences.
+    """Embed classes, each "name" or "name, synonym, ...".
 
-    That mean is OpenAI's; a class's score is its best synonym's, as in SCLIP, and not that of a mean over synonyms.
-    Raises ValueError for no classes and for one without a name.
+    A synonym's embedding is the normalised mean of its normalised sentences, as in OpenAI's code. A class's score is
+    that of its best synonym, as in SCLIP, not that of a mean over synonyms. Raises ValueError for no classes and for a
+    class without a name.
     """
     words = [[" ".join(word.split()) for word in str(line).split(",")] for line in classes]
     words = [[word for word in line if word] for line in words]
@@ -76,7 +77,7 @@ def class_texts(towers: Towers, classes: Sequence[str], templates: Sequence[str]
     size = max(1, SENTENCES // len(templates))
     for start in range(0, len(flat), size):
         part = flat[start : start + size]
-        # Not str.format, to which braces in a word would mean something.
+        # replace, not str.format, which would interpret braces in a word.
         sentences = [template.replace("{}", word) for word in part for template in templates]
         found = towers.embed(sentences)
         rows.append(F.normalize(found.unflatten(0, (len(part), len(templates))).mean(1), dim=-1))
@@ -84,9 +85,9 @@ def class_texts(towers: Towers, classes: Sequence[str], templates: Sequence[str]
 
 
 def best_synonym(scores: Tensor, synonyms: Sequence[int], dim: int = -1) -> Tensor:
-    """The highest score among the synonyms of each class: S scores along `dim` become K.
+    """Reduce S scores along `dim` to K: the highest score among the synonyms of each class.
 
-    synonyms: how many of the scores each class has, one class after the other.
+    synonyms: number of scores of each class, in order.
     """
     if len(synonyms) == scores.shape[dim]:
         return scores

@@ -1,4 +1,4 @@
-"""What `pacl look` and `pacl segment` do: pictures, label maps and scores of images for words or classes."""
+"""Run `pacl look` and `pacl segment`: write pictures, label maps and scores of images for words or classes."""
 
 from __future__ import annotations
 
@@ -18,42 +18,46 @@ from ..processes import choose_device
 from ..sharing import load_model
 from .draw import label_image, overlay, png, voc_palette, with_legend, word_colours
 from .images import find_images, read_image
-from .options import ImagesOptions, LookOptions, SegmenterOptions, SegmentOptions
+from .options import LookOptions, SegmenterOptions, SegmentOptions
 from .predict import Dense, Segmenter
 from .prompts import Texts, read_classes, templates
 
-WINDOWS = ("short_side", "window", "window_stride")  # options of a Segmenter beside its stride
+WINDOWS = ("short_side", "window", "window_stride")  # options of a Segmenter besides its stride
 
 
 def make_segmenter(options: SegmenterOptions, **windows: int | None) -> Segmenter:
-    """The segmenter of a checkpoint or of plain CLIP; ValueError for an open_clip model without weights."""
-    names = (options.checkpoint, options.model, options.pretrained)
-    return Segmenter(*load_model(*names, choose_device(options.device)), stride=options.stride, **windows)
+    """Make the segmenter of a checkpoint or of plain CLIP; raises ValueError for an open_clip model without weights."""
+    names = (options.checkpoint, options.model or "", options.pretrained)  # a checkpoint names its own model
+    towers, embedder = load_model(*names, choose_device(options.device))
+    return Segmenter(towers, embedder, stride=options.stride, **windows)
 
 
 def run(options: LookOptions | SegmentOptions) -> int:
-    """Look at or segment the images; returns the exit status, 1 when no image was usable.
+    """Look at or segment the images and return the exit status, 1 when no image was usable.
 
-    ValueError or OSError for wrong options and for a folder that cannot be written.
+    Raises ValueError or OSError for wrong options and for a folder that cannot be written.
     """
     rule = {"threshold": options.threshold, "entropy": options.entropy, "logit_scale": options.logit_scale}
-    words = options.words.split(",") if options.classes is None else map(", ".join, read_classes(options.classes))
+    words = (
+        (options.words or "").split(",") if options.classes is None else map(", ".join, read_classes(options.classes))
+    )
     sentences = templates(options.templates)
     paths = find_images(options.images)
     segmenter = make_segmenter(options, **{name: getattr(options, name) for name in WINDOWS})
     texts = segmenter.texts(list(words), sentences)
-    show = _look if isinstance(options, LookOptions) else _segment
-    return _write(options, segmenter, paths, show(options, segmenter, texts, rule))
+    if isinstance(options, LookOptions):
+        return _write(options, segmenter, paths, _look(options, segmenter, texts, rule))
+    return _write(options, segmenter, paths, _segment(options, segmenter, texts, rule))
 
 
-def _write(options: ImagesOptions, segmenter: Segmenter, paths: list[Path], show: Callable) -> int:
-    """Writes what `show` yields for each image. A bad image is named and left out; a full disk ends the run."""
+def _write(options: LookOptions | SegmentOptions, segmenter: Segmenter, paths: list[Path], show: Callable) -> int:
+    """Write the files that `show` yields for each image; skip and report a bad image, end the run on a full disk."""
     skipped = 0
     for path, stem in zip(paths, _stems(paths), strict=True):
         try:
             image = read_image(path, options.max_image_pixels)
             files = dict(show(path, image, segmenter.dense(image)))
-        except Exception as error:  # decoders raise anything on damaged bytes; memory may not suffice for one image
+        except Exception as error:  # decoders raise anything on damaged bytes; one image may exceed the memory
             skipped += 1
             reason = one_line(error) or type(error).__name__
             print(printable(f"skipped {path}: {reason[:300]}"), file=sys.stderr, flush=True)
@@ -112,7 +116,7 @@ def _segment(options: SegmentOptions, segmenter: Segmenter, texts: Texts, rule: 
 
 
 def _labels(texts: Texts, rule: dict, palette: Callable[[int], np.ndarray]) -> tuple[bool, list[str], np.ndarray]:
-    """Whether a rule makes label 0 background; the name and the colour of every label, background's being black."""
+    """Return whether a rule makes label 0 background, and the name and colour of every label; background is black."""
     has_background = rule["threshold"] is not None or rule["entropy"] is not None
     names = ["background"] * has_background + list(texts.names)
     colours = palette(len(names) + 1)[1:]
@@ -122,12 +126,12 @@ def _labels(texts: Texts, rule: dict, palette: Callable[[int], np.ndarray]) -> t
 
 
 def _shares(labels: torch.Tensor, count: int) -> list[float]:
-    """Of the pixels, per label."""
+    """Return the share of the pixels with each label."""
     return (torch.bincount(labels.flatten().long(), minlength=count) / labels.numel()).tolist()
 
 
 def _rows(dense: Dense, texts: Texts, shares: list[float], has_background: bool) -> list[tuple[str, dict]]:
-    """Per label: highest and mean cosine over the tokens (none for background by a rule), and share of the pixels."""
+    """Return per label: highest and mean cosine over the tokens (none for background by a rule), and pixel share."""
     highest, mean = dense.summary(texts)
     rows = [("background", {"pixels": shares[0]})] if has_background else []
     for name, top, middle, share in zip(texts.names, highest, mean, shares[has_background:], strict=True):
@@ -136,7 +140,7 @@ def _rows(dense: Dense, texts: Texts, shares: list[float], has_background: bool)
 
 
 def _stems(paths: Iterable[Path]) -> Iterator[str]:
-    """Beginnings of the names of each image's files, all different even where images of two folders have one name."""
+    """Yield a file name stem for each image, all different even if images of two folders have the same name."""
     seen: dict[str, int] = {}
     for path in paths:
         stem = _slug(path.stem)
@@ -145,5 +149,5 @@ def _stems(paths: Iterable[Path]) -> Iterator[str]:
 
 
 def _slug(word: str) -> str:
-    """Of a user's word what may stand in a file name: letters, digits, - and _, at most 40."""
+    """Return at most 40 characters of a user's word that are safe in a file name: letters, digits, - and _."""
     return re.sub(r"[^\w-]+", "_", word)[:40].strip("_") or "_"

@@ -1,1 +1,1 @@
-"""A local page that looks at images by words: `pacl serve`, on the standard library's HTTP server."""
+"""`pacl serve`: a local page that shows where images match words, on the standard library's HTTP server."""

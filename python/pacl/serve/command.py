@@ -10,8 +10,8 @@ from ..segment.options import ServeOptions
 
 
 def main(argv: Sequence[str], prog: str = "pacl serve") -> int:
-    """Run `pacl serve` until Ctrl-C, which is a KeyboardInterrupt."""
+    """Run `pacl serve` until Ctrl-C, which raises KeyboardInterrupt."""
     options = tyro.cli(ServeOptions, args=list(argv), prog=prog)
-    from .run import serve  # torch takes seconds, which --help has not
+    from .run import serve  # imports torch, which takes seconds that --help should not
 
     return serve(options)

@@ -1,4 +1,4 @@
-"""What `pacl serve` does: load a model, print the page's address, answer until Ctrl-C."""
+"""Run `pacl serve`: load a model, print the page's address, answer until Ctrl-C."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ..segment.run import make_segmenter
 from .server import Example, Server
 from .viewer import Viewer
 
-LOADING = {  # the Python lines for it
+LOADING = {  # the Python lines that load each model
     "PACL": "from pacl.sharing import load_pacl\nsegmenter = Segmenter(*load_pacl({checkpoint!r}), stride={stride})",
     "CLIP of PACL": "from pacl.sharing import load_pacl\ntowers, _ = load_pacl({checkpoint!r})\n"
     "segmenter = Segmenter(towers, stride={stride})",
@@ -30,13 +30,13 @@ LOADING = {  # the Python lines for it
 
 
 def serve(options: ServeOptions) -> int:
-    """Answer until Ctrl-C, which is a KeyboardInterrupt; ValueError or OSError where that cannot begin."""
+    """Answer until Ctrl-C, which raises KeyboardInterrupt; raises ValueError or OSError if the server cannot start."""
     examples = find_examples(options.examples, options.checkpoint)
     viewer = make_viewer(options)
     if not 0 <= options.port < 2**16:
         raise ValueError(f"port: got {options.port}, expected 0 to {2**16 - 1}")
     with Server(viewer, options.port, examples) as server:
-        print(f"{server.url}\nCtrl-C ends it.", flush=True)
+        print(f"{server.url}\nPress Ctrl-C to stop.", flush=True)
         if options.browser and _display():
             webbrowser.open(server.url)
         server.serve_until_interrupted()
@@ -44,7 +44,7 @@ def serve(options: ServeOptions) -> int:
 
 
 def make_viewer(options: ServeOptions) -> Viewer:
-    """PACL of a checkpoint and the plain CLIP under it, where that projects single patches; or plain CLIP alone."""
+    """Make the viewer of a checkpoint and of its CLIP, if that projects single patches; or of plain CLIP alone."""
     first, values = make_segmenter(options), dataclasses.asdict(options)
     rest = {name: values[name] for name in ("templates", "max_image_pixels")}
     if not options.checkpoint:
@@ -54,12 +54,12 @@ def make_viewer(options: ServeOptions) -> Viewer:
         segmenters["CLIP"] = Segmenter(first.towers, stride=options.stride)
         load["CLIP"] = LOADING["CLIP of PACL"].format(**values)
     except ValueError:
-        pass  # no projection: PACL alone
+        pass  # the CLIP has no projection of patches: show PACL alone
     return Viewer(segmenters, load, **rest)
 
 
 def find_examples(folder: Path | None, checkpoint: str | None) -> list[Example]:
-    """The images of a folder; where none is given and the checkpoint is the demo's, scenes that it has not seen."""
+    """Return the images of a folder; without one, scenes unseen in training if the checkpoint is the demo's."""
     if folder is not None:
         return [Example(x.name, x) for x in find_images([folder]) if x.is_file()]
     if checkpoint and all((Path(checkpoint).resolve().parent / name).is_dir() for name in ("clip", "scenes")):
@@ -68,10 +68,10 @@ def find_examples(folder: Path | None, checkpoint: str | None) -> list[Example]:
 
 
 def demo_scenes(count: int = 6) -> list[Example]:
-    """Generated scenes, each with the words for all that is in it and for one thing that is not."""
+    """Generate scenes, each with words for everything in it and for one absent thing."""
     found = []
     for number in range(count):
-        rng = np.random.default_rng((2**31, number))  # the demo's own seeds have three numbers
+        rng = np.random.default_rng((2**31, number))  # cannot repeat the demo's own seeds, which have three numbers
         scene = draw_scene(rng)
         inside = [CLASSES[i] for i in np.unique(scene.mask)]
         absent = rng.choice([x for x in CLASSES if x not in inside])

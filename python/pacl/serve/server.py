@@ -1,4 +1,4 @@
-"""The page over HTTP, for this machine's browser alone: bound to 127.0.0.1, with a token, and nothing read unasked."""
+"""Serve the page over HTTP to this machine's browser alone: on 127.0.0.1, with a token, reading only given files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import secrets
 import signal
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,9 +22,9 @@ from ..segment.draw import MAGMA, SCALE
 from .viewer import Gone, Viewer
 
 PAGE = Path(__file__).with_name("page.html")
-MOST_BYTES = 20 * 2**20  # of a request's body
-SECONDS = 20  # for a whole body; silence of 10 ends a connection
-HOSTS = ("127.0.0.1", "localhost")  # a name that someone made point here is none of them
+MOST_BYTES = 20 * 2**20  # largest body of a request
+SECONDS = 20  # longest time for a whole body; 10 silent seconds end a connection
+HOSTS = ("127.0.0.1", "localhost")  # excludes foreign names that resolve to this machine (DNS rebinding)
 
 
 class Refused(Exception):
@@ -34,7 +34,7 @@ class Refused(Exception):
 
 
 class Example(NamedTuple):
-    """An image that the page offers: a file of the user's choice or its bytes, and words to begin with."""
+    """An image that the page offers, as a file or its bytes, with words to begin with."""
 
     name: str
     image: Path | bytes
@@ -42,9 +42,9 @@ class Example(NamedTuple):
 
 
 class Server(ThreadingHTTPServer):
-    """Serves `viewer` on 127.0.0.1 at `url`. port 0: any free one."""
+    """HTTP server of `viewer` on 127.0.0.1 at `url`. port 0: any free one."""
 
-    daemon_threads = False  # one cut off by the interpreter's end may abort the process
+    daemon_threads = False  # a daemon thread cut off by the interpreter's exit may abort the process
     interrupted = False
 
     def __init__(self, viewer: Viewer, port: int = 0, examples: Sequence[Example] = ()):
@@ -59,10 +59,10 @@ class Server(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}/?token={self.token}"
 
     def serve_until_interrupted(self) -> None:
-        """Answer until Ctrl-C (SIGINT), then raise KeyboardInterrupt; in the main thread only.
+        """Answer until Ctrl-C (SIGINT), then raise KeyboardInterrupt; for the main thread only.
 
-        Python's own handler would raise it anywhere: while a connection's thread starts, socketserver forgets the
-        connection without ending it, and its thread waits for the client.
+        Python's own handler could raise it while a connection's thread starts. socketserver would then forget the
+        connection without closing it, and its thread would wait for the client.
         """
         before = signal.signal(signal.SIGINT, lambda *_: setattr(self, "interrupted", True))
         try:
@@ -71,31 +71,32 @@ class Server(ThreadingHTTPServer):
             signal.signal(signal.SIGINT, before)
 
     def service_actions(self) -> None:
-        """What `serve_forever` calls between requests, and twice a second."""
+        """Raise KeyboardInterrupt after Ctrl-C; `serve_forever` calls this between requests and twice a second."""
         if self.interrupted:
             raise KeyboardInterrupt
 
     def server_close(self) -> None:
-        """End what is still connected, and wait for it; a browser holds connections that it does not use."""
+        """Close open connections and wait for their threads, because browsers keep unused connections open."""
         for connection in list(self.connections):
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
         super().server_close()
 
-    def process_request(self, request, client_address) -> None:
-        """Remember the connection before its thread begins: the server may end before that."""
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Register the connection before its thread starts, because the server may close first."""
         self.connections.add(request)
         super().process_request(request, client_address)
 
-    def shutdown_request(self, request) -> None:
+    def shutdown_request(self, request: Any) -> None:
         self.connections.discard(request)
         super().shutdown_request(request)
 
-    def handle_error(self, request, client_address) -> None:
-        """Connections that break off are no one's concern; what goes wrong in an answer is in it."""
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Ignore broken connections; errors of a request are in its answer."""
 
 
 class Handler(BaseHTTPRequestHandler):
+    server: Server
     timeout = 10
 
     def do_GET(self) -> None:
@@ -122,22 +123,23 @@ class Handler(BaseHTTPRequestHandler):
         viewer = self.server.viewer
         if path == "/api/image":
             return _json(viewer.add(self._body()))
-        method = {"/api/words": viewer.words, "/api/patch": viewer.patch}.get(path)
+        methods: dict[str, Callable[..., Any]] = {"/api/words": viewer.words, "/api/patch": viewer.patch}
+        method = methods.get(path)
         if method is None:
             raise Refused(404, "path: there is nothing here")
         try:
             request = json.loads(self._body())
         except (ValueError, RecursionError) as error:
-            raise Refused(400, "body: not JSON") from error
+            raise Refused(400, "body: got invalid JSON, expected a JSON object") from error
         if not isinstance(request, dict):
-            raise Refused(400, "body: expected a JSON object")
+            raise Refused(400, f"body: got a JSON {type(request).__name__}, expected an object")
         try:
             inspect.signature(method).bind(**request)
         except TypeError as error:
             raise Refused(400, f"body: {error}") from error
         return _json(method(**request))
 
-    def _answer(self, method) -> None:
+    def _answer(self, method: Callable[[str], tuple[str, bytes]]) -> None:
         try:
             self._allow()
             status, (kind, data) = 200, method(urlsplit(self.path).path)
@@ -147,25 +149,25 @@ class Handler(BaseHTTPRequestHandler):
             status, (kind, data) = 404, _error(error.args[0])
         except ValueError as error:
             status, (kind, data) = 400, _error(error)
-        except Exception as error:  # memory, a device
+        except Exception as error:  # such as out of memory or a device's error
             status, (kind, data) = 500, _error(f"{type(error).__name__}: {error}")
         self._send(status, kind, data)
 
     def _allow(self) -> None:
-        """Refuse another site's script, a name that was made to point here, and who does not know the token."""
+        """Refuse scripts of other sites, foreign names that resolve to this machine, and requests without the token."""
         host = self.headers.get("Host", "")
         if re.sub(r":\d+$", "", host) not in HOSTS:
-            raise Refused(403, f"Host: expected {' or '.join(HOSTS)}")
+            raise Refused(403, f"Host: got {host[:80]!r}, expected {' or '.join(HOSTS)}")
         if self.headers.get("Origin", f"http://{host}") != f"http://{host}":
-            raise Refused(403, "Origin: expected this page's own")
+            raise Refused(403, "Origin: expected this page")
         given = self.headers.get("X-Token") or parse_qs(urlsplit(self.path).query).get("token", [""])[0]
         if not secrets.compare_digest(given.encode(), self.server.token.encode()):
-            raise Refused(403, "token: expected the one in the address that pacl serve printed")
+            raise Refused(403, "token: expected the token in the address that pacl serve printed")
 
     def _body(self) -> bytes:
         length = self.headers.get("Content-Length", "")
         if not re.fullmatch(r"\d{1,18}", length):
-            raise Refused(411, "Content-Length: expected a number")
+            raise Refused(411, f"Content-Length: got {length[:20]!r}, expected a number")
         if int(length) > MOST_BYTES:
             raise Refused(413, f"body: got {int(length):,} bytes, expected at most {MOST_BYTES:,}")
         parts, left, end = [], int(length), time.monotonic() + SECONDS
@@ -175,9 +177,9 @@ class Handler(BaseHTTPRequestHandler):
             except TimeoutError:
                 part = None
             if part is None or time.monotonic() > end:
-                raise Refused(408, "body: too slow")
+                raise Refused(408, f"body: got it too slowly, expected all of it within {SECONDS} seconds")
             if not part:
-                raise Refused(400, f"body: ended {left:,} bytes early")
+                raise Refused(400, f"body: ended {left:,} bytes early, expected {length} bytes")
             parts.append(part)
             left -= len(part)
         return b"".join(parts)
@@ -189,7 +191,7 @@ class Handler(BaseHTTPRequestHandler):
             "Content-Length": str(len(data)),
             "Content-Security-Policy": POLICY,
             "X-Content-Type-Options": "nosniff",
-            "Referrer-Policy": "no-referrer",  # the address has the token
+            "Referrer-Policy": "no-referrer",  # the address contains the token
             "Cross-Origin-Resource-Policy": "same-origin",
             "Cache-Control": "no-store",
         }.items():
@@ -198,14 +200,14 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """What the standard library refuses itself, said as everything else is."""
+        """Send errors of the standard library's own checks in the same form as all others."""
         self._send(code, *_error(message or self.responses.get(code, ("error",))[0]))
 
     def version_string(self) -> str:
         return "pacl"
 
-    def log_message(self, *args) -> None:
-        """Nothing: addresses have the token."""
+    def log_message(self, format: str, *args: Any) -> None:
+        """Log nothing, because addresses contain the token."""
 
 
 def _json(value: Any) -> tuple[str, bytes]:
@@ -217,10 +219,10 @@ def _error(message: Any) -> tuple[str, bytes]:
 
 
 def _policy(page: bytes) -> str:
-    """Nothing from elsewhere, and of scripts and styles only the page's own two."""
+    """Return a Content-Security-Policy that allows no other origin, and only the page's own script and style."""
     sources = []
     for name in ("script", "style"):
-        inside = re.search(rf"<{name}>(.*?)</{name}>".encode(), page, re.DOTALL)[1]
+        (inside,) = re.findall(rf"<{name}>(.*?)</{name}>".encode(), page, re.DOTALL)
         sources.append(f"{name}-src 'sha256-{base64.b64encode(hashlib.sha256(inside).digest()).decode()}'")
     rest = "img-src blob: data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     return f"default-src 'none'; {'; '.join(sources)}; {rest}"

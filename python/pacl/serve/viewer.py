@@ -1,4 +1,4 @@
-"""What the page asks of the model: an image's tokens once, then any words and any patch of it."""
+"""Answer the page's requests: embed an image once, then score it for any words and any of its patches."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from ..segment.predict import Dense, Segmenter
 from ..segment.prompts import Texts
 from ..segment.prompts import templates as read_templates
 
-IMAGES = 8  # kept at a time, as their files
-MOST_WORDS, LONGEST = 64, 200  # words in a request, letters in a word
-KEPT_WORDS = 1024  # whose embeddings are kept
-DIGITS = 4  # of the cosines in an answer
+IMAGES = 8  # images kept at a time, as files
+MOST_WORDS, LONGEST = 64, 200  # most words in a request, and most letters in a word
+KEPT_WORDS = 1024  # words whose embeddings are kept
+DIGITS = 4  # decimals of the cosines in an answer
 
 LINES = """\
 from pathlib import Path
@@ -50,7 +50,7 @@ overlay(image, similarity, scale=(0.0, 1.0)).save("patch.png")
 
 
 class Gone(KeyError):
-    """An image that is not kept, or no more: send it again."""
+    """Raised for an image that is not kept, or no longer: send it again."""
 
 
 @dataclass
@@ -62,10 +62,10 @@ class _Kept:
 class Viewer:
     """Answers about images for one or several ways of embedding their patches.
 
-    segmenters: name to Segmenter, of the same towers; the first is the page's choice. load: name to the Python lines
-    that make `segmenter`. templates: as `pacl look` takes them. Images are known by the hash of their file; the last 8
-    are kept, with their patches. One request at a time uses the model. All answers are JSON values; what cannot be
-    answered is a ValueError of one line, an image that is not kept is Gone.
+    segmenters: Segmenters by name, with the same towers; the page selects the first. load: the Python lines that make
+    each `segmenter`, by the same name. templates: as in `pacl look`. An image's key is the hash of its file; the last 8
+    are kept, with their patches. Requests use the model one at a time. All answers are JSON values. Raises ValueError,
+    in one line, for a bad request, and Gone for an image that is not kept.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Viewer:
         self._lock = threading.Lock()
 
     def add(self, data: bytes) -> dict[str, Any]:
-        """Take an image's file: its name for later requests, and its size in pixels and tokens."""
+        """Take an image's file; return its key for later requests, and its size in pixels and tokens."""
         key = hashlib.sha256(data).hexdigest()
         with self._lock:
             kept = self._kept.get(key) or _Kept(data)
@@ -96,7 +96,10 @@ class Viewer:
         return {"image": key, "width": width, "height": height, **_grid(dense)}
 
     def words(self, image: Any, words: Any, model: Any = None, threshold: Any = None) -> dict[str, Any]:
-        """Cosines with words: {words, h, w, scores [K][h*w], colours [K], ...}; threshold is for the lines only."""
+        """Return cosines with words: {words, h, w, scores [K][h*w], colours [K], ...}.
+
+        threshold: only for the Python lines in the answer.
+        """
         words = _checked(words)
         if threshold is not None and not isinstance(threshold, (int, float)):
             raise ValueError(f"threshold: got {type(threshold).__name__}, expected a number")
@@ -110,7 +113,7 @@ class Viewer:
         return answer | _grid(dense) | {"python": LINES.format(load=load) + lines}
 
     def patch(self, image: Any, row: Any, column: Any, model: Any = None) -> dict[str, Any]:
-        """Cosines of a patch with all: {h, w, similarity [h*w], ...}."""
+        """Return the cosines of one patch with all patches: {h, w, similarity [h*w], ...}."""
         with self._lock:
             dense, load = self._find(image, model)
             for name, value, count in zip(("row", "column"), (row, column), dense.patches.shape[:2], strict=True):
@@ -125,7 +128,7 @@ class Viewer:
         if not isinstance(model, str) or model not in self.segmenters:
             raise ValueError(f"model: got {str(model)[:40]!r}, expected {' or '.join(self.segmenters)}")
         if not isinstance(image, str) or image not in self._kept:
-            raise Gone("image: not kept, send it again")
+            raise Gone("image: got an unknown or expired key, expected that of a kept image; send it again")
         self._kept.move_to_end(image)
         return self._dense(self._kept[image], model), self.load[model]
 
@@ -134,14 +137,14 @@ class Viewer:
             try:
                 image = read_image(kept.data, self.max_image_pixels)
             except UnidentifiedImageError as error:
-                raise ValueError(f"image: not one of {', '.join(IMAGE_FORMATS)}") from error
+                raise ValueError(f"image: got an unknown format, expected {', '.join(IMAGE_FORMATS)}") from error
             except Exception as error:  # decoders raise anything on damaged bytes
                 raise ValueError(f"image: {error or type(error).__name__}") from error
             kept.dense[model] = self.segmenters[model].dense(image)
         return kept.dense[model]
 
     def _embedded(self, words: Sequence[str]) -> Texts:
-        """Of words seen before, as they were; the new ones at once: nothing else in an answer takes as long."""
+        """Return embeddings of words: kept ones, and all new ones in one call, the slowest part of an answer."""
         new = [word for word in dict.fromkeys(words) if word not in self._texts]
         if new:
             made = next(iter(self.segmenters.values())).texts(new, self.sentences)
@@ -160,7 +163,8 @@ class Viewer:
 
 def _checked(words: Any) -> list[str]:
     if not isinstance(words, list) or not all(isinstance(x, str) for x in words):
-        raise ValueError("words: expected a list of strings")
+        got = str(words)[:40] if isinstance(words, list) else type(words).__name__
+        raise ValueError(f"words: got {got}, expected a list of strings")
     words = [x.strip() for x in words]
     if not 1 <= len(words) <= MOST_WORDS or not all(1 <= len(x) <= LONGEST for x in words):
         raise ValueError(f"words: got {len(words)}, expected 1 to {MOST_WORDS}, each of 1 to {LONGEST} letters")
@@ -168,7 +172,7 @@ def _checked(words: Any) -> list[str]:
 
 
 def _grid(dense: Dense) -> dict[str, Any]:
-    """margins: shares of height and width at each end outside of the cells."""
+    """Return the grid of an answer. margins: fractions of height and width outside the cells, at each end."""
     h, w = dense.patches.shape[:2]
     return {"h": h, "w": w, "margins": list(dense.margins)}
 

@@ -94,7 +94,10 @@ def test_few_images_and_words_are_kept(server, viewer, monkeypatch):
     keys.append(post_image(server, encode(picture(22, 16, 16))))
     assert set(viewer._kept) == {keys[0], keys[2]}
     status, answer = post(server, "/api/words", {"image": keys[1], "words": ["a"]})
-    assert refused(status, answer) == "404 image: not kept, send it again"
+    assert (
+        refused(status, answer)
+        == "404 image: got an unknown or expired key, expected that of a kept image; send it again"
+    )
 
 
 def test_threads_answer_as_one(server):

@@ -92,7 +92,7 @@ def test_drop_type_and_click_in_a_browser(server, viewer, browser):
     hover = page.locator("#hover")
     canvas = page.locator("#views canvas").first
     canvas.hover(position={"x": box["width"] * 0.5, "y": box["height"] * 0.01})
-    assert "grass: cosine" in hover.inner_text() and "like the clicked patch" in hover.inner_text()
+    assert "grass: cosine" in hover.inner_text() and "similarity to the clicked patch" in hover.inner_text()
     page.locator("#best").focus()
     page.keyboard.press("ArrowDown")
     wait(page, "view.row === 1 && patches.PACL")

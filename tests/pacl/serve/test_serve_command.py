@@ -47,7 +47,7 @@ def test_what_cannot_begin_is_one_line(untrained, server, capsys):
         ([*checkpoint, "--port", str(server.server_port)], "in use"),
         ([*checkpoint, "--port", "99999"], "port"),
         ([*checkpoint, "--stride", "3"], "stride: got 3"),
-        ([*checkpoint, "--examples", str(untrained / "clip")], "images: none in"),
+        ([*checkpoint, "--examples", str(untrained / "clip")], "images: got none in"),
         (["--model", "ViT-B-32"], "pretrained: got none for ViT-B-32"),
     ):
         assert main(["serve", *flags]) == 1

@@ -24,9 +24,9 @@ torch.set_num_threads(1)
         ({"X-Token": "wrong"}, "token: expected"),
         ({"X-Token": None}, "token: expected"),
         ({"X-Token": "\xe9"}, "token: expected"),
-        ({"Host": "evil.example"}, "Host: expected"),
-        ({"Host": "127.0.0.1.evil.example:80"}, "Host: expected"),
-        ({"Host": ""}, "Host: expected"),
+        ({"Host": "evil.example"}, "Host: got 'evil.example', expected"),
+        ({"Host": "127.0.0.1.evil.example:80"}, "Host: got '127.0.0.1.evil.example:80', expected"),
+        ({"Host": ""}, "Host: got '', expected"),
         ({"Origin": "http://evil.example"}, "Origin: expected"),
         ({"Origin": "null"}, "Origin: expected"),
         ({"Origin": "http://127.0.0.1:1"}, "Origin: expected"),
@@ -117,10 +117,10 @@ def gif() -> bytes:
     [
         (bomb(), "900000000|30000 x 30000 pixels, more than 8,000|exceeds limit"),
         (encode(picture(0, 100, 100), "PNG"), "100 x 100 pixels, more than 8,000"),
-        (b"no image", "image: not one of JPEG, PNG, WEBP"),
-        (b"", "image: not one of JPEG, PNG, WEBP"),
-        (gif(), "image: not one of JPEG, PNG, WEBP"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n", "image: not one of JPEG, PNG, WEBP"),
+        (b"no image", "image: got an unknown format, expected JPEG, PNG, WEBP"),
+        (b"", "image: got an unknown format, expected JPEG, PNG, WEBP"),
+        (gif(), "image: got an unknown format, expected JPEG, PNG, WEBP"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n", "image: got an unknown format, expected JPEG, PNG, WEBP"),
         (encode(picture(2, 40, 40), "PNG")[:700], "image: "),
     ],
 )
@@ -134,8 +134,8 @@ def test_what_is_no_image(server, viewer, data, message):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"words": "dog"}, "words: expected a list of strings"),
-        ({"words": [1]}, "words: expected a list of strings"),
+        ({"words": "dog"}, "words: got str, expected a list of strings"),
+        ({"words": [1]}, "words: got [1], expected a list of strings"),
         ({"words": []}, "words: got 0, expected 1 to 64"),
         ({"words": ["  "]}, "words: got 1, expected 1 to 64, each of 1 to 200 letters"),
         ({"words": ["x"] * 65}, "words: got 65"),
@@ -155,13 +155,13 @@ def test_bad_requests_are_one_sentence(server, change, message):
 
 def test_bodies_that_are_no_request(server):
     for body, message in (
-        (b"", "body: not JSON"),
-        (b"{", "body: not JSON"),
-        (b"\xff", "body: not JSON"),
-        (b"[" * 100_000, "body: not JSON"),
-        (b"[]", "body: expected a JSON object"),
+        (b"", "body: got invalid JSON, expected a JSON object"),
+        (b"{", "body: got invalid JSON, expected a JSON object"),
+        (b"\xff", "body: got invalid JSON, expected a JSON object"),
+        (b"[" * 100_000, "body: got invalid JSON, expected a JSON object"),
+        (b"[]", "body: got a JSON list, expected an object"),
         (b"{}", "body: missing a required argument: 'image'"),
     ):
         assert refused(*post(server, "/api/words", body)) == f"400 {message}"
     for image in ("../../etc/passwd", "0" * 64, 3, None, [1]):
-        assert refused(*post(server, "/api/words", {"image": image, "words": ["a"]})).startswith("404 image: not kept")
+        assert refused(*post(server, "/api/words", {"image": image, "words": ["a"]})).startswith("404 image: got an")
