@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from typing import NamedTuple
 
 import pytest
 import torch
 from filelock import FileLock
+from interpreter import hasten
 
 from pacl_kernels import available_backends
 from pacl_kernels.backends.gpu import hopper
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    hasten()
 
 
 class Target(NamedTuple):
