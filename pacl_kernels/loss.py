@@ -45,7 +45,9 @@ def fused_pacl_loss(
     exchange: Exchange = "auto",
     backend: BackendName = "auto",
 ) -> Tensor:
-    """Return the Patch Aligned Contrastive Learning loss of all B × B pairs, without a `[B, B, N]` tensor. Equals
+    """Return the Patch Aligned Contrastive Learning loss of all B × B pairs, without a `[B, B, N]` tensor.
+
+    It equals
 
     ```python
     p, t = F.normalize(patches, dim=-1), F.normalize(texts, dim=-1)

@@ -66,7 +66,9 @@ def upsample_argmax(
     logit_scale: float | Tensor = 1.0,
     backend: BackendName = "auto",
 ) -> Tensor | tuple[Tensor, ...]:
-    """Return the best class of each pixel, without the `[B, C, H, W]` tensor. Equals, up to rounding,
+    """Return the best class of each pixel, without the `[B, C, H, W]` tensor.
+
+    It equals, up to rounding,
 
     ```python
     x = F.interpolate(scores.float(), size, mode="bilinear", align_corners=align_corners)

@@ -47,8 +47,8 @@ struct Launch {
   Arguments arguments;
 };
 
-// Defined by launch.cu, and for the host by tests/cuda/emulated.cpp. They throw std::runtime_error with CUDA's error
-// text. make_columns and run use the stream and the device of `launch`.
+// Defined by launch.cu, and for the host by tests/kernels/cuda/emulated.cpp. They throw std::runtime_error with CUDA's
+// error text. make_columns and run use the stream and the device of `launch`.
 
 int processors_of(int device);
 

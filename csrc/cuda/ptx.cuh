@@ -1,6 +1,7 @@
 // Instructions of sm_90 that CUDA C++ does not expose, one thin function each.
 //
-// tests/cuda/emulator.h defines the same names for the host, so that the kernels' source runs there without a GPU.
+// tests/kernels/cuda/emulator.h defines the same names for the host, so that the kernels' source runs there without a
+// GPU.
 
 #pragma once
 

@@ -18,7 +18,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 
 class Target(NamedTuple):
-    """Where and in what dtype a backend is tried."""
+    """A backend with the device and the dtype of a test."""
 
     backend: str
     device: str

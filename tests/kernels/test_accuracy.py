@@ -184,7 +184,7 @@ def test_hopper_shapes(cluster, case, dtype, form):
 
 @pytest.fixture(params=[False, True], ids=["triton", "in-memory"])
 def in_memory(request, monkeypatch):
-    """Where the cosine form has its attention in memory: in kernels of Triton, or the backend's own."""
+    """Kernels that keep cosine's attention in memory: Triton's, or the backend's own."""
     monkeypatch.setattr(hopper.settings, "cosine_from_attention", request.param)
 
 

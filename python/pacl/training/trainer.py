@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pacl_kernels import cached_step, fused_pacl_loss
+from pacl_kernels.checks import BackendName
 
 from .config import TrainConfig
 from .optimiser import average_of, learning_rate, parameter_groups
@@ -121,5 +122,5 @@ class Trainer:
             form=config.form,
             loss=config.loss,
             group=self.group,
-            backend=config.backend,
+            backend=cast(BackendName, config.backend),  # the loss checks it
         )

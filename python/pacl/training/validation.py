@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from pacl_kernels import compatibility
+from pacl_kernels.checks import BackendName
 
 from ..data.samples import BadData, Samples, loader, no_image
 from ..evaluate.metrics import IGNORE, Retrieval, ScoreCounts, class_scores
@@ -102,7 +103,7 @@ class Validation:
                 self.texts.to(patches.dtype),
                 attn_temperature=temperature,
                 form=config.form,
-                backend=config.backend,
+                backend=cast(BackendName, config.backend),  # the loss checks it
             )
             if batch["caption"] != self.captions[at : at + len(phi)]:
                 raise ValueError("val_data: got other samples than at the first validation, expected the same ones")
