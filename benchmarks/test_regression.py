@@ -1,4 +1,4 @@
-"""Time the two fused functions at small shapes, to compare commits on one machine:
+"""Time the two fused functions at small shapes, to compare commits on one machine.
 
 pytest benchmarks/test_regression.py --benchmark-autosave
 pytest benchmarks/test_regression.py --benchmark-compare --benchmark-compare-fail=median:10%

@@ -12,7 +12,8 @@ import tyro
 @dataclass(frozen=True)
 class CompareConfig:
     """Show training runs, embedders and results of pacl evaluate side by side, in one HTML page that needs no
-    network."""
+    network.
+    """
 
     entries: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Folders of pacl train or pacl demo, embedder folders, JSON files of pacl evaluate, or folders of such files."""

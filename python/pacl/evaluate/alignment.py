@@ -80,7 +80,8 @@ def alignment(
 @dataclass(frozen=True, kw_only=True)
 class AlignmentOptions(PatchOptions):
     """Measure how well words find patches: classify each patch by the most similar word, among all classes and among
-    the image's own."""
+    the image's own.
+    """
 
     templates: str = "simple"
     """Prompt templates for the words: none, photo, simple, openai, or a file with one per line."""

@@ -76,7 +76,8 @@ def count_hits(counts: Tensor, scores: Tensor, labels: Tensor) -> None:
 @dataclass(frozen=True, kw_only=True)
 class ClassificationOptions(DatasetOptions):
     """Measure zero-shot classification with φ as the score of a class, and with the model's own image embedding: acc1,
-    acc5 and mean per-class recall, as fractions."""
+    acc5 and mean per-class recall, as fractions.
+    """
 
     dataset: str
     """One of imagenet, cifar10, cifar100, food101, caltech101, dtd, eurosat, flowers102, pets, cars, sun397, stl10;

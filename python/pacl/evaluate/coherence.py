@@ -117,7 +117,8 @@ def _lowest(count: int, keys: Tensor, *rows: Tensor) -> list[Tensor]:
 @dataclass(frozen=True, kw_only=True)
 class CoherenceOptions(PatchOptions):
     """Measure whether patches of one class have more similar tokens than other patches: ROC and AUC of the vision
-    tower's tokens and of the checkpoint's embeddings, without any text."""
+    tower's tokens and of the checkpoint's embeddings, without any text.
+    """
 
     patches: int = 20_000
     """Number of patches drawn from the dataset."""

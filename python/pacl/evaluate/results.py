@@ -163,7 +163,8 @@ def aligned(lines: list[list[str]]) -> list[str]:
 @dataclass(frozen=True)
 class TableOptions:
     """Print results side by side. Segmentation: mIoU, in a table per protocol, where * marks a part of the images,
-    # other class names and ! a warning. Other tasks: all measures, in a table per task, dataset and protocol."""
+    # other class names and ! a warning. Other tasks: all measures, in a table per task, dataset and protocol.
+    """
 
     results: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """JSON files written by pacl evaluate."""

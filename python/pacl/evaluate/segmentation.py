@@ -28,7 +28,8 @@ from .specs import Protocol, protocol, spec
 @dataclass(frozen=True, kw_only=True)
 class SegmentationOptions(DatasetOptions):
     """Measure zero-shot segmentation: aAcc, mIoU, mAcc and the IoU of every class, as a table and a JSON file for each
-    dataset."""
+    dataset.
+    """
 
     dataset: tuple[str, ...] = ()
     """One or more of voc21, context60, object81, voc20, cityscapes, context59, ade150, stuff171, stuff27, ade847."""

@@ -84,7 +84,8 @@ class ImagesOptions(SegmenterOptions):
 @dataclass(frozen=True, kw_only=True)
 class LookOptions(ImagesOptions):
     """Show where an image matches words: write an overlay with the best word of every pixel, and one map per word on a
-    fixed colour scale. Print cosines and shares of pixels."""
+    fixed colour scale. Print cosines and shares of pixels.
+    """
 
     scale: Scale = SCALE
     """Cosines of the darkest and the brightest colour."""
@@ -95,7 +96,8 @@ class LookOptions(ImagesOptions):
 @dataclass(frozen=True, kw_only=True)
 class SegmentOptions(ImagesOptions):
     """Segment images zero-shot: write an overlay, a label map (palette PNG) and scores (JSON) per image. Labels number
-    the classes from 0, in their order; with --threshold or --entropy, 0 is background and classes begin at 1."""
+    the classes from 0, in their order; with --threshold or --entropy, 0 is background and classes begin at 1.
+    """
 
     out: Path = Path("pacl-segment")
     """Folder for the results."""
@@ -104,7 +106,8 @@ class SegmentOptions(ImagesOptions):
 @dataclass(frozen=True, kw_only=True)
 class ServeOptions(SegmenterOptions):
     """Serve a page on this machine: drop an image, type words and see where they are, or click a patch to find similar
-    ones; compare PACL with plain CLIP. The page loads nothing from elsewhere; only the printed address opens it."""
+    ones; compare PACL with plain CLIP. The page loads nothing from elsewhere; only the printed address opens it.
+    """
 
     port: int = 8000
     """Port of the page; 0 takes any free one."""
