@@ -115,7 +115,7 @@ def test_drop_type_and_click_in_a_browser(server, viewer, browser):
     assert page.locator("#said").inner_text() == ""
     # A bad image is a sentence, and the view stays.
     page.evaluate(DROP, [base64.b64encode(b"no image").decode(), "x.jpg"])
-    wait(page, "document.getElementById('said').textContent.includes('not one of JPEG')")
+    wait(page, "document.getElementById('said').textContent.includes('expected JPEG')")
     assert page.locator("#views canvas").count() == 2
     assert not [x for x in said if "404" not in x and "400" not in x], said
     assert all(x.startswith((f"http://127.0.0.1:{server.server_port}/", "blob:", "data:")) for x in asked)
