@@ -7,7 +7,7 @@ import pytest
 
 @pytest.fixture
 def write_tar(tmp_path):
-    """Write `members` (name -> bytes) as a .tar of that order; returns its path."""
+    """Return a function that writes `members` (name -> bytes) in their order as a .tar file and returns its path."""
 
     def write(name: str, members: dict[str, bytes]) -> Path:
         path = tmp_path / name
@@ -23,7 +23,7 @@ def write_tar(tmp_path):
 
 @pytest.fixture(scope="session")
 def untrained(tmp_path_factory) -> Path:
-    """To read only: `clip`, an untrained CLIP, and `run/embedder`, an embedder on it."""
+    """Create `clip`, an untrained CLIP, and `run/embedder`, an embedder on it. Tests must not change them."""
     import torch
     from pacl.demo.toy_clip import new_clip, save_clip
     from running import write_embedder
@@ -37,7 +37,7 @@ def untrained(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def run_world(tmp_path_factory) -> Path:
-    """For `pacl train`: three shards of 40 scenes, three of 20 with masks and their classes, an untrained CLIP."""
+    """Create input for `pacl train`: an untrained CLIP, three shards of 40 scenes, three of 20 with masks, classes."""
     import torch
     from pacl.data import scenes
     from pacl.data.scene_shards import write_scenes
@@ -54,7 +54,7 @@ def run_world(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tower_world(tmp_path_factory) -> Path:
-    """An untrained CLIP of the sizes in `small_towers.py`, and 24 scenes."""
+    """Create an untrained CLIP with the sizes in `small_towers.py`, and 24 scenes."""
     import copy
     import json
 

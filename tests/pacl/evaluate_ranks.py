@@ -1,4 +1,4 @@
-"""For test_evaluate_segmentation.py: prints measures of a data set, from this process or all of a group, as JSON."""
+"""Measure a dataset in all processes of a group and print the results as JSON, for test_evaluate_segmentation.py."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from pacl.evaluate.specs import protocol
 
 
 def guess(image, labels):
-    """Labels that depend on the image alone."""
+    """Return labels that depend only on the image."""
     rng = np.random.default_rng(zlib.crc32(image.tobytes()))
     return np.asarray(list(labels), np.int16)[rng.integers(0, len(labels), (image.height, image.width))]
 

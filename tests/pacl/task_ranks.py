@@ -1,6 +1,7 @@
-"""For test_evaluate_shared.py: runs `pacl evaluate` commands, one after the other, in all processes of a group.
+"""Run `pacl evaluate` commands one after the other in all processes of a group, for test_evaluate_shared.py.
 
-In one group: joining anew again and again may hang under torchrun. The commands are JSON on the command line.
+All run in one group, because joining a new group many times may hang under torchrun. The command line gives the
+commands as JSON.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""patch_tokens takes the tensor that it says, from towers with random weights, computed once more by hand."""
+"""`patch_tokens` takes the documented tensor from towers with random weights; tests compute it again by hand."""
 
 import open_clip
 import pytest
@@ -12,7 +12,7 @@ torch.set_num_threads(1)
 
 
 def randomise(model: nn.Module) -> nn.Module:
-    """Gains, biases and statistics that are not 1 and 0, so that a norm left out or taken twice is seen."""
+    """Draw gains, biases and statistics other than 1 and 0, so that a missing or doubled norm changes the result."""
     torch.manual_seed(1)
     for name, x in [*model.named_parameters(), *model.named_buffers()]:
         if x.is_floating_point() and x.ndim == 1 and "rope" not in name:
@@ -38,12 +38,12 @@ def test_native_tower():
     visual = tower(patch_size=8, head_width=32, output_tokens=True)
     tokens = patch_tokens(visual, IMAGES)
     assert tokens.shape == (2, 16, 64) and not tokens.requires_grad
-    pooled, expected = visual(IMAGES)  # open_clip's own patch tokens: after ln_post, before proj
+    pooled, expected = visual(IMAGES)  # open_clip's patch tokens: after ln_post, before proj
     torch.testing.assert_close(tokens, expected)
     assert pooled.shape == (2, 24)
 
 
-# A class token, DINOv2's registers, no prefix and an attention pooler, the norm behind the pooling.
+# These have a class token, DINOv2's registers, no prefix but an attention pooler, or the norm after the pooling.
 @pytest.mark.parametrize(
     "name, options, prefix, patches",
     [
@@ -87,7 +87,7 @@ def test_timm_families_with_rotary_or_relative_positions(name, prefix, width):
 
 
 def by_hand(features: torch.Tensor, norm: nn.Module | None = None) -> torch.Tensor:
-    """[B, C, h, w] to tokens, one position after the other."""
+    """Convert features [B, C, h, w] to tokens [B, h w, C], one position after the other."""
     tokens = torch.stack([features[:, :, i, j] for i in range(features.shape[2]) for j in range(features.shape[3])], 1)
     if norm is not None:
         tokens = nn.functional.layer_norm(tokens, tokens.shape[-1:], norm.weight, norm.bias, norm.eps)
@@ -105,7 +105,7 @@ def test_convnext(head_norm_first):
     tokens = patch_tokens(visual, images)
     assert tokens.shape == (2, 6, visual.num_features)
     torch.testing.assert_close(tokens, by_hand(x, norm))
-    if not head_norm_first:  # what the model pools and norms is the mean of these features
+    if not head_norm_first:  # the model pools these features, then applies the norm
         pooled = nn.functional.layer_norm(x.mean((2, 3)), x.shape[1:2], norm.weight, norm.bias, norm.eps)
         torch.testing.assert_close(visual.head(x, pre_logits=True), pooled)
 
@@ -154,7 +154,7 @@ def test_a_timm_model_inside_open_clip_is_its_trunk(name, width):
     ids=["native", "timm", "convnext"],
 )
 def test_position_matters_row_by_row(visual):
-    """Changing one patch of the picture changes the token of its place most."""
+    """Changing one patch of the image changes the token at its position most."""
     size = 128 if type(visual).__name__ == "ConvNeXt" else 32
     images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
     changed = images.clone()

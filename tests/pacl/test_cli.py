@@ -1,4 +1,4 @@
-"""The `pacl` command line: what it lists, and that spellings of options keep their meaning."""
+"""The `pacl` command line lists its commands, and every spelling of an option keeps its meaning."""
 
 import json
 import subprocess
@@ -79,7 +79,7 @@ def test_help_of_tasks_names_all_options(task, capsys):
 
 
 def test_all_options_of_segment(photo, untrained, tmp_path):
-    """Values behind a blank or =, hyphens or underscores, negative numbers, options on both sides of the images."""
+    """Options take blanks or =, hyphens or underscores and negative numbers, and stand before or after the images."""
     checkpoint = str(untrained / "run/embedder")
     flags = ["--words", "dog,red ball", "--templates=none", "--stride", "2", "--short_side", "72", "--window=64"]
     flags += ["--window-stride", "8", "--threshold", "-0.5", "--entropy=1.5", "--logit_scale=50", "--device", "cpu"]

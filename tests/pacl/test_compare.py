@@ -1,4 +1,4 @@
-"""`pacl compare` on two small runs of `pacl train`, results of `pacl evaluate`, and what is missing or broken."""
+"""`pacl compare` on two small runs of `pacl train`, on results of `pacl evaluate`, and on missing or broken input."""
 
 import json
 import shutil
@@ -27,7 +27,7 @@ BAD = "<script>alert(1)<script>"  # a slash cannot be in a folder's name
 
 @pytest.fixture(scope="module")
 def world(run_world, tmp_path_factory) -> Path:
-    """Runs `one`, and BAD with another temperature and loss; results of both; images."""
+    """Create runs `one` and BAD, with different temperatures and learning rates, results of both, and images."""
     folder = tmp_path_factory.mktemp("compare")
     validation = {
         "val_data": run_world / "scenes/eval-000.tar",
@@ -65,7 +65,7 @@ def compare(*words) -> int:
 
 @pytest.fixture(scope="module")
 def page(world):
-    """A page of everything at once."""
+    """Create a page that compares runs, results and images."""
     words = "dog,<script>alert(2)</script>,a & \"b\" 'c'"
     pictures = ["--images", world / "images", "--words", words, "--templates", "none", "--stride", "2"]
     out = world / "new/compare.html"
@@ -75,7 +75,7 @@ def page(world):
 
 
 def table_with(page, head: str) -> dict[str, list[str]]:
-    """The table with such a column, as rows by their first cell."""
+    """Return the table whose first row contains `head`, as rows by their first cell."""
     (rows,) = [rows for rows in page.tables.values() if any(head in x for x in rows[0])]
     return {row[0]: row[1:] for row in rows}
 
@@ -113,7 +113,7 @@ def test_curves(page):
     titles = ("training loss", "validation loss", "image to text R@1", "text to image R@1", "mIoU", "patch accuracy")
     assert {f"{x} by step" for x in titles} <= set(page.images)
     plots = [np.asarray(page.images[f"{x} by step"].convert("RGB")) for x in titles[:2]]
-    for plot in plots:  # both runs have their colour
+    for plot in plots:  # each run has a colour
         for colour in ((31, 119, 180), (255, 127, 14)):
             assert (plot == colour).all(-1).sum() > 100
 
@@ -152,7 +152,7 @@ def test_segmentations_are_the_embedders(world, page):
 
 
 def test_embedder_folders_and_result_files(world, tmp_path, capsys):
-    """A folder that was copied alone knows no settings; two results of one thing by one name are told apart."""
+    """An embedder's folder alone has no settings to compare. Two results of the same name are told apart by path."""
     shutil.copytree(world / "logs/one/embedder", tmp_path / "copied")
     (first,) = (world / "results").glob("voc20_clip_one_small.json")
     row = json.loads(first.read_text())

@@ -1,4 +1,4 @@
-"""Two hundred steps of the demo's training with every backend follow those with the reference."""
+"""Two hundred training steps of the demo with any backend follow those with the reference."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ STEPS = 200
 
 @pytest.fixture(scope="module")
 def features(tmp_path_factory):
-    """Tokens and texts of a frozen, untrained CLIP."""
-    torch.set_num_threads(1)  # two collapse when another process holds one of two cores
+    """Compute tokens and texts with a frozen, untrained CLIP."""
+    torch.set_num_threads(1)  # two threads are far slower when another process holds one of two cores
     torch.manual_seed(0)
     shards = write_scenes(tmp_path_factory.mktemp("scenes"), "train", 96, seed=0, pairs=scenes.SEEN)
     return frozen_features(freeze(new_clip()), shards, 96)

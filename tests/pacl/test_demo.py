@@ -1,4 +1,4 @@
-"""The whole demo on a tiny setting: every file, the same numbers twice, and what an interrupt leaves."""
+"""The whole demo at a tiny size: its files, the same numbers from the same seed, and the state after an interrupt."""
 
 import dataclasses
 import itertools
@@ -44,7 +44,7 @@ SCENES = QUICK["eval_scenes"]
 
 def start(out: Path, *options: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "pacl", "demo", "--quick", "--out", str(out), *options]
-    # A test run in the background ignores Ctrl-C, and its children would inherit that.
+    # Tests started in the background ignore Ctrl-C, which their children would inherit.
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -54,7 +54,7 @@ def start(out: Path, *options: str) -> subprocess.Popen:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> tuple[Path, str]:
-    """With --full; test_same_seed_same_numbers compares with a demo without."""
+    """Run the demo with --full. test_same_seed_same_numbers compares it with a demo without that option."""
     out = tmp_path_factory.mktemp("demo") / "new" / "folder"
     process = start(out, "--full")
     printed, errors = process.communicate(timeout=600)
@@ -112,7 +112,7 @@ def test_saved_clip_opens_in_open_clip(finished):
 
 
 def test_saved_embedder(finished, tmp_path):
-    """It finds its CLIP after the whole folder has been moved."""
+    """The embedder finds its CLIP after the whole folder has moved."""
     shutil.copytree(finished[0], tmp_path / "moved", ignore=shutil.ignore_patterns("scenes"))
     towers, embedder = load_pacl(tmp_path / "moved/embedder")
     assert towers.names["model"] == f"local-dir:{tmp_path / 'moved/embedder/../clip'}"
@@ -210,7 +210,7 @@ def test_pictures_of_the_page(page):
 
 
 def test_one_shape_scenes_and_their_accuracy(finished, full):
-    """Counted one by one, with open_clip's own model."""
+    """The accuracy equals a count over single images with open_clip's own model."""
     model = open_clip.create_model(f"local-dir:{finished[0] / 'clip'}").eval()
     scenes = one_shape_scenes(lambda image: normalise(pil_to_tensor(image)), 2, 0)
     assert [label for _, label in scenes] == [label for label in range(18) for _ in range(2)]
@@ -222,7 +222,7 @@ def test_one_shape_scenes_and_their_accuracy(finished, full):
     assert found["images"] == 36 and found["clip"]["all"] == pytest.approx(hits.double().mean().item())
     held_out = torch.tensor([label in HELD_OUT_LABELS for _, label in scenes])
     assert found["clip"]["held_out"] == pytest.approx(hits[held_out].double().mean().item())
-    # Every image is of its pair: the colour is there, and no other shape's.
+    # Every image shows its own pair: its colour covers more pixels than any other.
     for image, label in scenes[::2]:
         pixels = (image * 0.27 + 0.45).permute(1, 2, 0)  # about 0 to 1
         colours = {name: torch.tensor(rgb) / 255 for name, rgb in COLOURS.items()}
@@ -263,7 +263,7 @@ def test_the_control_scores_as_it_was_trained():
 
 @pytest.mark.parametrize("what", ["clip", "mean_pooling"])
 def test_the_loop_s_losses_are_open_clip_s(what):
-    """A CLIP is PACL with one patch, and mean pooling PACL at a high temperature: losses and gradients are theirs."""
+    """PACL with one patch has the loss and gradients of CLIP, and PACL at a high temperature those of mean pooling."""
     torch.manual_seed(0)
     tokens, texts = torch.randn(8, 5, 16), F.normalize(torch.randn(8, 32), dim=-1)
     if what == "clip":
@@ -294,7 +294,7 @@ def test_without_matplotlib_the_page_says_so(full, monkeypatch):
 
 
 def interrupt(process: subprocess.Popen, at: str) -> str:
-    """Send Ctrl-C when a progress line starts with `at`; returns what the demo printed."""
+    """Send Ctrl-C when a progress line starts with `at`, and return the demo's output."""
     for line in process.stderr:
         if line.startswith(at):
             process.send_signal(signal.SIGINT)

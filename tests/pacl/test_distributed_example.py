@@ -1,4 +1,4 @@
-"""`examples/distributed.py`: two processes train the demo's embedder with the losses of one."""
+"""`examples/distributed.py` trains the demo's embedder in two processes with the same losses as in one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "distributed.py"
 
 @pytest.fixture
 def demo(tmp_path) -> Path:
-    """The folder that the demo leaves, with an untrained CLIP."""
+    """Create a folder like the demo's, with an untrained CLIP."""
     torch.manual_seed(0)
     save_clip(new_clip(), tmp_path / "clip")
     write_scenes(tmp_path / "scenes", "train", 48, seed=0, pairs=scenes.SEEN)

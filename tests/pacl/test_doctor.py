@@ -1,4 +1,4 @@
-"""`pacl doctor` tells what is there and whether it computes what it should."""
+"""`pacl doctor` lists what this machine has and checks that each backend computes the right result."""
 
 import json
 from types import SimpleNamespace
@@ -12,14 +12,14 @@ from pacl_kernels import available_backends, backends
 
 
 def backend(**changes):
-    """The `torch` backend with other functions in the places of some of its own."""
+    """Return the `torch` backend with some of its functions replaced."""
     own = backends.get("torch")
     return SimpleNamespace(**vars(own) | changes)
 
 
 @pytest.fixture
 def doctor_with(monkeypatch, capsys):
-    """(backend) -> exit status, JSON and text of a doctor that finds it in the place of `torch`."""
+    """Return a function that runs the doctor with another backend named `torch`: exit status, JSON, line of text."""
 
     def run(module):
         monkeypatch.setitem(backends._BACKENDS, "torch", module)
@@ -73,7 +73,7 @@ def test_an_answer_that_is_not_finite_is_a_failure_in_valid_json(doctor_with):
 
 
 def test_a_backend_is_tried_in_a_dtype_that_it_takes(doctor_with):
-    """`cuda` takes 16 bits alone; its error is judged by what their rounding allows."""
+    """A 16-bit backend such as `cuda` is tried in 16 bits, with the tolerance of their rounding."""
 
     def why_not(device=None, dtype=None):
         return None if dtype in (None, torch.bfloat16) else "it takes bfloat16"

@@ -1,4 +1,4 @@
-"""Towers.embed: texts without the padding that no tower sees, and whole where it is seen."""
+"""`Towers.embed` cuts padding that the tower cannot see, and keeps it for towers that can."""
 
 import open_clip
 import pytest
@@ -15,17 +15,17 @@ EOS, PAD = 99, 1
 
 
 def small_tower(name):
-    """The text tower of an open_clip model, in all but its sizes, float64."""
+    """Return the text tower of an open_clip model in float64, with smaller sizes."""
     torch.manual_seed(0)
     ends = {"eos_id": EOS, "pad_id": PAD}
     tower = _build_text_tower(16, CONFIGS[name] | SMALL | (ends if "eos_id" in CONFIGS[name] else {}))
     with torch.no_grad():
-        tower.positional_embedding.mul_(50)  # so that places matter
+        tower.positional_embedding.mul_(50)  # so that positions matter
     return tower.double().eval().requires_grad_(False)
 
 
 def towers_of(text):
-    """Texts are numbers of the vocabulary; each ends with EOS and is padded."""
+    """Return towers whose texts are numbers of the vocabulary; each text gets an EOS at its end, and padding."""
 
     def tokenize(texts):
         ids = torch.full((len(texts), SMALL["context_length"]), PAD)
@@ -62,7 +62,7 @@ def test_every_text_tower_of_open_clip(name):
     causal = not CONFIGS[name].get("no_causal_mask") and not CONFIGS[name].get("embed_cls")
     expected = (ids == EOS).int().argmax(1) + 1 if causal else torch.full((40,), 24)
     assert torch.equal(read_lengths(text, ids), expected)
-    # A tower that is not cut would be another one if it were.
+    # For a tower that sees the padding, cutting it would change the result.
     if CONFIGS[name].get("no_causal_mask"):
         text.pool_type = "first"
         assert (encode_text(text, ids) - encode_text(text, ids[:, :15])).abs().max() > 1e-3
@@ -91,12 +91,12 @@ def test_a_text_that_fills_the_context_and_one_tower_of_another_kind():
     full = [" ".join(["7"] * 23), "3"]
     assert read_lengths(text, towers.tokenize(full)).tolist() == [24, 2]
     torch.testing.assert_close(towers.embed(full), encode_text(text, towers.tokenize(full)).float(), rtol=0, atol=1e-7)
-    other = nn.Sequential(nn.Embedding(100, 8), nn.Flatten())  # whatever it is, it sees all
+    other = nn.Sequential(nn.Embedding(100, 8), nn.Flatten())  # an unknown tower may see all positions
     assert read_lengths(other, towers.tokenize(full)).tolist() == [24, 24]
 
 
 def test_class_texts_of_a_real_tower():
-    """Words of every length, 80 sentences each, by CLIP's own tokenizer."""
+    """Words of any length are embedded as in 80 whole sentences each, with CLIP's own tokenizer."""
     torch.manual_seed(0)
     text = _build_text_tower(64, CONFIGS["ViT-B-16"] | {"width": 64, "heads": 2, "layers": 2}).double().eval()
     towers = Towers(nn.Identity(), text, None, open_clip.get_tokenizer("ViT-B-16"), {})

@@ -27,7 +27,7 @@ def test_residual_formula():
 @pytest.mark.parametrize("through_the_mixin", [False, True])
 def test_save_and_load(through_the_mixin, tmp_path, capsys):
     embedder = VisionEmbedder(6, 4, towers=TOWERS, training={"steps": 7})
-    for _ in range(2):  # over what is there
+    for _ in range(2):  # the second save overwrites the first
         embedder.save_pretrained(tmp_path / "e") if through_the_mixin else save_embedder(embedder, tmp_path / "e")
     again = VisionEmbedder.from_pretrained(tmp_path / "e")
     tokens = torch.randn(2, 6)
@@ -53,7 +53,7 @@ def test_form_and_temperature_are_kept(tmp_path):
 
 
 def test_embedders_of_earlier_versions_load(tmp_path):
-    """They have form and temperature among their notes on the training."""
+    """An embedder that keeps form and temperature in its training notes still loads."""
     save_embedder(VisionEmbedder(6, 4), tmp_path, TOWERS)
     notes = {"form": "dot", "loss": "infonce", "attn_temperature": 0.2, "steps": 7}
     config = {"in_dim": 6, "out_dim": 4, "hidden_dim": 4, "towers": TOWERS, "training": notes}

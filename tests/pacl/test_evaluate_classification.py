@@ -1,4 +1,4 @@
-"""`pacl evaluate classification` on small copies of the layouts, against the plain formula and torchmetrics."""
+"""`pacl evaluate classification` on small copies of the layouts agrees with the plain formula and torchmetrics."""
 
 import io
 import json
@@ -89,7 +89,7 @@ def test_torchvision_s_layouts(write, tmp_path):
         Labelled(name, tmp_path)
     data = Labelled(name, tmp_path, partial=True)
     data.transform = np.asarray
-    data = pickle.loads(pickle.dumps(data))  # as worker processes get it
+    data = pickle.loads(pickle.dumps(data))  # as for a worker process
     assert [each[0] for each in data.synonyms] == LAYOUTS[write]
     assert sorted(label for _, label in data) == [0, 1] and data[0][0].shape == (8, 8, 3)
 
@@ -159,7 +159,7 @@ NAMES = ["red_square", "blue circle", "cat", "dog", "grass", "sky"]
 
 @pytest.fixture(scope="module")
 def world(untrained, tmp_path_factory):
-    """An embedder on the untrained CLIP, and 30 pictures of six classes, as folders and as clip-benchmark's tars."""
+    """Create an embedder on the untrained CLIP, and 30 images of six classes as folders and clip-benchmark's tars."""
     folder = tmp_path_factory.mktemp("classification")
     torch.manual_seed(0)
     write_embedder(folder / "run/embedder", untrained / "clip", form="max", attn_temperature=1.0)
@@ -183,7 +183,7 @@ def world(untrained, tmp_path_factory):
 
 
 def expected(folder, pictures, names, sentences):
-    """Accuracies by the whole matrices; names: of each class, a list of synonyms."""
+    """Compute the accuracies from the whole score matrices. `names` has a list of synonyms for each class."""
     towers, embedder = load_pacl(folder / "run/embedder")
     labels = torch.tensor([label for label, _ in pictures])
     with torch.no_grad():
@@ -211,7 +211,7 @@ def test_command_on_tar_files_and_folders(world, tmp_path, capsys):
     folder, pictures = world
     model = ["--checkpoint", folder / "run/embedder", "--out", tmp_path, "--batch-size", "7", "--workers", "0"]
     for name, place in (("wds", "wds"), ("folder", "images")):
-        pickle.dumps(Labelled(name, folder / place))  # for worker processes
+        pickle.dumps(Labelled(name, folder / place))  # worker processes need it
     words = ["evaluate", "classification", "--dataset", "wds", "--data-root", folder / "wds", *model]
     assert main([str(x) for x in words]) == 0
     names = [[name.replace("_", " ")] for name in NAMES]
@@ -222,7 +222,7 @@ def test_command_on_tar_files_and_folders(world, tmp_path, capsys):
         assert row["protocol"]["templates"] == ["a {}.", "the {}."]
         assert f"wds classification {kind}: acc1 {metrics['acc1']:.4f}" in capsys.readouterr().out or kind == "plain"
 
-    # The same pictures in folders, with synonyms and the templates that are the default.
+    # The same images in folders, with synonyms and the default templates.
     (tmp_path / "classes.txt").write_text("red square, crimson box\nblue circle\ncat, kitten, tabby\ndog\ngrass\nsky\n")
     words = ["evaluate", "classification", "--dataset", "folder", "--data-root", folder / "images", *model]
     assert main([str(x) for x in [*words, "--class-file", tmp_path / "classes.txt", "--no-plain"]]) == 0
@@ -268,6 +268,6 @@ def test_a_damaged_image_is_one_line(untrained, workers, tmp_path, capsys):
 
 
 def test_names():
-    assert open_clip.IMAGENET_CLASSNAMES[421] == "baluster / handrail"  # stays, unlike names of folders
+    assert open_clip.IMAGENET_CLASSNAMES[421] == "baluster / handrail"  # keeps its underscore, unlike a folder's name
     assert [spoken("forest/broadleaf_x"), spoken("Ram C/V, 2012")] == ["forest broadleaf x", "Ram C V 2012"]
     assert spoken("HerbaceousVegetation", "eurosat") == "herbaceous vegetation"

@@ -1,4 +1,4 @@
-"""`pacl evaluate` with a small CLIP: what it writes and prints, and that its labels are the segmenter's."""
+"""`pacl evaluate` with a small CLIP: its files, its output, and labels equal to the segmenter's."""
 
 import dataclasses
 import json
@@ -23,7 +23,7 @@ NAMED = dict(zip(IDS, LAYOUTS, strict=True))
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """Miniature Pascal VOC and ADE20K, and a protocol that fits the untrained CLIP."""
+    """Create a miniature Pascal VOC and ADE20K, and a protocol that fits the untrained CLIP."""
     folder = tmp_path_factory.mktemp("world")
     write(folder / "data", NAMED["voc21 {}.png"])
     write(folder / "data", NAMED["ade150 {}.png"])
@@ -141,14 +141,14 @@ def test_labels_are_the_segmenter_s(world, towers):
     assert torch.equal(SegmenterPredictor(towers, None, data, rules)(image, range(21)), expected)
     assert len(expected.unique()) > 1
 
-    # Some classes alone compete: the best of those.
+    # With candidates "present", only the given classes compete.
     few = [2, 7, 20]
     present = dataclasses.replace(rules, candidates="present")
     expected = segmenter.labels(image, segmenter.texts([data.classes[k] for k in few], ["a {}.", "the {}."]))
     found = SegmenterPredictor(towers, None, data, present)(image, few)
     assert torch.equal(found, torch.tensor(few, dtype=torch.int16)[expected.long()])
 
-    # With a threshold "background" is no word, and what is below is label 0.
+    # With a threshold, "background" is not a word: pixels below the threshold get label 0.
     dense = segmenter.dense(image)
     words = segmenter.texts(data.classes[1:], ["a {}.", "the {}."])
     best = dense.labels(words).best
@@ -160,7 +160,7 @@ def test_labels_are_the_segmenter_s(world, towers):
     entropy = {"rule": "entropy", "value": 2.99, "logit_scale": 10.0}
     found = SegmenterPredictor(towers, None, data, dataclasses.replace(rules, background=entropy))(image, range(21))
     assert torch.equal(found, dense.labels(words, entropy=2.99, logit_scale=10.0).labels)
-    # Where there is no background, the rule does nothing.
+    # In a dataset without a background class the rule has no effect.
     plain = SegmentationData("voc20", world / "data", partial=True)
     found = SegmenterPredictor(towers, None, plain, dataclasses.replace(rules, background=entropy))(image, range(20))
     assert torch.equal(found, segmenter.labels(image, words))

@@ -1,4 +1,4 @@
-"""Data sets from small copies of their layouts."""
+"""Datasets are read from small copies of their layouts."""
 
 import json
 import re
@@ -26,7 +26,7 @@ def test_every_layout_gives_the_official_names(layout, tmp_path):
     truth = write(tmp_path / "data", layout)
     hidden = tmp_path / "data" / folder / layout[2].format(names[0])
     (hidden.parent / f"._{hidden.name}").write_bytes(b"left by an archive")
-    for root in {tmp_path / "data", tmp_path / "data" / folder}:  # the folder above, and the data set's own
+    for root in {tmp_path / "data", tmp_path / "data" / folder}:  # the parent folder and the dataset's own
         data = load(name, root)
         assert data.names == sorted(names) and data.missing == []
         assert data.layout == masks.replace("{}", "*/*" if name == "cityscapes" else "*")
@@ -48,10 +48,10 @@ def test_class_lists():
         classes = spec(name).classes
         assert len(set(classes)) == len(classes) and all(x == x.strip() for x in classes)
         assert spec(name).background == (classes[:1] == ("background",))
-        for masks in spec(name).masks:  # every label has a value and none has two
+        for masks in spec(name).masks:  # every label has a value
             labels = np.unique(masks.table[masks.table >= 0]).tolist()
             assert labels == list(range(counts[name]))
-    # COCO's 11 numbers that no image has are the only gaps between 0 and 181.
+    # The only gaps between 0 and 181 are COCO's 11 unused numbers.
     raw = next(x.table for x in spec("stuff171").masks if x.path == "annotations/val2017/*.png")
     assert [v for v in range(182) if raw[v] < 0] == [11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90]
 
@@ -127,7 +127,7 @@ def test_a_list_that_leaves_its_folder_is_refused(tmp_path):
 
 def test_labels_of_another_layout_are_refused_by_name(tmp_path):
     layout = NAMED["cityscapes {}_gtFine_labelTrainIds.png"]
-    write(tmp_path, layout, values=[7, 8, 26, 33])  # labelIds under the other name
+    write(tmp_path, layout, values=[7, 8, 26, 33])  # labelIds under the name of the trainIds
     data = SegmentationData("cityscapes", tmp_path, partial=True)
     with pytest.raises(
         ValueError, match=r"has the values 26, 33, which .*like those of gtFine/val/\*/\*_gtFine_labelIds"
@@ -163,7 +163,7 @@ def test_limit_and_class_file(tmp_path):
     class_file.write_text("person, human\n" + "".join(f"word {k}\n" for k in range(170)))
     data = SegmentationData("stuff171", tmp_path, class_file=class_file, partial=True)
     assert data.synonyms[0] == ["person", "human"]
-    assert data.classes[1] == "bicycle"  # results keep the official names
+    assert data.classes[1] == "bicycle"  # results use the official names
     assert data.class_hash != fingerprint([[name] for name in data.classes])
     class_file.write_text("person\n\nbicycle\n")
     with pytest.raises(ValueError, match="line 2 is empty"):
@@ -230,7 +230,7 @@ def test_check_counts_labels_and_draws(tmp_path):
     assert found.problems == [f"3 images, expected 1449: from {spec('voc21').source}"]
     assert "person" in found.text() and "problem: 3 images" in found.text()
     with Image.open(picture) as image:
-        assert image.height > max(len(x) for x in truth.values())  # names below
+        assert image.height > max(len(x) for x in truth.values())  # room for the names below
 
 
 def test_check_lists_what_is_damaged(tmp_path):
@@ -261,7 +261,7 @@ def test_check_finds_shifted_labels(layout, values, message, tmp_path):
 
 
 def test_check_of_a_whole_set_misses_the_last_class(tmp_path):
-    """VOC's labels one too low are values that it has: only that none is the last says so."""
+    """VOC's labels stay valid when they are one too low; only the missing last class reveals the error."""
     folder = tmp_path / "VOC2012"
     names = [f"2007_{i:06d}" for i in range(1449)]
     image, low = Image.new("RGB", (6, 4)), mask(np.arange(24).reshape(4, 6).clip(0, 19), "P")

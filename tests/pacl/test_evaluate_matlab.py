@@ -1,4 +1,4 @@
-"""Pascal Context's own files: a label map of 459 labels per image, in Matlab's format."""
+"""Pascal Context is read from its original files: one label map of 459 labels per image, in Matlab's format."""
 
 import numpy as np
 import pytest
@@ -10,8 +10,8 @@ from PIL import Image
 
 io = pytest.importorskip("scipy.io")
 
-# Of the 459 lines of labels.txt those that 59_labels.txt has too; "diningtable", "bedcloth" and "clothes" there are
-# table, bedclothes and cloth.
+# The lines of labels.txt (459 in all) that 59_labels.txt has too. Its "diningtable", "bedcloth" and "clothes" are
+# "table", "bedclothes" and "cloth" here.
 OFFICIAL = {
     "aeroplane": 2, "bag": 9, "bed": 18, "bedclothes": 19, "bench": 22, "bicycle": 23, "bird": 25, "boat": 31,
     "book": 33, "bottle": 34, "building": 44, "bus": 45, "cabinet": 46, "car": 59, "cat": 65, "ceiling": 68,
@@ -27,7 +27,7 @@ OTHERS = {0: None, 1: "accordion", 431: "unknown", 459: "wool"}
 
 @pytest.fixture
 def root(tmp_path):
-    """VOC2010 with trainval.tar.gz unpacked in it; `truth` has what was written. A fourth image is of another split."""
+    """Create VOC2010 with trainval.tar.gz unpacked; `truth` has its label maps. A fourth image is in another split."""
     rng, base = np.random.default_rng(0), tmp_path / "VOCdevkit/VOC2010"
     (base / "trainval").mkdir(parents=True)
     truth = {}

@@ -1,4 +1,4 @@
-"""Measures against numbers worked out by hand."""
+"""The metrics equal numbers worked out by hand."""
 
 import math
 
@@ -10,7 +10,8 @@ from pacl.evaluate.metrics import IGNORE, ConfusionMatrix, class_scores, label_m
 def test_confusion_matrix_by_hand():
     matrix = ConfusionMatrix(4)
     matrix.update(torch.tensor([[0, 0, 1], [1, IGNORE, 2]]), torch.tensor([[0, 1, 1], [1, 3, 0]]))
-    # IoU by hand: class 0 has 1 hit, 2 true, 2 predicted; class 1 has 2, 2, 3; class 2 has 0 of 1; 3 is ignored.
+    # IoU by hand: class 0 has 1 hit, 2 true and 2 predicted pixels; class 1 has 2, 2, 3; class 2 hits 0 of 1; class 3
+    # is only predicted for an ignored pixel.
     assert matrix.counts.tolist() == [[1, 1, 0, 0], [0, 2, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]]
     iou = matrix.iou().tolist()
     assert iou[:3] == pytest.approx([1 / 3, 2 / 3, 0])
@@ -33,7 +34,7 @@ def test_confusion_matrix_streams():
         parts.update(truth[i : i + 2], predicted[i : i + 2])
     assert torch.equal(whole.counts, parts.counts)
     assert whole.counts.sum() == (truth != IGNORE).sum()
-    for label in range(5):  # the definition, on sets of pixels
+    for label in range(5):  # the definition of IoU on sets of pixels
         a, b = (truth == label), (predicted == label) & (truth != IGNORE)
         assert whole.iou()[label] == pytest.approx(((a & b).sum() / (a | b).sum()).item())
 
@@ -57,7 +58,7 @@ def test_patch_shares_and_labels():
 
 def test_segmentation_finds_the_matching_text():
     texts = torch.eye(3)
-    patches = torch.tensor([[[5.0, 0.1, 0], [0, 0.01, 0], [0, 0, 2.0], [1.0, 0, 0]]])  # lengths must not matter
+    patches = torch.tensor([[[5.0, 0.1, 0], [0, 0.01, 0], [0, 0, 2.0], [1.0, 0, 0]]])  # of any norm
     scores = class_scores(patches, texts)
     assert scores.shape == (1, 3, 2, 2)
     assert scores.argmax(1).tolist() == [[[0, 1], [2, 0]]]

@@ -1,4 +1,4 @@
-"""`pacl evaluate alignment` and `coherence`: against patches counted one at a time, and torchmetrics' AUC."""
+"""`pacl evaluate alignment` and `coherence` agree with a count of single patches and with torchmetrics' AUC."""
 
 import itertools
 import json
@@ -30,7 +30,7 @@ NAMES = [f"2007_{i:06d}" for i in range(6)]
 
 @pytest.fixture(scope="module")
 def world(untrained, tmp_path_factory):
-    """An embedder on the untrained CLIP, and Pascal VOC of six images: blocks of classes, each of its own colour."""
+    """Create an embedder on the untrained CLIP, and six images of Pascal VOC: blocks of classes, each in its colour."""
     folder = tmp_path_factory.mktemp("patches")
     torch.manual_seed(0)
     write_embedder(folder / "run/embedder", untrained / "clip")
@@ -50,7 +50,7 @@ def world(untrained, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def truth(world):
-    """True label of every 8 x 8 patch of each image by counting its pixels (voc21's labels), and the image's labels."""
+    """Return for each image the true voc21 label of every 8 x 8 patch, by counting pixels, and the image's labels."""
     found = []
     for name in NAMES:
         values = np.asarray(Image.open(world / f"VOCdevkit/VOC2012/SegmentationClass/{name}.png"))
@@ -67,7 +67,7 @@ def truth(world):
 
 @pytest.fixture(scope="module")
 def embedded(world):
-    """Patch embeddings [6, 64, D] of "vision", "embedder" and "plain", and the towers."""
+    """Return the patch embeddings [6, 64, D] of "vision", "embedder" and "plain", and the towers."""
     towers, embedder = load_pacl(world / "run/embedder")
     images = [Image.open(world / f"VOCdevkit/VOC2012/JPEGImages/{name}.jpg") for name in NAMES]
     with torch.no_grad():
@@ -86,7 +86,7 @@ def test_alignment_against_patches_one_by_one(name, world, truth, embedded, tmp_
     patches, towers = embedded
     classes = spec("voc20").classes
     names = list(classes)
-    if name == "voc21":  # a background that would win everywhere, if it took part
+    if name == "voc21":  # a background that would win everywhere if it competed
         names.insert(0, "background, " + ", ".join(classes))
     (tmp_path / "classes.txt").write_text("\n".join(names))
     words = ["--dataset", name, "--class-file", tmp_path / "classes.txt", "--plain"]
@@ -130,12 +130,12 @@ def test_coherence_against_torchmetrics(world, truth, embedded, tmp_path):
     for kind in ("vision", "embedder"):
         tokens = embedded[0][kind].flatten(0, 1)[labels >= 0].double()
         known = labels[labels >= 0]
-        one, other = torch.triu_indices(len(known), len(known), 1)  # all pairs: they are fewer than a million
+        one, other = torch.triu_indices(len(known), len(known), 1)  # all pairs, because they are fewer than a million
         expected = binary_auroc((tokens[one] * tokens[other]).sum(1) / 2 + 0.5, (known[one] == known[other]).int())
         row = json.loads((tmp_path / f"voc20_clip_run_coherence-{kind}.json").read_text())
         assert row["metrics"]["auc"] == pytest.approx(expected.item(), abs=1e-4)
         assert (row["pairs"], row["pairs_of_one_class"]) == (len(one), int((known[one] == known[other]).sum()))
-        assert row["metrics"]["auc"] > 0.55  # colours make tokens alike
+        assert row["metrics"]["auc"] > 0.55  # equal colours give similar tokens
         assert row["roc"]["true_positive_rate"][-1] == 1 and len(row["roc"]["false_positive_rate"]) == 101
     assert (tmp_path / "voc20_clip_run_coherence-embedder.png").stat().st_size > 1000
 

@@ -1,4 +1,4 @@
-"""`pacl evaluate retrieval`: recalls with several captions per image, against ranks counted one at a time."""
+"""`pacl evaluate retrieval` with several captions per image agrees with ranks counted one at a time."""
 
 import json
 
@@ -27,7 +27,7 @@ IMAGES = 24
 
 
 def ranks(phi, captions, owners):
-    """Rank of every image's best caption, and of every caption's image; equal words of others do not count."""
+    """Return the rank of each image's best caption and of each caption's image; equal captions are not mistakes."""
     of = [{captions[t] for t in range(len(owners)) if owners[t] == i} for i in range(len(phi))]
     images, texts = [], []
     for i, row in enumerate(phi):
@@ -52,7 +52,7 @@ def test_several_captions_of_an_image(block):
     owners = [i for i in range(IMAGES) for _ in range(1 + i % 5)]
     phi = (torch.randn(IMAGES, len(owners)) * 2).round() / 4  # full of ties
     phi += 0.5 * F.one_hot(torch.tensor(owners), IMAGES).T
-    captions = [f"caption {t % (len(owners) // 2)}" for t in range(len(owners))]  # each of them twice
+    captions = [f"caption {t % (len(owners) // 2)}" for t in range(len(owners))]  # each one twice
     found = Retrieval(captions, None, None, torch.device("cpu"), owners)
     for at in range(0, IMAGES, block):
         found.update(phi[at : at + block], at)
@@ -64,7 +64,7 @@ def test_several_captions_of_an_image(block):
 
 @pytest.fixture(scope="module")
 def world(untrained, tmp_path_factory):
-    """An embedder on the untrained CLIP trained with other settings than the defaults, COCO captions."""
+    """Create an embedder with form and temperature other than the defaults on the untrained CLIP, and COCO captions."""
     folder = tmp_path_factory.mktemp("retrieval")
     torch.manual_seed(0)
     write_embedder(folder / "run/embedder", untrained / "clip", form="dot", attn_temperature=0.2)

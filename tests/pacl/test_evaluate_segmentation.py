@@ -1,4 +1,4 @@
-"""Measures against other computations of them, what raises alarm, and what is written."""
+"""`evaluate_segmentation`: its metrics equal independent computations; its warnings; its files."""
 
 import dataclasses
 import json
@@ -26,7 +26,7 @@ TCL = protocol("tcl")
 
 
 def truth_of(data):
-    """A predictor that has the truth, by the image's bytes, and any label where none counts."""
+    """Return a predictor of the true labels, found by the image's bytes. Ignored pixels get any label."""
     known = {data.image(i).tobytes(): data[i][1] for i in range(len(data))}
 
     def predict(image, labels):
@@ -42,7 +42,7 @@ def moved(predict, step, classes):
 
 @pytest.fixture(scope="module")
 def roots(tmp_path_factory):
-    """One folder per data set, written once."""
+    """Create one folder per dataset, once."""
     made = {}
     for key in (
         "voc21 {}.png",
@@ -116,7 +116,7 @@ def test_classes_present_and_a_mean_per_image(load):
     measured = evaluate_segmentation(data, half, rules)
     scores = []
     for i in range(3):
-        truth = np.where(data[i][1] == 0, IGNORED, data[i][1])  # background does not count
+        truth = np.where(data[i][1] == 0, IGNORED, data[i][1])  # without the background
         present = sorted(set(truth[truth >= 0].tolist()))
         assert seen[i] == present and 0 not in present
         found, keep = half(data.image(i), present), truth >= 0
@@ -149,7 +149,7 @@ def test_below_chance_raises_alarm_and_chance_does_not(load):
     data = load("voc21")
     measured = evaluate_segmentation(data, moved(truth_of(data), 3, 21), TCL)
     assert "is below chance" in measured.warnings[0] and "probably shifted" in measured.warnings[0]
-    # Labels drawn at random have the mIoU that the formula gives.
+    # Random labels have the mIoU of the formula.
     rng = np.random.default_rng(0)
     share = np.array([0.7, 0.2, 0.1, 0])
     truth = rng.choice(4, 400_000, p=share)
@@ -212,7 +212,7 @@ def test_tables_never_mix_protocols(load):
         made = result_row(data, rules, evaluate_segmentation(data, truth_of(data), rules), model=model)
         return made | {"metrics": made["metrics"] | {"mIoU": miou}} | changes
 
-    changed = dataclasses.replace(TCL, stride=2)  # same name, other content
+    changed = dataclasses.replace(TCL, stride=2)  # the same name with other content
     rows = [
         row("ade150", "A", 14.9),
         row("voc21", "A", 51.25, images=1449),
@@ -237,7 +237,7 @@ def test_contact_sheet_shows_best_median_and_worst(load):
     good = truth_of(data)
     called = []
 
-    def worse(image, labels):  # the second image is right, the third half, the first wrong
+    def worse(image, labels):  # right for the second image, half right for the third, wrong for the first
         called.append(image.tobytes())
         out = good(image, labels).copy()
         index = [data.image(i).tobytes() for i in range(3)].index(image.tobytes())
@@ -258,7 +258,7 @@ def test_pictures_leave_background_and_ignored_pixels_bare(load):
     labels[200:, :200], labels[200:, 200:] = 15, IGNORED
     pixels = np.asarray(label_picture(data, Image.new("RGB", (400, 400), (100, 100, 100)), labels))
     assert pixels[10, 10].tolist() == pixels[300, 300].tolist() == [100, 100, 100]
-    assert pixels[300, 10].tolist() == [155, 117, 117]  # 0.6 of the devkit's (192, 128, 128) for person
-    assert len(pixels) > 400  # names below
+    assert pixels[300, 10].tolist() == [155, 117, 117]  # 0.6 of the devkit's colour of person, (192, 128, 128)
+    assert len(pixels) > 400  # room for the names below
     pixels = np.asarray(label_picture(load("ade150"), Image.new("RGB", (400, 400), (100, 100, 100)), labels))
     assert pixels[10, 10].tolist() != [100, 100, 100] and pixels[300, 300].tolist() == [100, 100, 100]

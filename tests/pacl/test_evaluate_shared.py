@@ -1,4 +1,4 @@
-"""`pacl evaluate`'s tasks in several processes: the same files as from one, with uneven shares and with empty ones."""
+"""`pacl evaluate` writes the same files from several processes as from one, with uneven and with empty shares."""
 
 import json
 import os
@@ -23,9 +23,9 @@ WORDS = ["red", "green", "blue", "small", "large", "dog", "cat", "tree"]
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
-    """A CLIP without training, an embedder, five images of Pascal VOC, seven of three classes, and captions of five.
+    """Create an untrained CLIP, an embedder, five images of Pascal VOC, seven of three classes, and captions of five.
 
-    And captions of two, fewer than three processes.
+    A second file has captions of two images, fewer than three processes.
     """
     folder, rng = tmp_path_factory.mktemp("shared"), np.random.default_rng(0)
     torch.manual_seed(0)
@@ -51,7 +51,7 @@ def world(tmp_path_factory) -> Path:
         save(picture(), folder / f"classes/{WORDS[i % 3]}/{i}.jpg")
     for i in range(5):
         save(picture(), folder / f"val/{i}.jpg")
-    (folder / "val/4.jpg").write_bytes(b"\xff\xd8 no image")  # a bad one, which is counted once
+    (folder / "val/4.jpg").write_bytes(b"\xff\xd8 no image")  # a bad image, which must be counted once
     for name, count in (("val", 5), ("two", 2)):
         images = [{"id": i, "file_name": f"{i}.jpg"} for i in range(count)]
         notes = [
@@ -66,7 +66,7 @@ def world(tmp_path_factory) -> Path:
 def commands(world: Path, out: Path) -> list[list[str]]:
     model = ["--checkpoint", str(world / "run/embedder"), "--out"]
     found = []
-    for few in (False, True):  # two images: with three processes one has none
+    for few in (False, True):  # with two images, one of three processes has none
         limit, place = (["--limit", "2"], str(out / "few")) if few else ([], str(out))
         voc = ["--data-root", str(world), "--partial", *limit, *model, place]
         found.append(["alignment", *voc, "--dataset", "voc21", "--plain"])
@@ -104,5 +104,5 @@ def test_three_processes_are_one(world, alone, tmp_path):
     )
     assert run.returncode == 0, run.stderr[-3000:]
     assert results(tmp_path) == alone
-    assert run.stdout.count("retrieval phi: ") == 2 and run.stdout.count("alignment plain: ") == 2  # once, not by each
+    assert run.stdout.count("retrieval phi: ") == 2 and run.stdout.count("alignment plain: ") == 2  # not by each
     assert len(list(tmp_path.rglob("*.png"))) == 4

@@ -1,4 +1,4 @@
-"""A server of an untrained embedder, for all tests of `pacl serve`."""
+"""Fixtures of all tests of `pacl serve`: a server with an untrained embedder."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="session")
 def examples(tmp_path_factory):
-    """A folder of examples beside a file that is none."""
+    """Create a folder with one example image and one file that is not an image."""
     folder = tmp_path_factory.mktemp("examples")
     (folder / "one.jpg").write_bytes(PHOTO)
     (folder / "secret.txt").write_text("no image")

@@ -1,4 +1,4 @@
-"""`pacl serve` over HTTP: what it answers, and that towers run once."""
+"""`pacl serve` gives the right answers over HTTP and runs each tower once."""
 
 import base64
 import hashlib
@@ -40,7 +40,7 @@ def test_scores_are_those_of_similarity_map(server, untrained):
         found[model] = torch.tensor(words["scores"]).unflatten(1, (8, 11))
         expected = similarity_map(image, WORDS, towers, *own)
         torch.testing.assert_close(found[model], expected, rtol=0, atol=6e-5)
-        assert words["colours"] == word_colours(4)[1:].tolist()  # those of pacl look
+        assert words["colours"] == word_colours(4)[1:].tolist()  # the same as in pacl look
     assert (found["PACL"] - found["CLIP"]).abs().max() > 0.01
 
 
@@ -58,7 +58,7 @@ def test_a_patch_and_those_like_it(server, viewer):
 
 
 def test_towers_run_once(server, viewer):
-    """Per image and way of embedding; words and patches ask them nothing, words seen before nothing at all."""
+    """The vision tower runs once per image, and the text tower runs only for new words."""
     runs = {"image": 0, "text": 0}
 
     def count(name):
@@ -89,7 +89,7 @@ def test_few_images_and_words_are_kept(server, viewer, monkeypatch):
     monkeypatch.setattr(viewing, "IMAGES", 2)
     monkeypatch.setattr(viewing, "KEPT_WORDS", 2)
     keys = [post_image(server, encode(picture(seed, 16, 16))) for seed in (20, 21)]
-    status, answer = post(server, "/api/words", {"image": keys[0], "words": ["a", "b", "c"]})  # 20 is the later one now
+    status, answer = post(server, "/api/words", {"image": keys[0], "words": ["a", "b", "c"]})  # 20 is now the newest
     assert status == 200 and len(viewer._texts) == 2
     keys.append(post_image(server, encode(picture(22, 16, 16))))
     assert set(viewer._kept) == {keys[0], keys[2]}

@@ -1,4 +1,4 @@
-"""The page of `pacl serve` in a real browser."""
+"""The page of `pacl serve` works in a real browser."""
 
 import base64
 import hashlib
@@ -38,7 +38,7 @@ DROP = """([data, name]) => {
 
 
 def wait(page, condition: str) -> None:
-    """Playwright's own way is an eval in the page, which its policy forbids."""
+    """Wait for a condition. Playwright's own wait_for_function needs an eval, which the page's policy forbids."""
     end = time.monotonic() + 20
     while not page.evaluate(f"() => Boolean({condition})"):
         assert time.monotonic() < end, condition
@@ -58,12 +58,12 @@ def test_drop_type_and_click_in_a_browser(server, viewer, browser):
     page.on("dialog", lambda dialog: (said.append(dialog.message), dialog.dismiss()))
     page.on("request", lambda request: asked.append(request.url))
     page.goto(server.url)
-    page.wait_for_selector("#views canvas")  # the example is there at once
+    page.wait_for_selector("#views canvas")  # the page opens with the example
     data = encode(picture(9, 60, 90))
     page.evaluate(DROP, [base64.b64encode(data).decode(), "<img src=x onerror=alert(1)>.jpg"])
     wait(page, "document.querySelector('#views canvas')?.height === 320")
     plain = pixels(page.locator("#views canvas"))
-    # Words: a legend of them all as text, and at full opacity nothing but their colours, as the scores have it.
+    # Words: the legend lists all of them as text. At full opacity each pixel has the colour of its best word.
     page.locator("#opacity").fill("1")
     page.locator("#words").fill("a dog, <img src=x onerror=alert(1)>, grass")
     wait(page, "document.querySelectorAll('#legend li').length === 3")
@@ -76,14 +76,14 @@ def test_drop_type_and_click_in_a_browser(server, viewer, browser):
     large = dense.__class__(dense.patches, shown.shape[:2], dense.margins)
     expected = np.array(scores["colours"])[large.labels(viewer._embedded(words)).labels.numpy()]
     assert (shown == expected).all(-1).mean() > 0.99 and (shown != plain).any()
-    # One word's map, then plain CLIP beside PACL.
+    # One word's map, then plain CLIP next to PACL.
     page.locator("#legend button").nth(2).click()
     page.wait_for_selector("#legend button[aria-pressed=true]")
     assert (pixels(page.locator("#views canvas")) != shown).any()
     page.locator("#models input").nth(2).check()
     wait(page, "document.querySelectorAll('#views canvas').length === 2")
     assert page.locator("figcaption").all_inner_texts() == ["PACL", "CLIP"]
-    # A click on a patch, its numbers on hover, and the keyboard.
+    # A click on a patch, the numbers on hover, and the keyboard.
     canvas = page.locator("#views canvas").first
     box = canvas.bounding_box()
     canvas.click(position={"x": box["width"] * 0.99, "y": box["height"] * 0.01})
@@ -108,12 +108,12 @@ def test_drop_type_and_click_in_a_browser(server, viewer, browser):
             assert Image.open(io.BytesIO(saved)).width > 2 * 480
         else:
             compile(saved, name, "exec")
-    # An image that the server let go of is sent again, unseen by the user.
+    # The page sends an image again if the server has dropped it; the user sees no message.
     viewer._kept.clear()
     page.locator("#words").fill("a dog, sky")
     wait(page, "document.querySelectorAll('#legend li').length === 2")
     assert page.locator("#said").inner_text() == ""
-    # A bad image is a sentence, and the view stays.
+    # A bad image gives one sentence, and the view stays.
     page.evaluate(DROP, [base64.b64encode(b"no image").decode(), "x.jpg"])
     wait(page, "document.getElementById('said').textContent.includes('expected JPEG')")
     assert page.locator("#views canvas").count() == 2

@@ -1,4 +1,4 @@
-"""`pacl serve` as a command: with plain CLIP, what cannot begin, and its end by Ctrl-C."""
+"""The command `pacl serve`: it serves plain CLIP, refuses bad options, and ends with Ctrl-C."""
 
 import http.client
 import io
@@ -56,12 +56,12 @@ def test_what_cannot_begin_is_one_line(untrained, server, capsys):
 
 
 def test_ctrl_c_while_a_connection_begins(viewer):
-    """It ends that too, at once, though its client says nothing."""
+    """Ctrl-C ends the server at once, even while a connection waits for a silent client."""
 
     class Interrupted(Server):
         def process_request(self, request, client_address):
             super().process_request(request, client_address)
-            time.sleep(0.2)  # its thread waits for the request by now
+            time.sleep(0.2)  # long enough for its thread to wait for the request
             signal.raise_signal(signal.SIGINT)
 
     handler = signal.getsignal(signal.SIGINT)
@@ -89,9 +89,9 @@ def test_the_command_until_ctrl_c(examples, untrained):
         connection = http.client.HTTPConnection("127.0.0.1", address.port, timeout=30)
         connection.request("GET", f"/api/info?{address.query}")
         assert json.loads(connection.getresponse().read())["examples"][0]["name"] == "one.jpg"
-        idle = socket.create_connection(("127.0.0.1", address.port))  # as browsers keep some
+        idle = socket.create_connection(("127.0.0.1", address.port))  # as browsers do
         process.send_signal(signal.SIGINT)
-        _, error = process.communicate(timeout=60)  # the interpreter's end takes seconds on a busy machine
+        _, error = process.communicate(timeout=60)  # the interpreter takes seconds to exit on a busy machine
         assert (process.returncode, error) == (130, "")
         idle.close()
     finally:

@@ -1,4 +1,4 @@
-"""`pacl serve` over HTTP: requests, images and words that it refuses, in one sentence."""
+"""`pacl serve` refuses bad requests, images and words over HTTP, each in one sentence."""
 
 import io
 import json
@@ -41,7 +41,7 @@ def test_what_is_not_the_page_is_refused(server, method, path, change, message):
 
 
 def test_the_page_itself_is_let_in(server):
-    """Also through a forwarded port, where Host and Origin name the other end's."""
+    """The page is also let in through a forwarded port, where Host and Origin name the port at the other end."""
     for host in (f"127.0.0.1:{server.server_port}", "localhost:9000"):
         headers = {"X-Token": server.token, "Host": host, "Origin": f"http://{host}"}
         assert call(server, "GET", "/api/info", headers=headers)[0] == 200
@@ -79,7 +79,7 @@ def test_slow_and_broken_off_bodies(server, monkeypatch):
     head = f"POST /api/image HTTP/1.1\r\nHost: localhost\r\nX-Token: {server.token}\r\nContent-Length: 99999\r\n\r\n"
     with socket.create_connection(("127.0.0.1", server.server_port), timeout=5) as connection:
         connection.sendall(head.encode())
-        with pytest.raises(OSError):  # a byte now and then is no way to hold on
+        with pytest.raises(OSError):  # slow bytes do not keep a connection open
             for _ in range(100):
                 connection.sendall(b"x")
                 time.sleep(0.05)
@@ -95,7 +95,7 @@ def test_slow_and_broken_off_bodies(server, monkeypatch):
 
 
 def bomb() -> bytes:
-    """A PNG of 30,000 x 30,000 pixels by its header, in a few bytes."""
+    """Return a PNG of a few bytes whose header promises 30,000 x 30,000 pixels."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
