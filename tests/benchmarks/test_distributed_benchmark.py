@@ -1,4 +1,4 @@
-"""`benchmarks/distributed.py` counts the bytes that its formulas say."""
+"""`benchmarks/distributed.py` sends as many bytes as its formulas say."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import pytest
 
 @pytest.mark.skipif(not Path("/proc/net/dev").exists(), reason="needs Linux to count what is sent")
 def test_benchmark_counts_what_its_formulas_say(tmp_path):
-    """Bytes on the loopback device; patches that were gathered would be many times as many."""
+    """The loopback device counts the bytes of the formulas. Gathered patches would be many times as many."""
     pytest.importorskip("open_clip")
     path, sent = tmp_path / "result.json", {}
     script = Path(__file__).parents[2] / "benchmarks" / "distributed.py"
     options = ["--processes=2", "--batch=64", "--patches=16", "--dim=256", "--repeats=3", f"--json={path}"]
-    for _ in range(3):  # what other tests send meanwhile can only add
+    for _ in range(3):  # traffic of other tests can only add
         subprocess.run([sys.executable, str(script), *options], check=True, capture_output=True, timeout=600)
         result = json.loads(path.read_text())
         formulas = {row["what"]: row["formula"] for row in result["rows"]}

@@ -1,4 +1,4 @@
-"""`benchmarks/throughput.py` runs, computes the right thing with every provider, and says why one is missing."""
+"""`benchmarks/throughput.py` runs, gets the right result from every provider, and says why one is missing."""
 
 import contextlib
 import json
@@ -34,7 +34,7 @@ def throughput(*options):
 
 @pytest.fixture
 def run(tmp_path, monkeypatch, capsys):
-    """(options) -> what a quick run prints and writes; in this process and without torch.compile."""
+    """Return a function that does a quick run in this process, without torch.compile: its output and its JSON."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")
 
@@ -66,7 +66,7 @@ def check(result, expect_reason=()):
 
 
 def missing(result):
-    """Fused rows that say they cannot run here: allowed, because the native module may not be built."""
+    """Return the fused CPU rows that cannot run here; they are allowed, as the native module may not be built."""
     return tuple(row["name"] for row in result["rows"] if row["name"].startswith("fused cpu") and row["reason"])
 
 
@@ -93,7 +93,7 @@ def test_cosine_in_bfloat16_with_frozen_texts_and_without_a_compiler(run):
     check(result, ("compiled", *missing(result)))
     assert "torch.compile is disabled" in printed
     assert result["units"] == {"forward": 1 + 49 / 64, "step": 3 + 3 * 49 / 64}
-    assert result["operations"] == {"forward": 2, "step": 7}  # 16 texts: pooling costs less than a Gram matrix
+    assert result["operations"] == {"forward": 2, "step": 7}  # with 16 texts, pooling costs less than a Gram matrix
 
 
 def test_cosine_counts_what_does_not_grow_with_the_texts(run):
@@ -127,7 +127,7 @@ def test_a_wrong_option_is_one_clear_line():
 
 
 def test_a_row_of_ours_that_fails_is_an_error(tmp_path, monkeypatch, capsys):
-    """The backend can run, but its step raises: the table says why, and the run fails."""
+    """If a backend can run but its step raises, the table gives the error and the run fails."""
 
     def compatibility_forward(*_):
         raise RuntimeError("the blocks are gone")
@@ -136,7 +136,7 @@ def test_a_row_of_ours_that_fails_is_an_error(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(backends.get("torch"), "compatibility_forward", compatibility_forward)
     import throughput
 
-    # Its own process, which would not see the backend that is broken here.
+    # Memory is measured in a process of its own, which would not see the broken backend.
     monkeypatch.setattr(throughput, "measure_memory", lambda args, name: (None, None))
     out = tmp_path / "result.json"
     options = ["--device", "cpu", "--quick", "--backend", "torch", "--peers", "none", "--json", str(out)]

@@ -1,4 +1,4 @@
-"""benchmarks/words.py runs, and its two ways agree."""
+"""benchmarks/words.py runs, and the embeddings with and without padding agree."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""`pacl features`, and `pacl train` on what it stored."""
+"""`pacl features` stores tokens and texts, and `pacl train` learns from them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SCENES = 60
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
-    """Two untrained CLIPs, and features of 60 scenes in float32, with nouns."""
+    """Create two untrained CLIPs, and float32 features of 60 scenes with nouns."""
     folder = tmp_path_factory.mktemp("features")
     for seed, name in enumerate(("clip", "other")):
         torch.manual_seed(seed)
@@ -103,7 +103,7 @@ def test_bfloat16_rounds_the_tokens_alone(world, tmp_path, capsys):
 
 
 def test_what_is_stored(world):
-    """Against towers loaded here: tokens of the images, embeddings of captions and prompts."""
+    """The stored tokens of images and embeddings of captions and prompts equal those of towers loaded by the test."""
     towers = load_towers(f"local-dir:{world / 'clip'}")
     source = open_pairs("synthetic", scenes=SCENES, transform=towers.transform)
     found = stored(world / "stored")
@@ -121,7 +121,7 @@ def test_what_is_stored(world):
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux")
 def test_killed_and_gone_on_with(world, tmp_path):
-    """kill -9 after a shard or two; what is there is kept, and every image is stored once."""
+    """After kill -9 the next call keeps the finished shards and stores every image once."""
     folder = tmp_path / "cut"
     settings = {"workers": 2, "shard_size": 4, "batch_size": 4, "nouns": "words"}
     command = [sys.executable, "-m", "pacl", *feature_flags(world, folder, **settings)]
@@ -154,7 +154,7 @@ def test_interrupted_and_gone_on_with(world, tmp_path, capsys):
     folder = tmp_path / "cut"
     settings = {"shard_size": 4, "batch_size": 4, "train_num_samples": 2000}
     command = [sys.executable, "-m", "pacl", *feature_flags(world, folder, **settings)]
-    # A test run in the background ignores Ctrl-C, and its children would inherit that.
+    # Tests started in the background ignore Ctrl-C, which their children would inherit.
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True)
     signal.signal(signal.SIGINT, handler)
@@ -170,7 +170,7 @@ def test_interrupted_and_gone_on_with(world, tmp_path, capsys):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_order(workers, world):
-    """Every sample once an epoch, mixed across shards, another order in each; processes share, resuming is exact."""
+    """Each epoch has every sample once, in a new order across shards. Processes share it, and resuming is exact."""
 
     def keys(count, rank=0, world_size=1, start=None):
         data = Features(world / "stored", shuffle=1, seed=3, repeat=True, rank=rank, world=world_size)
@@ -204,7 +204,7 @@ def test_a_resumed_run_ends_with_the_same_bits(world, tmp_path):
 
 
 def test_all_captions_of_an_image(world, tmp_path):
-    """Features of COCO's layout give in every epoch the caption that the source itself gives."""
+    """Features of a COCO file have the same caption in every epoch as the file itself."""
     (tmp_path / "images").mkdir()
     for i in range(8):
         Image.new("RGB", (64, 64), (i * 30, 0, 0)).save(tmp_path / f"images/{i}.png")

@@ -1,4 +1,4 @@
-"""Pairs in loose files: every form gives the same samples, nothing outside its folder is read, all can be packed."""
+"""Pairs in loose files: each format gives the same samples, reads only its own folder, and can be packed."""
 
 import csv
 import json
@@ -23,7 +23,7 @@ COUNT = 12
 
 
 def write_images(folder, count: int = COUNT):
-    """`count` pictures in two folders of `folder`; returns their relative names and captions."""
+    """Write `count` images into two folders of `folder`; return their relative names and captions."""
     names = []
     for i in range(count):
         path = folder / ("a" if i % 2 else "b/c") / (f"{i:02d}." + ("jpg", "png", "webp", "JPEG")[i % 4])
@@ -120,7 +120,7 @@ def test_an_epoch_is_a_permutation_of_all(workers, world, tmp_path):
 def test_csv_columns_and_separators(tmp_path, capsys):
     commas, tabs = write_csv(tmp_path), write_csv(tmp_path, "pairs.tsv", "\t")
     expected = by_caption(CsvPairs(commas))
-    for options in ({}, {"csv_separator": "\\t"}, {"csv_separator": "\t"}):  # shells pass the two characters
+    for options in ({}, {"csv_separator": "\\t"}, {"csv_separator": "\t"}):  # shells pass these two characters
         assert by_caption(open_pairs(tabs, **options)).keys() == expected.keys()
     renamed = tmp_path / "renamed.csv"
     renamed.write_text(commas.read_text(encoding="utf-8").replace("title,filepath", "text,path"), encoding="utf-8-sig")
@@ -159,7 +159,7 @@ def test_csv_rows_that_are_bad(tmp_path):
 
 @pytest.mark.parametrize("form", ["csv", "coco"])
 def test_nothing_outside_the_folder_is_read(form, tmp_path):
-    """By `..`, by an absolute path, through a name that only looks inside; and no pipe is waited for."""
+    """No name leads outside: not `..`, an absolute path or a folder with the same prefix. A pipe is skipped."""
     (tmp_path / "data").mkdir()
     (tmp_path / "secret.jpg").write_bytes(encode(picture(0)))
     (tmp_path / "data2").mkdir()
@@ -309,7 +309,7 @@ def test_packed_shards_hold_the_same_bytes(form, tmp_path, capsys, write_tar):
     before = sorted(path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir())
     assert main(["data", "pack", str(location), "--out", str(tmp_path / "out"), *options]) == 1
     assert "out has shards already, expected a folder without any" in capsys.readouterr().err
-    (tmp_path / "out/sizes.json").rename(tmp_path / "sizes.json")  # one that was interrupted has none
+    (tmp_path / "out/sizes.json").rename(tmp_path / "sizes.json")  # interrupted packing leaves none
     assert main(["data", "pack", str(location), "--out", str(tmp_path / "out"), *options]) == 1
     (tmp_path / "sizes.json").rename(tmp_path / "out/sizes.json")
     assert before == sorted(path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir())
@@ -317,7 +317,7 @@ def test_packed_shards_hold_the_same_bytes(form, tmp_path, capsys, write_tar):
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_all_captions_of_an_image_are_a_list(tmp_path, packed):
-    """Whatever is in them, without empty ones; the source they come from goes on to give one each."""
+    """All non-empty captions come as a list, with any characters; the source itself still gives one per image."""
     (tmp_path / "a.png").write_bytes(encode(picture(0), "PNG"))
     (tmp_path / "b.png").write_bytes(encode(picture(1), "PNG"))
     said = {"a.png": [" one\0two ", "", "three"], "b.png": ["four"]}

@@ -1,4 +1,4 @@
-"""Under torchrun the backend is that of the device asked for, with a GPU in the machine or without."""
+"""Under torchrun the process group's backend follows `--device`, with or without a GPU in the machine."""
 
 import pytest
 
@@ -21,7 +21,7 @@ def commands(world) -> dict[str, list[str]]:
 @pytest.mark.parametrize("command", ["train", "evaluate"])
 @pytest.mark.parametrize("device, backend", [("cpu", "gloo"), ("cuda", "nccl"), ("auto", "nccl")])
 def test_the_backend_follows_the_device(command, device, backend, run_world, capsys, monkeypatch):
-    """Pretend that there is a GPU; no group is made."""
+    """On a machine with a (pretended) GPU, the requested device selects the backend. The test creates no group."""
     chosen = []
 
     def stop(backend):

@@ -1,4 +1,4 @@
-"""`--recipe paper`: the paper's values, what a run says it does otherwise, and the second text of an image."""
+"""`--recipe paper`: the paper's values, the reported deviations from them, and the second text of an image."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def recipe_flags(world, logs, **changes):
 
 
 def test_the_papers_values():
-    """PACL's appendix A.2.1."""
+    """The recipe has the values of appendix A.2.1 of the PACL paper."""
     config = _parse(["--recipe=paper", "--train-data", "a.tar"], "pacl train")
     assert (config.lr, config.wd, config.beta1, config.beta2, config.eps) == (5e-4, 0.2, 0.9, 0.98, 1e-6)
     assert (config.lr_scheduler, config.warmup, config.epochs, config.max_steps) == ("cosine", 0, 10, None)
@@ -105,7 +105,7 @@ def test_the_loss_is_that_of_the_chosen_texts(world, tmp_path):
         expected = pacl_loss(patches, embedded, 100.0, attn_temperature=1.0, form="dot")
     torch.testing.assert_close(run._step(batch), expected, rtol=1e-5, atol=1e-6)
 
-    run.step = run.epoch_steps  # the next time that the images come round
+    run.step = run.epoch_steps  # the next epoch
     assert run._texts(batch) != texts
 
 

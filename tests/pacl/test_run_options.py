@@ -1,4 +1,4 @@
-"""`pacl train`: what it logs, its options, its plan, and a disk that is full."""
+"""`pacl train`: its log, its options, its plan, and a full disk."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_pair_statistics(form):
     found = pair_statistics(patches, texts, 0.1, form)
     s = torch.cosine_similarity(patches, texts[:, None], dim=-1)
     assert found["similarity"] == pytest.approx(s.mean().item(), rel=1e-5)
-    assert found["similarity_p99"] == s.flatten().sort().values[-1]  # of 35
+    assert found["similarity_p99"] == s.flatten().sort().values[-1]  # the largest of 35
     entropy = torch.distributions.Categorical(logits=s / 0.1).entropy().mean().item() / math.log(7)
     assert found.get("attention_entropy") == (pytest.approx(entropy, rel=1e-5) if form == "cosine" else None)
 
@@ -81,7 +81,7 @@ def test_reporters(run_world, tmp_path, capsys):
 
 
 def test_running_average(run_world, tmp_path):
-    """Against the recurrence over the saved weights; written as the embedder; resumed to the bit."""
+    """The average follows its recurrence over the saved weights, becomes the embedder, and resumes bit-identically."""
     changes = {"ema_decay": 0.8, "save_frequency": 1, "keep_checkpoints": 10, "lr": 0.01, "max_steps": 5}
     assert train(run_world, tmp_path, **changes) == 0
     paths = checkpoints(tmp_path / "pacl/checkpoints")
@@ -136,7 +136,7 @@ def test_schedules():
 
 
 def test_plan(run_world, tmp_path, capsys):
-    """Numbers by hand for the toy: 64 patches of width 128, 12 images of 64 x 64 and 2 x 12 pairs in a step."""
+    """The plan has the numbers by hand of a step: 64 patches of width 128, 12 images of 64 x 64, 2 x 12 pairs."""
     assert train(run_world, tmp_path, dry_run=None, accum_freq=2, ema_decay=0.9) == 0
     line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("memory: "))
     trained = 3 * (128 * 128 + 128) + 1
@@ -153,19 +153,19 @@ def test_plan(run_world, tmp_path, capsys):
 
 
 def test_bytes_over_the_network(run_world, tmp_path):
-    """The plan has the bytes that benchmarks/distributed.py measured (less headers and sums), and those of DDP."""
+    """The plan has the bytes that benchmarks/distributed.py measures (without headers and sums), plus those of DDP."""
     config = TrainConfig(
         train_data=str(run_world / "scenes/train-000.tar"), model=f"local-dir:{run_world / 'clip'}", batch_size=12
     )
     run = Run(config)
     run.world = 4
-    texts = 12 * 128 * 4  # float32, as are their gradients, which Gloo sends twice
+    texts = 12 * 128 * 4  # float32, like their gradients, which Gloo sends twice
     assert sent_bytes(run) == 2 * (3 * (128 * 128 + 128) + 1) * 4 * 3 // 4 + 3 * (texts + 2 * texts)
     assert "network: " in plan(run)
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(run_world, tmp_path, capsys):
-    """Files of more than 300 kB fail, as on a full disk; what was there is whole, and the run goes on from it."""
+    """If files above 300 kB fail, as on a full disk, the last checkpoint stays whole and the run can resume from it."""
     resource = pytest.importorskip("resource")
     changes = {"save_frequency": 2, "max_steps": 6}
     assert train(run_world, tmp_path / "whole", **changes) == 0

@@ -1,4 +1,4 @@
-"""Generated scenes: same seed, same bytes; exact masks; held-out pairs nowhere in training."""
+"""Generated scenes: the same bytes from the same seed, exact masks, and no held-out pairs in training."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ def draw(index: int, pairs=PAIRS, seed: int = 0) -> scenes.Scene:
 def test_classes():
     assert len(CLASSES) == len(set(CLASSES)) == 24
     assert set(SEEN) | set(HELD_OUT) == set(PAIRS) and not set(SEEN) & set(HELD_OUT)
-    # Every colour and every pattern of a held-out pair is learnt from others.
+    # Other pairs teach every colour and every pattern of a held-out pair.
     assert {colour for colour, _ in SEEN} == set(scenes.COLOURS)
     assert {pattern for _, pattern in SEEN} == set(scenes.PATTERNS)
     assert phrase(("orange", "dotted")) == "an orange dotted shape"
@@ -41,12 +41,12 @@ def test_masks_survive_the_shards_and_images_nearly(tmp_path):
         assert sample["caption"] == scene.caption
         assert torch.equal(sample["mask"], torch.from_numpy(scene.mask))
         image = torch.from_numpy(scene.image).permute(2, 0, 1)
-        assert (sample["image"].float() - image.float()).abs().mean() < 6  # JPEG, of 255
+        assert (sample["image"].float() - image.float()).abs().mean() < 6  # of 255, because of JPEG
 
 
 @pytest.mark.parametrize("pattern", scenes.PATTERNS)
 def test_masks_are_exact(pattern):
-    """Every pixel that a mask gives to a shape has that shape's paint, and no pixel outside has."""
+    """Every pixel in a shape's mask has that shape's paint."""
     checked = 0
     for index in range(60):
         scene = draw(index)
@@ -54,14 +54,14 @@ def test_masks_are_exact(pattern):
             colour, kind = PAIRS[label]
             if kind != pattern:
                 continue
-            # What may be painted there: the colour +- 12, stripes, dots; sensor noise is 4 and 5 deviations wide.
+            # Allowed paint: the colour +- 12, stripes, dots. Sensor noise has deviation 4; allow 5 deviations.
             allowed = [(scenes.COLOURS[colour], 12 + 20)]
             allowed += [((255,) * 3, 20)] if kind == "striped" else [((15,) * 3, 20)] if kind == "dotted" else []
             pixels = scene.image[scene.mask == label].astype(int)
             near = [np.abs(pixels - np.array(value)).max(1) <= width for value, width in allowed]
             assert np.any(near, axis=0).all()
             if len(near) == 2:
-                assert 0.05 < near[1].mean() < 0.6  # the pattern is there
+                assert 0.05 < near[1].mean() < 0.6  # the pattern is visible
             assert len(pixels) >= 150
             checked += 1
     assert checked > 10
@@ -83,7 +83,7 @@ def test_captions_name_only_what_is_there():
         named = {name for name in CLASSES if name in scene.caption}
         assert named and named <= {CLASSES[label] for label in np.unique(scene.mask)}
         bare += scene.caption in CLASSES
-    assert bare > 20  # bare phrases are what the class prompts look like
+    assert bare > 20  # class prompts are bare phrases too
 
 
 def test_held_out_pairs_are_absent_from_training(tmp_path):

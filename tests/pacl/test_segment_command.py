@@ -1,4 +1,4 @@
-"""`pacl look`, `pacl segment` and their pictures: what they write, and what bad images and odd words do."""
+"""`pacl look` and `pacl segment`: the files and pictures that they write, bad images, and odd words."""
 
 import io
 import json
@@ -22,7 +22,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    """A folder of images, some of which are bad."""
+    """Create a folder of images, some of them bad."""
     images = tmp_path_factory.mktemp("images")
     (images / "a.jpg").write_bytes(encode(picture(0, 48, 64)))
     (images / "a.PNG").write_bytes(encode(picture(1, 70, 50)[:, :, 0], "PNG"))
@@ -62,7 +62,7 @@ def test_look_at_a_folder(images, untrained, tmp_path, capsys):
     ):
         assert re.search(rf"skipped .*{bad}: .*{reason}", said.err)
     assert "2 image(s) in" in said.out and "5 skipped" in said.out and "\x1b" not in said.err
-    # What is printed is what the functions under it say.
+    # The printed numbers are those of the underlying functions.
     segmenter = Segmenter(*load_pacl(untrained / "run/embedder"))
     image = Image.open(images / "a.jpg")
     scores, labels = segmenter.scores(image, words.split(",")), segmenter.labels(image, words.split(","))
@@ -183,13 +183,13 @@ def test_word_colours_differ():
 
 
 def test_an_absent_word_stays_dark():
-    """Brightness is the cosine's, whatever else is in the map."""
+    """Brightness shows the cosine itself, whatever the other values of the map are."""
     image = Image.new("RGB", (40, 30), "white")
     absent, present = np.full((3, 4), 0.02, np.float32), np.full((3, 4), 0.02, np.float32)
     absent[1, 1], present[1, 1] = 0.06, 0.54
     dark, bright = (np.asarray(overlay(image, x, alpha=1.0)).astype(int).sum(-1) for x in (absent, present))
     assert dark.max() < 150 and bright[15, 15] > 500
-    assert len(np.unique(bright)) > 20  # enlarged smoothly
+    assert len(np.unique(bright)) > 20  # smoothly enlarged
     assert heat(np.array([-1.0, 0.0, 0.6, 9.0])).tolist() == [[0, 0, 4], [0, 0, 4], [252, 253, 191], [252, 253, 191]]
     assert (np.diff(heat(np.linspace(*SCALE, 50)).astype(int).sum(-1)) > 0).all()
 
@@ -204,7 +204,7 @@ def test_overlay_of_labels():
     assert changed.sum() == 1 and changed[1, 2]
     assert np.abs(out[1, 2] - (before[1, 2] + [128, 0, 0]) / 2).max() <= 1
     clear = image.copy()
-    clear.putalpha(0)  # the model sees it on white
+    clear.putalpha(0)  # the model sees it on a white background
     assert overlay(clear, torch.zeros_like(labels)).getpixel((0, 0)) == (255, 255, 255)
     with pytest.raises(ValueError, match=r"shown: got labels \[3, 6\], expected the image's \[4, 6\]"):
         overlay(image, labels[:3])

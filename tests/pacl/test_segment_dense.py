@@ -1,4 +1,4 @@
-"""Tokens at smaller strides and other sizes, against patches cut out by hand and positions computed by hand."""
+"""Tokens at smaller strides and other sizes equal those of patches and positions computed by hand."""
 
 import copy
 
@@ -83,7 +83,7 @@ def embedded(visual: nn.Module, picture: torch.Tensor, stride: int) -> torch.Ten
 @pytest.mark.parametrize("make", ABSOLUTE.values(), ids=ABSOLUTE)
 @pytest.mark.parametrize("stride, size", [(1, (32, 32)), (2, (32, 32)), (8, (16, 24)), (4, (40, 32)), (4, (26, 18))])
 def test_patches_are_those_cut_out_by_hand(make, stride, size):
-    """Without positions every token is the patch convolution at its offset."""
+    """Without positions, every token is the patch convolution at the token's offset."""
     visual = make()
     is_native = hasattr(visual, "positional_embedding")
     nn.init.zeros_(visual.positional_embedding if is_native else visual.pos_embed)
@@ -109,15 +109,15 @@ def test_positions_are_those_of_the_patch_centres(make):
     if not is_native:
         nn.init.zeros_(visual.patch_embed.proj.bias)
     grid = table[-16:].unflatten(0, (4, 4))
-    # Those patches that the tower itself has keep their positions, at every stride.
+    # At every stride, the tower's own patches keep their positions.
     for stride in (2, 8):
         found = embedded(visual, images(32, 32), stride)[0]
         torch.testing.assert_close(found[::stride, ::stride], grid)
-    # Larger images at stride 1: the usual resizing.
+    # Larger images at stride 1 get the usual resizing.
     resized = F.interpolate(grid.permute(2, 0, 1)[None], (5, 9), mode="bicubic", align_corners=False)[0]
     found = embedded(visual, images(40, 72), 1)[0]
     torch.testing.assert_close(found, resized.permute(1, 2, 0), rtol=1e-4, atol=1e-4)
-    # Between the second and the third patch's centre, positions go evenly from one to the other.
+    # Positions change evenly from the centre of the second patch to that of the third.
     table[-16:] = (torch.arange(4.0)[:, None, None] + 0 * grid).flatten(0, 1)
     between = embedded(visual, images(32, 32), 4)[0][4:9, 4, 0]
     torch.testing.assert_close(between, 3 - between.flip(0))
@@ -128,7 +128,7 @@ def test_positions_are_those_of_the_patch_centres(make):
 def test_rotary_positions_of_the_towers_own_patches(make):
     visual = make()
     ropes = []
-    for module in visual.modules():  # what attention gets beside the tokens
+    for module in visual.modules():  # records the rotary positions that attention gets
         if hasattr(module, "norm1") and hasattr(module, "attn"):
             hook = lambda module, args, kwargs: ropes.append(kwargs["rope"])  # noqa: E731
             module.register_forward_pre_hook(hook, with_kwargs=True)
@@ -144,7 +144,7 @@ def test_rotary_positions_of_the_towers_own_patches(make):
             dense_tokens(visual, images(*size), stride)
             fine = ropes[0].unflatten(0, [(x - 1) * stride + 1 for x in grid])
             torch.testing.assert_close(fine[::stride, ::stride], own, rtol=1e-5, atol=1e-5)
-            # Half way between two patches, sines and cosines are those of half the angle's difference.
+            # Halfway between two patches, the angle is halfway too.
             angles = torch.atan2(*fine.chunk(2, -1))
             turn = torch.remainder(angles[:, 1:] - angles[:, :-1] + torch.pi, 2 * torch.pi) - torch.pi
             torch.testing.assert_close(turn, turn[:1, :1].expand_as(turn), rtol=1e-3, atol=1e-4)
@@ -152,7 +152,7 @@ def test_rotary_positions_of_the_towers_own_patches(make):
 
 @pytest.mark.parametrize("make", [native, ABSOLUTE["registers"], *ROTARY.values()], ids=["native", "timm", *ROTARY])
 def test_a_token_follows_its_patch(make):
-    """Changing the picture around one place changes a token that sees it most, at every stride."""
+    """At every stride, changing the image around one place changes a token that sees this place most."""
     visual = make()
     before = images(32, 48)
     after = before.clone()

@@ -1,4 +1,4 @@
-"""Scores and label maps against plain loops over windows, whole interpolation, and towers called by hand."""
+"""Scores and label maps equal those of plain loops over windows, whole interpolation, and direct tower calls."""
 
 import itertools
 from pathlib import Path
@@ -25,7 +25,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="module")
 def towers(tmp_path_factory):
-    """The demo's CLIP, untrained: images of 64 pixels, patches of 8."""
+    """Create the demo's CLIP, untrained: images of 64 pixels, patches of 8."""
     folder = tmp_path_factory.mktemp("clip")
     torch.manual_seed(0)
     save_clip(new_clip(), folder)
@@ -39,7 +39,7 @@ def embedder():
 
 
 def photo(width: int, height: int, mode: str = "RGB") -> Image.Image:
-    """Smooth, so that resizing does not make it grey."""
+    """Return a smooth image, because resizing would turn noise grey."""
     y, x = np.mgrid[0:height, 0:width]
     waves = [np.sin(x / (5 + c)) + np.cos(y / (7 - c)) for c in range(3)]
     return Image.fromarray(np.uint8(127 + 60 * np.stack(waves, -1))).convert(mode)
@@ -77,7 +77,7 @@ def test_the_towers_own_size_gives_the_cosines_of_its_patches(towers, embedder):
     "size, sides", [((100, 50), (64, 128)), ((30, 300), (640, 64)), ((1, 900), (2048, 8)), ((9, 7), (64, 80))]
 )
 def test_any_size_and_aspect(towers, embedder, size, sides):
-    """The shorter side becomes the tower's own, in whole patches, the longer one at most 2,048 pixels."""
+    """The shorter side becomes the tower's size and the longer one at most 2,048 pixels, both in whole patches."""
     segmenter = Segmenter(towers, embedder)
     image = photo(*size)
     texts = random_texts(3)
@@ -118,7 +118,7 @@ def test_a_window_over_the_whole_image_is_no_window(towers, embedder):
     image = photo(90, 70)
     whole = Segmenter(towers, embedder).dense(image).patches
     assert torch.equal(Segmenter(towers, embedder, window=128).dense(image).patches, whole)
-    # Windows that touch cover the image once.
+    # Adjacent windows without overlap cover the image once.
     tiles = Segmenter(towers, embedder, window=64, window_stride=64).dense(photo(128, 64)).patches
     left = Segmenter(towers, embedder).dense(photo(128, 64).crop((0, 0, 64, 64))).patches
     torch.testing.assert_close(tiles[:, :8], left, rtol=1e-4, atol=1e-5)
@@ -148,7 +148,7 @@ def test_labels_are_those_of_the_whole_interpolation(monkeypatch, band, h, w, si
 
 
 def test_bands_of_rows_bound_the_memory(monkeypatch):
-    """No step sees more than a band of scores."""
+    """Each step handles at most one band of scores."""
     seen = []
     monkeypatch.setattr(predict, "BAND", 6 * 9 * 7)
     original = predict._argmax
@@ -163,7 +163,7 @@ def test_background_by_threshold_and_by_entropy():
     cut = dense.labels(texts, threshold=0.3)
     assert torch.equal(cut.labels, torch.where(plain.best < 0.3, 0, plain.labels + 1).short())
     assert 0 < (cut.labels == 0).float().mean() < 1 and plain.entropy is None
-    # Five equal classes have the highest entropy there is, ln 5; one far above the others has none.
+    # Five equal classes have the highest entropy, ln 5; with one far above the others the entropy is 0.
     same = Texts(texts.names, texts.synonyms, texts.embeddings[:1].expand(5, -1))
     assert (dense.labels(same, entropy=1.61).labels > 0).all()
     assert (dense.labels(same, entropy=1.6).labels == 0).all()
@@ -172,10 +172,10 @@ def test_background_by_threshold_and_by_entropy():
 
 @pytest.mark.parametrize("stride", [1, 2, 8])
 def test_a_labels_place_is_its_patchs(stride):
-    """A token at pixel p/2 + i * step decides about that pixel, at the border too, where the usual resizing is off."""
+    """The token at pixel p/2 + i * step labels that pixel, also at the border, where the usual resizing is wrong."""
     side, patch, step = 64, 8, 8 // stride
     tokens = (side - patch) // step + 1
-    patches = torch.eye(tokens)[:, None].expand(-1, tokens, -1)  # each row of tokens its own class
+    patches = torch.eye(tokens)[:, None].expand(-1, tokens, -1)  # each row of tokens has its own class
     margin = (patch - step) / 2 / side
     texts = Texts(tuple(map(str, range(tokens))), (1,) * tokens, torch.eye(tokens))
     dense = Dense(patches, (side, side), (margin, margin))
@@ -281,7 +281,7 @@ def test_modes_of_images():
 
 
 def test_an_rgb_image_is_converted_by_nothing(tmp_path):
-    """Its pixels outlive the file it was opened from."""
+    """An RGB image is returned as it is, and its pixels stay valid after its file is closed."""
     image = photo(16, 12)
     assert to_rgb(image) is image
     image.save(tmp_path / "a.png")
@@ -295,7 +295,7 @@ def test_an_rgb_image_is_converted_by_nothing(tmp_path):
 def test_exif_orientation_and_the_cap(tmp_path):
     image = photo(30, 20)
     exif = Image.Exif()
-    exif[0x0112] = 6  # shown turned by 90 degrees, clockwise
+    exif[0x0112] = 6  # viewers turn it by 90 degrees, clockwise
     image.save(tmp_path / "a.png", exif=exif)
     assert np.array_equal(read_image(tmp_path / "a.png"), image.transpose(Image.Transpose.ROTATE_270))
     with pytest.raises(ValueError, match="30 x 20 pixels, more than 599"):
@@ -336,7 +336,7 @@ def test_own_projection_of_other_towers(towers):
 
 @pytest.mark.parametrize("projection", ["linear", ""])
 def test_a_timm_towers_own_projection(projection):
-    """A pooled mean through the projection is the mean of what it makes of single patches."""
+    """The projection of the mean patch equals the mean of the projected patches."""
     options = {"timm_model_name": "test_resnet", "timm_pool": "avg", "timm_proj": projection}
     visual = _build_vision_tower(24, CLIPVisionCfg(**options)).eval()
     images = torch.randn(2, 3, 64, 96)

@@ -1,4 +1,4 @@
-"""The loader on real tar files: what goes in comes out, and what is bad is skipped under its name."""
+"""The loader on real tar files returns what was written, and skips and counts bad samples."""
 
 import io
 import itertools
@@ -38,7 +38,7 @@ def test_round_trip_of_every_suffix(write_tar):
     for suffix, kind in (("jpg", "JPEG"), ("jpeg", "JPEG"), ("png", "PNG"), ("webp", "WEBP"), ("JPG", "JPEG")):
         members[f"{suffix}1.{suffix}"] = encode(picture(1), kind)
         members[f"{suffix}1.txt"] = "größe".encode("utf-8-sig" if suffix == "webp" else "utf-8")
-    members["png1.json"] = b"{}"  # what others put beside it is left alone
+    members["png1.json"] = b"{}"  # other files of a sample are ignored
     samples = list(Shards(write_tar("a.tar", members)))
     assert [sample["key"] for sample in samples] == ["jpg1", "jpeg1", "png1", "webp1", "JPG1"]
     assert {sample["caption"] for sample in samples} == {"größe"}
@@ -48,7 +48,7 @@ def test_round_trip_of_every_suffix(write_tar):
 
 
 def test_images_of_other_modes_are_decoded_as_by_segment(write_tar):
-    """16 bits are scaled, and what is transparent lies on white, or training would see other images."""
+    """16-bit images are scaled and transparent ones lie on white, so that training and `pacl segment` see the same."""
     gray = np.arange(0, 65536, 1024, dtype=np.uint16).reshape(8, 8)
     clear = np.dstack([picture(1), np.repeat(np.array([0, 128, 255, 0], np.uint8), 16).reshape(8, 8)])
     members = {"deep": encode(gray, "PNG"), "clear": encode(clear, "PNG"), "cut": encode(gray, "PNG")[:-40]}
@@ -91,16 +91,16 @@ def test_corrupt_jpeg_is_skipped(write_tar):
 
 def test_wrong_masks_are_skipped(write_tar):
     members = pairs(3)
-    members["0000.mask.png"] = encode(picture(0)[:4, :, 0].copy(), "PNG")  # half as high
-    members["0001.mask.png"] = encode(picture(0), "PNG")  # colours, no labels
+    members["0000.mask.png"] = encode(picture(0)[:4, :, 0].copy(), "PNG")  # half the height
+    members["0001.mask.png"] = encode(picture(0), "PNG")  # colours instead of labels
     members["0002.mask.png"] = encode(picture(0)[:, :, 0].copy(), "PNG")
-    dataset = Shards(write_tar("a.tar", dict(sorted(members.items()))), masks=True)  # a sample's members are neighbours
+    dataset = Shards(write_tar("a.tar", dict(sorted(members.items()))), masks=True)  # keeps a sample's files adjacent
     assert keys(dataset) == ["0002"]
     assert dataset.skipped["mask"] == 2
 
 
 def bomb(side: int) -> bytes:
-    """A PNG of a few bytes whose header promises side x side pixels."""
+    """Return a PNG of a few bytes whose header promises side x side pixels."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -109,7 +109,7 @@ def bomb(side: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
-@pytest.mark.parametrize("side", [5_001, 12_000, 60_000])  # past our cap, Pillow's warning, Pillow's error
+@pytest.mark.parametrize("side", [5_001, 12_000, 60_000])  # above our cap, Pillow's warning, Pillow's error
 @pytest.mark.filterwarnings("error")
 def test_oversize_image_is_skipped_by_its_header(write_tar, side):
     dataset = Shards(write_tar("a.tar", pairs(1) | {"x.png": bomb(side), "x.txt": b"bomb"}))
@@ -224,7 +224,7 @@ def test_names_that_are_not_unicode(write_tar):
 @pytest.mark.parametrize("resampled", [False, True])
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_going_on_gives_what_would_have_followed(workers, resampled, write_tar):
-    """From every place of three epochs, bad samples among what came before; those are not decoded again."""
+    """Loading resumes exactly from any place of three epochs with bad samples, and decodes no earlier sample again."""
     paths = []
     for i in range(3):
         members = pairs(10, start=10 * i)
@@ -260,7 +260,7 @@ def test_resampling_draws_shards_with_replacement(write_tar):
     first = epochs()
     assert first == epochs() != epochs(seed=1)
     counts = Counter(sum(first, []))
-    assert len(counts) == 6 and 12 < min(counts.values()) and max(counts.values()) < 55  # 30 each, on average
+    assert len(counts) == 6 and 12 < min(counts.values()) and max(counts.values()) < 55  # 30 on average
     assert any(len(set(epoch)) < 6 for epoch in first), "no repetition within an epoch"
     shares = [epochs(rank=rank, world=2) for rank in range(2)]
     assert shares[0] != shares[1]
@@ -271,7 +271,7 @@ def test_resampling_draws_shards_with_replacement(write_tar):
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
 def test_processes_share_the_samples(world, tmp_path):
-    """By shards, or by samples where there are fewer shards than processes."""
+    """Processes share the shards, or the samples if there are fewer shards than processes."""
     write_scenes(tmp_path, "train", 30, seed=0, shard_size=10)
     paths = sorted(tmp_path.glob("*.tar"))
     shares = [[sample["key"] for sample in Shards(paths, rank=rank, world=world)] for rank in range(world)]
@@ -312,7 +312,7 @@ def test_counts_where_nothing_can_be_written_or_read(write_tar, tmp_path, monkey
     whole = write_tar("b.tar", pairs(2))
 
     def refuse(*_):
-        raise PermissionError("read-only")  # as root, a folder's mode refuses nothing
+        raise PermissionError("read-only")  # root may write to any folder, so its mode is no test
 
     monkeypatch.setattr("pacl.data.shards.write_bytes", refuse)
     assert list(count_shards([whole]).values()) == [2]
@@ -327,7 +327,7 @@ def test_a_shard_that_vanishes_is_counted(write_tar):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_too_many_bad_samples_stop(workers, write_tar):
-    """All workers together: neither shard has 500 samples."""
+    """Bad samples are counted over all workers: neither shard alone has the 500 samples that a stop needs."""
     paths = []
     for shard in range(2):
         members = {}

@@ -1,4 +1,4 @@
-"""Nouns of captions, and the second text that the paper's recipe makes of them."""
+"""Nouns of captions, and the second texts that the paper's recipe builds from them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from pacl.data.texts import PROMPTS, choose_text, find_nouns, noun_finder
         ("a pair of scissors", ["pair of scissors"]),
         ("sheep and a goose; (two geese)", ["sheep", "goose"]),
         ("a german shepherd in the sunset", ["german shepherd", "sunset"]),
-        ("an AXOLOTL and two newts", ["axolotl", "newt"]),  # ImageNet's
+        ("an AXOLOTL and two newts", ["axolotl", "newt"]),  # words of ImageNet
         ("an orange wall", ["wall"]),
         ("kites", ["kite"]),
         ("everything is so beautiful today", []),
@@ -95,7 +95,7 @@ def test_nltk_says_what_is_missing(monkeypatch):
 
 
 def test_nltk_with_a_tagger_of_our_own(tmp_path, monkeypatch):
-    """NLTK's own tagger, trained on four sentences and laid where the downloader puts the real one."""
+    """NLTK's tagger finds nouns. The test trains a small one and puts it where NLTK's downloader puts the real one."""
     nltk = pytest.importorskip("nltk", minversion="3.9")
     from nltk.tag.perceptron import PerceptronTagger
 

@@ -1,4 +1,4 @@
-"""Towers: those that names and files give, and which of their parts are trained."""
+"""Towers: loading by name and from files, and training of their parts."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_a_clips_text_beside_a_timm_vision_tower(world):
     ids = towers.tokenize(["a red ball"])
     assert ids.shape == (1, 24)
     torch.testing.assert_close(towers.encode_text(ids), clip.encode_text(ids, normalize=True))
-    # timm's own mean and deviation, which for this model are not CLIP's.
+    # timm's mean and deviation, which for this model are not CLIP's.
     image = towers.transform(Image.new("RGB", (120, 100), (255, 0, 51)))
     mean, std = (torch.tensor(towers.visual.pretrained_cfg[name]) for name in ("mean", "std"))
     torch.testing.assert_close(image[:, 50, 50], (torch.tensor([1.0, 0.0, 0.2]) - mean) / std)
@@ -74,7 +74,7 @@ def test_weights_from_a_file(tmp_path):
 
 
 def test_towers_without_weights_are_the_same_in_every_run(world, tmp_path):
-    """And so in every process, and on resuming."""
+    """Towers without weights are equal in every run, and therefore in every process and after resuming."""
     for name in ("one", "two"):
         torch.rand(len(name) * len(list(tmp_path.iterdir())))
         assert train(world, tmp_path, name=name, model=registered(world), **{"max-steps": 1}) == 0
@@ -86,7 +86,7 @@ def test_towers_without_weights_are_the_same_in_every_run(world, tmp_path):
 
 
 def grads(towers) -> dict[str, torch.Tensor]:
-    """Gradients of a loss on both towers, by "visual" or "text" and the parameter's name."""
+    """Return the gradients of a loss on both towers, by "visual" or "text" and the parameter's name."""
     torch.manual_seed(1)
     image, ids = towers.probe()
     tokens, texts = towers.tokens(image), towers.encode_text(ids)
@@ -133,7 +133,7 @@ def test_gradients_reach_exactly_the_chosen_blocks(options, parts, world):
     assert set(found) == {name for name in named if name.startswith(tuple(parts))} - unused
     assert sum(bool(grad.abs().sum() > 0) for grad in found.values()) > 0.5 * len(
         found
-    )  # ResNet's last gains begin at 0
+    )  # ResNet's last gains start at 0
     assert towers.trained == sorted({name.split(".")[0] for name in found}, reverse=True)
     assert not any(m.training for x in (towers.visual, towers.text) for m in x.modules())
 
@@ -154,7 +154,7 @@ def test_checkpointing_gives_the_same_gradients(vision, world):
 
 
 def test_two_processes_and_accumulation_are_one_big_batch(world, tmp_path):
-    """All of both towers, whose gradients are exchanged, micro-batches and checkpointed blocks included."""
+    """With both towers trained, two processes, micro-batches and checkpointed blocks give the weights of one batch."""
     values = {
         "train_data": str(world / "scenes/train-000.tar"),
         "model": f"local-dir:{world / 'clip'}",
@@ -163,7 +163,7 @@ def test_two_processes_and_accumulation_are_one_big_batch(world, tmp_path):
         "learn_attn_temperature": True,
         "max_steps": 3,
         "lr_scheduler": "const",
-        "eps": 0.1,  # Adam would make steps of the rounding of gradients near 0
+        "eps": 0.1,  # with a small eps, Adam turns rounding of gradients near 0 into steps
         "lr": 0.1,
     }
     runs = {
@@ -218,7 +218,7 @@ def test_trained_towers_are_saved_resumed_and_loaded(world, tmp_path):
 
 @pytest.mark.parametrize("name", ["test_vit", "test_convnext"])
 def test_a_run_with_a_timm_tower(name, world, tmp_path):
-    """One step of the embedder, none to speak of of the tower, and both are found again."""
+    """A run moves the embedder and, at a tiny rate, hardly the tower; both load again."""
     changes = {"vision-model": name, "no-vision-pretrained": None, "force-image-size": 64, "max-steps": 1}
     assert train(world, tmp_path, **changes, **{"lock-image-unlocked-groups": 1, "tower-lr": 1e-9}) == 0
     towers, embedder = load_pacl(tmp_path / "pacl/embedder")

@@ -1,4 +1,4 @@
-"""An embedder's fingerprint of its towers: which others it tells apart, and which it accepts."""
+"""An embedder's fingerprint of its towers accepts the same towers and rejects others."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def change_config(folder: Path, **changes) -> None:
 
 @pytest.fixture(scope="module")
 def shared(world, tmp_path_factory) -> Path:
-    """A CLIP with QuickGELU and beside it an embedder on it."""
+    """Create a CLIP with QuickGELU and, in the same folder, an embedder on it."""
     folder = tmp_path_factory.mktemp("shared")
     shutil.copytree(world / "clip", folder / "clip")
     change_config(folder / "clip", quick_gelu=True)

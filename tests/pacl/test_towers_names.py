@@ -1,4 +1,4 @@
-"""Towers: names that are wrong or malicious, on the command line and in an embedder's folder."""
+"""Wrong and malicious names of towers, on the command line and in an embedder's folder, are refused."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class Malicious:
 
 @pytest.mark.parametrize("how", ["pretrained", "folder", "zip"])
 def test_nothing_is_unpickled(how, world, tmp_path, capsys, monkeypatch):
-    """A pickle offered as weights, as a file or in a model's folder."""
+    """A pickle as weights, in a file or in a model's folder, is refused and not executed."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(world / "clip", "clip")
     if how == "folder":
@@ -91,7 +91,7 @@ def test_nothing_is_unpickled(how, world, tmp_path, capsys, monkeypatch):
     "name", ["logs/rnu/embedder", "./x", "../x/y", "logs/rnu", "missing", "/no/such", "~/logs", "a b/c", "logs/run.pt"]
 )
 def test_a_mistyped_folder_is_no_name_on_the_hub(name, tmp_path, capsys, monkeypatch):
-    """Nothing asks the network for it."""
+    """A mistyped folder is an error, without a request to the Hub."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs/run.pt").write_bytes(b"a file")

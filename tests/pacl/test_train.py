@@ -1,4 +1,4 @@
-"""`pacl train`: what it writes, that it goes on where it was cut off, and what it says about bad input."""
+"""`pacl train`: its files, resuming after an interruption, and its errors for bad input."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def flags(world: Path, logs: Path, **changes) -> list[str]:
 
 
 def loose_scenes(folder: Path, count: int, bad: int) -> Path:
-    """Images with captions beside them, of which the first `bad` images cannot be decoded."""
+    """Write images and caption files; the first `bad` images cannot be decoded."""
     folder.mkdir()
     for number, raw in enumerate(ScenePairs(scenes=count).undecoded(0, 0, 1)):
         (folder / f"{number:04d}.jpg").write_bytes(raw.image if number >= bad else raw.image[:300])
@@ -53,7 +53,7 @@ def start(world: Path, logs: Path, *how, **changes) -> subprocess.Popen:
 
 
 def kill_tree(pid: int) -> None:
-    """kill -9 of a process and of what it started."""
+    """Send kill -9 to a process and to all its descendants."""
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     os.kill(pid, signal.SIGKILL)
     for child in children:
@@ -91,14 +91,14 @@ def test_what_a_run_leaves(world, tmp_path, capsys):
     assert config["attn_temperature"] != 0.05, "it was not learned"
 
     settings = tmp_path / "pacl/config.yaml"
-    settings.write_text(settings.read_text().replace("lr: 0.01\n", "lr: 1e-2\n"))  # which YAML takes for a string
+    settings.write_text(settings.read_text().replace("lr: 0.01\n", "lr: 1e-2\n"))  # which YAML reads as a string
     assert main(["train", f"--config={settings}", "--name", "again"]) == 0
     first, second = (load_file(tmp_path / name / "embedder/model.safetensors") for name in ("pacl", "again"))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def whole_run(world: Path, logs: Path, processes: int, **changes) -> str:
-    """Return what the run printed. A single process is this one, which has done its imports."""
+    """Return the run's output. A single process runs in this one, which has done its imports."""
     if processes > 1:
         return finish(start(world, logs, processes, **changes))
     torch.set_num_threads(1)
@@ -111,10 +111,10 @@ def whole_run(world: Path, logs: Path, processes: int, **changes) -> str:
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux to find a process's children")
 @pytest.mark.parametrize("processes, workers, form", [(1, 2, "folder"), (2, 1, "shards")])
 def test_killed_and_resumed(processes, workers, form, world, tmp_path):
-    """kill -9 in mid-epoch; the run that goes on ends with the bits of one that was not interrupted."""
+    """After kill -9 in mid-epoch, the resumed run is bit-identical to an uninterrupted one."""
     steps = 12 if processes == 1 else 8
     changes = {"workers": workers, "save_frequency": 1, "max_steps": steps, "batch_size": 12 // processes}
-    if form == "folder":  # with bad images, which must not shift what follows
+    if form == "folder":  # with bad images, which must not shift later samples
         changes["train_data"] = loose_scenes(tmp_path / "loose", 120, bad=10)
     whole_run(world, tmp_path / "whole", processes, **changes)
     process = start(world, tmp_path / "cut", processes, TORCHRUN, **changes)
@@ -133,7 +133,10 @@ def test_killed_and_resumed(processes, workers, form, world, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_exits(number, world, tmp_path):
-    """To the whole group, as torchrun, schedulers and terminals send it: the readers of data have it too."""
+    """After a signal the run saves and exits.
+
+    The test sends it to the whole group, data readers included, as torchrun, schedulers and terminals do.
+    """
     process = start(world, tmp_path, max_steps=500, save_frequency=1000, workers=2)
     for line in process.stdout:
         if line.startswith("Train Epoch"):
@@ -151,7 +154,7 @@ def test_accumulation_is_one_big_batch(world, tmp_path):
     for name, batch, accum in (("one", 25, 1), ("many", 5, 5)):
         changes = {"batch_size": batch, "accum_freq": accum, "max_steps": 4}
         assert main(["train", *flags(world, tmp_path / name, **changes)]) == 0
-    # Adam turns the rounding of small gradients into steps; cached_step alone is held to 1e-10 in test_cached.py.
+    # Adam turns the rounding of small gradients into steps; test_cached.py holds cached_step itself to 1e-10.
     one, many = (final(tmp_path / name)["state_dict"] for name in ("one", "many"))
     for name, x in one.items():
         torch.testing.assert_close(many[name], x, rtol=1e-3, atol=1e-5)
@@ -186,7 +189,7 @@ def test_too_many_bad_samples_stop_all_processes(world, tmp_path):
     assert process.returncode != 0
     assert len(re.findall("^pacl: error: train_data: .* of 5.. samples of .* are bad", output, re.M)) == 1
     assert "[rank" not in output, "a process was left to find out by itself"
-    assert final(tmp_path)["step"] >= 5  # workers read ahead
+    assert final(tmp_path)["step"] >= 5  # because workers read ahead
 
 
 def test_loose_pairs_scenes_and_resampled_shards_train(world, tmp_path, capsys):
@@ -291,7 +294,7 @@ def test_a_finished_run_is_not_trained_again(world, tmp_path):
 
 @pytest.mark.parametrize("left", ["none", "older", "half"])
 def test_killed_before_the_embedder_was_written(left, world, tmp_path):
-    """The last checkpoint is there, its embedder is not, and nothing is left to train."""
+    """Resuming a finished run writes its embedder if only the last checkpoint was saved."""
     assert main(["train", *flags(world, tmp_path, max_steps=1, save_frequency=1)]) == 0
     folder = tmp_path / "pacl/embedder"
     older = {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -300,7 +303,7 @@ def test_killed_before_the_embedder_was_written(left, world, tmp_path):
     assert expected["model.safetensors"] != older["model.safetensors"]
     if left == "none":
         shutil.rmtree(folder)
-    else:  # what is written last is config.json
+    else:  # config.json is written last
         for name in older if left == "older" else ["config.json"]:
             (folder / name).write_bytes(older[name])
     assert main(["train", *flags(world, tmp_path, max_steps=2, resume="latest")]) == 0
@@ -312,7 +315,7 @@ def test_killed_before_the_embedder_was_written(left, world, tmp_path):
 
 
 def test_half_checkpoints_of_a_killed_run_go(world, tmp_path):
-    """The next start or save removes what kill -9 in a save leaves, and nothing else."""
+    """The next start or save removes the files that kill -9 during a save leaves, and no others."""
     assert main(["train", *flags(world, tmp_path, max_steps=1)]) == 0
     folder = tmp_path / "pacl/checkpoints"
     kept = {"step_00000001.pt", ".step_1.pt", ".step_x.pt.abcdefgh", ".step_1.pt.abcdefgh.mine", "step_1.pt.abcdefgh"}

@@ -1,4 +1,4 @@
-"""Validation of `pacl train`: its numbers, that several processes agree with one, and that training does not notice."""
+"""Validation of `pacl train`: its numbers, equal for one and several processes, and its lack of effect on training."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ HELD_OUT = "scenes/eval-{000..002}.tar"
 
 
 def brute_force(phi: torch.Tensor, captions: list[str], scale: float, bias: float | None) -> dict[str, float]:
-    """Ranks one pair at a time, over the whole matrix; the loss of the reference."""
+    """Compute the recalls from the whole matrix, one pair at a time, and the loss by the reference."""
     found = {}
     for direction, scores in (("image_to_text", phi), ("text_to_image", phi.T)):
         ranks = []
@@ -42,7 +42,7 @@ def test_streamed_recall_and_loss_are_those_of_the_matrix(pairs, block, bias):
     torch.manual_seed(0)
     phi = torch.randn(pairs, pairs, dtype=torch.float64).mul_(2).round_().div_(4).float()  # full of ties
     phi += 0.75 * torch.eye(pairs)
-    captions = [f"caption {i % (pairs - 2)}" for i in range(pairs)]  # two of them twice
+    captions = [f"caption {i % (pairs - 2)}" for i in range(pairs)]  # two captions occur twice
     retrieval = Retrieval(captions, 5.0, bias, torch.device("cpu"))
     for at in range(0, pairs, block):
         retrieval.update(phi[at : at + block], at)
@@ -62,14 +62,14 @@ def test_a_collapsed_embedder_finds_nothing():
 def test_a_long_image_is_squeezed_not_cropped():
     preprocess = open_clip.image_transform(64, is_train=False)
     image = Image.new("RGB", (256, 32))
-    image.paste("white", (0, 0, 32, 32))  # an eighth at the left, which a crop of the middle would lose
+    image.paste("white", (0, 0, 32, 32))  # an eighth at the left, which a central crop would lose
     seen = _Squashed(preprocess)(image)[0]
     assert seen.shape == (64, 64) and (seen[:, :7] > seen[:, 9:].max()).all()
 
 
 @pytest.fixture(scope="module")
 def validated(run_world, tmp_path_factory):
-    """A run with all that validation has, and its random state afterwards."""
+    """Run training with every kind of validation; return its folder and the random state afterwards."""
     logs = tmp_path_factory.mktemp("validated")
     changes = {"val_data": run_world / HELD_OUT, "val_segmentation": run_world / HELD_OUT}
     changes |= {"val_classes": run_world / "classes.txt", "val_frequency": 4, "lr": 0.01}
@@ -122,7 +122,7 @@ def test_training_does_not_notice(validated, run_world, tmp_path):
 
 
 def test_processes_agree_with_one(run_world, tmp_path):
-    """Two processes have 40 and 20 of the 60 samples; a tiny rate keeps the weights where they all begin."""
+    """Two processes, with 40 and 20 of 60 samples, get the numbers of one. A tiny rate keeps the weights equal."""
     changes = {"val_data": run_world / HELD_OUT, "val_segmentation": run_world / HELD_OUT, "lr": 1e-30}
     changes |= {"val_classes": run_world / "classes.txt", "max_steps": 1}
     assert train(run_world, tmp_path / "one", **changes) == 0
@@ -137,7 +137,7 @@ def test_processes_agree_with_one(run_world, tmp_path):
 
 
 def test_several_readers(run_world, tmp_path):
-    """Whose batches take turns: captions and images must come in the same order."""
+    """Captions and images come in the same order when the batches of two workers take turns."""
     assert train(run_world, tmp_path, val_data=run_world / HELD_OUT, workers=2, max_steps=1, lr=1e-30) == 0
     assert train(run_world, tmp_path / "one", val_data=run_world / HELD_OUT, max_steps=1, lr=1e-30) == 0
     two, one = (lines(folder / "pacl/results.jsonl")[0] for folder in (tmp_path, tmp_path / "one"))
@@ -145,7 +145,7 @@ def test_several_readers(run_world, tmp_path):
 
 
 def test_synonyms_of_a_class_are_texts_of_their_own(run_world, tmp_path):
-    """A class counts by its best one: to name a class twice changes nothing."""
+    """A class has the score of its best synonym, so naming a class twice changes nothing."""
     names = (run_world / "classes.txt").read_text().splitlines()
     (tmp_path / "twice.txt").write_text("".join(f"{name}, {name}\n" for name in names))
     found = []

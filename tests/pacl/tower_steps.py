@@ -1,4 +1,4 @@
-"""Three steps of a run on the same 12 pairs each, for test_towers.py: in this process, or in several."""
+"""Train three steps, each on 12 pairs shared by all processes, for test_towers.py."""
 
 import json
 import sys
@@ -12,7 +12,7 @@ WORDS = "red blue green large small old new round flat hot cold wet".split()
 
 
 def main(values: dict) -> None:
-    """values: of TrainConfig. The checkpoint is saved."""
+    """Train with `values` as the fields of TrainConfig, and save a checkpoint."""
     run = Run(TrainConfig(**values | {"log_dir": Path(values["log_dir"])}))
     random = torch.Generator().manual_seed(0)
     mine = slice(12 // run.world * run.rank, 12 // run.world * (run.rank + 1))
