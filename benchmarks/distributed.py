@@ -38,8 +38,8 @@ from torch.nn import functional as F
 from pacl_kernels import distributed, fused_pacl_loss
 
 SCALE = 1 / 0.07
-HEADER = 13 * 8  # bytes with which each process describes itself
-# Assumptions of the model, none of them measured on such a machine.
+HEADER = 13 * 8  # bytes that each process sends to describe itself
+# Assumptions of the model; none is measured on such a machine.
 H200 = {"flops": 450e12, "link_bytes": 50e9, "latency": 10e-6}  # bf16 products of the loss; 400 Gb/s; one hop
 
 
@@ -145,7 +145,7 @@ def communication(sent: float, world: int, ring: bool, link: dict[str, float]) -
 
 
 def no_communication():
-    """Replace collectives by local stand-ins with the same shapes."""
+    """Replace collectives by local copies with the same shapes."""
 
     def all_gather(x, world, group):
         return x.repeat(world, *[1] * (x.ndim - 1))
@@ -228,7 +228,7 @@ def print_measured(args, machine: dict, rows: list[dict]) -> None:
 
 
 def model(patches: int = 196, dim: int = 512, size: int = 2) -> list[dict]:
-    """Model the seconds of a step of the loss on H200s: its products, and its communication without overlap."""
+    """Model the seconds of a step of the loss on H200s: its products plus its communication, without overlap."""
     rows = []
     for batch in (2**15, 2**17, 2**20):
         for world in (8, 64, 256, 1024):

@@ -1,4 +1,4 @@
-"""A world of near-duplicates for study.py: 168 textures that differ in one of three attributes, or in their order.
+"""World of near-duplicates for study.py: 168 textures that differ in one of three attributes, or in their order.
 
 A shape has a colour, a pattern and the pattern's accent: "a red shape with blue stripes" is not "a blue shape with red
 stripes". In half of the scenes the shapes differ in one attribute alone. A batch of 64 rarely contains a caption's

@@ -73,7 +73,7 @@ DEFAULT = [
     Variant(form="upsample", dtype="fp32"),
     Variant(form="upsample", entropy=True),
 ]
-# Variants similar enough to the above that one architecture stands for all.
+# Variants similar to those above; one architecture is enough.
 ON_90 = [
     Variant(dtype="fp16"),
     Variant(flat=False),
@@ -82,7 +82,7 @@ ON_90 = [
     Variant(tensor_tau=True),
     Variant(form="cosine", dtype="fp32", patches=49),
 ]
-# Kernels without a tile of scores: one row each, for the same architecture.
+# Kernels without a tile of scores, one row each, for the same architecture.
 ONCE = (
     "inverse_norms_kernel",
     "project_out_kernel",

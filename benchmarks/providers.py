@@ -24,8 +24,8 @@ from pacl_kernels import backends, fused_pacl_loss, reference
 
 LOGIT_SCALE = 1 / 0.07
 PRODUCTS = "matrix products"
-# Scores that the bare products write at a time. On a CPU they stay in its cache; on a GPU smaller products are slower
-# (with 4096 texts a unit took 6.0 ms on an H200 with 2²⁴ and 5.1 with 2²⁸).
+# Number of scores that the bare products write at a time. On a CPU they stay in its cache. On a GPU smaller products
+# are slower: with 4096 texts a unit took 6.0 ms on an H200 with 2²⁴ scores and 5.1 ms with 2²⁸.
 BLOCK = {"cpu": 2**24, "cuda": 2**28}
 MIN_POOLED_NORM = 1e-6
 CHUNK = 16  # images; at the usual sizes the scores of a chunk stay in the last-level cache
@@ -107,7 +107,7 @@ PACKAGES = {"late-interaction-kernels": "late_interaction_kernels", "flash-maxsi
 
 
 def losses(args, only: str | None = None) -> dict:
-    """Return loss(patches, texts) by name, equal for all; `only` makes that one alone: torch.compile loads for 5 s."""
+    """Return equal losses loss(patches, texts) by name. `only` selects one, because torch.compile takes 5 s to load."""
 
     def fused(backend):
         return lambda patches, texts: fused_pacl_loss(

@@ -3,7 +3,7 @@
     python benchmarks/segmentation.py [--json F]          # about two minutes on a CPU
     python benchmarks/segmentation.py --large             # also 847 classes at 2,048 x 1,536 pixels
 
-The first table times the way from an image's patch embeddings and the classes' texts to its label map. "plain" is class
+The first table times the path from an image's patch embeddings and class texts to its label map. "plain" is class
 scores, F.interpolate to the image's size, argmax. Memory is the process's peak growth. The second table times whole
 images with 150 classes at each stride and window, through a ViT-B-16 with random weights, which do not change the time;
 its "label map" is the part that the first table times.

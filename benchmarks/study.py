@@ -190,7 +190,7 @@ def plan(out: Path) -> tuple[list[Run], list[Run]]:
             changes = [{"tau": tau} for tau in (1.0, 0.1, None)] + [{"form": "dot"}, {"tower": "random"}]
             changes += [{"pooling": pooling} for pooling in ("paired", "mean")]
             rest += [dataclasses.replace(control, **change) for change in changes]
-    rest.sort(key=lambda run: run.batch == max(LRS))  # last, because these take as long as all others together
+    rest.sort(key=lambda run: run.batch == max(LRS))  # last, because they take as long as all others together
     return tune, rest
 
 
@@ -348,7 +348,7 @@ def centre(value: dict[str, float] | float) -> float:
 
 
 def label(row: dict) -> str:
-    """Return what distinguishes a control from the default."""
+    """Describe the difference between a control and the default."""
     if row["pooling"] != "all pairs":
         return {"paired": "attention of the paired caption only", "mean": "mean pooling"}[row["pooling"]]
     if row["tower"] == "random":

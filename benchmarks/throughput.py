@@ -43,7 +43,7 @@ CUDA_PEAKS = {
     "NVIDIA H100 80GB HBM3": {"float32": 67e12, "bfloat16": 989e12, "float16": 989e12},
     "NVIDIA H200": {"float32": 67e12, "bfloat16": 989e12, "float16": 989e12},
 }
-# On a machine without a GPU torch.compile warns of that three times.
+# On a machine without a GPU, torch.compile would warn about it three times.
 logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 
@@ -173,7 +173,7 @@ def _resident(field: str) -> int:
 
 
 def _memory_process(args, name: str, pipe) -> None:
-    os.environ["MKL_DISABLE_FAST_MM"] = "1"  # else MKL keeps its buffers, and the second step does not show them
+    os.environ["MKL_DISABLE_FAST_MM"] = "1"  # otherwise MKL keeps its buffers, and the second step does not show them
     torch.set_num_threads(args.threads)
     pipe.send(_attempt(extra_memory, args, name))
 
@@ -198,7 +198,7 @@ def measure_memory(args, name: str) -> tuple[float | None, str | None]:
 
 
 def _attempt(function, *arguments) -> tuple:
-    """Return (result, None), or (None, the error in one line), because a failing provider is a row of the table too."""
+    """Return (result, None), or (None, the error in one line): a failing provider gets a row of the table too."""
     try:
         return function(*arguments), None
     except Exception as error:

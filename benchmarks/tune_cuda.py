@@ -1,4 +1,4 @@
-"""Time the Hopper kernels against cuBLAS and the Triton kernels on this GPU, to decide what `auto` takes.
+"""Time the Hopper kernels against cuBLAS and the Triton kernels on this GPU, to decide which of them `auto` takes.
 
     python benchmarks/tune_cuda.py --json tuning.json          # bfloat16, B = K = 4096, D = 512 and more, N of practice
 

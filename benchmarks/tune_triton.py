@@ -115,7 +115,7 @@ def score_runs(p: Problem, grad_phi: Tensor, architecture: int) -> dict[str, Run
 
 
 def cosine_block(p: Problem) -> tuple[workspace.BlockSize, Block]:
-    """Return a block of images like that of the cosine form's backward."""
+    """Return a block of images like those in the backward pass of the cosine form."""
     size = workspace.plan_blocks(p.b, p.n, p.k, workspace.score_bytes(p, "cosine"))
     return size, Block(0, size.images, 0, size.texts)
 

@@ -1,4 +1,4 @@
-"""Time new words on this machine: ViT-B-16's text tower (random weights) with and without the padding it cannot see.
+"""Time new words on this machine: ViT-B-16's text tower (random weights) with and without padding that it cannot see.
 
     python benchmarks/words.py [--json F]          # a few minutes on a CPU
 
@@ -35,7 +35,7 @@ CASES = [("photo", 1), ("simple", 1), ("simple", 4)]  # templates, new words
 
 @torch.no_grad()
 def whole(towers: Towers, words: Sequence[str], templates: Sequence[str]) -> Tensor:
-    """Return class_texts's embeddings with the whole context of 77 tokens."""
+    """Return the embeddings of `class_texts`, computed with the whole context of 77 tokens."""
     sentences = [template.replace("{}", word) for word in words for template in templates]
     found = torch.cat([towers.encode_text(part) for part in towers.tokenize(sentences).split(256)])
     return F.normalize(found.unflatten(0, (len(words), -1)).mean(1), dim=-1)
