@@ -1,6 +1,6 @@
 """Time the Hopper kernels against cuBLAS and the Triton kernels on this GPU, to decide which of them `auto` takes.
 
-    python benchmarks/tune_cuda.py --json tuning.json          # bfloat16, B = K = 4096, D = 512 and more, N of practice
+    python benchmarks/tune_cuda.py --json tuning.json          # bfloat16, B = K = 4096, D = 512 and more, common N
 
 One unit is the product of all patches with all texts. `share` is torch.mm's time for the same tensors divided by the
 kernel's.

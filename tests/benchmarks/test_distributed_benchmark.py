@@ -12,7 +12,7 @@ import pytest
 
 @pytest.mark.skipif(not Path("/proc/net/dev").exists(), reason="needs Linux to count what is sent")
 def test_benchmark_counts_what_its_formulas_say(tmp_path):
-    """The loopback device counts the bytes of the formulas. Gathered patches would be many times as many."""
+    """The bytes on the loopback device match the formulas; gathering all patches sends many times as many."""
     pytest.importorskip("open_clip")
     path, sent = tmp_path / "result.json", {}
     script = Path(__file__).parents[2] / "benchmarks" / "distributed.py"

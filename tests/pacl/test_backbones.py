@@ -43,7 +43,7 @@ def test_native_tower():
     assert pooled.shape == (2, 24)
 
 
-# These have a class token, DINOv2's registers, no prefix but an attention pooler, or the norm after the pooling.
+# Among them: a class token, DINOv2's registers, an attention pooler without a prefix, the norm after the pooling.
 @pytest.mark.parametrize(
     "name, options, prefix, patches",
     [

@@ -91,7 +91,7 @@ def test_a_text_that_fills_the_context_and_one_tower_of_another_kind():
     full = [" ".join(["7"] * 23), "3"]
     assert read_lengths(text, towers.tokenize(full)).tolist() == [24, 2]
     torch.testing.assert_close(towers.embed(full), encode_text(text, towers.tokenize(full)).float(), rtol=0, atol=1e-7)
-    other = nn.Sequential(nn.Embedding(100, 8), nn.Flatten())  # an unknown tower may see all positions
+    other = nn.Sequential(nn.Embedding(100, 8), nn.Flatten())  # an unknown tower counts as seeing all
     assert read_lengths(other, towers.tokenize(full)).tolist() == [24, 24]
 
 

@@ -268,6 +268,6 @@ def test_a_damaged_image_is_one_line(untrained, workers, tmp_path, capsys):
 
 
 def test_names():
-    assert open_clip.IMAGENET_CLASSNAMES[421] == "baluster / handrail"  # keeps its underscore, unlike a folder's name
+    assert open_clip.IMAGENET_CLASSNAMES[421] == "baluster / handrail"  # keeps its slash, unlike a folder's name
     assert [spoken("forest/broadleaf_x"), spoken("Ram C/V, 2012")] == ["forest broadleaf x", "Ram C V 2012"]
     assert spoken("HerbaceousVegetation", "eurosat") == "herbaceous vegetation"

@@ -50,7 +50,7 @@ def recalls(phi, captions, owners):
 def test_several_captions_of_an_image(block):
     torch.manual_seed(0)
     owners = [i for i in range(IMAGES) for _ in range(1 + i % 5)]
-    phi = (torch.randn(IMAGES, len(owners)) * 2).round() / 4  # full of ties
+    phi = (torch.randn(IMAGES, len(owners)) * 2).round() / 4  # many ties
     phi += 0.5 * F.one_hot(torch.tensor(owners), IMAGES).T
     captions = [f"caption {t % (len(owners) // 2)}" for t in range(len(owners))]  # each one twice
     found = Retrieval(captions, None, None, torch.device("cpu"), owners)

@@ -1,4 +1,4 @@
-"""`evaluate_segmentation`: its metrics equal independent computations; its warnings; its files."""
+"""`evaluate_segmentation`: metrics against independent computations, warnings, and files."""
 
 import dataclasses
 import json
@@ -26,7 +26,7 @@ TCL = protocol("tcl")
 
 
 def truth_of(data):
-    """Return a predictor of the true labels, found by the image's bytes. Ignored pixels get any label."""
+    """Return a predictor of the true labels, found by the image's bytes. Pixels with none of `labels` get the first one."""
     known = {data.image(i).tobytes(): data[i][1] for i in range(len(data))}
 
     def predict(image, labels):

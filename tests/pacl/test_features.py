@@ -204,7 +204,7 @@ def test_a_resumed_run_ends_with_the_same_bits(world, tmp_path):
 
 
 def test_all_captions_of_an_image(world, tmp_path):
-    """Features of a COCO file have the same caption in every epoch as the file itself."""
+    """Features of a COCO file give the same captions in every epoch as the file itself."""
     (tmp_path / "images").mkdir()
     for i in range(8):
         Image.new("RGB", (64, 64), (i * 30, 0, 0)).save(tmp_path / f"images/{i}.png")

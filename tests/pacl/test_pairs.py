@@ -317,7 +317,7 @@ def test_packed_shards_hold_the_same_bytes(form, tmp_path, capsys, write_tar):
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_all_captions_of_an_image_are_a_list(tmp_path, packed):
-    """All non-empty captions come as a list, with any characters; the source itself still gives one per image."""
+    """`captions="all"` gives a list of all non-empty captions; the source itself still gives one per image."""
     (tmp_path / "a.png").write_bytes(encode(picture(0), "PNG"))
     (tmp_path / "b.png").write_bytes(encode(picture(1), "PNG"))
     said = {"a.png": [" one\0two ", "", "three"], "b.png": ["four"]}

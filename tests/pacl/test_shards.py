@@ -1,4 +1,4 @@
-"""The loader on real tar files returns what was written, and skips and counts bad samples."""
+"""The loader on real tar files returns what was written, and skips bad samples and counts them by kind."""
 
 import io
 import itertools
@@ -312,7 +312,7 @@ def test_counts_where_nothing_can_be_written_or_read(write_tar, tmp_path, monkey
     whole = write_tar("b.tar", pairs(2))
 
     def refuse(*_):
-        raise PermissionError("read-only")  # root may write to any folder, so its mode is no test
+        raise PermissionError("read-only")  # a folder's mode would not stop root
 
     monkeypatch.setattr("pacl.data.shards.write_bytes", refuse)
     assert list(count_shards([whole]).values()) == [2]

@@ -98,7 +98,7 @@ def test_what_a_run_leaves(world, tmp_path, capsys):
 
 
 def whole_run(world: Path, logs: Path, processes: int, **changes) -> str:
-    """Return the run's output. A single process runs in this one, which has done its imports."""
+    """Return the run's output. With one process it runs in the test's own, which has done the imports."""
     if processes > 1:
         return finish(start(world, logs, processes, **changes))
     torch.set_num_threads(1)
@@ -294,7 +294,7 @@ def test_a_finished_run_is_not_trained_again(world, tmp_path):
 
 @pytest.mark.parametrize("left", ["none", "older", "half"])
 def test_killed_before_the_embedder_was_written(left, world, tmp_path):
-    """Resuming a finished run writes its embedder if only the last checkpoint was saved."""
+    """If a run was killed after its last checkpoint but before its embedder, resuming writes the embedder."""
     assert main(["train", *flags(world, tmp_path, max_steps=1, save_frequency=1)]) == 0
     folder = tmp_path / "pacl/embedder"
     older = {path.name: path.read_bytes() for path in folder.iterdir()}

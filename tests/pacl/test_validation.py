@@ -40,7 +40,7 @@ def brute_force(phi: torch.Tensor, captions: list[str], scale: float, bias: floa
 @pytest.mark.parametrize("pairs, block", [(40, 40), (40, 7), (3, 1)])
 def test_streamed_recall_and_loss_are_those_of_the_matrix(pairs, block, bias):
     torch.manual_seed(0)
-    phi = torch.randn(pairs, pairs, dtype=torch.float64).mul_(2).round_().div_(4).float()  # full of ties
+    phi = torch.randn(pairs, pairs, dtype=torch.float64).mul_(2).round_().div_(4).float()  # many ties
     phi += 0.75 * torch.eye(pairs)
     captions = [f"caption {i % (pairs - 2)}" for i in range(pairs)]  # two captions occur twice
     retrieval = Retrieval(captions, 5.0, bias, torch.device("cpu"))

@@ -58,7 +58,7 @@ def test_a_patch_and_those_like_it(server, viewer):
 
 
 def test_towers_run_once(server, viewer):
-    """The vision tower runs once per image, and the text tower runs only for new words."""
+    """The vision tower runs once per image and model, and the text tower runs only for new words."""
     runs = {"image": 0, "text": 0}
 
     def count(name):
