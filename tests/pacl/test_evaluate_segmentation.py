@@ -26,7 +26,7 @@ TCL = protocol("tcl")
 
 
 def truth_of(data):
-    """Return a predictor of the true labels, found by the image's bytes. Pixels with none of `labels` get the first one."""
+    """Return a predictor of the true labels, found by the image's bytes; labels not asked for become the first one."""
     known = {data.image(i).tobytes(): data[i][1] for i in range(len(data))}
 
     def predict(image, labels):
