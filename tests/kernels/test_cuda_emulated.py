@@ -163,7 +163,7 @@ def test_masks_hide_anything(library, b, n, k, d, tau):
 
 
 def weights_of(patches, texts, tau, phi, a, s, g, mask=None):
-    """Return W = g ∂φ/∂s / (‖p‖ ‖t‖) `[K, B, N]`, and the terms of the temperature's gradient."""
+    """Return W = g ∂φ/∂s / (‖p‖ ‖t‖) `[K, B, N]`, and the sum that gives the temperature's gradient."""
     ds = g[:, :, None] * a * (1 + (s - phi[:, :, None]) / tau)
     w = ds / patches.double().norm(dim=-1)[:, None] / texts.double().norm(dim=-1)[None, :, None]
     centred = torch.where(a > 0, s - phi[:, :, None], 0.0)

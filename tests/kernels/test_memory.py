@@ -1,4 +1,4 @@
-"""The memory of a step stays within stated bounds and never holds a [B, K, N] array."""
+"""The memory of a step, beyond its inputs and gradients, has a bound that leaves no room for a [B, K, N] array."""
 
 import json
 import subprocess

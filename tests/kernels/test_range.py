@@ -58,7 +58,7 @@ def test_the_formula_itself_holds_every_norm(dtype):
 @pytest.mark.parametrize("N", [1, 9])
 @pytest.mark.parametrize("form", FORMS[:2])
 def test_a_temperature_near_0_is_the_best_patch(form, N, dtype, backend):
-    """As τ → 0 the best patch takes all attention, with s - φ = 0 exactly, so that dividing by τ does no harm."""
+    """For τ → 0 the best patch takes all attention, with s - φ = 0 exactly, so that dividing by τ does no harm."""
     problem = make(Case(8, N, 7, K=16), form, "compatibility", dtype)
     expected = evaluate(replace(problem, form="max"), backend)
     sizes = natural_sizes(problem)

@@ -292,7 +292,7 @@ def test_processes_that_differ(name, changes, group):
 
 
 def test_without_reading_what_others_say(group, monkeypatch):
-    """As on a GPU, the first step fixes the largest local batch; later ones may be smaller, and numbers may change."""
+    """The first step on a GPU fixes the largest local batch; later batches may be smaller, and numbers may change."""
     world, rank = group.size(), group.rank()
     if world == 1:
         pytest.skip("one process agrees with itself")
