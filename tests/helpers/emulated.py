@@ -14,7 +14,7 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ("tests/kernels/cuda/emulator.cpp", "tests/kernels/cuda/emulated.cpp")
-FLAGS = ("-std=c++20", "-O2", "-shared", "-fPIC", "-fvisibility=hidden", "-DPACL_CUDA")  # as a build with nvcc
+FLAGS = ("-std=c++20", "-O2", "-shared", "-fPIC", "-fvisibility=hidden", "-DPACL_CUDA")  # as in a build with nvcc
 # Enable float16 and FMA contraction where the processor has them, so that tests see the rounding of nvcc's code.
 FLAGS += ("-march=native", "-ffp-contract=fast")
 

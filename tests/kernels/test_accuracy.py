@@ -69,7 +69,7 @@ def test_long_patches_that_cancel(case, form, target):
 
 @pytest.mark.parametrize("case", [Case(N=2, data="cancelled"), Case(N=9, tau=0.01, data="cancelled")], ids=str)
 def test_pooled_norm_at_its_floor(case, target):
-    """Where patches cancel exactly, φ = 0 / 1e-6, and the gradient treats the floor of the norm as a constant."""
+    """If patches cancel exactly, φ = 0 / 1e-6, and the gradient treats the floor of the norm as a constant."""
     for objective in case.objectives:
         problem = make(case, "cosine", objective, target.dtype, target.device)
         check(problem, target.backend)
