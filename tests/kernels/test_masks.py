@@ -1,4 +1,4 @@
-"""Masked patches may be poison, have gradients of exactly 0, and count as if they were cut off."""
+"""Masked patches may hold NaN or inf, have gradients of exactly 0, and count as if they were cut off."""
 
 from dataclasses import replace
 

@@ -139,7 +139,7 @@ def test_blocks_on_any_number_of_threads(case, cpu_backend):
 
 
 def test_one_dimension_has_no_gradient(target):
-    """With D = 1 gradients are 0, because they are orthogonal to the embedding."""
+    """With D = 1 gradients are 0, because a gradient is orthogonal to its embedding."""
     problem = make(Case(6, 9, 1, K=5), "max", "compatibility", target.dtype, target.device)
     answer = evaluate(problem, target.backend)
     norms = problem.patches.abs().double()

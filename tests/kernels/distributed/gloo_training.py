@@ -18,7 +18,7 @@ WIDTH, D, N, STEPS = 12, 16, 5, 10
 
 
 class Model(nn.Module):
-    """Embed patch tokens and texts; also holds the loss's scalars, of shape `scalar`."""
+    """Embed patch tokens and texts, and hold the loss's scalars, of shape `scalar`."""
 
     def __init__(self, scalar: tuple[int, ...], dropout: float = 0.0):
         super().__init__()
@@ -152,7 +152,7 @@ def test_cached_step_respects_who_switched_the_exchange_off(how, group):
         cached_step(lambda part: model(*part), mine, loss, micro_batch=2, modules=[model])
 
     def exchanged(parameters):
-        """Return True after an exchange: DDP then has equal gradients in all processes, and FSDP's shards have one."""
+        """Return True after an exchange: DDP has equal gradients in all processes, and every FSDP shard has one."""
         grads = [x.grad for x in parameters]
         if how != "ddp":
             return all(x is not None for x in grads)
