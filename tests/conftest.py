@@ -1,4 +1,4 @@
-"""The environment of all tests; `helpers` has what several of them import."""
+"""The environment of all tests; `helpers` has the modules that several tests import."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import os
 
 import pytest
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # one thread for each of the processes that share the cores
+if "PYTEST_XDIST_WORKER" in os.environ:  # processes that share the cores get one thread each
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # must be set before triton is imported
 
 
 @pytest.fixture(autouse=True)
 def _unchanged_settings(monkeypatch):
-    """Neither the caller's environment nor another test's thread count decides what is tested."""
+    """Shield each test from the caller's environment and from other tests' thread counts."""
     monkeypatch.delenv("PACL_BACKEND", raising=False)
     monkeypatch.delenv("PACL_CPU_ISA", raising=False)
     threads = torch.get_num_threads()

@@ -1,6 +1,6 @@
 """Modules of the two packages import each other in one direction, and `pacl_kernels` imports nothing of `pacl`.
 
-Imports inside functions and under `TYPE_CHECKING` count: the modules need each other all the same.
+Imports inside functions and under `TYPE_CHECKING` count, because they tie the modules together just as well.
 """
 
 import ast
@@ -17,7 +17,7 @@ Graph = dict[str, dict[str, str]]  # graph[a][b]: file:line of an import by whic
 
 
 def import_graph(packages: dict[str, Path]) -> Graph:
-    """Imports among the modules of some packages, given the folder that holds each package."""
+    """Return the imports among the modules of some packages, given the folder that holds each package."""
     files: dict[str, Path] = {}
     for package, folder in packages.items():
         for path in sorted((folder / package).rglob("*.py")):
@@ -35,13 +35,13 @@ def import_graph(packages: dict[str, Path]) -> Graph:
 
 
 def _needed(node: ast.AST, package: str, files: dict[str, Path]) -> Iterator[str]:
-    """Modules that a piece of code in `package` needs; others than those of `files` may be among them."""
+    """Yield the modules that a piece of code in `package` imports, also those that are not in `files`."""
     if isinstance(node, ast.Import):
         yield from (alias.name for alias in node.names)
     elif isinstance(node, ast.ImportFrom):
         base = resolve_name("." * node.level + (node.module or ""), package)
         for alias in node.names:
-            # A submodule is needed itself; for any other name its module or its package's __init__ is.
+            # If the name is a submodule, that is needed; otherwise the module or the package's __init__ is.
             submodule = f"{base}.{alias.name}"
             yield submodule if submodule in files else base
     elif isinstance(node, ast.Constant) and isinstance(node.value, str) and "." in node.value:
@@ -49,7 +49,7 @@ def _needed(node: ast.AST, package: str, files: dict[str, Path]) -> Iterator[str
 
 
 def by_folder(graph: Graph) -> Graph:
-    """The same imports among subpackages, with everything below them; modules beside them stay by themselves."""
+    """Merge the modules of each subpackage into one node; modules outside subpackages stay as they are."""
     merged: Graph = {}
     for module, targets in graph.items():
         name = _folder(module)
@@ -65,7 +65,7 @@ def _folder(module: str) -> str:
 
 
 def cycles(graph: Graph) -> list[str]:
-    """One shortest cycle for each group of modules that need each other: `a → b → a`, then the place of each import."""
+    """Return one shortest cycle per group of mutually dependent modules: `a → b → a`, then the place of each import."""
     reached = {module: _reached(graph, module) for module in graph}
     found, seen = [], set()
     for module in graph:
@@ -86,7 +86,7 @@ def _reached(graph: Graph, start: str) -> set[str]:
 
 def _shortest_cycle(graph: Graph, start: str) -> list[str]:
     ways, seen = [[start]], set()
-    for way in ways:  # grows meanwhile, the shorter ways first
+    for way in ways:  # the list grows during the loop, shorter ways first
         for module in graph[way[-1]]:
             if module == start:
                 return [*way, start]
@@ -119,7 +119,7 @@ def test_kernels_import_nothing_of_pacl(graph):
 
 
 def test_importing_the_kernels_takes_torch_alone():
-    """All but the Triton kernels, which are imported when the first of them runs."""
+    """All modules import only torch and the standard library, except the Triton kernels, imported on first use."""
     allowed = {*sys.stdlib_module_names, "torch", "pacl_kernels"}
     for path in sorted((ROOT / "pacl_kernels").rglob("*.py")):
         if path.parent.name == "kernels":
@@ -152,7 +152,7 @@ def test_importing_the_kernels_takes_torch_alone():
     ids="none function type_checking absolute by_name init nested nested_init".split(),
 )
 def test_what_counts_as_an_import(changes, cycle, tmp_path):
-    """A package whose `__init__` imports its modules, one of which imports a sibling, has no cycle until `changes`."""
+    """A package whose `__init__` imports modules that import a sibling has no cycle until `changes` are applied."""
     files = {"__init__.py": "from . import one\nx = 1\n", "one.py": "", "two.py": "from . import one\nx = 1\n"}
     files |= {"sub/__init__.py": "", "sub/three.py": ""} | changes
     for name, text in files.items():

@@ -1,6 +1,6 @@
-"""pip, setuptools and CMake, run for real on a copy of this clone that takes seconds to build: its C++ is a stub.
+"""Run pip, setuptools and CMake for real on a copy of this clone; its C++ is a stub, so that a build takes seconds.
 
-Installations go into an environment of their own, which sees the packages of this one (torch is large).
+Each copy is installed into a separate environment that sees the packages of this one (torch is large).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler to build with")
-# A native module that says what it was built from.
+# The source of a native module that says what it was built from.
 STUB = """
 #include <Python.h>
 static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_native", nullptr, -1, nullptr};
@@ -43,7 +43,7 @@ print(pacl_kernels.__file__, native() and native().__file__, getattr(native(), "
 
 @pytest.fixture(scope="module")
 def venv(tmp_path_factory) -> Path:
-    """An environment with what a build needs, so that not every pip has to fetch that for itself."""
+    """Make an environment with the build requirements, so that pip need not fetch them for every build."""
     folder = tmp_path_factory.mktemp("install") / "venv"
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
     requires = re.search(r"^requires = \[(.*)\]$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
@@ -59,9 +59,10 @@ def _packages(venv: Path) -> Path:
 
 
 class Clone:
-    """A copy of this clone without its kernels, to be installed into `venv`.
+    """Copy this clone without its kernels, to install it into `venv`.
 
-    Its package holds the version alone, and so need not import torch, which takes seconds; `whole` puts the rest back.
+    The package has only the version, so that its import does not take the seconds that torch needs; `whole` restores
+    the rest.
     """
 
     def __init__(self, path: Path, venv: Path):
@@ -86,7 +87,7 @@ class Clone:
         return list((self.path / "pacl_kernels").glob("_native*"))
 
     def pip(self, *options: str, isolated: bool = False, **environment: str) -> subprocess.CompletedProcess:
-        """`pip install`, verbose; isolated as it is by default, or with the build tools of the environment."""
+        """Run a verbose `pip install`, with build isolation or with the build tools of the environment."""
         how = [] if isolated else ["--no-build-isolation"]
         command = [self.venv / "bin" / "python", "-m", "pip", "install", "-v", "--no-deps", *how, *options]
         path = os.environ["PATH"] if isolated else os.pathsep.join([str(self.venv / "bin"), os.environ["PATH"]])
@@ -101,7 +102,7 @@ class Clone:
         return self._run([self.venv / "bin" / "python", *options], {}, cwd or self.venv)
 
     def which(self, cwd: Path | None = None) -> list[str]:
-        """Return where a program started in `cwd` finds the package and the native module, and what that says."""
+        """Return the paths of the package and of the native module that a program in `cwd` finds, and its message."""
         done = self.python("-c", WHICH, cwd=cwd)
         assert done.returncode == 0, done.stdout
         return done.stdout.strip().splitlines()[-1].split("|")
@@ -125,9 +126,9 @@ def clone(tmp_path, venv) -> Clone:
 
 
 def test_installations_one_after_another(clone):
-    """Each takes what the clone holds at that time, whatever the one before was and left behind."""
+    """Each installation takes the clone's current files, whatever an earlier installation has left behind."""
     leftover = clone.path / "build" / f"lib.{sysconfig.get_platform()}-{sys.implementation.cache_tag}" / "pacl_kernels"
-    leftover.mkdir(parents=True)  # of an older version of this project, or of one that was interrupted
+    leftover.mkdir(parents=True)  # an older version of this project or an interrupted build may leave it
     (leftover / "removed.py").write_text("")
     (leftover / f"_native{SUFFIX}").write_text("half of a module")
     turns = ((".", "OFF", True), (".", "ON", True), ("-e .", "OFF", False), (".", "OFF", False))
@@ -135,12 +136,12 @@ def test_installations_one_after_another(clone):
         clone.binding.write_text(STUB.replace("first sources", f"sources {turn}"))
         clone.install(*options.split(), isolated=isolated, PACL_SANITIZE=sanitize)
         home = clone.path / "pacl_kernels" if "-e" in options else clone.installed
-        if sanitize == "ON":  # it can only be loaded beside the sanitizers' own libraries
+        if sanitize == "ON":  # the module loads only together with the sanitizers' libraries
             assert b"asan" in (home / f"_native{SUFFIX}").read_bytes()
             continue
         expected = [str(home / "__init__.py"), str(home / f"_native{SUFFIX}"), f"sources {turn}"]
         assert clone.which() == expected
-        assert clone.which(cwd=clone.path) == [str(clone.init), *expected[1:]]  # the clone's package, the same module
+        assert clone.which(cwd=clone.path) == [str(clone.init), *expected[1:]]  # the clone's package with this module
         assert not (home / "removed.py").exists()
     assert clone.in_tree, "the last installation found an older module in the clone, and passed it over"
 
@@ -165,11 +166,11 @@ def test_python_in_the_clone_says_whose_module_it_will_not_run(clone):
     done = clone.python("-m", "pacl_kernels", cwd=clone.path)
     assert done.returncode == 1
     assert f"ImportError: there is a second pacl_kernels at {clone.installed}, built from other sources" in done.stdout
-    assert clone.which()[2] == "first sources"  # elsewhere the installed one is alone, and runs
+    assert clone.which()[2] == "first sources"  # outside the clone only the installed package is found, and it runs
 
 
 def test_the_compiler_is_looked_up_each_time(clone):
-    """Another one, one that is not there, and none at all."""
+    """Each build looks up its compiler: the usual one, another, one that does not exist, or none at all."""
     wrapper = clone.venv / "bin" / "another-compiler"
     wrapper.write_text(f'#!/bin/sh\nexec {COMPILER} -DBY=\\"another\\" "$@"\n')
     wrapper.chmod(0o755)

@@ -13,14 +13,14 @@ DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 def docstrings(tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """Line and text of every docstring of a module, class or function."""
+    """Yield line and text of every docstring of a module, class or function."""
     for node in ast.walk(tree):
         if isinstance(node, DOCUMENTED) and (text := ast.get_docstring(node)):
             yield node.body[0].lineno, text
 
 
 def help_texts(tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """Line and text of every option: the string below a dataclass's field, which tyro shows, or argparse's `help=`."""
+    """Yield line and text of every option: the string below a dataclass field, which tyro shows, or `help=`."""
     for node in ast.walk(tree):
         if isinstance(node, ast.ClassDef):
             for field, below in pairwise(node.body):
@@ -43,7 +43,7 @@ def is_sentence(text: str) -> bool:
 
 
 def offenders(texts: Callable[[ast.AST], Iterable[tuple[int, str]]], is_fine: Callable[[str], bool]) -> str:
-    """Every text of the repository that `is_fine` refuses, one a line with its place."""
+    """Return every text of the repository that `is_fine` refuses, one per line with its place."""
     lines = []
     for folder in FOLDERS:
         for path in sorted((ROOT / folder).rglob("*.py")):
@@ -65,7 +65,7 @@ def test_help_texts_are_sentences():
 
 
 def test_the_collectors_see_what_they_look_for():
-    """Guard against a test that passes because it reads nothing."""
+    """The collectors find docstrings and help texts, so that the tests above do not pass by reading nothing."""
     tree = ast.parse(
         '"""What a module does."""\n'
         "class Options:\n"

@@ -1,28 +1,29 @@
-"""Answers of a backend to a problem, and the one tolerance for all of them.
+"""Compare a backend's answer with the truth, by one tolerance for all backends.
 
-The truth is the reference in float64 on the same numbers, already rounded to the dtype that the backend is given. An
-error is the norm of the difference over the norm of the truth; it may be twice that of the plain formula (the reference
-in float32, same numbers) plus `EXTRA`, which allows for the rounding of the result to its dtype. Below the smallest
-normal number of that dtype the rounding is absolute: half of the smallest subnormal for each element.
+The truth is the reference in float64. It takes the backend's inputs, already rounded to the backend's dtype. The
+relative error is the norm of the difference over the norm of the truth. The tolerance is twice the error of the plain
+formula (the reference in float32 on the same inputs) plus `EXTRA`, which covers the rounding of the result to its
+dtype. Below the smallest normal number of that dtype the rounding is absolute: half of the smallest subnormal for each
+element.
 
-Truths may vanish (saturated losses, one patch, D = 1), so their norm is floored at 1 % of a natural size. For a
-gradient that is `logit_scale / ‖x‖`, where x is one embedding: the loss depends on its direction only. In general, with
-g = ∂L/∂φ `[B, K]`, |∂φ/∂p̂| about 1/N and |∂φ/∂t̂| about 1, the norm is what terms of independent sign give:
+A truth may vanish (saturated losses, one patch, D = 1), so its norm is floored at 1 % of a natural size. For a gradient
+the natural size is `logit_scale / ‖x‖`, where x is one embedding: the loss depends on its direction only. In general,
+let g = ∂L/∂φ `[B, K]`, |∂φ/∂p̂| ≈ 1/N and |∂φ/∂t̂| ≈ 1. Terms of independent sign then give these norms:
 
     patches          ‖g‖ · rms(1/‖p‖) / √N      (each of B N rows: ‖g‖/√B · 1/N · 1/‖p‖)
     texts            ‖g‖ · rms(1/‖t‖)           (each of K rows: ‖g‖/√K · 1/‖t‖)
     temperature      ‖g‖ / τ  for `compatibility`; logit_scale / τ for a loss, whose g is not of random sign
-    scale, bias      1: the factor of a mean of φ, or of 1
+    scale, bias      1: each multiplies a mean of φ or of ones
     φ                1 for each element; the loss: 1
 
-and an unsaturated loss has ‖g‖ = logit_scale / √B, from the pairs. Everything is times the incoming gradient. In the
-cosine form, φ = u / r, every one of those terms carries 1/r, so its sizes are times the root mean square of 1/r (about
-1 for patches that agree, 37 for 1369 random directions, which nearly cancel). In the form "max" every pair's g reaches
-one patch whole, so the size of the patches' gradient has no 1/√N.
+An unsaturated loss has ‖g‖ = logit_scale / √B, from the pairs. All sizes are multiplied by the incoming gradient. In
+the cosine form, φ = u / r, each term carries 1/r, so the sizes are multiplied by the root mean square of 1/r. It is
+about 1 for patches that agree, and 37 for 1369 random directions, which nearly cancel. In the form "max" the whole g
+of a pair reaches one patch, so the size of the patches' gradient has no 1/√N.
 
-There rounding may decide between patches that are nearly equal, and the gradients of the two choices have nothing in
-common. So the truth takes the backend's own choice, once that choice's score is the true maximum but for rounding.
-A patch that is not finite and wins nothing may have a gradient of 0 as well as 0 x NaN.
+In the form "max" rounding may decide between nearly equal patches, whose gradients have nothing in common. The truth
+therefore uses the backend's winner, after checking that its score is the true maximum up to rounding. A patch that is
+not finite and never wins may have a gradient of 0 or of 0 x NaN.
 """
 
 from __future__ import annotations
@@ -44,34 +45,37 @@ from pacl_kernels.reference import MIN_POOLED_NORM
 
 EXTRA = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 FLOOR = 0.01
-MAX_LOSS_SCALE = 2.0**16  # where torch.amp.GradScaler starts
+MAX_LOSS_SCALE = 2.0**16  # torch.amp.GradScaler starts with it
 
 
 def check(problem: Problem, backend: str, needs: tuple[str, ...] = DIFFERENTIABLE) -> dict[str, Tensor | None]:
-    """Assert that the backend answers within the tolerance; returns its answer."""
+    """Assert that the backend answers within the tolerance, and return its answer."""
     return Expected(problem, needs, winners(problem, backend) if problem.form == "max" else None).check(backend)
 
 
 class Expected:
-    """The answer to a problem in float64 and by the plain formula: the same for every backend with these winners."""
+    """Hold the float64 truth of a problem and the plain formula's errors; backends with equal winners share them."""
 
     def __init__(self, problem: Problem, needs: tuple[str, ...] = DIFFERENTIABLE, index: Tensor | None = None):
         self.needs, self.chosen = needs, contextlib.nullcontext if index is None else partial(as_chosen, problem, index)
         self.free = None if index is None else _never_chosen(problem, index) & ~problem.patches.isfinite().all(-1)
         self.truth = self._formula(problem.to(torch.float64))
         if problem.patches.dtype == torch.float16:
-            # As a gradient scaler does: the gradients of a mean over many patches lie below what float16 can hold.
+            # Scale as a gradient scaler does: the gradients of a mean over many patches would underflow in float16.
             problem = replace(problem, upstream=problem.upstream * _loss_scale(self.truth))
             self.truth = self._formula(problem.to(torch.float64))
         self.problem, self.sizes = problem, natural_sizes(problem)
         self.plain = self._plain_errors(problem, self.truth)
 
     def check(self, backend: str, shares: dict[str, float] | None = None) -> dict[str, Tensor | None]:
-        """Assert that the backend answers within the tolerance, `shares` of which it used; returns its answer."""
+        """Assert that the backend answers within the tolerance, and return its answer.
+
+        `shares` receives the used share of the tolerance for the value and each gradient.
+        """
         answer = evaluate(self.problem, backend, self.needs)
         dtype, objective = self.problem.patches.dtype, self.problem.objective
         for name, true in self.truth.items():
-            # A float32 scalar beside float64 patches has a float32 gradient.
+            # A float32 scalar has a float32 gradient, even with float64 patches.
             coarser = max(dtype, answer[name].dtype, key=EXTRA.__getitem__)
             given = answer[name]
             if name == "patches" and self.free is not None:
@@ -85,10 +89,10 @@ class Expected:
         return answer
 
     def ask_neighbours(self, count: int) -> None:
-        """Let the plain formula's error be the worst that it makes of this problem and of others next to it.
+        """Raise the plain formula's error to its worst over this problem and `count` neighbours.
 
-        They have another order of D and a temperature that differs by up to 1 %. Where patches cancel or τ magnifies
-        the rounding of a score, one rounding decides, and the plain formula's own may have been right by chance.
+        A neighbour permutes D and changes the temperature by up to 1 %. Where patches cancel, or τ magnifies the
+        rounding of a score, a single rounding decides, and the plain formula may have been right by chance.
         """
         generator = torch.Generator().manual_seed(0)
         for _ in range(count):
@@ -110,7 +114,7 @@ class Expected:
 
 
 def winners(problem: Problem, backend: str) -> Tensor:
-    """The patch `[B, K]` that the backend's "max" chose, -1 where there is none; asserts that it is a real one."""
+    """Return the winning patch `[B, K]` of the backend's "max", -1 where there is none, and assert that it is valid."""
     phi = problem.patches.new_full((len(problem.patches), len(problem.texts)), math.nan, dtype=_wide(problem))
     state = phi.clone()
     inputs = (problem.patches.detach(), problem.texts.detach(), problem.patch_mask, None, 1.0)
@@ -127,9 +131,12 @@ def winners(problem: Problem, backend: str) -> Tensor:
 
 
 def as_chosen(problem: Problem, index: Tensor):
-    """While this context lasts, the reference's maximum is patch `index` `[B, K]` of each pair: see the module."""
+    """Return a context in which the reference takes patch `index` `[B, K]` as the maximum of each pair.
+
+    The reference asserts that the score of that patch is the maximum up to rounding; the module docstring says why.
+    """
     epsilon = torch.finfo(_wide(problem)).eps
-    rounding = epsilon * (4 + 2 * math.sqrt(problem.patches.shape[-1]))  # of two scores, each a sum over D
+    rounding = epsilon * (4 + 2 * math.sqrt(problem.patches.shape[-1]))  # two scores, each a sum over D
 
     def first_maximum(scores: Tensor) -> Tensor:
         score = scores.gather(-1, index.clamp_min(0)[..., None])[..., 0]
@@ -142,7 +149,7 @@ def as_chosen(problem: Problem, index: Tensor):
 
 
 def _never_chosen(problem: Problem, index: Tensor) -> Tensor:
-    """True `[B, N]` at patches that win for no text."""
+    """Return a mask `[B, N]`, True at patches that win for no text."""
     b, n, _ = problem.patches.shape
     never = torch.ones(b, n + 1, dtype=torch.bool, device=index.device)
     return never.scatter_(1, index.remainder(n + 1), False)[:, :n]
@@ -153,7 +160,7 @@ def _wide(problem: Problem) -> torch.dtype:
 
 
 class Inaccurate(AssertionError):
-    """An error of `share` times the tolerance."""
+    """Report an error that is `share` times the tolerance."""
 
     share = math.inf
 
@@ -163,8 +170,8 @@ def assert_accurate(
 ) -> float:
     """Assert that `answer`, from inputs of `dtype`, equals `truth` within the tolerance that the module describes.
 
-    `plain` is the plain formula's answer, or the relative error of that.
-    Returns the share of the tolerance that its error takes; one above 1 raises `Inaccurate`.
+    `plain` is the plain formula's answer, or its relative error.
+    Return the error as a share of the tolerance; raise `Inaccurate` if it is above 1.
     """
     assert answer.shape == truth.shape, f"{what}: shape {list(answer.shape)}, expected {list(truth.shape)}"
     half_step = torch.finfo(answer.dtype).smallest_normal * torch.finfo(answer.dtype).eps / 2
@@ -195,7 +202,7 @@ def assert_accurate(
 
 
 def relative_error(answer: Tensor, truth: Tensor, natural: float) -> float:
-    """Norm of the difference over norm of the truth, floored; over the elements whose truth is finite."""
+    """Return the norm of the difference over the floored norm of the truth, where the truth is finite."""
     finite = truth.isfinite()
     difference = (answer - truth)[finite].norm().item()
     if difference == 0:
@@ -209,7 +216,7 @@ def _size(truth: Tensor, natural: float) -> float:
 
 
 def natural_sizes(problem: Problem) -> dict[str, float]:
-    """The natural size of the value and of each gradient, see above."""
+    """Return the natural size of the value and of each gradient, as the module docstring defines it."""
     (b, n, _), k, tau = problem.patches.shape, len(problem.texts), float(problem.attn_temperature)
     if problem.objective == "compatibility":
         factor, value = 1.0, math.sqrt(b * k)
@@ -233,14 +240,14 @@ def natural_sizes(problem: Problem) -> dict[str, float]:
 
 
 def _inverse_norm(x: Tensor, mask: Tensor | None = None) -> float:
-    """Root mean square of 1/‖x‖ over the rows that have a direction; 0, hence an exact answer, if there is none."""
+    """Return the root mean square of 1/‖x‖ over the rows with a direction; 0 (an exact answer) if there is none."""
     norms = x.double().norm(dim=-1)
     norms = norms[norms.isfinite() & (norms > 0) & (True if mask is None else mask)]
     return norms.pow(-2).mean().sqrt().item() if len(norms) else 0.0
 
 
 def _inverse_pooled_norm(problem: Problem) -> float:
-    """Root mean square of 1/r over the pairs, at least 1."""
+    """Return the root mean square of 1/r over the pairs, at least 1."""
     double = problem.to(torch.float64)
     mask = (
         problem.patch_mask if problem.patch_mask is not None else torch.ones_like(problem.patches[..., 0], dtype=bool)
@@ -254,14 +261,14 @@ def _inverse_pooled_norm(problem: Problem) -> float:
 
 
 def _loss_scale(truth: dict[str, Tensor]) -> float:
-    """The power of two, at most `MAX_LOSS_SCALE`, that brings the largest gradient to about 256."""
+    """Return the power of two, at most `MAX_LOSS_SCALE`, that brings the largest gradient to about 256."""
     grads = [truth[name] for name in ("patches", "texts") if truth.get(name) is not None and truth[name].numel()]
     largest = max((grad.nan_to_num(0, 0, 0).abs().max().item() for grad in grads), default=0.0)
     return min(MAX_LOSS_SCALE, 2.0 ** math.floor(math.log2(256 / largest))) if largest else MAX_LOSS_SCALE
 
 
 class Spy(TorchDispatchMode):
-    """Sees which operators of this library run: `calls` holds (operator, its arguments by name)."""
+    """Record the operators of this library that run: `calls` holds pairs (operator, its arguments by name)."""
 
     def __init__(self):
         super().__init__()
@@ -279,10 +286,10 @@ class Spy(TorchDispatchMode):
 
 
 def evaluate(problem: Problem, backend: str, needs: tuple[str, ...] = DIFFERENTIABLE) -> dict[str, Tensor | None]:
-    """The value and the gradients for those of `needs` that are tensors and take part (None for the others).
+    """Return the value, and the gradient of each of `needs` that is a tensor and takes part (None for the others).
 
-    Asserts that the fused operators ran with that backend and computed only what was asked for, that no input was
-    written to, and that every gradient is a contiguous tensor like its input.
+    Assert that the fused operators ran with that backend and computed only what was requested, that no input was
+    written to, and that every gradient is contiguous and otherwise like its input.
     """
     names = DIFFERENTIABLE if problem.objective != "compatibility" else ("patches", "texts", "attn_temperature")
     leaves = {name: getattr(problem, name) for name in names}
@@ -318,7 +325,7 @@ def evaluate(problem: Problem, backend: str, needs: tuple[str, ...] = DIFFERENTI
 
 
 def call(problem: Problem, backend: str) -> Tensor:
-    """φ or the loss; "reference" calls the formula itself, everything else the public functions."""
+    """Return φ or the loss; "reference" calls the formula itself, any other backend the public functions."""
     inputs, options = (problem.patches, problem.texts), problem.options()
     if problem.objective == "compatibility":
         if backend == "reference":

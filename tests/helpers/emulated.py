@@ -1,4 +1,4 @@
-"""The emulator of tests/kernels/cuda as a module: the CUDA side of `pacl_kernels._native`, launched on the host."""
+"""Build the emulator of tests/kernels/cuda as a module: the CUDA part of `pacl_kernels._native`, run on the host."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ("tests/kernels/cuda/emulator.cpp", "tests/kernels/cuda/emulated.cpp")
-FLAGS = ("-std=c++20", "-O2", "-shared", "-fPIC", "-fvisibility=hidden", "-DPACL_CUDA")  # as a build with nvcc
-# float16 and, where the processor has them, multiply-adds fused as nvcc does, so that tests see what they do.
+FLAGS = ("-std=c++20", "-O2", "-shared", "-fPIC", "-fvisibility=hidden", "-DPACL_CUDA")  # as in a build with nvcc
+# Enable float16 and FMA contraction where the processor has them, so that tests see the rounding of nvcc's code.
 FLAGS += ("-march=native", "-ffp-contract=fast")
 
 
 def load(folder: Path) -> ModuleType:
-    """The module from `folder`, where it is built unless it is there."""
+    """Load the module from `folder`; build it there first if it is missing."""
     path = folder / "emulated.so"
     if not path.exists():
         _build(path)
@@ -41,7 +41,7 @@ def _build(path: Path) -> None:
         Path(torch.__file__).parent / "include",
         sysconfig.get_path("include"),
     )
-    half = path.with_suffix(".half")  # what an interrupted compiler leaves has another name
+    half = path.with_suffix(".half")  # an interrupted build must not leave a file with the final name
     command = [compiler, *FLAGS, *(f"-I{folder}" for folder in folders), *(str(ROOT / source) for source in SOURCES)]
     subprocess.run([*command, "-o", str(half)], check=True)
     half.rename(path)

@@ -1,4 +1,4 @@
-"""For tests that need a GPU: when they are skipped, and a step of the loss on random inputs."""
+"""Skip marks for tests that need a GPU, and a step of the loss on random inputs."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ ON_HOPPER = [
 
 
 def on_gpu(test):
-    """Decorator of a test that runs only where Triton has a GPU."""
+    """Mark a test to run only where Triton has a GPU."""
     return _marked(test, ON_GPU)
 
 
 def on_hopper(test):
-    """Decorator of a test that runs only where the backend "cuda" does."""
+    """Mark a test to run only where the backend "cuda" runs."""
     return _marked(test, ON_HOPPER)
 
 
@@ -37,7 +37,7 @@ def _marked(test, marks):
 
 
 def random_inputs(b, n, d, dtype=torch.bfloat16, seed=0):
-    """Patches, texts, scale and temperature on the GPU, all with gradients."""
+    """Return patches `[b, n, d]`, texts `[b, d]`, scale and temperature on the GPU, all requiring gradients."""
     generator = torch.Generator("cuda").manual_seed(seed)
     patches = torch.randn(b, n, d, device="cuda", dtype=dtype, generator=generator).requires_grad_()
     texts = torch.randn(b, d, device="cuda", dtype=dtype, generator=generator).requires_grad_()
@@ -46,7 +46,7 @@ def random_inputs(b, n, d, dtype=torch.bfloat16, seed=0):
 
 
 def step(inputs, form, backend="auto"):
-    """The loss, and the gradients of all inputs; None where there is none."""
+    """Return the loss and the gradient of each input, None for an input without one."""
     patches, texts, scale, tau = inputs
     loss = fused_pacl_loss(patches, texts, scale, attn_temperature=tau, form=form, backend=backend)
     return [loss.detach(), *torch.autograd.grad(loss, inputs, allow_unused=True)]

@@ -1,20 +1,23 @@
-"""Triton's interpreter at about half its cost, with the same numbers."""
+"""Run Triton's interpreter at about half its cost, with the same results."""
 
 from dataclasses import replace
 
 
 def hasten() -> None:
-    """Leave out two things that it does over and over without effect; where its parts have other names, nothing."""
+    """Skip two repeated steps of the interpreter that have no effect.
+
+    Do nothing where the interpreter's internals have other names.
+    """
     try:
         from triton.runtime import interpreter
     except ImportError:
         return
-    # It computes whether 32-bit integers overflow, and looks at the outcome only with `debug`.
+    # The interpreter checks 32-bit integers for overflow, but reads the result only with `debug`.
     builder = interpreter.interpreter_builder
     options = getattr(builder, "options", None)
     if getattr(options, "sanitize_overflow", False) and not options.debug:
         builder.options = replace(options, sanitize_overflow=False)
-    # Each call of a device function puts Triton's language in place anew, which its launch or an earlier call has done.
+    # Each call of a device function patches Triton's language again, although its launch or an earlier call did so.
     function = interpreter.InterpretedFunction
     if not hasattr(function, "rewrite"):
         return

@@ -1,4 +1,4 @@
-"""Small copies of the data sets' layouts, written as their official files are."""
+"""Small copies of the datasets' layouts, written as the official files are."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ COCO = ["000000000139", "000000000285", "000000000632"]
 CITY = ["frankfurt/frankfurt_000000_000294", "frankfurt/frankfurt_000000_000576", "munster/munster_000000_000019"]
 ADE = ["ADE_val_00000001", "ADE_val_00000002", "ADE_val_00000003"]
 
-# Data set, folder under the root, pattern of images, of masks (mode of the file), names, and what some values mean:
-# class names as the official lists pair them with the numbers, None for what does not count.
+# Dataset, folder under the root, pattern of image files, pattern of mask files, mode of a mask file, image names, and
+# the meaning of some values: the class name that the official list gives to the number, None for ignored values.
 LAYOUTS = [
     ("voc21", "VOCdevkit/VOC2012", "JPEGImages/{}.jpg", "SegmentationClass/{}.png", "P", VOC,
      {0: "background", 1: "aeroplane", 15: "person", 20: "tvmonitor", 255: None}),
@@ -55,7 +55,7 @@ IDS = [f"{layout[0]} {layout[3].split('/')[-1]}" for layout in LAYOUTS]
 
 
 def write(root: Path, layout: tuple, *, seed: int = 0, values: list[int] | None = None) -> dict[str, np.ndarray]:
-    """Three images with masks of the layout's values; returns the values by name. The first image is a gray JPEG."""
+    """Write three images, the first a gray JPEG, with masks of the layout's values; return the values by name."""
     _, folder, images, masks, mode, names, meaning = layout
     rng = np.random.default_rng(seed)
     base, truth = root / folder, {}
@@ -90,7 +90,7 @@ def mask(values: np.ndarray, mode: str = "L") -> Image.Image:
 
 
 def detail(truth: dict[str, np.ndarray]) -> dict:
-    """PASCAL in Detail's file: a region per class and image, and an image of another phase."""
+    """Return the content of PASCAL in Detail's file: a region per class and image, and an image of another phase."""
     numbers = {name: int(name.replace("_", "")) for name in truth}
     images = [
         {"image_id": numbers[name], "file_name": f"{name}.jpg", "phase": "val", "height": len(x), "width": len(x[0])}
@@ -110,7 +110,7 @@ def detail(truth: dict[str, np.ndarray]) -> dict:
 
 
 def encode_rle(region: np.ndarray) -> str:
-    """COCO's compressed run lengths of a bool mask, as pycocotools writes them."""
+    """Encode a bool mask as COCO's compressed run lengths, as pycocotools does."""
     flat = region.T.ravel().astype(int)
     ends = np.flatnonzero(np.diff(np.concatenate([[0], flat]))).tolist() + [flat.size]
     runs = np.diff([0, *ends]).tolist()

@@ -1,4 +1,4 @@
-"""Pages for tests: what a browser would show of them, and that it would load nothing."""
+"""Read HTML pages in tests: what a browser shows of a page, and a check that it loads nothing."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ from PIL import Image
 
 
 class Read(HTMLParser):
-    """tables: caption to rows of cells, the first being the head; images: their words to pictures; text: all else."""
+    """Parse a page.
+
+    `tables` maps a caption to rows of cells, the head first; `images` maps alternative texts to pictures; `text` has
+    the rest.
+    """
 
     def __init__(self, page: bytes):
         super().__init__()
@@ -59,7 +63,7 @@ def decoded(address: str) -> Image.Image:
 
 
 def read(page: bytes) -> Read:
-    """A page that must need nothing from anywhere."""
+    """Parse a page, and assert that it loads nothing."""
     found = Read(page)
     assert not {"script", "link", "iframe", "object", "embed", "base"} & set(found.tags)
     assert all(x.startswith("data:image/png;base64,") for x in found.addresses)

@@ -1,4 +1,4 @@
-"""The files through which a call reaches its kernel."""
+"""Trace the files through which a call reaches its kernel."""
 
 import sys
 from pathlib import Path
@@ -7,7 +7,7 @@ import pacl_kernels
 
 
 def path_to_kernel(call) -> list[str]:
-    """Files of the library on the stack when `call` first enters a kernel that compares patches with texts."""
+    """Return the library's files on the stack when `call` first enters a kernel that compares patches with texts."""
     root, found = Path(pacl_kernels.__file__).parent, []
 
     def file(frame) -> str | None:
@@ -15,7 +15,7 @@ def path_to_kernel(call) -> list[str]:
         return path.relative_to(root).as_posix() if path.is_relative_to(root) else None
 
     def enters_a_kernel(frame, event, arg) -> bool:
-        if event == "c_call":  # of the native module, or PyTorch's product in the blockwise backend
+        if event == "c_call":  # the native module, or PyTorch's product in the blockwise backend
             native = getattr(arg, "__name__", "") in ("run", "max", "amax")
             return native and file(frame) in ("backends/cpu.py", "backends/gpu/hopper.py", "backends/blockwise.py")
         if event == "call" and file(frame) == "backends/gpu/launch.py" and frame.f_code.co_name == "run":

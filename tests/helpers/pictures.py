@@ -1,4 +1,4 @@
-"""Images for tests: random pixels, and the bytes of a file."""
+"""Images for tests: random pixels, and their bytes as a file."""
 
 import io
 

@@ -1,4 +1,4 @@
-"""Problems to solve: the inputs of one call, made from a short description."""
+"""Problems for tests: the inputs of one call, made from a short description."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DIFFERENTIABLE = ("patches", "texts", "logit_scale", "logit_bias", "attn_tempera
 
 @dataclass(frozen=True)
 class Case:
-    """Shape of a problem. `K` None means a square problem, which the losses take as well."""
+    """Describe a problem. `K=None` makes it square (K = B), as the losses require."""
 
     B: int = 5
     N: int = 7
@@ -42,7 +42,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Problem:
-    """Inputs of `compatibility` or of a loss, and the gradient that comes from above: a factor, or `[B, K]`."""
+    """Hold the inputs of `compatibility` or of a loss, and the incoming gradient: a factor, or `[B, K]`."""
 
     patches: Tensor
     texts: Tensor
@@ -58,14 +58,17 @@ class Problem:
         return {"patch_mask": self.patch_mask, "attn_temperature": self.attn_temperature, "form": self.form}
 
     def to(self, dtype: torch.dtype) -> Problem:
-        """The same numbers in another dtype."""
+        """Return the same problem in another dtype."""
         floats = (*DIFFERENTIABLE, "upstream")
         values = {name: getattr(self, name) for name in floats}
         return replace(self, **{name: x.to(dtype) for name, x in values.items() if isinstance(x, Tensor)})
 
 
 def make(case: Case, form: str, objective: str, dtype=torch.float32, device="cpu", seed: int = 0) -> Problem:
-    """A problem of that description. The scalars are 0-D tensors in float32, or float64 for float64 inputs."""
+    """Make the problem that `case` describes.
+
+    The scalars are 0-D tensors in float32, or in float64 for float64 inputs.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def randn(*shape):
@@ -76,7 +79,7 @@ def make(case: Case, form: str, objective: str, dtype=torch.float32, device="cpu
     _DATA[case.data](patches, texts, randn, dtype)
     mask = None if case.mask is None else _masked(case.mask, patches, generator)
     patches, texts = _LAYOUTS[case.layout](patches.to(device, dtype)), texts.to(device, dtype)
-    # A text expanded along D as well would leave D = 1 in disguise, all of whose gradients are rounding errors.
+    # With the texts expanded along D too, the problem would in effect have D = 1: all gradients are rounding errors.
     texts = _LAYOUTS["strided" if case.layout == "expanded_last" else case.layout](texts)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     scale, bias, tau = (
@@ -88,20 +91,20 @@ def make(case: Case, form: str, objective: str, dtype=torch.float32, device="cpu
 
 
 def _related(patches, texts, randn, dtype):
-    """Texts that resemble one patch of an image, as after some training: the softmax has something to choose."""
+    """Make each text resemble one patch of its image, as after some training, so that the softmax has a choice."""
     for i in range(min(len(patches), len(texts)) if patches.shape[1] else 0):
         texts[i] += 2 * patches[i, i % patches.shape[1]]
 
 
 def _aligned(patches, texts, randn, dtype):
-    """Saturated: with a large logit scale every pair is certain and all gradients vanish."""
+    """Saturate the loss: with a large logit scale every pair is certain and all gradients vanish."""
     patches.mul_(1e-2)
     for i in range(min(len(patches), len(texts))):
         patches[i] += texts[i]
 
 
 def _norms(patches, texts, randn, dtype):
-    """Norms over six (float16, which holds no more) or eighteen orders of magnitude."""
+    """Spread norms over eighteen orders of magnitude, or six in float16, which holds no more."""
     decades = 3 if dtype == torch.float16 else 9
     for x in (patches, texts):
         x *= 10 ** (decades * torch.tanh(randn(*x.shape[:-1], 1)))
@@ -132,12 +135,12 @@ def _duplicated(patches, texts, randn, dtype):
 
 
 def _equal_images(patches, texts, randn, dtype):
-    """A collapsed batch: what a text gives to the patches cancels over the images."""
+    """Collapse the images: the contributions of a text to the patches' gradients cancel over the images."""
     patches[1:] = patches[:1]
 
 
 def _equal_texts(patches, texts, randn, dtype):
-    """A collapsed batch: what a patch gives to the texts cancels over the texts."""
+    """Collapse the texts: the contributions of a patch to the texts' gradients cancel over the texts."""
     texts[1:] = texts[:1]
 
 
@@ -146,14 +149,14 @@ def _equal_patches(patches, texts, randn, dtype):
 
 
 def _copies(patches, texts, randn, dtype):
-    """The second half of the batch repeats the first, and so do the second half's patches in every image."""
+    """Repeat the first half of the batch in its second half, and likewise the patches within every image."""
     for x in (patches, texts, patches.transpose(0, 1)):
         half = len(x) // 2
         x[half : 2 * half] = x[:half].clone()
 
 
 def _near(distance):
-    """Patches and texts share a direction but for `distance`, as those of CLIP do."""
+    """Return a maker of patches and texts that share a direction up to `distance`, as CLIP's do."""
 
     def near(patches, texts, randn, dtype):
         direction = randn(patches.shape[-1])
@@ -164,7 +167,7 @@ def _near(distance):
 
 
 def _huge(patches, texts, randn, dtype):
-    """Norms up to the largest that the dtype can hold."""
+    """Draw norms up to the largest that the dtype can hold."""
     largest, decades = torch.finfo(dtype).max, 3 if dtype == torch.float16 else 25
     for x in (patches, texts):
         x /= x.abs().amax(-1, keepdim=True)
@@ -172,7 +175,10 @@ def _huge(patches, texts, randn, dtype):
 
 
 def _tiny(patches, texts, randn, dtype):
-    """Norms down to 1e-14, some below the one that counts as no direction, none so near to it that rounding decides."""
+    """Draw norms down to 1e-14.
+
+    Some lie below the threshold under which a row has no direction, none so near to it that rounding decides.
+    """
     decades = 4 if dtype == torch.float16 else 14
     for x in (patches, texts):
         norm = 10 ** (-decades * torch.sigmoid(2 * randn(*x.shape[:-1], 1)))
@@ -181,15 +187,15 @@ def _tiny(patches, texts, randn, dtype):
 
 
 def _opposite(patches, texts, randn, dtype):
-    """Patches p and -p: the pooled patch of the cosine form is a small difference."""
+    """Pair each patch p with -p, so that the pooled patch of the cosine form is a small difference."""
     half = patches.shape[1] // 2
     patches[:, half : 2 * half] = -patches[:, :half]
 
 
 def _cancelled(patches, texts, randn, dtype):
-    """p and -p orthogonal to every text: the pooled patch is exactly 0, its norm at the floor.
+    """Pair each patch p with -p, orthogonal to every text: the pooled patch is exactly 0 and its norm is at the floor.
 
-    With one such pair the gradient of the texts, 1e6 (p - p), is exactly 0 in any order of summation.
+    With a single pair, the gradient of the texts, 1e6 (p - p), is exactly 0 in any order of summation.
     """
     patches.zero_(), texts.zero_()
     texts[:, 1::2] = randn(*texts[:, 1::2].shape)
@@ -204,7 +210,7 @@ def _nan(patches, texts, randn, dtype):
 
 
 def _spoilt(patches, texts, randn, dtype):
-    """A NaN or an infinity in one patch or in one text."""
+    """Put a NaN or an infinity into one patch or one text."""
     value, place = torch.tensor([float("nan"), float("inf"), -float("inf")]), randn(3)
     x = patches if place[0] > 0 else texts
     if x.numel():
@@ -239,7 +245,7 @@ _DATA = {
 
 
 def _masked(kind: str, patches: Tensor, generator: torch.Generator) -> Tensor:
-    """The mask, with poison put behind it: NaN, and infinity in every second masked patch."""
+    """Return a mask, and poison the masked patches: infinity in those of odd index, NaN in the others."""
     b, n = patches.shape[:2]
     mask = {
         "random": torch.rand(b, n, generator=generator) < 0.6,
@@ -257,7 +263,7 @@ def _masked(kind: str, patches: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _offset(x: Tensor) -> Tensor:
-    """Contiguous, at an address that no vector load likes."""
+    """Copy to contiguous memory at an address that is not aligned for vector loads."""
     return x.new_empty(x.numel() + 1)[1:].view(x.shape).copy_(x)
 
 
@@ -265,7 +271,7 @@ _LAYOUTS = {
     "contiguous": lambda x: x.contiguous(),
     "offset": _offset,
     "strided": lambda x: x.repeat_interleave(2, -1)[..., ::2],  # last dimension strided
-    "spaced": lambda x: x.repeat_interleave(3, -2)[..., ::3, :],  # rows apart
+    "spaced": lambda x: x.repeat_interleave(3, -2)[..., ::3, :],  # gaps between rows
     "transposed": lambda x: x.mT.contiguous().mT,
     "permuted": lambda x: x.permute(*reversed(range(x.ndim))).contiguous().permute(*reversed(range(x.ndim))),
     "expanded": lambda x: x[:1].expand_as(x),
@@ -274,7 +280,7 @@ _LAYOUTS = {
 }
 
 
-# What every backend is tried on: sizes, contents, strides.
+# Every backend is tested on these sizes, contents and strides.
 SHAPES = [
     Case(1, 1, 1),
     Case(1, 1, 1, K=3),

@@ -1,7 +1,8 @@
-"""Act as `torchrun --standalone --nproc-per-node N`, with processes forked from one that has done the imports.
+"""Act as `torchrun --standalone --nproc-per-node N`, with processes forked from one that has already done the imports.
 
-`python ranks.py MODULE,MODULE N script.py ...` or `python ranks.py MODULE,MODULE N -m module ...`. The status is 1 when
-one fails; the others then have ten seconds to end by themselves. To import: the beginnings of both commands.
+Run `python ranks.py MODULE,MODULE N script.py ...` or `python ranks.py MODULE,MODULE N -m module ...`. If a process
+fails, the others have ten seconds to end by themselves, and the exit status is 1. `TORCHRUN` and `forked()` give the
+beginning of torchrun's and of this command, to be followed by N.
 """
 
 import importlib
@@ -16,14 +17,14 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 
 def forked(*modules: str) -> list[str]:
-    """In place of TORCHRUN, sooner."""
+    """Return a replacement for `TORCHRUN` that starts sooner, because `modules` are imported before the fork."""
     return [sys.executable, os.path.abspath(__file__), ",".join(modules)]
 
 
 def be(rank: int, world: int, port: int, command: list[str]) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    random.seed()  # processes that were not forked would not draw the same
+    random.seed()  # forked processes would otherwise draw the same numbers
     if command[0] == "-m":
         sys.argv = command[1:]
         runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
@@ -44,7 +45,7 @@ def main(modules: str, world: int, command: list[str]) -> int:
         process = os.fork()
         if process == 0:
             be(rank, world, port, command)
-            sys.exit()  # like any program: an error has its traceback, and what is buffered is written
+            sys.exit()  # end like any program: print an error's traceback and flush the buffers
         running.add(process)
     failed = False
     signal.signal(signal.SIGALRM, lambda *_: [os.kill(process, signal.SIGKILL) for process in running])

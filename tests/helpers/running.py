@@ -1,4 +1,4 @@
-"""Runs of `pacl train` (flags, a process or several, and what they leave), and an untrained embedder."""
+"""Runs of `pacl train` (flags, one or several processes, their log lines), and an untrained embedder."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ RANKS = forked("open_clip", "pacl.training.run")
 
 
 def start(world: Path, logs: Path, processes: int = 1, launcher: list[str] = RANKS, **changes) -> subprocess.Popen:
-    """In a group of its own, as a terminal or a scheduler has them."""
+    """Start a run in a process group of its own, as a terminal or a scheduler does."""
     launcher = [*launcher, str(processes)] if processes > 1 else [sys.executable]
     return subprocess.Popen(
         [*launcher, "-m", "pacl", "train", *flags(world, logs, **changes)],
@@ -76,6 +76,6 @@ def assert_same_state(a, b, path: str = "checkpoint"):
 
 
 def write_embedder(folder: Path, clip: Path, **notes) -> None:
-    """An untrained embedder on the CLIP in a folder, with `notes` on its training."""
+    """Write an untrained embedder for the CLIP in `clip`, with `notes` on its training."""
     towers = load_towers(f"local-dir:{clip}")
     save_embedder(VisionEmbedder(128, 128), folder, describe_towers(towers, folder), **notes)

@@ -1,4 +1,4 @@
-"""Requests to a server of `pacl serve`, and what its answers have in common."""
+"""Requests to a `pacl serve` server, and the checks that all its answers share."""
 
 import http.client
 import json

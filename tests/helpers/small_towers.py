@@ -32,7 +32,7 @@ def train(world: Path, logs: Path, **changes) -> int:
 
 
 def registered(folder: Path) -> str:
-    """SIZES under a name that open_clip knows."""
+    """Register SIZES with open_clip, and return the name."""
     (folder / "tiny.json").write_text(json.dumps(SIZES))
     open_clip.add_model_config(folder / "tiny.json")
     return "tiny"

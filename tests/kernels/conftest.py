@@ -1,4 +1,4 @@
-"""Fixtures: every backend on every device and dtype it takes. `problems.py` makes inputs, `accuracy.py` judges."""
+"""Fixtures for every backend, device and dtype. `problems.py` makes the inputs, `accuracy.py` judges the answers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 
 class Target(NamedTuple):
-    """A backend with the device and the dtype of a test."""
+    """Name a backend, with the device and the dtype of a test."""
 
     backend: str
     device: str
@@ -50,19 +50,19 @@ def _parameter(target: Target):
 
 @pytest.fixture(params=[_parameter(target) for target in _TARGETS])
 def target(request) -> Target:
-    """Each backend, device and dtype."""
+    """Return each backend with each device and dtype that it takes."""
     return request.param
 
 
 @pytest.fixture(params=[_parameter(target) for target in _TARGETS if target.dtype == torch.float32])
 def single(request) -> Target:
-    """Each backend and device, in float32: for what does not depend on the dtype."""
+    """Return each backend and device in float32, for tests that do not depend on the dtype."""
     return request.param
 
 
 @pytest.fixture
 def cpu_backend() -> str:
-    """The name of the native CPU backend; skips where it is not built."""
+    """Return the name of the native CPU backend; skip the test where it is not built."""
     reason = available_backends()["cpu"]
     if reason is not None:
         pytest.skip(f"backend 'cpu': {reason}")
@@ -71,7 +71,7 @@ def cpu_backend() -> str:
 
 @pytest.fixture
 def gigabytes(tmp_path_factory):
-    """For tests that take much of the GPU's memory: one at a time, of all processes, and none keeps it."""
+    """Let one test at a time, over all processes, use much of the GPU's memory, and free it afterwards."""
     with FileLock(tmp_path_factory.getbasetemp().parent / "gigabytes.lock"):
         torch.cuda.empty_cache()
         yield
@@ -80,5 +80,5 @@ def gigabytes(tmp_path_factory):
 
 @pytest.fixture(params=[1, 2], ids="cluster{}".format)
 def cluster(request, monkeypatch):
-    """The Hopper kernels with this many blocks in a cluster."""
+    """Set the number of blocks in a cluster of the Hopper kernels."""
     monkeypatch.setattr(hopper.settings, "cluster", request.param)

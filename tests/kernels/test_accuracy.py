@@ -1,4 +1,4 @@
-"""φ, the losses and every gradient against float64, on shapes and contents that nobody would choose."""
+"""φ, the losses and every gradient agree with float64, also for unusual shapes and contents."""
 
 import pytest
 import torch
@@ -54,7 +54,7 @@ def test_layouts(case, form, target):
     deadline=None,
     derandomize=True,
     database=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],  # the settings that one restores are not changed here
+    suppress_health_check=[HealthCheck.function_scoped_fixture],  # safe: nothing here changes what the fixture restores
 )
 def test_anything(case, form, seed, target):
     _check(case, form, target, seed)
@@ -63,13 +63,13 @@ def test_anything(case, form, seed, target):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("case", LONG_OPPOSITE, ids=str)
 def test_long_patches_that_cancel(case, form, target):
-    """When p and -p cancel, gradients are small beside the weights they are made of."""
+    """Gradients are accurate when p and -p cancel, although they are much smaller than the weights they sum."""
     _check(case, form, target)
 
 
 @pytest.mark.parametrize("case", [Case(N=2, data="cancelled"), Case(N=9, tau=0.01, data="cancelled")], ids=str)
 def test_pooled_norm_at_its_floor(case, target):
-    """Patches that cancel exactly: φ = 0 / 1e-6, and the norm's floor is a constant for the gradient."""
+    """If patches cancel exactly, φ = 0 / 1e-6, and the gradient treats the floor of the norm as a constant."""
     for objective in case.objectives:
         problem = make(case, "cosine", objective, target.dtype, target.device)
         check(problem, target.backend)
@@ -77,7 +77,7 @@ def test_pooled_norm_at_its_floor(case, target):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_every_row_counts(form, single):
-    """When norms differ by orders of magnitude, the rows with large norms have accurate (small) gradients as well."""
+    """When norms differ by orders of magnitude, rows with large norms, whose gradients are small, are accurate too."""
     problem = make(Case(6, 30, 70, data="norms"), form, "compatibility", device=single.device)
     answer = evaluate(problem, single.backend)
     truth, plain = (evaluate(problem.to(dtype), "reference") for dtype in (torch.float64, torch.float32))
@@ -111,7 +111,7 @@ def _check(case, form, target, seed=0):
 
 
 def _known_gap(case, form, target) -> str | None:
-    """Why a GPU misses the tolerance; the figures are an H200's."""
+    """Return why a GPU misses the tolerance, with figures of an H200, or None."""
     if target.device != "cuda" or target.backend == "torch":
         return None
     if form == "cosine" and case.N > 64 * case.D:
@@ -140,7 +140,7 @@ def test_shapes_of_practice(case, dtype, form):
 @on_gpu
 @pytest.mark.parametrize("form", FORMS)
 def test_large_batch_against_the_blockwise_backend(form):
-    """B = 8192: the float64 formula does not fit, the blockwise backend in float32 does."""
+    """At B = 8192, where the float64 formula does not fit, Triton agrees with the blockwise backend in float32."""
     inputs = random_inputs(8192, 49, 256)
     ours = step(inputs, form, "triton")
     wide = tuple(x.detach().float().requires_grad_() for x in inputs)
@@ -151,7 +151,7 @@ def test_large_batch_against_the_blockwise_backend(form):
 
 @on_gpu
 def test_offsets_beyond_32_bits(gigabytes):
-    """Patches of more than 2³¹ elements: the last image's row is that of the same image alone."""
+    """With more than 2³¹ elements of patches, the last images have the same φ and gradient as alone."""
     b, n, d = 2**31 // (196 * 512) + 40, 196, 512
     if torch.cuda.mem_get_info()[0] < 3 * 2 * b * n * d:
         pytest.skip("too little memory")
@@ -184,7 +184,7 @@ def test_hopper_shapes(cluster, case, dtype, form):
 
 @pytest.fixture(params=[False, True], ids=["triton", "in-memory"])
 def in_memory(request, monkeypatch):
-    """Kernels that keep cosine's attention in memory: Triton's, or the backend's own."""
+    """Choose the kernels that keep cosine's attention in memory: Triton's, or the backend's own."""
     monkeypatch.setattr(hopper.settings, "cosine_from_attention", request.param)
 
 
@@ -206,7 +206,7 @@ def test_a_large_batch_against_triton(form):
 
 @on_hopper
 def test_small_for_the_sanitizer(cluster, in_memory):
-    """Every kernel once, on little: what compute-sanitizer runs."""
+    """Every kernel runs on small inputs; compute-sanitizer runs this test."""
     for n in (49, 196, 256, 387):
         for form in ("dot", "cosine"):
             check(make(Case(6, n, 72, mask="random"), form, "infonce", torch.bfloat16, "cuda"), "cuda")

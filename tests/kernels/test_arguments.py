@@ -1,4 +1,4 @@
-"""Bad input: a TypeError or ValueError of one sentence that names the argument, what came and what was expected."""
+"""Bad input raises a TypeError or ValueError of one sentence: the argument, what came and what was expected."""
 
 import re
 from fractions import Fraction
@@ -16,7 +16,7 @@ def _inputs(**changes):
     return {"patches": torch.randn(4, 3, 5), "texts": torch.randn(4, 5)} | changes
 
 
-# What is changed, the error, and what its sentence must say: the argument, what came, what was expected.
+# Each row: the changed arguments, the error, and what it must say: the argument, what came, what was expected.
 BOTH = [
     ({"patches": [[1.0]]}, TypeError, "patches is a list", r"tensor of shape \[B, N, D\]"),
     ({"patches": np.zeros((4, 3, 5), "float32")}, TypeError, "patches is a ndarray", "tensor"),
@@ -148,7 +148,7 @@ def test_patches_of_different_number_are_refused():
 
 
 def test_module_of_many_processes_needs_a_process_group():
-    """At the call: before it, `init_process_group` may still come."""
+    """The error comes at the call, because `init_process_group` may still follow the constructor."""
     for places in ({"world_size": 2}, {"rank": 1, "world_size": 2}, {"world_size": 2, "group": "world"}):
         loss = PaclLoss(**places)
         with pytest.raises(ValueError, match="world_size is 2, expected 1 without an initialised torch.distributed"):
@@ -170,20 +170,20 @@ def test_module_refuses_bad_choices_like_the_function():
 
 
 def test_what_looks_odd_but_is_right_is_accepted():
-    """NumPy numbers, integers, and a negative or zero logit scale are numbers like others."""
+    """NumPy numbers, integers, and a negative or zero logit scale are accepted."""
     arguments = _inputs()
     expected = fused_pacl_loss(**arguments, logit_scale=2.0, attn_temperature=1.0, logit_bias=1.0)
     for one, two in ((1, 2), (np.float32(1), np.float64(2))):
         got = fused_pacl_loss(**arguments, logit_scale=two, attn_temperature=one, logit_bias=one)
         assert torch.equal(got, expected)
-    pairs = {"patches": arguments["texts"][:, None], "texts": arguments["texts"]}  # the right answer has φ = 1
+    pairs = {"patches": arguments["texts"][:, None], "texts": arguments["texts"]}  # matching pairs have φ = 1
     right, nothing, wrong = (fused_pacl_loss(**pairs, logit_scale=scale).item() for scale in (2, 0, -2.0))
     assert nothing == pytest.approx(np.log(4), rel=1e-6)
     assert right < nothing < wrong
 
 
 def test_numbers_at_the_ends_of_the_range():
-    """Numbers that float32 holds are accepted, beside float64 patches those of float64; a negligible scale is 0."""
+    """Numbers that float32 holds (float64 for float64 patches) are accepted; a negligible scale counts as 0."""
     arguments = _inputs()
     largest, smallest = torch.finfo(torch.float32).max, torch.finfo(torch.float32).tiny
     warm, flat = (compatibility(**arguments, attn_temperature=tau) for tau in (1e30, largest))

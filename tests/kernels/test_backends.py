@@ -1,4 +1,4 @@
-"""Which backend runs: the argument, PACL_BACKEND, what is said about one that cannot, and the table."""
+"""The argument and PACL_BACKEND select the backend; one that cannot run says why; `available_backends` lists all."""
 
 import os
 import subprocess
@@ -18,7 +18,7 @@ BEST = "cpu" if CPU_IS_BUILT else "torch"
 
 
 def _ran(dtype=torch.float32, **options) -> set[str]:
-    """The backends whose operators ran; empty for the reference, which has none."""
+    """Return the backends whose operators ran; empty for the reference, which has no operators."""
     patches = torch.randn(4, 3, 5, dtype=dtype, requires_grad=True)
     with Spy() as spy:
         fused_pacl_loss(patches, torch.randn(4, 5, dtype=dtype), 10.0, **options).backward()
@@ -26,7 +26,7 @@ def _ran(dtype=torch.float32, **options) -> set[str]:
 
 
 def _python(code: str, **environment) -> str:
-    """Return what a fresh interpreter prints; it must not fail."""
+    """Return the output of a fresh interpreter, and assert that it succeeds."""
     command = [sys.executable, *(["-c", code] if code else ["-m", "pacl_kernels"])]
     path = {"PATH": "/usr/bin:/bin", "PYTHONPATH": pacl_kernels.__path__[0] + "/.."}
     done = subprocess.run(command, env=path | environment, capture_output=True, text=True, timeout=120)
@@ -35,7 +35,7 @@ def _python(code: str, **environment) -> str:
 
 
 def test_available_backends():
-    """Every name with None or one sentence why not; the blockwise backend and the formula run anywhere."""
+    """Every backend maps to None or to one line that says why it cannot run; "torch" and "reference" always run."""
     reasons = available_backends()
     assert set(reasons) == {"cpu", "cuda", "triton", "torch", "reference"}
     assert reasons["torch"] is None and reasons["reference"] is None
@@ -84,13 +84,13 @@ def test_unknown_backend_in_the_environment(function, monkeypatch):
     arguments = (torch.randn(4, 3, 5), torch.randn(4, 5), *([10.0] if function is fused_pacl_loss else []))
     with pytest.raises(ValueError, match="'gpu', expected one of 'auto'.*'torch'"):
         function(*arguments)
-    function(*arguments, backend="torch")  # the argument goes before the environment
+    function(*arguments, backend="torch")  # the argument overrides the environment
 
 
 @pytest.mark.parametrize("by", ["argument", "environment"])
 @pytest.mark.parametrize("name", ["cpu", "cuda", "triton"])
 def test_backend_that_cannot_run_says_why(name, by, monkeypatch):
-    """An absent one, or "cpu" for float64: an error that names it and the reason, never a silent fallback."""
+    """An absent backend, or "cpu" for float64, raises an error with its name and the reason; there is no fallback."""
     dtype = torch.float64 if name == "cpu" else torch.float32
     if name != "cpu" and available_backends()[name] is None:
         pytest.skip("it can run here")

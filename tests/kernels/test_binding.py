@@ -1,4 +1,4 @@
-"""Errors of the native module for malformed calls, which the backend itself never makes."""
+"""The native module refuses malformed calls, which the backend itself never makes."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ def tensors() -> dict:
 
 @pytest.fixture
 def fields(cpu_backend, tensors) -> dict:
-    """Fields of a `CompatibilityParams` for two images of three patches and two texts in four dimensions."""
+    """Return the fields of a `CompatibilityParams` for B = 2, N = 3, K = 2, D = 4."""
     return dict(
         {name: tensor.data_ptr() for name, tensor in tensors.items()},
         images=2,
@@ -31,7 +31,7 @@ def fields(cpu_backend, tensors) -> dict:
 
 
 def test_planned_call(fields, tensors):
-    """A plan runs as often as asked, in any workspace that is large enough."""
+    """A plan runs any number of times, in any workspace that is large enough."""
     call = native().compatibility_forward(native().CompatibilityParams(**fields))
     answers = []
     for more in (0, 100):

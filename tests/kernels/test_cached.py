@@ -1,4 +1,4 @@
-"""`cached_step`: the gradients of one pass, whatever the micro-batch."""
+"""`cached_step` gives the gradients of a single pass, for any micro-batch."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def one_pass(model, batch, loss, micro_batch):
 def test_equals_one_pass(micro_batch, frozen_texts):
     batch, loss = batch_of(7), fused_pacl_loss
     model, expected = Encoder(frozen_texts).double(), Encoder(frozen_texts).double()
-    for _ in range(2):  # gradients are added to those that are there
+    for _ in range(2):  # the second round adds to the gradients of the first
         torch.manual_seed(5)
         truth = one_pass(expected, batch, loss, micro_batch)
         state = torch.get_rng_state()
@@ -68,7 +68,7 @@ def test_equals_one_pass(micro_batch, frozen_texts):
 
 
 def test_autocast():
-    """Autocast keeps cast weights: without a graph from the first pass, or with one that is used up."""
+    """Gradients are right although autocast caches cast weights, whose graph is missing or already used."""
     batch, expected, model = batch_of(6, torch.float32), Encoder(), Encoder()
     for function in (lambda: one_pass(expected, batch, fused_pacl_loss, 2), lambda: step(model, batch)):
         torch.manual_seed(5)
@@ -96,7 +96,7 @@ def test_the_loss_may_have_parameters_of_its_own():
 
 
 def test_outputs_that_keep_their_graph():
-    """An encoder that returns its input, or turns gradients on: no graph of the first pass is used."""
+    """If an encoder returns its input, or enables gradients, the graph of the first pass is still not used."""
     batch = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
     factor = nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
 

@@ -1,4 +1,4 @@
-"""`torch.compile` takes the loss whole and gives eager's numbers; the operators keep the promises of their schemas."""
+"""`torch.compile` captures the loss in one graph with eager's results, and the operators obey their schemas."""
 
 from dataclasses import replace
 
@@ -15,7 +15,7 @@ COMPATIBILITY_BACKWARD = torch.ops.pacl_kernels.compatibility_backward.default
 
 
 def operator_arguments(problem, backend):
-    """Return the operators' arguments before their buffers: the temperature as a tensor, then as a number."""
+    """Return the operators' arguments before their buffers: with the temperature as a tensor, then as a number."""
     inputs = (problem.patches, problem.texts, problem.patch_mask)
     tau = problem.attn_temperature
     return [(*inputs, tau, 1.0, problem.form, backend), (*inputs, None, tau.item(), problem.form, backend)]
@@ -24,7 +24,7 @@ def operator_arguments(problem, backend):
 @pytest.mark.parametrize("form, mask", [("dot", None), ("cosine", "random"), ("max", "random")])
 def test_opcheck(form, mask, target):
     problem = make(Case(3, 5, 9, K=4, mask=mask), form, "compatibility", target.dtype, target.device)
-    if mask is not None:  # opcheck compares its inputs before and after without equal_nan
+    if mask is not None:  # opcheck compares inputs before and after a call, and takes NaN as unequal to itself
         problem = replace(problem, patches=problem.patches.nan_to_num(0, 0, 0))
     for arguments, skips in zip(operator_arguments(problem, target.backend), ((None, 0, 1, 2), (None,)), strict=True):
         phi, state = torch.empty_like(problem.upstream), torch.empty_like(problem.upstream)
@@ -44,7 +44,7 @@ def _answer(function, problem):
 
 
 def _same(compiled, eager, problem):
-    """Same values and gradients as the function without `torch.compile`."""
+    """Assert that the compiled and the eager function have the same values and gradients."""
     expected, sizes = _answer(eager, problem), natural_sizes(problem)
     for name, got in _answer(compiled, problem).items():
         assert got.dtype == expected[name].dtype
@@ -61,7 +61,7 @@ def _function(form, loss, backend):
 
 @pytest.mark.parametrize("form, loss, mask", [("dot", "infonce", None), ("cosine", "sigmoid", "first")])
 def test_fullgraph(form, loss, mask, single):
-    """Inductor's code, as a user gets it."""
+    """Inductor compiles the loss in one graph, and its code gives eager's results."""
     torch._dynamo.reset()
     function = _function(form, loss, single.backend)
     compiled = torch.compile(function, fullgraph=True)
@@ -72,7 +72,7 @@ def test_fullgraph(form, loss, mask, single):
 @pytest.mark.parametrize("loss", ["infonce", "sigmoid"])
 @pytest.mark.parametrize("mask", [None, "first"])
 def test_fullgraph_traced(form, loss, mask, single):
-    """Every option through the same tracing, without the minutes that a compiler takes."""
+    """Every option traces in one graph; leaving out Inductor saves minutes."""
     _traced(form, loss, mask, single)
 
 
@@ -90,7 +90,7 @@ def _traced(form, loss, mask, target):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_dynamic_batch(form, single):
-    """One graph for all batches and numbers of patches."""
+    """One graph serves all batch sizes and numbers of patches."""
     torch._dynamo.reset()
     graphs = []
 
@@ -108,7 +108,7 @@ def test_dynamic_batch(form, single):
 
 
 def test_numbers_and_module(single):
-    """Scalars that are numbers, and the module with its keyword call."""
+    """Scalars may be numbers, and the module may be called by keyword."""
     torch._dynamo.reset()
     module = PaclLoss(attn_temperature=0.2, form="cosine", backend=single.backend)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
@@ -135,7 +135,7 @@ def test_compatibility_compiles(single):
 
 
 class Exported(nn.Module):
-    """A function of this library as a module: `torch.export` takes nothing else."""
+    """Wrap a function of this library in a module, as `torch.export` requires."""
 
     def __init__(self, function):
         super().__init__()
@@ -146,7 +146,10 @@ class Exported(nn.Module):
 
 
 def _exports(function, inputs, dynamic, others):
-    """Exported with these inputs, of which `dynamic` names dimensions, it answers `others` as eager does."""
+    """Assert that the function, exported with `inputs`, gives eager's results for `others`.
+
+    `dynamic` names the dimensions that may change.
+    """
     shapes = (tuple({d: torch.export.Dim(name, min=2) for d, name in dims.items()} for dims in dynamic),)
     program = torch.export.export(Exported(function), inputs, dynamic_shapes=shapes).module()
     for other in (inputs, *others):
@@ -156,7 +159,7 @@ def _exports(function, inputs, dynamic, others):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("loss", ["infonce", "sigmoid"])
 def test_export_of_the_loss(form, loss, single):
-    """With a dynamic batch and number of patches."""
+    """The loss exports with a dynamic batch size and number of patches."""
 
     def function(patches, texts, mask):
         options = {"patch_mask": mask, "attn_temperature": 0.1, "logit_bias": 0.5, "backend": single.backend}
@@ -170,7 +173,7 @@ def test_export_of_the_loss(form, loss, single):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_export_of_the_compatibility(form, backend):
-    """With numbers of images and of texts that change apart from each other; of the formula too."""
+    """`compatibility` exports with independent numbers of images and texts, also for the reference."""
 
     def function(patches, texts):
         return compatibility(patches, texts, form=form, backend=backend)

@@ -1,4 +1,4 @@
-"""Numbers that stand in several languages are the same in each."""
+"""Constants that are written in several languages are the same in each."""
 
 import math
 
@@ -19,7 +19,7 @@ def in_cpp(cpu_backend) -> dict[str, float]:
 
 
 def test_cpp(in_cpp):
-    """In C++ they are float32. A new one there fails here until it is compared."""
+    """The C++ constants equal Python's in float32; a new C++ constant fails here until it is compared."""
     expected = {
         "running_max_below": constants.RUNNING_MAX_BELOW,
         "min_norm_squared": constants.MIN_NORM**2,
@@ -31,7 +31,7 @@ def test_cpp(in_cpp):
 
 
 def test_triton(in_cpp):
-    """Its kernels take the others from `constants.py` as arguments."""
+    """Triton's own constants equal those of C++; its kernels take the others from `constants.py` as arguments."""
     kernels = pytest.importorskip("pacl_kernels.backends.gpu.kernels", reason="triton is missing")
     assert _float32(kernels.forward.RUNNING_MAX_BELOW.value) == in_cpp["running_max_below"]
     assert _float32(kernels.rows.MIN_NORM_SQUARED.value) == in_cpp["min_norm_squared"]

@@ -1,4 +1,4 @@
-"""Each instruction set that the native CPU backend is compiled for, forced by PACL_CPU_ISA."""
+"""Tests of every instruction set that the native CPU backend is compiled for, selected by PACL_CPU_ISA."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ from problems import FORMS, Case, make
 from pacl_kernels import compatibility
 from pacl_kernels.native import native
 
-ISAS = ("baseline", "avx2", "avx512", "avx512bf16", "amx", "emulated_amx")  # the last in builds with sanitizers
+ISAS = ("baseline", "avx2", "avx512", "avx512bf16", "amx", "emulated_amx")  # the last only in builds with sanitizers
 CASES = [
     Case(1, 1, 1),
     Case(3, 5, 2),
@@ -29,24 +29,24 @@ CASES = [
     Case(4, 24, 5, K=51, tau=0.01, data="duplicated"),
     Case(5, 26, 56, K=40, data="opposite"),  # the cosine form's pooled patches nearly cancel
     Case(9, 10, 16, K=14, tau=0.2, layout="expanded_last"),
-    Case(3, 50, 48, K=40),  # one patch more than D or two: pooled directly, or not, whichever way rows are padded
+    Case(3, 50, 48, K=40),  # N exceeds D by two, by one, or not: pooled directly, or not, however rows are padded
     Case(3, 50, 49, K=40, mask="random"),
     Case(3, 50, 52, K=40),
     Case(4, 50, 48, layout="strided"),
     Case(4, 50, 48, layout="offset"),
-    # Whole units of D: where rows are read in place, or nearly so.
+    # D is a multiple of the unit, so that rows are read in place, or nearly so.
     Case(13, 50, 64, layout="spaced"),
     Case(13, 50, 128, layout="offset"),
     Case(9, 50, 64, K=40, mask="random"),
     Case(12, 32, 128, K=70),
     Case(9, 50, 128, layout="expanded_last"),
-    # Beyond one block of rows, of images with means, of texts, of units of D; an image of many tiles.
+    # More than one block of rows, of images with means, of texts, of units of D; an image of many tiles.
     Case(40, 50, 64, K=33),
     Case(70, 5, 66, K=40, tau=2.0),
     Case(3, 20, 64, K=1100),
     Case(2, 40, 1100, K=33),
     Case(2, 333, 70, K=40),
-    # The patch that takes all the attention: s - φ is exactly 0, and τ would divide anything else.
+    # One patch takes all the attention: s - φ must be exactly 0, because τ would magnify any other value.
     Case(8, 1, 7, K=16, tau=1e-4),
     Case(8, 1, 7, tau=1e-6),
     Case(4, 9, 70, K=6, tau=1e-12, mask="random"),
@@ -56,7 +56,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @pytest.fixture(params=ISAS)
 def isa(request, cpu_backend, monkeypatch) -> str:
-    """PACL_CPU_ISA set to that name."""
+    """Set PACL_CPU_ISA to each instruction set of this machine, and return its name."""
     if request.param not in native().isas():
         pytest.skip(f"this machine has no {request.param}")
     monkeypatch.setenv("PACL_CPU_ISA", request.param)
@@ -75,15 +75,15 @@ def test_accuracy(case, dtype, form, isa, cpu_backend):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", [Case(5, 1, 70, K=3, tau=1.2e-38), Case(3, 50, 130, K=5, tau=1.2e-38, mask="random")])
 def test_smallest_temperature(case, dtype, form, isa, cpu_backend):
-    """The smallest float32 that is not subnormal; the temperature's own gradient, 1 / τ² of something, overflows."""
+    """The smallest normal float32 works as τ; only the temperature's gradient, which has a factor 1 / τ², overflows."""
     check(make(case, form, "compatibility", dtype), cpu_backend, needs=("patches", "texts"))
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 def test_gradients_in_memory_that_nobody_has_touched(dtype, form, cpu_backend):
-    """It is written to in another way than memory that was used before: with the same bits, and all of it."""
-    problem = make(Case(40, 200, 2500, K=2), form, "compatibility", dtype)  # 40 MB or more: malloc asks the system
+    """Fresh memory, written by other instructions than used memory, receives every gradient with the same bits."""
+    problem = make(Case(40, 200, 2500, K=2), form, "compatibility", dtype)  # 40 MB or more: malloc returns fresh pages
     phi, state = torch.empty_like(problem.upstream), torch.empty_like(problem.upstream)
     inputs = (problem.patches, problem.texts, None, None, 0.1, form, cpu_backend, phi, state)
     torch.ops.pacl_kernels.compatibility_forward(*inputs)
@@ -106,7 +106,7 @@ def test_any_number_of_threads(dtype, form, isa, cpu_backend):
 
 
 def test_the_choice_has_an_effect(cpu_backend, monkeypatch):
-    """Different vector lengths add in a different order, so the bits tell that another instruction set ran."""
+    """PACL_CPU_ISA changes the bits, because other vector lengths sum in another order."""
     problem = make(Case(5, 197, 333), "dot", "compatibility")
     answers = {}
     for name in native().isas():
@@ -119,7 +119,7 @@ def test_the_choice_has_an_effect(cpu_backend, monkeypatch):
 
 @pytest.mark.parametrize("name", [*ISAS, "avx1024", "AVX2", "avx2 "])
 def test_a_name_that_is_unknown_or_absent(name, cpu_backend, monkeypatch):
-    """An error that names the variable, what it holds and what it may hold; it is read on each call."""
+    """The error names the variable, its value and the allowed values; the variable is read on each call."""
     problem = make(Case(), "dot", "infonce")
     evaluate(problem, cpu_backend)
     monkeypatch.setenv("PACL_CPU_ISA", name)
@@ -134,7 +134,7 @@ def test_a_name_that_is_unknown_or_absent(name, cpu_backend, monkeypatch):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("tau", (0.02, 0.1, 1.0))
 def test_phi_of_bfloat16_is_exact_to_1e_5(tau, form, isa, cpu_backend):
-    """It is float32 and will be multiplied by a logit scale, so nothing on the way to it may be rounded to bfloat16."""
+    """No step towards φ rounds to bfloat16, because φ is float32 and is later multiplied by a logit scale."""
     problem = make(Case(9, 197, 130, K=40, tau=tau), form, "compatibility", torch.bfloat16)
     phi, state = torch.empty_like(problem.upstream), torch.empty_like(problem.upstream)
     torch.ops.pacl_kernels.compatibility_forward(
@@ -147,7 +147,7 @@ def test_phi_of_bfloat16_is_exact_to_1e_5(tau, form, isa, cpu_backend):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux lends the matrix unit on demand")
 def test_a_refused_matrix_unit(cpu_backend):
-    """A signal stack too small for its tiles, and Linux refuses AMX: the next best instruction set runs."""
+    """Linux refuses AMX if the signal stack is too small for the tiles; then the next best instruction set runs."""
     script = """
 import ctypes
 class Stack(ctypes.Structure):
@@ -168,7 +168,7 @@ print(*native().isas())
 
 
 def test_default_is_the_best_there_is(cpu_backend, monkeypatch):
-    """Without the variable the last of the list runs; an empty one counts as none."""
+    """Without the variable, or with an empty one, the last instruction set of the list runs."""
     best = native().isas()[-1]
     assert "baseline" in native().isas() and set(native().isas()) <= set(ISAS)
     for dtype in DTYPES:

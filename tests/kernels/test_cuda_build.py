@@ -1,4 +1,4 @@
-"""The Hopper kernels without a GPU: how work is cut up, and what the compiler makes of it."""
+"""Tests of the Hopper kernels without a GPU: how the plan divides the work, and what the compiler generates."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def plan(images=5, patches=196, texts=70, dim=512, epilogue="dot_forward", proce
 
 @pytest.mark.parametrize("epilogue", ["dot_forward", "dot_forward_running_max", "cosine_weights_from_attention"])
 def test_every_patch_is_in_one_column(epilogue):
-    """Read the plan as `column_of` in csrc/cuda/score.cuh does."""
+    """The plan, read as by `column_of` in csrc/cuda/score.cuh, gives every patch exactly one column."""
     images = 5
     for n in range(1, 4097):
         p = plan(images=images, patches=n, epilogue=epilogue)
@@ -40,7 +40,7 @@ def test_every_patch_is_in_one_column(epilogue):
         live = (part < p.images_of_tile) & (image < images) & (patch < n)
         covered = np.bincount((image * n + patch)[live], minlength=images * n)
         assert (covered == 1).all(), n
-        if n > 128 and epilogue == "dot_forward":  # what the tensor cores do for nothing
+        if n > 128 and epilogue == "dot_forward":  # limits the tensor cores' work on padding
             assert p.chunks * p.width <= 1.15 * n, n
 
 
@@ -72,7 +72,7 @@ def test_every_pair_is_in_one_item():
                 assert p.text_groups * 64 * p.cluster >= texts > (p.text_groups - 1) * 64 * p.cluster
                 assert p.items == p.text_groups * p.splits
                 assert 1 <= p.clusters <= min(p.items, max(1, processors // p.cluster))
-                # As `Item` cuts them; no split is empty.
+                # Split the groups as `Item` does; no split is empty.
                 bounds = [p.groups * split // p.splits for split in range(p.splits + 1)]
                 assert bounds[0] == 0 and bounds[-1] == p.groups
                 assert all(begin < end for begin, end in zip(bounds, bounds[1:], strict=False))
@@ -81,7 +81,7 @@ def test_every_pair_is_in_one_item():
 @pytest.mark.parametrize("texts, at_least", [(4096, 0.9), (1024, 0.9), (16384, 0.9), (12288, 0.9), (96, 0.85)])
 def test_all_processors_are_busy(texts, at_least):
     p = plan(images=4096, texts=texts)
-    rounds = -(-p.items // p.clusters) * -(-p.groups // p.splits)  # images that the busiest cluster takes
+    rounds = -(-p.items // p.clusters) * -(-p.groups // p.splits)  # groups of images of the busiest cluster
     assert p.text_groups * p.groups / (rounds * (132 // p.cluster)) > at_least
 
 
@@ -115,17 +115,17 @@ def dump(*options: str) -> str:
 
 @pytest.fixture(scope="module")
 def resources() -> dict[str, str]:
-    """Kernel's name to its line of registers, stack and memory."""
+    """Map each kernel's name to its line of registers, stack and memory."""
     found = re.findall(r"Function (\S+):\n\s*(REG.*)", dump("-res-usage"))
     return {name: line for name, line in found if "score_kernel" in name}
 
 
 EPILOGUES = tuple(native.CudaEpilogue.__members__) if native is not None else ()
-ONLY_FLOAT16 = "cosine_forward_from_attention"  # it reads and writes nothing of the patches' dtype
+ONLY_FLOAT16 = "cosine_forward_from_attention"  # reads and writes nothing of the patches' dtype
 
 
 def are_three(epilogue: str, width: int) -> bool:
-    """Warpgroups that take tiles in turn; otherwise two, with more registers each."""
+    """Return True if three warpgroups take tiles in turn; otherwise two do, with more registers each."""
     return epilogue in ("dot_forward", "dot_weights", "attention") and width <= 200
 
 
@@ -135,8 +135,8 @@ def test_no_kernel_spills(resources):
         "plain, weights and attention, fewer widths with a maximum, cosine, and weights and φ of an attention in memory"
     )
     for name, line in resources.items():
-        # Attention and sums of the widest cosine tile take 192 registers: some others go to the stack, once a tile.
-        # Of those of 208 columns, and of the weights of 200, three warpgroups of them, it is two numbers.
+        # Attention and sums of the widest cosine tile take 192 registers, so that others are spilled once per tile.
+        # The cosine tile of 208 columns, and the weights of 200 columns (three warpgroups), spill two numbers.
         width, epilogue = (int(x) for x in re.search(r"ILi(\d+)E.*EpilogueE(\d)", name).groups())
         stack = {(256, 3): 280, (256, 4): 352, (208, 4): 8, (200, 2): 8}.get((width, epilogue), 0)
         found = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:0 ", line)
@@ -160,7 +160,7 @@ def test_the_machine_code(resources, element, kind, epilogue):
     code = dump("-sass", "-fun", name)
     products = re.findall(r"HGMMA\.(\S+)", code)
     assert products and set(products) == shapes | of_gram
-    # Products in a row without a wait between them: the compiler has not serialised them.
+    # Few waits mean that the compiler has not serialised the products.
     waits = len(re.findall(r"WARPGROUP\.DEPBAR", code))
     assert waits <= -(-len(products) // 4) + 2
     assert "UTMALDG.3D.MULTICAST" in code

@@ -1,6 +1,6 @@
-"""The Hopper kernels' own source, run thread by thread on the host: cuda/emulator.h says what that shows.
+"""Run the source of the Hopper kernels thread by thread on the host; cuda/emulator.h says what that can show.
 
-Widths that the emulator is compiled with: one image to a tile at 144, 200 and 256 columns, several at all of theirs.
+The emulator is compiled for tiles of one image with 144, 200 and 256 columns, and for all tiles of several images.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from pacl_kernels import fused_pacl_loss
 from pacl_kernels.backends.gpu import hopper
 
 
-@pytest.fixture(scope="session")  # of a module, it would be built each time that a test process comes back to this one
+@pytest.fixture(scope="session")  # with module scope, a process would rebuild it whenever it returns to this module
 def library(tmp_path_factory, worker_id):
-    """Built by the first of the test processes, half a minute; the others wait for it."""
+    """Return the emulator; the first test process builds it in half a minute, the others wait."""
     folder = tmp_path_factory.getbasetemp()
     if worker_id != "master":
-        folder = folder.parent  # that of all test processes
+        folder = folder.parent  # shared by all test processes
     with FileLock(folder / "emulated.lock"):
         return emulated.load(folder)
 
 
 def run(library, patches, texts, phi, state, *, tau=1.0, mask=None, epilogue=None, weights=None, cluster=0, **more):
-    """A launch as `gpu/hopper.py` makes it; `more`: tensors of other fields, and the emulator's settings."""
+    """Launch as `gpu/hopper.py` does; `more` has tensors of other fields, and settings of the emulator."""
     on_device = isinstance(tau, torch.Tensor)
     norms = patches.float().norm(dim=-1)
     if mask is not None:
@@ -84,7 +84,7 @@ def run(library, patches, texts, phi, state, *, tau=1.0, mask=None, epilogue=Non
 
 def problem(b, n, k, d, dtype=torch.bfloat16, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    pitch = -(-d // 8) * 8  # rows as the copy engine wants them; what is between them must not matter
+    pitch = -(-d // 8) * 8  # the copy engine needs this alignment; the padding (NaN) must not matter
     patches = torch.full((b, n, pitch), float("nan")).to(dtype)
     texts = torch.full((k, pitch), float("nan")).to(dtype)
     patches[..., :d] = torch.randn(b, n, d, generator=generator) * 0.3 + torch.randn(b, 1, d, generator=generator)
@@ -105,7 +105,7 @@ def truth(patches, texts, tau, mask=None):
 
 
 FORWARD = [
-    # b, n, k, d: what is special
+    # b, n, k, d; the id says what is special
     pytest.param(5, 196, 70, 136, {}, id="odd batch, part of a text tile"),
     pytest.param(3, 200, 130, 512, dict(cluster=1), id="one block"),
     pytest.param(2, 144, 200, 64, {}, id="one step"),
@@ -163,7 +163,7 @@ def test_masks_hide_anything(library, b, n, k, d, tau):
 
 
 def weights_of(patches, texts, tau, phi, a, s, g, mask=None):
-    """W = g ∂φ/∂s / (‖p‖ ‖t‖) `[K, B, N]`, and what the temperature's gradient is made of."""
+    """Return W = g ∂φ/∂s / (‖p‖ ‖t‖) `[K, B, N]`, and the sum that gives the temperature's gradient."""
     ds = g[:, :, None] * a * (1 + (s - phi[:, :, None]) / tau)
     w = ds / patches.double().norm(dim=-1)[:, None] / texts.double().norm(dim=-1)[None, :, None]
     centred = torch.where(a > 0, s - phi[:, :, None], 0.0)
@@ -264,7 +264,7 @@ COSINE = [
     pytest.param(3, 225, 130, 72, {}, id="225"),
     pytest.param(3, 256, 130, 136, dict(stages=3), id="256"),
 ]
-# The attention by way of memory.
+# Cases with the attention in memory.
 IN_MEMORY = [
     pytest.param(3, 387, 130, 72, {}, id="387, two tiles"),
     pytest.param(5, 400, 70, 40, dict(processors=2), id="400, two tiles"),
@@ -276,7 +276,7 @@ IN_MEMORY = [
 
 
 def attention_in_memory(library, patches, texts, phi, state, **options):
-    """The attention `[images, texts, pitch]` of a launch, which must leave alone what is not its own."""
+    """Return the attention `[images, texts, pitch]` of a launch, and assert that it writes nothing outside."""
     (b, n, _), k = patches.shape, len(texts)
     pitch = -(-n // 8) * 8
     attention = torch.full((b + 1, k, pitch + 8), 9.0, dtype=torch.float16)
@@ -384,7 +384,7 @@ BACKEND = [
     Case(B=2, N=387, D=33, tau=0.02, layout="strided"),
     Case(B=4, N=7, D=130, data="norms", scale=100.0),
     Case(B=2, N=144, D=64, K=70, mask="random", data="zero_patches"),
-    # One patch has all the attention: s - φ is 0, and any other number would be divided by the temperature.
+    # One patch has all the attention: s - φ must be exactly 0, because τ would magnify any other value.
     *(Case(B=3, N=n, D=40, tau=tau) for n, tau in ((1, 1e-6), (144, 1e-6), (144, 1e-10))),
 ]
 
@@ -393,13 +393,13 @@ BACKEND = [
     "case, form, dtype",
     [
         *((case, form, torch.bfloat16) for form in ("dot", "cosine") for case in BACKEND),
-        # With 1 / τ in its bound, W of `cosine` underflows in float16 where τ is 1e-10.
+        # The bound of W in `cosine` has a factor 1 / τ, so that W underflows in float16 at τ = 1e-10.
         *((case, "cosine", torch.float16) for case in BACKEND if case.N < 196 and case.tau > 1e-8),
     ],
     ids=str,
 )
 def test_backend(library, monkeypatch, case, form, dtype):
-    """The whole backend, with the emulator's launches between kernels of Triton's interpreter."""
+    """The whole backend is accurate, with launches in the emulator between kernels in Triton's interpreter."""
     library.configure()
     monkeypatch.setattr(hopper, "native", lambda: library)
     monkeypatch.setattr(hopper, "why_not", lambda device=None, dtype=None: None)
@@ -409,7 +409,7 @@ def test_backend(library, monkeypatch, case, form, dtype):
 
 @pytest.mark.parametrize("form", ["dot", "cosine"])
 def test_path_of_the_patches(library, monkeypatch, form):
-    """The path that tests/kernels/test_path.py checks for the other backends."""
+    """The path is as short as tests/kernels/test_path.py requires of the other backends."""
     library.configure()
     monkeypatch.setattr(hopper, "native", lambda: library)
     monkeypatch.setattr(hopper, "why_not", lambda device=None, dtype=None: None)

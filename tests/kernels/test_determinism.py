@@ -1,4 +1,4 @@
-"""The same bits every time and for any number of threads, and the symmetries of the loss."""
+"""Results have the same bits on every run and for any number of threads, and the loss has its symmetries."""
 
 import subprocess
 import sys
@@ -34,7 +34,7 @@ def test_two_runs(case, form, target):
     for objective in case.objectives:
         problem = make(case, form, objective, target.dtype, target.device)
         first = evaluate(problem, target.backend)
-        # Memory that the allocator hands out again holds something else than before.
+        # Change the contents of the memory that the allocator hands out again.
         rubbish = [torch.full((size,), 7e8, device=target.device) for size in (100, 10_000, 1_000_000)]
         del rubbish
         _assert_same_bits(first, evaluate(problem, target.backend))
@@ -51,7 +51,7 @@ def test_same_bits_on_every_run(form):
 @on_hopper
 @pytest.mark.parametrize("form, patches", [("dot", 196), ("cosine", 196), ("cosine", 387)])
 def test_a_thousand_runs_give_the_same_bits(cluster, monkeypatch, form, patches):
-    """A moving result is a race. The memory that the results land in is poisoned in between."""
+    """A result that changes shows a race; memory for the results is poisoned between runs."""
     monkeypatch.setattr(hopper.settings, "cosine_from_attention", True)
     inputs = random_inputs(96, patches, 512)
     first = step(inputs, form, "cuda")
@@ -79,7 +79,7 @@ def test_any_number_of_threads(case, form, dtype, cpu_backend):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_permuted_batch(form, objective, target):
-    """Pairs in another order: the same loss, and gradients (and compatibilities) in that order."""
+    """Permuting the pairs leaves the loss unchanged, and permutes gradients and compatibilities alike."""
     problem = make(Case(19, 7, 33, mask="random"), form, objective, target.dtype, target.device)
     order = torch.randperm(19, generator=torch.Generator().manual_seed(0)).to(target.device)
     permuted = {name: getattr(problem, name)[order] for name in ("patches", "texts", "patch_mask")}
@@ -98,7 +98,7 @@ def test_permuted_batch(form, objective, target):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_permuted_patches(form, target):
-    """The patches of an image are a set: their order moves nothing but their gradients."""
+    """The patches of an image are a set: permuting them only permutes their gradients."""
     problem = make(Case(4, 53, 33, K=6), form, "compatibility", target.dtype, target.device)
     order = torch.randperm(53, generator=torch.Generator().manual_seed(0)).to(target.device)
     expected = evaluate(problem, target.backend)
@@ -110,7 +110,7 @@ def test_permuted_patches(form, target):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_scaled_embeddings(form, target):
-    """Only directions matter; a power of two changes no mantissa, so the gradients are exactly that much smaller."""
+    """Only directions matter: embeddings times a power of two give gradients divided by it exactly."""
     problem = make(Case(5, 21, 33), form, "infonce", target.dtype, target.device)
     problem = replace(problem, upstream=64.0)
     expected = evaluate(problem, target.backend)
@@ -142,13 +142,13 @@ assert phi() == before
 
 
 def test_a_forked_process_works_too(cpu_backend):
-    """The parent's threads do not exist in the child: whoever waits for them hangs."""
+    """A forked child computes the same and does not wait for the parent's threads, which it does not have."""
     done = subprocess.run([sys.executable, "-c", FORK], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
 
 
 def test_torchs_own_threads_do_the_work(cpu_backend):
-    """PyTorch's wheels for Linux bring an OpenMP runtime; elsewhere threads of our own are started."""
+    """On Linux the backend uses the OpenMP runtime of PyTorch's wheels; elsewhere it starts its own threads."""
     if sys.platform != "linux" or "OpenMP" not in torch.__config__.parallel_info():
         pytest.skip("no OpenMP here")
     assert all(cpu._openmp())

@@ -1,4 +1,4 @@
-"""Differentiation: our formulas against finite differences, only the gradients that are asked for, and only once."""
+"""Gradients agree with finite differences, are computed only on request, and can be differentiated only once."""
 
 from dataclasses import replace
 from itertools import chain, combinations
@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("mask", [None, "random", "one"])
 def test_gradcheck(form, objective, mask):
-    """float64 goes through the same Function, so these are our gradients and not autograd's."""
+    """Gradients agree with finite differences; float64 uses the same Function, so they are ours, not autograd's."""
     problem = make(Case(3, 5, 4, tau=0.3, scale=5.0, mask=mask), form, objective, torch.float64)
     names = DIFFERENTIABLE if objective != "compatibility" else ("patches", "texts", "attn_temperature")
     if mask is not None:  # finite differences need finite numbers
@@ -33,7 +33,7 @@ def test_gradcheck(form, objective, mask):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_only_what_is_asked_for(form, objective, single):
-    """Every subset of the inputs: `evaluate` sees that the operator gets no buffer for what nobody asked for."""
+    """For every subset of the inputs the operator gets buffers for the requested gradients only (see `evaluate`)."""
     problem = make(Case(4, 9, 21, mask="random"), form, objective, device=single.device)
     for needs in chain.from_iterable(combinations(_taking_part(objective), size) for size in range(6)):
         check(problem, single.backend, needs)
@@ -48,7 +48,7 @@ def _taking_part(objective):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_scalars_of_any_kind(form, objective, target):
-    """Numbers, 0-D, [1] and [1, 1, 1] tensors, in float32 and float64 beside patches of any dtype; no bias at all."""
+    """A scalar is a number, or a float32 or float64 tensor of shape [], [1] or [1, 1, 1]; the bias may be missing."""
     problem = make(Case(4, 9, 21), form, objective, target.dtype, target.device)
     names = ("logit_scale", "logit_bias", "attn_temperature")
     tensors = {name: getattr(problem, name) for name in names}
@@ -62,7 +62,7 @@ def test_scalars_of_any_kind(form, objective, target):
     numbers = {name: x.item() for name, x in tensors.items()}
     answer = check(replace(problem, **numbers), target.backend)
     assert all(answer[name] is None for name in names if name in answer)
-    for name in names:  # one number among tensors
+    for name in names:  # one scalar is a number, the others are tensors
         answer = check(replace(problem, **{name: numbers[name]}), target.backend)
         assert answer.get(name) is None
     assert check(replace(problem, logit_bias=None), target.backend).get("logit_bias") is None
@@ -72,7 +72,7 @@ def test_scalars_of_any_kind(form, objective, target):
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("factor_needs_gradient", [True, False])
 def test_second_derivative_is_refused(form, objective, factor_needs_gradient, single):
-    """A gradient penalty is an error; the penalty's own gradient must not silently count as 0."""
+    """A gradient penalty raises an error, so that its gradient never silently counts as 0."""
     problem = make(Case(3, 5, 4), form, objective, device=single.device)
     patches = problem.patches.requires_grad_()
     factor = torch.tensor(2.0, device=single.device, requires_grad=factor_needs_gradient)
@@ -85,7 +85,7 @@ def test_second_derivative_is_refused(form, objective, factor_needs_gradient, si
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_backward_twice(form, objective, single):
-    """With the graph retained the second backward gives the same bits: the first has changed nothing it saved."""
+    """With the graph retained, a second backward gives the same bits: the first changes no saved tensor."""
     problem = make(Case(9, 7, 33), form, objective, device=single.device)
     leaves = [getattr(problem, name).requires_grad_() for name in _taking_part(objective)]
     value = call(problem, single.backend).sum()
@@ -99,7 +99,7 @@ def test_backward_twice(form, objective, single):
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("create_graph", [False, True])
 def test_checkpoint(objective, create_graph, single):
-    """It calls the forward again, and gives each saved tensor out once."""
+    """A checkpoint, which repeats the forward and returns each saved tensor only once, gives the same bits."""
     problem = make(Case(5, 7, 33), "dot", objective, device=single.device)
     leaves = [getattr(problem, name).requires_grad_() for name in _taking_part(objective)]
     value = checkpoint(call, problem, single.backend, use_reentrant=False).sum()
@@ -111,7 +111,7 @@ def test_checkpoint(objective, create_graph, single):
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_incoming_gradient(objective, target):
-    """Gradients are linear in what comes from above, which may be zero, negative, large, expanded or strided."""
+    """Gradients are linear in the incoming gradient, which may be zero, negative, large, expanded or strided."""
     problem = make(Case(5, 7, 33), "dot", objective, target.dtype, target.device)
     if objective == "compatibility":
         ones = torch.ones((), dtype=problem.upstream.dtype, device=target.device)
@@ -125,7 +125,7 @@ def test_incoming_gradient(objective, target):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("data, tau", [("small", 0.01), ("large", 0.01), ("norms", 0.05)])
 def test_float16_under_a_gradient_scaler(form, data, tau, target):
-    """Intermediate values that pass float16's range on either side do not reach the gradients."""
+    """Gradients stay finite even if intermediate values leave the range of float16 at either end."""
     problem = make(Case(9, 7, 33, tau=tau, scale=100.0, data=data), form, "infonce", target.dtype, target.device)
     for exponent in (-12, 0, 12):
         truth = evaluate(replace(problem, upstream=2.0**exponent).to(torch.float64), "reference")
@@ -146,7 +146,7 @@ def test_changing_an_input_before_backward_is_an_error(single):
 
 
 class Nothing(torch.autograd.Function):
-    """Hands on a value, and no gradient."""
+    """Pass a value forward, and no gradient backward."""
 
     @staticmethod
     def forward(ctx, x):
@@ -159,7 +159,7 @@ class Nothing(torch.autograd.Function):
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_no_incoming_gradient(objective, single):
-    """Then none goes on, as from PyTorch's own operations."""
+    """Without an incoming gradient the inputs get none, as with PyTorch's own operations."""
     problem = make(Case(3, 5, 4), "dot", objective, device=single.device)
     patches, other = problem.patches.requires_grad_(), torch.ones((), device=single.device, requires_grad=True)
     (Nothing.apply(call(problem, single.backend)).sum() + other).backward()

@@ -1,4 +1,4 @@
-"""`fused_pacl_loss` and `compatibility` under autocast, without gradients, on meta tensors, and in training."""
+"""Tests of `fused_pacl_loss` and `compatibility` under autocast, without gradients, on meta tensors and in training."""
 
 from dataclasses import replace
 
@@ -16,9 +16,9 @@ from pacl_kernels import fused_pacl_loss
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(form, objective, dtype, single):
-    """float32 inputs: the operators see the autocast dtype, gradients come back in float32, the loss is float32."""
+    """From float32 inputs, operators get patches in the autocast dtype; the loss and gradients are float32."""
     problem = make(Case(9, 17, 40), form, objective, torch.float32, single.device)
-    # Only patches and texts are multiplied, so only they are rounded.
+    # Autocast rounds only patches and texts, the operands of the product.
     rounded = replace(problem, patches=problem.patches.to(dtype).float(), texts=problem.texts.to(dtype).float())
     truth, plain = (evaluate(rounded.to(wide), "reference") for wide in (torch.float64, torch.float32))
     with torch.autocast(single.device, dtype), Spy() as spy:
@@ -32,7 +32,7 @@ def test_autocast(form, objective, dtype, single):
 
 
 def test_autocast_turned_off_inside(single):
-    """A region without autocast inside one with it computes in float32."""
+    """A region that disables autocast inside an autocast region computes in float32."""
     problem = make(Case(9, 17, 40), "cosine", "infonce", torch.float32, single.device)
     with torch.autocast(single.device, torch.bfloat16), torch.autocast(single.device, enabled=False):
         check(problem, single.backend)
@@ -58,7 +58,7 @@ def test_without_gradients(form, objective, mode, target):
 
 
 def test_value_types(target):
-    """0-D loss and [B, K] compatibility in float32, float64 for float64."""
+    """The loss is 0-D and φ is [B, K]; both are float32, or float64 for float64 inputs."""
     wide = torch.float64 if target.dtype == torch.float64 else torch.float32
     for objective, shape in (("compatibility", (5, 5)), ("infonce", ()), ("sigmoid", ())):
         value = call(make(Case(), "dot", objective, target.dtype, target.device), target.backend)
@@ -68,7 +68,7 @@ def test_value_types(target):
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
 def test_meta_tensors(backend):
-    """Shapes and dtypes, and nothing is computed."""
+    """Meta tensors give shapes and dtypes without any computation."""
     patches = torch.empty(4, 3, 5, device="meta", requires_grad=True)
     value = fused_pacl_loss(patches, patches[:, 0], 10.0, backend=backend)
     value.backward()
@@ -77,7 +77,7 @@ def test_meta_tensors(backend):
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_value_types_of_the_reference(objective, monkeypatch):
-    """Value types are those of the other backends, in 16 bits and under autocast; float16's squares would overflow."""
+    """The reference returns float32 for 16 bits and under autocast, and avoids squares that overflow float16."""
     monkeypatch.setenv("PACL_BACKEND", "reference")
     problem = make(Case(5, 7, 33, data="large"), "cosine", objective, torch.float16)
     for inputs, autocast in ((problem, False), (problem.to(torch.float32), True)):
@@ -90,7 +90,7 @@ def test_value_types_of_the_reference(objective, monkeypatch):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("loss", ["infonce", "sigmoid"])
 def test_training_learns(form, loss, single):
-    """A few steps of gradient descent on everything that can be learned bring the loss down."""
+    """Some optimiser steps on all learnable inputs halve the loss at least."""
     torch.manual_seed(0)
     images = torch.randn(16, 12, 24, device=single.device)
     words = torch.randn(16, 20, device=single.device)

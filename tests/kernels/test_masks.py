@@ -1,4 +1,4 @@
-"""Masks: accuracy with poison behind them, gradients of exactly 0 there, and the same answer as cutting patches off."""
+"""Masked patches may hold NaN or inf, have gradients of exactly 0, and count as if they were cut off."""
 
 from dataclasses import replace
 
@@ -24,7 +24,7 @@ CASES = [
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_masked(case, form, target):
-    """NaN and inf lie behind the mask: neither the value nor any other gradient may see them."""
+    """NaN and inf in masked patches reach neither the value nor any gradient."""
     for objective in case.objectives:
         problem = make(case, form, objective, target.dtype, target.device)
         mask = problem.patch_mask
@@ -40,7 +40,7 @@ def test_masked(case, form, target):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_masked_beside_a_patch_that_is_not_finite(value, form, target):
-    """The gradient of a masked patch is 0 whatever happens to the rest of its image, and to the loss."""
+    """A masked patch has gradient 0, even if another patch of its image, or the loss, is not finite."""
     for objective in ("compatibility", "infonce", "sigmoid"):
         problem = make(Case(6, 11, 19, mask="random"), form, objective, target.dtype, target.device)
         patches = problem.patches.clone()
@@ -52,7 +52,7 @@ def test_masked_beside_a_patch_that_is_not_finite(value, form, target):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_an_image_without_a_patch_and_a_text_that_is_not_finite(form, target):
-    """Their φ is 0, and not 0 x NaN."""
+    """An image without patches has φ = 0, not 0 x NaN, also with a text that is not finite."""
     for mask in ("random", "none"):
         problem = make(Case(5, 7, 19, K=4, mask=mask), form, "compatibility", target.dtype, target.device)
         texts = problem.texts.clone()
@@ -65,7 +65,7 @@ def test_an_image_without_a_patch_and_a_text_that_is_not_finite(form, target):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_same_as_cutting_off(form, target):
-    """Each image with a mask, and alone without its masked patches."""
+    """An image with a mask gives the answer of the same image alone without its masked patches."""
     problem = make(Case(5, 23, 19, K=7, mask="random"), form, "compatibility", target.dtype, target.device)
     masked = evaluate(problem, target.backend)
     texts = torch.zeros_like(masked["texts"], dtype=torch.float64)
@@ -80,7 +80,7 @@ def test_same_as_cutting_off(form, target):
 
 
 def test_mask_of_any_strides(single):
-    """A mask that is a slice, a transpose, or one row for all images."""
+    """A mask may be a slice, a transpose, or one row expanded to all images."""
     case = Case(6, 10, 17)
     for mask in (
         (torch.rand(6, 20) < 0.5)[:, ::2],

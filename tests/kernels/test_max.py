@@ -1,4 +1,4 @@
-"""Features of the form "max" alone: ties, NaN, a winner's index instead of a log-sum-exp, its own blocks of work."""
+"""Tests of the form "max": ties, NaN, the winner's index in place of a log-sum-exp, and its own blocks of work."""
 
 from dataclasses import replace
 
@@ -9,7 +9,7 @@ from problems import Case, make
 
 from pacl_kernels import compatibility, reference
 
-# On the CPU blocks of 8 MiB of patches and 10 MiB of texts in float32: each of these needs several of one or both.
+# The CPU works in blocks of 8 MiB of patches and 10 MiB of texts in float32; each case needs several blocks.
 BLOCKS = [
     Case(3, 110, 20001, K=140),
     Case(3, 110, 20001, K=140, mask="random", layout="offset"),
@@ -20,7 +20,7 @@ BLOCKS = [
 
 
 def _exact(n, d, target, mask=False):
-    """Patches and texts with four elements ±1: every norm is 2 and every score exact, so that ties are ties."""
+    """Make patches and texts with four elements ±1: every norm is 2 and every score is exact, and so are ties."""
     generator = torch.Generator().manual_seed(n * d)
 
     def draw(count):
@@ -29,7 +29,7 @@ def _exact(n, d, target, mask=False):
         signs = 2.0 * torch.randint(2, (count, 4), generator=generator, dtype=torch.float64) - 1
         return x.scatter_(1, places, signs)
 
-    few = draw(12)  # so that most patches have doubles
+    few = draw(12)  # few distinct patches, so that most have copies
     patches = few[torch.randint(12, (5, n), generator=generator)].to(target.device, target.dtype)
     texts = torch.cat([few[:4], -few[4:6], draw(31)]).to(target.device, target.dtype)
     patch_mask = torch.rand(5, n, generator=generator) < 0.5 if mask else None
@@ -58,7 +58,7 @@ def test_first_of_equals(n, d, mask, target):
 
 @pytest.mark.parametrize("d", [3, 67, 256])
 def test_the_first_of_copies_wins(d, target):
-    """Rounding or not: the product of a copy may have other bits, where it lies elsewhere in a tile."""
+    """The first of equal patches wins, although a copy elsewhere in a tile may be rounded to other bits."""
     for seed, (b, n, k, times) in enumerate([(4, 40, 50, 5), *[(1, 2, 1, 5), (2, 3, 2, 2), (2, 7, 1, 3)] * 5]):
         problem = make(Case(b, n, d, K=k), "max", "compatibility", target.dtype, target.device, seed)
         doubled = replace(problem, patches=problem.patches.repeat(1, times, 1))
@@ -67,7 +67,7 @@ def test_the_first_of_copies_wins(d, target):
         patches = doubled.patches.clone()
         patches[:, 0] = float("nan")
         hidden = torch.ones(patches.shape[:2], dtype=torch.bool, device=target.device)
-        hidden[:, 0] = False  # then its first copy is the first
+        hidden[:, 0] = False  # its first copy is now the first valid one
         index = winners(replace(doubled, patches=patches, patch_mask=hidden), target.backend)
         assert ((index > 0) & (index <= n)).all()
 
@@ -75,14 +75,14 @@ def test_the_first_of_copies_wins(d, target):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("d", [3, 67, 256])
 def test_copies_of_a_patch_score_the_same_bits(d, dtype, cpu_backend):
-    """Wherever a patch lies, its sums are made in the same order, so copies do not change which patch wins."""
+    """Copies do not change the winner, because sums have the same order wherever a patch lies."""
     problem = make(Case(4, 40, d, K=50), "max", "compatibility", dtype)
     doubled = replace(problem, patches=problem.patches.repeat(1, 5, 1))
     assert torch.equal(winners(doubled, cpu_backend), winners(problem, cpu_backend))
 
 
 def test_a_patch_without_a_direction_among_its_copies(target):
-    """0 and -0 score the same, and the first of them wins where every other score is negative."""
+    """0 and -0 score the same: if every other score is negative, the first of them wins."""
     problem = make(Case(2, 6, 5, K=3), "max", "compatibility", target.dtype, target.device)
     patches, texts = -problem.texts[:1].abs().expand(2, 6, 5).clone(), problem.texts.abs()
     patches[:, 2], patches[:, 4] = -0.0, 0.0
@@ -105,7 +105,7 @@ def test_the_first_nan_wins(target):
 
 
 def test_the_temperature_is_ignored(target):
-    """The same bits for every τ, whose gradient is 0 and not None: DDP waits for one."""
+    """Every τ gives the same bits, and its gradient is 0, not None, because DDP waits for a gradient."""
     problem = make(Case(4, 9, 21), "max", "infonce", target.dtype, target.device)
     expected = evaluate(problem, target.backend)
     tau = problem.attn_temperature
@@ -139,7 +139,7 @@ def test_blocks_on_any_number_of_threads(case, cpu_backend):
 
 
 def test_one_dimension_has_no_gradient(target):
-    """With D = 1 there are only two directions: all that a patch could give points along it."""
+    """With D = 1 gradients are 0, because a gradient is orthogonal to its embedding."""
     problem = make(Case(6, 9, 1, K=5), "max", "compatibility", target.dtype, target.device)
     answer = evaluate(problem, target.backend)
     norms = problem.patches.abs().double()
@@ -148,7 +148,7 @@ def test_one_dimension_has_no_gradient(target):
 
 
 def test_a_wrong_winner_is_seen(single):
-    """`check` takes the backend's own winner as the truth only if it is right."""
+    """`check` refuses a backend's winner whose score is not the maximum."""
     problem = make(Case(4, 9, 21), "max", "compatibility", device=single.device)
     index = winners(problem, single.backend)
     wide = problem.to(torch.float64)

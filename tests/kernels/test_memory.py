@@ -1,4 +1,4 @@
-"""Memory of a step beyond its inputs and gradients does not grow with the batch."""
+"""The memory of a step, beyond its inputs and gradients, has a bound that leaves no room for a [B, K, N] array."""
 
 import json
 import subprocess
@@ -47,7 +47,7 @@ print(json.dumps([growth(*step) for step in steps]))
 
 @cache
 def _growth(backend: str) -> dict[tuple, int]:
-    """How far the resident size rises in a step, for all of them in one process."""
+    """Return the rise in bytes of the resident size for every kind of step, all measured in one process."""
     steps = [(backend, *rest) for rest in product(FORMS, THREADS, WIDTH)]
     steps = [(*step, *shape) for step in steps for shape in SHAPES]
     return dict(zip(steps, _run(steps), strict=True))
@@ -56,7 +56,7 @@ def _growth(backend: str) -> dict[tuple, int]:
 def _run(steps) -> list[int]:
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("no /proc/self/clear_refs, which resets the peak")
-    # Without the threshold, memory that one step frees stays in the heap and hides what the next one takes.
+    # Without the threshold, memory freed by one step stays in the heap and hides the needs of the next one.
     environment = {"PYTHONPATH": str(Path(pacl_kernels.__path__[0]).parent), "MALLOC_MMAP_THRESHOLD_": "65536"}
     command = [sys.executable, "-c", PROBE, json.dumps(steps)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
@@ -69,7 +69,7 @@ def _run(steps) -> list[int]:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("b, n, d", SHAPES)
 def test_peak_of_a_step(b, n, d, form, threads, dtype, cpu_backend):
-    """Gradients, one float32 [K, D], four float32 [B, K] (cosine: an [N, N] for each thread), and at most 64 MiB."""
+    """A step needs its gradients, a float32 [K, D], four float32 [B, K], for cosine [N, N] per thread, and ≤ 64 MiB."""
     grew = _growth(cpu_backend)[cpu_backend, form, threads, dtype, b, n, d]
     gradients = WIDTH[dtype] * (b * n * d + b * d)
     allowed = gradients + 4 * b * d + 4 * 4 * b * b + (4 * threads * n * n if form == "cosine" else 0)
@@ -78,7 +78,7 @@ def test_peak_of_a_step(b, n, d, form, threads, dtype, cpu_backend):
 
 
 def test_the_probe_sees_what_the_formula_needs():
-    """The plain formula holds [B, K, N] more than once; were that not seen, the test above would say nothing."""
+    """The probe sees that the plain formula holds [B, K, N] more than once; a blind probe would pass any backend."""
     b, n, d = 256, 64, 32
     (grew,) = _run([("reference", "dot", 2, "float32", b, n, d)])
     assert grew > 2 * 4 * b * b * n
@@ -88,7 +88,7 @@ def test_the_probe_sees_what_the_formula_needs():
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("b", [4096, 32768])
 def test_memory_of_a_step(b, form, gigabytes):
-    """Beyond inputs and gradients: one float32 [K, D], three float32 [B, K], and at most 512 MiB."""
+    """Beyond inputs and gradients a step needs a float32 [K, D], three float32 [B, K], and at most 512 MiB."""
     n, d = 196, 512
     if torch.cuda.mem_get_info()[0] < 2.2 * 2 * b * n * d + 3 * 4 * b * b + 2**30:
         pytest.skip("too little memory")

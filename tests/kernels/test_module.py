@@ -1,4 +1,4 @@
-"""`PaclLoss` as a module: it moves, is copied, saved and shown; `distributed/gloo_module.py` has its groups."""
+"""`PaclLoss` can be moved, copied, saved and printed like any module; `distributed/gloo_module.py` tests its groups."""
 
 import copy
 import io
@@ -28,7 +28,7 @@ def inputs():
 
 
 def test_repr_shows_every_setting():
-    """And is the call that makes the module again."""
+    """The repr shows every setting and is a call that makes the same module."""
     module = PaclLoss(**SETTINGS)
     assert all(f"{name}={value!r}" in repr(module) for name, value in SETTINGS.items())
     assert "rank=0, world_size=1" in repr(module)
@@ -61,7 +61,7 @@ def test_copies(how, group):
 
 
 def test_names_without_distributed_training():
-    """Then "world" is this process alone, as "local" is: the same program runs in one process."""
+    """Without a process group "world" and "local" mean this process, so a program also runs in one process."""
     expected = fused_pacl_loss(*inputs())
     for group in (None, "world", "local"):
         assert torch.equal(fused_pacl_loss(*inputs(), group=group), expected)
@@ -80,7 +80,7 @@ def test_a_tensor_temperature_moves_with_the_module():
 
 
 def test_a_temperature_that_is_no_state():
-    """Checkpoints do not know it, and a schedule may put a number in its place, or a tensor in that of a number."""
+    """A fixed temperature is not in checkpoints, and a schedule may assign a number or a tensor to it."""
     module = PaclLoss(attn_temperature=torch.tensor(0.07))
     assert not module.state_dict() and not list(module.parameters())
     module.load_state_dict({})
@@ -91,7 +91,7 @@ def test_a_temperature_that_is_no_state():
 
 
 def test_a_learnable_temperature():
-    """A Parameter is registered as in any module; what is computed from a model's parameter keeps its graph."""
+    """A temperature that is a Parameter is registered; one computed from a Parameter keeps its graph."""
     tau = nn.Parameter(torch.tensor(0.07))
     module = PaclLoss(attn_temperature=tau)
     assert [name for name, _ in module.named_parameters()] == ["attn_temperature"]
@@ -103,7 +103,7 @@ def test_a_learnable_temperature():
 
 
 def test_open_clip_call(single):
-    """open_clip's keywords, its dictionary, and the scalars as its models hand them over."""
+    """The module takes open_clip's keywords and scalars, and returns its dictionary on request."""
     problem = make(Case(5, 7, 33, mask="random"), "cosine", "sigmoid", device=single.device)
     module = PaclLoss(attn_temperature=0.1, form="cosine", loss="sigmoid", backend=single.backend)
     outputs = {"image_features": problem.patches, "text_features": problem.texts, "logit_scale": problem.logit_scale}

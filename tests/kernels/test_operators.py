@@ -1,4 +1,4 @@
-"""The operators write all of their buffers, whatever those held, and nothing beside them."""
+"""The operators write every element of their buffers, and nothing outside."""
 
 from itertools import product
 
@@ -26,7 +26,7 @@ CASES = [
 
 
 class Guarded:
-    """A buffer full of NaN inside a larger one full of canaries."""
+    """Hold a buffer full of NaN inside a larger one full of canaries."""
 
     def __init__(self, shape, dtype, device):
         size = torch.Size(shape).numel()
@@ -42,7 +42,7 @@ class Guarded:
 
 
 def _guarded_inputs(problem):
-    """Patches and texts with NaN right before and after what may be read."""
+    """Return patches and texts with NaN directly before and after them in memory."""
     guarded = []
     for x in (problem.patches, problem.texts):
         whole = torch.full((x.numel() + 2 * PAD,), float("nan"), dtype=x.dtype, device=x.device)
@@ -86,9 +86,9 @@ def test_buffers(case, form, target):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_nan_from_above(form, target):
-    """A NaN in ∂L/∂φ reaches the gradients of its image, of its text and of the temperature, and no other.
+    """A NaN in ∂L/∂φ reaches only the gradients of its image, its text and the temperature.
 
-    In the form "max", of its image only the winner's, and not the temperature's, which is 0.
+    In the form "max" it reaches only the winning patch of its image; the temperature's gradient stays 0.
     """
     problem = make(Case(4, 9, 16, K=5), form, "compatibility", target.dtype, target.device)
     clean = evaluate(problem, target.backend)

@@ -1,4 +1,4 @@
-"""A call reaches its kernel by a short path: no file twice, and no more floors than the design has."""
+"""A call reaches its kernel by a short path: it enters no file twice and has no more levels than the design."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The ends of what a dtype holds: norms, temperatures, rows without a direction, rows that are not finite."""
+"""Norms and temperatures at the limits of a dtype, rows without a direction, and rows that are not finite."""
 
 from dataclasses import replace
 
@@ -18,7 +18,7 @@ PAIRS = [(name, dtype) for name in BACKENDS for dtype in DTYPES if name == "torc
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("data", ["huge", "tiny"])
 def test_norms_near_the_limits(data, form, dtype, backend):
-    """Up to the largest number, whose square nothing holds, and down to norms that count as no direction."""
+    """Norms may be as large as the dtype allows, where squares overflow, or too small to define a direction."""
     for case in (Case(data=data), Case(N=1, D=1, data=data), Case(6, 30, 70, tau=0.01, data=data, mask="random")):
         for objective in case.objectives:
             check(make(case, form, objective, dtype), backend)
@@ -39,7 +39,7 @@ def test_a_power_of_two_changes_only_the_size_of_a_gradient(exponent, form, back
 
 @pytest.mark.parametrize("dtype", DTYPES[:2] + DTYPES[3:], ids=str)
 def test_the_formula_itself_holds_every_norm(dtype):
-    """Its float32 is what other answers are compared with, and its float64 is the truth."""
+    """The reference holds norms of any size in float32, the plain formula, and in float64, the truth."""
     problem = make(Case(6, 30, 70, data="huge"), "dot", "compatibility", dtype)
     wide = torch.promote_types(dtype, torch.float32)
     values = [evaluate(problem.to(x), "reference") for x in (wide, torch.float64)]
@@ -58,7 +58,7 @@ def test_the_formula_itself_holds_every_norm(dtype):
 @pytest.mark.parametrize("N", [1, 9])
 @pytest.mark.parametrize("form", FORMS[:2])
 def test_a_temperature_near_0_is_the_best_patch(form, N, dtype, backend):
-    """A patch with all the attention has s - φ = 0 exactly, and no τ makes anything of that."""
+    """For τ → 0 the best patch takes all attention, with s - φ = 0 exactly, so that dividing by τ does no harm."""
     problem = make(Case(8, N, 7, K=16), form, "compatibility", dtype)
     expected = evaluate(replace(problem, form="max"), backend)
     sizes = natural_sizes(problem)
@@ -73,7 +73,7 @@ def test_a_temperature_near_0_is_the_best_patch(form, N, dtype, backend):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("data", ["zero_patches", "zero_texts"])
 def test_a_row_without_a_direction_has_no_gradient(data, form, dtype, backend):
-    """Not even 0 x NaN, where something else makes the loss NaN."""
+    """A row without a direction has gradient 0, not 0 x NaN, even if another row makes the loss NaN."""
     problem = make(Case(5, 7, 33, data=data), form, "infonce", dtype)
     patches = problem.patches.clone()
     patches[-1, -1, -1] = float("nan")

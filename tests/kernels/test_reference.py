@@ -1,4 +1,4 @@
-"""The specification itself: against loops over single numbers, against the paper's formula, and its own definitions."""
+"""The reference agrees with loops over single numbers and with the paper's formula, and defines the edge cases."""
 
 import math
 
@@ -11,7 +11,7 @@ from pacl_kernels import reference
 
 
 def _phi(patches, texts, tau, form, mask=None):
-    """φ with one loop for each index and Python's floats."""
+    """Compute φ with one loop per index, in Python's floats."""
 
     def unit(x):
         norm = math.sqrt(sum(v * v for v in x))
@@ -38,7 +38,7 @@ def _phi(patches, texts, tau, form, mask=None):
 
 
 def _loss(logits, loss):
-    """The losses over single numbers."""
+    """Compute a loss from single numbers."""
     z, b = logits.tolist(), len(logits)
     if loss == "sigmoid":
         return sum(math.log1p(math.exp(-z[i][k] if i == k else z[i][k])) for i in range(b) for k in range(b)) / b
@@ -63,7 +63,7 @@ def test_against_loops(form, mask, data):
 
 
 def test_against_the_paper_as_published():
-    """einsum, softmax, einsum, with the pooled patch formed and compared by its product or its cosine."""
+    """The reference equals the paper's steps: einsum, softmax, einsum to pool patches, then dot product or cosine."""
     torch.manual_seed(0)
     patches, texts = torch.randn(5, 7, 11, dtype=torch.float64), torch.randn(6, 11, dtype=torch.float64)
     p, t = F.normalize(patches, dim=-1), F.normalize(texts, dim=-1)
@@ -91,7 +91,7 @@ def test_gradcheck(form, loss, mask):
 
 
 def test_definitions_at_the_edges():
-    """Cases that the formula leaves open: an image without a patch, rows without a direction, NaN behind the mask."""
+    """The reference defines an image without patches, rows without a direction, and NaN in masked patches."""
     patches = torch.randn(3, 4, 5, dtype=torch.float64)
     texts = torch.randn(3, 5, dtype=torch.float64)
     mask = torch.ones(3, 4, dtype=torch.bool)
@@ -103,14 +103,14 @@ def test_definitions_at_the_edges():
         p, t = patches.clone().requires_grad_(), texts.clone().requires_grad_()
         phi = reference.compatibility(p, t, patch_mask=mask, attn_temperature=0.1, form=form)
         assert (phi[0] == 0).all() and (phi[:, 1] == 0).all() and (phi[1, [0, 2]] != 0).all()
-        assert (phi[2] >= 0).all() if form == "max" else (phi[2, [0, 2]] != 0).all()  # s = 0 of its first may win
+        assert (phi[2] >= 0).all() if form == "max" else (phi[2, [0, 2]] != 0).all()  # its first patch, s = 0, may win
         phi.square().sum().backward()
         assert (p.grad[~mask] == 0).all() and (p.grad[2, 0] == 0).all() and (t.grad[1] == 0).all()
         assert p.grad[1].abs().max() > 0 and t.grad[0].abs().max() > 0
 
 
 def test_limits_of_the_temperature():
-    """τ → 0 attends to the best patch alone, τ → ∞ to all alike."""
+    """Attention goes to the best patch alone for τ → 0, and equally to all patches for τ → ∞."""
     torch.manual_seed(0)
     patches, texts = torch.randn(4, 9, 8, dtype=torch.float64), torch.randn(3, 8, dtype=torch.float64)
     scores = torch.einsum("bnd,kd->bkn", F.normalize(patches, dim=-1), F.normalize(texts, dim=-1))

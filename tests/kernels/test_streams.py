@@ -15,7 +15,7 @@ BACKENDS = [
 @pytest.mark.parametrize("backend, form", BACKENDS)
 def test_the_host_never_waits(backend, form):
     inputs = random_inputs(64, 196, 128)
-    step(inputs, form, backend)  # compiles
+    step(inputs, form, backend)  # the first step compiles
     torch.cuda.set_sync_debug_mode("error")
     try:
         step(inputs, form, backend)

@@ -1,4 +1,4 @@
-"""`torch.func`: reverse mode and vmap agree with the plain formula; forward mode and second derivatives say no."""
+"""`torch.func`: reverse mode and vmap agree with the plain formula; forward mode and second derivatives are errors."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def pairs(device: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def same(make, target, *inputs):
-    """The results of `make(backend)` on the inputs, by the target's backend and by the formula."""
+    """Assert that `make(backend)` gives the same results for the target's backend and for the reference."""
     got, expected = (make(backend)(*inputs) for backend in (target.backend, "reference"))
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
@@ -44,14 +44,14 @@ def scalars(device: str) -> list[torch.Tensor]:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("loss", ["infonce", "sigmoid"])
 def test_grad_and_vjp_of_the_loss(form, loss, single):
-    """To every differentiable argument; a vjp is often called when its transform has ended."""
+    """`grad` and `vjp` reach every differentiable argument, also if the vjp is called after its transform has ended."""
     make, inputs = loss_of(form, loss), (*pairs(single.device), *scalars(single.device))
     same(lambda backend: func.grad_and_value(make(backend), argnums=(0, 1, 2, 3, 4)), single, *inputs)
     same(lambda backend: lambda *x: func.vjp(make(backend), *x)[1](x[2]), single, *inputs)
 
 
 def test_grad_of_some_arguments(single):
-    """Numbers are no inputs, and of frozen texts nothing is asked."""
+    """The gradient of the patches alone is right, with a number as scale and frozen texts."""
     patches, texts = pairs(single.device)
     mask = randn(B, N, device=single.device) > -0.5
 
@@ -62,7 +62,7 @@ def test_grad_of_some_arguments(single):
 
 
 def test_functional_call(single):
-    """The gradients of a module's parameters, as functions of them."""
+    """`functional_call` gives the gradients of a module's parameters."""
     patches, texts = pairs(single.device)
     embed = nn.Linear(D, D).to(single.device)
 
@@ -90,7 +90,7 @@ def test_jacrev_of_the_compatibility(form, single):
 @pytest.mark.parametrize("outer", ["vmap of grad", "grad of vmap", "vmap"])
 @pytest.mark.parametrize("texts_dim", [None, 1])
 def test_vmap_of_the_loss(outer, texts_dim, single):
-    """Batches of batches: along any dimension, of all arguments or some."""
+    """`vmap` works along any dimension, over all arguments or some."""
     patches = randn(SAMPLES, B, N, D, device=single.device)
     texts = randn(B, D, device=single.device) if texts_dim is None else randn(B, SAMPLES, D, device=single.device)
     mask = randn(SAMPLES, B, N, device=single.device) > -0.5
@@ -109,7 +109,7 @@ def test_vmap_of_the_loss(outer, texts_dim, single):
 
 
 def test_vmap_of_the_compatibility(single):
-    """Only the texts are mapped; everything else is shared by the samples."""
+    """`vmap` may map the texts alone; the samples share everything else."""
     patches, _ = pairs(single.device)
 
     def make(backend):
@@ -139,7 +139,7 @@ def test_forward_mode_is_refused(transform, single):
         ) as caught:
             FORWARD[transform](lambda p, function=function: function(p, backend=single.backend), patches)
         assert "\n" not in str(caught.value)
-        FORWARD[transform](lambda p, function=function: function(p, backend="reference"), patches)  # as it says
+        FORWARD[transform](lambda p, function=function: function(p, backend="reference"), patches)  # as the error says
 
 
 def test_a_missing_kernel_is_not_taken_for_forward_mode(single, monkeypatch):
@@ -164,7 +164,7 @@ def test_second_derivative_is_refused(transform, single):
 
 @pytest.mark.parametrize("scale_dim", [None, 0])
 def test_upsample_argmax(scale_dim, single):
-    """vmap is a loop; derivatives pass it by."""
+    """Under vmap each sample gets the same result as alone, and derivatives treat the results as constants."""
     scores = randn(SAMPLES, 2, 3, 4, 5, device=single.device)
     scale = torch.tensor(2.0, device=single.device) if scale_dim is None else randn(SAMPLES, device=single.device).exp()
 

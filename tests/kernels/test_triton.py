@@ -1,4 +1,4 @@
-"""The Triton kernels in Triton's interpreter, which runs them on CPU tensors; with a GPU, on that."""
+"""Tests of the Triton kernels, on a GPU if there is one, otherwise in Triton's interpreter on CPU tensors."""
 
 import inspect
 from dataclasses import replace
@@ -20,9 +20,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CASES = [
     Case(1, 1, 1),
     Case(3, 5, 2),
-    Case(5, 49, 67),  # images padded, two to a tile
+    Case(5, 49, 67),  # padded images, two in a tile
     Case(3, 64, 17, mask="random"),
-    Case(2, 196, 64),  # a tile that ends in the middle of an image, descriptors
+    Case(2, 196, 64),  # a tile ends in the middle of an image; descriptors
     Case(3, 65, 40, K=7, mask="first"),  # three images in a tile
     Case(1, 257, 9, K=131),
     Case(1, 300, 16, K=3, tau=0.01),
@@ -43,13 +43,13 @@ CASES = [
 ]
 
 
-SMALL = [  # for the interpreter, a Gram matrix of each image included
+SMALL = [  # small enough for the interpreter, also with a Gram matrix of each image
     case
     for case in (*SHAPES, *CONTENTS, *LAYOUTS)
     if case.B * case.N * case.D * (case.B if case.K is None else case.K) < 100_000
     if max(case.B, case.N) < 100 and case not in CASES
 ]
-# The shorter dtypes and the forms take turns; on a GPU test_accuracy.py has all of them.
+# The 16-bit dtypes and the forms take turns; on a GPU test_accuracy.py tests all combinations.
 CANCELLING = (Case(layout="expanded_last"), "cosine")
 SMALL_FORMS = [(case, FORMS[i % 3]) for i, case in enumerate(SMALL)]
 SMALL_FORMS += [CANCELLING] * (CANCELLING not in SMALL_FORMS)
@@ -61,7 +61,7 @@ COMPATIBILITIES = [
 
 @pytest.fixture
 def launches(monkeypatch) -> list[tuple[str, dict]]:
-    """Name and constants of each kernel, in the order in which they ran."""
+    """Return the list of (name, constants) of the launched kernels, in order."""
     seen, run = [], launch.run
 
     def spy(kernel, programs, arguments, constants, *config, **options):
@@ -81,8 +81,8 @@ def test_compatibility(case, dtype, form):
 @pytest.mark.parametrize("case, form", SMALL_FORMS, ids=str)
 def test_the_small_ones_of_every_backend(case, form, request):
     if (case, form) == CANCELLING:
-        # Patches p and -p only: r² = aᵀ G a keeps float32's rounding of G, 1.4 times what is allowed.
-        # Not strict: the interpreter's products are those of the CPU's own library.
+        # All patches are p or -p: r² = aᵀ G a keeps the float32 rounding of G, 1.4 times the tolerance.
+        # Not strict, because the interpreter's products come from the CPU's own library.
         request.applymarker(pytest.mark.xfail(strict=False, reason="float32 Gram matrix of patches that cancel"))
     check(make(case, form, "compatibility", device=DEVICE), "triton")
 
@@ -133,7 +133,7 @@ def test_scalars_as_numbers_and_as_tensors(loss, bias, scale):
 
 @pytest.mark.parametrize("loss", ["infonce", "sigmoid"])
 def test_scalars_without_a_gradient(loss):
-    """The other gradients are the same bits as with it."""
+    """The gradient of φ has the same bits with and without the gradients of scale and bias."""
     phi = torch.tensor([[0.3, -0.2], [0.1, 0.4]], device=DEVICE)
     scale, bias = torch.tensor([7.0, -1.0], device=DEVICE)
     statistics = phi.new_empty(4, 2) if loss == "infonce" else None
@@ -202,7 +202,7 @@ def test_the_shape_chooses_the_tile(case, expected, launches):
     "case, dtype, expected",
     [
         (Case(2, 70, 8), torch.bfloat16, True),
-        (Case(2, 70, 12), torch.bfloat16, False),  # rows of 24 bytes
+        (Case(2, 70, 12), torch.bfloat16, False),  # rows have 24 bytes
         (Case(2, 70, 12), torch.float32, True),
         (Case(2, 70, 16, layout="offset"), torch.float32, False),
         (Case(2, 70, 16, layout="permuted"), torch.float32, False),
@@ -219,7 +219,7 @@ def test_descriptors_where_alignment_allows(case, dtype, expected, launches):
 
 
 def test_strides_whose_multiples_need_64_bits():
-    """Dimensions 2³⁰ elements apart, in memory of which only their ends are touched."""
+    """Offsets need 64 bits if dimensions lie 2³⁰ elements apart; only the ends of that memory are touched."""
     problem = make(Case(2, 70, 3), "dot", "compatibility", torch.float16, DEVICE)
     room = torch.empty(2**31 + 142, dtype=torch.float16, device=DEVICE)
     patches, texts = room.as_strided((2, 70, 3), (70, 1, 2**30)), room.as_strided((2, 3), (1, 2**30), 140)
@@ -230,7 +230,7 @@ def test_strides_whose_multiples_need_64_bits():
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("k, dtype", [(7, torch.float32), (7, torch.float16), (150, torch.bfloat16)], ids=str)
 def test_blocks_of_images_and_of_texts(k, dtype, form, launches, monkeypatch):
-    """A small workspace: several blocks of images, and where K is large of texts as well, then summed in float32."""
+    """A small workspace divides images into blocks, and for large K also texts, whose blocks are summed in float32."""
     monkeypatch.setattr(workspace, "WORKSPACE", 2**12)
     check(make(Case(3, 70, 20, K=k, mask="random"), form, "compatibility", dtype, DEVICE), "triton")
     assert workspace.text_block(70, k, 4) == (7 if k == 7 else 128)
@@ -249,7 +249,7 @@ def test_blocks_of_images_and_of_texts(k, dtype, form, launches, monkeypatch):
     ids=str,
 )
 def test_norm_term(dtype, attention, tolerance, n):
-    """-Σ_k c a aᵀ / ‖p‖ in two blocks of texts, against float64, whatever lies between rows of the attention."""
+    """-Σ_k c a aᵀ / ‖p‖ over two blocks of texts agrees with float64, whatever pads the rows of the attention."""
     torch.manual_seed(0)
     images, k = 2, 75
     patches, texts = torch.randn(1 + images, n, 8, device=DEVICE).to(dtype), torch.randn(k, 8, device=DEVICE).to(dtype)
@@ -279,7 +279,7 @@ def test_same_bits_on_every_run(form):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_permuting_the_batch_permutes_the_answer(form):
-    """The place of an image in a tile matters only up to rounding."""
+    """An image's place in a tile changes its results only by rounding."""
     problem = make(Case(5, 70, 20, K=5), form, "compatibility", device=DEVICE)
     order = torch.tensor([3, 0, 1, 4, 2], device=DEVICE)
     moved = replace(problem, patches=problem.patches[order], upstream=problem.upstream[order])
@@ -290,7 +290,7 @@ def test_permuting_the_batch_permutes_the_answer(form):
 
 @pytest.mark.skipif(torch.version.hip is not None, reason="NVIDIA's setting")
 def test_float32_follows_torchs_setting():
-    """Both of torch's interfaces; after the newer one was used, reading the older one is an error."""
+    """Both interfaces of torch are obeyed, although the older one cannot be read after the newer one was used."""
     before = torch.get_float32_matmul_precision()
     try:
         for setting, expected in (("highest", "tf32x3"), ("high", "tf32"), ("medium", "tf32")):
@@ -308,23 +308,23 @@ def test_float32_follows_torchs_setting():
 @pytest.mark.parametrize("case", [Case(5, 70, 20, tau=0.01), Case(5, 70, 20, mask="random"), Case(3, 196, 16)], ids=str)
 @pytest.mark.parametrize("run", [1, 2, 64])
 def test_any_run_of_images(run, case, form, monkeypatch):
-    """How many images a program walks through, and so where in a tile they begin and end, changes nothing."""
+    """The answer is right for any number of images per program, which decides where in a tile an image begins."""
     monkeypatch.setattr(tiles, "images_per_run", lambda *_: run)
     check(make(case, form, "compatibility", device=DEVICE), "triton", ())
 
 
 @pytest.mark.parametrize("n", [5, 64, 150, 300])
 def test_the_first_of_equals_wins(n):
-    """In one tile, and over several."""
+    """The first of equal patches wins, within one tile and over several."""
     problem = make(Case(3, n, 20, data="duplicated"), "max", "compatibility", device=DEVICE)
-    # Whole numbers: whatever order the interpreter's library sums in, equal patches have equal scores.
+    # Whole numbers give equal patches equal scores, in whatever order the interpreter's library sums.
     problem = replace(problem, patches=(4 * problem.patches).round(), texts=(4 * problem.texts).round())
     assert (winners(problem, "triton") == 0).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_the_winners_of_one_direction(dtype):
-    """Patches and texts near one direction, as CLIP's are: gradients are a small part of the sums they are made of."""
+    """Gradients are accurate near a common direction, as with CLIP, where they are small differences of large sums."""
     problem = make(Case(5, 70, 24, scale=5.0), "max", "infonce", dtype, DEVICE)
     direction = torch.linspace(-1, 1, 24, device=DEVICE)
     patches, texts = direction + 0.01 * problem.patches, direction + 0.1 * problem.texts
@@ -334,14 +334,14 @@ def test_the_winners_of_one_direction(dtype):
 @pytest.mark.parametrize("form, dtype", [("dot", torch.float32), ("cosine", torch.float32), ("cosine", torch.bfloat16)])
 @pytest.mark.parametrize("n, tau", [(1, 1e-6), (66, 1e-6), (5, 1e-10)])
 def test_a_temperature_near_zero(n, tau, form, dtype):
-    """One patch has all the attention: s - φ is 0, and any other number would be divided by the temperature."""
+    """When one patch has all the attention, s - φ is exactly 0; the temperature would magnify any other value."""
     check(make(Case(3, n, 7, tau=tau), form, "infonce", dtype, DEVICE), "triton")
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_powers_of_two_are_exact(dtype, form):
-    """Rows 2ⁿ times as long have gradients 2⁻ⁿ times as large, to the bit, whatever float32 makes of norms squared."""
+    """Rows times 2ⁿ have gradients times 2⁻ⁿ, to the bit, although float32 may not hold their squared norms."""
     problem = make(Case(3, 66, 20, mask="first"), form, "compatibility", dtype, DEVICE)
     plain = evaluate(problem, "triton")
     for of_patches, of_texts in ((60, 110), (60, -30), (-30, 60)):
@@ -353,7 +353,7 @@ def test_powers_of_two_are_exact(dtype, form):
 
 
 def test_runs_of_images_waste_nothing():
-    """At the shape of the benchmark the tiles of a run are full, and small batches are spread over all programs."""
+    """At the benchmark's shape the tiles of a run are full, and small batches use all programs."""
     run = tiles.images_per_run(4096, 196, 32, 128, 264)
     assert run * 196 / (tiles.ceil_div(run * 196, 128) * 128) > 0.97
     assert tiles.images_per_run(256, 196, 2, 128, 264) < 4
@@ -373,7 +373,7 @@ def test_workspace_is_bounded(b, n, k, itemsize, image_bytes):
 
 @pytest.mark.parametrize("k", [1, 17, 129, 4096])
 def test_whole_tiles_fit_into_the_workspace(k, monkeypatch):
-    """However few texts are in the last one."""
+    """The workspace holds whole tiles of texts, however few texts the last tile has."""
     monkeypatch.setattr(launch, "run", lambda *_, **__: None)
     patches, texts = (torch.empty(*shape, 64, dtype=torch.bfloat16, device="meta") for shape in ((800_000, 196), (k,)))
     problem = order.prepare(patches, texts, None, 0.1, *torch.empty(2, len(patches), k, device="meta"))

@@ -1,4 +1,4 @@
-"""Machine code of the shipped Triton kernels: no spills, the tensor cores, shared memory that fits."""
+"""The machine code of the Triton kernels has no spills, uses the tensor cores, and its shared memory fits."""
 
 import json
 import os
@@ -23,7 +23,7 @@ SCORES = ("compatibility_forward", "dot_weights", "attention")  # kernels with a
 
 
 def _run(*arguments) -> str:
-    """Return what Python prints without Triton's interpreter, which the other tests use."""
+    """Return the output of Python without Triton's interpreter, which the other tests use."""
     if backend._triton_version() is None or backend._triton_version() < (3, 6):
         pytest.skip("ahead-of-time compilation is checked with Triton 3.6 and later")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -41,7 +41,7 @@ def rows(tmp_path_factory) -> list[dict]:
     return json.loads(path.read_text())
 
 
-# Prints the kernels that other batches than one of 128 would compile, by Triton's own rules.
+# This program prints the kernels that other batch sizes than 128 would compile, by Triton's own rules.
 UNSEEN = """
 from kernel_report import Variant, launches
 for form in ("dot", "cosine", "max"):
@@ -60,7 +60,7 @@ def test_a_batch_of_unseen_size_compiles_nothing():
 @on_gpu
 @pytest.mark.parametrize("form", FORMS)
 def test_a_batch_of_unseen_size_compiles_nothing_on_a_gpu(form):
-    """Once there are texts for whole tiles."""
+    """A new batch size compiles nothing once there are enough texts for whole tiles."""
     step(random_inputs(128, 196, 128), form)
     names = [name for name in vars(launch.kernels()) if name.endswith("_kernel")]
 
@@ -105,7 +105,7 @@ def test_the_programs_that_share_a_multiprocessor_fit(rows):
             assert row["programs_per_sm"] >= expected, row
 
 
-# Prints the PTX of the kernels that take a difference of scores before an exponential, at a small temperature.
+# This program prints the PTX of the kernels that subtract scores before an exponential, at a small temperature.
 DIFFERENCES = """
 import json
 from kernel_report import Variant, compiled, launches
@@ -117,11 +117,11 @@ print(json.dumps([(x.kernel, compiled(x).asm["ptx"]) for x in found.values()]))
 
 
 def _differences(ptx: str) -> list[tuple[str, str]]:
-    """The subtraction behind each exponential of PTX, and what made the number that it subtracts from."""
+    """Return, for each exponential in PTX, the subtraction before it and the instruction that made the minuend."""
     made = {to: (name, rest.split(", ")) for name, to, rest in re.findall(r"^\t([\w.]+) \t(%\w+), (.*);", ptx, re.M)}
 
     def origins(x: str, through: tuple[str, ...]) -> list[str]:
-        """The nearest registers that x comes from by other instructions than `through`."""
+        """Return the nearest registers behind x that are made by other instructions than `through`."""
         found, left, seen = [], [x], set()
         while left:
             x = left.pop()
@@ -141,9 +141,10 @@ def _differences(ptx: str) -> list[tuple[str, str]]:
 
 
 def test_differences_of_scores_are_taken_of_rounded_products():
-    """Fused with the product, s - φ is a rounding error where it must be 0, which the temperature then divides.
+    """The kernels subtract φ from a rounded score, so that s - φ is exactly 0 where the two are equal.
 
-    `.rn` in so many words: of a product and a sum without it, ptxas makes a fused multiply-add of its own.
+    An FMA of product and subtraction would leave a rounding error there, which the temperature magnifies. Both
+    instructions need an explicit `.rn`: ptxas fuses a product and a sum without it.
     """
     kernels = json.loads(_run("-c", DIFFERENCES))
     assert len(kernels) == 5, "forward, weights, and both kinds of attention"

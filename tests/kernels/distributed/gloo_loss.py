@@ -1,4 +1,4 @@
-"""The loss of many processes equals that of one with the whole batch."""
+"""The loss of many processes equals that of one process with the whole batch."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def local_part(problem: Problem, rows: slice) -> Problem:
 
 
 def answer(problem: Problem, needs=DIFFERENTIABLE, **options) -> dict[str, Tensor]:
-    """The loss, and the gradients of `needs`."""
+    """Return the loss and the gradients of `needs`."""
     leaves = {name: getattr(problem, name).detach().clone().requires_grad_(name in needs) for name in DIFFERENTIABLE}
     p = replace(problem, **leaves)
     value = fused_pacl_loss(
@@ -48,7 +48,7 @@ def answer(problem: Problem, needs=DIFFERENTIABLE, **options) -> dict[str, Tenso
 
 
 def shares(answer: dict[str, Tensor], rows: slice, world: int) -> dict[str, Tensor]:
-    """Return the gradients that one process should get: its rows of patches and texts, `world` times."""
+    """Return the gradients that one process should get; those of its patches and texts are multiplied by `world`."""
     return {name: x[rows] * world if name in ("patches", "texts") else x for name, x in answer.items()}
 
 
@@ -79,7 +79,7 @@ def test_equals_one_process(form, loss, exchange, dtype, mask, sizes, group):
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_against_the_reference(data, scale, tau, loss, exchange, dtype, sizes, group):
-    """Saturated losses and scales among them, held to the tolerance of one process."""
+    """The answer stays within the tolerance of one process, also for saturated losses and large scales."""
     world, rows = group.size(), local_rows(sizes, group.rank())
     problem = make(Case(sum(sizes), 5, 65, tau=tau, scale=scale, data=data), "dot", loss, dtype)
     truth = evaluate(problem.to(torch.float64), "reference")
@@ -105,7 +105,7 @@ def test_bits_are_the_same_on_every_run_and_rank(exchange, sizes, group):
 
 @pytest.mark.parametrize("exchange, collective", [("gather", "all_reduce"), ("ring", "all_to_all_single")])
 def test_gradients_of_texts_travel_in_float32(exchange, collective, group):
-    """Whatever the texts are: every process adds to them."""
+    """The gradients are sent in float32 for texts of any dtype, because every process adds to them."""
     world = group.size()
     if world == 1:
         pytest.skip("nothing travels")
@@ -120,7 +120,7 @@ def test_gradients_of_texts_travel_in_float32(exchange, collective, group):
 
 @pytest.mark.parametrize("exchange", EXCHANGES)
 def test_batches_that_grow_and_shrink(exchange, group):
-    """In some processes or in all."""
+    """The loss is right after the local batch changes, in some processes or in all."""
     world, rank = group.size(), group.rank()
     for step, sizes in enumerate(([2, 3, 1, 2], [1, 1, 1, 2], [2, 1, 1, 1], [7, 6, 9, 5], [7, 1, 9, 1])):
         sizes = sizes[:world]
@@ -132,7 +132,7 @@ def test_batches_that_grow_and_shrink(exchange, group):
 
 @pytest.mark.parametrize("exchange", EXCHANGES)
 def test_collectives_of_one_process(exchange, group):
-    """A group of one is computed without collectives; with them the answer is the same, behind a checkpoint too."""
+    """A group of one process needs no collectives; with them the answer is the same, also inside a checkpoint."""
     if group.size() > 1:
         pytest.skip("of one process")
     problem = make(Case(5, 7, 33), "cosine", "infonce", torch.float64)
@@ -149,7 +149,7 @@ def test_collectives_of_one_process(exchange, group):
 
 
 def test_numbers_of_one_process_change_when_compiled(group):
-    """From the second value on a number is a symbol to the compiler."""
+    """A compiled loss takes a new scale on each call; the compiler makes a symbol of a number at its second value."""
     if group.size() > 1:
         pytest.skip("of one process")
     problem = make(Case(3, 4, 11), "dot", "infonce")
@@ -165,7 +165,7 @@ def test_numbers_of_one_process_change_when_compiled(group):
 
 
 def test_numbers_and_one_element_tensors(group):
-    """A scalar may be a number, 0-D or [1], and is then answered in kind."""
+    """A scalar may be a number or a tensor of shape [] or [1]; its gradient has the same shape and dtype."""
     problem = make(Case(2 * group.size(), 4, 11), "dot", "sigmoid", torch.float64)
     expected = answer(problem)
     rows = local_rows([2] * group.size(), group.rank())
@@ -181,7 +181,7 @@ def test_numbers_and_one_element_tensors(group):
 
 
 class Traffic(TorchDispatchMode):
-    """Collects (collective, shape, dtype) of what is sent."""
+    """Collect (collective, shape, dtype) of each tensor that is sent."""
 
     def __init__(self):
         super().__init__()
@@ -200,12 +200,12 @@ class Traffic(TorchDispatchMode):
 
 @pytest.mark.parametrize("needs", [DIFFERENTIABLE, ("patches",)], ids=["all", "frozen"])
 def test_what_travels(needs, group):
-    """Texts and their gradient, one sum for each column, and scalars; of frozen texts no gradient."""
+    """Processes send texts, one sum per column, scalars and the texts' gradient, but no gradient of frozen texts."""
     world = group.size()
     if world == 1:
         pytest.skip("nothing travels")
     problem = local_part(make(Case(3 * world, 50, 8), "dot", "infonce"), local_rows([3] * world, group.rank()))
-    answer(problem, needs, group=group, exchange="gather")  # once before, to agree
+    answer(problem, needs, group=group, exchange="gather")  # the first call also sends what processes agree on
     with Traffic() as traffic:
         answer(problem, needs, group=group, exchange="gather")
     expected = [("all_gather_into_tensor", (13,)), ("all_gather_into_tensor", (3, 8)), ("all_reduce", (3 * world + 2,))]
@@ -221,7 +221,7 @@ def test_what_travels(needs, group):
 
 
 def test_automatic_choice(group, monkeypatch):
-    """The ring once what grows with the global batch is too large, whatever the local batch of a process."""
+    """All processes choose the ring if memory that grows with the global batch is too large, for any local batch."""
     world, rank = group.size(), group.rank()
     sizes = [4, 2, 3, 1][:world]
     problem = local_part(make(Case(sum(sizes), 5, 8), "dot", "infonce"), local_rows(sizes, rank))
@@ -236,7 +236,7 @@ def test_automatic_choice(group, monkeypatch):
 
 
 def test_groups_of_some_processes(group):
-    """A part of the processes has its own batch; the others are alone, although a default group exists."""
+    """A group of some processes has its own batch; the others compute alone, although a default group exists."""
     world, rank = group.size(), group.rank()
     if world < 3:
         pytest.skip("needs processes outside the group")
@@ -272,7 +272,7 @@ DIFFERENCES = [
 
 @pytest.mark.parametrize("name, changes", DIFFERENCES, ids=lambda x: x if isinstance(x, str) else "")
 def test_processes_that_differ(name, changes, group):
-    """An error of one sentence in every process, which names what differs; the next step works."""
+    """If arguments differ between processes, every process raises an error that names them; the next step works."""
     rank, last = group.rank(), group.size() - 1
     if last == 0:
         pytest.skip("one process agrees with itself")
@@ -292,7 +292,7 @@ def test_processes_that_differ(name, changes, group):
 
 
 def test_without_reading_what_others_say(group, monkeypatch):
-    """Behave as on a GPU: step one fixes the largest local batch, later ones may be smaller or change numbers."""
+    """The first step on a GPU fixes the largest local batch; later batches may be smaller, and numbers may change."""
     world, rank = group.size(), group.rank()
     if world == 1:
         pytest.skip("one process agrees with itself")
@@ -327,7 +327,7 @@ def test_nan_reaches_every_process(sizes, group):
 
 
 def test_number_of_patches_may_differ(group):
-    """N is nobody else's business."""
+    """Processes may have different numbers of patches N."""
     world, rank = group.size(), group.rank()
     problem = make(Case(2 * world, 4, 11, mask="random"), "dot", "infonce", torch.float64)
     mine = local_part(problem, local_rows([2] * world, rank))
@@ -363,7 +363,7 @@ def test_compiles(loss, exchange, group):
 
 @pytest.mark.parametrize("exchange, dtype", [("gather", torch.bfloat16), ("ring", torch.float32)], ids=str)
 def test_triton_kernels(exchange, dtype, sizes, group):
-    """Run the GPU's kernels in Triton's interpreter."""
+    """The Triton kernels, run in the interpreter, give the answer of one process."""
     if available_backends()["triton"] is not None:
         pytest.skip(available_backends()["triton"])
     problem, rows = make(Case(sum(sizes), 5, 17), "dot", "infonce", dtype), local_rows(sizes, group.rank())
@@ -388,7 +388,7 @@ def test_module_with_the_arguments_of_open_clip(group):
 @pytest.mark.parametrize("loss", ["infonce", "sigmoid"])
 @pytest.mark.parametrize("columns", [1, 2])
 def test_ring_in_blocks(loss, columns, sizes, group, monkeypatch):
-    """Fewer texts at a time than a process sends, where their scores would be too large."""
+    """The ring handles fewer texts at a time than a process sends if their scores would be too large."""
     problem, rows = make(Case(sum(sizes), 5, 9), "cosine", loss, torch.float64), local_rows(sizes, group.rank())
     monkeypatch.setattr("pacl_kernels.distributed.function.RING_BYTES", 16 * sizes[group.rank()] * columns)
     got = answer(local_part(problem, rows), group=group, exchange="ring")

@@ -1,4 +1,4 @@
-"""The group of a loss by name, and as part of a module that is copied, saved, compiled and shown."""
+"""A loss takes its group by name, and its module keeps the group when it is copied, saved, compiled or printed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import nn
 
 from pacl_kernels import PaclLoss, backends, fused_pacl_loss
 
-# Built while the file is read, before any process group, as in the constructor of a training script's module.
+# Build these at import, before any process group exists, as a training script's module may in its constructor.
 assert not dist.is_initialized()
 RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 EARLY = {
@@ -67,7 +67,7 @@ def test_a_module_built_before_the_process_group(mine, group):
 
 
 def test_no_choice_warns_once(mine, group, unwarned):
-    """The default group is None before `init_process_group`, so nobody can tell that it was meant."""
+    """A group left at its default warns: it is None before `init_process_group`, so the intention is unknown."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for loss in (EARLY["nothing"], PaclLoss(), fused_pacl_loss):
@@ -110,7 +110,7 @@ def test_copies_of_the_default_group(copied, mine, group):
 
 
 def test_copies_of_a_part_of_the_processes(mine, group):
-    """Copies share the group; a file cannot hold it, and says so."""
+    """Copies share the group; saving to a file is an error that says why."""
     if group.size() < 3:
         pytest.skip("needs processes outside the group")
     part = dist.new_group([0, 1])
@@ -130,7 +130,7 @@ def test_copies_of_a_part_of_the_processes(mine, group):
 
 @pytest.mark.parametrize("how", ["world", "open_clip", "none"])
 def test_compiled(how, mine, group):
-    """The name is looked up while the compiler traces."""
+    """A compiled module equals the eager one; the compiler looks up the group's name while it traces."""
     torch._dynamo.reset()
     options = {
         "world": {"group": "world"},
@@ -147,7 +147,7 @@ def test_compiled(how, mine, group):
 
 
 def test_function_transforms_take_no_group(mine, group):
-    """But the name of one process alone, or of all where there is one."""
+    """Function transforms accept only "local", or "world" if there is one process."""
 
     def grad(name):
         return torch.func.grad(lambda p: fused_pacl_loss(p, mine.texts, 10.0, group=name))(mine.patches)

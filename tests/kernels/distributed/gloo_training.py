@@ -18,7 +18,7 @@ WIDTH, D, N, STEPS = 12, 16, 5, 10
 
 
 class Model(nn.Module):
-    """An embedder of patch tokens, one of texts, and the loss's own scalars, of shape `scalar`."""
+    """Embed patch tokens and texts, and hold the loss's scalars, of shape `scalar`."""
 
     def __init__(self, scalar: tuple[int, ...], dropout: float = 0.0):
         super().__init__()
@@ -56,7 +56,7 @@ def wrap(model: nn.Module, how: str, group) -> nn.Module:
 
 
 def whole(x: Tensor) -> Tensor:
-    """All of a tensor that FSDP shards."""
+    """Return the full tensor of one that FSDP shards."""
     return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
@@ -71,7 +71,7 @@ def assert_same(model: nn.Module, expected: nn.Module, what: str, tolerance: flo
 @pytest.mark.parametrize("exchange", EXCHANGES)
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
 def test_ten_steps(loss, how, exchange, dtype, sizes, group):
-    """The first step's gradients and the parameters after ten, sizes of processes equal or not."""
+    """The first gradients and the parameters after ten steps agree, for equal and unequal local batches."""
     tolerance = 1e-5 if dtype == torch.float32 else 1e-10
     plain = Model((1,) if how == "fsdp" else ()).to(dtype)
     model = wrap(copy.deepcopy(plain), how, group)
@@ -97,7 +97,7 @@ def test_ten_steps(loss, how, exchange, dtype, sizes, group):
 
 
 def test_sharded_scalars_outside_forward(group):
-    """FSDP's parameters are DTensors outside its modules; scalars may come so, embeddings may not."""
+    """Outside its modules FSDP's parameters are DTensors; scalars may be DTensors, embeddings may not."""
     plain = Model((1,)).double()
     model = wrap(copy.deepcopy(plain), "fsdp", group)
     tokens, texts = batch(2 * group.size(), torch.float64)
@@ -115,7 +115,7 @@ def test_sharded_scalars_outside_forward(group):
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
 @pytest.mark.parametrize("micro_batch", [1, 2, 3, 64])
 def test_cached_step(how, micro_batch, group):
-    """Micro-batches in many processes, with dropout: the gradients of one pass over all of them."""
+    """Micro-batches in many processes, with dropout, give the gradients of a single pass."""
     local, world = 5, group.size()
     dropout = Model((1,) if how == "fsdp" else (), dropout=0.3).double()
     model, expected = (wrap(copy.deepcopy(dropout), how, group) for _ in range(2))
@@ -141,7 +141,7 @@ def test_cached_step(how, micro_batch, group):
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp", "part"])
 def test_cached_step_respects_who_switched_the_exchange_off(how, group):
-    """Accumulation over steps: nothing is exchanged until the caller switches it on again."""
+    """When the caller accumulates over steps, gradients are exchanged only after the exchange is on again."""
     world = group.size()
     model = wrap(Model((1,)).double(), "fsdp" if how == "part" else how, group)
     tokens, texts = batch(4 * world, torch.float64)
@@ -152,7 +152,7 @@ def test_cached_step_respects_who_switched_the_exchange_off(how, group):
         cached_step(lambda part: model(*part), mine, loss, micro_batch=2, modules=[model])
 
     def exchanged(parameters):
-        """Under DDP all processes have the same gradients then, and before each its own; a shard has none before."""
+        """Return True after an exchange: DDP has equal gradients in all processes, and every FSDP shard has one."""
         grads = [x.grad for x in parameters]
         if how != "ddp":
             return all(x is not None for x in grads)
@@ -172,7 +172,7 @@ def test_cached_step_respects_who_switched_the_exchange_off(how, group):
         switched.set_requires_gradient_sync(False)
         step()
         assert not any(x.grad is not None for x in switched.parameters())
-        if how == "part":  # the other parameters are exchanged as ever
+        if how == "part":  # the other parameters are still exchanged
             assert model.text.weight.grad is not None
         switched.set_requires_gradient_sync(True)
         step()

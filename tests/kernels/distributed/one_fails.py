@@ -1,4 +1,4 @@
-"""Started by test_distributed.py in each of three processes: the last one does not reach the second step."""
+"""Train in three processes, of which the last does not reach the second step; test_distributed.py starts them."""
 
 import datetime
 import os
@@ -11,7 +11,7 @@ import torch.distributed as dist
 from pacl_kernels import fused_pacl_loss
 
 how, exchange, meeting, rank = sys.argv[1:]
-# They meet in a file, whatever ports others take, and as late as a busy machine starts the last of them.
+# The processes meet in a file: no port can be taken, and a busy machine may start the last process late.
 dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=int(rank), world_size=3)
 group = dist.new_group(timeout=datetime.timedelta(seconds=4))
 rank, last = dist.get_rank(), dist.get_world_size() - 1
@@ -20,7 +20,7 @@ for step in range(2):
         print("leaves", flush=True)
         if how == "dies":
             os._exit(0)
-        time.sleep(60)  # is stopped before
+        time.sleep(60)  # the test kills this process earlier
     patches, texts = torch.randn(4, 3, 5, requires_grad=True), torch.randn(4, 5, requires_grad=True)
     begin = time.monotonic()
     try:

@@ -1,4 +1,4 @@
-"""Many processes: starts the files `gloo_*.py` in them, and sees what happens when one process fails; one with NCCL."""
+"""Run the files `gloo_*.py` in many processes, let one process fail, and run one process with NCCL."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ FOLDER = Path(__file__).parent
 
 
 def in_processes(world: int, *command: str) -> str:
-    """Run it in `world` processes; their output. Asserts that none fails. Two are torchrun's, others begin sooner."""
+    """Run a command in `world` processes, assert that none fails, and return their output.
+
+    Two processes are started by torchrun itself, any other number by its faster replacement.
+    """
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     modules = "torch.distributed.fsdp", "torch._dynamo", "pacl_kernels", "pytest"
     launcher = TORCHRUN if world == 2 else forked(*modules)
@@ -36,7 +39,7 @@ def in_processes(world: int, *command: str) -> str:
     return run.stdout
 
 
-# All of them in three processes, of which each has two others; in fewer and in more what their number can change.
+# Run all tests in three processes, where each has two others; in other numbers, only tests that depend on the number.
 @pytest.mark.parametrize(
     "world, chosen",
     [
@@ -55,7 +58,7 @@ def test_in_processes(world, chosen):
 @pytest.mark.parametrize("exchange", ["gather", "ring"])
 @pytest.mark.parametrize("how", ["dies", "sleeps"])
 def test_a_process_that_fails_is_an_error_in_the_others(how, exchange, tmp_path):
-    """Within the group's timeout, 4 s here, and no hang."""
+    """When a process dies or sleeps, the others raise an error after about the group's timeout (4 s); none hangs."""
     processes = [
         subprocess.Popen(
             [sys.executable, str(FOLDER / "one_fails.py"), how, exchange, str(tmp_path / "meeting"), str(rank)],
@@ -77,7 +80,7 @@ def test_a_process_that_fails_is_an_error_in_the_others(how, exchange, tmp_path)
 
 @pytest.fixture
 def nccl():
-    """The group of this process alone, whose collectives run on the GPU."""
+    """Return a group of this process alone, whose collectives run on the GPU."""
     dist.init_process_group("nccl", rank=0, world_size=1, store=dist.HashStore(), device_id=torch.device("cuda", 0))
     yield dist.group.WORLD
     dist.destroy_process_group()
@@ -89,7 +92,7 @@ def nccl():
 @pytest.mark.parametrize("loss", ["infonce", "sigmoid"])
 @pytest.mark.parametrize("exchange", ["gather", "ring"])
 def test_collectives_of_one_process(exchange, loss, dtype, nccl):
-    """The same numbers as without a group, and no wait for the device after the first step."""
+    """The loss and gradients equal those without a group, and later steps never wait for the device."""
     problem = make(Case(33, 49, 64), "cosine", loss, dtype, "cuda")
     leaves = [{name: getattr(problem, name).detach().clone().requires_grad_() for name in DIFFERENTIABLE} for _ in "ab"]
 

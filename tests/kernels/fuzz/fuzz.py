@@ -1,11 +1,11 @@
-"""Random problems for every backend and instruction set, judged by the tolerance of `tests/helpers/accuracy.py`.
+"""Test every backend and instruction set on random problems, by the tolerance of `tests/helpers/accuracy.py`.
 
     python tests/kernels/fuzz/fuzz.py --seconds 60 --seed 0
     python tests/kernels/fuzz/fuzz.py --backends triton --largest 4096 --form cosine --data huge tiny
     python tests/kernels/fuzz/fuzz.py --case 'B=2 N=5 ... seed=7' --backends cpu --isas avx2
 
-Problem i of a seed is the same on every machine and at any speed. A failure prints the line that repeats it, and the
-exit status is then 1. Ctrl-C ends the search and prints the summary.
+Problem i of a seed is the same on every machine and at any speed. A failure prints the command that repeats it and
+makes the exit status 1. Ctrl-C ends the search and prints the summary.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "helpers"))
 import torch
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # must be set before triton is imported
 
 from accuracy import Expected, Inaccurate, winners
 from problems import _DATA, _LAYOUTS, DIFFERENTIABLE, FORMS, OBJECTIVES, Case, make
@@ -36,17 +36,17 @@ from torch import Tensor
 from pacl_kernels import available_backends, backends
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
-DTYPES["float64"] = torch.float64  # of the torch backend
+DTYPES["float64"] = torch.float64  # only the torch backend takes it
 MASKS = ("random", "all", "none", "one", "first", "last")
 SIZES = sorted(
     {*range(1, 20), *(n + i for n in (16, 32, 48, 64, 96, 128, 192, 256) for i in (-1, 0, 1)), 37, 53, 101, 197}
 )
-NEIGHBOURS = 6  # of a problem, on which the plain formula is tried too before an answer is called wrong
+NEIGHBOURS = 6  # the plain formula also runs on so many neighbours of a problem before an answer counts as wrong
 
 
 @dataclass(frozen=True)
 class Draw:
-    """One problem: what `problems.make` needs, and how the call is made."""
+    """Describe one problem: the arguments of `problems.make`, the threads and the gradients to compute."""
 
     case: Case
     form: str
@@ -64,7 +64,7 @@ class Draw:
 
     @classmethod
     def parse(cls, text: str) -> Draw:
-        """The inverse of `str`; what is left out has its default."""
+        """Parse the output of `str`; missing fields take their defaults."""
         values = dict(pair.split("=", 1) for pair in text.split())
         kinds = {"tau": float, "scale": float, "bias": float, "data": str, "mask": str, "layout": str}
         case = {f.name: values.pop(f.name) for f in fields(Case) if f.name in values}
@@ -75,7 +75,7 @@ class Draw:
 
 
 def draw(seed: int, index: int, largest: int = 2**19) -> Draw:
-    """Problem `index` of `seed`, whose arrays have at most `largest` elements."""
+    """Draw problem `index` of `seed`; its arrays have at most `largest` elements."""
     rng = random.Random(f"{seed} {index}")
     objective = rng.choice(OBJECTIVES)
     while True:
@@ -84,7 +84,7 @@ def draw(seed: int, index: int, largest: int = 2**19) -> Draw:
         if max(b * n * d, b * (k or b) * max(n, d)) <= largest:
             break
     dtype = rng.choices(list(DTYPES), weights=(4, 4, 2, 1))[0]
-    # In float64 the truth has the rounding of what it judges, which a smaller τ magnifies.
+    # In float64 the truth rounds like the answer it judges, and a smaller τ magnifies that rounding.
     smallest = 1e-3 if dtype == "float64" else 0.0
     case = Case(
         *(b, n, d, k),
@@ -101,7 +101,7 @@ def draw(seed: int, index: int, largest: int = 2**19) -> Draw:
 
 
 def _temperature(rng: random.Random) -> float:
-    """Any magnitude, with extra weight on where implementations change what they do."""
+    """Draw a temperature of any magnitude, more often near the values where implementations switch methods."""
     if rng.random() < 0.3:
         tau = torch.tensor(rng.choice((0.05, 0.5)))
         for _ in range(rng.choice((0, 1, 2))):
@@ -112,7 +112,7 @@ def _temperature(rng: random.Random) -> float:
 
 @dataclass(frozen=True)
 class Target:
-    """A backend, and the instruction set that it is held to."""
+    """Name a backend, and the instruction set that it is forced to use."""
 
     backend: str
     isa: str | None = None
@@ -121,13 +121,13 @@ class Target:
         return self.backend if self.isa is None else f"{self.backend}/{self.isa}"
 
     def takes(self, device: str, dtype: str) -> bool:
-        if self.backend == "triton" and device == "cpu":  # in the interpreter
+        if self.backend == "triton" and device == "cpu":  # runs in the interpreter
             return dtype != "float64"
         return backends.get(self.backend).why_not(torch.device(device), DTYPES[dtype]) is None
 
 
 def targets(backends: Iterable[str], isas: Iterable[str] | None = None) -> list[Target]:
-    """Every backend of those with every instruction set of those (None: all that this machine has)."""
+    """Return each given backend with each given instruction set (None: all that this machine has)."""
     found = []
     for backend in backends:
         if (reason := available_backends()[backend]) is not None:
@@ -143,7 +143,7 @@ def targets(backends: Iterable[str], isas: Iterable[str] | None = None) -> list[
 
 @dataclass
 class Outcome:
-    """A target's answer to a problem: the share of the tolerance that it used, and what was wrong."""
+    """Record a target's answer to a problem: the share of the tolerance that it used, and its error if it failed."""
 
     target: Target
     share: float
@@ -152,7 +152,7 @@ class Outcome:
 
 
 def try_one(draw: Draw, among: list[Target], device: str = "cpu") -> Iterator[Outcome]:
-    """The problem on each of those targets that take its dtype."""
+    """Run the problem on each target of `among` that takes its dtype."""
     problem = make(draw.case, draw.form, draw.objective, DTYPES[draw.dtype], device, draw.seed)
     truths: list[tuple[Tensor | None, Expected]] = []
     before = torch.get_num_threads()
@@ -171,7 +171,7 @@ def try_one(draw: Draw, among: list[Target], device: str = "cpu") -> Iterator[Ou
             except Inaccurate:
                 expected.ask_neighbours(NEIGHBOURS)
                 expected.check(target.backend, shares)
-        except Exception as error:  # the search goes on after whatever went wrong
+        except Exception as error:  # the search continues after any failure
             kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
             message = " ".join(f"{kind}{error}".split())
             yield Outcome(target, getattr(error, "share", math.inf), message.split(":")[0], message)
@@ -184,7 +184,7 @@ def try_one(draw: Draw, among: list[Target], device: str = "cpu") -> Iterator[Ou
 
 
 def _expected(problem, draw: Draw, target: Target, truths: list[tuple[Tensor | None, Expected]]) -> Expected:
-    """The truth, made once for all targets; for "max" once for all that chose the same patches."""
+    """Return the truth, computed once for all targets; for "max" once for all targets with the same winners."""
     index = winners(problem, target.backend) if draw.form == "max" else None
     for other, expected in truths:
         if index is None or torch.equal(index, other):
@@ -195,7 +195,7 @@ def _expected(problem, draw: Draw, target: Target, truths: list[tuple[Tensor | N
 
 @dataclass
 class Summary:
-    """Counts, and the worst share of the tolerance for each target, dtype and form."""
+    """Collect counts, and the worst share of the tolerance for each target, dtype and form."""
 
     problems: int = 0
     tried: int = 0
@@ -223,7 +223,7 @@ class Summary:
 
 
 def search(draws: Iterable[Draw], among: list[Target], device: str = "cpu", seconds: float = math.inf) -> Summary:
-    """Try one problem after another until the time is up, they end, or Ctrl-C; prints failures as they come."""
+    """Try problems until the time is up, `draws` ends, or Ctrl-C is pressed; print each failure at once."""
     summary, start = Summary(), time.monotonic()
     try:
         for one in draws:
@@ -243,7 +243,7 @@ def search(draws: Iterable[Draw], among: list[Target], device: str = "cpu", seco
 
 
 def failure(draw: Draw, failed: list[Outcome], device: str = "cpu") -> str:
-    """One line for the targets that failed and their errors, and the command that repeats the problem."""
+    """Return one line with the failed targets and the worst error, and the command that repeats the problem."""
     backends = " ".join(dict.fromkeys(outcome.target.backend for outcome in failed))
     isas = " ".join(outcome.target.isa for outcome in failed if outcome.target.isa)
     command = f"python tests/kernels/fuzz/fuzz.py --case '{draw}' --backends {backends}"
@@ -276,7 +276,7 @@ def main() -> int:
     for name in ("form", "dtype", "data", "objective"):
         parser.add_argument(f"--{name}", nargs="+", help=f"Only problems of such a {name}.")
     arguments = parser.parse_args()
-    warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton")  # NumPy's, in the interpreter
+    warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton")  # NumPy raises them in the interpreter
     among = targets(arguments.backends, arguments.isas)
     if arguments.case is not None:
         draws = [Draw.parse(arguments.case)]

@@ -1,4 +1,4 @@
-"""A fixed part of what `fuzz.py` searches, about a minute of it on a slow core: the same problems on every machine."""
+"""Run a fixed part of the search of `fuzz.py`: about a minute on a slow core, the same problems on every machine."""
 
 import pytest
 from fuzz import Draw, Target, draw, failure, targets, try_one
@@ -23,9 +23,10 @@ def test_random_problems(part):
 
 
 def known_fault(one: Draw, target: Target) -> bool:
-    """Cosine in float32 on the CPU, of patches and texts that nearly share a direction: up to 3 times the tolerance.
+    """Return True for a known gap: cosine, float32, CPU, where patches and texts nearly share a direction.
 
-    What is left there is the difference of W T and C P, each of which float32 has rounded already.
+    The error reaches 3 times the tolerance. The gradient is the small difference of W T and C P, and float32 has
+    already rounded both.
     """
     return target.backend == "cpu" and one.form == "cosine" and one.case.data.startswith("near")
 
@@ -37,7 +38,7 @@ def test_a_problem_is_repeated_by_what_a_failure_prints():
 
 
 def test_a_wrong_answer_is_found(monkeypatch):
-    """The torch backend with the attention of another temperature."""
+    """The search fails a torch backend whose attention uses another temperature."""
     from pacl_kernels.backends import blockwise as backend
 
     attend = backend._attend
