@@ -31,11 +31,11 @@ from __future__ import annotations
 import contextlib
 import math
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from unittest import mock
 
 import torch
-from problems import DIFFERENTIABLE, Problem
+from problems import DIFFERENTIABLE, Case, Problem, make
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -46,11 +46,31 @@ from pacl_kernels.reference import MIN_POOLED_NORM
 EXTRA = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 FLOOR = 0.01
 MAX_LOSS_SCALE = 2.0**16  # torch.amp.GradScaler starts with it
+LARGEST_KEPT = 2**16  # elements of the patches of a case whose truth is kept
 
 
 def check(problem: Problem, backend: str, needs: tuple[str, ...] = DIFFERENTIABLE) -> dict[str, Tensor | None]:
     """Assert that the backend answers within the tolerance, and return its answer."""
     return Expected(problem, needs, winners(problem, backend) if problem.form == "max" else None).check(backend)
+
+
+def check_case(case: Case, form: str, objective: str, backend: str, dtype=torch.float32, device="cpu", seed=0):
+    """Call `check` on a case; compute its truth once for all backends and instruction sets that a process tries."""
+    arguments = (case, form, objective, dtype, device, seed)
+    if case.B * case.N * case.D > LARGEST_KEPT:
+        return check(make(*arguments), backend)
+    problem, truths = _kept(*arguments)
+    index = winners(problem, backend) if form == "max" else None
+    chosen = None if index is None else tuple(index.flatten().tolist())
+    if chosen not in truths:
+        truths[chosen] = Expected(problem, index=index)
+    return truths[chosen].check(backend)
+
+
+@lru_cache(maxsize=4096)
+def _kept(*arguments) -> tuple[Problem, dict]:
+    """Return the problem, and its truths by the winners of the form "max"."""
+    return make(*arguments), {}
 
 
 class Expected:

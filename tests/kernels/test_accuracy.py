@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from accuracy import assert_accurate, check, evaluate
+from accuracy import assert_accurate, check, check_case, evaluate
 from gpu import on_gpu, on_hopper, random_inputs, step
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -93,16 +93,16 @@ def test_every_row_counts(form, single):
 def test_nan_and_inf_pass_through(form, K, target):
     """A NaN or an inf in a real patch spoils what depends on it, as in PyTorch, and nothing else."""
     case = Case(B=5, N=7, D=33, K=None if K == 5 else K, data="nan")
-    answer = check(make(case, form, "compatibility", target.dtype, target.device), target.backend)
+    answer = check_case(case, form, "compatibility", target.backend, target.dtype, target.device)
     assert answer["value"][[0, -1]].isnan().all() and answer["value"][1:-1].isfinite().all()
     for objective in case.objectives[1:]:
-        assert check(make(case, form, objective, target.dtype, target.device), target.backend)["value"].isnan()
+        assert check_case(case, form, objective, target.backend, target.dtype, target.device)["value"].isnan()
 
 
 def _check(case, form, target, seed=0):
     try:
         for objective in case.objectives:
-            check(make(case, form, objective, target.dtype, target.device, seed), target.backend)
+            check_case(case, form, objective, target.backend, target.dtype, target.device, seed)
     except AssertionError as error:
         gap = _known_gap(case, form, target)
         if gap is None:

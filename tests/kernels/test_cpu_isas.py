@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from accuracy import check, evaluate
+from accuracy import check, check_case, evaluate
 from problems import FORMS, Case, make
 
 from pacl_kernels import compatibility
@@ -68,7 +68,7 @@ def isa(request, cpu_backend, monkeypatch) -> str:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_accuracy(case, dtype, form, isa, cpu_backend):
     for objective in case.objectives:
-        check(make(case, form, objective, dtype), cpu_backend)
+        check_case(case, form, objective, cpu_backend, dtype)
 
 
 @pytest.mark.parametrize("form", FORMS[:2])

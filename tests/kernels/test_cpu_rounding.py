@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from accuracy import check, evaluate
+from accuracy import check, check_case, evaluate
 from problems import Case, make
 
 from pacl_kernels import native
@@ -42,7 +42,7 @@ def isa(request, cpu_backend, monkeypatch) -> str:
 @pytest.mark.parametrize("case", CANCELLING, ids=str)
 def test_weights_that_cancel(case, form, isa, cpu_backend):
     for objective in case.objectives:
-        check(make(case, form, objective, torch.bfloat16), cpu_backend)
+        check_case(case, form, objective, cpu_backend, torch.bfloat16)
 
 
 @pytest.mark.parametrize("form", ["dot", "cosine"])

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from accuracy import assert_accurate, check, evaluate, natural_sizes
+from accuracy import assert_accurate, check, check_case, evaluate, natural_sizes
 from problems import FORMS, Case, make
 
 from pacl_kernels import available_backends
@@ -21,7 +21,7 @@ def test_norms_near_the_limits(data, form, dtype, backend):
     """Norms may be as large as the dtype allows, where squares overflow, or too small to define a direction."""
     for case in (Case(data=data), Case(N=1, D=1, data=data), Case(6, 30, 70, tau=0.01, data=data, mask="random")):
         for objective in case.objectives:
-            check(make(case, form, objective, dtype), backend)
+            check_case(case, form, objective, backend, dtype)
 
 
 @pytest.mark.parametrize("backend", (*BACKENDS, "reference"))
