@@ -162,3 +162,10 @@ def test_what_counts_as_an_import(changes, cycle, tmp_path):
     found = cycles(import_graph({"p": tmp_path}))
     assert len(found) == (cycle is not None)
     assert all(text.startswith(cycle) and str(tmp_path / "p") in text for text in found)
+
+
+def test_no_folder_of_tests_stands_for_a_package():
+    """An editable installation finds `pacl` after the folder tests/pacl, and with it whatever has a package's name."""
+    packages = {path.parent.name for path in (ROOT / "python" / "pacl").glob("*/__init__.py")}
+    folders = {path.parent.name for path in (ROOT / "tests" / "pacl").glob("*/*.py")}
+    assert packages and not packages & folders
