@@ -5,6 +5,7 @@ Each check raises TypeError or ValueError with one sentence that names the argum
 
 from __future__ import annotations
 
+import contextlib
 from numbers import Real
 from typing import Any, Literal, get_args
 
@@ -82,6 +83,11 @@ def _layout_hint(patches: Tensor, texts: Any) -> str:
 def autocasts(device: str) -> bool:
     """Return True inside autocast. "meta" has no autocast, and PyTorch raises an error when asked about it."""
     return device != "meta" and torch.is_autocast_enabled(device)
+
+
+def without_autocast(device: str) -> contextlib.AbstractContextManager[object]:
+    """Return a context in which autocast of the caller's region does not cast our own products once more."""
+    return torch.autocast(device, enabled=False) if autocasts(device) else contextlib.nullcontext()
 
 
 def check_not_empty(patches: Tensor, dimensions: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -21,11 +20,11 @@ from .checks import (
     Exchange,
     Form,
     Loss,
-    autocasts,
     check_choice,
     check_not_empty,
     check_pair,
     check_scalar,
+    without_autocast,
 )
 from .distributed import global_loss
 from .groups import GroupName
@@ -177,5 +176,5 @@ def _formula(
 ) -> Tensor:
     """Call a function of the reference in the inputs' dtype, but at least in float32, as the other backends compute."""
     wide, device = torch.promote_types(patches.dtype, torch.float32), patches.device.type
-    with torch.autocast(device, enabled=False) if autocasts(device) else contextlib.nullcontext():
+    with without_autocast(device):
         return function(patches.to(wide), texts.to(wide), *scalars, **options)

@@ -7,14 +7,13 @@ of an operator, a tensor of one element or None, and a number or None; `pair` ma
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any, Optional
 
 import torch
 from torch import Tensor
 
 from . import backends
-from .checks import Scalar, autocasts
+from .checks import Scalar, without_autocast
 from .contrastive import scalar
 
 OptionalTensor = Optional[Tensor]  # noqa: UP045  (torch.library accepts `Tensor | None` only from torch 2.8 on)
@@ -29,11 +28,6 @@ def pair(value: Scalar | None) -> tuple[Tensor | None, float | None]:
 def _join(tensor: Tensor | None, value: float | None, dtype: torch.dtype) -> Any:
     """Return the `Scalar` (None for None) that `pair` split; a tensor becomes 0-D in `dtype`."""
     return scalar(value if tensor is None else tensor, dtype)
-
-
-def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Switch autocast off, so that it does not cast the operands of a backend's own products."""
-    return torch.autocast(device.type, enabled=False) if autocasts(device.type) else contextlib.nullcontext()
 
 
 @torch.library.custom_op("pacl_kernels::compatibility_forward", mutates_args=("phi", "state"))
@@ -56,7 +50,7 @@ def compatibility_forward(
     """
     if phi.numel():
         tau = _join(temperature, temperature_value, phi.dtype)
-        with _without_autocast(patches.device):
+        with without_autocast(patches.device.type):
             backends.get(backend).compatibility_forward(patches, texts, patch_mask, tau, form, phi, state)
 
 
@@ -93,7 +87,7 @@ def compatibility_backward(
                 grad.zero_()
         return
     tau = _join(temperature, temperature_value, phi.dtype)
-    with _without_autocast(patches.device):
+    with without_autocast(patches.device.type):
         backends.get(backend).compatibility_backward(
             *(patches, texts, patch_mask, tau, form, phi, state),
             *(grad_phi, grad_patches, grad_texts, grad_temperature),
@@ -119,7 +113,7 @@ def loss_forward(
 ) -> None:
     """Write the loss (0-D) of φ `[B, B]`, and for InfoNCE the statistics `[4, B]` that its backward needs."""
     scalars = _join(scale, scale_value, phi.dtype), _join(bias, bias_value, phi.dtype)
-    with _without_autocast(phi.device):
+    with without_autocast(phi.device.type):
         backends.get(backend).loss_forward(phi, *scalars, loss, value, statistics)
 
 
@@ -145,7 +139,7 @@ def loss_backward(
 ) -> None:
     """Write ∂L/∂φ `[B, B]` and, where buffers are given, the gradients of logit scale and bias (0-D)."""
     scalars = _join(scale, scale_value, phi.dtype), _join(bias, bias_value, phi.dtype)
-    with _without_autocast(phi.device):
+    with without_autocast(phi.device.type):
         backends.get(backend).loss_backward(phi, *scalars, loss, statistics, grad_loss, grad_phi, grad_scale, grad_bias)
         if grad_bias is not None and loss == "infonce":
             grad_bias.mul_(0.0)  # the loss does not depend on the bias: the sum is rounding error or NaN

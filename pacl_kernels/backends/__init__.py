@@ -20,7 +20,8 @@ class Backend(Protocol):
     All tensors are on one device. `patches` `[B, N, D]` and `texts` `[K, D]` have one dtype and any strides,
     `patch_mask` is bool `[B, N]` or None. φ, the state and ∂L/∂φ are contiguous `[B, K]`, float32 (float64 for float64
     inputs); the loss and the gradients of scalars are 0-D and of the same dtype. A scalar is a number or a 0-D tensor
-    of that dtype. Gradients whose buffer is None are not computed.
+    of that dtype. Gradients whose buffer is None are not computed. The operators answer for an empty side themselves:
+    no backend is called with B or K of 0.
     """
 
     def why_not(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> str | None:

@@ -99,8 +99,6 @@ def compatibility_forward(
     phi: Tensor, state: Tensor,
 ) -> None:  # fmt: skip
     """Write φ `[B, K]` and the state `[B, K]`, both float32."""
-    if not phi.numel():
-        return
     with launch.on_device(patches):
         p = prepare(patches, texts, patch_mask, temperature, phi, state)
         forward(p, launches_of(p), form)
