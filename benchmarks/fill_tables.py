@@ -105,7 +105,11 @@ def main(argv: list[str] | None = None) -> None:
     check, results, different = parser.parse_args(argv).check, Results(), []
     for path in pages():
         text = path.read_text(encoding="utf-8")
-        if (filled := fill(text, results)) != text:
+        try:
+            filled = fill(text, results)
+        except ValueError as error:
+            sys.exit(f"{path.relative_to(ROOT)}: {error}")
+        if filled != text:
             different.append(path.relative_to(ROOT).as_posix())
             if not check:
                 path.write_text(filled, encoding="utf-8")

@@ -163,7 +163,7 @@ def demo(result: dict) -> str:
 
 
 def training_step(result: dict) -> str:
-    """Return seconds of towers, embedder and loss, the loss's share of a step from cached tokens, and memory."""
+    """Return seconds of towers, embedder and loss, the loss's share of a step (with and without towers), memory."""
     rows = []
     for row in result["rows"]:
         cells = [f"{row['batch']:,}", f"{row['towers_s']:.1f}", f"{row['fused_embedder_s']:.2f}"]
@@ -172,10 +172,11 @@ def training_step(result: dict) -> str:
             if loss is None:
                 cells += [row[f"{name}_reason"], "-", "-"]
                 continue
-            share = f"{100 * loss / (loss + row['fused_embedder_s']):.0f}%"
-            cells += [f"{loss:.3f}", share, f"{row[f'{name}_extra_mib']:,}"]
+            others = (row["towers_s"] + row["fused_embedder_s"], row["fused_embedder_s"])
+            shares = " / ".join(f"{100 * loss / (loss + other):.0f}%" for other in others)
+            cells += [f"{loss:.3f}", shares, f"{row[f'{name}_extra_mib']:,}"]
         rows.append(cells)
-    losses = [text for name in STEP_LOSSES for text in (f"{name} loss s", "of a step", "extra MiB")]
+    losses = [text for name in STEP_LOSSES for text in (f"{name} loss s", "of a step / from tokens", "extra MiB")]
     on, settings = result["machine"], result["settings"]
     return (
         f"{result['rows'][0]['towers']}; {settings['dtype']}, `{settings['form']}`, {on['gpu'] or on['cpu']}, "

@@ -6,8 +6,8 @@
 
 Weights are random and the images noise: neither changes the time. The towers are open_clip's ViT-B-16, or timm's vision
 tower alone if open_clip is not installed (the table names them); they are timed once. "of a step" is the loss's
-share of a step from cached tokens, without the towers, like `pacl train --features`. Eager is the paper's formula, the
-pooled patch of every pair, with autograd.
+share of towers, embedder, loss and optimiser; "from tokens" leaves out the towers, like `pacl train --features`. Eager
+is the paper's formula, the pooled patch of every pair, with autograd.
 """
 
 from __future__ import annotations

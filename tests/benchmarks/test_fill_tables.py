@@ -38,10 +38,13 @@ def test_a_page_has_the_tables_of_the_results(page):
 
 def test_every_kind_of_table_is_in_a_page():
     """A misspelt comment would leave its table as it is, for ever."""
-    found = {match[1] for page in fill_tables.pages() for match in fill_tables.MARK.finditer(page.read_text("utf-8"))}
-    assert found >= set(fill_tables.TABLES)
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert "<!-- /step_table -->" in readme and "<!-- /demo_table -->" in readme
+    found, kinds = {}, "|".join(fill_tables.TABLES)
+    for page in fill_tables.pages():
+        text = page.read_text("utf-8")
+        found[page.name] = [match[1] for match in fill_tables.MARK.finditer(text)]
+        assert len(found[page.name]) == len(re.findall(rf"<!-- (?:{kinds})\b", text)), f"{page.name}: unpaired"
+    assert {name for names in found.values() for name in names} >= set(fill_tables.TABLES)
+    assert {"step_table", "demo_table"} <= set(found["README.md"])
 
 
 def test_the_command_needs_no_torch():
@@ -66,6 +69,9 @@ def test_a_page_that_differs_is_named_and_written(tmp_path, monkeypatch, capsys)
     assert "| old |" not in text and "**fused cuda**" in text
     assert text.startswith("Before.\n<!-- table") and text.endswith(after)
     fill_tables.main(["--check"])
+    page.write_text("<!-- table: lost -->\n<!-- /table -->\n")
+    with pytest.raises(SystemExit, match=r"^README.md: benchmarks/results has no file named lost"):
+        fill_tables.main([])
 
 
 def test_the_newest_result_of_a_name_counts(folder):
