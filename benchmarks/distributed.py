@@ -29,6 +29,7 @@ import warnings
 from pathlib import Path
 from unittest import mock
 
+import result_tables as tables
 import torch
 import torch.distributed as dist
 import torch.distributed.nn
@@ -210,23 +211,6 @@ def measure(args) -> list[dict]:
     return rows
 
 
-def print_measured(args, machine: dict, rows: list[dict]) -> None:
-    print(
-        f"\nLocal batch {args.batch}, N = {args.patches}, D = {args.dim}, {args.dtype}, one thread for each process, "
-        f"Gloo, {machine['cores']} cores of an {machine['cpu']}, torch {machine['torch']}, {machine['date'][:10]}\n"
-    )
-    print("| processes | what | MB sent | formula | step ms | without | communication | model | extra MiB |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
-    for row in rows:
-        times = "- | - | -"
-        if "ms_without" in row:
-            times = f"{row['ms_without']:.0f} | {row['ms'] - row['ms_without']:.0f} | {row['ms_model']:.0f}"
-        print(
-            f"| {row['processes']} | {row['what']} | {row['sent'] / 1e6:.2f} | {row['formula'] / 1e6:.2f} "
-            f"| {row['ms']:.0f} | {times} | {row['memory']:.0f} |"
-        )
-
-
 def model(patches: int = 196, dim: int = 512, size: int = 2) -> list[dict]:
     """Model the seconds of a step of the loss on H200s: its products plus its communication, without overlap."""
     rows = []
@@ -254,21 +238,6 @@ def model(patches: int = 196, dim: int = 512, size: int = 2) -> list[dict]:
     return rows
 
 
-def print_model(rows: list[dict]) -> None:
-    print(
-        f"\nModel, not measured: H200s at an assumed {H200['flops'] / 1e12:.0f} TFLOP/s in the loss's products, "
-        f"{H200['link_bytes'] / 1e9:.0f} GB/s and {1e6 * H200['latency']:.0f} µs a hop; N = 196, D = 512, bfloat16\n"
-    )
-    print("| global batch | GPUs | exchange | MB sent | all patches | communication | products | arrays GiB |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
-    for row in rows:
-        print(
-            f"| {row['batch']} | {row['gpus']} | {row['exchange']} | {row['sent'] / 1e6:.0f} "
-            f"| {row['patches_sent'] / 1e6:.0f} | {1e3 * row['communication']:.1f} ms | {1e3 * row['compute']:.1f} ms "
-            f"| {row['arrays'] / 2**30:.2f} |"
-        )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -288,16 +257,15 @@ def main() -> None:
         return
     if args.show:
         result = json.loads(Path(args.show).read_text())
-        print_measured(argparse.Namespace(**result["settings"]), result["machine"], result["rows"])
-        print_model(result["model"])
+        print(tables.distributed(result), tables.distributed_model(result), sep="\n\n")
         return
     from report import machine
 
     result = {"machine": machine(torch.device("cpu"), None), "settings": vars(args), "model": model(), "assumed": H200}
     if not args.model_only:
         result["rows"] = measure(args)
-        print_measured(args, result["machine"], result["rows"])
-    print_model(result["model"])
+        print(tables.distributed(result), end="\n\n")
+    print(tables.distributed_model(result))
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
 

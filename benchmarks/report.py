@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 import torch
+from result_tables import number, throughput
 
 import pacl_kernels
 
@@ -90,28 +91,6 @@ def table(result: dict) -> str:
     return "\n".join(lines) + "\n" + EXPLANATION.format(**numbers, **result["operations"])
 
 
-def markdown(result: dict) -> str:
-    """Format the table as Markdown, for the documentation."""
-    settings, peak = result["settings"], result["peak"]
-    peak = f"{peak / 1e12:.0f} TFLOP/s" if peak >= 1e14 else f"{peak / 1e9:.0f} GFLOP/s"
-    lines = [
-        f"**{settings['dtype']}, `{settings['form']}`** (peak {peak})",
-        "",
-        "| | forward ms | forward / products | step ms | step / products | step of peak | vs best peer | extra MiB "
-        "| error vs float64 |",
-        "| " + " | ".join(["---"] * 9) + " |",
-    ]
-    for row in result["rows"]:
-        if row["reason"] is None:
-            name = f"**{row['name']}**" if row["name"].startswith("fused") else row["name"]
-            cells = [_number(row["forward_ms"], 0), _number(row["forward_vs_products"], 0, ".2f")]
-            cells += [_number(row["step_ms"], 0), _number(row["step_vs_products"], 0, ".2f")]
-            cells += [_number(row["step_share_of_peak"], 0, ".0%"), _number(row["step_vs_best_peer"], 0, ".2f")]
-            cells += [_number(row["extra_memory_mib"], 0, ".0f"), _number(row["relative_error"], 0, ".0e")]
-            lines.append("| " + " | ".join([name, *cells]) + " |")
-    return "\n".join(lines)
-
-
 def plot(result: dict, path: str) -> None:
     import matplotlib
 
@@ -143,9 +122,7 @@ def _shape(settings: dict) -> str:
 
 
 def _number(value: float | None, width: int, form: str | None = None) -> str:
-    if value is None:
-        return f"{'-':>{width}}"
-    return f"{format(value, form or ('.0f' if value >= 99.95 else '#.3g')):>{width}}"
+    return f"{number(value, form):>{width}}"
 
 
 def _spread(median: float, spread: list[float]) -> str:
@@ -154,4 +131,4 @@ def _spread(median: float, spread: list[float]) -> str:
 
 
 if __name__ == "__main__":
-    print("\n\n".join(markdown(json.loads(Path(file).read_text())) for file in sys.argv[1:]))
+    print("\n\n".join(throughput(json.loads(Path(file).read_text())) for file in sys.argv[1:]))

@@ -39,6 +39,7 @@ from pacl.progress import Progress
 from pacl.training.model import Trainable
 from pacl.training.trainer import Trainer
 from report import machine
+from result_tables import STUDY_BATCH, STUDY_TAU, centre, label, tables_of_study
 from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.nn import functional as F
@@ -72,7 +73,7 @@ WORLDS = {
 LRS = {64: (8e-3, 16e-3), 256: (16e-3, 32e-3), 1024: (16e-3, 32e-3), 4096: (16e-3, 32e-3)}
 MAX_LR = 64e-3
 SEEDS = (0, 1, 2)
-CONTROL_BATCH, TUNE_SEED = 256, 100
+TUNE_SEED = 100
 
 
 @dataclass(frozen=True)
@@ -186,7 +187,7 @@ def plan(out: Path) -> tuple[list[Run], list[Run]]:
     for seed in SEEDS:
         for world in reversed(WORLDS):
             rest += [Run(world, batch, lr[batch], seed) for batch in LRS]
-            control = Run(world, CONTROL_BATCH, lr[CONTROL_BATCH], seed)
+            control = Run(world, STUDY_BATCH, lr[STUDY_BATCH], seed)
             changes = [{"tau": tau} for tau in (1.0, 0.1, None)] + [{"form": "dot"}, {"tower": "random"}]
             changes += [{"pooling": pooling} for pooling in ("paired", "mean")]
             rest += [dataclasses.replace(control, **change) for change in changes]
@@ -239,7 +240,7 @@ def mean_pooling(patches: Tensor, texts: Tensor, logit_scale: Tensor) -> Tensor:
 
 
 def paired(patches: Tensor, texts: Tensor, logit_scale: Tensor, *, tau: float) -> Tensor:
-    """Return the loss of common re-implementations: pool an image for its own caption, compare that with every text."""
+    """Return the loss with the paired caption's attention: pool once, compare with every text."""
     patches, texts = F.normalize(patches, dim=-1), F.normalize(texts, dim=-1)
     weights = ((patches @ texts[:, :, None]) / tau).softmax(1)
     return open_clip.ClipLoss()(F.normalize((weights * patches).sum(1), dim=-1), texts, logit_scale)
@@ -343,48 +344,6 @@ def _mean(values: list[float]) -> dict[str, float] | float:
     return {"mean": statistics.mean(values), "min": min(values), "max": max(values)}
 
 
-def centre(value: dict[str, float] | float) -> float:
-    return value["mean"] if isinstance(value, dict) else value
-
-
-def label(row: dict) -> str:
-    """Describe the difference between a control and the default."""
-    if row["pooling"] != "all pairs":
-        return {"paired": "attention of the paired caption only", "mean": "mean pooling"}[row["pooling"]]
-    if row["tower"] == "random":
-        return "random frozen tower"
-    if row["form"] != "cosine":
-        return f"form {row['form']}"
-    tau = row["tau"]
-    return "τ learned" if tau is None else f"τ = {tau:g}"
-
-
-def tables(result: dict) -> str:
-    """Format Markdown tables of batch sizes and controls per world: percent, mean (least to most) over seeds."""
-
-    def cell(value) -> str:
-        text = f"{100 * centre(value):.1f}"
-        return f"{text} ({100 * value['min']:.1f}–{100 * value['max']:.1f})" if isinstance(value, dict) else text
-
-    lines = []
-    names = {"miou": "mIoU", "patch_accuracy": "patches right", "retrieval_r1": "image→text R@1"}
-    for world in WORLDS:
-        rows = [row for row in result["rows"] if row["world"] == world]
-        for title, chosen in (
-            ("batch", [row for row in rows if label(row) == f"τ = {ATTN_TEMPERATURE:g}"]),
-            (f"at a batch of {CONTROL_BATCH}", [row for row in rows if row["batch"] == CONTROL_BATCH]),
-        ):
-            lines += [f"\n**{world} world**, {result['size']['images']:,} images seen\n"]
-            lines += ["| " + " | ".join([title, "steps", "learning rate", *names.values(), "seeds"]) + " |"]
-            lines += ["| --- " * (4 + len(names)) + "|"]
-            for row in chosen:
-                last = row["points"][-1]
-                first = f"{row['batch']:,}" if title == "batch" else label(row)
-                cells = [first, str(last["step"]), f"{row['lr']:g}", *(cell(last[n]) for n in names), str(row["seeds"])]
-                lines += ["| " + " | ".join(cells) + " |"]
-    return "\n".join(lines)
-
-
 def plot(result: dict, path: Path) -> None:
     """Plot mIoU against images seen and against steps, with a line per batch size, and the controls as bars."""
     import matplotlib
@@ -396,7 +355,7 @@ def plot(result: dict, path: Path) -> None:
     for line, world in zip(axes, WORLDS, strict=True):
         rows = [row for row in result["rows"] if row["world"] == world]
         for row in rows:
-            if label(row) != f"τ = {ATTN_TEMPERATURE:g}":
+            if label(row) != f"τ = {STUDY_TAU:g}":
                 continue
             miou = [100 * centre(point["miou"]) for point in row["points"]]
             for axis, name in zip(line, ("images", "step"), strict=False):
@@ -404,12 +363,12 @@ def plot(result: dict, path: Path) -> None:
         for axis, name in zip(line, ("images seen", "steps"), strict=False):
             axis.set(xscale="log", xlabel=name, ylabel="mIoU, %", title=f"{world} world", ylim=(0, None))
         line[0].legend()
-        controls = [row for row in rows if row["batch"] == CONTROL_BATCH]
+        controls = [row for row in rows if row["batch"] == STUDY_BATCH]
         last = [row["points"][-1]["miou"] for row in controls]
         line[2].barh([label(row) for row in controls], [100 * centre(value) for value in last])
         spread = [value if isinstance(value, dict) else {"min": value, "max": value} for value in last]
         line[2].hlines(range(len(last)), *([100 * s[k] for s in spread] for k in ("min", "max")), colors="black")
-        line[2].set(xlabel="mIoU, %", title=f"{world} world, batch {CONTROL_BATCH}")
+        line[2].set(xlabel="mIoU, %", title=f"{world} world, batch {STUDY_BATCH}")
         line[2].invert_yaxis()
     figure.tight_layout()
     figure.savefig(path, dpi=110)
@@ -433,7 +392,7 @@ def main() -> None:
         work(arguments.out, QUICK if arguments.quick else Size(), arguments.processes)
         return
     result = report(arguments.out)
-    print(tables(result))
+    print(tables_of_study(result))
     if arguments.json:
         write_bytes(arguments.json, (json.dumps(result, indent=1) + "\n").encode())
     if arguments.plot:

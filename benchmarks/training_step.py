@@ -5,9 +5,9 @@
     python benchmarks/training_step.py --show F
 
 Weights are random and the images noise: neither changes the time. The towers are open_clip's ViT-B-16, or timm's vision
-tower alone if open_clip is not installed (the table names them); they are timed once. "of a step" counts towers,
-embedder, loss and optimiser; "from cached tokens" excludes the towers, like `pacl train --features`. Eager is the
-paper's formula, the pooled patch of every pair, with autograd.
+tower alone if open_clip is not installed (the table names them); they are timed once. "of a step" is the loss's
+share of towers, embedder, loss and optimiser; "from tokens" leaves out the towers, like `pacl train --features`. Eager
+is the paper's formula, the pooled patch of every pair, with autograd.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from pacl.embedder import VisionEmbedder
 from pacl.files import write_bytes
 from providers import LOGIT_SCALE, pooled
 from report import machine
+from result_tables import training_step
 from throughput import peak_growth
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -157,28 +158,6 @@ def measure(device: torch.device, dtype: torch.dtype, batch: int, form: str, rep
     return row
 
 
-def table(result: dict) -> str:
-    on, settings = result["machine"], result["settings"]
-    lines = [
-        f"{result['rows'][0]['towers']}; {settings['dtype']}, {settings['form']}, {on['gpu'] or on['cpu']}, "
-        f"{settings['threads']} thread(s), towers once, the rest medians of {settings['repeats']}\n",
-        "| batch | towers s | embedder s | loss s, fused | eager | of a step, fused | eager "
-        "| of a step from cached tokens, fused | eager | extra MiB, fused | eager |",
-        "| --- " * 11 + "|",
-    ]
-    for row in result["rows"]:
-        cells = [f"{row['batch']:,}", f"{row['towers_s']:.2f}", f"{row['fused_embedder_s']:.2f}"]
-        names = tuple(LOSSES)
-        cells += [f"{row[f'{n}_loss_s']:.3f}" if f"{n}_loss_s" in row else row[f"{n}_reason"] for n in names]
-        for towers in (row["towers_s"], 0.0):
-            for n in names:
-                loss, other = row.get(f"{n}_loss_s"), towers + row["fused_embedder_s"]
-                cells.append("-" if loss is None else f"{100 * loss / (loss + other):.0f}%")
-        cells += [f"{row[f'{n}_extra_mib']:,}" if f"{n}_extra_mib" in row else "-" for n in names]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=list(BATCHES), help="Device to run on.")
@@ -190,7 +169,7 @@ def main() -> None:
     parser.add_argument("--show", type=Path, metavar="FILE", help="Print the table of an earlier --json.")
     arguments = parser.parse_args()
     if arguments.show:
-        print(table(json.loads(arguments.show.read_text())))
+        print(training_step(json.loads(arguments.show.read_text())))
         return
     dtype = arguments.dtype or ("float32" if arguments.device == "cpu" else "bfloat16")
     result = {
@@ -207,7 +186,7 @@ def main() -> None:
     for batch in arguments.batches or BATCHES[arguments.device]:
         device = torch.device(arguments.device)
         result["rows"].append(measure(device, getattr(torch, dtype), batch, arguments.form, arguments.repeats))
-        print(table(result), flush=True)
+        print(training_step(result), flush=True)
         if arguments.json:
             write_bytes(arguments.json, (json.dumps(result, indent=1) + "\n").encode())
 
