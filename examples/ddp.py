@@ -32,7 +32,8 @@ args = parser.parse_args()
 for path in args.shards:
     if not path.is_file():
         parser.error(f"shards: got {path}, which is not a file; expected tar files")
-if not args.pretrained and not Path(args.model.removeprefix("local-dir:"), "open_clip_config.json").is_file():
+scheme, _, folder = args.model.partition(":")
+if not args.pretrained and not (scheme == "local-dir" and Path(folder, "open_clip_config.json").is_file()):
     parser.error(f"--model: got {args.model} without --pretrained, expected local-dir: and a folder with its weights")
 if "WORLD_SIZE" not in os.environ:
     parser.error("got a single process without WORLD_SIZE, expected torchrun to start this file")

@@ -123,6 +123,7 @@ def test_local_towers_trains_on_the_files_it_got(run_world, tmp_path):
         ("train_loop.py no.tar --model {clip}", "shards: got no.tar, which is not a file; expected tar files"),
         ("train_loop.py {shard} --model ViT-B-16", "--model: got ViT-B-16 without --pretrained, expected local-dir:"),
         ("train_loop.py {shard} --model local-dir:no", "--model: got local-dir:no without --pretrained, expected"),
+        ("train_loop.py {shard} --model {folder}", "without --pretrained, expected local-dir: and a folder"),
         ("ddp.py no.tar --model {clip}", "shards: got no.tar, which is not a file; expected tar files"),
         ("ddp.py {shard} --model local-dir:no", "--model: got local-dir:no without --pretrained, expected local-dir:"),
         ("ddp.py {shard} --model {clip}", "expected torchrun to start this file"),
