@@ -41,7 +41,7 @@ class VisionEmbedder(
     and are kept as the attributes `towers` and `notes`.
 
     `save_pretrained(folder)` writes weights (safetensors), config and model card. `from_pretrained` reads a folder or
-    the Hub. `pacl.sharing.load_pacl` also loads the towers and checks them.
+    the Hub. `pacl.load_pacl` also loads the towers and checks them.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ def model_card(config: dict[str, Any]) -> str:
         f"The vision embedder of [Patch Aligned Contrastive Learning]({SOURCE}). It maps patch tokens of a vision "
         f"tower, {config['in_dim']} wide, to the space of the text embeddings, {config['out_dim']} wide, where cosines "
         "segment images by words. Trained with `pacl-kernels`. The towers keep their own licences.",
-        "```python\nimport torch.nn.functional as F\nfrom pacl.sharing import load_pacl\n\n"
+        "```python\nimport torch.nn.functional as F\nfrom pacl import load_pacl\n\n"
         'towers, embedder = load_pacl("FOLDER OR NAME ON THE HUB")\n'
         "patches = embedder(towers.tokens(towers.transform(image)[None]))  # [1, N, D], row by row\n"
         'texts = towers.encode_text(towers.tokenize(["a dog", "grass"]))  # [2, D]\n'

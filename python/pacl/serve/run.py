@@ -21,10 +21,10 @@ from .server import Example, Server
 from .viewer import Viewer
 
 LOADING = {  # the Python lines that load each model
-    "PACL": "from pacl.sharing import load_pacl\nsegmenter = Segmenter(*load_pacl({checkpoint!r}), stride={stride})",
-    "CLIP of PACL": "from pacl.sharing import load_pacl\ntowers, _ = load_pacl({checkpoint!r})\n"
+    "PACL": "from pacl import load_pacl\nsegmenter = Segmenter(*load_pacl({checkpoint!r}), stride={stride})",
+    "CLIP of PACL": "from pacl import load_pacl\ntowers, _ = load_pacl({checkpoint!r})\n"
     "segmenter = Segmenter(towers, stride={stride})",
-    "CLIP": "from pacl.towers import load_towers\ntowers = load_towers({model!r}, {pretrained!r})\n"
+    "CLIP": "from pacl import load_towers\ntowers = load_towers({model!r}, {pretrained!r})\n"
     "segmenter = Segmenter(towers, stride={stride})",
 }
 

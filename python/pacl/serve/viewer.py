@@ -27,9 +27,8 @@ DIGITS = 4  # decimals of the cosines in an answer
 
 LINES = """\
 from pathlib import Path
-from pacl.segment.draw import overlay, word_colours
+from pacl import Segmenter, overlay, word_colours
 from pacl.segment.images import read_image
-from pacl.segment.predict import Segmenter
 from pacl.segment.prompts import templates
 {load}
 image = read_image(Path(path))
