@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import groups, reference
-from .autograd import CompatibilityFunction, Options, PaclFunction, first_output
+from .autograd import CompatibilityFunction, Options, PaclFunction, PairLossFunction, first_output
 from .backends import resolve
 from .checks import (
     EXCHANGES,
@@ -28,6 +28,7 @@ from .checks import (
 )
 from .distributed import global_loss
 from .groups import GroupName
+from .pair_checks import check_pairs
 
 
 def fused_pacl_loss(
@@ -40,6 +41,10 @@ def fused_pacl_loss(
     form: Form = "dot",
     loss: Loss = "infonce",
     logit_bias: float | Tensor | None = None,
+    image_ids: Tensor | None = None,
+    text_ids: Tensor | None = None,
+    targets: Tensor | None = None,
+    pair_bias: Tensor | None = None,
     group: dist.ProcessGroup | GroupName | None = None,
     exchange: Exchange = "auto",
     backend: BackendName = "auto",
@@ -107,9 +112,6 @@ def fused_pacl_loss(
     Source: Mukhoti et al., Open Vocabulary Semantic Segmentation with Patch Aligned Contrastive Learning, CVPR 2023.
     """
     patches, texts = check_pair(patches, texts, patch_mask)
-    b, k = patches.shape[0], texts.shape[0]  # not len(): torch.export would make it a constant
-    if b != k:
-        raise ValueError(f"texts has {k} rows, expected one for each of the {b} images of patches")
     check_not_empty(patches, "BND")
     check_choice("form", form, FORMS)
     check_choice("loss", loss, LOSSES)
@@ -120,10 +122,13 @@ def fused_pacl_loss(
     check_choice("exchange", exchange, EXCHANGES)
     groups.check(group)
     process_group = groups.lookup(group) if group is None or isinstance(group, str) else group
+    in_group = process_group is not None and process_group.size() > 1
+    pairs = check_pairs(patches, texts, image_ids, text_ids, targets, pair_bias, loss, in_group)
     options = Options(form, loss, resolve(backend, patches.device, patches.dtype))
-    if process_group is not None and process_group.size() > 1:
+    if in_group:
+        assert process_group is not None
         return global_loss(
-            patches, texts, logit_scale, patch_mask, attn_temperature, logit_bias, options, process_group, exchange
+            patches, texts, logit_scale, patch_mask, attn_temperature, logit_bias, pairs, options, process_group, exchange
         )
     if options.backend == "reference":
         return _formula(
@@ -136,7 +141,11 @@ def fused_pacl_loss(
             form=form,
             loss=loss,
             logit_bias=logit_bias,
+            **dict(zip(("image_ids", "text_ids", "targets", "pair_bias"), pairs or (), strict=False)),
         )
+    if pairs is not None:
+        phi = first_output(CompatibilityFunction, patches, texts, patch_mask, attn_temperature, options)
+        return first_output(PairLossFunction, phi, logit_scale, logit_bias, *pairs, loss)
     return first_output(PaclFunction, patches, texts, logit_scale, patch_mask, attn_temperature, logit_bias, options)
 
 

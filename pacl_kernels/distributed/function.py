@@ -124,9 +124,9 @@ class GlobalPaclFunction(torch.autograd.Function):
             logits = _logits(phi, valid[at], logit_scale, logit_bias)
             grad = _gradient(logits, options.loss, statistics, _pairs(at, plan), at).mul_(factor)
             if needs_scale:
-                sums[0] += (grad * phi).sum()
+                sums[0] += contrastive.total(grad * phi)
             if needs_bias and options.loss == "sigmoid":  # InfoNCE does not depend on it
-                sums[2] += grad.sum()
+                sums[2] += contrastive.total(grad)
             grad_patches, grad_texts, grad_temperature = compatibility_gradients(
                 inputs._replace(texts=block),
                 *(options, phi, state, grad.mul_(scale), needs_patches, needs_texts, needs_temperature, phi.dtype),
