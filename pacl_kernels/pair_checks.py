@@ -29,14 +29,16 @@ def check_pairs(
     b, k = patches.shape[0], texts.shape[0]  # not len(): torch.export would make it a constant
     if targets is not None and (image_ids is not None or text_ids is not None):
         given = "image_ids" if image_ids is not None else "text_ids"
-        raise ValueError(f"targets and {given} are both given, expected one of them: each says which pairs are positive")
+        raise ValueError(
+            f"targets and {given} are both given, expected one of them: each says which pairs are positive"
+        )
     if in_group and (image_ids is None) != (text_ids is None):
         given, missing = ("image_ids", "text_ids") if text_ids is None else ("text_ids", "image_ids")
         raise ValueError(f"{missing} is None, expected ids like {given}: with a group ids count in the whole batch")
     if text_ids is None and targets is None and b != k:
         raise ValueError(
-            f"texts has {k} rows, expected one for each of the {b} images of patches, or text_ids or targets, which say "
-            "what belongs together"
+            f"texts has {k} rows, expected one for each of the {b} images of patches, or text_ids or targets, which "
+            "say what belongs together"
         )
     if k == 0:
         raise ValueError(f"texts has shape {list(texts.shape)}, expected [K, D] with K of at least 1")
@@ -97,9 +99,7 @@ def _matrix(name: str, value: Any, rows: int, columns: int | None, patches: Tens
 def _readable(x: Tensor) -> bool:
     """Return True if reading the values neither waits for a device nor breaks a trace."""
     return (
-        x.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
+        x.device.type == "cpu" and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
     )
 
 

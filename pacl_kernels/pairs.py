@@ -100,13 +100,26 @@ def merge(a: Lines, b: Lines) -> Lines:
     return Lines(largest, *(x + y for x, y in zip(a.shifted(largest), b.shifted(largest), strict=True)))
 
 
-def finish(lines: Lines) -> tuple[Tensor, Statistics]:
-    """Return the mean (0-D) of the lines' cross-entropy, and what the gradient needs."""
-    counts = lines.weight > 0
-    share = counts.to(lines.weight.dtype) / counts.sum().clamp_min(1)
-    log = lines.total.log().masked_fill(~counts, 0.0)
-    target_share = torch.where(counts, share / lines.weight, 0.0)
-    return (share * log - target_share * lines.positive).sum(), Statistics(lines.largest, log, share, target_share)
+def count(lines: Lines) -> Tensor:
+    """Return the number (0-D) of lines that have a positive."""
+    return (lines.weight > 0).sum()
+
+
+def cross_entropy(lines: Lines) -> Tensor:
+    """Return the cross-entropy of each line, 0 for a line without a positive."""
+    return torch.where(lines.weight > 0, lines.total.log() - lines.positive / lines.weight, 0.0)
+
+
+def statistics(lines: Lines, count: Tensor) -> Statistics:
+    """Return what the gradient needs of lines; `count` of all lines of the batch have a positive."""
+    positive = lines.weight > 0
+    share = positive.to(lines.weight.dtype) / count.clamp_min(1)
+    return Statistics(
+        lines.largest,
+        torch.where(positive, lines.total.log(), 0.0),
+        share,
+        torch.where(positive, share / lines.weight, 0.0),
+    )
 
 
 def gradient(logits: Tensor, targets: Tensor, rows: Statistics, columns: Statistics) -> Tensor:
@@ -152,9 +165,9 @@ def loss_forward(
         (Lines(*map(torch.cat, zip(*rows, strict=True))), row_statistics),
         (columns, column_statistics),
     ):
-        mean, statistics = finish(lines)
-        value.add_(mean / 2)
-        torch.stack(statistics, out=into)
+        number = count(lines)
+        value.add_(cross_entropy(lines).sum() / number.clamp_min(1) / 2)
+        torch.stack(statistics(lines, number), out=into)
 
 
 def loss_backward(
@@ -162,7 +175,7 @@ def loss_backward(
     row_statistics: Tensor | None, column_statistics: Tensor | None, grad_loss: Tensor,
     grad_phi: Tensor, grad_scale: Tensor | None, grad_bias: Tensor | None, grad_pair_bias: Tensor | None,
 ) -> None:  # fmt: skip
-    """Write ∂L/∂φ `[B, K]` and the gradients of logit scale, logit bias (0-D) and pair bias `[B, K]` into the buffers."""
+    """Write ∂L/∂φ `[B, K]`, and the gradients whose buffers are given: of logit scale, logit bias and pair bias."""
     for sums in (grad_scale, grad_bias):
         if sums is not None:
             sums.zero_()
