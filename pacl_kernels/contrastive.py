@@ -86,6 +86,16 @@ def total(x: Tensor) -> Tensor:
     return x.sum(1).sum()
 
 
+def softplus(x: Tensor) -> Tensor:
+    """Return log(1 + exp(x)). PyTorch's own rounds an element by its place in the part of a thread."""
+    return F.logsigmoid(-x).neg_()
+
+
+def logistic_(x: Tensor) -> Tensor:
+    """Overwrite x with 1 / (1 + exp(-x)), in place of PyTorch's `sigmoid` for the reason of `softplus`."""
+    return x.neg_().exp_().add_(1.0).reciprocal_()
+
+
 class LogSumExp(NamedTuple):
     """Log-sum-exp as two terms, `largest + log`: in their sum a maximum of 100 would round away a log of 1e-6."""
 
@@ -137,14 +147,14 @@ def sigmoid(logits: Tensor, pairs: int | None) -> Tensor:
     """Return B times the sigmoid loss of a block of columns; overwrites `logits`."""
     if pairs is not None:
         logits.diagonal(pairs).neg_()
-    return total(F.softplus(logits))
+    return total(softplus(logits))
 
 
 def sigmoid_gradient(logits: Tensor, pairs: int | None) -> Tensor:
     """Overwrite `logits` with B times the gradient of the sigmoid loss."""
     if pairs is not None:
         logits.diagonal(pairs).neg_()
-    grad = logits.sigmoid_()
+    grad = logistic_(logits)
     if pairs is not None:
         grad.diagonal(pairs).neg_()
     return grad

@@ -19,10 +19,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from .checks import Scalar
-from .contrastive import logits_of, total
+from .contrastive import logistic_, logits_of, softplus, total
 
 ROW_BYTES = 8 * 2**20  # size of each temporary array of `loss_forward` and `loss_backward`
 
@@ -132,13 +131,13 @@ def gradient(logits: Tensor, targets: Tensor, rows: Statistics, columns: Statist
 
 def sigmoid(logits: Tensor, targets: Tensor) -> Tensor:
     """Return the sum (0-D) of the sigmoid loss of a block."""
-    positive = torch.where(targets == 0, 0.0, targets * F.softplus(-logits))  # not 0 × inf
-    return total(positive.add_(F.softplus(logits).mul_(1 - targets)))
+    positive = torch.where(targets == 0, 0.0, targets * softplus(-logits))  # not 0 × inf
+    return total(positive.add_(softplus(logits).mul_(1 - targets)))
 
 
 def sigmoid_gradient(logits: Tensor, targets: Tensor) -> Tensor:
     """Return the gradient of that sum: (1 - t) σ(z) - t σ(-z), which loses no digit for a logit of any size."""
-    return logits.sigmoid().mul_(1 - targets).sub_(logits.neg().sigmoid_().mul_(targets))
+    return logistic_(logits.clone()).mul_(1 - targets).sub_(logistic_(-logits).mul_(targets))
 
 
 def loss_forward(
