@@ -256,7 +256,7 @@ def natural_sizes(problem: Problem) -> dict[str, float]:
         "attn_temperature": temperature / tau,
         "logit_scale": factor,
         "logit_bias": factor,
-        "pair_bias": factor / math.sqrt(b),
+        "pair_bias": factor / math.sqrt(max(b, 1)),
     }
 
 
