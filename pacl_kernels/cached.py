@@ -37,8 +37,10 @@ def cached_step(
     ```
 
     Args:
-        encode: takes a part of `batch` and returns a tensor or a tuple of tensors: embeddings with one row for each
-            sample, or scalars (0-D or one element `[1]`), which must not depend on the samples.
+        encode: takes a part of `batch` and returns a tensor or a tuple of tensors: embeddings `[rows, ...]` with any
+            number of rows (several texts of an image, say), integers `[rows]` (ids), which need not be as many, or
+            floating-point scalars (0-D or one element `[1]`), which must not depend on the samples. `loss` gets the
+            rows of all parts in order.
         batch: a tensor, or tuples, lists and dicts of tensors, all with the samples along their first dimension. Every
             part gets the values that are not tensors unchanged.
         loss: takes the outputs of `encode` for the whole batch, one argument each, and returns a scalar. It may
@@ -59,31 +61,33 @@ def cached_step(
         raise TypeError(f"micro_batch is a {type(micro_batch).__name__}, expected an int")
     if micro_batch < 1:
         raise ValueError(f"micro_batch is {micro_batch}, expected at least 1")
-    parts, sizes = _split(batch, micro_batch)
+    parts = _split(batch, micro_batch)
     modules = tuple(modules)
     _check_modules(modules)
     random: list[tuple[Tensor, list[Tensor]]] = []
     outputs: list[list[Tensor]] = []
     with _no_exchange(modules), torch.no_grad():
-        for part, size in zip(parts[:-1], sizes, strict=False):
+        for part in parts[:-1]:
             random.append(_random_state())
             # An encoder that returns its input, or turns gradients on, has a graph even here.
-            outputs.append([output.detach() for output in _outputs(encode, part, size)])
+            outputs.append([output.detach() for output in _outputs(encode, part)])
     final = len(parts) == 1  # the next backward is the last, after which processes exchange gradients
     with contextlib.nullcontext() if final else _no_exchange(modules):
-        last = _outputs(encode, parts[-1], sizes[-1])
+        last = _outputs(encode, parts[-1])
         after = _random_state()
         leaves = []
+        counts: list[list[int]] = []  # rows of each part; none for a scalar
         for i, example in enumerate(last):
             rows = [output[i] for output in outputs] + [example.detach()]
+            counts.append([len(x) for x in rows] if _has_rows(example) else [])
             leaf = torch.cat(rows) if _has_rows(example) else rows[-1].clone()
             leaves.append(leaf.requires_grad_(example.requires_grad))
         del outputs, rows, leaf, example  # the leaves hold copies
         value = loss(*leaves)
         value.backward()
         grads = [
-            leaf.grad.split(sizes) if leaf.grad is not None and _has_rows(leaf) else [leaf.grad] * len(parts)
-            for leaf in leaves
+            leaf.grad.split(count) if leaf.grad is not None and count else [leaf.grad] * len(parts)
+            for leaf, count in zip(leaves, counts, strict=True)
         ]
         del leaves  # only their gradients are needed
         _pass_on(last, [grad[-1] for grad in grads], scalars=final)
@@ -92,23 +96,23 @@ def cached_step(
         final = i == len(parts) - 2
         with contextlib.nullcontext() if final else _no_exchange(modules):
             _set_random_state(state)
-            _pass_on(_outputs(encode, part, sizes[i]), [grad[i] for grad in grads], scalars=final)
+            _pass_on(_outputs(encode, part), [grad[i] for grad in grads], scalars=final)
     _set_random_state(after)
     return value.detach()
 
 
-def _split(batch: Any, micro_batch: int) -> tuple[list[Any], list[int]]:
-    """Split the batch into parts of at most `micro_batch` samples; return them and the sizes."""
+def _split(batch: Any, micro_batch: int) -> list[Any]:
+    """Split the batch into parts of at most `micro_batch` samples."""
     leaves, structure = tree_flatten(batch)
     counts = {len(x) if x.ndim else 0 for x in leaves if isinstance(x, Tensor)}
     if len(counts) != 1 or counts == {0}:
         raise ValueError(f"batch has tensors of {sorted(counts)} rows, expected the same number of at least 1 in each")
     sizes = [min(micro_batch, counts_left) for counts_left in range(counts.pop(), 0, -micro_batch)]
     columns = [x.split(sizes) if isinstance(x, Tensor) else [x] * len(sizes) for x in leaves]
-    return [tree_unflatten([column[i] for column in columns], structure) for i in range(len(sizes))], sizes
+    return [tree_unflatten([column[i] for column in columns], structure) for i in range(len(sizes))]
 
 
-def _outputs(encode: Callable[[Any], Any], part: Any, samples: int) -> tuple[Tensor, ...]:
+def _outputs(encode: Callable[[Any], Any], part: Any) -> tuple[Tensor, ...]:
     # Autocast caches cast weights: those of the first pass have no graph, those of an earlier backward a freed one.
     torch.clear_autocast_cache()
     outputs = encode(part)
@@ -118,15 +122,16 @@ def _outputs(encode: Callable[[Any], Any], part: Any, samples: int) -> tuple[Ten
     for output in outputs:
         if not isinstance(output, Tensor):
             raise TypeError(f"encode returned a {type(output).__name__}, expected a tensor or a tuple of tensors")
-        if output.ndim == 1 and len(output) != 1 or _has_rows(output) and len(output) != samples:
+        if not _has_rows(output) and output.numel() != 1:
             raise ValueError(
-                f"encode returned shape {list(output.shape)}, expected rows of {samples} samples, or one element"
+                f"encode returned {output.dtype} of shape {list(output.shape)}, expected rows [rows, D], integers "
+                "[rows], or one element"
             )
     return tuple(outputs)
 
 
 def _has_rows(output: Tensor) -> bool:
-    return output.ndim > 1
+    return output.ndim > 1 or output.ndim == 1 and not output.is_floating_point()
 
 
 def _pass_on(outputs: tuple[Tensor, ...], grads: list[Tensor | None], scalars: bool) -> None:

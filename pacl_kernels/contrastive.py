@@ -56,9 +56,9 @@ def loss_backward(
         grad = infonce_gradient(logits, rows, columns, 0).div_(2 * logits.shape[0])
     grad.mul_(grad_loss)
     if grad_scale is not None:
-        grad_scale.copy_((grad * phi).sum())
+        grad_scale.copy_(total(grad * phi))
     if grad_bias is not None:
-        grad_bias.copy_(grad.sum())
+        grad_bias.copy_(total(grad))
     grad.mul_(scale)
 
 
@@ -79,6 +79,21 @@ def logits_of(phi: Tensor, scale: Scalar, bias: Scalar | None, out: Tensor | Non
     """Return `scale * phi + bias`; scalars must be those that `scalar` returns."""
     logits = torch.mul(phi, scale, out=out)
     return logits if bias is None else logits.add_(bias)
+
+
+def total(x: Tensor) -> Tensor:
+    """Return the sum (0-D) of a matrix, row by row: PyTorch's order over a whole matrix depends on the threads."""
+    return x.sum(1).sum()
+
+
+def softplus(x: Tensor) -> Tensor:
+    """Return log(1 + exp(x)). PyTorch's own rounds an element by its place in the part of a thread."""
+    return F.logsigmoid(-x).neg_()
+
+
+def logistic_(x: Tensor) -> Tensor:
+    """Overwrite x with 1 / (1 + exp(-x)), in place of PyTorch's `sigmoid` for the reason of `softplus`."""
+    return x.neg_().exp_().add_(1.0).reciprocal_()
 
 
 class LogSumExp(NamedTuple):
@@ -132,14 +147,14 @@ def sigmoid(logits: Tensor, pairs: int | None) -> Tensor:
     """Return B times the sigmoid loss of a block of columns; overwrites `logits`."""
     if pairs is not None:
         logits.diagonal(pairs).neg_()
-    return F.softplus(logits).sum()
+    return total(softplus(logits))
 
 
 def sigmoid_gradient(logits: Tensor, pairs: int | None) -> Tensor:
     """Overwrite `logits` with B times the gradient of the sigmoid loss."""
     if pairs is not None:
         logits.diagonal(pairs).neg_()
-    grad = logits.sigmoid_()
+    grad = logistic_(logits)
     if pairs is not None:
         grad.diagonal(pairs).neg_()
     return grad

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import groups, reference
-from .autograd import CompatibilityFunction, Options, PaclFunction, first_output
+from .autograd import CompatibilityFunction, Options, PaclFunction, PairLossFunction, first_output
 from .backends import resolve
 from .checks import (
     EXCHANGES,
@@ -26,8 +26,9 @@ from .checks import (
     check_scalar,
     without_autocast,
 )
-from .distributed import global_loss
+from .distributed import global_compatibility, global_loss
 from .groups import GroupName
+from .pair_checks import check_pairs
 
 
 def fused_pacl_loss(
@@ -40,6 +41,10 @@ def fused_pacl_loss(
     form: Form = "dot",
     loss: Loss = "infonce",
     logit_bias: float | Tensor | None = None,
+    image_ids: Tensor | None = None,
+    text_ids: Tensor | None = None,
+    targets: Tensor | None = None,
+    pair_bias: Tensor | None = None,
     group: dist.ProcessGroup | GroupName | None = None,
     exchange: Exchange = "auto",
     backend: BackendName = "auto",
@@ -58,7 +63,8 @@ def fused_pacl_loss(
 
     Args:
         patches: `[B, N, D]` patch embeddings, not normalised; float32, bfloat16, float16 or float64, any strides.
-        texts: `[B, D]` text embeddings, not normalised, same dtype and device; text i belongs to image i.
+        texts: `[K, D]` text embeddings, not normalised, same dtype and device. By default K = B, and text i belongs to
+            image i; `image_ids`, `text_ids` and `targets` say otherwise, and K may then be any number.
         logit_scale: factor of the logits, already exponentiated: a number or a tensor of one element. Numbers, here and
             below, must be finite in float32 (in float64 for float64 patches). The value of a tensor is not checked,
             because reading it would make the host wait for the device.
@@ -72,8 +78,19 @@ def fused_pacl_loss(
             norm of the pooled patch, floored at 1e-6; or `"max"`, φ = max s (MaxSim, the limit of both for τ → 0),
             whose gradient goes to the first of the largest. With `"max"` a step costs little more than its forward.
         loss: `"infonce"`, the mean of row and column cross-entropy, or `"sigmoid"` (SigLIP), summed over all pairs and
-            divided by B.
+            divided by B. With several positives in a row or column, InfoNCE takes their mean, weighted by the targets.
+            Rows and columns without a positive are left out of the two averages.
         logit_bias: bias of the logits (SigLIP), a number or a tensor of one element.
+        image_ids, text_ids: int64 or int32 `[B]` and `[K]`. A pair is positive where its ids are equal; a negative id
+            equals none, so its image or text is an extra negative. Without `image_ids` they are `arange(B)`; without
+            `text_ids` the texts have the images' ids. With a group ids count in the whole batch, and both are needed.
+        targets: in place of ids, float32 `[B, K]` (float64 for float64 patches), constant: the weight of each pair as a
+            positive, at least 0, and at most 1 for the sigmoid loss.
+        pair_bias: float32 `[B, K]` (float64 for float64 patches), added to the logits; -inf takes a pair out of the
+            loss, as a positive too. It may require a gradient. With a group, `targets` and `pair_bias` are this
+            process's rows `[B_local, K of all processes]`, the texts in the order of the ranks, and the gradient of the
+            bias is multiplied by the number of processes, like those of patches and texts. Values of targets and bias
+            are checked on a CPU outside of `torch.compile`.
         group: a `torch.distributed` process group. The batch is then that of all its processes, and B is the part of
             this process. Parts may differ in size, but on a GPU the first step must have the largest part, and inside
             `torch.compile` all parts must be equal, and no difference between processes is noticed. `"world"` is the
@@ -93,11 +110,11 @@ def fused_pacl_loss(
 
     Returns:
         The loss, 0-D, float32 (float64 for float64 inputs). Gradients flow to patches, texts, and those of logit_scale,
-        logit_bias and attn_temperature that are tensors; each is computed only if it is needed. A patch or text with a
-        norm below 1e-12 has similarity 0 and gradient 0. Norms may be as large as the dtype allows, but the GPU kernels
-        limit those of patches to 1e25, or to 1e18 with `form="cosine"`. Inside autocast, patches and texts are first
-        cast to the autocast dtype. Of `torch.func`, grad, vjp, jacrev and vmap work without a group (vmap computes one
-        sample after the other); forward mode and second derivatives need `backend="reference"`.
+        logit_bias, attn_temperature and pair_bias that are tensors; each is computed only if it is needed. A patch or
+        text with a norm below 1e-12 has similarity 0 and gradient 0. Norms may be as large as the dtype allows, but the
+        GPU kernels limit those of patches to 1e25, or to 1e18 with `form="cosine"`. Inside autocast, patches and texts
+        are first cast to the autocast dtype. Of `torch.func`, grad, vjp, jacrev and vmap work without a group (vmap
+        computes one sample after the other); forward mode and second derivatives need `backend="reference"`.
 
     Raises:
         TypeError, ValueError: for a bad argument; the message names it, what came and what was expected.
@@ -107,9 +124,6 @@ def fused_pacl_loss(
     Source: Mukhoti et al., Open Vocabulary Semantic Segmentation with Patch Aligned Contrastive Learning, CVPR 2023.
     """
     patches, texts = check_pair(patches, texts, patch_mask)
-    b, k = patches.shape[0], texts.shape[0]  # not len(): torch.export would make it a constant
-    if b != k:
-        raise ValueError(f"texts has {k} rows, expected one for each of the {b} images of patches")
     check_not_empty(patches, "BND")
     check_choice("form", form, FORMS)
     check_choice("loss", loss, LOSSES)
@@ -120,10 +134,14 @@ def fused_pacl_loss(
     check_choice("exchange", exchange, EXCHANGES)
     groups.check(group)
     process_group = groups.lookup(group) if group is None or isinstance(group, str) else group
+    in_group = process_group is not None and process_group.size() > 1
+    pairs = check_pairs(patches, texts, image_ids, text_ids, targets, pair_bias, loss, in_group)
     options = Options(form, loss, resolve(backend, patches.device, patches.dtype))
-    if process_group is not None and process_group.size() > 1:
+    if in_group:
+        assert process_group is not None
         return global_loss(
-            patches, texts, logit_scale, patch_mask, attn_temperature, logit_bias, options, process_group, exchange
+            *(patches, texts, logit_scale, patch_mask, attn_temperature, logit_bias),
+            *(options, process_group, exchange, pairs),
         )
     if options.backend == "reference":
         return _formula(
@@ -136,7 +154,11 @@ def fused_pacl_loss(
             form=form,
             loss=loss,
             logit_bias=logit_bias,
+            **dict(zip(("image_ids", "text_ids", "targets", "pair_bias"), pairs or (), strict=False)),
         )
+    if pairs is not None:
+        phi = first_output(CompatibilityFunction, patches, texts, patch_mask, attn_temperature, options)
+        return first_output(PairLossFunction, phi, logit_scale, logit_bias, *pairs, loss)
     return first_output(PaclFunction, patches, texts, logit_scale, patch_mask, attn_temperature, logit_bias, options)
 
 
@@ -147,18 +169,31 @@ def compatibility(
     patch_mask: Tensor | None = None,
     attn_temperature: float | Tensor = 1.0,
     form: Form = "dot",
+    group: dist.ProcessGroup | GroupName | None = None,
     backend: BackendName = "auto",
 ) -> Tensor:
     """Return the compatibility φ `[B, K]` of patches `[B, N, D]` with texts `[K, D]`; K need not equal B.
 
     φ is differentiable and float32 (float64 for float64 inputs). For B = 0 or K = 0 it is empty, `[0, K]` or `[B, 0]`.
-    All arguments, and the errors, are those of `fused_pacl_loss`.
+    The arguments, and the errors, are those of `fused_pacl_loss`, except for the group.
+
+    Args:
+        group: the processes whose texts are compared: a `torch.distributed` process group, `"world"`, or None or
+            `"local"` for this process alone. φ is then `[B_local, K of all processes]`, the texts in the order of the
+            ranks. The gradient of a text is the sum over the processes' losses, as with an all-gather that is
+            differentiated; the gradient of the temperature is this process's own. After the averaging of DDP, a loss
+            that is the mean of the processes' losses has its exact gradients. The number of texts may differ between
+            processes. On a GPU it must stay that of the first call.
     """
     patches, texts = check_pair(patches, texts, patch_mask)
     check_not_empty(patches, "ND")
     check_choice("form", form, FORMS)
     attn_temperature = check_scalar("attn_temperature", attn_temperature, patches, positive=True)
+    groups.check(group)
+    process_group = groups.lookup(group) if isinstance(group, str) else group
     options = Options(form, None, resolve(backend, patches.device, patches.dtype))
+    if process_group is not None and process_group.size() > 1:
+        return global_compatibility(patches, texts, patch_mask, attn_temperature, options, process_group)
     if options.backend == "reference":
         return _formula(
             reference.compatibility,

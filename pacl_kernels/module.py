@@ -69,21 +69,24 @@ class PaclLoss(nn.Module):
     def forward(
         self, image_features: Tensor, text_features: Tensor, logit_scale: float | Tensor,
         logit_bias: float | Tensor | None = None, patch_mask: Tensor | None = None,
-        output_dict: Literal[False] = False,
+        output_dict: Literal[False] = False, *, image_ids: Tensor | None = None, text_ids: Tensor | None = None,
+        targets: Tensor | None = None, pair_bias: Tensor | None = None,
     ) -> Tensor: ...  # fmt: skip
 
     @overload
     def forward(
         self, image_features: Tensor, text_features: Tensor, logit_scale: float | Tensor,
         logit_bias: float | Tensor | None = None, patch_mask: Tensor | None = None,
-        *, output_dict: Literal[True],
+        *, output_dict: Literal[True], image_ids: Tensor | None = None, text_ids: Tensor | None = None,
+        targets: Tensor | None = None, pair_bias: Tensor | None = None,
     ) -> dict[str, Tensor]: ...  # fmt: skip
 
     @overload
     def forward(
         self, image_features: Tensor, text_features: Tensor, logit_scale: float | Tensor,
         logit_bias: float | Tensor | None = None, patch_mask: Tensor | None = None,
-        output_dict: bool = False,
+        output_dict: bool = False, *, image_ids: Tensor | None = None, text_ids: Tensor | None = None,
+        targets: Tensor | None = None, pair_bias: Tensor | None = None,
     ) -> Tensor | dict[str, Tensor]: ...  # fmt: skip
 
     def forward(
@@ -94,8 +97,13 @@ class PaclLoss(nn.Module):
         logit_bias: float | Tensor | None = None,
         patch_mask: Tensor | None = None,
         output_dict: bool = False,
+        *,
+        image_ids: Tensor | None = None,
+        text_ids: Tensor | None = None,
+        targets: Tensor | None = None,
+        pair_bias: Tensor | None = None,
     ) -> Tensor | dict[str, Tensor]:
-        """Return the loss (0-D) of `image_features` `[B, N, D]` and `text_features` `[B, D]`.
+        """Return the loss (0-D) of `image_features` `[B, N, D]` and `text_features` `[K, D]`.
 
         The keyword names are open_clip's; the other arguments, and the errors, are those of `fused_pacl_loss`.
         `output_dict=True` returns `{"contrastive_loss": loss}`.
@@ -111,6 +119,10 @@ class PaclLoss(nn.Module):
             form=self.form,
             loss=self.loss,
             logit_bias=logit_bias,
+            image_ids=image_ids,
+            text_ids=text_ids,
+            targets=targets,
+            pair_bias=pair_bias,
             group=self.group,
             exchange=self.exchange,
             backend=self.backend,

@@ -12,7 +12,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from . import backends
+from . import backends, pairs
 from .checks import Scalar, without_autocast
 from .contrastive import scalar
 
@@ -146,6 +146,75 @@ def loss_backward(
 
 
 @loss_backward.register_fake
+def _(*arguments: Any) -> None:
+    return None
+
+
+@torch.library.custom_op(
+    "pacl_kernels::pair_loss_forward", mutates_args=("value", "row_statistics", "column_statistics")
+)
+def pair_loss_forward(
+    phi: Tensor,
+    scale: OptionalTensor,
+    scale_value: OptionalFloat,
+    bias: OptionalTensor,
+    bias_value: OptionalFloat,
+    image_ids: OptionalTensor,
+    text_ids: OptionalTensor,
+    targets: OptionalTensor,
+    pair_bias: OptionalTensor,
+    loss: str,
+    value: Tensor,
+    row_statistics: OptionalTensor,
+    column_statistics: OptionalTensor,
+) -> None:
+    """Write the loss (0-D) of φ `[B, K]` with any positives, and for InfoNCE the statistics `[4, B]` and `[4, K]`."""
+    scalars = _join(scale, scale_value, phi.dtype), _join(bias, bias_value, phi.dtype)
+    given = pairs.Pairs(image_ids, text_ids, targets, pair_bias)
+    with without_autocast(phi.device.type):
+        pairs.loss_forward(phi, *scalars, given, loss, value, row_statistics, column_statistics)
+
+
+@pair_loss_forward.register_fake
+def _(*arguments: Any) -> None:
+    return None
+
+
+@torch.library.custom_op(
+    "pacl_kernels::pair_loss_backward", mutates_args=("grad_phi", "grad_scale", "grad_bias", "grad_pair_bias")
+)
+def pair_loss_backward(
+    phi: Tensor,
+    scale: OptionalTensor,
+    scale_value: OptionalFloat,
+    bias: OptionalTensor,
+    bias_value: OptionalFloat,
+    image_ids: OptionalTensor,
+    text_ids: OptionalTensor,
+    targets: OptionalTensor,
+    pair_bias: OptionalTensor,
+    loss: str,
+    row_statistics: OptionalTensor,
+    column_statistics: OptionalTensor,
+    grad_loss: Tensor,
+    grad_phi: Tensor,
+    grad_scale: OptionalTensor,
+    grad_bias: OptionalTensor,
+    grad_pair_bias: OptionalTensor,
+) -> None:
+    """Write ∂L/∂φ `[B, K]` and, where buffers are given, the gradients of logit scale and bias (0-D) and pair bias."""
+    scalars = _join(scale, scale_value, phi.dtype), _join(bias, bias_value, phi.dtype)
+    given = pairs.Pairs(image_ids, text_ids, targets, pair_bias)
+    with without_autocast(phi.device.type):
+        pairs.loss_backward(
+            *(phi, *scalars, given, loss, row_statistics, column_statistics, grad_loss),
+            *(grad_phi, grad_scale, grad_bias, grad_pair_bias),
+        )
+        if grad_bias is not None and loss == "infonce":
+            grad_bias.mul_(0.0)  # the loss does not depend on the bias: the sum is rounding error or NaN
+
+
+@pair_loss_backward.register_fake
 def _(*arguments: Any) -> None:
     return None
 

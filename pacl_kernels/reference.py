@@ -118,6 +118,30 @@ def contrastive_loss(logits: Tensor, loss: str = "infonce") -> Tensor:
     return -F.logsigmoid(sign * logits).sum() / logits.shape[0]
 
 
+def pair_loss(logits: Tensor, targets: Tensor, loss: str = "infonce") -> Tensor:
+    """Return the loss (0-D) of logits and targets `[B, K]`; a pair with logit -inf is out.
+
+    A line (row or column) of symmetric InfoNCE has as many positives as its targets say, and is left out of the mean if
+    it has none. The sigmoid loss is divided by B.
+    """
+    out = logits == float("-inf")
+    targets = targets.masked_fill(out, 0.0)
+    if loss == "sigmoid":
+        kept = logits.masked_fill(out, 0.0)  # selected before logsigmoid, whose gradient at -inf is NaN
+        terms = targets * F.logsigmoid(kept) + (1 - targets) * F.logsigmoid(-kept)
+        return -terms.masked_fill(out, 0.0).sum() / logits.shape[0]
+    return (_mean_cross_entropy(logits, targets) + _mean_cross_entropy(logits.T, targets.T)) / 2
+
+
+def _mean_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    sums = targets.sum(1)
+    has_positive = sums > 0
+    logits = torch.where(has_positive[:, None], logits, 0.0)  # log_softmax of a row of -inf would be NaN
+    logs = logits.log_softmax(1)
+    terms = torch.where(targets > 0, targets * logs, 0.0).sum(1) / torch.where(has_positive, sums, 1.0)
+    return -terms.sum() / has_positive.sum().clamp_min(1)
+
+
 def pacl_loss(
     patches: Tensor,
     texts: Tensor,
@@ -128,13 +152,25 @@ def pacl_loss(
     form: str = "dot",
     loss: str = "infonce",
     logit_bias: float | Tensor | None = None,
+    image_ids: Tensor | None = None,
+    text_ids: Tensor | None = None,
+    targets: Tensor | None = None,
+    pair_bias: Tensor | None = None,
 ) -> Tensor:
     """Return the loss (0-D) that `pacl_kernels.fused_pacl_loss` computes; the arguments are the same."""
     phi = compatibility(patches, texts, patch_mask=patch_mask, attn_temperature=attn_temperature, form=form)
     logits = _scalar(logit_scale) * phi
     if logit_bias is not None:
         logits = logits + _scalar(logit_bias)
-    return contrastive_loss(logits, loss)
+    if all(x is None for x in (image_ids, text_ids, targets, pair_bias)):
+        return contrastive_loss(logits, loss)
+    if targets is None:
+        if image_ids is None:
+            image_ids = torch.arange(logits.shape[0], device=logits.device)
+        if text_ids is None:
+            text_ids = image_ids
+        targets = ((image_ids[:, None] == text_ids) & (image_ids[:, None] >= 0)).to(logits.dtype)
+    return pair_loss(logits if pair_bias is None else logits + pair_bias, targets, loss)
 
 
 def upsample_argmax(

@@ -12,6 +12,7 @@ from ..checks import Scalar
 from ..constants import LARGEST_SCORE, MIN_NORM, MIN_POOLED_NORM
 from ..contrastive import loss_backward as loss_backward  # part of a `Backend`
 from ..contrastive import loss_forward as loss_forward
+from ..contrastive import total
 from ..reference import range_factor
 
 # Elements of one block of scores; about five such blocks are alive at a time. A GPU needs larger blocks, else it spends
@@ -92,7 +93,7 @@ def compatibility_backward(
                     texts_sum[columns] += (g[..., None] * pooled).sum(0)
             if grad_temperature is not None:
                 # Σ (s - u) centred a, not Σ s dS - Σ φ g: those two terms are nearly equal.
-                temperature_sum -= (((s - u[:, None]) * centred * a).sum(1) * g).sum()
+                temperature_sum -= total(((s - u[:, None]) * centred * a).sum(1) * g)
             ds = centred.mul_(a).div_(temperature)  # in this order, an attention of 0 stays 0 for every τ
             if form == "dot":
                 ds.add_(a)

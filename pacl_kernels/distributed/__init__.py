@@ -3,5 +3,14 @@
 from . import collectives
 from .agreement import GATHER_BYTES, forget, gathered_bytes
 from .function import RING_BYTES, global_loss
+from .scores import global_compatibility
 
-__all__ = ["GATHER_BYTES", "RING_BYTES", "collectives", "forget", "gathered_bytes", "global_loss"]
+__all__ = [
+    "GATHER_BYTES",
+    "RING_BYTES",
+    "collectives",
+    "forget",
+    "gathered_bytes",
+    "global_compatibility",
+    "global_loss",
+]

@@ -43,7 +43,9 @@ class Setting(NamedTuple):
         return repr(self.kind(code) if isinstance(self.kind, type) else self.kind[code])
 
 
-def make_plan(group: dist.ProcessGroup, texts: Tensor, settings: dict[str, Setting]) -> tuple[Plan, Tensor]:
+def make_plan(
+    group: dist.ProcessGroup, texts: Tensor, settings: dict[str, Setting], fixed_sizes: bool = False
+) -> tuple[Plan, Tensor]:
     """Return the plan for `texts` `[B_local, D]`, and all processes' headers `[world, 1 + settings]`, to be waited for.
 
     A header starts with the number of texts. On a CPU every call reads the headers, and the capacity is what this step
@@ -51,10 +53,12 @@ def make_plan(group: dist.ProcessGroup, texts: Tensor, settings: dict[str, Setti
     reads them (numbers, which a schedule may change, do not count), and its capacity stays: smaller batches may follow.
     Inside `torch.compile` nothing is read, and every process must bring the same number of texts.
 
+    `fixed_sizes` demands the number of texts of the first call in every call, so that the plan always has the sizes.
+
     Raises ValueError if settings differ, in every process that reads the headers, and for a batch above the capacity.
     """
     world, capacity, d, device = group.size(), texts.shape[0], texts.shape[1], texts.device
-    compiling, agreed = torch.compiler.is_compiling(), None
+    compiling, agreed, sizes = torch.compiler.is_compiling(), None, None
     # While compiling, a number may be a symbol, which has no bits.
     codes = tuple(setting.code(numbers=not compiling) for setting in settings.values())
     if compiling or may_read(device):
@@ -67,21 +71,28 @@ def make_plan(group: dist.ProcessGroup, texts: Tensor, settings: dict[str, Setti
     headers = collectives.all_gather(header, world, group.group_name).view(world, -1)
     if not compiling:
         if agreed is None:
-            agreed = _compare(collectives.wait(headers).tolist(), settings)
+            sizes = agreed = _compare(collectives.wait(headers).tolist(), settings)
             if not may_read(device):
                 capacities[key] = agreed
-        if capacity > agreed:
+        if capacity > max(agreed):
             raise ValueError(
-                f"texts has {capacity} rows, expected at most {agreed}, the largest local batch of the first step with "
-                "this group (pacl_kernels.distributed.forget(group) in every process allows more)"
+                f"texts has {capacity} rows, expected at most {max(agreed)}, the largest local batch of the first step "
+                "with this group (pacl_kernels.distributed.forget(group) in every process allows more)"
             )
-        capacity = agreed
+        if fixed_sizes and capacity != agreed[group.rank()]:
+            raise ValueError(
+                f"texts has {capacity} rows, expected {agreed[group.rank()]} as in the first call with this group "
+                "(pacl_kernels.distributed.forget(group) in every process allows another number)"
+            )
+        capacity = max(agreed)
+        sizes = agreed if fixed_sizes else sizes
     exchange = settings["exchange"].value
     ring = exchange == "ring"
     if exchange == "auto":
         ring = gathered_bytes(world, capacity, d, texts.element_size()) > GATHER_BYTES
     scatters = device.type != "cpu" and (compiling or dist.get_backend(group) != "gloo")
-    return Plan(group.group_name, group.rank(), world, capacity, ring, scatters), headers
+    sizes = (capacity,) * world if compiling else sizes
+    return Plan(group.group_name, group.rank(), world, capacity, ring, scatters, sizes), headers
 
 
 def gathered_bytes(world: int, capacity: int, d: int, itemsize: int) -> int:
@@ -89,8 +100,10 @@ def gathered_bytes(world: int, capacity: int, d: int, itemsize: int) -> int:
     return world * capacity * (d * (itemsize + 8) + 16 * capacity)
 
 
-# The largest local batch of any process, by settings. Not used on a CPU, where every step reads the headers.
-_capacities: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[tuple[int, ...], int]] = weakref.WeakKeyDictionary()
+# Texts of each process in the first step, by settings. Not used on a CPU, where every step reads the headers.
+_capacities: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[tuple[int, ...], tuple[int, ...]]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def may_read(device: torch.device) -> bool:
@@ -108,8 +121,8 @@ def _on_device(codes: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(codes, device=device)  # cached: a copy from the host may wait for the device
 
 
-def _compare(headers: list[list[int]], settings: dict[str, Setting]) -> int:
-    """Return the largest local batch; raise ValueError if settings differ."""
+def _compare(headers: list[list[int]], settings: dict[str, Setting]) -> tuple[int, ...]:
+    """Return the number of texts of each process; raise ValueError if settings differ."""
     for rank, header in enumerate(headers):
         for (name, setting), first, other in zip(settings.items(), headers[0][1:], header[1:], strict=True):
             if first != other and _A_NUMBER not in (first, other):
@@ -117,4 +130,4 @@ def _compare(headers: list[list[int]], settings: dict[str, Setting]) -> int:
                     f"{name} is {setting.name(first)} on rank 0 of the group and {setting.name(other)} on rank {rank}, "
                     "expected the same in every process"
                 )
-    return max(header[0] for header in headers)
+    return tuple(header[0] for header in headers)

@@ -22,6 +22,7 @@ class Plan(NamedTuple):
     capacity: int  # rows of texts that each process sends
     ring: bool
     scatters: bool  # the backend of the group has a reduce-scatter
+    sizes: tuple[int, ...] | None  # texts of each process; None where only the device knows them
 
     def columns(self, rank: int) -> slice:
         """Return the place of that process's texts in the global batch."""
@@ -33,8 +34,8 @@ def all_gather(x: Tensor, world: int, group: str) -> Tensor:
     return result
 
 
-def all_reduce(x: Tensor, plan: Plan) -> Tensor:
-    result: Tensor = torch.ops._c10d_functional.all_reduce(x, "sum", plan.group)
+def all_reduce(x: Tensor, plan: Plan, operation: str = "sum") -> Tensor:
+    result: Tensor = torch.ops._c10d_functional.all_reduce(x, operation, plan.group)
     return result
 
 

@@ -26,7 +26,8 @@ from .. import contrastive
 from ..autograd import Gradients, Inputs, Options, compatibility, compatibility_gradients, first_order, keep, like
 from ..checks import DTYPES, EXCHANGES, FORMS, LOSSES, Scalar
 from ..contrastive import scalar
-from . import collectives
+from ..pairs import Pairs
+from . import collectives, diagonal, labelled
 from .agreement import Setting, make_plan
 from .collectives import Plan, padded
 
@@ -44,14 +45,10 @@ def global_loss(
     options: Options,
     group: dist.ProcessGroup,
     exchange: str,
+    pairs: Pairs | None = None,
 ) -> Tensor:
     """Return the loss (0-D) of the batch of all processes of the group; the arguments must have been checked."""
-    if options.backend == "reference":
-        raise ValueError("backend is 'reference', expected another one with a group: the reference runs in one process")
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        raise RuntimeError(
-            "group is one of several processes, expected None or 'local' inside a transform of torch.func"
-        )
+    check_supported(options)
     settings = {
         "form": Setting(options.form, FORMS),
         "loss": Setting(options.loss, LOSSES),
@@ -61,6 +58,7 @@ def global_loss(
         "attn_temperature": Setting(attn_temperature, float),
         "logit_scale": Setting(logit_scale, float),
         "logit_bias": Setting(logit_bias, float),
+        "pairs": Setting(_kind(pairs), _KINDS),
     }
     for name, value in (
         ("texts", texts),
@@ -68,13 +66,37 @@ def global_loss(
         ("logit_scale", logit_scale),
         ("logit_bias", logit_bias),
     ):
-        # The collectives of the backward depend on `requires_grad`, so all processes must agree on it.
-        needed = torch.is_grad_enabled() and isinstance(value, Tensor) and value.requires_grad
-        settings[f"{name}.requires_grad"] = Setting(needed, bool)
+        settings[f"{name}.requires_grad"] = requires_grad(value)
     plan, headers = make_plan(group, texts, settings)
+    given = (None,) * 4 if pairs is None else pairs
+    labelled.check_columns(given, plan)
     return GlobalPaclFunction.apply(  # type: ignore[no-any-return]  # `apply` is untyped
-        patches, texts, logit_scale, patch_mask, attn_temperature, logit_bias, options, plan, headers
+        patches, texts, logit_scale, patch_mask, attn_temperature, logit_bias, *given, options, plan, headers
     )
+
+
+def check_supported(options: Options) -> None:
+    """Raise ValueError or RuntimeError where a group of several processes is not supported."""
+    if options.backend == "reference":
+        raise ValueError("backend is 'reference', expected another one with a group: the reference runs in one process")
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "group is one of several processes, expected None or 'local' inside a transform of torch.func"
+        )
+
+
+def requires_grad(value: Scalar | None) -> Setting:
+    """Return the setting on which all processes must agree, because the collectives of the backward depend on it."""
+    return Setting(torch.is_grad_enabled() and isinstance(value, Tensor) and value.requires_grad, bool)
+
+
+_KINDS = ("text i belongs to image i", "ids", "targets")
+
+
+def _kind(pairs: Pairs | None) -> str:
+    if pairs is None or pairs.targets is None and pairs.image_ids is None:
+        return _KINDS[0]
+    return _KINDS[1 if pairs.targets is None else 2]
 
 
 class GlobalPaclFunction(torch.autograd.Function):
@@ -87,11 +109,19 @@ class GlobalPaclFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, patches: Tensor, texts: Tensor, logit_scale: Scalar, patch_mask: Tensor | None,
-        attn_temperature: Scalar, logit_bias: Scalar | None, options: Options, plan: Plan, headers: Tensor,
+        attn_temperature: Scalar, logit_bias: Scalar | None, image_ids: Tensor | None, text_ids: Tensor | None,
+        targets: Tensor | None, pair_bias: Tensor | None, options: Options, plan: Plan, headers: Tensor,
     ) -> Tensor:  # fmt: skip
         ctx.options, ctx.plan = options, plan
         inputs = Inputs(patches, texts, patch_mask, attn_temperature)
-        sums = _GlobalSums(plan, options.loss, logit_scale, logit_bias, headers)
+        given = Pairs(image_ids, text_ids, targets, pair_bias)
+        ctx.labelled = any(x is not None for x in given)
+        arguments = plan, options.loss, logit_scale, logit_bias, headers
+        sums: diagonal.Sums | labelled.Sums
+        if ctx.labelled:
+            sums = labelled.Sums(*arguments, given, patches.shape[0])
+        else:
+            sums = diagonal.Sums(*arguments)
         if plan.ring:
             arrays: tuple[Tensor | None, ...] = (None,) * 3
 
@@ -101,10 +131,10 @@ class GlobalPaclFunction(torch.autograd.Function):
 
             _send_round(padded(texts, plan), plan, patches.shape[0], visit)
         else:
-            gathered, phi, _ = arrays = _gather_and_score(inputs, options, plan)
+            gathered, phi, _ = arrays = gather_and_score(inputs, options, plan)
             sums.add(slice(0, gathered.shape[0]), phi)
-        value, statistics = sums.finish()
-        keep(ctx, *inputs, logit_scale, logit_bias, sums.sizes, *arrays, *statistics)
+        value, saved = sums.finish()
+        keep(ctx, *inputs, logit_scale, logit_bias, pair_bias, *arrays, *saved)
         return value
 
     @staticmethod
@@ -113,20 +143,25 @@ class GlobalPaclFunction(torch.autograd.Function):
         plan, options, needs = ctx.plan, ctx.options, ctx.needs_input_grad
         needs_patches, needs_texts, needs_scale, _, needs_temperature, needs_bias = needs[:6]
         inputs = Inputs(*values[:4])
-        logit_scale, logit_bias, sizes, gathered, phi, state, *statistics = values[4:]
+        logit_scale, logit_bias, pair_bias, gathered, phi, state, *saved = values[4:]
         scale = scalar(logit_scale, torch.promote_types(inputs.patches.dtype, torch.float32))
         texts = inputs.texts
-        valid, factor = _valid(sizes, plan), grad_loss * plan.world / sizes.sum()
+        kind = labelled if ctx.labelled else diagonal
+        gradient = kind.Gradient(plan, options.loss, logit_scale, logit_bias, saved, grad_loss)
+        padded_bias = None  # gradient of the pair bias, padding included
+        if needs[9]:
+            padded_bias = pair_bias.new_empty(pair_bias.shape[0], plan.world * plan.capacity)
         sums = torch.zeros(3, dtype=torch.float64, device=texts.device)  # gradients of scale, temperature and bias
 
         def gradients(at: slice, block: Tensor, phi: Tensor, state: Tensor) -> tuple[Any, Any]:
             """Return the gradients of patches and a block of texts in float32, and add up those of the scalars."""
-            logits = _logits(phi, valid[at], logit_scale, logit_bias)
-            grad = _gradient(logits, options.loss, statistics, _pairs(at, plan), at).mul_(factor)
+            grad = gradient(at, phi)
+            if padded_bias is not None:
+                padded_bias[:, at] = grad
             if needs_scale:
-                sums[0] += (grad * phi).sum()
+                sums[0] += contrastive.total(grad * phi)
             if needs_bias and options.loss == "sigmoid":  # InfoNCE does not depend on it
-                sums[2] += grad.sum()
+                sums[2] += contrastive.total(grad)
             grad_patches, grad_texts, grad_temperature = compatibility_gradients(
                 inputs._replace(texts=block),
                 *(options, phi, state, grad.mul_(scale), needs_patches, needs_texts, needs_temperature, phi.dtype),
@@ -147,10 +182,16 @@ class GlobalPaclFunction(torch.autograd.Function):
         grad_scale = like(sums[0], logit_scale) if needs_scale else None
         grad_temperature = like(sums[1], inputs.attn_temperature) if needs_temperature else None
         grad_bias = like(sums[2], logit_bias) if needs_bias else None
-        return grad_patches, grad_texts, grad_scale, None, grad_temperature, grad_bias, None, None, None
+        grad_pair_bias = (
+            None if padded_bias is None else labelled.gather(padded_bias, pair_bias.shape[1], saved[0], plan)
+        )
+        return (
+            *(grad_patches, grad_texts, grad_scale, None, grad_temperature, grad_bias),
+            *(None, None, None, grad_pair_bias, None, None, None),
+        )
 
 
-def _gather_and_score(inputs: Inputs, options: Options, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
+def gather_and_score(inputs: Inputs, options: Options, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
     """Return all texts `[B_global, D]`, φ and state `[B_local, B_global]`; the local texts are scored first."""
     sent = padded(inputs.texts, plan)
     gathered = collectives.all_gather(sent, plan.world, plan.group)
@@ -206,72 +247,3 @@ def _ring_gradients(
 
     _send_round(padded(texts, plan), plan, patches.shape[0], visit)
     return patches_sum.to(patches.dtype) if needs[0] else None, collectives.wait(travelling) if needs[1] else None
-
-
-class _GlobalSums:
-    """Accumulator of the loss of the global batch, from φ one block of columns at a time."""
-
-    def __init__(self, plan: Plan, loss: str | None, logit_scale: Scalar, logit_bias: Scalar | None, headers: Tensor):
-        self.plan, self.loss, self.scalars, self.headers = plan, loss, (logit_scale, logit_bias), headers
-        self.valid: Any = None  # bool [B_global] after the first block
-        self.rows: Any = None  # Sums after the first block
-        self.pairs: list[Tensor] = []
-        self.columns: list[tuple[slice, contrastive.Sums]] = []
-        self.total: Any = 0.0  # a tensor after the first block
-
-    def add(self, at: slice, phi: Tensor) -> None:
-        if self.valid is None:  # wait only after the first block has been scored
-            self.sizes = collectives.wait(self.headers)[:, 0].clone()
-            self.valid, self.dtype = _valid(self.sizes, self.plan), phi.dtype
-        logits, pairs = _logits(phi, self.valid[at], *self.scalars), _pairs(at, self.plan)
-        if self.loss == "sigmoid":
-            self.total = self.total + contrastive.sigmoid(logits, pairs).double()
-            return
-        if pairs is not None:
-            self.pairs.append(logits.diagonal(pairs).double())
-        rows = contrastive.sums(logits, 1)
-        self.rows = rows if self.rows is None else contrastive.merge(self.rows, rows)
-        self.columns.append((at, contrastive.sums(logits, 0)))
-
-    def finish(self) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Return the loss, and for InfoNCE the log-sums of the own rows and of all columns; takes one all-reduce."""
-        count = self.sizes.sum()
-        if self.loss == "sigmoid":
-            return (collectives.wait(collectives.all_reduce(self.total, self.plan)) / count).to(self.dtype), ()
-        rows, pair = self.rows.finish(), torch.cat(self.pairs)
-        # No common maximum, which would take another exchange: |φ| <= 1, and float64 holds exp(±600).
-        shares = pair.new_empty(self.valid.shape[0] + 2)
-        for at, columns in self.columns:
-            shares[at] = columns.total.double() * columns.largest.double().exp()
-        shares[-2] = contrastive.cross_entropy(pair, rows).sum()
-        shares[-1] = pair.sum()
-        shares = collectives.wait(collectives.all_reduce(shares, self.plan))
-        logs = shares[:-2].log().masked_fill(~self.valid, 0.0)
-        value = (shares[-2] + (logs.sum() - shares[-1])) / (2 * count)
-        largest = logs.to(self.dtype)
-        return value.to(self.dtype), (*rows, largest, (logs - largest).to(self.dtype))
-
-
-def _gradient(logits: Tensor, loss: str | None, statistics: Sequence[Tensor], pairs: int | None, at: slice) -> Tensor:
-    """Overwrite `logits`, a block of columns, with B ∂L/∂logits."""
-    if loss == "sigmoid":
-        return contrastive.sigmoid_gradient(logits, pairs)
-    rows, columns = statistics[:2], (x[at] for x in statistics[2:])
-    grad = contrastive.infonce_gradient(logits, contrastive.LogSumExp(*rows), contrastive.LogSumExp(*columns), pairs)
-    return grad.div_(2)
-
-
-def _logits(phi: Tensor, valid: Tensor, scale: Scalar, bias: Scalar | None) -> Tensor:
-    logits = contrastive.logits_of(phi, scalar(scale, phi.dtype), scalar(bias, phi.dtype))
-    return logits.masked_fill_(~valid, float("-inf"))
-
-
-def _pairs(at: slice, plan: Plan) -> int | None:
-    """Return the diagonal of the block that holds the pairs, or None if the block belongs to other processes."""
-    own = plan.columns(plan.rank)
-    return own.start - at.start if at.start < own.stop and own.start < at.stop else None
-
-
-def _valid(sizes: Tensor, plan: Plan) -> Tensor:
-    """Return bool `[B_global]`, False for padding."""
-    return (torch.arange(plan.capacity, device=sizes.device) < sizes[:, None]).flatten()

@@ -256,6 +256,7 @@ def natural_sizes(problem: Problem) -> dict[str, float]:
         "attn_temperature": temperature / tau,
         "logit_scale": factor,
         "logit_bias": factor,
+        "pair_bias": factor / math.sqrt(max(b, 1)),
     }
 
 
@@ -302,7 +303,7 @@ class Spy(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def backends(self) -> set[tuple[str, str]]:
-        return {(name, arguments["backend"]) for name, arguments in self.calls}
+        return {(name, arguments["backend"]) for name, arguments in self.calls if "backend" in arguments}
 
 
 def evaluate(problem: Problem, backend: str, needs: tuple[str, ...] = DIFFERENTIABLE) -> dict[str, Tensor | None]:
@@ -313,12 +314,16 @@ def evaluate(problem: Problem, backend: str, needs: tuple[str, ...] = DIFFERENTI
     """
     names = DIFFERENTIABLE if problem.objective != "compatibility" else ("patches", "texts", "attn_temperature")
     leaves = {name: getattr(problem, name) for name in names}
+    if "pair_bias" in problem.pairs:
+        names, leaves = (*names, "pair_bias"), leaves | {"pair_bias": problem.pairs["pair_bias"]}
     leaves = {
         name: x.detach().requires_grad_(name in needs) if isinstance(x, Tensor) else x for name, x in leaves.items()
     }
     copies = {name: x.detach().clone() for name, x in leaves.items() if isinstance(x, Tensor)}
     with Spy() if backend != "reference" else contextlib.nullcontext() as spy:
-        value = call(replace(problem, **leaves), backend)
+        pairs = problem.pairs | {name: leaves[name] for name in problem.pairs if name in leaves}
+        inputs = {name: x for name, x in leaves.items() if name not in pairs}
+        value = call(replace(problem, pairs=pairs, **inputs), backend)
         asked = {name: x for name, x in leaves.items() if isinstance(x, Tensor) and x.requires_grad}
         upstream = problem.upstream
         upstream = upstream.clone() if isinstance(upstream, Tensor) else torch.full_like(value, upstream)
@@ -331,7 +336,7 @@ def evaluate(problem: Problem, backend: str, needs: tuple[str, ...] = DIFFERENTI
         assert torch.equal(upstream, problem.upstream), "the incoming gradient was written to"
     scores = set(asked) & {"patches", "texts", "attn_temperature"}
     expected = {"compatibility_forward", "compatibility_backward"} if asked and scores else {"compatibility_forward"}
-    if problem.objective != "compatibility":
+    if problem.objective != "compatibility" and not problem.pairs:
         expected |= {"loss_forward", "loss_backward"} if asked else {"loss_forward"}
     assert spy.backends() == {(name, backend) for name in expected}
     for operator, arguments in spy.calls:
@@ -351,7 +356,7 @@ def call(problem: Problem, backend: str) -> Tensor:
         if backend == "reference":
             return reference.compatibility(*inputs, **options)
         return pacl_kernels.compatibility(*inputs, **options, backend=backend)
-    options |= {"logit_bias": problem.logit_bias, "loss": problem.objective}
+    options |= {"logit_bias": problem.logit_bias, "loss": problem.objective, **problem.pairs}
     if backend == "reference":
         return reference.pacl_loss(*inputs, problem.logit_scale, **options)
     return pacl_kernels.fused_pacl_loss(*inputs, problem.logit_scale, **options, backend=backend)

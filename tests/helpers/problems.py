@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -53,6 +53,7 @@ class Problem:
     form: str
     objective: str
     upstream: float | Tensor
+    pairs: dict[str, Tensor] = field(default_factory=dict)  # ids, targets and bias of the pairs
 
     def options(self) -> dict:
         return {"patch_mask": self.patch_mask, "attn_temperature": self.attn_temperature, "form": self.form}
@@ -61,7 +62,8 @@ class Problem:
         """Return the same problem in another dtype."""
         floats = (*DIFFERENTIABLE, "upstream")
         values = {name: getattr(self, name) for name in floats}
-        return replace(self, **{name: x.to(dtype) for name, x in values.items() if isinstance(x, Tensor)})
+        pairs = {name: x.to(dtype) if x.is_floating_point() else x for name, x in self.pairs.items()}
+        return replace(self, pairs=pairs, **{name: x.to(dtype) for name, x in values.items() if isinstance(x, Tensor)})
 
 
 def make(case: Case, form: str, objective: str, dtype=torch.float32, device="cpu", seed: int = 0) -> Problem:

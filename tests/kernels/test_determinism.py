@@ -63,7 +63,7 @@ def test_a_thousand_runs_give_the_same_bits(cluster, monkeypatch, form, patches)
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("case", [*CASES, Case(3, 50, 65, K=200), Case(200, 50, 65, K=3)], ids=str)
+@pytest.mark.parametrize("case", [*CASES, Case(3, 50, 65, K=200), Case(200, 50, 65, K=3), Case(211, 3, 17)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_any_number_of_threads(case, form, dtype, cpu_backend):
     for objective in case.objectives:
