@@ -46,8 +46,8 @@ class VisionEmbedder(
         towers: plain values that describe the embedder's towers, as `pacl.sharing.describe_towers` returns them; kept
             as the attribute `towers`.
         training: plain values, notes on the run; kept as the attribute `notes`.
-        form: form of the compatibility φ in training, which also scores whole images.
-        attn_temperature: temperature of the attention in training.
+        form: form of the compatibility φ in training, which also scores whole images; by default `"cosine"`.
+        attn_temperature: temperature of the attention in training, by default 0.05.
 
     Raises:
         ValueError: for a size that is not a positive integer.
