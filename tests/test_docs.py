@@ -10,6 +10,7 @@ import importlib
 import re
 from pathlib import Path
 
+import pacl
 import pytest
 import torch
 
@@ -52,8 +53,12 @@ def test_the_api_page_lists_every_public_name():
     assert len(set(listed)) == len(listed)
     missing = {f"pacl_kernels.{name}" for name in pacl_kernels.__all__} - {*listed}
     assert missing == {"pacl_kernels.__version__"} and "`pacl_kernels.__version__`" in page  # a string has no docstring
+    found = []
     for entry in listed:
         module, _, name = entry.rpartition(".")
         thing = getattr(importlib.import_module(module), name)
+        found.append(thing)
         if callable(thing) and module not in ("pacl_kernels.checks", "pacl_kernels.groups"):  # those are type aliases
             assert thing.__doc__, f"{entry} has no docstring"
+    missing = {name for name in getattr(pacl, "__all__", ()) if getattr(pacl, name) not in found}
+    assert not missing, f"names of pacl that the page does not list: {missing}"

@@ -37,7 +37,7 @@ def voc_palette(count: int) -> np.ndarray:
 
 
 def word_colours(count: int) -> np.ndarray:
-    """Return colours uint8 [count, 3] whose hues are a golden ratio apart, so that any consecutive ones differ."""
+    """Return colours, uint8 `[count, 3]`, whose hues are a golden ratio apart, so that any consecutive ones differ."""
     golden = (math.sqrt(5) - 1) / 2
     colours = [colorsys.hsv_to_rgb((0.02 + i * golden) % 1, 0.85, (1.0, 0.8)[i // 5 % 2]) for i in range(count)]
     return (255 * np.array(colours).reshape(count, 3)).astype(np.uint8)
