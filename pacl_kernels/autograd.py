@@ -18,7 +18,13 @@ from .checks import Form, Loss, Scalar
 
 
 class Options(NamedTuple):
-    """Choices of a call, as in `fused_pacl_loss`; `loss` is None for the compatibility alone."""
+    """Choices of a call, in this order; they are not checked.
+
+    Attributes:
+        form: as in `fused_pacl_loss`.
+        loss: as in `fused_pacl_loss`, or None for the compatibility alone.
+        backend: name of a backend that can run; not `"auto"`.
+    """
 
     form: Form
     loss: Loss | None
@@ -163,9 +169,10 @@ class CompatibilityFunction(PerSample):
 class PaclFunction(PerSample):
     """Loss (0-D) with gradients for patches, texts, logit scale, temperature and logit bias.
 
-    `apply(patches, texts, logit_scale, patch_mask, attn_temperature, logit_bias, options)` returns a tuple that starts
-    with the loss. The other outputs are for the backward: `torch.func` demands that tensors saved for it are inputs or
-    outputs.
+    The `torch.autograd.Function` under `fused_pacl_loss`, for code that has already checked its arguments:
+    `apply(patches, texts, logit_scale, patch_mask, attn_temperature, logit_bias, options)`. Scalars are numbers or
+    tensors of one element, `options` is a value of `Options`. It returns a tuple that starts with the loss. The other
+    outputs are for the backward: `torch.func` demands that tensors saved for it are inputs or outputs.
     """
 
     @staticmethod

@@ -13,9 +13,13 @@ import torch
 from torch import Tensor
 
 Form = Literal["dot", "cosine", "max"]
+"""Formula of φ."""
 Loss = Literal["infonce", "sigmoid"]
+"""Loss over the logits."""
 Exchange = Literal["auto", "gather", "ring"]
+"""Way of the texts among processes."""
 BackendName = Literal["auto", "cuda", "triton", "cpu", "torch", "reference"]
+"""Name of a backend, or `"auto"`."""
 
 Scalar = float | Tensor
 

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from .backends import warn_once
 
 GroupName = Literal["world", "local"]
+"""All processes of `torch.distributed`, or this one alone."""
 NAMES: tuple[str, ...] = get_args(GroupName)
 
 

@@ -61,6 +61,17 @@ def fused_pacl_loss(
     loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
     ```
 
+    Gradients flow to patches, texts, and those of logit_scale, logit_bias, attn_temperature and pair_bias that are tensors; each
+    is computed only if it is needed. A patch or text with a norm below 1e-12 has similarity 0 and gradient 0. Norms may
+    be as large as the dtype allows, but the GPU kernels limit those of patches to 1e25, or to 1e18 with
+    `form="cosine"`.
+
+    Inside autocast, patches and texts are first cast to the autocast dtype. Of `torch.func`, grad, vjp, jacrev and vmap
+    work without a group (vmap computes one sample after the other). Forward mode and second derivatives need
+    `backend="reference"`.
+
+    Source: Mukhoti et al., Open Vocabulary Semantic Segmentation with Patch Aligned Contrastive Learning, CVPR 2023.
+
     Args:
         patches: `[B, N, D]` patch embeddings, not normalised; float32, bfloat16, float16 or float64, any strides.
         texts: `[K, D]` text embeddings, not normalised, same dtype and device. By default K = B, and text i belongs to
@@ -92,36 +103,32 @@ def fused_pacl_loss(
             bias is multiplied by the number of processes, like those of patches and texts. Values of targets and bias
             are checked on a CPU outside of `torch.compile`.
         group: a `torch.distributed` process group. The batch is then that of all its processes, and B is the part of
-            this process. Parts may differ in size, but on a GPU the first step must have the largest part, and inside
-            `torch.compile` all parts must be equal, and no difference between processes is noticed. `"world"` is the
-            default group, looked up at the call, or this process alone if `torch.distributed` is not initialised.
-            `"local"` is this process alone. None is this process alone too, with one warning if `torch.distributed`
-            runs several processes; note that `torch.distributed.group.WORLD` is None before `init_process_group`.
+            this process. `"world"` is the default group, looked up at the call, or this process alone if
+            `torch.distributed` is not initialised. `"local"` is this process alone. None is this process alone too,
+            with one warning if `torch.distributed` runs several processes; note that `torch.distributed.group.WORLD` is
+            None before `init_process_group`.
+
             Every process returns the loss of the global batch. The gradients of patches and texts are those of the
             global batch times the number of processes. After the averaging of DDP or FSDP every parameter's gradient
             therefore equals that of one process with the whole batch; code that sums gradients instead must divide by
-            the number of processes. The gradients of the scalars are exact in each process. The incoming gradient must
-            be the same in every process, and |logit_scale| + |logit_bias| at most 600 (columns are summed in float64
-            without subtracting their maximum).
+            the number of processes. The gradients of the scalars are exact in each process.
+
+            Parts may differ in size, but on a GPU the first step must have the largest part, and inside
+            `torch.compile` all parts must be equal, and no difference between processes is noticed. The incoming
+            gradient must be the same in every process, and |logit_scale| + |logit_bias| at most 600 (columns are summed
+            in float64 without subtracting their maximum).
         exchange: how texts travel in the group: `"gather"` (all at once), `"ring"` (from neighbour to neighbour, for
             when `[B_global, D]` or `[B, B_global]` does not fit; a step is 5 units of work instead of 4), or `"auto"`,
             which takes the ring once those arrays pass 8 GiB.
         backend: `"auto"`, or one of `available_backends()`; the environment variable PACL_BACKEND replaces `"auto"`.
 
     Returns:
-        The loss, 0-D, float32 (float64 for float64 inputs). Gradients flow to patches, texts, and those of logit_scale,
-        logit_bias, attn_temperature and pair_bias that are tensors; each is computed only if it is needed. A patch or
-        text with a norm below 1e-12 has similarity 0 and gradient 0. Norms may be as large as the dtype allows, but the
-        GPU kernels limit those of patches to 1e25, or to 1e18 with `form="cosine"`. Inside autocast, patches and texts
-        are first cast to the autocast dtype. Of `torch.func`, grad, vjp, jacrev and vmap work without a group (vmap
-        computes one sample after the other); forward mode and second derivatives need `backend="reference"`.
+        The loss, 0-D, float32 (float64 for float64 inputs).
 
     Raises:
         TypeError, ValueError: for a bad argument; the message names it, what came and what was expected.
         RuntimeError: for a second derivative, and for a group inside `torch.func`.
         NotImplementedError: for forward-mode differentiation.
-
-    Source: Mukhoti et al., Open Vocabulary Semantic Segmentation with Patch Aligned Contrastive Learning, CVPR 2023.
     """
     patches, texts = check_pair(patches, texts, patch_mask)
     check_not_empty(patches, "BND")
@@ -174,16 +181,25 @@ def compatibility(
 ) -> Tensor:
     """Return the compatibility φ `[B, K]` of patches `[B, N, D]` with texts `[K, D]`; K need not equal B.
 
-    φ is differentiable and float32 (float64 for float64 inputs). For B = 0 or K = 0 it is empty, `[0, K]` or `[B, 0]`.
-    The arguments, and the errors, are those of `fused_pacl_loss`, except for the group.
-
     Args:
+        patches: `[B, N, D]` patch embeddings, not normalised; float32, bfloat16, float16 or float64, any strides.
+        texts: `[K, D]` text embeddings, not normalised, same dtype and device.
+        patch_mask: bool `[B, N]`, True at real patches.
+        attn_temperature: τ > 0 of the softmax over patches, a number or a tensor of one element.
+        form: `"dot"`, `"cosine"` or `"max"`. This and the other arguments mean the same as in `fused_pacl_loss`.
         group: the processes whose texts are compared: a `torch.distributed` process group, `"world"`, or None or
             `"local"` for this process alone. φ is then `[B_local, K of all processes]`, the texts in the order of the
             ranks. The gradient of a text is the sum over the processes' losses, as with an all-gather that is
             differentiated; the gradient of the temperature is this process's own. After the averaging of DDP, a loss
             that is the mean of the processes' losses has its exact gradients. The number of texts may differ between
             processes. On a GPU it must stay that of the first call.
+        backend: `"auto"`, or one of `available_backends()`.
+
+    Returns:
+        φ, float32 (float64 for float64 inputs), differentiable. For B = 0 or K = 0 it is empty, `[0, K]` or `[B, 0]`.
+
+    Raises:
+        TypeError, ValueError: for a bad argument, as in `fused_pacl_loss`.
     """
     patches, texts = check_pair(patches, texts, patch_mask)
     check_not_empty(patches, "ND")

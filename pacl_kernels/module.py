@@ -25,11 +25,15 @@ class PaclLoss(nn.Module):
             but one that requires a gradient and is no Parameter stays where it is. A learnable temperature belongs to
             the model, because an optimiser built from `model.parameters()` does not see the parameters of this module.
             `form="max"` ignores it.
-        form, loss, exchange, backend: as in `fused_pacl_loss`.
-        rank, world_size: the arguments of open_clip's losses. `world_size` above 1 implies `group="world"`. Both are
-            compared with the group: here or, before `init_process_group`, at the call.
+        form: as in `fused_pacl_loss`.
+        loss: as in `fused_pacl_loss`.
+        rank: this process's number, as in open_clip's losses. It and `world_size` are compared with the group: here or,
+            before `init_process_group`, at the call.
+        world_size: number of processes, as in open_clip's losses. Above 1 it implies `group="world"`.
         group: as in `fused_pacl_loss`: None, `"world"`, `"local"` or a process group. The default group is kept as
             `"world"`. Names are looked up at each call, so the module may be built before `init_process_group`.
+        exchange: as in `fused_pacl_loss`.
+        backend: as in `fused_pacl_loss`.
 
     Raises:
         TypeError, ValueError: for a bad group, or for one of another rank or size. The call checks everything else.
@@ -103,10 +107,19 @@ class PaclLoss(nn.Module):
         targets: Tensor | None = None,
         pair_bias: Tensor | None = None,
     ) -> Tensor | dict[str, Tensor]:
-        """Return the loss (0-D) of `image_features` `[B, N, D]` and `text_features` `[K, D]`.
+        """Return the loss; the keyword names are open_clip's.
 
-        The keyword names are open_clip's; the other arguments, and the errors, are those of `fused_pacl_loss`.
-        `output_dict=True` returns `{"contrastive_loss": loss}`.
+        Args:
+            image_features: patches `[B, N, D]`.
+            text_features: texts `[K, D]`, K = B unless ids or targets say otherwise.
+            logit_scale: as in `fused_pacl_loss`, like the other arguments and the errors.
+            logit_bias: None, or the bias of the logits.
+            patch_mask: bool `[B, N]`, True at real patches.
+            output_dict: return `{"contrastive_loss": loss}` instead.
+            image_ids, text_ids, targets, pair_bias: as in `fused_pacl_loss`.
+
+        Returns:
+            The loss, 0-D, float32 (float64 for float64 inputs), or the dict with it.
         """
         if self.world_size > 1 and isinstance(self.group, str):  # a process group was compared in __init__
             groups.check_size(self.group, self.rank, self.world_size)

@@ -67,7 +67,10 @@ NAMES: tuple[str, ...] = get_args(BackendName)
 
 
 def available_backends() -> dict[str, str | None]:
-    """Map each backend's name to None if it can run on this machine, otherwise to the reason why not."""
+    """Map each backend's name to None if it can run on this machine, otherwise to the reason why not.
+
+    `python -m pacl_kernels` prints the map.
+    """
     return {name: backend.why_not() for name, backend in _BACKENDS.items()} | {"reference": None}
 
 

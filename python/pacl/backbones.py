@@ -27,7 +27,7 @@ def freeze(model: nn.Module) -> nn.Module:
 def patch_tokens(visual: nn.Module, images: Tensor) -> Tensor:
     """Return the last feature of every patch, without class and register tokens.
 
-    visual: an open_clip model's vision tower, `model.visual`, or a timm model. The feature depends on its family:
+    The feature depends on the family of the tower:
 
     - open_clip `VisionTransformer` (ViT-B-32, ViT-B-16, ViT-L-14, ...): the last block's output after `ln_post` and
       before `proj`, as with its `output_tokens=True`; 768 wide for ViT-B-16. OpenAI's code applies `ln_post` to the
@@ -41,10 +41,18 @@ def patch_tokens(visual: nn.Module, images: Tensor) -> Tensor:
       these have no norm there.
     - open_clip `TimmModel`: the feature of its trunk.
 
-    images: float [B, 3, H, W], normalised for the tower; H x W is the tower's own size, or any for a convolutional one.
-    Returns [B, N, width] in the tower's dtype, row by row from the top left; N = (H / patch) * (W / patch), where a
-    convolutional tower has a stride of 32 instead of a patch.
-    Raises TypeError for any other tower, ValueError if a supported tower or its images do not fit.
+    Args:
+        visual: an open_clip model's vision tower, `model.visual`, or a timm model.
+        images: float `[B, 3, H, W]`, normalised for the tower; H x W is the tower's own size, or any for a
+            convolutional one.
+
+    Returns:
+        Tokens `[B, N, width]` in the tower's dtype, row by row from the top left; N = (H / patch) * (W / patch), where
+        a convolutional tower has a stride of 32 instead of a patch.
+
+    Raises:
+        TypeError: for any other tower.
+        ValueError: if a supported tower or its images do not fit.
     """
     if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
         raise ValueError(f"images: got {images.dtype} {list(images.shape)}, expected floats of shape [B, 3, H, W]")

@@ -31,17 +31,26 @@ class VisionEmbedder(
 ):
     """The paper's residual block, from patch tokens to the space of the text embeddings: `main(x) + skip(x)`.
 
-    Takes tokens [..., in_dim] and returns patch embeddings [..., out_dim], not normalised. in_dim: width of the tokens,
-    768 for ViT-B-16. out_dim: width of the text embeddings. hidden_dim: default out_dim. The default sizes make
-    1,050,112 parameters, the paper's "about 1.1M". Source: Mukhoti et al., CVPR 2023, appendix A.1: two linear layers
-    with a ReLU between them, and a linear skip.
-
-    form, attn_temperature: those of the compatibility φ in training, which also scores whole images.
-    towers: the embedder's towers, as `describe_towers` returns them. training: notes on the run. Both hold plain values
-    and are kept as the attributes `towers` and `notes`.
+    Takes tokens `[..., in_dim]` and returns patch embeddings `[..., out_dim]`, not normalised. The default sizes make
+    1,050,112 parameters, the paper's "about 1.1M".
 
     `save_pretrained(folder)` writes weights (safetensors), config and model card. `from_pretrained` reads a folder or
     the Hub. `pacl.load_pacl` also loads the towers and checks them.
+
+    Source: Mukhoti et al., CVPR 2023, appendix A.1: two linear layers with a ReLU between them, and a linear skip.
+
+    Args:
+        in_dim: width of the tokens, 768 for ViT-B-16.
+        out_dim: width of the text embeddings.
+        hidden_dim: width between the two layers, by default `out_dim`.
+        towers: plain values that describe the embedder's towers, as `pacl.sharing.describe_towers` returns them; kept
+            as the attribute `towers`.
+        training: plain values, notes on the run; kept as the attribute `notes`.
+        form: form of the compatibility φ in training, which also scores whole images; by default `"cosine"`.
+        attn_temperature: temperature of the attention in training, by default 0.05.
+
+    Raises:
+        ValueError: for a size that is not a positive integer.
     """
 
     def __init__(

@@ -35,8 +35,16 @@ def load_pacl(
 ) -> tuple[Towers, VisionEmbedder]:
     """Load the towers and the embedder of a run or of the demo, frozen and in eval mode.
 
-    folder: the embedder's folder, or its name on the Hub. download: arguments of snapshot_download, such as revision.
-    Raises ValueError if the towers do not compute what they did in training, or if the folder does not describe them.
+    Args:
+        folder: the embedder's folder, or its name on the Hub.
+        device: device of towers and embedder.
+        **download: arguments of huggingface_hub's `snapshot_download`, such as `revision`.
+
+    Returns:
+        The towers and the embedder.
+
+    Raises:
+        ValueError: if the towers do not compute what they did in training, or if the folder does not describe them.
     """
     local = Path(folder).is_dir()
     if not local and not _may_be_on_the_hub(str(folder)):

@@ -31,8 +31,12 @@ BATCH, SENTENCES = 256, 2**13  # texts per call of the text tower, and texts tha
 class Towers:
     """A vision and a text tower. Trained ones are in eval mode too, so that all parts of a batch compute the same.
 
-    visual: vision tower. text: text tower, which takes token ids [B, L]. transform: function from a PIL image to float
-    [3, H, W]. tokenize: function from a list of strings to ids [B, L]. names: the arguments of load_towers.
+    Attributes:
+        visual: vision tower.
+        text: text tower, which takes token ids `[B, L]`.
+        transform: function from a PIL image to float `[3, H, W]`.
+        tokenize: function from a list of strings to ids `[B, L]`.
+        names: the arguments of `load_towers`.
     """
 
     visual: nn.Module
@@ -42,19 +46,19 @@ class Towers:
     names: dict[str, Any]
 
     def tokens(self, images: Tensor) -> Tensor:
-        """Return patch tokens [B, N, width] of normalised images [B, 3, H, W]; see patch_tokens."""
+        """Return patch tokens `[B, N, width]` of normalised images `[B, 3, H, W]`, row by row from the top left."""
         return patch_tokens(self.visual, images)
 
     def encode_text(self, ids: Tensor) -> Tensor:
-        """Return normalised text embeddings [B, D] of token ids [B, L]."""
+        """Return normalised text embeddings `[B, D]` of token ids `[B, L]`."""
         return encode_text(self.text, ids)
 
     @torch.no_grad()
     def embed(self, texts: Sequence[str]) -> Tensor:
-        """Return normalised float32 embeddings [K, D] of any number of texts, for inference.
+        """Return normalised float32 embeddings `[K, D]` of any number of texts, for inference.
 
-        They equal encode_text's up to rounding. Each call of the tower gets texts of similar length, without the
-        padding that it cannot see.
+        They equal those of `encode_text` up to rounding. Each call of the tower gets texts of similar length, without
+        the padding that it cannot see.
         """
         device, parts = next(self.text.parameters()).device, []
         for start in range(0, len(texts), SENTENCES):
@@ -85,6 +89,7 @@ class Towers:
             return self.tokens(image).shape[2], self.encode_text(ids).shape[1]
 
     def to(self, device: torch.device | str) -> Towers:
+        """Move both towers and return this object."""
         self.visual.to(device), self.text.to(device)
         return self
 
@@ -134,7 +139,7 @@ def load_towers(
     """Load the towers of an open_clip model, or its text tower and timm's `vision_model`; both are frozen by default.
 
     Args:
-        model: name of an open_clip model, or local-dir:FOLDER.
+        model: name of an open_clip model, or `local-dir:FOLDER`.
         pretrained: an open_clip tag, or a file (safetensors, or tensors only). QuickGELU is used if the weights were
             trained with it, whatever the name of the model.
         vision_model: a timm name, with timm's tag (vit_base_patch16_224.dino). The transform uses its size, mean and

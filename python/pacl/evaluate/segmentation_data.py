@@ -25,13 +25,20 @@ MAX_PIXELS = 100_000_000
 class SegmentationData:
     """Images with a label per pixel.
 
-    name: one of `datasets()`. root: the dataset's folder, or its parent as in mmsegmentation. class_file: other names
-    for the classes, one class per line in the same order, with synonyms separated by commas. partial: accept a folder
-    that lacks some of the official images. limit: use this many images only, spread evenly over the set.
-
-    `data[i]` is an RGB image and its labels, int16 [H, W], IGNORED (-1) for pixels that do not count. `names` are the
+    `data[i]` is an RGB image and its labels, int16 `[H, W]`, IGNORED (-1) for pixels that do not count. `names` are the
     images' names, `classes` the class names in results, `synonyms` the words for each class, `layout` the masks' path.
-    Raises FileNotFoundError for missing files and ValueError for unexpected content; both name the file.
+
+    Args:
+        name: name of a dataset, such as `"voc20"`.
+        root: the dataset's folder, or its parent as in mmsegmentation.
+        class_file: other names for the classes, one class per line in the same order, with synonyms separated by
+            commas.
+        partial: accept a folder that lacks some of the official images.
+        limit: use this many images only, spread evenly over the set.
+
+    Raises:
+        FileNotFoundError: for missing files.
+        ValueError: for unexpected content; both errors name the file.
     """
 
     def __init__(

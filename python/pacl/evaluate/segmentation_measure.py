@@ -29,10 +29,13 @@ Predictor = Callable[[Image.Image, Sequence[int]], "Tensor | np.ndarray"]
 class Measured:
     """Measures of a predictor on a dataset.
 
-    matrix: confusion matrix of the whole dataset. scores: float64 [images], the mean IoU of each image over its own
-    classes, NaN if no pixel counts. metrics: `aAcc`, `mIoU`, `mAcc`, and `IoU` and `Acc` per class, in percent with two
-    decimals, None for an absent class. chance: the mIoU of labels drawn at random. warnings: a sentence for everything
-    that looks wrong.
+    Attributes:
+        matrix: confusion matrix of the whole dataset.
+        scores: float64 `[images]`, the mean IoU of each image over its own classes, NaN if no pixel counts.
+        metrics: `aAcc`, `mIoU`, `mAcc`, and `IoU` and `Acc` per class, in percent with two decimals, None for an absent
+            class.
+        chance: the mIoU of labels drawn at random.
+        warnings: a sentence for everything that looks wrong.
     """
 
     matrix: ConfusionMatrix
@@ -45,9 +48,19 @@ class Measured:
 def evaluate_segmentation(
     data: SegmentationData, predict: Predictor, protocol: Protocol, *, group: dist.ProcessGroup | None = None
 ) -> Measured:
-    """Measure `predict` on `data`. With `group`, every process measures its share, and all return the totals.
+    """Measure a function that labels images on a dataset.
 
-    Raises ValueError for a threshold on a dataset without background, and for predicted labels that do not compete.
+    Args:
+        data: images and labels.
+        predict: takes an RGB image and the competing labels, and returns a label per pixel, integers `[H, W]`.
+        protocol: rules that say which labels compete and how the mIoU is taken.
+        group: processes that share the images; all return the totals.
+
+    Returns:
+        The measures of all images.
+
+    Raises:
+        ValueError: for a threshold on a dataset without background, and for predicted labels that do not compete.
     """
     check_background(data, protocol)
     rank, world = place_in(group)

@@ -162,8 +162,15 @@ def spread(count: int, limit: int | None) -> list[int]:
 def protocol(name: str, **changes: Any) -> Protocol:
     """Return a protocol of this package, or of a JSON file like an entry of `protocols.json`.
 
-    changes: other values of its fields, which become part of its name. Raises ValueError for an unknown protocol, field
-    or value.
+    Args:
+        name: `"tcl"`, `"dino.txt"`, `"paper"`, `"present"`, or a JSON file.
+        **changes: other values of its fields, which become part of its name.
+
+    Returns:
+        The protocol.
+
+    Raises:
+        ValueError: for an unknown protocol, field or value.
     """
     known = _json("protocols.json")
     entry, label = known.get(name), name

@@ -37,7 +37,7 @@ def voc_palette(count: int) -> np.ndarray:
 
 
 def word_colours(count: int) -> np.ndarray:
-    """Return colours uint8 [count, 3] whose hues are a golden ratio apart, so that any consecutive ones differ."""
+    """Return colours, uint8 `[count, 3]`, whose hues are a golden ratio apart, so that any consecutive ones differ."""
     golden = (math.sqrt(5) - 1) / 2
     colours = [colorsys.hsv_to_rgb((0.02 + i * golden) % 1, 0.85, (1.0, 0.8)[i // 5 % 2]) for i in range(count)]
     return (255 * np.array(colours).reshape(count, 3)).astype(np.uint8)
@@ -61,10 +61,18 @@ def overlay(
 ) -> Image.Image:
     """Draw a label map or one similarity map over the image.
 
-    shown: integers [H, W], labels painted in `colours` [K, 3] (default: VOC's), where black leaves the image as it is;
-    or floats [h, w], cosines painted in magma from scale[0] to scale[1], enlarged bilinearly to the image's size.
-    alpha: opacity of the colour, 0 to 1. Raises ValueError for labels of another size and for a scale that does not
-    increase.
+    Args:
+        image: a PIL image of H × W pixels.
+        shown: integers `[H, W]`, labels; or floats `[h, w]`, cosines, enlarged bilinearly to the image's size.
+        colours: uint8 `[K, 3]`, colours of the labels (default: VOC's), where black leaves the image as it is.
+        scale: cosines of the darkest and the brightest colour of magma.
+        alpha: opacity of the colour, 0 to 1.
+
+    Returns:
+        A picture of the image's size.
+
+    Raises:
+        ValueError: for labels of another size, and for a scale that does not increase.
     """
     values = np.asarray(shown if isinstance(shown, np.ndarray) else shown.cpu())
     picture = np.asarray(to_rgb(image)).astype(np.float32)

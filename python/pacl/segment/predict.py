@@ -30,7 +30,13 @@ BAND = 2**24  # most class scores in memory at a time: 64 MiB
 
 @dataclass(frozen=True)
 class Labels:
-    """Maps [H, W] of an image: labels (int16), the best class's cosine and, on request, the entropy over classes."""
+    """Maps of an image, `[H, W]` each.
+
+    Attributes:
+        labels: int16.
+        best: cosine of the best class, float32.
+        entropy: entropy of the softmax over the classes in nats, float32, if the rule for background needs it.
+    """
 
     labels: Tensor
     best: Tensor
@@ -41,9 +47,12 @@ class Labels:
 class Dense:
     """An image's patch embeddings, computed once for any number of words.
 
-    patches: float32 [h, w, D]; normalised, or the mean over windows of normalised embeddings, whose product with a text
-    is the mean of the windows' cosines. size: H and W of the image. margins: fractions of its height and width outside
-    the grid of cells, at each end: the tokens' centres begin and end half a patch inside the image.
+    Attributes:
+        patches: float32 `[h, w, D]`; normalised, or the mean over windows of normalised embeddings, whose product with
+            a text is the mean of the windows' cosines.
+        size: H and W of the image.
+        margins: fractions of its height and width outside the grid of cells, at each end: the tokens' centres begin and
+            end half a patch inside the image.
     """
 
     patches: Tensor
@@ -51,11 +60,11 @@ class Dense:
     margins: tuple[float, float] = (0.0, 0.0)
 
     def scores(self, texts: Texts) -> Tensor:
-        """Return raw cosines [K, h, w]; a class with synonyms gets its best one's."""
+        """Return raw cosines `[K, h, w]`; a class with synonyms gets its best one's."""
         return best_synonym(self.patches @ texts.embeddings.T, texts.synonyms).permute(2, 0, 1)
 
     def summary(self, texts: Texts) -> tuple[Tensor, Tensor]:
-        """Return the highest and the mean cosine of each class over the tokens, [K] each; computes a band at a time."""
+        """Return the highest and the mean cosine of each class over the tokens, `[K]` each, a band at a time."""
         size = max(1, BAND // (len(texts.embeddings) * self.patches.shape[1]))
         highest: Any = -math.inf
         total: Any = 0.0
@@ -69,9 +78,15 @@ class Dense:
     ) -> Labels:
         """Return the best class of every pixel, from scores enlarged bilinearly.
 
-        Labels are 0 to K - 1; with a rule for background, 0 is background and the classes are 1 to K. threshold: a
-        pixel is background if its best cosine is lower. entropy: a pixel is background if its softmax over the classes,
-        of cosines times logit_scale, has a higher entropy (1.5 in the paper, which does not give the scale).
+        Args:
+            texts: the classes, as `Segmenter.texts` returns them.
+            threshold: a pixel is background if its best cosine is lower.
+            entropy: a pixel is background if its softmax over the classes has a higher entropy, in nats (1.5 in the
+                paper, which does not give the scale).
+            logit_scale: factor of the cosines in that softmax.
+
+        Returns:
+            The maps. Labels are 0 to K - 1; with a rule for background, 0 is background and the classes are 1 to K.
         """
         height, width = (side - 2 * pad for side, pad in zip(self.size, self._pads, strict=True))
         parts = [
@@ -88,7 +103,7 @@ class Dense:
         return Labels(labels, best, *more)
 
     def enlarged(self, scores: Tensor) -> Tensor:
-        """Enlarge scores [K, h, w] to the image's resolution [K, H, W], as `labels` does; meant for a few words."""
+        """Enlarge scores `[K, h, w]` to the image's resolution `[K, H, W]`, as `labels` does; for a few words."""
         inner = [side - 2 * pad for side, pad in zip(self.size, self._pads, strict=True)]
         return _extend(F.interpolate(scores[None], inner, mode="bilinear", align_corners=False)[0], self._pads)
 
@@ -123,12 +138,21 @@ class Dense:
 class Segmenter:
     """Score images for words: `Segmenter(*load_pacl(folder))`, or `Segmenter(load_towers(...))` for plain CLIP.
 
-    embedder: maps patch tokens to the text embeddings' space; None takes the model's own projection, which must then
-    work on single patches. stride: tokens per patch along each side, a divisor of the patch; 4 with patches of 16
-    pixels is the paper's stride of 4. short_side: pixels of the resized image's shorter side (default: the tower's);
-    sides are rounded to whole patches, the longer one to at most 2,048. window: side in pixels of the squares that the
-    tower sees, clipped to the image, a multiple of the patch (default: the whole image). window_stride: pixels between
-    them, a multiple of the token step (default: half a window); the last of a row ends with the image.
+    Args:
+        towers: vision and text tower.
+        embedder: maps patch tokens to the text embeddings' space; None takes the model's own projection, which must
+            then work on single patches.
+        stride: tokens per patch along each side, a divisor of the patch; 4 with patches of 16 pixels is the paper's
+            stride of 4.
+        short_side: pixels of the resized image's shorter side (default: the tower's); sides are rounded to whole
+            patches, the longer one to at most 2,048.
+        window: side in pixels of the squares that the tower sees, clipped to the image, a multiple of the patch
+            (default: the whole image).
+        window_stride: pixels between the windows, a multiple of the token step (default: half a window); the last of a
+            row ends with the image.
+
+    Raises:
+        ValueError: for a size or stride that does not fit the tower, or for a tower without a projection of patches.
     """
 
     def __init__(
@@ -195,15 +219,26 @@ class Segmenter:
         return Dense(total / count, (image.height, image.width), (margin / sides[0], margin / sides[1]))
 
     def texts(self, classes: Sequence[str], templates: Sequence[str] = TEMPLATES["simple"]) -> Texts:
-        """Embed classes, to use for many images; see class_texts."""
+        """Embed classes, each "name" or "name, synonym, ...", to use for many images.
+
+        Args:
+            classes: one line for each class; the best of its synonyms counts.
+            templates: sentences with {} for the word, over which the embedding of a word is the mean.
+
+        Returns:
+            The embeddings of all words.
+
+        Raises:
+            ValueError: for no classes, and for a class without a name.
+        """
         return class_texts(self.towers, classes, templates)
 
     def scores(self, image: Image.Image, classes: Texts | Sequence[str]) -> Tensor:
-        """Return raw cosines [K, h, w] on the grid of tokens."""
+        """Return raw cosines `[K, h, w]` on the grid of tokens."""
         return self.dense(image).scores(classes if isinstance(classes, Texts) else self.texts(classes))
 
     def labels(self, image: Image.Image, classes: Texts | Sequence[str], **rule: Any) -> Tensor:
-        """Return the label map int16 [H, W] at the image's size; `rule` are the background options of Dense.labels."""
+        """Return the label map, int16 `[H, W]`, at the image's size; `rule` has the options of `Dense.labels`."""
         texts = classes if isinstance(classes, Texts) else self.texts(classes)
         return self.dense(image).labels(texts, **rule).labels
 
@@ -226,7 +261,18 @@ class Segmenter:
 def similarity_map(
     image: Image.Image, words: Sequence[str], towers: Towers, embedder: nn.Module | None = None, **settings: Any
 ) -> Tensor:
-    """Return raw cosines [K, h, w] of an image's patches with words; `settings` are those of Segmenter."""
+    """Return raw cosines of an image's patches with words.
+
+    Args:
+        image: a PIL image of any mode and size.
+        words: K words, each "name" or "name, synonym, ...".
+        towers: vision and text tower.
+        embedder: as in `Segmenter`.
+        **settings: the other arguments of `Segmenter`.
+
+    Returns:
+        Cosines, float32 `[K, h, w]`, on the grid of tokens.
+    """
     return Segmenter(towers, embedder, **settings).scores(image, words)
 
 

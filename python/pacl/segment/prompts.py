@@ -25,7 +25,13 @@ TEMPLATES = {
 
 @dataclass(frozen=True)
 class Texts:
-    """Text embeddings of K classes. synonyms: rows of each class; embeddings: [S, D], normalised."""
+    """Text embeddings of K classes.
+
+    Attributes:
+        names: first word of each class.
+        synonyms: number of rows of each class, in order.
+        embeddings: float32 `[S, D]`, normalised, a row for each word.
+    """
 
     names: tuple[str, ...]
     synonyms: tuple[int, ...]
