@@ -92,9 +92,10 @@ def fused_pacl_loss(
             divided by B. With several positives in a row or column, InfoNCE takes their mean, weighted by the targets.
             Rows and columns without a positive are left out of the two averages.
         logit_bias: bias of the logits (SigLIP), a number or a tensor of one element.
-        image_ids, text_ids: int64 or int32 `[B]` and `[K]`. A pair is positive where its ids are equal; a negative id
-            equals none, so its image or text is an extra negative. Without `image_ids` they are `arange(B)`; without
-            `text_ids` the texts have the images' ids. With a group ids count in the whole batch, and both are needed.
+        image_ids: int64 or int32 `[B]`, by default `arange(B)`. A pair is positive where the ids of image and text are
+            equal; a negative id equals none, so its image or text is an extra negative. With a group ids count in the
+            whole batch, and both are needed.
+        text_ids: int64 or int32 `[K]`, by default those of the images.
         targets: in place of ids, float32 `[B, K]` (float64 for float64 patches), constant: the weight of each pair as a
             positive, at least 0, and at most 1 for the sigmoid loss.
         pair_bias: float32 `[B, K]` (float64 for float64 patches), added to the logits; -inf takes a pair out of the

@@ -116,7 +116,10 @@ class PaclLoss(nn.Module):
             logit_bias: None, or the bias of the logits.
             patch_mask: bool `[B, N]`, True at real patches.
             output_dict: return `{"contrastive_loss": loss}` instead.
-            image_ids, text_ids, targets, pair_bias: as in `fused_pacl_loss`.
+            image_ids: ids `[B]`, as in `fused_pacl_loss`.
+            text_ids: ids `[K]`.
+            targets: weights `[B, K]` of the pairs as positives, in place of ids.
+            pair_bias: bias `[B, K]` of the logits.
 
         Returns:
             The loss, 0-D, float32 (float64 for float64 inputs), or the dict with it.
