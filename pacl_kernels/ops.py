@@ -5,8 +5,7 @@ no autograd formula: the Functions of `autograd.py` differentiate. Each scalar o
 of an operator, a tensor of one element or None, and a number or None; `pair` makes them.
 """
 
-from __future__ import annotations
-
+# Without `from __future__ import annotations`: torch.library of torch 2.6 does not find the names below in a string.
 from typing import Any, Optional
 
 import torch

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pytest
 
+from pacl_kernels.native import fingerprint
+
 ROOT = Path(__file__).resolve().parent.parent
 COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
@@ -201,6 +203,21 @@ def test_the_compiler_is_looked_up_each_time(clone):
             package, module, reason = clone.which()
             assert module == "None" and reason.startswith(f"there is no _native{SUFFIX} in {Path(package).parent}")
     assert not clone.in_tree, "the module of the editable installation before"
+
+
+def test_the_source_distribution_has_what_an_installation_needs(clone, tmp_path):
+    """It has every source that the native module is identified by, and installs every file of both packages."""
+    done = clone.python("setup.py", "-q", "sdist", cwd=clone.path)
+    assert done.returncode == 0, done.stdout
+    (archive,) = clone.path.glob("dist/*.tar.gz")
+    shutil.unpack_archive(archive, tmp_path)
+    assert fingerprint(tmp_path / archive.name.removesuffix(".tar.gz")) == fingerprint(clone.path)
+    clone.install(str(archive))
+    assert clone.which()[2] == "first sources"
+    for package in (clone.path / "pacl_kernels", clone.path / "python" / "pacl"):
+        files = {path.relative_to(package) for path in package.rglob("*") if path.is_file()}
+        missing = {path for path in files if not (_packages(clone.venv) / package.name / path).exists()}
+        assert len(files) > 20 and not missing
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc, so none can appear")
