@@ -101,6 +101,17 @@ class Log:
         self._report(step, {f"val/{name}": value for name, value in values.items()})
         return row
 
+    def last_result(self, step: int) -> dict[str, float | None]:
+        """Return the last line of results.jsonl of a validation up to `step`; {} without one."""
+        found: dict[str, Any] = {}
+        with contextlib.suppress(FileNotFoundError):
+            for line in (self.config.folder / "results.jsonl").read_text().splitlines():
+                with contextlib.suppress(ValueError, KeyError, TypeError):  # half a line, after a power cut
+                    row = json.loads(line)
+                    if found.get("step", 0) <= row["step"] <= step:
+                        found = row
+        return found
+
     def check(self) -> None:
         """Read the losses since the last call; raise FloatingPointError for one that is not finite."""
         for step, loss, keys in self.pending:

@@ -132,12 +132,20 @@ class Run:
     # Training
 
     def train(self) -> None:
-        """Train from the current step to the last, with checkpoints; on a signal, finish the current step and save."""
-        if self.step >= self.steps:
-            if self._exported() < self.step:  # the run was killed between its last checkpoint and its export
+        """Train from the current step to the last, with checkpoints; on a signal, finish the current step and save.
+
+        First make the validation that was due at the checkpoint's step, if the run ended before it.
+        """
+        owed = self._validation_is_owed()
+        if self.step >= self.steps and not owed:
+            if self._exported() != (self.step, self.validated.get("step")):  # the run was killed before its last export
                 self.export()
             return
         with self._signals(), self.log.opened(self.step):
+            if owed:
+                self._validate()
+            if self.step >= self.steps:
+                return
             for batch, waited in self._batches():
                 begin = time.perf_counter()
                 loss = self._step(batch)
@@ -149,8 +157,7 @@ class Run:
                     self.log.check()
                     self.save()
                 if self.validation and not stop and self.due(self.config.val_frequency):
-                    self.validated = self.log.validated(self.step, self.validation(self.result))
-                    self.export()
+                    self._validate()
                 if stop or self.step == self.steps:
                     return
 
@@ -158,6 +165,18 @@ class Run:
         """Return True if the step `ahead` of the current one is the last, or a multiple of `every`."""
         step = self.step + ahead
         return step % every == 0 or step == self.steps
+
+    def _validate(self) -> None:
+        """Validate the current weights and export them with the results."""
+        self.validated = self.log.validated(self.step, self.validation(self.result))
+        self.export()
+
+    def _validation_is_owed(self) -> bool:
+        """Return True if the checkpoint's step has no validation, although its flags or its place as the last ask for
+        one.
+        """
+        due = self.due(self.config.val_frequency) or self.step >= self.steps
+        return bool(self.validation) and self.step > 0 and due and self.validated.get("step") != self.step
 
     def _batches(self) -> Iterator[tuple[dict[str, Any], float]]:
         """Yield this process's batch for each step, with the seconds that the process waited for it."""
@@ -260,6 +279,7 @@ class Run:
             "global_batch": self.global_batch,
             "world": self.world,
             "data": data,
+            "validated": self.validated,
         }
         save_checkpoint(self.config.folder / "checkpoints", state, keep=self.config.keep_checkpoints)
         self.export()
@@ -292,12 +312,15 @@ class Run:
             **notes,
         )
 
-    def _exported(self) -> int:
-        """Return the step of the exported embedder, -1 without one; read from config.json, which is written last."""
+    def _exported(self) -> tuple[int, int | None]:
+        """Return the step of the exported embedder, -1 without one, and that of its validation; read from config.json,
+        which is written last.
+        """
         try:
-            return int(json.loads((self.config.folder / "embedder" / CONFIG).read_bytes())["training"]["steps"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return -1
+            notes = json.loads((self.config.folder / "embedder" / CONFIG).read_bytes())["training"]
+            return int(notes["steps"]), notes.get("metrics", {}).get("step")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return -1, None
 
     def restore(self, path: Path) -> None:
         """Load a checkpoint. Raises ValueError for one of another run, model, or number of processes."""
@@ -332,6 +355,11 @@ class Run:
         for group, values in zip(self.trainer.optimiser.param_groups, flags, strict=True):
             group.update(values)  # learning rates and weight decay come from this run's flags
         self.step, self.data_state = state["step"], state["data"][self.rank]
+        # A checkpoint is written before the validation of its step.
+        last = [self.log.last_result(self.step) or state.get("validated", {})]
+        if self.group:  # the first process may write to the file before the others read it
+            dist.broadcast_object_list(last, src=0, group=self.group)
+        self.validated = last[0]
 
 
 def _on_cpu(module: nn.Module) -> dict[str, Tensor]:
