@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch.distributed as dist
@@ -14,8 +14,10 @@ import tyro
 
 from ..data.features import tower_names
 from ..files import write_bytes
+from ..locks import lock_folder
 from .checkpoints import newest, remove_halves
 from .config import TrainConfig, dump_config, read_config
+from .log import set_aside
 from .plan import plan
 from .recipe import defaults, fill_batch, recipe_notes
 from .run import Run
@@ -23,12 +25,38 @@ from .run import Run
 
 def main(argv: Sequence[str], prog: str = "pacl train") -> int:
     """Run `pacl train` with these arguments and return its exit status."""
-    config = None
     try:
         config = _parse(list(argv), prog)
+        with _folder(config):
+            return _train(config)
+    except (ValueError, OSError) as error:  # not in out.log, which may be another run's
+        print(f"pacl: error: {error}", file=sys.stderr)
+        return 1
+
+
+@contextlib.contextmanager
+def _folder(config: TrainConfig) -> Iterator[None]:
+    """Hold the lock of the run's folder, in the first process.
+
+    Raises ValueError if another run is writing to it, or has checkpoints in it that this one would overwrite.
+    """
+    first = not config.dry_run and int(os.environ.get("RANK", 0)) == 0
+    with lock_folder(config.folder, "name") if first else contextlib.nullcontext():
         if not config.dry_run:
             _refuse_to_overwrite(config)
+        yield
+
+
+def _train(config: TrainConfig) -> int:
+    """Run `pacl train` in its folder and return its exit status."""
+    begun = not config.dry_run and newest(config.folder / "checkpoints") is not None
+    try:
         run = Run(config)
+        if run.rank == 0 and not config.dry_run and not begun:
+            place = set_aside(config.folder)
+            if place is not None:
+                run.say(f"name: an earlier run in {config.folder} saved no checkpoint; its files are now in {place}")
+        begun = not config.dry_run
         run.say(plan(run))
         if config.dry_run:
             return 0
@@ -45,7 +73,7 @@ def main(argv: Sequence[str], prog: str = "pacl train") -> int:
         run.train()
     except (ValueError, FloatingPointError, OSError) as error:
         print(f"pacl: error: {error}", file=sys.stderr)
-        if config is not None and (config.folder / "out.log").exists():
+        if begun and (config.folder / "out.log").exists():  # else it is another run's
             with contextlib.suppress(OSError), open(config.folder / "out.log", "a") as file:
                 file.write(f"pacl: error: {error}\n")
         return 1
