@@ -82,6 +82,13 @@ def load_model(
 
 def check_towers(described: dict[str, Any], towers: Towers) -> None:
     """Raise ValueError, naming the differences, unless `towers` are those that an embedder's `described` describes."""
+    wrong = tower_differences(described, towers)
+    if wrong:
+        raise ValueError(f"towers: expected those that the embedder was trained on, but {'; '.join(wrong)}")
+
+
+def tower_differences(described: dict[str, Any], towers: Towers) -> list[str]:
+    """Return a phrase for each difference between `towers` and those that describe_towers described."""
     found = describe_towers(towers, Path())
     wrong = []
     for name, label in (("visual", "vision"), ("text", "text")):
@@ -98,7 +105,7 @@ def check_towers(described: dict[str, Any], towers: Towers) -> None:
     if wrong:
         have, expected = (_tag(x) for x in (found, described))
         wrong += [f"they are {have}, not {expected}"] if have != expected else []
-        raise ValueError(f"towers: expected those that the embedder was trained on, but {'; '.join(wrong)}")
+    return wrong
 
 
 @torch.no_grad()
@@ -142,10 +149,16 @@ def _on_cpu(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, there)  # takes the tensors of `there` instead of copying on the device
 
 
+def is_local(name: str) -> bool:
+    """Return True if the name of a model or of weights is a local folder or an existing file."""
+    schema, path = parse_model_name(name)
+    return schema == "local-dir" or schema is None and os.path.isfile(path)
+
+
 def _relative(name: str | None, folder: Path) -> str | None:
     """Make a local folder or file relative to `folder`, so that both can move; return any other name unchanged."""
-    schema, path = parse_model_name(name or "")
-    if schema == "local-dir" or schema is None and os.path.isfile(path):
+    if name and is_local(name):
+        schema, path = parse_model_name(name)
         return ("local-dir:" if schema else "") + Path(os.path.relpath(path, folder)).as_posix()
     return name
 

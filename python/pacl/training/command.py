@@ -20,6 +20,7 @@ from .config import TrainConfig, dump_config, read_config
 from .log import set_aside
 from .plan import plan
 from .recipe import defaults, fill_batch, recipe_notes
+from .resuming import restore
 from .run import Run
 
 
@@ -57,17 +58,17 @@ def _train(config: TrainConfig) -> int:
             if place is not None:
                 run.say(f"name: an earlier run in {config.folder} saved no checkpoint; its files are now in {place}")
         begun = not config.dry_run
+        path = None if config.dry_run else _checkpoint(config)
+        if path is not None:
+            restore(run, path)
         run.say(plan(run))
         if config.dry_run:
             return 0
-        if config.resume:
-            path = _checkpoint(config, config.resume)
-            if path is not None:
-                run.restore(path)
-                run.say(f"resume: {path}, step {run.step}")
+        if path is not None:
+            run.say(f"resume: {path}, step {run.step}")
         if run.rank == 0:
             remove_halves(config.folder / "checkpoints")
-            notes = recipe_notes(config, run.global_batch)
+            notes = recipe_notes(config, run.global_batch) | ({"resumed": run.resumed} if run.resumed else {})
             text = dump_config(dataclasses.replace(config, resume=None), notes)
             write_bytes(config.folder / "config.yaml", text.encode())
         run.train()
@@ -108,9 +109,13 @@ def _parse(argv: list[str], prog: str) -> TrainConfig:
     return fill_batch(config.check(), int(os.environ.get("WORLD_SIZE", 1)))
 
 
-def _checkpoint(config: TrainConfig, resume: str) -> Path | None:
-    """Return the checkpoint to continue from; None for "latest" in a folder without checkpoints: the run begins."""
-    return newest(config.folder / "checkpoints") if resume == "latest" else Path(resume)
+def _checkpoint(config: TrainConfig) -> Path | None:
+    """Return the checkpoint to continue from; None without --resume, and for "latest" in a folder without checkpoints,
+    where the run begins.
+    """
+    if config.resume is None:
+        return None
+    return newest(config.folder / "checkpoints") if config.resume == "latest" else Path(config.resume)
 
 
 def _refuse_to_overwrite(config: TrainConfig) -> None:

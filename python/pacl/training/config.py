@@ -20,7 +20,7 @@ POSITIVE = (
     "grad_clip_norm tower_lr force_image_size save_frequency keep_checkpoints log_every_n_steps max_image_pixels "
     "val_frequency"
 ).split()
-NOTES = ("deviations", "left_open")  # in config.yaml, for people: see recipe.py
+NOTES = ("deviations", "left_open", "resumed")  # in config.yaml, for people: see recipe.py
 NOT_NEGATIVE = "wd warmup epochs_cooldown workers shuffle seed lock_image_unlocked_groups max_bad_share".split()
 REPORTERS = ("tensorboard", "wandb", "trackio")
 

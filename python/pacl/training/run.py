@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import dataclasses
 import signal
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import FrameType
 from typing import Any, cast
 
@@ -19,16 +18,18 @@ from torch import Tensor, nn
 from ..data.features import Features
 from ..data.samples import BadData, Samples, loader
 from ..data.texts import choose_text, noun_finder
-from ..embedder import CONFIG, VisionEmbedder, save_embedder
+from ..embedder import VisionEmbedder, save_embedder
 from ..files import write_bytes
 from ..processes import choose_device, process_group
 from ..sharing import describe_towers
 from ..towers import load_towers
-from .checkpoints import load_checkpoint, newest, save_checkpoint, step_of
+from .checkpoints import save_checkpoint
 from .config import TrainConfig
+from .identity import check_agreement, describe_data, describe_run
 from .log import Log, say
 from .model import Trainable
 from .recipe import command
+from .resuming import exported, validation_is_owed
 from .trainer import Trainer
 from .validation import Validation
 
@@ -47,10 +48,11 @@ class Run:
         self.device = choose_device(config.device)
         self.group = process_group(self.device)
         self.rank, self.world = (self.group.rank(), self.group.size()) if self.group else (0, 1)
+        check_agreement({k: x for k, x in dataclasses.asdict(config).items() if k != "device"}, self.group)
         self.amp = config.precision == "amp_bf16" or (config.precision == "auto" and self.device.type == "cuda")
         self.step = 0
         self.stopped_by: int | None = None  # number of a signal
-        self.described: dict[str, Any] | None = None
+        self.resumed: list[dict[str, Any]] = []  # the steps at which flags changed, and their values
         self.nouns = noun_finder(config.nouns) if config.nouns else None
         torch.manual_seed(config.seed)  # so that towers without weights are equal in every process and on resuming
         self.towers = load_towers(**{name: getattr(config, name) for name in TOWERS}, device=self.device)
@@ -64,6 +66,7 @@ class Run:
             reading = {"transform": self.towers.transform, "resampled": config.dataset_resampled}
             self.data = config.open(config.train_data, **order, **reading)
         self.data_state: dict[str, Any] | None = None
+        self.identity = {} if config.dry_run else self._identity()
         self.samples = config.train_num_samples or self._count()
         self.global_batch = config.local_batch * self.world
         self.epoch_steps = self.samples // self.global_batch
@@ -98,6 +101,14 @@ class Run:
             rank=self.rank,
             world=self.world,
         )
+
+    def _identity(self) -> dict[str, Any]:
+        """Return what must not change on resuming. The towers are described in the first process alone."""
+        data = describe_data(self.data)
+        check_agreement({"features" if self.config.features else "train_data": data}, self.group)
+        towers = describe_towers(self.towers, self.config.folder / "embedder") if self.rank == 0 else {}
+        workers = max(1, min(self.config.workers, self.data.most_workers))
+        return describe_run(self.config, towers, data, precision="amp_bf16" if self.amp else "fp32", workers=workers)
 
     def _count(self) -> int:
         """Count the pairs in the first process, for all."""
@@ -136,9 +147,10 @@ class Run:
 
         First make the validation that was due at the checkpoint's step, if the run ended before it.
         """
-        owed = self._validation_is_owed()
+        owed = validation_is_owed(self)
         if self.step >= self.steps and not owed:
-            if self._exported() != (self.step, self.validated.get("step")):  # the run was killed before its last export
+            # The run was perhaps killed before its last export.
+            if exported(self.config.folder / "embedder") != (self.step, self.validated.get("step")):
                 self.export()
             return
         with self._signals(), self.log.opened(self.step):
@@ -170,13 +182,6 @@ class Run:
         """Validate the current weights and export them with the results."""
         self.validated = self.log.validated(self.step, self.validation(self.result))
         self.export()
-
-    def _validation_is_owed(self) -> bool:
-        """Return True if the checkpoint's step has no validation, although its flags or its place as the last ask for
-        one.
-        """
-        due = self.due(self.config.val_frequency) or self.step >= self.steps
-        return bool(self.validation) and self.step > 0 and due and self.validated.get("step") != self.step
 
     def _batches(self) -> Iterator[tuple[dict[str, Any], float]]:
         """Yield this process's batch for each step, with the seconds that the process waited for it."""
@@ -280,6 +285,8 @@ class Run:
             "world": self.world,
             "data": data,
             "validated": self.validated,
+            "run": self.identity,
+            "resumed": self.resumed,
         }
         save_checkpoint(self.config.folder / "checkpoints", state, keep=self.config.keep_checkpoints)
         self.export()
@@ -301,65 +308,15 @@ class Run:
         notes |= {"pairs_seen": self.step * self.global_batch, "command": command(config)}
         notes |= {} if config.ema_decay is None else {"ema_decay": config.ema_decay}
         notes |= {"metrics": self.validated} if self.validated else {}
-        if trained or self.described is None:
-            self.described = describe_towers(towers, folder, trained)
+        notes |= {"resumed": self.resumed} if self.resumed else {}
         save_embedder(
             model.embedder,
             folder,
-            self.described,
+            describe_towers(towers, folder, trained) if trained else self.identity["towers"],
             form=config.form,
             attn_temperature=self._temperature(model),
             **notes,
         )
-
-    def _exported(self) -> tuple[int, int | None]:
-        """Return the step of the exported embedder, -1 without one, and that of its validation; read from config.json,
-        which is written last.
-        """
-        try:
-            notes = json.loads((self.config.folder / "embedder" / CONFIG).read_bytes())["training"]
-            return int(notes["steps"]), notes.get("metrics", {}).get("step")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            return -1, None
-
-    def restore(self, path: Path) -> None:
-        """Load a checkpoint. Raises ValueError for one of another run, model, or number of processes."""
-        state = load_checkpoint(path)
-        for name, mine in (("global_batch", self.global_batch), ("world", self.world)):
-            if state.get(name) != mine:
-                raise ValueError(f"resume: {path} is of a run with {name} {state.get(name)}, expected {mine}")
-        if missing := {"state_dict", "optimizer", "step", "data"} - state.keys():
-            raise ValueError(f"resume: {path} has no {', '.join(sorted(missing))}, expected a checkpoint of pacl train")
-        latest = newest(self.config.folder / "checkpoints")
-        if latest is not None and step_of(latest) > state["step"]:
-            raise ValueError(
-                f"resume: {path} is of step {state['step']}, but --resume latest would take {latest}; delete the later "
-                "checkpoints, or give the run another --name"
-            )
-        own = {name: x.shape for name, x in self.model.state_dict().items()}
-        saved = {name: x.shape for name, x in state["state_dict"].items()}
-        if own != saved:
-            unlike = sorted(name for name in own.keys() | saved.keys() if own.get(name) != saved.get(name))
-            raise ValueError(
-                f"resume: {path} is of a run with other parameters ({', '.join(unlike)[:200]}), expected the same "
-                "model, loss and learned parameters"
-            )
-        if (state.get("ema") is None) != (self.trainer.average is None):
-            got, expected = ("without", "with") if self.trainer.average else ("with", "without")
-            raise ValueError(f"resume: {path} is of a run {got} --ema-decay, expected one {expected} it")
-        if self.trainer.average is not None:
-            self.trainer.average.load_state_dict(state["ema"])
-        self.model.load_state_dict(state["state_dict"])
-        flags = [{k: x for k, x in group.items() if k != "params"} for group in self.trainer.optimiser.param_groups]
-        self.trainer.optimiser.load_state_dict(state["optimizer"])
-        for group, values in zip(self.trainer.optimiser.param_groups, flags, strict=True):
-            group.update(values)  # learning rates and weight decay come from this run's flags
-        self.step, self.data_state = state["step"], state["data"][self.rank]
-        # A checkpoint is written before the validation of its step.
-        last = [self.log.last_result(self.step) or state.get("validated", {})]
-        if self.group:  # the first process may write to the file before the others read it
-            dist.broadcast_object_list(last, src=0, group=self.group)
-        self.validated = last[0]
 
 
 def _on_cpu(module: nn.Module) -> dict[str, Tensor]:
