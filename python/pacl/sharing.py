@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,13 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from open_clip.factory import parse_model_name
 from open_clip.transformer import QuickGELU
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from .backbones import freeze
 from .embedder import CONFIG, VisionEmbedder
-from .towers import Towers, load_towers
+from .files import write_bytes
+from .towers import Towers, load_towers, random_towers
 
 HUB_FILES = {"allow_patterns": ["*.json", "*.safetensors"]}
 LOADED = ("model", "pretrained", "vision_model")  # names that may be local paths
@@ -55,10 +56,10 @@ def load_pacl(
     names |= {"vision_pretrained": vision_pretrained and "visual" not in trained}
     towers = load_towers(**names, force_image_size=described["force_image_size"])
     towers.names["vision_pretrained"] = vision_pretrained
-    for name in trained:
+    for name in (*trained, *described.get("random", [])):
         if name not in ("visual", "text"):
-            raise ValueError(f"folder: {folder / CONFIG} has trained {name!r}, expected visual or text")
-        getattr(towers, name).load_state_dict(load_file(folder / f"{name}.safetensors"))
+            raise ValueError(f"folder: {folder / CONFIG} names the tower {name!r}, expected visual or text")
+        load_tower(towers, name, folder)
     check_towers(described, towers.to(device))
     return towers, embedder
 
@@ -72,12 +73,23 @@ def load_model(
     """
     if checkpoint:
         return load_pacl(checkpoint, device)
-    if not pretrained and parse_model_name(model)[0] is None:
+    if random_towers(model, pretrained):
         raise ValueError(
             f"pretrained: got none for {model}, whose weights would be random; expected a tag or a file of weights, "
             "or --checkpoint"
         )
     return load_towers(model, pretrained, device=device), None
+
+
+def save_tower(towers: Towers, name: str, folder: Path) -> None:
+    """Write the weights of the tower `name`, "visual" or "text", to `folder`, atomically."""
+    state = {key: x.detach().cpu().contiguous() for key, x in getattr(towers, name).state_dict().items()}
+    write_bytes(folder / f"{name}.safetensors", save(state))
+
+
+def load_tower(towers: Towers, name: str, folder: Path) -> None:
+    """Load the weights that save_tower wrote."""
+    getattr(towers, name).load_state_dict(load_file(folder / f"{name}.safetensors"))
 
 
 def check_towers(described: dict[str, Any], towers: Towers) -> None:
@@ -109,11 +121,14 @@ def tower_differences(described: dict[str, Any], towers: Towers) -> list[str]:
 
 
 @torch.no_grad()
-def describe_towers(towers: Towers, folder: Path, trained: Iterable[str] = ()) -> dict[str, Any]:
+def describe_towers(
+    towers: Towers, folder: Path, trained: Iterable[str] = (), random: Sequence[str] = ()
+) -> dict[str, Any]:
     """Describe towers for an embedder's config.json in `folder`: plain values, with local paths relative to it.
 
-    trained: "visual", "text" or both, if `folder` holds the tower's weights. The fingerprint is computed on the CPU,
-    so that it does not depend on TF32 and other settings of a device.
+    trained, random: "visual", "text" or both: the towers whose weights are in `folder` because they were trained, or
+    because they are random. The fingerprint is computed on the CPU, so that it does not depend on TF32 and other
+    settings of a device.
     """
     towers = dataclasses.replace(towers, visual=_on_cpu(towers.visual), text=_on_cpu(towers.text))
     image, ids = towers.probe()
@@ -123,6 +138,7 @@ def describe_towers(towers: Towers, folder: Path, trained: Iterable[str] = ()) -
     return {
         **{name: _relative(x, folder) if name in LOADED else x for name, x in towers.names.items()},
         "trained": list(trained),
+        **({"random": list(random)} if random else {}),
         "activation": {name: activation(getattr(towers, name)) for name in ("visual", "text")},
         "image_size": list(image.shape[2:]),
         "base_model": _base_models(towers),

@@ -43,7 +43,10 @@ def begun(run_world, tmp_path_factory) -> Path:
             r"[\d.]+% \(other weights\?\); .*but the text tower's output is off by",
         ),
         ({"force_image_size": 32}, "--force-image-size was None, now 32"),
-        ({"vision_model": "test_vit", "no-vision-pretrained": None}, "--vision-model was None, now test_vit"),
+        (
+            {"vision_model": "test_vit", "no-vision-pretrained": None, "random_towers": None},
+            "--vision-model was None, now test_vit; --vision-pretrained was True, now False$",
+        ),
         ({"seed": 7}, "--seed was 0, now 7$"),
         ({"form": "dot", "attn_temperature": 1}, "--form was cosine, now dot; --attn-temperature was 0.05, now 1.0$"),
         ({"learn_attn_temperature": None}, "--learn-attn-temperature was False, now True$"),

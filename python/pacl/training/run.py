@@ -6,23 +6,21 @@ import contextlib
 import dataclasses
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from ..data.features import Features
 from ..data.samples import BadData, Samples, loader
 from ..data.texts import choose_text, noun_finder
 from ..embedder import VisionEmbedder, save_embedder
-from ..files import write_bytes
 from ..processes import choose_device, process_group
-from ..sharing import describe_towers
-from ..towers import load_towers
+from ..sharing import describe_towers, save_tower
+from ..towers import Towers, frozen_random_towers, load_towers
 from .checkpoints import save_checkpoint
 from .config import TrainConfig
 from .identity import check_agreement, describe_data, describe_run
@@ -52,14 +50,18 @@ class Run:
         self.amp = config.precision == "amp_bf16" or (config.precision == "auto" and self.device.type == "cuda")
         self.step = 0
         self.stopped_by: int | None = None  # number of a signal
+        self.kept_random = False  # written by this process
         self.resumed: list[dict[str, Any]] = []  # the steps at which flags changed, and their values
         self.nouns = noun_finder(config.nouns) if config.nouns else None
         torch.manual_seed(config.seed)  # so that towers without weights are equal in every process and on resuming
         self.towers = load_towers(**{name: getattr(config, name) for name in TOWERS}, device=self.device)
         order = {"shuffle": config.shuffle, "seed": config.seed, "repeat": True, "rank": self.rank, "world": self.world}
+        # Random towers that are frozen, wholly or in part, are kept beside the embedder.
+        self.random = frozen_random_towers(self.towers.names, config.locked, config.random_towers)
         self.data: Samples
         if config.features is not None:
             self.data = features = Features(config.features, nouns=config.nouns, **order)
+            features.load_random(self.towers)
             features.check(self.towers)
         else:
             assert config.train_data is not None  # TrainConfig.check
@@ -106,9 +108,13 @@ class Run:
         """Return what must not change on resuming. The towers are described in the first process alone."""
         data = describe_data(self.data)
         check_agreement({"features" if self.config.features else "train_data": data}, self.group)
-        towers = describe_towers(self.towers, self.config.folder / "embedder") if self.rank == 0 else {}
+        towers = self._describe(self.towers) if self.rank == 0 else {}
         workers = max(1, min(self.config.workers, self.data.most_workers))
         return describe_run(self.config, towers, data, precision="amp_bf16" if self.amp else "fp32", workers=workers)
+
+    def _describe(self, towers: Towers, trained: Sequence[str] = ()) -> dict[str, Any]:
+        kept = [name for name in self.random if name not in trained]
+        return describe_towers(towers, self.config.folder / "embedder", trained, kept)
 
     def _count(self) -> int:
         """Count the pairs in the first process, for all."""
@@ -300,9 +306,9 @@ class Run:
             return
         folder, config, model = self.config.folder / "embedder", self.config, self.result
         towers, trained = model.towers_of(self.towers), self.towers.trained
-        for name in trained:
-            state = {key: x.contiguous() for key, x in _on_cpu(getattr(towers, name)).items()}
-            write_bytes(folder / f"{name}.safetensors", save(state))
+        for name in (*trained, *([] if self.kept_random else self.random)):
+            save_tower(towers, name, folder)
+        self.kept_random = True
         notes: dict[str, Any] = {"loss": config.loss, "steps": self.step}
         notes |= {"global_batch": self.global_batch, "logit_scale": model.log_scale.exp().item()}
         notes |= {"pairs_seen": self.step * self.global_batch, "command": command(config)}
@@ -312,7 +318,7 @@ class Run:
         save_embedder(
             model.embedder,
             folder,
-            describe_towers(towers, folder, trained) if trained else self.identity["towers"],
+            self._describe(towers, trained) if trained else self.identity["towers"],
             form=config.form,
             attn_temperature=self._temperature(model),
             **notes,
