@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,13 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from open_clip.factory import parse_model_name
 from open_clip.transformer import QuickGELU
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from .backbones import freeze
 from .embedder import CONFIG, VisionEmbedder
-from .towers import Towers, load_towers
+from .files import write_bytes
+from .towers import Towers, load_towers, random_towers
 
 HUB_FILES = {"allow_patterns": ["*.json", "*.safetensors"]}
 LOADED = ("model", "pretrained", "vision_model")  # names that may be local paths
@@ -63,10 +64,10 @@ def load_pacl(
     names |= {"vision_pretrained": vision_pretrained and "visual" not in trained}
     towers = load_towers(**names, force_image_size=described["force_image_size"])
     towers.names["vision_pretrained"] = vision_pretrained
-    for name in trained:
+    for name in (*trained, *described.get("random", [])):
         if name not in ("visual", "text"):
-            raise ValueError(f"folder: {folder / CONFIG} has trained {name!r}, expected visual or text")
-        getattr(towers, name).load_state_dict(load_file(folder / f"{name}.safetensors"))
+            raise ValueError(f"folder: {folder / CONFIG} names the tower {name!r}, expected visual or text")
+        load_tower(towers, name, folder)
     check_towers(described, towers.to(device))
     return towers, embedder
 
@@ -80,7 +81,7 @@ def load_model(
     """
     if checkpoint:
         return load_pacl(checkpoint, device)
-    if not pretrained and parse_model_name(model)[0] is None:
+    if random_towers(model, pretrained):
         raise ValueError(
             f"pretrained: got none for {model}, whose weights would be random; expected a tag or a file of weights, "
             "or --checkpoint"
@@ -88,8 +89,26 @@ def load_model(
     return load_towers(model, pretrained, device=device), None
 
 
+def save_tower(towers: Towers, name: str, folder: Path) -> None:
+    """Write the weights of the tower `name`, "visual" or "text", to `folder`, atomically."""
+    state = {key: x.detach().cpu().contiguous() for key, x in getattr(towers, name).state_dict().items()}
+    write_bytes(folder / f"{name}.safetensors", save(state))
+
+
+def load_tower(towers: Towers, name: str, folder: Path) -> None:
+    """Load the weights that save_tower wrote."""
+    getattr(towers, name).load_state_dict(load_file(folder / f"{name}.safetensors"))
+
+
 def check_towers(described: dict[str, Any], towers: Towers) -> None:
     """Raise ValueError, naming the differences, unless `towers` are those that an embedder's `described` describes."""
+    wrong = tower_differences(described, towers)
+    if wrong:
+        raise ValueError(f"towers: expected those that the embedder was trained on, but {'; '.join(wrong)}")
+
+
+def tower_differences(described: dict[str, Any], towers: Towers) -> list[str]:
+    """Return a phrase for each difference between `towers` and those that describe_towers described."""
     found = describe_towers(towers, Path())
     wrong = []
     for name, label in (("visual", "vision"), ("text", "text")):
@@ -106,15 +125,18 @@ def check_towers(described: dict[str, Any], towers: Towers) -> None:
     if wrong:
         have, expected = (_tag(x) for x in (found, described))
         wrong += [f"they are {have}, not {expected}"] if have != expected else []
-        raise ValueError(f"towers: expected those that the embedder was trained on, but {'; '.join(wrong)}")
+    return wrong
 
 
 @torch.no_grad()
-def describe_towers(towers: Towers, folder: Path, trained: Iterable[str] = ()) -> dict[str, Any]:
+def describe_towers(
+    towers: Towers, folder: Path, trained: Iterable[str] = (), random: Sequence[str] = ()
+) -> dict[str, Any]:
     """Describe towers for an embedder's config.json in `folder`: plain values, with local paths relative to it.
 
-    trained: "visual", "text" or both, if `folder` holds the tower's weights. The fingerprint is computed on the CPU,
-    so that it does not depend on TF32 and other settings of a device.
+    trained, random: "visual", "text" or both: the towers whose weights are in `folder` because they were trained, or
+    because they are random. The fingerprint is computed on the CPU, so that it does not depend on TF32 and other
+    settings of a device.
     """
     towers = dataclasses.replace(towers, visual=_on_cpu(towers.visual), text=_on_cpu(towers.text))
     image, ids = towers.probe()
@@ -124,6 +146,7 @@ def describe_towers(towers: Towers, folder: Path, trained: Iterable[str] = ()) -
     return {
         **{name: _relative(x, folder) if name in LOADED else x for name, x in towers.names.items()},
         "trained": list(trained),
+        **({"random": list(random)} if random else {}),
         "activation": {name: activation(getattr(towers, name)) for name in ("visual", "text")},
         "image_size": list(image.shape[2:]),
         "base_model": _base_models(towers),
@@ -150,10 +173,16 @@ def _on_cpu(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, there)  # takes the tensors of `there` instead of copying on the device
 
 
+def is_local(name: str) -> bool:
+    """Return True if the name of a model or of weights is a local folder or an existing file."""
+    schema, path = parse_model_name(name)
+    return schema == "local-dir" or schema is None and os.path.isfile(path)
+
+
 def _relative(name: str | None, folder: Path) -> str | None:
     """Make a local folder or file relative to `folder`, so that both can move; return any other name unchanged."""
-    schema, path = parse_model_name(name or "")
-    if schema == "local-dir" or schema is None and os.path.isfile(path):
+    if name and is_local(name):
+        schema, path = parse_model_name(name)
         return ("local-dir:" if schema else "") + Path(os.path.relpath(path, folder)).as_posix()
     return name
 

@@ -198,6 +198,41 @@ def load_towers(
     return towers
 
 
+def random_towers(
+    model: str,
+    pretrained: str | None = None,
+    vision_model: str | None = None,
+    vision_pretrained: bool = True,
+    **others: Any,
+) -> list[str]:
+    """Return the names, "visual" and "text", of the towers that load_towers gives random weights.
+
+    Its other arguments make no difference.
+    """
+    text = parse_model_name(model)[0] is None and not pretrained
+    visual = not vision_pretrained if vision_model else text
+    return [name for name, random in (("visual", visual), ("text", text)) if random]
+
+
+def frozen_random_towers(names: dict[str, Any], locked: Sequence[str], allowed: bool) -> list[str]:
+    """Return the names of the towers of `locked` that have random weights in blocks that are not trained.
+
+    names: arguments of load_towers. Raises ValueError, which names the flags, for any such tower unless `allowed`.
+    """
+    found = [name for name in random_towers(**names) if name in locked]
+    if not found or allowed:
+        return found
+    if "text" in found or not names["vision_model"]:
+        got, wanted = f"pretrained: got none for {names['model']}", "a tag or a file of weights"
+    else:
+        got, wanted = f"vision_pretrained: got False for {names['vision_model']}", "True"
+    which = " and ".join({"visual": "vision", "text": "text"}[name] for name in found)
+    raise ValueError(
+        f"{got}, so the {which} tower{'s' * (len(found) > 1)} would be random and stay so; expected {wanted}, or "
+        "--random-towers to use and keep them"
+    )
+
+
 def quick_gelu(model: str, pretrained: str | None) -> bool:
     """Return True if the weights of `pretrained`, a tag of an open_clip model, were trained with QuickGELU.
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -41,11 +42,18 @@ def train(world: Path, logs: Path, **changes) -> int:
 RANKS = forked("open_clip", "pacl.training.run")
 
 
-def start(world: Path, logs: Path, processes: int = 1, launcher: list[str] = RANKS, **changes) -> subprocess.Popen:
+def start(
+    world: Path,
+    logs: Path,
+    processes: int = 1,
+    launcher: list[str] = RANKS,
+    program: Sequence[str] = ("-m", "pacl", "train"),
+    **changes,
+) -> subprocess.Popen:
     """Start a run in a process group of its own, as a terminal or a scheduler does."""
     launcher = [*launcher, str(processes)] if processes > 1 else [sys.executable]
     return subprocess.Popen(
-        [*launcher, "-m", "pacl", "train", *flags(world, logs, **changes)],
+        [*launcher, *program, *flags(world, logs, **changes)],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -77,7 +77,9 @@ def test_towers_without_weights_are_the_same_in_every_run(world, tmp_path):
     """Towers without weights are equal in every run, and therefore in every process and after resuming."""
     for name in ("one", "two"):
         torch.rand(len(name) * len(list(tmp_path.iterdir())))
-        assert train(world, tmp_path, name=name, model=registered(world), **{"max-steps": 1}) == 0
+        assert (
+            train(world, tmp_path, name=name, model=registered(world), **{"max-steps": 1, "random-towers": None}) == 0
+        )
     one, two = (json.loads((tmp_path / name / "embedder/config.json").read_text())["towers"] for name in ("one", "two"))
     assert one == two
 
@@ -220,6 +222,7 @@ def test_trained_towers_are_saved_resumed_and_loaded(world, tmp_path):
 def test_a_run_with_a_timm_tower(name, world, tmp_path):
     """A run moves the embedder and, at a tiny rate, hardly the tower; both load again."""
     changes = {"vision-model": name, "no-vision-pretrained": None, "force-image-size": 64, "max-steps": 1}
+    changes |= {"random-towers": None}
     assert train(world, tmp_path, **changes, **{"lock-image-unlocked-groups": 1, "tower-lr": 1e-9}) == 0
     towers, embedder = load_pacl(tmp_path / "pacl/embedder")
     assert embedder.towers["vision_model"] == towers.names["vision_model"] == name

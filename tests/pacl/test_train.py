@@ -279,7 +279,7 @@ def test_what_a_resumed_run_takes_from_its_flags(world, tmp_path, capsys):
     torch.save(first | {"step": 1}, earlier)
     for changes, message in (
         ({"resume": earlier}, "step_00000003.pt; delete the later checkpoints"),
-        ({"resume": "latest", "loss": "sigmoid"}, "is of a run with other parameters (bias), expected the same model"),
+        ({"resume": "latest", "loss": "sigmoid"}, "is of another run: --loss was infonce, now sigmoid"),
     ):
         assert main(["train", *flags(world, tmp_path, max_steps=4, **changes)]) == 1
         assert message in capsys.readouterr().err

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from ..files import write_bytes
-from ..sharing import check_towers
+from ..sharing import check_towers, load_tower
 from ..towers import Towers
 from .pairs import Pairs
 from .texts import PROMPTS
@@ -55,6 +55,11 @@ class Features(Pairs):
         if nouns is not None:
             texts = [prompt.format(noun) for noun in self.manifest["nouns"] for prompt in PROMPTS]
             self.prompts = dict(zip(texts, load_file(self.folder / NOUNS)["texts"], strict=True))
+
+    def load_random(self, towers: Towers) -> None:
+        """Load the towers that had random weights when they computed the features; `pacl features` keeps them."""
+        for name in self.manifest["towers"].get("random", []):
+            load_tower(towers, name, self.folder)
 
     def check(self, towers: Towers) -> None:
         """Raise ValueError unless `towers` are those that computed the features."""
@@ -143,9 +148,9 @@ def stored_records(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def tower_names(folder: Path) -> dict[str, Any]:
-    """Return the arguments of load_towers for the towers whose features are in `folder`."""
+    """Return the flags of `pacl train` for the towers whose features are in `folder`."""
     plan = read_manifest(folder)["plan"]
-    return {name: plan[name] for name in TOWERS}
+    return {name: plan[name] for name in TOWERS} | {"random_towers": plan.get("random_towers", False)}
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

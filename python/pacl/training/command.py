@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch.distributed as dist
@@ -14,38 +14,67 @@ import tyro
 
 from ..data.features import tower_names
 from ..files import write_bytes
+from ..locks import lock_folder
 from .checkpoints import newest, remove_halves
 from .config import TrainConfig, dump_config, read_config
+from .log import set_aside
 from .plan import plan
 from .recipe import defaults, fill_batch, recipe_notes
+from .resuming import restore
 from .run import Run
 
 
 def main(argv: Sequence[str], prog: str = "pacl train") -> int:
     """Run `pacl train` with these arguments and return its exit status."""
-    config = None
     try:
         config = _parse(list(argv), prog)
+        with _folder(config):
+            return _train(config)
+    except (ValueError, OSError) as error:  # not in out.log, which may be another run's
+        print(f"pacl: error: {error}", file=sys.stderr)
+        return 1
+
+
+@contextlib.contextmanager
+def _folder(config: TrainConfig) -> Iterator[None]:
+    """Hold the lock of the run's folder, in the first process.
+
+    Raises ValueError if another run is writing to it, or has checkpoints in it that this one would overwrite.
+    """
+    first = not config.dry_run and int(os.environ.get("RANK", 0)) == 0
+    with lock_folder(config.folder, "name") if first else contextlib.nullcontext():
         if not config.dry_run:
             _refuse_to_overwrite(config)
+        yield
+
+
+def _train(config: TrainConfig) -> int:
+    """Run `pacl train` in its folder and return its exit status."""
+    begun = not config.dry_run and newest(config.folder / "checkpoints") is not None
+    try:
         run = Run(config)
+        if run.rank == 0 and not config.dry_run and not begun:
+            place = set_aside(config.folder)
+            if place is not None:
+                run.say(f"name: an earlier run in {config.folder} saved no checkpoint; its files are now in {place}")
+        begun = not config.dry_run
+        path = None if config.dry_run else _checkpoint(config)
+        if path is not None:
+            restore(run, path)
         run.say(plan(run))
         if config.dry_run:
             return 0
-        if config.resume:
-            path = _checkpoint(config, config.resume)
-            if path is not None:
-                run.restore(path)
-                run.say(f"resume: {path}, step {run.step}")
+        if path is not None:
+            run.say(f"resume: {path}, step {run.step}")
         if run.rank == 0:
             remove_halves(config.folder / "checkpoints")
-            notes = recipe_notes(config, run.global_batch)
+            notes = recipe_notes(config, run.global_batch) | ({"resumed": run.resumed} if run.resumed else {})
             text = dump_config(dataclasses.replace(config, resume=None), notes)
             write_bytes(config.folder / "config.yaml", text.encode())
         run.train()
     except (ValueError, FloatingPointError, OSError) as error:
         print(f"pacl: error: {error}", file=sys.stderr)
-        if config is not None and (config.folder / "out.log").exists():
+        if begun and (config.folder / "out.log").exists():  # else it is another run's
             with contextlib.suppress(OSError), open(config.folder / "out.log", "a") as file:
                 file.write(f"pacl: error: {error}\n")
         return 1
@@ -80,9 +109,13 @@ def _parse(argv: list[str], prog: str) -> TrainConfig:
     return fill_batch(config.check(), int(os.environ.get("WORLD_SIZE", 1)))
 
 
-def _checkpoint(config: TrainConfig, resume: str) -> Path | None:
-    """Return the checkpoint to continue from; None for "latest" in a folder without checkpoints: the run begins."""
-    return newest(config.folder / "checkpoints") if resume == "latest" else Path(resume)
+def _checkpoint(config: TrainConfig) -> Path | None:
+    """Return the checkpoint to continue from; None without --resume, and for "latest" in a folder without checkpoints,
+    where the run begins.
+    """
+    if config.resume is None:
+        return None
+    return newest(config.folder / "checkpoints") if config.resume == "latest" else Path(config.resume)
 
 
 def _refuse_to_overwrite(config: TrainConfig) -> None:

@@ -20,7 +20,7 @@ POSITIVE = (
     "grad_clip_norm tower_lr force_image_size save_frequency keep_checkpoints log_every_n_steps max_image_pixels "
     "val_frequency"
 ).split()
-NOTES = ("deviations", "left_open")  # in config.yaml, for people: see recipe.py
+NOTES = ("deviations", "left_open", "resumed")  # in config.yaml, for people: see recipe.py
 NOT_NEGATIVE = "wd warmup epochs_cooldown workers shuffle seed lock_image_unlocked_groups max_bad_share".split()
 REPORTERS = ("tensorboard", "wandb", "trackio")
 
@@ -39,11 +39,14 @@ class TrainConfig(TrainingDataFlags):
     model: str = "ViT-B-16"
     """Name of an open_clip model, or local-dir:FOLDER as save_pretrained and the demo write it."""
     pretrained: str | None = None
-    """Weights of --model: an open_clip tag, such as openai, or a file. Without it a named model has random weights."""
+    """Weights of --model: an open_clip tag, such as openai, or a file. A named model needs it, unless it is trained
+    from scratch or --random-towers is given."""
     vision_model: str | None = None
     """Name of a timm model, such as vit_base_patch16_224.dino, that replaces the vision tower of --model."""
     vision_pretrained: bool = True
     """Load timm's weights of --vision-model."""
+    random_towers: bool = False
+    """Use frozen towers without weights, and keep them beside the embedder."""
     force_image_size: int | None = None
     """Side of the images in pixels. Default: the vision tower's own."""
     lock_image: bool = True
@@ -167,6 +170,11 @@ class TrainConfig(TrainingDataFlags):
         weights = self.pretrained or ("from a folder" if ":" in self.model else "RANDOM, no --pretrained")
         vision = "" if self.vision_pretrained else " (RANDOM)"
         return f"{self.model} ({weights})" + (f" with {self.vision_model}{vision}" if self.vision_model else "")
+
+    @property
+    def locked(self) -> list[str]:
+        """The names, "visual" and "text", of the towers that are frozen, wholly or in part."""
+        return [name for name, locked in (("visual", self.lock_image), ("text", self.lock_text)) if locked]
 
     @property
     def local_batch(self) -> int:

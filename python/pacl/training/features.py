@@ -22,8 +22,8 @@ from ..data.texts import PROMPTS, noun_finder
 from ..files import write_bytes
 from ..processes import choose_device
 from ..progress import Progress
-from ..sharing import describe_towers
-from ..towers import load_towers
+from ..sharing import describe_towers, load_tower, save_tower
+from ..towers import frozen_random_towers, load_towers
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -44,6 +44,8 @@ class FeaturesConfig(TrainingDataFlags):
     pretrained: str | None = None
     vision_model: str | None = None
     vision_pretrained: bool = True
+    random_towers: bool = False
+    """Use towers without weights, and keep them beside the features."""
     force_image_size: int | None = None
     nouns: Literal["words", "nltk"] | None = None
     """Also store prompts with all nouns of the captions, for `pacl train --nouns` and `--recipe paper`."""
@@ -69,7 +71,9 @@ class FeaturesConfig(TrainingDataFlags):
     def plan(self) -> dict[str, Any]:
         """The values that must not change when a run continues, as plain Python."""
         values = {name: str(x) if isinstance(x, Path) else x for name, x in asdict(self).items()}
-        return {name: x for name, x in values.items() if name not in ("out", "dry_run", "device", "batch_size")}
+        without = ["out", "dry_run", "device", "batch_size"]
+        without += [] if self.random_towers else ["random_towers"]  # which earlier versions did not have
+        return {name: x for name, x in values.items() if name not in without}
 
 
 def main(argv: Sequence[str], prog: str = "pacl features") -> int:
@@ -108,6 +112,7 @@ def _write(config: FeaturesConfig) -> None:
     if config.dry_run:
         return
     write_bytes(config.out / MANIFEST, json.dumps(manifest, indent=2).encode())
+    encoder.keep_random(config.out)
     with Progress("Features", max(1, count), "image") as progress:
         for number, shard in enumerate(_shards(config, encoder, source, progress), len(done)):
             write_shard(config.out, number, *shard)
@@ -120,7 +125,7 @@ def _write(config: FeaturesConfig) -> None:
     manifest |= {
         "complete": True,
         "shards": shard_files(config.out),
-        "towers": describe_towers(encoder.towers, config.out),
+        "towers": describe_towers(encoder.towers, config.out, random=encoder.random),
     }
     write_bytes(config.out / MANIFEST, json.dumps(manifest, indent=2).encode())
     count = sum(shard["count"] for shard in manifest["shards"])
@@ -136,6 +141,15 @@ class Encoder:
         self.batch_size, self.dtype = config.batch_size, DTYPES[config.precision]
         torch.manual_seed(config.seed)
         self.towers = load_towers(**{name: getattr(config, name) for name in TOWERS}, device=self.device)
+        self.random = frozen_random_towers(self.towers.names, ("visual", "text"), config.random_towers)
+
+    def keep_random(self, folder: Path) -> None:
+        """Write the random towers to `folder`, or load those that an earlier run wrote there."""
+        for name in self.random:
+            if (folder / f"{name}.safetensors").exists():
+                load_tower(self.towers, name, folder)
+            else:
+                save_tower(self.towers, name, folder)
 
     def tokens(self, images: Tensor) -> Tensor:
         """Return patch tokens [B, N, width] of images [B, 3, H, W], in the dtype of --precision."""

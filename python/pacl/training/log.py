@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib
+import itertools
 import json
 import math
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, TextIO
 
 import torch
@@ -19,6 +21,7 @@ from ..files import write_bytes
 from .config import TrainConfig, reporters
 
 PAIRS = 1024  # pairs of a batch that pair_statistics reads
+FILES = ("out.log", "config.yaml", "metrics.jsonl", "results.jsonl", "not_finite_rank*.json", "tensorboard", "embedder")
 
 
 class Log:
@@ -101,6 +104,17 @@ class Log:
         self._report(step, {f"val/{name}": value for name, value in values.items()})
         return row
 
+    def last_result(self, step: int) -> dict[str, float | None]:
+        """Return the last line of results.jsonl of a validation up to `step`; {} without one."""
+        found: dict[str, Any] = {}
+        with contextlib.suppress(FileNotFoundError):
+            for line in (self.config.folder / "results.jsonl").read_text().splitlines():
+                with contextlib.suppress(ValueError, KeyError, TypeError):  # half a line, after a power cut
+                    row = json.loads(line)
+                    if found.get("step", 0) <= row["step"] <= step:
+                        found = row
+        return found
+
     def check(self) -> None:
         """Read the losses since the last call; raise FloatingPointError for one that is not finite."""
         for step, loss, keys in self.pending:
@@ -173,6 +187,21 @@ def say(text: str, config: TrainConfig | None = None) -> None:
         config.folder.mkdir(parents=True, exist_ok=True)
         with open(config.folder / "out.log", "a") as file:
             file.write(text + "\n")
+
+
+def set_aside(folder: Path) -> Path | None:
+    """Move the files that a run wrote to `folder`, checkpoints excepted, to `folder`/earlier-1, or -2, and so on.
+
+    Return that folder, or None if there are no such files.
+    """
+    found = [path for name in FILES for path in sorted(folder.glob(name))]
+    if not found:
+        return None
+    place = next(path for i in itertools.count(1) if not (path := folder / f"earlier-{i}").exists())
+    place.mkdir()
+    for path in found:
+        path.rename(place / path.name)
+    return place
 
 
 class _Tensorboard:

@@ -3,32 +3,31 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import dataclasses
 import signal
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from ..data.features import Features
 from ..data.samples import BadData, Samples, loader
 from ..data.texts import choose_text, noun_finder
-from ..embedder import CONFIG, VisionEmbedder, save_embedder
-from ..files import write_bytes
+from ..embedder import VisionEmbedder, save_embedder
 from ..processes import choose_device, process_group
-from ..sharing import describe_towers
-from ..towers import load_towers
-from .checkpoints import load_checkpoint, newest, save_checkpoint, step_of
+from ..sharing import describe_towers, save_tower
+from ..towers import Towers, frozen_random_towers, load_towers
+from .checkpoints import save_checkpoint
 from .config import TrainConfig
+from .identity import check_agreement, describe_data, describe_run
 from .log import Log, say
 from .model import Trainable
 from .recipe import command
+from .resuming import exported, validation_is_owed
 from .trainer import Trainer
 from .validation import Validation
 
@@ -47,23 +46,29 @@ class Run:
         self.device = choose_device(config.device)
         self.group = process_group(self.device)
         self.rank, self.world = (self.group.rank(), self.group.size()) if self.group else (0, 1)
+        check_agreement({k: x for k, x in dataclasses.asdict(config).items() if k != "device"}, self.group)
         self.amp = config.precision == "amp_bf16" or (config.precision == "auto" and self.device.type == "cuda")
         self.step = 0
         self.stopped_by: int | None = None  # number of a signal
-        self.described: dict[str, Any] | None = None
+        self.kept_random = False  # written by this process
+        self.resumed: list[dict[str, Any]] = []  # the steps at which flags changed, and their values
         self.nouns = noun_finder(config.nouns) if config.nouns else None
         torch.manual_seed(config.seed)  # so that towers without weights are equal in every process and on resuming
         self.towers = load_towers(**{name: getattr(config, name) for name in TOWERS}, device=self.device)
         order = {"shuffle": config.shuffle, "seed": config.seed, "repeat": True, "rank": self.rank, "world": self.world}
+        # Random towers that are frozen, wholly or in part, are kept beside the embedder.
+        self.random = frozen_random_towers(self.towers.names, config.locked, config.random_towers)
         self.data: Samples
         if config.features is not None:
             self.data = features = Features(config.features, nouns=config.nouns, **order)
+            features.load_random(self.towers)
             features.check(self.towers)
         else:
             assert config.train_data is not None  # TrainConfig.check
             reading = {"transform": self.towers.transform, "resampled": config.dataset_resampled}
             self.data = config.open(config.train_data, **order, **reading)
         self.data_state: dict[str, Any] | None = None
+        self.identity = {} if config.dry_run else self._identity()
         self.samples = config.train_num_samples or self._count()
         self.global_batch = config.local_batch * self.world
         self.epoch_steps = self.samples // self.global_batch
@@ -99,6 +104,18 @@ class Run:
             world=self.world,
         )
 
+    def _identity(self) -> dict[str, Any]:
+        """Return what must not change on resuming. The towers are described in the first process alone."""
+        data = describe_data(self.data)
+        check_agreement({"features" if self.config.features else "train_data": data}, self.group)
+        towers = self._describe(self.towers) if self.rank == 0 else {}
+        workers = max(1, min(self.config.workers, self.data.most_workers))
+        return describe_run(self.config, towers, data, precision="amp_bf16" if self.amp else "fp32", workers=workers)
+
+    def _describe(self, towers: Towers, trained: Sequence[str] = ()) -> dict[str, Any]:
+        kept = [name for name in self.random if name not in trained]
+        return describe_towers(towers, self.config.folder / "embedder", trained, kept)
+
     def _count(self) -> int:
         """Count the pairs in the first process, for all."""
         counts = [self.data.count() if self.rank == 0 else 0]
@@ -132,12 +149,21 @@ class Run:
     # Training
 
     def train(self) -> None:
-        """Train from the current step to the last, with checkpoints; on a signal, finish the current step and save."""
-        if self.step >= self.steps:
-            if self._exported() < self.step:  # the run was killed between its last checkpoint and its export
+        """Train from the current step to the last, with checkpoints; on a signal, finish the current step and save.
+
+        First make the validation that was due at the checkpoint's step, if the run ended before it.
+        """
+        owed = validation_is_owed(self)
+        if self.step >= self.steps and not owed:
+            # The run was perhaps killed before its last export.
+            if exported(self.config.folder / "embedder") != (self.step, self.validated.get("step")):
                 self.export()
             return
         with self._signals(), self.log.opened(self.step):
+            if owed:
+                self._validate()
+            if self.step >= self.steps:
+                return
             for batch, waited in self._batches():
                 begin = time.perf_counter()
                 loss = self._step(batch)
@@ -149,8 +175,7 @@ class Run:
                     self.log.check()
                     self.save()
                 if self.validation and not stop and self.due(self.config.val_frequency):
-                    self.validated = self.log.validated(self.step, self.validation(self.result))
-                    self.export()
+                    self._validate()
                 if stop or self.step == self.steps:
                     return
 
@@ -158,6 +183,11 @@ class Run:
         """Return True if the step `ahead` of the current one is the last, or a multiple of `every`."""
         step = self.step + ahead
         return step % every == 0 or step == self.steps
+
+    def _validate(self) -> None:
+        """Validate the current weights and export them with the results."""
+        self.validated = self.log.validated(self.step, self.validation(self.result))
+        self.export()
 
     def _batches(self) -> Iterator[tuple[dict[str, Any], float]]:
         """Yield this process's batch for each step, with the seconds that the process waited for it."""
@@ -260,6 +290,9 @@ class Run:
             "global_batch": self.global_batch,
             "world": self.world,
             "data": data,
+            "validated": self.validated,
+            "run": self.identity,
+            "resumed": self.resumed,
         }
         save_checkpoint(self.config.folder / "checkpoints", state, keep=self.config.keep_checkpoints)
         self.export()
@@ -273,65 +306,23 @@ class Run:
             return
         folder, config, model = self.config.folder / "embedder", self.config, self.result
         towers, trained = model.towers_of(self.towers), self.towers.trained
-        for name in trained:
-            state = {key: x.contiguous() for key, x in _on_cpu(getattr(towers, name)).items()}
-            write_bytes(folder / f"{name}.safetensors", save(state))
+        for name in (*trained, *([] if self.kept_random else self.random)):
+            save_tower(towers, name, folder)
+        self.kept_random = True
         notes: dict[str, Any] = {"loss": config.loss, "steps": self.step}
         notes |= {"global_batch": self.global_batch, "logit_scale": model.log_scale.exp().item()}
         notes |= {"pairs_seen": self.step * self.global_batch, "command": command(config)}
         notes |= {} if config.ema_decay is None else {"ema_decay": config.ema_decay}
         notes |= {"metrics": self.validated} if self.validated else {}
-        if trained or self.described is None:
-            self.described = describe_towers(towers, folder, trained)
+        notes |= {"resumed": self.resumed} if self.resumed else {}
         save_embedder(
             model.embedder,
             folder,
-            self.described,
+            self._describe(towers, trained) if trained else self.identity["towers"],
             form=config.form,
             attn_temperature=self._temperature(model),
             **notes,
         )
-
-    def _exported(self) -> int:
-        """Return the step of the exported embedder, -1 without one; read from config.json, which is written last."""
-        try:
-            return int(json.loads((self.config.folder / "embedder" / CONFIG).read_bytes())["training"]["steps"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return -1
-
-    def restore(self, path: Path) -> None:
-        """Load a checkpoint. Raises ValueError for one of another run, model, or number of processes."""
-        state = load_checkpoint(path)
-        for name, mine in (("global_batch", self.global_batch), ("world", self.world)):
-            if state.get(name) != mine:
-                raise ValueError(f"resume: {path} is of a run with {name} {state.get(name)}, expected {mine}")
-        if missing := {"state_dict", "optimizer", "step", "data"} - state.keys():
-            raise ValueError(f"resume: {path} has no {', '.join(sorted(missing))}, expected a checkpoint of pacl train")
-        latest = newest(self.config.folder / "checkpoints")
-        if latest is not None and step_of(latest) > state["step"]:
-            raise ValueError(
-                f"resume: {path} is of step {state['step']}, but --resume latest would take {latest}; delete the later "
-                "checkpoints, or give the run another --name"
-            )
-        own = {name: x.shape for name, x in self.model.state_dict().items()}
-        saved = {name: x.shape for name, x in state["state_dict"].items()}
-        if own != saved:
-            unlike = sorted(name for name in own.keys() | saved.keys() if own.get(name) != saved.get(name))
-            raise ValueError(
-                f"resume: {path} is of a run with other parameters ({', '.join(unlike)[:200]}), expected the same "
-                "model, loss and learned parameters"
-            )
-        if (state.get("ema") is None) != (self.trainer.average is None):
-            got, expected = ("without", "with") if self.trainer.average else ("with", "without")
-            raise ValueError(f"resume: {path} is of a run {got} --ema-decay, expected one {expected} it")
-        if self.trainer.average is not None:
-            self.trainer.average.load_state_dict(state["ema"])
-        self.model.load_state_dict(state["state_dict"])
-        flags = [{k: x for k, x in group.items() if k != "params"} for group in self.trainer.optimiser.param_groups]
-        self.trainer.optimiser.load_state_dict(state["optimizer"])
-        for group, values in zip(self.trainer.optimiser.param_groups, flags, strict=True):
-            group.update(values)  # learning rates and weight decay come from this run's flags
-        self.step, self.data_state = state["step"], state["data"][self.rank]
 
 
 def _on_cpu(module: nn.Module) -> dict[str, Tensor]:

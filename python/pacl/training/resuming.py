@@ -1,0 +1,91 @@
+"""Continue a run from a checkpoint, and find what the run still owes for the checkpoint's step."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+
+from ..embedder import CONFIG
+from .checkpoints import load_checkpoint, newest, step_of
+from .identity import changes, check_agreement, differences, flag, refuse
+
+if TYPE_CHECKING:
+    from .run import Run
+
+
+def restore(run: Run, path: Path) -> None:
+    """Load a checkpoint. Raises ValueError for one of another run, model, or number of processes."""
+    state = load_checkpoint(path)
+    for name, mine in (("global_batch", run.global_batch), ("world", run.world)):
+        if state.get(name) != mine:
+            raise ValueError(f"resume: {path} is of a run with {name} {state.get(name)}, expected {mine}")
+    if missing := {"state_dict", "optimizer", "step", "data"} - state.keys():
+        raise ValueError(f"resume: {path} has no {', '.join(sorted(missing))}, expected a checkpoint of pacl train")
+    latest = newest(run.config.folder / "checkpoints")
+    if latest is not None and step_of(latest) > state["step"]:
+        raise ValueError(
+            f"resume: {path} is of step {state['step']}, but --resume latest would take {latest}; delete the later "
+            "checkpoints, or give the run another --name"
+        )
+    _check_identity(run, path, state)
+    own = {name: x.shape for name, x in run.model.state_dict().items()}
+    saved = {name: x.shape for name, x in state["state_dict"].items()}
+    if own != saved:
+        unlike = sorted(name for name in own.keys() | saved.keys() if own.get(name) != saved.get(name))
+        raise ValueError(
+            f"resume: {path} is of a run with other parameters ({', '.join(unlike)[:200]}), expected the same "
+            "model, loss and learned parameters"
+        )
+    if (state.get("ema") is None) != (run.trainer.average is None):
+        got, expected = ("without", "with") if run.trainer.average else ("with", "without")
+        raise ValueError(f"resume: {path} is of a run {got} --ema-decay, expected one {expected} it")
+    if run.trainer.average is not None:
+        run.trainer.average.load_state_dict(state["ema"])
+    run.model.load_state_dict(state["state_dict"])
+    flags = [{k: x for k, x in group.items() if k != "params"} for group in run.trainer.optimiser.param_groups]
+    run.trainer.optimiser.load_state_dict(state["optimizer"])
+    for group, values in zip(run.trainer.optimiser.param_groups, flags, strict=True):
+        group.update(values)  # learning rates and weight decay come from this run's flags
+    run.step, run.data_state = state["step"], state["data"][run.rank]
+    # A checkpoint is written before the validation of its step.
+    last = [run.log.last_result(run.step) or state.get("validated", {})]
+    if run.group:  # the first process may write to the file before the others read it
+        dist.broadcast_object_list(last, src=0, group=run.group)
+    run.validated = last[0]
+    check_agreement({"resume": f"step {run.step}"}, run.group)
+
+
+def _check_identity(run: Run, path: Path, state: dict[str, Any]) -> None:
+    """Refuse a checkpoint of another run; record the flags that changed."""
+    stored = state.get("run")
+    if stored is None:
+        run.say(f"warning: resume: {path} is of an earlier version, so towers, data and flags were not compared")
+        return
+    wrong = differences(stored, run.identity, run.towers) if run.rank == 0 else []
+    refuse(f"resume: {path} is of another run: {'; '.join(wrong)}" if wrong else "", run.group)
+    run.resumed = state.get("resumed", [])
+    if changed := changes(stored, run.identity):
+        run.resumed = [*run.resumed, {"step": state["step"], "changed": changed}]
+        run.say("resume: " + ", ".join(f"{flag(k)} was {x['from']}, now {x['to']}" for k, x in changed.items()))
+
+
+def validation_is_owed(run: Run) -> bool:
+    """Return True if the checkpoint's step has no validation, although its flags or its place as the last ask for
+    one.
+    """
+    due = run.due(run.config.val_frequency) or run.step >= run.steps
+    return bool(run.validation) and run.step > 0 and due and run.validated.get("step") != run.step
+
+
+def exported(folder: Path) -> tuple[int, int | None]:
+    """Return the step of the embedder in `folder`, -1 without one, and that of its validation; read from config.json,
+    which is written last.
+    """
+    try:
+        notes = json.loads((folder / CONFIG).read_bytes())["training"]
+        return int(notes["steps"]), notes.get("metrics", {}).get("step")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return -1, None
