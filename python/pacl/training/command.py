@@ -13,8 +13,8 @@ import torch.distributed as dist
 import tyro
 
 from ..data.features import tower_names
-from ..files import write_bytes
-from .checkpoints import newest, remove_halves
+from ..files import remove_unfinished, write_bytes
+from .checkpoints import newest
 from .config import TrainConfig, dump_config, read_config
 from .plan import plan
 from .recipe import defaults, fill_batch, recipe_notes
@@ -38,7 +38,8 @@ def main(argv: Sequence[str], prog: str = "pacl train") -> int:
                 run.restore(path)
                 run.say(f"resume: {path}, step {run.step}")
         if run.rank == 0:
-            remove_halves(config.folder / "checkpoints")
+            for folder in ("", "checkpoints", "embedder"):
+                remove_unfinished(config.folder / folder)
             notes = recipe_notes(config, run.global_batch)
             text = dump_config(dataclasses.replace(config, resume=None), notes)
             write_bytes(config.folder / "config.yaml", text.encode())
