@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from webdataset import TarWriter
 
@@ -65,9 +65,9 @@ def pack(
                 break
             with atomic_writer(out / _name(number)) as file:
                 with TarWriter(file, encoder=False, mtime=0) as tar:
-                    for read, sample in itertools.chain([first], itertools.islice(samples, shard_size - 1)):
-                        tar.write(sample)
-                shards.append({"end": int(sample["__key__"]) + 1, "read": read})
+                    for last in itertools.chain([first], itertools.islice(samples, shard_size - 1)):
+                        tar.write(last.members)
+                shards.append({"end": last.number + 1, "read": last.read})
                 _note(out, plan, shards)  # before the shard gets its name, so that every shard has its note
         sizes = _sizes(shards)
         if sizes:
@@ -85,10 +85,8 @@ def _read_notes(path: Path, plan: dict[str, Any]) -> tuple[list[dict[str, int]],
     """
     try:
         notes = json.loads(path.read_bytes())
-        begun, shards = (
-            notes["plan"],
-            [{name: int(shard[name]) for name in ("end", "read")} for shard in notes["shards"]],
-        )
+        begun, noted = dict(notes["plan"]), notes["shards"]
+        shards = [{name: int(shard[name]) for name in ("end", "read")} for shard in noted]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"out: {path} is damaged, expected notes of `pacl data pack`; delete {path.parent}") from error
     check_plan(path.parent, begun, plan)
@@ -109,17 +107,25 @@ def _name(number: int) -> str:
     return f"{number:05d}.tar"
 
 
-def _members(source: Samples, progress: Callable[[], None], number: int, read: int) -> Iterator[tuple[int, Members]]:
-    """Yield the members of each good sample, numbered from `number` on, and how many samples were read with it."""
+class _Sample(NamedTuple):
+    """A good sample of the source. number: its place among these. read: samples read up to it, bad ones too."""
+
+    number: int
+    read: int
+    members: Members
+
+
+def _members(source: Samples, progress: Callable[[], None], number: int, read: int) -> Iterator[_Sample]:
+    """Yield the good samples of the source after the first `read`, numbered from `number` on."""
     for now, raw in enumerate(source.undecoded(0, 0, 1, read), read + 1):
         progress()
         if source.decode(raw) is None:
             continue
         notes = {"key": raw.key} | ({"captions": raw.captions} if raw.captions else {})
         image = _read(raw.image)
-        sample: Members = {"__key__": f"{number:09d}", _suffix(image): image}
-        sample |= {"txt": read_caption(raw.caption).encode(), "json": json.dumps(notes).encode()}
-        yield now, sample | ({"mask.png": _read(raw.mask)} if source.masks else {})
+        members: Members = {"__key__": f"{number:09d}", _suffix(image): image}
+        members |= {"txt": read_caption(raw.caption).encode(), "json": json.dumps(notes).encode()}
+        yield _Sample(number, now, members | ({"mask.png": _read(raw.mask)} if source.masks else {}))
         number += 1
 
 

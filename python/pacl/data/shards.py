@@ -38,8 +38,8 @@ class Shards(Samples):
 
     From a .json member with a list `captions`, which `pacl data pack` writes for COCO, each epoch takes one caption.
     `shuffle` also shuffles the shards. A process takes its share of the shards, or of the samples if there are fewer
-    shards than processes. Everything else is as in Samples. Raises ValueError for no shards, a URL or an incomplete folder,
-    FileNotFoundError for a missing file.
+    shards than processes. Everything else is as in Samples. Raises ValueError for no shards, a URL or an incomplete
+    folder, FileNotFoundError for a missing file.
     """
 
     def __init__(
@@ -143,8 +143,8 @@ def check_finished(folder: Path) -> None:
     """Raise ValueError for a folder whose shards are not all written yet: a part must not be taken for the whole."""
     if (folder / INCOMPLETE).exists():
         raise ValueError(
-            f"data: {folder} is incomplete ({INCOMPLETE}), expected a folder with all of its shards; repeat the command "
-            "that began to write it"
+            f"data: {folder} is incomplete ({INCOMPLETE}), expected a folder with all of its shards; repeat the "
+            "command that began to write it"
         )
 
 
