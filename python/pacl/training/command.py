@@ -13,7 +13,9 @@ import torch.distributed as dist
 import tyro
 
 from ..data.features import tower_names
+from ..failures import collective, describe
 from ..files import remove_unfinished, write_bytes
+from ..formats import one_line
 from .checkpoints import newest
 from .config import TrainConfig, dump_config, read_config
 from .plan import plan
@@ -23,7 +25,7 @@ from .run import Run
 
 def main(argv: Sequence[str], prog: str = "pacl train") -> int:
     """Run `pacl train` with these arguments and return its exit status."""
-    config = None
+    config = run = None
     try:
         config = _parse(list(argv), prog)
         if not config.dry_run:
@@ -44,11 +46,11 @@ def main(argv: Sequence[str], prog: str = "pacl train") -> int:
             text = dump_config(dataclasses.replace(config, resume=None), notes)
             write_bytes(config.folder / "config.yaml", text.encode())
         run.train()
-    except (ValueError, FloatingPointError, OSError) as error:
-        print(f"pacl: error: {error}", file=sys.stderr)
-        if config is not None and (config.folder / "out.log").exists():
-            with contextlib.suppress(OSError), open(config.folder / "out.log", "a") as file:
-                file.write(f"pacl: error: {error}\n")
+    except Exception as error:
+        line = _line(error, run)
+        _report(error, line, config, run)
+        if line is None:
+            raise
         return 1
     finally:
         if dist.is_initialized():
@@ -58,6 +60,29 @@ def main(argv: Sequence[str], prog: str = "pacl train") -> int:
         return 128 + run.stopped_by
     run.say(f"finished {run.steps} steps: {config.folder / 'embedder'}")
     return 0
+
+
+def _line(error: Exception, run: Run | None) -> str | None:
+    """Return the line for an error that a user can act on; None for any other, which needs its traceback."""
+    failure = describe(error)
+    if failure is None:
+        return str(error) if isinstance(error, (ValueError, FloatingPointError, OSError)) else None
+    if run is None or run.world > 1 and run.rank:
+        return failure
+    saved = f"step {run.saved} of {run.steps} is saved, continue with --resume latest" if run.saved else "nothing saved"
+    return f"{failure}; {saved}"
+
+
+def _report(error: Exception, line: str | None, config: TrainConfig | None, run: Run | None) -> None:
+    """Print the line of an error, None if its traceback will be, and append it to out.log in the folder of the run."""
+    rank = f"rank {run.rank}: " if run is not None and run.rank else ""
+    text = f"pacl: error: {rank}{one_line(line or f'{type(error).__name__}: {error}')}"
+    if line is not None:
+        print(text, file=sys.stderr, flush=True)
+    lost = rank and collective(error)  # the first process writes this line for all that are left
+    if config is not None and not lost and (config.folder / "out.log").exists():
+        with contextlib.suppress(OSError), open(config.folder / "out.log", "a") as file:
+            file.write(text + "\n")
 
 
 def _parse(argv: list[str], prog: str) -> TrainConfig:
