@@ -61,10 +61,10 @@ def fused_pacl_loss(
     loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
     ```
 
-    Gradients flow to patches, texts, and those of logit_scale, logit_bias, attn_temperature and pair_bias that are tensors; each
-    is computed only if it is needed. A patch or text with a norm below 1e-12 has similarity 0 and gradient 0. Norms may
-    be as large as the dtype allows, but the GPU kernels limit those of patches to 1e25, or to 1e18 with
-    `form="cosine"`.
+    Gradients flow to patches, texts, and those of logit_scale, logit_bias, attn_temperature and pair_bias that are
+    tensors; each is computed only if it is needed. A patch or text with a norm below 1e-12 has similarity 0 and
+    gradient 0. Norms may be as large as the dtype allows, but the GPU kernels limit those of patches to 1e25, or to
+    1e18 with `form="cosine"`.
 
     Inside autocast, patches and texts are first cast to the autocast dtype. Of `torch.func`, grad, vjp, jacrev and vmap
     work without a group (vmap computes one sample after the other). Forward mode and second derivatives need

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from .commands import run_command
+from .failures import describe
 from .formats import one_line
 
 INTERRUPTED = 130  # the exit status that shells report after Ctrl-C
@@ -36,7 +37,8 @@ NEEDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: sys.argv) and return its exit status.
 
-    A ValueError or OSError of a command becomes one line on standard error, and status 1.
+    A ValueError or OSError of a command becomes one line on standard error, and status 1; so do memory that runs out
+    and a data reader that dies.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     missing = [package for module, package in NEEDS.items() if importlib.util.find_spec(module) is None]
@@ -47,6 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run_command(COMMANDS, argv, "pacl", "Patch Aligned Contrastive Learning: train, segment and measure.")
     except KeyboardInterrupt:
         return INTERRUPTED
-    except (ValueError, OSError) as error:
-        print(f"pacl: error: {one_line(error)}", file=sys.stderr)
+    except Exception as error:
+        failure = describe(error)
+        if failure is None and not isinstance(error, (ValueError, OSError)):
+            raise
+        print(f"pacl: error: {failure or one_line(error)}", file=sys.stderr)
         return 1

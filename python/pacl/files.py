@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
+
+try:
+    import fcntl
+except ImportError:  # Windows, where an open file cannot be deleted, so that no lock is needed
+    fcntl = None  # type: ignore[assignment]
+
+SUFFIX = ".part"  # of temporary files: ".model.safetensors.x7k_2b9q.part"
 
 
 @contextlib.contextmanager
@@ -15,21 +23,23 @@ def atomic_writer(path: str | os.PathLike) -> Iterator[BinaryIO]:
     """Open a temporary file beside `path`; on success flush it to disk and rename it to `path`.
 
     On any exception, a KeyboardInterrupt or a full disk included, `path` keeps its contents and the temporary file is
-    removed. Missing parent folders are made.
+    removed. What a killed process left of an earlier write to `path` is removed, too. Missing parent folders are made.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    remove_unfinished(path.parent, path.name)
+    descriptor, temporary = _temporary(path)
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        # mkstemp gives 0600 whatever the umask; the result gets the permissions of the user's umask.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
+        with _locked_copy(descriptor):  # remove_unfinished keeps locked files, up to the renaming
+            with os.fdopen(descriptor, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            # mkstemp gives 0600 whatever the umask; the result gets the permissions of the user's umask.
+            umask = os.umask(0)
+            os.umask(umask)
+            os.chmod(temporary, 0o666 & ~umask)
+            os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
@@ -40,3 +50,53 @@ def write_bytes(path: str | os.PathLike, data: bytes) -> None:
     """Replace the contents of `path` by `data`, atomically."""
     with atomic_writer(path) as file:
         file.write(data)
+
+
+def remove_unfinished(folder: Path, name: str | None = None) -> None:
+    """Delete the temporary files that killed processes left in `folder`: those for `name`, or for all names.
+
+    Files of processes that are still writing are locked, and stay. Where the file system has no locks, all stay.
+    """
+    pattern = re.compile(rf"\.{'.+' if name is None else re.escape(name)}\.[a-z0-9_]{{8}}{re.escape(SUFFIX)}")
+    with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
+        for entry in entries:
+            if pattern.fullmatch(entry.name):
+                with contextlib.suppress(OSError):
+                    _remove_unlocked(entry.path)
+
+
+def _remove_unlocked(path: str) -> None:
+    if fcntl is None:
+        os.unlink(path)
+        return
+    descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.unlink(path)
+    finally:
+        os.close(descriptor)
+
+
+def _temporary(path: Path) -> tuple[int, str]:
+    """Create and lock a temporary file for `path`; return its descriptor and its path."""
+    while True:
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=SUFFIX)
+        if fcntl is not None:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if os.path.exists(temporary):
+            return descriptor, temporary
+        os.close(descriptor)  # another process found it in the moment before it was locked, and removed it
+
+
+@contextlib.contextmanager
+def _locked_copy(descriptor: int) -> Iterator[None]:
+    """Keep the lock of a file beyond its closing, by a second descriptor; not on Windows, where that would keep it."""
+    if fcntl is None:
+        yield
+        return
+    copy = os.dup(descriptor)
+    try:
+        yield
+    finally:
+        os.close(copy)

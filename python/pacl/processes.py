@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import os
 
 import torch
@@ -22,10 +23,10 @@ def group_device(group: dist.ProcessGroup) -> torch.device:
     return torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
 
 
-def process_group(device: torch.device) -> dist.ProcessGroup | None:
+def process_group(device: torch.device, timeout: float | None = None) -> dist.ProcessGroup | None:
     """Return the group of all processes that torchrun started, or the one already initialised; None for one process.
 
-    device: that of the tensors to exchange.
+    device: that of the tensors to exchange. timeout: seconds after which a collective fails; None: PyTorch's.
     """
     if dist.is_initialized():
         return dist.group.WORLD
@@ -33,7 +34,8 @@ def process_group(device: torch.device) -> dist.ProcessGroup | None:
         return None
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    limit = None if timeout is None else datetime.timedelta(seconds=timeout)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=limit)
     return dist.group.WORLD
 
 

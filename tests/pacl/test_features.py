@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,12 +17,15 @@ import pytest
 pytest.importorskip("open_clip")
 pytest.importorskip("tyro")
 import torch
+from dies import dies_at
 from pacl.cli import main
-from pacl.data.features import Features, read_manifest
+from pacl.data.features import Features
 from pacl.data.samples import loader
+from pacl.data.scene_shards import write_scenes
 from pacl.data.sources import open_pairs
 from pacl.data.texts import PROMPTS
 from pacl.demo.toy_clip import new_clip, save_clip
+from pacl.locks import lock_folder
 from pacl.towers import load_towers
 from pacl.training.checkpoints import checkpoints, load_checkpoint
 from PIL import Image
@@ -119,34 +123,45 @@ def test_what_is_stored(world):
             torch.testing.assert_close(data.prompts[text], towers.encode_text(towers.tokenize([text]))[0])
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux")
-def test_killed_and_gone_on_with(world, tmp_path):
-    """After kill -9 the next call keeps the finished shards and stores every image once."""
-    folder = tmp_path / "cut"
-    settings = {"workers": 2, "shard_size": 4, "batch_size": 4, "nouns": "words"}
-    command = [sys.executable, "-m", "pacl", *feature_flags(world, folder, **settings)]
-    process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
-    while not (folder / "features-00001.safetensors").exists():
-        assert process.poll() is None
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert read_manifest(folder)["complete"] is False, "too late to see anything"
-    times = {path.name: path.stat().st_mtime_ns for path in folder.glob("features-*")}
-    assert train(tmp_path, features=folder) == 1
-    assert features(world, folder, **settings) == 0
-    assert times.items() <= {path.name: path.stat().st_mtime_ns for path in folder.glob("features-*")}.items()
-    exact, mine = (list(Features(path)) for path in (world / "stored", folder))
-    assert len(mine) == SCENES
-    exact, mine = ({sample["key"]: sample for sample in samples} for samples in (exact, mine))
-    assert exact.keys() == mine.keys()
-    for key in exact:
-        assert mine[key]["caption"] == exact[key]["caption"]
-        torch.testing.assert_close(mine[key]["tokens"], exact[key]["tokens"])
-        torch.testing.assert_close(mine[key]["text"], exact[key]["text"])
-    assert read_manifest(folder)["nouns"] == read_manifest(world / "stored")["nouns"]
-    assert features(world, folder, **settings) == 0, "a finished folder stays as it is"
-    assert features(world, folder, **settings | {"precision": "bf16"}) == 1
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
+@pytest.mark.parametrize("workers, renamings", [(0, (1, 8)), (3, (2, 4, 9, 10, 11))])
+def test_killed_before_any_renaming_and_continued(workers, renamings, world, tmp_path, capsys):
+    """Whichever file was just to get its name, the same command ends with the bytes of an uninterrupted run.
+
+    Batches end within shards, several shards within a batch, and the workers' shares differ in length.
+    """
+
+    def contents(folder: Path) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    shards = tmp_path / "source"
+    for number, count in enumerate((9, 1, 16)):
+        write_scenes(shards / str(number), "train", count, seed=number)
+    paths = "::".join(str(path) for path in sorted(shards.glob("*/*.tar")))
+    settings = {"train_data": paths, "train_num_samples": "None", "workers": workers, "batch_size": 6, "shard_size": 4}
+    whole = tmp_path / "whole"
+    assert features(world, whole, **settings, nouns="words") == 0
+    assert len(list(Features(whole))) == 26
+    expected = contents(whole)
+    out = tmp_path / "out"
+    for renaming in renamings:
+        shutil.rmtree(out, ignore_errors=True)
+        killed = dies_at(renaming, feature_flags(world, out, **settings, nouns="words"))
+        if renaming == 11:
+            assert killed == 0 and contents(out) == expected, "a file more is written than this test knows of"
+            continue
+        assert killed == -signal.SIGKILL
+        times = {path.name: path.stat().st_mtime_ns for path in out.glob("features-*")}
+        assert train(tmp_path / "logs", features=out) == 1
+        assert features(world, out, **settings, nouns="words") == 0
+        assert contents(out) == expected, f"renaming {renaming}"
+        assert times.items() <= {path.name: path.stat().st_mtime_ns for path in out.glob("features-*")}.items()
+    assert features(world, out, **settings, nouns="words") == 0 and contents(out) == expected
+    assert features(world, out, **settings, nouns="words", precision="bf16") == 1
+    assert "out was begun with another precision" in capsys.readouterr().err
+    with lock_folder(out):
+        assert features(world, out, **settings, nouns="words") == 1
+    assert "out is in use by process" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows sends no SIGINT to a child process")

@@ -1,4 +1,7 @@
 import os
+import signal
+import subprocess
+import sys
 
 import pytest
 from pacl.files import atomic_writer, write_bytes
@@ -18,3 +21,23 @@ def test_permissions_follow_the_umask(tmp_path):
     (tmp_path / "plain").write_bytes(b"")
     write_bytes(tmp_path / "ours", b"")
     assert (tmp_path / "ours").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
+def test_what_a_killed_write_left_goes_with_the_next_one(tmp_path):
+    """The next write removes the temporary files of dead processes for the same file; those of living ones stay."""
+    path = tmp_path / "model.safetensors"
+    dies = "import os, sys, pacl.files as f\nwith f.atomic_writer(sys.argv[1]) as file: os.kill(os.getpid(), 9)"
+    for _ in range(2):
+        assert subprocess.run([sys.executable, "-c", dies, str(path)]).returncode == -signal.SIGKILL
+        assert len(os.listdir(tmp_path)) == 1, "a killed write leaves one file"
+    mine = {".model.safetensors.original", ".config.json.abcdefgh.part", ".model.safetensors.part"}
+    for name in mine:
+        (tmp_path / name).write_bytes(b"")
+    with atomic_writer(path) as first:
+        (alive,) = set(os.listdir(tmp_path)) - mine
+        write_bytes(path, b"second")
+        assert alive in os.listdir(tmp_path)
+        first.write(b"first")
+    assert path.read_bytes() == b"first"
+    assert set(os.listdir(tmp_path)) == mine | {path.name}

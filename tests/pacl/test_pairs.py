@@ -307,11 +307,14 @@ def test_packed_shards_hold_the_same_bytes(form, tmp_path, capsys, write_tar):
     assert contents(packed) == contents(source) and packed.count() == COUNT
     assert {raw.key for raw in packed.undecoded(0, 0, 1)} == {f"{i:09d}" for i in range(COUNT)}
     before = sorted(path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir())
-    assert main(["data", "pack", str(location), "--out", str(tmp_path / "out"), *options]) == 1
+    again = ["data", "pack", str(location), "--out", str(tmp_path / "out"), *options]
+    assert main([*again, "--shard-size", "5"]) == 0
+    assert main(again) == 1
+    assert "out was begun with another shard_size, expected the same or another folder" in capsys.readouterr().err
+    (tmp_path / "out/packed.json").rename(tmp_path / "packed.json")  # shards of anyone else
+    assert main(again) == 1
     assert "out has shards already, expected a folder without any" in capsys.readouterr().err
-    (tmp_path / "out/sizes.json").rename(tmp_path / "sizes.json")  # interrupted packing leaves none
-    assert main(["data", "pack", str(location), "--out", str(tmp_path / "out"), *options]) == 1
-    (tmp_path / "sizes.json").rename(tmp_path / "out/sizes.json")
+    (tmp_path / "packed.json").rename(tmp_path / "out/packed.json")
     assert before == sorted(path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir())
 
 

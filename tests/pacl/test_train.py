@@ -318,19 +318,19 @@ def test_half_checkpoints_of_a_killed_run_go(world, tmp_path):
     """The next start or save removes the files that kill -9 during a save leaves, and no others."""
     assert main(["train", *flags(world, tmp_path, max_steps=1)]) == 0
     folder = tmp_path / "pacl/checkpoints"
-    kept = {"step_00000001.pt", ".step_1.pt", ".step_x.pt.abcdefgh", ".step_1.pt.abcdefgh.mine", "step_1.pt.abcdefgh"}
+    kept = {"step_00000001.pt", ".step_1.pt.original", ".step_1.pt.abcdefgh.part.mine", "step_1.pt.abcdefgh.part"}
 
     def leave(*names):
         for name in names:
             (folder / name).write_bytes((folder / "step_00000001.pt").read_bytes())
 
-    leave(*kept, ".step_00000001.pt.ab_d3fgh", ".step_00000123.pt.zzzzzzzz")
+    leave(*kept, ".step_00000001.pt.ab_d3fgh.part", ".step_00000123.pt.zzzzzzzz.part")
     assert main(["train", *flags(world, tmp_path, max_steps=1, resume="latest", dry_run=None)]) == 0
-    assert len(list(folder.iterdir())) == 7, "a dry run changed something"
+    assert len(list(folder.iterdir())) == 6, "a dry run changed something"
     assert main(["train", *flags(world, tmp_path, max_steps=1, resume="latest")]) == 0
     assert {path.name for path in folder.iterdir()} == kept
 
-    leave(".step_00000001.pt.ab_d3fgh")
+    leave(".step_00000001.pt.ab_d3fgh.part")
     save_checkpoint(folder, {"step": 2}, keep=2)
     assert {path.name for path in folder.iterdir()} == kept | {"step_00000002.pt"}
 

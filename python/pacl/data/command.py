@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from ..progress import Progress
-from .flags import PairFlags
+from .flags import PairFlags, plan_of
 
 if TYPE_CHECKING:
     from .samples import Samples
@@ -37,7 +37,7 @@ class PackConfig(DataFlags):
     """Write webdataset shards. Images are copied byte for byte."""
 
     out: Path
-    """Folder to write to; it must hold no shards."""
+    """Folder to write to; it must hold no shards. The same command continues a run that was stopped."""
     shard_size: int = 10_000
     """Pairs in one shard."""
     shuffle: bool = False
@@ -70,25 +70,33 @@ def main(argv: Sequence[str], prog: str = "pacl data") -> int:
     except (ValueError, OSError) as error:
         print(f"pacl: error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        if flags is PackConfig:
+            print("stopped; the same command continues", file=sys.stderr)
+        raise
 
 
 def _pack(config: PackConfig) -> int:
     from .check import EXAMPLES
     from .pack import pack
     from .samples import no_image
+    from .shards import INCOMPLETE
 
     bad: list[tuple[str, str, str]] = []
     source = config.read(shuffle=2000 if config.shuffle else 0, seed=config.seed).with_options(
         transform=no_image,
         on_skip=lambda reason, key, error: bad.append((reason, key, error)) if len(bad) < EXAMPLES else None,
     )
+    plan = plan_of(config, "out", "shard_size")
+    resumed = (config.out / INCOMPLETE).exists()
     with Progress("Packed", None, "pair") as progress:
-        sizes = pack(source, config.out, shard_size=config.shard_size, progress=progress.step)
+        sizes = pack(source, config.out, shard_size=config.shard_size, plan=plan, progress=progress.step)
     for reason, key, error in bad:
         print(f"bad: {key}: {reason}: {error}")
     if not sizes:
         raise ValueError(source.complaint())
     skipped = ", ".join(f"{reason} {count:,}" for reason, count in source.skipped.items() if count) or "none"
+    skipped += " since it was continued" if resumed else ""
     print(f"packed {sum(sizes.values()):,} pairs in {len(sizes):,} shard(s): {config.out}; skipped: {skipped}")
     return 0
 

@@ -101,11 +101,14 @@ class Features(Pairs):
         return embedded
 
 
-def write_shard(folder: Path, number: int, tokens: Tensor, texts: Tensor, records: list[dict]) -> None:
+def write_shard(
+    folder: Path, number: int, tokens: Tensor, texts: Tensor, records: list[dict], state: dict[str, Any]
+) -> None:
     """Write one shard atomically.
 
     tokens: [n, N, width]. texts: [m, D]. records: for each image key, captions, text (row of its first caption in
-    `texts`) and place (the worker that read it, and its index there).
+    `texts`) and place (the worker that read it, and its index there). state: that of the loader before the batch of
+    the last record; see last_place.
     """
     lines = [json.dumps(record).encode() for record in records]
     tensors = {
@@ -114,7 +117,25 @@ def write_shard(folder: Path, number: int, tokens: Tensor, texts: Tensor, record
         "records": torch.frombuffer(bytearray(b"".join(lines)), dtype=torch.uint8),
         "ends": torch.from_numpy(np.cumsum([len(line) for line in lines])),
     }
-    write_bytes(folder / f"features-{number:05d}.safetensors", save(tensors))
+    write_bytes(folder / _name(number), save(tensors, {"state": json.dumps(state)}))
+
+
+def last_place(folder: Path, shards: int) -> tuple[dict[str, Any], tuple[int, int]] | None:
+    """Return how far the first `shards` shards go, None for no shard.
+
+    That is the state of the loader before the batch of the last stored image, and the place of this image: the worker
+    that read it, and its index there. Raises ValueError for a shard without this state.
+    """
+    if not shards:
+        return None
+    path = folder / _name(shards - 1)
+    with safe_open(path, "pt") as shard:
+        count = shard.get_slice("ends").get_shape()[0]
+        worker, index = read_records(shard, count - 1, count)[0]["place"]
+        try:
+            return json.loads((shard.metadata() or {})["state"]), (worker, index)
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"out: {path} does not say how to go on after it; choose another folder") from error
 
 
 def read_records(shard: safe_open, start: int, end: int) -> list[dict]:
@@ -123,6 +144,10 @@ def read_records(shard: safe_open, start: int, end: int) -> list[dict]:
     ends = ends if start else [0, *ends]
     data = bytes(shard.get_slice("records")[ends[0] : ends[-1]].numpy())
     return [json.loads(data[a - ends[0] : b - ends[0]]) for a, b in zip(ends, ends[1:], strict=False)]
+
+
+def _name(number: int) -> str:
+    return f"features-{number:05d}.safetensors"
 
 
 def shard_files(folder: Path) -> list[dict[str, Any]]:
@@ -135,7 +160,7 @@ def shard_files(folder: Path) -> list[dict[str, Any]]:
         except SafetensorError as error:
             raise ValueError(f"out: {path} is damaged ({error}); delete it and all later shards") from error
         shards.append({"name": path.name, "bytes": path.stat().st_size, "count": count})
-        if path.name != f"features-{len(shards) - 1:05d}.safetensors":
+        if path.name != _name(len(shards) - 1):
             raise ValueError(f"out: {folder} has {path.name} without the shard before it; choose another folder")
     return shards
 

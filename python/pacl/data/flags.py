@@ -52,3 +52,16 @@ class TrainingDataFlags(PairFlags):
     def open(self, location: str, **options: Any) -> Samples:
         counts = {"scenes": self.train_num_samples or None, "max_bad_share": self.max_bad_share}
         return super().open(location, **counts | options)
+
+
+def plan_of(flags: Any, *without: str) -> dict[str, Any]:
+    """Return the flags of a command as plain Python, without some: what must be the same when it is continued."""
+    values = {name: str(x) if isinstance(x, Path) else x for name, x in dataclasses.asdict(flags).items()}
+    return {name: x for name, x in values.items() if name not in without}
+
+
+def check_plan(out: Path, begun: dict[str, Any], plan: dict[str, Any]) -> None:
+    """Raise ValueError unless the output in `out` was begun with the same plan."""
+    changed = [name for name, value in plan.items() if begun.get(name) != value]
+    if changed:
+        raise ValueError(f"out: {out} was begun with another {', '.join(changed)}, expected the same or another folder")

@@ -4,58 +4,129 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from webdataset import TarWriter
 
-from ..files import atomic_writer, write_bytes
+from ..files import atomic_writer, remove_unfinished, write_bytes
+from ..locks import lock_folder
+from .flags import check_plan
 from .samples import Samples, open_source, read_caption
 from .scene_shards import Members
-from .shards import SIZES
+from .shards import INCOMPLETE, SIZES
+
+PACKED = "packed.json"  # what incomplete.json becomes: the plan, and how far each shard goes
 
 
 def pack(
-    source: Samples, out: Path, *, shard_size: int = 10_000, progress: Callable[[], None] = lambda: None
+    source: Samples,
+    out: Path,
+    *,
+    shard_size: int = 10_000,
+    plan: dict[str, Any] | None = None,
+    progress: Callable[[], None] = lambda: None,
 ) -> dict[str, int]:
     """Write the good samples of `source` as `out/00000.tar`, ..., and sizes.json; return the sizes.
 
     Every sample is decoded once, to leave out bad ones (`source.skipped`), and its bytes are copied. Members are
     numbered. Their .json holds the source's `key` and, for an image with several captions, `captions`, of which Shards
-    takes one an epoch; .txt is one of them. progress: called once per sample. Raises ValueError if `out` has shards
-    already, or for a `shard_size` below 1.
+    takes one an epoch; .txt is one of them. progress: called once per sample.
+
+    While it works, `out` has incomplete.json, which makes all readers refuse the folder. After an interruption, the
+    same call keeps the finished shards and ends with the same bytes; once finished, it changes nothing. plan: plain
+    Python that identifies `source`, to be the same then. Raises ValueError if `out` has shards of anything else, or for
+    a `shard_size` below 1.
     """
     if shard_size < 1:
         raise ValueError(f"shard_size: got {shard_size}, expected at least 1")
-    if any(out.glob("*.tar")) or (out / SIZES).exists():
-        raise ValueError(f"out: {out} has shards already, expected a folder without any")
-    samples = _members(source, progress)
-    sizes: dict[str, int] = {}
-    for number in itertools.count():
-        first = next(samples, None)
-        if first is None:
-            break
-        path = out / f"{number:05d}.tar"
-        with atomic_writer(path) as file, TarWriter(file, encoder=False, mtime=0) as tar:
-            sizes[path.name] = 0
-            for sample in itertools.chain([first], itertools.islice(samples, shard_size - 1)):
-                tar.write(sample)
-                sizes[path.name] += 1
-    write_bytes(out / SIZES, json.dumps(sizes, indent=0).encode())
+    plan = {"source": source.name, "seed": source.seed, "shuffle": source.shuffle, "masks": source.masks} | (plan or {})
+    plan["shard_size"] = shard_size
+    with lock_folder(out):
+        remove_unfinished(out)
+        if (out / PACKED).exists():
+            shards, finished = _read_notes(out / PACKED, plan)
+            if finished:
+                return _sizes(shards)
+        if (out / INCOMPLETE).exists():
+            shards, _ = _read_notes(out / INCOMPLETE, plan)
+        elif any(out.glob("*.tar")) or (out / SIZES).exists():
+            raise ValueError(f"out: {out} has shards already, expected a folder without any")
+        else:
+            shards = []
+            _note(out, plan, shards)
+        place = shards[-1] if shards else {"end": 0, "read": 0}
+        samples = _members(source, progress, number=place["end"], read=place["read"])
+        for number in itertools.count(len(shards)):
+            first = next(samples, None)
+            if first is None:
+                break
+            with atomic_writer(out / _name(number)) as file:
+                with TarWriter(file, encoder=False, mtime=0) as tar:
+                    for last in itertools.chain([first], itertools.islice(samples, shard_size - 1)):
+                        tar.write(last.members)
+                shards.append({"end": last.number + 1, "read": last.read})
+                _note(out, plan, shards)  # before the shard gets its name, so that every shard has its note
+        sizes = _sizes(shards)
+        if sizes:
+            write_bytes(out / SIZES, json.dumps(sizes, indent=0).encode())
+            os.replace(out / INCOMPLETE, out / PACKED)
+        else:
+            (out / INCOMPLETE).unlink()
     return sizes
 
 
-def _members(source: Samples, progress: Callable[[], None]) -> Iterator[Members]:
-    numbers = itertools.count()
-    for raw in source.undecoded(0, 0, 1):
+def _read_notes(path: Path, plan: dict[str, Any]) -> tuple[list[dict[str, int]], bool]:
+    """Return the notes on the shards that are there, and whether these are all that `path` notes.
+
+    end: pairs in the shard and those before it. read: samples of the source read for them, bad ones too.
+    """
+    try:
+        notes = json.loads(path.read_bytes())
+        begun, noted = dict(notes["plan"]), notes["shards"]
+        shards = [{name: int(shard[name]) for name in ("end", "read")} for shard in noted]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"out: {path} is damaged, expected notes of `pacl data pack`; delete {path.parent}") from error
+    check_plan(path.parent, begun, plan)
+    there = list(itertools.takewhile(lambda number: (path.parent / _name(number)).is_file(), range(len(shards))))
+    return shards[: len(there)], len(there) == len(shards)
+
+
+def _sizes(shards: list[dict[str, int]]) -> dict[str, int]:
+    ends = [0, *(shard["end"] for shard in shards)]
+    return {_name(i): end - start for i, (start, end) in enumerate(itertools.pairwise(ends))}
+
+
+def _note(out: Path, plan: dict[str, Any], shards: list[dict[str, int]]) -> None:
+    write_bytes(out / INCOMPLETE, json.dumps({"plan": plan, "shards": shards}, indent=1).encode())
+
+
+def _name(number: int) -> str:
+    return f"{number:05d}.tar"
+
+
+class _Sample(NamedTuple):
+    """A good sample of the source. number: its place among these. read: samples read up to it, bad ones too."""
+
+    number: int
+    read: int
+    members: Members
+
+
+def _members(source: Samples, progress: Callable[[], None], number: int, read: int) -> Iterator[_Sample]:
+    """Yield the good samples of the source after the first `read`, numbered from `number` on."""
+    for now, raw in enumerate(source.undecoded(0, 0, 1, read), read + 1):
         progress()
         if source.decode(raw) is None:
             continue
         notes = {"key": raw.key} | ({"captions": raw.captions} if raw.captions else {})
         image = _read(raw.image)
-        sample: Members = {"__key__": f"{next(numbers):09d}", _suffix(image): image}
-        sample |= {"txt": read_caption(raw.caption).encode(), "json": json.dumps(notes).encode()}
-        yield sample | ({"mask.png": _read(raw.mask)} if source.masks else {})
+        members: Members = {"__key__": f"{number:09d}", _suffix(image): image}
+        members |= {"txt": read_caption(raw.caption).encode(), "json": json.dumps(notes).encode()}
+        yield _Sample(number, now, members | ({"mask.png": _read(raw.mask)} if source.masks else {}))
+        number += 1
 
 
 def _read(data: bytes | Path | str | None) -> bytes:

@@ -157,7 +157,7 @@ class Samples(IterableDataset):
             raise ValueError(f"workers: got {workers}, expected at most {self.most_workers} for {self.name}")
         epoch = offset = 0
         if self.start is not None:
-            # Workers take turns, so the next batch comes from worker `batches % workers`.
+            # Workers take turns, so the next one is worker `batches % workers`.
             worker = (worker + self.start["batches"]) % workers
             epoch, offset = self.start["places"][worker]
         return self._samples(worker, workers, epoch, offset)
@@ -284,14 +284,44 @@ class Loader(DataLoader):
     def __iter__(self) -> Iterator[dict[str, Any]]:  # type: ignore[override]
         assert self.dataset.start is not None  # set by `loader`
         self.state = copy.deepcopy(self.dataset.start)
-        for batch in super().__iter__():
-            epoch, number = (int(x[-1]) for x in batch["place"])
-            places = self.state["places"]
-            places[self.state["batches"] % len(places)] = [epoch, number + 1]
-            self.state["batches"] += 1
-            yield batch
+        try:
+            for batch in super().__iter__():
+                epoch, number = (int(x[-1]) for x in batch["place"])
+                places, worker = self.state["places"], int(batch["worker"][-1])
+                places[worker] = [epoch, number + 1]
+                # Workers take turns, and one whose samples are all read loses its turn.
+                self.state["batches"] += 1 + (worker - self.state["batches"]) % len(places)
+                yield batch
+        except (RuntimeError, OSError, EOFError) as error:
+            if death := self._death():
+                raise ChildProcessError(death) from error
+            raise
         if not self.state["batches"] and not self.dataset.good:
             raise BadData(self.dataset.complaint())
+
+    def _death(self) -> str | None:
+        """Say which worker died, if one did."""
+        for number, worker in enumerate(getattr(self._iterator, "_workers", [])):
+            if not worker.is_alive():
+                code = worker.exitcode or 0
+                how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
+                hint = {-9: ", as when memory runs out; fewer --workers take less", -7: ", as when /dev/shm is full"}
+                return f"data reader {number} of {self.dataset.name} {how}{hint.get(code, '')}"
+        return None
+
+    def kill(self) -> None:
+        """Kill the workers, for a process that is to end: it would wait for one that hangs.
+
+        The loader gives no more batches then.
+        """
+        iterator: Any = self._iterator
+        workers = getattr(iterator, "_workers", [])
+        for worker in workers:
+            worker.kill()
+        for worker in workers:
+            worker.join(1)
+        if workers:
+            iterator._shutdown = True  # torch would wait for locks that the dead may hold
 
 
 def loader(
@@ -325,7 +355,9 @@ def loader(
     if workers:
         options = {"persistent_workers": True, "worker_init_fn": functools.partial(_outlive_signals, _leaving())}
     options |= {"batch_size": batch_size, "num_workers": workers, "drop_last": drop_last, "collate_fn": _collate}
-    return Loader(dataset, **options)
+    made = Loader(dataset, **options)
+    made.state = copy.deepcopy(dataset.start)
+    return made
 
 
 def _collate(samples: list[dict[str, Any]]) -> dict[str, Any]:

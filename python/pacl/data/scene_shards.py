@@ -69,7 +69,8 @@ def write_scenes(
     depend on it. progress: called once per scene. Returns the shards' paths.
     """
     drawn = SceneMembers(split, count, seed, pairs, masks)
-    batches = DataLoader(drawn, batch_size=50, collate_fn=list, num_workers=workers)
+    # Workers start here, because processes forked within atomic_writer would hold its lock.
+    batches = iter(DataLoader(drawn, batch_size=50, collate_fn=list, num_workers=workers))
     samples = (sample for batch in batches for sample in batch)
     paths: list[Path] = []
     for start in range(0, count, shard_size):

@@ -26,6 +26,7 @@ from .images import IMAGE_SUFFIXES
 from .samples import MOST_WORKERS, Raw, Samples, as_bytes, readable
 
 SIZES = "sizes.json"  # img2dataset's and open_clip's: {"00000.tar": 1000}
+INCOMPLETE = "incomplete.json"  # in a folder whose shards are not all written yet; see pack.py
 
 
 class Shards(Samples):
@@ -37,8 +38,8 @@ class Shards(Samples):
 
     From a .json member with a list `captions`, which `pacl data pack` writes for COCO, each epoch takes one caption.
     `shuffle` also shuffles the shards. A process takes its share of the shards, or of the samples if there are fewer
-    shards than processes. Everything else is as in Samples. Raises ValueError for no shards or a URL, FileNotFoundError
-    for a missing file.
+    shards than processes. Everything else is as in Samples. Raises ValueError for no shards, a URL or an incomplete
+    folder, FileNotFoundError for a missing file.
     """
 
     def __init__(
@@ -133,7 +134,18 @@ def expand_shards(shards: str | os.PathLike | Iterable[str | os.PathLike]) -> li
             raise ValueError(f"shards: got {name!r}, expected the path of a local .tar file; download it first")
         if not Path(name).is_file():
             raise FileNotFoundError(f"shards: {name!r} is not a file, expected the path of a .tar file")
+    for folder in {Path(name).parent for name in names}:
+        check_finished(folder)
     return [Path(name) for name in names]
+
+
+def check_finished(folder: Path) -> None:
+    """Raise ValueError for a folder whose shards are not all written yet: a part must not be taken for the whole."""
+    if (folder / INCOMPLETE).exists():
+        raise ValueError(
+            f"data: {folder} is incomplete ({INCOMPLETE}), expected a folder with all of its shards; repeat the "
+            "command that began to write it"
+        )
 
 
 def count_shards(paths: Iterable[Path]) -> dict[Path, int]:

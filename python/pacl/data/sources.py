@@ -10,7 +10,7 @@ from . import Kind
 from .pairs import CocoPairs, CsvPairs, FolderPairs, ScenePairs
 from .samples import Samples
 from .scene_shards import SPLITS
-from .shards import Shards
+from .shards import Shards, check_finished
 
 
 def open_pairs(
@@ -35,6 +35,7 @@ def open_pairs(
     if kind not in get_args(Kind):
         raise ValueError(f"dataset_type: got {kind!r}, expected one of {', '.join(get_args(Kind))}")
     path = Path(location)
+    check_finished(path)
     if kind == "auto":
         kind = _kind(os.fspath(location), path)
     if resampled and kind != "webdataset":

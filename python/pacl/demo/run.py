@@ -15,7 +15,7 @@ from torchvision.transforms.functional import to_pil_image
 from ..backbones import freeze
 from ..data import scenes
 from ..data.scene_shards import write_scenes
-from ..data.shards import Shards
+from ..data.shards import INCOMPLETE, Shards
 from ..embedder import VisionEmbedder, save_embedder
 from ..files import write_bytes
 from ..progress import Progress
@@ -129,11 +129,13 @@ def run(config: DemoConfig, out: Path, *, full: bool = False) -> dict:
 
 
 def _write_scenes(config: DemoConfig, folder: Path) -> tuple[list[Path], list[Path]]:
+    write_bytes(folder / INCOMPLETE, b"{}")
     with Progress("Scenes", config.train_scenes + config.eval_scenes, unit="scene") as progress:
         workers = config.threads if config.threads > 1 else 0
         options: dict[str, Any] = {"seed": config.seed, "workers": workers, "progress": progress.step}
         train = write_scenes(folder, "train", config.train_scenes, pairs=scenes.SEEN, **options)
         evaluation = write_scenes(folder, "eval", config.eval_scenes, masks=True, **options)
+    (folder / INCOMPLETE).unlink()
     return train, evaluation
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..files import atomic_writer
+from ..files import atomic_writer, remove_unfinished
 
 
 def save_checkpoint(folder: Path, state: dict[str, Any], *, keep: int) -> Path:
@@ -19,7 +19,7 @@ def save_checkpoint(folder: Path, state: dict[str, Any], *, keep: int) -> Path:
     Raises OSError if the write fails, for example on a full disk; the older checkpoints then stay.
     """
     path = folder / f"step_{state['step']:08d}.pt"
-    remove_halves(folder)
+    remove_unfinished(folder)
     try:
         with atomic_writer(path) as file:
             torch.save(state, file)
@@ -31,16 +31,6 @@ def save_checkpoint(folder: Path, state: dict[str, Any], *, keep: int) -> Path:
     for old in checkpoints(folder)[:-keep]:
         old.unlink(missing_ok=True)
     return path
-
-
-def remove_halves(folder: Path) -> None:
-    """Delete the temporary files, as large as checkpoints, of a process that was killed in save_checkpoint.
-
-    Call it only in the process that writes to `folder`.
-    """
-    for path in folder.glob(".step_*.pt.*"):
-        if re.fullmatch(r"\.step_\d+\.pt\.[a-z0-9_]{8}", path.name):  # as atomic_writer names them
-            path.unlink(missing_ok=True)
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -13,9 +13,11 @@ import torch.distributed as dist
 import tyro
 
 from ..data.features import tower_names
-from ..files import write_bytes
+from ..failures import collective, describe
+from ..files import remove_unfinished, write_bytes
+from ..formats import one_line
 from ..locks import lock_folder
-from .checkpoints import newest, remove_halves
+from .checkpoints import newest
 from .config import TrainConfig, dump_config, read_config
 from .log import set_aside
 from .plan import plan
@@ -50,7 +52,7 @@ def _folder(config: TrainConfig) -> Iterator[None]:
 
 def _train(config: TrainConfig) -> int:
     """Run `pacl train` in its folder and return its exit status."""
-    begun = not config.dry_run and newest(config.folder / "checkpoints") is not None
+    begun, run = not config.dry_run and newest(config.folder / "checkpoints") is not None, None
     try:
         run = Run(config)
         if run.rank == 0 and not config.dry_run and not begun:
@@ -67,16 +69,17 @@ def _train(config: TrainConfig) -> int:
         if path is not None:
             run.say(f"resume: {path}, step {run.step}")
         if run.rank == 0:
-            remove_halves(config.folder / "checkpoints")
+            for folder in ("", "checkpoints", "embedder"):
+                remove_unfinished(config.folder / folder)
             notes = recipe_notes(config, run.global_batch) | ({"resumed": run.resumed} if run.resumed else {})
             text = dump_config(dataclasses.replace(config, resume=None), notes)
             write_bytes(config.folder / "config.yaml", text.encode())
         run.train()
-    except (ValueError, FloatingPointError, OSError) as error:
-        print(f"pacl: error: {error}", file=sys.stderr)
-        if begun and (config.folder / "out.log").exists():  # else it is another run's
-            with contextlib.suppress(OSError), open(config.folder / "out.log", "a") as file:
-                file.write(f"pacl: error: {error}\n")
+    except Exception as error:
+        line = _line(error, run)
+        _report(error, line, config.folder / "out.log" if begun else None, run)  # else it is another run's
+        if line is None:
+            raise
         return 1
     finally:
         if dist.is_initialized():
@@ -86,6 +89,29 @@ def _train(config: TrainConfig) -> int:
         return 128 + run.stopped_by
     run.say(f"finished {run.steps} steps: {config.folder / 'embedder'}")
     return 0
+
+
+def _line(error: Exception, run: Run | None) -> str | None:
+    """Return the line for an error that a user can act on; None for any other, which needs its traceback."""
+    failure = describe(error)
+    if failure is None:
+        return str(error) if isinstance(error, (ValueError, FloatingPointError, OSError)) else None
+    if run is None or run.world > 1 and run.rank:
+        return failure
+    saved = f"step {run.saved} of {run.steps} is saved, continue with --resume latest" if run.saved else "nothing saved"
+    return f"{failure}; {saved}"
+
+
+def _report(error: Exception, line: str | None, log: Path | None, run: Run | None) -> None:
+    """Print the line of an error, None if its traceback will be, and append it to out.log if the run has begun it."""
+    rank = f"rank {run.rank}: " if run is not None and run.rank else ""
+    text = f"pacl: error: {rank}{one_line(line or f'{type(error).__name__}: {error}')}"
+    if line is not None:
+        print(text, file=sys.stderr, flush=True)
+    lost = rank and collective(error)  # the first process writes this line for all that are left
+    if log is not None and not lost and log.exists():
+        with contextlib.suppress(OSError), open(log, "a") as file:
+            file.write(text + "\n")
 
 
 def _parse(argv: list[str], prog: str) -> TrainConfig:

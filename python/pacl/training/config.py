@@ -18,7 +18,7 @@ from ..embedder import DEFAULT_ATTN_TEMPERATURE, DEFAULT_FORM
 POSITIVE = (
     "batch_size accum_freq epochs max_steps train_num_samples lr eps attn_temperature logit_scale max_logit_scale "
     "grad_clip_norm tower_lr force_image_size save_frequency keep_checkpoints log_every_n_steps max_image_pixels "
-    "val_frequency"
+    "val_frequency dist_timeout"
 ).split()
 NOTES = ("deviations", "left_open", "resumed")  # in config.yaml, for people: see recipe.py
 NOT_NEGATIVE = "wd warmup epochs_cooldown workers shuffle seed lock_image_unlocked_groups max_bad_share".split()
@@ -104,6 +104,9 @@ class TrainConfig(TrainingDataFlags):
     """Samples that each worker holds to shuffle shards; other sources are shuffled as a whole. 0 turns it off."""
     seed: int = 0
     device: str = "auto"
+    dist_timeout: float | None = None
+    """Seconds that a process waits for the others before it gives up. Default: PyTorch's, 600 on GPUs and 1800 on
+    CPUs. Counting the pairs, checkpoints and validations must take less."""
     backend: str = "auto"
     """Backend of the loss; `python -m pacl_kernels` shows which ones run."""
     torchcompile: bool = False

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import json
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,11 +17,12 @@ import tyro
 from safetensors.torch import save
 from torch import Tensor
 
-from ..data.features import MANIFEST, NOUNS, TOWERS, read_manifest, shard_files, stored_records, write_shard
-from ..data.flags import TrainingDataFlags
+from ..data.features import MANIFEST, NOUNS, TOWERS, last_place, read_manifest, shard_files, stored_records, write_shard
+from ..data.flags import TrainingDataFlags, check_plan, plan_of
 from ..data.samples import BadData, Samples, loader
 from ..data.texts import PROMPTS, noun_finder
-from ..files import write_bytes
+from ..files import remove_unfinished, write_bytes
+from ..locks import LOCK, lock_folder
 from ..processes import choose_device
 from ..progress import Progress
 from ..sharing import describe_towers, load_tower, save_tower
@@ -70,16 +73,16 @@ class FeaturesConfig(TrainingDataFlags):
     @property
     def plan(self) -> dict[str, Any]:
         """The values that must not change when a run continues, as plain Python."""
-        values = {name: str(x) if isinstance(x, Path) else x for name, x in asdict(self).items()}
-        without = ["out", "dry_run", "device", "batch_size"]
-        without += [] if self.random_towers else ["random_towers"]  # which earlier versions did not have
-        return {name: x for name, x in values.items() if name not in without}
+        without = () if self.random_towers else ("random_towers",)  # which earlier versions did not have
+        return plan_of(self, "out", "dry_run", "device", "batch_size", *without)
 
 
 def main(argv: Sequence[str], prog: str = "pacl features") -> int:
     """Run `pacl features` with these arguments and return its exit status; KeyboardInterrupt passes through."""
     try:
-        _write(tyro.cli(FeaturesConfig, args=argv, prog=prog).check())
+        config = tyro.cli(FeaturesConfig, args=argv, prog=prog).check()
+        with contextlib.nullcontext() if config.dry_run else lock_folder(config.out):
+            _write(config)
     except (ValueError, OSError) as error:
         print(f"pacl: error: {error}", file=sys.stderr)
         return 1
@@ -91,17 +94,15 @@ def main(argv: Sequence[str], prog: str = "pacl features") -> int:
 
 def _write(config: FeaturesConfig) -> None:
     manifest: dict[str, Any] = {"complete": False, "plan": config.plan, "shards": []}
+    if not config.dry_run:
+        remove_unfinished(config.out)
     if (config.out / MANIFEST).exists():
         found = read_manifest(config.out)
-        changed = [name for name, value in config.plan.items() if found["plan"].get(name) != value]
-        if changed:
-            raise ValueError(
-                f"out: {config.out} was begun with another {', '.join(changed)}, expected the same or another folder"
-            )
+        check_plan(config.out, found["plan"], config.plan)
         if found["complete"]:
             print(f"finished: {config.out}, {sum(shard['count'] for shard in found['shards']):,} images")
             return
-    elif config.out.exists() and any(config.out.iterdir()):
+    elif config.out.exists() and any(path.name != LOCK for path in config.out.iterdir()):
         raise ValueError(f"out: {config.out} holds other files, expected a new folder")
     encoder = Encoder(config)
     # All captions of an image are stored; training takes one of them an epoch.
@@ -114,7 +115,7 @@ def _write(config: FeaturesConfig) -> None:
     write_bytes(config.out / MANIFEST, json.dumps(manifest, indent=2).encode())
     encoder.keep_random(config.out)
     with Progress("Features", max(1, count), "image") as progress:
-        for number, shard in enumerate(_shards(config, encoder, source, progress), len(done)):
+        for number, shard in enumerate(_shards(config, encoder, source, progress, len(done)), len(done)):
             write_shard(config.out, number, *shard)
     if config.nouns:
         find = noun_finder(config.nouns)
@@ -192,39 +193,37 @@ def _estimate(config: FeaturesConfig, encoder: Encoder, count: int) -> str:
 
 
 def _shards(
-    config: FeaturesConfig, encoder: Encoder, source: Samples, progress: Progress
-) -> Iterator[tuple[Tensor, Tensor, list[dict]]]:
-    """Yield tokens, texts and records of each shard that is still missing."""
+    config: FeaturesConfig, encoder: Encoder, source: Samples, progress: Progress, done: int
+) -> Iterator[tuple[Tensor, Tensor, list[dict], dict[str, Any]]]:
+    """Yield the contents of each shard after the first `done`, as write_shard takes them.
+
+    The batches are those of an uninterrupted run, so that its bits are the same.
+    """
     workers = min(config.workers, source.most_workers)
-    # Each worker reads its samples in a fixed order, so the stored ones are the first.
-    places = [[0, 0] for _ in range(max(1, workers))]
-    for record in stored_records(config.out):
-        worker, number = record["place"]
-        places[worker][1] = max(places[worker][1], number + 1)
-    batches = loader(
-        source,
-        config.batch_size,
-        workers=workers,
-        start={"batches": 0, "workers": workers, "places": places},
-    )
+    start, stored = last_place(config.out, done) or (None, (0, -1))
+    batches = loader(source, config.batch_size, workers=workers, start=start)
     tokens: list[Tensor] = []
     texts: list[Tensor] = []
     records: list[dict] = []
+    before = copy.deepcopy(batches.state)  # before the batch
     try:
         for batch in batches:
             captions = batch["captions"]
-            tokens += encoder.tokens(batch["image"])
-            texts += encoder.texts(sum(captions, [])).split([len(each) for each in captions])
-            where = zip(batch["worker"].tolist(), batch["place"][1].tolist(), strict=True)
-            for key, each, place in zip(batch["key"], captions, where, strict=True):
-                records.append({"key": key, "captions": each, "place": place})
-            progress.step(count=len(captions))
+            places = list(zip(batch["worker"].tolist(), batch["place"][1].tolist(), strict=True))
+            count = sum(worker == stored[0] and index <= stored[1] for worker, index in places)
+            if count < len(places):
+                tokens += encoder.tokens(batch["image"])[count:]
+                texts += encoder.texts(sum(captions, [])).split([len(each) for each in captions])[count:]
+                for key, each, place in list(zip(batch["key"], captions, places, strict=True))[count:]:
+                    records.append({"key": key, "captions": each, "place": place})
+            progress.step(count=len(places) - count)
             while len(records) >= config.shard_size:
-                yield _take(config.shard_size, tokens, texts, records)
+                yield *_take(config.shard_size, tokens, texts, records), before
+            before = copy.deepcopy(batches.state)
     except BadData as error:
         raise ValueError(f"train_data: {source.complaint()}; `pacl data check` lists them") from error
     if records:
-        yield _take(config.shard_size, tokens, texts, records)
+        yield *_take(config.shard_size, tokens, texts, records), before
 
 
 def _take(

@@ -49,7 +49,9 @@ def restore(run: Run, path: Path) -> None:
     run.trainer.optimiser.load_state_dict(state["optimizer"])
     for group, values in zip(run.trainer.optimiser.param_groups, flags, strict=True):
         group.update(values)  # learning rates and weight decay come from this run's flags
-    run.step, run.data_state = state["step"], state["data"][run.rank]
+    run.step = run.saved = state["step"]
+    run.states.restore(state["data"])
+    run.data_state = state["data"][run.rank]
     # A checkpoint is written before the validation of its step.
     last = [run.log.last_result(run.step) or state.get("validated", {})]
     if run.group:  # the first process may write to the file before the others read it

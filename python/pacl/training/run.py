@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from types import FrameType
 from typing import Any, cast
 
 import torch
@@ -18,6 +16,7 @@ from ..data.features import Features
 from ..data.samples import BadData, Samples, loader
 from ..data.texts import choose_text, noun_finder
 from ..embedder import VisionEmbedder, save_embedder
+from ..failures import collective
 from ..processes import choose_device, process_group
 from ..sharing import describe_towers, save_tower
 from ..towers import Towers, frozen_random_towers, load_towers
@@ -28,6 +27,8 @@ from .log import Log, say
 from .model import Trainable
 from .recipe import command
 from .resuming import exported, validation_is_owed
+from .signals import Interrupted, Signals
+from .states import DataStates
 from .trainer import Trainer
 from .validation import Validation
 
@@ -44,12 +45,15 @@ class Run:
     def __init__(self, config: TrainConfig):
         self.config = config
         self.device = choose_device(config.device)
-        self.group = process_group(self.device)
+        self.group = process_group(self.device, config.dist_timeout)
         self.rank, self.world = (self.group.rank(), self.group.size()) if self.group else (0, 1)
         check_agreement({k: x for k, x in dataclasses.asdict(config).items() if k != "device"}, self.group)
         self.amp = config.precision == "amp_bf16" or (config.precision == "auto" and self.device.type == "cuda")
-        self.step = 0
+        self.step = self.saved = 0  # the last complete step, and the step of the last checkpoint
+        self.saving = False
         self.stopped_by: int | None = None  # number of a signal
+        self.signals = Signals()
+        self.states = DataStates(self.group, self.device)
         self.kept_random = False  # written by this process
         self.resumed: list[dict[str, Any]] = []  # the steps at which flags changed, and their values
         self.nouns = noun_finder(config.nouns) if config.nouns else None
@@ -159,25 +163,52 @@ class Run:
             if exported(self.config.folder / "embedder") != (self.step, self.validated.get("step")):
                 self.export()
             return
-        with self._signals(), self.log.opened(self.step):
-            if owed:
-                self._validate()
-            if self.step >= self.steps:
-                return
-            for batch, waited in self._batches():
-                begin = time.perf_counter()
-                loss = self._step(batch)
-                self.step += 1
-                values = self._values if self.due(self.config.log_every_n_steps) else None
-                self.log.step(self.step, loss, batch["key"], waited, time.perf_counter() - begin, values)
-                stop = self._anyone_stopped()
-                if stop or self.due(self.config.save_frequency):
-                    self.log.check()
-                    self.save()
-                if self.validation and not stop and self.due(self.config.val_frequency):
+        with self.signals, self.log.opened(self.step):
+            try:
+                if owed:
                     self._validate()
-                if stop or self.step == self.steps:
-                    return
+                if self.step < self.steps:
+                    self._train()
+            except Interrupted:  # in a validation, where the processes cannot agree on it
+                self.stopped_by = self.signals.number
+            except Exception as error:
+                # Processes that a signal reaches one after the other lose each other.
+                if self.signals.number is None or collective(error) is None:
+                    self._rescue(error)
+                    raise
+                self.stopped_by = self.signals.number
+            if self.step > self.saved:
+                self.log.check()
+                self.save()
+
+    def _train(self) -> None:
+        for batch, waited in self._batches():
+            begin = time.perf_counter()
+            loss = self._step(batch)
+            self.step += 1
+            self.states.complete()
+            values = self._values if self.due(self.config.log_every_n_steps) else None
+            self.log.step(self.step, loss, batch["key"], waited, time.perf_counter() - begin, values)
+            if self.due(self.config.save_frequency):
+                self.log.check()
+                self.save()
+            if self.validation and self.due(self.config.val_frequency):
+                self._validate()
+            if self.step == self.steps:
+                return
+
+    @property
+    def _interruptible(self) -> bool:
+        """True if a signal may end a wait: with NCCL the other processes would not notice."""
+        return self.group is None or self.device.type == "cpu"
+
+    def _rescue(self, error: Exception) -> None:
+        """Save the last complete step after an error, unless its weights or the disk may be the reason for it."""
+        if self.trainer.updating or self.saving or self.step == self.saved or isinstance(error, FloatingPointError):
+            return
+        with contextlib.suppress(Exception):  # the first error counts
+            self.log.check()
+            self.save()
 
     def due(self, every: int, ahead: int = 0) -> bool:
         """Return True if the step `ahead` of the current one is the last, or a multiple of `every`."""
@@ -186,24 +217,28 @@ class Run:
 
     def _validate(self) -> None:
         """Validate the current weights and export them with the results."""
-        self.validated = self.log.validated(self.step, self.validation(self.result))
+        with self.signals.waiting(self._interruptible):
+            self.validated = self.log.validated(self.step, self.validation(self.result))
         self.export()
 
     def _batches(self) -> Iterator[tuple[dict[str, Any], float]]:
-        """Yield this process's batch for each step, with the seconds that the process waited for it."""
+        """Yield this process's batch for each step, with the seconds that the process waited for it, until a signal."""
         size, workers = self.config.local_batch, self.config.workers
         batches = loader(self.data, size, workers=workers, drop_last=True, start=self.data_state)
-        iterator = iter(batches)
-        while True:
-            begin = time.perf_counter()
-            try:
-                batch = next(iterator)
-            except BadData as error:  # replaced, because a worker's message holds its traceback
-                if self.group is None and self.step:
-                    self.save()
-                raise _bad_data([self.data.complaint()]) from error
-            self.data_state = batches.state
-            yield batch, time.perf_counter() - begin
+        try:
+            iterator = iter(batches)
+            while True:
+                begin, batch = time.perf_counter(), None
+                with contextlib.suppress(Interrupted), self.signals.waiting(self._interruptible):
+                    batch = next(iterator)
+                if self._anyone_stopped(batches.state) or batch is None:
+                    return
+                yield batch, time.perf_counter() - begin
+        except BadData as error:  # replaced, because a worker's message holds its traceback
+            raise _bad_data([self.data.complaint()]) from error
+        finally:
+            if self.step < self.steps:
+                batches.kill()
 
     def _step(self, batch: dict[str, Any]) -> Tensor:
         texts = self._texts(batch)
@@ -237,50 +272,31 @@ class Run:
                 texts = run(self.towers.encode_text, texts)
         return {"images": images, "texts": texts}
 
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        """Remember SIGTERM and Ctrl-C until the current step ends."""
+    def _anyone_stopped(self, state: dict[str, Any]) -> bool:
+        """Exchange this process's state after the coming step, and return True if any process has a signal.
 
-        def remember(number: int, frame: FrameType | None) -> None:
-            if self.stopped_by is not None:  # a second signal stops at once
-                raise KeyboardInterrupt
-            self.stopped_by = number
-
-        old = {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in old.items():
-                signal.signal(number, handler)
-
-    def _anyone_stopped(self) -> bool:
-        """Return True if any process has a signal, so that all stop at the same step.
-
-        Processes exchange signals at every step on a CPU, and at every logged step on a GPU.
+        All stop before the same step. On a GPU they look for signals only before logged steps, because looking makes
+        the host wait. Raises ValueError, or SystemExit where another process prints it, if there is too much bad data.
         """
-        due = self.device.type == "cpu" or self.due(self.config.log_every_n_steps)
-        if self.group is None or not due:
-            return self.group is None and self.stopped_by is not None
-        flag = torch.tensor([BAD_DATA if self.data.too_many else self.stopped_by or 0], device=self.device)
-        dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.group)
-        if int(flag) == BAD_DATA:
-            self.save()
+        bad = self.group is not None and self.data.too_many
+        self.states.exchange(state, BAD_DATA if bad else self.signals.number or 0)
+        if self.device.type == "cuda" and self.group and not self.due(self.config.log_every_n_steps, ahead=1):
+            return False
+        flag = self.states.flag()
+        if flag == BAD_DATA:
             complaints = [""] * self.world
             dist.all_gather_object(complaints, self.data.complaint() if self.data.too_many else "", group=self.group)
             raise _bad_data(complaints) if self.rank == 0 else SystemExit(1)
-        self.stopped_by = int(flag) or None
+        self.stopped_by = flag or None
         return self.stopped_by is not None
 
     # Files
 
     def save(self) -> None:
-        """Write a checkpoint and export the embedder. All processes call it; the first one writes."""
-        data: list[Any] = [self.data_state]
-        if self.group:
-            data = [None] * self.world
-            dist.all_gather_object(data, self.data_state, group=self.group)
+        """Write a checkpoint and export the embedder, in the first process."""
         if self.rank != 0:
             return
+        self.saving = True
         state = {
             "step": self.step,
             "name": self.config.name,
@@ -289,13 +305,15 @@ class Run:
             "optimizer": self.trainer.optimiser.state_dict(),
             "global_batch": self.global_batch,
             "world": self.world,
-            "data": data,
+            "data": self.states.of_all(),
             "validated": self.validated,
             "run": self.identity,
             "resumed": self.resumed,
         }
         save_checkpoint(self.config.folder / "checkpoints", state, keep=self.config.keep_checkpoints)
+        self.saved = self.step
         self.export()
+        self.saving = False
 
     def export(self) -> None:
         """Write the folder that load_pacl reads: embedder, model card with the last validation, and trained towers.

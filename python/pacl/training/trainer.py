@@ -30,7 +30,7 @@ class Trainer:
     loss: function of the outputs of `model`; default: fused_pacl_loss by `config`.
 
     Attributes: `average`, the running average of the weights, None without config.ema_decay; `lr`, the last learning
-    rate.
+    rate; `updating`, True while a step changes the weights, and after one that failed in doing so.
     """
 
     def __init__(
@@ -49,6 +49,7 @@ class Trainer:
         self.model, self.config, self.steps, self.cooldown = model, config, steps, cooldown
         self.group, self.device, self.amp, self.lr = group, torch.device(device), amp, 0.0
         self.loss = loss or self._contrast
+        self.updating = False
         self.average = average_of(model, config.ema_decay) if config.ema_decay is not None else None
         self.wrapped = model
         if group:  # the buffers of towers never change
@@ -94,11 +95,13 @@ class Trainer:
             value = cached_step(self._encode, pairs, loss, micro_batch=config.batch_size, modules=modules)
         if config.grad_clip_norm is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip_norm)
+        self.updating = True
         self.optimiser.step()
         with torch.no_grad():
             cast(Tensor, self.model.log_scale).clamp_(0, math.log(config.max_logit_scale))
         if self.average is not None:
             self.average.update_parameters(self.model)
+        self.updating = False
         return value
 
     def _encode(self, pairs: dict[str, Tensor]) -> tuple[Tensor, ...]:

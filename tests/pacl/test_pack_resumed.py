@@ -1,0 +1,95 @@
+"""`pacl data pack` continues after kill -9, and no reader takes a part of a dataset for the whole."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("open_clip")
+pytest.importorskip("tyro")
+from dies import dies_at
+from pacl.cli import main
+from pacl.data.pairs import ScenePairs
+from pacl.data.sources import open_pairs
+from pacl.locks import lock_folder
+
+COUNT = 23
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    """Create images with captions, some of them bad, around the ends of shards too."""
+    folder = tmp_path_factory.mktemp("source")
+    for number, raw in enumerate(ScenePairs(scenes=COUNT).undecoded(0, 0, 1)):
+        (folder / f"{number:02d}.jpg").write_bytes(raw.image[:300] if number in (2, 7, 8, 22) else raw.image)
+        (folder / f"{number:02d}.txt").write_bytes(raw.caption)
+    return folder
+
+
+def command(source: Path, out: Path, *more: str) -> list[str]:
+    return ["data", "pack", str(source), "--out", str(out), "--shard-size", "5", "--shuffle", "--seed", "3", *more]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def whole(source, tmp_path_factory) -> dict[str, bytes]:
+    out = tmp_path_factory.mktemp("whole") / "out"
+    assert main(command(source, out)) == 0
+    assert set(contents(out)) == {"00000.tar", "00001.tar", "00002.tar", "00003.tar", "sizes.json", "packed.json"}
+    return contents(out)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
+@pytest.mark.parametrize("renaming", range(1, 13))
+def test_killed_before_any_renaming_and_continued(renaming, source, whole, tmp_path, capsys):
+    """Whichever file was just to get its name, the same command ends with the bytes of an uninterrupted run."""
+    out = tmp_path / "out"
+    killed = dies_at(renaming, command(source, out))
+    if renaming == 12:
+        assert killed == 0 and contents(out) == whole, "a file more is written than this test knows of"
+        return
+    assert killed == -signal.SIGKILL
+    shards = [path.name for path in out.glob("*.tar")]
+    if renaming > 1:
+        for read in (["data", "check", str(out)], ["data", "check", f"{out}/{shards[0]}" if shards else str(out)]):
+            assert main(read) == 1
+            assert "out is incomplete (incomplete.json), expected" in capsys.readouterr().err
+        with pytest.raises(ValueError, match="is incomplete"):
+            open_pairs(out)
+    times = {name: (out / name).stat().st_mtime_ns for name in shards}
+    assert main(command(source, out)) == 0
+    assert contents(out) == whole
+    assert times == {name: (out / name).stat().st_mtime_ns for name in shards}, "a finished shard was written again"
+    assert main(command(source, out)) == 0 and contents(out) == whole
+    assert main(["data", "check", str(out)]) == 0
+
+
+def test_what_may_not_change(source, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert dies_at(4, command(source, out)) == -signal.SIGKILL
+    before = contents(out)
+    for changes in (["--seed", "4"], ["--shard-size", "6"], ["--max-image-pixels", "9999"]):
+        name = changes[0].strip("-").replace("-", "_")
+        assert main(command(source, out, *changes)) == 1
+        assert re.search(f"out: .*/out was begun with another {name}, expected the same", capsys.readouterr().err)
+    with lock_folder(out):
+        assert main(command(source, out)) == 1
+    assert re.search("out: .*/out is in use by process", capsys.readouterr().err)
+    assert contents(out) == {name: data for name, data in before.items() if name[0] != "."}, "only temporary files went"
+    (out / "incomplete.json").write_text("[]")
+    assert main(command(source, out)) == 1
+    assert "incomplete.json is damaged, expected notes of `pacl data pack`" in capsys.readouterr().err
+
+
+def test_nothing_is_left_of_a_source_without_a_good_sample(tmp_path, capsys):
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source/a.jpg").write_bytes(b"-")
+    assert main(command(tmp_path / "source", tmp_path / "out")) == 1
+    assert "no usable sample" in capsys.readouterr().err and not (tmp_path / "out").exists()
