@@ -71,6 +71,8 @@ def final(logs: Path) -> dict:
 
 
 def assert_same_state(a, b, path: str = "checkpoint"):
+    if path == "checkpoint.run.towers.model":  # relative to the folder of the run
+        return
     assert type(a) is type(b), path
     if isinstance(a, dict):
         assert a.keys() == b.keys(), path
