@@ -73,7 +73,9 @@ def words(command: str, world: Path, out: Path) -> list[str]:
 
 
 def files(out: Path) -> dict[str, Path]:
-    return {str(path.relative_to(out)): path for path in out.rglob("*") if path.is_file()}
+    """Return the files below a folder; not those that a run set aside, of one killed before its first checkpoint."""
+    names = {str(path.relative_to(out)): path for path in out.rglob("*") if path.is_file()}
+    return {name: path for name, path in names.items() if not name.startswith("pacl/earlier-")}
 
 
 def results(out: Path) -> dict[int, dict]:

@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import pytest
-from pacl.files import atomic_writer, write_bytes
+from pacl.files import atomic_writer, remove_unfinished, write_bytes
 
 
 def test_whole_or_not_at_all(tmp_path):
@@ -41,3 +41,15 @@ def test_what_a_killed_write_left_goes_with_the_next_one(tmp_path):
         first.write(b"first")
     assert path.read_bytes() == b"first"
     assert set(os.listdir(tmp_path)) == mine | {path.name}
+
+
+def test_a_file_that_is_just_to_get_its_name_is_not_removed(tmp_path, monkeypatch):
+    replace = os.replace
+
+    def late(source, target):
+        remove_unfinished(tmp_path)  # as another process may do in this moment
+        replace(source, target)
+
+    monkeypatch.setattr("os.replace", late)
+    write_bytes(tmp_path / "model.safetensors", b"whole")
+    assert (tmp_path / "model.safetensors").read_bytes() == b"whole"
