@@ -7,6 +7,8 @@ import torch
 from accuracy import assert_accurate, evaluate, natural_sizes
 from problems import FORMS, Case, make
 
+from pacl_kernels import ops
+
 CANARY = 12345.0
 PAD = 64
 CASES = [
@@ -104,3 +106,11 @@ def test_nan_from_above(form, target):
     assert patches[1].isnan().sum() == reached.numel() and (tau == 0 if form == "max" else tau.isnan())
     assert_accurate("patches", patches[[0, 2, 3]], clean["patches"][[0, 2, 3]], target.dtype)
     assert_accurate("texts", texts[[0, 1, 3, 4]], clean["texts"][[0, 1, 3, 4]], target.dtype)
+
+
+def test_the_oldest_torch_can_read_the_annotations():
+    """They are types: torch.library of torch 2.6 does not find names of the operators' own module in a string."""
+    functions = [value._init_fn for value in vars(ops).values() if isinstance(value, torch.library.CustomOpDef)]
+    assert len(functions) == 5
+    for function in functions:
+        assert not any(isinstance(annotation, str) for annotation in function.__annotations__.values())
