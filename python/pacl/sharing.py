@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,12 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from open_clip.factory import parse_model_name
 from open_clip.transformer import QuickGELU
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .backbones import freeze
-from .embedder import CONFIG, VisionEmbedder
+from .embedder import CONFIG, DescribedTowers, VisionEmbedder, read_embedder_config
 from .towers import Towers, load_towers
+from .weights import load_weights
 
 HUB_FILES = {"allow_patterns": ["*.json", "*.safetensors"]}
 LOADED = ("model", "pretrained", "vision_model")  # names that may be local paths
@@ -48,17 +48,15 @@ def load_pacl(
     embedder = VisionEmbedder.from_pretrained(folder)
     freeze(embedder).to(device)
     described = embedder.towers
-    if not {*LOADED, "vision_pretrained", "force_image_size", "trained", "fingerprint", "activation"} <= set(described):
-        raise ValueError(f"folder: {folder / CONFIG} does not describe the towers of the embedder")
+    check_described(described, folder / CONFIG)
+    digests = read_embedder_config(folder / CONFIG).get("sha256", {})
     names: dict[str, Any] = {name: _absolute(described[name], folder, local) for name in LOADED}
     trained, vision_pretrained = described["trained"], described["vision_pretrained"]
     names |= {"vision_pretrained": vision_pretrained and "visual" not in trained}
     towers = load_towers(**names, force_image_size=described["force_image_size"])
     towers.names["vision_pretrained"] = vision_pretrained
     for name in trained:
-        if name not in ("visual", "text"):
-            raise ValueError(f"folder: {folder / CONFIG} has trained {name!r}, expected visual or text")
-        getattr(towers, name).load_state_dict(load_file(folder / f"{name}.safetensors"))
+        load_weights(getattr(towers, name), folder / f"{name}.safetensors", digests)
     check_towers(described, towers.to(device))
     return towers, embedder
 
@@ -80,7 +78,14 @@ def load_model(
     return load_towers(model, pretrained, device=device), None
 
 
-def check_towers(described: dict[str, Any], towers: Towers) -> None:
+def check_described(described: Mapping[str, Any], path: Path) -> None:
+    """Raise ValueError unless `described`, of the settings file at `path`, says all that check_towers compares."""
+    missing = sorted(DescribedTowers.__annotations__.keys() - {"base_model"} - described.keys())
+    if missing:
+        raise ValueError(f"{path} does not describe the towers of the embedder: towers.{missing[0]} is missing")
+
+
+def check_towers(described: Mapping[str, Any], towers: Towers) -> None:
     """Raise ValueError, naming the differences, unless `towers` are those that an embedder's `described` describes."""
     found = describe_towers(towers, Path())
     wrong = []
@@ -183,7 +188,7 @@ def _base_models(towers: Towers) -> list[str]:
     return found
 
 
-def _tag(names: dict[str, Any]) -> str:
+def _tag(names: Mapping[str, Any]) -> str:
     vision = f" with {names['vision_model']}" if names.get("vision_model") else ""
     return f"{names['model']} ({names['pretrained'] or 'no tag'}){vision}"
 

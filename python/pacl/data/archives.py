@@ -50,7 +50,7 @@ def members(path: Path, refuse: Callable[[Exception], Any], *, compressed: bool 
         return
     with file:
         packed = compressed and file.peek(2)[:2] == b"\x1f\x8b"
-        stream: IO[bytes] = gzip.GzipFile(fileobj=file) if packed else file
+        stream: Any = gzip.GzipFile(fileobj=file) if packed else file
         # The size of what a compressed file holds is known only after reading it.
         end = None if packed else os.fstat(file.fileno()).st_size
         try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +14,16 @@ import tyro
 from safetensors.torch import save
 from torch import Tensor
 
-from ..data.features import MANIFEST, NOUNS, TOWERS, read_manifest, shard_files, stored_records, write_shard
+from ..data.features import (
+    MANIFEST,
+    NOUNS,
+    TOWERS,
+    read_manifest,
+    shard_files,
+    stored_records,
+    write_manifest,
+    write_shard,
+)
 from ..data.flags import TrainingDataFlags
 from ..data.samples import BadData, Samples, loader
 from ..data.texts import PROMPTS, noun_finder
@@ -107,7 +115,7 @@ def _write(config: FeaturesConfig) -> None:
     print(_estimate(config, encoder, count), flush=True)
     if config.dry_run:
         return
-    write_bytes(config.out / MANIFEST, json.dumps(manifest, indent=2).encode())
+    write_manifest(config.out, manifest)
     with Progress("Features", max(1, count), "image") as progress:
         for number, shard in enumerate(_shards(config, encoder, source, progress), len(done)):
             write_shard(config.out, number, *shard)
@@ -122,7 +130,7 @@ def _write(config: FeaturesConfig) -> None:
         "shards": shard_files(config.out),
         "towers": describe_towers(encoder.towers, config.out),
     }
-    write_bytes(config.out / MANIFEST, json.dumps(manifest, indent=2).encode())
+    write_manifest(config.out, manifest)
     count = sum(shard["count"] for shard in manifest["shards"])
     skipped = ", ".join(f"{reason} {bad:,}" for reason, bad in source.skipped.items() if bad) or "none"
     print(f"finished: {config.out}, {count:,} images; skipped: {skipped}", flush=True)

@@ -57,7 +57,8 @@ class Run:
         order = {"shuffle": config.shuffle, "seed": config.seed, "repeat": True, "rank": self.rank, "world": self.world}
         self.data: Samples
         if config.features is not None:
-            self.data = features = Features(config.features, nouns=config.nouns, **order)
+            verify = config.verify and not config.dry_run
+            self.data = features = Features(config.features, nouns=config.nouns, verify=verify, **order)
             features.check(self.towers)
         else:
             assert config.train_data is not None  # TrainConfig.check
@@ -296,7 +297,7 @@ class Run:
         """Return the step of the exported embedder, -1 without one; read from config.json, which is written last."""
         try:
             return int(json.loads((self.config.folder / "embedder" / CONFIG).read_bytes())["training"]["steps"])
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return -1
 
     def restore(self, path: Path) -> None:
@@ -313,8 +314,8 @@ class Run:
                 f"resume: {path} is of step {state['step']}, but --resume latest would take {latest}; delete the later "
                 "checkpoints, or give the run another --name"
             )
-        own = {name: x.shape for name, x in self.model.state_dict().items()}
-        saved = {name: x.shape for name, x in state["state_dict"].items()}
+        own = {name: (x.shape, x.dtype) for name, x in self.model.state_dict().items()}
+        saved = {name: (x.shape, x.dtype) for name, x in state["state_dict"].items()}
         if own != saved:
             unlike = sorted(name for name in own.keys() | saved.keys() if own.get(name) != saved.get(name))
             raise ValueError(
