@@ -5,7 +5,6 @@ from __future__ import annotations
 import pickle
 import re
 import shutil
-import struct
 import zipfile
 from pathlib import Path
 from typing import Any, TypedDict
@@ -104,15 +103,15 @@ def check_zip(path: Path) -> None:
 
     The reader of torch checks none of them.
     """
-    try:
-        with zipfile.ZipFile(path) as file:
+    with open(path, "rb") as stream:
+        try:
+            parts = zipfile.ZipFile(stream)
             # torch.save compresses nothing, so no part can unfold to more bytes than the file has.
-            if any(part.compress_type != zipfile.ZIP_STORED for part in file.infolist()):
-                raise ValueError(f"resume: {path} has compressed parts, expected a checkpoint of pacl train")
-            wrong = file.testzip()
-    except OSError:
-        raise
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, struct.error, UnicodeError) as error:
-        raise ValueError(f"resume: {path} is not a whole checkpoint of pacl train; it is cut or damaged") from error
+            packed = any(part.compress_type != zipfile.ZIP_STORED for part in parts.infolist())
+            wrong = None if packed else parts.testzip()
+        except Exception as error:  # on damaged headers zipfile raises OSError, struct.error, UnicodeError, ...
+            raise ValueError(f"resume: {path} is not a whole checkpoint of pacl train; it is cut or damaged") from error
+    if packed:
+        raise ValueError(f"resume: {path} has compressed parts, expected a checkpoint of pacl train")
     if wrong is not None:
         raise Damaged(path, f"the bytes of its part {wrong} do not have the checksum that they had")
