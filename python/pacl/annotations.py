@@ -13,7 +13,7 @@ from .settings import Damaged, short
 
 NAMES: dict[Any, str] = {
     bool: "true or false",
-    int: "an integer of 64 bits",
+    int: "an integer",
     float: "a finite number",
     str: "a string",
     Path: "a path",
@@ -26,7 +26,7 @@ NAMES: dict[Any, str] = {
 def checked(value: Any, kind: Any, path: Path, key: str = "") -> Any:
     """Return `value` from the file at `path` as an instance of the annotation `kind`; raise Damaged if it is none.
 
-    kind: bool, int (of 64 bits), float (finite), str, None, Any, Path (from a string), a Literal, a union, a list, a
+    kind: bool, int, float (finite), str, None, Any, Path (from a string), a Literal, a union, a list, a
     tuple, a dict with string keys, a TypedDict (of which other keys are kept) or a dataclass (of which other keys are
     errors). Integers are floats; booleans are not integers. key: where the value stands in the file.
     """
@@ -96,9 +96,9 @@ def _fits(value: Any, kind: Any) -> bool:
     if is_typeddict(kind) or dataclasses.is_dataclass(kind) or origin is dict:
         return isinstance(value, dict) and all(isinstance(name, str) for name in value)
     if kind is float:
-        return type(value) in (int, float) and abs(value) < 2**1000 and math.isfinite(value)
+        return type(value) in (int, float) and math.isfinite(value)
     if kind is int:
-        return type(value) is int and abs(value) < 2**63
+        return type(value) is int
     if kind is Path:
         return isinstance(value, str) and "\0" not in value
     return isinstance(value, origin)
@@ -113,11 +113,3 @@ def _describe(kind: Any) -> str:
     if origin is tuple and parts[1:] != (...,):
         return f"a list of {len(parts)}"
     return NAMES.get(origin or kind, "a mapping")
-
-
-def check_least(options: Any, least: float, names: str) -> None:
-    """Raise ValueError if an option in `names`, separated by spaces, is below `least` or not finite; None passes."""
-    for name in names.split():
-        value = getattr(options, name)
-        if value is not None and not (value >= least and math.isfinite(value)):
-            raise ValueError(f"{name}: got {value!r}, expected a number of at least {least}")

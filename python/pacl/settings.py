@@ -53,8 +53,6 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 def short(value: Any) -> str:
     """Return a value in at most 60 characters, without control characters."""
-    if isinstance(value, int) and abs(value) >= 2**63:
-        return "an integer of more than 64 bits"
     text = one_line("nothing" if value is None else repr(value))
     return text if len(text) <= 60 else text[:57] + "..."
 
@@ -68,16 +66,19 @@ def _parse_json(text: str, path: Path) -> Any:
             raise Damaged(path, f"it has the key {short(twice)} twice")
         return found
 
+    def integer(digits: str) -> int:
+        if len(digits) > 20 or not -(2**63) < int(digits) < 2**63:
+            raise Damaged(path, f"it has an integer of more than 64 bits, {short(digits)}")
+        return int(digits)
+
     try:
-        return json.loads(text, object_pairs_hook=unique)
+        return json.loads(text, object_pairs_hook=unique, parse_int=integer)
     except Damaged:
         raise
     except json.JSONDecodeError as error:
         raise Damaged(path, f"line {error.lineno}, column {error.colno} is not JSON") from error
     except RecursionError as error:
         raise Damaged(path, f"its values are nested deeper than {DEEPEST} levels") from error
-    except ValueError as error:
-        raise Damaged(path, "it has a number of thousands of digits") from error
 
 
 def _parse_yaml(text: str, path: Path) -> Any:
@@ -121,6 +122,15 @@ class _Loader(yaml.SafeLoader):
                 raise _Refused(None, None, f"has the key {short(key.value)} again", key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+    def construct_integer(self, node: Any) -> int:
+        value = super().construct_yaml_int(node)
+        if abs(value) >= 2**63:
+            raise _Refused(None, None, "has an integer of more than 64 bits", node.start_mark)
+        return value
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_integer)
 
 
 def _depth(values: Any) -> int:

@@ -21,6 +21,7 @@ from webdataset.filters import shuffle as shuffle_samples
 from webdataset.tariterators import group_by_keys
 
 from ..files import write_bytes
+from ..settings import read_settings
 from .archives import contents, members
 from .braces import expand_braces
 from .images import IMAGE_SUFFIXES
@@ -165,18 +166,20 @@ def count_shards(paths: Iterable[Path]) -> dict[Path, int]:
 def read_sizes(folder: Path) -> dict[str, Any] | None:
     """Read sizes.json of a folder: {} if there is none, None if it is not a JSON object."""
     try:
-        sizes = json.loads((folder / SIZES).read_text())
+        return read_settings(folder / SIZES)
     except FileNotFoundError:
         return {}
     except (OSError, ValueError):
         return None
-    return sizes if isinstance(sizes, dict) else None
 
 
 def _known(path: Path, sizes: dict[str, Any] | None) -> int | None:
     """Return the entry of a shard in `sizes`; None if there is none or it is stale."""
     try:
-        count = int((sizes or {})[path.name])
+        stated = (sizes or {})[path.name]
+        count = int(stated) if isinstance(stated, str) else stated
+        if type(count) is not int:
+            return None
         shard = path.stat()
         younger = shard.st_mtime_ns > (path.parent / SIZES).stat().st_mtime_ns
         # An image and a caption take four blocks of an uncompressed tar file.

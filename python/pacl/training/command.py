@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch.distributed as dist
-import tyro
 
 from ..data.features import tower_names
 from ..files import write_bytes
+from ..flags import parse
+from ..formats import one_line
 from .checkpoints import newest, remove_halves
 from .config import TrainConfig, dump_config, read_config
 from .plan import plan
@@ -44,10 +45,10 @@ def main(argv: Sequence[str], prog: str = "pacl train") -> int:
             write_bytes(config.folder / "config.yaml", text.encode())
         run.train()
     except (ValueError, FloatingPointError, OSError) as error:
-        print(f"pacl: error: {error}", file=sys.stderr)
+        print(f"pacl: error: {one_line(error)}", file=sys.stderr)
         if config is not None and (config.folder / "out.log").exists():
             with contextlib.suppress(OSError), open(config.folder / "out.log", "a") as file:
-                file.write(f"pacl: error: {error}\n")
+                file.write(f"pacl: error: {one_line(error)}\n")
         return 1
     finally:
         if dist.is_initialized():
@@ -69,14 +70,14 @@ def _parse(argv: list[str], prog: str) -> TrainConfig:
         if any(word.partition("=")[0] == "--recipe" for word in argv):
             raise ValueError("recipe: got --recipe and --config, expected only one of them")
         config = read_config(Path(argv[at + 1]))
-        config = tyro.cli(TrainConfig, args=argv[:at] + argv[at + 2 :], default=config, prog=prog)
+        config = parse(TrainConfig, argv[:at] + argv[at + 2 :], prog, config)
     else:
-        config = tyro.cli(TrainConfig, args=argv, prog=prog)
+        config = parse(TrainConfig, argv, prog)
         if config.recipe is not None or config.features is not None:
             default = defaults(config.recipe)
             if config.features is not None:
                 default = dataclasses.replace(default, **tower_names(config.features))
-            config = tyro.cli(TrainConfig, args=argv, default=default, prog=prog)
+            config = parse(TrainConfig, argv, prog, default)
     return fill_batch(config.check(), int(os.environ.get("WORLD_SIZE", 1)))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,12 +139,9 @@ class TrainConfig(TrainingDataFlags):
         """Return this config; raise ValueError for a value that is out of range or contradicts another."""
         for name in (*POSITIVE, *NOT_NEGATIVE):
             value = getattr(self, name)
-            if value is None:
-                continue
-            if not (value > 0 or value == 0 and name in NOT_NEGATIVE) or not math.isfinite(value):
+            if value is not None and not (value > 0 or value == 0 and name in NOT_NEGATIVE):
                 least = "at least 0" if name in NOT_NEGATIVE else "above 0"
-                finite = "finite " if value == math.inf else ""
-                raise ValueError(f"{name}: got {value!r}, expected a {finite}number {least}")
+                raise ValueError(f"{name}: got {value!r}, expected a number {least}")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, expected a number from 0 to below 1")

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import tyro
 from safetensors.torch import save
 from torch import Tensor
 
@@ -28,6 +27,8 @@ from ..data.flags import TrainingDataFlags
 from ..data.samples import BadData, Samples, loader
 from ..data.texts import PROMPTS, noun_finder
 from ..files import write_bytes
+from ..flags import parse
+from ..formats import one_line
 from ..processes import choose_device
 from ..progress import Progress
 from ..sharing import describe_towers
@@ -67,12 +68,6 @@ class FeaturesConfig(TrainingDataFlags):
     dry_run: bool = False
     """Print the size of the features and stop."""
 
-    def check(self) -> FeaturesConfig:
-        for name in ("batch_size", "shard_size", "max_image_pixels"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected at least 1")
-        return self
-
     @property
     def plan(self) -> dict[str, Any]:
         """The values that must not change when a run continues, as plain Python."""
@@ -83,9 +78,9 @@ class FeaturesConfig(TrainingDataFlags):
 def main(argv: Sequence[str], prog: str = "pacl features") -> int:
     """Run `pacl features` with these arguments and return its exit status; KeyboardInterrupt passes through."""
     try:
-        _write(tyro.cli(FeaturesConfig, args=argv, prog=prog).check())
+        _write(parse(FeaturesConfig, argv, prog))
     except (ValueError, OSError) as error:
-        print(f"pacl: error: {error}", file=sys.stderr)
+        print(f"pacl: error: {one_line(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stopped; the same command continues", file=sys.stderr)
