@@ -6,20 +6,66 @@ import inspect
 import json
 import os
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal, TypedDict
 
 import yaml
 from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 
-from .files import write_bytes
+from .annotations import checked
+from .files import file_digest, write_bytes
+from .settings import Damaged, read_settings
+from .weights import load_weights
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"  # the names that the Hugging Face Hub expects
 # Defaults of `pacl train`, and of embedders whose config has no value.
 DEFAULT_FORM: Final = "cosine"
 DEFAULT_ATTN_TEMPERATURE = 0.05
 SOURCE = "https://arxiv.org/abs/2212.04994"
+MOST_WIDTH = 2**20
+
+
+class Fingerprint(TypedDict):
+    visual: list[float]
+    text: list[float]
+
+
+class Activations(TypedDict):
+    visual: str
+    text: str
+
+
+class DescribedTowers(TypedDict, total=False):
+    """Towers, as describe_towers in `sharing` returns them. Embedders without some of it load, but not their towers."""
+
+    model: str
+    pretrained: str | None
+    vision_model: str | None
+    vision_pretrained: bool
+    force_image_size: int | None
+    trained: list[Literal["visual", "text"]]
+    random: list[Literal["visual", "text"]]  # frozen, without published weights
+    activation: Activations
+    image_size: list[int]
+    base_model: list[str]
+    fingerprint: Fingerprint
+
+
+class _Sizes(TypedDict):
+    in_dim: int
+    out_dim: int
+
+
+class EmbedderConfig(_Sizes, total=False):
+    """Contents of an embedder's config.json. sha256: digests by file name, absent in earlier versions."""
+
+    hidden_dim: int | None
+    form: Literal["dot", "cosine", "max"]
+    attn_temperature: float
+    towers: DescribedTowers
+    training: dict[str, Any]
+    sha256: dict[str, str]
 
 
 class VisionEmbedder(
@@ -81,20 +127,51 @@ class VisionEmbedder(
         save_embedder(self, save_directory)
 
     @classmethod
-    def _from_pretrained(
-        cls, *, model_id: str, map_location: str = "cpu", strict: bool = True, **options: Any
-    ) -> VisionEmbedder:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> VisionEmbedder:
+        """Load a folder or a name on the Hub. options: see PyTorchModelHubMixin, whose method this is.
+
+        Raises ValueError, naming file and key or tensor, for damaged files. A SHA-256 in config.json is compared.
+        """
+        path = Path(pretrained_model_name_or_path) / CONFIG
+        if path.is_file():
+            read_embedder_config(path)  # because the mixin believes what it reads
+        return super().from_pretrained(pretrained_model_name_or_path, **options)
+
+    @classmethod
+    def _from_pretrained(cls, *, model_id: str, map_location: str = "cpu", **options: Any) -> VisionEmbedder:
         """Load safetensors only, and strictly; the mixin's own method accepts a pickle and may leave weights random."""
-        mine = {name: options.pop(name) for name in inspect.signature(cls).parameters if name in options}
-        notes = dict(mine.get("training") or {})
+        names = inspect.signature(cls).parameters
+        given = {name: options.pop(name) for name in names if name in options}  # of config.json, or the caller's
+        options.pop("strict", None)
+
+        def find(name: str) -> Path:
+            return (
+                Path(model_id) / name if Path(model_id).is_dir() else Path(hf_hub_download(model_id, name, **options))
+            )
+
+        config = read_embedder_config(find(CONFIG))
+        values: dict[str, Any] = {**config, **given, "training": config.get("training")}
+        embedder = cls(**{name: x for name, x in values.items() if name in names})
+        load_weights(embedder, find(WEIGHTS), config.get("sha256", {}))
+        return embedder.to(map_location).eval()
+
+
+def read_embedder_config(path: Path) -> EmbedderConfig:
+    """Read an embedder's config.json; raises ValueError for a damaged one."""
+    values = read_settings(path)
+    notes = values.get("training")
+    if isinstance(notes, dict):
         for name in ("form", "attn_temperature"):  # earlier versions wrote both into the notes
             if name in notes:
-                mine.setdefault(name, notes.pop(name))
-        mine["training"] = notes
-        path = Path(model_id) / WEIGHTS if Path(model_id).is_dir() else hf_hub_download(model_id, WEIGHTS, **options)
-        embedder = cls(**mine)
-        embedder.load_state_dict(load_file(path, device=str(map_location)), strict=strict)
-        return embedder.eval()
+                values.setdefault(name, notes.pop(name))
+    config: EmbedderConfig = checked(values, EmbedderConfig, path)
+    sizes = {"in_dim": config["in_dim"], "out_dim": config["out_dim"], "hidden_dim": config.get("hidden_dim")}
+    for name, value in sizes.items():
+        if value is not None and not 1 <= value <= MOST_WIDTH:
+            raise Damaged(path, f"{name} is {value}, expected 1 to {MOST_WIDTH:,}")
+    if not config.get("attn_temperature", 1.0) > 0:
+        raise Damaged(path, f"attn_temperature is {config['attn_temperature']}, expected a number above 0")
+    return config
 
 
 def save_embedder(
@@ -109,13 +186,18 @@ def save_embedder(
     """Write `embedder` to `folder` as `embedder.save_pretrained` does, but every file atomically.
 
     Arguments that are given replace the embedder's own values. config.json holds the sizes, form and temperature,
-    "towers" (see describe_towers) and "training" (notes on the training, JSON values).
+    "towers" (see describe_towers), "training" (notes on the training, JSON values) and "sha256" (digests of the files
+    of weights, those of trained and of random towers in `folder` included). It is written last.
     """
     folder = Path(folder)
     given = {"form": form, "attn_temperature": attn_temperature}
     config = embedder.config | {name: value for name, value in given.items() if value is not None}
-    config |= {"towers": towers or embedder.towers, "training": notes or embedder.notes}
+    towers = towers or embedder.towers
+    config |= {"towers": towers, "training": notes or embedder.notes}
     write_bytes(folder / WEIGHTS, save(embedder.state_dict()))
+    written = [*towers.get("trained", []), *towers.get("random", [])]
+    files = [folder / name for name in (WEIGHTS, *(f"{name}.safetensors" for name in written))]
+    config["sha256"] = {path.name: file_digest(path) for path in files if path.is_file()}
     write_bytes(folder / CARD, model_card(config).encode())
     write_bytes(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
 

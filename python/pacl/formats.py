@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
+
+ADDRESS = re.compile(r"<(?:\w+\.)*(\w+) object at 0x[0-9a-fA-F]+>")
 
 
 def printable(text: str) -> str:
@@ -11,8 +14,8 @@ def printable(text: str) -> str:
 
 
 def one_line(text: object) -> str:
-    """Return the text without line breaks and control characters."""
-    return printable(" ".join(str(text).split()))
+    """Return the text without line breaks, control characters and the addresses of objects (`<X object at 0x...>`)."""
+    return printable(ADDRESS.sub(r"a \1", " ".join(str(text).split())))
 
 
 def percent(share: float) -> float | None:

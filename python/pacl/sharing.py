@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,14 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from open_clip.factory import parse_model_name
 from open_clip.transformer import QuickGELU
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from .backbones import freeze
-from .embedder import CONFIG, VisionEmbedder
+from .embedder import CONFIG, DescribedTowers, VisionEmbedder, read_embedder_config
 from .files import write_bytes
 from .towers import Towers, load_towers, random_towers
+from .weights import load_weights
 
 HUB_FILES = {"allow_patterns": ["*.json", "*.safetensors"]}
 LOADED = ("model", "pretrained", "vision_model")  # names that may be local paths
@@ -57,17 +58,15 @@ def load_pacl(
     embedder = VisionEmbedder.from_pretrained(folder)
     freeze(embedder).to(device)
     described = embedder.towers
-    if not {*LOADED, "vision_pretrained", "force_image_size", "trained", "fingerprint", "activation"} <= set(described):
-        raise ValueError(f"folder: {folder / CONFIG} does not describe the towers of the embedder")
+    check_described(described, folder / CONFIG)
+    digests = read_embedder_config(folder / CONFIG).get("sha256", {})
     names: dict[str, Any] = {name: _absolute(described[name], folder, local) for name in LOADED}
     trained, vision_pretrained = described["trained"], described["vision_pretrained"]
     names |= {"vision_pretrained": vision_pretrained and "visual" not in trained}
     towers = load_towers(**names, force_image_size=described["force_image_size"])
     towers.names["vision_pretrained"] = vision_pretrained
     for name in (*trained, *described.get("random", [])):
-        if name not in ("visual", "text"):
-            raise ValueError(f"folder: {folder / CONFIG} names the tower {name!r}, expected visual or text")
-        load_tower(towers, name, folder)
+        load_tower(towers, name, folder, digests)
     check_towers(described, towers.to(device))
     return towers, embedder
 
@@ -95,19 +94,26 @@ def save_tower(towers: Towers, name: str, folder: Path) -> None:
     write_bytes(folder / f"{name}.safetensors", save(state))
 
 
-def load_tower(towers: Towers, name: str, folder: Path) -> None:
-    """Load the weights that save_tower wrote."""
-    getattr(towers, name).load_state_dict(load_file(folder / f"{name}.safetensors"))
+def load_tower(towers: Towers, name: str, folder: Path, digests: Mapping[str, str]) -> None:
+    """Load the weights that save_tower wrote, and compare them with their SHA-256 if `digests` has it."""
+    load_weights(getattr(towers, name), folder / f"{name}.safetensors", digests)
 
 
-def check_towers(described: dict[str, Any], towers: Towers) -> None:
+def check_described(described: Mapping[str, Any], path: Path) -> None:
+    """Raise ValueError unless `described`, of the settings file at `path`, says all that check_towers compares."""
+    missing = sorted(DescribedTowers.__annotations__.keys() - {"base_model", "random"} - described.keys())
+    if missing:
+        raise ValueError(f"{path} does not describe the towers of the embedder: towers.{missing[0]} is missing")
+
+
+def check_towers(described: Mapping[str, Any], towers: Towers) -> None:
     """Raise ValueError, naming the differences, unless `towers` are those that an embedder's `described` describes."""
     wrong = tower_differences(described, towers)
     if wrong:
         raise ValueError(f"towers: expected those that the embedder was trained on, but {'; '.join(wrong)}")
 
 
-def tower_differences(described: dict[str, Any], towers: Towers) -> list[str]:
+def tower_differences(described: Mapping[str, Any], towers: Towers) -> list[str]:
     """Return a phrase for each difference between `towers` and those that describe_towers described."""
     found = describe_towers(towers, Path())
     wrong = []
@@ -220,7 +226,7 @@ def _base_models(towers: Towers) -> list[str]:
     return found
 
 
-def _tag(names: dict[str, Any]) -> str:
+def _tag(names: Mapping[str, Any]) -> str:
     vision = f" with {names['vision_model']}" if names.get("vision_model") else ""
     return f"{names['model']} ({names['pretrained'] or 'no tag'}){vision}"
 

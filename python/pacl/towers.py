@@ -22,6 +22,8 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from .backbones import TIMM_VITS, freeze, patch_tokens, tower_blocks
+from .formats import one_line
+from .pretrained import why_not_loaded
 
 SENTENCE = "A photo of two small dogs, left of a red-brick house."
 BATCH, SENTENCES = 256, 2**13  # texts per call of the text tower, and texts that are sorted by length at a time
@@ -269,9 +271,7 @@ def _load_clip(model: str, pretrained: str | None, size: int | None) -> tuple[nn
     except OSError:
         raise
     except Exception as error:  # the download, the unpickler and the state dict raise many types
-        raise ValueError(
-            f"pretrained: open_clip cannot load {pretrained!r} into {model}: {_first_line(error)}"
-        ) from error
+        raise ValueError(why_not_loaded(error, model, pretrained)) from error
 
 
 def _load_timm(name: str, pretrained: bool, size: int | None) -> tuple[nn.Module, Callable]:
@@ -297,7 +297,7 @@ def _load_timm(name: str, pretrained: bool, size: int | None) -> tuple[nn.Module
     except (OSError, ValueError):
         raise
     except Exception as error:
-        raise ValueError(f"vision_model: timm cannot make {name!r}: {_first_line(error)}") from error
+        raise ValueError(f"vision_model: timm cannot make {name!r}: {one_line(error)[:200]}") from error
     data = timm.data.resolve_model_data_config(visual, {} if size is None else {"img_size": size})
     return visual, timm.data.create_transform(**data, is_training=False)
 
@@ -314,7 +314,3 @@ def _unlock(trainable: set[nn.Parameter], modules: list[nn.Module], output: Call
 
 def _close(name: str, known: list[str]) -> str:
     return ", ".join(difflib.get_close_matches(name, known, 3, cutoff=0.3)) + ", ..."
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

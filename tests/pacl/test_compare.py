@@ -191,7 +191,7 @@ def test_what_is_missing_is_said(world, tmp_path, capsys):
     said = capsys.readouterr().err
     page = read(out.read_bytes())
     for words in (
-        "config.yaml cannot be read",
+        "config.yaml is damaged: line 1 is not YAML",
         "results.jsonl is missing: no validation",
         "metrics.jsonl: 1 line(s) could not be read",
         f"{run / 'embedder'} is missing: no segmentations",

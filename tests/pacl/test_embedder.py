@@ -1,3 +1,4 @@
+import hashlib
 import json
 import re
 
@@ -36,6 +37,8 @@ def test_save_and_load(through_the_mixin, tmp_path, capsys):
     config = json.loads((tmp_path / "e" / "config.json").read_text())
     sizes = {"in_dim": 6, "out_dim": 4, "hidden_dim": 4}
     trained_as = {"form": "cosine", "attn_temperature": 0.05}
+    digest = hashlib.sha256((tmp_path / "e" / "model.safetensors").read_bytes()).hexdigest()
+    assert config.pop("sha256") == {"model.safetensors": digest}
     assert config == {**sizes, **trained_as, "towers": TOWERS, "training": {"steps": 7}}
     assert set(load_file(tmp_path / "e" / "model.safetensors")) == set(embedder.state_dict())
     assert sorted(path.name for path in (tmp_path / "e").iterdir()) == ["README.md", "config.json", "model.safetensors"]
@@ -85,7 +88,7 @@ def test_wrong_weights_are_an_error(change, tmp_path):
     save_embedder(VisionEmbedder(6, 4), tmp_path)
     config = json.loads((tmp_path / "config.json").read_text()) | change
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(RuntimeError, match="main.0.weight|skip.weight"):
+    with pytest.raises(ValueError, match=r"model.safetensors is damaged: main.\S+ has the shape .*, expected"):
         VisionEmbedder.from_pretrained(tmp_path)
 
 
@@ -94,7 +97,12 @@ def test_a_missing_weight_is_an_error(tmp_path):
     state = load_file(tmp_path / "model.safetensors")
     del state["skip.bias"]
     save_file(state, tmp_path / "model.safetensors")
-    with pytest.raises(RuntimeError, match="skip.bias"):
+    with pytest.raises(ValueError, match="model.safetensors is damaged: it does not have the SHA-256"):
+        VisionEmbedder.from_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["sha256"]  # as in earlier versions
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="model.safetensors is damaged: it lacks skip.bias"):
         VisionEmbedder.from_pretrained(tmp_path)
 
 

@@ -108,7 +108,7 @@ def test_table_of_all_tasks(world, untrained, tmp_path, capsys):
         metrics = rows[title.split(",")[0]]["metrics"]
         assert all(f"{x:.4f}" in line for x in metrics.values() if x is not None)
     assert main(["evaluate", "table", *files[:1], str(world / "small.json")]) == 1
-    assert "small.json is not a result of pacl evaluate (no 'task')" in capsys.readouterr().err
+    assert "small.json is not a result of pacl evaluate (dataset is missing)" in capsys.readouterr().err
 
 
 def test_random_weights_are_not_measured(world, tmp_path, capsys):

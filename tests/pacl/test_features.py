@@ -272,7 +272,7 @@ def damage(folder: Path, kind: str) -> None:
         ("truncated", {}, "features-00001.safetensors is missing or does not have"),
         ("missing", {}, "features-00001.safetensors is missing or does not have"),
         ("outside", {}, "names '../features-00000.safetensors', expected"),
-        ("no manifest", {}, "has no manifest.json of `pacl features`"),
+        ("no manifest", {}, "manifest.json is damaged: it holds [], expected a mapping"),
         ("", {"model": "local-dir:other"}, "towers: expected those that the embedder was trained on, but"),
         ("", {"nouns": "words"}, "nouns: got 'words', expected None"),
         ("", {"train_data": "a.tar"}, "train_data: got both"),

@@ -214,6 +214,10 @@ def test_trained_towers_are_saved_resumed_and_loaded(world, tmp_path):
         assert changed and all(name.startswith(expected) for name in changed)
     state = load_file(embedder / "visual.safetensors")
     save_file({name: x * (1.05 if "mlp" in name else 1) for name, x in state.items()}, embedder / "visual.safetensors")
+    with pytest.raises(ValueError, match=r"visual\.safetensors is damaged: it does not have the SHA-256"):
+        load_pacl(embedder)
+    config = json.loads((embedder / "config.json").read_text())
+    (embedder / "config.json").write_text(json.dumps({name: x for name, x in config.items() if name != "sha256"}))
     with pytest.raises(ValueError, match=r"the vision tower's output is off by [\d.]+% \(other weights\?\)"):
         load_pacl(embedder)
 

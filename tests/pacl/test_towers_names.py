@@ -83,8 +83,27 @@ def test_nothing_is_unpickled(how, world, tmp_path, capsys, monkeypatch):
             pickle.dumps(Malicious())
         )
         assert train(world, tmp_path, model=registered(tmp_path), pretrained="weights.pt") == 1
-        assert "pretrained: open_clip cannot load 'weights.pt' into tiny: " in capsys.readouterr().err
+        error = capsys.readouterr().err
+        assert "pretrained: got 'weights.pt' for tiny, which holds other objects than tensors" in error
     assert not Path("executed").exists(), "something was executed"
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"version https://git-lfs.github.com/spec/v1\n", "which is a pointer of Git LFS"),
+        (b"<!DOCTYPE html>\n", "which is a page of HTML"),
+        (b"", "which is an empty file"),
+        (b"hello", "which holds other objects than tensors or is damaged"),
+        ({"vision_model.norm.weight": torch.zeros(8)}, "are missing, 1 (vision_model.norm.weight, ...) are not the"),
+    ],
+)
+def test_files_that_are_no_weights_of_the_model(content, message, world, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("weights.pt").write_bytes(content) if isinstance(content, bytes) else torch.save(content, "weights.pt")
+    assert train(world, tmp_path, model=registered(tmp_path), pretrained="weights.pt") == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("pacl: error: ")]
+    assert line.startswith("pacl: error: pretrained: got 'weights.pt' for tiny, ") and message in line
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
-import tyro
 
 from ..evaluate.plots import MISSING, plot_png, series
 from ..evaluate.results import SEGMENTATION, Table, metric_tables, model_of, segmentation_tables
 from ..files import write_bytes
+from ..flags import parse
 from ..formats import printable
 from ..page import Page, Picture
 from ..sharing import TOLERANCE
@@ -39,11 +39,9 @@ NOT_SETTINGS = (*NOTES, "name")
 
 def main(argv: Sequence[str], prog: str = "pacl compare") -> int:
     """Run `pacl compare` and return its exit status."""
-    config = tyro.cli(CompareConfig, args=list(argv), prog=prog)
+    config = parse(CompareConfig, argv, prog)
     if (config.images is None) != (config.words is None):
         raise ValueError(f"images: got {config.images} with --words {config.words}, expected both or neither")
-    if config.most_images < 1:
-        raise ValueError(f"most_images: got {config.most_images}, expected at least 1")
     entries = [read_entry(path) for path in dict.fromkeys(config.entries)]
     notes = [note for entry in entries for note in entry.notes]
     entries = [entry for entry in entries if entry.trained or entry.results]
@@ -94,8 +92,8 @@ def _runs(page: Page, runs: dict[str, Entry]) -> None:
     towers = [_towers(entry) for entry in runs.values()]
     rows.append(["towers", *(_tower_names(x) for x in towers)])
     page.table(["", *runs], rows)
-    known = {name: x for name, x in zip(runs, towers, strict=True) if isinstance(x.get("fingerprint"), dict)}
-    prints = {name: x["fingerprint"] for name, x in known.items()}
+    described = {name: entry.described.get("towers", {}) for name, entry in runs.items()}
+    prints = {name: x["fingerprint"] for name, x in described.items() if "fingerprint" in x}
     first = next(iter(prints), "")
     other = [name for name, x in prints.items() if not _same(x, prints[first])]
     if other:
@@ -183,7 +181,8 @@ def _curves(page: Page, runs: dict[str, Entry]) -> None:
                 continue
             if not drawn:
                 page.heading("Curves")
-                batches = {entry.described.get("training", {}).get("global_batch") for entry in runs.values()} - {None}
+                notes = [entry.described.get("training", {}) for entry in runs.values()]
+                batches = {str(x["global_batch"]) for x in notes if x.get("global_batch") is not None}
                 if len(batches) > 1:
                     page.text("The runs have different batch sizes, so losses and equal steps do not compare.")
             drawn = True

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from ..embedder import CONFIG, WEIGHTS
+from ..embedder import CONFIG, WEIGHTS, read_embedder_config
 from ..evaluate.results import read_result
+from ..settings import read_settings
 
 
 @dataclass
@@ -75,12 +73,9 @@ def _read_run(entry: Entry) -> None:
     config = files["config.yaml"]
     if config.is_file():
         try:
-            read = yaml.safe_load(config.read_text(encoding="utf-8"))
-            if not isinstance(read, dict):
-                raise ValueError("it holds no settings")
-            entry.config = {str(name): x for name, x in read.items()}
-        except (yaml.YAMLError, ValueError, OSError) as error:
-            entry.notes.append(f"{config} cannot be read: {str(error).splitlines()[0]}")
+            entry.config = read_settings(config)
+        except (ValueError, OSError) as error:
+            entry.notes.append(str(error))
     else:
         entry.notes.append(f"{config} is missing: the settings are unknown")
     for name, what in (("metrics.jsonl", "training curves"), ("results.jsonl", "validation")):
@@ -97,13 +92,9 @@ def _read_embedder(entry: Entry) -> None:
         if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
             continue
         try:
-            described = json.loads((folder / CONFIG).read_bytes())
-            if not isinstance(described, dict) or not isinstance(described.get("training", {}), dict):
-                raise ValueError("it holds no settings of an embedder")
-        except (ValueError, RecursionError) as error:
-            entry.notes.append(f"{folder / CONFIG} cannot be read: {error}")
-            return
-        entry.embedder, entry.described = folder, described
+            entry.embedder, entry.described = folder, dict(read_embedder_config(folder / CONFIG))
+        except (ValueError, OSError) as error:
+            entry.notes.append(str(error))
         return
     if entry.trained:
         entry.notes.append(f"{entry.path / 'embedder'} is missing: no segmentations")
@@ -120,7 +111,7 @@ def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
         try:
             row = json.loads(line)
             step = row["step"]
-            if type(step) is not int:
+            if type(step) is not int or not 0 <= step < 2**63:
                 raise ValueError("step")
         except (ValueError, KeyError, TypeError, RecursionError):
             bad += bool(line.strip())
@@ -138,4 +129,4 @@ def curve(rows: Iterable[dict[str, Any]], name: str) -> tuple[list[int], list[fl
 
 
 def is_number(x: Any) -> bool:
-    return type(x) in (int, float) and math.isfinite(x)
+    return type(x) in (int, float) and abs(x) < 2**1000  # not NaN, and no integer that is too large for a float

@@ -6,6 +6,7 @@ import itertools
 import statistics
 from typing import Any
 
+from ..formats import one_line
 from .samples import Samples
 from .shards import Shards, count_members, read_sizes
 
@@ -69,7 +70,8 @@ def describe(report: dict[str, Any]) -> str:
     lines += [f"bad: {item['key']}: {item['reason']}: {item['error']}" for item in report["examples"]]
     more = sum(report["bad"].values()) - len(report["examples"])
     lines += [f"bad: and {more:,} more"] if more > 0 else []
-    return "\n".join(lines + ([f"WRONG: {problem}" for problem in report["problems"]] or ["no problems found"]))
+    lines += [f"WRONG: {problem}" for problem in report["problems"]] or ["no problems found"]
+    return "\n".join(map(one_line, lines))
 
 
 def _check_shards(source: Shards) -> tuple[int, list[str]]:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from ..flags import parse
+from ..formats import one_line
 from ..progress import Progress
 from .flags import PairFlags, plan_of
 
@@ -66,9 +68,9 @@ def main(argv: Sequence[str], prog: str = "pacl data") -> int:
         return 0 if argv and argv[0] in ("-h", "--help") else 2
     flags, action = actions[argv[0]]
     try:
-        return action(tyro.cli(flags, args=list(argv[1:]), prog=f"{prog} {argv[0]}"))
+        return action(parse(flags, argv[1:], f"{prog} {argv[0]}"))
     except (ValueError, OSError) as error:
-        print(f"pacl: error: {error}", file=sys.stderr)
+        print(f"pacl: error: {one_line(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         if flags is PackConfig:
@@ -92,7 +94,7 @@ def _pack(config: PackConfig) -> int:
     with Progress("Packed", None, "pair") as progress:
         sizes = pack(source, config.out, shard_size=config.shard_size, plan=plan, progress=progress.step)
     for reason, key, error in bad:
-        print(f"bad: {key}: {reason}: {error}")
+        print(one_line(f"bad: {key}: {reason}: {error}"))
     if not sizes:
         raise ValueError(source.complaint())
     skipped = ", ".join(f"{reason} {count:,}" for reason, count in source.skipped.items() if count) or "none"
@@ -104,10 +106,8 @@ def _pack(config: PackConfig) -> int:
 def _check(config: CheckConfig) -> int:
     from .check import check, describe
 
-    if config.sample < 0:
-        raise ValueError(f"sample: got {config.sample}, expected at least 0")
     report = check(config.read(), config.sample)
     print(json.dumps(report, indent=2) if config.json else describe(report))
     if report["problems"] and config.json:
-        print(*report["problems"], sep="\n", file=sys.stderr)
+        print(*map(one_line, report["problems"]), sep="\n", file=sys.stderr)
     return 1 if report["problems"] else 0

@@ -8,14 +8,15 @@ A folder holds features-00000.safetensors, ...; manifest.json; and, with nouns, 
 from __future__ import annotations
 
 import bisect
+import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 import torch
@@ -23,9 +24,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from ..files import write_bytes
-from ..sharing import check_towers, load_tower
+from ..annotations import checked
+from ..embedder import DescribedTowers
+from ..files import file_digest, write_bytes
+from ..settings import Damaged, read_settings
+from ..sharing import check_described, check_towers, load_tower
 from ..towers import Towers
+from ..weights import check_digest
 from .pairs import Pairs
 from .texts import PROMPTS
 
@@ -33,20 +38,52 @@ TOWERS = "model pretrained vision_model vision_pretrained force_image_size".spli
 MANIFEST, NOUNS = "manifest.json", "prompts.safetensors"
 
 
+class Shard(TypedDict):
+    name: str
+    bytes: int
+    count: int
+
+
+class Plan(TypedDict):
+    model: str
+    pretrained: str | None
+    vision_model: str | None
+    vision_pretrained: bool
+    force_image_size: int | None
+    nouns: Literal["words", "nltk"] | None
+
+
+class _Begun(TypedDict):
+    complete: bool
+    plan: Plan
+    shards: list[Shard]
+
+
+class Manifest(_Begun, total=False):
+    """Contents of manifest.json. sha256: digests by file name, absent in earlier versions. The rest is written last."""
+
+    nouns: list[str]
+    towers: DescribedTowers
+    sha256: dict[str, str]
+
+
 class Features(Pairs):
     """Features that `pacl features` wrote to `folder`, in an order by (seed, epoch) as in other numbered sources.
 
     nouns: the finder of `pacl train --nouns`, whose prompts must be among the stored texts. Yields dicts: key, caption
     (one of several, by epoch), tokens [N, width] as stored, text [D] float32, worker and place. Raises ValueError for
-    an incomplete folder.
+    an incomplete folder and for damaged files. verify: read all files once and compare their SHA-256 with the manifest,
+    shared among the processes of a machine; files of earlier versions have none.
     """
 
-    def __init__(self, folder: str | os.PathLike, *, nouns: str | None = None, **options: Any):
+    def __init__(self, folder: str | os.PathLike, *, nouns: str | None = None, verify: bool = True, **options: Any):
         super().__init__(str(folder), **options)
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder)
         if not self.manifest["complete"]:
             raise ValueError(f"features: {folder} is incomplete, expected one that `pacl features` has finished")
+        check_described(self.manifest["towers"], self.folder / MANIFEST)
+        self._check_files(verify)
         stored = self.manifest["plan"]["nouns"]
         if nouns is not None and nouns != stored:
             raise ValueError(f"nouns: got {nouns!r}, expected {stored!r}, with which {folder} was written")
@@ -54,12 +91,33 @@ class Features(Pairs):
         self.prompts: dict[str, Tensor] = {}
         if nouns is not None:
             texts = [prompt.format(noun) for noun in self.manifest["nouns"] for prompt in PROMPTS]
-            self.prompts = dict(zip(texts, load_file(self.folder / NOUNS)["texts"], strict=True))
+            self.prompts = dict(zip(texts, self._read_prompts(len(texts)), strict=True))
+
+    def _check_files(self, verify: bool) -> None:
+        """Check the headers of all files, and the digests of this process's share of those on this machine."""
+        first, step = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        digests = self.manifest.get("sha256", {}) if verify else {}
+        for number, shard in enumerate(self.manifest["shards"]):
+            path = self.folder / shard["name"]
+            if number % step == first % step:
+                check_digest(path, digests)
+            _check_header(path, shard["count"])
+
+    def _read_prompts(self, count: int) -> Tensor:
+        path = self.folder / NOUNS
+        check_digest(path, self.manifest.get("sha256", {}))
+        try:
+            texts = load_file(path)["texts"]
+        except (SafetensorError, KeyError) as error:
+            raise Damaged(path, "it does not hold the texts of the prompts") from error
+        if texts.ndim != 2 or len(texts) != count or texts.dtype != torch.float32 or not texts.isfinite().all():
+            raise Damaged(path, f"its texts are not {count:,} rows of finite float32 numbers")
+        return texts
 
     def load_random(self, towers: Towers) -> None:
         """Load the towers that had random weights when they computed the features; `pacl features` keeps them."""
         for name in self.manifest["towers"].get("random", []):
-            load_tower(towers, name, self.folder)
+            load_tower(towers, name, self.folder, self.manifest.get("sha256", {}))
 
     def check(self, towers: Towers) -> None:
         """Raise ValueError unless `towers` are those that computed the features."""
@@ -79,16 +137,20 @@ class Features(Pairs):
         index, epoch = raw
         number = bisect.bisect_right(self.ends, index)
         row = index - (self.ends[number - 1] if number else 0)
-        shard = _open(str(self.folder / self.manifest["shards"][number]["name"]))
-        record = read_records(shard, row, row + 1)[0]
-        turn = self.turn(record["captions"], epoch, record["key"])
-        text = record["text"] + turn
-        return {
-            "key": record["key"],
-            "caption": record["captions"][turn],
-            "tokens": shard.get_slice("tokens")[row : row + 1][0],
-            "text": shard.get_slice("texts")[text : text + 1][0],
-        }
+        path = self.folder / self.manifest["shards"][number]["name"]
+        shard = _open(str(path))
+        try:
+            record = read_records(shard, row, row + 1)[0]
+            turn = self.turn(record["captions"], epoch, record["key"])
+            text = record["text"] + turn
+            return {
+                "key": record["key"],
+                "caption": record["captions"][turn],
+                "tokens": shard.get_slice("tokens")[row : row + 1][0],
+                "text": shard.get_slice("texts")[text : text + 1][0],
+            }
+        except Exception as error:  # on bytes that were not compared with their SHA-256, anything
+            raise Damaged(path, f"the record of its image {row:,} cannot be read") from error
 
     def embeddings(self, batch: dict[str, Any], texts: list[str]) -> Tensor:
         """Return embeddings [B, D] of `texts`: each is its sample's caption or a prompt with a noun of it."""
@@ -174,27 +236,70 @@ def stored_records(folder: Path) -> Iterator[dict[str, Any]]:
 
 def tower_names(folder: Path) -> dict[str, Any]:
     """Return the flags of `pacl train` for the towers whose features are in `folder`."""
-    plan = read_manifest(folder)["plan"]
+    plan: Mapping[str, Any] = read_manifest(folder)["plan"]
     return {name: plan[name] for name in TOWERS} | {"random_towers": plan.get("random_towers", False)}
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """Read manifest.json of a folder of features and check it against the files; raise ValueError for other folders."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        shards = {shard["name"]: shard["bytes"] for shard in manifest["shards"]}
-        complete, _ = manifest["complete"], manifest["plan"]["nouns"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"features: {folder} has no {MANIFEST} of `pacl features`") from error
-    for name, size in shards.items():
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """Write manifest.json; for complete features with the SHA-256 of every file and of the manifest's other values."""
+    if manifest["complete"]:
+        names = [shard["name"] for shard in manifest["shards"]] + [NOUNS] * (folder / NOUNS).exists()
+        names += [f"{name}.safetensors" for name in manifest["towers"].get("random", [])]
+        manifest = manifest | {"sha256": {name: file_digest(folder / name) for name in names}}
+        manifest["sha256"][MANIFEST] = _own_digest(manifest)
+    write_bytes(folder / MANIFEST, json.dumps(manifest, indent=2).encode())
+
+
+def _own_digest(manifest: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of all values of a manifest but this one."""
+    others = {name: digest for name, digest in manifest.get("sha256", {}).items() if name != MANIFEST}
+    return hashlib.sha256(json.dumps({**manifest, "sha256": others}, sort_keys=True).encode()).hexdigest()
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read manifest.json of a folder of features and check it against the files' names and sizes.
+
+    Raises ValueError for another folder, a damaged manifest, and files that are missing or of another size.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise ValueError(f"features: {folder} has no {MANIFEST} of `pacl features`")
+    manifest: Manifest = checked(read_settings(path), Manifest, path)
+    for shard in manifest["shards"]:
+        name, size = shard["name"], shard["bytes"]
         if not re.fullmatch(r"features-\d+\.safetensors", name):  # never read outside the folder
-            raise ValueError(f"features: {folder / MANIFEST} names {name!r}, expected features-00000.safetensors, ...")
-        path = folder / name
-        if not path.is_file() or path.stat().st_size != size:
-            raise ValueError(f"features: {path} is missing or does not have {size:,} bytes; copy it or write it again")
-    if complete and not shards:
-        raise ValueError(f"features: {folder} holds no shard, expected at least one")
+            raise ValueError(f"features: {path} names {name!r}, expected features-00000.safetensors, ...")
+        if not (folder / name).is_file() or (folder / name).stat().st_size != size:
+            raise ValueError(
+                f"features: {folder / name} is missing or does not have {size:,} bytes; copy it or write it again"
+            )
+        if shard["count"] < 1:
+            raise Damaged(path, f"{name} has a count of {shard['count']}, expected at least 1")
+    if manifest["complete"]:
+        if not manifest["shards"]:
+            raise ValueError(f"features: {folder} holds no shard, expected at least one")
+        if "towers" not in manifest or manifest["plan"]["nouns"] and "nouns" not in manifest:
+            raise Damaged(path, "its towers or nouns are missing")
+        if manifest.get("sha256", {}).get(MANIFEST, _own_digest(manifest)) != _own_digest(manifest):
+            raise Damaged(path, "its values do not have the SHA-256 that it states")
     return manifest
+
+
+def _check_header(path: Path, count: int) -> None:
+    """Raise Damaged unless the header of a shard states the tensors of write_shard for `count` images."""
+    try:
+        with safe_open(path, "pt") as file:
+            parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118, it is no dict
+            found = {name: (part.get_dtype(), len(part.get_shape())) for name, part in parts.items()}
+    except SafetensorError as error:
+        raise Damaged(path, "it is not a whole safetensors file") from error
+    expected = {"texts": ("F32", 2), "records": ("U8", 1), "ends": ("I64", 1)}
+    tokens = found.pop("tokens", ("", 0))
+    if found != expected or tokens not in (("F32", 3), ("F16", 3), ("BF16", 3)):
+        raise Damaged(path, "its tensors have other names or types than those of `pacl features`")
+    lengths = {parts[name].get_shape()[0] for name in ("tokens", "ends")}
+    if lengths != {count}:
+        raise Damaged(path, f"it has {min(lengths):,} images, expected {count:,}")
 
 
 @cache

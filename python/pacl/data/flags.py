@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,7 +61,7 @@ def plan_of(flags: Any, *without: str) -> dict[str, Any]:
     return {name: x for name, x in values.items() if name not in without}
 
 
-def check_plan(out: Path, begun: dict[str, Any], plan: dict[str, Any]) -> None:
+def check_plan(out: Path, begun: Mapping[str, Any], plan: dict[str, Any]) -> None:
     """Raise ValueError unless the output in `out` was begun with the same plan."""
     changed = [name for name, value in plan.items() if begun.get(name) != value]
     if changed:

@@ -1,7 +1,8 @@
 """Image-caption pairs from webdataset shards.
 
-webdataset walks the tar files. Its decoders are never called, because they unpickle `.pyd` and `.pkl` members; nor is
-its URL opener, which runs other programs for `pipe:` and `http:` addresses.
+webdataset groups members to samples. Its decoders are never called, because they unpickle `.pyd` and `.pkl` members;
+nor is its URL opener, which runs other programs for `pipe:` and `http:` addresses; nor its reader of tar files, which
+believes their headers.
 """
 
 from __future__ import annotations
@@ -12,19 +13,21 @@ import json
 import os
 import random
 import re
-import tarfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import braceexpand
 from webdataset.filters import shuffle as shuffle_samples
-from webdataset.tariterators import group_by_keys, tar_file_expander
+from webdataset.tariterators import group_by_keys
 
 from ..files import write_bytes
+from ..settings import read_settings
+from .archives import contents, members
+from .braces import expand_braces
 from .images import IMAGE_SUFFIXES
 from .samples import MOST_WORKERS, Raw, Samples, as_bytes, readable
 
+META = re.compile(r"__[^/]*__($|/)")  # names of webdataset's own notes, which are no samples
 SIZES = "sizes.json"  # img2dataset's and open_clip's: {"00000.tar": 1000}
 INCOMPLETE = "incomplete.json"  # in a folder whose shards are not all written yet; see pack.py
 
@@ -85,30 +88,28 @@ class Shards(Samples):
 
     def _read(self, path: Path, worker: int = 0, epoch: int = 0) -> Iterator[Raw]:
         """Yield the samples of a single shard, because older webdataset joins samples across the end of a shard."""
-        torn = False
+
+        def refuse(error: Exception) -> None:
+            # The file existed when the run began.
+            self.skip("file" if isinstance(error, OSError) else "archive", str(path), error, worker)
 
         def skip(error: Exception) -> bool:
-            nonlocal torn
-            tear = isinstance(error, (tarfile.TarError, OSError, EOFError))
-            if not (tear and torn):  # webdataset tries a torn file twice; count it once
-                self.skip("archive", str(path), error, worker)
-            torn |= tear
+            # webdataset adds its stream to the arguments, whose address would end up in the message.
+            refuse(ValueError(error.args[0] if error.args else type(error).__name__))
             return True
 
-        try:
-            stream = open(path, "rb")
-        except OSError as error:  # the file existed when the run began
-            self.skip("file", str(path), error, worker)
-            return
-        with stream:
-            members = tar_file_expander([{"url": str(path), "stream": stream}], handler=skip)
-            for sample in group_by_keys(members, handler=skip):
-                image = next((sample[suffix] for suffix in IMAGE_SUFFIXES if suffix in sample), None)
-                caption = sample.get("txt")
-                captions = [] if caption is None else _captions(sample.get("json", b""))
-                if captions:
-                    caption = as_bytes(captions[self.turn(captions, epoch, sample["__key__"])])
-                yield Raw(readable(sample["__key__"]), image, caption, sample.get("mask.png"), captions)
+        parts = (
+            {"fname": name, "data": data, "__url__": str(path)}
+            for name, data in contents(path, refuse)
+            if not META.match(name)
+        )
+        for sample in group_by_keys(parts, handler=skip):
+            image = next((sample[suffix] for suffix in IMAGE_SUFFIXES if suffix in sample), None)
+            caption = sample.get("txt")
+            captions = [] if caption is None else _captions(sample.get("json", b""))
+            if captions:
+                caption = as_bytes(captions[self.turn(captions, epoch, sample["__key__"])])
+            yield Raw(readable(sample["__key__"]), image, caption, sample.get("mask.png"), captions)
 
 
 def _captions(notes: bytes) -> list[str]:
@@ -125,7 +126,7 @@ def _captions(notes: bytes) -> list[str]:
 def expand_shards(shards: str | os.PathLike | Iterable[str | os.PathLike]) -> list[Path]:
     """Return the paths that `shards` names (see Shards), all existing local files."""
     given = [shards] if isinstance(shards, (str, os.PathLike)) else list(shards)
-    names = [name for item in given for part in os.fspath(item).split("::") for name in braceexpand.braceexpand(part)]
+    names = [name for item in given for part in os.fspath(item).split("::") for name in expand_braces(part)]
     if not names:
         raise ValueError("shards: got an empty list, expected paths of .tar files")
     for name in names:
@@ -177,18 +178,20 @@ def count_shards(paths: Iterable[Path]) -> dict[Path, int]:
 def read_sizes(folder: Path) -> dict[str, Any] | None:
     """Read sizes.json of a folder: {} if there is none, None if it is not a JSON object."""
     try:
-        sizes = json.loads((folder / SIZES).read_text())
+        return read_settings(folder / SIZES)
     except FileNotFoundError:
         return {}
     except (OSError, ValueError):
         return None
-    return sizes if isinstance(sizes, dict) else None
 
 
 def _known(path: Path, sizes: dict[str, Any] | None) -> int | None:
     """Return the entry of a shard in `sizes`; None if there is none or it is stale."""
     try:
-        count = int((sizes or {})[path.name])
+        stated = (sizes or {})[path.name]
+        count = int(stated) if isinstance(stated, str) else stated
+        if type(count) is not int:
+            return None
         shard = path.stat()
         younger = shard.st_mtime_ns > (path.parent / SIZES).stat().st_mtime_ns
         # An image and a caption take four blocks of an uncompressed tar file.
@@ -201,12 +204,9 @@ def _known(path: Path, sizes: dict[str, Any] | None) -> int | None:
 def count_members(path: Path) -> tuple[int, bool]:
     """Count the images with a caption by the names of a shard's members; also return whether all of it is readable."""
     suffixes: dict[str, set[str]] = {}
-    try:
-        with tarfile.open(path) as tar:
-            for member in tar:
-                stem, _, suffix = member.name.rpartition("/")[2].partition(".")
-                suffixes.setdefault(f"{Path(member.name).parent}/{stem}", set()).add(suffix.lower())
-        whole = True
-    except (tarfile.TarError, OSError, EOFError):
-        whole = False
-    return sum("txt" in found and not found.isdisjoint(IMAGE_SUFFIXES) for found in suffixes.values()), whole
+    refused: list[Exception] = []
+    for member in members(path, refused.append):
+        stem, _, suffix = member.name.rpartition("/")[2].partition(".")
+        suffixes.setdefault(f"{Path(member.name).parent}/{stem}", set()).add(suffix.lower())
+    count = sum("txt" in found and not found.isdisjoint(IMAGE_SUFFIXES) for found in suffixes.values())
+    return count, not refused

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
+from ..flags import parse
+from ..formats import one_line
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class DemoFlags:
 
 def main(argv: Sequence[str], prog: str = "pacl demo") -> int:
     """Run `pacl demo` with these arguments and return its exit status; KeyboardInterrupt passes through."""
-    flags = tyro.cli(DemoFlags, args=list(argv), prog=prog)
+    flags = parse(DemoFlags, argv, prog)
     from .run import QUICK, DemoConfig, run  # after --help, which does not need torch
 
     try:
@@ -45,7 +46,7 @@ def main(argv: Sequence[str], prog: str = "pacl demo") -> int:
         given = {name: x for name, x in vars(flags).items() if name in names and x is not None}
         config = DemoConfig(**(QUICK if flags.quick else {}) | given)
     except ValueError as error:
-        print(f"pacl: error: {error}", file=sys.stderr)
+        print(f"pacl: error: {one_line(error)}", file=sys.stderr)
         raise SystemExit(2) from error  # the status for arguments that the parser refuses
     run(config, flags.out, full=flags.full)
     return 0

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-import tyro
 from torch import Tensor, nn
 
+from ..flags import parse
 from ..processes import add_up, place_in
 from ..segment.predict import Segmenter
 from ..segment.prompts import Texts, class_texts, templates
@@ -91,7 +91,7 @@ class AlignmentOptions(PatchOptions):
 
 def main(argv: Sequence[str], prog: str = "pacl evaluate alignment") -> int:
     """Run `pacl evaluate alignment` and return its exit status."""
-    options = tyro.cli(AlignmentOptions, args=list(argv), prog=prog)
+    options = parse(AlignmentOptions, argv, prog)
     sentences, data = templates(options.templates), options.read()
     group = options.group()
     towers, embedder = options.load()

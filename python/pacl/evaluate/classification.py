@@ -9,10 +9,10 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-import tyro
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ..flags import parse
 from ..processes import add_up, place_in, shared_progress
 from ..segment.prompts import TEMPLATES, Texts, best_synonym, class_texts, templates
 from .classification_data import Labelled
@@ -94,9 +94,7 @@ class ClassificationOptions(DatasetOptions):
 
 def main(argv: Sequence[str], prog: str = "pacl evaluate classification") -> int:
     """Run `pacl evaluate classification` and return its exit status."""
-    options = tyro.cli(ClassificationOptions, args=list(argv), prog=prog)
-    if options.batch_size < 1:
-        raise ValueError(f"batch_size: got {options.batch_size}, expected at least 1")
+    options = parse(ClassificationOptions, argv, prog)
     data = Labelled(options.dataset, **options.reading)
     sentences = data.templates if options.templates is None else templates(options.templates)
     sentences = sentences or TEMPLATES["simple"]

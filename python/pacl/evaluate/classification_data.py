@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..data.archives import members
 from ..data.images import IMAGE_FORMATS, IMAGE_SUFFIXES, open_image, to_rgb
 from ..segment.prompts import read_classes
 from .segmentation_data import MAX_PIXELS, need_scipy, read_picture
@@ -136,10 +136,7 @@ class Tars:
             raise ValueError(f"data_root: {templates} has a line without {{c}}, expected it where the class goes")
         self._places: list[tuple[Path, int, int, int]] = []
         for path in sorted((root / "test").glob("*.tar")):
-            try:
-                self._index(path)
-            except tarfile.TarError as error:
-                raise ValueError(f"data_root: {path} is not a complete tar file: {error}") from error
+            self._index(path)
 
     def __len__(self) -> int:
         return len(self._places)
@@ -156,21 +153,23 @@ class Tars:
 
     def _index(self, path: Path) -> None:
         images, labels = {}, {}
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                folder, _, file = member.name.rpartition("/")
-                stem, _, suffix = file.partition(".")
-                key, suffix = f"{folder}/{stem}", suffix.lower()
-                if member.isfile() and suffix in IMAGE_SUFFIXES:
-                    images[key] = member.offset_data, member.size
-                elif member.isfile() and suffix == "cls":
-                    content: Any = tar.extractfile(member)  # None only for what is not a file
-                    text = content.read(32).decode(errors="replace").strip()
-                    if not text.isdecimal() or int(text) >= len(self.classes):
-                        raise ValueError(
-                            f"data_root: {member.name} of {path} has {text!r}, expected 0 to {len(self.classes) - 1}"
-                        )
-                    labels[key] = int(text)
+
+        def refuse(error: Exception) -> None:
+            raise ValueError(f"data_root: {path} cannot be read: {error}") from error
+
+        for member in members(path, refuse, compressed=False):
+            folder, _, file = member.name.rpartition("/")
+            stem, _, suffix = file.partition(".")
+            key, suffix = f"{folder}/{stem}", suffix.lower()
+            if suffix in IMAGE_SUFFIXES:
+                images[key] = member.offset, member.size
+            elif suffix == "cls":
+                text = member.read().decode(errors="replace").strip() if member.size <= 32 else "a long text"
+                if not text.isdecimal() or int(text) >= len(self.classes):
+                    raise ValueError(
+                        f"data_root: {member.name} of {path} has {text!r}, expected 0 to {len(self.classes) - 1}"
+                    )
+                labels[key] = int(text)
         odd = sorted(images.keys() ^ labels.keys())
         if odd:
             raise ValueError(f"data_root: {odd[0].lstrip('/')} of {path} lacks its image or its .cls, expected both")

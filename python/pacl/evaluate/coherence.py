@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.distributed as dist
-import tyro
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..flags import parse
 from ..processes import gather_rows, place_in
 from ..segment.predict import Segmenter
 from .metrics import HALF
@@ -130,10 +130,7 @@ class CoherenceOptions(PatchOptions):
 
 def main(argv: Sequence[str], prog: str = "pacl evaluate coherence") -> int:
     """Run `pacl evaluate coherence` and return its exit status."""
-    options = tyro.cli(CoherenceOptions, args=list(argv), prog=prog)
-    for name, least in (("patches", 2), ("pairs", 1), ("seed", 0)):
-        if getattr(options, name) < least:
-            raise ValueError(f"{name}: got {getattr(options, name)}, expected at least {least}")
+    options = parse(CoherenceOptions, argv, prog)
     data, shown = options.read(), {}
     group = options.group()
     rank, (towers, embedder) = place_in(group)[0], options.load()

@@ -7,15 +7,62 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypedDict
 
 import tyro
 
+from ..annotations import checked
 from ..files import write_bytes
+from ..flags import parse
+from ..formats import printable
+from ..settings import read_settings
 from ..towers import Towers
 from .specs import datasets, fingerprint, spec
 
 SEGMENTATION = "zeroshot_segmentation"
+
+
+class _Protocol(TypedDict):
+    name: str
+
+
+class _MoreProtocol(_Protocol, total=False):
+    form: str
+    attn_temperature: float | None
+
+
+class _Row(TypedDict):
+    task: str
+    dataset: str
+    model: str
+    pretrained: str | None
+    embedder: str | None
+    protocol: _MoreProtocol
+    metrics: dict[str, Any]
+
+
+class Row(_Row, total=False):
+    """A result of any task, as far as tables show it."""
+
+    images: int
+    warnings: list[str]
+
+
+class _Classes(TypedDict):
+    sha256: str
+
+
+class _Means(TypedDict):
+    mIoU: float | None
+
+
+class SegmentationRow(TypedDict):
+    """A result of zero-shot segmentation, as far as tables show it."""
+
+    images: int
+    warnings: list[str]
+    classes: _Classes
+    metrics: _Means
 
 
 def names_of(towers: Towers, checkpoint: str | None) -> dict[str, Any]:
@@ -44,16 +91,14 @@ def write_row(folder: Path, row: dict[str, Any]) -> Path:
 def read_result(path: Path) -> dict[str, Any]:
     """Read a row of any task that write_row wrote; raises ValueError for any other file."""
     try:
-        row = json.loads(Path(path).read_bytes())
-        if not all(isinstance(x, str) for x in (row["task"], row["dataset"], row["protocol"]["name"], *model_of(row))):
-            raise ValueError("task, dataset, protocol or model is not a string")
-        metrics = {"mIoU": row["metrics"]["mIoU"]} if row["task"] == SEGMENTATION else row["metrics"]
-        if not all(x is None or type(x) in (int, float) for x in metrics.values()):
-            raise ValueError("metrics are not numbers")
+        row = checked(read_settings(path), Row, path)
         if row["task"] == SEGMENTATION:
-            spec(row["dataset"]), row["images"], row["classes"]["sha256"], row["warnings"]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        reason = f"no {error}" if isinstance(error, KeyError) else error
+            checked(row, SegmentationRow, path)
+            spec(row["dataset"])
+        else:
+            checked(row["metrics"], dict[str, float | None], path, "metrics")
+    except ValueError as error:
+        reason = str(error).removeprefix(f"{path} is damaged: ")
         raise ValueError(f"results: {path} is not a result of pacl evaluate ({reason})") from error
     return row
 
@@ -71,7 +116,7 @@ def tables(rows: Sequence[dict[str, Any]]) -> str:
     """Format segmentation_tables and metric_tables of the rows as text."""
     parts = [[row for row in rows if (row["task"] == SEGMENTATION) == is_it] for is_it in (True, False)]
     found = segmentation_tables(parts[0]) + metric_tables(parts[1])
-    return "\n\n".join("\n".join([x.title, *aligned(x.lines)]) for x in found)
+    return "\n\n".join("\n".join([printable(x.title), *aligned(x.lines)]) for x in found)
 
 
 def segmentation_tables(rows: Sequence[dict[str, Any]], names: Sequence[str] | None = None) -> list[Table]:
@@ -153,6 +198,7 @@ def number(value: float | None) -> str:
 
 
 def aligned(lines: list[list[str]]) -> list[str]:
+    lines = [[printable(cell) for cell in line] for line in lines]  # cells come from files
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return [
         "  ".join([line[0].ljust(widths[0]), *(x.rjust(w) for x, w in zip(line[1:], widths[1:], strict=True))])
@@ -172,6 +218,6 @@ class TableOptions:
 
 def main(argv: Sequence[str], prog: str = "pacl evaluate table") -> int:
     """Run `pacl evaluate table` and return its exit status."""
-    options = tyro.cli(TableOptions, args=list(argv), prog=prog)
+    options = parse(TableOptions, argv, prog)
     print(tables([read_result(path) for path in options.results]))
     return 0

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import tyro
 
 from ..data.flags import PairFlags
 from ..data.samples import LEAST_SEEN, BadData, Samples, loader, no_image
+from ..flags import parse
 from ..processes import gather_rows, place_in, shared_progress
 from .metrics import RECALLS, Retrieval
 from .options import TaskOptions
@@ -133,7 +133,7 @@ class RetrievalOptions(TaskOptions, PairFlags):
 
 def main(argv: Sequence[str], prog: str = "pacl evaluate retrieval") -> int:
     """Run `pacl evaluate retrieval` and return its exit status."""
-    options = tyro.cli(RetrievalOptions, args=list(argv), prog=prog)
+    options = parse(RetrievalOptions, argv, prog)
     data = options.open(options.data, scenes=options.scenes)  # report errors in the data before the model loads
     group = options.group()
     data.rank, data.world = place_in(group)

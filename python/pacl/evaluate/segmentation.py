@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
-import tyro
 from torch import nn
 
 from ..files import write_bytes
+from ..flags import parse
+from ..formats import one_line
 from ..processes import place_in
 from ..segment.draw import png
 from ..towers import Towers
@@ -45,7 +46,7 @@ class SegmentationOptions(DatasetOptions):
 
 def main(argv: Sequence[str], prog: str = "pacl evaluate segmentation") -> int:
     """Run `pacl evaluate segmentation` and return its exit status."""
-    options = tyro.cli(SegmentationOptions, args=list(argv), prog=prog)
+    options = parse(SegmentationOptions, argv, prog)
     if not options.dataset:
         raise ValueError("dataset: got none, expected one or more of those in pacl evaluate segmentation --help")
     if options.check:
@@ -85,7 +86,7 @@ def _measure(
         write_bytes(sheet, png(contact_sheet(data, predict, rules, measured)))
         print(class_table(row, data))
         for warning in measured.warnings:
-            print(f"warning: {warning}", file=sys.stderr)
+            print(one_line(f"warning: {warning}"), file=sys.stderr)
         print(f"{path}\n{sheet}", flush=True)
     return row
 

@@ -8,13 +8,15 @@ import math
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
-from typing import TypeVar
+from typing import TypedDict, TypeVar
 
 import numpy as np
 from PIL import Image
 
+from ..annotations import checked
 from ..data.images import IMAGE_FORMATS, open_image, to_rgb
 from ..segment.prompts import read_classes
+from ..settings import short
 from .specs import UNKNOWN, Masks, Spec, fingerprint, spec, spread
 
 Content = TypeVar("Content")
@@ -240,12 +242,17 @@ def _read_label_map(path: Path) -> np.ndarray:
         raise ValueError(f"data: cannot read {path}: {error}") from error
 
 
+class Region(TypedDict):
+    size: list[int]
+    counts: str
+
+
 class _Detail:
     """Label masks from PASCAL in Detail's trainval_merged.json: run-length coded regions, drawn in their order."""
 
     def __init__(self, path: Path):
-        data = json.loads(path.read_bytes())
         try:
+            data = json.loads(path.read_bytes())  # hundreds of megabytes, more than settings may have
             sizes = {x["image_id"]: (x["height"], x["width"]) for x in data["images"] if x["phase"] == "val"}
             self.names = sorted(Path(x["file_name"]).stem for x in data["images"] if x["phase"] == "val")
             self._ids = {Path(x["file_name"]).stem: x["image_id"] for x in data["images"] if x["phase"] == "val"}
@@ -253,17 +260,27 @@ class _Detail:
             for region in data["annos_segmentation"]:
                 if region["image_id"] in sizes:
                     self._regions[region["image_id"]].append((region["category_id"], region["segmentation"]))
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"data: {path} lacks {error}, expected the file of PASCAL in Detail") from error
-        self._sizes = sizes
+        except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+            reason = f"it lacks {error}" if isinstance(error, KeyError) else "it has other contents"
+            raise ValueError(f"data: {path} is not the file of PASCAL in Detail: {reason}") from error
+        for height, width in sizes.values():
+            if not (type(height) is int and type(width) is int and 0 < height * width <= MAX_PIXELS):
+                raise ValueError(
+                    f"data: {path} has an image of {height} x {width}, expected at most {MAX_PIXELS:,} pixels"
+                )
+        self._path, self._sizes = path, sizes
 
     def values(self, name: str) -> np.ndarray:
         image = self._ids[name]
         values = np.zeros(self._sizes[image], np.uint16)
         for category, code in self._regions[image]:
-            if list(code["size"]) != list(values.shape):
-                raise ValueError(f"data: a region of {name} has the size {code['size']}, expected {list(values.shape)}")
-            values[decode_rle(code["counts"], *values.shape)] = category
+            region = checked(code, Region, self._path, f"a region of {name}")
+            if region["size"] != list(values.shape) or type(category) is not int or not 0 <= category < 2**16:
+                raise ValueError(
+                    f"data: a region of {name} has the size {region['size']} and the category {short(category)}, "
+                    f"expected {list(values.shape)} and a number below 65,536"
+                )
+            values[decode_rle(region["counts"], *values.shape)] = category
         return values
 
 
@@ -279,6 +296,8 @@ def decode_rle(counts: str, height: int, width: int) -> np.ndarray:
         digit = char - 48
         value |= (digit & 31) << shift
         shift += 5
+        if shift > 40:
+            raise ValueError("data: a region's run lengths have a number of more than 40 bits")
         if not digit & 32:
             value -= (1 << shift) if digit & 16 else 0
             runs.append(value + (runs[-2] if len(runs) > 2 else 0))

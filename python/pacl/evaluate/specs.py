@@ -18,7 +18,9 @@ from typing import Any
 
 import numpy as np
 
+from ..annotations import checked
 from ..segment.prompts import read_classes
+from ..settings import read_settings
 
 HERE = Path(__file__).parent
 IGNORED, UNKNOWN = -1, -2  # entries of a label table: a pixel that does not count, and a value that no mask may hold
@@ -177,7 +179,9 @@ def protocol(name: str, **changes: Any) -> Protocol:
     if entry is None:
         if not Path(name).is_file():
             raise ValueError(f"protocol: got {name!r}, expected {', '.join(known)}, or a JSON file of a protocol")
-        entry, label = json.loads(Path(name).read_text(encoding="utf-8")), Path(name).stem
+        if Path(name).suffix != ".json":
+            raise ValueError(f"protocol: got {name!r}, expected a file with the suffix .json")
+        entry, label = read_settings(Path(name)), Path(name).stem
     fields = {field.name for field in dataclasses.fields(Protocol)} - {"name"}
     unknown = sorted(set(entry | changes) - fields)
     if unknown:
@@ -185,9 +189,7 @@ def protocol(name: str, **changes: Any) -> Protocol:
     missing = sorted({"short_side", "templates", "background"} - set(entry))
     if missing:
         raise ValueError(f"protocol: {label} lacks {', '.join(missing)}, expected short_side, templates and background")
-    if isinstance(entry["templates"], list):
-        entry = {**entry, "templates": tuple(entry["templates"])}
-    rules = Protocol(name=label, **entry)
+    rules = checked(entry | {"name": label}, Protocol, Path(name))
     changed = {key: value for key, value in changes.items() if getattr(rules, key) != value}
     parts = [label, *(f"{key}={json.dumps(value)}" for key, value in changed.items())]
     return dataclasses.replace(rules, name=" ".join(parts), **changed)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-import tyro
-
+from ..flags import parse
 from .options import LookOptions, SegmentOptions
 
 OPTIONS: dict[str, type[LookOptions] | type[SegmentOptions]] = {
@@ -17,7 +16,7 @@ OPTIONS: dict[str, type[LookOptions] | type[SegmentOptions]] = {
 
 def main(argv: Sequence[str], prog: str) -> int:
     """Run the command `prog`, "pacl look" or "pacl segment", and return its exit status, 1 when no image was usable."""
-    options: LookOptions | SegmentOptions = tyro.cli(OPTIONS[prog], args=list(argv), prog=prog)
+    options: LookOptions | SegmentOptions = parse(OPTIONS[prog], argv, prog)
     if not options.images:
         print(f"{prog}: error: images: got none, expected files or folders of images", file=sys.stderr)
         return 2

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import tyro
-
+from ..flags import parse
 from ..segment.options import ServeOptions
 
 
 def main(argv: Sequence[str], prog: str = "pacl serve") -> int:
     """Run `pacl serve` until Ctrl-C, which raises KeyboardInterrupt."""
-    options = tyro.cli(ServeOptions, args=list(argv), prog=prog)
+    options = parse(ServeOptions, argv, prog)
     from .run import serve  # imports torch, which takes seconds that --help should not
 
     return serve(options)

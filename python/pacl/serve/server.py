@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import parse_qs, urlsplit
 
+from ..formats import one_line
 from ..segment.draw import MAGMA, SCALE
 from .viewer import Gone, Viewer
 
@@ -215,7 +216,7 @@ def _json(value: Any) -> tuple[str, bytes]:
 
 
 def _error(message: Any) -> tuple[str, bytes]:
-    return _json({"error": " ".join(str(message).split())[:300]})
+    return _json({"error": one_line(message)[:300]})
 
 
 def _policy(page: bytes) -> str:

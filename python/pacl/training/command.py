@@ -10,11 +10,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch.distributed as dist
-import tyro
 
 from ..data.features import tower_names
 from ..failures import collective, describe
 from ..files import remove_unfinished, write_bytes
+from ..flags import parse
 from ..formats import one_line
 from ..locks import lock_folder
 from .checkpoints import newest
@@ -124,14 +124,14 @@ def _parse(argv: list[str], prog: str) -> TrainConfig:
         if any(word.partition("=")[0] == "--recipe" for word in argv):
             raise ValueError("recipe: got --recipe and --config, expected only one of them")
         config = read_config(Path(argv[at + 1]))
-        config = tyro.cli(TrainConfig, args=argv[:at] + argv[at + 2 :], default=config, prog=prog)
+        config = parse(TrainConfig, argv[:at] + argv[at + 2 :], prog, config)
     else:
-        config = tyro.cli(TrainConfig, args=argv, prog=prog)
+        config = parse(TrainConfig, argv, prog)
         if config.recipe is not None or config.features is not None:
             default = defaults(config.recipe)
             if config.features is not None:
                 default = dataclasses.replace(default, **tower_names(config.features))
-            config = tyro.cli(TrainConfig, args=argv, default=default, prog=prog)
+            config = parse(TrainConfig, argv, prog, default)
     return fill_batch(config.check(), int(os.environ.get("WORLD_SIZE", 1)))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,14 +13,18 @@ import yaml
 
 from pacl_kernels.checks import FORMS, LOSSES
 
+from ..annotations import checked
 from ..data.flags import TrainingDataFlags
 from ..embedder import DEFAULT_ATTN_TEMPERATURE, DEFAULT_FORM
+from ..formats import printable
+from ..settings import Damaged, read_settings
 
 POSITIVE = (
     "batch_size accum_freq epochs max_steps train_num_samples lr eps attn_temperature logit_scale max_logit_scale "
     "grad_clip_norm tower_lr force_image_size save_frequency keep_checkpoints log_every_n_steps max_image_pixels "
     "val_frequency dist_timeout"
 ).split()
+NUMBER = re.compile(r"[-+]?\d{1,40}[eE][-+]?\d{1,4}")
 NOTES = ("deviations", "left_open", "resumed")  # in config.yaml, for people: see recipe.py
 NOT_NEGATIVE = "wd warmup epochs_cooldown workers shuffle seed lock_image_unlocked_groups max_bad_share".split()
 REPORTERS = ("tensorboard", "wandb", "trackio")
@@ -34,6 +39,8 @@ class TrainConfig(TrainingDataFlags):
     a .csv or .tsv file, a folder of images with .txt files, an annotation .json of COCO captions, or synthetic."""
     features: Path | None = None
     """Folder that `pacl features` wrote, in place of --train-data. The run uses the towers of these features."""
+    verify: bool = True
+    """Compare the SHA-256 of all files of --features before training, at 1 to 2 GB/s; --no-verify skips it."""
     dataset_resampled: bool = False
     """Draw shards with replacement."""
     model: str = "ViT-B-16"
@@ -141,6 +148,12 @@ class TrainConfig(TrainingDataFlags):
             if value is not None and not (value > 0 or value == 0 and name in NOT_NEGATIVE):
                 least = "at least 0" if name in NOT_NEGATIVE else "above 0"
                 raise ValueError(f"{name}: got {value!r}, expected a number {least}")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected a number from 0 to below 1")
+        folder = Path(self.name)
+        if self.name != printable(self.name) or folder.is_absolute() or ".." in folder.parts or not folder.parts:
+            raise ValueError(f"name: got {self.name!r}, expected the name of a folder inside LOG_DIR")
         if (self.train_data is None) == (self.features is None):
             got = "neither" if self.features is None else "both"
             raise ValueError(f"train_data: got {got}, expected exactly one of --train-data and --features")
@@ -211,25 +224,12 @@ def dump_config(config: TrainConfig, notes: dict[str, Any]) -> str:
 
 
 def read_config(path: Path) -> TrainConfig:
-    """Read a config that dump_config wrote; raise ValueError for any other file."""
-    try:
-        values = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"config: {path} is not YAML ({str(error).splitlines()[0]})") from error
-    if isinstance(values, dict):
-        values = {name: value for name, value in values.items() if name not in NOTES}
-    fields = {item.name for item in dataclasses.fields(TrainConfig)}
-    if not isinstance(values, dict) or "train_data" not in values or not set(values) <= fields:
-        unknown = sorted(set(values) - fields) if isinstance(values, dict) else values
-        raise ValueError(f"config: got {path} (unknown: {unknown}), expected the config.yaml of a run")
+    """Read a config that dump_config wrote; raise ValueError for any other file and for values of another type."""
+    values = {name: value for name, value in read_settings(path).items() if name not in NOTES}
     for item in dataclasses.fields(TrainConfig):
-        if "float" in str(item.type) and isinstance(values.get(item.name), str):
-            try:  # YAML reads 1e-3, which has no point, as a string
-                values[item.name] = float(values[item.name])
-            except ValueError as error:
-                raise ValueError(
-                    f"config: {item.name} is {values[item.name]!r} in {path}, expected a number"
-                ) from error
-    names = ("log_dir", "image_root", "features", "val_classes")
-    paths = {name: Path(values[name]) for name in names if values.get(name) is not None}
-    return TrainConfig(**values | paths)
+        value = values.get(item.name)
+        if "float" in str(item.type) and isinstance(value, str) and NUMBER.fullmatch(value):
+            values[item.name] = float(value)  # YAML reads 1e-3, which has no point, as a string
+    if "train_data" not in values:
+        raise Damaged(path, "train_data is missing, expected the config.yaml of a run")
+    return checked(values, TrainConfig, path)

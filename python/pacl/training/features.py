@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -13,15 +12,26 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import tyro
 from safetensors.torch import save
 from torch import Tensor
 
-from ..data.features import MANIFEST, NOUNS, TOWERS, last_place, read_manifest, shard_files, stored_records, write_shard
+from ..data.features import (
+    MANIFEST,
+    NOUNS,
+    TOWERS,
+    last_place,
+    read_manifest,
+    shard_files,
+    stored_records,
+    write_manifest,
+    write_shard,
+)
 from ..data.flags import TrainingDataFlags, check_plan, plan_of
 from ..data.samples import BadData, Samples, loader
 from ..data.texts import PROMPTS, noun_finder
 from ..files import remove_unfinished, write_bytes
+from ..flags import parse
+from ..formats import one_line
 from ..locks import LOCK, lock_folder
 from ..processes import choose_device
 from ..progress import Progress
@@ -64,12 +74,6 @@ class FeaturesConfig(TrainingDataFlags):
     dry_run: bool = False
     """Print the size of the features and stop."""
 
-    def check(self) -> FeaturesConfig:
-        for name in ("batch_size", "shard_size", "max_image_pixels"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected at least 1")
-        return self
-
     @property
     def plan(self) -> dict[str, Any]:
         """The values that must not change when a run continues, as plain Python."""
@@ -80,11 +84,11 @@ class FeaturesConfig(TrainingDataFlags):
 def main(argv: Sequence[str], prog: str = "pacl features") -> int:
     """Run `pacl features` with these arguments and return its exit status; KeyboardInterrupt passes through."""
     try:
-        config = tyro.cli(FeaturesConfig, args=argv, prog=prog).check()
+        config = parse(FeaturesConfig, argv, prog)
         with contextlib.nullcontext() if config.dry_run else lock_folder(config.out):
             _write(config)
     except (ValueError, OSError) as error:
-        print(f"pacl: error: {error}", file=sys.stderr)
+        print(f"pacl: error: {one_line(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stopped; the same command continues", file=sys.stderr)
@@ -112,7 +116,7 @@ def _write(config: FeaturesConfig) -> None:
     print(_estimate(config, encoder, count), flush=True)
     if config.dry_run:
         return
-    write_bytes(config.out / MANIFEST, json.dumps(manifest, indent=2).encode())
+    write_manifest(config.out, manifest)
     encoder.keep_random(config.out)
     with Progress("Features", max(1, count), "image") as progress:
         for number, shard in enumerate(_shards(config, encoder, source, progress, len(done)), len(done)):
@@ -128,7 +132,7 @@ def _write(config: FeaturesConfig) -> None:
         "shards": shard_files(config.out),
         "towers": describe_towers(encoder.towers, config.out, random=encoder.random),
     }
-    write_bytes(config.out / MANIFEST, json.dumps(manifest, indent=2).encode())
+    write_manifest(config.out, manifest)
     count = sum(shard["count"] for shard in manifest["shards"])
     skipped = ", ".join(f"{reason} {bad:,}" for reason, bad in source.skipped.items() if bad) or "none"
     print(f"finished: {config.out}, {count:,} images; skipped: {skipped}", flush=True)
@@ -148,7 +152,7 @@ class Encoder:
         """Write the random towers to `folder`, or load those that an earlier run wrote there."""
         for name in self.random:
             if (folder / f"{name}.safetensors").exists():
-                load_tower(self.towers, name, folder)
+                load_tower(self.towers, name, folder, {})  # the digests are written last
             else:
                 save_tower(self.towers, name, folder)
 

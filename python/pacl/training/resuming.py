@@ -31,8 +31,8 @@ def restore(run: Run, path: Path) -> None:
             "checkpoints, or give the run another --name"
         )
     _check_identity(run, path, state)
-    own = {name: x.shape for name, x in run.model.state_dict().items()}
-    saved = {name: x.shape for name, x in state["state_dict"].items()}
+    own = {name: (x.shape, x.dtype) for name, x in run.model.state_dict().items()}
+    saved = {name: (x.shape, x.dtype) for name, x in state["state_dict"].items()}
     if own != saved:
         unlike = sorted(name for name in own.keys() | saved.keys() if own.get(name) != saved.get(name))
         raise ValueError(
@@ -89,5 +89,5 @@ def exported(folder: Path) -> tuple[int, int | None]:
     try:
         notes = json.loads((folder / CONFIG).read_bytes())["training"]
         return int(notes["steps"]), notes.get("metrics", {}).get("step")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return -1, None

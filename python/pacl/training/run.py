@@ -64,7 +64,8 @@ class Run:
         self.random = frozen_random_towers(self.towers.names, config.locked, config.random_towers)
         self.data: Samples
         if config.features is not None:
-            self.data = features = Features(config.features, nouns=config.nouns, **order)
+            verify = config.verify and not config.dry_run
+            self.data = features = Features(config.features, nouns=config.nouns, verify=verify, **order)
             features.load_random(self.towers)
             features.check(self.towers)
         else:

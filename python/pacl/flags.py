@@ -1,0 +1,44 @@
+"""Parse the flags of a command, and check the numbers among them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import tyro
+
+Options = TypeVar("Options")
+# The least value of a number in any command's flags. Flags that depend on others are checked where they are used.
+LEAST = {
+    **dict.fromkeys("batch_size shard_size max_image_pixels scenes train_num_samples force_image_size".split(), 1),
+    **dict.fromkeys("limit stride short_side window window_stride most_images pairs threads".split(), 1),
+    **dict.fromkeys("clip_steps embedder_steps".split(), 1),
+    **dict.fromkeys("workers seed sample port max_bad_share".split(), 0),
+    "patches": 2,
+}
+
+
+def parse(kind: type[Options], argv: Sequence[str], prog: str, default: Any = None) -> Options:
+    """Parse `argv` by a dataclass; raise ValueError for a number that is too small or not finite.
+
+    default: an instance with other defaults than those of the class.
+    """
+    more = {} if default is None else {"default": default}
+    options = tyro.cli(kind, args=list(argv), prog=prog, **more)
+    check_numbers(options)
+    return options
+
+
+def check_numbers(options: Any) -> None:
+    """Raise ValueError for a number in the dataclass `options` that is below LEAST or not finite."""
+    for item in dataclasses.fields(options):
+        value = getattr(options, item.name)
+        if type(value) not in (int, float):
+            continue
+        least = LEAST.get(item.name)
+        if least is not None and not value >= least:
+            raise ValueError(f"{item.name}: got {value!r}, expected at least {least}")
+        if not math.isfinite(value):
+            raise ValueError(f"{item.name}: got {value!r}, expected a finite number")

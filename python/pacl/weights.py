@@ -1,0 +1,53 @@
+"""Read weights from safetensors files that may be damaged, and check their SHA-256, names, shapes, types and values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from .files import file_digest
+from .settings import Damaged
+
+
+def check_digest(path: Path, digests: Mapping[str, str]) -> None:
+    """Raise Damaged if `digests` has the file's name with another SHA-256 than the file's; other files pass."""
+    expected = digests.get(path.name)
+    if expected is not None and file_digest(path) != expected:
+        raise Damaged(path, "it does not have the SHA-256 in the JSON file beside it; copy or write the folder again")
+
+
+def load_weights(module: nn.Module, path: Path, digests: Mapping[str, str]) -> None:
+    """Load the weights of `module` from a safetensors file.
+
+    digests: SHA-256 by file name; a file without one, such as of an earlier version, loads without this check. Raises
+    Damaged, naming file and tensor, unless the file has the names and shapes of the module's weights, floating-point
+    numbers where they are such, and finite values; OSError if it cannot be read.
+    """
+    check_digest(path, digests)
+    expected = module.state_dict()
+    try:
+        with safe_open(path, "pt") as file:
+            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
+    except SafetensorError as error:
+        raise Damaged(path, "it is not a whole safetensors file") from error
+    for name in sorted(expected.keys() | found.keys()):
+        if name not in found:
+            raise Damaged(path, f"it lacks {name}")
+        if name not in expected:
+            raise Damaged(path, f"it has {name}, which the model does not have")
+        _check_tensor(path, name, found[name], expected[name])
+    module.load_state_dict(found)
+
+
+def _check_tensor(path: Path, name: str, found: Tensor, expected: Tensor) -> None:
+    if found.shape != expected.shape:
+        raise Damaged(
+            path, f"{name} has the shape {list(found.shape)}, expected {list(expected.shape)} by the settings beside it"
+        )
+    if found.dtype != expected.dtype and not (found.is_floating_point() and expected.is_floating_point()):
+        raise Damaged(path, f"{name} has the type {found.dtype}, expected {expected.dtype}")
+    if found.is_floating_point() and not found.isfinite().all():
+        raise Damaged(path, f"{name} has values that are not finite")
