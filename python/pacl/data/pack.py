@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import itertools
 import json
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from webdataset import TarWriter
 
 from ..files import atomic_writer, write_bytes
-from .samples import Samples, open_source, read_caption
+from .images import open_image
+from .raw import open_source, read_captions
+from .samples import Samples
 from .scene_shards import Members
 from .shards import SIZES
 
@@ -21,9 +24,9 @@ def pack(
     """Write the good samples of `source` as `out/00000.tar`, ..., and sizes.json; return the sizes.
 
     Every sample is decoded once, to leave out bad ones (`source.skipped`), and its bytes are copied. Members are
-    numbered. Their .json holds the source's `key` and, for an image with several captions, `captions`, of which Shards
-    takes one an epoch; .txt is one of them. progress: called once per sample. Raises ValueError if `out` has shards
-    already, or for a `shard_size` below 1.
+    numbered. Their .json holds the source's `key` and, for an image with several captions, `captions`; .txt is the
+    first of them. progress: called once per sample. Raises ValueError if `out` has shards already, or for a
+    `shard_size` below 1.
     """
     if shard_size < 1:
         raise ValueError(f"shard_size: got {shard_size}, expected at least 1")
@@ -51,10 +54,12 @@ def _members(source: Samples, progress: Callable[[], None]) -> Iterator[Members]
         progress()
         if source.decode(raw) is None:
             continue
-        notes = {"key": raw.key} | ({"captions": raw.captions} if raw.captions else {})
+        captions, _ = read_captions(raw.captions)
+        text = " ".join(captions[0].splitlines())  # each line would be a caption
+        notes = {"key": raw.key} | ({"captions": captions} if captions != [text] else {})
         image = _read(raw.image)
         sample: Members = {"__key__": f"{next(numbers):09d}", _suffix(image): image}
-        sample |= {"txt": read_caption(raw.caption).encode(), "json": json.dumps(notes).encode()}
+        sample |= {"txt": text.encode(), "json": json.dumps(notes).encode()}
         yield sample | ({"mask.png": _read(raw.mask)} if source.masks else {})
 
 
@@ -65,4 +70,5 @@ def _read(data: bytes | Path | str | None) -> bytes:
 
 def _suffix(image: bytes) -> str:
     """Return the suffix of an image by its content, not by the name of its file."""
-    return "jpg" if image.startswith(b"\xff\xd8") else "png" if image.startswith(b"\x89PNG") else "webp"
+    with open_image(image, max_pixels=sys.maxsize) as opened:
+        return str(opened.format).lower().replace("jpeg", "jpg").replace("mpo", "jpg")
