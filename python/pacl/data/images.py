@@ -58,7 +58,7 @@ def open_image(
     The pixels stay as stored: an EXIF orientation is not applied, which suits masks.
 
     Raises TooManyPixels for a header with more than max_pixels, FileNotFoundError for a path that is not a file,
-    UnreadFormat for another known format, ValueError for an unknown one, and Pillow's own errors for a damaged header.
+    UnreadFormat for another known format, and ValueError for an unknown one or a damaged header.
     """
     if isinstance(source, bytes):
         source = io.BytesIO(source)
@@ -76,6 +76,8 @@ def open_image(
         if found is None:
             raise ValueError(f"got a file of an unknown or damaged format, expected {expected}") from error
         raise UnreadFormat(f"got {found}, which is not read, expected {expected}") from error
+    except Exception as error:
+        raise _damaged(error, "image") from error
     if image.width * image.height > max_pixels:
         image.close()
         raise TooManyPixels(f"{image.width} x {image.height} pixels, more than {max_pixels:,}")
@@ -89,10 +91,15 @@ def read_image(
 
     turn: False keeps the pixels where they are stored, for an image with a mask, which is drawn on them (Pillow turns
         TIFF files in any case).
-    Raises as open_image does, ValueError for pixels without a known range, and Pillow's own errors for damaged data.
+    Raises as open_image does, and ValueError for damaged data and for pixels without a known range.
     """
     with open_image(source, max_pixels=max_pixels) as image:
-        image.load()  # a TIFF turns itself here
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # Pillow warns of odd metadata in images that it reads
+                image.load()  # a TIFF turns itself here
+        except Exception as error:
+            raise _damaged(error, f"{image.format} image") from error
         return to_rgb(_upright(image) if turn else image)
 
 
@@ -118,6 +125,16 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
+
+
+def _damaged(error: Exception, what: str) -> Exception:
+    """Return the error for bytes on which Pillow raised `error`: anything from SyntaxError to struct.error.
+
+    Errors of the file system and a lack of memory are returned themselves.
+    """
+    if isinstance(error, MemoryError) or isinstance(error, OSError) and error.errno is not None:
+        return error
+    return ValueError(f"got a damaged or truncated {what}")
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ..formats import printable
 from .images import IMAGE_SUFFIXES, UNREAD_SUFFIXES
 from .raw import Raw, as_bytes, readable
 from .samples import MOST_WORKERS, Samples
@@ -112,7 +113,7 @@ class CsvPairs(ListedPairs):
             found = [split_row(header, choice) for choice in separators]
             fitting = [i for i, names in enumerate(found) if {image_key, caption_key} <= set(names)]
             if not fitting:
-                shown = ", ".join(sorted(found, key=len)[-1])[:200] or "it has none"
+                shown = printable(", ".join(sorted(found, key=len)[-1]))[:200] or "it has none"
                 raise ValueError(
                     f"csv_img_key, csv_caption_key: got {image_key!r} and {caption_key!r}, expected columns of {path}: "
                     f"{shown}"
