@@ -3,7 +3,7 @@
 import json
 
 from pacl.cli import main
-from pacl.data.check import Reader
+from pacl.data.check import tokenizer_of
 from pacl.data.scene_shards import write_scenes
 from pictures import encode, picture
 
@@ -92,7 +92,7 @@ def test_captions_that_the_text_tower_cuts(tmp_path, capsys):
 
 
 def test_the_model_decides_what_is_long(untrained):
-    assert Reader(f"local-dir:{untrained / 'clip'}").context < 77
+    assert tokenizer_of(f"local-dir:{untrained / 'clip'}").context_length < 77
 
 
 def test_repetitions_and_tiny_images(tmp_path, capsys):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import statistics
+from functools import cache
 from typing import Any
 
 from .raw import Raw, open_source
@@ -16,31 +17,27 @@ NAMED = 3  # samples that a line on all of a kind names
 SMALLEST = 16  # pixels: the side of a patch of most towers
 
 
-class Reader:
-    """The part of a text tower that decides how much of a caption it reads.
+@cache
+def tokenizer_of(model: str) -> Any:
+    """Return the tokenizer of an open_clip model; raise ValueError for an unknown name."""
+    import open_clip
 
-    model: an open_clip model, whose tokenizer is loaded and needs no weights.
-    """
+    message = f"model: got {model!r}, expected a model of open_clip whose tokenizer can be read"
+    if ":" not in model and model not in open_clip.list_models():
+        raise ValueError(message)
+    try:
+        return open_clip.get_tokenizer(model)
+    except Exception as error:  # open_clip raises anything for an unknown name
+        raise ValueError(message) from error
 
-    def __init__(self, model: str):
-        import open_clip
 
-        message = f"model: got {model!r}, expected a model of open_clip whose tokenizer can be read"
-        if ":" not in model and model not in open_clip.list_models():
-            raise ValueError(message)
-        try:
-            self.tokenizer = open_clip.get_tokenizer(model)
-        except Exception as error:  # open_clip raises anything for an unknown name
-            raise ValueError(message) from error
-        self.context = int(self.tokenizer.context_length)
-
-    def excess(self, caption: str) -> int:
-        """Return the number of tokens beyond those that the tower reads."""
-        most = len(caption.encode()) + 3  # a token has at least one byte, besides a beginning and an end
-        if most <= self.context:
-            return 0
-        ids = self.tokenizer([caption], context_length=most)[0]
-        return max(0, int((ids != ids[-1]).nonzero()[-1]) + 1 - self.context)  # the last ids are padding
+def count_tokens(caption: str, tokenizer: Any) -> int:
+    """Return the number of a caption's tokens; a short caption gives an upper bound."""
+    most = len(caption.encode()) + 3  # a token has at least one byte, besides a beginning and an end
+    if most <= tokenizer.context_length:
+        return most
+    ids = tokenizer([caption], context_length=most)[0]
+    return int((ids != ids[-1]).nonzero()[-1]) + 1  # the last ids are padding
 
 
 def check(source: Samples, sample: int = 1000, *, model: str = "ViT-B-16") -> dict[str, Any]:
@@ -64,7 +61,8 @@ def check(source: Samples, sample: int = 1000, *, model: str = "ViT-B-16") -> di
         on_skip=lambda reason, key, error: examples.append({"key": key, "reason": reason, "error": error}),
     )
     pairs, problems = _check_shards(source) if isinstance(source, Shards) else (source.count(), source.remarks())
-    reader = Reader(model)
+    tokenizer = tokenizer_of(model)
+    context = tokenizer.context_length
     long, small, again, pairs_again = _Kind(), _Kind(), _Kind(), _Kind()
     seen: dict[bytes, tuple[str, set[str]]] = {}
     for raw in source.undecoded(0, 0, 1) if sample == 0 else itertools.islice(source.spread(sample), sample):
@@ -74,8 +72,8 @@ def check(source: Samples, sample: int = 1000, *, model: str = "ViT-B-16") -> di
         sizes.append(found["image"])
         lengths += [len(caption) for caption in found["captions"]]
         for caption in found["captions"]:
-            if excess := reader.excess(caption):
-                long.add(f"{raw.key}, {reader.context + excess} tokens")
+            if (tokens := count_tokens(caption, tokenizer)) > context:
+                long.add(f"{raw.key}, {tokens} tokens")
         if min(found["image"]) < SMALLEST:
             small.add(f"{raw.key}, {found['image'][0]} x {found['image'][1]}")
         key, captions = seen.setdefault(_digest(raw), (raw.key, set()))
@@ -91,7 +89,7 @@ def check(source: Samples, sample: int = 1000, *, model: str = "ViT-B-16") -> di
     if bad:
         reasons = ", ".join(f"{reason} {count:,}" for reason, count in bad.items())
         problems.append(f"{sum(bad.values()):,} of {source.seen:,} decoded are bad: {reasons}")
-    problems += long.line(f"captions longer than the {reader.context} tokens that {model} reads; the rest is cut")
+    problems += long.line(f"captions longer than the {context} tokens that {model} reads; the rest is cut")
     problems += small.line(f"images with a side below {SMALLEST} pixels")
     problems += again.line("images that are another's again, byte for byte")
     problems += pairs_again.line("pairs that occur again, image and caption")
