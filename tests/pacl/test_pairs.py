@@ -16,7 +16,7 @@ from pacl.data.samples import BadData, loader
 from pacl.data.scene_shards import write_scenes
 from pacl.data.shards import Shards
 from pacl.data.sources import open_pairs
-from pictures import encode, picture
+from pictures import encode, nonzero, picture
 from PIL import Image
 
 COUNT = 12
@@ -151,10 +151,7 @@ def test_csv_rows_that_are_bad(tmp_path):
     (tmp_path / "pairs.csv").write_bytes(data)
     source = open_pairs(tmp_path / "pairs.csv")
     assert [sample["caption"] for sample in source] == ["good", "also good"]
-    assert source.skipped == {"archive": 0, "file": 3, "image": 0, "pixels": 0, "caption": 2, "mask": 0}
-    (tmp_path / "nul.csv").write_bytes(b"filepath,title\n" + b'"' + b"x" * 200_000 + b'",y\n')
-    with pytest.raises(ValueError, match="nul.csv is not a csv from line 2"):
-        open_pairs(tmp_path / "nul.csv")
+    assert nonzero(source.skipped) == {"row": 1, "file": 2, "caption": 2}
 
 
 @pytest.mark.parametrize("form", ["csv", "coco"])
@@ -194,7 +191,7 @@ def test_below():
 def test_folder_masks_and_what_it_leaves_out(tmp_path):
     folder = write_folder(tmp_path)
     (folder / ".hidden").mkdir()
-    for name in (".hidden/x.jpg", ".y.jpg", "z.gif", "mask.txt"):
+    for name in (".hidden/x.jpg", ".y.jpg", "z.ppm", "mask.txt"):
         (folder / name).write_bytes(b"-")
     (folder / "a/01.mask.png").write_bytes(encode(picture(0)[:, :, 0].copy(), "PNG"))
     (folder / "b/c/00.txt").unlink()
@@ -214,8 +211,13 @@ def test_folder_masks_and_what_it_leaves_out(tmp_path):
 
 def test_captions_of_an_image_take_turns(tmp_path):
     source = CocoPairs(write_coco(tmp_path, several=3), shuffle=1, seed=1)
-    chosen = {e: {raw.key: raw.caption for raw in source.undecoded(e, 0, 1)} for e in range(30)}
-    again = {raw.key: raw.caption for worker in range(3) for raw in source.undecoded(7, worker, 3)}
+
+    def drawn(epoch: int, worker: int = 0, workers: int = 1) -> dict[str, str]:
+        samples = [source.decode(raw) for raw in source.undecoded(epoch, worker, workers)]
+        return {sample["key"]: sample["caption"] for sample in samples}
+
+    chosen = {epoch: drawn(epoch) for epoch in range(30)}
+    again = drawn(7, 0, 3) | drawn(7, 1, 3) | drawn(7, 2, 3)
     assert again == chosen[7], "the turn depends on the worker"
     for key in chosen[0]:
         counts = Counter(epoch[key] for epoch in chosen.values())
@@ -272,7 +274,10 @@ def test_kinds(tmp_path, monkeypatch):
 
 def test_too_many_missing_files_stop(tmp_path):
     (name, *_), _ = write_images(tmp_path, 1)
-    rows = "".join(f"{'missing.jpg' if i % 5 == 0 else name},x\n" for i in range(1000))
+    names = [f"missing{i}.jpg" if i % 5 == 0 else f"{i}.jpg" for i in range(600)]
+    for i in range(600):
+        os.link(tmp_path / name, tmp_path / f"{i}.jpg")
+    rows = "".join(f"{name},x\n" for name in names)
     (tmp_path / "pairs.csv").write_text("filepath,title\n" + rows)
     source = open_pairs(tmp_path / "pairs.csv")
     with pytest.raises(BadData, match=r"101 of 501 samples of .*pairs.csv are bad \(file 101\); max_bad_share is 0.1"):
@@ -342,69 +347,24 @@ def test_packing_keeps_all_captions_and_skips_bad_samples(tmp_path, capsys):
     (tmp_path / "train2017/a/01.png").write_bytes(b"bad")
     assert main(["data", "pack", str(path), "--out", str(tmp_path / "out"), "--shuffle"]) == 0
     printed = capsys.readouterr().out
-    assert "bad: a/01.png: image: cannot identify image file" in printed
+    assert "bad: a/01.png: image: got a file of an unknown or damaged format, expected JPEG" in printed
     assert "packed 11 pairs in 1 shard(s)" in printed and "skipped: image 1" in printed
     packed = Shards(tmp_path / "out/00000.tar", shuffle=1)
     raws = {raw.key: raw.captions for raw in packed.undecoded(0, 0, 1)}
     original = sorted(list(raw.captions) for raw in CocoPairs(path).undecoded(0, 0, 1) if raw.key != "a/01.png")
     assert sorted(raws.values()) == original
-    chosen = [{raw.key: raw.caption.decode() for raw in packed.undecoded(epoch, 0, 1)} for epoch in range(20)]
-    assert all({epoch[key] for epoch in chosen} == set(raws[key]) for key in raws)
+    chosen = [[packed.decode(raw) for raw in packed.undecoded(epoch, 0, 1)] for epoch in range(20)]
+    drawn = {
+        key: {sample["caption"].encode() for epoch in chosen for sample in epoch if sample["key"] == key}
+        for key in raws
+    }
+    assert all(drawn[key] == {text.strip() for text in raws[key]} for key in raws)
 
 
 def test_packing_masks(tmp_path):
     pack(open_pairs("synthetic:eval", scenes=3, masks=True), tmp_path)
     for a, b in zip(open_pairs(tmp_path, masks=True), open_pairs("synthetic:eval", scenes=3, masks=True), strict=True):
         assert torch.equal(a["mask"], b["mask"])
-
-
-def test_check_finds_nothing_wrong(tmp_path, capsys):
-    write_scenes(tmp_path, "train", 30, seed=0, shard_size=10)
-    assert main(["data", "check", str(tmp_path), "--json"]) == 0
-    report = json.loads(capsys.readouterr().out)
-    assert report["pairs"] == report["decoded"] == 30 and report["shards"] == 3
-    assert report["width"] == report["height"] == [64, 64, 64]
-    assert report["bad"] == {} and report["problems"] == []
-    assert main(["data", "check", str(tmp_path), "--sample", "6"]) == 0
-    printed = capsys.readouterr().out
-    assert "pairs: 30 in 3 shard(s)\ndecoded: 6\nwidth: 64 to 64, median 64\n" in printed and "no problems" in printed
-
-
-def test_check_names_what_is_wrong(tmp_path, capsys, write_tar):
-    good = {}
-    for i in range(4):
-        good |= {f"{i}.png": encode(picture(i, 8 + i, 9), "PNG"), f"{i}.txt": b"one two"}
-    write_tar("a.tar", good | {"5.jpg": b"bad", "5.txt": b"x"})
-    cut = write_tar("b.tar", good)
-    cut.write_bytes(cut.read_bytes()[: 512 * 9])
-    (tmp_path / "sizes.json").write_text('{"a.tar": 7}')
-    assert main(["data", "check", str(tmp_path), "--json"]) == 1
-    report = json.loads(capsys.readouterr().out)
-    assert report["pairs"] == 5 + 2 and report["bad"] == {"archive": 1, "image": 1}
-    assert report["width"] == [9, 9, 9] and report["height"] == [8, 9, 11] and report["caption_length"] == [7, 7, 7]
-    assert {item["key"] for item in report["examples"]} == {"5", str(cut)}
-    assert f"{tmp_path / 'a.tar'} holds 5 pairs, but sizes.json says 7" in report["problems"]
-    assert f"{cut} cannot be read to its end; 2 pairs are readable" in report["problems"]
-    assert main(["data", "check", str(tmp_path)]) == 1
-    printed = capsys.readouterr().out
-    assert "bad: 5: image: cannot identify" in printed and "WRONG: " in printed
-    assert (tmp_path / "sizes.json").read_text() == '{"a.tar": 7}', "checking changed what it checks"
-
-
-def test_check_of_loose_files(tmp_path, capsys):
-    folder = write_folder(tmp_path)
-    (folder / "a/01.txt").write_text(" \n")
-    (folder / "a/03.JPEG").write_bytes(b"")
-    for sample, decoded in ((0, COUNT), (5, 5), (1000, COUNT)):
-        status = main(["data", "check", str(folder), "--json", f"--sample={sample}"])
-        report = json.loads(capsys.readouterr().out)
-        assert report["pairs"] == COUNT and report["decoded"] == decoded and report["shards"] is None
-        assert status == (1 if report["bad"] else 0)
-    assert report["bad"] == {"image": 1, "caption": 1} and report["bad_share"] == 2 / COUNT
-    assert {(item["key"], item["reason"]) for item in report["examples"]} == {
-        ("a/01.png", "caption"),
-        ("a/03.JPEG", "image"),
-    }
 
 
 def test_data_errors_are_one_line(tmp_path, capsys):

@@ -49,10 +49,14 @@ class PackConfig(DataFlags):
 
 @dataclass(frozen=True, kw_only=True)
 class CheckConfig(DataFlags):
-    """Count the pairs, decode some of them, and show problems (exit status 1)."""
+    """Count the pairs, decode some of them, and show problems (exit status 1): bad samples, captions that are cut, tiny
+    images, repetitions, and images and texts that lack the other.
+    """
 
     sample: int = 1000
     """Number of pairs to decode; 0 decodes all."""
+    model: str = "ViT-B-16"
+    """Model of open_clip whose tokenizer measures the captions."""
     json: bool = False
     """Print the report as JSON."""
 
@@ -97,8 +101,9 @@ def _pack(config: PackConfig) -> int:
         print(one_line(f"bad: {key}: {reason}: {error}"))
     if not sizes:
         raise ValueError(source.complaint())
-    skipped = ", ".join(f"{reason} {count:,}" for reason, count in source.skipped.items() if count) or "none"
-    skipped += " since it was continued" if resumed else ""
+    for line in source.remarks():
+        print(one_line(line))
+    skipped = source.reasons + (" since it was continued" if resumed else "")
     print(f"packed {sum(sizes.values()):,} pairs in {len(sizes):,} shard(s): {config.out}; skipped: {skipped}")
     return 0
 
@@ -106,7 +111,7 @@ def _pack(config: PackConfig) -> int:
 def _check(config: CheckConfig) -> int:
     from .check import check, describe
 
-    report = check(config.read(), config.sample)
+    report = check(config.read(), config.sample, model=config.model)
     print(json.dumps(report, indent=2) if config.json else describe(report))
     if report["problems"] and config.json:
         print(*map(one_line, report["problems"]), sep="\n", file=sys.stderr)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +15,9 @@ from webdataset import TarWriter
 from ..files import atomic_writer, remove_unfinished, write_bytes
 from ..locks import lock_folder
 from .flags import check_plan
-from .samples import Samples, open_source, read_caption
+from .images import open_image
+from .raw import open_source, read_captions
+from .samples import Samples
 from .scene_shards import Members
 from .shards import INCOMPLETE, SIZES
 
@@ -32,8 +35,8 @@ def pack(
     """Write the good samples of `source` as `out/00000.tar`, ..., and sizes.json; return the sizes.
 
     Every sample is decoded once, to leave out bad ones (`source.skipped`), and its bytes are copied. Members are
-    numbered. Their .json holds the source's `key` and, for an image with several captions, `captions`, of which Shards
-    takes one an epoch; .txt is one of them. progress: called once per sample.
+    numbered. Their .json holds the source's `key` and, for an image with several captions, `captions`; .txt is the
+    first of them. progress: called once per sample.
 
     While it works, `out` has incomplete.json, which makes all readers refuse the folder. After an interruption, the
     same call keeps the finished shards and ends with the same bytes; once finished, it changes nothing. plan: plain
@@ -121,10 +124,12 @@ def _members(source: Samples, progress: Callable[[], None], number: int, read: i
         progress()
         if source.decode(raw) is None:
             continue
-        notes = {"key": raw.key} | ({"captions": raw.captions} if raw.captions else {})
+        captions, _ = read_captions(raw.captions)
+        text = " ".join(captions[0].splitlines())  # each line would be a caption
+        notes = {"key": raw.key} | ({"captions": captions} if captions != [text] else {})
         image = _read(raw.image)
         members: Members = {"__key__": f"{number:09d}", _suffix(image): image}
-        members |= {"txt": read_caption(raw.caption).encode(), "json": json.dumps(notes).encode()}
+        members |= {"txt": text.encode(), "json": json.dumps(notes).encode()}
         yield _Sample(number, now, members | ({"mask.png": _read(raw.mask)} if source.masks else {}))
         number += 1
 
@@ -136,4 +141,5 @@ def _read(data: bytes | Path | str | None) -> bytes:
 
 def _suffix(image: bytes) -> str:
     """Return the suffix of an image by its content, not by the name of its file."""
-    return "jpg" if image.startswith(b"\xff\xd8") else "png" if image.startswith(b"\x89PNG") else "webp"
+    with open_image(image, max_pixels=sys.maxsize) as opened:
+        return str(opened.format).lower().replace("jpeg", "jpg").replace("mpo", "jpg")

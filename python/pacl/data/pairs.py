@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .images import IMAGE_SUFFIXES
-from .samples import MOST_WORKERS, Raw, Samples, as_bytes, readable
+from ..formats import printable
+from .images import IMAGE_SUFFIXES, UNREAD_SUFFIXES
+from .raw import Raw, as_bytes, readable
+from .samples import MOST_WORKERS, Samples
 from .scene_shards import SceneMembers
 from .scenes import PAIRS, SEEN
+from .tables import read_rows, split_row
 
 
 class Pairs(Samples):
@@ -25,7 +27,7 @@ class Pairs(Samples):
         raise NotImplementedError
 
     def get(self, index: int, epoch: int) -> Raw:
-        """Return sample `index`; if its image has several captions, with the one of this epoch."""
+        """Return sample `index` with all its captions; the epoch decides which one training takes."""
         raise NotImplementedError
 
     @property
@@ -45,12 +47,46 @@ class Pairs(Samples):
             yield self.get(int(index), 0)
 
 
-class CsvPairs(Pairs):
-    """Rows of a csv or tsv file with a header, as open_clip reads them: an image's path and its caption.
+class ListedPairs(Pairs):
+    """Base of sources whose file lists paths and captions. All captions of a path are one sample.
+
+    root: folder that the paths are relative to. A path outside it is a bad sample, but links are followed. Images come
+    in the order of their first caption.
+    """
+
+    root: Path
+
+    def hold(self, names: Sequence[bytes], captions: Sequence[bytes], faults: dict[int, tuple[str, str]]) -> None:
+        """Keep a list of pairs. faults: reason and message of bad ones by index, each of which stays by itself."""
+        first: dict[bytes, int] = {}
+        owners = np.arange(len(names))
+        for i, name in enumerate(names):
+            if name and i not in faults:
+                owners[i] = first.setdefault(name, i)
+        order = np.argsort(owners, kind="stable")
+        _, starts = np.unique(owners[order], return_index=True)
+        self._faults = {int(new): faults[old] for new, old in enumerate(order[starts].tolist()) if old in faults}
+        self._images = Strings(names[i] for i in order[starts])
+        self._captions = Strings(captions[i] for i in order)
+        self._starts = np.append(starts, len(names))
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def get(self, index: int, epoch: int) -> Raw:
+        name = self._images[index]
+        captions = [self._captions[i] for i in range(*self._starts[index : index + 2].tolist())]
+        key, fault = name.decode(errors="replace"), self._faults.get(index)
+        return Raw(key, below(self.root, os.fsdecode(name)), captions, epoch=epoch, fault=fault)
+
+
+class CsvPairs(ListedPairs):
+    """Rows of a csv or tsv file with a header, as open_clip reads them: an image's path and a caption of it.
+
+    Rows with the same path are captions of one image. `tables.py` says how quotes and wrong numbers of fields are read.
 
     separator: default: tab or comma, whichever finds both columns in the header. image_key, caption_key: names of the
-    columns. root: folder that paths are relative to, by default the file's; a path outside it is a bad sample, but
-    links are followed. Raises ValueError if the columns are missing or the file is not a csv.
+    columns. root: default: the file's folder. Raises ValueError if the columns are missing.
     """
 
     def __init__(
@@ -70,48 +106,52 @@ class CsvPairs(Pairs):
         self.root = path.parent if root is None else Path(root)
         # surrogateescape passes bytes that are not UTF-8 on to the check of the caption.
         with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-            header = file.readline()
+            header = file.readline().rstrip("\r\n")
             separators = ["\t", ","] if separator is None else [separator.replace("\\t", "\t")]
             if any(len(choice) != 1 for choice in separators):
                 raise ValueError(f"csv_separator: got {separator!r}, expected one character, or \\t")
-            columns = [next(csv.reader([header], delimiter=choice), []) for choice in separators]
-            fitting = [i for i, names in enumerate(columns) if {image_key, caption_key} <= set(names)]
+            found = [split_row(header, choice) for choice in separators]
+            fitting = [i for i, names in enumerate(found) if {image_key, caption_key} <= set(names)]
             if not fitting:
-                found = max(columns, key=len)
+                shown = printable(", ".join(sorted(found, key=len)[-1]))[:200] or "it has none"
                 raise ValueError(
                     f"csv_img_key, csv_caption_key: got {image_key!r} and {caption_key!r}, expected columns of {path}: "
-                    f"{', '.join(found)[:200] or 'it has none'}"
+                    f"{shown}"
                 )
-            first, second = (columns[fitting[0]].index(key) for key in (image_key, caption_key))
-            rows = csv.reader(file, delimiter=separators[fitting[0]])
-            names, captions = [], []
-            try:
-                for row in filter(None, rows):
-                    whole = len(row) > max(first, second)
-                    names.append(row[first] if whole else "")
-                    captions.append(row[second] if whole else "")
-            except csv.Error as error:
-                raise ValueError(f"data: {path} is not a csv from line {rows.line_num + 1} on: {error}") from error
-        self._images, self._captions = _Strings(names), _Strings(captions)
+            columns = found[fitting[0]]
+            names: list[bytes] = []
+            captions: list[bytes] = []
+            faults: dict[int, tuple[str, str]] = {}
+            self._joined = 0
+            places = columns.index(image_key), columns.index(caption_key)
+            for row in read_rows(file, separators[fitting[0]], columns, *places):
+                name, caption = row.values or (f"line {row.line}", "")
+                if row.values is None:
+                    fields = f"{row.fields} field" + "s" * (row.fields != 1)
+                    faults[len(names)] = "row", f"line {row.line} has {fields}, expected {len(columns)}"
+                names.append(os.fsencode(name))
+                captions.append(os.fsencode(caption))
+                self._joined += row.joined
+        self.hold(names, captions, faults)
 
-    def __len__(self) -> int:
-        return len(self._images)
-
-    def get(self, index: int, epoch: int) -> Raw:
-        name = self._images[index]
-        return Raw(name.decode(errors="replace"), below(self.root, os.fsdecode(name)), self._captions[index])
+    def remarks(self) -> list[str]:
+        if not self._joined:
+            return []
+        return [f"rows with separators that are not quoted, taken for a part of the caption: {self._joined:,}"]
 
 
 class FolderPairs(Pairs):
-    """Images of a folder and its subfolders with captions beside them: `a/b.jpg`, `a/b.txt`, perhaps `a/b.mask.png`.
+    """Images of a folder and its subfolders with texts beside them: `a/b.jpg`, `a/b.txt`, perhaps `a/b.mask.png`.
 
-    Hidden files and folders are left out. Raises ValueError for a folder without images.
+    Each line of a text is a caption. Hidden files and folders are left out. Raises ValueError for a folder without
+    images.
     """
 
     def __init__(self, folder: str | os.PathLike, **options: Any):
         self.folder = Path(folder)
         super().__init__(str(folder), **options)
-        names = []
+        names: list[str] = []
+        texts: set[str] = set()
         walked = set()  # links are followed, each folder once
         for parent, folders, files in os.walk(self.folder, followlinks=True):
             real = os.path.realpath(parent)
@@ -120,12 +160,26 @@ class FolderPairs(Pairs):
                 continue
             walked.add(real)
             folders[:] = sorted(name for name in folders if not name.startswith("."))
-            names += [os.path.relpath(os.path.join(parent, name), self.folder) for name in files if _is_image(name)]
+            paths = [os.path.relpath(os.path.join(parent, name), self.folder) for name in files if name[0] != "."]
+            names += [path for path in paths if _is_image(path)]
+            texts.update(path[:-4] for path in paths if path.endswith(".txt"))
         if not names:
             raise ValueError(
                 f"data: {folder} holds no image (.{', .'.join(IMAGE_SUFFIXES)}), expected images and .txt files"
             )
-        self._images = _Strings(sorted(names))
+        self._images = Strings(os.fsencode(name) for name in sorted(names))
+        alone = sorted(texts - {os.path.splitext(name)[0] for name in names})
+        self._without = (
+            sorted(name for name in names if os.path.splitext(name)[0] not in texts),
+            [f"{stem}.txt" for stem in alone],
+        )
+
+    def remarks(self) -> list[str]:
+        return [
+            f"{what}: {len(names):,}, the first is {readable(names[0])}"
+            for what, names in zip(("images without a .txt", ".txt files without an image"), self._without, strict=True)
+            if names
+        ]
 
     def __len__(self) -> int:
         return len(self._images)
@@ -134,15 +188,14 @@ class FolderPairs(Pairs):
         name = os.fsdecode(self._images[index])
         image = self.folder / name
         mask = image.with_suffix(".mask.png")
-        return Raw(readable(name), image, image.with_suffix(".txt"), mask if self.masks else None)
+        return Raw(readable(name), image, image.with_suffix(".txt"), mask if self.masks else None, epoch)
 
 
-class CocoPairs(Pairs):
+class CocoPairs(ListedPairs):
     """Images with several captions in the layout of torchvision's CocoCaptions: an annotation file, a folder of images.
 
-    An image is one sample; each epoch takes one of its captions, without `shuffle` always the first. root: the folder
-    of images, by default `X` for an annotation file captions_X.json, beside it or beside its folder, else the file's
-    own. An image without a caption is left out. Raises ValueError for any other file.
+    root: the folder of images, by default `X` for an annotation file captions_X.json, beside it or beside its folder,
+    else the file's own. An image without a caption is left out. Raises ValueError for any other file.
     """
 
     def __init__(self, path: str | os.PathLike, *, root: str | os.PathLike | None = None, **options: Any):
@@ -155,27 +208,25 @@ class CocoPairs(Pairs):
         self.root = _coco_images(path) if root is None else Path(root)
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            names = {image["id"]: str(image["file_name"]) for image in content["images"]}
-            captions: dict[int, list[str]] = {}
+            files = {image["id"]: str(image["file_name"]) for image in content["images"]}
+            captions: dict[Any, list[str]] = {}
             for note in content["annotations"]:
-                captions.setdefault(note["image_id"], []).append(str(note["caption"]))
-            chosen = [number for number in names if number in captions]
-            self._images = _Strings([names[number] for number in chosen])
-            self._captions = _Strings([json.dumps(captions[number]) for number in chosen])
+                text = note["caption"] if isinstance(note["caption"], str) else ""  # a bad caption, which is counted
+                captions.setdefault(note["image_id"], []).append(text)
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            reason = f"{type(error).__name__}: {error}"[:120]
             raise ValueError(
-                f"data: {path} is not COCO captions, expected `images` with file_name and `annotations` with caption "
-                f"({reason})"
+                f"data: {path} is not COCO captions, expected `images` with id and file_name, and `annotations` with "
+                "image_id and caption"
             ) from error
+        self._without = len(files.keys() - captions.keys()), sum(len(captions[i]) for i in captions.keys() - files)
+        pairs = [(files[number], text) for number in files for text in captions.get(number, [])]
+        if not pairs:
+            raise ValueError(f"data: {path} has no caption of its images, expected at least one")
+        self.hold([as_bytes(name) for name, _ in pairs], [as_bytes(text) for _, text in pairs], {})
 
-    def __len__(self) -> int:
-        return len(self._images)
-
-    def get(self, index: int, epoch: int) -> Raw:
-        name, captions = self._images[index].decode(errors="replace"), json.loads(self._captions[index])
-        chosen = as_bytes(captions[self.turn(captions, epoch, name)])
-        return Raw(name, below(self.root, name), chosen, captions=captions)
+    def remarks(self) -> list[str]:
+        kinds = ("images without a caption, left out", "captions without an image, left out")
+        return [f"{what}: {count:,}" for what, count in zip(kinds, self._without, strict=True) if count]
 
 
 class ScenePairs(Pairs):
@@ -194,7 +245,7 @@ class ScenePairs(Pairs):
 
     def get(self, index: int, epoch: int) -> Raw:
         sample = self._members[index]
-        return Raw(sample["__key__"], sample["jpg"], sample["txt"], sample.get("mask.png"))
+        return Raw(sample["__key__"], sample["jpg"], sample["txt"], sample.get("mask.png"), epoch)
 
 
 def below(root: Path, name: str) -> Path | str:
@@ -206,9 +257,10 @@ def below(root: Path, name: str) -> Path | str:
     return Path(path)
 
 
-def _is_image(name: str) -> bool:
-    stem, _, suffix = name.lower().rpartition(".")
-    return bool(stem) and suffix in IMAGE_SUFFIXES and not name.startswith(".") and not stem.endswith(".mask")
+def _is_image(path: str) -> bool:
+    """Return True for a path with the suffix of an image; formats that are not read are counted on decoding."""
+    stem, suffix = os.path.splitext(path.lower())
+    return suffix[1:] in (*IMAGE_SUFFIXES, *UNREAD_SUFFIXES) and not stem.endswith(".mask")
 
 
 def _coco_images(path: Path) -> Path:
@@ -217,13 +269,13 @@ def _coco_images(path: Path) -> Path:
     return next((place for place in places if place.is_dir()), path.parent)
 
 
-class _Strings:
-    """Many strings in one bytes object, whose pages forked workers share; the reference counts of a list would copy
+class Strings:
+    """Byte strings in one bytes object, whose pages forked workers share; the reference counts of a list would copy
     them.
     """
 
-    def __init__(self, strings: Iterable[str]):
-        parts = [os.fsencode(text) for text in strings]
+    def __init__(self, strings: Iterable[bytes]):
+        parts = list(strings)
         self._ends = np.cumsum([len(part) for part in parts], dtype=np.int64)
         self._data = b"".join(parts)
 

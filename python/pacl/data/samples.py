@@ -1,5 +1,10 @@
 """The base of all sources of image-caption pairs: decoding, skipping bad samples, batches, exact resuming.
 
+A sample is one image with one or more captions, whatever the source: rows of a csv with the same path, lines of a .txt
+file, a list in a .json member or COCO's annotations of one image are captions of one sample. Training draws one caption
+of an image per epoch, by seed, epoch and key; retrieval, validation and features use all of them. A pair is an image
+with one of its captions. Parts without an image or a caption are not samples; they are skipped and counted by reason.
+
 All sources decode their bytes here, by a list of formats: nothing is unpickled and no other program is started.
 """
 
@@ -8,7 +13,6 @@ from __future__ import annotations
 import atexit
 import copy
 import functools
-import io
 import itertools
 import os
 import signal
@@ -17,7 +21,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from PIL import Image
@@ -25,30 +29,16 @@ from torch.utils.data import DataLoader, IterableDataset, default_collate, get_w
 from torchvision.transforms.functional import pil_to_tensor
 
 from ..formats import one_line
-from .images import MAX_IMAGE_PIXELS, TooManyPixels, check_is_file, open_image, to_rgb
+from .images import MAX_IMAGE_PIXELS, TooManyPixels, UnreadFormat, open_image, read_image
+from .raw import Raw, open_source, read_captions
 
-REASONS = ("archive", "file", "image", "pixels", "caption", "mask")
+REASONS = ("archive", "row", "file", "image", "format", "pixels", "caption", "apart", "mask")
 MOST_WORKERS = 256  # rows of the counts
 LEAST_SEEN = 500  # samples after which the share of bad ones is meaningful
-MAX_CAPTION_BYTES = 65_536
 
 
 class BadData(RuntimeError):
     """No usable sample in an epoch, or a larger share of bad ones than allowed."""
-
-
-class Raw(NamedTuple):
-    """A sample that is not decoded yet. Paths are opened on decoding.
-
-    image: bytes, a path, None if it is missing, or a string: the reason why its file may not be read. captions: all
-    captions of an image that has several; `caption` is one of them.
-    """
-
-    key: str
-    image: bytes | Path | str | None
-    caption: bytes | Path | None
-    mask: bytes | Path | None = None
-    captions: Sequence[str] = ()
 
 
 class Samples(IterableDataset):
@@ -66,9 +56,11 @@ class Samples(IterableDataset):
 
     Yields dicts: key (str), image, caption (str) or captions (list of str, at least one), mask if required, worker, and
     place (epoch, index of the sample among those that this worker reads in the epoch). A bad sample is skipped and
-    counted by its reason in `skipped`, shared by all workers: "archive" counts unreadable parts of tar files, "file"
-    files that are missing or may not be read. Raises BadData for an epoch without a good sample; with `repeat`, for
-    such a share of one worker.
+    counted by its reason in `skipped`, shared by all workers: "archive" counts unreadable parts of tar files, "row"
+    rows of a csv with too many or too few fields, "file" files that are missing or may not be read, "format" images in
+    a format that is not read, and "apart" images and texts of a shard that are not adjacent. A bad caption of an image
+    that has others is counted too, and the others are used. Raises BadData for an epoch without a good sample; with
+    `repeat`, for such a share of one worker.
     """
 
     def __init__(
@@ -128,6 +120,11 @@ class Samples(IterableDataset):
         return dict(zip(REASONS, self._counts[:, 1:].sum(0).tolist(), strict=True))
 
     @property
+    def reasons(self) -> str:
+        """`skipped` as text, "none" if nothing was skipped."""
+        return ", ".join(f"{reason} {count:,}" for reason, count in self.skipped.items() if count) or "none"
+
+    @property
     def seen(self) -> int:
         """Samples tried so far, good and bad, all workers together."""
         return int(self._counts.sum())
@@ -144,12 +141,11 @@ class Samples(IterableDataset):
 
     def complaint(self) -> str:
         """Return a line on the samples skipped so far."""
-        skipped, seen = self.skipped, self.seen
-        bad = sum(skipped.values())
-        reasons = ", ".join(f"{reason} {count:,}" for reason, count in skipped.items() if count) or "none skipped"
-        if bad >= seen:
-            return f"no usable sample in {self.name} ({reasons})"
-        return f"{bad:,} of {seen:,} samples of {self.name} are bad ({reasons}); max_bad_share is {self.max_bad_share}"
+        bad = sum(self.skipped.values())
+        if not self.good:
+            return f"no usable sample in {self.name} ({self.reasons})"
+        found = f"{bad:,} of {self.seen:,} samples of {self.name} are bad ({self.reasons})"
+        return f"{found}; max_bad_share is {self.max_bad_share}"
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         info = get_worker_info()
@@ -188,6 +184,10 @@ class Samples(IterableDataset):
             setattr(other, name, value)
         return other
 
+    def remarks(self) -> list[str]:
+        """Return a line on each kind of thing that was left out or repaired when the source was opened."""
+        return []
+
     def turn(self, captions: Sequence[str], epoch: int, key: str) -> int:
         """Return the index of the caption to take in this epoch, by (seed, epoch, key); 0 without shuffling."""
         return zlib.crc32(f"{self.seed} {epoch} {key}".encode(errors="replace")) % len(captions) if self.shuffle else 0
@@ -196,27 +196,36 @@ class Samples(IterableDataset):
         """Decode a sample into key, image, caption and mask; return None for a bad one, counted by its reason."""
         reason = "file" if isinstance(raw.image, (Path, str)) else "image"
         try:
+            if raw.fault is not None:
+                reason, message = raw.fault
+                raise ValueError(message)
             with open_source(raw.image) as stream:
                 reason = "image"
-                with open_image(stream, max_pixels=self.max_image_pixels) as image:
-                    size = image.size
-                    out = {"key": raw.key, "image": self.transform(to_rgb(image))}
+                # An image with a mask stays as stored, because masks are drawn on the stored pixels.
+                image = read_image(stream, self.max_image_pixels, turn=not self.masks)
+                out = {"key": raw.key, "image": self.transform(image)}
             reason = "caption"
+            captions, bad = read_captions(raw.captions)
             if self.captions == "one":
-                out["caption"] = read_caption(raw.caption)
+                out["caption"] = captions[self.turn(captions, raw.epoch, raw.key)]
             else:
-                out["captions"] = read_captions(raw)
+                out["captions"] = captions
             if self.masks:
                 reason = "mask"
                 with open_source(raw.mask) as stream, open_image(stream, ("PNG",), self.max_image_pixels) as mask:
-                    if mask.size != size or mask.mode not in ("L", "P"):
-                        raise ValueError(f"got a mask of {mask.size} {mask.mode}, expected {size}, one byte per pixel")
+                    if mask.size != image.size or mask.mode not in ("L", "P"):
+                        found = f"{mask.width} x {mask.height} {mask.mode}"
+                        raise ValueError(f"got a mask of {found}, expected {image.size}, one byte per pixel")
                     out["mask"] = pil_to_tensor(mask)[0]
+            for error in bad:
+                self.skip("caption", raw.key, error, worker)
             self._counts[worker, 0] += 1
             return out
         except Exception as error:  # on damaged bytes decoders raise OSError, SyntaxError, struct.error, ...
             if isinstance(error, TooManyPixels):
                 reason = "pixels"
+            if isinstance(error, UnreadFormat) and reason == "image":
+                reason = "format"
             self.skip(reason, raw.key, error, worker)
         if self.world == 1 and self.too_many:
             raise BadData(self.complaint())
@@ -231,48 +240,9 @@ def _ignore(reason: str, key: str, message: str) -> None:
     """Do nothing. A named function, because the source may be pickled for worker processes."""
 
 
-def read_caption(caption: bytes | Path | None) -> str:
-    """Return the stripped text of a caption; raise ValueError if it is missing, empty, too long or not UTF-8."""
-    with open_source(caption) as stream:
-        data = stream.read(MAX_CAPTION_BYTES + 1)
-    if len(data) > MAX_CAPTION_BYTES:
-        raise ValueError(f"got a caption of more than {MAX_CAPTION_BYTES:,} bytes")
-    text = data.decode("utf-8-sig").strip()
-    if not text:
-        raise ValueError("empty caption")
-    return text
-
-
-def read_captions(raw: Raw) -> list[str]:
-    """Return all captions of an image, stripped, without empty ones; raise ValueError as read_caption does."""
-    texts = [text for text in raw.captions if text.strip()]
-    return [read_caption(as_bytes(text)) for text in texts] if texts else [read_caption(raw.caption)]
-
-
-def as_bytes(caption: str) -> bytes:
-    """Encode a caption from JSON. Half a surrogate pair, which JSON allows, gives invalid UTF-8 and a bad sample."""
-    return caption.encode(errors="surrogatepass")
-
-
 def no_image(image: Image.Image) -> int:
     """Return 0: a transform for readers of captions alone. A named function, because it may be pickled."""
     return 0
-
-
-def readable(name: str) -> str:
-    """Return the name of a file or a member in printable form: parts that are not UTF-8 become question marks."""
-    return name.encode(errors="replace").decode()
-
-
-def open_source(source: bytes | Path | str | None) -> BinaryIO:
-    if source is None:
-        raise ValueError("missing")
-    if isinstance(source, str):
-        raise ValueError(source)
-    if isinstance(source, bytes):
-        return io.BytesIO(source)
-    check_is_file(source)
-    return open(source, "rb")
 
 
 class Loader(DataLoader):

@@ -13,19 +13,20 @@ import json
 import os
 import random
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from webdataset.filters import shuffle as shuffle_samples
-from webdataset.tariterators import group_by_keys
 
 from ..files import write_bytes
 from ..settings import read_settings
 from .archives import contents, members
 from .braces import expand_braces
-from .images import IMAGE_SUFFIXES
-from .samples import MOST_WORKERS, Raw, Samples, as_bytes, readable
+from .members import Group, group_members
+from .raw import Raw, as_bytes, readable
+from .samples import MOST_WORKERS, Samples
 
 META = re.compile(r"__[^/]*__($|/)")  # names of webdataset's own notes, which are no samples
 SIZES = "sizes.json"  # img2dataset's and open_clip's: {"00000.tar": 1000}
@@ -33,13 +34,13 @@ INCOMPLETE = "incomplete.json"  # in a folder whose shards are not all written y
 
 
 class Shards(Samples):
-    """Samples of .tar shards: an image (.jpg, .jpeg, .png, .webp), its caption (.txt), perhaps a mask (.mask.png).
+    """Samples of .tar shards: an image, a .txt with a caption on each line, perhaps a mask (.mask.png).
 
     shards: a path, with braces and `::` as in open_clip (`a-{000..015}.tar::b.tar`), or a list of paths. Local files
     only.
     resampled: every worker draws shards with replacement, in an epoch as many as its share; needs `repeat`.
 
-    From a .json member with a list `captions`, which `pacl data pack` writes for COCO, each epoch takes one caption.
+    A .json member with a list `captions`, which `pacl data pack` writes for images with several, replaces the .txt.
     `shuffle` also shuffles the shards. A process takes its share of the shards, or of the samples if there are fewer
     shards than processes. Everything else is as in Samples. Raises ValueError for no shards, a URL or an incomplete
     folder, FileNotFoundError for a missing file.
@@ -93,26 +94,20 @@ class Shards(Samples):
             # The file existed when the run began.
             self.skip("file" if isinstance(error, OSError) else "archive", str(path), error, worker)
 
-        def skip(error: Exception) -> bool:
-            # webdataset adds its stream to the arguments, whose address would end up in the message.
-            refuse(ValueError(error.args[0] if error.args else type(error).__name__))
-            return True
-
-        parts = (
-            {"fname": name, "data": data, "__url__": str(path)}
-            for name, data in contents(path, refuse)
-            if not META.match(name)
-        )
-        for sample in group_by_keys(parts, handler=skip):
-            image = next((sample[suffix] for suffix in IMAGE_SUFFIXES if suffix in sample), None)
-            caption = sample.get("txt")
-            captions = [] if caption is None else _captions(sample.get("json", b""))
-            if captions:
-                caption = as_bytes(captions[self.turn(captions, epoch, sample["__key__"])])
-            yield Raw(readable(sample["__key__"]), image, caption, sample.get("mask.png"), captions)
+        parts = ((name, data) for name, data in contents(path, refuse) if not META.match(name))
+        for group in group_members(parts):
+            yield _raw(group, epoch)
 
 
-def _captions(notes: bytes) -> list[str]:
+def _raw(group: Group, epoch: int) -> Raw:
+    """Return a sample of a shard. Its captions are those in its .json, as `pacl data pack` writes, or in its .txt."""
+    parts = group.parts
+    captions = _captions(parts.get("json", b"")) or parts.get("txt")
+    image = parts[group.image] if group.image else None
+    return Raw(readable(group.key), image, captions, parts.get("mask.png"), epoch, group.fault)
+
+
+def _captions(notes: bytes) -> list[bytes]:
     """Return the captions in a .json member of `pacl data pack`; [] for any other .json."""
     if b'"captions"' not in notes:
         return []
@@ -120,7 +115,8 @@ def _captions(notes: bytes) -> list[str]:
         captions = json.loads(notes)["captions"]
     except (ValueError, KeyError, TypeError, RecursionError):
         return []
-    return captions if isinstance(captions, list) and all(isinstance(text, str) for text in captions) else []
+    texts = isinstance(captions, list) and all(isinstance(text, str) for text in captions)
+    return [as_bytes(text) for text in captions] if texts else []
 
 
 def expand_shards(shards: str | os.PathLike | Iterable[str | os.PathLike]) -> list[Path]:
@@ -164,7 +160,7 @@ def count_shards(paths: Iterable[Path]) -> dict[Path, int]:
         for path in shards:
             count = _known(path, known)
             if count is None:
-                count, whole = count_members(path)
+                count, _, whole = count_members(path)
                 if whole:
                     new[path.name] = count
             counts[path] = count
@@ -201,12 +197,16 @@ def _known(path: Path, sizes: dict[str, Any] | None) -> int | None:
         return None
 
 
-def count_members(path: Path) -> tuple[int, bool]:
-    """Count the images with a caption by the names of a shard's members; also return whether all of it is readable."""
-    suffixes: dict[str, set[str]] = {}
+def count_members(path: Path) -> tuple[int, Counter[str], bool]:
+    """Count the samples by the names of a shard's members; also return the bad ones by reason, and whether all of it
+    is readable.
+    """
+    count, faults = 0, Counter[str]()
     refused: list[Exception] = []
-    for member in members(path, refused.append):
-        stem, _, suffix = member.name.rpartition("/")[2].partition(".")
-        suffixes.setdefault(f"{Path(member.name).parent}/{stem}", set()).add(suffix.lower())
-    count = sum("txt" in found and not found.isdisjoint(IMAGE_SUFFIXES) for found in suffixes.values())
-    return count, not refused
+    names = ((member.name, b"") for member in members(path, refused.append) if not META.match(member.name))
+    for group in group_members(names):
+        if group.fault is None:
+            count += 1
+        else:
+            faults[group.fault[0]] += 1
+    return count, faults, not refused

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tarfile
 from pathlib import Path
 from typing import Any, get_args
 
@@ -11,6 +12,16 @@ from .pairs import CocoPairs, CsvPairs, FolderPairs, ScenePairs
 from .samples import Samples
 from .scene_shards import SPLITS
 from .shards import Shards, check_finished
+
+TARS = (".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst")  # suffixes of shards
+FORMS = "shards (.tar), a folder of images with .txt files, a .csv or .tsv, or COCO's captions (.json)"
+CONVERT = "write its paths and captions as columns filepath and title of a .csv: pandas.{}({!r}).to_csv('pairs.csv')"
+# Forms of pairs that are known and not read, by suffix: how to convert them.
+OTHERS = {
+    ".parquet": CONVERT.format("read_parquet", "pairs.parquet"),
+    ".jsonl": CONVERT.format("read_json", "pairs.jsonl").replace("')", "', lines=True)", 1),
+    ".txt": "write its paths and captions below the line `filepath<tab>title` of a .tsv",
+}
 
 
 def open_pairs(
@@ -68,4 +79,9 @@ def _kind(location: str, path: Path) -> Kind:
     if location.split(":")[0] == "synthetic":
         return "synthetic"
     kinds: dict[str, Kind] = {".csv": "csv", ".tsv": "csv", ".json": "coco"}
-    return kinds.get(path.suffix.lower(), "webdataset")
+    suffix = path.suffix.lower()
+    if suffix in OTHERS:
+        raise ValueError(f"data: got {location!r}, which is not read, expected {FORMS}; {OTHERS[suffix]}")
+    if suffix not in (*kinds, *TARS) and path.is_file() and not tarfile.is_tarfile(path):
+        raise ValueError(f"data: got {location!r}, expected {FORMS}")
+    return kinds.get(suffix, "webdataset")

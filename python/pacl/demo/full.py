@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..data.pairs import Pairs
-from ..data.samples import Raw, read_caption
+from ..data.raw import Raw, read_captions
 from ..data.scene_shards import SPLITS, encode_scene
 from ..data.scenes import CLASSES, HELD_OUT, HELD_OUT_LABELS, PAIRS, SEEN_LABELS, draw_scene, phrase
 from ..data.shards import Shards
@@ -222,7 +222,8 @@ def _galleries(scenes: Sequence[Raw]) -> dict[str, list[Raw]]:
     data = SceneData(scenes)
     found: dict[str, list[Raw]] = {"all": list(scenes), "seen": [], "held_out": []}
     for i, scene in enumerate(scenes):
-        named = {pair for pair in PAIRS if phrase(pair) in read_caption(scene.caption)}
+        captions, _ = read_captions(scene.captions)
+        named = {pair for pair in PAIRS if phrase(pair) in captions[0]}
         if named & set(HELD_OUT):
             found["held_out"].append(scene)
         elif named and not np.isin(data[i][1], HELD_OUT_LABELS).any():

@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..data.archives import members
-from ..data.images import IMAGE_FORMATS, IMAGE_SUFFIXES, open_image, to_rgb
+from ..data.images import IMAGE_SUFFIXES, read_image, to_rgb
 from ..segment.prompts import read_classes
-from .segmentation_data import MAX_PIXELS, need_scipy, read_picture
+from .segmentation_data import MAX_PIXELS, need_scipy
 from .specs import fingerprint, spread
 
 
@@ -95,10 +95,10 @@ def spoken(name: str, dataset: str = "") -> str:
 
 
 class Folder(tv.ImageFolder):
-    """A folder per class, named like the class and in sorted order; Pillow decodes only JPEG, PNG and WebP."""
+    """A folder per class, named like the class and in sorted order; only the formats of data/images.py are decoded."""
 
     def __init__(self, root: Path):
-        super().__init__(str(root), loader=_rgb)
+        super().__init__(str(root), loader=_rgb, is_valid_file=_is_image)
 
 
 class ImageNet(Folder):
@@ -146,8 +146,7 @@ class Tars:
         with open(path, "rb") as file:
             file.seek(offset)
             try:
-                with open_image(file.read(size), max_pixels=MAX_PIXELS) as image:
-                    return to_rgb(image), label
+                return read_image(file.read(size), MAX_PIXELS), label
             except Exception as error:  # decoders raise anything on damaged bytes
                 raise ValueError(f"data_root: cannot read the image at byte {offset} of {path}: {error}") from error
 
@@ -180,9 +179,18 @@ def _lines(path: Path) -> list[str]:
     return [line.strip() for line in path.read_text(encoding="utf-8-sig").rstrip().splitlines()]
 
 
+def _is_image(path: str) -> bool:
+    return Path(path).suffix.lower()[1:] in IMAGE_SUFFIXES
+
+
 def _rgb(path: str) -> Image.Image:
     """Read an image. A named function, because worker processes may receive the dataset pickled."""
-    return read_picture(Path(path), IMAGE_FORMATS, to_rgb)
+    try:
+        return read_image(Path(path), MAX_PIXELS)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # decoders raise anything on damaged bytes
+        raise ValueError(f"data: cannot read {path}: {error}") from error
 
 
 MATLAB = ("flowers102", "cars")

@@ -151,10 +151,10 @@ class Retrieval:
 
     captions: those of all T texts. If two images have the same caption, either text is right for both images and never
     counts as a competitor. owners: the image of each text, from 0 (default: text i belongs to image i); of an image
-    with several texts the best one counts. Another caption (or image) that ties with the pair, or is NaN, counts as
-    better than the pair, so that an embedder with equal scores everywhere has recall 0. scale, bias: those of the
-    logits. With a bias the loss is the sigmoid loss, without one InfoNCE, both over all pairs as one batch. scale None:
-    no loss; it is undefined for images with several texts.
+    with several texts, which are adjacent, the best one counts. Another caption (or image) that ties with the pair, or
+    is NaN, counts as better than the pair, so that an embedder with equal scores everywhere has recall 0. scale, bias:
+    those of the logits. With a bias the loss is the sigmoid loss, without one InfoNCE, both over all images with their
+    first texts as one batch. scale None: no loss.
     """
 
     def __init__(
@@ -169,6 +169,9 @@ class Retrieval:
         labels = [known.setdefault(caption, len(known)) for caption in captions]
         self.labels, self.distinct = torch.tensor(labels, device=device), len(known)
         self.owners = torch.as_tensor(range(len(captions)) if owners is None else owners, device=device)
+        starts = torch.ones_like(self.owners, dtype=torch.bool)
+        starts[1:] = self.owners[1:] != self.owners[:-1]
+        self.first = starts.nonzero()[:, 0]  # the first text of each image
         self.scale, self.bias = scale, bias
         best = max(RECALLS)
         # Scores of each text: those of its best other images, the log-sum-exp of its column, and that of its own image.
@@ -193,13 +196,15 @@ class Retrieval:
         self.images += len(phi)
         if self.scale is None:
             return
+        phi, rows = phi[:, self.first], torch.arange(len(phi), device=phi.device)
         logits = self.scale * phi if self.bias is None else self.scale * phi + self.bias
         if self.bias is None:
-            self.columns[:, -2] = torch.logaddexp(self.columns[:, -2], logits.logsumexp(0))
-            self.loss += (logits.logsumexp(1) - logits[rows, texts]).double().sum().item() / 2
+            sums = self.columns[self.first, -2]
+            self.columns[self.first, -2] = torch.logaddexp(sums, logits.logsumexp(0))
+            self.loss += (logits.logsumexp(1) - logits[rows, at + rows]).double().sum().item() / 2
         else:
             sign = torch.full_like(logits, -1.0)
-            sign[rows, texts] = 1.0
+            sign[rows, at + rows] = 1.0
             self.loss -= F.logsigmoid(sign * logits).double().sum().item()
 
     def values(self, group: dist.ProcessGroup | None = None) -> dict[str, float]:
@@ -220,6 +225,6 @@ class Retrieval:
         if self.scale is None:
             return found
         if self.bias is None:
-            logits = self.scale * pair
-            loss += (columns[..., -2].logsumexp(0) - logits).double().sum().item() / 2
+            logits = self.scale * pair[self.first]
+            loss += (columns[:, self.first, -2].logsumexp(0) - logits).double().sum().item() / 2
         return found | {"clip_val_loss": loss / images}

@@ -117,7 +117,7 @@ def _read(data: Samples, batch_size: int, workers: int) -> Iterator[dict]:
 
 @dataclass(frozen=True, kw_only=True)
 class RetrievalOptions(TaskOptions, PairFlags):
-    """Measure image-text retrieval with φ: recall at 1, 5 and 10 as fractions. All captions of a COCO image count."""
+    """Measure image-text retrieval with φ: recall at 1, 5 and 10 as fractions. All captions of an image count."""
 
     data: str
     """Pairs in any format of pacl train: .tar shards, csv, a folder, COCO's captions .json, or synthetic:eval."""

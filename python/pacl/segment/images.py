@@ -1,21 +1,24 @@
-"""Find users' images in folders and read them, in any mode, up to a number of pixels."""
+"""Find users' images in folders; the reader is that of all commands."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from ..data.images import IMAGE_SUFFIXES, UNREAD_SUFFIXES, read_image
 
-from ..data.images import IMAGE_SUFFIXES, MAX_IMAGE_PIXELS, open_image, to_rgb
+__all__ = ["find_images", "read_image"]
 
 
 def find_images(paths: Iterable[Path]) -> list[Path]:
-    """Return files as given and folders as their images, sorted by name; raises ValueError if there is none."""
+    """Return files as given and folders as their images, sorted by name; raises ValueError if there is none.
+
+    Images in formats that are not read, such as HEIC, are found too, so that reading names them.
+    """
     paths, found = list(paths), []
     for path in paths:
         if path.is_dir():
-            found += sorted(x for x in path.iterdir() if x.suffix.lower()[1:] in IMAGE_SUFFIXES)
+            found += sorted(x for x in path.iterdir() if x.suffix.lower()[1:] in IMAGE_SUFFIXES + UNREAD_SUFFIXES)
         else:
             found.append(path)
     if not found:
@@ -23,13 +26,3 @@ def find_images(paths: Iterable[Path]) -> list[Path]:
             f"images: got none in {', '.join(map(str, paths))}, expected {', '.join(IMAGE_SUFFIXES)} files"
         )
     return found
-
-
-def read_image(source: Path | bytes, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
-    """Read a file or its bytes as RGB, rotated by its EXIF orientation.
-
-    Raises TooManyPixels for a header with more than max_pixels, and whatever Pillow raises for a file that is not an
-    image.
-    """
-    with open_image(source, max_pixels=max_pixels) as image:
-        return to_rgb(ImageOps.exif_transpose(image))

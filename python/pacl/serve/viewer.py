@@ -10,10 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from PIL import UnidentifiedImageError
 from torch import Tensor
 
-from ..data.images import IMAGE_FORMATS, MAX_IMAGE_PIXELS
+from ..data.images import MAX_IMAGE_PIXELS
 from ..segment.draw import word_colours
 from ..segment.images import read_image
 from ..segment.predict import Dense, Segmenter
@@ -135,8 +134,6 @@ class Viewer:
         if model not in kept.dense:
             try:
                 image = read_image(kept.data, self.max_image_pixels)
-            except UnidentifiedImageError as error:
-                raise ValueError(f"image: got an unknown format, expected {', '.join(IMAGE_FORMATS)}") from error
             except Exception as error:  # decoders raise anything on damaged bytes
                 raise ValueError(f"image: {error or type(error).__name__}") from error
             kept.dense[model] = self.segmenters[model].dense(image)

@@ -87,6 +87,8 @@ def _train(config: TrainConfig) -> int:
     if run.stopped_by is not None:
         run.say(f"stopped at step {run.step} of {run.steps}; continue with --resume latest")
         return 128 + run.stopped_by
+    if run.data.reasons != "none":
+        run.say(f"samples skipped by the first process: {run.data.reasons}")
     run.say(f"finished {run.steps} steps: {config.folder / 'embedder'}")
     return 0
 

@@ -134,8 +134,9 @@ def _write(config: FeaturesConfig) -> None:
     }
     write_manifest(config.out, manifest)
     count = sum(shard["count"] for shard in manifest["shards"])
-    skipped = ", ".join(f"{reason} {bad:,}" for reason, bad in source.skipped.items() if bad) or "none"
-    print(f"finished: {config.out}, {count:,} images; skipped: {skipped}", flush=True)
+    for line in source.remarks():
+        print(line)
+    print(f"finished: {config.out}, {count:,} images; skipped: {source.reasons}", flush=True)
 
 
 class Encoder:

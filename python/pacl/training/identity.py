@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,12 +63,17 @@ def describe_data(data: Samples) -> dict[str, Any]:
         size = {"shards": len(entries), "bytes": sum(entry[1] for entry in entries)}
     else:
         pairs = data.spread(16 if isinstance(data, ScenePairs) else SAMPLED)
-        entries = [
-            [raw.key, repr(raw.caption) if isinstance(raw.caption, bytes) else "", *raw.captions] for raw in pairs
-        ]
+        entries = [[raw.key, *map(repr, _held(raw.captions))] for raw in pairs]
         size = {"pairs": data.count()}
     digest = hashlib.sha256(json.dumps(entries).encode()).hexdigest()
     return {"kind": type(data).__name__, **size, "digest": digest[:16]}
+
+
+def _held(captions: Sequence[bytes] | bytes | Path | None) -> Sequence[bytes]:
+    """Return the captions that are in memory; a text file may be anywhere."""
+    if captions is None or isinstance(captions, Path):
+        return ()
+    return [captions] if isinstance(captions, bytes) else captions
 
 
 def differences(stored: dict[str, Any], mine: dict[str, Any], towers: Towers) -> list[str]:

@@ -20,6 +20,7 @@ def plan(run: Run) -> str:
     lines = [
         f"model: {config.tower_names()}, {frozen:,} parameters frozen, {trained:,} trained",
         f"data: {run.samples:,} pairs in {run.data.name}",
+        *(f"data: {remark}" for remark in run.data.remarks()),
         f"steps: {run.steps:,} of {run.global_batch:,} pairs ({run.world} process(es) x "
         f"{config.accum_freq} x {config.batch_size}), {run.epoch_steps:,} an epoch",
         f"device: {run.device}, {'bfloat16 autocast' if run.amp else 'float32'}",

@@ -42,7 +42,9 @@ class Validation:
     ):
         self.config, self.towers, self.device, self.group, self.amp = config, towers, device, group, amp
         self.rank, self.world = place_in(group)
-        self.captions: list[str] = []  # of all processes; read by the first validation
+        # All captions of the images of all processes, and the image of each; read by the first validation.
+        self.captions: list[str] = []
+        self.owners: list[int] = []
         self.texts: Tensor | None = None
         self.pairs: Samples | None = None
         self.labelled: Samples | None = None
@@ -93,9 +95,9 @@ class Validation:
             self.texts = torch.cat([model.texts_of(part, self.towers) for part in parts])
         scale = model.log_scale.exp().item()
         bias = None if model.bias is None else model.bias.item()
-        result = Retrieval(self.captions, scale, bias, self.device)
-        at = self.first
-        for batch in self._read(pairs, config.batch_size):
+        result = Retrieval(self.captions, scale, bias, self.device, self.owners)
+        at, text = self.first
+        for batch in self._read(pairs.with_options(captions="all"), config.batch_size):
             patches = model.patches_of(batch["image"], self.towers)
             temperature = config.attn_temperature if model.log_temperature is None else model.log_temperature.exp()
             phi = compatibility(
@@ -105,10 +107,11 @@ class Validation:
                 form=config.form,
                 backend=cast(BackendName, config.backend),  # the loss checks it
             )
-            if batch["caption"] != self.captions[at : at + len(phi)]:
+            found = [caption for captions in batch["captions"] for caption in captions]
+            if found != self.captions[text : text + len(found)]:
                 raise ValueError("val_data: got other samples than at the first validation, expected the same ones")
             result.update(phi, at)
-            at += len(phi)
+            at, text = at + len(phi), text + len(found)
         return result.values(self.group)
 
     def _read_captions(self, pairs: Samples) -> None:
@@ -116,14 +119,17 @@ class Validation:
 
         The batches are those of the images: with several workers their size decides the order.
         """
-        texts = pairs.with_options(transform=no_image)
-        mine = [caption for batch in self._read(texts, self.config.batch_size) for caption in batch["caption"]]
+        texts = pairs.with_options(captions="all", transform=no_image)
+        mine = [captions for batch in self._read(texts, self.config.batch_size) for captions in batch["captions"]]
         shares: list[Any] = [mine]
         if self.group is not None:
             shares = [None] * self.world
             dist.all_gather_object(shares, mine, group=self.group)
-        self.captions = [caption for share in shares for caption in share]
-        self.first = sum(len(share) for share in shares[: self.rank])
+        images = [captions for share in shares for captions in share]
+        self.captions = [caption for captions in images for caption in captions]
+        self.owners = [i for i, captions in enumerate(images) for _ in captions]
+        image = sum(len(share) for share in shares[: self.rank])
+        self.first = image, sum(len(captions) for captions in images[:image])  # this process's image and caption
 
     # Segmentation
 

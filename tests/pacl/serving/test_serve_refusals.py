@@ -117,10 +117,10 @@ def gif() -> bytes:
     [
         (bomb(), "900000000|30000 x 30000 pixels, more than 8,000|exceeds limit"),
         (encode(picture(0, 100, 100), "PNG"), "100 x 100 pixels, more than 8,000"),
-        (b"no image", "image: got an unknown format, expected JPEG, PNG, WEBP"),
-        (b"", "image: got an unknown format, expected JPEG, PNG, WEBP"),
-        (gif(), "image: got an unknown format, expected JPEG, PNG, WEBP"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n", "image: got an unknown format, expected JPEG, PNG, WEBP"),
+        (b"no image", "image: got a file of an unknown or damaged format, expected JPEG, PNG, WEBP"),
+        (b"", "image: got a file of an unknown or damaged format, expected JPEG, PNG, WEBP"),
+        (gif(), "image: got GIF, which is not read, expected JPEG, PNG, WEBP"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n", "image: got PostScript, which is not read, expected JPEG, PNG, WEBP"),
         (encode(picture(2, 40, 40), "PNG")[:700], "image: "),
     ],
 )
