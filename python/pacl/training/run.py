@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import Any, cast
 
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 from ..data.features import Features
 from ..data.samples import BadData, Samples, loader
 from ..data.texts import choose_text, noun_finder
-from ..embedder import VisionEmbedder, save_embedder
+from ..embedder import CONFIG, VisionEmbedder, save_embedder
 from ..processes import choose_device, process_group
 from ..sharing import describe_towers, save_tower
 from ..towers import Towers, frozen_random_towers, load_towers
@@ -27,7 +29,6 @@ from .identity import check_agreement, describe_data, describe_run
 from .log import Log, say
 from .model import Trainable
 from .recipe import command
-from .resuming import exported, validation_is_owed
 from .trainer import Trainer
 from .validation import Validation
 
@@ -153,10 +154,10 @@ class Run:
 
         First make the validation that was due at the checkpoint's step, if the run ended before it.
         """
-        owed = validation_is_owed(self)
+        owed = self._validation_is_owed()
         if self.step >= self.steps and not owed:
             # The run was perhaps killed before its last export.
-            if exported(self.config.folder / "embedder") != (self.step, self.validated.get("step")):
+            if _exported(self.config.folder / "embedder") != (self.step, self.validated.get("step")):
                 self.export()
             return
         with self._signals(), self.log.opened(self.step):
@@ -188,6 +189,13 @@ class Run:
         """Validate the current weights and export them with the results."""
         self.validated = self.log.validated(self.step, self.validation(self.result))
         self.export()
+
+    def _validation_is_owed(self) -> bool:
+        """Return True if the checkpoint's step has no validation, although its number or its place as the last asks for
+        one.
+        """
+        due = self.due(self.config.val_frequency) or self.step >= self.steps
+        return bool(self.validation) and self.step > 0 and due and self.validated.get("step") != self.step
 
     def _batches(self) -> Iterator[tuple[dict[str, Any], float]]:
         """Yield this process's batch for each step, with the seconds that the process waited for it."""
@@ -331,3 +339,14 @@ def _on_cpu(module: nn.Module) -> dict[str, Tensor]:
 
 def _bad_data(complaints: list[str]) -> ValueError:
     return ValueError(f"train_data: {'; '.join(filter(None, complaints))}; `pacl data check` lists them")
+
+
+def _exported(folder: Path) -> tuple[int, int | None]:
+    """Return the step of the embedder in `folder`, -1 without one, and that of its validation; read from config.json,
+    which is written last.
+    """
+    try:
+        notes = json.loads((folder / CONFIG).read_bytes())["training"]
+        return int(notes["steps"]), notes.get("metrics", {}).get("step")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return -1, None
