@@ -69,6 +69,7 @@ class Run:
             reading = {"transform": self.towers.transform, "resampled": config.dataset_resampled}
             self.data = config.open(config.train_data, **order, **reading)
         self.data_state: dict[str, Any] | None = None
+        self.described: dict[str, Any] = {}  # the towers before training, in the first process
         self.identity = {} if config.dry_run else self._identity()
         self.samples = config.train_num_samples or self._count()
         self.global_batch = config.local_batch * self.world
@@ -109,9 +110,10 @@ class Run:
         """Return what must not change on resuming. The towers are described in the first process alone."""
         data = describe_data(self.data)
         check_agreement({"features" if self.config.features else "train_data": data}, self.group)
-        towers = self._describe(self.towers) if self.rank == 0 else {}
+        self.described = self._describe(self.towers) if self.rank == 0 else {}
         workers = max(1, min(self.config.workers, self.data.most_workers))
-        return describe_run(self.config, towers, data, precision="amp_bf16" if self.amp else "fp32", workers=workers)
+        precision = "amp_bf16" if self.amp else "fp32"
+        return describe_run(self.config, self.described, data, precision=precision, workers=workers)
 
     def _describe(self, towers: Towers, trained: Sequence[str] = ()) -> dict[str, Any]:
         kept = [name for name in self.random if name not in trained]
@@ -326,7 +328,7 @@ class Run:
         save_embedder(
             model.embedder,
             folder,
-            self._describe(towers, trained) if trained else self.identity["towers"],
+            self._describe(towers, trained) if trained else self.described,
             form=config.form,
             attn_temperature=self._temperature(model),
             **notes,
