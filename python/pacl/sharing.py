@@ -110,11 +110,13 @@ def check_towers(described: Mapping[str, Any], towers: Towers) -> None:
     """Raise ValueError, naming the differences, unless `towers` are those that an embedder's `described` describes."""
     wrong = tower_differences(described, towers)
     if wrong:
+        have, expected = _tag({name: _relative(towers.names[name], Path()) for name in LOADED}), _tag(described)
+        wrong += [f"they are {have}, not {expected}"] if have != expected else []
         raise ValueError(f"towers: expected those that the embedder was trained on, but {'; '.join(wrong)}")
 
 
 def tower_differences(described: Mapping[str, Any], towers: Towers) -> list[str]:
-    """Return a phrase for each difference between `towers` and those that describe_towers described."""
+    """Return a phrase for each difference between the results of `towers` and those that describe_towers described."""
     found = describe_towers(towers, Path())
     wrong = []
     for name, label in (("visual", "vision"), ("text", "text")):
@@ -128,9 +130,6 @@ def tower_differences(described: Mapping[str, Any], towers: Towers) -> list[str]
             wrong.append(f"the {label} tower's output is off by {error:.1%} (other weights?)")
     if found["image_size"] != described["image_size"]:
         wrong.append(f"images have {found['image_size']} pixels, not {described['image_size']}")
-    if wrong:
-        have, expected = (_tag(x) for x in (found, described))
-        wrong += [f"they are {have}, not {expected}"] if have != expected else []
     return wrong
 
 

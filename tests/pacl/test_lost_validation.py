@@ -40,7 +40,7 @@ def settings(run_world) -> dict:
 def whole(run_world, settings, tmp_path_factory) -> Path:
     """Run 8 steps without an interruption; return the folder of the logs."""
     torch.set_num_threads(1)
-    logs = tmp_path_factory.mktemp("whole")
+    logs = tmp_path_factory.mktemp("whole") / "deeper"  # a checkpoint does not depend on its folder
     assert train(run_world, logs, max_steps=8, **settings) == 0
     return logs
 

@@ -43,7 +43,8 @@ def describe_run(
         "flags": {name: value for name, value in flags.items() if name not in NOT_RECORDED},
         "precision": precision,
         "workers": workers,
-        "towers": towers,
+        # Without names, which the flags have, and without paths, so that a run is the same in any folder.
+        "towers": {name: x for name, x in towers.items() if name in ("activation", "image_size", "fingerprint")},
         "data": data,
     }
 

@@ -1,19 +1,15 @@
-"""Continue a run from a checkpoint, and find what the run still owes for the checkpoint's step."""
+"""Continue a run from a checkpoint, unless that is of another run."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch.distributed as dist
 
-from ..embedder import CONFIG
 from .checkpoints import load_checkpoint, newest, step_of
 from .identity import changes, check_agreement, differences, flag, refuse
-
-if TYPE_CHECKING:
-    from .run import Run
+from .run import Run
 
 
 def restore(run: Run, path: Path) -> None:
@@ -72,22 +68,3 @@ def _check_identity(run: Run, path: Path, state: dict[str, Any]) -> None:
     if changed := changes(stored, run.identity):
         run.resumed = [*run.resumed, {"step": state["step"], "changed": changed}]
         run.say("resume: " + ", ".join(f"{flag(k)} was {x['from']}, now {x['to']}" for k, x in changed.items()))
-
-
-def validation_is_owed(run: Run) -> bool:
-    """Return True if the checkpoint's step has no validation, although its flags or its place as the last ask for
-    one.
-    """
-    due = run.due(run.config.val_frequency) or run.step >= run.steps
-    return bool(run.validation) and run.step > 0 and due and run.validated.get("step") != run.step
-
-
-def exported(folder: Path) -> tuple[int, int | None]:
-    """Return the step of the embedder in `folder`, -1 without one, and that of its validation; read from config.json,
-    which is written last.
-    """
-    try:
-        notes = json.loads((folder / CONFIG).read_bytes())["training"]
-        return int(notes["steps"]), notes.get("metrics", {}).get("step")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return -1, None

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 from ..data.features import Features
 from ..data.samples import BadData, Samples, loader
 from ..data.texts import choose_text, noun_finder
-from ..embedder import VisionEmbedder, save_embedder
+from ..embedder import CONFIG, VisionEmbedder, save_embedder
 from ..failures import collective
 from ..processes import choose_device, process_group
 from ..sharing import describe_towers, save_tower
@@ -26,7 +28,6 @@ from .identity import check_agreement, describe_data, describe_run
 from .log import Log, say
 from .model import Trainable
 from .recipe import command
-from .resuming import exported, validation_is_owed
 from .signals import Interrupted, Signals
 from .states import DataStates
 from .trainer import Trainer
@@ -73,6 +74,7 @@ class Run:
             reading = {"transform": self.towers.transform, "resampled": config.dataset_resampled}
             self.data = config.open(config.train_data, **order, **reading)
         self.data_state: dict[str, Any] | None = None
+        self.described: dict[str, Any] = {}  # the towers before training, in the first process
         self.identity = {} if config.dry_run else self._identity()
         self.samples = config.train_num_samples or self._count()
         self.global_batch = config.local_batch * self.world
@@ -113,9 +115,10 @@ class Run:
         """Return what must not change on resuming. The towers are described in the first process alone."""
         data = describe_data(self.data)
         check_agreement({"features" if self.config.features else "train_data": data}, self.group)
-        towers = self._describe(self.towers) if self.rank == 0 else {}
+        self.described = self._describe(self.towers) if self.rank == 0 else {}
         workers = max(1, min(self.config.workers, self.data.most_workers))
-        return describe_run(self.config, towers, data, precision="amp_bf16" if self.amp else "fp32", workers=workers)
+        precision = "amp_bf16" if self.amp else "fp32"
+        return describe_run(self.config, self.described, data, precision=precision, workers=workers)
 
     def _describe(self, towers: Towers, trained: Sequence[str] = ()) -> dict[str, Any]:
         kept = [name for name in self.random if name not in trained]
@@ -158,10 +161,10 @@ class Run:
 
         First make the validation that was due at the checkpoint's step, if the run ended before it.
         """
-        owed = validation_is_owed(self)
+        owed = self._validation_is_owed()
         if self.step >= self.steps and not owed:
             # The run was perhaps killed before its last export.
-            if exported(self.config.folder / "embedder") != (self.step, self.validated.get("step")):
+            if _exported(self.config.folder / "embedder") != (self.step, self.validated.get("step")):
                 self.export()
             return
         with self.signals, self.log.opened(self.step):
@@ -221,6 +224,13 @@ class Run:
         with self.signals.waiting(self._interruptible):
             self.validated = self.log.validated(self.step, self.validation(self.result))
         self.export()
+
+    def _validation_is_owed(self) -> bool:
+        """Return True if the checkpoint's step has no validation, although its number or its place as the last asks for
+        one.
+        """
+        due = self.due(self.config.val_frequency) or self.step >= self.steps
+        return bool(self.validation) and self.step > 0 and due and self.validated.get("step") != self.step
 
     def _batches(self) -> Iterator[tuple[dict[str, Any], float]]:
         """Yield this process's batch for each step, with the seconds that the process waited for it, until a signal."""
@@ -337,7 +347,7 @@ class Run:
         save_embedder(
             model.embedder,
             folder,
-            self._describe(towers, trained) if trained else self.identity["towers"],
+            self._describe(towers, trained) if trained else self.described,
             form=config.form,
             attn_temperature=self._temperature(model),
             **notes,
@@ -350,3 +360,14 @@ def _on_cpu(module: nn.Module) -> dict[str, Tensor]:
 
 def _bad_data(complaints: list[str]) -> ValueError:
     return ValueError(f"train_data: {'; '.join(filter(None, complaints))}; `pacl data check` lists them")
+
+
+def _exported(folder: Path) -> tuple[int, int | None]:
+    """Return the step of the embedder in `folder`, -1 without one, and that of its validation; read from config.json,
+    which is written last.
+    """
+    try:
+        notes = json.loads((folder / CONFIG).read_bytes())["training"]
+        return int(notes["steps"]), notes.get("metrics", {}).get("step")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return -1, None
