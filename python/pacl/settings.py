@@ -18,10 +18,14 @@ DEEPEST = 50
 
 
 class Damaged(ValueError):
-    """A file does not hold what it should. path: the file. what: a clause on what is wrong with it."""
+    """A file does not hold what it should.
 
-    def __init__(self, path: Path, what: str):
-        super().__init__(one_line(f"{path} is damaged: {what}"))
+    path: the file, or the whole message when the error is made again in another process. what: a clause on what is
+    wrong with the file.
+    """
+
+    def __init__(self, path: Path | str, what: str | None = None):
+        super().__init__(path if what is None else one_line(f"{path} is damaged: {what}"))
 
 
 def read_settings(path: Path) -> dict[str, Any]:

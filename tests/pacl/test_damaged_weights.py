@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 import zipfile
 from collections.abc import Callable
@@ -242,3 +243,15 @@ def test_training_refuses_damaged_features_unless_told(stored, tmp_path, capsys)
     assert main(words) == 1
     assert "features-00000.safetensors is damaged: it does not have the SHA-256" in capsys.readouterr().err
     assert main([*words, "--no-verify"]) == 0
+
+
+def test_a_damaged_record_in_a_worker_is_one_line(stored, tmp_path, capsys):
+    shutil.copytree(stored, tmp_path / "features")
+    for path in (tmp_path / "features").glob("features-*.safetensors"):
+        path.write_bytes(path.read_bytes().replace(b'"captions"', b'"captious"'))
+    words = ["train", "--features", str(tmp_path / "features"), "--log-dir", str(tmp_path), "--workers", "1"]
+    words += ["--batch-size", "2", "--max-steps", "1", "--report-to", "none", "--no-verify"]
+    assert main(words) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("pacl: error: ")]
+    assert re.search(r"features-0000\d\.safetensors is damaged: the record of its image \d cannot be read$", line)
+    assert "Traceback" not in line

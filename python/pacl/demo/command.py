@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..flags import parse
+import tyro
+
 from ..formats import one_line
 
 
@@ -36,7 +37,7 @@ class DemoFlags:
 
 def main(argv: Sequence[str], prog: str = "pacl demo") -> int:
     """Run `pacl demo` with these arguments and return its exit status; KeyboardInterrupt passes through."""
-    flags = parse(DemoFlags, argv, prog)
+    flags = tyro.cli(DemoFlags, args=list(argv), prog=prog)
     from .run import QUICK, DemoConfig, run  # after --help, which does not need torch
 
     try:
