@@ -96,7 +96,7 @@ def test_a_data_reader_that_dies(world, tmp_path):
 def test_a_process_that_is_lost(how, world, tmp_path):
     """The first process saves, whether the other one died or only stopped."""
     changes = {"workers": 1, "lr_scheduler": "const", "batch_size": 6} | (
-        {"dist_timeout": 5} if how == signal.SIGSTOP else {}
+        {"dist_timeout": 8} if how == signal.SIGSTOP else {}
     )
     first, second = fork_ranks(command(world, tmp_path, **changes), 2, tmp_path / "output")
     wait_for_steps(tmp_path, 3)
