@@ -40,7 +40,7 @@ STEPS, VALIDATIONS = 8, 3  # steps of a run of `pacl train`, and steps between i
 
 @dataclass
 class Figures:
-    """What the rounds of one command showed. early: kills after which the command had left no file to go on from."""
+    """Counts of one command. early: kills after which the command had left no file to go on from."""
 
     command: str
     rounds: int = 0
@@ -140,7 +140,7 @@ def run_loop(command: str, kills: int, seed: int, world: Path, folder: Path) -> 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=50, help="of each command")
+    parser.add_argument("--kills", type=int, default=50, help="Number of kills of each command.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--commands", nargs="+", choices=COMMANDS, default=COMMANDS)
     arguments = parser.parse_args()

@@ -37,6 +37,12 @@ def wait_for_steps(logs: Path, count: int) -> None:
         time.sleep(0.02)
 
 
+def trained(logs: Path) -> dict:
+    """Return the part of the last checkpoint that does not name folders and flags."""
+    state = final(logs)
+    return {name: state[name] for name in ("step", "state_dict", "optimizer", "data")}
+
+
 def has_the_bits_of_a_whole_run(world: Path, logs: Path, **changes) -> int:
     """Go on with a run for two steps and compare it with one that was never stopped; return the step it had reached."""
     torch.set_num_threads(1)
@@ -44,7 +50,7 @@ def has_the_bits_of_a_whole_run(world: Path, logs: Path, **changes) -> int:
     ends = {"max_steps": step + 2, "lr_scheduler": "const"} | changes
     assert main(command(world, logs, **ends, resume="latest")) == 0
     assert main(command(world, logs / "whole", **ends)) == 0
-    assert_same_state(final(logs), final(logs / "whole"))
+    assert_same_state(trained(logs), trained(logs / "whole"))
     return step
 
 
@@ -90,7 +96,7 @@ def test_a_data_reader_that_dies(world, tmp_path):
 def test_a_process_that_is_lost(how, world, tmp_path):
     """The first process saves, whether the other one died or only stopped."""
     changes = {"workers": 1, "lr_scheduler": "const", "batch_size": 6} | (
-        {"dist_timeout": 5} if how == signal.SIGSTOP else {}
+        {"dist_timeout": 8} if how == signal.SIGSTOP else {}
     )
     first, second = fork_ranks(command(world, tmp_path, **changes), 2, tmp_path / "output")
     wait_for_steps(tmp_path, 3)
@@ -108,7 +114,7 @@ def test_a_process_that_is_lost(how, world, tmp_path):
             (logs / "output").parent.mkdir(exist_ok=True)
             processes = fork_ranks(command(world, logs, **ends, **more), 2, logs / "output2")
             assert [status(process, PATIENCE) for process in processes] == [0, 0]
-        assert_same_state(final(tmp_path), final(tmp_path / "whole"))
+        assert_same_state(trained(tmp_path), trained(tmp_path / "whole"))
 
 
 def test_all_processes_stop_although_one_waits_for_data(world, tmp_path):
@@ -148,6 +154,8 @@ def test_memory_that_runs_out(when, world, tmp_path, monkeypatch, capsys):
     )
     assert (tmp_path / "pacl/out.log").read_text().splitlines()[-1] == error
     assert len(checkpoints(tmp_path / "pacl/checkpoints")) == (when == "forward")
+    if when == "forward":  # the batch of the step that failed was read, but is read again
+        assert final(tmp_path)["data"] == [{"batches": 3, "workers": 0, "places": [[0, 36]]}]
 
 
 def test_a_mistake_keeps_its_traceback_and_the_last_step(world, tmp_path, monkeypatch):

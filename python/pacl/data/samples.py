@@ -19,6 +19,7 @@ import signal
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import wait
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
@@ -264,15 +265,18 @@ class Loader(DataLoader):
                 self.state["batches"] += 1 + (worker - self.state["batches"]) % len(places)
                 yield batch
         except (RuntimeError, OSError, EOFError) as error:
-            if death := self._death():
+            # A connection may break a moment before the worker at its other end is seen to be dead.
+            if death := self._death(0 if isinstance(error, RuntimeError) else 1):
                 raise ChildProcessError(death) from error
             raise
         if not self.state["batches"] and not self.dataset.good:
             raise BadData(self.dataset.complaint())
 
-    def _death(self) -> str | None:
-        """Say which worker died, if one did."""
-        for number, worker in enumerate(getattr(self._iterator, "_workers", [])):
+    def _death(self, patience: float) -> str | None:
+        """Say which worker died, if one did or does in the next `patience` seconds."""
+        workers = getattr(self._iterator, "_workers", [])
+        wait([worker.sentinel for worker in workers], patience)
+        for number, worker in enumerate(workers):
             if not worker.is_alive():
                 code = worker.exitcode or 0
                 how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
