@@ -235,10 +235,10 @@ def test_galleries_of_seen_and_held_out_pairs(finished, full):
     galleries = _galleries(scenes)
     assert len(galleries["all"]) == SCENES and len(galleries["seen"]) == len(galleries["held_out"]) > 10
     held_out = ("red striped", "yellow dotted", "blue plain")
-    assert all(any(x in scene.caption.decode() for x in held_out) for scene in galleries["held_out"])
+    assert all(any(x in scene.captions.decode() for x in held_out) for scene in galleries["held_out"])
     data = SceneData(galleries["seen"])
     for i, scene in enumerate(galleries["seen"]):
-        assert "shape" in scene.caption.decode() and not set(HELD_OUT_LABELS) & set(data[i][1].ravel().tolist())
+        assert "shape" in scene.captions.decode() and not set(HELD_OUT_LABELS) & set(data[i][1].ravel().tolist())
     assert full["retrieval"]["seen"]["images"] == full["retrieval"]["held_out"]["images"] == len(galleries["seen"])
     only = SceneData(scenes, HELD_OUT_LABELS)
     found = {x for i in range(SCENES) for x in only[i][1].ravel().tolist()}

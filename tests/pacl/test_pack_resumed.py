@@ -26,7 +26,7 @@ def source(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("source")
     for number, raw in enumerate(ScenePairs(scenes=COUNT).undecoded(0, 0, 1)):
         (folder / f"{number:02d}.jpg").write_bytes(raw.image[:300] if number in (2, 7, 8, 22) else raw.image)
-        (folder / f"{number:02d}.txt").write_bytes(raw.caption)
+        (folder / f"{number:02d}.txt").write_bytes(raw.captions)
     return folder
 
 

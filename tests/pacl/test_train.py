@@ -44,7 +44,7 @@ def loose_scenes(folder: Path, count: int, bad: int) -> Path:
     folder.mkdir()
     for number, raw in enumerate(ScenePairs(scenes=count).undecoded(0, 0, 1)):
         (folder / f"{number:04d}.jpg").write_bytes(raw.image if number >= bad else raw.image[:300])
-        (folder / f"{number:04d}.txt").write_bytes(raw.caption)
+        (folder / f"{number:04d}.txt").write_bytes(raw.captions)
     return folder
 
 

@@ -8,12 +8,14 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 from webdataset import TarWriter
 
+from ..annotations import checked
 from ..files import atomic_writer, remove_unfinished, write_bytes
 from ..locks import lock_folder
+from ..settings import read_settings
 from .flags import check_plan
 from .images import open_image
 from .raw import open_source, read_captions
@@ -87,10 +89,9 @@ def _read_notes(path: Path, plan: dict[str, Any]) -> tuple[list[dict[str, int]],
     end: pairs in the shard and those before it. read: samples of the source read for them, bad ones too.
     """
     try:
-        notes = json.loads(path.read_bytes())
-        begun, noted = dict(notes["plan"]), notes["shards"]
-        shards = [{name: int(shard[name]) for name in ("end", "read")} for shard in noted]
-    except (ValueError, KeyError, TypeError) as error:
+        notes = checked(read_settings(path), _Notes, path)
+        begun, shards = notes["plan"], [{"end": x["end"], "read": x["read"]} for x in notes["shards"]]
+    except ValueError as error:
         raise ValueError(f"out: {path} is damaged, expected notes of `pacl data pack`; delete {path.parent}") from error
     check_plan(path.parent, begun, plan)
     there = list(itertools.takewhile(lambda number: (path.parent / _name(number)).is_file(), range(len(shards))))
@@ -108,6 +109,16 @@ def _note(out: Path, plan: dict[str, Any], shards: list[dict[str, int]]) -> None
 
 def _name(number: int) -> str:
     return f"{number:05d}.tar"
+
+
+class _Shard(TypedDict):
+    end: int
+    read: int
+
+
+class _Notes(TypedDict):
+    plan: dict[str, Any]
+    shards: list[_Shard]
 
 
 class _Sample(NamedTuple):

@@ -33,7 +33,7 @@ def main(argv: Sequence[str], prog: str = "pacl train") -> int:
         with _folder(config):
             return _train(config)
     except (ValueError, OSError) as error:  # not in out.log, which may be another run's
-        print(f"pacl: error: {error}", file=sys.stderr)
+        print(f"pacl: error: {one_line(error)}", file=sys.stderr)
         return 1
 
 

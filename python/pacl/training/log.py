@@ -109,7 +109,8 @@ class Log:
         found: dict[str, Any] = {}
         with contextlib.suppress(FileNotFoundError):
             for line in (self.config.folder / "results.jsonl").read_text().splitlines():
-                with contextlib.suppress(ValueError, KeyError, TypeError):  # half a line, after a power cut
+                # A power cut leaves half a line.
+                with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
                     row = json.loads(line)
                     if found.get("step", 0) <= row["step"] <= step:
                         found = row
