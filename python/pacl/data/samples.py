@@ -264,9 +264,10 @@ class Loader(DataLoader):
                 # Workers take turns, and one whose samples are all read loses its turn.
                 self.state["batches"] += 1 + (worker - self.state["batches"]) % len(places)
                 yield batch
-        except (RuntimeError, OSError, EOFError) as error:
+        except Exception as error:  # what reading from a dead worker raises depends on the moment
+            told = "in DataLoader worker process" in str(error)  # by a worker that lives
             # A connection may break a moment before the worker at its other end is seen to be dead.
-            if death := self._death(0 if isinstance(error, RuntimeError) else 1):
+            if not told and (death := self._death(patience=2)):
                 raise ChildProcessError(death) from error
             raise
         if not self.state["batches"] and not self.dataset.good:
@@ -275,7 +276,8 @@ class Loader(DataLoader):
     def _death(self, patience: float) -> str | None:
         """Say which worker died, if one did or does in the next `patience` seconds."""
         workers = getattr(self._iterator, "_workers", [])
-        wait([worker.sentinel for worker in workers], patience)
+        if workers:
+            wait([worker.sentinel for worker in workers], patience)
         for number, worker in enumerate(workers):
             if not worker.is_alive():
                 code = worker.exitcode or 0
