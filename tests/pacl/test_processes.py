@@ -24,12 +24,8 @@ def test_the_backend_follows_the_device(command, device, backend, run_world, cap
     """On a machine with a (pretended) GPU, the requested device selects the backend. The test creates no group."""
     chosen = []
 
-<<<<<<< HEAD
-    def stop(backend, **options):
-=======
     def stop(backend, timeout):
         assert timeout is None
->>>>>>> w23f
         raise ValueError(f"backend: {backend}")
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
