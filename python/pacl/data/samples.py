@@ -276,10 +276,10 @@ class Loader(DataLoader):
     def _death(self, patience: float) -> str | None:
         """Say which worker died, if one did or does in the next `patience` seconds."""
         workers = getattr(self._iterator, "_workers", [])
-        if workers:
-            wait([worker.sentinel for worker in workers], patience)
+        ended = wait([worker.sentinel for worker in workers], patience) if workers else []
         for number, worker in enumerate(workers):
-            if not worker.is_alive():
+            if worker.sentinel in ended:
+                worker.join()  # the sentinel tells of its end a moment before the system does
                 code = worker.exitcode or 0
                 how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
                 hint = {-9: ", as when memory runs out; fewer --workers take less", -7: ", as when /dev/shm is full"}
