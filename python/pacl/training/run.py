@@ -222,7 +222,8 @@ class Run:
     def _validate(self) -> None:
         """Validate the current weights and export them with the results."""
         with self.signals.waiting(self._interruptible):
-            self.validated = self.log.validated(self.step, self.validation(self.result))
+            values = self.validation(self.result)
+        self.validated = self.log.validated(self.step, values)
         self.export()
 
     def _validation_is_owed(self) -> bool:
