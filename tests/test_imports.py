@@ -165,7 +165,7 @@ def test_what_counts_as_an_import(changes, cycle, tmp_path):
 
 
 def test_no_folder_of_tests_stands_for_a_package():
-    """An editable installation finds `pacl` after the folder tests/pacl, and with it whatever has a package's name."""
-    packages = {path.parent.name for path in (ROOT / "python" / "pacl").glob("*/__init__.py")}
-    folders = {path.parent.name for path in (ROOT / "tests" / "pacl").glob("*/*.py")}
-    assert packages and not packages & folders
+    """In an editable installation, a folder of the tests would be found before the package that has its name."""
+    packages = {path.parent.name for path in (ROOT / "python" / "pacl").glob("*/__init__.py")} | set(PACKAGES)
+    folders = {path.name for path in (ROOT / "tests").rglob("*") if path.is_dir()}
+    assert len(packages) > 2 and not packages & folders

@@ -1,7 +1,7 @@
 """Kill `pacl train`, `features` and `data pack` at random moments, resume them until they end, and compare.
 
-    python tests/pacl/kill_loop.py --kills 50 --seed 0
-    python tests/pacl/kill_loop.py --kills 20 --commands train
+    python tests/package/kill_loop.py --kills 50 --seed 0
+    python tests/package/kill_loop.py --kills 20 --commands train
 
 Every round begins a command in a new folder, kills it up to four times with kill -9, and lets the same command (with
 `--resume latest` for train) finish. Then files, bits and validations must be those of a run that was never killed. A

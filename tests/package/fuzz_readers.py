@@ -5,8 +5,8 @@ of tar files with a right checksum) and read by the functions that the commands 
 ValueError, OSError and BadData, a message of more than one line or with the address of an object, a read that takes
 more than LIMIT_S seconds, or one that takes more than LIMIT_MIB more memory than all before it.
 
-    python tests/pacl/fuzz_readers.py --seconds 60           # all kinds in turn
-    python tests/pacl/fuzz_readers.py --case tar:0:17        # one problem, as a finding prints it
+    python tests/package/fuzz_readers.py --seconds 60           # all kinds in turn
+    python tests/package/fuzz_readers.py --case tar:0:17        # one problem, as a finding prints it
 """
 
 from __future__ import annotations
@@ -110,7 +110,8 @@ def _write_text(folder: Path) -> None:
 
 def _write_features(folder: Path) -> None:
     records = [{"key": f"{i}", "captions": [f"text {i}"], "text": i, "place": [0, i]} for i in range(3)]
-    write_shard(folder, 0, torch.randn(3, 4, 5), torch.randn(3, 6), records)
+    state = {"batches": 0, "workers": 1, "places": [[0, 0]]}
+    write_shard(folder, 0, torch.randn(3, 4, 5), torch.randn(3, 6), records, state)
     file = folder / "features-00000.safetensors"
     shards = [{"name": file.name, "bytes": file.stat().st_size, "count": 3}]
     manifest = {"complete": True, "plan": {"nouns": None}, "shards": shards, "towers": {"fingerprint": [0.5]}}
@@ -343,7 +344,7 @@ def search(cases: Iterator[tuple[str, int, int]], seconds: float) -> tuple[int, 
             tried += 1
             if found is not None:
                 findings += 1
-                print(f"FINDING {kind}: {found}\n  python tests/pacl/fuzz_readers.py --case {kind}:{seed}:{index}")
+                print(f"FINDING {kind}: {found}\n  python tests/package/fuzz_readers.py --case {kind}:{seed}:{index}")
     signal.signal(signal.SIGALRM, before)
     return tried, findings
 
