@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -17,17 +18,19 @@ from pacl.cli import main
 
 
 def fork(run: Callable[[], int], output: Path | None = None) -> int:
-    """Run `run` in a forked process with a session of its own, with `output` as its standard output and error.
+    """Run `run` in a forked process in a process group of its own, with `output` as its standard output and error.
 
     Returns the process's number; its exit status is what `run` returns.
     """
     sys.stdout.flush()
     process = os.fork()
     if process:
+        with contextlib.suppress(OSError):  # the child has done it
+            os.setpgid(process, process)  # here too, so that the group exists when this function returns
         return process
     status = 70
     try:
-        os.setsid()
+        os.setpgid(0, 0)
         out = os.open(output or os.devnull, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(out, 1)
         os.dup2(out, 2)
