@@ -15,6 +15,7 @@ pytest.importorskip("tyro")
 import torch
 from dies import children, fork_pacl, fork_ranks, status
 from pacl.cli import main
+from pacl.data.samples import _unless_disconnected
 from pacl.failures import describe
 from pacl.training.checkpoints import checkpoints
 from pacl.training.trainer import Trainer
@@ -193,3 +194,10 @@ def test_failures_are_told_from_mistakes():
 @pytest.fixture
 def world(run_world) -> Path:
     return run_world
+
+
+def test_a_broken_connection_to_a_reader_is_no_news(capsys):
+    """A signal may end the wait in the midst of a batch's transfer; the reader's thread for it sees that break."""
+    for error in (ConnectionResetError("reset"), EOFError(), KeyError("a mistake")):
+        _unless_disconnected(type(error), error, None)
+    assert capsys.readouterr().err == "KeyError: 'a mistake'\n"

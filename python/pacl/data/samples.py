@@ -16,12 +16,13 @@ import functools
 import itertools
 import os
 import signal
+import sys
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import wait
 from pathlib import Path
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Any, Literal
 
 import torch
@@ -364,3 +365,10 @@ def _outlive_signals(leaving: torch.Tensor, worker: int) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, answer)
+    sys.excepthook = _unless_disconnected
+
+
+def _unless_disconnected(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print an uncaught error, unless it says that the other process has left: a signal may end a wait for a batch."""
+    if not isinstance(error, (ConnectionError, EOFError)):
+        sys.__excepthook__(kind, error, trace)
