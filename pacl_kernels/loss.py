@@ -142,11 +142,11 @@ def fused_pacl_loss(
     check_choice("exchange", exchange, EXCHANGES)
     groups.check(group)
     process_group = groups.lookup(group) if group is None or isinstance(group, str) else group
-    in_group = process_group is not None and process_group.size() > 1
-    pairs = check_pairs(patches, texts, image_ids, text_ids, targets, pair_bias, loss, in_group)
+    if process_group is not None and process_group.size() == 1:
+        process_group = None
+    pairs = check_pairs(patches, texts, image_ids, text_ids, targets, pair_bias, loss, process_group is not None)
     options = Options(form, loss, resolve(backend, patches.device, patches.dtype))
-    if in_group:
-        assert process_group is not None
+    if process_group is not None:
         return global_loss(
             *(patches, texts, logit_scale, patch_mask, attn_temperature, logit_bias),
             *(options, process_group, exchange, pairs),
@@ -162,7 +162,7 @@ def fused_pacl_loss(
             form=form,
             loss=loss,
             logit_bias=logit_bias,
-            **dict(zip(("image_ids", "text_ids", "targets", "pair_bias"), pairs or (), strict=False)),
+            **({} if pairs is None else pairs._asdict()),
         )
     if pairs is not None:
         phi = first_output(CompatibilityFunction, patches, texts, patch_mask, attn_temperature, options)

@@ -35,7 +35,7 @@ class Pairs(NamedTuple):
     image_ids: Tensor | None
     text_ids: Tensor | None
     targets: Tensor | None
-    bias: Tensor | None
+    pair_bias: Tensor | None
 
     def rows(self, at: slice) -> Pairs:
         """Return the pairs of some of the images."""
@@ -44,7 +44,7 @@ class Pairs(NamedTuple):
     def columns(self, at: slice) -> Pairs:
         """Return the pairs of some of the texts."""
         text_ids = None if self.text_ids is None else self.text_ids[at]
-        return Pairs(self.image_ids, text_ids, *(x if x is None else x[:, at] for x in (self.targets, self.bias)))
+        return Pairs(self.image_ids, text_ids, *(x if x is None else x[:, at] for x in (self.targets, self.pair_bias)))
 
 
 class Lines(NamedTuple):
@@ -79,9 +79,9 @@ def logits_and_targets(phi: Tensor, scale: Scalar, bias: Scalar | None, pairs: P
         assert pairs.image_ids is not None and pairs.text_ids is not None
         images = pairs.image_ids[:, None]
         targets = ((images == pairs.text_ids) & (images >= 0)).to(phi.dtype)
-    if pairs.bias is not None:
-        logits = logits.add_(pairs.bias)
-        targets = targets.masked_fill(pairs.bias == float("-inf"), 0.0)
+    if pairs.pair_bias is not None:
+        logits = logits.add_(pairs.pair_bias)
+        targets = targets.masked_fill(pairs.pair_bias == float("-inf"), 0.0)
     return logits, targets
 
 

@@ -86,7 +86,7 @@ def test_damage_is_counted_and_the_good_pairs_are_read(kind, compressed, tmp_pat
     source.on_skip = lambda reason, key, error: skipped.append((reason, key, error))
     pairs = [source.decode(raw) for raw in source.undecoded(0, 0, 1)]
     assert [pair["key"] for pair in pairs if pair] == ["good"] * good
-    # Of a compressed file, the end is known only when it is reached.
+    # The end of a compressed file is known only when it is reached.
     assert source.skipped["archive"] == 1 or compressed and 1 <= source.skipped["archive"] <= 2
     sentences = [error for reason, key, error in skipped if reason == "archive" and key == str(path)]
     assert sentences and all("0x" not in sentence and len(sentence) < 200 for sentence in sentences)
