@@ -90,13 +90,16 @@ def requires_grad(value: Scalar | None) -> Setting:
     return Setting(torch.is_grad_enabled() and isinstance(value, Tensor) and value.requires_grad, bool)
 
 
-_KINDS = ("text i belongs to image i", "ids", "targets")
+_KINDS = ("default", "bias alone", "ids", "targets")
 
 
 def _kind(pairs: Pairs | None) -> str:
-    if pairs is None or pairs.targets is None and pairs.image_ids is None:
-        return _KINDS[0]
-    return _KINDS[1 if pairs.targets is None else 2]
+    """Return what says which pairs are positive; each kind exchanges something else."""
+    if pairs is None:
+        return "default"
+    if pairs.targets is not None:
+        return "targets"
+    return "bias alone" if pairs.image_ids is None else "ids"
 
 
 class GlobalPaclFunction(torch.autograd.Function):

@@ -198,10 +198,17 @@ def test_refuses(given, message, group):
         fused_pacl_loss(torch.randn(2, 3, 4), torch.randn(2, 4), 10.0, **given, group=group)
 
 
-def test_processes_must_agree(group):
+@pytest.mark.parametrize("kind, other", [("ids", "targets"), ("bias alone", "default"), ("ids", "bias alone")])
+def test_processes_must_agree(kind, other, group):
+    """Kinds of pairs that need other collectives are an error in every process; none waits for the others."""
     if group.size() == 1:
         pytest.skip("nobody to agree with")
-    ids = torch.arange(2)
-    given = {"image_ids": ids, "text_ids": ids} if group.rank() == 0 else {"targets": torch.eye(2, 2 * group.size())}
-    with pytest.raises(ValueError, match="pairs is 'ids' on rank 0 of the group and 'targets' on rank 1"):
+    ids, columns = torch.arange(2), 2 * group.size()
+    given = {
+        "ids": {"image_ids": ids, "text_ids": ids},
+        "targets": {"targets": torch.eye(2, columns)},
+        "bias alone": {"pair_bias": torch.zeros(2, columns)},
+        "default": {},
+    }[kind if group.rank() == 0 else other]
+    with pytest.raises(ValueError, match=f"pairs is '{kind}' on rank 0 of the group and '{other}' on rank 1"):
         fused_pacl_loss(torch.randn(2, 3, 4), torch.randn(2, 4), 10.0, **given, group=group)
