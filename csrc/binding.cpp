@@ -35,6 +35,8 @@ const Fields<CompatibilityParams>& compatibility_fields() {
                                                              OPTIONAL(mask_strides),
                                                              NEEDED(phi),
                                                              NEEDED(state),
+                                                             OPTIONAL(scores),
+                                                             OPTIONAL(scores_row_bytes),
                                                              OPTIONAL(grad_phi),
                                                              OPTIONAL(grad_patches),
                                                              OPTIONAL(grad_texts),

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .backends import keeps_scores
 from .checks import Form, Loss, Scalar
 
 
@@ -24,11 +25,14 @@ class Options(NamedTuple):
         form: as in `fused_pacl_loss`.
         loss: as in `fused_pacl_loss`, or None for the compatibility alone.
         backend: name of a backend that can run; not `"auto"`.
+        kept: the memory of the patches' gradient, in which the backend keeps scores from its forward to its backward;
+            the backward takes it out, so a second one computes the scores again. Empty: no scores are kept.
     """
 
     form: Form
     loss: Loss | None
     backend: str
+    kept: list[Tensor] = []  # noqa: RUF012  (never changed: `keeping` makes another)
 
 
 class Inputs(NamedTuple):
@@ -262,6 +266,21 @@ def like(grad: Tensor | None, scalar: Any) -> Tensor | None:
     return None if grad is None else grad.to(scalar.dtype).reshape(scalar.shape)
 
 
+def keeping(options: Options, patches: Tensor, patch_mask: Tensor | None) -> Options:
+    """Return the options of a call that keeps scores, if its backend can and a gradient of the patches is expected.
+
+    Only for one call of a Function outside of `torch.compile` and `torch.func`, which do not allow a backward to write
+    into what the forward has made.
+    """
+    if not (torch.is_grad_enabled() and patches.requires_grad) or torch.compiler.is_compiling():
+        return options
+    if not keeps_scores(options.backend, options.form, patches.dtype) or patch_mask is not None:
+        return options
+    if torch._C._are_functorch_transforms_active():
+        return options
+    return options._replace(kept=[patches.new_empty(patches.shape)])
+
+
 def compatibility(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
     """Return φ `[B, K]` and the backend's state `[B, K]`, which its backward reads."""
     patches, texts, patch_mask, attn_temperature = inputs
@@ -269,8 +288,9 @@ def compatibility(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
     phi = patches.new_empty(patches.shape[0], texts.shape[0], dtype=dtype)
     state = torch.empty_like(phi)
     ops.compatibility_forward(
-        patches, texts, patch_mask, *ops.pair(attn_temperature), options.form, options.backend, phi, state
-    )
+        patches, texts, patch_mask, *ops.pair(attn_temperature), options.form, options.backend, phi, state,
+        *(options.kept or (None,)),
+    )  # fmt: skip
     return phi, state
 
 
@@ -287,12 +307,15 @@ def compatibility_gradients(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Return the needed gradients of patches, texts (in `texts_dtype`, by default their own) and temperature."""
     patches, texts, patch_mask, attn_temperature = inputs
-    grad_patches = patches.new_empty(patches.shape) if needs_patches else None
+    grad_patches, keeps_scores = None, False
+    if needs_patches:
+        keeps_scores = bool(options.kept)
+        grad_patches = options.kept.pop() if keeps_scores else patches.new_empty(patches.shape)
     grad_texts = texts.new_empty(texts.shape, dtype=texts_dtype) if needs_texts else None
     grad_temperature = phi.new_empty(()) if needs_temperature else None
     if needs_patches or needs_texts or needs_temperature:
         ops.compatibility_backward(
             patches, texts, patch_mask, *ops.pair(attn_temperature), options.form, options.backend,
-            phi, state, grad_phi, grad_patches, grad_texts, grad_temperature,
+            phi, state, keeps_scores, grad_phi, grad_patches, grad_texts, grad_temperature,
         )  # fmt: skip
     return grad_patches, grad_texts, grad_temperature

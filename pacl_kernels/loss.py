@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import groups, reference
-from .autograd import CompatibilityFunction, Options, PaclFunction, PairLossFunction, first_output
+from .autograd import CompatibilityFunction, Options, PaclFunction, PairLossFunction, first_output, keeping
 from .backends import resolve
 from .checks import (
     EXCHANGES,
@@ -164,6 +164,7 @@ def fused_pacl_loss(
             logit_bias=logit_bias,
             **({} if pairs is None else pairs._asdict()),
         )
+    options = keeping(options, patches, patch_mask)
     if pairs is not None:
         phi = first_output(CompatibilityFunction, patches, texts, patch_mask, attn_temperature, options)
         return first_output(PairLossFunction, phi, logit_scale, logit_bias, *pairs, loss)
@@ -220,6 +221,7 @@ def compatibility(
             attn_temperature=attn_temperature,
             form=form,
         )
+    options = keeping(options, patches, patch_mask)
     return first_output(CompatibilityFunction, patches, texts, patch_mask, attn_temperature, options)
 
 

@@ -29,7 +29,7 @@ def _join(tensor: Tensor | None, value: float | None, dtype: torch.dtype) -> Any
     return scalar(value if tensor is None else tensor, dtype)
 
 
-@torch.library.custom_op("pacl_kernels::compatibility_forward", mutates_args=("phi", "state"))
+@torch.library.custom_op("pacl_kernels::compatibility_forward", mutates_args=("phi", "state", "scores"))
 def compatibility_forward(
     patches: Tensor,
     texts: Tensor,
@@ -40,17 +40,20 @@ def compatibility_forward(
     backend: str,
     phi: Tensor,
     state: Tensor,
+    scores: OptionalTensor,
 ) -> None:
     """Write compatibility φ `[B, K]` and `state` `[B, K]`, which the backward of the same backend reads.
 
     `patches` `[B, N, D]`, `texts` `[K, D]`, `patch_mask` bool `[B, N]`. The state is the log-sum-exp over patches of
     s / τ, or another number from which the backend can recompute the attention. For form "max" it is the index n of
-    the winning patch (exact in float32 for N < 2**24), -1 for an image without a patch.
+    the winning patch (exact in float32 for N < 2**24), -1 for an image without a patch. `scores`, for a backend with
+    `keeps_scores`, is memory like the patches in which scores stay for the backward, as many as there is room for.
     """
     if phi.numel():
         tau = _join(temperature, temperature_value, phi.dtype)
         with without_autocast(patches.device.type):
-            backends.get(backend).compatibility_forward(patches, texts, patch_mask, tau, form, phi, state)
+            kept = {} if scores is None else {"scores": scores}
+            backends.get(backend).compatibility_forward(patches, texts, patch_mask, tau, form, phi, state, **kept)
 
 
 @compatibility_forward.register_fake
@@ -71,6 +74,7 @@ def compatibility_backward(
     backend: str,
     phi: Tensor,
     state: Tensor,
+    keeps_scores: bool,
     grad_phi: Tensor,
     grad_patches: OptionalTensor,
     grad_texts: OptionalTensor,
@@ -78,7 +82,8 @@ def compatibility_backward(
 ) -> None:
     """Write gradients from ∂L/∂φ `[B, K]` into the buffers that are not None: like patches, like texts, and 0-D.
 
-    The buffer of the texts' gradient may be float32 for texts of any dtype.
+    The buffer of the texts' gradient may be float32 for texts of any dtype. `keeps_scores`: the buffer of the patches'
+    gradient holds the scores of the forward.
     """
     if not phi.numel():
         for grad in (grad_patches, grad_texts, grad_temperature):
@@ -90,6 +95,7 @@ def compatibility_backward(
         backends.get(backend).compatibility_backward(
             *(patches, texts, patch_mask, tau, form, phi, state),
             *(grad_phi, grad_patches, grad_texts, grad_temperature),
+            **({"keeps_scores": True} if keeps_scores else {}),
         )
 
 

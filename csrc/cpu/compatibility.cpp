@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "calls.h"
+#include "kept.h"
 #include "plan.h"
 #include "team.h"
 
@@ -45,6 +46,14 @@ void populate_gradients(const CompatibilityParams& p, const Rows& rows, int64_t 
   populate((char*)p.grad_patches + begin * gradient_row_bytes(p), (end - begin) * gradient_row_bytes(p));
 }
 
+// Populates the memory of the scores that a task of the forward keeps.
+void populate_scores(const CompatibilityParams& p, int64_t width, int64_t image, int64_t image_last, int64_t panel,
+                     int64_t panel_last) {
+  for (; panel < panel_last; ++panel)
+    visit_scores(p, width, panel, image * p.patches_per_image, (image_last - image) * p.patches_per_image,
+                 [&](float* place, int64_t, int64_t some) { populate((char*)place, some * width * 4); });
+}
+
 void open_texts(const CompatibilityParams& p, const Plan& plan, int64_t first, Texts& texts) {
   texts.first = first;
   texts.count = least(plan.texts_block, p.text_count - first);
@@ -70,6 +79,8 @@ void forward(const Plan& plan, const CompatibilityParams& p, Arena arena) {
       team.phase(panels, [&](int64_t panel) { kernels.pack_texts(p, texts, panel, scratch.row); });
       team.phase(groups * ranges, [&](int64_t task) {
         const int64_t image = task / ranges * plan.group, panel = task % ranges * plan.text_panels;
+        populate_scores(p, kernels.panel, image, least(image + plan.group, p.images), texts.first / kernels.panel + panel,
+                        texts.first / kernels.panel + least(panel + plan.text_panels, panels));
         kernels.forward(p, row_start.data(), image, least(image + plan.group, p.images), texts, panel,
                         least(panel + plan.text_panels, panels), image + plan.group * plan.threads, scratch);
       });
@@ -179,6 +190,7 @@ bool backward(const Plan& plan, CompatibilityParams p, Arena arena) {
       const Block* next = number + 1 < blocks.size() ? &blocks[number + 1] : nullptr;
       Rows rows = shared_rows[number % 2];
       rows.count = block.starts.back();
+      rows.first = block.first_row;
       rows.means = block.share.size();
       rows.image_begin = block.image_begin.data();
       rows.share = block.share.data();
@@ -246,8 +258,23 @@ bool backward(const Plan& plan, CompatibilityParams p, Arena arena) {
 
 }  // namespace
 
+// Returns the call with scores_group set: to the rows of a block of the backward, which forward and backward must agree
+// on. With a matrix unit, computing a score again takes less time than storing and loading it.
+CompatibilityParams with_kept_scores(CompatibilityParams p) {
+  p.scores_group = 0;
+  const Kernels& kernels = select_kernels(p.dtype, p.dim);
+  if (!p.scores || p.mask || p.form == Form::max || kernels.matrix) return p;
+  CompatibilityParams backward = p;
+  backward.grad_patches = p.scores;  // its presence counts
+  const Plan plan(backward, true, kernels);
+  if (plan.means) return p;  // its blocks are of many sizes
+  p.scores_group = plan.cosine ? plan.rows_block / plan.image_rows * p.patches_per_image : plan.rows_block;
+  return p;
+}
+
 Planned compatibility_forward(const CompatibilityParams& params) {
-  const auto plan = std::make_shared<const Plan>(params, false, select_kernels(params.dtype, params.dim));
+  const auto plan =
+      std::make_shared<const Plan>(with_kept_scores(params), false, select_kernels(params.dtype, params.dim));
   const int64_t bytes = plan->workspace_bytes();
   return {.workspace_bytes = bytes,
           .run = [=](char* workspace) { forward(*plan, plan->p, open_workspace(workspace, bytes)); }};
@@ -260,7 +287,7 @@ Planned compatibility_backward(const CompatibilityParams& params) {
   if (params.form == Form::max) return max_backward(params);
   const Kernels &kernels = select_kernels(params.dtype, params.dim),
                 &exact = select_kernels(Dtype::float32, params.dim);
-  const auto plan = std::make_shared<const Plan>(params, true, kernels);
+  const auto plan = std::make_shared<const Plan>(params.scores ? with_kept_scores(params) : params, true, kernels);
   if (kernels.pair == 1) {
     const int64_t bytes = plan->workspace_bytes();
     return {.workspace_bytes = bytes, .run = [=](char* workspace) {
@@ -277,6 +304,7 @@ Planned compatibility_backward(const CompatibilityParams& params) {
             if (backward(*plan, p, arena)) return;
             if (p.texts_sum) std::memset(p.texts_sum, 0, sizeof(float) * accumulator_floats(p));
             p.fresh_gradient = false;
+            p.scores_group = 0;  // they are products of other kernels
             std::vector<float> again;
             if (p.form == Form::dot) {  // s - φ is divided by τ, so both must come from the same kernels
               const int64_t pairs = p.images * p.text_count;

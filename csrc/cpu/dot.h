@@ -1,6 +1,7 @@
 // The dot form's weights.
 #pragma once
 
+#include "kept.h"
 #include "softmax.h"
 #include "weights.h"
 
@@ -53,8 +54,12 @@ WeightSums dot_weights(const CompatibilityParams& p, const Rows& rows, int64_t f
   WeightSums sums;
   for (int64_t panel = panel_first; panel < panel_last; ++panel) {
     const int64_t k = panel * kPanel, live = texts.count - k;
-    product<Op>(left, rows.capacity, last - first, texts.transposed + panel * units * kPanel, inner, scratch.scores,
-                false, &ahead);
+    int64_t found = last - first;
+    if (const float* kept = kept_scores(p, kPanel, texts.first / kPanel + panel, rows.first + first, found))
+      memcpy(scratch.scores, kept, sizeof(float) * found * kPanel);
+    else
+      product<Op>(left, rows.capacity, last - first, texts.transposed + panel * units * kPanel, inner, scratch.scores,
+                  false, &ahead);
     for (int64_t begin = first, end; begin < last; begin = end) {
       end = segment_end(rows, begin, last);
       float* scores = scratch.scores + (begin - first) * kPanel;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cosine.h"
+#include "kept.h"
 #include "max.h"
 
 namespace {
@@ -155,6 +156,11 @@ void forward(const CompatibilityParams& p, const int64_t* row_start, int64_t fir
 #endif
       product<Op>(rows.units, rows.capacity, count, texts.transposed + panel * units * kPanel, inner, scratch.scores,
                   false, &ahead);
+      if (p.scores_group)  // without a mask
+        visit_scores(p, kPanel, texts.first / kPanel + panel, cosine ? first * p.patches_per_image : row,
+                     cosine ? segment_end(rows, 0, count) : count, [&](float* to, int64_t done, int64_t some) {
+                       memcpy(to, scratch.scores + done * kPanel, sizeof(float) * some * kPanel);
+                     });
       add_scores<Op>(p, first, rows, 0, count, texts, panel, columns, column, scratch);
     }
   }

@@ -43,6 +43,11 @@ struct CompatibilityParams {
   // log Σ exp((s - phi) / τ), the entropy of the attention: it is small, hence so is its rounding error. Max form: the
   // winner's index n, or -1 without a patch.
   float* state;
+  // Memory in which the forward keeps scores for the backward, which then does not compute them again; null: none. See
+  // kept.h. It may be the memory of grad_patches.
+  char* scores;
+  int64_t scores_row_bytes;  // bytes for each row of the call
+  int64_t scores_group;      // rows that share a piece of the memory, 0 if none are kept; set by the functions of calls.h
   // Backward only; a null gradient is not computed.
   const float* grad_phi;    // [B, K]
   void* grad_patches;       // [B, N, D], contiguous

@@ -117,6 +117,14 @@ def _best(device: torch.device, dtype: torch.dtype) -> str:
     return "torch"
 
 
+def keeps_scores(backend: str, form: str, dtype: torch.dtype) -> bool:
+    """Return True if the backend can keep scores for its backward in the memory of the patches' gradient.
+
+    Its functions then take `scores` and `keeps_scores`, as the operators do.
+    """
+    return backend == "cpu" and cpu.keeps_scores(form, dtype)
+
+
 _warned: set[str] = set()
 
 

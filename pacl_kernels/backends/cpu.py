@@ -73,15 +73,19 @@ def why_not(device: torch.device | None = None, dtype: torch.dtype | None = None
 
 def compatibility_forward(
     patches: Tensor, texts: Tensor, patch_mask: Tensor | None, temperature: Scalar, form: str,
-    phi: Tensor, state: Tensor,
+    phi: Tensor, state: Tensor, scores: Tensor | None = None,
 ) -> None:  # fmt: skip
-    _run(_native.compatibility_forward(_params(patches, texts, patch_mask, temperature, form, phi, state)))
+    params = _params(patches, texts, patch_mask, temperature, form, phi, state)
+    if scores is not None:
+        params.set(**_kept(scores))
+    _run(_native.compatibility_forward(params))
 
 
 def compatibility_backward(
     patches: Tensor, texts: Tensor, patch_mask: Tensor | None, temperature: Scalar, form: str,
     phi: Tensor, state: Tensor, grad_phi: Tensor,
     grad_patches: Tensor | None, grad_texts: Tensor | None, grad_temperature: Tensor | None,
+    keeps_scores: bool = False,
 ) -> None:  # fmt: skip
     params = _params(patches, texts, patch_mask, temperature, form, phi, state)
     texts_sum = phi.new_zeros(params.accumulator_floats()) if grad_texts is not None else None
@@ -93,7 +97,15 @@ def compatibility_backward(
         texts_sum=_address(texts_sum),
         grad_temperature=_address(grad_temperature),
     )
+    if keeps_scores:
+        assert grad_patches is not None
+        params.set(**_kept(grad_patches))
     _run(_native.compatibility_backward(params))
+
+
+def keeps_scores(form: str, dtype: torch.dtype) -> bool:
+    """Return True if scores may be kept. With a matrix unit, computing them again is faster than storing them."""
+    return form != "max" and (dtype != torch.bfloat16 or "amx" not in _native.cpu_isa())
 
 
 def upsample_argmax(
@@ -154,6 +166,11 @@ def _params(
         phi=phi.data_ptr(),
         state=state.data_ptr(),
     )
+
+
+def _kept(scores: Tensor) -> dict[str, int]:
+    """Return the fields for memory that is shaped like the patches and holds scores."""
+    return {"scores": scores.data_ptr(), "scores_row_bytes": scores.shape[2] * scores.element_size()}
 
 
 def _run(call: Any) -> None:
