@@ -316,6 +316,6 @@ def compatibility_gradients(
     if needs_patches or needs_texts or needs_temperature:
         ops.compatibility_backward(
             patches, texts, patch_mask, *ops.pair(attn_temperature), options.form, options.backend,
-            phi, state, keeps_scores, grad_phi, grad_patches, grad_texts, grad_temperature,
+            phi, state, grad_phi, grad_patches, grad_texts, grad_temperature, keeps_scores,
         )  # fmt: skip
     return grad_patches, grad_texts, grad_temperature

@@ -40,7 +40,7 @@ def compatibility_forward(
     backend: str,
     phi: Tensor,
     state: Tensor,
-    scores: OptionalTensor,
+    scores: OptionalTensor = None,
 ) -> None:
     """Write compatibility φ `[B, K]` and `state` `[B, K]`, which the backward of the same backend reads.
 
@@ -74,11 +74,11 @@ def compatibility_backward(
     backend: str,
     phi: Tensor,
     state: Tensor,
-    keeps_scores: bool,
     grad_phi: Tensor,
     grad_patches: OptionalTensor,
     grad_texts: OptionalTensor,
     grad_temperature: OptionalTensor,
+    keeps_scores: bool = False,
 ) -> None:
     """Write gradients from ∂L/∂φ `[B, K]` into the buffers that are not None: like patches, like texts, and 0-D.
 

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "calls.h"
+#include "cosine_cost.h"
 #include "kept.h"
 #include "plan.h"
 #include "team.h"
@@ -79,7 +80,8 @@ void forward(const Plan& plan, const CompatibilityParams& p, Arena arena) {
       team.phase(panels, [&](int64_t panel) { kernels.pack_texts(p, texts, panel, scratch.row); });
       team.phase(groups * ranges, [&](int64_t task) {
         const int64_t image = task / ranges * plan.group, panel = task % ranges * plan.text_panels;
-        populate_scores(p, kernels.panel, image, least(image + plan.group, p.images), texts.first / kernels.panel + panel,
+        populate_scores(p, kernels.panel, image, least(image + plan.group, p.images),
+                        texts.first / kernels.panel + panel,
                         texts.first / kernels.panel + least(panel + plan.text_panels, panels));
         kernels.forward(p, row_start.data(), image, least(image + plan.group, p.images), texts, panel,
                         least(panel + plan.text_panels, panels), image + plan.group * plan.threads, scratch);
@@ -258,14 +260,28 @@ bool backward(const Plan& plan, CompatibilityParams p, Arena arena) {
 
 }  // namespace
 
+// Returns the kernels of a call. In the cosine form with many patches and few texts, pooled patches in float32 are
+// cheaper than a Gram matrix in bfloat16. The matrix unit multiplies about 8 times as fast as float32, and computes
+// q = G a from three bfloat16 products.
+const Kernels& kernels_of(const CompatibilityParams& p) {
+  const Kernels& own = select_kernels(p.dtype, p.dim);
+  if (p.form != Form::cosine || own.pair == 1) return own;
+  const CosineCost cost(p, p.patches_per_image);
+  const double gram = own.matrix ? cost.gram(8, 3.0 / 8) : cost.gram(2, 1);
+  return cost.pooled() < gram ? select_kernels(Dtype::float32, p.dim) : own;
+}
+
 // Returns the call with scores_group set: to the rows of a block of the backward, which forward and backward must agree
 // on. With a matrix unit, computing a score again takes less time than storing and loading it.
 CompatibilityParams with_kept_scores(CompatibilityParams p) {
   p.scores_group = 0;
-  const Kernels& kernels = select_kernels(p.dtype, p.dim);
-  if (!p.scores || p.mask || p.form == Form::max || kernels.matrix) return p;
-  CompatibilityParams backward = p;
-  backward.grad_patches = p.scores;  // its presence counts
+  if (!p.scores || p.mask || p.form == Form::max) return p;
+  CompatibilityParams forward = p, backward = p;
+  forward.grad_phi = nullptr;
+  backward.grad_phi = p.phi;  // only its presence counts, and that of the gradient
+  backward.grad_patches = p.scores;
+  const Kernels& kernels = kernels_of(backward);
+  if (kernels.matrix || &kernels != &kernels_of(forward)) return p;
   const Plan plan(backward, true, kernels);
   if (plan.means) return p;  // its blocks are of many sizes
   p.scores_group = plan.cosine ? plan.rows_block / plan.image_rows * p.patches_per_image : plan.rows_block;
@@ -273,8 +289,7 @@ CompatibilityParams with_kept_scores(CompatibilityParams p) {
 }
 
 Planned compatibility_forward(const CompatibilityParams& params) {
-  const auto plan =
-      std::make_shared<const Plan>(with_kept_scores(params), false, select_kernels(params.dtype, params.dim));
+  const auto plan = std::make_shared<const Plan>(with_kept_scores(params), false, kernels_of(params));
   const int64_t bytes = plan->workspace_bytes();
   return {.workspace_bytes = bytes,
           .run = [=](char* workspace) { forward(*plan, plan->p, open_workspace(workspace, bytes)); }};
@@ -285,9 +300,8 @@ Planned compatibility_backward(const CompatibilityParams& params) {
   if (params.grad_texts && !params.texts_sum)
     throw std::invalid_argument("texts_sum is missing, which grad_texts needs");
   if (params.form == Form::max) return max_backward(params);
-  const Kernels &kernels = select_kernels(params.dtype, params.dim),
-                &exact = select_kernels(Dtype::float32, params.dim);
-  const auto plan = std::make_shared<const Plan>(params.scores ? with_kept_scores(params) : params, true, kernels);
+  const Kernels &kernels = kernels_of(params), &exact = select_kernels(Dtype::float32, params.dim);
+  const auto plan = std::make_shared<const Plan>(with_kept_scores(params), true, kernels);
   if (kernels.pair == 1) {
     const int64_t bytes = plan->workspace_bytes();
     return {.workspace_bytes = bytes, .run = [=](char* workspace) {

@@ -130,7 +130,8 @@ WeightSums cosine_weights(const CompatibilityParams& p, const Rows& rows, int64_
   for (int64_t panel = panel_first; panel < panel_last; ++panel) {
     const int64_t k = panel * kPanel, live = texts.count - k;
     int64_t found = count;
-    if (const float* kept = kept_scores(p, kPanel, texts.first / kPanel + panel, rows.image[first] * p.patches_per_image, found))
+    if (const float* kept =
+            kept_scores(p, kPanel, texts.first / kPanel + panel, rows.image[first] * p.patches_per_image, found))
       memcpy(scratch.scores, kept, sizeof(float) * found * kPanel);
     else
       product<Op>(left, rows.capacity, count, texts.transposed + panel * units * kPanel, inner, scratch.scores, false,

@@ -1,7 +1,8 @@
-// The cosine form from the pooled patch v = Σ a p̂: in float32 if there are more patches than dimensions, in double if
-// patches cancel. See cosine.h.
+// The cosine form from the pooled patch v = Σ a p̂: in float32 where that is cheaper than G, in double if patches
+// cancel. See cosine.h.
 #pragma once
 
+#include "cosine_cost.h"
 #include "softmax.h"
 
 namespace {
@@ -115,10 +116,12 @@ void pool_patches_in_double(const CompatibilityParams& p, const Rows& rows, int6
   }
 }
 
-// Returns true if pooling is cheaper than computing G: in float32, with more patches than dimensions.
+// Returns true if pooling is cheaper than computing G. It is float32 only: rounding the attention or the pooled patch
+// to bfloat16 would show in φ. See select_cosine_kernels for calls in bfloat16.
 template <class Op>
 inline bool pools_patches(const CompatibilityParams& p, int64_t count) {
-  return Op::kPair == 1 && count > p.dim;
+  const CosineCost cost(p, count);
+  return Op::kPair == 1 && cost.pooled() < cost.gram(1, 1);
 }
 
 // Computes scratch.pooled_patch [D, panel] = Σ e p̂ in float32. Overwrites scratch.scaled.

@@ -47,7 +47,7 @@ struct CompatibilityParams {
   // kept.h. It may be the memory of grad_patches.
   char* scores;
   int64_t scores_row_bytes;  // bytes for each row of the call
-  int64_t scores_group;      // rows that share a piece of the memory, 0 if none are kept; set by the functions of calls.h
+  int64_t scores_group;  // rows that share a piece of the memory, 0 if none are kept; set by the functions of calls.h
   // Backward only; a null gradient is not computed.
   const float* grad_phi;    // [B, K]
   void* grad_patches;       // [B, N, D], contiguous
