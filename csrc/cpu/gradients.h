@@ -38,8 +38,8 @@ float finish_row(const float* sums, int64_t sums_capacity, const float* units, i
   }
   const float inv_squared = inv_norm * inv_norm;
   const auto sum_of = [&](int64_t d, int v) {
-    const V x = load(dims_at<Float32>(sums, sums_capacity, 0, d) + v * kLanes);
-    return kMean ? fma(load(dims_at<Float32>(mean, kMeansCapacity, 0, d) + v * kLanes), inv_norm, x) : x;
+    const V x = load(sums + d * sums_capacity + v * kLanes);
+    return kMean ? fma(load(mean + d * kMeansCapacity + v * kLanes), inv_norm, x) : x;
   };
   V dot[2]{}, rest[2]{};
   for (int64_t d = 0; d < dims; d += kPanel) {

@@ -46,18 +46,20 @@ const float* row_units_at(const void* base, int64_t offset, int64_t stride, int6
 
 template <class Op>
 float inverse_norm(const float* units, int64_t padded) {
-  V even{}, odd{};
-  for (int64_t i = 0; i < padded; i += kLanes) {
-    V x = load(units + i);
-    if (Op::kPair == 1) {
-      even = fma(x, x, even);
-    } else {
-      V low = from_bits(bits(x) << 16), high = from_bits(bits(x) & (int32_t)0xFFFF0000);
-      even = fma(low, low, even);
-      odd = fma(high, high, odd);
+  V sums[4]{};  // independent chains: an FMA takes four cycles
+  for (int64_t i = 0; i < padded; i += kPanel) {
+    for (int v = 0; v < 2; ++v) {
+      V x = load(units + i + v * kLanes);
+      if (Op::kPair == 1) {
+        sums[v] = fma(x, x, sums[v]);
+      } else {
+        V low = from_bits(bits(x) << 16), high = from_bits(bits(x) & (int32_t)0xFFFF0000);
+        sums[2 * v] = fma(low, low, sums[2 * v]);
+        sums[2 * v + 1] = fma(high, high, sums[2 * v + 1]);
+      }
     }
   }
-  float squared = sum(even + odd);
+  float squared = sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
   return squared < kMinNormSquared ? 0.0f : 1.0f / __builtin_sqrtf(squared);
 }
 
@@ -160,8 +162,10 @@ void pack_rows(const CompatibilityParams& p, const int64_t* row_start, int64_t f
     to.index[at] = padding ? -1 : (int32_t)n;
     to.range_scale[at] = 1.0f;
     to.inv_norm[at] = padding ? 0.0f : inverse_norm_in_range<Op>(source, units, buffer, to.range_scale[at]);
-    for (int64_t u = 0; u < units; u += kPanel)
-      memcpy(to.units + (u / kPanel * to.capacity + at) * kPanel, source + u, sizeof(float) * kPanel);
+    float* out = to.units + at * kPanel;
+    const int64_t apart = to.capacity * kPanel;
+    for (int64_t u = 0; u < units; u += kPanel, out += apart)
+      for (int v = 0; v < 2; ++v) store(out + v * kLanes, load(source + u + v * kLanes));
     if (Op::kPair == 2 && to.row_units && (at & 1))
       interleave(even, source, padded_dim(p.dim), to.row_units + at / 2 * kPanel, to.capacity / 2 * kPanel);
     even = source;

@@ -21,6 +21,7 @@ CASES = [
     Case(9, 100, 64, K=33, tau=0.02),
     Case(9, 100, 64, K=33, tau=1.0),
     Case(9, 100, 64, K=33, mask="random"),
+    Case(400, 5, 128, K=40, tau=1.0),  # in bfloat16, blocks that are shortened because they hold many images
 ]
 
 
