@@ -58,3 +58,12 @@ def test_a_machine_without_the_tools_is_told(variable, value, words, monkeypatch
     assert main(["--check"]) == 0
     assert words in capsys.readouterr().out
     assert main([]) == 1
+
+
+def test_a_source_that_does_not_compile_is_named(tmp_path, monkeypatch):
+    if missing := instruction_counts.why_not():
+        pytest.skip(missing)
+    (source := tmp_path / "changed.cpp").write_text('#include "cpu/calls.h"\nauto call = pacl::no_such_function;\n')
+    monkeypatch.setattr(instruction_counts, "SOURCES", {str(source): ()})
+    with pytest.raises(SystemExit, match=r"changed\.cpp does not compile .*must fit csrc/cpu/calls\.h"):
+        instruction_counts.build(tmp_path)
