@@ -12,13 +12,13 @@ import pytest
 import torch
 from pacl.cli import main
 from pacl.flags import parse
-from pacl.segment.draw import SCALE, _fitting, heat, label_image, overlay, png, voc_palette, with_legend, word_colours
+from pacl.segment.draw import SCALE, heat, label_image, overlay, png, voc_palette, with_legend, word_colours
 from pacl.segment.options import ServeOptions
 from pacl.segment.predict import Segmenter
 from pacl.segment.run import SOME_LEFT_OUT, _slug, _stems
 from pacl.sharing import load_pacl
 from pictures import encode, picture
-from PIL import Image, ImageFont
+from PIL import Image
 
 torch.set_num_threads(1)
 
@@ -288,15 +288,12 @@ def test_overlay_of_labels():
 def test_legend_and_label_image():
     base = Image.new("RGB", (300, 100), "blue")
     odd = "two\nlines \x1b[31m" + "x" * 500
-    sheet = with_legend(base, [((255, 0, 0), odd), ((0, 255, 0), "b")], (0.0, 0.5))
+    sheet = with_legend(base, [((255, 0, 0), odd, "5 %"), ((0, 255, 0), "b", "")], (0.0, 0.5))
     assert sheet.width == 300 and sheet.height == 100 + 3 * 22 + 8
     assert sheet.crop((0, 0, 300, 100)).getcolors() == [(30000, (0, 0, 255))]
     found = np.asarray(sheet)[100:]
     assert (found == (255, 0, 0)).all(-1).sum() > 100 and (found == (0, 255, 0)).all(-1).sum() > 100
     assert with_legend(Image.new("RGB", (10, 10))).width == 320
-    font = ImageFont.load_default(14)
-    fitting = _fitting(odd, font, 150)
-    assert fitting.startswith("two lines  [31mxx") and fitting.endswith("x...") and font.getlength(fitting) <= 150
     labels = torch.tensor([[0, 2], [1, 255]], dtype=torch.int16)
     again = Image.open(io.BytesIO(png(label_image(labels, voc_palette(256)))))
     assert np.array_equal(again, labels)

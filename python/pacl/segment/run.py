@@ -132,12 +132,12 @@ def _look(options: LookOptions, segmenter: Segmenter, texts: Texts, rule: dict, 
             lines.append(f"  {printable(name)[:24]:<24}{cosines}{100 * row['pixels']:13.1f} %")
         print("\n".join(lines), flush=True)
         entries = [
-            (colour, f"{name}  {100 * row['pixels']:.0f} %") for colour, (name, row) in zip(colours, rows, strict=True)
+            (colour, name, f"{100 * row['pixels']:.0f} %") for colour, (name, row) in zip(colours, rows, strict=True)
         ]
         yield "overlay.png", png(with_legend(overlay(image, labels, colours=colours), entries))
         for i, (name, values) in enumerate(zip(texts.names, scores, strict=True), 1):
             picture = overlay(image, dense.enlarged(values[None])[0], scale=options.scale)
-            entry = (None, f"{name}  {float(values.max()):.2f}")
+            entry = (None, name, f"{float(values.max()):.2f}")
             yield f"{i:02}-{_slug(name)}.png", png(with_legend(picture, [entry], options.scale))
 
     return show
@@ -153,7 +153,7 @@ def _segment(options: SegmentOptions, segmenter: Segmenter, texts: Texts, rule: 
         labels = dense.labels(texts, **rule).labels
         shares = _shares(labels, len(names))
         present = sorted(np.flatnonzero(shares), key=lambda i: -shares[i])[:40]
-        entries = [(colours[i], f"{names[i]}  {100 * shares[i]:.0f} %") for i in present]
+        entries = [(colours[i], names[i], f"{100 * shares[i]:.0f} %") for i in present]
         yield "overlay.png", png(with_legend(overlay(image, labels, colours=colours), entries))
         yield "labels.png", png(label_image(labels, colours))
         rows = _rows(dense, texts, shares, has_background)
