@@ -34,4 +34,4 @@ def next_command(*words: str | os.PathLike) -> str:
 
     words: the command's words after "pacl", the user's own paths among them.
     """
-    return "Next: " + shlex.join(["pacl", *map(os.fspath, words)])
+    return "Next: " + shlex.join(["pacl", *(os.fspath(word) for word in words)])
