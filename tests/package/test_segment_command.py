@@ -13,9 +13,10 @@ import torch
 from pacl.cli import main
 from pacl.flags import parse
 from pacl.segment.draw import SCALE, heat, label_image, overlay, png, voc_palette, with_legend, word_colours
+from pacl.segment.images import SOME_LEFT_OUT
 from pacl.segment.options import ServeOptions
 from pacl.segment.predict import Segmenter
-from pacl.segment.run import SOME_LEFT_OUT, _slug, _stems
+from pacl.segment.run import _slug, _stems
 from pacl.sharing import load_pacl
 from pictures import encode, picture
 from PIL import Image
@@ -203,7 +204,7 @@ def test_maps_without_differences_say_so(images, untrained, tmp_path, capsys):
         )
         segmenter = Segmenter(*load_pacl(untrained / "run/embedder"))
         scores = segmenter.scores(Image.open(images / "a.jpg"), ["dog", "grass"])
-        assert float(found[1]) == pytest.approx(float(scores.max() if end == "highest" else scores.min()), abs=0.001)
+        assert float(found[1]) == pytest.approx(float(scores.max() if end == "highest" else scores.min()), abs=0.005)
         low, high = map(float, found[2].removeprefix("--scale=").split(","))
         assert low <= scores.min() and scores.max() < high < scores.max() + 0.02
         assert run(untrained, "look", *arguments, found[2], out=tmp_path) == 0
@@ -232,7 +233,7 @@ def test_a_full_disk_ends_the_run(images, untrained, tmp_path):
 
 def test_names_of_files():
     assert _slug("../../a\\b:c\x00") == "a_b_c" and _slug("rote Bälle") == "rote_Bälle" and _slug("???") == "_"
-    assert len(_slug("x" * 500)) == 40
+    assert len(_slug("x" * 500)) == 40 and _slug("कुत्ता, 狗") == "कुत्ता_狗"
     paths = [Path(folder, name) for folder in "ab" for name in ("x.jpg", "x.png", "y.png")]
     stems = list(_stems(paths, paths))
     assert stems == ["x", "x~2", "y", "x~3", "x~4", "y~2"]

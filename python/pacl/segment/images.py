@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 from ..data.images import IMAGE_FORMATS, IMAGE_SUFFIXES, UNREAD_SUFFIXES, TooManyPixels, read_image
 from ..failures import describe
+from ..files import visible_files
 from ..formats import one_line
 
-__all__ = ["READ", "find_images", "read_image", "why_left_out"]
+__all__ = ["READ", "SOME_LEFT_OUT", "find_images", "read_image", "why_left_out"]
 
 READ = ", ".join(IMAGE_FORMATS)
+SOME_LEFT_OUT = 3  # the exit status of a command that used some images and left others out
 
 
 def find_images(paths: Iterable[Path], without: Path | None = None) -> list[Path]:
@@ -36,7 +38,7 @@ def find_images(paths: Iterable[Path], without: Path | None = None) -> list[Path
             continue
         if without is not None and os.path.realpath(path) == os.path.realpath(without):
             raise ValueError(f"out: got {without}, a folder of images, expected another folder for the results")
-        for file in sorted(_visible_files(path, seen)):
+        for file in sorted(map(Path, visible_files(path, seen))):
             if file.suffix.lower()[1:] in IMAGE_SUFFIXES + UNREAD_SUFFIXES:
                 found.append(file)
             else:
@@ -56,18 +58,3 @@ def why_left_out(path: Path, error: Exception) -> str:
     if isinstance(error, OSError):
         return (error.strerror or one_line(error)).removeprefix(f"{path} ")
     return one_line(error)[:300] or type(error).__name__
-
-
-def _visible_files(folder: Path, seen: set[str]) -> Iterator[Path]:
-    """Yield the files of a folder and its subfolders, but not hidden ones nor those of the folders `seen`.
-
-    The folders are added to `seen`, by their real paths: links may lead to a folder twice.
-    """
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        real = os.path.realpath(parent)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from (Path(parent, name) for name in files if not name.startswith("."))

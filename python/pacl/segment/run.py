@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import re
 import sys
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -20,13 +20,12 @@ from ..formats import printable
 from ..processes import choose_device
 from ..sharing import load_model
 from .draw import label_image, overlay, png, voc_palette, with_legend, word_colours
-from .images import READ, find_images, read_image, why_left_out
+from .images import READ, SOME_LEFT_OUT, find_images, read_image, why_left_out
 from .options import LookOptions, SegmenterOptions, SegmentOptions, ServeOptions
 from .predict import Dense, Segmenter
 from .prompts import Texts, read_classes, templates
 
 WINDOWS = ("short_side", "window", "window_stride")  # options of a Segmenter besides its stride
-SOME_LEFT_OUT = 3  # the exit status when some images were written and others left out
 
 
 def make_segmenter(options: SegmenterOptions, **windows: int | None) -> Segmenter:
@@ -87,9 +86,9 @@ def _scale_advice(lowest: float, highest: float, scale: tuple[float, float]) -> 
     """Return a sentence if no cosine leaves the darkest eighth of the colours, or the brightest; None otherwise."""
     eighth = (scale[1] - scale[0]) / 8
     if highest < scale[0] + eighth:
-        seen = f"the highest cosine is {highest:.3f}, so the maps are uniformly dark"
+        seen = f"the highest cosine is {highest:.2f}, so the maps are uniformly dark"
     elif lowest > scale[1] - eighth:
-        seen = f"the lowest cosine is {lowest:.3f}, so the maps are uniformly bright"
+        seen = f"the lowest cosine is {lowest:.2f}, so the maps are uniformly bright"
     else:
         return None
     low, high = math.floor(100 * lowest) / 100, math.floor(100 * highest + 1) / 100
@@ -203,5 +202,11 @@ def _stems(paths: Iterable[Path], given: Iterable[Path]) -> Iterator[str]:
 
 
 def _slug(word: str) -> str:
-    """Return at most 40 characters of a user's word that are safe in a file name: letters, digits, - and _."""
-    return re.sub(r"[^\w-]+", "_", word)[:40].strip("_") or "_"
+    """Return at most 40 characters of a word that are safe in a file name: letters with marks, digits, - and _."""
+    safe = "".join(char if char.isalnum() or char in "-_" or _is_mark(char) else " " for char in word)
+    return "_".join(safe.split())[:40].strip("_") or "_"
+
+
+def _is_mark(char: str) -> bool:
+    """Return True for a part of a letter: a vowel sign of Devanagari, or an accent."""
+    return unicodedata.category(char).startswith("M")
