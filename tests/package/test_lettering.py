@@ -189,7 +189,7 @@ def test_legend(fonts, capsys):
     assert not capsys.readouterr().err
 
 
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error:Glyph")
 def test_plots(fonts, capsys):
     """Labels and titles of plots are written in installed fonts, too."""
     draw = {title: bars(["dog", label], {"PACL": [0.1, 0.2]}, title) for label, title in (("cat", "狗"), ("狗", "dog"))}

@@ -55,7 +55,7 @@ class Face:
     def _opened(self) -> Any:
         from matplotlib.ft2font import FT2Font
 
-        with contextlib.suppress(RuntimeError, OSError):  # a damaged file
+        with contextlib.suppress(RuntimeError, OSError):  # a damaged file, or bitmaps for an old matplotlib
             face = FT2Font(self.path)
             if not face.scalable:
                 _strike(self.path)  # raises OSError if Pillow cannot draw it
