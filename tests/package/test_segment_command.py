@@ -1,10 +1,12 @@
 """`pacl look` and `pacl segment`: the files and pictures that they write, bad images, and odd words."""
 
+import contextlib
 import io
 import json
 import os
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -218,7 +220,9 @@ def test_no_image_is_an_error(untrained, tmp_path, capsys):
     assert run(untrained, "look", tmp_path, "--words", "dog", out=tmp_path / "out") == 1
     assert f"images: got none in {tmp_path} (1 other files), expected JPEG" in capsys.readouterr().err
     assert run(untrained, "look", tmp_path / "missing.jpg", "--words", "dog", out=tmp_path / "out") == 1
-    skipped, error = capsys.readouterr().err.splitlines()
+    said = capsys.readouterr()
+    skipped, error = said.err.splitlines()
+    assert not said.out
     assert skipped == f"skipped {tmp_path / 'missing.jpg'}: is not a file"
     assert error.startswith("pacl: error: images: got 1 that cannot be used, expected JPEG, PNG, ")
     assert main(["look", "x.jpg", "--model", "ViT-B-32", "--words", "dog"]) == 1
@@ -229,6 +233,17 @@ def test_a_full_disk_ends_the_run(images, untrained, tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("")
     assert run(untrained, "look", images / "a.jpg", "--words", "dog", out=blocked) == 1
+
+
+def test_nobody_reads_the_output(images, untrained, tmp_path, capsys, monkeypatch):
+    """`pacl look ... | head -1` ends; it does not take the closed pipe for a fault of every image."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with contextlib.suppress(BrokenPipeError), os.fdopen(writer, "w") as stream:  # closing writes what is left
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert run(untrained, "look", images / "a.jpg", "--words", "dog", out=tmp_path / "out") != 0
+        monkeypatch.undo()
+    assert "skipped" not in capsys.readouterr().err
 
 
 def test_names_of_files():

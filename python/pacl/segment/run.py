@@ -51,12 +51,10 @@ def run(options: LookOptions | SegmentOptions) -> int:
     if isinstance(options, LookOptions):
         extremes: list[float] = []
         written = _write(options, segmenter, paths, _look(options, segmenter, texts, rule, extremes))
-        if extremes and (advice := _scale_advice(min(extremes), max(extremes), options.scale)):
+        if advice := _scale_advice(min(extremes), max(extremes), options.scale):
             print(advice)
     else:
         written = _write(options, segmenter, paths, _segment(options, segmenter, texts, rule))
-    if not written:
-        raise ValueError(f"images: got {len(paths)} that cannot be used, expected {READ} files")
     print(_next(options), flush=True)
     return 0 if written == len(paths) else SOME_LEFT_OUT
 
@@ -64,19 +62,23 @@ def run(options: LookOptions | SegmentOptions) -> int:
 def _write(options: LookOptions | SegmentOptions, segmenter: Segmenter, paths: list[Path], show: Callable) -> int:
     """Write the files that `show` yields for each image, and return the number of images written.
 
-    A bad image is named and left out; a full disk ends the run.
+    A bad image is named and left out; a full disk ends the run. Raises ValueError if all images are bad.
     """
     written = 0
     for path, stem in zip(paths, _stems(paths, options.images), strict=True):
         try:
             image = read_image(path, options.max_image_pixels)
             files = dict(show(path, image, segmenter.dense(image)))
+        except BrokenPipeError:  # the reader of standard output has seen enough
+            raise
         except Exception as error:  # decoders raise anything on damaged bytes; one image may exceed the memory
             print(printable(f"skipped {path}: {why_left_out(path, error)}"), file=sys.stderr, flush=True)
             continue
         for name, data in files.items():
             write_bytes(options.out / f"{stem}-{name}", data)
         written += 1
+    if not written:
+        raise ValueError(f"images: got {len(paths)} that cannot be used, expected {READ} files")
     skipped = len(paths) - written
     print(f"{written} image(s) in {options.out}" + (f", {skipped} skipped" if skipped else ""), flush=True)
     return written
