@@ -103,6 +103,15 @@ def _locked_copy(descriptor: int) -> Iterator[None]:
         os.close(copy)
 
 
+def file_digest(path: str | os.PathLike) -> str:
+    """Return the SHA-256 of a file in hexadecimal. A processor with instructions for it reads 1 to 2 GB a second."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(2**20):
+            digest.update(part)
+    return digest.hexdigest()
+
+
 def visible_files(folder: str | os.PathLike[str], seen: set[str] | None = None) -> Iterator[str]:
     """Yield the paths of the files in a folder and its subfolders, but not of hidden files nor in hidden folders.
 
@@ -117,12 +126,3 @@ def visible_files(folder: str | os.PathLike[str], seen: set[str] | None = None) 
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         yield from (os.path.join(parent, name) for name in files if not name.startswith("."))
-
-
-def file_digest(path: str | os.PathLike) -> str:
-    """Return the SHA-256 of a file in hexadecimal. A processor with instructions for it reads 1 to 2 GB a second."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while part := file.read(2**20):
-            digest.update(part)
-    return digest.hexdigest()

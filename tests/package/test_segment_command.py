@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 from pacl.cli import main
+from pacl.commands import LEFT_OUT
 from pacl.flags import parse
 from pacl.segment.draw import SCALE, heat, label_image, overlay, png, voc_palette, with_legend, word_colours
-from pacl.segment.images import SOME_LEFT_OUT
 from pacl.segment.options import ServeOptions
 from pacl.segment.predict import Segmenter
 from pacl.segment.run import _slug, _stems
@@ -57,7 +57,7 @@ def read(path) -> np.ndarray:
 
 def test_look_at_a_folder(images, untrained, tmp_path, capsys):
     words = "dog,../../etc/x y,{0}"
-    assert run(untrained, "look", images, "--words", words, out=tmp_path / "out") == SOME_LEFT_OUT
+    assert run(untrained, "look", images, "--words", words, out=tmp_path / "out") == LEFT_OUT
     said = capsys.readouterr()
     names = {f"{stem}-{name}.png" for stem in ("a", "a~2") for name in ("overlay", "01-dog", "02-etc_x_y", "03-0")}
     assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == names

@@ -16,7 +16,6 @@ from ..files import write_bytes
 from ..flags import parse
 from ..formats import printable
 from ..page import Page, Picture
-from ..segment.images import SOME_LEFT_OUT
 from ..sharing import TOLERANCE
 from ..training.config import NOTES
 from .config import CompareConfig
@@ -39,7 +38,7 @@ NOT_SETTINGS = (*NOTES, "name")
 
 
 def main(argv: Sequence[str], prog: str = "pacl compare") -> int:
-    """Run `pacl compare` and return its exit status: SOME_LEFT_OUT if an image or an embedder is not shown."""
+    """Run `pacl compare` and return its exit status."""
     config = parse(CompareConfig, argv, prog)
     if (config.images is None) != (config.words is None):
         raise ValueError(f"images: got {config.images} with --words {config.words}, expected both or neither")
@@ -50,19 +49,16 @@ def main(argv: Sequence[str], prog: str = "pacl compare") -> int:
         raise ValueError(
             f"entries: got nothing to compare ({'; '.join(notes) or 'none given'}), expected runs, embedders or results"
         )
-    page, complete = make_page(entries, notes, config)
+    page = make_page(entries, notes, config)
     write_bytes(config.out, page.render())
     for note in notes:
         print(printable(f"note: {note}"), file=sys.stderr)
     print(config.out)
-    return 0 if complete else SOME_LEFT_OUT
+    return 0
 
 
-def make_page(entries: list[Entry], notes: list[str], config: CompareConfig) -> tuple[Page, bool]:
-    """Make the page; return it, and True if it shows all images and embedders.
-
-    It ends with `notes`, to which this function adds everything that turns out to be missing.
-    """
+def make_page(entries: list[Entry], notes: list[str], config: CompareConfig) -> Page:
+    """Make the page. It ends with `notes`, to which this function adds everything that turns out to be missing."""
     runs = {f"{_letter(i)} {entry.name}": entry for i, entry in enumerate(x for x in entries if x.trained)}
     page = Page("pacl compare: " + ", ".join(runs or [str(entry.path) for entry in entries]))
     if runs:
@@ -71,12 +67,13 @@ def make_page(entries: list[Entry], notes: list[str], config: CompareConfig) -> 
         _validation(page, runs)
         _curves(page, runs)
     _results(page, entries)
-    complete = config.images is None or add_pictures(page, runs, config, notes)
+    if config.images is not None:
+        add_pictures(page, runs, config, notes)
     if notes:
         page.heading("Notes")
         for note in notes:
             page.text(note)
-    return page, complete
+    return page
 
 
 def _letter(i: int) -> str:

@@ -20,10 +20,10 @@ from .entries import Entry
 SIDE = 320  # pixels of a picture's longer side
 
 
-def add_pictures(page: Page, runs: dict[str, Entry], config: CompareConfig, notes: list[str]) -> bool:
+def add_pictures(page: Page, runs: dict[str, Entry], config: CompareConfig, notes: list[str]) -> None:
     """Add a table of images by runs to the page, and a line to `notes` for everything that cannot be read or loaded.
 
-    Returns True if everything was. Raises ValueError for words, templates or images that are unusable for every run.
+    Raises ValueError for words, templates or images that are unusable for every run.
     """
     assert config.images is not None and config.words is not None  # checked by the command
     words = [word.strip() for word in config.words.split(",") if word.strip()]
@@ -46,7 +46,7 @@ def add_pictures(page: Page, runs: dict[str, Entry], config: CompareConfig, note
     embedders = {name: entry.embedder for name, entry in runs.items() if entry.embedder}
     if not table or not embedders:
         notes.append(f"no segmentations: there is no {'embedder' if table else f'readable image ({READ})'}")
-        return False
+        return
     colours = word_colours(len(words) + 1)[1:]
     shown: list[str] = []
     for name, embedder in embedders.items():
@@ -68,7 +68,6 @@ def add_pictures(page: Page, runs: dict[str, Entry], config: CompareConfig, note
     page.legend(list(zip(colours, words, strict=True)))
     page.table(["image", "", *shown], list(table.values()))
     page.note(f"The best word of every pixel; stride {config.stride}, templates {config.templates}.")
-    return len(table) == len(paths) and len(shown) == len(embedders)
 
 
 def _small(image: Image.Image) -> Image.Image:

@@ -11,14 +11,13 @@ from ..failures import describe
 from ..files import visible_files
 from ..formats import one_line
 
-__all__ = ["READ", "SOME_LEFT_OUT", "find_images", "read_image", "why_left_out"]
+__all__ = ["READ", "find_images", "read_image", "why_left_out"]
 
 READ = ", ".join(IMAGE_FORMATS)
-SOME_LEFT_OUT = 3  # the exit status of a command that used some images and left others out
 
 
 def find_images(paths: Iterable[Path], without: Path | None = None) -> list[Path]:
-    """Return files as given, and the images in folders and their subfolders, sorted by path.
+    """Return files as given, and the images in folders and their subfolders, sorted by path, each folder once.
 
     Images in formats that are not read, such as HEIC, are found too, so that reading names them. Hidden files and
     folders are left out, and links to folders are followed.
@@ -46,7 +45,7 @@ def find_images(paths: Iterable[Path], without: Path | None = None) -> list[Path
     if not found:
         held = f" ({others:,} other files)" if others else ""
         raise ValueError(f"images: got none in {', '.join(map(str, paths))}{held}, expected {READ} files")
-    return list(dict.fromkeys(found))
+    return found
 
 
 def why_left_out(path: Path, error: Exception) -> str:

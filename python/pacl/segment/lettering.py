@@ -92,7 +92,7 @@ def write(sheet: Image.Image, at: tuple[float, float], text: str, size: int, ink
             draw.text((x, y), run.text, ink, run.font, anchor="ls")
         else:
             ascent, descent = run.font.getmetrics()
-            tile = Image.new("RGBA", (math.ceil(run.length / run.factor), ascent + descent))
+            tile = Image.new("RGBA", (max(1, math.ceil(run.length / run.factor)), ascent + descent))
             ImageDraw.Draw(tile).text((0, ascent), run.text, font=run.font, embedded_color=True, anchor="ls")
             tile = tile.resize([max(1, round(side * run.factor)) for side in tile.size], Image.Resampling.LANCZOS)
             sheet.paste(tile, (round(x), round(y - ascent * run.factor)), tile)

@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..commands import next_command
+from ..commands import LEFT_OUT, next_command
 from ..files import write_bytes
 from ..formats import printable
 from ..processes import choose_device
 from ..sharing import load_model
 from .draw import label_image, overlay, png, voc_palette, with_legend, word_colours
-from .images import READ, SOME_LEFT_OUT, find_images, read_image, why_left_out
+from .images import READ, find_images, read_image, why_left_out
 from .options import LookOptions, SegmenterOptions, SegmentOptions, ServeOptions
 from .predict import Dense, Segmenter
 from .prompts import Texts, read_classes, templates
@@ -36,7 +36,7 @@ def make_segmenter(options: SegmenterOptions, **windows: int | None) -> Segmente
 
 
 def run(options: LookOptions | SegmentOptions) -> int:
-    """Look at or segment the images; return 0, or SOME_LEFT_OUT if some of them could not be used.
+    """Look at or segment the images; return 0, or LEFT_OUT if some of them could not be used.
 
     Raises ValueError or OSError for wrong options, if no image could be used, and for a folder that cannot be written.
     """
@@ -56,7 +56,7 @@ def run(options: LookOptions | SegmentOptions) -> int:
     else:
         written = _write(options, segmenter, paths, _segment(options, segmenter, texts, rule))
     print(_next(options), flush=True)
-    return 0 if written == len(paths) else SOME_LEFT_OUT
+    return 0 if written == len(paths) else LEFT_OUT
 
 
 def _write(options: LookOptions | SegmentOptions, segmenter: Segmenter, paths: list[Path], show: Callable) -> int:
