@@ -110,3 +110,19 @@ def file_digest(path: str | os.PathLike) -> str:
         while part := file.read(2**20):
             digest.update(part)
     return digest.hexdigest()
+
+
+def visible_files(folder: str | os.PathLike[str], seen: set[str] | None = None) -> Iterator[str]:
+    """Yield the paths of the files in a folder and its subfolders, but not of hidden files nor in hidden folders.
+
+    Links to folders are followed, each folder once. seen: real paths of folders to leave out; those visited are added.
+    """
+    seen = set() if seen is None else seen
+    for parent, folders, files in os.walk(os.fspath(folder), followlinks=True):
+        real = os.path.realpath(parent)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (os.path.join(parent, name) for name in files if not name.startswith("."))

@@ -253,13 +253,13 @@ def test_other_towers_are_said(world, tmp_path):
 
 
 def test_few_of_many_images(world, tmp_path):
-    (tmp_path / "images").mkdir()
-    for i in range(5):
-        (tmp_path / f"images/{i}.png").write_bytes((world / f"images/{i % 3}.png").read_bytes())
+    (tmp_path / "images/sub").mkdir(parents=True)
+    for i, name in enumerate(("0", "1", "2", "3", "sub/4")):
+        (tmp_path / f"images/{name}.png").write_bytes((world / f"images/{i % 3}.png").read_bytes())
     pictures = ["--images", tmp_path / "images", "--words", "dog,cat", "--most-images", "2"]
     assert compare(world / "logs/one", *pictures, "--out", tmp_path / "page.html") == 0
     page = read((tmp_path / "page.html").read_bytes())
-    assert {x for x in page.images if "by A" in x} == {"0.png by A one", "4.png by A one"}
+    assert {x for x in page.images if "by A" in x} == {"0.png by A one", "sub/4.png by A one"}
     assert "has 5 images; the page shows 2" in page.text
 
 

@@ -1,21 +1,27 @@
 """`pacl look` and `pacl segment`: the files and pictures that they write, bad images, and odd words."""
 
+import contextlib
 import io
 import json
 import os
 import re
+import shlex
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from pacl.cli import main
-from pacl.segment.draw import SCALE, _fitting, heat, label_image, overlay, png, voc_palette, with_legend, word_colours
+from pacl.commands import LEFT_OUT
+from pacl.flags import parse
+from pacl.segment.draw import SCALE, heat, label_image, overlay, png, voc_palette, with_legend, word_colours
+from pacl.segment.options import ServeOptions
 from pacl.segment.predict import Segmenter
 from pacl.segment.run import _slug, _stems
 from pacl.sharing import load_pacl
 from pictures import encode, picture
-from PIL import Image, ImageFont
+from PIL import Image
 
 torch.set_num_threads(1)
 
@@ -30,7 +36,8 @@ def images(tmp_path_factory):
     (images / "large.png").write_bytes(encode(picture(3, 90, 90), "PNG"))
     (images / "text.webp").write_bytes(b"no image")
     (images / "notes.txt").write_text("left alone")
-    (images / "fifo.png").mkdir()
+    (images / "photo.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0")
+    os.mkfifo(images / "fifo.png")
     (images / "\x1b[2J.jpg").write_bytes(b"")
     return images
 
@@ -50,18 +57,20 @@ def read(path) -> np.ndarray:
 
 def test_look_at_a_folder(images, untrained, tmp_path, capsys):
     words = "dog,../../etc/x y,{0}"
-    assert run(untrained, "look", images, "--words", words, out=tmp_path / "out") == 0
+    assert run(untrained, "look", images, "--words", words, out=tmp_path / "out") == LEFT_OUT
     said = capsys.readouterr()
     names = {f"{stem}-{name}.png" for stem in ("a", "a~2") for name in ("overlay", "01-dog", "02-etc_x_y", "03-0")}
     assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == names
     for bad, reason in (
-        ("broken.png", ""),
-        ("large.png", "90 x 90 pixels"),
-        ("text.webp", ""),
-        ("fifo.png", "is not a"),
+        ("broken.png", "got a damaged or truncated PNG image"),
+        ("large.png", r"90 x 90 pixels, more than 8,000 \(--max-image-pixels\)"),
+        ("text.webp", "got a file of an unknown or damaged format, expected JPEG, PNG, .*"),
+        ("photo.heic", "got HEIC, which is not read, expected JPEG, PNG, .*"),
+        ("fifo.png", "is not a file"),
     ):
-        assert re.search(rf"skipped .*{bad}: .*{reason}", said.err)
-    assert "2 image(s) in" in said.out and "5 skipped" in said.out and "\x1b" not in said.err
+        assert re.search(rf"skipped .*/{bad}: {reason}\n", said.err)
+    assert said.out.splitlines()[-2] == f"2 image(s) in {tmp_path / 'out'}, 6 skipped"
+    assert said.err.count("\n") == 6 and "\x1b" not in said.err
     # The printed numbers are those of the underlying functions.
     segmenter = Segmenter(*load_pacl(untrained / "run/embedder"))
     image = Image.open(images / "a.jpg")
@@ -142,11 +151,80 @@ def test_bad_arguments_are_one_line(images, untrained, tmp_path, capsys, monkeyp
     assert not (tmp_path / "out").exists()
 
 
+def test_folders_in_a_folder(untrained, tmp_path, capsys, monkeypatch):
+    """Results keep the folders of their images; hidden ones, the results themselves and other files are left alone."""
+    monkeypatch.chdir(tmp_path)
+    places = ["x.png", "x.jpg", "one/x.png", "one/two/x.png", "a b/x.png", "a_b/X.png", ".hidden/x.png", "one/._x.png"]
+    for place in places:
+        Path("photos", place).parent.mkdir(parents=True, exist_ok=True)
+        Path("photos", place).write_bytes(encode(picture(0, 20, 20), "PNG"))
+    Path("photos/notes.txt").write_text("left alone")
+    Path("photos/one/loop").symlink_to("..")
+    Path("photos/y.png").symlink_to("one/two/x.png")
+    for _ in range(2):  # the second run finds the results of the first one in the folder
+        arguments = ["photos", "photos/one", "--words", "dog"]
+        assert run(untrained, "segment", *arguments, out="photos/out") == 0
+        said = capsys.readouterr()
+        assert "7 image(s) in photos/out\n" in said.out and not said.err
+        stems = ["x", "x~2", "y", "one/x", "one/two/x", "a_b/x", "a_b/X~2"]
+        names = {f"{stem}-{x}" for stem in stems for x in ("overlay.png", "labels.png", "scores.json")}
+        found = {x.relative_to("photos/out").as_posix() for x in Path("photos/out").rglob("*") if x.is_file()}
+        assert found == names
+    assert run(untrained, "segment", "photos", "--words", "dog", out="photos/one/..") == 1
+    assert "out: got photos/one/.., a folder of images, expected another folder" in capsys.readouterr().err
+
+
+def test_the_next_command_works(images, untrained, tmp_path, capsys, monkeypatch):
+    """`look` names `segment`, and that the page, with the user's own words and paths."""
+    monkeypatch.chdir(tmp_path)
+    arguments = [images / "a.jpg", "--words", "a dog's ball,grass", "--threshold", "-0.5", "--templates", "none"]
+    assert run(untrained, "look", *arguments, "--scale=-0.1,0.3", out="out") == 0
+    *_, line = capsys.readouterr().out.splitlines()
+    assert line.startswith("Next: pacl segment ")
+    assert main(shlex.split(line)[2:]) == 0
+    scores = json.loads(Path("pacl-segment/a-scores.json").read_text())
+    assert [x["name"] for x in scores["classes"]] == ["background", "a dog's ball", "grass"]
+    assert scores["settings"]["threshold"] == -0.5 and scores["settings"]["templates"] == "none"
+    *_, line = capsys.readouterr().out.splitlines()
+    checkpoint = str(untrained / "run/embedder")
+    assert shlex.split(line)[1:] == ["pacl", "serve", "--examples", str(images), f"--checkpoint={checkpoint}",
+                                     "--templates=none", "--max-image-pixels=8000"]  # fmt: skip
+    parse(ServeOptions, shlex.split(line)[3:], "pacl serve")
+
+
+def test_maps_without_differences_say_so(images, untrained, tmp_path, capsys):
+    """`look` proposes a scale where all cosines have the colour of one end of theirs."""
+    arguments = [images / "a.jpg", "--words", "dog,grass"]
+    for scale, end in (("0.5,1", "highest"), ("-2,-1", "lowest")):
+        assert run(untrained, "look", *arguments, f"--scale={scale}", out=tmp_path) == 0
+        (line,) = [line for line in capsys.readouterr().out.splitlines() if "uniformly" in line]
+        low, high = map(float, scale.split(","))
+        found = re.fullmatch(
+            rf"On colours from {low:g} to {high:g}, the {end} cosine is (\S+), so the maps are uniformly "
+            rf"{'dark' if end == 'highest' else 'bright'}: (--scale=\S+) shows differences.",
+            line,
+        )
+        segmenter = Segmenter(*load_pacl(untrained / "run/embedder"))
+        scores = segmenter.scores(Image.open(images / "a.jpg"), ["dog", "grass"])
+        assert float(found[1]) == pytest.approx(float(scores.max() if end == "highest" else scores.min()), abs=0.005)
+        low, high = map(float, found[2].removeprefix("--scale=").split(","))
+        assert low <= scores.min() and scores.max() < high < scores.max() + 0.02
+        assert run(untrained, "look", *arguments, found[2], out=tmp_path) == 0
+        assert "uniformly" not in capsys.readouterr().out
+
+
 def test_no_image_is_an_error(untrained, tmp_path, capsys):
     assert run(untrained, "look", tmp_path, "--words", "dog", out=tmp_path / "out") == 1
-    assert "images: got none in" in capsys.readouterr().err
+    assert f"images: got none in {tmp_path}, expected JPEG, PNG, WEBP, TIFF, BMP" in capsys.readouterr().err
+    (tmp_path / "notes.txt").write_text("")
+    assert run(untrained, "look", tmp_path, "--words", "dog", out=tmp_path / "out") == 1
+    assert f"images: got none in {tmp_path} (1 other files), expected JPEG" in capsys.readouterr().err
     assert run(untrained, "look", tmp_path / "missing.jpg", "--words", "dog", out=tmp_path / "out") == 1
-    assert "skipped" in capsys.readouterr().err
+    said = capsys.readouterr()
+    skipped, error = said.err.splitlines()
+    assert not said.out
+    assert skipped == f"skipped {tmp_path / 'missing.jpg'}: is not a file"
+    assert error.startswith("pacl: error: images: got 1 that cannot be used, expected JPEG, PNG, ")
     assert main(["look", "x.jpg", "--model", "ViT-B-32", "--words", "dog"]) == 1
     assert "pretrained: got none for ViT-B-32, whose weights would be random" in capsys.readouterr().err
 
@@ -157,11 +235,22 @@ def test_a_full_disk_ends_the_run(images, untrained, tmp_path):
     assert run(untrained, "look", images / "a.jpg", "--words", "dog", out=blocked) == 1
 
 
+def test_nobody_reads_the_output(images, untrained, tmp_path, capsys, monkeypatch):
+    """`pacl look ... | head -1` ends; it does not take the closed pipe for a fault of every image."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with contextlib.suppress(BrokenPipeError), os.fdopen(writer, "w") as stream:  # closing writes what is left
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert run(untrained, "look", images / "a.jpg", "--words", "dog", out=tmp_path / "out") != 0
+        monkeypatch.undo()
+    assert "skipped" not in capsys.readouterr().err
+
+
 def test_names_of_files():
     assert _slug("../../a\\b:c\x00") == "a_b_c" and _slug("rote Bälle") == "rote_Bälle" and _slug("???") == "_"
-    assert len(_slug("x" * 500)) == 40
-    paths = [os.path.join(folder, name) for folder in "ab" for name in ("x.jpg", "x.png", "y.png")]
-    stems = list(_stems(map(Path, paths)))
+    assert len(_slug("x" * 500)) == 40 and _slug("कुत्ता, 狗") == "कुत्ता_狗"
+    paths = [Path(folder, name) for folder in "ab" for name in ("x.jpg", "x.png", "y.png")]
+    stems = list(_stems(paths, paths))
     assert stems == ["x", "x~2", "y", "x~3", "x~4", "y~2"]
 
 
@@ -215,15 +304,12 @@ def test_overlay_of_labels():
 def test_legend_and_label_image():
     base = Image.new("RGB", (300, 100), "blue")
     odd = "two\nlines \x1b[31m" + "x" * 500
-    sheet = with_legend(base, [((255, 0, 0), odd), ((0, 255, 0), "b")], (0.0, 0.5))
+    sheet = with_legend(base, [((255, 0, 0), odd, "5 %"), ((0, 255, 0), "b", "")], (0.0, 0.5))
     assert sheet.width == 300 and sheet.height == 100 + 3 * 22 + 8
     assert sheet.crop((0, 0, 300, 100)).getcolors() == [(30000, (0, 0, 255))]
     found = np.asarray(sheet)[100:]
     assert (found == (255, 0, 0)).all(-1).sum() > 100 and (found == (0, 255, 0)).all(-1).sum() > 100
     assert with_legend(Image.new("RGB", (10, 10))).width == 320
-    font = ImageFont.load_default(14)
-    fitting = _fitting(odd, font, 150)
-    assert fitting.startswith("two lines  [31mxx") and fitting.endswith("x...") and font.getlength(fitting) <= 150
     labels = torch.tensor([[0, 2], [1, 255]], dtype=torch.int16)
     again = Image.open(io.BytesIO(png(label_image(labels, voc_palette(256)))))
     assert np.array_equal(again, labels)

@@ -18,7 +18,7 @@ class CompareConfig:
     entries: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Folders of pacl train or pacl demo, embedder folders, JSON files of pacl evaluate, or folders of such files."""
     images: Path | None = None
-    """Image, or folder of images, that every embedder segments; needs --words."""
+    """Image, or folder that is searched with its subfolders, that every embedder segments; needs --words."""
     words: str | None = None
     """Classes, separated by commas: "dog,grass,red ball"."""
     templates: str = "simple"

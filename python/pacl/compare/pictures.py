@@ -10,7 +10,7 @@ from PIL import Image
 from ..page import Page, Picture
 from ..processes import choose_device
 from ..segment.draw import overlay, png, word_colours
-from ..segment.images import find_images, read_image
+from ..segment.images import READ, find_images, read_image, why_left_out
 from ..segment.predict import Segmenter
 from ..segment.prompts import templates
 from ..sharing import load_pacl
@@ -34,16 +34,18 @@ def add_pictures(page: Page, runs: dict[str, Entry], config: CompareConfig, note
         notes.append(f"{config.images} has {len(paths)} images; the page shows {config.most_images} (--most-images)")
         paths = [paths[int(i)] for i in np.linspace(0, len(paths) - 1, config.most_images)]
     table: dict[Path, list[str | Picture]] = {}
+    names: dict[Path, str] = {}
     for path in paths:
         try:
             image = read_image(path, config.max_image_pixels)
         except Exception as error:  # decoders raise anything on damaged bytes
-            notes.append(f"{path} is skipped: {str(error) or type(error).__name__}")
+            notes.append(f"{path} is skipped: {why_left_out(path, error)}")
             continue
-        table[path] = [path.name, Picture(png(_small(image)), path.name)]
+        names[path] = (path.relative_to(config.images) if config.images.is_dir() else Path(path.name)).as_posix()
+        table[path] = [names[path], Picture(png(_small(image)), names[path])]
     embedders = {name: entry.embedder for name, entry in runs.items() if entry.embedder}
     if not table or not embedders:
-        notes.append(f"no segmentations: there is no {'embedder' if table else 'readable image'}")
+        notes.append(f"no segmentations: there is no {'embedder' if table else f'readable image ({READ})'}")
         return
     colours = word_colours(len(words) + 1)[1:]
     shown: list[str] = []
@@ -55,7 +57,7 @@ def add_pictures(page: Page, runs: dict[str, Entry], config: CompareConfig, note
             for path in table:  # read again, because large images are not kept for all runs
                 image = read_image(path, config.max_image_pixels)
                 small = _small(overlay(image, segmenter.labels(image, texts), colours=colours))
-                made.append(Picture(png(small), f"{path.name} by {name}"))
+                made.append(Picture(png(small), f"{names[path]} by {name}"))
         except Exception as error:  # loading towers raises anything; still show the other runs
             notes.append(f"{embedder} is not shown: {' '.join(str(error).split())[:300] or type(error).__name__}")
             continue

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ..files import visible_files
 from ..formats import printable
 from .images import IMAGE_SUFFIXES, UNREAD_SUFFIXES
 from .raw import Raw, as_bytes, readable
@@ -150,19 +151,9 @@ class FolderPairs(Pairs):
     def __init__(self, folder: str | os.PathLike, **options: Any):
         self.folder = Path(folder)
         super().__init__(str(folder), **options)
-        names: list[str] = []
-        texts: set[str] = set()
-        walked = set()  # links are followed, each folder once
-        for parent, folders, files in os.walk(self.folder, followlinks=True):
-            real = os.path.realpath(parent)
-            if real in walked:
-                folders.clear()
-                continue
-            walked.add(real)
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
-            paths = [os.path.relpath(os.path.join(parent, name), self.folder) for name in files if name[0] != "."]
-            names += [path for path in paths if _is_image(path)]
-            texts.update(path[:-4] for path in paths if path.endswith(".txt"))
+        paths = [os.path.relpath(path, self.folder) for path in visible_files(self.folder)]
+        names = [path for path in paths if _is_image(path)]
+        texts = {path[:-4] for path in paths if path.endswith(".txt")}
         if not names:
             raise ValueError(
                 f"data: {folder} holds no image (.{', .'.join(IMAGE_SUFFIXES)}), expected images and .txt files"

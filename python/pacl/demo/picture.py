@@ -6,16 +6,17 @@ import io
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from ..data.scenes import BACKGROUNDS, COLOURS, HELD_OUT, PAIRS, PATTERNS, background_texture, paint
 from ..files import write_bytes
+from ..segment.lettering import write
 from .evaluation import Evaluation, percent
 
 SCALE = 3  # pixels per scene pixel
 CELL, GAP, LEFT, TOP, LEGEND = 64 * SCALE, 12, 24, 92, 330
-INK, FAINT, ACCENT = (30, 30, 34), (110, 110, 118), (196, 30, 110)
+FAINT, ACCENT = (110, 110, 118), (196, 30, 110)
 
 
 def draw_picture(evaluation: Evaluation, path: Path) -> None:
@@ -25,18 +26,18 @@ def draw_picture(evaluation: Evaluation, path: Path) -> None:
     width = LEFT + 4 * (CELL + GAP) + LEGEND
     sheet = Image.new("RGB", (width, max(TOP + len(rows) * (CELL + GAP + 22), 740)), "white")
     draw = ImageDraw.Draw(sheet)
-    draw.text((LEFT, 16), "Zero-shot segmentation of unseen scenes: 24 classes compete in every pixel", INK, _font(20))
+    write(sheet, (LEFT, 16), "Zero-shot segmentation of unseen scenes: 24 classes compete in every pixel", 20)
     for column, (name, title) in enumerate(columns.items()):
         x = LEFT + column * (CELL + GAP)
-        draw.text((x, TOP - 44), title, INK, _font(16))
+        write(sheet, (x, TOP - 44), title, 16)
         if name in evaluation.metrics:
-            draw.text((x, TOP - 22), _miou(evaluation, name), FAINT, _font(13))
+            write(sheet, (x, TOP - 22), _miou(evaluation, name), 13, FAINT)
     for number, row in enumerate(rows):
         y = TOP + number * (CELL + GAP + 22)
         for column, name in enumerate(columns):
             tile = photo(row.image) if name == "image" else textured(row.maps[name])
             sheet.paste(tile, (LEFT + column * (CELL + GAP), y))
-        draw.text((LEFT, y + CELL + 3), row.title, FAINT, _font(13))
+        write(sheet, (LEFT, y + CELL + 3), row.title, 13, FAINT)
     _legend(sheet, draw, LEFT + 4 * (CELL + GAP) + 20, TOP)
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG")
@@ -79,9 +80,9 @@ def _legend(sheet: Image.Image, draw: ImageDraw.ImageDraw, x: int, y: int) -> No
     size, step = 56, 70
     y += 26
     for column, pattern in enumerate(PATTERNS):
-        draw.text((x + 70 + column * step, y - 24), pattern, INK, _font(14))
+        write(sheet, (x + 70 + column * step, y - 24), pattern, 14)
     for row, colour in enumerate(COLOURS):
-        draw.text((x, y + row * step + 18), colour, INK, _font(14))
+        write(sheet, (x, y + row * step + 18), colour, 14)
         for column, pattern in enumerate(PATTERNS):
             at = (x + 70 + column * step, y + row * step)
             tile = paint((colour, pattern), size, scale=SCALE).clip(0, 255).astype(np.uint8)
@@ -90,19 +91,15 @@ def _legend(sheet: Image.Image, draw: ImageDraw.ImageDraw, x: int, y: int) -> No
                 draw.rectangle((at[0] - 5, at[1] - 5, at[0] + size + 4, at[1] + size + 4), outline=ACCENT, width=3)
     y += len(COLOURS) * step
     draw.rectangle((x, y + 6, x + 14, y + 20), outline=ACCENT, width=3)
-    draw.text((x + 24, y + 4), "held out: never in a training scene", INK, _font(14))
+    write(sheet, (x + 24, y + 4), "held out: never in a training scene", 14)
     y += 44
     for index, name in enumerate(BACKGROUNDS):
         at = (x + (index % 3) * 94, y + (index // 3) * 84)
         tile = background_texture(name)[:size, :size].clip(0, 255).astype(np.uint8)
         sheet.paste(Image.fromarray(tile), at)
-        draw.text((at[0], at[1] + size + 3), name, INK, _font(14))
+        write(sheet, (at[0], at[1] + size + 3), name, 14)
 
 
 def _miou(evaluation: Evaluation, method: str) -> str:
     seen, held_out = (percent(evaluation.metrics[method][group]["miou"]) for group in ("seen", "held_out"))
     return f"mIoU {seen} %, held out {held_out} %"
-
-
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size)

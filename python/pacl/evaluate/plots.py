@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import io
+import logging
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..files import write_bytes
+from ..segment.lettering import families
 
 MISSING = "matplotlib is not installed, pip install matplotlib"
 
@@ -23,9 +26,23 @@ def plot_png(size: tuple[float, float], draw: Callable[[Any], None]) -> bytes | 
     figure = Figure(size, dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
     draw(figure.subplots())
+    _find_fonts(figure)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # said by `families`, with the font to install
+        figure.savefig(buffer, format="png")
     return buffer.getvalue()
+
+
+def _find_fonts(figure: Any) -> None:
+    """Let all texts of the figure fall back on installed fonts for characters that matplotlib's own font lacks."""
+    from matplotlib.text import Text
+
+    texts = figure.findobj(Text)
+    names = families(text.get_text() for text in texts)
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # else a font of another weight is a warning
+    for text in texts if names else ():
+        text.set_fontfamily([*text.get_fontfamily(), *names])
 
 
 def print_plot(path: Path, size: tuple[float, float], draw: Callable[[Any], None]) -> None:

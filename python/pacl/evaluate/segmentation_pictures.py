@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from ..segment.draw import overlay, voc_palette, with_legend, word_colours
+from ..segment.lettering import fitting, write
 from .segmentation_data import SegmentationData
 from .segmentation_measure import Measured, Predictor, competitors
 from .specs import IGNORED, Protocol
 
 SIDE = 320  # pixels of a picture's longer side on a sheet
-LINE = 18
+LINE, TITLE = 18, 11  # pixels: height of a title, and of its letters
 
 
 def label_picture(data: SegmentationData, image: Image.Image, labels: np.ndarray, most: int = 40) -> Image.Image:
@@ -24,7 +25,7 @@ def label_picture(data: SegmentationData, image: Image.Image, labels: np.ndarray
     shown = labels.astype(np.int64) - IGNORED  # ignored pixels become 0
     pixels = np.bincount(shown.ravel(), minlength=count + 1)[1:]
     present = [k for k in np.argsort(-pixels, kind="stable")[:most].tolist() if pixels[k]]
-    entries = [(colours[k - IGNORED], data.classes[k]) for k in present]
+    entries = [(colours[k - IGNORED], data.classes[k], "") for k in present]
     return with_legend(overlay(image, shown, colours=colours), entries)
 
 
@@ -66,7 +67,7 @@ def _row(data: SegmentationData, predict: Predictor, protocol: Protocol, i: int,
         shrunk = np.asarray(Image.fromarray(x.astype(np.int32)).resize(size, Image.Resampling.NEAREST))
         pictures.append(label_picture(data, small, shrunk, most=8))
     row = Image.new("RGB", (3 * (SIDE + 4), LINE + max(x.height for x in pictures) + 4), "white")
-    ImageDraw.Draw(row).text((2, 2), title, fill="black")
+    write(row, (2, 2), fitting(title, row.width - 4, TITLE), TITLE)
     for column, each in enumerate(pictures):
         row.paste(each, (column * (SIDE + 4), LINE))
     return row

@@ -15,7 +15,7 @@ OPTIONS: dict[str, type[LookOptions] | type[SegmentOptions]] = {
 
 
 def main(argv: Sequence[str], prog: str) -> int:
-    """Run the command `prog`, "pacl look" or "pacl segment", and return its exit status, 1 when no image was usable."""
+    """Run the command `prog`, "pacl look" or "pacl segment", and return its exit status: 3 if it left images out."""
     options: LookOptions | SegmentOptions = parse(OPTIONS[prog], argv, prog)
     if not options.images:
         print(f"{prog}: error: images: got none, expected files or folders of images", file=sys.stderr)

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from ..data.images import to_rgb
-from ..formats import printable
+from .lettering import fitting, width_of, write
 
 if TYPE_CHECKING:  # torch takes seconds to import, which --help should not
     from torch import Tensor
@@ -25,7 +25,7 @@ MAGMA = np.array(
     [(0, 0, 4), (29, 17, 71), (81, 18, 124), (130, 38, 129), (182, 54, 121)]
     + [(230, 81, 100), (251, 136, 97), (254, 194, 135), (252, 253, 191)]
 )
-INK, FAINT = (30, 30, 34), (110, 110, 118)
+FAINT = (110, 110, 118)
 LINE, ENTRY, FONT = 22, 220, 14  # pixels: height and width of a legend entry, size of its letters
 
 
@@ -94,10 +94,14 @@ def overlay(
 
 def with_legend(
     picture: Image.Image,
-    entries: Sequence[tuple[Sequence[int] | None, str]] = (),
+    entries: Sequence[tuple[Sequence[int] | None, str, str]] = (),
     scale: tuple[float, float] | None = None,
 ) -> Image.Image:
-    """Enlarge a small picture, and add a legend below: a colour (or None) and a text per entry, and a colour scale."""
+    """Enlarge a small picture, and add a legend below.
+
+    entries: a colour (or None), a name, which is cut to fit, and a value behind it. scale: cosines at the two ends of a
+    colour scale.
+    """
     factor = max(1, 320 // max(picture.size))
     picture = picture.resize([x * factor for x in picture.size], Image.Resampling.NEAREST)
     columns = max(1, picture.width // ENTRY)
@@ -105,19 +109,22 @@ def with_legend(
     width = max(picture.width, ENTRY)
     sheet = Image.new("RGB", (width, picture.height + rows * LINE + 8), "white")
     sheet.paste(picture)
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(FONT)
-    for i, (colour, text) in enumerate(entries):
+    draw = ImageDraw.Draw(sheet)
+    for i, (colour, name, value) in enumerate(entries):
         x, y = i % columns * (width // columns), picture.height + 4 + i // columns * LINE
         if colour is not None:
             draw.rectangle((x + 4, y + 3, x + 18, y + 17), fill=tuple(int(c) for c in colour), outline=FAINT)
             x += 20
-        draw.text((x + 4, y + 2), _fitting(text, font, width // columns - 28), INK, font)
+        value = f"  {value}" if value else ""
+        name = fitting(name, width // columns - 28 - width_of(value, FONT), FONT)
+        write(sheet, (x + 4, y + 2), name, FONT)
+        write(sheet, (x + 4 + width_of(name, FONT), y + 2), value, FONT)
     if scale is not None:
         y = picture.height + 4 + (rows - 1) * LINE
         bar = heat(np.linspace(*scale, ENTRY - 100)[None].repeat(12, 0), scale)
         sheet.paste(Image.fromarray(bar), (46, y + 4))
-        draw.text((4, y + 2), f"{scale[0]:.2f}", INK, font)
-        draw.text((ENTRY - 48, y + 2), f"{scale[1]:.2f}", INK, font)
+        write(sheet, (4, y + 2), f"{scale[0]:.2f}", FONT)
+        write(sheet, (ENTRY - 48, y + 2), f"{scale[1]:.2f}", FONT)
     return sheet
 
 
@@ -135,13 +142,3 @@ def png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return buffer.getvalue()
-
-
-def _fitting(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
-    """Cut the text to what fits on one line."""
-    text = printable(text)[:200]
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength(text + "...") > width:
-        text = text[:-1]
-    return text + "..."

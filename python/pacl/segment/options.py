@@ -62,7 +62,7 @@ class ImagesOptions(SegmenterOptions):
     """Options shared by `pacl look` and `pacl segment`."""
 
     images: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Image files, or folders of images."""
+    """Image files, or folders, which are searched with their subfolders."""
     words: Annotated[str | None, CLASSES] = None
     """Classes, separated by commas: "dog,grass,red ball"."""
     classes: Annotated[Path | None, CLASSES] = None
@@ -112,6 +112,6 @@ class ServeOptions(SegmenterOptions):
     port: int = 8000
     """Port of the page; 0 takes any free one."""
     examples: Path | None = None
-    """Folder of images that the page offers as examples."""
+    """Folder of images that the page offers as examples, searched with its subfolders."""
     browser: bool = True
     """Open the page in a browser; --no-browser only prints the address."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import re
+import math
 import sys
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -12,13 +14,14 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..commands import LEFT_OUT, next_command
 from ..files import write_bytes
-from ..formats import one_line, printable
+from ..formats import printable
 from ..processes import choose_device
 from ..sharing import load_model
 from .draw import label_image, overlay, png, voc_palette, with_legend, word_colours
-from .images import find_images, read_image
-from .options import LookOptions, SegmenterOptions, SegmentOptions
+from .images import READ, find_images, read_image, why_left_out
+from .options import LookOptions, SegmenterOptions, SegmentOptions, ServeOptions
 from .predict import Dense, Segmenter
 from .prompts import Texts, read_classes, templates
 
@@ -33,48 +36,95 @@ def make_segmenter(options: SegmenterOptions, **windows: int | None) -> Segmente
 
 
 def run(options: LookOptions | SegmentOptions) -> int:
-    """Look at or segment the images and return the exit status, 1 when no image was usable.
+    """Look at or segment the images; return 0, or LEFT_OUT if some of them could not be used.
 
-    Raises ValueError or OSError for wrong options and for a folder that cannot be written.
+    Raises ValueError or OSError for wrong options, if no image could be used, and for a folder that cannot be written.
     """
     rule = {"threshold": options.threshold, "entropy": options.entropy, "logit_scale": options.logit_scale}
     words = (
         (options.words or "").split(",") if options.classes is None else map(", ".join, read_classes(options.classes))
     )
     sentences = templates(options.templates)
-    paths = find_images(options.images)
+    paths = find_images(options.images, without=options.out)
     segmenter = make_segmenter(options, **{name: getattr(options, name) for name in WINDOWS})
     texts = segmenter.texts(list(words), sentences)
     if isinstance(options, LookOptions):
-        return _write(options, segmenter, paths, _look(options, segmenter, texts, rule))
-    return _write(options, segmenter, paths, _segment(options, segmenter, texts, rule))
+        extremes: list[float] = []
+        written = _write(options, segmenter, paths, _look(options, segmenter, texts, rule, extremes))
+        if advice := _scale_advice(min(extremes), max(extremes), options.scale):
+            print(advice)
+    else:
+        written = _write(options, segmenter, paths, _segment(options, segmenter, texts, rule))
+    print(_next(options), flush=True)
+    return 0 if written == len(paths) else LEFT_OUT
 
 
 def _write(options: LookOptions | SegmentOptions, segmenter: Segmenter, paths: list[Path], show: Callable) -> int:
-    """Write the files that `show` yields for each image; skip and report a bad image, end the run on a full disk."""
-    skipped = 0
-    for path, stem in zip(paths, _stems(paths), strict=True):
+    """Write the files that `show` yields for each image, and return the number of images written.
+
+    A bad image is named and left out; a full disk ends the run. Raises ValueError if all images are bad.
+    """
+    written = 0
+    for path, stem in zip(paths, _stems(paths, options.images), strict=True):
         try:
             image = read_image(path, options.max_image_pixels)
             files = dict(show(path, image, segmenter.dense(image)))
+        except BrokenPipeError:  # the reader of standard output has seen enough
+            raise
         except Exception as error:  # decoders raise anything on damaged bytes; one image may exceed the memory
-            skipped += 1
-            reason = one_line(error) or type(error).__name__
-            print(printable(f"skipped {path}: {reason[:300]}"), file=sys.stderr, flush=True)
+            print(printable(f"skipped {path}: {why_left_out(path, error)}"), file=sys.stderr, flush=True)
             continue
         for name, data in files.items():
             write_bytes(options.out / f"{stem}-{name}", data)
-    done = len(paths) - skipped
-    print(f"{done} image(s) in {options.out}" + (f", {skipped} skipped" if skipped else ""), flush=True)
-    return 0 if done else 1
+        written += 1
+    if not written:
+        raise ValueError(f"images: got {len(paths)} that cannot be used, expected {READ} files")
+    skipped = len(paths) - written
+    print(f"{written} image(s) in {options.out}" + (f", {skipped} skipped" if skipped else ""), flush=True)
+    return written
 
 
-def _look(options: LookOptions, segmenter: Segmenter, texts: Texts, rule: dict) -> Callable:
+def _scale_advice(lowest: float, highest: float, scale: tuple[float, float]) -> str | None:
+    """Return a sentence if no cosine leaves the darkest eighth of the colours, or the brightest; None otherwise."""
+    eighth = (scale[1] - scale[0]) / 8
+    if highest < scale[0] + eighth:
+        seen = f"the highest cosine is {highest:.2f}, so the maps are uniformly dark"
+    elif lowest > scale[1] - eighth:
+        seen = f"the lowest cosine is {lowest:.2f}, so the maps are uniformly bright"
+    else:
+        return None
+    low, high = math.floor(100 * lowest) / 100, math.floor(100 * highest + 1) / 100
+    return f"On colours from {scale[0]:g} to {scale[1]:g}, {seen}: --scale={low:.2f},{high:.2f} shows differences."
+
+
+def _next(options: LookOptions | SegmentOptions) -> str:
+    """Return the line that names the command to type next: label maps after `look`, the page after `segment`."""
+    if isinstance(options, LookOptions):
+        return next_command("segment", *options.images, *_flags(options, SegmentOptions))
+    first = options.images[0]
+    return next_command(
+        "serve", "--examples", first if first.is_dir() else first.parent, *_flags(options, ServeOptions)
+    )
+
+
+def _flags(options: LookOptions | SegmentOptions, kind: type) -> list[str]:
+    """Return the flags of `options`, less images and folders, that differ from their defaults and that `kind` has."""
+    flags = []
+    for field in dataclasses.fields(kind):
+        value = getattr(options, field.name, None)
+        if field.name not in ("images", "out") and value is not None and value != field.default:
+            flags.append(f"--{field.name.replace('_', '-')}={value}")
+    return flags
+
+
+def _look(options: LookOptions, segmenter: Segmenter, texts: Texts, rule: dict, extremes: list[float]) -> Callable:
+    """Return the function that draws an image; it adds the image's lowest and highest cosine to `extremes`."""
     has_background, names, colours = _labels(texts, rule, word_colours)
 
     def show(path: Path, image: Image.Image, dense: Dense) -> Iterator[tuple[str, bytes]]:
         labels = dense.labels(texts, **rule).labels
         scores = dense.scores(texts)
+        extremes.extend((float(scores.min()), float(scores.max())))
         rows = _rows(dense, texts, _shares(labels, len(names)), has_background)
         size = f"{image.width} x {image.height} pixels, {scores.shape[2]} x {scores.shape[1]} tokens"
         lines = [f"{printable(str(path))}: {size}", f"  {'':<24}  highest   mean  of the pixels"]
@@ -83,12 +133,12 @@ def _look(options: LookOptions, segmenter: Segmenter, texts: Texts, rule: dict) 
             lines.append(f"  {printable(name)[:24]:<24}{cosines}{100 * row['pixels']:13.1f} %")
         print("\n".join(lines), flush=True)
         entries = [
-            (colour, f"{name}  {100 * row['pixels']:.0f} %") for colour, (name, row) in zip(colours, rows, strict=True)
+            (colour, name, f"{100 * row['pixels']:.0f} %") for colour, (name, row) in zip(colours, rows, strict=True)
         ]
         yield "overlay.png", png(with_legend(overlay(image, labels, colours=colours), entries))
         for i, (name, values) in enumerate(zip(texts.names, scores, strict=True), 1):
             picture = overlay(image, dense.enlarged(values[None])[0], scale=options.scale)
-            entry = (None, f"{name}  {float(values.max()):.2f}")
+            entry = (None, name, f"{float(values.max()):.2f}")
             yield f"{i:02}-{_slug(name)}.png", png(with_legend(picture, [entry], options.scale))
 
     return show
@@ -104,7 +154,7 @@ def _segment(options: SegmentOptions, segmenter: Segmenter, texts: Texts, rule: 
         labels = dense.labels(texts, **rule).labels
         shares = _shares(labels, len(names))
         present = sorted(np.flatnonzero(shares), key=lambda i: -shares[i])[:40]
-        entries = [(colours[i], f"{names[i]}  {100 * shares[i]:.0f} %") for i in present]
+        entries = [(colours[i], names[i], f"{100 * shares[i]:.0f} %") for i in present]
         yield "overlay.png", png(with_legend(overlay(image, labels, colours=colours), entries))
         yield "labels.png", png(label_image(labels, colours))
         rows = _rows(dense, texts, shares, has_background)
@@ -139,15 +189,26 @@ def _rows(dense: Dense, texts: Texts, shares: list[float], has_background: bool)
     return rows
 
 
-def _stems(paths: Iterable[Path]) -> Iterator[str]:
-    """Yield a file name stem for each image, all different even if images of two folders have the same name."""
+def _stems(paths: Iterable[Path], given: Iterable[Path]) -> Iterator[str]:
+    """Yield the start of the output names of each image: its folder below the one that was given, and its own name.
+
+    All differ, also on a file system that ignores case, even if images of two folders have the same name.
+    """
+    roots = [root for root in given if root.is_dir()]
     seen: dict[str, int] = {}
     for path in paths:
-        stem = _slug(path.stem)
-        seen[stem] = seen.get(stem, 0) + 1
-        yield stem if seen[stem] == 1 else f"{stem}~{seen[stem]}"
+        root = next((root for root in roots if path.is_relative_to(root)), path.parent)
+        stem = "/".join(map(_slug, (*path.relative_to(root).parent.parts, path.stem)))
+        number = seen[stem.lower()] = seen.get(stem.lower(), 0) + 1
+        yield stem if number == 1 else f"{stem}~{number}"
 
 
 def _slug(word: str) -> str:
-    """Return at most 40 characters of a user's word that are safe in a file name: letters, digits, - and _."""
-    return re.sub(r"[^\w-]+", "_", word)[:40].strip("_") or "_"
+    """Return at most 40 characters of a word that are safe in a file name: letters with marks, digits, - and _."""
+    safe = "".join(char if char.isalnum() or char in "-_" or _is_mark(char) else " " for char in word)
+    return "_".join(safe.split())[:40].strip("_") or "_"
+
+
+def _is_mark(char: str) -> bool:
+    """Return True for a part of a letter: a vowel sign of Devanagari, or an accent."""
+    return unicodedata.category(char).startswith("M")
