@@ -9,7 +9,7 @@ import math
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DataLoaderConfiguration, set_seed
 from hf_trainer import PaclClip, pairs, random_model
 from torch.utils.data import DataLoader
 
@@ -26,13 +26,17 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6)
     args = parser.parse_args()
 
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="bf16" if args.bf16 else "no")
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(),
+        mixed_precision="bf16" if args.bf16 else "no",
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),  # one order for any number of processes
+    )
     world = accelerator.num_processes
     if args.batch_size % world:
         parser.error(f"--batch-size: got {args.batch_size}, expected a multiple of the {world} processes")
     set_seed(0)
     pacl = PaclClip(random_model(args.model))
-    optimizer = torch.optim.Adam(pacl.parameters(), lr=1e-3)
+    optimizer = torch.optim.Adam(pacl.parameters(), lr=1e-3, eps=1e-3)
     data = pairs(args.batch_size * args.steps, seed=1)
     loader = DataLoader(data, args.batch_size // world, shuffle=True, drop_last=True)
     model, optimizer, loader = accelerator.prepare(pacl, optimizer, loader)

@@ -41,11 +41,11 @@ class PaclClip(nn.Module):
     def embed(self, pixel_values: Tensor, input_ids: Tensor) -> tuple[Tensor, ...]:
         """Return patches [B, N, D], row by row; texts [B, D]; the logit scale, and SigLIP's bias."""
         hidden = self.clip.vision_model(pixel_values).last_hidden_state
-        texts = self.clip.get_text_features(input_ids).pooler_output
+        texts = self.clip.text_model(input_ids).pooler_output
         if self.is_siglip:
             return hidden, texts, self.clip.logit_scale.exp(), self.clip.logit_bias
         patches = self.clip.vision_model.post_layernorm(hidden[:, 1:])  # without the class token
-        return self.clip.visual_projection(patches), texts, self.clip.logit_scale.exp()
+        return self.clip.visual_projection(patches), self.clip.text_projection(texts), self.clip.logit_scale.exp()
 
     def forward(self, pixel_values: Tensor, input_ids: Tensor, return_loss: bool = True):
         """Return {"loss": loss}, as Trainer expects, or the arguments of the loss."""
@@ -124,7 +124,8 @@ def main() -> None:
     set_seed(0)
     model = PaclClip(random_model(args.model))
     settings = TrainingArguments(
-        output_dir=tempfile.gettempdir(), use_cpu=not torch.cuda.is_available(), seed=0, learning_rate=1e-3,
+        output_dir=tempfile.gettempdir(), use_cpu=not torch.cuda.is_available(), seed=0,
+        learning_rate=1e-3, adam_epsilon=1e-3,  # large, because some biases of softmax have gradients of rounding alone
         lr_scheduler_type="constant", per_device_train_batch_size=args.batch_size // world, num_train_epochs=1,
         dataloader_drop_last=True, ddp_find_unused_parameters=False, bf16=args.bf16,
         label_names=[], prediction_loss_only=True, eval_strategy="epoch",

@@ -1,0 +1,44 @@
+"""Lightning, FSDP2 and `cached_step` train as a plain loop does, in one process and in two."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from recipe_runs import losses, names_of, plain_losses
+from torch.utils.data import DataLoader, DistributedSampler
+
+pytest.importorskip("lightning")
+
+BATCH, STEPS, MAX_SCALE = 16, 6, 19.0  # the scale begins at 20, so the clamp acts
+FLAGS = ["--batch-size", BATCH, "--steps", STEPS, "--max-scale", MAX_SCALE]
+
+
+def plain(script: str, bf16: bool = False) -> list[float]:
+    example = names_of(script)
+    data = example["pairs"](BATCH * STEPS)
+    loader = DataLoader(data, BATCH, sampler=DistributedSampler(data, 1, 0, seed=0))
+    torch.manual_seed(0)
+    towers = example["Towers"]()
+    return plain_losses(towers, towers.parameters(), loader, towers.log_scale, MAX_SCALE, lr=1e-2, bf16=bf16)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("processes", [None, 2])
+@pytest.mark.parametrize("how", ["ddp", "fsdp", "cached"])
+def test_lightning(how, processes, tmp_path):
+    words = [*FLAGS, "--how", how, "--devices", processes or 1]
+    found = losses(tmp_path / "output", "lightning_module.py", *words, processes=processes)
+    expected = plain("lightning_module.py")
+    assert found == pytest.approx(expected, rel=1e-5) and len(set(found)) == STEPS
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("how", ["fsdp", "ddp"])
+def test_cached_step(how, processes, tmp_path):
+    words = [*FLAGS, "--how", how, "--micro-batch", 3]
+    found = losses(tmp_path / "output", "fsdp_cached.py", *words, processes=processes)
+    assert found == pytest.approx(plain("fsdp_cached.py"), rel=1e-5) and len(set(found)) == STEPS
