@@ -69,16 +69,17 @@ class CachedTrainer(Trainer):
 
     micro_batch = 4
 
-    def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch=None) -> Tensor:
+    def training_step(self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch=None) -> Tensor:
         model.train()
-        inputs = self._prepare_inputs(inputs)
-        loss = self.accelerator.unwrap_model(model).loss
         modules = [model] if self.args.world_size > 1 else []
         with self.accelerator.autocast():
             return cached_step(
                 lambda part: model(**part, return_loss=False),
-                inputs, loss, micro_batch=self.micro_batch, modules=modules,
-            )  # fmt: skip
+                inputs,
+                self.model.loss,
+                micro_batch=self.micro_batch,
+                modules=modules,
+            )
 
 
 def random_model(name: str) -> CLIPModel | SiglipModel:

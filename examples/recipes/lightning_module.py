@@ -115,6 +115,7 @@ def main() -> None:
     parser.add_argument("--how", choices=["ddp", "fsdp", "cached"], default="ddp")
     parser.add_argument("--batch-size", type=int, default=16, help="Pairs in a batch of all processes together.")
     parser.add_argument("--max-scale", type=float, default=100.0, help="Largest logit scale.")
+    parser.add_argument("--precision", default="32-true", help="Lightning's precision, such as bf16-mixed.")
     parser.add_argument("--steps", type=int, default=6)
     args = parser.parse_args()
     if args.batch_size % args.devices:
@@ -128,8 +129,8 @@ def main() -> None:
     data = pairs(args.batch_size * args.steps)
     kind = {"ddp": Pacl, "fsdp": ShardedPacl, "cached": CachedPacl}[args.how]
     trainer = L.Trainer(
-        max_epochs=1, devices=args.devices, strategy=strategy, callbacks=[PrintLosses()], logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        max_epochs=1, devices=args.devices, strategy=strategy, precision=args.precision, callbacks=[PrintLosses()],
+        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     trainer.fit(kind(Towers(), data, args.batch_size, args.max_scale))
 

@@ -36,6 +36,14 @@ def test_lightning(how, processes, tmp_path):
     assert found == pytest.approx(expected, rel=1e-5) and len(set(found)) == STEPS
 
 
+@pytest.mark.parametrize("how", ["ddp", "cached"])
+def test_lightning_under_autocast(how, tmp_path):
+    bf16, full = plain("lightning_module.py", bf16=True)[0], plain("lightning_module.py")[0]
+    assert abs(full / bf16 - 1) > 1e-4
+    first, *_ = losses(tmp_path / "output", "lightning_module.py", *FLAGS, "--how", how, "--precision", "bf16-mixed")
+    assert first == pytest.approx(bf16, rel=1e-5)
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("how", ["fsdp", "ddp"])
 def test_cached_step(how, processes, tmp_path):
