@@ -36,12 +36,17 @@ def losses(output: Path, script: str, *words: object, processes: int | None = No
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
 
+    def no_gpu() -> None:
+        torch.cuda.is_available, torch.cuda.device_count = lambda: False, lambda: 0
+
     def alone() -> int:
+        no_gpu()
         sys.argv, sys.path[0] = command, str(RECIPES)
         runpy.run_path(command[0], run_name="__main__")
         return 0
 
     def be(rank: int) -> int:
+        no_gpu()
         ranks.be(rank, processes or 1, port, command)
         return 0
 

@@ -7,9 +7,6 @@ import torch
 from recipe_runs import losses, names_of, plain_losses
 from torch.utils.data import DataLoader, RandomSampler
 
-pytest.importorskip("accelerate")
-transformers = pytest.importorskip("transformers")
-
 BATCH, STEPS = 16, 6
 MAX_SCALE = {"clip": 14.0, "siglip": 9.9}  # the scales begin at 14.3 and 10, so the clamp acts
 LOSSES = {"clip": "infonce", "siglip": "sigmoid"}
@@ -34,7 +31,7 @@ def plain(name: str, sampler_seed: int, bf16: bool = False, **options) -> tuple[
     example = names_of("hf_trainer.py")
     data, unseen = example["pairs"](BATCH * STEPS, seed=1), example["pairs"](2 * BATCH, seed=2)
     sampler = RandomSampler(data, generator=torch.Generator().manual_seed(sampler_seed))
-    transformers.set_seed(0)
+    torch.manual_seed(0)
     clip = example["random_model"](name)
     embed = patches_and_texts(clip, name == "siglip")
     parameters = [p for n, p in clip.named_parameters() if "vision_model.head" not in n]
@@ -55,7 +52,10 @@ def words(name: str, *more: object) -> list[object]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _one_thread():
+def _imported():
+    """Import what the forked processes need; not at the top, where every run of the tests would pay for it."""
+    pytest.importorskip("accelerate")
+    pytest.importorskip("transformers")
     torch.set_num_threads(1)
 
 

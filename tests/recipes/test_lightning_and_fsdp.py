@@ -7,8 +7,6 @@ import torch
 from recipe_runs import losses, names_of, plain_losses
 from torch.utils.data import DataLoader, DistributedSampler
 
-pytest.importorskip("lightning")
-
 BATCH, STEPS, MAX_SCALE = 16, 6, 19.0  # the scale begins at 20, so the clamp acts
 FLAGS = ["--batch-size", BATCH, "--steps", STEPS, "--max-scale", MAX_SCALE]
 
@@ -23,7 +21,9 @@ def plain(script: str, bf16: bool = False) -> list[float]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _one_thread():
+def _imported():
+    """Import what the forked processes need; not at the top, where every run of the tests would pay for it."""
+    pytest.importorskip("lightning")
     torch.set_num_threads(1)
 
 
