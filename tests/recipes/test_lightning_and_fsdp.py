@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from recipe_runs import losses, names_of, plain_losses
@@ -27,8 +29,15 @@ def _imported():
     torch.set_num_threads(1)
 
 
+@pytest.fixture
+def how(request) -> str:
+    if request.param == "fsdp" and not hasattr(torch.cpu.Stream(), "record_event"):
+        pytest.skip("this torch's fully_shard fails on a CPU")
+    return request.param
+
+
 @pytest.mark.parametrize("processes", [None, 2])
-@pytest.mark.parametrize("how", ["ddp", "fsdp", "cached"])
+@pytest.mark.parametrize("how", ["ddp", "fsdp", "cached"], indirect=True)
 def test_lightning(how, processes, tmp_path):
     words = [*FLAGS, "--how", how, "--devices", processes or 1]
     found = losses(tmp_path / "output", "lightning_module.py", *words, processes=processes)
@@ -36,7 +45,7 @@ def test_lightning(how, processes, tmp_path):
     assert found == pytest.approx(expected, rel=1e-5) and len(set(found)) == STEPS
 
 
-@pytest.mark.parametrize("how", ["ddp", "cached"])
+@pytest.mark.parametrize("how", ["ddp", "cached"], indirect=True)
 def test_lightning_under_autocast(how, tmp_path):
     bf16, full = plain("lightning_module.py", bf16=True)[0], plain("lightning_module.py")[0]
     assert abs(full / bf16 - 1) > 1e-4
@@ -45,8 +54,24 @@ def test_lightning_under_autocast(how, tmp_path):
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("how", ["fsdp", "ddp"])
+@pytest.mark.parametrize("how", ["fsdp", "ddp"], indirect=True)
 def test_cached_step(how, processes, tmp_path):
     words = [*FLAGS, "--how", how, "--micro-batch", 3]
     found = losses(tmp_path / "output", "fsdp_cached.py", *words, processes=processes)
     assert found == pytest.approx(plain("fsdp_cached.py"), rel=1e-5) and len(set(found)) == STEPS
+
+
+@pytest.mark.parametrize(
+    "command, message",
+    [
+        ("lightning_module.py --devices 2 --batch-size 15", "--batch-size: got 15, expected a multiple of the 2"),
+        ("fsdp_cached.py", "got a single process without WORLD_SIZE, expected torchrun to start this file"),
+    ],
+)
+def test_a_wrong_argument_is_one_line(command, message, monkeypatch, capsys):
+    script, *words = command.split()
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr(sys, "argv", [script, *words])
+    with pytest.raises(SystemExit, match="2"):
+        names_of(script)["main"]()
+    assert f"{script}: error: {message}" in capsys.readouterr().err
