@@ -7,7 +7,7 @@ import copy
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,7 +33,7 @@ from ..files import remove_unfinished, write_bytes
 from ..flags import parse
 from ..formats import one_line
 from ..locks import LOCK, lock_folder
-from ..processes import choose_device
+from ..processes import choose_device, default_workers
 from ..progress import Progress
 from ..sharing import describe_towers, load_tower, save_tower
 from ..towers import frozen_random_towers, load_towers
@@ -67,7 +67,7 @@ class FeaturesConfig(TrainingDataFlags):
     batch_size: int = 64
     shard_size: int = 1000
     """Images in one file."""
-    workers: int = 4
+    workers: int = field(default_factory=default_workers)
     device: str = "auto"
     seed: int = 0
     """Random seed of towers without weights."""
