@@ -55,7 +55,7 @@ def begun(run_world, tmp_path_factory) -> Path:
         ({"lock_image_unlocked_groups": 1}, "--lock-image-unlocked-groups was 0, now 1$"),
         ({"nouns": "words"}, "--nouns was None, now words$"),
         ({"precision": "amp_bf16"}, "--precision was fp32, now amp_bf16$"),
-        ({"workers": 2}, "--workers was 1, now 2$"),
+        ({"workers": 2}, "--workers was 1, now 2; give --workers 1$"),
         ({"shuffle": 10}, "--shuffle was 2000, now 10$"),
         (
             {"train_data": "{world}/scenes/train-000.tar"},
