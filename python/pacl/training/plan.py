@@ -24,6 +24,7 @@ def plan(run: Run) -> str:
         *(f"data: {remark}" for remark in run.data.remarks()),
         f"steps: {run.steps:,} of {run.global_batch:,} pairs ({run.world} process(es) x "
         f"{config.accum_freq} x {config.batch_size}), {run.epoch_steps:,} an epoch",
+        *_left_out(run),
         *_captions(config),
         f"device: {run.device}, {'bfloat16 autocast' if run.amp else 'float32'}",
         f"memory: {_mib(sum(need.values()))} a process ({', '.join(f'{k} {_mib(x)}' for k, x in need.items())}), "
@@ -37,6 +38,13 @@ def plan(run: Run) -> str:
         words = [f"{name} {value['run']} for {value['paper']}" for name, value in deviations.items()]
         lines.append(f"recipe: {config.recipe}" + (f", but {'; '.join(words)}" if words else ""))
     return "\n".join(lines)
+
+
+def _left_out(run: Run) -> list[str]:
+    """Return a line on the pairs that the steps of an epoch do not take, if there are any."""
+    rest = 0 if run.config.dataset_resampled else run.samples - run.epoch_steps * run.global_batch
+    taken = f"the steps of an epoch take {run.samples - rest:,} of {run.samples:,} pairs"
+    return [f"epoch: {taken}; the other {rest:,} are left for the next epoch"] if rest else []
 
 
 def _captions(config: TrainConfig) -> list[str]:

@@ -107,7 +107,6 @@ class Run:
         self.log = Log(
             config,
             self.device,
-            samples=self.samples,
             global_batch=self.global_batch,
             epoch_steps=self.epoch_steps,
             rank=self.rank,
