@@ -177,8 +177,9 @@ def test_a_resumed_run_ends_with_the_same_bits(data, run_world, tmp_path, capsys
     [{"captions_per_image": 3}, {"captions_per_image": 3, "duplicates": "positive"}, {"duplicates": "ignore"}],
     ids=lambda changes: "-".join(map(str, changes.values())),
 )
-def test_two_processes_are_one(changes, data, run_world, tmp_path):
-    """Two processes have the losses and the weights of one with the images of both."""
+def test_two_processes_are_one(changes, data, run_world, tmp_path, monkeypatch):
+    """Two processes have the losses and the weights of one with the images of both. What is deprecated is an error."""
+    monkeypatch.setenv("PYTHONWARNINGS", "error::FutureWarning,error::DeprecationWarning:pacl")
     changes = {"train_data": data["folder"], "max_steps": 3, "log_every_n_steps": 1, "batch_size": 12} | changes
     assert train(run_world, tmp_path / "one", **changes) == 0
     process = start(run_world, tmp_path / "two", 2, **changes | {"batch_size": 3, "accum_freq": 2})
