@@ -326,7 +326,7 @@ def test_packed_shards_hold_the_same_bytes(form, tmp_path, capsys, write_tar):
     assert before == sorted(path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir())
 
 
-@pytest.mark.parametrize("counted, sizes", [(10, [3, 3, 2, 2]), (7, [3, 2, 2, 3])])
+@pytest.mark.parametrize("counted, sizes", [(10, [3, 3, 2, 2]), (5, [3, 2, 3, 2])])
 def test_no_shard_is_left_with_a_few(counted, sizes, tmp_path, write_tar):
     """Shards are of equal size, also where bad samples are left out or the source has more samples than it counts."""
     members = {}
@@ -337,8 +337,7 @@ def test_no_shard_is_left_with_a_few(counted, sizes, tmp_path, write_tar):
     assert list(pack(Shards(source), tmp_path / "good", shard_size=3).values()) == sizes
     source = write_tar("source.tar", members | {f"{i}.png": b"bad" for i in (3, 4, 5, 9)})
     (tmp_path / "sizes.json").write_text(json.dumps({"source.tar": counted}))
-    found = pack(Shards(source, max_bad_share=1.0), tmp_path / "bad", shard_size=3)
-    assert found == {"00000.tar": 3, "00001.tar": 2, "00002.tar": 1} if counted == 10 else sum(found.values()) == 6
+    assert list(pack(Shards(source, max_bad_share=1.0), tmp_path / "bad", shard_size=3).values()) == [3, 2, 1]
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -68,7 +68,7 @@ class FeaturesConfig(TrainingDataFlags):
     """Number format of the stored tokens; on a GPU also that of autocast. Text embeddings are stored in float32."""
     batch_size: int = 64
     shard_size: int = 1000
-    """Images in one file."""
+    """Most images in one file; files are of equal size."""
     workers: int = field(default_factory=default_workers)
     device: str = "auto"
     seed: int = 0
