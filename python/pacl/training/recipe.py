@@ -68,7 +68,7 @@ def defaults(config: TrainConfig) -> TrainConfig:
     if config.recipe is None:
         return TrainConfig()
     own = ":" in config.model or config.random_towers
-    return dataclasses.replace(recipe_config(), **({"pretrained": None} if own else {}))
+    return dataclasses.replace(recipe_config(), pretrained=None) if own else recipe_config()
 
 
 def fill_batch(config: TrainConfig, world: int) -> TrainConfig:
