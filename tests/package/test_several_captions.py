@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,13 @@ def test_every_source_gives_several_captions(kind, data):
                 assert len(sample["texts"]) == len(sample["captions"])
     changing = [len({tuple(sample["captions"]) for sample in samples}) > 1 for samples in three.values()]
     assert sum(changing) > len(CAPTIONS) / 2, "the same ones in every epoch"
+
+
+def test_equal_keys_of_two_shards_are_two_images(data, tmp_path):
+    shutil.copy(data["txt shards"], tmp_path / "copy.tar")
+    samples = list(open_pairs(f"{data['txt shards']}::{tmp_path / 'copy.tar'}"))
+    assert len({sample["key"] for sample in samples}) == len(CAPTIONS) == len(samples) / 2
+    assert len({(sample["origin"], sample["key"]) for sample in samples}) == len(samples)
 
 
 def relation(captions: list[list[str]], keys: list[str]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -71,11 +71,11 @@ class Manifest(_Begun, total=False):
 class Features(Pairs):
     """Features that `pacl features` wrote to `folder`, in an order by (seed, epoch) as in other numbered sources.
 
-    nouns: the finder of `pacl train --nouns`, whose prompts must be among the stored texts. Yields dicts: key, caption
-    (one of several, by epoch) and text [D] float32, or captions (list) and texts [n, D] (in a batch those of all its
-    images), tokens [N, width] as stored, worker and place. Raises ValueError for an incomplete folder and for damaged
-    files. verify: read all files once and compare their SHA-256 with the manifest, shared among the processes of a
-    machine; files of earlier versions have none.
+    nouns: the finder of `pacl train --nouns`, whose prompts must be among the stored texts. Yields dicts: key, origin,
+    caption (one of several, by epoch) and text [D] float32, or captions (list) and texts [n, D] (in a batch those of
+    all its images), tokens [N, width] as stored, worker and place. Raises ValueError for an incomplete folder and for
+    damaged files. verify: read all files once and compare their SHA-256 with the manifest, shared among the processes
+    of a machine; files of earlier versions have none.
     """
 
     def __init__(self, folder: str | os.PathLike, *, nouns: str | None = None, verify: bool = True, **options: Any):
@@ -150,6 +150,7 @@ class Features(Pairs):
             one = self.captions == "one"
             return {
                 "key": record["key"],
+                "origin": f"{path.name} {row}",
                 **({"caption": captions[0]} if one else {"captions": captions}),
                 "tokens": shard.get_slice("tokens")[row : row + 1][0],
                 **({"text": texts[0]} if one else {"texts": texts}),

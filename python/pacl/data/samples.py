@@ -57,10 +57,10 @@ class Samples(IterableDataset):
         have read 500. With several processes none raises alone, because the others would wait; all can read `too_many`.
     rank, world: index and number of the processes; each takes its share.
 
-    Yields dicts: key (str), image, caption (str) or, unless `captions` is "one", captions (list of str, at
-    least one), mask if required, worker, and
-    place (epoch, index of the sample among those that this worker reads in the epoch). A bad sample is skipped and
-    counted by its reason in `skipped`, shared by all workers: "archive" counts unreadable parts of tar files, "row"
+    Yields dicts: key and origin (str; together they name the image), image, caption (str) or, unless `captions` is
+    "one", captions (list of str, at least one), mask if required, worker, and place (epoch, index of the sample among
+    those that this worker reads in the epoch). A bad sample is skipped and counted by its reason in `skipped`, shared
+    by all workers: "archive" counts unreadable parts of tar files, "row"
     rows of a csv with too many or too few fields, "file" files that are missing or may not be read, "format" images in
     a format that is not read, and "apart" images and texts of a shard that are not adjacent. A bad caption of an image
     that has others is counted too, and the others are used. Raises BadData for an epoch without a good sample; with
@@ -203,10 +203,10 @@ class Samples(IterableDataset):
         number = zlib.crc32(f"{self.seed} {epoch} {key}".encode(errors="replace")) if self.shuffle else 0
         most = 1 if self.captions == "one" else self.captions
         chosen: dict[str, int] = {}
-        for index in range(len(captions)):
-            index = (number + index) % len(captions)
-            if len(chosen) < most:
-                chosen.setdefault(captions[index], index)
+        for place in range(number, number + len(captions)):
+            if len(chosen) == most:
+                break
+            chosen.setdefault(captions[place % len(captions)], place % len(captions))
         return list(chosen.values())
 
     def decode(self, raw: Raw, worker: int = 0) -> dict[str, Any] | None:
@@ -220,7 +220,7 @@ class Samples(IterableDataset):
                 reason = "image"
                 # An image with a mask stays as stored, because masks are drawn on the stored pixels.
                 image = read_image(stream, self.max_image_pixels, turn=not self.masks)
-                out = {"key": raw.key, "image": self.transform(image)}
+                out = {"key": raw.key, "origin": raw.origin, "image": self.transform(image)}
             reason = "caption"
             captions, bad = read_captions(raw.captions)
             captions = [captions[turn] for turn in self.turns(captions, raw.epoch, raw.key)]

@@ -22,7 +22,7 @@ from ..processes import gather_rows, place_in
 
 def pair_options(
     captions: Sequence[Sequence[str]],
-    keys: Sequence[str],
+    names: Sequence[str],
     duplicates: str,
     *,
     several: bool,
@@ -31,29 +31,29 @@ def pair_options(
 ) -> dict[str, Tensor]:
     """Return the arguments of `fused_pacl_loss` that say which captions belong to which images of a step.
 
-    captions: those of each of the B images of this process, at least one each, K in all. keys: the images' names;
-    samples with the same key are the same image. duplicates: "positive", "ignore" or "negative", what pairs of an image
-    and another one's caption are if that caption is also one of the image's own, or if both are the same image.
+    captions: those of each of the B images of this process, at least one each, K in all. names: those of the images;
+    two samples with the same name are the same image. duplicates: "positive", "ignore" or "negative": what a pair of an
+    image and another one's caption is if that caption is also one of the image's own, or if both are the same image.
     several: False if every image has one caption; the result is then {} for "negative". group: processes that share the
     step, each with B images. device: that of the result.
 
-    Without {} or with "positive", which gives targets `[B, K of all processes]`, the result has ids of images `[B]` and
-    texts `[K]`; "ignore" adds a bias `[B, K of all processes]`, which is -inf for the duplicates.
+    "positive" gives targets `[B, K of all processes]`. The others give ids of images `[B]` and texts `[K]`,
+    "ignore" also a bias `[B, K of all processes]`, which is -inf for the duplicates.
     """
     if duplicates == "negative" and not several:
         return {}
     rank, _ = place_in(group)
     own_image = torch.arange(len(captions)).repeat_interleave(torch.tensor([len(each) for each in captions]))
     images, owners = rank * len(captions) + torch.arange(len(captions)), rank * len(captions) + own_image
-    names = torch.tensor([text_id(key) for key in keys])
+    name_ids = torch.tensor([text_id(name) for name in names])
     texts = [torch.tensor([text_id(caption) for caption in each]) for each in captions]
-    mine = torch.stack((torch.cat(texts), names[own_image], owners), 1)
-    images, owners, names, mine = (x.to(device, non_blocking=True) for x in (images, owners, names, mine))
+    mine = torch.stack((torch.cat(texts), name_ids[own_image], owners), 1)
+    images, owners, name_ids, mine = (x.to(device, non_blocking=True) for x in (images, owners, name_ids, mine))
     ids = {"image_ids": images, "text_ids": owners}
     if duplicates == "negative":
         return ids
     all_texts, all_names, all_owners = gather_rows(mine, group).unbind(1)
-    same = names[:, None] == all_names
+    same = name_ids[:, None] == all_names
     for column in pad_sequence(texts).to(device):  # padding is 0, which is no id
         same |= column[:, None] == all_texts
     own = images[:, None] == all_owners

@@ -50,7 +50,7 @@ LEFT_OPEN = {
     "grad_clip_norm": "not mentioned; none is used",
     "warmup": "not mentioned; none is used",
     "duplicates": "not stated; equal texts of two images in a batch are negatives of each other",
-    "nouns": "how nouns are found is not stated; the package's word list finds them",
+    "nouns": "how nouns are found is not stated",
     "image_transform": "size and augmentation are not stated; the tower's own size, resized and cropped at the centre",
 }
 

@@ -263,8 +263,9 @@ class Run:
             pairs = self._frozen(batch["image"], self.towers.tokenize(texts))
         if several:
             pairs["places"] = places_of(captions)
+        names = [f"{origin} {key}" for origin, key in zip(batch["origin"], batch["key"], strict=True)]
         options = pair_options(
-            captions, batch["key"], self.config.duplicates, several=several, group=self.group, device=self.device
+            captions, names, self.config.duplicates, several=several, group=self.group, device=self.device
         )
         watched = self.rank == 0 and self.due(self.config.log_every_n_steps, ahead=1)
         return self.trainer.step(self.step, pairs, self.log.watch if watched else None, options)
