@@ -18,6 +18,12 @@ def choose_device(name: str) -> torch.device:
     return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
 
 
+def default_workers() -> int:
+    """Return the number of processes that read data unless --workers says otherwise: 4, or one for each core."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(4, cores)
+
+
 def group_device(group: dist.ProcessGroup) -> torch.device:
     """Return the device of the tensors that the group can exchange."""
     return torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")

@@ -300,7 +300,7 @@ def test_packed_shards_hold_the_same_bytes(form, tmp_path, capsys, write_tar):
     options = ["--scenes", str(COUNT)] if form == "synthetic" else []
     assert main(["data", "pack", str(location), "--out", str(tmp_path / "out"), "--shard-size", "5", *options]) == 0
     assert "packed 12 pairs in 3 shard(s)" in capsys.readouterr().out
-    assert json.loads((tmp_path / "out/sizes.json").read_text()) == {"00000.tar": 5, "00001.tar": 5, "00002.tar": 2}
+    assert json.loads((tmp_path / "out/sizes.json").read_text()) == {"00000.tar": 4, "00001.tar": 4, "00002.tar": 4}
     source, packed = open_pairs(location, scenes=COUNT), open_pairs(tmp_path / "out")
 
     def contents(source) -> list:
@@ -315,12 +315,29 @@ def test_packed_shards_hold_the_same_bytes(form, tmp_path, capsys, write_tar):
     again = ["data", "pack", str(location), "--out", str(tmp_path / "out"), *options]
     assert main([*again, "--shard-size", "5"]) == 0
     assert main(again) == 1
-    assert "out was begun with another shard_size, expected the same or another folder" in capsys.readouterr().err
+    assert (
+        "out was begun with another shard_size (5, now 10000), expected the same or another folder"
+        in capsys.readouterr().err
+    )
     (tmp_path / "out/packed.json").rename(tmp_path / "packed.json")  # shards of anyone else
     assert main(again) == 1
     assert "out has shards already, expected a folder without any" in capsys.readouterr().err
     (tmp_path / "packed.json").rename(tmp_path / "out/packed.json")
     assert before == sorted(path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("counted, sizes", [(10, [3, 3, 2, 2]), (5, [3, 2, 3, 2])])
+def test_no_shard_is_left_with_a_few(counted, sizes, tmp_path, write_tar):
+    """Shards are of equal size, also where bad samples are left out or the source has more samples than it counts."""
+    members = {}
+    for i in range(10):
+        members |= {f"{i}.png": encode(picture(i), "PNG"), f"{i}.txt": b"a caption"}
+    source = write_tar("source.tar", members)
+    (tmp_path / "sizes.json").write_text(json.dumps({"source.tar": counted}))
+    assert list(pack(Shards(source), tmp_path / "good", shard_size=3).values()) == sizes
+    source = write_tar("source.tar", members | {f"{i}.png": b"bad" for i in (3, 4, 5, 9)})
+    (tmp_path / "sizes.json").write_text(json.dumps({"source.tar": counted}))
+    assert list(pack(Shards(source, max_bad_share=1.0), tmp_path / "bad", shard_size=3).values()) == [3, 2, 1]
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -41,7 +41,7 @@ class PackConfig(DataFlags):
     out: Path
     """Folder to write to; it must hold no shards. The same command continues a run that was stopped."""
     shard_size: int = 10_000
-    """Pairs in one shard."""
+    """Most pairs in one shard; shards are of equal size."""
     shuffle: bool = False
     """Write the pairs in random order; pairs from shards are shuffled 2,000 at a time."""
     seed: int = 0

@@ -63,6 +63,6 @@ def plan_of(flags: Any, *without: str) -> dict[str, Any]:
 
 def check_plan(out: Path, begun: Mapping[str, Any], plan: dict[str, Any]) -> None:
     """Raise ValueError unless the output in `out` was begun with the same plan."""
-    changed = [name for name, value in plan.items() if begun.get(name) != value]
+    changed = [f"{name} ({begun.get(name)}, now {x})" for name, x in plan.items() if begun.get(name) != x]
     if changed:
         raise ValueError(f"out: {out} was begun with another {', '.join(changed)}, expected the same or another folder")

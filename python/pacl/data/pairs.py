@@ -136,9 +136,11 @@ class CsvPairs(ListedPairs):
         self.hold(names, captions, faults)
 
     def remarks(self) -> list[str]:
-        if not self._joined:
-            return []
-        return [f"rows with separators that are not quoted, taken for a part of the caption: {self._joined:,}"]
+        counts = {
+            "rows with separators that are not quoted, taken for a part of the caption": self._joined,
+            "rows with too many or too few fields, left out": len(self._faults),
+        }
+        return [f"{what}: {count:,}" for what, count in counts.items() if count]
 
 
 class FolderPairs(Pairs):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..flags import parse
-from ..processes import add_up, place_in, shared_progress
+from ..processes import add_up, default_workers, place_in, shared_progress
 from ..segment.prompts import TEMPLATES, Texts, best_synonym, class_texts, templates
 from .classification_data import Labelled
 from .metrics import add_hits
@@ -88,7 +88,7 @@ class ClassificationOptions(DatasetOptions):
     """Measure the model's own image embedding too, besides φ."""
     batch_size: int = 64
     """Images per batch."""
-    workers: int = 4
+    workers: int = field(default_factory=default_workers)
     """Processes that decode images."""
 
 

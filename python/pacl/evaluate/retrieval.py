@@ -6,7 +6,7 @@ The images are streamed: each is read once for every way of scoring and never ke
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch.distributed as dist
 from ..data.flags import PairFlags
 from ..data.samples import LEAST_SEEN, BadData, Samples, loader, no_image
 from ..flags import parse
-from ..processes import gather_rows, place_in, shared_progress
+from ..processes import default_workers, gather_rows, place_in, shared_progress
 from .metrics import RECALLS, Retrieval
 from .options import TaskOptions
 from .scorer import Scorer
@@ -127,7 +127,7 @@ class RetrievalOptions(TaskOptions, PairFlags):
     """Measure the model's own image embedding too, besides φ."""
     batch_size: int = 64
     """Images per batch."""
-    workers: int = 4
+    workers: int = field(default_factory=default_workers)
     """Processes that decode images."""
 
 

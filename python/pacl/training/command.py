@@ -130,7 +130,7 @@ def _parse(argv: list[str], prog: str) -> TrainConfig:
     else:
         config = parse(TrainConfig, argv, prog)
         if config.recipe is not None or config.features is not None:
-            default = defaults(config.recipe)
+            default = defaults(config)
             if config.features is not None:
                 default = dataclasses.replace(default, **tower_names(config.features))
             config = parse(TrainConfig, argv, prog, default)

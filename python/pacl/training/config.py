@@ -17,12 +17,13 @@ from ..annotations import checked
 from ..data.flags import TrainingDataFlags
 from ..embedder import DEFAULT_ATTN_TEMPERATURE, DEFAULT_FORM
 from ..formats import printable
+from ..processes import default_workers
 from ..settings import Damaged, read_settings
 
 POSITIVE = (
     "batch_size accum_freq epochs max_steps train_num_samples lr eps attn_temperature logit_scale max_logit_scale "
     "grad_clip_norm tower_lr force_image_size save_frequency keep_checkpoints log_every_n_steps max_image_pixels "
-    "val_frequency dist_timeout"
+    "captions_per_image val_frequency dist_timeout"
 ).split()
 NUMBER = re.compile(r"[-+]?\d{1,40}[eE][-+]?\d{1,4}")
 NOTES = ("deviations", "left_open", "resumed")  # in config.yaml, for people: see recipe.py
@@ -97,6 +98,11 @@ class TrainConfig(TrainingDataFlags):
     """Initial value of the logit scale."""
     learn_logit_scale: bool = True
     max_logit_scale: float = 100.0
+    captions_per_image: int = 1
+    """Most captions that an image brings to a batch, all of them its positives. An image with fewer brings all."""
+    duplicates: Literal["positive", "ignore", "negative"] = "negative"
+    """Equal captions of two images in a step, and captions of an image that occurs twice in it: positives of both
+    images, ignored (out of the contrast), or negatives like any other."""
     nouns: Literal["words", "nltk"] | None = None
     """Replace the caption, half of the time, by a prompt with one of its nouns.
     The package's word list (words) or NLTK's tagger (nltk) finds the nouns."""
@@ -105,8 +111,9 @@ class TrainConfig(TrainingDataFlags):
     config.yaml lists what other flags change, and what the paper leaves open."""
     precision: Literal["auto", "fp32", "amp_bf16"] = "auto"
     """Number format of the towers and the embedder. Auto means amp_bf16 on a GPU and fp32 on a CPU."""
-    workers: int = 4
-    """Processes that read and decode for each training process; at most one for each shard."""
+    workers: int = dataclasses.field(default_factory=default_workers)
+    """Processes that read and decode for each training process; at most one for each shard. Default: 4, or the number
+    of cores if that is less."""
     shuffle: int = 2000
     """Samples that each worker holds to shuffle shards; other sources are shuffled as a whole. 0 turns it off."""
     seed: int = 0
@@ -157,7 +164,13 @@ class TrainConfig(TrainingDataFlags):
         if (self.train_data is None) == (self.features is None):
             got = "neither" if self.features is None else "both"
             raise ValueError(f"train_data: got {got}, expected exactly one of --train-data and --features")
-        choices = {"form": FORMS, "loss": LOSSES, "nouns": (None, "words", "nltk"), "recipe": (None, "paper")}
+        choices = {
+            "form": FORMS,
+            "loss": LOSSES,
+            "duplicates": ("positive", "ignore", "negative"),
+            "nouns": (None, "words", "nltk"),
+            "recipe": (None, "paper"),
+        }
         for name, values in choices.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, expected one of {', '.join(map(str, values))}")
