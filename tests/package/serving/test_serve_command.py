@@ -20,7 +20,7 @@ from pacl.serve.run import make_viewer
 from pacl.serve.server import Server
 from pacl.towers import load_towers
 from PIL import Image
-from serving import PHOTO
+from serving import PHOTO, another
 
 torch.set_num_threads(1)
 
@@ -44,8 +44,8 @@ def test_plain_clip_alone(untrained):
 def test_what_cannot_begin_is_one_line(untrained, server, capsys):
     checkpoint = ["--checkpoint", str(untrained / "run/embedder"), "--no-browser"]
     for flags, message in (
-        ([*checkpoint, "--port", str(server.server_port)], "in use"),
-        ([*checkpoint, "--port", "99999"], "port"),
+        (["--model", "none", "--port", str(server.server_port)], f"--port: got {server.server_port}, which another"),
+        (["--model", "none", "--port", "99999"], "--port: got 99999, expected 0 to 65535"),
         ([*checkpoint, "--stride", "3"], "stride: got 3"),
         ([*checkpoint, "--examples", str(untrained / "clip")], "images: got none in"),
         (["--model", "ViT-B-32"], "pretrained: got none for ViT-B-32"),
@@ -65,7 +65,7 @@ def test_ctrl_c_while_a_connection_begins(viewer):
             signal.raise_signal(signal.SIGINT)
 
     handler = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt), Interrupted(viewer) as server:
+    with pytest.raises(KeyboardInterrupt), Interrupted(another(viewer)) as server:
         idle = socket.create_connection(("127.0.0.1", server.server_port))
         start = time.monotonic()
         server.serve_until_interrupted()
