@@ -158,8 +158,14 @@ function figure(model) {
   canvas.onpointerup = canvas.onpointercancel = () => { start = null; port.classList.remove("dragged"); };
   canvas.onpointerleave = () => { pointer = null; describe(); };
   canvas.onclick = event => { if (!dragged) select(model, ...at(event)); };
-  port.onscroll = () => {
-    for (const other of figures.values()) if (other.port !== port) other.port.scrollTo(port.scrollLeft, port.scrollTop);
+  port.onscroll = () => {  // both models' pictures show the same part
+    const own = figures.get(model);
+    if (String([port.scrollLeft, port.scrollTop]) === own.led) return;  // it follows another
+    own.led = null;
+    for (const other of figures.values()) if (other.port !== port) {
+      other.port.scrollTo(port.scrollLeft, port.scrollTop);
+      other.led = String([other.port.scrollLeft, other.port.scrollTop]);
+    }
   };
   port.addEventListener("wheel", event => {
     if (!event.ctrlKey && document.documentElement.scrollHeight > innerHeight + 1) return;  // the page itself scrolls

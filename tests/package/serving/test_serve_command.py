@@ -19,6 +19,7 @@ from pacl.serve import server as http_server
 from pacl.serve.run import make_viewer
 from pacl.serve.server import Server
 from pacl.towers import load_towers
+from pictures import encode, picture
 from PIL import Image
 from serving import PHOTO, another
 
@@ -77,6 +78,7 @@ def test_ctrl_c_while_a_connection_begins(viewer):
 def test_the_command_until_ctrl_c(examples, untrained):
     code = "import sys; from pacl.cli import main; sys.exit(main())"
     flags = ["--checkpoint", str(untrained / "run/embedder"), "--port", "0", "--device", "cpu", "--no-browser"]
+    flags += ["--stride", "2"]
     process = subprocess.Popen(
         [sys.executable, "-c", code, "serve", *flags, "--examples", str(examples)],
         stdout=subprocess.PIPE,
@@ -90,10 +92,20 @@ def test_the_command_until_ctrl_c(examples, untrained):
         connection.request("GET", f"/api/info?{address.query}")
         assert json.loads(connection.getresponse().read())["examples"][0]["name"] == "one.jpg"
         idle = socket.create_connection(("127.0.0.1", address.port))  # as browsers do
+        queued = []  # images of 6,000 tokens, of which the towers take many seconds
+        for seed in range(6):
+            data = encode(picture(seed, 32, 800))
+            head = f"POST /api/image?{address.query} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(data)}\r\n\r\n"
+            queued.append(socket.create_connection(("127.0.0.1", address.port)))
+            queued[-1].sendall(head.encode() + data)
+        time.sleep(0.2)
+        start = time.monotonic()
         process.send_signal(signal.SIGINT)
-        _, error = process.communicate(timeout=60)  # the interpreter takes seconds to exit on a busy machine
+        _, error = process.communicate(timeout=60)
         assert (process.returncode, error) == (130, "")
-        idle.close()
+        assert time.monotonic() - start < 3  # half a second on an idle machine
+        for connection in (idle, *queued):
+            connection.close()
     finally:
         process.kill()
         process.wait()
