@@ -121,6 +121,7 @@ def test_the_keyboard_alone(page):
 def test_a_panorama_fills_its_column_and_zooms(page):
     drop(page, encode(picture(72, 16, 400)), "panorama.jpg")  # as long as max_image_pixels of this server lets it
     wait(page, f"name === 'panorama.jpg' && {SETTLED}")
+    type_words(page, "a dog", 1)
     canvas, port = page.locator("#views canvas"), page.locator(".port").bounding_box()
     wide = canvas.bounding_box()["width"]
     assert wide == pytest.approx(port["width"], abs=2) and wide > 800
