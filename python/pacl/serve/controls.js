@@ -67,7 +67,8 @@ document.onkeydown = event => {
   if (["+", "="].includes(event.key)) zoomTo(zoom * 1.5);
   if (event.key === "-") zoomTo(zoom / 1.5);
   if (event.key === "0") zoomTo(1);
-  if (event.key === "Escape" && view.kind !== "best") look({kind: "best"});
+  if (event.key === "Escape" && $("help").open) $("help").open = false;
+  else if (event.key === "Escape" && view.kind !== "best") look({kind: "best"});
   if (model && (event.key === "Enter" || event.key === " " || step && !event.shiftKey) && view.kind !== "patch") {
     blocked(event);
     select(model, 0.5, 0.5);

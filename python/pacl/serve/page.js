@@ -230,7 +230,7 @@ function describe() {  // the words that belong to the view: its sentence, the n
   const shown = {
     best: answer ? "each place has the colour of the word that fits it best." : "type words to see where they are.",
     word: `bright places match “${view.word}” best.`,
-    patch: "bright places look like the selected patch; frames show the nine most similar.",
+    patch: "bright places look like the selected patch.",
   }[view.kind];
   $("caption").textContent = bitmap ? `${name}: ${shown}` : "Open an image and type words to see where they are.";
   for (const [model, {canvas}] of figures) canvas.setAttribute("aria-label", `${model}, ${name}: ${shown} Enter selects a patch, arrow keys move it.`);
@@ -282,10 +282,10 @@ function legend() {
   $("scale").replaceChildren();
   if (view.kind === "best") return;
   const [low, high] = chosen ? [0, 1] : info.scale, bar = make("canvas");
-  [bar.id, bar.width, bar.height] = ["bar", 160, 12];
+  [bar.id, bar.width, bar.height] = ["bar", 100, 12];
   const context = bar.getContext("2d");
-  for (let x = 0; x < 160; x++) {
-    context.fillStyle = `rgb(${heat(x / 159, [0, 1], info.magma).map(Math.round)})`;
+  for (let x = 0; x < 100; x++) {
+    context.fillStyle = `rgb(${heat(x / 99, [0, 1], info.magma).map(Math.round)})`;
     context.fillRect(x, 0, 1, 12);
   }
   $("scale").append(`${low.toFixed(2)} `, bar, ` ${high.toFixed(2)} cosine`);

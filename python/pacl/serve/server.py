@@ -251,6 +251,6 @@ def _error(message: Any) -> tuple[str, bytes]:
 
 def _sentence(message: Any) -> tuple[str, bytes]:
     text = (
-        f"{one_line(message)[:300]}.\nOpen the whole address that pacl serve printed, with ?token= and all after it.\n"
+        f"Open the whole address that pacl serve printed, with ?token= and all after it.\n({one_line(message)[:300]})\n"
     )
     return "text/plain; charset=utf-8", text.encode(errors="replace")

@@ -43,13 +43,13 @@ def test_plain_clip_alone(untrained):
 
 
 def test_what_cannot_begin_is_one_line(untrained, server, capsys):
-    checkpoint = ["--checkpoint", str(untrained / "run/embedder"), "--no-browser"]
+    checkpoint = ["--checkpoint", str(untrained / "run/embedder"), "--no-browser", "--port", "0"]
     for flags, message in (
         (["--model", "none", "--port", str(server.server_port)], f"--port: got {server.server_port}, which another"),
         (["--model", "none", "--port", "99999"], "--port: got 99999, expected 0 to 65535"),
         ([*checkpoint, "--stride", "3"], "stride: got 3"),
         ([*checkpoint, "--examples", str(untrained / "clip")], "images: got none in"),
-        (["--model", "ViT-B-32"], "pretrained: got none for ViT-B-32"),
+        (["--model", "ViT-B-32", "--port", "0"], "pretrained: got none for ViT-B-32"),
     ):
         assert main(["serve", *flags]) == 1
         error = capsys.readouterr().err
