@@ -26,7 +26,7 @@ async function api(path, body, signal = stop.signal) {
   let response;
   try { response = await fetch(path, options); }
   catch (error) { throw error.name === "AbortError" ? error : new Error("pacl serve does not answer; it may have ended"); }
-  if (body === undefined && path !== "/api/info" && response.ok) return response.blob();
+  if (response.headers.get("Content-Type") !== "application/json") return response.blob();
   const answer = await response.json();
   if (!response.ok) throw Object.assign(new Error(answer.error), {status: response.status});
   return answer;
@@ -64,9 +64,8 @@ async function load(get, title) {
   try {
     const blob = await get();
     if (blob.size > info.most_bytes) throw new Error(`image: got more than ${info.most_bytes / 2 ** 20} MiB, expected less`);
-    const decoded = createImageBitmap(blob).catch(() => { throw new Error("image: this browser cannot show its format"); });
-    decoded.catch(() => {});  // the server's reason comes first
-    const found = await api("/api/image", blob), picture = await decoded;
+    const decoded = createImageBitmap(blob).catch(() => null), found = await api("/api/image", blob);
+    const picture = await decoded || await createImageBitmap(await api("/api/picture", {image: found.image}));  // such as TIFF
     current(mine);
     [file, name, bitmap, image, answers, patches] = [blob, title, picture, found.image, {}, {}];
     if (view.kind === "patch") view = {kind: "best"};

@@ -143,7 +143,11 @@ class Handler(BaseHTTPRequestHandler):
         viewer = self.server.viewer
         if path == "/api/image":
             return _json(viewer.add(self._body(), self._wanted))
-        methods: dict[str, Callable[..., Any]] = {"/api/words": viewer.words, "/api/patch": viewer.patch}
+        methods: dict[str, Callable[..., Any]] = {
+            "/api/words": viewer.words,
+            "/api/patch": viewer.patch,
+            "/api/picture": viewer.picture,
+        }
         method = methods.get(path)
         if method is None:
             raise Refused(404, "path: there is nothing here")
@@ -157,7 +161,8 @@ class Handler(BaseHTTPRequestHandler):
             inspect.signature(method).bind(**request)
         except TypeError as error:
             raise Refused(400, f"body: {error}") from error
-        return _json(method(**request))
+        answer = method(**request)
+        return ("image/jpeg", answer) if isinstance(answer, bytes) else _json(answer)
 
     def _answer(self, method: Callable[[str], tuple[str, bytes]]) -> None:
         try:

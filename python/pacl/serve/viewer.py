@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -11,6 +12,7 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ..data.images import MAX_IMAGE_PIXELS
@@ -25,6 +27,7 @@ IMAGES = 8  # images kept at a time, as files
 MOST_WORDS, LONGEST = 64, 200  # most words in a request, and most letters in a word
 KEPT_WORDS = 1024  # words whose embeddings are kept
 TOWERS = 2  # images embedded at a time: a slow one does not hold up the next
+PICTURE = 2048  # most pixels along each side of a picture that the page asks for
 DIGITS = 4  # decimals of the cosines in an answer
 
 LINES = """\
@@ -135,26 +138,39 @@ class Viewer:
         lines = PATCH.format(row=row, column=column)
         return {"similarity": _rounded(similarity), **_grid(dense), "python": LINES.format(load=load) + lines}
 
+    def picture(self, image: Any) -> bytes:
+        """Return a kept image as a JPEG of at most 2,048 pixels a side, for browsers that cannot show its format."""
+        small = self._read(self._kept_image(image).data)
+        small.thumbnail((PICTURE, PICTURE))
+        buffer = io.BytesIO()
+        small.save(buffer, "JPEG", quality=90)
+        return buffer.getvalue()
+
     def _find(self, image: Any, model: Any) -> tuple[Dense, str]:
         model = next(iter(self.segmenters)) if model is None else model
         if not isinstance(model, str) or model not in self.segmenters:
             raise ValueError(f"model: got {str(model)[:40]!r}, expected {' or '.join(self.segmenters)}")
+        return self._dense(self._kept_image(image), model), self.load[model]
+
+    def _kept_image(self, image: Any) -> _Kept:
         with self._lock:
             kept = self._kept.get(image) if isinstance(image, str) else None
             if kept is None:
                 raise Gone("image: got an unknown or expired key, expected that of a kept image; send it again")
             self._kept.move_to_end(image)
-        return self._dense(kept, model), self.load[model]
+        return kept
+
+    def _read(self, data: bytes) -> Image.Image:
+        try:
+            return read_image(data, self.max_image_pixels)
+        except Exception as error:  # decoders raise anything on damaged bytes
+            raise ValueError(f"image: {error or type(error).__name__}") from error
 
     def _dense(self, kept: _Kept, model: str, wanted: Callable[[], bool] = lambda: True) -> Dense:
         if model not in kept.dense:
             with self._images.enter((id(kept), model), wanted):
                 if model not in kept.dense:  # another request for this image may have come first
-                    try:
-                        image = read_image(kept.data, self.max_image_pixels)
-                    except Exception as error:  # decoders raise anything on damaged bytes
-                        raise ValueError(f"image: {error or type(error).__name__}") from error
-                    kept.dense[model] = self.segmenters[model].dense(image)
+                    kept.dense[model] = self.segmenters[model].dense(self._read(kept.data))
         return kept.dense[model]
 
     def _embedded(self, words: Sequence[str]) -> Texts:

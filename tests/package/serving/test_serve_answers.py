@@ -86,6 +86,15 @@ def test_towers_run_once(server, viewer):
             hook.remove()
 
 
+def test_a_picture_of_a_kept_image(server, monkeypatch):
+    monkeypatch.setattr(viewing, "PICTURE", 40)
+    key = post_image(server, encode(picture(6, 32, 80), "TIFF"))
+    status, headers, data = call(server, "POST", "/api/picture", json.dumps({"image": key}))
+    assert status == 200 and headers["Content-Type"] == "image/jpeg"
+    assert Image.open(io.BytesIO(data)).size == (40, 16)
+    assert refused(*post(server, "/api/picture", {"image": "x"})).startswith("404 image: got an unknown")
+
+
 def test_few_images_and_words_are_kept(server, viewer, monkeypatch):
     monkeypatch.setattr(viewing, "IMAGES", 2)
     monkeypatch.setattr(viewing, "KEPT_WORDS", 2)

@@ -152,6 +152,14 @@ def test_a_panorama_fills_its_column_and_zooms(page):
     wait(page, "document.querySelectorAll('.port')[1].scrollLeft === 77")
 
 
+def test_a_format_that_the_browser_cannot_show(page):
+    data = encode(picture(73, 30, 60), "TIFF")
+    drop(page, data, "scan.tif")
+    type_words(page, "a dog", 1)
+    assert page.locator("#caption").inner_text().startswith("scan.tif: ")
+    assert page.evaluate("[bitmap.width, bitmap.height]") == [60, 30]
+
+
 def test_a_large_photo_keeps_its_pixels(page):
     found = page.evaluate("[[5000, 200], [4000, 3000], [64, 64], [30000, 30]].map(x => scaled(...x, PIXELS))")
     assert found == [[5000, 200], [2309, 1732], [480, 480], [8192, 8]]
