@@ -105,33 +105,34 @@ function fitting(context, text, width) {  // as much of a text as the width allo
   return letters.join("") + "…";
 }
 function sheetOf(pictures, entries, stacked) {  // the pictures, [title, canvas] each, over a legend of [colour, word]
-  const gap = 8, line = 24, first = pictures[0][1], side = Math.min(1, Math.sqrt(2e6 / (first.width * first.height)));
+  const gap = 8, first = pictures[0][1], side = Math.min(1, Math.sqrt(2e6 / (first.width * first.height)));
   const sizes = pictures.map(([, x]) => [Math.round(x.width * side), Math.round(x.height * side)]);
   const sum = (k, all) => all.reduce((a, x) => a + x[k], 0);
   const width = Math.max(240, stacked ? sizes[0][0] : sum(0, sizes) + gap * (sizes.length - 1));
-  const columns = Math.max(1, Math.min(entries.length, Math.floor(width / 220))), wide = width / columns;
+  const unit = Math.max(1, width / 1600), line = Math.round(24 * unit);  // a wide picture gets large letters
+  const columns = Math.max(1, Math.min(entries.length, Math.floor(width / (220 * unit)))), wide = width / columns;
   const below = stacked ? sum(1, sizes) + line * sizes.length : sizes[0][1] + line;
   const rows = Math.ceil(entries.length / columns);
   const out = Object.assign(document.createElement("canvas"), {width, height: below + rows * line + gap});
   const context = out.getContext("2d"), ink = "#1e1e22";
   context.fillStyle = "#fff";
   context.fillRect(0, 0, out.width, out.height);
-  context.font = "15px system-ui, sans-serif";
+  context.font = `${15 * unit}px system-ui, sans-serif`;
   let [x, y] = [0, 0];
   pictures.forEach(([title, canvas], k) => {
     context.drawImage(canvas, x, y, ...sizes[k]);
     context.fillStyle = ink;
-    context.fillText(title, x + 4, y + sizes[k][1] + 17);
+    context.fillText(title, x + 4, y + sizes[k][1] + 17 * unit);
     if (stacked) y += sizes[k][1] + line; else x += sizes[k][0] + gap;
   });
   entries.forEach(([colour, word], k) => {
     const left = Math.floor(k / rows) * wide, top = below + k % rows * line;
     if (colour) {
       context.fillStyle = `rgb(${colour})`;
-      context.fillRect(left + 4, top + 2, 16, 16);
+      context.fillRect(left + 4, top + 2 * unit, 16 * unit, 16 * unit);
     }
     context.fillStyle = ink;
-    context.fillText(fitting(context, word, wide - 36), left + 28, top + 15);
+    context.fillText(fitting(context, word, wide - 36 * unit), left + 28 * unit, top + 15 * unit);
   });
   return out;
 }
