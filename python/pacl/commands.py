@@ -1,8 +1,10 @@
-"""Dispatch to commands by name, for `pacl` and for those of its commands that have subcommands."""
+"""Dispatch to commands by name, and the line with which a command names the next one."""
 
 from __future__ import annotations
 
 import importlib
+import os
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 
@@ -25,3 +27,11 @@ def run_command(commands: Mapping[str, tuple[str, str]], argv: Sequence[str], pr
         got = f"got {argv[0]!r}" if argv else "got none"
         print(f"\npacl: error: command: {got}, expected one of {', '.join(commands)}", file=sys.stderr)
     return 0 if asked else 2
+
+
+def next_command(*words: str | os.PathLike) -> str:
+    """Return the line that names the next command, "Next: pacl ...", quoted for a shell.
+
+    words: the command's words after "pacl", the user's own paths among them.
+    """
+    return "Next: " + shlex.join(["pacl", *map(os.fspath, words)])
