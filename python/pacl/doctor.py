@@ -6,12 +6,14 @@ import argparse
 import json
 from collections.abc import Sequence
 
+from .commands import example
+
 
 def main(argv: Sequence[str], prog: str = "pacl doctor") -> int:
     """Print the report; returns 1 if a backend fails or disagrees with the reference, else 0."""
     # argparse, not tyro: this command must run where tyro is missing.
     about = "Report what runs here and what is missing, and check every backend against the reference."
-    parser = argparse.ArgumentParser(prog=prog, description=about)
+    parser = argparse.ArgumentParser(prog=prog, description=about, epilog=example(prog))
     parser.add_argument("--json", action="store_true", help="Print the report as JSON, for a bug report.")
     as_json = parser.parse_args(argv).json
     from .self_check import report  # imports torch, which takes seconds that --help should not

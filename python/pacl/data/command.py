@@ -6,11 +6,13 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from ..commands import Main, run_command
 from ..flags import parse
 from ..formats import one_line
 from ..progress import Progress
@@ -63,16 +65,13 @@ class CheckConfig(DataFlags):
 
 def main(argv: Sequence[str], prog: str = "pacl data") -> int:
     """Run `pacl data` with these arguments and return its exit status."""
-    actions: dict[str, tuple[type[DataFlags], Callable[[Any], int]]] = {
-        "pack": (PackConfig, _pack),
-        "check": (CheckConfig, _check),
-    }
-    if not argv or argv[0] not in actions:
-        print(f"usage: {prog} {{{','.join(actions)}}} SOURCE ...; {prog} pack --help", file=sys.stderr)
-        return 0 if argv and argv[0] in ("-h", "--help") else 2
-    flags, action = actions[argv[0]]
+    return run_command(ACTIONS, argv, prog, "Prepare image-caption pairs for training.")
+
+
+def _run(flags: type[DataFlags], action: Callable[[Any], int], argv: Sequence[str], prog: str) -> int:
+    """Run an action with its flags and return its exit status."""
     try:
-        return action(parse(flags, argv[1:], f"{prog} {argv[0]}"))
+        return action(parse(flags, argv, prog))
     except (ValueError, OSError) as error:
         print(f"pacl: error: {one_line(error)}", file=sys.stderr)
         return 1
@@ -116,3 +115,9 @@ def _check(config: CheckConfig) -> int:
     if report["problems"] and config.json:
         print(*map(one_line, report["problems"]), sep="\n", file=sys.stderr)
     return 1 if report["problems"] else 0
+
+
+ACTIONS: dict[str, tuple[str | Main, str]] = {
+    "pack": (partial(_run, PackConfig, _pack), "Write pairs of any format as webdataset shards."),
+    "check": (partial(_run, CheckConfig, _check), "Count pairs, decode some of them, and show problems."),
+}

@@ -75,8 +75,8 @@ def count_hits(counts: Tensor, scores: Tensor, labels: Tensor) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class ClassificationOptions(DatasetOptions):
-    """Measure zero-shot classification with φ as the score of a class, and with the model's own image embedding: acc1,
-    acc5 and mean per-class recall, as fractions.
+    """Measure zero-shot classification with phi, the compatibility of an image and a text, as the score of a class, and
+    with the model's own image embedding: acc1, acc5 and mean per-class recall, as fractions.
     """
 
     dataset: str
@@ -85,7 +85,7 @@ class ClassificationOptions(DatasetOptions):
     templates: str | None = None
     """Prompt templates: none, photo, simple, openai, or a file; by default those of the dataset, else simple."""
     plain: bool = True
-    """Measure the model's own image embedding too, besides φ."""
+    """Measure the model's own image embedding too, besides phi."""
     batch_size: int = 64
     """Images per batch."""
     workers: int = 4

@@ -117,14 +117,16 @@ def _read(data: Samples, batch_size: int, workers: int) -> Iterator[dict]:
 
 @dataclass(frozen=True, kw_only=True)
 class RetrievalOptions(TaskOptions, PairFlags):
-    """Measure image-text retrieval with φ: recall at 1, 5 and 10 as fractions. All captions of an image count."""
+    """Measure image-text retrieval with phi, the compatibility of an image and a text: recall at 1, 5 and 10 as
+    fractions. All captions of an image count.
+    """
 
     data: str
     """Pairs in any format of pacl train: .tar shards, csv, a folder, COCO's captions .json, or synthetic:eval."""
     scenes: int = 1000
     """Number of scenes to generate for synthetic data."""
     plain: bool = False
-    """Measure the model's own image embedding too, besides φ."""
+    """Measure the model's own image embedding too, besides phi."""
     batch_size: int = 64
     """Images per batch."""
     workers: int = 4
