@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import os
 import sys
 from collections.abc import Sequence
 
-from .commands import INTERRUPTED, USAGE, run_command
-from .failures import describe
-from .formats import one_line
+from .commands import CUT_OFF, INTERRUPTED, USAGE, run_command
+from .failures import describe, sentence
 
 ABOUT = "Patch Aligned Contrastive Learning: train, segment and measure. `pacl --version` prints the version."
 # For each command, the module whose main(argv, prog) runs it, and a line of help.
@@ -54,11 +54,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run_command(COMMANDS, argv, "pacl", ABOUT)
     except KeyboardInterrupt:
         return INTERRUPTED
+    except BrokenPipeError:  # the reader of a pipe, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python writes when it ends
+        return CUT_OFF
     except Exception as error:
-        failure = describe(error)
-        if failure is None and not isinstance(error, (ValueError, OSError)):
+        if describe(error) is None and not isinstance(error, (ValueError, OSError)):
             raise
-        print(f"pacl: error: {failure or one_line(error)}", file=sys.stderr)
+        print(f"pacl: error: {sentence(error)}", file=sys.stderr)
         return 1
 
 

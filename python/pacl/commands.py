@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 USAGE = 2
 LEFT_OUT = 3  # done, but a part of the input was left out or has problems
 INTERRUPTED = 130  # as shells report Ctrl-C
+CUT_OFF = 141  # as shells report a program whose output nobody reads any more
 
 Main = Callable[[Sequence[str], str], int]
 # The last lines of each command's help.

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from ..commands import Main, run_command
+from ..failures import sentence
 from ..flags import parse
 from ..formats import one_line
 from ..progress import Progress
@@ -73,7 +74,7 @@ def _run(flags: type[DataFlags], action: Callable[[Any], int], argv: Sequence[st
     try:
         return action(parse(flags, argv, prog))
     except (ValueError, OSError) as error:
-        print(f"pacl: error: {one_line(error)}", file=sys.stderr)
+        print(f"pacl: error: {sentence(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         if flags is PackConfig:

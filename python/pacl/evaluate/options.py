@@ -20,7 +20,8 @@ class TaskOptions:
     """Options of every task: the model, its device, and where results go."""
 
     checkpoint: str | None = None
-    """Folder of a PACL embedder, or its name on the Hub; without it the task measures the open_clip model alone."""
+    """Folder of a run of pacl train or of an embedder, or its name on the Hub; without it the task measures the
+    open_clip model alone."""
     model: str = "ViT-B-16"
     """Name of the open_clip model; ignored with --checkpoint."""
     pretrained: str | None = None

@@ -29,9 +29,9 @@ from ..data.features import (
 from ..data.flags import TrainingDataFlags, check_plan, plan_of
 from ..data.samples import BadData, Samples, loader
 from ..data.texts import PROMPTS, noun_finder
+from ..failures import sentence
 from ..files import remove_unfinished, write_bytes
 from ..flags import parse
-from ..formats import one_line
 from ..locks import LOCK, lock_folder
 from ..processes import choose_device
 from ..progress import Progress
@@ -88,7 +88,7 @@ def main(argv: Sequence[str], prog: str = "pacl features") -> int:
         with contextlib.nullcontext() if config.dry_run else lock_folder(config.out):
             _write(config)
     except (ValueError, OSError) as error:
-        print(f"pacl: error: {one_line(error)}", file=sys.stderr)
+        print(f"pacl: error: {sentence(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stopped; the same command continues", file=sys.stderr)

@@ -15,11 +15,11 @@ from .run import Run
 def restore(run: Run, path: Path) -> None:
     """Load a checkpoint. Raises ValueError for one of another run, model, or number of processes."""
     state = load_checkpoint(path)
-    for name, mine in (("global_batch", run.global_batch), ("world", run.world)):
-        if state.get(name) != mine:
-            raise ValueError(f"resume: {path} is of a run with {name} {state.get(name)}, expected {mine}")
-    if missing := {"state_dict", "optimizer", "step", "data"} - state.keys():
+    if missing := {"state_dict", "optimizer", "step", "data", "global_batch", "world"} - state.keys():
         raise ValueError(f"resume: {path} has no {', '.join(sorted(missing))}, expected a checkpoint of pacl train")
+    for name, mine in (("global_batch", run.global_batch), ("world", run.world)):
+        if state[name] != mine:
+            raise ValueError(f"resume: {path} is of a run with {name} {state[name]}, expected {mine}")
     latest = newest(run.config.folder / "checkpoints")
     if latest is not None and step_of(latest) > state["step"]:
         raise ValueError(
