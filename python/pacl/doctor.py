@@ -6,7 +6,7 @@ import argparse
 import json
 from collections.abc import Sequence
 
-from .commands import example
+from .commands import example, next_command
 
 
 def main(argv: Sequence[str], prog: str = "pacl doctor") -> int:
@@ -26,8 +26,10 @@ def main(argv: Sequence[str], prog: str = "pacl doctor") -> int:
     print(f"pacl_kernels {found['pacl_kernels']}, Python {found['python']}, {found['platform']}")
     for name, version in found["packages"].items():
         print(f"  {name:<16} {version or 'not installed'}")
+    step: str | None = next_command("demo", "--out", "toy")
     if None in [version for name, version in found["packages"].items() if name != "triton"]:
         print("  to install what is missing: pip install 'pacl-kernels[train]'")
+        step = None
     cpu = found["cpu"]
     print(f"{cpu['cores']} cores, {cpu['threads']} threads, {cpu['isa'] or 'no native module'}")
     print(f"GPUs: {', '.join(found['gpus']) or 'none'}; {found['disk_free_gib']} GiB free on this disk")
@@ -38,4 +40,6 @@ def main(argv: Sequence[str], prog: str = "pacl doctor") -> int:
             where = "" if check["device"] is None else f" ({check['dtype']} on {check['device']})"
             state = f"{check['error']:.1e}{where}" if check["failure"] is None else f"FAILED{where}: {check['failure']}"
         print(f"  {name:<10} {state}")
+    if step is not None and not wrong:
+        print(step)
     return int(wrong)

@@ -347,7 +347,7 @@ def test_all_captions_of_an_image_are_a_list(tmp_path, packed):
 def test_packing_keeps_all_captions_and_skips_bad_samples(tmp_path, capsys):
     path = write_coco(tmp_path, several=3)
     (tmp_path / "train2017/a/01.png").write_bytes(b"bad")
-    assert main(["data", "pack", str(path), "--out", str(tmp_path / "out"), "--shuffle"]) == 0
+    assert main(["data", "pack", str(path), "--out", str(tmp_path / "out"), "--shuffle"]) == 3
     printed = capsys.readouterr().out
     assert "bad: a/01.png: image: got a file of an unknown or damaged format, expected JPEG" in printed
     assert "packed 11 pairs in 1 shard(s)" in printed and "skipped: image 1" in printed

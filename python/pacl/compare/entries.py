@@ -20,7 +20,7 @@ class Entry:
 
     config: content of config.yaml. train, validation: lines of metrics.jsonl and results.jsonl, by rising step.
     embedder: the embedder's folder. described: its config.json. results: rows of pacl evaluate. notes: sentences about
-    missing and unreadable files.
+    missing and unreadable files. left_out: number of files that should be results and are not.
     """
 
     path: Path
@@ -31,6 +31,7 @@ class Entry:
     described: dict[str, Any] = field(default_factory=dict)
     results: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    left_out: int = 0
 
     @property
     def name(self) -> str:
@@ -62,8 +63,10 @@ def read_entry(path: Path) -> Entry:
             # The folders of runs and embedders hold other JSON files too.
             if not entry.trained:
                 entry.notes.append(sentence(error))
+                entry.left_out += 1
     if not entry.trained and not entry.results and not entry.notes:
         entry.notes.append(f"{path} is neither a run nor an embedder and holds no results (*.json)")
+        entry.left_out += 1
     return entry
 
 

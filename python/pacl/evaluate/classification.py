@@ -120,4 +120,5 @@ def main(argv: Sequence[str], prog: str = "pacl evaluate classification") -> int
     for scorer, count in zip(scorers, counts, strict=True):
         rules = scorer.rules | {"name": f"classification {scorer.rules['name']}", "templates": list(sentences)}
         options.write("zeroshot_classification", dataset, rules, accuracies(count), towers, **sizes)
+    print(options.next_command())
     return 0

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ..commands import LEFT_OUT
 from ..data.flags import PairFlags
 from ..data.samples import LEAST_SEEN, BadData, Samples, loader, no_image
 from ..flags import parse
@@ -157,4 +158,8 @@ def main(argv: Sequence[str], prog: str = "pacl evaluate retrieval") -> int:
         counts = {"images": gallery.images, "texts": len(gallery.captions), "skipped": skipped}
         if data.rank == 0:
             options.write("zeroshot_retrieval", Path(options.data).stem, rules, metrics, towers, **counts)
-    return 0
+    if data.rank == 0:
+        if skipped:
+            print(f"left out: {', '.join(f'{reason} {count:,}' for reason, count in skipped.items())}")
+        print(options.next_command())
+    return LEFT_OUT if skipped else 0

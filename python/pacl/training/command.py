@@ -11,7 +11,9 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from ..commands import next_command
 from ..data.features import tower_names
+from ..data.flags import given_flags
 from ..failures import collective, describe, sentence
 from ..files import remove_unfinished, write_bytes
 from ..flags import parse
@@ -92,7 +94,17 @@ def _train(config: TrainConfig) -> int:
     if run.data.reasons != "none":
         run.say(f"samples skipped by the first process: {run.data.reasons}")
     run.say(f"finished {run.steps} steps: {config.folder / 'embedder'}")
+    if run.rank == 0:
+        print(_next(config), flush=True)
     return 0
+
+
+def _next(config: TrainConfig) -> str:
+    """Return the line that names the next command: it measures the run on its held-out pairs, or serves its page."""
+    if config.val_data is None:
+        return next_command("serve", "--checkpoint", config.folder)
+    flags = given_flags(config)
+    return next_command("evaluate", "retrieval", "--data", config.val_data, *flags, "--checkpoint", config.folder)
 
 
 def _line(error: Exception, run: Run | None) -> str | None:

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from ..commands import next_command
 from ..data.features import (
     MANIFEST,
     NOUNS,
@@ -136,7 +137,12 @@ def _write(config: FeaturesConfig) -> None:
     count = sum(shard["count"] for shard in manifest["shards"])
     for line in source.remarks():
         print(line)
-    print(f"finished: {config.out}, {count:,} images; skipped: {source.reasons}", flush=True)
+    print(f"finished: {config.out}, {count:,} images; skipped: {source.reasons}")
+    print(_next(config), flush=True)
+
+
+def _next(config: FeaturesConfig) -> str:
+    return next_command("train", "--features", config.out, *(["--nouns", config.nouns] if config.nouns else []))
 
 
 class Encoder:
