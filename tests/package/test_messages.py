@@ -59,7 +59,7 @@ def smaller(weights):
         (smaller, "visual.proj has the shape [2, 3], expected [128, 128]"),
         ("open_clip_model.safetensors", "has no weights (*.safetensors, *.bin, *.pth)"),
         ("open_clip_config.json", "has no open_clip_config.json; expected a model's folder"),
-        ({"model_cfg": {"embed_dim": 128, "widht": 3}}, "whose settings describe no model that this version makes"),
+        ({"model_cfg": {"embed_dim": 128, "other": 3}}, "whose settings describe no model that this version makes"),
         ({}, "open_clip_config.json has no 'model_cfg'"),
     ],
     ids=str,

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ..failures import sentence
 from ..flags import parse
 from ..processes import add_up, place_in, shared_progress
 from ..segment.prompts import TEMPLATES, Texts, best_synonym, class_texts, templates
@@ -111,7 +112,7 @@ def main(argv: Sequence[str], prog: str = "pacl evaluate classification") -> int
     try:
         counts = classification(data, texts, scorers, **reading, label=f"classification {options.dataset}")
     except (ValueError, OSError) as error:  # a worker's message puts its traceback before the line that matters
-        raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
+        raise ValueError(sentence(error)) from error
     if rank:
         return 0
     dataset = options.dataset if data.kind.count else options.data_root.resolve().name
