@@ -52,10 +52,10 @@ def misfit(missing: Sequence[str], unexpected: Sequence[str], shapes: Sequence[s
     missing, unexpected: names of tensors. shapes: a clause on each that has another shape than the model's.
     """
     kinds = (("it lacks {}", missing), ("it has {}, which the model does not have", unexpected), ("{}", shapes))
-    return [clause.format(_few(names)) for clause, names in kinds if names]
+    return [clause.format(few(names)) for clause, names in kinds if names]
 
 
-def _few(names: Sequence[str]) -> str:
+def few(names: Sequence[str]) -> str:
     """Return the first names and, if there are more, the number of all."""
     more = f", ... ({len(names):,} in all)" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more

@@ -162,4 +162,5 @@ def main(argv: Sequence[str], prog: str = "pacl evaluate retrieval") -> int:
         if skipped:
             print(f"left out: {', '.join(f'{reason} {count:,}' for reason, count in skipped.items())}")
         print(options.next_command())
-    return LEFT_OUT if skipped else 0
+    # torchrun takes any status but 0 for a crash, and ends the other processes.
+    return LEFT_OUT if skipped and data.world == 1 else 0

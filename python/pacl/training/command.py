@@ -94,8 +94,7 @@ def _train(config: TrainConfig) -> int:
     if run.data.reasons != "none":
         run.say(f"samples skipped by the first process: {run.data.reasons}")
     run.say(f"finished {run.steps} steps: {config.folder / 'embedder'}")
-    if run.rank == 0:
-        print(_next(config), flush=True)
+    run.say(_next(config))
     return 0
 
 
