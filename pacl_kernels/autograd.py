@@ -261,9 +261,65 @@ class PairLossFunction(PerSample):
         return grad_phi, grad_scale, grad_bias, None, None, None, grad_pair_bias, None
 
 
+class SigmoidFunction(PerSample):
+    """Sigmoid loss (0-D) whose gradients are computed in the forward, where ∂L/∂φ of a pair follows from its own φ.
+
+    `apply(patches, texts, logit_scale, patch_mask, attn_temperature, logit_bias, image_ids, text_ids, targets,
+    pair_bias, options, needs)` returns a tuple that starts with the loss; the other outputs are for the backward.
+    `needs`: six values, True where patches, texts, logit scale, temperature, logit bias and pair bias need a gradient.
+    """
+
+    @staticmethod
+    def forward(
+        patches: Tensor, texts: Tensor, logit_scale: Scalar, patch_mask: Tensor | None, attn_temperature: Scalar,
+        logit_bias: Scalar | None, image_ids: Tensor | None, text_ids: Tensor | None, targets: Tensor | None,
+        pair_bias: Tensor | None, options: Options, needs: tuple[bool, ...],
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        value = patches.new_empty((), dtype=torch.float32)
+        # A scalar's gradient is 0-D.
+        shapes = (patches, texts, value, value, value, pair_bias)
+        patches_, texts_, scale, temperature, bias, pairs = (
+            x.new_empty(x.shape) if x is not None and needed else None for x, needed in zip(shapes, needs, strict=True)
+        )
+        ops.sigmoid_step(
+            patches, texts, patch_mask, *ops.pair(attn_temperature), *ops.pair(logit_scale), *ops.pair(logit_bias),
+            image_ids, text_ids, targets, pair_bias, options.form, options.backend,
+            value, patches_, texts_, temperature, scale, bias, pairs,
+        )  # fmt: skip
+        return value, *(x for x in (patches_, texts_, scale, temperature, bias, pairs) if x is not None)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        scalars = (inputs[2], inputs[4], inputs[5])
+        grads = list(output[1:])
+        keep(ctx, *scalars, *(grads.pop(0) if needed else None for needed in inputs[-1]))
+        _only_first_has_gradient(ctx, output)
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, values: list[Any], grad_loss: Tensor) -> Gradients:
+        logit_scale, attn_temperature, logit_bias, *grads = values
+        # Reading a number of a CPU costs nothing, and the factor of a loss that is itself differentiated is 1.
+        unit = not torch.compiler.is_compiling() and grad_loss.device.type == "cpu" and grad_loss.item() == 1.0
+        patches, texts, scale, temperature, bias, pairs = (
+            x if x is None or unit else (x * grad_loss).to(x.dtype) for x in grads
+        )
+        scale, temperature = like(scale, logit_scale), like(temperature, attn_temperature)
+        return patches, texts, scale, None, temperature, like(bias, logit_bias), None, None, None, pairs, None, None
+
+
 def like(grad: Tensor | None, scalar: Any) -> Tensor | None:
     """Return a 0-D gradient in the dtype and shape of its scalar, a tensor unless `grad` is None."""
     return None if grad is None else grad.to(scalar.dtype).reshape(scalar.shape)
+
+
+def needed(*values: Tensor | Scalar | None) -> tuple[bool, ...]:
+    """Return for each value if a backward is to come for it. All are False inside `torch.func`, which does not tell."""
+    if not torch.is_grad_enabled():
+        return (False,) * len(values)
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return (False,) * len(values)
+    return tuple(isinstance(x, Tensor) and x.requires_grad for x in values)
 
 
 def keeping(options: Options, patches: Tensor, patch_mask: Tensor | None) -> Options:
@@ -272,11 +328,9 @@ def keeping(options: Options, patches: Tensor, patch_mask: Tensor | None) -> Opt
     Only for one call of a Function outside of `torch.compile` and `torch.func`, which do not allow a backward to write
     into what the forward has made.
     """
-    if not (torch.is_grad_enabled() and patches.requires_grad) or torch.compiler.is_compiling():
+    if not needed(patches)[0] or patch_mask is not None or torch.compiler.is_compiling():
         return options
-    if not keeps_scores(options.backend, options.form, patches.dtype) or patch_mask is not None:
-        return options
-    if torch._C._are_functorch_transforms_active():
+    if not keeps_scores(options.backend, options.form, patches.dtype):
         return options
     return options._replace(kept=[patches.new_empty(patches.shape)])
 

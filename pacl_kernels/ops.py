@@ -224,6 +224,54 @@ def _(*arguments: Any) -> None:
     return None
 
 
+@torch.library.custom_op(
+    "pacl_kernels::sigmoid_step",
+    mutates_args=(
+        "value", "grad_patches", "grad_texts", "grad_temperature", "grad_scale", "grad_bias", "grad_pair_bias"
+    ),
+)  # fmt: skip
+def sigmoid_step(
+    patches: Tensor,
+    texts: Tensor,
+    patch_mask: OptionalTensor,
+    temperature: OptionalTensor,
+    temperature_value: OptionalFloat,
+    scale: OptionalTensor,
+    scale_value: OptionalFloat,
+    bias: OptionalTensor,
+    bias_value: OptionalFloat,
+    image_ids: OptionalTensor,
+    text_ids: OptionalTensor,
+    targets: OptionalTensor,
+    pair_bias: OptionalTensor,
+    form: str,
+    backend: str,
+    value: Tensor,
+    grad_patches: OptionalTensor,
+    grad_texts: OptionalTensor,
+    grad_temperature: OptionalTensor,
+    grad_scale: OptionalTensor,
+    grad_bias: OptionalTensor,
+    grad_pair_bias: OptionalTensor,
+) -> None:
+    """Write the sigmoid loss (0-D) of all pairs, and its gradients where buffers are given.
+
+    Only for a backend with `backends.computes_sigmoid_step`. Without ids and targets text i belongs to image i.
+    """
+    tau, *scalars = (
+        _join(*x, value.dtype) for x in ((temperature, temperature_value), (scale, scale_value), (bias, bias_value))
+    )
+    given = pairs.Pairs(image_ids, text_ids, targets, pair_bias)
+    grads = grad_patches, grad_texts, grad_temperature, grad_scale, grad_bias, grad_pair_bias
+    with without_autocast(patches.device.type):
+        backends.get(backend).sigmoid_step(patches, texts, patch_mask, tau, form, *scalars, given, value, *grads)
+
+
+@sigmoid_step.register_fake
+def _(*arguments: Any) -> None:
+    return None
+
+
 @torch.library.custom_op("pacl_kernels::upsample_argmax", mutates_args=("labels", "best", "entropy"))
 def upsample_argmax(
     scores: Tensor,
