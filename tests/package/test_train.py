@@ -239,7 +239,7 @@ class Malicious:
         ({"logit_scale": 0.5}, "logit_scale: got 0.5, expected 1 to 100.0 (--max-logit-scale)"),
         ({"lr": "nan"}, "lr: got nan, expected a finite number"),
         ({"resume": "malicious.pt"}, "malicious.pt holds other objects than tensors and plain Python, expected"),
-        ({"resume": "text.pt"}, "text.pt is not a whole checkpoint of pacl train"),
+        ({"resume": "text.pt"}, "text.pt is a text, expected a checkpoint of pacl train"),
         ({"resume": "missing.pt"}, "missing.pt"),
         ({"resume": "tensor.pt"}, "tensor.pt holds a Tensor, expected a checkpoint of pacl train"),
         ({"resume": "other.pt"}, "other.pt is of a run with global_batch 7, expected 12"),

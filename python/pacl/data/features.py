@@ -226,7 +226,9 @@ def shard_files(folder: Path) -> list[dict[str, Any]]:
             with safe_open(path, "pt") as shard:
                 count = shard.get_slice("ends").get_shape()[0]
         except SafetensorError as error:
-            raise ValueError(f"out: {path} is damaged ({error}); delete it and all later shards") from error
+            raise ValueError(
+                f"out: {path} is damaged: it is not a whole safetensors file; delete it and all later shards"
+            ) from error
         shards.append({"name": path.name, "bytes": path.stat().st_size, "count": count})
         if path.name != _name(len(shards) - 1):
             raise ValueError(f"out: {folder} has {path.name} without the shard before it; choose another folder")

@@ -55,6 +55,16 @@ class TrainingDataFlags(PairFlags):
         return super().open(location, **counts | options)
 
 
+def given_flags(flags: PairFlags) -> list[str]:
+    """Return the flags of pairs that differ from their defaults, as words of a command line."""
+    words: list[str] = []
+    for item in dataclasses.fields(PairFlags):
+        value = getattr(flags, item.name)
+        if value != item.default:
+            words += [f"--{item.name.replace('_', '-')}", str(value)]
+    return words
+
+
 def plan_of(flags: Any, *without: str) -> dict[str, Any]:
     """Return the flags of a command as plain Python, without some: what must be the same when it is continued."""
     values = {name: str(x) if isinstance(x, Path) else x for name, x in dataclasses.asdict(flags).items()}

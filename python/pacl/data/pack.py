@@ -105,6 +105,12 @@ def _read_notes(path: Path, plan: dict[str, Any]) -> tuple[list[dict[str, int]],
     return shards[: len(there)], len(there) == len(shards)
 
 
+def bad_before(out: Path) -> int:
+    """Return how many samples before the last good one were bad, those of earlier calls for the same `out` included."""
+    last = read_settings(out / PACKED)["shards"][-1]
+    return last["read"] - last["end"]
+
+
 def _sizes(shards: list[dict[str, int]]) -> dict[str, int]:
     ends = [0, *(shard["end"] for shard in shards)]
     return {_name(i): end - start for i, (start, end) in enumerate(itertools.pairwise(ends))}

@@ -31,7 +31,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
 from torchvision.transforms.functional import pil_to_tensor
 
-from ..formats import one_line
+from ..failures import sentence
 from .images import MAX_IMAGE_PIXELS, TooManyPixels, UnreadFormat, open_image, read_image
 from .raw import Raw, open_source, read_captions
 
@@ -248,7 +248,7 @@ class Samples(IterableDataset):
 
     def skip(self, reason: str, key: str, error: Exception, worker: int) -> None:
         self._counts[worker, 1 + REASONS.index(reason)] += 1
-        self.on_skip(reason, key, one_line(error) or type(error).__name__)
+        self.on_skip(reason, key, sentence(error))
 
 
 def _ignore(reason: str, key: str, message: str) -> None:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ..failures import sentence
 from ..flags import parse
 from ..processes import add_up, default_workers, place_in, shared_progress
 from ..segment.prompts import TEMPLATES, Texts, best_synonym, class_texts, templates
@@ -75,8 +76,8 @@ def count_hits(counts: Tensor, scores: Tensor, labels: Tensor) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class ClassificationOptions(DatasetOptions):
-    """Measure zero-shot classification with φ as the score of a class, and with the model's own image embedding: acc1,
-    acc5 and mean per-class recall, as fractions.
+    """Measure zero-shot classification with phi, the compatibility of an image and a text, as the score of a class, and
+    with the model's own image embedding: acc1, acc5 and mean per-class recall, as fractions.
     """
 
     dataset: str
@@ -85,7 +86,7 @@ class ClassificationOptions(DatasetOptions):
     templates: str | None = None
     """Prompt templates: none, photo, simple, openai, or a file; by default those of the dataset, else simple."""
     plain: bool = True
-    """Measure the model's own image embedding too, besides φ."""
+    """Measure the model's own image embedding too, besides phi."""
     batch_size: int = 64
     """Images per batch."""
     workers: int = field(default_factory=default_workers)
@@ -111,7 +112,7 @@ def main(argv: Sequence[str], prog: str = "pacl evaluate classification") -> int
     try:
         counts = classification(data, texts, scorers, **reading, label=f"classification {options.dataset}")
     except (ValueError, OSError) as error:  # a worker's message puts its traceback before the line that matters
-        raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
+        raise ValueError(sentence(error)) from error
     if rank:
         return 0
     dataset = options.dataset if data.kind.count else options.data_root.resolve().name
@@ -120,4 +121,5 @@ def main(argv: Sequence[str], prog: str = "pacl evaluate classification") -> int
     for scorer, count in zip(scorers, counts, strict=True):
         rules = scorer.rules | {"name": f"classification {scorer.rules['name']}", "templates": list(sentences)}
         options.write("zeroshot_classification", dataset, rules, accuracies(count), towers, **sizes)
+    print(options.next_command())
     return 0

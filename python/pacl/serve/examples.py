@@ -69,8 +69,10 @@ def find_examples(folder: Path | None, checkpoint: str | None) -> list[Example]:
     if folder is not None:
         found = [x for x in find_images([folder]) if x.is_file()]
         return [Example(x.relative_to(folder).as_posix() if folder.is_dir() else x.name, x) for x in found]
-    if checkpoint and all((Path(checkpoint).resolve().parent / name).is_dir() for name in ("clip", "scenes")):
-        return demo_scenes()
+    if checkpoint:
+        place = Path(checkpoint).resolve()  # the demo's folder, or the embedder in it
+        if any(all((x / name).is_dir() for name in ("clip", "scenes")) for x in (place, place.parent)):
+            return demo_scenes()
     return []
 
 

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from ..commands import next_command
 from ..data.features import (
     MANIFEST,
     NOUNS,
@@ -31,9 +32,9 @@ from ..data.flags import TrainingDataFlags, check_plan, plan_of
 from ..data.samples import BadData, Samples, loader
 from ..data.scene_shards import shard_sizes
 from ..data.texts import PROMPTS, noun_finder
+from ..failures import sentence
 from ..files import remove_unfinished, write_bytes
 from ..flags import parse
-from ..formats import one_line
 from ..locks import LOCK, lock_folder
 from ..processes import choose_device, default_workers
 from ..progress import Progress
@@ -90,7 +91,7 @@ def main(argv: Sequence[str], prog: str = "pacl features") -> int:
         with contextlib.nullcontext() if config.dry_run else lock_folder(config.out):
             _write(config)
     except (ValueError, OSError) as error:
-        print(f"pacl: error: {one_line(error)}", file=sys.stderr)
+        print(f"pacl: error: {sentence(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stopped; the same command continues", file=sys.stderr)
@@ -139,7 +140,12 @@ def _write(config: FeaturesConfig) -> None:
     count = sum(shard["count"] for shard in manifest["shards"])
     for line in source.remarks():
         print(line)
-    print(f"finished: {config.out}, {count:,} images; skipped: {source.reasons}", flush=True)
+    print(f"finished: {config.out}, {count:,} images; skipped: {source.reasons}")
+    print(_next(config), flush=True)
+
+
+def _next(config: FeaturesConfig) -> str:
+    return next_command("train", "--features", config.out, *(["--nouns", config.nouns] if config.nouns else []))
 
 
 class Encoder:

@@ -82,6 +82,8 @@ class Run:
         self.samples = config.train_num_samples or self._count()
         self.global_batch = config.local_batch * self.world
         self.epoch_steps = self.samples // self.global_batch
+        if self.samples == 0:
+            raise ValueError(f"train_data: got no pairs in {self.data.name}; `pacl data check` says why")
         if self.epoch_steps == 0:
             raise ValueError(
                 f"batch_size: got {self.global_batch} pairs in a step of all processes, expected at most the "

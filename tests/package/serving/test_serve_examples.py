@@ -64,3 +64,9 @@ def test_thumbnails_are_made_late_and_few_are_kept(tmp_path, monkeypatch):
     assert [thumbnails.make(number, 100) for number in (2, 1)] == [made[2], made[1]]
     with pytest.raises(OSError):
         thumbnails.make(0, 100)
+
+
+def test_the_demo_brings_scenes_by_its_folder_or_its_embedder(tmp_path):
+    for name in ("clip", "scenes", "embedder"):
+        (tmp_path / "demo" / name).mkdir(parents=True)
+    assert [len(find_examples(None, str(tmp_path / name))) for name in ("demo", "demo/embedder", ".")] == [6, 6, 0]
