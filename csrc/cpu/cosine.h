@@ -168,6 +168,7 @@ WeightSums cosine_weights(const CompatibilityParams& p, const Rows& rows, int64_
     }
     const Lane g = p.loss_sums ? pair_gradient(p, rows.image[first], texts.first + k, live, phi, total)
                                : Lane(p.grad_phi + rows.image[first] * p.text_count + texts.first + k, live);
+    if (!needs_weights(p)) continue;
     if (has_pooled_patch) set_direction<Op>(p, texts, panel, slope, scratch);
     if (cancel)
       scores_in_double<Op>(p, rows, first, count, scratch, scratch.gram_attention);

@@ -91,6 +91,7 @@ WeightSums dot_weights(const CompatibilityParams& p, const Rows& rows, int64_t f
         dot_in_one_pass(p, rows, begin, end - begin, texts, panel, scratch, phi, state, g, sums);
       else
         phi = Lane(p.phi + at, live), state = Lane(p.state + at, live), g = Lane(p.grad_phi + at, live);
+      if (!needs_weights(p)) continue;
       V mean[2]{};
       if (rows.means) {  // Σ dS = g
         const int64_t i = mean_of_row(rows, begin);
@@ -102,7 +103,7 @@ WeightSums dot_weights(const CompatibilityParams& p, const Rows& rows, int64_t f
       measure_rounding<Op>(p, scores, rows.inv_norm + begin, end - begin, rows.image[begin], texts.inv_norm + k, panel,
                            sums);
     }
-    store_weights<Op>(scratch.scores, rows, first, last, texts, panel, to);
+    if (needs_weights(p)) store_weights<Op>(scratch.scores, rows, first, last, texts, panel, to);
   }
   return sums;
 }
