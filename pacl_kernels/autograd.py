@@ -290,13 +290,13 @@ class SigmoidFunction(PerSample):
     @staticmethod
     @first_order
     def backward(ctx: Any, values: list[Any], grad_loss: Tensor) -> Gradients:
-        arguments, grads = values[:10], values[10:]
-        _, _, logit_scale, _, attn_temperature, logit_bias, *_ = arguments
+        arguments, grads = (*values[:10], ctx.options, ctx.needs), values[10:]
+        logit_scale, attn_temperature, logit_bias = arguments[2], arguments[4], arguments[5]
         kept = ctx.options.kept
         if kept is None:
             grads = [None if x is None else (x * grad_loss).to(x.dtype) for x in grads]
         else:
-            _, *grads = (None, *kept.pop()) if kept else _sigmoid_step(*arguments, ctx.options, ctx.needs)
+            grads = kept.pop() if kept else list(_sigmoid_step(*arguments)[1:])
             if grad_loss.item() != 1.0:  # on a CPU, where reading it does not wait
                 grads = [None if x is None else x.mul_(grad_loss) for x in grads]
         patches, texts, scale, temperature, bias, pair_bias = grads

@@ -52,8 +52,9 @@ def compatibility_forward(
     if phi.numel():
         tau = _join(temperature, temperature_value, phi.dtype)
         with without_autocast(patches.device.type):
+            implementation: Any = backends.get(backend)  # those that keep scores take an argument more
             kept = {} if scores is None else {"scores": scores}
-            backends.get(backend).compatibility_forward(patches, texts, patch_mask, tau, form, phi, state, **kept)
+            implementation.compatibility_forward(patches, texts, patch_mask, tau, form, phi, state, **kept)
 
 
 @compatibility_forward.register_fake
@@ -91,8 +92,9 @@ def compatibility_backward(
                 grad.zero_()
         return
     tau = _join(temperature, temperature_value, phi.dtype)
+    implementation: Any = backends.get(backend)
     with without_autocast(patches.device.type):
-        backends.get(backend).compatibility_backward(
+        implementation.compatibility_backward(
             *(patches, texts, patch_mask, tau, form, phi, state),
             *(grad_phi, grad_patches, grad_texts, grad_temperature),
             **({"keeps_scores": True} if keeps_scores else {}),
@@ -263,8 +265,9 @@ def sigmoid_step(
     )
     given = pairs.Pairs(image_ids, text_ids, targets, pair_bias)
     grads = grad_patches, grad_texts, grad_temperature, grad_scale, grad_bias, grad_pair_bias
+    implementation: Any = backends.get(backend)
     with without_autocast(patches.device.type):
-        backends.get(backend).sigmoid_step(patches, texts, patch_mask, tau, form, *scalars, given, value, *grads)
+        implementation.sigmoid_step(patches, texts, patch_mask, tau, form, *scalars, given, value, *grads)
 
 
 @sigmoid_step.register_fake
