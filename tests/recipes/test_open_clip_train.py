@@ -137,8 +137,8 @@ def dataset(world: Path, name: str, transform) -> CsvDataset:
 
 def plain(
     world: Path, *, accumulate: int = 1, processes: int = 1, resumed: bool = False, bf16: bool = False
-) -> list[float]:
-    """Return the loss of every step of a loop without open_clip_train, in one process."""
+) -> tuple[list[float], float]:
+    """Return the loss of every step of a loop without open_clip_train, in one process, and `scale_momentum`."""
     clip, transform, _ = load(world)
     pairs = dataset(world, "train", transform)
     if processes > 1:
@@ -173,32 +173,39 @@ def plain(
             with torch.no_grad():
                 clip.logit_scale.clamp_(0, math.log(100))
             found.append(loss.item())
-    return found
+    return found, scale_momentum(optimizer.state_dict())
 
 
-def weights(logs: Path, epoch: int) -> dict[str, torch.Tensor]:
-    return torch.load(logs / f"run/checkpoints/epoch_{epoch}.pt", weights_only=True)["state_dict"]
+def scale_momentum(optimizer: dict) -> float:
+    """Return the mean gradient that AdamW has kept of the only scalar, the logarithm of the logit scale."""
+    return next(state["exp_avg"].item() for state in optimizer["state"].values() if state["exp_avg"].ndim == 0)
+
+
+def checkpoint(logs: Path, epoch: int) -> dict:
+    return torch.load(logs / f"run/checkpoints/epoch_{epoch}.pt", weights_only=True)
 
 
 def test_plain_and_resumed(world, tmp_path):
     found = run(world, tmp_path, *training(world))
     assert len(found) == EPOCHS * PAIRS // BATCH and found[-1] < 0.7 * found[0]
-    assert found == pytest.approx(plain(world), rel=1e-5)
+    assert found == pytest.approx(plain(world)[0], rel=1e-5)
 
     (tmp_path / "run/checkpoints/epoch_2.pt").unlink()
     found = run(world, tmp_path, *training(world), "--resume", "latest")
-    assert found == pytest.approx(plain(world, resumed=True), rel=1e-5)
+    assert found == pytest.approx(plain(world, resumed=True)[0], rel=1e-5)
 
 
 def test_accumulated(world, tmp_path):
     found = run(world, tmp_path, *training(world), "--accum-freq", 2)
     assert len(found) == EPOCHS * PAIRS // BATCH // 2
-    assert found == pytest.approx(plain(world, accumulate=2), rel=1e-5)
+    expected, momentum = plain(world, accumulate=2)
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert scale_momentum(checkpoint(tmp_path, EPOCHS)["optimizer"]) == pytest.approx(momentum, rel=1e-4)
 
 
 def test_autocast(world, tmp_path):
     found = run(world, tmp_path, *training(world), "--precision", "amp_bf16")
-    assert found == pytest.approx(plain(world, bf16=True), rel=1e-5)
+    assert found == pytest.approx(plain(world, bf16=True)[0], rel=1e-5)
 
 
 @torch.no_grad()
@@ -215,7 +222,7 @@ def test_sigmoid_on_a_locked_tower(world, tmp_path):
     with torch.enable_grad():
         found = run(world, tmp_path, *training(world), *locked, "--batch-size", PAIRS)
     assert found[0] == pytest.approx(expected.item(), rel=1e-5) and found[1] < found[0]
-    before, after = clip.state_dict(), weights(tmp_path, EPOCHS)
+    before, after = clip.state_dict(), checkpoint(tmp_path, EPOCHS)["state_dict"]
     changed = {name for name, x in after.items() if name not in before or not torch.equal(x, before[name])}
     assert changed == {"visual.proj", "logit_scale", "logit_bias"}
 
@@ -245,7 +252,8 @@ def assert_validated(world: Path, logs: Path, epochs: list[int]):
     lines = [json.loads(line) for line in (logs / "run/checkpoints/results.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == epochs
     for line in lines:
-        state = {name.removeprefix("module."): x for name, x in weights(logs, line["epoch"]).items()}
+        state = checkpoint(logs, line["epoch"])["state_dict"]
+        state = {name.removeprefix("module."): x for name, x in state.items()}
         expected = validated(world, state)
         assert {name: line[name] for name in expected} == pytest.approx(expected, rel=1e-5)
 
@@ -287,14 +295,14 @@ def test_two_processes_validated(world, tmp_path):
     launcher = [*forked("open_clip_train.main", "pacl"), "2"]
     found = ranks(world, tmp_path, "--val-data", world / "val.csv", launcher=launcher)
     assert len(found) == EPOCHS * PAIRS // BATCH // 2
-    assert found == pytest.approx(plain(world, processes=2), rel=1e-5)
+    assert found == pytest.approx(plain(world, processes=2)[0], rel=1e-5)
     assert_validated(world, tmp_path, [1, 2])
 
 
 @pytest.mark.recipes_full
 def test_torchrun_accumulated_and_resumed(world, tmp_path):
     launcher = [*TORCHRUN, "2", "--"]  # without "--", torchrun takes --logs for a flag of its own
-    expected = pytest.approx(plain(world, processes=2, accumulate=2), rel=1e-5)
+    expected = pytest.approx(plain(world, processes=2, accumulate=2)[0], rel=1e-5)
     assert ranks(world, tmp_path, "--accum-freq", 2, launcher=launcher) == expected
     (tmp_path / "run/checkpoints/epoch_2.pt").unlink()
     assert ranks(world, tmp_path, "--accum-freq", 2, "--resume", "latest", launcher=launcher) == expected
@@ -303,5 +311,5 @@ def test_torchrun_accumulated_and_resumed(world, tmp_path):
 @pytest.mark.recipes_full
 def test_compiled_and_validated(world, tmp_path):
     found = run(world, tmp_path, *training(world), "--torchcompile", "--val-data", world / "val.csv", "--epochs", 1)
-    assert found == pytest.approx(plain(world)[: len(found)], rel=1e-5)
+    assert found == pytest.approx(plain(world)[0][: len(found)], rel=1e-5)
     assert_validated(world, tmp_path, [1])
