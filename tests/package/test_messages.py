@@ -62,7 +62,7 @@ def smaller(weights):
         ({"model_cfg": {"embed_dim": 128, "other": 3}}, "whose settings describe no model that this version makes"),
         ({}, "open_clip_config.json has no 'model_cfg'"),
     ],
-    ids=str,
+    ids=["LFS", "HTML", "text", "fewer", "smaller", "no weights", "no config", "other config", "no model_cfg"],
 )
 def test_a_local_model(change, message, untrained, tmp_path, capsys):
     """A folder with another file as weights, other weights, no weights, which would be random, or other settings."""
