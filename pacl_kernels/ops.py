@@ -3,6 +3,8 @@
 They write into buffers that the caller allocated and return nothing, so the fake implementations are empty. They carry
 no autograd formula: the Functions of `autograd.py` differentiate. Each scalar of the public functions is two arguments
 of an operator, a tensor of one element or None, and a number or None; `pair` makes them.
+
+Their namespace is the name of the package: `pacl_kernels`, or the name under which a loader imports a second copy.
 """
 
 # Without `from __future__ import annotations`: torch.library of torch 2.6 does not find the names below in a string.
@@ -29,7 +31,7 @@ def _join(tensor: Tensor | None, value: float | None, dtype: torch.dtype) -> Any
     return scalar(value if tensor is None else tensor, dtype)
 
 
-@torch.library.custom_op("pacl_kernels::compatibility_forward", mutates_args=("phi", "state", "scores"))
+@torch.library.custom_op(f"{__package__}::compatibility_forward", mutates_args=("phi", "state", "scores"))
 def compatibility_forward(
     patches: Tensor,
     texts: Tensor,
@@ -62,7 +64,7 @@ def _(*arguments: Any) -> None:
 
 
 @torch.library.custom_op(
-    "pacl_kernels::compatibility_backward", mutates_args=("grad_patches", "grad_texts", "grad_temperature")
+    f"{__package__}::compatibility_backward", mutates_args=("grad_patches", "grad_texts", "grad_temperature")
 )
 def compatibility_backward(
     patches: Tensor,
@@ -104,7 +106,7 @@ def _(*arguments: Any) -> None:
     return None
 
 
-@torch.library.custom_op("pacl_kernels::loss_forward", mutates_args=("value", "statistics"))
+@torch.library.custom_op(f"{__package__}::loss_forward", mutates_args=("value", "statistics"))
 def loss_forward(
     phi: Tensor,
     scale: OptionalTensor,
@@ -127,7 +129,7 @@ def _(*arguments: Any) -> None:
     return None
 
 
-@torch.library.custom_op("pacl_kernels::loss_backward", mutates_args=("grad_phi", "grad_scale", "grad_bias"))
+@torch.library.custom_op(f"{__package__}::loss_backward", mutates_args=("grad_phi", "grad_scale", "grad_bias"))
 def loss_backward(
     phi: Tensor,
     scale: OptionalTensor,
@@ -156,7 +158,7 @@ def _(*arguments: Any) -> None:
 
 
 @torch.library.custom_op(
-    "pacl_kernels::pair_loss_forward", mutates_args=("value", "row_statistics", "column_statistics")
+    f"{__package__}::pair_loss_forward", mutates_args=("value", "row_statistics", "column_statistics")
 )
 def pair_loss_forward(
     phi: Tensor,
@@ -186,7 +188,7 @@ def _(*arguments: Any) -> None:
 
 
 @torch.library.custom_op(
-    "pacl_kernels::pair_loss_backward", mutates_args=("grad_phi", "grad_scale", "grad_bias", "grad_pair_bias")
+    f"{__package__}::pair_loss_backward", mutates_args=("grad_phi", "grad_scale", "grad_bias", "grad_pair_bias")
 )
 def pair_loss_backward(
     phi: Tensor,
@@ -224,7 +226,7 @@ def _(*arguments: Any) -> None:
     return None
 
 
-@torch.library.custom_op("pacl_kernels::upsample_argmax", mutates_args=("labels", "best", "entropy"))
+@torch.library.custom_op(f"{__package__}::upsample_argmax", mutates_args=("labels", "best", "entropy"))
 def upsample_argmax(
     scores: Tensor,
     align_corners: bool,
