@@ -55,7 +55,9 @@ def compatibility_forward(
         tau = _join(temperature, temperature_value, phi.dtype)
         with without_autocast(patches.device.type):
             kept = {} if scores is None else {"scores": scores}
-            backends.get(backend).compatibility_forward(patches, texts, patch_mask, tau, form, phi, state, **kept)
+            backends.get_for(backend, patches).compatibility_forward(
+                patches, texts, patch_mask, tau, form, phi, state, **kept
+            )
 
 
 @compatibility_forward.register_fake
@@ -246,7 +248,7 @@ def upsample_argmax(
         for source, size in zip(scores.shape[2:], labels.shape[1:], strict=True)
     )
     factor = _join(scale, scale_value, wide)
-    backends.get(backend).upsample_argmax(scores, rows, columns, factor, labels, best, entropy)
+    backends.get_for(backend, scores).upsample_argmax(scores, rows, columns, factor, labels, best, entropy)
 
 
 @upsample_argmax.register_fake

@@ -125,7 +125,7 @@ def test_two_processes_print_what_one_prints(tmp_path, monkeypatch, capsys):
     for free in sockets:
         free.close()
     words = [str(RECIPES / f"{word}.py") if word in NAMES else str(word) for word in words]
-    command = [*forked("torch.nn.parallel", "pacl_kernels"), "2", str(tmp_path / "driver.py"), *words]
+    command = [*forked("torch._dynamo", "pacl_kernels"), "2", str(tmp_path / "driver.py"), *words]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
     one = [run(name, monkeypatch, capsys, "--steps", "20") for name in NAMES]
