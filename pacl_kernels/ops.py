@@ -4,6 +4,7 @@ They write into buffers that the caller allocated and return nothing, so the fak
 no autograd formula: the Functions of `autograd.py` differentiate. Each scalar of the public functions is two arguments
 of an operator, a tensor of one element or None, and a number or None; `pair` makes them.
 
+A buffer has no default, because torch 2.6 looks for every buffer among the arguments, and defaults are left out there.
 Their namespace is the name of the package: `pacl_kernels`, or the name under which a loader imports a second copy.
 """
 
@@ -42,7 +43,7 @@ def compatibility_forward(
     backend: str,
     phi: Tensor,
     state: Tensor,
-    scores: OptionalTensor = None,
+    scores: OptionalTensor,
 ) -> None:
     """Write compatibility φ `[B, K]` and `state` `[B, K]`, which the backward of the same backend reads.
 

@@ -30,8 +30,8 @@ def test_opcheck(form, mask, target):
         problem = replace(problem, patches=problem.patches.nan_to_num(0, 0, 0))
     for arguments, skips in zip(operator_arguments(problem, target.backend), ((None, 0, 1, 2), (None,)), strict=True):
         phi, state = torch.empty_like(problem.upstream), torch.empty_like(problem.upstream)
-        torch.library.opcheck(COMPATIBILITY_FORWARD, (*arguments, phi, state))
-        COMPATIBILITY_FORWARD(*arguments, phi, state)
+        torch.library.opcheck(COMPATIBILITY_FORWARD, (*arguments, phi, state, None))
+        COMPATIBILITY_FORWARD(*arguments, phi, state, None)
         buffers = (torch.empty_like(problem.patches), torch.empty_like(problem.texts), phi.new_empty(()))
         for skipped in skips:
             grads = [None if i == skipped else buffer for i, buffer in enumerate(buffers)]
