@@ -206,7 +206,8 @@ def test_an_exported_model_is_saved_and_loaded(tmp_path):
 
     images, texts, patches = (torch.export.Dim(name) for name in ("images", "texts", "patches"))
     shapes = {0: images, 1: patches}, {0: texts}, {0: images, 1: patches}
-    torch.export.save(torch.export.export(model, inputs(4, 7, 3), dynamic_shapes=shapes), tmp_path / "model.pt2")
+    exported = torch.export.export(model, inputs(4, 7, 3), dynamic_shapes=shapes, strict=False)  # True in torch 2.6
+    torch.export.save(exported, tmp_path / "model.pt2")
     cases = [inputs(*sizes) for sizes in ((4, 7, 3), (1, 1, 1), (33, 196, 70), (0, 7, 3), (2, 7, 0))]
     torch.save(cases, tmp_path / "cases.pt")
     program = """
