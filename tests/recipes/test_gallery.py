@@ -48,7 +48,7 @@ def test_the_best_of_a_gallery(form, block, suffix, dtype, tmp_path, monkeypatch
 
 
 def test_equal_images_come_in_their_order(tmp_path, monkeypatch, capsys):
-    """Of equal images the first wins, wherever blocks end; a gallery may hold fewer images than are asked for."""
+    """The first of equal images wins, wherever blocks end; a gallery may hold fewer images than are asked for."""
     image, texts = torch.randn(1, 4, 8), torch.randn(1, 8)
     files = [write(tmp_path / f"{i}.npy", image.repeat(3, 1, 1), "patches") for i in range(2)]
     words = write(tmp_path / "texts.npy", texts, "texts")
