@@ -34,6 +34,11 @@ def loss_and_gradients(library, backend: str) -> list[torch.Tensor]:
     return [loss, *torch.autograd.grad(loss, (patches, texts))]
 
 
+def operators(namespace: str) -> set[str]:
+    names = [name.split("::") for name in torch._C._dispatch_get_all_op_names()]
+    return {name for space, name in names if space == namespace}
+
+
 @pytest.mark.parametrize("variant", ["torch-cpu", "torch-cuda"])
 def test_the_loader_loads_it(variant, repository):
     """Both variants have every public name, and give the installed package's bits with `torch` and `triton`."""
@@ -59,8 +64,8 @@ def test_it_shares_nothing_with_the_installed_package(repository):
     """The copy has operators of its own, and takes no native module from the installed package."""
     kernel = kernels.get_local_kernel(repository, backend="cpu")
     assert "not built" in kernel.available_backends()["cpu"]
-    own = getattr(torch.ops, kernel.__name__).compatibility_forward
-    assert own is not torch.ops.pacl_kernels.compatibility_forward
+    mine, installed = operators(kernel.__name__), operators("pacl_kernels")
+    assert mine == installed and "compatibility_forward" in mine
 
 
 def test_metadata(repository):
