@@ -3,6 +3,9 @@
 They write into buffers that the caller allocated and return nothing, so the fake implementations are empty. They carry
 no autograd formula: the Functions of `autograd.py` differentiate. Each scalar of the public functions is two arguments
 of an operator, a tensor of one element or None, and a number or None; `pair` makes them.
+
+A buffer has no default, because torch 2.6 looks for every buffer among the arguments, and defaults are left out there.
+Their namespace is the name of the package: `pacl_kernels`, or the name under which a loader imports a second copy.
 """
 
 # Without `from __future__ import annotations`: torch.library of torch 2.6 does not find the names below in a string.
@@ -29,7 +32,7 @@ def _join(tensor: Tensor | None, value: float | None, dtype: torch.dtype) -> Any
     return scalar(value if tensor is None else tensor, dtype)
 
 
-@torch.library.custom_op("pacl_kernels::compatibility_forward", mutates_args=("phi", "state", "scores"))
+@torch.library.custom_op(f"{__package__}::compatibility_forward", mutates_args=("phi", "state", "scores"))
 def compatibility_forward(
     patches: Tensor,
     texts: Tensor,
@@ -40,7 +43,7 @@ def compatibility_forward(
     backend: str,
     phi: Tensor,
     state: Tensor,
-    scores: OptionalTensor = None,
+    scores: OptionalTensor,
 ) -> None:
     """Write compatibility φ `[B, K]` and `state` `[B, K]`, which the backward of the same backend reads.
 
@@ -52,7 +55,7 @@ def compatibility_forward(
     if phi.numel():
         tau = _join(temperature, temperature_value, phi.dtype)
         with without_autocast(patches.device.type):
-            implementation: Any = backends.get(backend)  # those that keep scores take an argument more
+            implementation: Any = backends.get_for(backend, patches)  # those that keep scores take an argument more
             kept = {} if scores is None else {"scores": scores}
             implementation.compatibility_forward(patches, texts, patch_mask, tau, form, phi, state, **kept)
 
@@ -63,7 +66,7 @@ def _(*arguments: Any) -> None:
 
 
 @torch.library.custom_op(
-    "pacl_kernels::compatibility_backward", mutates_args=("grad_patches", "grad_texts", "grad_temperature")
+    f"{__package__}::compatibility_backward", mutates_args=("grad_patches", "grad_texts", "grad_temperature")
 )
 def compatibility_backward(
     patches: Tensor,
@@ -92,7 +95,7 @@ def compatibility_backward(
                 grad.zero_()
         return
     tau = _join(temperature, temperature_value, phi.dtype)
-    implementation: Any = backends.get(backend)
+    implementation: Any = backends.get_for(backend, patches)
     with without_autocast(patches.device.type):
         implementation.compatibility_backward(
             *(patches, texts, patch_mask, tau, form, phi, state),
@@ -106,7 +109,7 @@ def _(*arguments: Any) -> None:
     return None
 
 
-@torch.library.custom_op("pacl_kernels::loss_forward", mutates_args=("value", "statistics"))
+@torch.library.custom_op(f"{__package__}::loss_forward", mutates_args=("value", "statistics"))
 def loss_forward(
     phi: Tensor,
     scale: OptionalTensor,
@@ -129,7 +132,7 @@ def _(*arguments: Any) -> None:
     return None
 
 
-@torch.library.custom_op("pacl_kernels::loss_backward", mutates_args=("grad_phi", "grad_scale", "grad_bias"))
+@torch.library.custom_op(f"{__package__}::loss_backward", mutates_args=("grad_phi", "grad_scale", "grad_bias"))
 def loss_backward(
     phi: Tensor,
     scale: OptionalTensor,
@@ -158,7 +161,7 @@ def _(*arguments: Any) -> None:
 
 
 @torch.library.custom_op(
-    "pacl_kernels::pair_loss_forward", mutates_args=("value", "row_statistics", "column_statistics")
+    f"{__package__}::pair_loss_forward", mutates_args=("value", "row_statistics", "column_statistics")
 )
 def pair_loss_forward(
     phi: Tensor,
@@ -188,7 +191,7 @@ def _(*arguments: Any) -> None:
 
 
 @torch.library.custom_op(
-    "pacl_kernels::pair_loss_backward", mutates_args=("grad_phi", "grad_scale", "grad_bias", "grad_pair_bias")
+    f"{__package__}::pair_loss_backward", mutates_args=("grad_phi", "grad_scale", "grad_bias", "grad_pair_bias")
 )
 def pair_loss_backward(
     phi: Tensor,
@@ -227,7 +230,7 @@ def _(*arguments: Any) -> None:
 
 
 @torch.library.custom_op(
-    "pacl_kernels::sigmoid_step",
+    f"{__package__}::sigmoid_step",
     mutates_args=(
         "value", "grad_patches", "grad_texts", "grad_temperature", "grad_scale", "grad_bias", "grad_pair_bias"
     ),
@@ -265,7 +268,7 @@ def sigmoid_step(
     )
     given = pairs.Pairs(image_ids, text_ids, targets, pair_bias)
     grads = grad_patches, grad_texts, grad_temperature, grad_scale, grad_bias, grad_pair_bias
-    implementation: Any = backends.get(backend)
+    implementation: Any = backends.get_for(backend, patches)
     with without_autocast(patches.device.type):
         implementation.sigmoid_step(patches, texts, patch_mask, tau, form, *scalars, given, value, *grads)
 
@@ -275,7 +278,7 @@ def _(*arguments: Any) -> None:
     return None
 
 
-@torch.library.custom_op("pacl_kernels::upsample_argmax", mutates_args=("labels", "best", "entropy"))
+@torch.library.custom_op(f"{__package__}::upsample_argmax", mutates_args=("labels", "best", "entropy"))
 def upsample_argmax(
     scores: Tensor,
     align_corners: bool,
@@ -295,7 +298,7 @@ def upsample_argmax(
         for source, size in zip(scores.shape[2:], labels.shape[1:], strict=True)
     )
     factor = _join(scale, scale_value, wide)
-    backends.get(backend).upsample_argmax(scores, rows, columns, factor, labels, best, entropy)
+    backends.get_for(backend, scores).upsample_argmax(scores, rows, columns, factor, labels, best, entropy)
 
 
 @upsample_argmax.register_fake

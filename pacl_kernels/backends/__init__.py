@@ -102,6 +102,22 @@ def get(name: str) -> Backend:
     return _BACKENDS[name]
 
 
+_able: set[tuple[str, torch.device, torch.dtype]] = set()
+
+
+def get_for(name: str, x: Tensor) -> Backend:
+    """Return the backend `name`, checked for the device and dtype of `x`.
+
+    The public functions choose a backend for their tensors, but a program of `torch.export` keeps the choice, and may
+    be moved to another device. Raises ValueError where the backend cannot run.
+    """
+    key = name, x.device, x.dtype
+    if key not in _able:
+        resolve(name, *key[1:])
+        _able.add(key)
+    return _BACKENDS[name]
+
+
 def _best(device: torch.device, dtype: torch.dtype) -> str:
     if dtype == torch.float64:
         return "torch"  # the only backend with 53 bits

@@ -139,7 +139,7 @@ def winners(problem: Problem, backend: str) -> Tensor:
     phi = problem.patches.new_full((len(problem.patches), len(problem.texts)), math.nan, dtype=_wide(problem))
     state = phi.clone()
     inputs = (problem.patches.detach(), problem.texts.detach(), problem.patch_mask, None, 1.0)
-    torch.ops.pacl_kernels.compatibility_forward(*inputs, "max", backend, phi, state)
+    torch.ops.pacl_kernels.compatibility_forward(*inputs, "max", backend, phi, state, None)
     index = state.long()
     assert torch.equal(index.to(state.dtype), state), "winners are not whole numbers"
     n = problem.patches.shape[1]
