@@ -98,7 +98,10 @@ def main() -> None:
         if len(found) != 3 or found[2] != shape[1]:
             parser.error(f"gallery: got shape {list(found)} in {path}, expected [B, N, {shape[1]}]")
     texts = rows_of(args.texts, "texts", 0, shape[0])
-    answers = search(texts, args.gallery, args.top, args.block, args.device, args.form, args.attn_temperature)
+    try:
+        answers = search(texts, args.gallery, args.top, args.block, args.device, args.form, args.attn_temperature)
+    except (TypeError, ValueError) as error:  # the library's own, in one sentence
+        parser.error(str(error))
     for k, (values, numbers, rows) in enumerate(zip(*(x.tolist() for x in answers), strict=True)):
         for rank, (value, number, row) in enumerate(zip(values, numbers, rows, strict=True), 1):
             print(f"{k}\t{rank}\t{value:.6f}\t{args.gallery[number]}\t{row}")

@@ -88,6 +88,7 @@ def test_memory_does_not_grow_with_the_gallery(tmp_path, monkeypatch, capsys):
         ("texts.npy texts.npy", "gallery: got shape [2, 8] in texts.npy, expected [B, N, 8]"),
         ("texts.npy a.npy --top 0", "--top: got 0, expected at least 1"),
         ("texts.npy a.npy --block 0", "--block: got 0, expected at least 1"),
+        ("texts.npy a.npy --attn-temperature 0", "attn_temperature is 0.0, expected"),
     ],
 )
 def test_wrong_arguments_are_one_line(words, message, tmp_path, monkeypatch, capsys):
