@@ -42,7 +42,7 @@ def test_the_incoming_gradient_comes_later(form, cpu_backend):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_frozen_texts_and_patches(form, cpu_backend):
-    """What needs no gradient changes no bits of the rest."""
+    """Leaving a gradient out changes no bits of the rest."""
     patches, texts = _inputs()
     options = {"form": form, "loss": "sigmoid", "backend": cpu_backend}
     both = torch.autograd.grad(fused_pacl_loss(patches, texts, 10.0, **options), (patches, texts))
