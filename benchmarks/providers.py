@@ -106,17 +106,24 @@ PEERS = {
 PACKAGES = {"late-interaction-kernels": "late_interaction_kernels", "flash-maxsim": "flash_maxsim"}  # name to module
 
 
+def logit_bias(loss: str) -> float:
+    """Return SigLIP's initial bias for the sigmoid loss, 0 for the other, which does not depend on a bias."""
+    return -10.0 if loss == "sigmoid" else 0.0
+
+
 def losses(args, only: str | None = None) -> dict:
     """Return equal losses loss(patches, texts) by name. `only` selects one, because torch.compile takes 5 s to load."""
 
     def fused(backend):
         return lambda patches, texts: fused_pacl_loss(
-            patches, texts, LOGIT_SCALE, attn_temperature=args.temperature, form=args.form, backend=backend
-        )
+            patches, texts, LOGIT_SCALE, attn_temperature=args.temperature, form=args.form, loss=args.loss,
+            logit_bias=logit_bias(args.loss), backend=backend,
+        )  # fmt: skip
 
     def peer(phi, compiled, _):
         def loss(patches, texts):
-            return reference.contrastive_loss(LOGIT_SCALE * phi(patches, texts, args.temperature, args.form).float())
+            logits = LOGIT_SCALE * phi(patches, texts, args.temperature, args.form).float() + logit_bias(args.loss)
+            return reference.contrastive_loss(logits, args.loss)
 
         return torch.compile(loss, fullgraph=True, dynamic=False) if compiled else loss
 

@@ -68,7 +68,7 @@ def throughput(result: dict, name: str | None = None) -> str:
     if peak:
         peak_text = f"; peak {peak / 1e12:.3g} TFLOP/s" if peak >= 1e12 else f"; peak {peak / 1e9:.3g} GFLOP/s"
     lines = [
-        f"**{settings['dtype']}, `{settings['form']}`**: {_shape(settings)}; {on['gpu'] or on['cpu']}, "
+        f"**{_inputs(settings)}**: {_shape(settings)}; {on['gpu'] or on['cpu']}, "
         f"torch {on['torch']}, commit `{on['commit']}`, {on['date'][:10]}{peak_text}",
         "",
         grid(head, rows),
@@ -141,6 +141,11 @@ def _best(result: dict) -> dict:
     """Return the row of our fastest backend."""
     fused = [row for row in result["rows"] if row["name"].startswith("fused") and row["reason"] is None]
     return min(fused, key=lambda row: row["step_ms"])
+
+
+def _inputs(settings: dict) -> str:
+    loss = ", sigmoid loss" if settings.get("loss") == "sigmoid" else ""  # older results have no loss: InfoNCE
+    return f"{settings['dtype']}, `{settings['form']}`{loss}"
 
 
 def _shape(settings: dict) -> str:

@@ -28,10 +28,21 @@ from pathlib import Path
 
 import report
 import torch
-from providers import LOGIT_SCALE, PEERS, PRODUCTS, chunked, does_not_fit, is_compiled, losses, products, why_not
+from providers import (
+    LOGIT_SCALE,
+    PEERS,
+    PRODUCTS,
+    chunked,
+    does_not_fit,
+    is_compiled,
+    logit_bias,
+    losses,
+    products,
+    why_not,
+)
 
 from pacl_kernels import backends, reference
-from pacl_kernels.checks import FORMS
+from pacl_kernels.checks import FORMS, LOSSES
 from pacl_kernels.native import native
 
 SECONDS = 3.0  # timed runs of a provider: a slow one runs less often than --repeats, but at least 3 times
@@ -210,7 +221,8 @@ def float64_truth(args, inputs, clock: Clock) -> list[torch.Tensor]:
         return reference.compatibility(patches, texts, attn_temperature=temperature, form=form)
 
     def loss(patches, texts):
-        return reference.contrastive_loss(LOGIT_SCALE * chunked(patches, texts, args.temperature, args.form, phi))
+        logits = LOGIT_SCALE * chunked(patches, texts, args.temperature, args.form, phi) + logit_bias(args.loss)
+        return reference.contrastive_loss(logits, args.loss)
 
     return step(loss, [x.detach().double().requires_grad_(x.requires_grad) for x in inputs], clock)
 
@@ -359,6 +371,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--dim", type=int, default=512, help="Dimension of the embeddings.")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="Dtype of the embeddings.")
     add("--form", choices=FORMS, default="dot", help="Form of φ.")
+    add("--loss", choices=LOSSES, default="infonce", help="Loss over φ.")
     add("--temperature", type=float, default=0.1, help="Temperature of the softmax over patches.")
     add("--frozen-texts", action="store_true", help="Compute no gradient of the texts.")
     default_device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -42,7 +42,15 @@ const Fields<CompatibilityParams>& compatibility_fields() {
                                                              OPTIONAL(grad_texts),
                                                              OPTIONAL(grad_texts_dtype),
                                                              OPTIONAL(texts_sum),
-                                                             OPTIONAL(grad_temperature)});
+                                                             OPTIONAL(grad_temperature),
+                                                             OPTIONAL(loss_sums),
+                                                             OPTIONAL(logit_scale),
+                                                             OPTIONAL(logit_bias),
+                                                             OPTIONAL(image_ids),
+                                                             OPTIONAL(text_ids),
+                                                             OPTIONAL(targets),
+                                                             OPTIONAL(pair_bias),
+                                                             OPTIONAL(grad_pair_bias)});
   return fields;
 }
 
@@ -87,6 +95,7 @@ PYBIND11_MODULE(_native, m) {
 
   m.def("compatibility_forward", &compatibility_forward);
   m.def("compatibility_backward", &compatibility_backward);
+  m.def("sigmoid_step", &sigmoid_step);
   m.def("upsample_argmax", &upsample_argmax);
 
   cuda::bind(m);

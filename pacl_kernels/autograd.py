@@ -25,14 +25,15 @@ class Options(NamedTuple):
         form: as in `fused_pacl_loss`.
         loss: as in `fused_pacl_loss`, or None for the compatibility alone.
         backend: name of a backend that can run; not `"auto"`.
-        kept: the memory of the patches' gradient, in which the backend keeps scores from its forward to its backward;
-            the backward takes it out, so a second one computes the scores again. Empty: no scores are kept.
+        kept: what the forward leaves for one backward, which takes it out: memory of the patches' gradient, in which
+            the backend has kept scores (`keeping`), or finished gradients (`SigmoidFunction`). A second backward
+            computes it again. None: the forward leaves only tensors that autograd saves.
     """
 
     form: Form
     loss: Loss | None
     backend: str
-    kept: list[Tensor] = []  # noqa: RUF012  (never changed: `keeping` makes another)
+    kept: list[Any] | None = None
 
 
 class Inputs(NamedTuple):
@@ -261,22 +262,90 @@ class PairLossFunction(PerSample):
         return grad_phi, grad_scale, grad_bias, None, None, None, grad_pair_bias, None
 
 
+class SigmoidFunction(PerSample):
+    """Sigmoid loss (0-D) whose gradients are computed in the forward, where ∂L/∂φ of a pair follows from its own φ.
+
+    `apply(patches, texts, logit_scale, patch_mask, attn_temperature, logit_bias, image_ids, text_ids, targets,
+    pair_bias, options, needs)` returns a tuple that starts with the loss. `needs`: six values, True where patches,
+    texts, logit scale, temperature, logit bias and pair bias need a gradient. Gradients go into `options.kept` if that
+    is a list, otherwise they are the other outputs.
+    """
+
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        options = arguments[10]
+        value, *grads = _sigmoid_step(*arguments)
+        if options.kept is None:
+            return value, *(x for x in grads if x is not None)
+        options.kept.append(grads)
+        return (value,)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *values, ctx.options, ctx.needs = inputs
+        grads = list(output[1:])
+        keep(ctx, *values, *(grads.pop(0) if needed and grads else None for needed in ctx.needs))
+        _only_first_has_gradient(ctx, output)
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, values: list[Any], grad_loss: Tensor) -> Gradients:
+        arguments, grads = (*values[:10], ctx.options, ctx.needs), values[10:]
+        logit_scale, attn_temperature, logit_bias = arguments[2], arguments[4], arguments[5]
+        kept = ctx.options.kept
+        if kept is None:
+            grads = [None if x is None else (x * grad_loss).to(x.dtype) for x in grads]
+        else:
+            grads = kept.pop() if kept else list(_sigmoid_step(*arguments)[1:])
+            if grad_loss.item() != 1.0:  # on a CPU, where reading it does not wait
+                grads = [None if x is None else x.mul_(grad_loss) for x in grads]
+        patches, texts, scale, temperature, bias, pair_bias = grads
+        scale, temperature = like(scale, logit_scale), like(temperature, attn_temperature)
+        return patches, texts, scale, None, temperature, like(bias, logit_bias), None, None, None, pair_bias, None, None
+
+
+def _sigmoid_step(
+    patches: Tensor, texts: Tensor, logit_scale: Scalar, patch_mask: Tensor | None, attn_temperature: Scalar,
+    logit_bias: Scalar | None, image_ids: Tensor | None, text_ids: Tensor | None, targets: Tensor | None,
+    pair_bias: Tensor | None, options: Options, needs: tuple[bool, ...],
+) -> tuple[Any, ...]:  # fmt: skip
+    """Return the sigmoid loss and its gradients, in the order of `needs` and None where none is needed."""
+    value = patches.new_empty((), dtype=torch.float32)
+    shapes = (patches, texts, value, value, value, pair_bias)  # a scalar's gradient is 0-D
+    grad_patches, grad_texts, grad_scale, grad_temperature, grad_bias, grad_pair_bias = grads = [
+        x.new_empty(x.shape) if x is not None and needed else None for x, needed in zip(shapes, needs, strict=True)
+    ]
+    ops.sigmoid_step(
+        patches, texts, patch_mask, *ops.pair(attn_temperature), *ops.pair(logit_scale), *ops.pair(logit_bias),
+        image_ids, text_ids, targets, pair_bias, options.form, options.backend,
+        value, grad_patches, grad_texts, grad_temperature, grad_scale, grad_bias, grad_pair_bias,
+    )  # fmt: skip
+    return value, *grads
+
+
 def like(grad: Tensor | None, scalar: Any) -> Tensor | None:
     """Return a 0-D gradient in the dtype and shape of its scalar, a tensor unless `grad` is None."""
     return None if grad is None else grad.to(scalar.dtype).reshape(scalar.shape)
 
 
+def in_functorch() -> bool:
+    """Return True inside `torch.func`, where a backward must not write into what the forward has made."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def needed(*values: Tensor | Scalar | None) -> tuple[bool, ...]:
+    """Return for each value if a backward is to come for it. Inside `torch.func` the answer may be a wrong no."""
+    return tuple(torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad for x in values)
+
+
 def keeping(options: Options, patches: Tensor, patch_mask: Tensor | None) -> Options:
     """Return the options of a call that keeps scores, if its backend can and a gradient of the patches is expected.
 
-    Only for one call of a Function outside of `torch.compile` and `torch.func`, which do not allow a backward to write
-    into what the forward has made.
+    Only for one call of a Function, outside of `torch.compile` and `torch.func`.
     """
-    if not (torch.is_grad_enabled() and patches.requires_grad) or torch.compiler.is_compiling():
+    if not needed(patches)[0] or patch_mask is not None or torch.compiler.is_compiling() or in_functorch():
         return options
-    if not keeps_scores(options.backend, options.form, patches.dtype) or patch_mask is not None:
-        return options
-    if torch._C._are_functorch_transforms_active():
+    if not keeps_scores(options.backend, options.form, patches.dtype):
         return options
     return options._replace(kept=[patches.new_empty(patches.shape)])
 
@@ -310,7 +379,7 @@ def compatibility_gradients(
     grad_patches, keeps_scores = None, False
     if needs_patches:
         keeps_scores = bool(options.kept)
-        grad_patches = options.kept.pop() if keeps_scores else patches.new_empty(patches.shape)
+        grad_patches = options.kept.pop() if options.kept else patches.new_empty(patches.shape)
     grad_texts = texts.new_empty(texts.shape, dtype=texts_dtype) if needs_texts else None
     grad_temperature = phi.new_empty(()) if needs_temperature else None
     if needs_patches or needs_texts or needs_temperature:

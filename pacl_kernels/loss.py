@@ -10,8 +10,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import groups, reference
-from .autograd import CompatibilityFunction, Options, PaclFunction, PairLossFunction, first_output, keeping
-from .backends import resolve
+from .autograd import (
+    CompatibilityFunction,
+    Options,
+    PaclFunction,
+    PairLossFunction,
+    SigmoidFunction,
+    first_output,
+    in_functorch,
+    keeping,
+    needed,
+)
+from .backends import computes_sigmoid_step, resolve
 from .checks import (
     EXCHANGES,
     FORMS,
@@ -164,6 +174,12 @@ def fused_pacl_loss(
             logit_bias=logit_bias,
             **({} if pairs is None else pairs._asdict()),
         )
+    if loss == "sigmoid" and computes_sigmoid_step(options.backend, form, patches.dtype) and not in_functorch():
+        given = (None,) * 4 if pairs is None else pairs
+        needs = needed(patches, texts, logit_scale, attn_temperature, logit_bias, given[3])
+        options = options._replace(kept=None if torch.compiler.is_compiling() else [])
+        scalars = logit_scale, patch_mask, attn_temperature, logit_bias
+        return first_output(SigmoidFunction, patches, texts, *scalars, *given, options, needs)
     options = keeping(options, patches, patch_mask)
     if pairs is not None:
         phi = first_output(CompatibilityFunction, patches, texts, patch_mask, attn_temperature, options)

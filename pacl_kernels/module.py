@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -18,7 +18,8 @@ class PaclLoss(nn.Module):
     """`fused_pacl_loss` with the call of open_clip's losses: `loss(image_features, text_features, logit_scale)`.
 
     The module has no state: its `state_dict` is empty unless the temperature is a Parameter. It can be copied, pickled
-    and saved. Copies share a group of some of the processes; such a group cannot be pickled (TypeError).
+    and saved. Copies share a group of some of the processes; such a group cannot be pickled (TypeError). Neither can a
+    temperature that was computed from a parameter, nor be deep-copied, because a copy would not follow the parameter.
 
     Args:
         attn_temperature: as in `fused_pacl_loss`. A tensor moves with the module (`to`, `cuda`) and keeps its dtype,
@@ -156,6 +157,20 @@ class PaclLoss(nn.Module):
             moved = fn(tau)
             self.attn_temperature = moved if tau.is_meta else tau.to(moved.device)
         return self
+
+    def __copy__(self) -> PaclLoss:
+        other = type(self).__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        return other
+
+    def __getstate__(self) -> dict[str, Any]:
+        tau = self.attn_temperature
+        if isinstance(tau, Tensor) and not tau.is_leaf:
+            raise TypeError(
+                "attn_temperature is a tensor computed from others, which cannot be deep-copied or pickled: expected a "
+                "number, a Parameter or a tensor without a gradient (pass the computed one to fused_pacl_loss instead)"
+            )
+        return self.__dict__
 
     def extra_repr(self) -> str:
         group = self.group

@@ -3,7 +3,7 @@
 An installation has it next to this file, and so does a clone after `pip install -e .`. A plain `pip install .` leaves
 no module in the clone, but Python started in the clone imports this package from there. The installed module is then
 loaded if it was built from the same sources as the clone. Any other module would run other code than the clone
-holds, so it is an error.
+holds, so it is an error. A copy of the package under another name has the module next to this file, or none.
 """
 
 from __future__ import annotations
@@ -78,6 +78,8 @@ def _load() -> tuple[ModuleType | None, str | None]:
 def _folders() -> Iterator[Path]:
     """Yield the folders that may hold the module: this one and, for a clone, those of the installations."""
     yield _PACKAGE
+    if __package__ != _NAME.partition(".")[0]:  # a copy under another name, which shares nothing with an installation
+        return
     if any(_PACKAGE.parent.glob("pacl_kernels-*.dist-info")):
         return
     folders = []

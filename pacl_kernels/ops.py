@@ -3,6 +3,9 @@
 They write into buffers that the caller allocated and return nothing, so the fake implementations are empty. They carry
 no autograd formula: the Functions of `autograd.py` differentiate. Each scalar of the public functions is two arguments
 of an operator, a tensor of one element or None, and a number or None; `pair` makes them.
+
+A buffer has no default, because torch 2.6 looks for every buffer among the arguments, and defaults are left out there.
+Their namespace is the name of the package: `pacl_kernels`, or the name under which a loader imports a second copy.
 """
 
 # Without `from __future__ import annotations`: torch.library of torch 2.6 does not find the names below in a string.
@@ -29,7 +32,7 @@ def _join(tensor: Tensor | None, value: float | None, dtype: torch.dtype) -> Any
     return scalar(value if tensor is None else tensor, dtype)
 
 
-@torch.library.custom_op("pacl_kernels::compatibility_forward", mutates_args=("phi", "state", "scores"))
+@torch.library.custom_op(f"{__package__}::compatibility_forward", mutates_args=("phi", "state", "scores"))
 def compatibility_forward(
     patches: Tensor,
     texts: Tensor,
@@ -40,7 +43,7 @@ def compatibility_forward(
     backend: str,
     phi: Tensor,
     state: Tensor,
-    scores: OptionalTensor = None,
+    scores: OptionalTensor,
 ) -> None:
     """Write compatibility φ `[B, K]` and `state` `[B, K]`, which the backward of the same backend reads.
 
@@ -52,8 +55,9 @@ def compatibility_forward(
     if phi.numel():
         tau = _join(temperature, temperature_value, phi.dtype)
         with without_autocast(patches.device.type):
+            implementation: Any = backends.get_for(backend, patches)  # those that keep scores take an argument more
             kept = {} if scores is None else {"scores": scores}
-            backends.get(backend).compatibility_forward(patches, texts, patch_mask, tau, form, phi, state, **kept)
+            implementation.compatibility_forward(patches, texts, patch_mask, tau, form, phi, state, **kept)
 
 
 @compatibility_forward.register_fake
@@ -62,7 +66,7 @@ def _(*arguments: Any) -> None:
 
 
 @torch.library.custom_op(
-    "pacl_kernels::compatibility_backward", mutates_args=("grad_patches", "grad_texts", "grad_temperature")
+    f"{__package__}::compatibility_backward", mutates_args=("grad_patches", "grad_texts", "grad_temperature")
 )
 def compatibility_backward(
     patches: Tensor,
@@ -91,8 +95,9 @@ def compatibility_backward(
                 grad.zero_()
         return
     tau = _join(temperature, temperature_value, phi.dtype)
+    implementation: Any = backends.get_for(backend, patches)
     with without_autocast(patches.device.type):
-        backends.get(backend).compatibility_backward(
+        implementation.compatibility_backward(
             *(patches, texts, patch_mask, tau, form, phi, state),
             *(grad_phi, grad_patches, grad_texts, grad_temperature),
             **({"keeps_scores": True} if keeps_scores else {}),
@@ -104,7 +109,7 @@ def _(*arguments: Any) -> None:
     return None
 
 
-@torch.library.custom_op("pacl_kernels::loss_forward", mutates_args=("value", "statistics"))
+@torch.library.custom_op(f"{__package__}::loss_forward", mutates_args=("value", "statistics"))
 def loss_forward(
     phi: Tensor,
     scale: OptionalTensor,
@@ -127,7 +132,7 @@ def _(*arguments: Any) -> None:
     return None
 
 
-@torch.library.custom_op("pacl_kernels::loss_backward", mutates_args=("grad_phi", "grad_scale", "grad_bias"))
+@torch.library.custom_op(f"{__package__}::loss_backward", mutates_args=("grad_phi", "grad_scale", "grad_bias"))
 def loss_backward(
     phi: Tensor,
     scale: OptionalTensor,
@@ -156,7 +161,7 @@ def _(*arguments: Any) -> None:
 
 
 @torch.library.custom_op(
-    "pacl_kernels::pair_loss_forward", mutates_args=("value", "row_statistics", "column_statistics")
+    f"{__package__}::pair_loss_forward", mutates_args=("value", "row_statistics", "column_statistics")
 )
 def pair_loss_forward(
     phi: Tensor,
@@ -186,7 +191,7 @@ def _(*arguments: Any) -> None:
 
 
 @torch.library.custom_op(
-    "pacl_kernels::pair_loss_backward", mutates_args=("grad_phi", "grad_scale", "grad_bias", "grad_pair_bias")
+    f"{__package__}::pair_loss_backward", mutates_args=("grad_phi", "grad_scale", "grad_bias", "grad_pair_bias")
 )
 def pair_loss_backward(
     phi: Tensor,
@@ -224,7 +229,56 @@ def _(*arguments: Any) -> None:
     return None
 
 
-@torch.library.custom_op("pacl_kernels::upsample_argmax", mutates_args=("labels", "best", "entropy"))
+@torch.library.custom_op(
+    f"{__package__}::sigmoid_step",
+    mutates_args=(
+        "value", "grad_patches", "grad_texts", "grad_temperature", "grad_scale", "grad_bias", "grad_pair_bias"
+    ),
+)  # fmt: skip
+def sigmoid_step(
+    patches: Tensor,
+    texts: Tensor,
+    patch_mask: OptionalTensor,
+    temperature: OptionalTensor,
+    temperature_value: OptionalFloat,
+    scale: OptionalTensor,
+    scale_value: OptionalFloat,
+    bias: OptionalTensor,
+    bias_value: OptionalFloat,
+    image_ids: OptionalTensor,
+    text_ids: OptionalTensor,
+    targets: OptionalTensor,
+    pair_bias: OptionalTensor,
+    form: str,
+    backend: str,
+    value: Tensor,
+    grad_patches: OptionalTensor,
+    grad_texts: OptionalTensor,
+    grad_temperature: OptionalTensor,
+    grad_scale: OptionalTensor,
+    grad_bias: OptionalTensor,
+    grad_pair_bias: OptionalTensor,
+) -> None:
+    """Write the sigmoid loss (0-D) of all pairs, and its gradients where buffers are given.
+
+    Only for a backend with `backends.computes_sigmoid_step`. Without ids and targets text i belongs to image i.
+    """
+    tau, *scalars = (
+        _join(*x, value.dtype) for x in ((temperature, temperature_value), (scale, scale_value), (bias, bias_value))
+    )
+    given = pairs.Pairs(image_ids, text_ids, targets, pair_bias)
+    grads = grad_patches, grad_texts, grad_temperature, grad_scale, grad_bias, grad_pair_bias
+    implementation: Any = backends.get_for(backend, patches)
+    with without_autocast(patches.device.type):
+        implementation.sigmoid_step(patches, texts, patch_mask, tau, form, *scalars, given, value, *grads)
+
+
+@sigmoid_step.register_fake
+def _(*arguments: Any) -> None:
+    return None
+
+
+@torch.library.custom_op(f"{__package__}::upsample_argmax", mutates_args=("labels", "best", "entropy"))
 def upsample_argmax(
     scores: Tensor,
     align_corners: bool,
@@ -244,7 +298,7 @@ def upsample_argmax(
         for source, size in zip(scores.shape[2:], labels.shape[1:], strict=True)
     )
     factor = _join(scale, scale_value, wide)
-    backends.get(backend).upsample_argmax(scores, rows, columns, factor, labels, best, entropy)
+    backends.get_for(backend, scores).upsample_argmax(scores, rows, columns, factor, labels, best, entropy)
 
 
 @upsample_argmax.register_fake

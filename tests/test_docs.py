@@ -32,7 +32,9 @@ def settings() -> tuple:
     return torch.are_deterministic_algorithms_enabled(), torch.get_num_threads(), torch.get_default_dtype()
 
 
-@pytest.mark.parametrize("page", ["getting-started", "api", "distributed", "faq", "math", "pairs"])
+@pytest.mark.parametrize(
+    "page", ["getting-started", "api", "distributed", "faq", "math", "pairs", "recipes/export", "recipes/other-losses"]
+)
 def test_the_python_of_a_page_runs(page, capsys):
     """Blocks run in order in one namespace, and change no global setting of torch."""
     torch.manual_seed(0)

@@ -15,6 +15,7 @@ struct Planned {
 
 Planned compatibility_forward(const CompatibilityParams&);
 Planned compatibility_backward(const CompatibilityParams&);
+Planned sigmoid_step(const CompatibilityParams&);        // loss and all gradients, for the dot and cosine forms
 Planned max_backward(const CompatibilityParams&);        // compatibility_backward for the max form
 int64_t accumulator_floats(const CompatibilityParams&);  // size of texts_sum
 Planned upsample_argmax(const UpsampleParams&);

@@ -93,7 +93,7 @@ void forward(const Plan& plan, const CompatibilityParams& p, Arena arena) {
 // Rows of the backward that are in memory together: [first_row, last_row) of the call.
 struct Block {
   int64_t first_row, last_row;
-  std::vector<int64_t> starts;       // first rows of the weights' tasks (chunks, or images for cosine), then the end
+  std::vector<int64_t> starts;       // first rows of the weights' tasks (chunks or whole images), then the end
   std::vector<int64_t> image_begin;  // see Rows
   std::vector<float> share;
 };
@@ -119,7 +119,7 @@ void count_images(const Plan& plan, const std::vector<int64_t>& row_start, Block
 
 std::vector<Block> make_blocks(const Plan& plan, const std::vector<int64_t>& row_start) {
   std::vector<Block> blocks;
-  if (plan.cosine) {
+  if (plan.by_image) {
     for (int64_t b = 0; b < plan.p.images; ++b) {
       if (row_start[b] == row_start[b + 1]) continue;
       if (blocks.empty() || row_start[b + 1] - blocks.back().first_row > plan.rows_block ||
@@ -250,6 +250,13 @@ bool backward(const Plan& plan, CompatibilityParams p, Arena arena) {
 
   WeightSums total;
   for (const WeightSums& sums : weight_sums) total.add(sums);
+  if (p.loss_sums) {
+    for (int64_t b = 0; b < p.images; ++b)
+      if (row_start[b] == row_start[b + 1]) kernels.add_empty_image(p, b, total);
+    p.loss_sums[0] = total.loss;
+    p.loss_sums[1] = total.scale;
+    p.loss_sums[2] = total.bias;
+  }
   if (p.grad_temperature) *p.grad_temperature = (float)(-total.temperature / p.temperature / p.temperature);
   const auto shows = [](double error, const std::vector<double>& squares) {
     return error > kRoundingShown * kRoundingShown * std::accumulate(squares.begin(), squares.end(), 0.0);
@@ -295,13 +302,17 @@ Planned compatibility_forward(const CompatibilityParams& params) {
           .run = [=](char* workspace) { forward(*plan, plan->p, open_workspace(workspace, bytes)); }};
 }
 
-Planned compatibility_backward(const CompatibilityParams& params) {
-  if (!params.grad_phi) throw std::invalid_argument("grad_phi is missing, which the backward needs");
-  if (params.grad_texts && !params.texts_sum)
-    throw std::invalid_argument("texts_sum is missing, which grad_texts needs");
-  if (params.form == Form::max) return max_backward(params);
+namespace {
+
+void require_texts_sum(const CompatibilityParams& p) {
+  if (p.grad_texts && !p.texts_sum) throw std::invalid_argument("texts_sum is missing, which grad_texts needs");
+}
+
+// Plans a backward, and where it is in 16 bits also the one in float32 that runs if rounding showed.
+Planned plan_backward(const CompatibilityParams& params) {
+  require_texts_sum(params);
   const Kernels &kernels = kernels_of(params), &exact = select_kernels(Dtype::float32, params.dim);
-  const auto plan = std::make_shared<const Plan>(with_kept_scores(params), true, kernels);
+  const auto plan = std::make_shared<const Plan>(params, true, kernels);
   if (kernels.pair == 1) {
     const int64_t bytes = plan->workspace_bytes();
     return {.workspace_bytes = bytes, .run = [=](char* workspace) {
@@ -320,7 +331,8 @@ Planned compatibility_backward(const CompatibilityParams& params) {
             p.fresh_gradient = false;
             p.scores_group = 0;  // they are products of other kernels
             std::vector<float> again;
-            if (p.form == Form::dot) {  // s - φ is divided by τ, so both must come from the same kernels
+            if (p.form == Form::dot && !p.loss_sums) {
+              // s - φ is divided by τ, so both must come from the same kernels.
               const int64_t pairs = p.images * p.text_count;
               again.resize(2 * pairs);
               p.phi = again.data();
@@ -329,6 +341,22 @@ Planned compatibility_backward(const CompatibilityParams& params) {
             }
             backward(*exact_backward, p, arena);
           }};
+}
+
+}  // namespace
+
+Planned compatibility_backward(const CompatibilityParams& params) {
+  if (!params.grad_phi) throw std::invalid_argument("grad_phi is missing, which the backward needs");
+  if (params.form != Form::max) return plan_backward(with_kept_scores(params));
+  require_texts_sum(params);
+  return max_backward(params);
+}
+
+Planned sigmoid_step(const CompatibilityParams& params) {
+  if (!params.loss_sums) throw std::invalid_argument("loss_sums is missing, which sigmoid_step needs");
+  if (params.form == Form::max) throw std::invalid_argument("form is 'max', expected dot or cosine");
+  if (!params.image_ids != !params.text_ids) throw std::invalid_argument("image_ids and text_ids must come together");
+  return plan_backward(params);
 }
 
 int64_t accumulator_floats(const CompatibilityParams& p) {

@@ -7,6 +7,7 @@
 #include "cosine_gram.h"
 #include "cosine_pooled.h"
 #include "kept.h"
+#include "sigmoid.h"
 #include "weights.h"
 
 namespace {
@@ -136,7 +137,6 @@ WeightSums cosine_weights(const CompatibilityParams& p, const Rows& rows, int64_
     else
       product<Op>(left, rows.capacity, count, texts.transposed + panel * units * kPanel, inner, scratch.scores, false,
                   &ahead);
-    const Lane g(p.grad_phi + rows.image[first] * p.text_count + texts.first + k, live);
     Softmax sums;
     (no_running_max ? attend<false> : attend<true>)(scratch, inv_norm, count, texts.inv_norm + k, p.temperature, sums);
     V along[2], squared[2];  // u minus `largest`, and r²
@@ -156,7 +156,7 @@ WeightSums cosine_weights(const CompatibilityParams& p, const Rows& rows, int64_
     }
     for (int v = 0; v < 2; ++v)
       along[v] = has_pooled_patch ? along[v] / sums.sum[v] - sums.largest[v] : sums.weighted[v] / sums.sum[v];
-    V slope[2], radius[2], centre[2];
+    V slope[2], radius[2], centre[2], phi[2];
     for (int v = 0; v < 2; ++v) {
       const V share = 1.0f / sums.sum[v], u = sums.largest[v] + along[v];  // a = e share
       radius[v] = square_root(squared[v]) * share;
@@ -164,7 +164,11 @@ WeightSums cosine_weights(const CompatibilityParams& p, const Rows& rows, int64_
       radius[v] = select(floored, broadcast(kMinPooledNorm), radius[v]);
       slope[v] = select(floored, V{}, u / (radius[v] * radius[v]) * share);
       centre[v] = select(floored, u, V{});
+      phi[v] = u / radius[v];
     }
+    const Lane g = p.loss_sums ? pair_gradient(p, rows.image[first], texts.first + k, live, phi, total)
+                               : Lane(p.grad_phi + rows.image[first] * p.text_count + texts.first + k, live);
+    if (!needs_weights(p)) continue;
     if (has_pooled_patch) set_direction<Op>(p, texts, panel, slope, scratch);
     if (cancel)
       scores_in_double<Op>(p, rows, first, count, scratch, scratch.gram_attention);

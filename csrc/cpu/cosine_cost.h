@@ -17,7 +17,7 @@ struct CosineCost {
       : rows((double)patches),
         texts((double)(p.text_count < 1024 ? p.text_count : 1024)),  // a forward's task computes G for 1,024 texts
         dim((double)p.dim),
-        backward(p.grad_phi != nullptr) {}
+        backward(p.grad_phi || p.loss_sums) {}
 
   // Scores, pooled patches; in the backward also their direction's scores, their part of the gradient, W's products.
   double pooled() const { return (backward ? 6 : 2) * rows * texts * dim; }

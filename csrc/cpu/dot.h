@@ -2,7 +2,7 @@
 #pragma once
 
 #include "kept.h"
-#include "softmax.h"
+#include "sigmoid.h"
 #include "weights.h"
 
 namespace {
@@ -39,6 +39,24 @@ inline float dot_weights_of_segment(const float* inv_norm, int64_t count, const 
   return total;
 }
 
+// Computes φ, the state and ∂L/∂φ of a whole image, the first `count` rows of scratch.scores, for one panel of texts.
+inline void dot_in_one_pass(const CompatibilityParams& p, const Rows& rows, int64_t first, int64_t count,
+                            const Texts& texts, int64_t panel, Scratch& scratch, Lane& phi, Lane& state, Lane& grad,
+                            WeightSums& sums) {
+  Softmax running;
+  for (int v = 0; v < 2; ++v) {
+    running.largest[v] = broadcast(kBelowEveryScore);
+    running.sum[v] = running.weighted[v] = V{};
+  }
+  Rows image = rows;
+  image.inv_norm += first;
+  const auto add = omits_running_max(p) ? accumulate<false> : accumulate<true>;
+  add(running, image, 0, count, texts.inv_norm + panel * kPanel, p.temperature, scratch.scores, nullptr);
+  dot_from_softmax(p, running, phi.half, state.half);
+  const int64_t k = panel * kPanel;
+  grad = pair_gradient(p, rows.image[first], texts.first + k, texts.count - k, phi.half, sums);
+}
+
 template <class Op>
 WeightSums dot_weights(const CompatibilityParams& p, const Rows& rows, int64_t first, int64_t last, const Texts& texts,
                        int64_t panel_first, int64_t panel_last, Weights& to, Scratch& scratch) {
@@ -68,19 +86,24 @@ WeightSums dot_weights(const CompatibilityParams& p, const Rows& rows, int64_t f
         continue;
       }
       const int64_t at = rows.image[begin] * p.text_count + texts.first + k;
-      const Lane g(p.grad_phi + at, live);
+      Lane phi, state, g;
+      if (p.loss_sums)
+        dot_in_one_pass(p, rows, begin, end - begin, texts, panel, scratch, phi, state, g, sums);
+      else
+        phi = Lane(p.phi + at, live), state = Lane(p.state + at, live), g = Lane(p.grad_phi + at, live);
+      if (!needs_weights(p)) continue;
       V mean[2]{};
       if (rows.means) {  // Σ dS = g
         const int64_t i = mean_of_row(rows, begin);
         for (int v = 0; v < 2; ++v) mean[v] = g.half[v] * rows.share[i];
         store_mean<Op>(rows, i, texts.inv_norm + k, panel, begin == rows.image_begin[i], to, texts, mean);
       }
-      sums.temperature += to_weights(rows.inv_norm + begin, end - begin, texts.inv_norm + k, p.temperature,
-                                     Lane(p.phi + at, live), Lane(p.state + at, live), g, mean, scores);
+      sums.temperature += to_weights(rows.inv_norm + begin, end - begin, texts.inv_norm + k, p.temperature, phi, state,
+                                     g, mean, scores);
       measure_rounding<Op>(p, scores, rows.inv_norm + begin, end - begin, rows.image[begin], texts.inv_norm + k, panel,
                            sums);
     }
-    store_weights<Op>(scratch.scores, rows, first, last, texts, panel, to);
+    if (needs_weights(p)) store_weights<Op>(scratch.scores, rows, first, last, texts, panel, to);
   }
   return sums;
 }

@@ -167,19 +167,15 @@ void forward(const CompatibilityParams& p, const int64_t* row_start, int64_t fir
   for (int64_t image = first; image < last; ++image)
     for (int64_t panel = panel_first; panel < panel_last; ++panel) {
       const int64_t at = (image - first) * columns + (panel - panel_first) * kPanel, k = panel * kPanel;
-      V phi[2], state[2];
+      Softmax sums;
       for (int v = 0; v < 2; ++v) {
-        const V total = load(scratch.sum + at + v * kLanes), weighted = load(scratch.weighted + at + v * kLanes);
-        const V largest = load(scratch.largest + at + v * kLanes);
-        const I empty = total == V{};  // no valid patch
-        phi[v] = cosine           ? weighted
-                 : no_running_max ? weighted / total * (kLn2 * p.temperature)
-                                  : largest + weighted / total;
-        phi[v] = select(empty, V{}, phi[v]);
-        state[v] = logarithm(total);
-        if (!no_running_max) state[v] += (largest - phi[v]) / p.temperature;
-        state[v] = select(empty, V{}, state[v]);
+        sums.largest[v] = load(scratch.largest + at + v * kLanes);
+        sums.sum[v] = load(scratch.sum + at + v * kLanes);
+        sums.weighted[v] = load(scratch.weighted + at + v * kLanes);
       }
+      V phi[2], state[2];
+      dot_from_softmax(p, sums, phi, state);
+      for (int v = 0; cosine && v < 2; ++v) phi[v] = select(sums.sum[v] == V{}, V{}, sums.weighted[v]);
       store_lanes(p.phi + image * p.text_count + texts.first + k, phi, texts.count - k);
       store_lanes(p.state + image * p.text_count + texts.first + k, state, texts.count - k);
     }

@@ -25,6 +25,7 @@ constexpr Kernels table() {
       .pack_texts = pack_texts<Op>,
       .forward = forward<Op>,
       .weights = weights<Op>,
+      .add_empty_image = add_empty_image,
       .patches_product = patches_product<Op>,
       .sum_rows = sum_rows<Op>,
       .means_product = means_product<Op>,

@@ -21,6 +21,8 @@ struct Kernels {
   // those of one image, and the norm term's part of its gradient goes to the sums.
   WeightSums (*weights)(const CompatibilityParams&, const Rows&, int64_t first, int64_t last, const Texts&,
                         int64_t panel_first, int64_t panel_last, Weights&, const Sums&, bool add, Scratch&);
+  // Adds the sigmoid loss of an image without a valid patch, see sigmoid.h.
+  void (*add_empty_image)(const CompatibilityParams&, int64_t image, WeightSums&);
   // Sums (+)= W texts for rows [first, last). Prefetches as many rows of the call from `next` on (-1: none), which are
   // packed soon.
   void (*patches_product)(const CompatibilityParams&, const int64_t* row_start, int64_t next, const Rows&,

@@ -60,11 +60,15 @@ struct Sums {
 // Sums of a task that computes weights. The two errors are squared norms of the error that rounding W to 16 bits causes
 // in the gradients before their projection. compatibility_backward compares them with the gradients.
 struct WeightSums {
-  double temperature = 0;  // -τ² ∂L/∂τ
+  double temperature = 0;                // -τ² ∂L/∂τ
+  double loss = 0, scale = 0, bias = 0;  // of the sigmoid loss in one pass, not yet divided by B
   double patches_error = 0, texts_error = 0;
 
   void add(const WeightSums& other) {
     temperature += other.temperature;
+    loss += other.loss;
+    scale += other.scale;
+    bias += other.bias;
     patches_error += other.patches_error;
     texts_error += other.texts_error;
   }

@@ -56,6 +56,13 @@ struct CompatibilityParams {
   Dtype grad_texts_dtype;   // that of the texts, or float32 where the caller adds to the sums
   float* texts_sum;         // [accumulator_floats], required with grad_texts
   float* grad_temperature;  // [1]
+  // Sigmoid loss in one pass (sigmoid_step): ∂L/∂φ of a pair follows from its own φ, so phi, state and grad_phi are
+  // neither read nor written, and there is no array of all pairs but those that the caller has. See sigmoid.h.
+  double* loss_sums;  // [3], B times the loss and the gradients of logit scale and bias; null in the other calls
+  float logit_scale, logit_bias;
+  const int64_t *image_ids, *text_ids;  // [B], [K]; null: text k belongs to image k
+  const float *targets, *pair_bias;     // [B, K], or null
+  float* grad_pair_bias;                // [B, K], or null
 };
 
 // Bilinear resizing of class scores, fused with the choice of the best class of each pixel. The resized scores are

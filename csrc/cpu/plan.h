@@ -41,6 +41,7 @@ struct Plan {
   const Kernels& kernels;
   const CompatibilityParams p;
   bool backward, cosine, means;
+  bool by_image;                 // tasks of weights are whole images: cosine, and the sigmoid loss in one pass
   bool local_sums;               // the patches' sums are kept for one chunk at a time, see Scratch
   int64_t row_align;             // the rows of an image are padded to a multiple of this
   int64_t units, dims;           // padded units of D, padded D
@@ -58,11 +59,12 @@ struct Plan {
         p(params),
         backward(is_backward),
         cosine(params.form == Form::cosine),
-        means(is_backward && kernels.pair == 2 && params.temperature >= kMeanTemperature) {
+        means(is_backward && kernels.pair == 2 && params.temperature >= kMeanTemperature),
+        by_image(cosine || params.loss_sums) {
     const int64_t tile = kernels.tile_rows, panel = kernels.panel, pair = kernels.pair;
     units = round_up(ceil_div(p.dim, pair), panel);
     dims = round_up(p.dim, panel);
-    row_align = cosine ? 2 * kernels.inner : 1;  // a product over the rows of an image takes `inner` units at a time
+    row_align = by_image ? 2 * kernels.inner : 1;  // a product over the rows of an image takes `inner` units at a time
     image_rows = round_up(p.patches_per_image, row_align);
     gram_capacity = round_up(image_rows, tile);
     // A chunk stays in the L2 cache, which is larger (Intel's 2 MiB) on processors with a matrix unit.
@@ -83,7 +85,7 @@ struct Plan {
         4 * (2 * units + texts_block + (p.grad_patches ? dims : 0)) + (pair == 2 ? 2 * 2 * dims : 0);
     rows_block = most(1, least(1792, kRowsBudget / row_bytes) / chunk) * chunk;
     rows_block = least(rows_block, round_up(p.images * image_rows, chunk));
-    if (cosine) rows_block = most(rows_block, image_rows);
+    if (by_image) rows_block = most(rows_block, image_rows);
     capacity = round_up(rows_block, 2 * tile) + 2 * tile + (means ? 2 * kMeans : 0);  // tiles read past the last row
 
     Arena counter{nullptr};
@@ -135,7 +137,7 @@ struct Plan {
   }
 
   void take_scratch(Arena& arena, Scratch& s) const {
-    const int64_t panel = kernels.panel, rows = cosine ? gram_capacity : chunk, columns = round_up(image_rows, panel);
+    const int64_t panel = kernels.panel, rows = by_image ? gram_capacity : chunk, columns = round_up(image_rows, panel);
     s.row = arena.take(most(panel * units, 2 * dims));
     s.scores = arena.take((rows + panel) * panel);
     s.rows.capacity = rows;

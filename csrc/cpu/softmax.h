@@ -49,6 +49,19 @@ struct Softmax {
 
 constexpr float kBelowEveryScore = -2.0f;  // initial value of `largest`
 
+// Computes φ and the state of the dot form from complete statistics; both are 0 for an image without a valid patch.
+inline void dot_from_softmax(const CompatibilityParams& p, const Softmax& sums, V phi[2], V state[2]) {
+  for (int v = 0; v < 2; ++v) {
+    const I empty = sums.sum[v] == V{};
+    const V mean = sums.weighted[v] / sums.sum[v];
+    phi[v] = omits_running_max(p) ? mean * (kLn2 * p.temperature) : sums.largest[v] + mean;
+    state[v] = logarithm(sums.sum[v]);
+    if (!omits_running_max(p)) state[v] += (sums.largest[v] - phi[v]) / p.temperature;
+    phi[v] = select(empty, V{}, phi[v]);
+    state[v] = select(empty, V{}, state[v]);
+  }
+}
+
 // Adds the scores (raw products) of rows [row, last), all of one image. Stores e in `attention` unless that is null.
 template <bool kRunningMax>
 inline void accumulate(Softmax& running, const Rows& rows, int64_t row, int64_t last, const float* text_norm,

@@ -7,6 +7,9 @@ namespace {
 
 using namespace pacl;
 
+// Returns false for a sigmoid loss without any gradient but those of scale and bias.
+inline bool needs_weights(const CompatibilityParams& p) { return p.grad_patches || p.grad_texts || p.grad_temperature; }
+
 // Returns the address of W' for text `k` of the block and pair `unit` of rows, in the matrix unit's left operand.
 inline float* transposed_weight(const Weights& w, const Texts& texts, int64_t k, int64_t unit) {
   return w.row_units + (unit / kPanel * texts.padded + k) * kPanel + unit % kPanel;

@@ -102,6 +102,22 @@ def get(name: str) -> Backend:
     return _BACKENDS[name]
 
 
+_able: set[tuple[str, torch.device, torch.dtype]] = set()
+
+
+def get_for(name: str, x: Tensor) -> Backend:
+    """Return the backend `name`, checked for the device and dtype of `x`.
+
+    The public functions choose a backend for their tensors, but a program of `torch.export` keeps the choice, and may
+    be moved to another device. Raises ValueError where the backend cannot run.
+    """
+    key = name, x.device, x.dtype
+    if key not in _able:
+        resolve(name, *key[1:])
+        _able.add(key)
+    return _BACKENDS[name]
+
+
 def _best(device: torch.device, dtype: torch.dtype) -> str:
     if dtype == torch.float64:
         return "torch"  # the only backend with 53 bits
@@ -123,6 +139,14 @@ def keeps_scores(backend: str, form: str, dtype: torch.dtype) -> bool:
     Its functions then take `scores` and `keeps_scores`, as the operators do.
     """
     return backend == "cpu" and cpu.keeps_scores(form, dtype)
+
+
+def computes_sigmoid_step(backend: str, form: str, dtype: torch.dtype) -> bool:
+    """Return True if the backend has a `sigmoid_step`: the sigmoid loss and its gradients in one pass over the pairs.
+
+    Not for float16: such gradients are made before the incoming one is known, and a GradScaler would save none of them.
+    """
+    return backend == "cpu" and form != "max" and dtype in (torch.float32, torch.bfloat16)
 
 
 _warned: set[str] = set()

@@ -15,6 +15,7 @@ from .. import native
 from ..checks import Scalar
 from ..contrastive import loss_backward as loss_backward  # part of a `Backend`
 from ..contrastive import loss_forward as loss_forward
+from ..pairs import Pairs
 
 _native: Any = native.native()  # None: built without a C++ compiler, or for another Python
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -103,6 +104,40 @@ def compatibility_backward(
     _run(_native.compatibility_backward(params))
 
 
+def sigmoid_step(
+    patches: Tensor, texts: Tensor, patch_mask: Tensor | None, temperature: Scalar, form: str,
+    scale: Scalar, bias: Scalar | None, pairs: Pairs | None, value: Tensor,
+    grad_patches: Tensor | None, grad_texts: Tensor | None, grad_temperature: Tensor | None,
+    grad_scale: Tensor | None, grad_bias: Tensor | None, grad_pair_bias: Tensor | None,
+) -> None:  # fmt: skip
+    """Write the sigmoid loss (0-D) and the gradients whose buffers are not None, without an array of all pairs."""
+    params = _params(patches, texts, patch_mask, temperature, form)
+    texts_sum = value.new_zeros(params.accumulator_floats()) if grad_texts is not None else None
+    sums = torch.empty(3, dtype=torch.float64)
+    image_ids, text_ids, targets, pair_bias = (
+        (None,) * 4 if pairs is None else (None if x is None else x.contiguous() for x in pairs)
+    )
+    params.set(
+        grad_patches=_address(grad_patches),
+        grad_texts=_address(grad_texts),
+        grad_texts_dtype=_DTYPES[texts.dtype if grad_texts is None else grad_texts.dtype],
+        texts_sum=_address(texts_sum),
+        grad_temperature=_address(grad_temperature),
+        loss_sums=sums.data_ptr(),
+        logit_scale=float(scale),
+        logit_bias=0.0 if bias is None else float(bias),
+        image_ids=_address(image_ids),
+        text_ids=_address(text_ids),
+        targets=_address(targets),
+        pair_bias=_address(pair_bias),
+        grad_pair_bias=_address(grad_pair_bias),
+    )
+    _run(_native.sigmoid_step(params))
+    for to, total in zip((value, grad_scale, grad_bias), sums / len(patches), strict=True):
+        if to is not None:
+            to.copy_(total)
+
+
 def keeps_scores(form: str, dtype: torch.dtype) -> bool:
     """Return True if scores may be kept. With a matrix unit, computing them again is faster than storing them."""
     return form != "max" and (dtype != torch.bfloat16 or "amx" not in _native.cpu_isa())
@@ -140,7 +175,7 @@ def upsample_argmax(
 
 def _params(
     patches: Tensor, texts: Tensor, patch_mask: Tensor | None, temperature: Scalar, form: str,
-    phi: Tensor, state: Tensor,
+    phi: Tensor | None = None, state: Tensor | None = None,
 ) -> Any:  # fmt: skip
     """Return the native module's `CompatibilityParams`."""
     temperature = float(temperature)
@@ -163,8 +198,8 @@ def _params(
         text_strides=texts.stride(),
         mask=_address(patch_mask),
         mask_strides=(0, 0) if patch_mask is None else patch_mask.stride(),
-        phi=phi.data_ptr(),
-        state=state.data_ptr(),
+        phi=_address(phi),
+        state=_address(state),
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import timm.models as timm_models
 from open_clip.modified_resnet import ModifiedResNet
@@ -17,6 +17,14 @@ TIMM_VITS = (
     timm_models.VisionTransformerRelPos,
 )
 TIMM_CONVNETS = (timm_models.ConvNeXt, timm_models.ResNet)
+# The vision models of transformers, by `config.model_type`: the number of class tokens before registers and patches.
+TRANSFORMERS_VITS = {
+    "clip_vision_model": 1,
+    "siglip_vision_model": 0,
+    "dinov2": 1,
+    "dinov2_with_registers": 1,
+    "dinov3_vit": 1,
+}
 
 
 def freeze(model: nn.Module) -> nn.Module:
@@ -40,11 +48,14 @@ def patch_tokens(visual: nn.Module, images: Tensor) -> Tensor:
     - timm `ResNet` and open_clip's `ModifiedResNet` (OpenAI's RN50, ...): the last stage's feature map before pooling;
       these have no norm there.
     - open_clip `TimmModel`: the feature of its trunk.
+    - CLIP, SigLIP, DINOv2 (with or without registers) and DINOv3 of transformers: the last block's output after the
+      final norm, also in CLIP, whose own `last_hidden_state` is without it; in CLIP before `visual_projection`.
 
     Args:
-        visual: an open_clip model's vision tower, `model.visual`, or a timm model.
+        visual: an open_clip model's vision tower, `model.visual`; a timm model; or a vision model of transformers, or
+            a model that has one as `vision_model`, such as `CLIPModel`.
         images: float `[B, 3, H, W]`, normalised for the tower; H x W is the tower's own size, or any for a
-            convolutional one.
+            convolutional one, or any multiple of the patch for DINOv2 and DINOv3 of transformers.
 
     Returns:
         Tokens `[B, N, width]` in the tower's dtype, row by row from the top left; N = (H / patch) * (W / patch), where
@@ -56,6 +67,8 @@ def patch_tokens(visual: nn.Module, images: Tensor) -> Tensor:
     """
     if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
         raise ValueError(f"images: got {images.dtype} {list(images.shape)}, expected floats of shape [B, 3, H, W]")
+    if (vision := _transformers_vision(visual)) is not None:
+        return _transformers_tokens(vision, images)
     trunk = tower_trunk(visual)
     _check_size(trunk, images)
     if isinstance(trunk, VisionTransformer):
@@ -95,7 +108,8 @@ def tower_trunk(visual: nn.Module) -> nn.Module:
     if not isinstance(trunk, (VisionTransformer, ModifiedResNet, *TIMM_VITS, *TIMM_CONVNETS)):
         raise TypeError(
             f"visual: got {type(trunk).__name__}, expected model.visual of an open_clip model (VisionTransformer, "
-            "ModifiedResNet, or TimmModel) or a timm vision transformer, ConvNeXt or ResNet"
+            "ModifiedResNet, or TimmModel) or a timm vision transformer, ConvNeXt or ResNet (patch_tokens also takes "
+            "CLIP, SigLIP, DINOv2 and DINOv3 of transformers)"
         )
     return trunk
 
@@ -117,3 +131,26 @@ def _check_transformer(trunk: nn.Module, dropout: nn.Module | None) -> None:
     if isinstance(trunk, VisionTransformer) and trunk.attn_pool is not None:
         # ln_post of such a tower normalises the pooler's output, not the patches.
         raise ValueError("visual: got an open_clip tower with an attention pooler, expected one without")
+
+
+def _transformers_vision(model: nn.Module) -> Any:
+    """Return the vision model of transformers that `model` is or has, or None if that is no supported one.
+
+    It is recognised by its config, so that transformers need not be installed.
+    """
+    while isinstance(inner := getattr(model, "vision_model", None), nn.Module) and inner is not model:
+        model = inner
+    return model if getattr(getattr(model, "config", None), "model_type", None) in TRANSFORMERS_VITS else None
+
+
+def _transformers_tokens(vision: Any, images: Tensor) -> Tensor:
+    config, size, patch = vision.config, list(images.shape[-2:]), vision.config.patch_size
+    if config.model_type.startswith("dino"):  # resamples its position embedding, or has none
+        if any(pixels % patch for pixels in size):
+            raise ValueError(f"images: got {size} pixels, expected multiples of {patch}")
+    elif size != [config.image_size] * 2:
+        raise ValueError(f"images: got {size} pixels, expected {[config.image_size] * 2}")
+    prefix = TRANSFORMERS_VITS[config.model_type] + getattr(config, "num_register_tokens", 0)
+    tokens = vision(pixel_values=images, return_dict=True).last_hidden_state[:, prefix:]
+    # CLIP applies its last norm to the class token alone; the other models have applied theirs.
+    return vision.post_layernorm(tokens) if config.model_type == "clip_vision_model" else tokens

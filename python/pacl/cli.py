@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
+import os
 import sys
 from collections.abc import Sequence
 
-from .commands import run_command
-from .failures import describe
-from .formats import one_line
+from .commands import CUT_OFF, INTERRUPTED, USAGE, run_command
+from .failures import describe, sentence
 
-INTERRUPTED = 130  # the exit status that shells report after Ctrl-C
+ABOUT = "Patch Aligned Contrastive Learning: train, segment and measure. `pacl --version` prints the version."
 # For each command, the module whose main(argv, prog) runs it, and a line of help.
 COMMANDS = {
     "demo": ("pacl.demo.command", "Train and segment in a few minutes."),
@@ -41,17 +42,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     and a data reader that dies.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    _print_everything()
+    if argv[:1] == ["--version"]:
+        print(f"pacl-kernels {_version('pacl-kernels')}, torch {_version('torch')}")
+        return 0
     missing = [package for module, package in NEEDS.items() if importlib.util.find_spec(module) is None]
     if missing and argv and argv[0] in COMMANDS and argv[0] != "doctor":
         print(f"pacl: error: {argv[0]} needs {', '.join(missing)}: pip install 'pacl-kernels[train]'", file=sys.stderr)
-        return 2
+        return USAGE
     try:
-        return run_command(COMMANDS, argv, "pacl", "Patch Aligned Contrastive Learning: train, segment and measure.")
+        return run_command(COMMANDS, argv, "pacl", ABOUT)
     except KeyboardInterrupt:
         return INTERRUPTED
+    except BrokenPipeError:  # the reader of a pipe, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python writes when it ends
+        return CUT_OFF
     except Exception as error:
-        failure = describe(error)
-        if failure is None and not isinstance(error, (ValueError, OSError)):
+        if describe(error) is None and not isinstance(error, (ValueError, OSError)):
             raise
-        print(f"pacl: error: {failure or one_line(error)}", file=sys.stderr)
+        print(f"pacl: error: {sentence(error)}", file=sys.stderr)
         return 1
+
+
+def _print_everything() -> None:
+    """Let standard output escape what the terminal's encoding lacks: a name in a message must not end the command."""
+    reconfigure = getattr(sys.stdout, "reconfigure", None)  # some streams that programs put in its place have none
+    if reconfigure is not None and sys.stdout.errors == "strict":
+        reconfigure(errors="backslashreplace")
+
+
+def _version(package: str) -> str:
+    """Return the version of an installed package, without importing it."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "is not installed"

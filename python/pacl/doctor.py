@@ -6,12 +6,14 @@ import argparse
 import json
 from collections.abc import Sequence
 
+from .commands import example, next_command
+
 
 def main(argv: Sequence[str], prog: str = "pacl doctor") -> int:
     """Print the report; returns 1 if a backend fails or disagrees with the reference, else 0."""
     # argparse, not tyro: this command must run where tyro is missing.
     about = "Report what runs here and what is missing, and check every backend against the reference."
-    parser = argparse.ArgumentParser(prog=prog, description=about)
+    parser = argparse.ArgumentParser(prog=prog, description=about, epilog=example(prog))
     parser.add_argument("--json", action="store_true", help="Print the report as JSON, for a bug report.")
     as_json = parser.parse_args(argv).json
     from .self_check import report  # imports torch, which takes seconds that --help should not
@@ -24,8 +26,10 @@ def main(argv: Sequence[str], prog: str = "pacl doctor") -> int:
     print(f"pacl_kernels {found['pacl_kernels']}, Python {found['python']}, {found['platform']}")
     for name, version in found["packages"].items():
         print(f"  {name:<16} {version or 'not installed'}")
+    step: str | None = next_command("demo", "--out", "toy")
     if None in [version for name, version in found["packages"].items() if name != "triton"]:
         print("  to install what is missing: pip install 'pacl-kernels[train]'")
+        step = None
     cpu = found["cpu"]
     print(f"{cpu['cores']} cores, {cpu['threads']} threads, {cpu['isa'] or 'no native module'}")
     print(f"GPUs: {', '.join(found['gpus']) or 'none'}; {found['disk_free_gib']} GiB free on this disk")
@@ -36,4 +40,6 @@ def main(argv: Sequence[str], prog: str = "pacl doctor") -> int:
             where = "" if check["device"] is None else f" ({check['dtype']} on {check['device']})"
             state = f"{check['error']:.1e}{where}" if check["failure"] is None else f"FAILED{where}: {check['failure']}"
         print(f"  {name:<10} {state}")
+    if step is not None and not wrong:
+        print(step)
     return int(wrong)

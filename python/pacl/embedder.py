@@ -128,13 +128,14 @@ class VisionEmbedder(
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> VisionEmbedder:
-        """Load a folder or a name on the Hub. options: see PyTorchModelHubMixin, whose method this is.
+        """Load a folder, of a run too, or a name on the Hub. options: see PyTorchModelHubMixin, whose method this is.
 
         Raises ValueError, naming file and key or tensor, for damaged files. A SHA-256 in config.json is compared.
         """
-        path = Path(pretrained_model_name_or_path) / CONFIG
-        if path.is_file():
-            read_embedder_config(path)  # because the mixin believes what it reads
+        if Path(pretrained_model_name_or_path).is_dir():
+            pretrained_model_name_or_path = embedder_folder(pretrained_model_name_or_path)
+            # Here, because the mixin believes what it reads.
+            read_embedder_config(pretrained_model_name_or_path / CONFIG)
         return super().from_pretrained(pretrained_model_name_or_path, **options)
 
     @classmethod
@@ -154,6 +155,22 @@ class VisionEmbedder(
         embedder = cls(**{name: x for name, x in values.items() if name in names})
         load_weights(embedder, find(WEIGHTS), config.get("sha256", {}))
         return embedder.to(map_location).eval()
+
+
+def embedder_folder(folder: str | os.PathLike) -> Path:
+    """Return the folder of an embedder: `folder` itself, or its `embedder` if it is that of a run or of the demo.
+
+    Raises ValueError for a folder that is neither.
+    """
+    folder = Path(folder)
+    for place in (folder, folder / "embedder"):
+        if (place / CONFIG).is_file():
+            return place
+    why = ", whose run has saved no embedder yet" if (folder / "config.yaml").is_file() else ""
+    raise ValueError(
+        f"folder: got {str(folder)!r}{why}, expected the folder of an embedder, with {CONFIG}, or that of a run, with "
+        f"embedder/{CONFIG}"
+    )
 
 
 def read_embedder_config(path: Path) -> EmbedderConfig:

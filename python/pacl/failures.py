@@ -1,9 +1,12 @@
-"""Lines for failures of the machine: memory that ran out, and processes that were lost."""
+"""Lines for errors: memory that ran out, processes that were lost, and files that the system cannot open."""
 
 from __future__ import annotations
 
 import errno
+import os
 import re
+
+from .formats import one_line
 
 _MEMORY = re.compile(r"can't allocate memory|not enough memory|out of memory|ALLOC_FAILED|Caught MemoryError", re.I)
 _SIZE = re.compile(r"tried to allocate ([\d.]+ (?:bytes|[KMGT]iB))", re.I)
@@ -20,6 +23,37 @@ def describe(error: BaseException) -> str | None:
     if isinstance(error, ChildProcessError):
         return str(error)
     return _memory(error) or collective(error)
+
+
+def sentence(error: BaseException) -> str:
+    """Return one line for any error: that of `describe`, one that names the file of an OSError, or its own message."""
+    if (failure := describe(error)) is not None:
+        return failure
+    if isinstance(error, OSError) and error.errno is not None:
+        return one_line(_of_system(error))
+    return one_line(error) or type(error).__name__
+
+
+def _of_system(error: OSError) -> str:
+    """Name the file and the cause of an error of the operating system."""
+    name = error.filename2 or error.filename
+    path = os.fsdecode(name) if isinstance(name, (str, bytes)) else ""
+    reasons = {
+        errno.ENOENT: "does not exist",
+        errno.EISDIR: "is a folder, expected a file",
+        errno.ENOTDIR: "is not below a folder: a part of this path is a file",
+        errno.EEXIST: "exists and is a file, expected a folder",
+        errno.EACCES: "may not be opened by this user",
+        errno.EPERM: "may not be opened by this user",
+        errno.EROFS: "cannot be written: its disk is read-only",
+        errno.ENOSPC: "cannot be written: the disk is full",
+        errno.EDQUOT: "cannot be written: the user's share of the disk is full",
+    }
+    reason = reasons.get(error.errno or 0)
+    if reason and path:
+        return f"{path} {reason}"
+    text = error.strerror or type(error).__name__
+    return f"{path}: {text}" if path else text
 
 
 def collective(error: BaseException) -> str | None:

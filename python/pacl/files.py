@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import hashlib
 import os
@@ -101,6 +102,32 @@ def _locked_copy(descriptor: int) -> Iterator[None]:
         yield
     finally:
         os.close(copy)
+
+
+def impostor(path: str | os.PathLike, *, binary: bool = True) -> str | None:
+    """Return what stands in place of a file's content, "a pointer of Git LFS ...", or None for what may be content.
+
+    Known are pointers of Git LFS, pages of HTML and empty files, and with `binary` any other text. A file that cannot
+    be read is none of these.
+    """
+    try:
+        with open(path, "rb") as file:
+            start = file.read(256)
+    except OSError:
+        return None
+    if not start:
+        return "an empty file"
+    if start.startswith(b"version https://git-lfs"):
+        return "a pointer of Git LFS, in place of the file itself (git lfs pull fetches it)"
+    if start.lstrip().lower().startswith((b"<!doctype html", b"<html")):
+        return "a page of HTML, in place of the file itself (the download went wrong)"
+    if not binary:
+        return None
+    try:
+        text = codecs.getincrementaldecoder("utf-8")().decode(start)  # its last letter may be cut
+    except UnicodeDecodeError:
+        return None
+    return "a text" if all(letter.isprintable() or letter.isspace() for letter in text) else None
 
 
 def file_digest(path: str | os.PathLike) -> str:

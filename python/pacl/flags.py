@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import tyro
+
+from .commands import example
 
 Options = TypeVar("Options")
 # The least value of a number in any command's flags. Flags that depend on others are checked where they are used.
@@ -24,10 +26,36 @@ def parse(kind: type[Options], argv: Sequence[str], prog: str, default: Any = No
 
     default: an instance with other defaults than those of the class.
     """
+    if {"-h", "--help"} & set(argv):
+        _help(kind, prog, default)
     more = {} if default is None else {"default": default}
     options = tyro.cli(kind, args=list(argv), prog=prog, **more)
     check_numbers(options)
     return options
+
+
+def _help(kind: type[Any], prog: str, default: Any) -> None:
+    """Print the help of a command and an example, and end with status 0.
+
+    A class with GROUPS, from a title to one of its base classes, gets its flags in these groups.
+    """
+    if groups := getattr(kind, "GROUPS", None):
+        # tyro shows a field that is a dataclass as a group.
+        chosen = default if default is not None else kind()
+        kind = dataclasses.make_dataclass(
+            kind.__name__, [(title, *_group(base, chosen)) for title, base in groups.items()]
+        )
+        kind.__doc__, default = type(chosen).__doc__, None
+    try:
+        tyro.cli(kind, args=["--help"], prog=prog, **({} if default is None else {"default": default}))
+    finally:
+        print(example(prog))
+
+
+def _group(base: type[Any], chosen: Any) -> tuple[Any, Any]:
+    """Return the annotation and the default of a field that stands for the flags of a base class of `chosen`."""
+    values = {item.name: getattr(chosen, item.name) for item in dataclasses.fields(base)}
+    return Annotated[base, tyro.conf.OmitArgPrefixes], dataclasses.field(default_factory=lambda: base(**values))
 
 
 def check_numbers(options: Any) -> None:

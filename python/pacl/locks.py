@@ -64,7 +64,8 @@ def _take(folder: Path, argument: str) -> int:
             ) from error
         except OSError as error:
             warnings.warn(
-                f"{argument}: {folder} cannot be locked ({error}); make sure that only one command writes to it",
+                f"{argument}: {folder} cannot be locked ({error.strerror}); make sure that only one command "
+                "writes to it",
                 stacklevel=4,
             )
         if _is_at(descriptor, path):

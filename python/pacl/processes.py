@@ -14,8 +14,27 @@ from .progress import Progress, quiet
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device of a --device flag; "auto" is a GPU if there is one."""
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    """Return the device of a --device flag; "auto" is a GPU if there is one.
+
+    Raises ValueError for an unknown device and for a GPU that is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device: got {name!r}, expected auto, cpu, cuda, cuda:1, ...") from error
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        there = f"the {count} GPUs cuda:0 to cuda:{count - 1}" if count else "no GPU"
+        raise ValueError(f"device: got {name!r}, but PyTorch finds {there}; expected one that is there, auto or cpu")
+    return device
+
+
+def default_workers() -> int:
+    """Return the number of processes that read data unless --workers says otherwise: 4, or one for each core."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(4, cores)
 
 
 def group_device(group: dist.ProcessGroup) -> torch.device:

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from .files import impostor
 from .formats import one_line
 
 MOST_JSON_BYTES, MOST_YAML_BYTES = 2**26, 2**20  # YAML takes about a second per megabyte
@@ -40,6 +41,8 @@ def read_settings(path: Path) -> dict[str, Any]:
         data = file.read(most + 1)
     if len(data) > most:
         raise Damaged(path, f"it has more than {most:,} bytes")
+    if kind := impostor(path, binary=False):
+        raise Damaged(path, f"it is {kind}")
     try:
         text = data.decode()
     except UnicodeDecodeError as error:

@@ -20,8 +20,9 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from .backbones import freeze
-from .embedder import CONFIG, DescribedTowers, VisionEmbedder, read_embedder_config
+from .embedder import CONFIG, DescribedTowers, VisionEmbedder, embedder_folder, read_embedder_config
 from .files import write_bytes
+from .pretrained import why_not_fetched
 from .towers import Towers, load_towers, random_towers
 from .weights import load_weights
 
@@ -38,7 +39,7 @@ def load_pacl(
     """Load the towers and the embedder of a run or of the demo, frozen and in eval mode.
 
     Args:
-        folder: the embedder's folder, or its name on the Hub.
+        folder: the embedder's folder, that of its run or of the demo, or its name on the Hub.
         device: device of towers and embedder.
         **download: arguments of huggingface_hub's `snapshot_download`, such as `revision`.
 
@@ -49,12 +50,16 @@ def load_pacl(
         ValueError: if the towers do not compute what they did in training, or if the folder does not describe them.
     """
     local = Path(folder).is_dir()
+    if Path(folder).is_file():
+        raise ValueError(
+            f"folder: got {str(folder)!r}, which is a file; expected the folder of an embedder or of a run"
+        )
     if not local and not _may_be_on_the_hub(str(folder)):
         raise ValueError(
             f"folder: got {str(folder)!r}, which does not exist; expected a folder, or a name on the Hub "
             "(owner/name, where owner is not a local folder)"
         )
-    folder = Path(folder) if local else Path(snapshot_download(str(folder), **HUB_FILES | download))
+    folder = embedder_folder(folder if local else _download(str(folder), download))
     embedder = VisionEmbedder.from_pretrained(folder)
     freeze(embedder).to(device)
     described = embedder.towers
@@ -69,6 +74,16 @@ def load_pacl(
         load_tower(towers, name, folder, digests)
     check_towers(described, towers.to(device))
     return towers, embedder
+
+
+def _download(name: str, options: Mapping[str, Any]) -> str:
+    """Return the local copy of an embedder on the Hub; raise ValueError, with the cause, if there is none."""
+    try:
+        return snapshot_download(name, **HUB_FILES | dict(options))
+    except Exception as error:  # of the network or the Hub
+        if (reason := why_not_fetched(error)) is None:
+            raise
+        raise ValueError(f"folder: got {name!r}, which could not be downloaded: {reason}") from error
 
 
 def load_model(

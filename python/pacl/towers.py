@@ -22,8 +22,8 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from .backbones import TIMM_VITS, freeze, patch_tokens, tower_blocks
-from .formats import one_line
-from .pretrained import why_not_loaded
+from .failures import describe
+from .pretrained import check_local_model, why_not_loaded
 
 SENTENCE = "A photo of two small dogs, left of a red-brick house."
 BATCH, SENTENCES = 256, 2**13  # texts per call of the text tower, and texts that are sorted by length at a time
@@ -251,12 +251,20 @@ def quick_gelu(model: str, pretrained: str | None) -> bool:
 
 
 def _load_clip(model: str, pretrained: str | None, size: int | None) -> tuple[nn.Module, Callable, Callable]:
-    if parse_model_name(model)[0] is None:
+    schema, identifier = parse_model_name(model)
+    what, weights, folder = f"model: got {model!r}", None, None
+    if schema is None:
         quick = quick_gelu(model, pretrained)
+        if pretrained:
+            what = f"pretrained: got {pretrained!r} for {model}"
+            weights = Path(pretrained) if Path(pretrained).is_file() else None
     elif pretrained:
         raise ValueError(f"pretrained: got {pretrained!r} for {model}, which has its own weights; expected none")
     else:
         quick = False  # the folder's config decides
+        if schema == "local-dir":
+            folder = Path(identifier)
+            weights = check_local_model("model", model, folder, "open_clip_config.json", "model_cfg")
     try:
         # force_custom_text gives every model a text tower as a module of its own.
         clip, _, transform = open_clip.create_model_and_transforms(
@@ -268,10 +276,10 @@ def _load_clip(model: str, pretrained: str | None, size: int | None) -> tuple[nn
             weights_only=True,
         )
         return clip, transform, open_clip.get_tokenizer(model)
-    except OSError:
-        raise
     except Exception as error:  # the download, the unpickler and the state dict raise many types
-        raise ValueError(why_not_loaded(error, model, pretrained)) from error
+        if describe(error) is not None:  # no memory, say
+            raise
+        raise ValueError(why_not_loaded(error, what, weights, folder)) from error
 
 
 def _load_timm(name: str, pretrained: bool, size: int | None) -> tuple[nn.Module, Callable]:
@@ -284,20 +292,25 @@ def _load_timm(name: str, pretrained: bool, size: int | None) -> tuple[nn.Module
         if pretrained and (not tagged or "." in name and name not in tagged):
             have = f"a name such as {_close(name, tagged)}" if tagged else "--no-vision-pretrained, random weights"
             raise ValueError(f"vision_model: got {name!r}, for which timm has no weights; expected {have}")
-    options: dict[str, Any] = {"num_classes": 0}
-    try:
-        if size is not None:
-            shape = timm.create_model(name, **options)
-            if isinstance(shape, TIMM_VITS):  # other models take any size
-                patch = cast(tuple[int, int], shape.patch_embed.patch_size)
-                if any(size % x for x in patch):
-                    raise ValueError(f"force_image_size: got {size}, expected a multiple of {patch[0]}")
-                options["img_size"] = size
-        visual = timm.create_model(name, pretrained=pretrained, **options)
-    except (OSError, ValueError):
-        raise
-    except Exception as error:
-        raise ValueError(f"vision_model: timm cannot make {name!r}: {one_line(error)[:200]}") from error
+    schema, identifier = parse_model_name(name)
+    folder = Path(identifier) if schema == "local-dir" and pretrained else None
+    weights = folder and check_local_model("vision_model", name, folder, "config.json", "architecture")
+
+    def create(**options: Any) -> nn.Module:
+        try:
+            return timm.create_model(name, num_classes=0, **options)
+        except Exception as error:  # as above
+            if describe(error) is not None:
+                raise
+            raise ValueError(why_not_loaded(error, f"vision_model: got {name!r}", weights, folder)) from error
+
+    options: dict[str, Any] = {}
+    if size is not None and isinstance(shape := create(), TIMM_VITS):  # other models take any size
+        patch = cast(tuple[int, int], shape.patch_embed.patch_size)
+        if any(size % x for x in patch):
+            raise ValueError(f"force_image_size: got {size}, expected a multiple of {patch[0]}")
+        options["img_size"] = size
+    visual = create(pretrained=pretrained, **options)
     data = timm.data.resolve_model_data_config(visual, {} if size is None else {"img_size": size})
     return visual, timm.data.create_transform(**data, is_training=False)
 
@@ -313,4 +326,5 @@ def _unlock(trainable: set[nn.Parameter], modules: list[nn.Module], output: Call
 
 
 def _close(name: str, known: list[str]) -> str:
-    return ", ".join(difflib.get_close_matches(name, known, 3, cutoff=0.3)) + ", ..."
+    """Return the known names that are most similar, else the first ones."""
+    return ", ".join([*(difflib.get_close_matches(name, known, 3, cutoff=0.3) or known[:3]), "..."])

@@ -41,6 +41,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import pacl_kernels
 from pacl_kernels import reference
+from pacl_kernels.backends import computes_sigmoid_step
 from pacl_kernels.reference import MIN_POOLED_NORM
 
 EXTRA = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -138,7 +139,7 @@ def winners(problem: Problem, backend: str) -> Tensor:
     phi = problem.patches.new_full((len(problem.patches), len(problem.texts)), math.nan, dtype=_wide(problem))
     state = phi.clone()
     inputs = (problem.patches.detach(), problem.texts.detach(), problem.patch_mask, None, 1.0)
-    torch.ops.pacl_kernels.compatibility_forward(*inputs, "max", backend, phi, state)
+    torch.ops.pacl_kernels.compatibility_forward(*inputs, "max", backend, phi, state, None)
     index = state.long()
     assert torch.equal(index.to(state.dtype), state), "winners are not whole numbers"
     n = problem.patches.shape[1]
@@ -338,11 +339,16 @@ def evaluate(problem: Problem, backend: str, needs: tuple[str, ...] = DIFFERENTI
     expected = {"compatibility_forward", "compatibility_backward"} if asked and scores else {"compatibility_forward"}
     if problem.objective != "compatibility" and not problem.pairs:
         expected |= {"loss_forward", "loss_backward"} if asked else {"loss_forward"}
+    if problem.objective == "sigmoid":
+        dtype = next(arguments["patches"].dtype for _, arguments in spy.calls if "patches" in arguments)
+        if computes_sigmoid_step(backend, problem.form, dtype):
+            expected, scores = {"sigmoid_step"}, set(asked)
     assert spy.backends() == {(name, backend) for name in expected}
     for operator, arguments in spy.calls:
-        if operator == "compatibility_backward":
-            given = {name for name in ("patches", "texts", "temperature") if arguments[f"grad_{name}"] is not None}
-            assert given == {name.removeprefix("attn_") for name in scores}, "buffers for gradients not asked for"
+        if operator in ("compatibility_backward", "sigmoid_step"):
+            given = {name for name, x in arguments.items() if name.startswith("grad_") and x is not None} - {"grad_phi"}
+            wanted = {f"grad_{name.removeprefix('attn_').removeprefix('logit_')}" for name in scores}
+            assert given == wanted, "buffers for gradients not asked for"
     for name, grad in zip(asked, grads, strict=True):
         assert (grad.shape, grad.dtype) == (leaves[name].shape, leaves[name].dtype), name
         assert grad.is_contiguous(), f"the gradient of {name} is not contiguous"

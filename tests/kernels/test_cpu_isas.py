@@ -86,7 +86,7 @@ def test_gradients_in_memory_that_nobody_has_touched(dtype, form, cpu_backend):
     problem = make(Case(40, 200, 2500, K=2), form, "compatibility", dtype)  # 40 MB or more: malloc returns fresh pages
     phi, state = torch.empty_like(problem.upstream), torch.empty_like(problem.upstream)
     inputs = (problem.patches, problem.texts, None, None, 0.1, form, cpu_backend, phi, state)
-    torch.ops.pacl_kernels.compatibility_forward(*inputs)
+    torch.ops.pacl_kernels.compatibility_forward(*inputs, None)
     fresh, used = torch.empty_like(problem.patches), torch.full_like(problem.patches, torch.nan)
     for gradient in (fresh, used):
         torch.ops.pacl_kernels.compatibility_backward(*inputs, problem.upstream, gradient, None, None)
@@ -138,7 +138,7 @@ def test_phi_of_bfloat16_is_exact_to_1e_5(tau, form, isa, cpu_backend):
     problem = make(Case(9, 197, 130, K=40, tau=tau), form, "compatibility", torch.bfloat16)
     phi, state = torch.empty_like(problem.upstream), torch.empty_like(problem.upstream)
     torch.ops.pacl_kernels.compatibility_forward(
-        problem.patches, problem.texts, None, None, tau, form, cpu_backend, phi, state
+        problem.patches, problem.texts, None, None, tau, form, cpu_backend, phi, state, None
     )
     patches, texts = problem.patches.double(), problem.texts.double()
     truth = compatibility(patches, texts, attn_temperature=tau, form=form, backend="reference")

@@ -23,7 +23,7 @@ CANCELLING = [
     Case(4, 37, 64, K=3, tau=4e-6, data="near_1e-3", mask="one"),
 ]
 ORDINARY = [
-    Case(9, 50, 130),
+    Case(21, 30, 130),
     Case(9, 50, 130, K=40, tau=0.02, mask="random"),
     Case(33, 20, 64, tau=1.0, scale=100.0),
     Case(90, 5, 64, data="random"),

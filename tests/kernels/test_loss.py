@@ -24,7 +24,7 @@ def test_autocast(form, objective, dtype, single):
     with torch.autocast(single.device, dtype), Spy() as spy:
         answer = evaluate(problem, single.backend)
     assert {arguments["patches"].dtype for _, arguments in spy.calls if "patches" in arguments} == {dtype}
-    assert {arguments["phi"].dtype for _, arguments in spy.calls} == {torch.float32}
+    assert {arguments["phi"].dtype for _, arguments in spy.calls if "phi" in arguments} <= {torch.float32}
     sizes = natural_sizes(rounded)
     for name, true in truth.items():
         assert answer[name].dtype == torch.float32

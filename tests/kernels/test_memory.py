@@ -26,21 +26,21 @@ def status(field):
     with open("/proc/self/status") as lines:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
 
-def growth(backend, form, threads, dtype, b, n, d):
+def growth(backend, form, threads, dtype, b, n, d, loss="infonce"):
     torch.set_num_threads(threads)
     patches, texts = (torch.randn(*shape).to(getattr(torch, dtype)).requires_grad_() for shape in ((b, n, d), (b, d)))
     scale, tau = torch.tensor(10.0, requires_grad=True), torch.tensor(0.07, requires_grad=True)
     with open("/proc/self/clear_refs", "w") as peak:
         peak.write("5")  # forget the highest resident size so far
     before = status("VmRSS")
-    fused_pacl_loss(patches, texts, scale, attn_temperature=tau, form=form, backend=backend).backward()
+    fused_pacl_loss(patches, texts, scale, attn_temperature=tau, form=form, loss=loss, backend=backend).backward()
     grew = status("VmHWM") - before
     assert patches.grad.isfinite().all() and texts.grad.isfinite().all()
     return grew
 
 steps = json.loads(sys.argv[1])
 for step in steps:
-    growth(*step[:-3], 3, 5, 7)  # code and tables that are loaded once
+    growth(*step[:4], 3, 5, 7, *step[7:])  # code and tables that are loaded once
 print(json.dumps([growth(*step) for step in steps]))
 """
 
@@ -75,6 +75,14 @@ def test_peak_of_a_step(b, n, d, form, threads, dtype, cpu_backend):
     allowed = gradients + 4 * b * d + 4 * 4 * b * b + (4 * threads * n * n if form == "cosine" else 0)
     assert grew > 0.9 * gradients, "the gradients alone need more: the measurement is wrong"
     assert grew <= allowed + 64 * MIB, f"{(grew - allowed) / MIB:.0f} MiB besides those, allowed 64"
+
+
+def test_the_sigmoid_loss_has_no_array_of_all_pairs(cpu_backend):
+    b, n, d = 4096, 2, 16
+    steps = [("dot", "float32", "sigmoid"), ("cosine", "bfloat16", "sigmoid"), ("dot", "float32", "infonce")]
+    dot, cosine, infonce = _run([(cpu_backend, form, 2, dtype, b, n, d, loss) for form, dtype, loss in steps])
+    assert infonce > 3 * 4 * b * b, "the probe does not see the arrays of the other loss"
+    assert max(dot, cosine) < 3 * b * b, "expected less than one array of float32"
 
 
 def test_the_probe_sees_what_the_formula_needs():

@@ -10,6 +10,7 @@ from accuracy import call
 from problems import Case, make
 from torch import nn
 
+import pacl_kernels
 from pacl_kernels import PaclLoss, fused_pacl_loss
 
 SETTINGS = {
@@ -58,6 +59,35 @@ def test_copies(how, group):
     other = COPIES[how](nn.ModuleList([module]))[0] if how != "copy" else copy.copy(module)
     assert repr(other) == repr(module) and other.group == group
     assert torch.equal(other(*inputs()), module(*inputs()))
+
+
+@pytest.mark.parametrize("how", [how for how in COPIES if how != "copy"])
+def test_a_computed_temperature_is_not_copied(how):
+    """A copy would not follow the parameter; a shallow copy shares the tensor."""
+    module = PaclLoss(attn_temperature=nn.Parameter(torch.tensor(-2.0)).exp())
+    with pytest.raises(TypeError, match="attn_temperature is a tensor computed from others, which cannot be deep-copi"):
+        COPIES[how](module)
+    other = copy.copy(module)
+    assert other is not module and other.attn_temperature is module.attn_temperature
+    assert torch.equal(other(*inputs()), module(*inputs()))
+
+
+@pytest.mark.parametrize("how", COPIES)
+def test_copies_of_a_learnable_temperature(how):
+    """A Parameter is copied with the module, and its state loads strictly."""
+    module = PaclLoss(attn_temperature=nn.Parameter(torch.tensor(0.07)))
+    other = COPIES[how](module)
+    assert (other.attn_temperature is module.attn_temperature) == (how == "copy")
+    assert isinstance(other.attn_temperature, nn.Parameter) and list(other.state_dict()) == ["attn_temperature"]
+    other.load_state_dict({"attn_temperature": torch.tensor(0.2)})
+    torch.testing.assert_close(other(*inputs()), fused_pacl_loss(*inputs(), attn_temperature=0.2))
+
+
+@pytest.mark.parametrize("name", pacl_kernels.__all__)
+def test_every_public_name_pickles(name):
+    value = getattr(pacl_kernels, name)
+    assert pickle.loads(pickle.dumps(value)) is value or isinstance(value, str)
+    assert copy.deepcopy(value) is value
 
 
 def test_names_without_distributed_training():

@@ -60,7 +60,7 @@ def test_buffers(case, form, target):
     arguments = (patches, texts, problem.patch_mask, problem.attn_temperature, 1.0, form, target.backend)
     wide = problem.upstream.dtype
     phi, state = (Guarded(problem.upstream.shape, wide, target.device) for _ in range(2))
-    torch.ops.pacl_kernels.compatibility_forward(*arguments, phi.inside, state.inside)
+    torch.ops.pacl_kernels.compatibility_forward(*arguments, phi.inside, state.inside, None)
     phi.assert_written("phi")
     state.assert_written("state")
     saved = phi.inside.clone(), state.inside.clone()
@@ -98,7 +98,7 @@ def test_nan_from_above(form, target):
     upstream[1, 2] = float("nan")
     arguments = (problem.patches, problem.texts, None, problem.attn_temperature, 1.0, form, target.backend)
     phi, state = torch.empty_like(upstream), torch.empty_like(upstream)
-    torch.ops.pacl_kernels.compatibility_forward(*arguments, phi, state)
+    torch.ops.pacl_kernels.compatibility_forward(*arguments, phi, state, None)
     patches, texts, tau = torch.empty_like(problem.patches), torch.empty_like(problem.texts), phi.new_empty(())
     torch.ops.pacl_kernels.compatibility_backward(*arguments, phi, state, upstream, patches, texts, tau)
     reached = patches[1, int(state[1, 2])] if form == "max" else patches[1]
@@ -111,6 +111,6 @@ def test_nan_from_above(form, target):
 def test_the_oldest_torch_can_read_the_annotations():
     """They are types: torch.library of torch 2.6 does not find names of the operators' own module in a string."""
     functions = [value._init_fn for value in vars(ops).values() if isinstance(value, torch.library.CustomOpDef)]
-    assert len(functions) == 7
+    assert len(functions) == 8
     for function in functions:
         assert not any(isinstance(annotation, str) for annotation in function.__annotations__.values())

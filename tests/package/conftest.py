@@ -5,20 +5,26 @@ from pathlib import Path
 import pytest
 
 
+def make_tar(path: Path, members: dict[str, bytes]) -> Path:
+    """Write `members` (name -> bytes) in their order as a .tar file; return its path."""
+    with tarfile.open(path, "w") as tar:
+        for member, data in members.items():
+            info = tarfile.TarInfo(member)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
 @pytest.fixture
 def write_tar(tmp_path):
-    """Return a function that writes `members` (name -> bytes) in their order as a .tar file and returns its path."""
+    """Return make_tar for names in the test's folder."""
+    return lambda name, members: make_tar(tmp_path / name, members)
 
-    def write(name: str, members: dict[str, bytes]) -> Path:
-        path = tmp_path / name
-        with tarfile.open(path, "w") as tar:
-            for member, data in members.items():
-                info = tarfile.TarInfo(member)
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
-        return path
 
-    return write
+@pytest.fixture(scope="session")
+def module_tar():
+    """Return make_tar for fixtures that outlive a test."""
+    return make_tar
 
 
 @pytest.fixture(scope="session")

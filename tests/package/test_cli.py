@@ -1,12 +1,20 @@
-"""The `pacl` command line lists its commands, and every spelling of an option keeps its meaning."""
+"""The `pacl` command line lists its commands and all their options, and every spelling of an option has its meaning."""
 
+import dataclasses
 import json
+import os
+import re
+import shlex
 import subprocess
 import sys
 
 import pytest
+import torch
 from pacl.cli import COMMANDS, main
+from pacl.commands import EXAMPLES
+from pacl.data.command import ACTIONS
 from pacl.evaluate.command import TASKS
+from pacl.training.config import TrainConfig, dump_config
 from pictures import encode, picture
 
 OF_MODEL = "--checkpoint --model --pretrained --templates --stride --max-image-pixels --device --help"
@@ -42,8 +50,12 @@ def photo(tmp_path):
     return str(tmp_path / "photo.jpg")
 
 
-@pytest.mark.parametrize("given", ["--help", "-h", "", "lok", "--version"])
-@pytest.mark.parametrize("parent, commands", [("", COMMANDS), ("evaluate", TASKS)], ids=["pacl", "evaluate"])
+@pytest.mark.parametrize("given", ["--help", "-h", "", "lok", "-v"])
+@pytest.mark.parametrize(
+    "parent, commands",
+    [("", COMMANDS), ("evaluate", TASKS), ("data", ACTIONS)],
+    ids=["pacl", "evaluate", "data"],
+)
 def test_commands_are_listed(parent, commands, given, capsys):
     asked = given in ("--help", "-h")
     assert main([*parent.split(), *given.split()]) == (0 if asked else 2)
@@ -70,12 +82,60 @@ def test_help_names_all_options_and_does_not_wait_for_torch(command):
     assert set(OPTIONS[command].split()) <= set(words)
 
 
+def help_of(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([*command.split(), "--help"])
+    assert stop.value.code == 0
+    return capsys.readouterr().out
+
+
 @pytest.mark.parametrize("task", EVALUATE_OPTIONS)
 def test_help_of_tasks_names_all_options(task, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(["evaluate", task, "--help"])
-    assert stop.value.code == 0
-    assert set(EVALUATE_OPTIONS[task].split()) <= set(capsys.readouterr().out.replace(",", " ").split())
+    assert set(EVALUATE_OPTIONS[task].split()) <= set(help_of(f"evaluate {task}", capsys).replace(",", " ").split())
+
+
+def test_every_help_is_ascii_and_ends_with_an_example_of_its_flags(capsys):
+    parents = {"evaluate": TASKS, "data": ACTIONS}
+    commands = [f"{x} {y}".strip() for x in COMMANDS for y in parents.get(x, [""])]
+    assert sorted(EXAMPLES) == sorted(f"pacl {command}" for command in commands)
+    for command in commands:
+        shown = help_of(command, capsys)
+        assert set(re.sub(r"[\x00-\x7f]", "", shown)) <= set("╭╮╰╯│─"), command
+        last = shown.rstrip().splitlines()[-1]
+        assert last.startswith(f"example: pacl {command} ")
+        flags = {word for word in shlex.split(last) if word.startswith("--")}
+        assert flags <= set(shown.rpartition("example:")[0].replace(",", " ").split()), command
+
+
+def test_help_and_names_on_a_terminal_with_ascii_only(tmp_path):
+    terminal = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"}
+    row = {"task": "t", "dataset": "Straße", "model": "m", "pretrained": None, "embedder": None, "metrics": {"acc1": 1}}
+    (tmp_path / "row.json").write_text(json.dumps(row | {"protocol": {"name": "n"}}))
+    code = f"""if True:
+        from pacl.cli import main
+        assert main(["evaluate", "table", {str(tmp_path / "row.json")!r}]) == 0
+        main(["evaluate", "retrieval", "--help"])"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=terminal, check=False)
+    shown = done.stdout.decode("ascii")
+    assert (done.returncode, done.stderr) == (0, b"") and "Stra\\xdfe" in shown and "compatibility" in shown
+
+
+def test_help_of_train_is_in_groups_of_all_flags(tmp_path, capsys):
+    """The flags keep their names and are all there; the values of a config are the defaults that are shown."""
+    (tmp_path / "config.yaml").write_text(dump_config(TrainConfig(train_data="a.tar", form="dot"), {}))
+    shown = help_of(f"train --config {tmp_path / 'config.yaml'}", capsys)
+    titles = re.findall(r"^\W*(\w+) options\W*$", shown, re.M)
+    assert titles == [*TrainConfig.GROUPS] == "data towers schedule loss machine validation log".split()
+    words = set(shown.replace(",", " ").split())
+    assert {f"--{item.name.replace('_', '-')}" for item in dataclasses.fields(TrainConfig)} <= words
+    assert re.search(r"--form \{dot,cosine,max\}\W+default: dot\b", shown)
+
+
+def test_version_without_importing_torch():
+    code = "import sys; from pacl.cli import main; main(['--version']); assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    found = re.fullmatch(r"pacl-kernels (\S+), torch (\S+)\n", done.stdout)
+    assert found and found[2] == torch.__version__.partition("+")[0] == found[2].partition("+")[0]
 
 
 def test_all_options_of_segment(photo, untrained, tmp_path):

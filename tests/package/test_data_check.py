@@ -1,4 +1,4 @@
-"""`pacl data check` counts what is wrong with pairs, names examples, and exits with 1; else it finds nothing wrong."""
+"""`pacl data check` counts what is wrong with pairs, names examples, and exits with 3; else it finds nothing wrong."""
 
 import json
 
@@ -21,7 +21,7 @@ def report_of(capsys, *words) -> dict:
     """Run the command; return its report and check its exit status."""
     status = main(["data", "check", *map(str, words), "--json"])
     report = json.loads(capsys.readouterr().out)
-    assert status == bool(report["problems"])
+    assert status == (3 if report["problems"] else 0)
     return report
 
 
@@ -48,7 +48,7 @@ def test_check_names_what_is_wrong(tmp_path, capsys, write_tar):
     cut = write_tar("b.tar", good)
     cut.write_bytes(cut.read_bytes()[: 512 * 14])
     (tmp_path / "sizes.json").write_text('{"a.tar": 7}')
-    assert main(["data", "check", str(tmp_path), "--json"]) == 1
+    assert main(["data", "check", str(tmp_path), "--json"]) == 3
     report = json.loads(capsys.readouterr().out)
     assert report["pairs"] == 5 + 2 and report["bad"] == {"archive": 1, "image": 1}
     assert (
@@ -57,7 +57,7 @@ def test_check_names_what_is_wrong(tmp_path, capsys, write_tar):
     assert {item["key"] for item in report["examples"]} == {"5", str(cut)}
     assert f"{tmp_path / 'a.tar'} holds 5 pairs, but sizes.json says 7" in report["problems"]
     assert f"{cut} cannot be read to its end; 2 pairs are readable" in report["problems"]
-    assert main(["data", "check", str(tmp_path)]) == 1
+    assert main(["data", "check", str(tmp_path)]) == 3
     printed = capsys.readouterr().out
     assert "bad: 5: image: got a file of an unknown" in printed and "WRONG: " in printed
     assert (tmp_path / "sizes.json").read_text() == '{"a.tar": 7}', "checking changed what it checks"

@@ -337,7 +337,7 @@ def test_interrupt_keeps_the_embedder(tmp_path):
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        (["--seed", "-1"], "seed: got -1, expected an integer of at least 0"),
+        (["--seed", "-1"], "seed: got -1, expected at least 0"),
         (["--clip_steps", "0"], "clip_steps: got 0, expected an integer of at least 1"),
         (["--seed", "x"], "Error parsing --seed"),
     ],

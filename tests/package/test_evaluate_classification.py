@@ -251,7 +251,7 @@ def test_bad_tar_files_are_one_line(members, message, tmp_path, write_tar):
         data.transform = np.asarray
         data[0]
     (tmp_path / "test/0.tar").write_bytes(b"no tar file" * 100)
-    with pytest.raises(ValueError, match="0.tar cannot be read: there is no readable tar header"):
+    with pytest.raises(ValueError, match="0.tar cannot be read: it is a text"):
         Labelled("wds", tmp_path)
 
 

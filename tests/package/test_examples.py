@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+RECIPES = sorted((ROOT / "examples" / "recipes").rglob("*.py"))
 PUBLIC = {"pacl": pacl.__all__, "pacl_kernels": pacl_kernels.__all__}
 
 torch.set_num_threads(1)
@@ -167,7 +168,7 @@ def private_names(tree: ast.AST) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", EXAMPLES + RECIPES, ids=lambda path: path.name)
 def test_examples_use_public_names(path):
     assert not private_names(ast.parse(path.read_text()))
 

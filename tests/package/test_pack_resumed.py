@@ -17,7 +17,7 @@ from pacl.data.pairs import ScenePairs
 from pacl.data.sources import open_pairs
 from pacl.locks import lock_folder
 
-COUNT = 23
+COUNT = 19
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def source(tmp_path_factory) -> Path:
     """Create images with captions, some of them bad, around the ends of shards too."""
     folder = tmp_path_factory.mktemp("source")
     for number, raw in enumerate(ScenePairs(scenes=COUNT).undecoded(0, 0, 1)):
-        (folder / f"{number:02d}.jpg").write_bytes(raw.image[:300] if number in (2, 7, 8, 22) else raw.image)
+        (folder / f"{number:02d}.jpg").write_bytes(raw.image[:300] if number in (2, 7, 8, 18) else raw.image)
         (folder / f"{number:02d}.txt").write_bytes(raw.captions)
     return folder
 
@@ -41,7 +41,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def whole(source, tmp_path_factory) -> dict[str, bytes]:
     out = tmp_path_factory.mktemp("whole") / "out"
-    assert main(command(source, out)) == 0
+    assert main(command(source, out)) == 3
     assert set(contents(out)) == {"00000.tar", "00001.tar", "00002.tar", "00003.tar", "sizes.json", "packed.json"}
     return contents(out)
 
@@ -53,7 +53,7 @@ def test_killed_before_any_renaming_and_continued(renaming, source, whole, tmp_p
     out = tmp_path / "out"
     killed = dies_at(renaming, command(source, out))
     if renaming == 12:
-        assert killed == 0 and contents(out) == whole, "a file more is written than this test knows of"
+        assert killed == 3 and contents(out) == whole, "a file more is written than this test knows of"
         return
     assert killed == -signal.SIGKILL
     shards = [path.name for path in out.glob("*.tar")]
@@ -64,10 +64,10 @@ def test_killed_before_any_renaming_and_continued(renaming, source, whole, tmp_p
         with pytest.raises(ValueError, match="is incomplete"):
             open_pairs(out)
     times = {name: (out / name).stat().st_mtime_ns for name in shards}
-    assert main(command(source, out)) == 0
+    assert main(command(source, out)) == 3
     assert contents(out) == whole
     assert times == {name: (out / name).stat().st_mtime_ns for name in shards}, "a finished shard was written again"
-    assert main(command(source, out)) == 0 and contents(out) == whole
+    assert main(command(source, out)) == 3 and contents(out) == whole
     assert main(["data", "check", str(out)]) == 0
 
 
@@ -78,7 +78,9 @@ def test_what_may_not_change(source, tmp_path, capsys):
     for changes in (["--seed", "4"], ["--shard-size", "6"], ["--max-image-pixels", "9999"]):
         name = changes[0].strip("-").replace("-", "_")
         assert main(command(source, out, *changes)) == 1
-        assert re.search(f"out: .*/out was begun with another {name}, expected the same", capsys.readouterr().err)
+        assert re.search(
+            f"out: .*/out was begun with another {name} .*, now .*, expected the same", capsys.readouterr().err
+        )
     with lock_folder(out):
         assert main(command(source, out)) == 1
     assert re.search("out: .*/out is in use by process", capsys.readouterr().err)

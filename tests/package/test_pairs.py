@@ -125,9 +125,11 @@ def test_csv_columns_and_separators(tmp_path, capsys):
     renamed = tmp_path / "renamed.csv"
     renamed.write_text(commas.read_text(encoding="utf-8").replace("title,filepath", "text,path"), encoding="utf-8-sig")
     assert by_caption(open_pairs(renamed, csv_img_key="path", csv_caption_key="text")).keys() == expected.keys()
-    with pytest.raises(ValueError, match="got 'filepath' and 'title', expected columns of .*: extra, text, path"):
+    with pytest.raises(
+        ValueError, match="got 'filepath' and 'title', expected columns of .*, but it has the columns extra, text, path"
+    ):
         CsvPairs(renamed)
-    with pytest.raises(ValueError, match="expected columns"):
+    with pytest.raises(ValueError, match="expected columns of .*; give --csv-separator ','"):
         CsvPairs(commas, separator=";")
     for separator in ("", "::"):
         with pytest.raises(ValueError, match=f"csv_separator: got '{separator}', expected one character"):
@@ -300,7 +302,7 @@ def test_packed_shards_hold_the_same_bytes(form, tmp_path, capsys, write_tar):
     options = ["--scenes", str(COUNT)] if form == "synthetic" else []
     assert main(["data", "pack", str(location), "--out", str(tmp_path / "out"), "--shard-size", "5", *options]) == 0
     assert "packed 12 pairs in 3 shard(s)" in capsys.readouterr().out
-    assert json.loads((tmp_path / "out/sizes.json").read_text()) == {"00000.tar": 5, "00001.tar": 5, "00002.tar": 2}
+    assert json.loads((tmp_path / "out/sizes.json").read_text()) == {"00000.tar": 4, "00001.tar": 4, "00002.tar": 4}
     source, packed = open_pairs(location, scenes=COUNT), open_pairs(tmp_path / "out")
 
     def contents(source) -> list:
@@ -315,12 +317,29 @@ def test_packed_shards_hold_the_same_bytes(form, tmp_path, capsys, write_tar):
     again = ["data", "pack", str(location), "--out", str(tmp_path / "out"), *options]
     assert main([*again, "--shard-size", "5"]) == 0
     assert main(again) == 1
-    assert "out was begun with another shard_size, expected the same or another folder" in capsys.readouterr().err
+    assert (
+        "out was begun with another shard_size (5, now 10000), expected the same or another folder"
+        in capsys.readouterr().err
+    )
     (tmp_path / "out/packed.json").rename(tmp_path / "packed.json")  # shards of anyone else
     assert main(again) == 1
     assert "out has shards already, expected a folder without any" in capsys.readouterr().err
     (tmp_path / "packed.json").rename(tmp_path / "out/packed.json")
     assert before == sorted(path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("counted, sizes", [(10, [3, 3, 2, 2]), (5, [3, 2, 3, 2])])
+def test_no_shard_is_left_with_a_few(counted, sizes, tmp_path, write_tar):
+    """Shards are of equal size, also where bad samples are left out or the source has more samples than it counts."""
+    members = {}
+    for i in range(10):
+        members |= {f"{i}.png": encode(picture(i), "PNG"), f"{i}.txt": b"a caption"}
+    source = write_tar("source.tar", members)
+    (tmp_path / "sizes.json").write_text(json.dumps({"source.tar": counted}))
+    assert list(pack(Shards(source), tmp_path / "good", shard_size=3).values()) == sizes
+    source = write_tar("source.tar", members | {f"{i}.png": b"bad" for i in (3, 4, 5, 9)})
+    (tmp_path / "sizes.json").write_text(json.dumps({"source.tar": counted}))
+    assert list(pack(Shards(source, max_bad_share=1.0), tmp_path / "bad", shard_size=3).values()) == [3, 2, 1]
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -345,7 +364,7 @@ def test_all_captions_of_an_image_are_a_list(tmp_path, packed):
 def test_packing_keeps_all_captions_and_skips_bad_samples(tmp_path, capsys):
     path = write_coco(tmp_path, several=3)
     (tmp_path / "train2017/a/01.png").write_bytes(b"bad")
-    assert main(["data", "pack", str(path), "--out", str(tmp_path / "out"), "--shuffle"]) == 0
+    assert main(["data", "pack", str(path), "--out", str(tmp_path / "out"), "--shuffle"]) == 3
     printed = capsys.readouterr().out
     assert "bad: a/01.png: image: got a file of an unknown or damaged format, expected JPEG" in printed
     assert "packed 11 pairs in 1 shard(s)" in printed and "skipped: image 1" in printed

@@ -19,6 +19,7 @@ from pacl.training.command import _parse
 from pacl.training.recipe import command, fill_batch, recipe_config, recipe_notes
 from pacl.training.run import Run
 from running import assert_same_state, final, flags
+from small_towers import registered
 
 from pacl_kernels.reference import pacl_loss
 
@@ -84,6 +85,22 @@ def test_a_run_lists_its_deviations(world, tmp_path, capsys):
     assert_same_state(final(tmp_path / "pacls")["state_dict"], final(tmp_path / "agains")["state_dict"])
 
 
+def test_a_local_model_has_its_own_weights(world, tmp_path, capsys):
+    """The recipe's weights are those of its model alone: not of a model in a folder, nor of random towers."""
+    words = flags(world, tmp_path, recipe="paper", accum_freq=1, max_steps=1)
+    assert "--pretrained" not in words and main(["train", *words]) == 0
+    values = yaml.safe_load((tmp_path / "pacl/config.yaml").read_text())
+    assert values["deviations"]["pretrained"] == {"paper": "openai", "run": None}
+    config = _parse(words, "pacl train")
+    assert "--pretrained" not in command(config) and _parse(shlex.split(command(config))[2:], "pacl train") == config
+
+    random = {"model": registered(tmp_path), "random_towers": None, "name": "random"}
+    assert main(["train", *flags(world, tmp_path, recipe="paper", accum_freq=1, max_steps=1, **random)]) == 0
+    given = {"recipe": "paper", "accum_freq": 1, "pretrained": "openai"}
+    assert main(["train", *flags(world, tmp_path, **given, name="given")]) == 1
+    assert "which has its own weights; expected none" in capsys.readouterr().err
+
+
 def test_no_recipe_says_nothing(world, tmp_path):
     assert main(["train", *flags(world, tmp_path, max_steps=1)]) == 0
     values = yaml.safe_load((tmp_path / "pacl/config.yaml").read_text())
@@ -94,7 +111,7 @@ def test_the_loss_is_that_of_the_chosen_texts(world, tmp_path):
     config = _parse(recipe_flags(world, tmp_path, batch_size=24), "pacl train")
     run = Run(config)
     batch, _ = next(run._batches())
-    texts = run._texts(batch)
+    texts = sum(run._texts(batch), [])
     kept = [text == caption for text, caption in zip(texts, batch["caption"], strict=True)]
     assert 4 < sum(kept) < 20, sum(kept)
     for text, caption in zip(texts, batch["caption"], strict=True):
@@ -106,7 +123,7 @@ def test_the_loss_is_that_of_the_chosen_texts(world, tmp_path):
     torch.testing.assert_close(run._step(batch), expected, rtol=1e-5, atol=1e-6)
 
     run.step = run.epoch_steps  # the next epoch
-    assert run._texts(batch) != texts
+    assert sum(run._texts(batch), []) != texts
 
 
 def test_a_resumed_run_draws_the_same_texts(world, tmp_path):

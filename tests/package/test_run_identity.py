@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -16,9 +18,13 @@ import torch
 from pacl.cli import main
 from pacl.data.sources import open_pairs
 from pacl.demo.toy_clip import new_clip, save_clip
+from pacl.evaluate.classification import ClassificationOptions
+from pacl.evaluate.retrieval import RetrievalOptions
 from pacl.training.checkpoints import checkpoints
+from pacl.training.config import TrainConfig
+from pacl.training.features import FeaturesConfig
 from pacl.training.identity import describe_data
-from running import final, start, train
+from running import final, flags, start, train
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +61,7 @@ def begun(run_world, tmp_path_factory) -> Path:
         ({"lock_image_unlocked_groups": 1}, "--lock-image-unlocked-groups was 0, now 1$"),
         ({"nouns": "words"}, "--nouns was None, now words$"),
         ({"precision": "amp_bf16"}, "--precision was fp32, now amp_bf16$"),
-        ({"workers": 2}, "--workers was 1, now 2$"),
+        ({"workers": 2}, "--workers was 1, now 2; give --workers 1$"),
         ({"shuffle": 10}, "--shuffle was 2000, now 10$"),
         (
             {"train_data": "{world}/scenes/train-000.tar"},
@@ -99,6 +105,33 @@ def test_what_changed_is_recorded(begun, run_world, tmp_path, capsys):
     assert json.loads((tmp_path / "pacl/embedder/config.json").read_text())["training"]["resumed"] == config["resumed"]
     assert '"max_steps": {"from": 4, "to": 5}' in (tmp_path / "pacl/embedder/README.md").read_text()
     assert main(["train", "--config", str(tmp_path / "pacl/config.yaml"), "--name", "again", "--dry-run"]) == 0
+
+
+def test_another_machine_has_other_workers(run_world, tmp_path, capsys, monkeypatch):
+    """The default of --workers follows the cores; the run keeps its number, and resuming elsewhere says which one."""
+
+    def resume(cores: int, *words: str, steps: int = 2) -> int:
+        monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)), raising=False)
+        given = flags(run_world, tmp_path, max_steps=steps, resume="latest")
+        at = given.index("--workers")
+        return main(["train", *given[:at], *given[at + 2 :], *words])
+
+    assert resume(2, steps=1) == 0
+    config = tmp_path / "pacl/config.yaml"
+    assert yaml.safe_load(config.read_text())["workers"] == final(tmp_path)["run"]["flags"]["workers"] == 2
+    assert "--workers 2" in (tmp_path / "pacl/embedder/README.md").read_text()
+    assert resume(1) == 1
+    assert "is of another run: --workers was 2, now 1; give --workers 2\n" in capsys.readouterr().err
+    assert resume(1, "--workers", "2") == 0 and final(tmp_path)["step"] == 2
+    assert resume(1, "--config", str(config), steps=3) == 0 and final(tmp_path)["step"] == 3
+
+
+def test_the_default_number_of_workers(monkeypatch):
+    for cores, expected in ((1, 1), (3, 3), (64, 4)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda process, cores=cores: set(range(cores)), raising=False)
+        options = (TrainConfig, FeaturesConfig, ClassificationOptions, RetrievalOptions)
+        workers = [item for kind in options for item in dataclasses.fields(kind) if item.name == "workers"]
+        assert [item.default_factory() for item in workers] == [expected] * 4
 
 
 def test_a_checkpoint_of_an_earlier_version(begun, run_world, tmp_path, capsys):

@@ -26,6 +26,7 @@ def test_shards_are_deterministic(tmp_path):
     def shards(name: str, seed: int, split: str = "train", workers: int = 0) -> list[bytes]:
         paths = write_scenes(tmp_path / name, split, 130, seed=seed, masks=True, shard_size=70, workers=workers)
         assert [path.name for path in paths] == [f"{split}-000.tar", f"{split}-001.tar"]
+        assert [sum(1 for _ in Shards(path)) for path in paths] == [65, 65]
         return [path.read_bytes() for path in paths]
 
     assert shards("a", 3) == shards("b", 3) == shards("d", 3, workers=2)

@@ -48,7 +48,7 @@ LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("a.yaml", f"a: 0x{'f' * 5000}", "line 1 has an integer of more than 64 bits"),
         ("a.yaml", "1: 2", "has the key 1, expected a string"),
         ("a.yaml", "a: \x00", "has characters that YAML does not allow"),
-        ("a.yaml", "", "holds nothing, expected a mapping"),
+        ("a.yaml", "", "it is an empty file"),
         ("a.yaml", "#" * (2**20 + 1), "has more than 1,048,576 bytes"),
         ("a.json", "[" * DEEP, "nested deeper than 50 levels"),
         ("a.json", '{"a":' * 60 + "1" + "}" * 60, "nested deeper than 50 levels"),

@@ -101,7 +101,7 @@ def grads(towers) -> dict[str, torch.Tensor]:
 
 def test_unlocked_towers_stay_in_eval_mode(world):
     towers = load_towers(f"local-dir:{world / 'clip'}", lock_image=False, lock_text=False)
-    model = Trainable(VisionEmbedder(64, 48), TrainConfig("x"), towers)
+    model = Trainable(VisionEmbedder(64, 48), TrainConfig(train_data="x"), towers)
     model.eval().train()
     assert model.embedder.training and not any(m.training for x in (towers.visual, towers.text) for m in x.modules())
 

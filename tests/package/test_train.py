@@ -72,6 +72,8 @@ def test_what_a_run_leaves(world, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "steps: 20 of 24 pairs (1 process(es) x 2 x 12), 5 an epoch" in printed
     assert "Train Epoch: 0 [48/120 (40%)] Data (t): " in printed and "Contrastive_loss: " in printed
+    epochs = [line.split("] ")[0] for line in printed.splitlines() if line.startswith("Train Epoch")]
+    assert epochs[-1] == "Train Epoch: 3 [120/120 (100%)" and "left for the next epoch" not in printed
     rows = [json.loads(line) for line in (tmp_path / "pacl/metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(2, 21, 2))
     assert rows[-1]["train/loss"] < rows[0]["train/loss"] - 0.2, "nothing was learned"
@@ -237,7 +239,7 @@ class Malicious:
         ({"logit_scale": 0.5}, "logit_scale: got 0.5, expected 1 to 100.0 (--max-logit-scale)"),
         ({"lr": "nan"}, "lr: got nan, expected a finite number"),
         ({"resume": "malicious.pt"}, "malicious.pt holds other objects than tensors and plain Python, expected"),
-        ({"resume": "text.pt"}, "text.pt is not a whole checkpoint of pacl train"),
+        ({"resume": "text.pt"}, "text.pt is a text, expected a checkpoint of pacl train"),
         ({"resume": "missing.pt"}, "missing.pt"),
         ({"resume": "tensor.pt"}, "tensor.pt holds a Tensor, expected a checkpoint of pacl train"),
         ({"resume": "other.pt"}, "other.pt is of a run with global_batch 7, expected 12"),
@@ -338,4 +340,7 @@ def test_half_checkpoints_of_a_killed_run_go(world, tmp_path):
 def test_dry_run_writes_nothing(world, tmp_path, capsys):
     assert main(["train", *flags(world, tmp_path, dry_run=None)]) == 0
     assert "120 pairs in 3 shard(s)" in capsys.readouterr().out
+    assert main(["train", *flags(world, tmp_path, dry_run=None, batch_size=25)]) == 0
+    line = "epoch: the steps of an epoch take 100 of 120 pairs; the other 20 are left for the next epoch\n"
+    assert line in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..commands import LEFT_OUT
 from ..evaluate.plots import MISSING, plot_png, series
 from ..evaluate.results import SEGMENTATION, Table, metric_tables, model_of, segmentation_tables
 from ..files import write_bytes
@@ -44,17 +45,20 @@ def main(argv: Sequence[str], prog: str = "pacl compare") -> int:
         raise ValueError(f"images: got {config.images} with --words {config.words}, expected both or neither")
     entries = [read_entry(path) for path in dict.fromkeys(config.entries)]
     notes = [note for entry in entries for note in entry.notes]
+    left_out = sum(entry.left_out for entry in entries)
     entries = [entry for entry in entries if entry.trained or entry.results]
     if not entries:
         raise ValueError(
             f"entries: got nothing to compare ({'; '.join(notes) or 'none given'}), expected runs, embedders or results"
         )
+    told = len(notes)
     page = make_page(entries, notes, config)
     write_bytes(config.out, page.render())
     for note in notes:
         print(printable(f"note: {note}"), file=sys.stderr)
-    print(config.out)
-    return 0
+    print(f"{config.out}\nNext: open {config.out} in a browser")
+    left_out += sum("--most-images" not in note for note in notes[told:])  # those are left out on purpose
+    return LEFT_OUT if left_out else 0
 
 
 def make_page(entries: list[Entry], notes: list[str], config: CompareConfig) -> Page:

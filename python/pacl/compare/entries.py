@@ -10,6 +10,7 @@ from typing import Any
 
 from ..embedder import CONFIG, WEIGHTS, read_embedder_config
 from ..evaluate.results import read_result
+from ..failures import sentence
 from ..settings import read_settings
 
 
@@ -19,7 +20,7 @@ class Entry:
 
     config: content of config.yaml. train, validation: lines of metrics.jsonl and results.jsonl, by rising step.
     embedder: the embedder's folder. described: its config.json. results: rows of pacl evaluate. notes: sentences about
-    missing and unreadable files.
+    missing and unreadable files. left_out: number of files that should be results and are not.
     """
 
     path: Path
@@ -30,6 +31,7 @@ class Entry:
     described: dict[str, Any] = field(default_factory=dict)
     results: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    left_out: int = 0
 
     @property
     def name(self) -> str:
@@ -60,9 +62,11 @@ def read_entry(path: Path) -> Entry:
         except (ValueError, OSError) as error:
             # The folders of runs and embedders hold other JSON files too.
             if not entry.trained:
-                entry.notes.append(" ".join(str(error).split()))
+                entry.notes.append(sentence(error))
+                entry.left_out += 1
     if not entry.trained and not entry.results and not entry.notes:
         entry.notes.append(f"{path} is neither a run nor an embedder and holds no results (*.json)")
+        entry.left_out += 1
     return entry
 
 
@@ -75,7 +79,7 @@ def _read_run(entry: Entry) -> None:
         try:
             entry.config = read_settings(config)
         except (ValueError, OSError) as error:
-            entry.notes.append(str(error))
+            entry.notes.append(sentence(error))
     else:
         entry.notes.append(f"{config} is missing: the settings are unknown")
     for name, what in (("metrics.jsonl", "training curves"), ("results.jsonl", "validation")):
@@ -94,7 +98,7 @@ def _read_embedder(entry: Entry) -> None:
         try:
             entry.embedder, entry.described = folder, dict(read_embedder_config(folder / CONFIG))
         except (ValueError, OSError) as error:
-            entry.notes.append(str(error))
+            entry.notes.append(sentence(error))
         return
     if entry.trained:
         entry.notes.append(f"{entry.path / 'embedder'} is missing: no segmentations")

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from ..failures import sentence
 from ..page import Page, Picture
 from ..processes import choose_device
 from ..segment.draw import overlay, png, word_colours
@@ -59,7 +60,7 @@ def add_pictures(page: Page, runs: dict[str, Entry], config: CompareConfig, note
                 small = _small(overlay(image, segmenter.labels(image, texts), colours=colours))
                 made.append(Picture(png(small), f"{names[path]} by {name}"))
         except Exception as error:  # loading towers raises anything; still show the other runs
-            notes.append(f"{embedder} is not shown: {' '.join(str(error).split())[:300] or type(error).__name__}")
+            notes.append(f"{embedder} is not shown: {sentence(error)[:300]}")
             continue
         shown.append(name)
         for row, picture in zip(table.values(), made, strict=True):

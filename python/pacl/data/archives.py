@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from ..files import impostor
+
 MOST_MEMBER_BYTES = 2**28
 MOST_HEADER_BYTES = 2**14  # of a long name or an extended header; Python's parser takes quadratic time for it
 END = bytes(tarfile.BLOCKSIZE)  # a block of zeros ends a tar file
@@ -56,7 +58,8 @@ def members(path: Path, refuse: Callable[[Exception], Any], *, compressed: bool 
         try:
             yield from _walk(stream, end, refuse)
         except _Torn as error:
-            refuse(ValueError(str(error)))
+            kind = impostor(path)
+            refuse(ValueError(f"it is {kind}" if kind else str(error)))
 
 
 def contents(path: Path, refuse: Callable[[Exception], Any]) -> Iterator[tuple[str, bytes]]:

@@ -23,13 +23,14 @@ def tokenizer_of(model: str) -> Any:
     """Return the tokenizer of an open_clip model; raise ValueError for an unknown name."""
     import open_clip
 
-    message = f"model: got {model!r}, expected a model of open_clip whose tokenizer can be read"
+    from ..pretrained import why_not_loaded
+
     if ":" not in model and model not in open_clip.list_models():
-        raise ValueError(message)
+        raise ValueError(f"model: got {model!r}, expected a model of open_clip")
     try:
         return open_clip.get_tokenizer(model)
     except Exception as error:  # open_clip raises anything for an unknown name
-        raise ValueError(message) from error
+        raise ValueError(why_not_loaded(error, f"model: got the tokenizer of {model}")) from error
 
 
 def count_tokens(caption: str, tokenizer: Any) -> int:

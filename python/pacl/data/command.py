@@ -6,18 +6,24 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from ..commands import LEFT_OUT, Main, next_command, run_command
+from ..failures import sentence
 from ..flags import parse
 from ..formats import one_line
 from ..progress import Progress
-from .flags import PairFlags, plan_of
+from .flags import PairFlags, given_flags, plan_of
 
 if TYPE_CHECKING:
     from .samples import Samples
+
+
+TOWERS = ("--model", "ViT-B-16", "--pretrained", "openai")  # of the next command, the training
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +47,7 @@ class PackConfig(DataFlags):
     out: Path
     """Folder to write to; it must hold no shards. The same command continues a run that was stopped."""
     shard_size: int = 10_000
-    """Pairs in one shard."""
+    """Most pairs in one shard; shards are of equal size."""
     shuffle: bool = False
     """Write the pairs in random order; pairs from shards are shuffled 2,000 at a time."""
     seed: int = 0
@@ -49,7 +55,7 @@ class PackConfig(DataFlags):
 
 @dataclass(frozen=True, kw_only=True)
 class CheckConfig(DataFlags):
-    """Count the pairs, decode some of them, and show problems (exit status 1): bad samples, captions that are cut, tiny
+    """Count the pairs, decode some of them, and show problems (exit status 3): bad samples, captions that are cut, tiny
     images, repetitions, and images and texts that lack the other.
     """
 
@@ -63,18 +69,15 @@ class CheckConfig(DataFlags):
 
 def main(argv: Sequence[str], prog: str = "pacl data") -> int:
     """Run `pacl data` with these arguments and return its exit status."""
-    actions: dict[str, tuple[type[DataFlags], Callable[[Any], int]]] = {
-        "pack": (PackConfig, _pack),
-        "check": (CheckConfig, _check),
-    }
-    if not argv or argv[0] not in actions:
-        print(f"usage: {prog} {{{','.join(actions)}}} SOURCE ...; {prog} pack --help", file=sys.stderr)
-        return 0 if argv and argv[0] in ("-h", "--help") else 2
-    flags, action = actions[argv[0]]
+    return run_command(ACTIONS, argv, prog, "Prepare image-caption pairs for training.")
+
+
+def _run(flags: type[DataFlags], action: Callable[[Any], int], argv: Sequence[str], prog: str) -> int:
+    """Run an action with its flags and return its exit status."""
     try:
-        return action(parse(flags, argv[1:], f"{prog} {argv[0]}"))
+        return action(parse(flags, argv, prog))
     except (ValueError, OSError) as error:
-        print(f"pacl: error: {one_line(error)}", file=sys.stderr)
+        print(f"pacl: error: {sentence(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         if flags is PackConfig:
@@ -84,7 +87,7 @@ def main(argv: Sequence[str], prog: str = "pacl data") -> int:
 
 def _pack(config: PackConfig) -> int:
     from .check import EXAMPLES
-    from .pack import pack
+    from .pack import bad_before, pack
     from .samples import no_image
     from .shards import INCOMPLETE
 
@@ -105,14 +108,36 @@ def _pack(config: PackConfig) -> int:
         print(one_line(line))
     skipped = source.reasons + (" since it was continued" if resumed else "")
     print(f"packed {sum(sizes.values()):,} pairs in {len(sizes):,} shard(s): {config.out}; skipped: {skipped}")
-    return 0
+    print(next_command("train", "--train-data", config.out, *TOWERS))
+    return LEFT_OUT if any(source.skipped.values()) or bad_before(config.out) else 0
 
 
 def _check(config: CheckConfig) -> int:
     from .check import check, describe
 
     report = check(config.read(), config.sample, model=config.model)
-    print(json.dumps(report, indent=2) if config.json else describe(report))
-    if report["problems"] and config.json:
-        print(*map(one_line, report["problems"]), sep="\n", file=sys.stderr)
-    return 1 if report["problems"] else 0
+    problems, bad = report["problems"], sum(report["bad"].values())
+    usable = report["pairs"] > 0 and bad < report["decoded"]
+    if config.json:
+        print(json.dumps(report, indent=2))
+        print(*map(one_line, problems), sep="\n", file=sys.stderr, end="\n" if problems else "")
+    else:
+        print(describe(report))
+        if usable:
+            print(_next(config, bad > 0))
+    return (LEFT_OUT if usable else 1) if problems else 0
+
+
+def _next(config: CheckConfig, bad: bool) -> str:
+    """Return the line that names the next command: one that leaves bad pairs out, or the training."""
+    source, flags = config.source, given_flags(config)
+    if bad:
+        masks = ["--masks"] if config.masks else []
+        return next_command("data", "pack", source, *flags, *masks, "--out", "packed")
+    return next_command("train", "--train-data", source, *flags, *TOWERS)
+
+
+ACTIONS: dict[str, tuple[str | Main, str]] = {
+    "pack": (partial(_run, PackConfig, _pack), "Write pairs of any format as webdataset shards."),
+    "check": (partial(_run, CheckConfig, _check), "Count pairs, decode some of them, and show problems."),
+}

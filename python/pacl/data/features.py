@@ -32,6 +32,7 @@ from ..sharing import check_described, check_towers, load_tower
 from ..towers import Towers
 from ..weights import check_digest
 from .pairs import Pairs
+from .samples import captions_of
 from .texts import PROMPTS
 
 TOWERS = "model pretrained vision_model vision_pretrained force_image_size".split()
@@ -70,10 +71,11 @@ class Manifest(_Begun, total=False):
 class Features(Pairs):
     """Features that `pacl features` wrote to `folder`, in an order by (seed, epoch) as in other numbered sources.
 
-    nouns: the finder of `pacl train --nouns`, whose prompts must be among the stored texts. Yields dicts: key, caption
-    (one of several, by epoch), tokens [N, width] as stored, text [D] float32, worker and place. Raises ValueError for
-    an incomplete folder and for damaged files. verify: read all files once and compare their SHA-256 with the manifest,
-    shared among the processes of a machine; files of earlier versions have none.
+    nouns: the finder of `pacl train --nouns`, whose prompts must be among the stored texts. Yields dicts: key, origin,
+    caption (one of several, by epoch) and text [D] float32, or captions (list) and texts [n, D] (in a batch those of
+    all its images), tokens [N, width] as stored, worker and place. Raises ValueError for an incomplete folder and for
+    damaged files. verify: read all files once and compare their SHA-256 with the manifest, shared among the processes
+    of a machine; files of earlier versions have none.
     """
 
     def __init__(self, folder: str | os.PathLike, *, nouns: str | None = None, verify: bool = True, **options: Any):
@@ -141,21 +143,25 @@ class Features(Pairs):
         shard = _open(str(path))
         try:
             record = read_records(shard, row, row + 1)[0]
-            turn = self.turn(record["captions"], epoch, record["key"])
-            text = record["text"] + turn
+            turns = self.turns(record["captions"], epoch, record["key"])
+            captions = [record["captions"][turn] for turn in turns]
+            rows = [record["text"] + turn for turn in turns]
+            texts = torch.cat([shard.get_slice("texts")[text : text + 1] for text in rows])
+            one = self.captions == "one"
             return {
                 "key": record["key"],
-                "caption": record["captions"][turn],
+                "origin": f"{path.name} {row}",
+                **({"caption": captions[0]} if one else {"captions": captions}),
                 "tokens": shard.get_slice("tokens")[row : row + 1][0],
-                "text": shard.get_slice("texts")[text : text + 1][0],
+                **({"text": texts[0]} if one else {"texts": texts}),
             }
         except Exception as error:  # on bytes that were not compared with their SHA-256, anything
             raise Damaged(path, f"the record of its image {row:,} cannot be read") from error
 
     def embeddings(self, batch: dict[str, Any], texts: list[str]) -> Tensor:
-        """Return embeddings [B, D] of `texts`: each is its sample's caption or a prompt with a noun of it."""
-        embedded = batch["text"].clone()
-        for i, (text, caption) in enumerate(zip(texts, batch["caption"], strict=True)):
+        """Return embeddings [K, D] of `texts`: each is a caption of the batch, in order, or a prompt with its noun."""
+        embedded = batch["texts" if "texts" in batch else "text"].clone()
+        for i, (text, caption) in enumerate(zip(texts, sum(captions_of(batch), []), strict=True)):
             if text != caption:
                 if text not in self.prompts:
                     raise ValueError(f"features: {self.folder} has no embedding of {text!r}; it has other nouns")
@@ -220,7 +226,9 @@ def shard_files(folder: Path) -> list[dict[str, Any]]:
             with safe_open(path, "pt") as shard:
                 count = shard.get_slice("ends").get_shape()[0]
         except SafetensorError as error:
-            raise ValueError(f"out: {path} is damaged ({error}); delete it and all later shards") from error
+            raise ValueError(
+                f"out: {path} is damaged: it is not a whole safetensors file; delete it and all later shards"
+            ) from error
         shards.append({"name": path.name, "bytes": path.stat().st_size, "count": count})
         if path.name != _name(len(shards) - 1):
             raise ValueError(f"out: {folder} has {path.name} without the shard before it; choose another folder")

@@ -55,6 +55,16 @@ class TrainingDataFlags(PairFlags):
         return super().open(location, **counts | options)
 
 
+def given_flags(flags: PairFlags) -> list[str]:
+    """Return the flags of pairs that differ from their defaults, as words of a command line."""
+    words: list[str] = []
+    for item in dataclasses.fields(PairFlags):
+        value = getattr(flags, item.name)
+        if value != item.default:
+            words += [f"--{item.name.replace('_', '-')}", str(value)]
+    return words
+
+
 def plan_of(flags: Any, *without: str) -> dict[str, Any]:
     """Return the flags of a command as plain Python, without some: what must be the same when it is continued."""
     values = {name: str(x) if isinstance(x, Path) else x for name, x in dataclasses.asdict(flags).items()}
@@ -63,6 +73,6 @@ def plan_of(flags: Any, *without: str) -> dict[str, Any]:
 
 def check_plan(out: Path, begun: Mapping[str, Any], plan: dict[str, Any]) -> None:
     """Raise ValueError unless the output in `out` was begun with the same plan."""
-    changed = [name for name, value in plan.items() if begun.get(name) != value]
+    changed = [f"{name} ({begun.get(name)}, now {x})" for name, x in plan.items() if begun.get(name) != x]
     if changed:
         raise ValueError(f"out: {out} was begun with another {', '.join(changed)}, expected the same or another folder")

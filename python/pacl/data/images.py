@@ -18,6 +18,7 @@ UNREAD_SUFFIXES = ("heic", "heif", "gif", "jxl", "jp2", "svg")  # known images t
 MAX_IMAGE_PIXELS = 25_000_000
 # The first bytes of other files that people take for images: (offset, bytes, name).
 _SIGNATURES = (
+    (0, b"version https://git-lfs", "a pointer of Git LFS"),
     (0, b"GIF8", "GIF"),
     *((4, b"ftyp" + brand, "HEIC") for brand in (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")),
     *((4, b"ftyp" + brand, "AVIF") for brand in (b"avif", b"avis")),

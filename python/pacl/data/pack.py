@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import json
 import os
@@ -20,7 +21,7 @@ from .flags import check_plan
 from .images import open_image
 from .raw import open_source, read_captions
 from .samples import Samples
-from .scene_shards import Members
+from .scene_shards import Members, shard_sizes
 from .shards import INCOMPLETE, SIZES
 
 PACKED = "packed.json"  # what incomplete.json becomes: the plan, and how far each shard goes
@@ -36,9 +37,11 @@ def pack(
 ) -> dict[str, int]:
     """Write the good samples of `source` as `out/00000.tar`, ..., and sizes.json; return the sizes.
 
-    Every sample is decoded once, to leave out bad ones (`source.skipped`), and its bytes are copied. Members are
-    numbered. Their .json holds the source's `key` and, for an image with several captions, `captions`; .txt is the
-    first of them. progress: called once per sample.
+    Every sample is decoded once, to leave out bad ones (`source.skipped`), and its bytes are copied. All shards take
+    equally many samples of the source, at most `shard_size`, so that none is left with a few; bad ones among them make
+    a shard smaller, and a shard without a good one is not written. Members are numbered. Their .json holds the source's
+    `key` and, for an image with several captions, `captions`; .txt is the first of them. progress: called once per
+    sample.
 
     While it works, `out` has incomplete.json, which makes all readers refuse the folder. After an interruption, the
     same call keeps the finished shards and ends with the same bytes; once finished, it changes nothing. plan: plain
@@ -64,13 +67,17 @@ def pack(
             _note(out, plan, shards)
         place = shards[-1] if shards else {"end": 0, "read": 0}
         samples = _members(source, progress, number=place["end"], read=place["read"])
-        for number in itertools.count(len(shards)):
-            first = next(samples, None)
-            if first is None:
-                break
+        ends = list(itertools.accumulate(shard_sizes(source.count(), shard_size)))
+
+        def share(sample: _Sample) -> int:
+            """Return the number of the source's share that a sample is in; it may have more samples than it counts."""
+            more = sample.read - (ends[-1] if ends else 0)
+            return bisect.bisect_left(ends, sample.read) if more <= 0 else len(ends) + (more - 1) // shard_size
+
+        for number, (_, group) in enumerate(itertools.groupby(samples, share), len(shards)):
             with atomic_writer(out / _name(number)) as file:
                 with TarWriter(file, encoder=False, mtime=0) as tar:
-                    for last in itertools.chain([first], itertools.islice(samples, shard_size - 1)):
+                    for last in group:
                         tar.write(last.members)
                 shards.append({"end": last.number + 1, "read": last.read})
                 _note(out, plan, shards)  # before the shard gets its name, so that every shard has its note
@@ -96,6 +103,12 @@ def _read_notes(path: Path, plan: dict[str, Any]) -> tuple[list[dict[str, int]],
     check_plan(path.parent, begun, plan)
     there = list(itertools.takewhile(lambda number: (path.parent / _name(number)).is_file(), range(len(shards))))
     return shards[: len(there)], len(there) == len(shards)
+
+
+def bad_before(out: Path) -> int:
+    """Return how many samples before the last good one were bad, those of earlier calls for the same `out` included."""
+    last = read_settings(out / PACKED)["shards"][-1]
+    return last["read"] - last["end"]
 
 
 def _sizes(shards: list[dict[str, int]]) -> dict[str, int]:

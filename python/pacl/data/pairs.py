@@ -11,14 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from ..files import visible_files
-from ..formats import printable
+from ..files import impostor, visible_files
 from .images import IMAGE_SUFFIXES, UNREAD_SUFFIXES
 from .raw import Raw, as_bytes, readable
 from .samples import MOST_WORKERS, Samples
 from .scene_shards import SceneMembers
 from .scenes import PAIRS, SEEN
-from .tables import read_rows, split_row
+from .tables import read_rows, split_row, wrong_header
 
 
 class Pairs(Samples):
@@ -114,10 +113,10 @@ class CsvPairs(ListedPairs):
             found = [split_row(header, choice) for choice in separators]
             fitting = [i for i, names in enumerate(found) if {image_key, caption_key} <= set(names)]
             if not fitting:
-                shown = printable(", ".join(sorted(found, key=len)[-1]))[:200] or "it has none"
+                kind, keys = impostor(path, binary=False), (image_key, caption_key)
                 raise ValueError(
-                    f"csv_img_key, csv_caption_key: got {image_key!r} and {caption_key!r}, expected columns of {path}: "
-                    f"{shown}"
+                    f"csv_img_key, csv_caption_key: got {image_key!r} and {caption_key!r}, expected columns of {path}, "
+                    f"but {f'it is {kind}' if kind else wrong_header(header, keys, separator)}"
                 )
             columns = found[fitting[0]]
             names: list[bytes] = []
@@ -136,9 +135,11 @@ class CsvPairs(ListedPairs):
         self.hold(names, captions, faults)
 
     def remarks(self) -> list[str]:
-        if not self._joined:
-            return []
-        return [f"rows with separators that are not quoted, taken for a part of the caption: {self._joined:,}"]
+        counts = {
+            "rows with separators that are not quoted, taken for a part of the caption": self._joined,
+            "rows with too many or too few fields, left out": len(self._faults),
+        }
+        return [f"{what}: {count:,}" for what, count in counts.items() if count]
 
 
 class FolderPairs(Pairs):
@@ -205,8 +206,9 @@ class CocoPairs(ListedPairs):
                 text = note["caption"] if isinstance(note["caption"], str) else ""  # a bad caption, which is counted
                 captions.setdefault(note["image_id"], []).append(text)
         except (ValueError, KeyError, TypeError, RecursionError) as error:
+            found = f"is {kind}" if (kind := impostor(path, binary=False)) else "is not COCO captions"
             raise ValueError(
-                f"data: {path} is not COCO captions, expected `images` with id and file_name, and `annotations` with "
+                f"data: {path} {found}, expected `images` with id and file_name, and `annotations` with "
                 "image_id and caption"
             ) from error
         self._without = len(files.keys() - captions.keys()), sum(len(captions[i]) for i in captions.keys() - files)

@@ -17,7 +17,8 @@ class Raw(NamedTuple):
 
     image: bytes, a path, None if it is missing, or a string: the reason why its file may not be read. captions: the
     captions as a list, or the content or path of a text file with one on each line. epoch: that of training, which
-    decides which caption it takes. fault: the reason and a message, if the sample is known to be bad.
+    decides which caption it takes. fault: the reason and a message, if the sample is known to be bad. origin: the shard
+    that holds the sample; its key may be that of another image in another shard.
     """
 
     key: str
@@ -26,6 +27,7 @@ class Raw(NamedTuple):
     mask: bytes | Path | None = None
     epoch: int = 0
     fault: tuple[str, str] | None = None
+    origin: str = ""
 
 
 def read_captions(source: Sequence[bytes] | bytes | Path | None) -> tuple[list[str], list[ValueError]]:

@@ -2,8 +2,9 @@
 
 A sample is one image with one or more captions, whatever the source: rows of a csv with the same path, lines of a .txt
 file, a list in a .json member or COCO's annotations of one image are captions of one sample. Training draws one caption
-of an image per epoch, by seed, epoch and key; retrieval, validation and features use all of them. A pair is an image
-with one of its captions. Parts without an image or a caption are not samples; they are skipped and counted by reason.
+of an image per epoch, or several, by seed, epoch and key; retrieval, validation and features use all of them. A pair is
+an image with one of its captions. Parts without an image or a caption are not samples; they are skipped and counted by
+reason.
 
 All sources decode their bytes here, by a list of formats: nothing is unpickled and no other program is started.
 """
@@ -30,7 +31,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
 from torchvision.transforms.functional import pil_to_tensor
 
-from ..formats import one_line
+from ..failures import sentence
 from .images import MAX_IMAGE_PIXELS, TooManyPixels, UnreadFormat, open_image, read_image
 from .raw import Raw, open_source, read_captions
 
@@ -50,15 +51,16 @@ class Samples(IterableDataset):
     shuffle: 0 for the order of the files; for streams, the number of samples held for shuffling.
     repeat: start over for ever instead of stopping.
     masks: require a mask (uint8 tensor [H, W], a class label per pixel) of the image's size.
-    captions: "one" or "all" captions of an image.
+    captions: "one", "all", or at most so many different captions of an image.
     max_image_pixels: skip larger images, by their header, before decoding.
     max_bad_share: raise BadData when a larger share of the samples is bad, once all workers of this process together
         have read 500. With several processes none raises alone, because the others would wait; all can read `too_many`.
     rank, world: index and number of the processes; each takes its share.
 
-    Yields dicts: key (str), image, caption (str) or captions (list of str, at least one), mask if required, worker, and
-    place (epoch, index of the sample among those that this worker reads in the epoch). A bad sample is skipped and
-    counted by its reason in `skipped`, shared by all workers: "archive" counts unreadable parts of tar files, "row"
+    Yields dicts: key and origin (str; together they name the image), image, caption (str) or, unless `captions` is
+    "one", captions (list of str, at least one), mask if required, worker, and place (epoch, index of the sample among
+    those that this worker reads in the epoch). A bad sample is skipped and counted by its reason in `skipped`, shared
+    by all workers: "archive" counts unreadable parts of tar files, "row"
     rows of a csv with too many or too few fields, "file" files that are missing or may not be read, "format" images in
     a format that is not read, and "apart" images and texts of a shard that are not adjacent. A bad caption of an image
     that has others is counted too, and the others are used. Raises BadData for an epoch without a good sample; with
@@ -74,7 +76,7 @@ class Samples(IterableDataset):
         seed: int = 0,
         repeat: bool = False,
         masks: bool = False,
-        captions: Literal["one", "all"] = "one",
+        captions: Literal["one", "all"] | int = "one",
         max_image_pixels: int = MAX_IMAGE_PIXELS,
         max_bad_share: float = 0.1,
         rank: int = 0,
@@ -190,9 +192,22 @@ class Samples(IterableDataset):
         """Return a line on each kind of thing that was left out or repaired when the source was opened."""
         return []
 
-    def turn(self, captions: Sequence[str], epoch: int, key: str) -> int:
-        """Return the index of the caption to take in this epoch, by (seed, epoch, key); 0 without shuffling."""
-        return zlib.crc32(f"{self.seed} {epoch} {key}".encode(errors="replace")) % len(captions) if self.shuffle else 0
+    def turns(self, captions: Sequence[str], epoch: int, key: str) -> list[int]:
+        """Return the indices of the captions to take in this epoch.
+
+        The first one depends on (seed, epoch, key); it is 0 without shuffling. The others are those that follow it, as
+        in a circle, without texts that were taken already.
+        """
+        if self.captions == "all":
+            return list(range(len(captions)))
+        number = zlib.crc32(f"{self.seed} {epoch} {key}".encode(errors="replace")) if self.shuffle else 0
+        most = 1 if self.captions == "one" else self.captions
+        chosen: dict[str, int] = {}
+        for place in range(number, number + len(captions)):
+            if len(chosen) == most:
+                break
+            chosen.setdefault(captions[place % len(captions)], place % len(captions))
+        return list(chosen.values())
 
     def decode(self, raw: Raw, worker: int = 0) -> dict[str, Any] | None:
         """Decode a sample into key, image, caption and mask; return None for a bad one, counted by its reason."""
@@ -205,13 +220,11 @@ class Samples(IterableDataset):
                 reason = "image"
                 # An image with a mask stays as stored, because masks are drawn on the stored pixels.
                 image = read_image(stream, self.max_image_pixels, turn=not self.masks)
-                out = {"key": raw.key, "image": self.transform(image)}
+                out = {"key": raw.key, "origin": raw.origin, "image": self.transform(image)}
             reason = "caption"
             captions, bad = read_captions(raw.captions)
-            if self.captions == "one":
-                out["caption"] = captions[self.turn(captions, raw.epoch, raw.key)]
-            else:
-                out["captions"] = captions
+            captions = [captions[turn] for turn in self.turns(captions, raw.epoch, raw.key)]
+            out |= {"caption": captions[0]} if self.captions == "one" else {"captions": captions}
             if self.masks:
                 reason = "mask"
                 with open_source(raw.mask) as stream, open_image(stream, ("PNG",), self.max_image_pixels) as mask:
@@ -235,7 +248,7 @@ class Samples(IterableDataset):
 
     def skip(self, reason: str, key: str, error: Exception, worker: int) -> None:
         self._counts[worker, 1 + REASONS.index(reason)] += 1
-        self.on_skip(reason, key, one_line(error) or type(error).__name__)
+        self.on_skip(reason, key, sentence(error))
 
 
 def _ignore(reason: str, key: str, message: str) -> None:
@@ -339,9 +352,18 @@ def loader(
 
 
 def _collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Collate a batch as torch does, except for the lists of captions, which differ in length."""
-    captions = {"captions": [sample.pop("captions") for sample in samples]} if "captions" in samples[0] else {}
-    return default_collate(samples) | captions
+    """Collate a batch as torch does, except for captions, which differ in number: lists, and the rows of `texts`."""
+    several: dict[str, Any] = {}
+    if "captions" in samples[0]:
+        several["captions"] = [sample.pop("captions") for sample in samples]
+    if "texts" in samples[0]:
+        several["texts"] = torch.cat([sample.pop("texts") for sample in samples])
+    return default_collate(samples) | several
+
+
+def captions_of(batch: dict[str, Any]) -> list[list[str]]:
+    """Return the captions of each image of a batch."""
+    return batch["captions"] if "captions" in batch else [[caption] for caption in batch["caption"]]
 
 
 @functools.cache

@@ -51,6 +51,12 @@ class SceneMembers(Dataset[Members]):
         return encode_scene(scene, f"{self.split}-{index:06d}", mask=self.masks)
 
 
+def shard_sizes(count: int, most: int) -> list[int]:
+    """Return the sizes of as few shards as hold `count` samples, at most `most` each; they differ by 1 at most."""
+    shards = -(-count // most)
+    return [count // shards + (i < count % shards) for i in range(shards)]
+
+
 def write_scenes(
     folder: Path,
     split: str,
@@ -73,10 +79,10 @@ def write_scenes(
     batches = iter(DataLoader(drawn, batch_size=50, collate_fn=list, num_workers=workers))
     samples = (sample for batch in batches for sample in batch)
     paths: list[Path] = []
-    for start in range(0, count, shard_size):
+    for size in shard_sizes(count, shard_size):
         path = folder / f"{split}-{len(paths):03d}.tar"
         with atomic_writer(path) as file, TarWriter(file, encoder=False, mtime=0) as tar:
-            for _ in range(start, min(start + shard_size, count)):
+            for _ in range(size):
                 tar.write(next(samples))
                 progress()
         paths.append(path)

@@ -96,15 +96,15 @@ class Shards(Samples):
 
         parts = ((name, data) for name, data in contents(path, refuse) if not META.match(name))
         for group in group_members(parts):
-            yield _raw(group, epoch)
+            yield _raw(group, epoch, path)
 
 
-def _raw(group: Group, epoch: int) -> Raw:
+def _raw(group: Group, epoch: int, path: Path) -> Raw:
     """Return a sample of a shard. Its captions are those in its .json, as `pacl data pack` writes, or in its .txt."""
     parts = group.parts
     captions = _captions(parts.get("json", b"")) or parts.get("txt")
     image = parts[group.image] if group.image else None
-    return Raw(readable(group.key), image, captions, parts.get("mask.png"), epoch, group.fault)
+    return Raw(readable(group.key), image, captions, parts.get("mask.png"), epoch, group.fault, str(path))
 
 
 def _captions(notes: bytes) -> list[bytes]:

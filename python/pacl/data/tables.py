@@ -13,8 +13,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
+from ..formats import printable
 from .images import IMAGE_SUFFIXES, UNREAD_SUFFIXES
 
+SEPARATORS = (",", "\t", ";", "|", " ")  # that a header may have in place of the ones that were tried
 MOST_LINES = 100  # of a quoted field; a quote that is not closed after so many is an ordinary character
 SUFFIXES = tuple(f".{suffix}" for suffix in (*IMAGE_SUFFIXES, *UNREAD_SUFFIXES))
 
@@ -65,6 +67,26 @@ def read_rows(lines: Iterable[str], separator: str, header: Sequence[str], image
         yield Row(number, (fields[image], fields[caption]) if whole else None, len(fields), joined and whole)
         del waiting[:further]
         number += further
+
+
+def wrong_header(header: str, names: Sequence[str], separator: str | None) -> str:
+    """Return a clause on the header of a table that lacks the columns `names`: what it has, and perhaps how to read it.
+
+    separator: the one that was given; None if tab and comma were tried.
+    """
+    tried = ["\t", ","] if separator is None else [separator]
+    columns = max((split_row(header, choice) for choice in tried), key=len)
+    shown = printable(", ".join(name for name in columns if name.strip())).strip()[:200]
+    if not shown:
+        return "its first line names no column"
+    flag = {choice: "'\\t'" if choice == "\t" else f"'{choice}'" for choice in SEPARATORS}
+    for choice in SEPARATORS:
+        if choice not in tried and set(names) <= set(split_row(header, choice)):
+            return f"its first line is {shown}; give --csv-separator {flag[choice]}"
+    others = [choice for choice in SEPARATORS if choice not in tried and choice in header]
+    if len(columns) == 1 and others:
+        return f"its first line is {shown}, with {flag[others[0]]} between columns? (--csv-separator)"
+    return f"it has the columns {shown}" if len(columns) > 1 else f"it has the column {shown} alone"
 
 
 def split_row(line: str, separator: str) -> list[str]:

@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
-
+from ..flags import parse
 from ..formats import one_line
 
 
@@ -37,10 +36,10 @@ class DemoFlags:
 
 def main(argv: Sequence[str], prog: str = "pacl demo") -> int:
     """Run `pacl demo` with these arguments and return its exit status; KeyboardInterrupt passes through."""
-    flags = tyro.cli(DemoFlags, args=list(argv), prog=prog)
-    from .run import QUICK, DemoConfig, run  # after --help, which does not need torch
-
     try:
+        flags = parse(DemoFlags, argv, prog)
+        from .run import QUICK, DemoConfig, run  # after --help, which does not need torch
+
         if flags.out.exists() and not flags.out.is_dir():
             raise ValueError(f"out: {flags.out} is a file, expected a folder")
         names = {item.name for item in dataclasses.fields(DemoConfig)}

@@ -116,6 +116,7 @@ def main(argv: Sequence[str], prog: str = "pacl evaluate alignment") -> int:
     shown = {name: [each[k] for k in there] for name, each in shown.items()}
     plot = bars([data.classes[first + k] for k in there], shown, f"{data.spec.title}: patches by words")
     print_plot(path.with_suffix(".png"), (8, 2 + 0.15 * len(there) * len(shown)), plot)
+    print(options.next_command())
     return 0
 
 

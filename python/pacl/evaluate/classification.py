@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -12,8 +12,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ..failures import sentence
 from ..flags import parse
-from ..processes import add_up, place_in, shared_progress
+from ..processes import add_up, default_workers, place_in, shared_progress
 from ..segment.prompts import TEMPLATES, Texts, best_synonym, class_texts, templates
 from .classification_data import Labelled
 from .metrics import add_hits
@@ -75,8 +76,8 @@ def count_hits(counts: Tensor, scores: Tensor, labels: Tensor) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class ClassificationOptions(DatasetOptions):
-    """Measure zero-shot classification with φ as the score of a class, and with the model's own image embedding: acc1,
-    acc5 and mean per-class recall, as fractions.
+    """Measure zero-shot classification with phi, the compatibility of an image and a text, as the score of a class, and
+    with the model's own image embedding: acc1, acc5 and mean per-class recall, as fractions.
     """
 
     dataset: str
@@ -85,10 +86,10 @@ class ClassificationOptions(DatasetOptions):
     templates: str | None = None
     """Prompt templates: none, photo, simple, openai, or a file; by default those of the dataset, else simple."""
     plain: bool = True
-    """Measure the model's own image embedding too, besides φ."""
+    """Measure the model's own image embedding too, besides phi."""
     batch_size: int = 64
     """Images per batch."""
-    workers: int = 4
+    workers: int = field(default_factory=default_workers)
     """Processes that decode images."""
 
 
@@ -111,7 +112,7 @@ def main(argv: Sequence[str], prog: str = "pacl evaluate classification") -> int
     try:
         counts = classification(data, texts, scorers, **reading, label=f"classification {options.dataset}")
     except (ValueError, OSError) as error:  # a worker's message puts its traceback before the line that matters
-        raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
+        raise ValueError(sentence(error)) from error
     if rank:
         return 0
     dataset = options.dataset if data.kind.count else options.data_root.resolve().name
@@ -120,4 +121,5 @@ def main(argv: Sequence[str], prog: str = "pacl evaluate classification") -> int
     for scorer, count in zip(scorers, counts, strict=True):
         rules = scorer.rules | {"name": f"classification {scorer.rules['name']}", "templates": list(sentences)}
         options.write("zeroshot_classification", dataset, rules, accuracies(count), towers, **sizes)
+    print(options.next_command())
     return 0

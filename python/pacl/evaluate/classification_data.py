@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 
 from ..data.archives import members
 from ..data.images import IMAGE_SUFFIXES, read_image, to_rgb
+from ..failures import sentence
 from ..segment.prompts import read_classes
 from .segmentation_data import MAX_PIXELS, need_scipy
 from .specs import fingerprint, spread
@@ -148,13 +149,15 @@ class Tars:
             try:
                 return read_image(file.read(size), MAX_PIXELS), label
             except Exception as error:  # decoders raise anything on damaged bytes
-                raise ValueError(f"data_root: cannot read the image at byte {offset} of {path}: {error}") from error
+                raise ValueError(
+                    f"data_root: cannot read the image at byte {offset} of {path}: {sentence(error)}"
+                ) from error
 
     def _index(self, path: Path) -> None:
         images, labels = {}, {}
 
         def refuse(error: Exception) -> None:
-            raise ValueError(f"data_root: {path} cannot be read: {error}") from error
+            raise ValueError(f"data_root: {path} cannot be read: {sentence(error)}") from error
 
         for member in members(path, refuse, compressed=False):
             folder, _, file = member.name.rpartition("/")
@@ -190,7 +193,7 @@ def _rgb(path: str) -> Image.Image:
     except FileNotFoundError:
         raise
     except Exception as error:  # decoders raise anything on damaged bytes
-        raise ValueError(f"data: cannot read {path}: {error}") from error
+        raise ValueError(f"data: cannot read {path}: {sentence(error)}") from error
 
 
 MATLAB = ("flowers102", "cars")

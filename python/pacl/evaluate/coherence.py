@@ -151,4 +151,5 @@ def main(argv: Sequence[str], prog: str = "pacl evaluate coherence") -> int:
     if rank:
         return 0
     print_plot(path.with_suffix(".png"), (6, 6), curves(shown, f"{data.spec.title}: pairs of patches"))
+    print(options.next_command())
     return 0

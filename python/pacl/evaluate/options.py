@@ -9,6 +9,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
+from ..commands import next_command
 from ..processes import choose_device, process_group
 from ..sharing import load_model
 from ..towers import Towers
@@ -20,7 +21,8 @@ class TaskOptions:
     """Options of every task: the model, its device, and where results go."""
 
     checkpoint: str | None = None
-    """Folder of a PACL embedder, or its name on the Hub; without it the task measures the open_clip model alone."""
+    """Folder of a run of pacl train or of an embedder, or its name on the Hub; without it the task measures the
+    open_clip model alone."""
     model: str = "ViT-B-16"
     """Name of the open_clip model; ignored with --checkpoint."""
     pretrained: str | None = None
@@ -49,6 +51,11 @@ class TaskOptions:
         print(f"{dataset} {rules['name']}: " + ", ".join(f"{k} {x:.4f}" for k, x in metrics.items() if x is not None))
         print(path, flush=True)
         return path
+
+    def next_command(self) -> str:
+        """Return the line that names the next command: the comparison of all results in the folder."""
+        run = [self.checkpoint] if self.checkpoint and Path(self.checkpoint).is_dir() else []
+        return next_command("compare", *run, self.out)
 
 
 @dataclass(frozen=True, kw_only=True)

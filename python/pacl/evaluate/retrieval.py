@@ -6,17 +6,18 @@ The images are streamed: each is read once for every way of scoring and never ke
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from ..commands import LEFT_OUT
 from ..data.flags import PairFlags
 from ..data.samples import LEAST_SEEN, BadData, Samples, loader, no_image
 from ..flags import parse
-from ..processes import gather_rows, place_in, shared_progress
+from ..processes import default_workers, gather_rows, place_in, shared_progress
 from .metrics import RECALLS, Retrieval
 from .options import TaskOptions
 from .scorer import Scorer
@@ -117,17 +118,19 @@ def _read(data: Samples, batch_size: int, workers: int) -> Iterator[dict]:
 
 @dataclass(frozen=True, kw_only=True)
 class RetrievalOptions(TaskOptions, PairFlags):
-    """Measure image-text retrieval with φ: recall at 1, 5 and 10 as fractions. All captions of an image count."""
+    """Measure image-text retrieval with phi, the compatibility of an image and a text: recall at 1, 5 and 10 as
+    fractions. All captions of an image count.
+    """
 
     data: str
     """Pairs in any format of pacl train: .tar shards, csv, a folder, COCO's captions .json, or synthetic:eval."""
     scenes: int = 1000
     """Number of scenes to generate for synthetic data."""
     plain: bool = False
-    """Measure the model's own image embedding too, besides φ."""
+    """Measure the model's own image embedding too, besides phi."""
     batch_size: int = 64
     """Images per batch."""
-    workers: int = 4
+    workers: int = field(default_factory=default_workers)
     """Processes that decode images."""
 
 
@@ -155,4 +158,9 @@ def main(argv: Sequence[str], prog: str = "pacl evaluate retrieval") -> int:
         counts = {"images": gallery.images, "texts": len(gallery.captions), "skipped": skipped}
         if data.rank == 0:
             options.write("zeroshot_retrieval", Path(options.data).stem, rules, metrics, towers, **counts)
-    return 0
+    if data.rank == 0:
+        if skipped:
+            print(f"left out: {', '.join(f'{reason} {count:,}' for reason, count in skipped.items())}")
+        print(options.next_command())
+    # torchrun takes any status but 0 for a crash, and ends the other processes.
+    return LEFT_OUT if skipped and data.world == 1 else 0

@@ -11,6 +11,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
+from ..commands import LEFT_OUT
 from ..files import write_bytes
 from ..flags import parse
 from ..formats import one_line
@@ -63,8 +64,8 @@ def main(argv: Sequence[str], prog: str = "pacl evaluate segmentation") -> int:
     first = place_in(group)[0] == 0
     towers, embedder = options.load()
     rows = [_measure(data, towers, embedder, rules, options, group, first) for data in sets]
-    if first and len(rows) > 1:
-        print("\n" + tables(rows))
+    if first:
+        print(("\n" + tables(rows) + "\n" if len(rows) > 1 else "") + options.next_command())
     return 0
 
 
@@ -98,7 +99,7 @@ def _check(options: SegmentationOptions) -> int:
         found = check_segmentation(name, options.data_root, class_file=options.class_file, picture=picture)
         print(f"{found.text()}\n{picture}", flush=True)
         bad += bool(found.problems)
-    return 1 if bad else 0
+    return LEFT_OUT if bad else 0
 
 
 def result_row(

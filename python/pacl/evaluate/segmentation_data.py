@@ -15,6 +15,7 @@ from PIL import Image
 
 from ..annotations import checked
 from ..data.images import IMAGE_FORMATS, open_image, to_rgb
+from ..failures import sentence
 from ..segment.prompts import read_classes
 from ..settings import short
 from .specs import UNKNOWN, Masks, Spec, fingerprint, spec, spread
@@ -213,7 +214,9 @@ def read_picture(path: Path, formats: tuple[str, ...], use: Callable[[Image.Imag
     except FileNotFoundError:
         raise
     except Exception as error:  # decoders raise anything on damaged bytes
-        raise ValueError(f"data: cannot read {path}: {error}") from error
+        known = isinstance(error, ValueError) or isinstance(error, OSError) and error.errno is not None
+        reason = sentence(error) if known else "it is damaged or truncated"
+        raise ValueError(f"data: cannot read {path}: {reason}") from error
 
 
 def need_scipy(name: str) -> None:
@@ -226,20 +229,23 @@ def _read_label_map(path: Path) -> np.ndarray:
     """Read `LabelMap` of a Pascal Context file, [H, W]."""
     from scipy.io import loadmat, whosmat
 
+    wrong = ""
     try:
         shapes = {name: shape for name, shape, _ in whosmat(str(path), appendmat=False)}
         if "LabelMap" not in shapes or len(shapes["LabelMap"]) != 2:
-            raise ValueError(f"it has {', '.join(shapes) or 'nothing'}, expected LabelMap of two dimensions")
-        if math.prod(shapes["LabelMap"]) > MAX_PIXELS:
-            raise ValueError(f"its LabelMap has {shapes['LabelMap']} pixels, expected at most {MAX_PIXELS:,}")
-        values = loadmat(str(path), appendmat=False, variable_names=["LabelMap"])["LabelMap"]
-        if values.dtype != np.uint16:
-            raise ValueError(f"its LabelMap is {values.dtype}, expected uint16")
-        return values
+            wrong = f"it has {', '.join(shapes) or 'nothing'}, expected LabelMap of two dimensions"
+        elif math.prod(shapes["LabelMap"]) > MAX_PIXELS:
+            wrong = f"its LabelMap has {shapes['LabelMap']} pixels, expected at most {MAX_PIXELS:,}"
+        else:
+            values = loadmat(str(path), appendmat=False, variable_names=["LabelMap"])["LabelMap"]
+            if values.dtype == np.uint16:
+                return values
+            wrong = f"its LabelMap is {values.dtype}, expected uint16"
     except FileNotFoundError:
         raise
     except Exception as error:  # on damaged bytes: TypeError, zlib.error, MatReadError, ...
-        raise ValueError(f"data: cannot read {path}: {error}") from error
+        raise ValueError(f"data: cannot read {path}: it is no Matlab file, or it is damaged") from error
+    raise ValueError(f"data: cannot read {path}: {wrong}")
 
 
 class Region(TypedDict):

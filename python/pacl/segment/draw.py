@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import colorsys
+import functools
 import io
 import math
 from collections.abc import Sequence
@@ -37,10 +38,41 @@ def voc_palette(count: int) -> np.ndarray:
 
 
 def word_colours(count: int) -> np.ndarray:
-    """Return colours, uint8 `[count, 3]`, whose hues are a golden ratio apart, so that any consecutive ones differ."""
+    """Return colours, uint8 `[count, 3]`, that can be told apart; they repeat after 1,358.
+
+    The first six are hues a golden ratio apart. Each later one is the colour farthest from all before it in CIELAB,
+    among colours that are neither dark, pale nor grey: the closest of 30 differ by 30.
+    """
+    return np.resize(_word_colours(), (count, 3)) if count else np.zeros((0, 3), np.uint8)
+
+
+@functools.cache
+def _word_colours() -> np.ndarray:
     golden = (math.sqrt(5) - 1) / 2
-    colours = [colorsys.hsv_to_rgb((0.02 + i * golden) % 1, 0.85, (1.0, 0.8)[i // 5 % 2]) for i in range(count)]
-    return (255 * np.array(colours).reshape(count, 3)).astype(np.uint8)
+    hues = [colorsys.hsv_to_rgb((0.02 + i * golden) % 1, 0.85, (1.0, 0.8)[i // 5]) for i in range(6)]
+    chosen = list((255 * np.array(hues)).astype(np.uint8))
+    side = np.linspace(0, 255, 12).round().astype(np.uint8)
+    rest = np.stack(np.meshgrid(side, side, side, indexing="ij"), -1).reshape(-1, 3)
+    places = _cielab(rest)
+    vivid = (places[:, 0] >= 30) & (places[:, 0] <= 92) & (np.hypot(places[:, 1], places[:, 2]) >= 25)
+    rest, places = rest[vivid], places[vivid]
+    apart = np.linalg.norm(places[:, None] - _cielab(np.array(chosen)), axis=-1).min(1)
+    for _ in range(len(rest)):
+        farthest = apart.argmax()
+        chosen.append(rest[farthest])
+        apart = np.minimum(apart, np.linalg.norm(places - places[farthest], axis=-1))
+        apart[farthest] = -1  # is not chosen again
+    return np.array(chosen)
+
+
+def _cielab(colours: np.ndarray) -> np.ndarray:
+    """Return sRGB colours uint8 [..., 3] as CIELAB's L, a and b under the white D65."""
+    share = colours / 255
+    linear = np.where(share <= 0.04045, share / 12.92, ((share + 0.055) / 1.055) ** 2.4)
+    xyz = linear @ np.array([(0.4124, 0.2126, 0.0193), (0.3576, 0.7152, 0.1192), (0.1805, 0.0722, 0.9505)])
+    xyz = xyz / (0.9505, 1.0, 1.089)
+    x, y, z = np.moveaxis(np.where(xyz > (6 / 29) ** 3, np.cbrt(xyz), xyz / (3 * (6 / 29) ** 2) + 4 / 29), -1, 0)
+    return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], -1)
 
 
 def heat(values: np.ndarray, scale: tuple[float, float] = SCALE) -> np.ndarray:

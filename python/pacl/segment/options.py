@@ -42,7 +42,7 @@ class SegmenterOptions:
     """The model and how it embeds images and words."""
 
     checkpoint: Annotated[str | None, MODEL] = None
-    """Folder of an embedder that pacl train or pacl demo wrote, or its name on the Hub."""
+    """Folder of a run of pacl train or pacl demo, or of an embedder, or a name on the Hub."""
     model: Annotated[str | None, MODEL] = None
     """Name of an open_clip model, for plain CLIP instead of a checkpoint."""
     pretrained: str | None = None

@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
-import hashlib
+import errno
 import inspect
 import json
 import re
 import secrets
+import select
 import signal
 import socket
 import time
 from collections.abc import Callable, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from ..formats import one_line
 from ..segment.draw import MAGMA, SCALE
+from .examples import Example, Thumbnails
+from .gate import Unwanted
+from .page import PAGE, POLICY
 from .viewer import Gone, Viewer
 
-PAGE = Path(__file__).with_name("page.html")
 MOST_BYTES = 20 * 2**20  # largest body of a request
 SECONDS = 20  # longest time for a whole body; 10 silent seconds end a connection
+ENDING = 0.3  # seconds that the server, when it closes, waits for running requests
 HOSTS = ("127.0.0.1", "localhost")  # excludes foreign names that resolve to this machine (DNS rebinding)
 
 
@@ -34,26 +36,33 @@ class Refused(Exception):
         self.status = status
 
 
-class Example(NamedTuple):
-    """An image that the page offers, as a file or its bytes, with words to begin with."""
-
-    name: str
-    image: Path | bytes
-    words: str = ""
-
-
 class Server(ThreadingHTTPServer):
-    """HTTP server of `viewer` on 127.0.0.1 at `url`. port 0: any free one."""
+    """HTTP server on 127.0.0.1 at `url`.
+
+    viewer: answers requests; None if it is set before `serve_forever`, so that the port is taken before a model is
+    loaded. port: 0 for any free one. Raises ValueError for a port that cannot be taken.
+    """
 
     daemon_threads = False  # a daemon thread cut off by the interpreter's exit may abort the process
+    block_on_close = False  # server_close waits by itself, and not for long
     interrupted = False
+    viewer: Viewer
 
-    def __init__(self, viewer: Viewer, port: int = 0, examples: Sequence[Example] = ()):
-        self.viewer, self.examples = viewer, list(examples)
+    def __init__(self, viewer: Viewer | None = None, port: int = 0, examples: Sequence[Example] = ()):
+        if viewer is not None:
+            self.viewer = viewer
+        self.examples = list(examples)
+        self.thumbnails = Thumbnails(self.examples)
         self.token = secrets.token_urlsafe(24)
-        self.page = PAGE.read_bytes()
         self.connections: set[socket.socket] = set()
-        super().__init__(("127.0.0.1", port), Handler)
+        if not 0 <= port < 2**16:
+            raise ValueError(f"--port: got {port}, expected 0 to {2**16 - 1}")
+        try:
+            super().__init__(("127.0.0.1", port), Handler)
+        except OSError as error:
+            used = error.errno == errno.EADDRINUSE
+            reason = "which another program uses" if used else f"which cannot be opened ({error.strerror})"
+            raise ValueError(f"--port: got {port}, {reason}, expected a free port; 0 takes any") from error
 
     @property
     def url(self) -> str:
@@ -67,21 +76,30 @@ class Server(ThreadingHTTPServer):
         """
         before = signal.signal(signal.SIGINT, lambda *_: setattr(self, "interrupted", True))
         try:
-            self.serve_forever()
+            self.serve_forever(poll_interval=0.1)
         finally:
             signal.signal(signal.SIGINT, before)
 
     def service_actions(self) -> None:
-        """Raise KeyboardInterrupt after Ctrl-C; `serve_forever` calls this between requests and twice a second."""
+        """Raise KeyboardInterrupt after Ctrl-C; `serve_forever` calls this between requests and at each poll."""
         if self.interrupted:
             raise KeyboardInterrupt
 
     def server_close(self) -> None:
-        """Close open connections and wait for their threads, because browsers keep unused connections open."""
+        """Close open connections, because browsers keep unused ones open, and drop all requests that wait for a turn.
+
+        A request inside a model cannot be stopped; its thread is left to end after ENDING seconds.
+        """
+        super().server_close()
+        self.thumbnails.gate.close()
+        if hasattr(self, "viewer"):
+            self.viewer.close()
         for connection in list(self.connections):
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
-        super().server_close()
+        end = time.monotonic() + ENDING
+        while self.connections and time.monotonic() < end:
+            time.sleep(0.01)
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Register the connection before its thread starts, because the server may close first."""
@@ -108,23 +126,28 @@ class Handler(BaseHTTPRequestHandler):
 
     def _get(self, path: str) -> tuple[str, bytes]:
         if path == "/":
-            return "text/html; charset=utf-8", self.server.page
+            return "text/html; charset=utf-8", PAGE
         if path == "/api/info":
             viewer = self.server.viewer
             examples = [{"name": x.name, "words": x.words} for x in self.server.examples]
-            info = {"models": list(viewer.segmenters), "scale": SCALE, "magma": MAGMA.tolist()}
+            info = {"name": viewer.name, "models": list(viewer.segmenters), "scale": SCALE, "magma": MAGMA.tolist()}
             return _json(info | {"most_bytes": MOST_BYTES, "examples": examples})
-        number = re.fullmatch(r"/api/example/(\d{1,6})", path)
-        if number and int(number[1]) < len(self.server.examples):
-            image = self.server.examples[int(number[1])].image
-            return "application/octet-stream", image if isinstance(image, bytes) else image.read_bytes()
+        found = re.fullmatch(r"/api/(example|thumbnail)/(\d{1,6})", path)
+        if found and int(found[2]) < len(self.server.examples):
+            if found[1] == "thumbnail":
+                return "image/jpeg", self.server.thumbnails.make(int(found[2]), self.server.viewer.max_image_pixels)
+            return "application/octet-stream", self.server.examples[int(found[2])].read()
         raise Refused(404, "path: there is nothing here")
 
     def _post(self, path: str) -> tuple[str, bytes]:
         viewer = self.server.viewer
         if path == "/api/image":
-            return _json(viewer.add(self._body()))
-        methods: dict[str, Callable[..., Any]] = {"/api/words": viewer.words, "/api/patch": viewer.patch}
+            return _json(viewer.add(self._body(), self._wanted))
+        methods: dict[str, Callable[..., Any]] = {
+            "/api/words": viewer.words,
+            "/api/patch": viewer.patch,
+            "/api/picture": viewer.picture,
+        }
         method = methods.get(path)
         if method is None:
             raise Refused(404, "path: there is nothing here")
@@ -138,14 +161,18 @@ class Handler(BaseHTTPRequestHandler):
             inspect.signature(method).bind(**request)
         except TypeError as error:
             raise Refused(400, f"body: {error}") from error
-        return _json(method(**request))
+        answer = method(**request)
+        return ("image/jpeg", answer) if isinstance(answer, bytes) else _json(answer)
 
     def _answer(self, method: Callable[[str], tuple[str, bytes]]) -> None:
         try:
             self._allow()
             status, (kind, data) = 200, method(urlsplit(self.path).path)
         except Refused as error:
-            status, (kind, data) = error.status, _error(error)
+            bare = self.command == "GET" and urlsplit(self.path).path == "/"  # in a browser's address bar
+            status, (kind, data) = error.status, _sentence(error) if bare else _error(error)
+        except Unwanted as error:
+            status, (kind, data) = 503, _error(error)
         except Gone as error:
             status, (kind, data) = 404, _error(error.args[0])
         except ValueError as error:
@@ -164,6 +191,14 @@ class Handler(BaseHTTPRequestHandler):
         given = self.headers.get("X-Token") or parse_qs(urlsplit(self.path).query).get("token", [""])[0]
         if not secrets.compare_digest(given.encode(), self.server.token.encode()):
             raise Refused(403, "token: expected the token in the address that pacl serve printed")
+
+    def _wanted(self) -> bool:
+        """Return False if the client has left: the page drops its request when another image is opened."""
+        try:
+            left = select.select([self.connection], [], [], 0)[0] and not self.connection.recv(1, socket.MSG_PEEK)
+        except (OSError, ValueError):  # a closed connection
+            return False
+        return not left
 
     def _body(self) -> bytes:
         length = self.headers.get("Content-Length", "")
@@ -219,14 +254,8 @@ def _error(message: Any) -> tuple[str, bytes]:
     return _json({"error": one_line(message)[:300]})
 
 
-def _policy(page: bytes) -> str:
-    """Return a Content-Security-Policy that allows no other origin, and only the page's own script and style."""
-    sources = []
-    for name in ("script", "style"):
-        (inside,) = re.findall(rf"<{name}>(.*?)</{name}>".encode(), page, re.DOTALL)
-        sources.append(f"{name}-src 'sha256-{base64.b64encode(hashlib.sha256(inside).digest()).decode()}'")
-    rest = "img-src blob: data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    return f"default-src 'none'; {'; '.join(sources)}; {rest}"
-
-
-POLICY = _policy(PAGE.read_bytes())
+def _sentence(message: Any) -> tuple[str, bytes]:
+    text = (
+        f"Open the whole address that pacl serve printed, with ?token= and all after it.\n({one_line(message)[:300]})\n"
+    )
+    return "text/plain; charset=utf-8", text.encode(errors="replace")

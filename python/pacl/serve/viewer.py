@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ..data.images import MAX_IMAGE_PIXELS
@@ -18,10 +21,13 @@ from ..segment.images import read_image
 from ..segment.predict import Dense, Segmenter
 from ..segment.prompts import Texts
 from ..segment.prompts import templates as read_templates
+from .gate import Gate
 
 IMAGES = 8  # images kept at a time, as files
 MOST_WORDS, LONGEST = 64, 200  # most words in a request, and most letters in a word
 KEPT_WORDS = 1024  # words whose embeddings are kept
+TOWERS = 2  # images embedded at a time: a slow one does not hold up the next
+PICTURE = 2048  # most pixels along each side of a picture that the page asks for
 DIGITS = 4  # decimals of the cosines in an answer
 
 LINES = """\
@@ -61,9 +67,10 @@ class Viewer:
     """Answers about images for one or several ways of embedding their patches.
 
     segmenters: Segmenters by name, with the same towers; the page selects the first. load: the Python lines that make
-    each `segmenter`, by the same name. templates: as in `pacl look`. An image's key is the hash of its file; the last 8
-    are kept, with their patches. Requests use the model one at a time. All answers are JSON values. Raises ValueError,
-    in one line, for a bad request, and Gone for an image that is not kept.
+    each `segmenter`, by the same name. name: the checkpoint or model, for the page's title. templates: as in `pacl
+    look`. An image's key is the hash of its file; the last 8 are kept, with their patches. Two images at a time are
+    read and embedded; all other requests are answered meanwhile. All answers are JSON values. Raises ValueError, in one
+    line, for a bad request, Gone for an image that is not kept, and Unwanted after `close`.
     """
 
     def __init__(
@@ -71,21 +78,33 @@ class Viewer:
         segmenters: dict[str, Segmenter],
         load: dict[str, str],
         *,
+        name: str = "",
         templates: str = "simple",
         max_image_pixels: int = MAX_IMAGE_PIXELS,
     ):
-        self.segmenters, self.load, self.max_image_pixels = segmenters, load, max_image_pixels
+        self.segmenters, self.load, self.name, self.max_image_pixels = segmenters, load, name, max_image_pixels
         self.templates, self.sentences = templates, read_templates(templates)
         self._kept: OrderedDict[str, _Kept] = OrderedDict()
+        self._known: WeakValueDictionary[str, _Kept] = WeakValueDictionary()  # those kept, and those on their way
+        self._lock = threading.Lock()  # of these two alone: nobody holds it for long
         self._texts: OrderedDict[str, Texts] = OrderedDict()
-        self._lock = threading.Lock()
+        self._images, self._words = Gate(TOWERS), Gate()
 
-    def add(self, data: bytes) -> dict[str, Any]:
-        """Take an image's file; return its key for later requests, and its size in pixels and tokens."""
+    def close(self) -> None:
+        """Turn away all requests that wait for a tower or need one."""
+        self._images.close()
+        self._words.close()
+
+    def add(self, data: bytes, wanted: Callable[[], bool] = lambda: True) -> dict[str, Any]:
+        """Take an image's file; return its key for later requests, and its size in pixels and tokens.
+
+        wanted: asked when the image's turn comes; if it returns False, raises Unwanted.
+        """
         key = hashlib.sha256(data).hexdigest()
         with self._lock:
-            kept = self._kept.get(key) or _Kept(data)
-            dense = self._dense(kept, next(iter(self.segmenters)))
+            kept = self._known.setdefault(key, _Kept(data))
+        dense = self._dense(kept, next(iter(self.segmenters)), wanted)
+        with self._lock:
             self._kept[key] = kept
             self._kept.move_to_end(key)
             while len(self._kept) > IMAGES:
@@ -101,9 +120,8 @@ class Viewer:
         words = _checked(words)
         if threshold is not None and not isinstance(threshold, (int, float)):
             raise ValueError(f"threshold: got {type(threshold).__name__}, expected a number")
-        with self._lock:
-            dense, load = self._find(image, model)
-            scores = dense.scores(self._embedded(words))
+        dense, load = self._find(image, model)
+        scores = dense.scores(self._embedded(words))
         first = "[1:]" if threshold is None else "\ncolours[0] = 0  # background"
         lines = WORDS.format(words=words, templates=self.templates, threshold=threshold, colours=first)
         colours = word_colours(len(words) + 1)[1:].tolist()
@@ -112,47 +130,64 @@ class Viewer:
 
     def patch(self, image: Any, row: Any, column: Any, model: Any = None) -> dict[str, Any]:
         """Return the cosines of one patch with all patches: {h, w, similarity [h*w], ...}."""
-        with self._lock:
-            dense, load = self._find(image, model)
-            for name, value, count in zip(("row", "column"), (row, column), dense.patches.shape[:2], strict=True):
-                if type(value) is not int or not 0 <= value < count:
-                    raise ValueError(f"{name}: got {str(value)[:40]}, expected 0 to {count - 1}")
-            similarity = dense.patches @ dense.patches[row, column]
+        dense, load = self._find(image, model)
+        for name, value, count in zip(("row", "column"), (row, column), dense.patches.shape[:2], strict=True):
+            if type(value) is not int or not 0 <= value < count:
+                raise ValueError(f"{name}: got {str(value)[:40]}, expected 0 to {count - 1}")
+        similarity = dense.patches @ dense.patches[row, column]
         lines = PATCH.format(row=row, column=column)
         return {"similarity": _rounded(similarity), **_grid(dense), "python": LINES.format(load=load) + lines}
+
+    def picture(self, image: Any) -> bytes:
+        """Return a kept image as a JPEG of at most 2,048 pixels a side, for browsers that cannot show its format."""
+        small = self._read(self._kept_image(image).data)
+        small.thumbnail((PICTURE, PICTURE))
+        buffer = io.BytesIO()
+        small.save(buffer, "JPEG", quality=90)
+        return buffer.getvalue()
 
     def _find(self, image: Any, model: Any) -> tuple[Dense, str]:
         model = next(iter(self.segmenters)) if model is None else model
         if not isinstance(model, str) or model not in self.segmenters:
             raise ValueError(f"model: got {str(model)[:40]!r}, expected {' or '.join(self.segmenters)}")
-        if not isinstance(image, str) or image not in self._kept:
-            raise Gone("image: got an unknown or expired key, expected that of a kept image; send it again")
-        self._kept.move_to_end(image)
-        return self._dense(self._kept[image], model), self.load[model]
+        return self._dense(self._kept_image(image), model), self.load[model]
 
-    def _dense(self, kept: _Kept, model: str) -> Dense:
+    def _kept_image(self, image: Any) -> _Kept:
+        with self._lock:
+            kept = self._kept.get(image) if isinstance(image, str) else None
+            if kept is None:
+                raise Gone("image: got an unknown or expired key, expected that of a kept image; send it again")
+            self._kept.move_to_end(image)
+        return kept
+
+    def _read(self, data: bytes) -> Image.Image:
+        try:
+            return read_image(data, self.max_image_pixels)
+        except Exception as error:  # decoders raise anything on damaged bytes
+            raise ValueError(f"image: {error or type(error).__name__}") from error
+
+    def _dense(self, kept: _Kept, model: str, wanted: Callable[[], bool] = lambda: True) -> Dense:
         if model not in kept.dense:
-            try:
-                image = read_image(kept.data, self.max_image_pixels)
-            except Exception as error:  # decoders raise anything on damaged bytes
-                raise ValueError(f"image: {error or type(error).__name__}") from error
-            kept.dense[model] = self.segmenters[model].dense(image)
+            with self._images.enter((id(kept), model), wanted):
+                if model not in kept.dense:  # another request for this image may have come first
+                    kept.dense[model] = self.segmenters[model].dense(self._read(kept.data))
         return kept.dense[model]
 
     def _embedded(self, words: Sequence[str]) -> Texts:
         """Return embeddings of words: kept ones, and all new ones in one call, the slowest part of an answer."""
-        new = [word for word in dict.fromkeys(words) if word not in self._texts]
-        if new:
-            made = next(iter(self.segmenters.values())).texts(new, self.sentences)
-            rows = made.embeddings.split(made.synonyms)
-            for word, name, count, each in zip(new, made.names, made.synonyms, rows, strict=True):
-                self._texts[word] = Texts((name,), (count,), each)
-        found = []
-        for word in words:
-            self._texts.move_to_end(word)
-            found.append(self._texts[word])
-        while len(self._texts) > KEPT_WORDS:
-            self._texts.popitem(last=False)
+        with self._words.enter():
+            new = [word for word in dict.fromkeys(words) if word not in self._texts]
+            if new:
+                made = next(iter(self.segmenters.values())).texts(new, self.sentences)
+                rows = made.embeddings.split(made.synonyms)
+                for word, name, count, each in zip(new, made.names, made.synonyms, rows, strict=True):
+                    self._texts[word] = Texts((name,), (count,), each)
+            found = []
+            for word in words:
+                self._texts.move_to_end(word)
+                found.append(self._texts[word])
+            while len(self._texts) > KEPT_WORDS:
+                self._texts.popitem(last=False)
         names, synonyms = (sum((getattr(x, name) for x in found), ()) for name in ("names", "synonyms"))
         return Texts(names, synonyms, torch.cat([x.embeddings for x in found]))
 

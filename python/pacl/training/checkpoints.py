@@ -12,7 +12,7 @@ from typing import Any, TypedDict
 import torch
 
 from ..annotations import checked
-from ..files import atomic_writer, remove_unfinished
+from ..files import atomic_writer, impostor, remove_unfinished
 from ..settings import Damaged
 
 
@@ -96,6 +96,8 @@ def check_zip(path: Path) -> None:
 
     The reader of torch checks none of them.
     """
+    if kind := impostor(path):
+        raise ValueError(f"resume: {path} is {kind}, expected a checkpoint of pacl train")
     with open(path, "rb") as stream:
         try:
             parts = zipfile.ZipFile(stream)

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from ..commands import next_command
 from ..data.features import tower_names
-from ..failures import collective, describe
+from ..data.flags import given_flags
+from ..failures import collective, describe, sentence
 from ..files import remove_unfinished, write_bytes
 from ..flags import parse
 from ..formats import one_line
@@ -33,7 +35,7 @@ def main(argv: Sequence[str], prog: str = "pacl train") -> int:
         with _folder(config):
             return _train(config)
     except (ValueError, OSError) as error:  # not in out.log, which may be another run's
-        print(f"pacl: error: {one_line(error)}", file=sys.stderr)
+        print(f"pacl: error: {sentence(error)}", file=sys.stderr)
         return 1
 
 
@@ -60,10 +62,12 @@ def _train(config: TrainConfig) -> int:
             if place is not None:
                 run.say(f"name: an earlier run in {config.folder} saved no checkpoint; its files are now in {place}")
         begun = not config.dry_run
-        path = None if config.dry_run else _checkpoint(config)
-        if path is not None:
+        path = _checkpoint(config)
+        if path is not None and not config.dry_run:
             restore(run, path)
         run.say(plan(run))
+        if config.resume == "latest" and path is None:
+            run.say(f"resume: {config.folder / 'checkpoints'} has no checkpoint, so the run starts from step 0")
         if config.dry_run:
             return 0
         if path is not None:
@@ -90,14 +94,23 @@ def _train(config: TrainConfig) -> int:
     if run.data.reasons != "none":
         run.say(f"samples skipped by the first process: {run.data.reasons}")
     run.say(f"finished {run.steps} steps: {config.folder / 'embedder'}")
+    run.say(_next(config))
     return 0
+
+
+def _next(config: TrainConfig) -> str:
+    """Return the line that names the next command: it measures the run on its held-out pairs, or serves its page."""
+    if config.val_data is None:
+        return next_command("serve", "--checkpoint", config.folder)
+    flags = given_flags(config)
+    return next_command("evaluate", "retrieval", "--data", config.val_data, *flags, "--checkpoint", config.folder)
 
 
 def _line(error: Exception, run: Run | None) -> str | None:
     """Return the line for an error that a user can act on; None for any other, which needs its traceback."""
     failure = describe(error)
     if failure is None:
-        return str(error) if isinstance(error, (ValueError, FloatingPointError, OSError)) else None
+        return sentence(error) if isinstance(error, (ValueError, FloatingPointError, OSError)) else None
     if run is None or run.world > 1 and run.rank:
         return failure
     saved = f"step {run.saved} of {run.steps} is saved, continue with --resume latest" if run.saved else "nothing saved"
@@ -130,7 +143,7 @@ def _parse(argv: list[str], prog: str) -> TrainConfig:
     else:
         config = parse(TrainConfig, argv, prog)
         if config.recipe is not None or config.features is not None:
-            default = defaults(config.recipe)
+            default = defaults(config)
             if config.features is not None:
                 default = dataclasses.replace(default, **tower_names(config.features))
             config = parse(TrainConfig, argv, prog, default)
@@ -143,7 +156,13 @@ def _checkpoint(config: TrainConfig) -> Path | None:
     """
     if config.resume is None:
         return None
-    return newest(config.folder / "checkpoints") if config.resume == "latest" else Path(config.resume)
+    if config.resume == "latest":
+        return newest(config.folder / "checkpoints")
+    path = Path(config.resume)
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise ValueError(f"resume: {path} {what}, expected latest or a checkpoint such as checkpoints/step_00001000.pt")
+    return path
 
 
 def _refuse_to_overwrite(config: TrainConfig) -> None:

@@ -7,7 +7,7 @@ import importlib.util
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import yaml
 
@@ -17,12 +17,13 @@ from ..annotations import checked
 from ..data.flags import TrainingDataFlags
 from ..embedder import DEFAULT_ATTN_TEMPERATURE, DEFAULT_FORM
 from ..formats import printable
+from ..processes import default_workers
 from ..settings import Damaged, read_settings
 
 POSITIVE = (
     "batch_size accum_freq epochs max_steps train_num_samples lr eps attn_temperature logit_scale max_logit_scale "
     "grad_clip_norm tower_lr force_image_size save_frequency keep_checkpoints log_every_n_steps max_image_pixels "
-    "val_frequency dist_timeout"
+    "captions_per_image val_frequency dist_timeout"
 ).split()
 NUMBER = re.compile(r"[-+]?\d{1,40}[eE][-+]?\d{1,4}")
 NOTES = ("deviations", "left_open", "resumed")  # in config.yaml, for people: see recipe.py
@@ -30,9 +31,9 @@ NOT_NEGATIVE = "wd warmup epochs_cooldown workers shuffle seed lock_image_unlock
 REPORTERS = ("tensorboard", "wandb", "trackio")
 
 
-@dataclass(frozen=True)
-class TrainConfig(TrainingDataFlags):
-    """Train PACL's vision embedder on a frozen CLIP and image-caption pairs. Flags are named as in open_clip."""
+@dataclass(frozen=True, kw_only=True)
+class DataFlags(TrainingDataFlags):
+    """The pairs."""
 
     train_data: str | None = None
     """Image-caption pairs in local files: shards (`a-{000..015}.tar::b.tar` as in open_clip), a folder of them,
@@ -43,6 +44,15 @@ class TrainConfig(TrainingDataFlags):
     """Compare the SHA-256 of all files of --features before training, at 1 to 2 GB/s; --no-verify skips it."""
     dataset_resampled: bool = False
     """Draw shards with replacement."""
+    nouns: Literal["words", "nltk"] | None = None
+    """Replace the caption, half of the time, by a prompt with one of its nouns.
+    The package's word list (words) or NLTK's tagger (nltk) finds the nouns."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TowerFlags:
+    """The towers, and which of them are trained."""
+
     model: str = "ViT-B-16"
     """Name of an open_clip model, or local-dir:FOLDER as save_pretrained and the demo write it."""
     pretrained: str | None = None
@@ -66,6 +76,15 @@ class TrainConfig(TrainingDataFlags):
     """Learning rate of trained towers. Default: that of the embedder."""
     grad_checkpointing: bool = False
     """Recompute the activations of trained towers in the backward pass."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleFlags:
+    """The batch, the optimiser and the length of the run."""
+
+    recipe: Literal["paper"] | None = None
+    """Use the paper's values as defaults of all flags, a batch of 4,096 pairs included.
+    config.yaml lists what other flags change, and what the paper leaves open."""
     batch_size: int = 256
     """Pairs that one process encodes at a time."""
     accum_freq: int | None = 1
@@ -88,6 +107,12 @@ class TrainConfig(TrainingDataFlags):
     grad_clip_norm: float | None = 1.0
     ema_decay: float | None = None
     """Decay of a running average of the weights, such as 0.999. The run then validates and exports the average."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossFlags:
+    """The loss."""
+
     form: Literal["dot", "cosine", "max"] = DEFAULT_FORM
     loss: Literal["infonce", "sigmoid"] = "infonce"
     attn_temperature: float = DEFAULT_ATTN_TEMPERATURE
@@ -97,16 +122,22 @@ class TrainConfig(TrainingDataFlags):
     """Initial value of the logit scale."""
     learn_logit_scale: bool = True
     max_logit_scale: float = 100.0
-    nouns: Literal["words", "nltk"] | None = None
-    """Replace the caption, half of the time, by a prompt with one of its nouns.
-    The package's word list (words) or NLTK's tagger (nltk) finds the nouns."""
-    recipe: Literal["paper"] | None = None
-    """Use the paper's values as defaults of all flags, a batch of 4,096 pairs included.
-    config.yaml lists what other flags change, and what the paper leaves open."""
+    captions_per_image: int = 1
+    """Most captions that an image brings to a batch, all of them its positives. An image with fewer brings all."""
+    duplicates: Literal["positive", "ignore", "negative"] = "negative"
+    """Equal captions of two images in a step, and captions of an image that occurs twice in it: positives of both
+    images, ignored (out of the contrast), or negatives like any other."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MachineFlags:
+    """How the run uses the machine."""
+
     precision: Literal["auto", "fp32", "amp_bf16"] = "auto"
     """Number format of the towers and the embedder. Auto means amp_bf16 on a GPU and fp32 on a CPU."""
-    workers: int = 4
-    """Processes that read and decode for each training process; at most one for each shard."""
+    workers: int = dataclasses.field(default_factory=default_workers)
+    """Processes that read and decode for each training process; at most one for each shard. Default: 4, or the number
+    of cores if that is less."""
     shuffle: int = 2000
     """Samples that each worker holds to shuffle shards; other sources are shuffled as a whole. 0 turns it off."""
     seed: int = 0
@@ -118,6 +149,12 @@ class TrainConfig(TrainingDataFlags):
     """Backend of the loss; `python -m pacl_kernels` shows which ones run."""
     torchcompile: bool = False
     """Compile the embedder by torch.compile, which needs a compiler on the machine."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationFlags:
+    """Validation during the run."""
+
     val_data: str | None = None
     """Held-out pairs, given like --train-data, for retrieval and the loss among all of them."""
     val_segmentation: str | None = None
@@ -126,6 +163,12 @@ class TrainConfig(TrainingDataFlags):
     """File with the classes of --val-segmentation, one per line from label 0, synonyms separated by commas."""
     val_frequency: int = 1000
     """Steps between validations; the last step is always validated."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogFlags:
+    """The run's folder: its log, its checkpoints, and continuing from one."""
+
     log_dir: Path = Path("logs")
     name: str = "pacl"
     """Name of the run; its folder is LOG_DIR/NAME."""
@@ -140,6 +183,22 @@ class TrainConfig(TrainingDataFlags):
     """Checkpoint to continue from, or latest. The data order continues too."""
     dry_run: bool = False
     """Print the plan and stop."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(LogFlags, ValidationFlags, MachineFlags, LossFlags, ScheduleFlags, TowerFlags, DataFlags):
+    """Train PACL's vision embedder on a frozen CLIP and image-caption pairs. Flags are named as in open_clip."""
+
+    # A dataclass takes the fields of its last base first, so config.yaml has this order too.
+    GROUPS: ClassVar[dict[str, type]] = {
+        "data": DataFlags,
+        "towers": TowerFlags,
+        "schedule": ScheduleFlags,
+        "loss": LossFlags,
+        "machine": MachineFlags,
+        "validation": ValidationFlags,
+        "log": LogFlags,
+    }
 
     def check(self) -> TrainConfig:
         """Return this config; raise ValueError for a value that is out of range or contradicts another."""
@@ -157,7 +216,13 @@ class TrainConfig(TrainingDataFlags):
         if (self.train_data is None) == (self.features is None):
             got = "neither" if self.features is None else "both"
             raise ValueError(f"train_data: got {got}, expected exactly one of --train-data and --features")
-        choices = {"form": FORMS, "loss": LOSSES, "nouns": (None, "words", "nltk"), "recipe": (None, "paper")}
+        choices = {
+            "form": FORMS,
+            "loss": LOSSES,
+            "duplicates": ("positive", "ignore", "negative"),
+            "nouns": (None, "words", "nltk"),
+            "recipe": (None, "paper"),
+        }
         for name, values in choices.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, expected one of {', '.join(map(str, values))}")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from ..commands import next_command
 from ..data.features import (
     MANIFEST,
     NOUNS,
@@ -28,12 +30,13 @@ from ..data.features import (
 )
 from ..data.flags import TrainingDataFlags, check_plan, plan_of
 from ..data.samples import BadData, Samples, loader
+from ..data.scene_shards import shard_sizes
 from ..data.texts import PROMPTS, noun_finder
+from ..failures import sentence
 from ..files import remove_unfinished, write_bytes
 from ..flags import parse
-from ..formats import one_line
 from ..locks import LOCK, lock_folder
-from ..processes import choose_device
+from ..processes import choose_device, default_workers
 from ..progress import Progress
 from ..sharing import describe_towers, load_tower, save_tower
 from ..towers import frozen_random_towers, load_towers
@@ -66,8 +69,8 @@ class FeaturesConfig(TrainingDataFlags):
     """Number format of the stored tokens; on a GPU also that of autocast. Text embeddings are stored in float32."""
     batch_size: int = 64
     shard_size: int = 1000
-    """Images in one file."""
-    workers: int = 4
+    """Most images in one file; files are of equal size."""
+    workers: int = field(default_factory=default_workers)
     device: str = "auto"
     seed: int = 0
     """Random seed of towers without weights."""
@@ -88,7 +91,7 @@ def main(argv: Sequence[str], prog: str = "pacl features") -> int:
         with contextlib.nullcontext() if config.dry_run else lock_folder(config.out):
             _write(config)
     except (ValueError, OSError) as error:
-        print(f"pacl: error: {one_line(error)}", file=sys.stderr)
+        print(f"pacl: error: {sentence(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stopped; the same command continues", file=sys.stderr)
@@ -112,14 +115,15 @@ def _write(config: FeaturesConfig) -> None:
     # All captions of an image are stored; training takes one of them an epoch.
     source = config.open(config.train_data, transform=encoder.towers.transform, captions="all")
     done = shard_files(config.out)
-    count = max(0, source.count() - sum(shard["count"] for shard in done))
+    total = source.count()
+    count = max(0, total - sum(shard["count"] for shard in done))
     print(_estimate(config, encoder, count), flush=True)
     if config.dry_run:
         return
     write_manifest(config.out, manifest)
     encoder.keep_random(config.out)
     with Progress("Features", max(1, count), "image") as progress:
-        for number, shard in enumerate(_shards(config, encoder, source, progress, len(done)), len(done)):
+        for number, shard in enumerate(_shards(config, encoder, source, progress, len(done), total), len(done)):
             write_shard(config.out, number, *shard)
     if config.nouns:
         find = noun_finder(config.nouns)
@@ -136,7 +140,12 @@ def _write(config: FeaturesConfig) -> None:
     count = sum(shard["count"] for shard in manifest["shards"])
     for line in source.remarks():
         print(line)
-    print(f"finished: {config.out}, {count:,} images; skipped: {source.reasons}", flush=True)
+    print(f"finished: {config.out}, {count:,} images; skipped: {source.reasons}")
+    print(_next(config), flush=True)
+
+
+def _next(config: FeaturesConfig) -> str:
+    return next_command("train", "--features", config.out, *(["--nouns", config.nouns] if config.nouns else []))
 
 
 class Encoder:
@@ -198,11 +207,12 @@ def _estimate(config: FeaturesConfig, encoder: Encoder, count: int) -> str:
 
 
 def _shards(
-    config: FeaturesConfig, encoder: Encoder, source: Samples, progress: Progress, done: int
+    config: FeaturesConfig, encoder: Encoder, source: Samples, progress: Progress, done: int, total: int
 ) -> Iterator[tuple[Tensor, Tensor, list[dict], dict[str, Any]]]:
     """Yield the contents of each shard after the first `done`, as write_shard takes them.
 
-    The batches are those of an uninterrupted run, so that its bits are the same.
+    The batches are those of an uninterrupted run, so that its bits are the same. The shards are of equal size if all
+    `total` images are good; bad ones make the last shards smaller, because they are not known before.
     """
     workers = min(config.workers, source.most_workers)
     start, stored = last_place(config.out, done) or (None, (0, -1))
@@ -211,6 +221,9 @@ def _shards(
     texts: list[Tensor] = []
     records: list[dict] = []
     before = copy.deepcopy(batches.state)  # before the batch
+    # A source may have more images than it counts.
+    sizes = itertools.chain(shard_sizes(total, config.shard_size)[done:], itertools.repeat(config.shard_size))
+    size = next(sizes)
     try:
         for batch in batches:
             captions = batch["captions"]
@@ -222,13 +235,14 @@ def _shards(
                 for key, each, place in list(zip(batch["key"], captions, places, strict=True))[count:]:
                     records.append({"key": key, "captions": each, "place": place})
             progress.step(count=len(places) - count)
-            while len(records) >= config.shard_size:
-                yield *_take(config.shard_size, tokens, texts, records), before
+            while len(records) >= size:
+                yield *_take(size, tokens, texts, records), before
+                size = next(sizes)
             before = copy.deepcopy(batches.state)
     except BadData as error:
         raise ValueError(f"train_data: {source.complaint()}; `pacl data check` lists them") from error
     if records:
-        yield *_take(config.shard_size, tokens, texts, records), before
+        yield *_take(size, tokens, texts, records), before
 
 
 def _take(

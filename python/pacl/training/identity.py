@@ -23,7 +23,7 @@ from .config import TrainConfig
 # A resumed run must have the same values. All other flags may change, and a change is recorded.
 FIXED = (
     "lock_image lock_image_unlocked_groups lock_text seed form loss attn_temperature learn_attn_temperature "
-    "logit_scale learn_logit_scale nouns recipe dataset_resampled shuffle"
+    "logit_scale learn_logit_scale captions_per_image duplicates nouns recipe dataset_resampled shuffle"
 ).split()
 NAMES = "model pretrained vision_model vision_pretrained force_image_size".split()
 NOT_RECORDED = ("log_dir", "name", "resume", "dry_run")
@@ -83,7 +83,7 @@ def differences(stored: dict[str, Any], mine: dict[str, Any], towers: Towers) ->
 
     towers: those of this run, before training.
     """
-    before, now = stored["flags"], mine["flags"]
+    before, now = _flags(stored), mine["flags"]
     found = [_was(name, before.get(name), now[name]) for name in FIXED if before.get(name) != now[name]]
     named = [name for name in NAMES if before.get(name) != now[name]]
     others = [name for name in named if not any(map(_is_local, (before.get(name), now[name])))]
@@ -91,16 +91,24 @@ def differences(stored: dict[str, Any], mine: dict[str, Any], towers: Towers) ->
     if not others:  # the fingerprint decides about local files, which may have moved
         what = ", ".join(_was(name, before.get(name), now[name]) for name in named) or f"--model is {now['model']}"
         found += [f"{what}, but {each}" for each in tower_differences(stored["towers"], towers)]
-    found += [_was(name, stored[name], mine[name]) for name in ("precision", "workers") if stored[name] != mine[name]]
+    if stored["precision"] != mine["precision"]:
+        found.append(_was("precision", stored["precision"], mine["precision"]))
+    if stored["workers"] != mine["workers"]:  # the default depends on the machine
+        found.append(f"{_was('workers', stored['workers'], mine['workers'])}; give --workers {stored['workers']}")
     if stored["data"] != mine["data"]:
         flag = "train_data" if now["features"] is None else "features"
         found.append(_was(flag, _words(stored["data"]), _words(mine["data"])))
     return found
 
 
+def _flags(stored: dict[str, Any]) -> dict[str, Any]:
+    """Return the flags of a checkpoint. Flags that its version did not have were at what is now their default."""
+    return dataclasses.asdict(TrainConfig()) | stored["flags"]
+
+
 def changes(stored: dict[str, Any], mine: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Return the flags whose values changed, with both values."""
-    before, now = stored["flags"], mine["flags"]
+    before, now = _flags(stored), mine["flags"]
     names = [name for name in now if before.get(name) != now[name]]
     return {name: {"from": before.get(name), "to": now[name]} for name in names}
 

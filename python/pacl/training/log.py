@@ -27,7 +27,7 @@ FILES = ("out.log", "config.yaml", "metrics.jsonl", "results.jsonl", "not_finite
 class Log:
     """Check that losses are finite; print them and write them to the run's files in the first process.
 
-    samples: pairs in an epoch. global_batch: pairs in a step of all `world` processes. epoch_steps: steps in an epoch.
+    global_batch: pairs in a step of all `world` processes. epoch_steps: steps in an epoch.
     """
 
     def __init__(
@@ -35,14 +35,13 @@ class Log:
         config: TrainConfig,
         device: torch.device,
         *,
-        samples: int,
         global_batch: int,
         epoch_steps: int,
         rank: int = 0,
         world: int = 1,
     ):
         self.config, self.device, self.rank, self.world = config, device, rank, world
-        self.samples, self.global_batch, self.epoch_steps = samples, global_batch, epoch_steps
+        self.global_batch, self.epoch_steps = global_batch, epoch_steps
         self.pending: list[tuple[int, Tensor, list[str]]] = []
         self.mean, self.seconds, self.waited = _Mean(), 0.0, 0.0
         self.steps = 0
@@ -131,9 +130,10 @@ class Log:
 
     def _write(self, step: int, now: dict[str, float]) -> None:
         batch, data, seconds = self.global_batch, self.waited / self.steps, self.seconds / self.steps
-        done = step % self.epoch_steps * batch
+        epoch, before = divmod(step - 1, self.epoch_steps)
+        done, total = (before + 1) * batch, self.epoch_steps * batch
         say(
-            f"Train Epoch: {step // self.epoch_steps} [{done}/{self.samples} ({100 * done / self.samples:.0f}%)] "
+            f"Train Epoch: {epoch} [{done}/{total} ({100 * done / total:.0f}%)] "
             f"Data (t): {data:.3f} Batch (t): {seconds:.3f}, {batch / seconds:.1f}/s, "
             f"{batch / seconds / self.world:.1f}/s/process LR: {now['lr']:.6f} Logit Scale: {now['scale']:.3f} "
             f"Contrastive_loss: {self.mean.last:.5g} ({self.mean.value:.5g})",

@@ -7,6 +7,7 @@ from torch import nn
 
 from pacl_kernels.distributed import GATHER_BYTES, gathered_bytes
 
+from .config import TrainConfig
 from .recipe import recipe_notes
 from .run import Run
 
@@ -23,6 +24,8 @@ def plan(run: Run) -> str:
         *(f"data: {remark}" for remark in run.data.remarks()),
         f"steps: {run.steps:,} of {run.global_batch:,} pairs ({run.world} process(es) x "
         f"{config.accum_freq} x {config.batch_size}), {run.epoch_steps:,} an epoch",
+        *_left_out(run),
+        *_captions(config),
         f"device: {run.device}, {'bfloat16 autocast' if run.amp else 'float32'}",
         f"memory: {_mib(sum(need.values()))} a process ({', '.join(f'{k} {_mib(x)}' for k, x in need.items())}), "
         "plus PyTorch itself and the activations of the towers",
@@ -37,6 +40,24 @@ def plan(run: Run) -> str:
     return "\n".join(lines)
 
 
+def _left_out(run: Run) -> list[str]:
+    """Return a line on the pairs that the steps of an epoch do not take, if there are any."""
+    rest = 0 if run.config.dataset_resampled else run.samples - run.epoch_steps * run.global_batch
+    taken = f"the steps of an epoch take {run.samples - rest:,} of {run.samples:,} pairs"
+    return [f"epoch: {taken}; the other {rest:,} are left for the next epoch"] if rest else []
+
+
+def _captions(config: TrainConfig) -> list[str]:
+    """Return a line on the captions of a step, if it is not one of each image and all are contrasted."""
+    words = []
+    if config.captions_per_image > 1:
+        words.append(f"at most {config.captions_per_image} of an image in a step")
+    if config.duplicates != "negative":
+        kinds = {"positive": "positives of both images", "ignore": "left out of the contrast"}
+        words.append(f"equal ones are {kinds[config.duplicates]}")
+    return [f"captions: {'; '.join(words)}"] if words else []
+
+
 def memory(run: Run) -> dict[str, int]:
     """Return the bytes that one process needs at the peak of a step, by use."""
     config, sizes = run.config, run.model.embedder.config
@@ -46,6 +67,7 @@ def memory(run: Run) -> dict[str, int]:
     image = run.towers.transform(Image.new("RGB", (8, 8)))
     patches = run.model.patches_of(image[None], run.towers).shape[1]
     local = config.local_batch
+    texts = local * config.captions_per_image  # at most
     width, hidden, out = (sizes[f"{name}_dim"] for name in ("in", "hidden", "out"))
     return {
         "weights": weights,
@@ -55,7 +77,7 @@ def memory(run: Run) -> dict[str, int]:
         "tokens": (local * width + config.batch_size * (2 * hidden + 3 * out)) * patches * item,
         # Patch embeddings and their gradient; with micro-batches also the parts of the embeddings.
         "embeddings": (3 if local > config.batch_size else 2) * local * patches * out * item,
-        "loss": gathered_bytes(run.world, local, out, item),
+        "loss": gathered_bytes(run.world, texts, out, item),
     }
 
 
@@ -63,7 +85,7 @@ def sent_bytes(run: Run) -> int:
     """Return the bytes that a process sends in a step: gradients of the parameters, texts, and their float32 gradients
     (see docs/distributed.md). Assumes ring algorithms; leaves out headers and sums.
     """
-    local, out = run.config.local_batch, run.model.embedder.config["out_dim"]
+    local, out = run.config.local_batch * run.config.captions_per_image, run.model.embedder.config["out_dim"]
     item, others = 2 if run.amp else 4, run.world - 1
     trained = sum(x.numel() * x.element_size() for x in run.model.parameters() if x.requires_grad)
     texts, gradients = local * out * item, local * out * 4

@@ -35,6 +35,8 @@ PAPER: dict[str, Any] = {
     "logit_scale": 100.0,
     "learn_logit_scale": False,
     "ema_decay": None,
+    "captions_per_image": 1,
+    "duplicates": "negative",
     "nouns": "words",
 }
 ALSO_THE_PAPERS = {"model": ("ViT-L-14",), "nouns": ("nltk",)}
@@ -47,7 +49,8 @@ LEFT_OPEN = {
     "weight_decay": "the paper does not state which parameters decay; matrices do, biases do not",
     "grad_clip_norm": "not mentioned; none is used",
     "warmup": "not mentioned; none is used",
-    "nouns": "how nouns are found is not stated; equal texts of two images in a batch are negatives of each other",
+    "duplicates": "not stated; equal texts of two images in a batch are negatives of each other",
+    "nouns": "how nouns are found is not stated",
     "image_transform": "size and augmentation are not stated; the tower's own size, resized and cropped at the centre",
 }
 
@@ -57,9 +60,15 @@ def recipe_config() -> TrainConfig:
     return TrainConfig(**PAPER, recipe="paper", accum_freq=None)
 
 
-def defaults(recipe: str | None) -> TrainConfig:
-    """Return the defaults of the flags, with `--recipe` or without."""
-    return TrainConfig() if recipe is None else recipe_config()
+def defaults(config: TrainConfig) -> TrainConfig:
+    """Return the defaults of the flags, with the recipe of `config` or without.
+
+    A model from a folder or the Hub brings its own weights, and random towers have none, so neither gets the paper's.
+    """
+    if config.recipe is None:
+        return TrainConfig()
+    own = ":" in config.model or config.random_towers
+    return dataclasses.replace(recipe_config(), pretrained=None) if own else recipe_config()
 
 
 def fill_batch(config: TrainConfig, world: int) -> TrainConfig:
@@ -79,11 +88,13 @@ def fill_batch(config: TrainConfig, world: int) -> TrainConfig:
 
 
 def command(config: TrainConfig) -> str:
-    """Return the command that gives this config: every flag that differs from the default of its recipe."""
-    words, default = ["pacl", "train"], dataclasses.replace(defaults(config.recipe), recipe=None)
+    """Return the command that gives this config on any machine: every flag that is not the default of its recipe."""
+    words, default = ["pacl", "train"], dataclasses.replace(defaults(config), recipe=None)
     for item in dataclasses.fields(config):
         value, flag = getattr(config, item.name), item.name.replace("_", "-")
-        if value != getattr(default, item.name) and item.name not in ("resume", "dry_run"):
+        # The default of --workers depends on the machine.
+        given = value != getattr(default, item.name) or item.name == "workers"
+        if given and item.name not in ("resume", "dry_run"):
             words += (
                 [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
             )

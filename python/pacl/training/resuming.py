@@ -7,6 +7,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from ..weights import few
 from .checkpoints import load_checkpoint, newest, step_of
 from .identity import changes, check_agreement, differences, flag, refuse
 from .run import Run
@@ -16,9 +17,9 @@ def restore(run: Run, path: Path) -> None:
     """Load a checkpoint. Raises ValueError for one of another run, model, or number of processes."""
     state = load_checkpoint(path)
     for name, mine in (("global_batch", run.global_batch), ("world", run.world)):
-        if state.get(name) != mine:
-            raise ValueError(f"resume: {path} is of a run with {name} {state.get(name)}, expected {mine}")
-    if missing := {"state_dict", "optimizer", "step", "data"} - state.keys():
+        if name in state and state[name] != mine:
+            raise ValueError(f"resume: {path} is of a run with {name} {state[name]}, expected {mine}")
+    if missing := {"state_dict", "optimizer", "step", "data", "global_batch", "world"} - state.keys():
         raise ValueError(f"resume: {path} has no {', '.join(sorted(missing))}, expected a checkpoint of pacl train")
     latest = newest(run.config.folder / "checkpoints")
     if latest is not None and step_of(latest) > state["step"]:
@@ -32,7 +33,7 @@ def restore(run: Run, path: Path) -> None:
     if own != saved:
         unlike = sorted(name for name in own.keys() | saved.keys() if own.get(name) != saved.get(name))
         raise ValueError(
-            f"resume: {path} is of a run with other parameters ({', '.join(unlike)[:200]}), expected the same "
+            f"resume: {path} is of a run with other parameters ({few(unlike)}), expected the same "
             "model, loss and learned parameters"
         )
     if (state.get("ema") is None) != (run.trainer.average is None):

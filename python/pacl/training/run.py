@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..data.features import Features
-from ..data.samples import BadData, Samples, loader
-from ..data.texts import choose_text, noun_finder
+from ..data.samples import BadData, Samples, captions_of, loader
+from ..data.texts import noun_finder
 from ..embedder import CONFIG, VisionEmbedder, save_embedder
 from ..failures import collective
 from ..processes import choose_device, process_group
@@ -27,6 +27,7 @@ from .config import TrainConfig
 from .identity import check_agreement, describe_data, describe_run
 from .log import Log, say
 from .model import Trainable
+from .pairing import chosen_texts, pair_options, places_of
 from .recipe import command
 from .signals import Interrupted, Signals
 from .states import DataStates
@@ -60,7 +61,9 @@ class Run:
         self.nouns = noun_finder(config.nouns) if config.nouns else None
         torch.manual_seed(config.seed)  # so that towers without weights are equal in every process and on resuming
         self.towers = load_towers(**{name: getattr(config, name) for name in TOWERS}, device=self.device)
-        order = {"shuffle": config.shuffle, "seed": config.seed, "repeat": True, "rank": self.rank, "world": self.world}
+        order: dict[str, Any] = {"shuffle": config.shuffle, "seed": config.seed, "repeat": True}
+        order |= {"rank": self.rank, "world": self.world}
+        order["captions"] = config.captions_per_image if config.captions_per_image > 1 else "one"
         # Random towers that are frozen, wholly or in part, are kept beside the embedder.
         self.random = frozen_random_towers(self.towers.names, config.locked, config.random_towers)
         self.data: Samples
@@ -79,6 +82,8 @@ class Run:
         self.samples = config.train_num_samples or self._count()
         self.global_batch = config.local_batch * self.world
         self.epoch_steps = self.samples // self.global_batch
+        if self.samples == 0:
+            raise ValueError(f"train_data: got no pairs in {self.data.name}; `pacl data check` says why")
         if self.epoch_steps == 0:
             raise ValueError(
                 f"batch_size: got {self.global_batch} pairs in a step of all processes, expected at most the "
@@ -104,7 +109,6 @@ class Run:
         self.log = Log(
             config,
             self.device,
-            samples=self.samples,
             global_batch=self.global_batch,
             epoch_steps=self.epoch_steps,
             rank=self.rank,
@@ -253,21 +257,30 @@ class Run:
                 batches.kill()
 
     def _step(self, batch: dict[str, Any]) -> Tensor:
-        texts = self._texts(batch)
+        captions, several = self._texts(batch), self.config.captions_per_image > 1
+        texts = [caption for each in captions for caption in each]
         if isinstance(self.data, Features):
             pairs = {"images": batch["tokens"], "texts": self.data.embeddings(batch, texts)}
         else:
             pairs = self._frozen(batch["image"], self.towers.tokenize(texts))
+        if several:
+            pairs["places"] = places_of(captions)
+        names = [f"{origin} {key}" for origin, key in zip(batch["origin"], batch["key"], strict=True)]
+        options = pair_options(
+            captions, names, self.config.duplicates, several=several, group=self.group, device=self.device
+        )
         watched = self.rank == 0 and self.due(self.config.log_every_n_steps, ahead=1)
-        return self.trainer.step(self.step, pairs, self.log.watch if watched else None)
+        return self.trainer.step(self.step, pairs, self.log.watch if watched else None, options)
 
-    def _texts(self, batch: dict[str, Any]) -> list[str]:
-        """Return the captions, or the choice of choose_text, which depends on neither resuming nor workers."""
+    def _texts(self, batch: dict[str, Any]) -> list[list[str]]:
+        """Return the captions of each image, or what chosen_texts makes of them, which depends on neither resuming nor
+        workers.
+        """
+        captions = captions_of(batch)
         if self.nouns is None:
-            return batch["caption"]
+            return captions
         when = {"seed": self.config.seed, "epoch": self.step // self.epoch_steps}
-        pairs = zip(batch["caption"], batch["key"], strict=True)
-        return [choose_text(caption, key, nouns=self.nouns, **when) for caption, key in pairs]
+        return chosen_texts(captions, batch["key"], nouns=self.nouns, **when)
 
     @torch.no_grad()
     def _frozen(self, images: Tensor, texts: Tensor) -> dict[str, Tensor]:

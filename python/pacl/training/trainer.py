@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
 import torch
@@ -13,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pacl_kernels import cached_step, fused_pacl_loss
 from pacl_kernels.checks import BackendName
+from pacl_kernels.distributed import forget
 
 from .config import TrainConfig
 from .optimiser import average_of, learning_rate, parameter_groups
@@ -53,7 +56,10 @@ class Trainer:
         self.average = average_of(model, config.ema_decay) if config.ema_decay is not None else None
         self.wrapped = model
         if group:  # the buffers of towers never change
-            self.wrapped = DistributedDataParallel(model, process_group=group, broadcast_buffers=False)
+            arguments = inspect.signature(DistributedDataParallel).parameters
+            name = "forward_sync_buffers" if "forward_sync_buffers" in arguments else "broadcast_buffers"  # before 2.13
+            buffers: dict[str, Any] = {name: False}
+            self.wrapped = DistributedDataParallel(model, process_group=group, **buffers)
         towers = list(tower_parameters)
         others = [x for x in model.parameters() if x not in set(towers)]
         self.optimiser = torch.optim.AdamW(
@@ -73,10 +79,18 @@ class Trainer:
         for number, pairs in zip(range(self.steps), batches, strict=False):
             after(self.step(number, pairs))
 
-    def step(self, number: int, pairs: dict[str, Tensor], watch: Callable[..., Any] | None = None) -> Tensor:
+    def step(
+        self,
+        number: int,
+        pairs: dict[str, Tensor],
+        watch: Callable[..., Any] | None = None,
+        options: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
         """Run step `number`, counted from 0, on `model`'s inputs {"images": ..., "texts": ...}; return the loss, 0-D.
 
-        watch: called with the patches, texts and attention temperature of the batch.
+        pairs: with "places", int64 [B, N] on the CPU, the texts are K instead of B, in the order of their images: those
+        of image i are the rows places[i], without -1. watch: called with the patches, one text of each image, and the
+        attention temperature of the batch. options: further arguments of the loss, which pair_options gives.
         """
         config = self.config
         factor = learning_rate(number, self.steps, config.warmup, config.lr_scheduler, self.cooldown)
@@ -85,14 +99,23 @@ class Trainer:
             group["lr"] = group["initial_lr"] * factor
         self.optimiser.zero_grad()
 
+        places = pairs.get("places")
+
         def loss(patches: Tensor, texts: Tensor, *others: Tensor) -> Tensor:
             if watch is not None:
-                watch(patches, texts, self._temperature(*others))
-            return self.loss(patches, texts, *others)
+                first = texts if places is None else texts[places[:, 0].to(texts.device)]
+                watch(patches, first, self._temperature(*others))
+            return self.loss(patches, texts, *others, **(options or {}))
 
+        encode: Callable[[dict[str, Tensor]], tuple[Tensor, ...]] = self._encode
+        if places is not None:  # not split with the images, because it has other rows
+            encode = functools.partial(self._encode, texts=pairs["texts"])
+            pairs = {"images": pairs["images"], "places": places}
+            if self.group is not None:
+                forget(self.group)  # on a GPU; the processes would else agree on the first step's number of texts
         modules = [self.wrapped] if self.group else []
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
-            value = cached_step(self._encode, pairs, loss, micro_batch=config.batch_size, modules=modules)
+            value = cached_step(encode, pairs, loss, micro_batch=config.batch_size, modules=modules)
         if config.grad_clip_norm is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip_norm)
         self.updating = True
@@ -104,8 +127,13 @@ class Trainer:
         self.updating = False
         return value
 
-    def _encode(self, pairs: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        images, texts = (pairs[name].to(self.device, non_blocking=True) for name in ("images", "texts"))
+    def _encode(self, pairs: dict[str, Tensor], texts: Tensor | None = None) -> tuple[Tensor, ...]:
+        if texts is None:
+            texts = pairs["texts"]
+        else:
+            places = pairs["places"][pairs["places"] >= 0]
+            texts = texts[places.to(texts.device)]
+        images, texts = (x.to(self.device, non_blocking=True) for x in (pairs["images"], texts))
         if self.config.features is not None:
             images = images.float()
         return self.wrapped(images, texts)
@@ -114,7 +142,7 @@ class Trainer:
         # A temperature that is not learned is a number, because the loss chooses its kernel by it.
         return learned[0] if self.config.learn_attn_temperature else self.config.attn_temperature
 
-    def _contrast(self, patches: Tensor, texts: Tensor, scale: Tensor, *learned: Tensor) -> Tensor:
+    def _contrast(self, patches: Tensor, texts: Tensor, scale: Tensor, *learned: Tensor, **options: Any) -> Tensor:
         config = self.config
         return fused_pacl_loss(
             patches,
@@ -126,4 +154,5 @@ class Trainer:
             loss=config.loss,
             group=self.group,
             backend=cast(BackendName, config.backend),  # the loss checks it
+            **options,
         )

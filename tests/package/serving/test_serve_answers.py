@@ -15,12 +15,13 @@ from pacl.data.scenes import CLASSES
 from pacl.segment.draw import word_colours
 from pacl.segment.predict import similarity_map
 from pacl.serve import viewer as viewing
-from pacl.serve.run import demo_scenes, find_examples
-from pacl.serve.server import PAGE, Server
+from pacl.serve.examples import demo_scenes, find_examples
+from pacl.serve.page import PAGE
+from pacl.serve.server import Server
 from pacl.sharing import load_pacl
 from pictures import encode, picture
 from PIL import Image
-from serving import PHOTO, call, post, post_image, refused, started
+from serving import PHOTO, another, call, post, post_image, refused, started
 
 torch.set_num_threads(1)
 
@@ -85,6 +86,15 @@ def test_towers_run_once(server, viewer):
             hook.remove()
 
 
+def test_a_picture_of_a_kept_image(server, monkeypatch):
+    monkeypatch.setattr(viewing, "PICTURE", 40)
+    key = post_image(server, encode(picture(6, 32, 80), "TIFF"))
+    status, headers, data = call(server, "POST", "/api/picture", json.dumps({"image": key}))
+    assert status == 200 and headers["Content-Type"] == "image/jpeg"
+    assert Image.open(io.BytesIO(data)).size == (40, 16)
+    assert refused(*post(server, "/api/picture", {"image": "x"})).startswith("404 image: got an unknown")
+
+
 def test_few_images_and_words_are_kept(server, viewer, monkeypatch):
     monkeypatch.setattr(viewing, "IMAGES", 2)
     monkeypatch.setattr(viewing, "KEPT_WORDS", 2)
@@ -142,14 +152,14 @@ def test_markup_in_words_is_data(server):
     words = ["<script>alert(1)</script>", "\u202e", "\ud800", '"><img src=x onerror=alert(1)>']
     status, answer = post(server, "/api/words", {"image": post_image(server), "words": words})
     assert status == 200 and answer["words"] == words
-    text = PAGE.read_text()
+    text = PAGE.decode()
     for word in ("innerHTML", "outerHTML", "insertAdjacent", "document.write", "eval(", "Function(", "http:", "https:"):
         assert word not in text, word
 
 
 def test_the_page_and_its_policy(server):
     status, headers, data = call(server, "GET", f"/?token={server.token}", headers={})
-    assert status == 200 and data == PAGE.read_bytes() and headers["Content-Type"] == "text/html; charset=utf-8"
+    assert status == 200 and data == PAGE and headers["Content-Type"] == "text/html; charset=utf-8"
     policy = headers["Content-Security-Policy"]
     assert "default-src 'none'" in policy and "unsafe" not in policy and "frame-ancestors 'none'" in policy
     script = re.search(r"<script>(.*)</script>", data.decode(), re.DOTALL)[1]
@@ -179,7 +189,7 @@ def test_the_demo_brings_scenes_of_its_own(untrained, viewer, tmp_path):
         (tmp_path / name).mkdir()
     examples = find_examples(None, str(tmp_path / "embedder"))
     assert examples == demo_scenes() and len({x.image for x in examples}) == 6
-    with started(Server(viewer, examples=examples)) as server:
+    with started(Server(another(viewer), examples=examples)) as server:
         status, _, data = call(server, "GET", "/api/example/5")
         server.shutdown()
     scene = np.asarray(Image.open(io.BytesIO(data)))

@@ -1,53 +1,16 @@
 """The page of `pacl serve` works in a real browser."""
 
-import base64
 import hashlib
 import io
 import json
-import os
-import shutil
-import time
 
 import numpy as np
-import pytest
 import torch
 from pictures import encode, picture
 from PIL import Image
+from serving import drop, pixels, wait
 
 torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright and a Chromium")
-    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    with playwright.sync_playwright() as play:
-        try:
-            browser = play.chromium.launch(executable_path=path, args=["--no-sandbox"] if os.getuid() == 0 else [])
-        except playwright.Error as error:
-            pytest.skip(f"no Chromium: {str(error).splitlines()[0]}")
-        yield browser
-        browser.close()
-
-
-DROP = """([data, name]) => {
-  const bytes = Uint8Array.from(atob(data), x => x.charCodeAt(0)), transfer = new DataTransfer();
-  transfer.items.add(new File([bytes], name, {type: "image/jpeg"}));
-  document.getElementById("drop").dispatchEvent(new DragEvent("drop", {dataTransfer: transfer, bubbles: true}));
-}"""
-
-
-def wait(page, condition: str) -> None:
-    """Wait for a condition. Playwright's own wait_for_function needs an eval, which the page's policy forbids."""
-    end = time.monotonic() + 20
-    while not page.evaluate(f"() => Boolean({condition})"):
-        assert time.monotonic() < end, condition
-        time.sleep(0.02)
-
-
-def pixels(canvas) -> np.ndarray:
-    data = canvas.evaluate("x => x.toDataURL('image/png')").split(",")[1]
-    return np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB")).astype(int)
 
 
 def test_drop_type_and_click_in_a_browser(server, viewer, browser):
@@ -60,7 +23,7 @@ def test_drop_type_and_click_in_a_browser(server, viewer, browser):
     page.goto(server.url)
     page.wait_for_selector("#views canvas")  # the page opens with the example
     data = encode(picture(9, 60, 90))
-    page.evaluate(DROP, [base64.b64encode(data).decode(), "<img src=x onerror=alert(1)>.jpg"])
+    drop(page, data, "<img src=x onerror=alert(1)>.jpg")
     wait(page, "document.querySelector('#views canvas')?.height === 320")
     plain = pixels(page.locator("#views canvas"))
     # Words: the legend lists all of them as text. At full opacity each pixel has the colour of its best word.
@@ -69,7 +32,7 @@ def test_drop_type_and_click_in_a_browser(server, viewer, browser):
     wait(page, "document.querySelectorAll('#legend li').length === 3")
     words = ["a dog", "<img src=x onerror=alert(1)>", "grass"]
     assert page.locator("#legend span").all_inner_texts() == words
-    assert page.locator("img").count() == 0
+    assert page.locator("#legend img, #stage img").count() == 0
     scores = viewer.words(hashlib.sha256(data).hexdigest(), words)
     shown = pixels(page.locator("#views canvas"))
     dense = viewer._kept[hashlib.sha256(data).hexdigest()].dense["PACL"]
@@ -92,7 +55,7 @@ def test_drop_type_and_click_in_a_browser(server, viewer, browser):
     hover = page.locator("#hover")
     canvas = page.locator("#views canvas").first
     canvas.hover(position={"x": box["width"] * 0.5, "y": box["height"] * 0.01})
-    assert "grass: cosine" in hover.inner_text() and "similarity to the clicked patch" in hover.inner_text()
+    assert "grass: cosine" in hover.inner_text() and "similarity to the selected patch" in hover.inner_text()
     page.locator("#best").focus()
     page.keyboard.press("ArrowDown")
     wait(page, "view.row === 1 && patches.PACL")
@@ -114,7 +77,7 @@ def test_drop_type_and_click_in_a_browser(server, viewer, browser):
     wait(page, "document.querySelectorAll('#legend li').length === 2")
     assert page.locator("#said").inner_text() == ""
     # A bad image gives one sentence, and the view stays.
-    page.evaluate(DROP, [base64.b64encode(b"no image").decode(), "x.jpg"])
+    drop(page, b"no image", "x.jpg")
     wait(page, "document.getElementById('said').textContent.includes('expected JPEG')")
     assert page.locator("#views canvas").count() == 2
     assert not [x for x in said if "404" not in x and "400" not in x], said

@@ -19,8 +19,9 @@ from pacl.serve import server as http_server
 from pacl.serve.run import make_viewer
 from pacl.serve.server import Server
 from pacl.towers import load_towers
+from pictures import encode, picture
 from PIL import Image
-from serving import PHOTO
+from serving import PHOTO, another
 
 torch.set_num_threads(1)
 
@@ -42,13 +43,13 @@ def test_plain_clip_alone(untrained):
 
 
 def test_what_cannot_begin_is_one_line(untrained, server, capsys):
-    checkpoint = ["--checkpoint", str(untrained / "run/embedder"), "--no-browser"]
+    checkpoint = ["--checkpoint", str(untrained / "run/embedder"), "--no-browser", "--port", "0"]
     for flags, message in (
-        ([*checkpoint, "--port", str(server.server_port)], "in use"),
-        ([*checkpoint, "--port", "99999"], "port"),
+        (["--model", "none", "--port", str(server.server_port)], f"--port: got {server.server_port}, which another"),
+        (["--model", "none", "--port", "99999"], "--port: got 99999, expected 0 to 65535"),
         ([*checkpoint, "--stride", "3"], "stride: got 3"),
         ([*checkpoint, "--examples", str(untrained / "clip")], "images: got none in"),
-        (["--model", "ViT-B-32"], "pretrained: got none for ViT-B-32"),
+        (["--model", "ViT-B-32", "--port", "0"], "pretrained: got none for ViT-B-32"),
     ):
         assert main(["serve", *flags]) == 1
         error = capsys.readouterr().err
@@ -65,7 +66,7 @@ def test_ctrl_c_while_a_connection_begins(viewer):
             signal.raise_signal(signal.SIGINT)
 
     handler = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt), Interrupted(viewer) as server:
+    with pytest.raises(KeyboardInterrupt), Interrupted(another(viewer)) as server:
         idle = socket.create_connection(("127.0.0.1", server.server_port))
         start = time.monotonic()
         server.serve_until_interrupted()
@@ -77,6 +78,7 @@ def test_ctrl_c_while_a_connection_begins(viewer):
 def test_the_command_until_ctrl_c(examples, untrained):
     code = "import sys; from pacl.cli import main; sys.exit(main())"
     flags = ["--checkpoint", str(untrained / "run/embedder"), "--port", "0", "--device", "cpu", "--no-browser"]
+    flags += ["--stride", "2"]
     process = subprocess.Popen(
         [sys.executable, "-c", code, "serve", *flags, "--examples", str(examples)],
         stdout=subprocess.PIPE,
@@ -90,10 +92,20 @@ def test_the_command_until_ctrl_c(examples, untrained):
         connection.request("GET", f"/api/info?{address.query}")
         assert json.loads(connection.getresponse().read())["examples"][0]["name"] == "one.jpg"
         idle = socket.create_connection(("127.0.0.1", address.port))  # as browsers do
+        queued = []  # images of 6,000 tokens, of which the towers take many seconds
+        for seed in range(6):
+            data = encode(picture(seed, 32, 800))
+            head = f"POST /api/image?{address.query} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(data)}\r\n\r\n"
+            queued.append(socket.create_connection(("127.0.0.1", address.port)))
+            queued[-1].sendall(head.encode() + data)
+        time.sleep(0.2)
+        start = time.monotonic()
         process.send_signal(signal.SIGINT)
-        _, error = process.communicate(timeout=60)  # the interpreter takes seconds to exit on a busy machine
+        _, error = process.communicate(timeout=60)
         assert (process.returncode, error) == (130, "")
-        idle.close()
+        assert time.monotonic() - start < 3  # half a second on an idle machine
+        for connection in (idle, *queued):
+            connection.close()
     finally:
         process.kill()
         process.wait()

@@ -36,8 +36,12 @@ torch.set_num_threads(1)
 def test_what_is_not_the_page_is_refused(server, method, path, change, message):
     headers = {"X-Token": server.token, "Host": f"127.0.0.1:{server.server_port}"} | change
     headers = {name: value for name, value in headers.items() if value is not None}
-    status, _, data = call(server, method, path, PHOTO if method == "POST" else None, headers)
-    assert refused(status, json.loads(data)).startswith(f"403 {message}")
+    status, answered, data = call(server, method, path, PHOTO if method == "POST" else None, headers)
+    if (method, path) == ("GET", "/"):  # a person reads this in a browser
+        assert status == 403 and message in data.decode() and answered["Content-Type"].startswith("text/plain")
+        assert data.startswith(b"Open the whole address that pacl serve printed, with ?token=")
+    else:
+        assert refused(status, json.loads(data)).startswith(f"403 {message}")
 
 
 def test_the_page_itself_is_let_in(server):
