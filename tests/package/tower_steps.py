@@ -19,7 +19,8 @@ def main(values: dict) -> None:
     for step in range(3):
         images = torch.randn(12, 3, 64, 64, generator=random)
         captions = [f"a {word} thing {step}" for word in WORDS]
-        run._step({"image": images[mine], "caption": captions[mine]})
+        names = {"key": WORDS[mine], "origin": [""] * len(WORDS[mine])}
+        run._step({"image": images[mine], "caption": captions[mine], **names})
         run.step += 1
     run.save()
 
