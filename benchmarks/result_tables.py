@@ -118,7 +118,8 @@ def before_after(pairs: dict[str, tuple[dict, dict]]) -> str:
             row = _best(result)
             cells += [f"`{result['machine']['commit']}`", number(row["step_ms"])]
             cells += [number(row["step_vs_products"], ".2f")]
-        rows.append([machine, f"{settings['dtype']} `{settings['form']}`", *cells])
+        shape = "" if settings["patches"] == 196 else f", {_shape(settings)}"
+        rows.append([machine, f"{settings['dtype']} `{settings['form']}`{shape}", *cells])
     return grid(["machine", "inputs", "before", "step ms", "/ products", "after", "step ms", "/ products"], rows)
 
 
