@@ -83,7 +83,9 @@ struct Plan {
 
     const int64_t row_bytes =
         4 * (2 * units + texts_block + (p.grad_patches ? dims : 0)) + (pair == 2 ? 2 * 2 * dims : 0);
-    rows_block = most(1, least(1792, kRowsBudget / row_bytes) / chunk) * chunk;
+    // Where a task is an image, four of them in a block let as many threads work, if there is room.
+    const int64_t most_rows_block = by_image ? most(1792, 4 * image_rows) : 1792;
+    rows_block = most(1, least(most_rows_block, kRowsBudget / row_bytes) / chunk) * chunk;
     rows_block = least(rows_block, round_up(p.images * image_rows, chunk));
     if (by_image) rows_block = most(rows_block, image_rows);
     capacity = round_up(rows_block, 2 * tile) + 2 * tile + (means ? 2 * kMeans : 0);  // tiles read past the last row
