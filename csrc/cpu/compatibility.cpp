@@ -192,7 +192,6 @@ bool backward(const Plan& plan, CompatibilityParams p, Arena arena) {
       const Block* next = number + 1 < blocks.size() ? &blocks[number + 1] : nullptr;
       Rows rows = shared_rows[number % 2];
       rows.count = block.starts.back();
-      rows.first = block.first_row;
       rows.means = block.share.size();
       rows.image_begin = block.image_begin.data();
       rows.share = block.share.data();
@@ -265,8 +264,6 @@ bool backward(const Plan& plan, CompatibilityParams p, Arena arena) {
          !(p.grad_texts && shows(total.texts_error, texts_squared));
 }
 
-}  // namespace
-
 // Returns the kernels of a call. In the cosine form with many patches and few texts, pooled patches in float32 are
 // cheaper than a Gram matrix in bfloat16. The matrix unit multiplies about 8 times as fast as float32, and computes
 // q = G a from three bfloat16 products.
@@ -294,15 +291,6 @@ CompatibilityParams with_kept_scores(CompatibilityParams p) {
   p.scores_group = plan.cosine ? plan.rows_block / plan.image_rows * p.patches_per_image : plan.rows_block;
   return p;
 }
-
-Planned compatibility_forward(const CompatibilityParams& params) {
-  const auto plan = std::make_shared<const Plan>(with_kept_scores(params), false, kernels_of(params));
-  const int64_t bytes = plan->workspace_bytes();
-  return {.workspace_bytes = bytes,
-          .run = [=](char* workspace) { forward(*plan, plan->p, open_workspace(workspace, bytes)); }};
-}
-
-namespace {
 
 void require_texts_sum(const CompatibilityParams& p) {
   if (p.grad_texts && !p.texts_sum) throw std::invalid_argument("texts_sum is missing, which grad_texts needs");
@@ -344,6 +332,13 @@ Planned plan_backward(const CompatibilityParams& params) {
 }
 
 }  // namespace
+
+Planned compatibility_forward(const CompatibilityParams& params) {
+  const auto plan = std::make_shared<const Plan>(with_kept_scores(params), false, kernels_of(params));
+  const int64_t bytes = plan->workspace_bytes();
+  return {.workspace_bytes = bytes,
+          .run = [=](char* workspace) { forward(*plan, plan->p, open_workspace(workspace, bytes)); }};
+}
 
 Planned compatibility_backward(const CompatibilityParams& params) {
   if (!params.grad_phi) throw std::invalid_argument("grad_phi is missing, which the backward needs");

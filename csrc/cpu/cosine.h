@@ -6,7 +6,6 @@
 
 #include "cosine_gram.h"
 #include "cosine_pooled.h"
-#include "kept.h"
 #include "sigmoid.h"
 #include "weights.h"
 
@@ -130,13 +129,7 @@ WeightSums cosine_weights(const CompatibilityParams& p, const Rows& rows, int64_
   }
   for (int64_t panel = panel_first; panel < panel_last; ++panel) {
     const int64_t k = panel * kPanel, live = texts.count - k;
-    int64_t found = count;
-    if (const float* kept =
-            kept_scores(p, kPanel, texts.first / kPanel + panel, rows.image[first] * p.patches_per_image, found))
-      memcpy(scratch.scores, kept, sizeof(float) * found * kPanel);
-    else
-      product<Op>(left, rows.capacity, count, texts.transposed + panel * units * kPanel, inner, scratch.scores, false,
-                  &ahead);
+    scores_of_panel<Op>(p, rows, first, count, texts, panel, scratch, ahead);
     Softmax sums;
     (no_running_max ? attend<false> : attend<true>)(scratch, inv_norm, count, texts.inv_norm + k, p.temperature, sums);
     V along[2], squared[2];  // u minus `largest`, and r²

@@ -1,7 +1,6 @@
 // The dot form's weights.
 #pragma once
 
-#include "kept.h"
 #include "sigmoid.h"
 #include "weights.h"
 
@@ -72,12 +71,7 @@ WeightSums dot_weights(const CompatibilityParams& p, const Rows& rows, int64_t f
   WeightSums sums;
   for (int64_t panel = panel_first; panel < panel_last; ++panel) {
     const int64_t k = panel * kPanel, live = texts.count - k;
-    int64_t found = last - first;
-    if (const float* kept = kept_scores(p, kPanel, texts.first / kPanel + panel, rows.first + first, found))
-      memcpy(scratch.scores, kept, sizeof(float) * found * kPanel);
-    else
-      product<Op>(left, rows.capacity, last - first, texts.transposed + panel * units * kPanel, inner, scratch.scores,
-                  false, &ahead);
+    scores_of_panel<Op>(p, rows, first, last - first, texts, panel, scratch, ahead);
     for (int64_t begin = first, end; begin < last; begin = end) {
       end = segment_end(rows, begin, last);
       float* scores = scratch.scores + (begin - first) * kPanel;

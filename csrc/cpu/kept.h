@@ -12,9 +12,9 @@ namespace {
 using namespace pacl;
 
 // Returns the place of the score of row `row` with panel `panel`, of `width` texts, of the call. Reduces `count` to the
-// number of rows from there on in the same group. Returns null if the panel is not kept.
+// number of rows from there on in the same group. Returns null if the panel is not kept, or the row is padding (-1).
 inline float* kept_scores(const CompatibilityParams& p, int64_t width, int64_t panel, int64_t row, int64_t& count) {
-  if (!p.scores_group || (panel + 1) * width * 4 > p.scores_row_bytes) return nullptr;
+  if (!p.scores_group || row < 0 || (panel + 1) * width * 4 > p.scores_row_bytes) return nullptr;
   const int64_t first = row / p.scores_group * p.scores_group,
                 size = least(p.scores_group, p.images * p.patches_per_image - first);
   count = most(0, least(count, first + size - row));  // 0 for padding after the last row

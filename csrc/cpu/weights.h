@@ -1,11 +1,27 @@
 // Storage of the weights W for both products, and a measurement of their rounding error.
 #pragma once
 
+#include "kept.h"
 #include "rows.h"
 
 namespace {
 
 using namespace pacl;
+
+// Sets scratch.scores to the raw products of `count` rows of the block from `first` on with one panel of texts: those
+// that the forward kept, or computed again.
+template <class Op>
+void scores_of_panel(const CompatibilityParams& p, const Rows& rows, int64_t first, int64_t count, const Texts& texts,
+                     int64_t panel, Scratch& scratch, Ahead& ahead) {
+  // Scores are kept without a mask only, where this is the row of the call.
+  const int64_t row = rows.image[first] < 0 ? -1 : rows.image[first] * p.patches_per_image + rows.index[first];
+  int64_t found = count;
+  if (const float* kept = kept_scores(p, kPanel, texts.first / kPanel + panel, row, found))
+    memcpy(scratch.scores, kept, sizeof(float) * found * kPanel);
+  else
+    product<Op>(rows.units + first * kPanel, rows.capacity, count, texts.transposed + panel * dim_units<Op>(p) * kPanel,
+                dim_inner<Op>(p), scratch.scores, false, &ahead);
+}
 
 // Returns false for a sigmoid loss without any gradient but those of scale and bias.
 inline bool needs_weights(const CompatibilityParams& p) { return p.grad_patches || p.grad_texts || p.grad_temperature; }

@@ -89,19 +89,13 @@ def compatibility_backward(
     keeps_scores: bool = False,
 ) -> None:  # fmt: skip
     params = _params(patches, texts, patch_mask, temperature, form, phi, state)
-    texts_sum = phi.new_zeros(params.accumulator_floats()) if grad_texts is not None else None
-    params.set(
-        grad_phi=grad_phi.data_ptr(),
-        grad_patches=_address(grad_patches),
-        grad_texts=_address(grad_texts),
-        grad_texts_dtype=_DTYPES[texts.dtype if grad_texts is None else grad_texts.dtype],
-        texts_sum=_address(texts_sum),
-        grad_temperature=_address(grad_temperature),
-    )
+    texts_sum = _set_gradients(params, grad_patches, grad_texts, grad_temperature)
+    params.set(grad_phi=grad_phi.data_ptr())
     if keeps_scores:
         assert grad_patches is not None
         params.set(**_kept(grad_patches))
     _run(_native.compatibility_backward(params))
+    del texts_sum  # the call has its address
 
 
 def sigmoid_step(
@@ -112,17 +106,12 @@ def sigmoid_step(
 ) -> None:  # fmt: skip
     """Write the sigmoid loss (0-D) and the gradients whose buffers are not None, without an array of all pairs."""
     params = _params(patches, texts, patch_mask, temperature, form)
-    texts_sum = value.new_zeros(params.accumulator_floats()) if grad_texts is not None else None
-    sums = torch.empty(3, dtype=torch.float64)
+    texts_sum = _set_gradients(params, grad_patches, grad_texts, grad_temperature)
+    sums = torch.empty(3, dtype=torch.float64, device="cpu")
     image_ids, text_ids, targets, pair_bias = (
         (None,) * 4 if pairs is None else (None if x is None else x.contiguous() for x in pairs)
     )
     params.set(
-        grad_patches=_address(grad_patches),
-        grad_texts=_address(grad_texts),
-        grad_texts_dtype=_DTYPES[texts.dtype if grad_texts is None else grad_texts.dtype],
-        texts_sum=_address(texts_sum),
-        grad_temperature=_address(grad_temperature),
         loss_sums=sums.data_ptr(),
         logit_scale=float(scale),
         logit_bias=0.0 if bias is None else float(bias),
@@ -133,6 +122,7 @@ def sigmoid_step(
         grad_pair_bias=_address(grad_pair_bias),
     )
     _run(_native.sigmoid_step(params))
+    del texts_sum  # the call has its address
     for to, total in zip((value, grad_scale, grad_bias), sums / len(patches), strict=True):
         if to is not None:
             to.copy_(total)
@@ -201,6 +191,20 @@ def _params(
         phi=_address(phi),
         state=_address(state),
     )
+
+
+def _set_gradients(
+    params: Any, grad_patches: Tensor | None, grad_texts: Tensor | None, grad_temperature: Tensor | None
+) -> Tensor | None:
+    """Set the buffers of gradients, and return the sum of the texts' gradient, which must live as long as the call."""
+    params.set(grad_patches=_address(grad_patches), grad_temperature=_address(grad_temperature))
+    if grad_texts is None:
+        return None
+    texts_sum = torch.zeros(params.accumulator_floats(), dtype=torch.float32, device="cpu")
+    params.set(
+        grad_texts=grad_texts.data_ptr(), grad_texts_dtype=_DTYPES[grad_texts.dtype], texts_sum=texts_sum.data_ptr()
+    )
+    return texts_sum
 
 
 def _kept(scores: Tensor) -> dict[str, int]:
