@@ -19,7 +19,7 @@ BENCHMARKS = ROOT / "benchmarks"
 SOURCES = ROOT / "pacl_kernels" / "backends" / "gpu" / "kernels"
 SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
 TENSOR_CORE = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05"}
-SCORES = ("compatibility_forward", "dot_weights", "attention")  # kernels with a tile of scores
+SCORES = ("compatibility_forward", "dot_weights", "attention", "sigmoid_weights")  # kernels with a tile of scores
 
 
 def _run(*arguments) -> str:
@@ -76,7 +76,7 @@ def test_a_batch_of_unseen_size_compiles_nothing_on_a_gpu(form):
 
 def test_every_kernel_and_target_is_there(rows):
     assert 30 <= len(rows) <= 80
-    tiled = {"compatibility_forward", "dot_weights", "attention", "norm_term"}
+    tiled = {"compatibility_forward", "dot_weights", "attention", "norm_term", "sigmoid_weights"}
     tiled |= {"cosine_forward_from_attention", "cosine_weights_from_attention"}
     tiled |= {"max_patches", "max_texts", "upsample_argmax"}
     for target in SHARED:

@@ -12,8 +12,9 @@ from .problem import SIGMOID_SUMS, Block, Problem, SigmoidPairs
 
 
 def tile(p: Problem, needs_temperature: bool) -> tiles.SigmoidTile:
+    descriptors = tiles.has_bulk_copies(p.patches.device) and tiles.are_describable(p.patches, p.texts)
     full = p.mask is not None or needs_temperature or True in launch.running_max_variants(p.temperature)
-    return tiles.sigmoid_tile(p.patches, p.texts, full)
+    return tiles.sigmoid_tile(p.patches, p.texts, full or not descriptors, descriptors)
 
 
 def dot_weights(p: Problem, block: Block, pairs: SigmoidPairs, w: Tensor | None, precision: str) -> Tensor:
@@ -23,7 +24,7 @@ def dot_weights(p: Problem, block: Block, pairs: SigmoidPairs, w: Tensor | None,
     items = tiles.ceil_div(block.images, chosen.images) * tiles.ceil_div(block.texts, chosen.block_t)
     sums = p.phi.new_empty(items, SIGMOID_SUMS)
     operands: tuple[Any, ...] = (p.patches, p.patches, p.patches, texts)
-    descriptors = tiles.has_bulk_copies(p.patches.device) and tiles.are_describable(p.patches, texts)
+    descriptors = tiles.has_bulk_copies(p.patches.device) and tiles.are_describable(p.patches, p.texts)
     descriptors &= chosen.images == 1
     if descriptors:
         operands = _descriptors(p.patches, texts, chosen)

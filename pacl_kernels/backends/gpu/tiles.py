@@ -94,7 +94,7 @@ SIGMOID = {
     (True, 90, 2): Config(64, 0, 64, 8, 3, 1),
     (False, 90, 4): Config(64, 0, 32, 8, 2, 1),
     (True, 90, 4): Config(32, 0, 32, 8, 2, 1),
-    (False, 100, 2): Config(64, 0, 64, 4, 3, 2),
+    (False, 100, 2): Config(64, 0, 64, 8, 3, 1),
     (True, 100, 2): Config(64, 0, 64, 8, 3, 1),
     (False, 100, 4): Config(64, 0, 32, 8, 2, 1),
     (True, 100, 4): Config(32, 0, 32, 8, 2, 1),
@@ -103,22 +103,24 @@ MOST_SIGMOID_PATCHES = 256  # the products of more patches do not fit into regis
 
 
 @functools.cache
-def sigmoid_parts(n: int) -> tuple[int, ...]:
-    """Return widths of at most three products, each a power of two, that hold N patches with the least waste."""
+def sigmoid_parts(n: int, most: int) -> tuple[int, ...]:
+    """Return widths of at most `most` products, each a power of two, that hold N patches with the least waste."""
     choices = (
-        parts for count in (1, 2, 3) for parts in itertools.combinations_with_replacement((128, 64, 32, 16), count)
+        parts
+        for count in range(1, most + 1)
+        for parts in itertools.combinations_with_replacement((128, 64, 32, 16), count)
     )
     return min((parts for parts in choices if sum(parts) >= n), key=lambda parts: (sum(parts), len(parts)))
 
 
-def sigmoid_tile(patches: Tensor, texts: Tensor, full: bool) -> SigmoidTile:
+def sigmoid_tile(patches: Tensor, texts: Tensor, full: bool, descriptors: bool) -> SigmoidTile:
     """Return the entry of the table for N patches, with smaller tiles for fewer texts or dimensions."""
     n, d = patches.shape[1:]
     entry = SIGMOID[full, newest({number for _, number, _ in SIGMOID}, patches.device), patches.element_size()]
     pad = power_of_two(n) if n <= 32 else 0
     return SigmoidTile(
         min(entry.block_t, max(16, power_of_two(len(texts)))),
-        (64,) if pad else sigmoid_parts(n),
+        (64,) if pad else sigmoid_parts(n, 3 if descriptors else 2),  # addresses of a third part would spill
         min(entry.block_d, max(16, power_of_two(d))),
         entry.warps,
         entry.stages,
