@@ -28,6 +28,11 @@ class Plan(NamedTuple):
         """Return the place of that process's texts in the global batch."""
         return slice(rank * self.capacity, (rank + 1) * self.capacity)
 
+    def real(self, rank: int) -> slice:
+        """Return that place without the padding, where the number of texts is known."""
+        at = self.columns(rank)
+        return at if self.sizes is None else slice(at.start, at.start + self.sizes[rank])
+
 
 def all_gather(x: Tensor, world: int, group: str) -> Tensor:
     result: Tensor = torch.ops._c10d_functional.all_gather_into_tensor(x, world, group)

@@ -23,16 +23,25 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import contrastive
-from ..autograd import Gradients, Inputs, Options, compatibility, compatibility_gradients, first_order, keep, like
+from ..autograd import (
+    Gradients,
+    Inputs,
+    Options,
+    compatibility,
+    compatibility_gradients,
+    first_order,
+    keep,
+    like,
+    needed,
+)
 from ..checks import DTYPES, EXCHANGES, FORMS, LOSSES, Scalar
 from ..contrastive import scalar
 from ..pairs import Pairs
 from . import collectives, diagonal, labelled
 from .agreement import Setting, make_plan
 from .collectives import Plan, padded
-
-Blocks = list[tuple[slice, Tensor]]  # columns and their texts, one block in memory at a time
-RING_BYTES = 2 * 2**30  # size of the four float32 arrays `[B_local, texts]` of a block
+from .ring import Blocks, send_round
+from .sigmoid import GlobalSigmoidFunction
 
 
 def global_loss(
@@ -61,6 +70,7 @@ def global_loss(
         "pairs": Setting(_kind(pairs), _KINDS),
     }
     for name, value in (
+        ("patches", patches),
         ("texts", texts),
         ("attn_temperature", attn_temperature),
         ("logit_scale", logit_scale),
@@ -70,6 +80,18 @@ def global_loss(
     plan, headers = make_plan(group, texts, settings)
     given = (None,) * 4 if pairs is None else pairs
     labelled.check_columns(given, plan)
+    needs = needed(patches, texts, logit_scale, attn_temperature, logit_bias)
+    # Not for float16, where a GradScaler's factor must be in the gradients before they are rounded.
+    if (
+        options.loss == "sigmoid"
+        and any(needs)
+        and patches.dtype != torch.float16
+        and not torch.compiler.is_compiling()
+    ):
+        return GlobalSigmoidFunction.apply(  # type: ignore[no-any-return]  # `apply` is untyped
+            *(patches, texts, logit_scale, patch_mask, attn_temperature, logit_bias, *given),
+            *(options, plan, headers, (*needs, *needed(given[3]))),
+        )
     return GlobalPaclFunction.apply(  # type: ignore[no-any-return]  # `apply` is untyped
         patches, texts, logit_scale, patch_mask, attn_temperature, logit_bias, *given, options, plan, headers
     )
@@ -132,7 +154,7 @@ class GlobalPaclFunction(torch.autograd.Function):
                 for at, block in blocks:
                     sums.add(at, compatibility(inputs._replace(texts=block), options)[0])
 
-            _send_round(padded(texts, plan), plan, patches.shape[0], visit)
+            send_round(padded(texts, plan), plan, patches.shape[0], visit)
         else:
             gathered, phi, _ = arrays = gather_and_score(inputs, options, plan)
             sums.add(slice(0, gathered.shape[0]), phi)
@@ -209,18 +231,6 @@ def gather_and_score(inputs: Inputs, options: Options, plan: Plan) -> tuple[Tens
     return gathered, phi, state
 
 
-def _send_round(texts: Tensor, plan: Plan, images: int, visit: Callable[[Blocks], None]) -> None:
-    """Call `visit` with the texts of each process, its own first; the next texts travel meanwhile."""
-    size = max(1, RING_BYTES // (16 * images))
-    size -= size % 128 if size > 128 else 0
-    for step in range(plan.world):
-        coming = collectives.hop(texts, plan) if step + 1 < plan.world else None
-        first = plan.columns((plan.rank - step) % plan.world).start
-        blocks = zip(range(first, first + texts.shape[0], size), texts.split(size), strict=True)
-        visit([(slice(at, at + x.shape[0]), x) for at, x in blocks])
-        texts = texts if coming is None else collectives.wait(coming)
-
-
 def _ring_gradients(
     gradients: Callable[..., tuple[Any, Any]],
     inputs: Inputs,
@@ -248,5 +258,5 @@ def _ring_gradients(
                 grad_texts = grad_texts.add_(collectives.wait(travelling))
             travelling = collectives.hop(grad_texts, plan)
 
-    _send_round(padded(texts, plan), plan, patches.shape[0], visit)
+    send_round(padded(texts, plan), plan, patches.shape[0], visit)
     return patches_sum.to(patches.dtype) if needs[0] else None, collectives.wait(travelling) if needs[1] else None

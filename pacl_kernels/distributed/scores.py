@@ -85,6 +85,4 @@ def _is_even(plan: Plan) -> bool:
 
 def _real(plan: Plan) -> list[slice]:
     """Return the columns of each process's texts, without their padding."""
-    assert plan.sizes is not None
-    starts = (plan.columns(rank).start for rank in range(plan.world))
-    return [slice(start, start + size) for start, size in zip(starts, plan.sizes, strict=True)]
+    return [plan.real(rank) for rank in range(plan.world)]

@@ -208,7 +208,7 @@ def test_what_travels(needs, group):
     answer(problem, needs, group=group, exchange="gather")  # the first call also sends what processes agree on
     with Traffic() as traffic:
         answer(problem, needs, group=group, exchange="gather")
-    expected = [("all_gather_into_tensor", (14,)), ("all_gather_into_tensor", (3, 8)), ("all_reduce", (3 * world + 2,))]
+    expected = [("all_gather_into_tensor", (15,)), ("all_gather_into_tensor", (3, 8)), ("all_reduce", (3 * world + 2,))]
     if "texts" in needs:
         expected += [("all_reduce", (3 * world, 8)), ("all_reduce", (3,))]  # Gloo has no reduce-scatter
     assert traffic.sent == expected
@@ -390,6 +390,6 @@ def test_module_with_the_arguments_of_open_clip(group):
 def test_ring_in_blocks(loss, columns, sizes, group, monkeypatch):
     """The ring handles fewer texts at a time than a process sends if their scores would be too large."""
     problem, rows = make(Case(sum(sizes), 5, 9), "cosine", loss, torch.float64), local_rows(sizes, group.rank())
-    monkeypatch.setattr("pacl_kernels.distributed.function.RING_BYTES", 16 * sizes[group.rank()] * columns)
+    monkeypatch.setattr("pacl_kernels.distributed.ring.RING_BYTES", 16 * sizes[group.rank()] * columns)
     got = answer(local_part(problem, rows), group=group, exchange="ring")
     assert_close(got, shares(answer(problem), rows, group.size()), 1e-10, natural_sizes(problem))
