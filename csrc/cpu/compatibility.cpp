@@ -78,6 +78,7 @@ void forward(const Plan& plan, const CompatibilityParams& p, Arena arena) {
 struct Block {
   int64_t first_row, last_row;
   std::vector<int64_t> starts;       // first rows of the weights' tasks (chunks or whole images), then the end
+  std::vector<int64_t> order;        // of the weights' tasks if they are whole images: the largest first
   std::vector<int64_t> image_begin;  // see Rows
   std::vector<float> share;
 };
@@ -110,18 +111,26 @@ std::vector<Block> make_blocks(const Plan& plan) {
       if (row_start[b] == row_start[b + 1]) continue;
       if (blocks.empty() || row_start[b + 1] - blocks.back().first_row > plan.rows_block ||
           (plan.means && (int64_t)blocks.back().starts.size() > kMeans))
-        blocks.push_back({.first_row = row_start[b], .last_row = 0, .starts = {0}, .image_begin = {}, .share = {}});
+        blocks.push_back(
+            {.first_row = row_start[b], .last_row = 0, .starts = {0}, .order = {}, .image_begin = {}, .share = {}});
       Block& block = blocks.back();
       block.last_row = row_start[b + 1];
       block.starts.push_back(block.last_row - block.first_row);
     }
-    for (Block& block : blocks) count_images(plan, block);
+    for (Block& block : blocks) {
+      count_images(plan, block);
+      block.order.resize(block.starts.size() - 1);
+      std::iota(block.order.begin(), block.order.end(), 0);
+      const auto rows = [&](int64_t i) { return block.starts[i + 1] - block.starts[i]; };
+      std::stable_sort(block.order.begin(), block.order.end(), [&](int64_t a, int64_t b) { return rows(a) > rows(b); });
+    }
   } else {
     const int64_t rows_total = row_start[plan.p.images];
     for (int64_t row = 0; row < rows_total; row = blocks.back().last_row) {
       Block block{.first_row = row,
                   .last_row = least(row + plan.rows_block, rows_total),
                   .starts = {},
+                  .order = {},
                   .image_begin = {},
                   .share = {}};
       count_images(plan, block);
@@ -192,10 +201,9 @@ bool backward(const Plan& plan, CompatibilityParams p, Arena arena) {
         const int64_t tasks = ((int64_t)block.starts.size() - 1) * ranges;
         team.phase(tasks + (text_block == 0 && p.grad_texts ? rows.means : 0), [&](int64_t task) {
           if (task >= tasks) return kernels.sum_rows(p, rows, task - tasks);
-          const int64_t panel = task % ranges * range;
-          weight_sums[task].add(kernels.weights(p, rows, block.starts[task / ranges], block.starts[task / ranges + 1],
-                                                texts, panel, least(panel + range, panels), weights, shared_sums, add,
-                                                scratch));
+          const int64_t panel = task % ranges * range, i = plan.by_image ? block.order[task / ranges] : task / ranges;
+          weight_sums[task].add(kernels.weights(p, rows, block.starts[i], block.starts[i + 1], texts, panel,
+                                                least(panel + range, panels), weights, shared_sums, add, scratch));
         });
         if (rows.means && p.grad_patches)
           team.phase(plan.dims / kernels.panel,
@@ -256,9 +264,14 @@ bool backward(const Plan& plan, CompatibilityParams p, Arena arena) {
 const Kernels& kernels_of(const CompatibilityParams& p) {
   const Kernels& own = select_kernels(p.dtype, p.dim);
   if (p.form != Form::cosine || own.pair == 1) return own;
-  const CosineCost cost(p, p.patches_per_image);
-  const double gram = own.matrix ? cost.gram(8, 3.0 / 8) : cost.gram(2, 1);
-  return cost.pooled() < gram ? select_kernels(Dtype::float32, p.dim) : own;
+  double pooled = 0, gram = 0;
+  const std::vector<int64_t> row_start = count_rows(p, 1);
+  for (int64_t b = 0; b < p.images; ++b) {
+    const CosineCost cost(p, row_start[b + 1] - row_start[b]);
+    pooled += cost.pooled();
+    gram += own.matrix ? cost.gram(8, 3.0 / 8) : cost.gram(2, 1);
+  }
+  return pooled < gram ? select_kernels(Dtype::float32, p.dim) : own;
 }
 
 // Returns the call with scores_group set: to the rows of a block of the backward, which forward and backward must agree

@@ -139,7 +139,8 @@ void max_sort(const CompatibilityParams& p, MaxBlock& block, int64_t image) {
 void max_patches(const CompatibilityParams& p, MaxBlock& block, int64_t image, int64_t first, int64_t last,
                  MaxScratch& scratch) {
   const int64_t dims = padded_dim(p.dim), width = p.dtype == Dtype::float32 ? 4 : 2;
-  const int64_t slots = block_patch(p, block.images, image);
+  const int64_t slots = block_patch(p, block.images, image), patches_at = image_offset(p, image);
+  const int64_t gradient_at = first_patch(p, image) * p.dim;
   const int32_t* order = block.order + (image - block.images.first) * block.text_count;
   const int32_t* start = block.start + slots + image - block.images.first;
   const float* grad = p.grad_phi + image * p.text_count + block.text_first;
@@ -150,8 +151,8 @@ void max_patches(const CompatibilityParams& p, MaxBlock& block, int64_t image, i
     if (block.text_first == 0) patch = nullptr;
     const bool seen = patch != nullptr;
     if (won > 0 && !seen) {
-      patch = row_units_at<Float32>(p.patches, image_offset(p, image) + n * p.patch_strides.row, p.patch_strides.dim,
-                                    p.dim, p.dtype, dims, block.patch_rows + slot * dims);
+      patch = row_units_at<Float32>(p.patches, patches_at + n * p.patch_strides.row, p.patch_strides.dim, p.dim,
+                                    p.dtype, dims, block.patch_rows + slot * dims);
       block.patch_norm[slot] =
           inverse_norm_in_range<Float32>(patch, dims, block.patch_rows + slot * dims, block.patch_range_scale[slot]);
     }
@@ -166,7 +167,7 @@ void max_patches(const CompatibilityParams& p, MaxBlock& block, int64_t image, i
       add_rows(scratch.rows, scratch.weights, won, dims, sum, seen);
     }
     if (!last_texts) continue;
-    const int64_t offset = (first_patch(p, image) + n) * p.dim;
+    const int64_t offset = gradient_at + n * p.dim;
     if (patch)
       finish_row<Float32>(sum, 1, patch, 1, 0, block.patch_norm[slot], block.patch_range_scale[slot], p.dim, p.dtype,
                           p.grad_patches, offset, p.fresh_gradient, scratch.buffer);
