@@ -91,7 +91,7 @@ double finish_patches(const CompatibilityParams& p, const Rows& rows, int64_t fi
     if (rows.means && r >= rows.image_begin[mean + 1]) ++mean;
     squares += finish(sums.panels + (r - sums.first) * kPanel, sums.capacity, rows.units, rows.capacity, r,
                       rows.inv_norm[r], rows.range_scale[r], p.dim, p.dtype, p.grad_patches,
-                      (rows.image[r] * p.patches_per_image + rows.index[r]) * p.dim, p.fresh_gradient, buffer,
+                      (first_patch(p, rows.image[r]) + rows.index[r]) * p.dim, p.fresh_gradient, buffer,
                       sums.means + mean * kPanel);
   }
   store_fence();

@@ -138,25 +138,27 @@ void pack_rows(const CompatibilityParams& p, const int64_t* row_start, int64_t f
   const int64_t units = dim_units<Op>(p);
   int64_t image = image_of_row(p, row_start, first);
   int64_t n = -1, place = row_start[image] - 1;  // the last patch visited, and its row
+  int64_t patches = patches_of(p, image);
   const float* even = row;
   for (int64_t r = first; r < last; ++r, ++at) {
     while (image < p.images && r >= row_start[image + 1]) {
       ++image;
       n = -1;
       place = image < p.images ? row_start[image] - 1 : 0;
+      patches = image < p.images ? patches_of(p, image) : 0;
     }
     if (image < p.images) {
-      const uint8_t* mask = p.mask ? p.mask + image * p.mask_strides.image : nullptr;
-      while (place < r && n < p.patches_per_image) {
+      const uint8_t* mask = image_mask(p, image);
+      while (place < r && n < patches) {
         ++n;
-        if (n < p.patches_per_image && (!mask || mask[n * p.mask_strides.row])) ++place;
+        if (n < patches && (!mask || mask[n * p.mask_strides.row])) ++place;
       }
     }
-    const bool padding = image >= p.images || n >= p.patches_per_image;
+    const bool padding = image >= p.images || n >= patches;
     float* buffer = row + (Op::kPair == 2 && (at & 1) ? units : 0);
     if (padding) memset(buffer, 0, sizeof(float) * units);
     const float* source = padding ? buffer
-                                  : row_units_at<Op>(p.patches, image * p.patch_strides.image + n * p.patch_strides.row,
+                                  : row_units_at<Op>(p.patches, image_offset(p, image) + n * p.patch_strides.row,
                                                      p.patch_strides.dim, p.dim, p.dtype, units, buffer);
     to.image[at] = padding ? -1 : (int32_t)image;
     to.index[at] = padding ? -1 : (int32_t)n;

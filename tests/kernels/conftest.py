@@ -9,9 +9,11 @@ import pytest
 import torch
 from filelock import FileLock
 from interpreter import hasten
+from problems import ISAS
 
 from pacl_kernels import available_backends
 from pacl_kernels.backends.gpu import hopper
+from pacl_kernels.native import native
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     hasten()
@@ -67,6 +69,15 @@ def cpu_backend() -> str:
     if reason is not None:
         pytest.skip(f"backend 'cpu': {reason}")
     return "cpu"
+
+
+@pytest.fixture(params=ISAS)
+def isa(request, cpu_backend, monkeypatch) -> str:
+    """Set PACL_CPU_ISA to each instruction set of this machine, and return its name."""
+    if request.param not in native().isas():
+        pytest.skip(f"this machine has no {request.param}")
+    monkeypatch.setenv("PACL_CPU_ISA", request.param)
+    return request.param
 
 
 @pytest.fixture
