@@ -15,12 +15,13 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from . import backends, pairs
+from . import backends, pairs, scoring
 from .checks import Scalar, without_autocast
 from .contrastive import scalar
 
 OptionalTensor = Optional[Tensor]  # noqa: UP045  (torch.library accepts `Tensor | None` only from torch 2.8 on)
 OptionalFloat = Optional[float]  # noqa: UP045
+OptionalStr = Optional[str]  # noqa: UP045
 
 
 _library = torch.library.Library(__package__, "FRAGMENT")
@@ -67,20 +68,32 @@ def compatibility_forward(
     phi: Tensor,
     state: Tensor,
     scores: OptionalTensor,
+    patch_lengths: OptionalTensor = None,
+    text_mask: OptionalTensor = None,
+    text_lengths: OptionalTensor = None,
+    text_pool: OptionalStr = None,
+    text_pool_scale: float = 1.0,
+    null_patch: bool = False,
+    normalize: str = "both",
 ) -> None:
     """Write compatibility φ `[B, K]` and `state` `[B, K]`, which the backward of the same backend reads.
 
     `patches` `[B, N, D]`, `texts` `[K, D]`, `patch_mask` bool `[B, N]`. The state is the log-sum-exp over patches of
     s / τ, or another number from which the backend can recompute the attention. For form "max" it is the index n of
-    the winning patch (exact in float32 for N < 2**24), -1 for an image without a patch. `scores`, for a backend with
-    `keeps_scores`, is memory like the patches in which scores stay for the backward, as many as there is room for.
+    the winning patch (exact in float32 for N < 2**24), -1 where none wins. `scores`, for a backend with `keeps_scores`,
+    is memory like the patches in which scores stay for the backward, as many as there is room for.
+
+    The other arguments are those of `fused_pacl_loss`; `checks.Inputs` has the shapes. With `text_pool` the state has
+    one dimension, of `tokens.kept_pairs` elements: φ and the state of all tokens, or nothing.
     """
     if phi.numel():
         tau = _join(temperature, temperature_value, phi.dtype)
+        call = scoring.Call(
+            *(backend, patches, texts, patch_mask, tau, form, patch_lengths, text_mask, text_lengths, text_pool),
+            *(text_pool_scale, null_patch, normalize),
+        )
         with without_autocast(patches.device.type):
-            implementation: Any = backends.get_for(backend, patches)  # those that keep scores take an argument more
-            kept = {} if scores is None else {"scores": scores}
-            implementation.compatibility_forward(patches, texts, patch_mask, tau, form, phi, state, **kept)
+            call.forward(phi, state, scores)
 
 
 @_operator("grad_patches", "grad_texts", "grad_temperature")
@@ -99,6 +112,13 @@ def compatibility_backward(
     grad_texts: OptionalTensor,
     grad_temperature: OptionalTensor,
     keeps_scores: bool = False,
+    patch_lengths: OptionalTensor = None,
+    text_mask: OptionalTensor = None,
+    text_lengths: OptionalTensor = None,
+    text_pool: OptionalStr = None,
+    text_pool_scale: float = 1.0,
+    null_patch: bool = False,
+    normalize: str = "both",
 ) -> None:
     """Write gradients from ∂L/∂φ `[B, K]` into the buffers that are not None: like patches, like texts, and 0-D.
 
@@ -111,13 +131,12 @@ def compatibility_backward(
                 grad.zero_()
         return
     tau = _join(temperature, temperature_value, phi.dtype)
-    implementation: Any = backends.get_for(backend, patches)
+    call = scoring.Call(
+        *(backend, patches, texts, patch_mask, tau, form, patch_lengths, text_mask, text_lengths, text_pool),
+        *(text_pool_scale, null_patch, normalize),
+    )
     with without_autocast(patches.device.type):
-        implementation.compatibility_backward(
-            *(patches, texts, patch_mask, tau, form, phi, state),
-            *(grad_phi, grad_patches, grad_texts, grad_temperature),
-            **({"keeps_scores": True} if keeps_scores else {}),
-        )
+        call.backward(phi, state, grad_phi, grad_patches, grad_texts, grad_temperature, keeps_scores)
 
 
 @_operator("value", "statistics")
@@ -240,10 +259,12 @@ def sigmoid_step(
     grad_scale: OptionalTensor,
     grad_bias: OptionalTensor,
     grad_pair_bias: OptionalTensor,
+    patch_lengths: OptionalTensor = None,
 ) -> None:
     """Write the sigmoid loss (0-D) of all pairs, and its gradients where buffers are given.
 
-    Only for a backend with `backends.computes_sigmoid_step`. Without ids and targets text i belongs to image i.
+    Only for a backend with `backends.computes_sigmoid_step`; packed patches only for one that takes them. Without ids
+    and targets text i belongs to image i.
     """
     tau, *scalars = (
         _join(*x, value.dtype) for x in ((temperature, temperature_value), (scale, scale_value), (bias, bias_value))
@@ -252,7 +273,8 @@ def sigmoid_step(
     grads = grad_patches, grad_texts, grad_temperature, grad_scale, grad_bias, grad_pair_bias
     implementation: Any = backends.get_for(backend, patches)
     with without_autocast(patches.device.type):
-        implementation.sigmoid_step(patches, texts, patch_mask, tau, form, *scalars, given, value, *grads)
+        packed = {} if patch_lengths is None else {"patch_lengths": patch_lengths}
+        implementation.sigmoid_step(patches, texts, patch_mask, tau, form, *scalars, given, value, *grads, **packed)
 
 
 @_operator("labels", "best", "entropy")

@@ -13,9 +13,11 @@ from torch import Tensor
 
 from .. import native
 from ..checks import Scalar
+from ..constants import RUNNING_MAX_BELOW
 from ..contrastive import loss_backward as loss_backward  # part of a `Backend`
 from ..contrastive import loss_forward as loss_forward
 from ..pairs import Pairs
+from . import null_patch as null
 
 _native: Any = native.native()  # None: built without a C++ compiler, or for another Python
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -75,6 +77,7 @@ def why_not(device: torch.device | None = None, dtype: torch.dtype | None = None
 def compatibility_forward(
     patches: Tensor, texts: Tensor, patch_mask: Tensor | None, temperature: Scalar, form: str,
     phi: Tensor, state: Tensor, scores: Tensor | None = None, *, patch_lengths: Tensor | None = None,
+    null_patch: bool = False,
 ) -> None:  # fmt: skip
     starts = _patch_starts(patch_lengths)
     params = _params(patches, texts, patch_mask, temperature, form, starts, phi, state)
@@ -82,14 +85,18 @@ def compatibility_forward(
         params.set(**_kept(scores))
     _run(_native.compatibility_forward(params))
     del starts  # the call has its address
+    if null_patch:
+        null.add(phi, state, temperature, form, _entropy_unit(temperature))
 
 
 def compatibility_backward(
     patches: Tensor, texts: Tensor, patch_mask: Tensor | None, temperature: Scalar, form: str,
     phi: Tensor, state: Tensor, grad_phi: Tensor,
     grad_patches: Tensor | None, grad_texts: Tensor | None, grad_temperature: Tensor | None,
-    keeps_scores: bool = False, *, patch_lengths: Tensor | None = None,
+    keeps_scores: bool = False, *, patch_lengths: Tensor | None = None, null_patch: bool = False,
 ) -> None:  # fmt: skip
+    if null_patch and form == "max":
+        grad_phi = null.winners_only(state, grad_phi)
     starts = _patch_starts(patch_lengths)
     params = _params(patches, texts, patch_mask, temperature, form, starts, phi, state)
     texts_sum = _set_gradients(params, grad_patches, grad_texts, grad_temperature)
@@ -99,6 +106,8 @@ def compatibility_backward(
         params.set(**_kept(grad_patches))
     _run(_native.compatibility_backward(params))
     del starts, texts_sum  # the call has their addresses
+    if null_patch and form == "dot" and grad_temperature is not None:
+        null.add_to_temperature(grad_temperature, phi, state, grad_phi, temperature, _entropy_unit(temperature))
 
 
 def sigmoid_step(
@@ -223,6 +232,11 @@ def _set_gradients(
         grad_texts=grad_texts.data_ptr(), grad_texts_dtype=_DTYPES[grad_texts.dtype], texts_sum=texts_sum.data_ptr()
     )
     return texts_sum
+
+
+def _entropy_unit(temperature: Scalar) -> float | None:
+    """Return the unit of the state of the `dot` form, see `null_patch.add`."""
+    return None if float(temperature) >= RUNNING_MAX_BELOW else 1.0
 
 
 def _kept(scores: Tensor) -> dict[str, int]:

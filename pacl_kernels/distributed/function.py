@@ -25,7 +25,6 @@ from torch import Tensor
 from .. import contrastive
 from ..autograd import (
     Gradients,
-    Inputs,
     Options,
     compatibility,
     compatibility_gradients,
@@ -34,7 +33,7 @@ from ..autograd import (
     like,
     needed,
 )
-from ..checks import DTYPES, EXCHANGES, FORMS, LOSSES, Scalar
+from ..checks import DTYPES, EXCHANGES, FORMS, LOSSES, Inputs, Scalar
 from ..contrastive import scalar
 from ..pairs import Pairs
 from . import collectives, diagonal, labelled
@@ -167,8 +166,8 @@ class GlobalPaclFunction(torch.autograd.Function):
     def backward(ctx: Any, values: list[Any], grad_loss: Tensor) -> Gradients:
         plan, options, needs = ctx.plan, ctx.options, ctx.needs_input_grad
         needs_patches, needs_texts, needs_scale, _, needs_temperature, needs_bias = needs[:6]
-        inputs = Inputs(*values[:4])
-        logit_scale, logit_bias, pair_bias, gathered, phi, state, *saved = values[4:]
+        inputs = Inputs(*values[:7])
+        logit_scale, logit_bias, pair_bias, gathered, phi, state, *saved = values[7:]
         scale = scalar(logit_scale, torch.promote_types(inputs.patches.dtype, torch.float32))
         texts = inputs.texts
         kind = labelled if ctx.labelled else diagonal

@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..autograd import Gradients, Inputs, Options, compatibility_gradients, first_order, keep, like
-from ..checks import DTYPES, FORMS, Scalar
+from ..autograd import Gradients, Options, compatibility_gradients, first_order, keep, like
+from ..checks import DTYPES, FORMS, Inputs, Scalar
 from . import collectives
 from .agreement import Setting, make_plan
 from .collectives import Plan
@@ -62,7 +62,7 @@ class GlobalCompatibilityFunction(torch.autograd.Function):
     @staticmethod
     @first_order
     def backward(ctx: Any, values: list[Any], grad_phi: Tensor) -> Gradients:
-        inputs, (gathered, phi, state) = Inputs(*values[:4]), values[4:]
+        inputs, (gathered, phi, state) = Inputs(*values[:7]), values[7:]
         if not _is_even(ctx.plan):
             parts, grad_phi = grad_phi.split(ctx.plan.sizes, 1), torch.zeros_like(phi)
             for at, part in zip(_real(ctx.plan), parts, strict=True):

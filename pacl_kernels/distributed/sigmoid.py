@@ -13,9 +13,17 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..autograd import Gradients, Inputs, Options, compatibility, compatibility_gradients, first_order, keep, like
-from ..backends import computes_sigmoid_step
-from ..checks import Scalar
+from ..autograd import (
+    Gradients,
+    Options,
+    compatibility,
+    compatibility_gradients,
+    first_order,
+    in_one_pass,
+    keep,
+    like,
+)
+from ..checks import Inputs, Scalar
 from ..pairs import Pairs
 from . import collectives, labelled
 from .collectives import Plan, padded
@@ -160,18 +168,18 @@ class _Batch:
 
         The choice between the two ways is this process's own, because processes may differ in N.
         """
-        patches, texts, patch_mask, attn_temperature = inputs
+        patches, texts, patch_mask, attn_temperature, *_ = inputs
         backend, form = self.options.backend, self.options.form
         needs_patches, needs_texts, *needs_scalars, needs_pairs = self.needs
         value = self._zeros()
         scale, temperature, bias = scalars = [value.new_empty(()) if needed else None for needed in needs_scalars]
         grad_pairs = self._zeros(self.images, texts.shape[0]) if needs_pairs else None
         grad_patches = None
-        if computes_sigmoid_step(backend, form, patches.dtype):
+        if in_one_pass(self.options, inputs):
             grad_patches = patches.new_empty(patches.shape) if needs_patches else None
             ops.sigmoid_step(
                 patches, texts, patch_mask, *ops.pair(attn_temperature), *self.scalars, *pairs, form, backend,
-                value, grad_patches, grad_texts, temperature, scale, bias, grad_pairs,
+                value, grad_patches, grad_texts, temperature, scale, bias, grad_pairs, inputs.patch_lengths,
             )  # fmt: skip
             return value, scalars, grad_patches, grad_pairs
         phi, state = compatibility(inputs, self.options)

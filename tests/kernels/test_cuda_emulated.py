@@ -415,4 +415,11 @@ def test_path_of_the_patches(library, monkeypatch, form):
     monkeypatch.setattr(hopper, "why_not", lambda device=None, dtype=None: None)
     patches, texts = torch.randn(3, 100, 64).bfloat16(), torch.randn(3, 64).bfloat16()
     found = path_to_kernel(lambda: fused_pacl_loss(patches, texts, 10.0, form=form, backend="cuda"))
-    assert found == ["loss.py", "autograd.py", "ops.py", "backends/gpu/order.py", "backends/gpu/hopper.py"]
+    assert found == [
+        "loss.py",
+        "autograd.py",
+        "ops.py",
+        "scoring.py",
+        "backends/gpu/order.py",
+        "backends/gpu/hopper.py",
+    ]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ...checks import Scalar
+from .. import null_patch as null
 from . import launch, rows, workspace
 from .problem import Block, Problem, Upstream
 
@@ -96,12 +97,14 @@ def prepare(
 def compatibility_forward(
     launches_of: Callable[[Problem], Launches],
     patches: Tensor, texts: Tensor, patch_mask: Tensor | None, temperature: Scalar, form: str,
-    phi: Tensor, state: Tensor,
+    phi: Tensor, state: Tensor, null_patch: bool = False,
 ) -> None:  # fmt: skip
     """Write φ `[B, K]` and the state `[B, K]`, both float32."""
     with launch.on_device(patches):
         p = prepare(patches, texts, patch_mask, temperature, phi, state)
         forward(p, launches_of(p), form)
+    if null_patch:
+        null.add(phi, state, temperature, form, null.BITS)
 
 
 def forward(p: Problem, launches: Launches, form: str) -> None:
@@ -140,9 +143,11 @@ def compatibility_backward(
     launches_of: Callable[[Problem], Launches],
     patches: Tensor, texts: Tensor, patch_mask: Tensor | None, temperature: Scalar, form: str,
     phi: Tensor, state: Tensor, grad_phi: Tensor,
-    grad_patches: Tensor | None, grad_texts: Tensor | None, grad_temperature: Tensor | None,
+    grad_patches: Tensor | None, grad_texts: Tensor | None, grad_temperature: Tensor | None, null_patch: bool = False,
 ) -> None:  # fmt: skip
     """Write the gradients of patches, texts and temperature to the buffers that are not None."""
+    if null_patch and form == "max":
+        grad_phi = null.winners_only(state, grad_phi)
     with launch.on_device(patches):
         p = prepare(patches, texts, patch_mask, temperature, phi, state)
         launches = launches_of(p)
@@ -152,6 +157,8 @@ def compatibility_backward(
                 grad_temperature.zero_()
         else:
             _backward(p, launches, form, grad_phi, grad_patches, grad_texts, grad_temperature)
+    if null_patch and form == "dot" and grad_temperature is not None:
+        null.add_to_temperature(grad_temperature, phi, state, grad_phi, temperature, null.BITS)
 
 
 def _backward(
