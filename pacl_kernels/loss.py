@@ -141,8 +141,8 @@ def fused_pacl_loss(
             `form="max"` becomes at least 0. `form="cosine"` does not change, as the pooled patch keeps its direction.
         normalize: `"both"` uses cosines everywhere. With `"values"` the attention is a softmax of the products of rows
             as they are, and with `"none"` φ is made of them too (in `form="cosine"`: the pooled patch is, and φ remains
-            its cosine with the text). Such products have no bound, so τ is usually 1 or √D. Only the backends `torch`
-            and `reference` have them so far, and `"auto"` takes `torch`.
+            its cosine with the text). Such products have no bound, so τ is usually 1 or √D. `"values"` has no
+            kernels: `"auto"` takes the backend `torch` for it, and on a GPU for `"none"` as well.
         group: a `torch.distributed` process group. The batch is then that of all its processes, and B is the part of
             this process. `"world"` is the default group, looked up at the call, or this process alone if
             `torch.distributed` is not initialised. `"local"` is this process alone. None is this process alone too,

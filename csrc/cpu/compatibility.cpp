@@ -258,10 +258,12 @@ bool backward(const Plan& plan, CompatibilityParams p, Arena arena) {
          !(p.grad_texts && shows(total.texts_error, texts_squared));
 }
 
-// Returns the kernels of a call. In the cosine form with many patches and few texts, pooled patches in float32 are
+// Returns the kernels of a call: those of float32 for rows of any norm, as the rounding of their weights is compared
+// with gradients of unit rows. In the cosine form with many patches and few texts, pooled patches in float32 are
 // cheaper than a Gram matrix in bfloat16. The matrix unit multiplies about 8 times as fast as float32, and computes
 // q = G a from three bfloat16 products.
 const Kernels& kernels_of(const CompatibilityParams& p) {
+  if (p.raw) return select_kernels(Dtype::float32, p.dim);
   const Kernels& own = select_kernels(p.dtype, p.dim);
   if (p.form != Form::cosine || own.pair == 1) return own;
   double pooled = 0, gram = 0;

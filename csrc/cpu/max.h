@@ -110,7 +110,7 @@ void max_pack_texts(const CompatibilityParams& p, MaxBlock& block, int64_t first
     block.text[k] = row_units_at<Float32>(p.texts, (block.text_first + k) * p.text_strides.row, p.text_strides.dim,
                                           p.dim, p.dtype, dims, block.text_rows + k * dims);
     float range_scale;
-    block.text_norm[k] = inverse_norm_in_range<Float32>(block.text[k], dims, block.text_rows + k * dims, range_scale);
+    block.text_norm[k] = row_factor<Float32>(p, block.text[k], dims, block.text_rows + k * dims, range_scale);
   }
 }
 
@@ -154,7 +154,7 @@ void max_patches(const CompatibilityParams& p, MaxBlock& block, int64_t image, i
       patch = row_units_at<Float32>(p.patches, patches_at + n * p.patch_strides.row, p.patch_strides.dim, p.dim,
                                     p.dtype, dims, block.patch_rows + slot * dims);
       block.patch_norm[slot] =
-          inverse_norm_in_range<Float32>(patch, dims, block.patch_rows + slot * dims, block.patch_range_scale[slot]);
+          row_factor<Float32>(p, patch, dims, block.patch_rows + slot * dims, block.patch_range_scale[slot]);
     }
     if (!p.grad_patches) continue;
     float* sum = block.patch_sums ? block.patch_sums + slot * dims : scratch.sum;
@@ -169,7 +169,7 @@ void max_patches(const CompatibilityParams& p, MaxBlock& block, int64_t image, i
     if (!last_texts) continue;
     const int64_t offset = gradient_at + n * p.dim;
     if (patch)
-      finish_row<Float32>(sum, 1, patch, 1, 0, block.patch_norm[slot], block.patch_range_scale[slot], p.dim, p.dtype,
+      finish_row<Float32>(p, sum, 1, patch, 1, 0, block.patch_norm[slot], block.patch_range_scale[slot], p.dim, p.dtype,
                           p.grad_patches, offset, p.fresh_gradient, scratch.buffer);
     else
       memset((char*)p.grad_patches + offset * width, 0, p.dim * width);
@@ -200,8 +200,8 @@ void max_finish_texts(const CompatibilityParams& p, int64_t first, int64_t last,
     const float* text =
         row_units_at<Float32>(p.texts, k * p.text_strides.row, p.text_strides.dim, p.dim, p.dtype, dims, scratch.sum);
     float range_scale;
-    const float inv_norm = inverse_norm_in_range<Float32>(text, dims, scratch.sum, range_scale);
-    finish_row<Float32>(p.texts_sum + k * dims, 1, text, 1, 0, inv_norm, range_scale, p.dim, p.grad_texts_dtype,
+    const float inv_norm = row_factor<Float32>(p, text, dims, scratch.sum, range_scale);
+    finish_row<Float32>(p, p.texts_sum + k * dims, 1, text, 1, 0, inv_norm, range_scale, p.dim, p.grad_texts_dtype,
                         p.grad_texts, k * p.dim, false, scratch.buffer);
   }
   store_fence();

@@ -26,6 +26,7 @@ struct CompatibilityParams {
   const int64_t* patch_starts;
   Dtype dtype;  // of patches, texts and the patches' gradient
   Form form;
+  bool raw;  // rows of patches and texts are used as they are, as if their norms were 1
   float temperature;
   int threads;
   OpenMp openmp;

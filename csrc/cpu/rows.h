@@ -104,6 +104,13 @@ float inverse_norm_in_range(const float*& units, int64_t padded, float* buffer, 
   return inverse_norm<Op>(units, padded);
 }
 
+// Returns 1 for rows that are used as they are, and otherwise what inverse_norm_in_range does.
+template <class Op>
+float row_factor(const CompatibilityParams& p, const float*& units, int64_t padded, float* buffer, float& range_scale) {
+  range_scale = 1.0f;
+  return p.raw ? 1.0f : inverse_norm_in_range<Op>(units, padded, buffer, range_scale);
+}
+
 // Returns the units of D, padded to whole panels.
 template <class Op>
 inline int64_t dim_units(const CompatibilityParams& p) {
@@ -163,7 +170,7 @@ void pack_rows(const CompatibilityParams& p, const int64_t* row_start, int64_t f
     to.image[at] = padding ? -1 : (int32_t)image;
     to.index[at] = padding ? -1 : (int32_t)n;
     to.range_scale[at] = 1.0f;
-    to.inv_norm[at] = padding ? 0.0f : inverse_norm_in_range<Op>(source, units, buffer, to.range_scale[at]);
+    to.inv_norm[at] = padding ? 0.0f : row_factor<Op>(p, source, units, buffer, to.range_scale[at]);
     float* out = to.units + at * kPanel;
     const int64_t apart = to.capacity * kPanel;
     for (int64_t u = 0; u < units; u += kPanel, out += apart)
@@ -185,7 +192,7 @@ void pack_texts(const CompatibilityParams& p, Texts& to, int64_t panel, float* r
       const float* source = row_units_at<Op>(p.texts, (to.first + k) * p.text_strides.row, p.text_strides.dim, p.dim,
                                              p.dtype, units, buffer);
       float range_scale;
-      to.inv_norm[k] = inverse_norm_in_range<Op>(source, units, buffer, range_scale);
+      to.inv_norm[k] = row_factor<Op>(p, source, units, buffer, range_scale);
       if (source != buffer) memcpy(buffer, source, sizeof(float) * units);
     } else {
       memset(buffer, 0, sizeof(float) * units);

@@ -9,6 +9,7 @@ from typing import Protocol, get_args
 import torch
 from torch import Tensor
 
+from ..checks import NORMALIZE as ALL
 from ..checks import BackendName, Scalar
 from . import blockwise, cpu
 from .gpu import hopper, triton
@@ -64,6 +65,7 @@ class Backend(Protocol):
 
 _BACKENDS: dict[str, Backend] = {"cuda": hopper, "triton": triton, "cpu": cpu, "torch": blockwise}
 NAMES: tuple[str, ...] = get_args(BackendName)
+_NORMALIZE = {"cpu": ("both", "none"), "triton": ("both",), "cuda": ("both",)}  # the others have all choices
 
 
 def available_backends() -> dict[str, str | None]:
@@ -85,10 +87,11 @@ def resolve(backend: str, device: torch.device, dtype: torch.dtype, normalize: s
     if backend not in NAMES:
         raise ValueError(f"backend is {backend!r}, expected one of {', '.join(map(repr, NAMES))}")
     if backend == "auto":
-        return _best(device, dtype) if normalize == "both" else "torch"
+        best = _best(device, dtype)
+        return best if normalize in _NORMALIZE.get(best, ALL) else "torch"
     if backend == "reference":
         return backend
-    if normalize != "both" and backend != "torch":
+    if normalize not in _NORMALIZE.get(backend, ALL):
         raise ValueError(f"backend is {backend!r}, expected 'auto' or 'torch' for normalize={normalize!r}")
     reason = _BACKENDS[backend].why_not(device, dtype)
     if reason is not None:

@@ -18,6 +18,7 @@ from ..contrastive import loss_backward as loss_backward  # part of a `Backend`
 from ..contrastive import loss_forward as loss_forward
 from ..pairs import Pairs
 from . import null_patch as null
+from . import raw_texts
 
 _native: Any = native.native()  # None: built without a C++ compiler, or for another Python
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -77,16 +78,19 @@ def why_not(device: torch.device | None = None, dtype: torch.dtype | None = None
 def compatibility_forward(
     patches: Tensor, texts: Tensor, patch_mask: Tensor | None, temperature: Scalar, form: str,
     phi: Tensor, state: Tensor, scores: Tensor | None = None, *, patch_lengths: Tensor | None = None,
-    null_patch: bool = False,
+    null_patch: bool = False, normalize: str = "both",
 ) -> None:  # fmt: skip
-    starts = _patch_starts(patch_lengths)
+    starts, raw = _patch_starts(patch_lengths), normalize == "none"
     params = _params(patches, texts, patch_mask, temperature, form, starts, phi, state)
+    params.set(raw=raw)
     if scores is not None:
         params.set(**_kept(scores))
     _run(_native.compatibility_forward(params))
     del starts  # the call has its address
+    if raw and form == "cosine":
+        raw_texts.divide(phi, texts)
     if null_patch:
-        null.add(phi, state, temperature, form, _entropy_unit(temperature))
+        null.add(phi, state, temperature, form, _entropy_unit(temperature, raw))
 
 
 def compatibility_backward(
@@ -94,20 +98,41 @@ def compatibility_backward(
     phi: Tensor, state: Tensor, grad_phi: Tensor,
     grad_patches: Tensor | None, grad_texts: Tensor | None, grad_temperature: Tensor | None,
     keeps_scores: bool = False, *, patch_lengths: Tensor | None = None, null_patch: bool = False,
+    normalize: str = "both",
 ) -> None:  # fmt: skip
+    raw = normalize == "none"
+    if raw and form == "cosine":
+        with raw_texts.gradient(texts, phi, grad_phi, grad_texts) as (grad_phi, grad_texts):
+            _backward(
+                *(patches, texts, patch_mask, temperature, form, phi, state, grad_phi),
+                *(grad_patches, grad_texts, grad_temperature, patch_lengths, raw),
+            )
+        return
     if null_patch and form == "max":
         grad_phi = null.winners_only(state, grad_phi)
+    _backward(
+        *(patches, texts, patch_mask, temperature, form, phi, state, grad_phi),
+        *(grad_patches, grad_texts, grad_temperature, patch_lengths, raw, keeps_scores),
+    )
+    if null_patch and form == "dot" and grad_temperature is not None:
+        null.add_to_temperature(grad_temperature, phi, state, grad_phi, temperature, _entropy_unit(temperature, raw))
+
+
+def _backward(
+    patches: Tensor, texts: Tensor, patch_mask: Tensor | None, temperature: Scalar, form: str,
+    phi: Tensor, state: Tensor, grad_phi: Tensor,
+    grad_patches: Tensor | None, grad_texts: Tensor | None, grad_temperature: Tensor | None,
+    patch_lengths: Tensor | None, raw: bool, keeps_scores: bool = False,
+) -> None:  # fmt: skip
     starts = _patch_starts(patch_lengths)
     params = _params(patches, texts, patch_mask, temperature, form, starts, phi, state)
     texts_sum = _set_gradients(params, grad_patches, grad_texts, grad_temperature)
-    params.set(grad_phi=grad_phi.data_ptr())
+    params.set(grad_phi=grad_phi.data_ptr(), raw=raw)
     if keeps_scores:
         assert grad_patches is not None
         params.set(**_kept(grad_patches))
     _run(_native.compatibility_backward(params))
     del starts, texts_sum  # the call has their addresses
-    if null_patch and form == "dot" and grad_temperature is not None:
-        null.add_to_temperature(grad_temperature, phi, state, grad_phi, temperature, _entropy_unit(temperature))
 
 
 def sigmoid_step(
@@ -234,9 +259,9 @@ def _set_gradients(
     return texts_sum
 
 
-def _entropy_unit(temperature: Scalar) -> float | None:
+def _entropy_unit(temperature: Scalar, raw: bool) -> float | None:
     """Return the unit of the state of the `dot` form, see `null_patch.add`."""
-    return None if float(temperature) >= RUNNING_MAX_BELOW else 1.0
+    return None if float(temperature) >= RUNNING_MAX_BELOW and not raw else 1.0
 
 
 def _kept(scores: Tensor) -> dict[str, int]:

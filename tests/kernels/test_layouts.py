@@ -10,15 +10,21 @@ from problems import FORMS
 from pacl_kernels import PaclLoss, cached_step, compatibility, fused_pacl_loss, scoring, tokens
 
 
-@pytest.mark.parametrize("options", random.Random(28).sample(SINGLE, 24) + random.Random(29).sample(MANY, 36))
+@pytest.mark.parametrize("options", random.Random(28).sample(SINGLE, 24) + random.Random(29).sample(MANY, 36), ids=str)
 def test_against_the_reference(options, target):
     Layout(*options).check(target.backend, target.dtype, target.device)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("options", random.Random(30).sample(RAW, 24))
+@pytest.mark.parametrize("options", random.Random(30).sample(RAW, 24), ids=str)
 def test_rows_that_are_not_normalised(options, dtype):
     Layout(*options).check("torch", dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("options", random.Random(33).sample([x for x in RAW if "none" in x], 16), ids=str)
+def test_rows_that_are_not_normalised_on_the_cpu(options, dtype, cpu_backend):
+    Layout(*options).check(cpu_backend, dtype)
 
 
 def values_and_gradients(function, *tensors, **options):
@@ -259,7 +265,7 @@ PACKED = torch.ones(5, 4), torch.ones(2, 4)
         (PLAIN, {"normalize": "rows"}, ValueError, "normalize is 'rows', expected one of 'both', 'values', 'none'"),
         (
             PLAIN,
-            {"normalize": "none", "backend": "cpu"},
+            {"normalize": "values", "backend": "cpu"},
             ValueError,
             "backend is 'cpu', expected 'auto' or 'torch'",
         ),
