@@ -187,10 +187,7 @@ def fused_pacl_loss(
         process_group = None
     pairs = check_pairs(inputs, image_ids, text_ids, targets, pair_bias, loss, process_group is not None)
     if process_group is not None:
-        return global_loss(
-            *(inputs.patches, inputs.texts, logit_scale, patch_mask, inputs.attn_temperature, logit_bias),
-            *(options, process_group, exchange, pairs),
-        )
+        return global_loss(inputs, logit_scale, logit_bias, options, process_group, exchange, pairs)
     if options.backend == "reference":
         return _formula(
             reference.pacl_loss,
@@ -269,9 +266,7 @@ def compatibility(
     groups.check(group)
     process_group = groups.lookup(group) if isinstance(group, str) else group
     if process_group is not None and process_group.size() > 1:
-        return global_compatibility(
-            *(inputs.patches, inputs.texts, patch_mask, inputs.attn_temperature, options, process_group)
-        )
+        return global_compatibility(inputs, options, process_group)
     if options.backend == "reference":
         return _formula(reference.compatibility, inputs, options)
     return first_output(CompatibilityFunction, *inputs, keeping(options, inputs))

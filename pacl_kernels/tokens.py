@@ -107,12 +107,12 @@ class Tokens(NamedTuple):
 def tokens_of(texts: Tensor, mask: Tensor | None, lengths: Tensor | None, pool: str, scale: float) -> Tokens:
     """Return the tokens of `texts`, `[K, L, D]` with or without a mask `[K, L]`, or `[T, D]` with lengths `[K]`.
 
-    Lengths are on the CPU, or on the GPU of the texts, where the tokens may end with padding: rows of zeros.
+    There may be more tokens than the lengths say: padding at the end, rows of zeros.
     """
-    places, real, on_device = None, None, False
+    places, real, padding = None, None, False
     if lengths is not None:
-        rows, on_device = texts, lengths.is_cuda
-        lengths = to_device(lengths, texts.device)
+        padding = lengths.is_cuda or int(lengths.sum()) < len(texts)
+        rows, lengths = texts, to_device(lengths, texts.device)
     else:
         k, length = texts.shape[:2]
         rows = texts.reshape(k * length, texts.shape[2])
@@ -125,7 +125,7 @@ def tokens_of(texts: Tensor, mask: Tensor | None, lengths: Tensor | None, pool: 
         rows = rows.masked_fill(~real[:, None], 0.0)
     starts = starts_of(lengths)
     text = torch.searchsorted(starts[1:], torch.arange(len(rows), device=texts.device), right=True)
-    if on_device:
+    if padding:
         real = text < len(starts) - 1
         text = text.clamp_max(len(starts) - 2)
     return Tokens(rows, text, starts, real, places, pool, scale)

@@ -29,6 +29,7 @@ from . import collectives, labelled
 from .collectives import Plan, padded
 from .diagonal import valid_columns
 from .ring import Blocks, send_round
+from .texts import blocks_of, of_block, with_all_layouts
 
 
 class GlobalSigmoidFunction(torch.autograd.Function):
@@ -40,14 +41,16 @@ class GlobalSigmoidFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, patches: Tensor, texts: Tensor, logit_scale: Scalar, patch_mask: Tensor | None,
-        attn_temperature: Scalar, logit_bias: Scalar | None, image_ids: Tensor | None, text_ids: Tensor | None,
+        ctx: Any, patches: Tensor, texts: Tensor, patch_mask: Tensor | None, attn_temperature: Scalar,
+        patch_lengths: Tensor | None, text_mask: Tensor | None, text_lengths: Tensor | None,
+        logit_scale: Scalar, logit_bias: Scalar | None, image_ids: Tensor | None, text_ids: Tensor | None,
         targets: Tensor | None, pair_bias: Tensor | None, options: Options, plan: Plan, headers: Tensor,
         needs: tuple[bool, ...],
     ) -> Tensor:  # fmt: skip
-        images, sizes = patches.shape[0], collectives.wait(headers)[:, 0]
+        inputs = Inputs(patches, texts, patch_mask, attn_temperature, patch_lengths, text_mask, text_lengths)
+        images, sizes = inputs.images, collectives.wait(headers)[:, 0]
         pairs = labelled.with_padding(Pairs(image_ids, text_ids, targets, pair_bias), images, sizes, plan)
-        inputs = Inputs(patches, texts, patch_mask, attn_temperature)
+        inputs = with_all_layouts(inputs, plan)
         batch = _Batch(inputs, logit_scale, logit_bias, pairs, options, plan, sizes, needs)
         grad_texts = batch.ring() if plan.ring else batch.gather()
         sums = collectives.wait(collectives.all_reduce(batch.sums, plan))
@@ -73,7 +76,7 @@ class GlobalSigmoidFunction(torch.autograd.Function):
     def backward(ctx: Any, values: list[Any], grad_loss: Tensor) -> Gradients:
         # Out of place: a graph that is retained may ask again.
         patches, texts, scale, temperature, bias, pairs = (x if x is None else x * grad_loss for x in values[:6])
-        return patches, texts, scale, None, temperature, bias, None, None, None, pairs, None, None, None, None
+        return patches, texts, None, temperature, None, None, None, scale, bias, None, None, None, pairs, *(None,) * 4
 
 
 class _Batch:
@@ -88,8 +91,9 @@ class _Batch:
         plan: Plan, sizes: Tensor, needs: tuple[bool, ...],
     ):  # fmt: skip
         self.inputs, self.scalars, self.pairs = inputs, (*ops.pair(logit_scale), *ops.pair(logit_bias)), pairs
-        self.options, self.plan, self.needs, self.images = options, plan, needs, inputs.patches.shape[0]
+        self.options, self.plan, self.needs, self.images = options, plan, needs, inputs.images
         self.dtype = torch.promote_types(inputs.patches.dtype, torch.float32)
+        self.packed = inputs.text_lengths is not None
         self.valid = valid_columns(sizes, plan)
         # Loss, gradients of logit scale, temperature and logit bias, and the number of images.
         self.sums = self._zeros(5, dtype=torch.float64)
@@ -98,16 +102,19 @@ class _Batch:
         self.grad_pairs = self._zeros(self.images, plan.world * plan.capacity) if needs[5] else None
 
     def ring(self) -> Tensor | None:
-        """Add the texts of one process after the other; return ∂L/∂T `[capacity, D]` of the own texts."""
-        plan, sent = self.plan, padded(self.inputs.texts, self.plan)
+        """Add the texts of one process after the other; return ∂L/∂T `[plan.rows, ...]` of the own texts."""
+        plan, shape = self.plan, self.inputs.texts.shape[1:]
         travelling: Any = None  # a tensor after the first visit
 
         def visit(blocks: Blocks) -> None:
             nonlocal travelling
             first = blocks[0][0].start
             end = plan.real(first // plan.capacity).stop
-            grad = self._zeros(*sent.shape)
+            grad = self._zeros(plan.rows, *shape)
             for at, block in blocks:
+                if self.packed:
+                    self._add(at, block, grad)
+                    continue
                 at = slice(at.start, min(at.stop, end))
                 if at.start < at.stop:
                     self._add(at, block[: at.stop - at.start], grad[at.start - first : at.stop - first])
@@ -116,14 +123,19 @@ class _Batch:
                     grad.add_(collectives.wait(travelling))
                 travelling = collectives.hop(grad, plan)
 
-        send_round(sent, plan, self.images, visit)
+        send_round(self.inputs, plan, visit)
         return collectives.wait(travelling) if self.needs[1] else None
 
     def gather(self) -> Tensor | None:
-        """Add the own texts, then all others at once; return ∂L/∂T `[capacity, D]` of the own texts."""
+        """Add the own texts, then all others at once; return ∂L/∂T `[plan.rows, ...]` of the own texts."""
         plan, texts = self.plan, self.inputs.texts
         gathered = collectives.all_gather(padded(texts, plan), plan.world, plan.group)
-        grad = self._zeros(plan.world * plan.capacity, texts.shape[1])
+        grad = self._zeros(plan.world * plan.rows, *texts.shape[1:])
+        if self.packed:
+            gathered = collectives.wait(gathered)
+            for (at, block), part in zip(blocks_of(self.inputs, gathered, plan), grad.split(plan.rows), strict=True):
+                self._add(at, block, part)
+            return collectives.reduce_scatter(grad, plan) if self.needs[1] else None
         first = plan.columns(plan.rank).start
         own = slice(first, first + texts.shape[0])
         self._add(own, texts, grad[own])
@@ -132,7 +144,7 @@ class _Batch:
         parts = [torch.arange(at.start, at.stop, device=texts.device) for at in others]
         if parts:
             columns = torch.cat(parts)
-            part = self._zeros(columns.shape[0], texts.shape[1])
+            part = self._zeros(columns.shape[0], *texts.shape[1:])
             self._add(columns, gathered[columns], part)
             grad.index_copy_(0, columns, part)
         return collectives.reduce_scatter(grad, plan) if self.needs[1] else None
@@ -142,13 +154,13 @@ class _Batch:
 
     def _add(self, at: slice | Tensor, texts: Tensor, grad_texts: Tensor) -> None:
         """Add the pairs with `texts` `[n, D]`, columns `at` of all; write ∂L/∂T if it is needed."""
-        if not texts.shape[0]:
+        if not texts.shape[0] and not self.packed:
             return
         pairs = self.pairs.columns(at)
-        if self.plan.sizes is None:  # padding could not be cut off: its pairs are taken out
-            out = self._zeros(self.images, texts.shape[0]).masked_fill_(~self.valid[at], float("-inf"))
+        if self.plan.sizes is None or self.packed:  # padding could not be cut off: its pairs are taken out
+            out = self._zeros(self.images, self.valid[at].shape[0]).masked_fill_(~self.valid[at], float("-inf"))
             pairs = pairs._replace(pair_bias=out if pairs.pair_bias is None else out.add_(pairs.pair_bias))
-        inputs = self.inputs._replace(texts=texts)
+        inputs = of_block(self.inputs, at, texts)
         value, scalars, grad_patches, grad_pairs = self._step(inputs, pairs, grad_texts if self.needs[1] else None)
         for i, x in enumerate((value, *scalars)):
             if x is not None:
@@ -173,7 +185,7 @@ class _Batch:
         needs_patches, needs_texts, *needs_scalars, needs_pairs = self.needs
         value = self._zeros()
         scale, temperature, bias = scalars = [value.new_empty(()) if needed else None for needed in needs_scalars]
-        grad_pairs = self._zeros(self.images, texts.shape[0]) if needs_pairs else None
+        grad_pairs = self._zeros(self.images, inputs.text_count) if needs_pairs else None
         grad_patches = None
         if in_one_pass(self.options, inputs):
             grad_patches = patches.new_empty(patches.shape) if needs_patches else None
