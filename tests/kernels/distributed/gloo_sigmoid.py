@@ -55,7 +55,7 @@ def test_gradients_are_made_in_the_forward(step, group):
 
 
 def test_padding_and_backends(step, group, monkeypatch):
-    """Where the numbers of texts are unknown, and where processes compute in different ways, the answer is the same."""
+    """The answer is the same if the numbers of texts are unknown, and if processes compute in different ways."""
     if group.size() == 1:
         pytest.skip("nothing is padded")
     step, leaves = step
