@@ -41,12 +41,27 @@ float finish_row(const CompatibilityParams& p, const float* sums, int64_t sums_c
     const V x = load(sums + d * sums_capacity + v * kLanes);
     return kMean ? fma(load(mean + d * kMeansCapacity + v * kLanes), inv_norm, x) : x;
   };
-  V dot[2]{}, rest[2]{};
+  V dot[2]{}, rest[2]{}, squares[2]{};
   for (int64_t d = 0; d < dims; d += kPanel) {
     const float* x = dims_at<Op>(units, capacity, row, d);
     for (int v = 0; v < 2; ++v) dot[v] = fma(load_dims<Op>(x, v), sum_of(d, v), dot[v]);
   }
   const float along = sum(dot[0] + dot[1]) * inv_squared;
+#if defined(PACL_PAIRS)
+  if constexpr (Op::kPair == 2) {
+    for (int64_t d = 0; d < dims; d += kPanel) {
+      const float* x = dims_at<Op>(units, capacity, row, d);
+      for (int v = 0; v < 2; ++v) {
+        const V result = fma(load_dims<Op>(x, v), -along, sum_of(d, v)) * range_scale;
+        squares[v] = fma(result, result, squares[v]);
+        const H half = round_to_bfloat16(result);
+        memcpy((uint16_t*)buffer + d + v * kLanes, &half, sizeof half);
+      }
+    }
+    write_gradient(out, sizeof(uint16_t) * out_offset, buffer, sizeof(uint16_t) * dim, fresh);
+    return sum(squares[0] + squares[1]);
+  }
+#endif
   for (int64_t d = 0; d < dims; d += kPanel) {
     const float* x = dims_at<Op>(units, capacity, row, d);
     for (int v = 0; v < 2; ++v) {
@@ -55,28 +70,18 @@ float finish_row(const CompatibilityParams& p, const float* sums, int64_t sums_c
       store(buffer + d + v * kLanes, result);
     }
   }
-  // Project once more: the first projection leaves its rounding error along x, which is the whole result if D = 1.
+  // Project once more: the first projection leaves its rounding error along x, which is the whole result if D = 1. It
+  // is far below the rounding of bfloat16 weights, whose D is at least 64.
   const float remainder = sum(rest[0] + rest[1]) * inv_squared;
-  V squares[2]{};
   for (int64_t d = 0; d < dims; d += kPanel) {
     const float* x = dims_at<Op>(units, capacity, row, d);
     for (int v = 0; v < 2; ++v) {
       const V result = fma(load_dims<Op>(x, v), -remainder, load(buffer + d + v * kLanes)) * range_scale;
       squares[v] = fma(result, result, squares[v]);
-#if defined(PACL_PAIRS)
-      if (Op::kPair == 2) {
-        const H half = round_to_bfloat16(result);
-        memcpy((uint16_t*)buffer + d + v * kLanes, &half, sizeof half);
-        continue;
-      }
-#endif
       store(buffer + d + v * kLanes, result);
     }
   }
-  if (Op::kPair == 2)
-    write_gradient(out, sizeof(uint16_t) * out_offset, buffer, sizeof(uint16_t) * dim, fresh);
-  else
-    write_row(out, out_offset, dim, dtype, buffer, fresh);
+  write_row(out, out_offset, dim, dtype, buffer, fresh);
   return sum(squares[0] + squares[1]);
 }
 
