@@ -108,8 +108,6 @@ def compatibility_backward(
                 *(grad_patches, grad_texts, grad_temperature, patch_lengths, raw),
             )
         return
-    if null_patch and form == "max":
-        grad_phi = null.winners_only(state, grad_phi)
     _backward(
         *(patches, texts, patch_mask, temperature, form, phi, state, grad_phi),
         *(grad_patches, grad_texts, grad_temperature, patch_lengths, raw, keeps_scores),

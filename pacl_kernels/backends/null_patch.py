@@ -41,11 +41,6 @@ def add(phi: Tensor, state: Tensor, temperature: Scalar, form: str, unit: float 
         state.copy_(torch.maximum(patches, null).add_(softplus(-(patches - null).abs())).div_(unit))
 
 
-def winners_only(state: Tensor, grad_phi: Tensor) -> Tensor:
-    """Return the gradient of φ of the `max` form, 0 where the null patch has won."""
-    return grad_phi.masked_fill(state < 0.0, 0.0)
-
-
 def add_to_temperature(
     grad_temperature: Tensor, phi: Tensor, state: Tensor, grad_phi: Tensor, temperature: Scalar, unit: float | None
 ) -> None:

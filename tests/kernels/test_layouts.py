@@ -99,6 +99,20 @@ def test_blocks_do_not_change_the_result(backend, monkeypatch):
                 assert_equal(whole[:1], answer[:1])
 
 
+@pytest.mark.parametrize("pool", POOLS)
+def test_padding_that_stays(pool):
+    """Tokens of a mask that only the device can read keep their padding, and give the same as without it."""
+    mask = torch.arange(L) < torch.tensor([[0], [2], [L], [1], [3], [1], [0]])
+    phi, grad = randn(B, K * L), randn(B, K)
+    packed = tokens.tokens_of(randn(K, L, D), mask, None, pool, 2.0)
+    whole = tokens.tokens_of(randn(K, L, D), None, None, pool, 2.0)
+    padded, phi_with_nan = whole._replace(real=mask.flatten()), phi.masked_fill(~mask.flatten(), float("nan"))
+    torch.testing.assert_close(padded.pool(phi_with_nan), packed.pool(phi[:, packed.places]))
+    spread = padded.spread(phi_with_nan, grad)
+    torch.testing.assert_close(spread[:, packed.places], packed.spread(phi[:, packed.places], grad))
+    assert not spread[:, ~mask.flatten()].any()
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("pool", POOLS)
 def test_threads_do_not_change_a_bit(pool, threads):

@@ -163,8 +163,6 @@ def compatibility_backward(
     grad_patches: Tensor | None, grad_texts: Tensor | None, grad_temperature: Tensor | None, null_patch: bool = False,
 ) -> None:  # fmt: skip
     """Write the gradients of patches, texts and temperature to the buffers that are not None."""
-    if null_patch and form == "max":
-        grad_phi = null.winners_only(state, grad_phi)
     with launch.on_device(patches):
         p = prepare(patches, texts, patch_mask, temperature, phi, state)
         launches = launches_of(p)

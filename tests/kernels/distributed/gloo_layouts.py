@@ -104,6 +104,16 @@ def test_compatibility(kind, group):
     torch.testing.assert_close(grads[1], rows_of(of_texts, parts, rank, 1))
 
 
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def test_logits_without_a_bound(exchange, group):
+    """The sum over tokens may be far above 1: exponentials of such logits need the maximum of their column."""
+    texts = torch.eye(D).double()[2 * group.rank() : 2 * group.rank() + 2]
+    leaves = [x.clone().requires_grad_() for x in (texts[:, None] + 0.1, texts[:, None].repeat(1, L, 1))]
+    value = fused_pacl_loss(*leaves, 400.0, text_pool="sum", group=group, exchange=exchange)
+    torch.testing.assert_close(value, torch.zeros(()).double())  # each pair is certain
+    assert all(x.isfinite().all() for x in torch.autograd.grad(value, leaves))
+
+
 def test_settings_differ(group):
     if group.size() == 1:
         pytest.skip("one process cannot differ")
