@@ -32,6 +32,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
+from pacl_kernels.backends import computes_sigmoid_step
 from pacl_kernels.backends.gpu import kernels, tiles
 from pacl_kernels.backends.gpu import triton as backend
 
@@ -145,6 +146,9 @@ def launches(variant: Variant, target: int, batch: int = 1024) -> list[Launch]:
         for loss, kept in (("infonce", statistics), ("sigmoid", None)):
             backend.loss_forward(phi, scale, None, loss, value, kept)
             backend.loss_backward(phi, scale, None, loss, kept, value, grad_phi, value, value)
+        if computes_sigmoid_step("triton", variant.form, dtype, variant.patches):
+            scalars = scale, scale, None, value
+            backend.sigmoid_step(patches, texts, mask, tau, variant.form, *scalars, *grads, value, value, None)
     return seen
 
 
@@ -181,7 +185,7 @@ def compile_launch(launch: Launch) -> dict:
         usage = _run("cuobjdump", "--dump-resource-usage", file.name)
         code = _run("nvdisasm", "-c", file.name)
     registers = int(re.search(r"REG:(\d+)", usage)[1])
-    sides = ("BLOCK_T", "BLOCK_P", "BLOCK_N", "BLOCK_D", "BLOCK_M", "BLOCK", "BLOCK_K")
+    sides = ("BLOCK_T", "BLOCK_P", "BLOCK_N", "BLOCK_D", "BLOCK_M", "BLOCK", "BLOCK_K", "C0", "C1", "C2")
     tile = {key: launch.constants[key] for key in sides if key in launch.constants}
     return {
         "kernel": launch.kernel.removesuffix("_kernel"),

@@ -297,8 +297,10 @@ class SigmoidFunction(PerSample):
             grads = [None if x is None else (x * grad_loss).to(x.dtype) for x in grads]
         else:
             grads = kept.pop() if kept else list(_sigmoid_step(*arguments)[1:])
-            if grad_loss.item() != 1.0:  # on a CPU, where reading it does not wait
-                grads = [None if x is None else x.mul_(grad_loss) for x in grads]
+            if grad_loss.is_cuda or grad_loss.item() != 1.0:  # on a GPU, reading it would wait
+                # A factor with a dimension is not rounded to 16 bits before the product.
+                factors = grad_loss, grad_loss.reshape(1)
+                grads = [None if x is None else x.mul_(factors[x.is_cuda and x.dim() > 0]) for x in grads]
         patches, texts, scale, temperature, bias, pair_bias = grads
         scale, temperature = like(scale, logit_scale), like(temperature, attn_temperature)
         return patches, texts, scale, None, temperature, like(bias, logit_bias), None, None, None, pair_bias, None, None

@@ -174,7 +174,8 @@ def fused_pacl_loss(
             logit_bias=logit_bias,
             **({} if pairs is None else pairs._asdict()),
         )
-    if loss == "sigmoid" and computes_sigmoid_step(options.backend, form, patches.dtype) and not in_functorch():
+    one_pass = loss == "sigmoid" and computes_sigmoid_step(options.backend, form, patches.dtype, patches.shape[1])
+    if one_pass and not in_functorch():
         given = (None,) * 4 if pairs is None else pairs
         needs = needed(patches, texts, logit_scale, attn_temperature, logit_bias, given[3])
         options = options._replace(kept=None if torch.compiler.is_compiling() else [])

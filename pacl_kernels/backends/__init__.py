@@ -141,12 +141,15 @@ def keeps_scores(backend: str, form: str, dtype: torch.dtype) -> bool:
     return backend == "cpu" and cpu.keeps_scores(form, dtype)
 
 
-def computes_sigmoid_step(backend: str, form: str, dtype: torch.dtype) -> bool:
+def computes_sigmoid_step(backend: str, form: str, dtype: torch.dtype, n: int) -> bool:
     """Return True if the backend has a `sigmoid_step`: the sigmoid loss and its gradients in one pass over the pairs.
 
+    `n`: patches of an image, all of which a GPU's tile must hold.
     Not for float16: such gradients are made before the incoming one is known, and a GradScaler would save none of them.
     """
-    return backend == "cpu" and form != "max" and dtype in (torch.float32, torch.bfloat16)
+    if form == "max" or dtype not in (torch.float32, torch.bfloat16):
+        return False
+    return backend == "cpu" or (backend == "triton" and triton.fits_sigmoid(form, n))
 
 
 _warned: set[str] = set()

@@ -340,8 +340,8 @@ def evaluate(problem: Problem, backend: str, needs: tuple[str, ...] = DIFFERENTI
     if problem.objective != "compatibility" and not problem.pairs:
         expected |= {"loss_forward", "loss_backward"} if asked else {"loss_forward"}
     if problem.objective == "sigmoid":
-        dtype = next(arguments["patches"].dtype for _, arguments in spy.calls if "patches" in arguments)
-        if computes_sigmoid_step(backend, problem.form, dtype):
+        patches = next(arguments["patches"] for _, arguments in spy.calls if "patches" in arguments)
+        if computes_sigmoid_step(backend, problem.form, patches.dtype, patches.shape[1]):
             expected, scores = {"sigmoid_step"}, set(asked)
     assert spy.backends() == {(name, backend) for name in expected}
     for operator, arguments in spy.calls:

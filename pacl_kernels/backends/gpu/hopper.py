@@ -17,7 +17,7 @@ from torch import Tensor
 from ...native import native
 from . import launch, order, tiles, triton
 from .loss import loss_backward, loss_forward
-from .problem import Block, Problem, Upstream
+from .problem import Block, Problem, SigmoidPairs, Upstream
 from .upsample import upsample_argmax
 
 __all__ = [
@@ -130,6 +130,12 @@ class HopperLaunches:
             return self._triton.cosine_weights_from_attention(block, upstream, attention, gram, w, norm_factor)
         return self._cosine_weights("cosine_weights_from_attention", block, upstream, attention, gram, w, norm_factor)
 
+    def sigmoid_tile(self, needs_temperature: bool) -> tuple[int, int]:
+        return self._triton.sigmoid_tile(needs_temperature)
+
+    def sigmoid_dot_weights(self, block: Block, pairs: SigmoidPairs, w: Tensor | None) -> Tensor:
+        return self._triton.sigmoid_dot_weights(block, pairs, w)
+
     def norm_term(self, block: Block, attention: Tensor, norm_factor: Tensor, norm_term: Tensor) -> None:
         self._triton.norm_term(block, attention, norm_factor, norm_term)
 
@@ -231,5 +237,6 @@ def _aligned(x: Tensor) -> Tensor:
     return copy.copy_(x)
 
 
-compatibility_forward = functools.partial(order.compatibility_forward, HopperLaunches)
-compatibility_backward = functools.partial(order.compatibility_backward, HopperLaunches)
+# mypy is right that HopperLaunches lacks `sigmoid_cosine_weights`, but `computes_sigmoid_step` never asks for it.
+compatibility_forward = functools.partial(order.compatibility_forward, HopperLaunches)  # type: ignore[arg-type]
+compatibility_backward = functools.partial(order.compatibility_backward, HopperLaunches)  # type: ignore[arg-type]

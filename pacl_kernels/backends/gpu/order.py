@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from ...checks import Scalar
+from ...pairs import Pairs
 from . import launch, rows, workspace
-from .problem import Block, Problem, Upstream
+from .problem import Block, Problem, SigmoidPairs, Upstream
 
 
 class Launches(Protocol):
@@ -65,6 +66,22 @@ class Launches(Protocol):
         self, block: Block, upstream: Upstream, attention: Tensor, gram: Tensor, w: Tensor, norm_factor: Tensor
     ) -> Tensor | None:
         """Write W of the cosine form and the factors of the norm term, from the attention."""
+
+    def sigmoid_tile(self, needs_temperature: bool) -> tuple[int, int]:
+        """Return the number of texts and rows of a tile of W that the sigmoid loss writes."""
+
+    def sigmoid_dot_weights(self, block: Block, pairs: SigmoidPairs, w: Tensor | None) -> Tensor:
+        """Write W of the `dot` form with ∂L/∂φ of the sigmoid loss, and the gradient of the pair bias.
+
+        Return partial sums `[parts, SIGMOID_SUMS]`, float32. Those of loss, scale and bias lack the factor 1 / B; that
+        of the temperature is as from `dot_weights`, and 0 unless `pairs.needs_temperature`. `w`: None, if no product
+        needs W.
+        """
+
+    def sigmoid_cosine_weights(
+        self, block: Block, pairs: SigmoidPairs, attention: Tensor, gram: Tensor, w: Tensor, norm_factor: Tensor
+    ) -> Tensor:
+        """Write W of the cosine form, attention and factors of the norm term; return sums, as the `dot` form does."""
 
     def norm_term(self, block: Block, attention: Tensor, norm_factor: Tensor, norm_term: Tensor) -> None:
         """Write the norm term C of the block's images; every block of texts but the first adds to it."""
@@ -163,26 +180,105 @@ def _backward(
     grad_texts: Tensor | None,
     grad_temperature: Tensor | None,
 ) -> None:
-    """Write the gradients of the `dot` and the cosine form: W of each block, then ∂P = Wᵀ T and ∂T += W P.
-
-    The cosine form adds C P to ∂P, where C is the norm term. The last step projects out the part along each row.
-    """
-    cosine, dtype = form == "cosine", p.patches.dtype
-    range_scale = _range_scale(p, form, grad_phi) if dtype == torch.float16 else None
+    """Write the gradients of the `dot` and the cosine form."""
+    range_scale = _range_scale(p, form, grad_phi) if p.patches.dtype == torch.float16 else None
     upstream = Upstream(grad_phi, range_scale, grad_temperature is not None)
+
+    def write_weights(block: Block, w: Tensor, cosine: _Cosine | None) -> Tensor | None:
+        if cosine is None:
+            return launches.dot_weights(block, upstream, w)
+        attention = cosine.attention_of(block)
+        if launches.fits_one_tile:
+            return launches.cosine_weights(block, upstream, attention, cosine.gram, w, cosine.norm_factor)
+        launches.attention(block, attention, state_is_entropy=False)
+        return launches.cosine_weights_from_attention(block, upstream, attention, cosine.gram, w, cosine.norm_factor)
+
+    # The gradient of the temperature changes only the tile of `dot_weights`.
+    tile = launches.weights_tile(form == "dot" and upstream.needs_temperature)
+    tau_sum = _gradients(p, launches, form, write_weights, tile, range_scale, grad_patches, grad_texts)
+    if grad_temperature is not None and tau_sum is not None:
+        _write_temperature(p, form, tau_sum, grad_temperature)
+
+
+def sigmoid_step(
+    launches_of: Callable[[Problem], Launches],
+    patches: Tensor, texts: Tensor, patch_mask: Tensor | None, temperature: Scalar, form: str,
+    scale: Scalar, bias: Scalar | None, pairs: Pairs | None, value: Tensor,
+    grad_patches: Tensor | None, grad_texts: Tensor | None, grad_temperature: Tensor | None,
+    grad_scale: Tensor | None, grad_bias: Tensor | None, grad_pair_bias: Tensor | None,
+) -> None:  # fmt: skip
+    """Write the sigmoid loss (0-D) and the gradients whose buffers are not None, without an array of all pairs."""
+    nothing = value.new_empty(0)  # in place of φ and state
+    with launch.on_device(patches):
+        p = prepare(patches, texts, patch_mask, temperature, nothing, nothing)
+        launches = launches_of(p)
+        given = Pairs(*(None if x is None else x.contiguous() for x in pairs or (None,) * 4))
+        sigmoid = SigmoidPairs(scale, bias, given, grad_pair_bias, grad_temperature is not None)
+
+        def write_weights(block: Block, w: Tensor, cosine: _Cosine | None) -> Tensor | None:
+            if cosine is None:
+                return launches.sigmoid_dot_weights(block, sigmoid, w)
+            attention = cosine.attention_of(block)
+            return launches.sigmoid_cosine_weights(block, sigmoid, attention, cosine.gram, w, cosine.norm_factor)
+
+        if form == "dot" and grad_patches is None and grad_texts is None:
+            sums = launches.sigmoid_dot_weights(p.pairs, sigmoid, None).sum(0, dtype=torch.float64)
+        else:
+            tile = launches.sigmoid_tile(sigmoid.needs_temperature)
+            total = _gradients(p, launches, form, write_weights, tile, None, grad_patches, grad_texts)
+            assert total is not None
+            sums = total
+        for to, mean in zip((value, grad_scale, grad_bias), sums / p.b, strict=False):
+            if to is not None:
+                to.copy_(mean)
+        if grad_temperature is not None:
+            _write_temperature(p, form, sums[3], grad_temperature)
+
+
+class _Cosine(NamedTuple):
+    """Buffers of a block of the cosine form."""
+
+    gram: Tensor
+    room: Tensor  # of the attention
+    norm_factor: Tensor
+    norm_term: Tensor
+
+    def attention_of(self, block: Block) -> Tensor:
+        return workspace.attention_of(block, self.room)
+
+
+def _gradients(
+    p: Problem,
+    launches: Launches,
+    form: str,
+    write_weights: Callable[[Block, Tensor, _Cosine | None], Tensor | None],
+    tile: tuple[int, int],
+    range_scale: Tensor | None,
+    grad_patches: Tensor | None,
+    grad_texts: Tensor | None,
+) -> Tensor | None:
+    """Write the gradients of patches and texts: W of each block, then ∂P = Wᵀ T and ∂T += W P.
+
+    The cosine form adds C P to ∂P, where C is the norm term. The last step projects out the part along each row. Return
+    the sum of the partial sums that `write_weights` returns, in float64, or None where it returns none. `tile`: texts
+    and rows of a tile of W.
+    """
+    dtype = p.patches.dtype
     # In float16 the scaled sum may overflow, and a sum over several blocks of texts would be rounded after each.
     widened = range_scale is not None or p.k > workspace.text_block(p.n, p.k, workspace.score_bytes(p, form))
     size = workspace.backward_blocks(p, form, widened)
-    # The gradient of the temperature changes only the tile of `dot_weights`.
-    w = workspace.weights(p, size, launches.weights_tile(not cosine and upstream.needs_temperature))
-    if cosine:
-        gram, room = workspace.gram(p, size), workspace.attention(p, size, launches.attention_dtype)
-        norm_factor = p.phi.new_empty(size.images * size.texts)
-        norm_term = workspace.norm_term(p, size, torch.float32 if widened else dtype)
-        write_weights = launches.cosine_weights if launches.fits_one_tile else launches.cosine_weights_from_attention
+    w = workspace.weights(p, size, tile)
+    cosine = None
+    if form == "cosine":
+        cosine = _Cosine(
+            workspace.gram(p, size),
+            workspace.attention(p, size, launches.attention_dtype),
+            p.phi.new_empty(size.images * size.texts),
+            workspace.norm_term(p, size, torch.float32 if widened else dtype),
+        )
     patches_sum = p.phi.new_empty(size.images * p.n, p.d) if grad_patches is not None and widened else None
     texts_sum = p.phi.new_zeros(p.k, p.d) if grad_texts is not None else None
-    tau_sum = p.phi.new_zeros((), dtype=torch.float64) if upstream.needs_temperature else None
+    total: Tensor | None = None
 
     for images in p.pairs.by_images(size.images):
         rows_count = images.images * p.n
@@ -191,18 +287,13 @@ def _backward(
             raw = into if patches_sum is None else patches_sum[:rows_count]
         if grad_texts is not None:
             patch_rows = _patch_rows(p, images)
-        if cosine:
-            launches.gram(images, gram)
+        if cosine is not None:
+            launches.gram(images, cosine.gram)
         for block in images.by_texts(size.texts):
-            if cosine:
-                attention = workspace.attention_of(block, room)
-                if not launches.fits_one_tile:
-                    launches.attention(block, attention, state_is_entropy=False)
-                tau_parts = write_weights(block, upstream, attention, gram, w, norm_factor)
-            else:
-                tau_parts = launches.dot_weights(block, upstream, w)
-            if tau_sum is not None and tau_parts is not None:
-                tau_sum += tau_parts.sum(dtype=torch.float64)
+            parts = write_weights(block, w, cosine)
+            if parts is not None:
+                part = parts.sum(0, dtype=torch.float64)
+                total = part if total is None else total + part
             weights, texts = w[: block.texts, :rows_count], p.texts[block.k0 : block.k1]
             if grad_patches is not None:
                 if not widened:
@@ -211,20 +302,23 @@ def _backward(
                     raw.copy_(_product(weights.T, texts))
                 else:
                     raw += _product(weights.T, texts)
-                if cosine:
-                    launches.norm_term(block, attention, norm_factor, norm_term)
+                if cosine is not None:
+                    launches.norm_term(block, cosine.attention_of(block), cosine.norm_factor, cosine.norm_term)
             if texts_sum is not None:
                 texts_sum[block.k0 : block.k1] += _product(weights, patch_rows)
         if grad_patches is not None:
-            if cosine:
-                launches.norm_term_product(images, norm_term, raw)
+            if cosine is not None:
+                launches.norm_term_product(images, cosine.norm_term, raw)
             _project_patches(p, images, raw, into, range_scale)
     if grad_texts is not None and texts_sum is not None:
         _project_texts(p, texts_sum, grad_texts, range_scale)
-    if grad_temperature is not None and tau_sum is not None:
-        if not cosine:
-            tau_sum = tau_sum / p.temperature / p.temperature
-        grad_temperature.copy_(-tau_sum)
+    return total
+
+
+def _write_temperature(p: Problem, form: str, tau_sum: Tensor, grad_temperature: Tensor) -> None:
+    if form == "dot":
+        tau_sum = tau_sum / p.temperature / p.temperature
+    grad_temperature.copy_(-tau_sum)
 
 
 def _max_backward(

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...pairs import Pairs
+
 
 class Block(NamedTuple):
     """Images [b0, b1) and texts [k0, k1)."""
@@ -84,4 +86,17 @@ class Upstream(NamedTuple):
 
     grad_phi: Tensor  # [B, K], float32
     range_scale: Tensor | None  # power of two that keeps float16 in range; None for other dtypes
+    needs_temperature: bool  # compute the gradient of the temperature
+
+
+SIGMOID_SUMS = 4  # partial sums of the sigmoid loss: the loss, and the gradients of scale, bias and temperature
+
+
+class SigmoidPairs(NamedTuple):
+    """Inputs of the sigmoid loss and its gradients; without ids and targets text i belongs to image i."""
+
+    scale: float | Tensor  # a tensor is 0-D, float32, on the device
+    bias: float | Tensor | None
+    given: Pairs  # ids int64 [B] and [K], targets and pair bias float32 [B, K], all contiguous
+    grad_pair_bias: Tensor | None  # [B, K], float32, to be written
     needs_temperature: bool  # compute the gradient of the temperature

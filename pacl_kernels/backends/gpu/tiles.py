@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import itertools
 import os
 from typing import NamedTuple
 
@@ -60,6 +61,70 @@ CONFIGS = {
 # Configurations by bytes per element where rows are loaded by address, which takes registers: for rows that are not
 # evenly spaced, contiguous and aligned, and for padded images where D is not a multiple of the step.
 STRIDED = {2: Config(128, 64, 32, 8, 4, 1), 4: Config(64, 64, 32, 8, 3, 1)}
+
+
+class SigmoidTile(NamedTuple):
+    """Tile of texts and whole images, step along D, and compile options.
+
+    `parts`: widths of up to three products that together hold the patches. `pad`: 0 if a tile holds one image,
+    otherwise the columns of each of several images in its only part.
+    """
+
+    block_t: int
+    parts: tuple[int, ...]
+    block_d: int
+    warps: int
+    stages: int
+    per_processor: int
+    pad: int
+
+    @property
+    def images(self) -> int:
+        return self.parts[0] // self.pad if self.pad else 1
+
+
+# (full, architecture, bytes per element) to configuration, as `CONFIGS`, but N chooses the parts. "Full" means with a
+# mask, the gradient of the temperature or a running maximum. Not timed.
+SIGMOID = {
+    (False, 80, 2): Config(64, 0, 32, 8, 3, 1),
+    (True, 80, 2): Config(64, 0, 32, 8, 3, 1),
+    (False, 80, 4): Config(32, 0, 32, 8, 2, 1),
+    (True, 80, 4): Config(32, 0, 32, 8, 2, 1),
+    (False, 90, 2): Config(64, 0, 64, 4, 3, 2),
+    (True, 90, 2): Config(64, 0, 64, 8, 3, 1),
+    (False, 90, 4): Config(64, 0, 32, 8, 2, 1),
+    (True, 90, 4): Config(32, 0, 32, 8, 2, 1),
+    (False, 100, 2): Config(64, 0, 64, 4, 3, 2),
+    (True, 100, 2): Config(64, 0, 64, 8, 3, 1),
+    (False, 100, 4): Config(64, 0, 32, 8, 2, 1),
+    (True, 100, 4): Config(32, 0, 32, 8, 2, 1),
+}
+MOST_SIGMOID_PATCHES = 256  # the products of more patches do not fit into registers
+
+
+@functools.cache
+def sigmoid_parts(n: int) -> tuple[int, ...]:
+    """Return widths of at most three products, each a power of two, that hold N patches with the least waste."""
+    choices = (
+        parts for count in (1, 2, 3) for parts in itertools.combinations_with_replacement((128, 64, 32, 16), count)
+    )
+    return min((parts for parts in choices if sum(parts) >= n), key=lambda parts: (sum(parts), len(parts)))
+
+
+def sigmoid_tile(patches: Tensor, texts: Tensor, full: bool) -> SigmoidTile:
+    """Return the entry of the table for N patches, with smaller tiles for fewer texts or dimensions."""
+    n, d = patches.shape[1:]
+    entry = SIGMOID[full, newest({number for _, number, _ in SIGMOID}, patches.device), patches.element_size()]
+    pad = power_of_two(n) if n <= 32 else 0
+    return SigmoidTile(
+        min(entry.block_t, max(16, power_of_two(len(texts)))),
+        (64,) if pad else sigmoid_parts(n),
+        min(entry.block_d, max(16, power_of_two(d))),
+        entry.warps,
+        entry.stages,
+        entry.per_processor,
+        pad,
+    )
 
 
 class GramAttention(NamedTuple):

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from ...constants import MIN_POOLED_NORM
-from . import launch, order, tiles
+from . import launch, order, sigmoid, tiles
 from .loss import loss_backward, loss_forward
-from .problem import Block, Problem, Upstream
+from .problem import Block, Problem, SigmoidPairs, Upstream
 from .upsample import upsample_argmax
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "compatibility_forward",
     "loss_backward",
     "loss_forward",
+    "sigmoid_step",
     "upsample_argmax",
     "why_not",
 ]
@@ -196,6 +197,12 @@ class TritonLaunches:
         )
         return tau_parts
 
+    def sigmoid_tile(self, needs_temperature: bool) -> tuple[int, int]:
+        return sigmoid.tile(self._p, needs_temperature).block_t, 1  # rows are stored with a mask
+
+    def sigmoid_dot_weights(self, block: Block, pairs: SigmoidPairs, w: Tensor | None) -> Tensor:
+        return sigmoid.dot_weights(self._p, block, pairs, w, self._precision)
+
     def norm_term(self, block: Block, attention: Tensor, norm_factor: Tensor, norm_term: Tensor) -> None:
         p = self._p
         # The factors exceed the range of float16, and bfloat16 would lose the last three bits of float16 operands.
@@ -343,6 +350,16 @@ def _descriptors(patches: Tensor, texts: Tensor, chosen: tiles.Config) -> tuple[
     )
 
 
+def fits_sigmoid(form: str, n: int) -> bool:
+    """Return True if a tile holds the patches of an image, which `sigmoid_step` needs.
+
+    One product of padded images then replaces two, of which the second is not padded; as the padding is less than
+    half of an image (for 32 patches or fewer the forward pads as well), it is never dearer.
+    """
+    return form == "dot" and n <= tiles.MOST_SIGMOID_PATCHES
+
+
 # mypy is right that TritonLaunches lacks launches, but these are called only if `fits_one_tile`.
 compatibility_forward = functools.partial(order.compatibility_forward, TritonLaunches)  # type: ignore[arg-type]
+sigmoid_step = functools.partial(order.sigmoid_step, TritonLaunches)  # type: ignore[arg-type]
 compatibility_backward = functools.partial(order.compatibility_backward, TritonLaunches)  # type: ignore[arg-type]

@@ -22,6 +22,7 @@ from .largest import max_patches_kernel, max_texts_kernel
 from .loss import loss_backward_kernel, shifted_logsumexp_kernel, sigmoid_loss_kernel
 from .norm_term import DTYPES, norm_term_kernel, norm_term_product_kernel
 from .rows import inverse_norms_kernel, project_out_kernel
+from .sigmoid import sigmoid_weights_kernel
 from .upsample import upsample_argmax_kernel
 from .weights import dot_weights_kernel
 
@@ -42,5 +43,6 @@ __all__ = [
     "project_out_kernel",
     "shifted_logsumexp_kernel",
     "sigmoid_loss_kernel",
+    "sigmoid_weights_kernel",
     "upsample_argmax_kernel",
 ]

@@ -3,46 +3,10 @@
 import triton
 import triton.language as tl
 
-from ....constants import RUNNING_MAX_BELOW as BELOW
 from .largest import add_largest, max_result
 from .scores import patch_columns, product
-from .shared import LOG2E, scalar, sum_pair
-
-RUNNING_MAX_BELOW = tl.constexpr(BELOW)
-
-
-@triton.jit
-def _add_softmax(
-    s, inside, scale, total, weighted, largest,
-    SELECT: tl.constexpr, RUNNING_MAX: tl.constexpr, AXIS: tl.constexpr,
-):  # fmt: skip
-    """Add the columns `inside` of a tile of cosines to Σ e, Σ e s and, if RUNNING_MAX, the running maximum of s."""
-    if RUNNING_MAX:
-        known = tl.where(inside, s, float("-inf")) if SELECT else s
-        raised = tl.maximum(largest, tl.max(known, AXIS))
-        anchor = tl.where(raised == float("-inf"), 0.0, raised)  # no patch so far: every e is 0
-        shrink = tl.exp2((largest - anchor) * scale)
-        e = tl.exp2((known - tl.expand_dims(anchor, AXIS)) * scale)
-        total *= shrink
-        weighted *= shrink
-        largest = raised
-    else:
-        e = tl.exp2(s * scale)
-    es = e * s
-    if SELECT:  # select, do not multiply: other columns may be NaN
-        e = tl.where(inside, e, 0.0)
-        es = tl.where(inside, es, 0.0)
-    e_sum, es_sum = sum_pair(e, es, AXIS)
-    return total + e_sum, weighted + es_sum, largest
-
-
-@triton.jit
-def _softmax_result(total, weighted, largest, scale, RUNNING_MAX: tl.constexpr):
-    """Return φ and the entropy in bits; both are 0 for an image without a patch."""
-    empty = total == 0.0
-    phi = tl.where(empty, 0.0, weighted / tl.where(empty, 1.0, total))
-    offset = (tl.where(empty, 0.0, largest) - phi) * scale if RUNNING_MAX else -phi * scale
-    return phi, tl.where(empty, 0.0, tl.log2(tl.where(empty, 1.0, total)) + offset)
+from .shared import LOG2E, scalar
+from .softmax import RUNNING_MAX_BELOW, add_softmax, softmax_result
 
 
 @triton.jit(do_not_specialize=("B", "N", "K", "images_per_run"))
@@ -104,10 +68,10 @@ def compatibility_forward_kernel(
                     top, index = add_largest(parts, 0, inside, one + float("-inf"), one - 1.0, 2)
                     phi, state = max_result(top, index)
                 else:
-                    e_sum, es_sum, top = _add_softmax(
+                    e_sum, es_sum, top = add_softmax(
                         parts, inside, scale, one, one, one + float("-inf"), True, RUNNING_MAX, 2
                     )
-                    phi, state = _softmax_result(e_sum, es_sum, top, scale, RUNNING_MAX)
+                    phi, state = softmax_result(e_sum, es_sum, top, scale, RUNNING_MAX)
                 images = image0 + tl.arange(0, IMAGES)
                 at = images.to(tl.int64)[None, :] * K + texts[:, None]
                 stored = t_live[:, None] & (images < image_end)[None, :]
@@ -123,18 +87,18 @@ def compatibility_forward_kernel(
                         if MAX:
                             largest, total = add_largest(s, -begin, inside, largest, total, 1)
                         elif HAS_MASK or (begin > 0) | (end < BLOCK_P):
-                            total, weighted, largest = _add_softmax(
+                            total, weighted, largest = add_softmax(
                                 s, inside, scale, total, weighted, largest, True, RUNNING_MAX, 1
                             )
                         else:
-                            total, weighted, largest = _add_softmax(
+                            total, weighted, largest = add_softmax(
                                 s, True, scale, total, weighted, largest, False, RUNNING_MAX, 1
                             )
                         if end <= BLOCK_P:
                             if MAX:
                                 phi, state = max_result(largest, total)
                             else:
-                                phi, state = _softmax_result(total, weighted, largest, scale, RUNNING_MAX)
+                                phi, state = softmax_result(total, weighted, largest, scale, RUNNING_MAX)
                             at = image.to(tl.int64) * K + texts
                             tl.store(PHI + at, phi, mask=t_live)
                             tl.store(STATE + at, state, mask=t_live)

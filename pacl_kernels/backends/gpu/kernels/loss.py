@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .shared import scalar, sum_pair
+from .shared import log_one_plus, scalar, sum_pair
 
 
 @triton.jit(
@@ -51,9 +51,7 @@ def sigmoid_loss_kernel(
         logits = tl.load(PHI + rows.to(tl.int64)[:, None] * B + cols[None, :], mask=known, other=0.0) * scale + bias
         x = tl.where(rows[:, None] == cols[None, :], -logits, logits)
         small = tl.exp(-tl.abs(x))
-        above = 1.0 + small  # log1p: restores the part of `small` that 1 + small rounds away
-        log1p = tl.where(above == 1.0, small, tl.log(above) * small / tl.where(above == 1.0, 1.0, above - 1.0))
-        softplus = tl.where(x > 0.0, x, 0.0) + log1p
+        softplus = tl.where(x > 0.0, x, 0.0) + log_one_plus(small)
         softplus = tl.where(x != x, x, softplus)
         total += tl.sum(tl.where(known, softplus, 0.0), 1)
     tl.store(SUMS + tl.program_id(0), tl.sum(total, 0))

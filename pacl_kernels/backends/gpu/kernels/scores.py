@@ -7,6 +7,24 @@ from .shared import INTERPRETED
 
 
 @triton.jit
+def load_part(
+    X, offsets, live, row0, d, D, stride_d, BLOCK_D: tl.constexpr, DESCRIPTORS: tl.constexpr, EVEN_D: tl.constexpr
+):
+    """Return the dimensions from `d` on of the rows from `row0` on, which lie at `offsets`."""
+    if DESCRIPTORS:
+        part = X.load([row0, d])
+    else:
+        offs_d = (d + tl.arange(0, BLOCK_D)).to(tl.int64)
+        mask = live[:, None]
+        if not EVEN_D:
+            mask &= offs_d[None, :] < D
+        part = tl.load(X + offsets[:, None] + (offs_d * stride_d)[None, :], mask=mask, other=0.0)
+    if INTERPRETED:  # the interpreter's tl.dot reads the bits of a bfloat16 as an integer
+        part = part.to(tl.float32)
+    return part
+
+
+@triton.jit
 def product(
     P, T, p_offsets, p_live, row0, t_offsets, t_live, text0, D, stride_pd, stride_td,
     BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -15,19 +33,8 @@ def product(
     """Return raw products `[BLOCK_T, BLOCK_P]` of the texts from `text0` on and the patches from row `row0` on."""
     acc = tl.zeros([BLOCK_T, BLOCK_P], tl.float32)
     for d in range(0, D, BLOCK_D):
-        if DESCRIPTORS:
-            t = T.load([text0, d])
-            p = P.load([row0, d])
-        else:
-            offs_d = (d + tl.arange(0, BLOCK_D)).to(tl.int64)
-            t_mask, p_mask = t_live[:, None], p_live[:, None]
-            if not EVEN_D:
-                t_mask &= offs_d[None, :] < D
-                p_mask &= offs_d[None, :] < D
-            t = tl.load(T + t_offsets[:, None] + (offs_d * stride_td)[None, :], mask=t_mask, other=0.0)
-            p = tl.load(P + p_offsets[:, None] + (offs_d * stride_pd)[None, :], mask=p_mask, other=0.0)
-        if INTERPRETED:  # the interpreter's tl.dot reads the bits of a bfloat16 as an integer
-            t, p = t.to(tl.float32), p.to(tl.float32)
+        t = load_part(T, t_offsets, t_live, text0, d, D, stride_td, BLOCK_D, DESCRIPTORS, EVEN_D)
+        p = load_part(P, p_offsets, p_live, row0, d, D, stride_pd, BLOCK_D, DESCRIPTORS, EVEN_D)
         acc = tl.dot(t, p.T, acc, input_precision=PRECISION)
     return acc
 

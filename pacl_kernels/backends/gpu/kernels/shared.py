@@ -30,6 +30,13 @@ def fma(x, y, z):
 
 
 @triton.jit
+def log_one_plus(x):
+    """Return log(1 + x) for x in [0, 1], with all digits of a small x, which 1 + x rounds away."""
+    above = 1.0 + x
+    return tl.where(above == 1.0, x, tl.log(above) * x / tl.where(above == 1.0, 1.0, above - 1.0))
+
+
+@triton.jit
 def _add_pairs(a, b, c, d):
     return a + c, b + d
 
