@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import NamedTuple
 
+import emulated
 import pytest
 import torch
 from filelock import FileLock
@@ -93,3 +94,13 @@ def gigabytes(tmp_path_factory):
 def cluster(request, monkeypatch):
     """Set the number of blocks in a cluster of the Hopper kernels."""
     monkeypatch.setattr(hopper.settings, "cluster", request.param)
+
+
+@pytest.fixture(scope="session")  # with module scope, a process would rebuild it whenever it returns to this module
+def library(tmp_path_factory, worker_id):
+    """Return the emulator of the Hopper kernels; the first test process builds it in half a minute, the others wait."""
+    folder = tmp_path_factory.getbasetemp()
+    if worker_id != "master":
+        folder = folder.parent  # shared by all test processes
+    with FileLock(folder / "emulated.lock"):
+        return emulated.load(folder)
