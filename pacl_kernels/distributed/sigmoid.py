@@ -134,8 +134,6 @@ class _Batch:
 
     def _add(self, at: slice | Tensor, texts: Tensor, grad_texts: Tensor) -> None:
         """Add the pairs with `texts` `[n, D]`, columns `at` of all; write ∂L/∂T if it is needed."""
-        if not texts.shape[0]:
-            return
         pairs = self.pairs.columns(at)
         if self.plan.sizes is None:  # padding could not be cut off: its pairs are taken out
             out = self._zeros(self.images, texts.shape[0]).masked_fill_(~self.valid[at], float("-inf"))
