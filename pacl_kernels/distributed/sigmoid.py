@@ -154,8 +154,6 @@ class _Batch:
 
     def _add(self, at: slice | Tensor, texts: Tensor, grad_texts: Tensor) -> None:
         """Add the pairs with `texts` `[n, D]`, columns `at` of all; write ∂L/∂T if it is needed."""
-        if not texts.shape[0] and not self.packed:
-            return
         pairs = self.pairs.columns(at)
         if self.plan.sizes is None or self.packed:  # padding could not be cut off: its pairs are taken out
             out = self._zeros(self.images, self.valid[at].shape[0]).masked_fill_(~self.valid[at], float("-inf"))
