@@ -17,7 +17,6 @@ from problems import Case, make
 from pacl_kernels import fused_pacl_loss
 from pacl_kernels.backends.gpu import hopper
 
-
 FORWARD = [
     # b, n, k, d; the id says what is special
     pytest.param(5, 196, 70, 136, {}, id="odd batch, part of a text tile"),
