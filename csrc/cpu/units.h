@@ -62,9 +62,7 @@ struct BFloat16 {
 #if defined(__AVX512BF16__)
   static V multiply_add(V sum, V a, V b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
 #elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
-  static V multiply_add(V sum, V a, V b) {
-    return (V)vbfdotq_f32((float32x4_t)sum, (bfloat16x8_t)a, (bfloat16x8_t)b);
-  }
+  static V multiply_add(V sum, V a, V b) { return (V)vbfdotq_f32((float32x4_t)sum, (bfloat16x8_t)a, (bfloat16x8_t)b); }
 #else
   static V multiply_add(V sum, V a, V b) {
     constexpr int32_t kHigh = (int32_t)0xFFFF0000;
