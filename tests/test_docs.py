@@ -43,6 +43,7 @@ def settings() -> tuple:
         "pairs",
         "tokens",
         "recipes/export",
+        "recipes/late-interaction",
         "recipes/other-losses",
     ],
 )
