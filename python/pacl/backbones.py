@@ -20,7 +20,7 @@ TIMM_VITS = (
     timm_models.VisionTransformerRelPos,
 )
 # Variable resolution: images of a batch may have sizes of their own. timm before 1.0.16 has no such class.
-NAFLEX_VITS = (timm_models.NaFlexVit,) if hasattr(timm_models, "NaFlexVit") else ()
+NAFLEX_VITS: Any = (timm_models.NaFlexVit,) if hasattr(timm_models, "NaFlexVit") else ()
 TIMM_CONVNETS = (timm_models.ConvNeXt, timm_models.ResNet)
 # The vision models of transformers, by `config.model_type`: the number of class tokens before registers and patches.
 TRANSFORMERS_VITS = {
@@ -146,10 +146,10 @@ def tower_blocks(visual: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
 
     Raises TypeError as patch_tokens does.
     """
-    trunk = tower_trunk(visual)
+    trunk: Any = tower_trunk(visual)
     if isinstance(trunk, VisionTransformer):
         return list(trunk.transformer.resblocks), [trunk.ln_post]
-    if isinstance(trunk, (*TIMM_VITS, *NAFLEX_VITS)):
+    if isinstance(trunk, TIMM_VITS + NAFLEX_VITS):
         return list(trunk.blocks), [trunk.norm, trunk.fc_norm]
     if isinstance(trunk, timm_models.ConvNeXt):
         return list(trunk.stages), [trunk.norm_pre, getattr(trunk.head, "norm", nn.Identity())]
@@ -158,7 +158,7 @@ def tower_blocks(visual: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
 
 def tower_trunk(visual: nn.Module) -> nn.Module:
     """Return the tower itself, unwrapped from open_clip's TimmModel. Raises TypeError as patch_tokens does."""
-    trunk = visual.trunk if isinstance(visual, TimmModel) else visual
+    trunk: nn.Module = visual.trunk if isinstance(visual, TimmModel) else visual
     if not isinstance(trunk, (VisionTransformer, ModifiedResNet, *TIMM_VITS, *NAFLEX_VITS, *TIMM_CONVNETS)):
         raise TypeError(
             f"visual: got {type(trunk).__name__}, expected model.visual of an open_clip model (VisionTransformer, "
