@@ -40,6 +40,11 @@ for form in dot cosine max; do
   run "throughput-$form" 240 $python benchmarks/throughput.py --device cuda --dtype bfloat16 --form $form \
     --batch 4096 --repeats 7 --json "$out/throughput-bfloat16-$form.json"
 done
+# In one pass where an image fits a tile; its ratio to the same step of InfoNCE is what that buys.
+for form in dot cosine; do
+  run "throughput-sigmoid-$form" 240 $python benchmarks/throughput.py --device cuda --dtype bfloat16 --form $form \
+    --loss sigmoid --batch 4096 --repeats 7 --json "$out/throughput-sigmoid-$form.json"
+done
 for form in dot cosine; do
   for backend in cuda triton; do
     run "profile-$backend-$form" 60 $python benchmarks/profile_step.py --backend $backend --form $form \

@@ -31,6 +31,8 @@ const Fields<CompatibilityParams>& compatibility_fields() {
                                                              NEEDED(patch_strides),
                                                              NEEDED(texts),
                                                              NEEDED(text_strides),
+                                                             OPTIONAL(patch_starts),
+                                                             OPTIONAL(raw),
                                                              OPTIONAL(mask),
                                                              OPTIONAL(mask_strides),
                                                              NEEDED(phi),

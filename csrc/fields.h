@@ -52,6 +52,7 @@ inline void assign(Form& to, py::handle value) {
 }
 inline void assign(int64_t& to, py::handle value) { to = cast<int64_t>(value, "an integer"); }
 inline void assign(int& to, py::handle value) { to = cast<int>(value, "an integer"); }
+inline void assign(bool& to, py::handle value) { to = cast<bool>(value, "True or False"); }
 inline void assign(float& to, py::handle value) { to = cast<float>(value, "a number"); }
 template <class T>
 void assign(T*& to, py::handle value) {

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .backends import keeps_scores
-from .checks import Form, Loss, Scalar
+from .backends import computes_sigmoid_step, keeps_scores, takes_packed_patches
+from .checks import Form, Inputs, Loss, Normalize, Scalar, TextPool
+from .tokens import kept_pairs
 
 
 class Options(NamedTuple):
@@ -28,21 +29,28 @@ class Options(NamedTuple):
         kept: what the forward leaves for one backward, which takes it out: memory of the patches' gradient, in which
             the backend has kept scores (`keeping`), or finished gradients (`SigmoidFunction`). A second backward
             computes it again. None: the forward leaves only tensors that autograd saves.
+        text_pool: as in `fused_pacl_loss`, like those below.
+        text_pool_scale: a number.
+        null_patch: True or False.
+        normalize: a choice.
     """
 
     form: Form
     loss: Loss | None
     backend: str
     kept: list[Any] | None = None
+    text_pool: TextPool | None = None
+    text_pool_scale: float = 1.0
+    null_patch: bool = False
+    normalize: Normalize = "both"
+
+    @property
+    def of_phi(self) -> tuple[Any, ...]:
+        """The options of φ that operators take after its inputs."""
+        return self[4:]
 
 
-class Inputs(NamedTuple):
-    """Inputs of φ `[B, K]`: patches `[B, N, D]`, texts `[K, D]`, patch mask `[B, N]` and temperature."""
-
-    patches: Tensor
-    texts: Tensor
-    patch_mask: Tensor | None
-    attn_temperature: Scalar
+OPTIONS_OF_PHI = "form", "text_pool", "text_pool_scale", "null_patch", "normalize"
 
 
 class PerSample(torch.autograd.Function):
@@ -144,15 +152,17 @@ def _only_first_has_gradient(ctx: Any, output: tuple[Tensor, ...]) -> None:
 class CompatibilityFunction(PerSample):
     """Compatibility φ `[B, K]` of patches `[B, N, D]` and texts `[K, D]`, float32 (float64 for float64 inputs).
 
-    `apply(patches, texts, patch_mask, attn_temperature, options)` returns a tuple that starts with φ. The other outputs
-    are for the backward: `torch.func` demands that tensors saved for it are inputs or outputs.
+    `apply(*inputs, options)`, with the fields of `Inputs`, returns a tuple that starts with φ. The other outputs are
+    for the backward: `torch.func` demands that tensors saved for it are inputs or outputs.
     """
 
     @staticmethod
     def forward(
-        patches: Tensor, texts: Tensor, patch_mask: Tensor | None, attn_temperature: Scalar, options: Options
-    ) -> tuple[Tensor, Tensor]:
-        return compatibility(Inputs(patches, texts, patch_mask, attn_temperature), options)
+        patches: Tensor, texts: Tensor, patch_mask: Tensor | None, attn_temperature: Scalar,
+        patch_lengths: Tensor | None, text_mask: Tensor | None, text_lengths: Tensor | None, options: Options,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        layout = patch_lengths, text_mask, text_lengths
+        return compatibility(Inputs(patches, texts, patch_mask, attn_temperature, *layout), options)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -163,29 +173,31 @@ class CompatibilityFunction(PerSample):
     @staticmethod
     @first_order
     def backward(ctx: Any, values: list[Any], grad_phi: Tensor) -> Gradients:
-        *values, phi, state = values
-        needs = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
-        grad_patches, grad_texts, grad_temperature = compatibility_gradients(
-            Inputs(*values), ctx.options, phi, state, grad_phi.contiguous(), *needs
+        *fields, phi, state = values
+        inputs, (needs_patches, needs_texts, _, needs_temperature, *_) = Inputs(*fields), ctx.needs_input_grad
+        grads = compatibility_gradients(
+            inputs, ctx.options, phi, state, grad_phi.contiguous(), needs_patches, needs_texts, needs_temperature
         )
-        return grad_patches, grad_texts, None, like(grad_temperature, values[3]), None
+        return *_of_inputs(inputs, *grads), None
 
 
 class PaclFunction(PerSample):
     """Loss (0-D) with gradients for patches, texts, logit scale, temperature and logit bias.
 
     The `torch.autograd.Function` under `fused_pacl_loss`, for code that has already checked its arguments:
-    `apply(patches, texts, logit_scale, patch_mask, attn_temperature, logit_bias, options)`. Scalars are numbers or
-    tensors of one element, `options` is a value of `Options`. It returns a tuple that starts with the loss. The other
-    outputs are for the backward: `torch.func` demands that tensors saved for it are inputs or outputs.
+    `apply(*inputs, logit_scale, logit_bias, options)`, with the fields of `Inputs`. Scalars are numbers or tensors of
+    one element, `options` is a value of `Options`. It returns a tuple that starts with the loss. The other outputs are
+    for the backward: `torch.func` demands that tensors saved for it are inputs or outputs.
     """
 
     @staticmethod
     def forward(
-        patches: Tensor, texts: Tensor, logit_scale: Scalar, patch_mask: Tensor | None, attn_temperature: Scalar,
-        logit_bias: Scalar | None, options: Options,
+        patches: Tensor, texts: Tensor, patch_mask: Tensor | None, attn_temperature: Scalar,
+        patch_lengths: Tensor | None, text_mask: Tensor | None, text_lengths: Tensor | None,
+        logit_scale: Scalar, logit_bias: Scalar | None, options: Options,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        phi, state = compatibility(Inputs(patches, texts, patch_mask, attn_temperature), options)
+        layout = patch_lengths, text_mask, text_lengths
+        phi, state = compatibility(Inputs(patches, texts, patch_mask, attn_temperature, *layout), options)
         value = phi.new_empty(())
         statistics = phi.new_empty(4, phi.shape[0]) if options.loss == "infonce" else None
         scalars = *ops.pair(logit_scale), *ops.pair(logit_bias)
@@ -202,21 +214,19 @@ class PaclFunction(PerSample):
     @staticmethod
     @first_order
     def backward(ctx: Any, values: list[Any], grad_loss: Tensor) -> Gradients:
-        patches, texts, logit_scale, patch_mask, attn_temperature, logit_bias, phi, state, statistics = values
-        needs_patches, needs_texts, needs_scale, _, needs_temperature, needs_bias, _ = ctx.needs_input_grad
+        *fields, logit_scale, logit_bias, phi, state, statistics = values
+        inputs, (needs_patches, needs_texts, _, needs_temperature, *_) = Inputs(*fields), ctx.needs_input_grad
+        needs_scale, needs_bias, _ = ctx.needs_input_grad[-3:]
         grad_phi = torch.empty_like(phi)
         grad_scale, grad_bias = (phi.new_empty(()) if needs else None for needs in (needs_scale, needs_bias))
         scalars = *ops.pair(logit_scale), *ops.pair(logit_bias)
         ops.loss_backward(
             phi, *scalars, ctx.options.loss, ctx.options.backend, statistics, grad_loss, grad_phi, grad_scale, grad_bias
         )
-        grad_patches, grad_texts, grad_temperature = compatibility_gradients(
-            Inputs(patches, texts, patch_mask, attn_temperature),
-            *(ctx.options, phi, state, grad_phi, needs_patches, needs_texts, needs_temperature),
+        grads = compatibility_gradients(
+            inputs, ctx.options, phi, state, grad_phi, needs_patches, needs_texts, needs_temperature
         )
-        grad_scale, grad_bias = like(grad_scale, logit_scale), like(grad_bias, logit_bias)
-        grad_temperature = like(grad_temperature, attn_temperature)
-        return grad_patches, grad_texts, grad_scale, None, grad_temperature, grad_bias, None
+        return *_of_inputs(inputs, *grads), like(grad_scale, logit_scale), like(grad_bias, logit_bias), None
 
 
 class PairLossFunction(PerSample):
@@ -265,15 +275,15 @@ class PairLossFunction(PerSample):
 class SigmoidFunction(PerSample):
     """Sigmoid loss (0-D) whose gradients are computed in the forward, where ∂L/∂φ of a pair follows from its own φ.
 
-    `apply(patches, texts, logit_scale, patch_mask, attn_temperature, logit_bias, image_ids, text_ids, targets,
-    pair_bias, options, needs)` returns a tuple that starts with the loss. `needs`: six values, True where patches,
-    texts, logit scale, temperature, logit bias and pair bias need a gradient. Gradients go into `options.kept` if that
-    is a list, otherwise they are the other outputs.
+    `apply(*inputs, logit_scale, logit_bias, image_ids, text_ids, targets, pair_bias, options, needs)`, with the fields
+    of `Inputs`, returns a tuple that starts with the loss. `needs`: six values, True where patches, texts, logit scale,
+    temperature, logit bias and pair bias need a gradient. Gradients go into `options.kept` if that is a list, otherwise
+    they are the other outputs.
     """
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
-        options = arguments[10]
+        options = arguments[-2]
         value, *grads = _sigmoid_step(*arguments)
         if options.kept is None:
             return value, *(x for x in grads if x is not None)
@@ -290,8 +300,8 @@ class SigmoidFunction(PerSample):
     @staticmethod
     @first_order
     def backward(ctx: Any, values: list[Any], grad_loss: Tensor) -> Gradients:
-        arguments, grads = (*values[:10], ctx.options, ctx.needs), values[10:]
-        logit_scale, attn_temperature, logit_bias = arguments[2], arguments[4], arguments[5]
+        grads, arguments = values[-6:], (*values[:-6], ctx.options, ctx.needs)
+        inputs, (logit_scale, logit_bias) = Inputs(*values[:7]), values[7:9]
         kept = ctx.options.kept
         if kept is None:
             grads = [None if x is None else (x * grad_loss).to(x.dtype) for x in grads]
@@ -302,25 +312,27 @@ class SigmoidFunction(PerSample):
                 factors = grad_loss, grad_loss.reshape(1)
                 grads = [None if x is None else x.mul_(factors[x.is_cuda and x.dim() > 0]) for x in grads]
         patches, texts, scale, temperature, bias, pair_bias = grads
-        scale, temperature = like(scale, logit_scale), like(temperature, attn_temperature)
-        return patches, texts, scale, None, temperature, like(bias, logit_bias), None, None, None, pair_bias, None, None
+        of_loss = like(scale, logit_scale), like(bias, logit_bias), None, None, None, pair_bias
+        return *_of_inputs(inputs, patches, texts, temperature), *of_loss, None, None
 
 
-def _sigmoid_step(
-    patches: Tensor, texts: Tensor, logit_scale: Scalar, patch_mask: Tensor | None, attn_temperature: Scalar,
-    logit_bias: Scalar | None, image_ids: Tensor | None, text_ids: Tensor | None, targets: Tensor | None,
-    pair_bias: Tensor | None, options: Options, needs: tuple[bool, ...],
-) -> tuple[Any, ...]:  # fmt: skip
-    """Return the sigmoid loss and its gradients, in the order of `needs` and None where none is needed."""
+def _sigmoid_step(*arguments: Any) -> tuple[Any, ...]:
+    """Return the sigmoid loss and its gradients, in the order of `needs` and None where none is needed.
+
+    The arguments are those of `SigmoidFunction`.
+    """
+    inputs, (logit_scale, logit_bias, *pairs, options, needs) = Inputs(*arguments[:7]), arguments[7:]
+    patches, texts = inputs.patches, inputs.texts
     value = patches.new_empty((), dtype=torch.float32)
-    shapes = (patches, texts, value, value, value, pair_bias)  # a scalar's gradient is 0-D
+    shapes = (patches, texts, value, value, value, pairs[3])  # a scalar's gradient is 0-D
     grad_patches, grad_texts, grad_scale, grad_temperature, grad_bias, grad_pair_bias = grads = [
         x.new_empty(x.shape) if x is not None and needed else None for x, needed in zip(shapes, needs, strict=True)
     ]
     ops.sigmoid_step(
-        patches, texts, patch_mask, *ops.pair(attn_temperature), *ops.pair(logit_scale), *ops.pair(logit_bias),
-        image_ids, text_ids, targets, pair_bias, options.form, options.backend,
+        patches, texts, inputs.patch_mask, *ops.pair(inputs.attn_temperature), *ops.pair(logit_scale),
+        *ops.pair(logit_bias), *pairs, options.form, options.backend,
         value, grad_patches, grad_texts, grad_temperature, grad_scale, grad_bias, grad_pair_bias,
+        inputs.patch_lengths,
     )  # fmt: skip
     return value, *grads
 
@@ -335,17 +347,29 @@ def in_functorch() -> bool:
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
+def in_one_pass(options: Options, inputs: Inputs) -> bool:
+    """Return True if the backend computes the sigmoid loss of these inputs and its gradients in one pass."""
+    if options.text_pool is not None or options.null_patch or options.normalize != "both":
+        return False
+    if inputs.patch_lengths is not None and not takes_packed_patches(options.backend):
+        return False
+    return computes_sigmoid_step(options.backend, options.form, inputs.patches.dtype, inputs.patches.shape[-2])
+
+
 def needed(*values: Tensor | Scalar | None) -> tuple[bool, ...]:
     """Return for each value if a backward is to come for it. Inside `torch.func` the answer may be a wrong no."""
     return tuple(torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad for x in values)
 
 
-def keeping(options: Options, patches: Tensor, patch_mask: Tensor | None) -> Options:
+def keeping(options: Options, inputs: Inputs) -> Options:
     """Return the options of a call that keeps scores, if its backend can and a gradient of the patches is expected.
 
     Only for one call of a Function, outside of `torch.compile` and `torch.func`.
     """
-    if not needed(patches)[0] or patch_mask is not None or torch.compiler.is_compiling() or in_functorch():
+    patches = inputs.patches
+    if not needed(patches)[0] or torch.compiler.is_compiling() or in_functorch():
+        return options
+    if any(x is not None for x in (inputs.patch_mask, inputs.patch_lengths, options.text_pool)):
         return options
     if not keeps_scores(options.backend, options.form, patches.dtype):
         return options
@@ -353,14 +377,17 @@ def keeping(options: Options, patches: Tensor, patch_mask: Tensor | None) -> Opt
 
 
 def compatibility(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
-    """Return φ `[B, K]` and the backend's state `[B, K]`, which its backward reads."""
-    patches, texts, patch_mask, attn_temperature = inputs
+    """Return φ `[B, K]` and the state, `[B, K]` or what texts of many tokens leave, which the backward reads."""
+    patches, texts, patch_mask, attn_temperature, *layout = inputs
     dtype = torch.float64 if patches.dtype == torch.float64 else torch.float32
-    phi = patches.new_empty(patches.shape[0], texts.shape[0], dtype=dtype)
-    state = torch.empty_like(phi)
+    phi = patches.new_empty(inputs.images, inputs.text_count, dtype=dtype)
+    if options.text_pool is None:
+        state = torch.empty_like(phi)
+    else:
+        state = phi.new_empty(kept_pairs(inputs.images, inputs.tokens, phi.element_size()))
     ops.compatibility_forward(
         patches, texts, patch_mask, *ops.pair(attn_temperature), options.form, options.backend, phi, state,
-        *(options.kept or (None,)),
+        *(options.kept or (None,)), *layout, *options.of_phi,
     )  # fmt: skip
     return phi, state
 
@@ -377,7 +404,7 @@ def compatibility_gradients(
     texts_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Return the needed gradients of patches, texts (in `texts_dtype`, by default their own) and temperature."""
-    patches, texts, patch_mask, attn_temperature = inputs
+    patches, texts, patch_mask, attn_temperature, *layout = inputs
     grad_patches, keeps_scores = None, False
     if needs_patches:
         keeps_scores = bool(options.kept)
@@ -388,5 +415,13 @@ def compatibility_gradients(
         ops.compatibility_backward(
             patches, texts, patch_mask, *ops.pair(attn_temperature), options.form, options.backend,
             phi, state, grad_phi, grad_patches, grad_texts, grad_temperature, keeps_scores,
+            *layout, *options.of_phi,
         )  # fmt: skip
     return grad_patches, grad_texts, grad_temperature
+
+
+def _of_inputs(
+    inputs: Inputs, grad_patches: Tensor | None, grad_texts: Tensor | None, grad_temperature: Tensor | None
+) -> Gradients:
+    """Return a gradient or None for each field of `inputs`."""
+    return grad_patches, grad_texts, None, like(grad_temperature, inputs.attn_temperature), None, None, None

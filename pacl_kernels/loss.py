@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import groups, reference
 from .autograd import (
+    OPTIONS_OF_PHI,
     CompatibilityFunction,
     Options,
     PaclFunction,
@@ -18,21 +19,26 @@ from .autograd import (
     SigmoidFunction,
     first_output,
     in_functorch,
+    in_one_pass,
     keeping,
     needed,
 )
-from .backends import computes_sigmoid_step, resolve
+from .backends import resolve
 from .checks import (
     EXCHANGES,
     FORMS,
     LOSSES,
+    NORMALIZE,
     BackendName,
     Exchange,
     Form,
+    Inputs,
     Loss,
+    Normalize,
+    TextPool,
     check_choice,
+    check_inputs,
     check_not_empty,
-    check_pair,
     check_scalar,
     without_autocast,
 )
@@ -55,6 +61,13 @@ def fused_pacl_loss(
     text_ids: Tensor | None = None,
     targets: Tensor | None = None,
     pair_bias: Tensor | None = None,
+    patch_lengths: Sequence[int] | Tensor | None = None,
+    text_mask: Tensor | None = None,
+    text_lengths: Sequence[int] | Tensor | None = None,
+    text_pool: TextPool | None = None,
+    text_pool_scale: float = 1.0,
+    null_patch: bool = False,
+    normalize: Normalize = "both",
     group: dist.ProcessGroup | GroupName | None = None,
     exchange: Exchange = "auto",
     backend: BackendName = "auto",
@@ -113,6 +126,23 @@ def fused_pacl_loss(
             process's rows `[B_local, K of all processes]`, the texts in the order of the ranks, and the gradient of the
             bias is multiplied by the number of processes, like those of patches and texts. Values of targets and bias
             are checked on a CPU outside of `torch.compile`.
+        patch_lengths: int64 `[B]` on the CPU, or a list of integers: the number of patches of each image, 0 allowed.
+            `patches` are then packed, `[ΣN, D]`, image after image and without padding, and `patch_mask` is `[ΣN]`.
+        text_mask: bool `[K, L]` for texts `[K, L, D]`, True at real tokens. Masked tokens may hold anything.
+        text_lengths: int64 `[K]` on the CPU, or a list of integers, 0 allowed: the number of tokens of each text.
+            `texts` are then packed, `[ΣL, D]`.
+        text_pool: how φ of a text's tokens becomes φ of the text: `"mean"`, `"sum"`, `"max"` or `"logsumexp"`, which is
+            `log Σ exp(γ φ) / γ` with γ = `text_pool_scale`. It is needed for texts of many tokens and only for them:
+            `[K, L, D]`, or packed with `text_lengths`. A text without a token has φ = 0 and gradient 0, and `"max"`
+            takes the first of the largest. With `form="max"` this is the late interaction of FILIP and ColBERT. φ of
+            all tokens is in memory for a block of images at a time, and a step is 5 units of work instead of 4.
+        text_pool_scale: γ of `"logsumexp"`, a number above 0.
+        null_patch: give each image one more patch with s = 0 and value 0, where the attention goes if nothing matches.
+            `form="max"` becomes at least 0. `form="cosine"` does not change, as the pooled patch keeps its direction.
+        normalize: `"both"` uses cosines everywhere. With `"values"` the attention is a softmax of the products of rows
+            as they are, and with `"none"` φ is made of them too (in `form="cosine"`: the pooled patch is, and φ remains
+            its cosine with the text). Such products have no bound, so τ is usually 1 or √D. `"values"` has no
+            kernels: `"auto"` takes the backend `torch` for it, and on a GPU for `"none"` as well.
         group: a `torch.distributed` process group. The batch is then that of all its processes, and B is the part of
             this process. `"world"` is the default group, looked up at the call, or this process alone if
             `torch.distributed` is not initialised. `"local"` is this process alone. None is this process alone too,
@@ -141,11 +171,12 @@ def fused_pacl_loss(
         RuntimeError: for a second derivative, and for a group inside `torch.func`.
         NotImplementedError: for forward-mode differentiation.
     """
-    patches, texts = check_pair(patches, texts, patch_mask)
-    check_not_empty(patches, "BND")
-    check_choice("form", form, FORMS)
+    inputs = check_inputs(
+        patches, texts, attn_temperature, patch_mask, patch_lengths, text_mask, text_lengths, text_pool
+    )
+    check_not_empty(inputs, "BND")
     check_choice("loss", loss, LOSSES)
-    attn_temperature = check_scalar("attn_temperature", attn_temperature, patches, positive=True)
+    options = _options(inputs, form, loss, backend, text_pool, text_pool_scale, null_patch, normalize)
     logit_scale = check_scalar("logit_scale", logit_scale, patches)
     if logit_bias is not None:
         logit_bias = check_scalar("logit_bias", logit_bias, patches)
@@ -154,38 +185,29 @@ def fused_pacl_loss(
     process_group = groups.lookup(group) if group is None or isinstance(group, str) else group
     if process_group is not None and process_group.size() == 1:
         process_group = None
-    pairs = check_pairs(patches, texts, image_ids, text_ids, targets, pair_bias, loss, process_group is not None)
-    options = Options(form, loss, resolve(backend, patches.device, patches.dtype))
+    pairs = check_pairs(inputs, image_ids, text_ids, targets, pair_bias, loss, process_group is not None)
     if process_group is not None:
-        return global_loss(
-            *(patches, texts, logit_scale, patch_mask, attn_temperature, logit_bias),
-            *(options, process_group, exchange, pairs),
-        )
+        return global_loss(inputs, logit_scale, logit_bias, options, process_group, exchange, pairs)
     if options.backend == "reference":
         return _formula(
             reference.pacl_loss,
-            patches,
-            texts,
+            inputs,
+            options,
             logit_scale,
-            patch_mask=patch_mask,
-            attn_temperature=attn_temperature,
-            form=form,
             loss=loss,
             logit_bias=logit_bias,
             **({} if pairs is None else pairs._asdict()),
         )
-    one_pass = loss == "sigmoid" and computes_sigmoid_step(options.backend, form, patches.dtype, patches.shape[1])
-    if one_pass and not in_functorch():
+    if loss == "sigmoid" and in_one_pass(options, inputs) and not in_functorch():
         given = (None,) * 4 if pairs is None else pairs
-        needs = needed(patches, texts, logit_scale, attn_temperature, logit_bias, given[3])
+        needs = needed(inputs.patches, inputs.texts, logit_scale, inputs.attn_temperature, logit_bias, given[3])
         options = options._replace(kept=None if torch.compiler.is_compiling() else [])
-        scalars = logit_scale, patch_mask, attn_temperature, logit_bias
-        return first_output(SigmoidFunction, patches, texts, *scalars, *given, options, needs)
-    options = keeping(options, patches, patch_mask)
+        return first_output(SigmoidFunction, *inputs, logit_scale, logit_bias, *given, options, needs)
+    options = keeping(options, inputs)
     if pairs is not None:
-        phi = first_output(CompatibilityFunction, patches, texts, patch_mask, attn_temperature, options)
+        phi = first_output(CompatibilityFunction, *inputs, options)
         return first_output(PairLossFunction, phi, logit_scale, logit_bias, *pairs, loss)
-    return first_output(PaclFunction, patches, texts, logit_scale, patch_mask, attn_temperature, logit_bias, options)
+    return first_output(PaclFunction, *inputs, logit_scale, logit_bias, options)
 
 
 def compatibility(
@@ -195,17 +217,33 @@ def compatibility(
     patch_mask: Tensor | None = None,
     attn_temperature: float | Tensor = 1.0,
     form: Form = "dot",
+    patch_lengths: Sequence[int] | Tensor | None = None,
+    text_mask: Tensor | None = None,
+    text_lengths: Sequence[int] | Tensor | None = None,
+    text_pool: TextPool | None = None,
+    text_pool_scale: float = 1.0,
+    null_patch: bool = False,
+    normalize: Normalize = "both",
     group: dist.ProcessGroup | GroupName | None = None,
     backend: BackendName = "auto",
 ) -> Tensor:
     """Return the compatibility φ `[B, K]` of patches `[B, N, D]` with texts `[K, D]`; K need not equal B.
 
     Args:
-        patches: `[B, N, D]` patch embeddings, not normalised; float32, bfloat16, float16 or float64, any strides.
-        texts: `[K, D]` text embeddings, not normalised, same dtype and device.
+        patches: `[B, N, D]` patch embeddings, not normalised; float32, bfloat16, float16 or float64, any strides. With
+            `patch_lengths` they are packed, `[ΣN, D]`.
+        texts: `[K, D]` text embeddings, not normalised, same dtype and device. With `text_pool` a text has many tokens.
         patch_mask: bool `[B, N]`, True at real patches.
         attn_temperature: τ > 0 of the softmax over patches, a number or a tensor of one element.
-        form: `"dot"`, `"cosine"` or `"max"`. This and the other arguments mean the same as in `fused_pacl_loss`.
+        form: `"dot"`, `"cosine"` or `"max"`. This and the arguments up to `normalize` mean the same as in
+            `fused_pacl_loss`.
+        patch_lengths: int64 `[B]` on the CPU, or a list: lengths of packed patches.
+        text_mask: bool `[K, L]`, True at real tokens.
+        text_lengths: int64 `[K]` on the CPU, or a list: lengths of packed texts.
+        text_pool: `"mean"`, `"sum"`, `"max"` or `"logsumexp"`, for texts of many tokens.
+        text_pool_scale: γ of `"logsumexp"`.
+        null_patch: add a patch with s = 0 and value 0 to each image.
+        normalize: `"both"`, `"values"` or `"none"`.
         group: the processes whose texts are compared: a `torch.distributed` process group, `"world"`, or None or
             `"local"` for this process alone. φ is then `[B_local, K of all processes]`, the texts in the order of the
             ranks. The gradient of a text is the sum over the processes' losses, as with an all-gather that is
@@ -220,32 +258,46 @@ def compatibility(
     Raises:
         TypeError, ValueError: for a bad argument, as in `fused_pacl_loss`.
     """
-    patches, texts = check_pair(patches, texts, patch_mask)
-    check_not_empty(patches, "ND")
-    check_choice("form", form, FORMS)
-    attn_temperature = check_scalar("attn_temperature", attn_temperature, patches, positive=True)
+    inputs = check_inputs(
+        patches, texts, attn_temperature, patch_mask, patch_lengths, text_mask, text_lengths, text_pool
+    )
+    check_not_empty(inputs, "ND")
+    options = _options(inputs, form, None, backend, text_pool, text_pool_scale, null_patch, normalize)
     groups.check(group)
     process_group = groups.lookup(group) if isinstance(group, str) else group
-    options = Options(form, None, resolve(backend, patches.device, patches.dtype))
     if process_group is not None and process_group.size() > 1:
-        return global_compatibility(patches, texts, patch_mask, attn_temperature, options, process_group)
+        return global_compatibility(inputs, options, process_group)
     if options.backend == "reference":
-        return _formula(
-            reference.compatibility,
-            patches,
-            texts,
-            patch_mask=patch_mask,
-            attn_temperature=attn_temperature,
-            form=form,
-        )
-    options = keeping(options, patches, patch_mask)
-    return first_output(CompatibilityFunction, patches, texts, patch_mask, attn_temperature, options)
+        return _formula(reference.compatibility, inputs, options)
+    return first_output(CompatibilityFunction, *inputs, keeping(options, inputs))
+
+
+def _options(
+    inputs: Inputs, form: str, loss: Any, backend: str, text_pool: Any, text_pool_scale: float, null_patch: bool,
+    normalize: str,
+) -> Options:  # fmt: skip
+    """Check the options of φ and return them, with the backend that will run."""
+    check_choice("form", form, FORMS)
+    check_choice("normalize", normalize, NORMALIZE)
+    if not isinstance(null_patch, bool):
+        raise TypeError(f"null_patch is a {type(null_patch).__name__}, expected True or False")
+    if isinstance(text_pool_scale, Tensor):
+        raise TypeError("text_pool_scale is a tensor, expected a number")
+    scale: Any = check_scalar("text_pool_scale", text_pool_scale, inputs.patches, positive=True)
+    if text_pool != "logsumexp" and scale != 1.0:
+        raise ValueError(f"text_pool_scale is {scale:g}, expected 1 unless text_pool is 'logsumexp'")
+    name = resolve(backend, inputs.patches.device, inputs.patches.dtype, normalize)
+    choices: Any = form, loss, name, None, text_pool, scale, null_patch, normalize
+    return Options(*choices)
 
 
 def _formula(
-    function: Callable[..., Tensor], patches: Tensor, texts: Tensor, *scalars: float | Tensor, **options: Any
+    function: Callable[..., Tensor], inputs: Inputs, options: Options, *scalars: float | Tensor, **of_loss: Any
 ) -> Tensor:
     """Call a function of the reference in the inputs' dtype, but at least in float32, as the other backends compute."""
+    patches, texts = inputs.patches, inputs.texts
     wide, device = torch.promote_types(patches.dtype, torch.float32), patches.device.type
+    rest = inputs._asdict() | {name: getattr(options, name) for name in OPTIONS_OF_PHI}
+    del rest["patches"], rest["texts"]
     with without_autocast(device):
-        return function(patches.to(wide), texts.to(wide), *scalars, **options)
+        return function(patches.to(wide), texts.to(wide), *scalars, **rest, **of_loss)

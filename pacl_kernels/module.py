@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, overload
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import groups
-from .checks import BackendName, Exchange, Form, Loss
+from .checks import BackendName, Exchange, Form, Loss, Normalize, TextPool
 from .groups import GroupName
 from .loss import fused_pacl_loss
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class _Batch(TypedDict, total=False):
+    """Arguments of `PaclLoss.forward` that belong to a batch and are given by name."""
+
+    image_ids: Tensor | None
+    text_ids: Tensor | None
+    targets: Tensor | None
+    pair_bias: Tensor | None
+    patch_lengths: Sequence[int] | Tensor | None
+    text_mask: Tensor | None
+    text_lengths: Sequence[int] | Tensor | None
 
 
 class PaclLoss(nn.Module):
@@ -35,6 +50,10 @@ class PaclLoss(nn.Module):
             `"world"`. Names are looked up at each call, so the module may be built before `init_process_group`.
         exchange: as in `fused_pacl_loss`.
         backend: as in `fused_pacl_loss`.
+        text_pool: as in `fused_pacl_loss`, for texts of many tokens.
+        text_pool_scale: as in `fused_pacl_loss`.
+        null_patch: as in `fused_pacl_loss`.
+        normalize: as in `fused_pacl_loss`.
 
     Raises:
         TypeError, ValueError: for a bad group, or for one of another rank or size. The call checks everything else.
@@ -50,6 +69,10 @@ class PaclLoss(nn.Module):
         group: dist.ProcessGroup | GroupName | None = None,
         exchange: Exchange = "auto",
         backend: BackendName = "auto",
+        text_pool: TextPool | None = None,
+        text_pool_scale: float = 1.0,
+        null_patch: bool = False,
+        normalize: Normalize = "both",
     ) -> None:
         super().__init__()
         self.attn_temperature = attn_temperature
@@ -59,6 +82,8 @@ class PaclLoss(nn.Module):
         if world_size > 1 and dist.is_available() and dist.is_initialized():
             groups.check_size(self.group, rank, world_size)
         self.exchange, self.backend = exchange, backend
+        self.text_pool, self.text_pool_scale = text_pool, text_pool_scale
+        self.null_patch, self.normalize = null_patch, normalize
 
     @property
     def group(self) -> dist.ProcessGroup | GroupName | None:
@@ -74,24 +99,21 @@ class PaclLoss(nn.Module):
     def forward(
         self, image_features: Tensor, text_features: Tensor, logit_scale: float | Tensor,
         logit_bias: float | Tensor | None = None, patch_mask: Tensor | None = None,
-        output_dict: Literal[False] = False, *, image_ids: Tensor | None = None, text_ids: Tensor | None = None,
-        targets: Tensor | None = None, pair_bias: Tensor | None = None,
+        output_dict: Literal[False] = False, **batch: Unpack[_Batch],
     ) -> Tensor: ...  # fmt: skip
 
     @overload
     def forward(
         self, image_features: Tensor, text_features: Tensor, logit_scale: float | Tensor,
         logit_bias: float | Tensor | None = None, patch_mask: Tensor | None = None,
-        *, output_dict: Literal[True], image_ids: Tensor | None = None, text_ids: Tensor | None = None,
-        targets: Tensor | None = None, pair_bias: Tensor | None = None,
+        *, output_dict: Literal[True], **batch: Unpack[_Batch],
     ) -> dict[str, Tensor]: ...  # fmt: skip
 
     @overload
     def forward(
         self, image_features: Tensor, text_features: Tensor, logit_scale: float | Tensor,
         logit_bias: float | Tensor | None = None, patch_mask: Tensor | None = None,
-        output_dict: bool = False, *, image_ids: Tensor | None = None, text_ids: Tensor | None = None,
-        targets: Tensor | None = None, pair_bias: Tensor | None = None,
+        output_dict: bool = False, **batch: Unpack[_Batch],
     ) -> Tensor | dict[str, Tensor]: ...  # fmt: skip
 
     def forward(
@@ -107,12 +129,16 @@ class PaclLoss(nn.Module):
         text_ids: Tensor | None = None,
         targets: Tensor | None = None,
         pair_bias: Tensor | None = None,
+        patch_lengths: Sequence[int] | Tensor | None = None,
+        text_mask: Tensor | None = None,
+        text_lengths: Sequence[int] | Tensor | None = None,
     ) -> Tensor | dict[str, Tensor]:
         """Return the loss; the keyword names are open_clip's.
 
         Args:
-            image_features: patches `[B, N, D]`.
-            text_features: texts `[K, D]`, K = B unless ids or targets say otherwise.
+            image_features: patches `[B, N, D]`, or packed with `patch_lengths`.
+            text_features: texts `[K, D]`, K = B unless ids or targets say otherwise; `[K, L, D]`, or packed with
+                `text_lengths`, if the module has a `text_pool`.
             logit_scale: as in `fused_pacl_loss`, like the other arguments and the errors.
             logit_bias: None, or the bias of the logits.
             patch_mask: bool `[B, N]`, True at real patches.
@@ -121,6 +147,9 @@ class PaclLoss(nn.Module):
             text_ids: ids `[K]`.
             targets: weights `[B, K]` of the pairs as positives, in place of ids.
             pair_bias: bias `[B, K]` of the logits.
+            patch_lengths: lengths `[B]` of packed patches, on the CPU or a list.
+            text_mask: bool `[K, L]`, True at real tokens.
+            text_lengths: lengths `[K]` of packed texts, on the CPU or a list.
 
         Returns:
             The loss, 0-D, float32 (float64 for float64 inputs), or the dict with it.
@@ -140,6 +169,13 @@ class PaclLoss(nn.Module):
             text_ids=text_ids,
             targets=targets,
             pair_bias=pair_bias,
+            patch_lengths=patch_lengths,
+            text_mask=text_mask,
+            text_lengths=text_lengths,
+            text_pool=self.text_pool,
+            text_pool_scale=self.text_pool_scale,
+            null_patch=self.null_patch,
+            normalize=self.normalize,
             group=self.group,
             exchange=self.exchange,
             backend=self.backend,
@@ -177,5 +213,7 @@ class PaclLoss(nn.Module):
         shown = repr(group) if group is None or isinstance(group, str) else f"<{group.size()} processes>"
         return (
             f"attn_temperature={self.attn_temperature!r}, form={self.form!r}, loss={self.loss!r}, rank={self.rank}, "
-            f"world_size={self.world_size}, group={shown}, exchange={self.exchange!r}, backend={self.backend!r}"
+            f"world_size={self.world_size}, group={shown}, exchange={self.exchange!r}, backend={self.backend!r}, "
+            f"text_pool={self.text_pool!r}, text_pool_scale={self.text_pool_scale!r}, null_patch={self.null_patch!r}, "
+            f"normalize={self.normalize!r}"
         )

@@ -9,17 +9,41 @@ Their namespace is the name of the package: `pacl_kernels`, or the name under wh
 """
 
 # Without `from __future__ import annotations`: torch.library of torch 2.6 does not find the names below in a string.
+from collections.abc import Callable
 from typing import Any, Optional
 
 import torch
 from torch import Tensor
 
-from . import backends, pairs
+from . import backends, pairs, scoring
 from .checks import Scalar, without_autocast
 from .contrastive import scalar
 
 OptionalTensor = Optional[Tensor]  # noqa: UP045  (torch.library accepts `Tensor | None` only from torch 2.8 on)
 OptionalFloat = Optional[float]  # noqa: UP045
+OptionalStr = Optional[str]  # noqa: UP045
+
+
+_library = torch.library.Library(__package__, "FRAGMENT")
+
+
+def _operator(*buffers: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Decorate a function that writes into the arguments `buffers`: return it as an operator of its name.
+
+    `torch.library.custom_op` would do the same, but a call then takes twice as long, because it passes through Python
+    three times instead of once.
+    """
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        name = function.__name__
+        schema = torch.library.infer_schema(function, op_name=name, mutates_args=buffers)
+        _library.define(schema, tags=torch.Tag.pt2_compliant_tag)
+        _library.impl(name, function, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{__package__}::{name}", lambda *_: None, lib=_library)
+        operator: Callable[..., None] = getattr(getattr(torch.ops, __package__), name).default
+        return operator
+
+    return register
 
 
 def pair(value: Scalar | None) -> tuple[Tensor | None, float | None]:
@@ -32,7 +56,7 @@ def _join(tensor: Tensor | None, value: float | None, dtype: torch.dtype) -> Any
     return scalar(value if tensor is None else tensor, dtype)
 
 
-@torch.library.custom_op(f"{__package__}::compatibility_forward", mutates_args=("phi", "state", "scores"))
+@_operator("phi", "state", "scores")
 def compatibility_forward(
     patches: Tensor,
     texts: Tensor,
@@ -44,30 +68,35 @@ def compatibility_forward(
     phi: Tensor,
     state: Tensor,
     scores: OptionalTensor,
+    patch_lengths: OptionalTensor = None,
+    text_mask: OptionalTensor = None,
+    text_lengths: OptionalTensor = None,
+    text_pool: OptionalStr = None,
+    text_pool_scale: float = 1.0,
+    null_patch: bool = False,
+    normalize: str = "both",
 ) -> None:
     """Write compatibility φ `[B, K]` and `state` `[B, K]`, which the backward of the same backend reads.
 
     `patches` `[B, N, D]`, `texts` `[K, D]`, `patch_mask` bool `[B, N]`. The state is the log-sum-exp over patches of
     s / τ, or another number from which the backend can recompute the attention. For form "max" it is the index n of
-    the winning patch (exact in float32 for N < 2**24), -1 for an image without a patch. `scores`, for a backend with
-    `keeps_scores`, is memory like the patches in which scores stay for the backward, as many as there is room for.
+    the winning patch (exact in float32 for N < 2**24), -1 where none wins. `scores`, for a backend with `keeps_scores`,
+    is memory like the patches in which scores stay for the backward, as many as there is room for.
+
+    The other arguments are those of `fused_pacl_loss`; `checks.Inputs` has the shapes. With `text_pool` the state has
+    one dimension, of `tokens.kept_pairs` elements: φ and the state of all tokens, or nothing.
     """
     if phi.numel():
         tau = _join(temperature, temperature_value, phi.dtype)
+        call = scoring.Call(
+            *(backend, patches, texts, patch_mask, tau, form, patch_lengths, text_mask, text_lengths, text_pool),
+            *(text_pool_scale, null_patch, normalize),
+        )
         with without_autocast(patches.device.type):
-            implementation: Any = backends.get_for(backend, patches)  # those that keep scores take an argument more
-            kept = {} if scores is None else {"scores": scores}
-            implementation.compatibility_forward(patches, texts, patch_mask, tau, form, phi, state, **kept)
+            call.forward(phi, state, scores)
 
 
-@compatibility_forward.register_fake
-def _(*arguments: Any) -> None:
-    return None
-
-
-@torch.library.custom_op(
-    f"{__package__}::compatibility_backward", mutates_args=("grad_patches", "grad_texts", "grad_temperature")
-)
+@_operator("grad_patches", "grad_texts", "grad_temperature")
 def compatibility_backward(
     patches: Tensor,
     texts: Tensor,
@@ -83,6 +112,13 @@ def compatibility_backward(
     grad_texts: OptionalTensor,
     grad_temperature: OptionalTensor,
     keeps_scores: bool = False,
+    patch_lengths: OptionalTensor = None,
+    text_mask: OptionalTensor = None,
+    text_lengths: OptionalTensor = None,
+    text_pool: OptionalStr = None,
+    text_pool_scale: float = 1.0,
+    null_patch: bool = False,
+    normalize: str = "both",
 ) -> None:
     """Write gradients from ∂L/∂φ `[B, K]` into the buffers that are not None: like patches, like texts, and 0-D.
 
@@ -95,21 +131,15 @@ def compatibility_backward(
                 grad.zero_()
         return
     tau = _join(temperature, temperature_value, phi.dtype)
-    implementation: Any = backends.get_for(backend, patches)
+    call = scoring.Call(
+        *(backend, patches, texts, patch_mask, tau, form, patch_lengths, text_mask, text_lengths, text_pool),
+        *(text_pool_scale, null_patch, normalize),
+    )
     with without_autocast(patches.device.type):
-        implementation.compatibility_backward(
-            *(patches, texts, patch_mask, tau, form, phi, state),
-            *(grad_phi, grad_patches, grad_texts, grad_temperature),
-            **({"keeps_scores": True} if keeps_scores else {}),
-        )
+        call.backward(phi, state, grad_phi, grad_patches, grad_texts, grad_temperature, keeps_scores)
 
 
-@compatibility_backward.register_fake
-def _(*arguments: Any) -> None:
-    return None
-
-
-@torch.library.custom_op(f"{__package__}::loss_forward", mutates_args=("value", "statistics"))
+@_operator("value", "statistics")
 def loss_forward(
     phi: Tensor,
     scale: OptionalTensor,
@@ -127,12 +157,7 @@ def loss_forward(
         backends.get(backend).loss_forward(phi, *scalars, loss, value, statistics)
 
 
-@loss_forward.register_fake
-def _(*arguments: Any) -> None:
-    return None
-
-
-@torch.library.custom_op(f"{__package__}::loss_backward", mutates_args=("grad_phi", "grad_scale", "grad_bias"))
+@_operator("grad_phi", "grad_scale", "grad_bias")
 def loss_backward(
     phi: Tensor,
     scale: OptionalTensor,
@@ -155,14 +180,7 @@ def loss_backward(
             grad_bias.mul_(0.0)  # the loss does not depend on the bias: the sum is rounding error or NaN
 
 
-@loss_backward.register_fake
-def _(*arguments: Any) -> None:
-    return None
-
-
-@torch.library.custom_op(
-    f"{__package__}::pair_loss_forward", mutates_args=("value", "row_statistics", "column_statistics")
-)
+@_operator("value", "row_statistics", "column_statistics")
 def pair_loss_forward(
     phi: Tensor,
     scale: OptionalTensor,
@@ -185,14 +203,7 @@ def pair_loss_forward(
         pairs.loss_forward(phi, *scalars, given, loss, value, row_statistics, column_statistics)
 
 
-@pair_loss_forward.register_fake
-def _(*arguments: Any) -> None:
-    return None
-
-
-@torch.library.custom_op(
-    f"{__package__}::pair_loss_backward", mutates_args=("grad_phi", "grad_scale", "grad_bias", "grad_pair_bias")
-)
+@_operator("grad_phi", "grad_scale", "grad_bias", "grad_pair_bias")
 def pair_loss_backward(
     phi: Tensor,
     scale: OptionalTensor,
@@ -224,17 +235,7 @@ def pair_loss_backward(
             grad_bias.mul_(0.0)  # the loss does not depend on the bias: the sum is rounding error or NaN
 
 
-@pair_loss_backward.register_fake
-def _(*arguments: Any) -> None:
-    return None
-
-
-@torch.library.custom_op(
-    f"{__package__}::sigmoid_step",
-    mutates_args=(
-        "value", "grad_patches", "grad_texts", "grad_temperature", "grad_scale", "grad_bias", "grad_pair_bias"
-    ),
-)  # fmt: skip
+@_operator("value", "grad_patches", "grad_texts", "grad_temperature", "grad_scale", "grad_bias", "grad_pair_bias")
 def sigmoid_step(
     patches: Tensor,
     texts: Tensor,
@@ -258,10 +259,12 @@ def sigmoid_step(
     grad_scale: OptionalTensor,
     grad_bias: OptionalTensor,
     grad_pair_bias: OptionalTensor,
+    patch_lengths: OptionalTensor = None,
 ) -> None:
     """Write the sigmoid loss (0-D) of all pairs, and its gradients where buffers are given.
 
-    Only for a backend with `backends.computes_sigmoid_step`. Without ids and targets text i belongs to image i.
+    Only for a backend with `backends.computes_sigmoid_step`; packed patches only for one that takes them. Without ids
+    and targets text i belongs to image i.
     """
     tau, *scalars = (
         _join(*x, value.dtype) for x in ((temperature, temperature_value), (scale, scale_value), (bias, bias_value))
@@ -270,15 +273,11 @@ def sigmoid_step(
     grads = grad_patches, grad_texts, grad_temperature, grad_scale, grad_bias, grad_pair_bias
     implementation: Any = backends.get_for(backend, patches)
     with without_autocast(patches.device.type):
-        implementation.sigmoid_step(patches, texts, patch_mask, tau, form, *scalars, given, value, *grads)
+        packed = {} if patch_lengths is None else {"patch_lengths": patch_lengths}
+        implementation.sigmoid_step(patches, texts, patch_mask, tau, form, *scalars, given, value, *grads, **packed)
 
 
-@sigmoid_step.register_fake
-def _(*arguments: Any) -> None:
-    return None
-
-
-@torch.library.custom_op(f"{__package__}::upsample_argmax", mutates_args=("labels", "best", "entropy"))
+@_operator("labels", "best", "entropy")
 def upsample_argmax(
     scores: Tensor,
     align_corners: bool,
@@ -299,11 +298,6 @@ def upsample_argmax(
     )
     factor = _join(scale, scale_value, wide)
     backends.get_for(backend, scores).upsample_argmax(scores, rows, columns, factor, labels, best, entropy)
-
-
-@upsample_argmax.register_fake
-def _(*arguments: Any) -> None:
-    return None
 
 
 def _positions(

@@ -7,13 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import check_dense
+from .checks import Inputs, check_dense
 from .pairs import Pairs
 
 
 def check_pairs(
-    patches: Tensor,
-    texts: Tensor,
+    inputs: Inputs,
     image_ids: Tensor | None,
     text_ids: Tensor | None,
     targets: Tensor | None,
@@ -26,7 +25,7 @@ def check_pairs(
     In a group an id that is not given stays None: only the exchange of texts tells the number of an image in the whole
     batch. Raises TypeError or ValueError, with one sentence that names the argument, what came and what was expected.
     """
-    b, k = patches.shape[0], texts.shape[0]  # not len(): torch.export would make it a constant
+    patches, b, k = inputs.patches, inputs.images, inputs.text_count
     if targets is not None and (image_ids is not None or text_ids is not None):
         given = "image_ids" if image_ids is not None else "text_ids"
         raise ValueError(
@@ -37,11 +36,11 @@ def check_pairs(
         raise ValueError(f"{missing} is None, expected ids like {given}: with a group ids count in the whole batch")
     if text_ids is None and targets is None and b != k:
         raise ValueError(
-            f"texts has {k} rows, expected one for each of the {b} images of patches, or text_ids or targets, which "
-            "say what belongs together"
+            f"texts has {k} {'rows' if inputs.texts.ndim == 2 and inputs.text_lengths is None else 'texts'}, expected "
+            f"one for each of the {b} images of patches, or text_ids or targets, which say what belongs together"
         )
     if k == 0:
-        raise ValueError(f"texts has shape {list(texts.shape)}, expected [K, D] with K of at least 1")
+        raise ValueError(f"texts has shape {list(inputs.texts.shape)}, expected [K, D] with K of at least 1")
     if all(x is None for x in (image_ids, text_ids, targets, pair_bias)):
         return None
     image_ids = _ids("image_ids", image_ids, b, "images", patches)

@@ -41,8 +41,8 @@ class Pairs(NamedTuple):
         """Return the pairs of some of the images."""
         return Pairs(*(x if x is None or x is self.text_ids else x[at] for x in self))
 
-    def columns(self, at: slice) -> Pairs:
-        """Return the pairs of some of the texts."""
+    def columns(self, at: slice | Tensor) -> Pairs:
+        """Return the pairs of some of the texts, a range or a list of indices."""
         text_ids = None if self.text_ids is None else self.text_ids[at]
         return Pairs(self.image_ids, text_ids, *(x if x is None else x[:, at] for x in (self.targets, self.pair_bias)))
 

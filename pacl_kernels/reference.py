@@ -7,9 +7,10 @@ Equation numbers are those of Mukhoti et al., CVPR 2023 (arXiv 2212.04994).
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .checks import Scalar
@@ -49,40 +50,111 @@ def compatibility(
     patch_mask: Tensor | None = None,
     attn_temperature: float | Tensor = 1.0,
     form: str = "dot",
+    patch_lengths: Tensor | None = None,
+    text_mask: Tensor | None = None,
+    text_lengths: Tensor | None = None,
+    text_pool: str | None = None,
+    text_pool_scale: float = 1.0,
+    null_patch: bool = False,
+    normalize: str = "both",
 ) -> Tensor:
     """Return φ `[B, K]` of patches `[B, N, D]` and texts `[K, D]` (eq. 2 to 4); `patch_mask` `[B, N]`: real patches.
 
     `form="max"`, φ = max s, is the limit of both other forms for τ → 0. The first maximum wins a tie and alone has a
     gradient. φ is NaN if any real patch has s = NaN.
+
+    With `patch_lengths` `[B]` patches are packed, `[ΣN, D]`. With `text_pool` a text has many tokens, `[K, L, D]` or,
+    with `text_lengths` `[K]`, packed `[ΣL, D]`: φ of its tokens is pooled.
     """
+    if patch_lengths is not None:
+        patches, patch_mask = _unpacked(patches, patch_mask, patch_lengths)
+    if text_pool is not None:
+        tokens, of_texts = _tokens(texts, text_mask, text_lengths)
+        phi = compatibility(
+            patches,
+            tokens,
+            patch_mask=patch_mask,
+            attn_temperature=attn_temperature,
+            form=form,
+            null_patch=null_patch,
+            normalize=normalize,
+        )
+        of_texts_pooled = [_pool(phi[:, own], text_pool, text_pool_scale)[:, None] for own in of_texts]
+        return torch.cat([phi[:, :0], *of_texts_pooled], 1)
     attn_temperature = _scalar(attn_temperature)
     some = None if patch_mask is None else patch_mask.any(-1, keepdim=True)  # an image without a patch has φ = 0
     if patch_mask is not None:
         patches = patches.masked_fill(~patch_mask[..., None], 0.0)
-    patches, texts = unit(patches), unit(texts)
-    scores = torch.einsum("bnd,kd->bkn", patches, texts)
-    if some is not None:
-        scores = scores.masked_fill(~some[..., None], 0.0)  # removes 0 × NaN of texts that are not finite
-    phi = _form(form, patches, texts, scores, patch_mask, attn_temperature)
+    if normalize == "both":
+        patches, texts = unit(patches), unit(texts)
+    scores = values = torch.einsum("bnd,kd->bkn", patches, texts)
+    if normalize == "values":
+        patches, texts = unit(patches), unit(texts)
+        values = torch.einsum("bnd,kd->bkn", patches, texts)
+    elif normalize == "none" and form == "cosine":
+        texts = unit(texts)
+    if some is not None:  # removes 0 × NaN of texts that are not finite
+        scores, values = (x.masked_fill(~some[..., None], 0.0) for x in (scores, values))
+    phi = _form(form, patches, texts, scores, values, patch_mask, attn_temperature, null_patch)
     return phi if some is None else phi.masked_fill(~some, 0.0)
 
 
+def _unpacked(patches: Tensor, patch_mask: Tensor | None, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Return packed patches `[ΣN, D]` as `[B, N, D]`, and their mask `[B, N]`."""
+    parts = patches.split(lengths.tolist())
+    masks = torch.ones_like(patches[:, 0], dtype=torch.bool) if patch_mask is None else patch_mask
+    padded = nn.utils.rnn.pad_sequence([*parts, patches.new_zeros(1, patches.shape[1])], batch_first=True)
+    mask = nn.utils.rnn.pad_sequence([*masks.split(lengths.tolist()), masks.new_zeros(1)], batch_first=True)
+    return padded[:-1], mask[:-1]
+
+
+def _tokens(texts: Tensor, mask: Tensor | None, lengths: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+    """Return the tokens of all texts `[T, D]`, and the places of those of each text."""
+    if lengths is not None:
+        return texts, list(torch.arange(len(texts), device=texts.device).split(lengths.tolist()))
+    k, length = texts.shape[:2]
+    places = torch.arange(k * length, device=texts.device).view(k, length)
+    if mask is None:
+        return texts.flatten(0, 1), list(places)
+    tokens = texts.masked_fill(~mask[..., None], 0.0)
+    return tokens.flatten(0, 1), [own[real] for own, real in zip(places, mask, strict=True)]
+
+
+def _pool(phi: Tensor, pool: str, scale: float) -> Tensor:
+    """Return φ `[B]` of a text from φ `[B, L]` of its tokens, 0 for a text without a token."""
+    if phi.shape[1] == 0:
+        return phi.sum(1)
+    if pool == "max":
+        return phi.gather(1, first_maximum(phi.detach())[:, None])[:, 0]
+    if pool == "logsumexp":
+        return (scale * phi).logsumexp(1) / scale
+    return phi.mean(1) if pool == "mean" else phi.sum(1)
+
+
 def _form(
-    form: str, patches: Tensor, texts: Tensor, scores: Tensor, patch_mask: Tensor | None, attn_temperature: Scalar
-) -> Tensor:
-    """Return φ `[B, K]` of unit patches and texts; the rows of images without a patch are undefined."""
+    form: str, patches: Tensor, texts: Tensor, scores: Tensor, values: Tensor, patch_mask: Tensor | None,
+    attn_temperature: Scalar, null_patch: bool,
+) -> Tensor:  # fmt: skip
+    """Return φ `[B, K]`; the rows of images without a patch are undefined.
+
+    `scores` `[B, K, N]` decide where to look, `values` are the products of `patches` and `texts`.
+    """
     if form == "max":
-        return _largest(patches, texts, scores, patch_mask, attn_temperature)
+        phi = _largest(patches, texts, scores, patch_mask, attn_temperature)
+        return phi.clamp_min(0.0) if null_patch else phi
     attention = scores / attn_temperature
-    if patch_mask is None:
-        attention = attention.softmax(-1)
-    else:
+    if patch_mask is not None:
         valid = patch_mask[:, None]
         # An image without a patch attends to all: softmax(-inf, ..) would be NaN.
-        attention = attention.masked_fill(~valid & valid.any(-1, keepdim=True), float("-inf")).softmax(-1)
+        attention = attention.masked_fill(~valid & valid.any(-1, keepdim=True), float("-inf"))
+    if null_patch and form == "dot":  # the cosine divides by the norm of the pooled patch, whose direction is the same
+        attention = F.pad(attention, (0, 1)).softmax(-1)[..., :-1]
+    else:
+        attention = attention.softmax(-1)
+    if patch_mask is not None:
         attention = attention.masked_fill(~valid, 0.0)
     if form == "dot":
-        return (attention * scores).sum(-1)
+        return (attention * values).sum(-1)
     pooled = torch.einsum("bkn,bnd->bkd", attention, patches)
     squared = (pooled * pooled).sum(-1)
     norm: Tensor = squared.clamp_min(MIN_POOLED_NORM**2).sqrt()
@@ -147,18 +219,19 @@ def pacl_loss(
     texts: Tensor,
     logit_scale: float | Tensor,
     *,
-    patch_mask: Tensor | None = None,
-    attn_temperature: float | Tensor = 1.0,
-    form: str = "dot",
     loss: str = "infonce",
     logit_bias: float | Tensor | None = None,
     image_ids: Tensor | None = None,
     text_ids: Tensor | None = None,
     targets: Tensor | None = None,
     pair_bias: Tensor | None = None,
+    **of_phi: Any,
 ) -> Tensor:
-    """Return the loss (0-D) that `pacl_kernels.fused_pacl_loss` computes; the arguments are the same."""
-    phi = compatibility(patches, texts, patch_mask=patch_mask, attn_temperature=attn_temperature, form=form)
+    """Return the loss (0-D) that `pacl_kernels.fused_pacl_loss` computes; the arguments are the same.
+
+    `of_phi`: the arguments of `compatibility`.
+    """
+    phi = compatibility(patches, texts, **of_phi)
     logits = _scalar(logit_scale) * phi
     if logit_bias is not None:
         logits = logits + _scalar(logit_bias)

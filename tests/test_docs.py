@@ -33,7 +33,19 @@ def settings() -> tuple:
 
 
 @pytest.mark.parametrize(
-    "page", ["getting-started", "api", "distributed", "faq", "math", "pairs", "recipes/export", "recipes/other-losses"]
+    "page",
+    [
+        "getting-started",
+        "api",
+        "distributed",
+        "faq",
+        "math",
+        "pairs",
+        "tokens",
+        "recipes/export",
+        "recipes/late-interaction",
+        "recipes/other-losses",
+    ],
 )
 def test_the_python_of_a_page_runs(page, capsys):
     """Blocks run in order in one namespace, and change no global setting of torch."""

@@ -22,28 +22,13 @@ namespace {
 // independent signs give 0.002, and CLIP's texts, which share a direction, 0.003.
 constexpr double kRoundingShown = 6e-3;
 
-// Assigns rows to the valid patches, image after image. Image b has rows [row_start[b], row_start[b + 1]).
-std::vector<int64_t> count_rows(const CompatibilityParams& p, int64_t align) {
-  std::vector<int64_t> row_start(p.images + 1, 0);
-  for (int64_t b = 0; b < p.images; ++b) {
-    int64_t count = p.patches_per_image;
-    if (p.mask) {
-      count = 0;
-      for (int64_t n = 0; n < p.patches_per_image; ++n)
-        count += p.mask[b * p.mask_strides.image + n * p.mask_strides.row] != 0;
-    }
-    row_start[b + 1] = row_start[b] + round_up(count, align);
-  }
-  return row_start;
-}
-
 // Populates the gradients' memory for rows [first, last) of a block.
 void populate_gradients(const CompatibilityParams& p, const Rows& rows, int64_t first, int64_t last) {
   while (first < last && rows.image[last - 1] < 0) --last;
   while (first < last && rows.image[first] < 0) ++first;
   if (first == last) return;
-  const int64_t begin = rows.image[first] * p.patches_per_image + rows.index[first];
-  const int64_t end = rows.image[last - 1] * p.patches_per_image + rows.index[last - 1] + 1;
+  const int64_t begin = first_patch(p, rows.image[first]) + rows.index[first];
+  const int64_t end = first_patch(p, rows.image[last - 1]) + rows.index[last - 1] + 1;
   populate((char*)p.grad_patches + begin * gradient_row_bytes(p), (end - begin) * gradient_row_bytes(p));
 }
 
@@ -51,7 +36,7 @@ void populate_gradients(const CompatibilityParams& p, const Rows& rows, int64_t 
 void populate_scores(const CompatibilityParams& p, int64_t width, int64_t image, int64_t image_last, int64_t panel,
                      int64_t panel_last) {
   for (; panel < panel_last; ++panel)
-    visit_scores(p, width, panel, image * p.patches_per_image, (image_last - image) * p.patches_per_image,
+    visit_scores(p, width, panel, first_patch(p, image), first_patch(p, image_last) - first_patch(p, image),
                  [&](float* place, int64_t, int64_t some) { populate((char*)place, some * width * 4); });
 }
 
@@ -63,7 +48,6 @@ void open_texts(const CompatibilityParams& p, const Plan& plan, int64_t first, T
 
 void forward(const Plan& plan, const CompatibilityParams& p, Arena arena) {
   const Kernels& kernels = plan.kernels;
-  const std::vector<int64_t> row_start = count_rows(p, plan.row_align);
   Texts shared_texts;
   plan.take_texts(arena, shared_texts);
   const int64_t scratch_at = arena.used;
@@ -73,18 +57,18 @@ void forward(const Plan& plan, const CompatibilityParams& p, Arena arena) {
     Scratch scratch{};
     plan.take_scratch(own, scratch);
     Texts texts = shared_texts;
-    const int64_t groups = ceil_div(p.images, plan.group);
+    const int64_t groups = (int64_t)plan.groups.size() - 1;
     for (int64_t first = 0; first < p.text_count; first += plan.texts_block) {
       open_texts(p, plan, first, texts);
       const int64_t panels = texts.padded / kernels.panel, ranges = ceil_div(panels, plan.text_panels);
       team.phase(panels, [&](int64_t panel) { kernels.pack_texts(p, texts, panel, scratch.row); });
       team.phase(groups * ranges, [&](int64_t task) {
-        const int64_t image = task / ranges * plan.group, panel = task % ranges * plan.text_panels;
-        populate_scores(p, kernels.panel, image, least(image + plan.group, p.images),
-                        texts.first / kernels.panel + panel,
-                        texts.first / kernels.panel + least(panel + plan.text_panels, panels));
-        kernels.forward(p, row_start.data(), image, least(image + plan.group, p.images), texts, panel,
-                        least(panel + plan.text_panels, panels), image + plan.group * plan.threads, scratch);
+        const int64_t group = task / ranges, image = plan.groups[group], image_last = plan.groups[group + 1];
+        const int64_t panel = task % ranges * plan.text_panels, panel_last = least(panel + plan.text_panels, panels);
+        populate_scores(p, kernels.panel, image, image_last, texts.first / kernels.panel + panel,
+                        texts.first / kernels.panel + panel_last);
+        kernels.forward(p, plan.row_start.data(), image, image_last, texts, panel, panel_last,
+                        plan.groups[least(group + plan.threads, groups)], scratch);
       });
     }
   });
@@ -94,13 +78,15 @@ void forward(const Plan& plan, const CompatibilityParams& p, Arena arena) {
 struct Block {
   int64_t first_row, last_row;
   std::vector<int64_t> starts;       // first rows of the weights' tasks (chunks or whole images), then the end
+  std::vector<int64_t> order;        // of the weights' tasks if they are whole images: the largest first
   std::vector<int64_t> image_begin;  // see Rows
   std::vector<float> share;
 };
 
 // Finds the images of a block with means. Shortens the block if it has more than kMeans of them.
-void count_images(const Plan& plan, const std::vector<int64_t>& row_start, Block& block) {
+void count_images(const Plan& plan, Block& block) {
   if (!plan.means) return;
+  const std::vector<int64_t>& row_start = plan.row_start;
   const int64_t padding = 2 * plan.kernels.inner;
   int64_t b = std::upper_bound(row_start.begin(), row_start.end(), block.first_row) - row_start.begin() - 1;
   for (; row_start[b] < block.last_row; ++b) {
@@ -117,28 +103,37 @@ void count_images(const Plan& plan, const std::vector<int64_t>& row_start, Block
   }
 }
 
-std::vector<Block> make_blocks(const Plan& plan, const std::vector<int64_t>& row_start) {
+std::vector<Block> make_blocks(const Plan& plan) {
+  const std::vector<int64_t>& row_start = plan.row_start;
   std::vector<Block> blocks;
   if (plan.by_image) {
     for (int64_t b = 0; b < plan.p.images; ++b) {
       if (row_start[b] == row_start[b + 1]) continue;
       if (blocks.empty() || row_start[b + 1] - blocks.back().first_row > plan.rows_block ||
           (plan.means && (int64_t)blocks.back().starts.size() > kMeans))
-        blocks.push_back({.first_row = row_start[b], .last_row = 0, .starts = {0}, .image_begin = {}, .share = {}});
+        blocks.push_back(
+            {.first_row = row_start[b], .last_row = 0, .starts = {0}, .order = {}, .image_begin = {}, .share = {}});
       Block& block = blocks.back();
       block.last_row = row_start[b + 1];
       block.starts.push_back(block.last_row - block.first_row);
     }
-    for (Block& block : blocks) count_images(plan, row_start, block);
+    for (Block& block : blocks) {
+      count_images(plan, block);
+      block.order.resize(block.starts.size() - 1);
+      std::iota(block.order.begin(), block.order.end(), 0);
+      const auto rows = [&](int64_t i) { return block.starts[i + 1] - block.starts[i]; };
+      std::stable_sort(block.order.begin(), block.order.end(), [&](int64_t a, int64_t b) { return rows(a) > rows(b); });
+    }
   } else {
     const int64_t rows_total = row_start[plan.p.images];
     for (int64_t row = 0; row < rows_total; row = blocks.back().last_row) {
       Block block{.first_row = row,
                   .last_row = least(row + plan.rows_block, rows_total),
                   .starts = {},
+                  .order = {},
                   .image_begin = {},
                   .share = {}};
-      count_images(plan, row_start, block);
+      count_images(plan, block);
       const int64_t count = round_up(block.last_row - row, 2 * plan.kernels.inner);
       for (int64_t at = 0; at < count; at += plan.chunk) block.starts.push_back(at);
       block.starts.push_back(count);
@@ -153,7 +148,7 @@ std::vector<Block> make_blocks(const Plan& plan, const std::vector<int64_t>& row
 // gradient, which must then not be used.
 bool backward(const Plan& plan, CompatibilityParams p, Arena arena) {
   const Kernels& kernels = plan.kernels;
-  const std::vector<int64_t> row_start = count_rows(p, plan.row_align);
+  const std::vector<int64_t>& row_start = plan.row_start;
   if (p.grad_patches && p.mask) {  // masked patches are never visited
     std::memset(p.grad_patches, 0, gradient_bytes(p));
     p.fresh_gradient = false;
@@ -167,7 +162,7 @@ bool backward(const Plan& plan, CompatibilityParams p, Arena arena) {
   plan.take_block(arena, shared_rows, weights, shared_sums);
   const int64_t scratch_at = arena.used;
 
-  const std::vector<Block> blocks = make_blocks(plan, row_start);
+  const std::vector<Block> blocks = make_blocks(plan);
   const int64_t text_blocks = ceil_div(p.text_count, plan.texts_block);
   size_t most_tasks = 0;
   for (const Block& block : blocks) most_tasks = most(most_tasks, block.starts.size());
@@ -206,10 +201,9 @@ bool backward(const Plan& plan, CompatibilityParams p, Arena arena) {
         const int64_t tasks = ((int64_t)block.starts.size() - 1) * ranges;
         team.phase(tasks + (text_block == 0 && p.grad_texts ? rows.means : 0), [&](int64_t task) {
           if (task >= tasks) return kernels.sum_rows(p, rows, task - tasks);
-          const int64_t panel = task % ranges * range;
-          weight_sums[task].add(kernels.weights(p, rows, block.starts[task / ranges], block.starts[task / ranges + 1],
-                                                texts, panel, least(panel + range, panels), weights, shared_sums, add,
-                                                scratch));
+          const int64_t panel = task % ranges * range, i = plan.by_image ? block.order[task / ranges] : task / ranges;
+          weight_sums[task].add(kernels.weights(p, rows, block.starts[i], block.starts[i + 1], texts, panel,
+                                                least(panel + range, panels), weights, shared_sums, add, scratch));
         });
         if (rows.means && p.grad_patches)
           team.phase(plan.dims / kernels.panel,
@@ -264,22 +258,30 @@ bool backward(const Plan& plan, CompatibilityParams p, Arena arena) {
          !(p.grad_texts && shows(total.texts_error, texts_squared));
 }
 
-// Returns the kernels of a call. In the cosine form with many patches and few texts, pooled patches in float32 are
+// Returns the kernels of a call: those of float32 for rows of any norm, as the rounding of their weights is compared
+// with gradients of unit rows. In the cosine form with many patches and few texts, pooled patches in float32 are
 // cheaper than a Gram matrix in bfloat16. The matrix unit multiplies about 8 times as fast as float32, and computes
 // q = G a from three bfloat16 products.
 const Kernels& kernels_of(const CompatibilityParams& p) {
+  if (p.raw) return select_kernels(Dtype::float32, p.dim);
   const Kernels& own = select_kernels(p.dtype, p.dim);
   if (p.form != Form::cosine || own.pair == 1) return own;
-  const CosineCost cost(p, p.patches_per_image);
-  const double gram = own.matrix ? cost.gram(8, 3.0 / 8) : cost.gram(2, 1);
-  return cost.pooled() < gram ? select_kernels(Dtype::float32, p.dim) : own;
+  double pooled = 0, gram = 0;
+  const std::vector<int64_t> row_start = count_rows(p, 1);
+  for (int64_t b = 0; b < p.images; ++b) {
+    const CosineCost cost(p, row_start[b + 1] - row_start[b]);
+    pooled += cost.pooled();
+    gram += own.matrix ? cost.gram(8, 3.0 / 8) : cost.gram(2, 1);
+  }
+  return pooled < gram ? select_kernels(Dtype::float32, p.dim) : own;
 }
 
 // Returns the call with scores_group set: to the rows of a block of the backward, which forward and backward must agree
-// on. With a matrix unit, computing a score again takes less time than storing and loading it.
+// on. Blocks of whole packed images have no common size. With a matrix unit, computing a score again takes less time
+// than storing and loading it.
 CompatibilityParams with_kept_scores(CompatibilityParams p) {
   p.scores_group = 0;
-  if (!p.scores || p.mask || p.form == Form::max) return p;
+  if (!p.scores || p.mask || p.form == Form::max || (p.patch_starts && p.form == Form::cosine)) return p;
   CompatibilityParams forward = p, backward = p;
   forward.grad_phi = nullptr;
   backward.grad_phi = p.phi;  // only its presence counts, and that of the gradient

@@ -10,6 +10,9 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
+#if defined(PACL_ARM_BF16)
+#include <sys/auxv.h>
+#endif
 
 namespace pacl {
 
@@ -23,6 +26,7 @@ PACL_DECLARE(avx512)
 PACL_DECLARE(avx512bf16)
 PACL_DECLARE(amx)
 PACL_DECLARE(emulated_amx)
+PACL_DECLARE(neonbf16)
 
 #if defined(PACL_AMX)
 // Returns true if the processor has AMX for bfloat16 and the operating system lets this process use it. Linux refuses
@@ -56,6 +60,10 @@ const std::vector<Isa>& isas() {
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
       found.insert(found.begin(), {"emulated_amx", &avx2::kernels, &emulated_amx::pair_kernels});
 #endif
+#endif
+#if defined(PACL_ARM_BF16)
+    constexpr unsigned long kBFloat16 = 1ul << 14;  // HWCAP2_BF16, which older headers lack
+    if (getauxval(AT_HWCAP2) & kBFloat16) found.push_back({"neonbf16", &baseline::kernels, &neonbf16::pair_kernels});
 #endif
     return found;
   }();

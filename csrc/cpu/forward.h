@@ -95,16 +95,17 @@ void overlapped(const CompatibilityParams& p, int64_t first, const Rows& rows, c
 
 // Returns rows [row, row + count) in the caller's memory if whole tiles can be read there, otherwise null.
 template <class Op>
-const float* rows_in_place(const CompatibilityParams& p, int64_t row, int64_t count, Rows& rows) {
+const float* rows_in_place(const CompatibilityParams& p, const int64_t* row_start, int64_t row, int64_t count,
+                           Rows& rows) {
   constexpr int64_t kTall = 2 * kMatrixRows;
   if (p.mask || !rows_are_even(p) || p.dim != Op::kPair * dim_units<Op>(p) || p.patch_strides.row % Op::kPair ||
-      row + round_up(count, kTall) > p.images * p.patches_per_image)
+      row + round_up(count, kTall) > all_patches(p))
     return nullptr;
   const int64_t stride = p.patch_strides.row / Op::kPair;
   const float* left = (const float*)((const char*)p.patches + row * stride * 4);
-  int64_t image = row / p.patches_per_image, n = row - image * p.patches_per_image;
-  for (int64_t r = 0; r < count; ++r, ++n) {
-    if (n == p.patches_per_image) ++image, n = 0;
+  int64_t image = image_of_row(p, row_start, row);
+  for (int64_t r = 0; r < count; ++r) {
+    while (row + r >= row_start[image + 1]) ++image;
     rows.image[r] = (int32_t)image;
     rows.inv_norm[r] = inverse_norm<Op>(left + r * stride, dim_units<Op>(p));
     if (is_long<Op>(left + r * stride, dim_units<Op>(p), rows.inv_norm[r])) return nullptr;
@@ -131,7 +132,7 @@ void forward(const CompatibilityParams& p, const int64_t* row_start, int64_t fir
     const float* in_place = nullptr;
 #if defined(PACL_MATRIX_UNIT)
     const bool overlaps = Op::kMatrix && !cosine && no_running_max && inner <= Op::kInnerBlock;
-    if (overlaps) in_place = rows_in_place<Op>(p, row, count, rows);
+    if (overlaps) in_place = rows_in_place<Op>(p, row_start, row, count, rows);
     const float* left = in_place ? in_place : rows.units;
     const int64_t left_row = in_place ? p.patch_strides.row / Op::kPair : kPanel;
     const int64_t left_block = in_place ? kPanel : rows.capacity * kPanel;
@@ -157,7 +158,7 @@ void forward(const CompatibilityParams& p, const int64_t* row_start, int64_t fir
       product<Op>(rows.units, rows.capacity, count, texts.transposed + panel * units * kPanel, inner, scratch.scores,
                   false, &ahead);
       if (p.scores_group)  // without a mask
-        visit_scores(p, kPanel, texts.first / kPanel + panel, cosine ? first * p.patches_per_image : row,
+        visit_scores(p, kPanel, texts.first / kPanel + panel, cosine ? first_patch(p, first) : row,
                      cosine ? segment_end(rows, 0, count) : count, [&](float* to, int64_t done, int64_t some) {
                        memcpy(to, scratch.scores + done * kPanel, sizeof(float) * some * kPanel);
                      });

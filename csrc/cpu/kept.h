@@ -5,7 +5,7 @@
 // writes any gradient of that block. The memory may therefore be that of the patches' gradient.
 #pragma once
 
-#include "panels.h"
+#include "patches.h"
 
 namespace {
 
@@ -15,8 +15,7 @@ using namespace pacl;
 // number of rows from there on in the same group. Returns null if the panel is not kept, or the row is padding (-1).
 inline float* kept_scores(const CompatibilityParams& p, int64_t width, int64_t panel, int64_t row, int64_t& count) {
   if (!p.scores_group || row < 0 || (panel + 1) * width * 4 > p.scores_row_bytes) return nullptr;
-  const int64_t first = row / p.scores_group * p.scores_group,
-                size = least(p.scores_group, p.images * p.patches_per_image - first);
+  const int64_t first = row / p.scores_group * p.scores_group, size = least(p.scores_group, all_patches(p) - first);
   count = most(0, least(count, first + size - row));  // 0 for padding after the last row
   return (float*)(p.scores + first * p.scores_row_bytes) + (panel * size + row - first) * width;
 }

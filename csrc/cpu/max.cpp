@@ -1,6 +1,7 @@
 // The order of the work in the max form's backward; see max.h.
 
 #include <memory>
+#include <vector>
 
 #include "calls.h"
 #include "plan.h"
@@ -11,20 +12,45 @@ namespace {
 
 constexpr int64_t kMaxRowsBudget = 8 * kMiB;  // a block of patches of the max form's backward
 
+// Divides the images into blocks of at most `rows` patches and 256 images.
+std::vector<MaxImages> make_blocks(const CompatibilityParams& p, int64_t rows) {
+  std::vector<MaxImages> blocks;
+  for (int64_t b = 0; b < p.images; ++b) {
+    const int64_t patches = patches_of(p, b);
+    const bool joins = !blocks.empty() && b - blocks.back().first < 256 &&
+                       first_patch(p, b) - first_patch(p, blocks.back().first) + patches <= rows;
+    if (joins) {
+      MaxImages& block = blocks.back();
+      block.last = b + 1;
+      block.patches = most(block.patches, patches);
+      block.all_patches += patches;
+    }
+    for (int64_t first = 0; !joins && first < most(1, patches); first += rows) {
+      const int64_t part = least(rows, patches - first);
+      blocks.push_back({.first = b, .last = b + 1, .patch_first = first, .patches = part, .all_patches = part});
+    }
+  }
+  return blocks;
+}
+
 // The plan of the max form's backward: blocks of patches (whole images if they fit) against blocks of texts.
 struct MaxPlan {
   const Kernels& kernels;
   const CompatibilityParams p;
-  int64_t dims, texts_block, patches, images;  // padded D; texts, patches of an image and images of a block
+  int64_t dims, texts_block;  // padded D; texts of a block
+  std::vector<MaxImages> blocks;
+  int64_t images = 0, patches = 0;  // most of a block
   int64_t shared_bytes, scratch_bytes;
   int threads;
 
   explicit MaxPlan(const CompatibilityParams& params) : kernels(select_kernels(params.dtype, params.dim)), p(params) {
     dims = round_up(p.dim, kernels.panel);
     texts_block = least(p.text_count, most(1, least(4096, kTextsBudget / (4 * dims))));
-    const int64_t rows = most(1, kMaxRowsBudget / (4 * dims));
-    patches = least(p.patches_per_image, rows);
-    images = least(p.images, least(256, rows / patches));
+    blocks = make_blocks(p, most(1, kMaxRowsBudget / (4 * dims)));
+    for (const MaxImages& block : blocks) {
+      images = most(images, block.last - block.first);
+      patches = most(patches, block.all_patches);
+    }
     Arena counter{nullptr};
     MaxBlock block;
     MaxScratch scratch;
@@ -39,16 +65,16 @@ struct MaxPlan {
   int64_t workspace_bytes() const { return shared_bytes + threads * scratch_bytes + 64; }
 
   void take_block(Arena& arena, MaxBlock& block) const {
-    block.patch = arena.take<const float*>(images * patches);
-    block.patch_norm = arena.take(images * patches);
-    block.patch_range_scale = arena.take(images * patches);
-    block.patch_rows = arena.take(images * patches * dims);
-    block.patch_sums = p.grad_patches && texts_block < p.text_count ? arena.take(images * patches * dims) : nullptr;
+    block.patch = arena.take<const float*>(patches);
+    block.patch_norm = arena.take(patches);
+    block.patch_range_scale = arena.take(patches);
+    block.patch_rows = arena.take(patches * dims);
+    block.patch_sums = p.grad_patches && texts_block < p.text_count ? arena.take(patches * dims) : nullptr;
     block.text = arena.take<const float*>(texts_block);
     block.text_norm = arena.take(texts_block);
     block.text_rows = arena.take(texts_block * dims);
     block.order = arena.take<int32_t>(images * texts_block);
-    block.start = arena.take<int32_t>(images * (patches + 1));
+    block.start = arena.take<int32_t>(patches + images);
   }
 
   void take_scratch(Arena& arena, MaxScratch& scratch) const {
@@ -71,36 +97,34 @@ void backward(const MaxPlan& plan, const CompatibilityParams& p, Arena arena) {
     plan.take_scratch(own, scratch);
     MaxBlock block = shared_block;
     bool packed = false;
-    for (int64_t image = 0; image < p.images; image += plan.images)
-      for (int64_t patch = 0; patch < p.patches_per_image; patch += plan.patches) {
-        block.image_first = image;
-        block.image_last = least(image + plan.images, p.images);
-        block.patch_first = patch;
-        block.patches = least(plan.patches, p.patches_per_image - patch);
-        for (int64_t text_block = 0; text_block < text_blocks; ++text_block) {
-          block.text_first = text_block * plan.texts_block;
-          block.text_count = least(plan.texts_block, p.text_count - block.text_first);
-          if (!packed || text_blocks > 1)
-            team.phase(ceil_div(block.text_count, 16), [&](int64_t i) {
-              kernels.max_pack_texts(p, block, i * 16, least(i * 16 + 16, block.text_count));
-            });
-          packed = true;
-          team.phase(block.image_last - image, [&](int64_t i) { kernels.max_sort(p, block, image + i); });
-          const int64_t ranges = ceil_div(block.patches, 64);
-          team.phase((block.image_last - image) * ranges, [&](int64_t task) {
-            const int64_t first = task % ranges * 64, last = least(first + 64, block.patches);
-            if (p.grad_patches && text_block == text_blocks - 1)
-              populate((char*)p.grad_patches +
-                           ((image + task / ranges) * p.patches_per_image + patch + first) * gradient_row_bytes(p),
-                       (last - first) * gradient_row_bytes(p));
-            kernels.max_patches(p, block, image + task / ranges, first, last, scratch);
+    for (const MaxImages& images : plan.blocks) {
+      block.images = images;
+      for (int64_t text_block = 0; text_block < text_blocks; ++text_block) {
+        block.text_first = text_block * plan.texts_block;
+        block.text_count = least(plan.texts_block, p.text_count - block.text_first);
+        if (!packed || text_blocks > 1)
+          team.phase(ceil_div(block.text_count, 16), [&](int64_t i) {
+            kernels.max_pack_texts(p, block, i * 16, least(i * 16 + 16, block.text_count));
           });
-          if (p.grad_texts)
-            team.phase(ceil_div(block.text_count, 16), [&](int64_t i) {
-              kernels.max_texts(p, block, i * 16, least(i * 16 + 16, block.text_count), scratch);
-            });
-        }
+        packed = true;
+        team.phase(images.last - images.first, [&](int64_t i) { kernels.max_sort(p, block, images.first + i); });
+        const int64_t ranges = ceil_div(images.patches, 64);
+        team.phase((images.last - images.first) * ranges, [&](int64_t task) {
+          const int64_t image = images.first + task / ranges, first = task % ranges * 64;
+          const int64_t last = least(first + 64, block_patches(p, images, image));
+          if (first >= last) return;  // a shorter image than the largest
+          if (p.grad_patches && text_block == text_blocks - 1)
+            populate(
+                (char*)p.grad_patches + (first_patch(p, image) + images.patch_first + first) * gradient_row_bytes(p),
+                (last - first) * gradient_row_bytes(p));
+          kernels.max_patches(p, block, image, first, last, scratch);
+        });
+        if (p.grad_texts)
+          team.phase(ceil_div(block.text_count, 16), [&](int64_t i) {
+            kernels.max_texts(p, block, i * 16, least(i * 16 + 16, block.text_count), scratch);
+          });
       }
+    }
     if (p.grad_texts)
       team.phase(ceil_div(p.text_count, 16),
                  [&](int64_t i) { kernels.max_finish_texts(p, i * 16, least(i * 16 + 16, p.text_count), scratch); });

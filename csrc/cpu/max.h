@@ -110,25 +110,26 @@ void max_pack_texts(const CompatibilityParams& p, MaxBlock& block, int64_t first
     block.text[k] = row_units_at<Float32>(p.texts, (block.text_first + k) * p.text_strides.row, p.text_strides.dim,
                                           p.dim, p.dtype, dims, block.text_rows + k * dims);
     float range_scale;
-    block.text_norm[k] = inverse_norm_in_range<Float32>(block.text[k], dims, block.text_rows + k * dims, range_scale);
+    block.text_norm[k] = row_factor<Float32>(p, block.text[k], dims, block.text_rows + k * dims, range_scale);
   }
 }
 
 // Sorts the block's texts by the patch of `image` that they chose. The counting sort is stable.
 void max_sort(const CompatibilityParams& p, MaxBlock& block, int64_t image) {
   const float* chosen = p.state + image * p.text_count + block.text_first;
-  int32_t* order = block.order + (image - block.image_first) * block.text_count;
-  int32_t* start = block.start + (image - block.image_first) * (block.patches + 1);
-  memset(start, 0, sizeof(int32_t) * (block.patches + 1));
+  const int64_t first = block.images.patch_first, patches = block_patches(p, block.images, image);
+  int32_t* order = block.order + (image - block.images.first) * block.text_count;
+  int32_t* start = block.start + block_patch(p, block.images, image) + image - block.images.first;
+  memset(start, 0, sizeof(int32_t) * (patches + 1));
   for (int64_t k = 0; k < block.text_count; ++k) {
-    const int64_t n = (int64_t)chosen[k] - block.patch_first;
-    if (n >= 0 && n < block.patches) ++start[n];
+    const int64_t n = (int64_t)chosen[k] - first;
+    if (n >= 0 && n < patches) ++start[n];
   }
   int32_t end = 0;
-  for (int64_t n = 0; n <= block.patches; ++n) start[n] = end += start[n];
+  for (int64_t n = 0; n <= patches; ++n) start[n] = end += start[n];
   for (int64_t k = block.text_count; k-- > 0;) {  // backwards: each start moves down to its final value
-    const int64_t n = (int64_t)chosen[k] - block.patch_first;
-    if (n >= 0 && n < block.patches) order[--start[n]] = (int32_t)k;
+    const int64_t n = (int64_t)chosen[k] - first;
+    if (n >= 0 && n < patches) order[--start[n]] = (int32_t)k;
   }
 }
 
@@ -138,21 +139,22 @@ void max_sort(const CompatibilityParams& p, MaxBlock& block, int64_t image) {
 void max_patches(const CompatibilityParams& p, MaxBlock& block, int64_t image, int64_t first, int64_t last,
                  MaxScratch& scratch) {
   const int64_t dims = padded_dim(p.dim), width = p.dtype == Dtype::float32 ? 4 : 2;
-  const int64_t slots = (image - block.image_first) * block.patches;
-  const int32_t* order = block.order + (image - block.image_first) * block.text_count;
-  const int32_t* start = block.start + slots + image - block.image_first;
+  const int64_t slots = block_patch(p, block.images, image), patches_at = image_offset(p, image);
+  const int64_t gradient_at = first_patch(p, image) * p.dim;
+  const int32_t* order = block.order + (image - block.images.first) * block.text_count;
+  const int32_t* start = block.start + slots + image - block.images.first;
   const float* grad = p.grad_phi + image * p.text_count + block.text_first;
   const bool last_texts = block.text_first + block.text_count == p.text_count;
   for (int64_t r = first; r < last; ++r) {
-    const int64_t slot = slots + r, n = block.patch_first + r, won = start[r + 1] - start[r];
+    const int64_t slot = slots + r, n = block.images.patch_first + r, won = start[r + 1] - start[r];
     const float*& patch = block.patch[slot];
     if (block.text_first == 0) patch = nullptr;
     const bool seen = patch != nullptr;
     if (won > 0 && !seen) {
-      patch = row_units_at<Float32>(p.patches, image * p.patch_strides.image + n * p.patch_strides.row,
-                                    p.patch_strides.dim, p.dim, p.dtype, dims, block.patch_rows + slot * dims);
+      patch = row_units_at<Float32>(p.patches, patches_at + n * p.patch_strides.row, p.patch_strides.dim, p.dim,
+                                    p.dtype, dims, block.patch_rows + slot * dims);
       block.patch_norm[slot] =
-          inverse_norm_in_range<Float32>(patch, dims, block.patch_rows + slot * dims, block.patch_range_scale[slot]);
+          row_factor<Float32>(p, patch, dims, block.patch_rows + slot * dims, block.patch_range_scale[slot]);
     }
     if (!p.grad_patches) continue;
     float* sum = block.patch_sums ? block.patch_sums + slot * dims : scratch.sum;
@@ -165,9 +167,9 @@ void max_patches(const CompatibilityParams& p, MaxBlock& block, int64_t image, i
       add_rows(scratch.rows, scratch.weights, won, dims, sum, seen);
     }
     if (!last_texts) continue;
-    const int64_t offset = (image * p.patches_per_image + n) * p.dim;
+    const int64_t offset = gradient_at + n * p.dim;
     if (patch)
-      finish_row<Float32>(sum, 1, patch, 1, 0, block.patch_norm[slot], block.patch_range_scale[slot], p.dim, p.dtype,
+      finish_row<Float32>(p, sum, 1, patch, 1, 0, block.patch_norm[slot], block.patch_range_scale[slot], p.dim, p.dtype,
                           p.grad_patches, offset, p.fresh_gradient, scratch.buffer);
     else
       memset((char*)p.grad_patches + offset * width, 0, p.dim * width);
@@ -179,12 +181,12 @@ void max_patches(const CompatibilityParams& p, MaxBlock& block, int64_t image, i
 void max_texts(const CompatibilityParams& p, const MaxBlock& block, int64_t first, int64_t last, MaxScratch& scratch) {
   const int64_t dims = padded_dim(p.dim);
   for (int64_t k = first; k < last; ++k) {
-    int64_t count = 0;
-    for (int64_t image = block.image_first; image < block.image_last; ++image) {
+    int64_t count = 0, slots = 0;  // of the images before
+    for (int64_t image = block.images.first; image < block.images.last; slots += patches_of(p, image++)) {
       const int64_t pair = image * p.text_count + block.text_first + k;
-      const int64_t n = (int64_t)p.state[pair] - block.patch_first;
-      if (n < 0 || n >= block.patches) continue;
-      const int64_t slot = (image - block.image_first) * block.patches + n;
+      const int64_t n = (int64_t)p.state[pair] - block.images.patch_first;
+      if (n < 0 || n >= block.images.patches) continue;
+      const int64_t slot = slots + n;
       scratch.rows[count] = block.patch[slot];
       scratch.weights[count++] = p.grad_phi[pair] * block.patch_norm[slot] * block.text_norm[k];
     }
@@ -198,8 +200,8 @@ void max_finish_texts(const CompatibilityParams& p, int64_t first, int64_t last,
     const float* text =
         row_units_at<Float32>(p.texts, k * p.text_strides.row, p.text_strides.dim, p.dim, p.dtype, dims, scratch.sum);
     float range_scale;
-    const float inv_norm = inverse_norm_in_range<Float32>(text, dims, scratch.sum, range_scale);
-    finish_row<Float32>(p.texts_sum + k * dims, 1, text, 1, 0, inv_norm, range_scale, p.dim, p.grad_texts_dtype,
+    const float inv_norm = row_factor<Float32>(p, text, dims, scratch.sum, range_scale);
+    finish_row<Float32>(p, p.texts_sum + k * dims, 1, text, 1, 0, inv_norm, range_scale, p.dim, p.grad_texts_dtype,
                         p.grad_texts, k * p.dim, false, scratch.buffer);
   }
   store_fence();

@@ -1,7 +1,7 @@
 // Huge pages and page faults of the workspace and the gradients. Include only in files compiled once.
 #pragma once
 
-#include "panels.h"
+#include "patches.h"
 #if defined(__linux__)
 #include <sys/mman.h>
 #include <unistd.h>
@@ -41,13 +41,12 @@ void populate([[maybe_unused]] char* memory, [[maybe_unused]] int64_t bytes) {
 
 inline int64_t gradient_row_bytes(const CompatibilityParams& p) { return p.dim * (p.dtype == Dtype::float32 ? 4 : 2); }
 
-inline int64_t gradient_bytes(const CompatibilityParams& p) {
-  return p.images * p.patches_per_image * gradient_row_bytes(p);
-}
+inline int64_t gradient_bytes(const CompatibilityParams& p) { return all_patches(p) * gradient_row_bytes(p); }
 
 // Returns the call with fresh_gradient set if the pages of the patches' gradient are not populated yet.
 inline CompatibilityParams with_fresh_gradient(CompatibilityParams p) {
-  p.fresh_gradient = p.grad_patches && is_fresh((const char*)p.grad_patches + gradient_bytes(p) - 1);
+  p.fresh_gradient =
+      p.grad_patches && gradient_bytes(p) > 0 && is_fresh((const char*)p.grad_patches + gradient_bytes(p) - 1);
   return p;
 }
 

@@ -90,11 +90,19 @@ struct Scratch {  // private to a thread; panels are [rows, panel] of float32 un
   float *norm_term, *norm_term_units;                              // backward: C, panels [N, N]
 };
 
-// A block of the max form's backward: patches [patch_first, patch_first + patches) of a run of images, and a run of
-// texts.
+// Images of a block of the max form's backward: a run of whole ones, or a part of one that is larger than a block.
+struct MaxImages {
+  int64_t first, last;  // the run
+  int64_t patch_first;  // 0, or where the part begins
+  int64_t patches;      // of the part, or of the largest image
+  int64_t all_patches;  // of the part, or of all images
+};
+
+// A block of the max form's backward: some images, and a run of texts.
 struct MaxBlock {
-  int64_t image_first, image_last, patch_first, patches, text_first, text_count;
-  const float** patch;  // [images * patches], rows of D in float32; null where no text has chosen the patch
+  MaxImages images;
+  int64_t text_first, text_count;
+  const float** patch;  // [patches of the images], rows of D in float32; null where no text has chosen the patch
   float *patch_norm, *patch_range_scale;  // the inverse norm; see Rows for the scale
   float* patch_rows;                      // storage for rows that cannot be read in place
   float* patch_sums;                      // rows of D, or null where one block holds all texts

@@ -20,9 +20,13 @@ struct OpenMp {
 
 // The compatibility φ of images and texts, and its gradients.
 struct CompatibilityParams {
-  int64_t images, patches_per_image, text_count, dim;  // B, N, K, D
-  Dtype dtype;                                         // of patches, texts and the patches' gradient
+  int64_t images, patches_per_image, text_count, dim;  // B, N, K, D; with patch_starts N is the largest length, or 1
+  // [B + 1], or null. Packed patches: image b has rows [patch_starts[b], patch_starts[b + 1]) of patches and
+  // grad_patches [ΣN, D] and of mask [ΣN], whose strides by image are not used. See patches.h.
+  const int64_t* patch_starts;
+  Dtype dtype;  // of patches, texts and the patches' gradient
   Form form;
+  bool raw;  // rows of patches and texts are used as they are, as if their norms were 1
   float temperature;
   int threads;
   OpenMp openmp;

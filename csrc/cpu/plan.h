@@ -2,6 +2,8 @@
 // Include only in files compiled once.
 #pragma once
 
+#include <vector>
+
 #include "kernels.h"
 #include "pages.h"
 
@@ -36,20 +38,47 @@ inline Arena open_workspace(char* workspace, int64_t bytes) {
   return {(char*)round_up((int64_t)workspace, 64)};
 }
 
+// Assigns rows to the valid patches, image after image. Image b has rows [row_start[b], row_start[b + 1]).
+inline std::vector<int64_t> count_rows(const CompatibilityParams& p, int64_t align) {
+  std::vector<int64_t> row_start(p.images + 1, 0);
+  for (int64_t b = 0; b < p.images; ++b) {
+    int64_t count = patches_of(p, b);
+    if (const uint8_t* mask = image_mask(p, b)) {
+      const int64_t patches = count;
+      count = 0;
+      for (int64_t n = 0; n < patches; ++n) count += mask[n * p.mask_strides.row] != 0;
+    }
+    row_start[b + 1] = row_start[b] + round_up(count, align);
+  }
+  return row_start;
+}
+
+// Divides the images into groups: a group ends with the image that brings it to `rows` rows or to `images` images.
+// Returns the first image of each group, then the end.
+inline std::vector<int64_t> group_images(const std::vector<int64_t>& row_start, int64_t rows, int64_t images) {
+  std::vector<int64_t> groups{0};
+  const int64_t end = (int64_t)row_start.size() - 1;
+  for (int64_t b = 1; b <= end; ++b)
+    if (b == end || row_start[b] - row_start[groups.back()] >= rows || b - groups.back() == images) groups.push_back(b);
+  return groups;
+}
+
 // The plan of the forward, or of the backward of the dot and cosine forms.
 struct Plan {
   const Kernels& kernels;
   const CompatibilityParams p;
   bool backward, cosine, means;
-  bool by_image;                 // tasks of weights are whole images: cosine, and the sigmoid loss in one pass
-  bool local_sums;               // the patches' sums are kept for one chunk at a time, see Scratch
-  int64_t row_align;             // the rows of an image are padded to a multiple of this
-  int64_t units, dims;           // padded units of D, padded D
-  int64_t image_rows;            // most rows of an image
-  int64_t chunk;                 // rows of a task
-  int64_t rows_block, capacity;  // backward: rows in memory together
-  int64_t texts_block;           // texts in memory together
-  int64_t group, text_panels;    // forward: images and panels of texts of a task
+  bool by_image;                   // tasks of weights are whole images: cosine, and the sigmoid loss in one pass
+  bool local_sums;                 // the patches' sums are kept for one chunk at a time, see Scratch
+  int64_t row_align;               // the rows of an image are padded to a multiple of this
+  int64_t units, dims;             // padded units of D, padded D
+  int64_t image_rows;              // most rows of an image
+  std::vector<int64_t> row_start;  // see count_rows
+  int64_t chunk;                   // rows of a task
+  int64_t rows_block, capacity;    // backward: rows in memory together
+  int64_t texts_block;             // texts in memory together
+  std::vector<int64_t> groups;     // forward: the images of each task, see group_images
+  int64_t group, text_panels;      // forward: most images, and the panels of texts, of a task
   int64_t gram_capacity;
   int threads;
   int64_t shared_bytes, scratch_bytes;
@@ -66,6 +95,7 @@ struct Plan {
     dims = round_up(p.dim, panel);
     row_align = by_image ? 2 * kernels.inner : 1;  // a product over the rows of an image takes `inner` units at a time
     image_rows = round_up(p.patches_per_image, row_align);
+    row_start = count_rows(p, row_align);
     gram_capacity = round_up(image_rows, tile);
     // A chunk stays in the L2 cache, which is larger (Intel's 2 MiB) on processors with a matrix unit.
     const int64_t cache = kernels.matrix ? 2 : 1, most_rows = kernels.matrix ? (backward ? 128 : 256) : 112;
@@ -76,17 +106,21 @@ struct Plan {
     texts_block = least(texts_block, round_up(p.text_count, panel));
     local_sums = backward && !cosine && texts_block >= p.text_count;
 
-    group = cosine ? 1 : ceil_div(4 * chunk, p.patches_per_image);
-    text_panels = (ceil_div(p.images, group) >= 32 ? 1024 : kTextRange) / panel;
+    // Groups are of about as many rows, not images, so that packed or masked images of any sizes make equal tasks.
+    const int64_t group_rows = cosine ? 1 : 4 * chunk;
+    groups = group_images(row_start, group_rows, p.images);
+    text_panels = ((int64_t)groups.size() - 1 >= 32 ? 1024 : kTextRange) / panel;
     text_panels = least(text_panels, texts_block / panel);
-    group = most(1, least(group, 512 * 1024 / (12 * text_panels * panel)));
+    groups = group_images(row_start, group_rows, most(1, 512 * 1024 / (12 * text_panels * panel)));
+    group = 1;
+    for (size_t i = 1; i < groups.size(); ++i) group = most(group, groups[i] - groups[i - 1]);
 
     const int64_t row_bytes =
         4 * (2 * units + texts_block + (p.grad_patches ? dims : 0)) + (pair == 2 ? 2 * 2 * dims : 0);
     // Where a task is an image, four of them in a block let as many threads work, if there is room.
     const int64_t most_rows_block = by_image ? most(1792, 4 * image_rows) : 1792;
     rows_block = most(1, least(most_rows_block, kRowsBudget / row_bytes) / chunk) * chunk;
-    rows_block = least(rows_block, round_up(p.images * image_rows, chunk));
+    rows_block = least(rows_block, most(1, ceil_div(row_start.back(), chunk)) * chunk);
     if (by_image) rows_block = most(rows_block, image_rows);
     capacity = round_up(rows_block, 2 * tile) + 2 * tile + (means ? 2 * kMeans : 0);  // tiles read past the last row
 

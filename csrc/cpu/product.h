@@ -1,7 +1,7 @@
 // The register-tiled matrix product on which all kernels build, and the prefetching of its operands.
 #pragma once
 
-#include "panels.h"
+#include "patches.h"
 #include "units.h"
 
 namespace {
@@ -84,16 +84,17 @@ struct Ahead {
 
 // Returns true if the caller's rows are contiguous and evenly spaced across all images.
 inline bool rows_are_even(const CompatibilityParams& p) {
-  return p.patch_strides.dim == 1 && p.patch_strides.image == p.patches_per_image * p.patch_strides.row;
+  return p.patch_strides.dim == 1 &&
+         (p.patch_starts || p.patch_strides.image == p.patches_per_image * p.patch_strides.row);
 }
 
 // Returns the prefetch of rows [row, row + count) of the call in the caller's tensor, as if no patch were masked.
 Ahead ahead_of_rows(const CompatibilityParams& p, const int64_t* row_start, int64_t row, int64_t count, int64_t steps) {
   if (row < 0 || row >= row_start[p.images] || !rows_are_even(p)) return {};
   const int64_t image = image_of_row(p, row_start, row), bytes = p.dtype == Dtype::float32 ? 4 : 2;
-  const int64_t first = image * p.patches_per_image + row - row_start[image];
-  return {(const char*)p.patches + first * p.patch_strides.row * bytes,
-          least(count, p.images * p.patches_per_image - first), p.dim * bytes, p.patch_strides.row * bytes, steps};
+  const int64_t first = first_patch(p, image) + row - row_start[image];
+  return {(const char*)p.patches + first * p.patch_strides.row * bytes, least(count, all_patches(p) - first),
+          p.dim * bytes, p.patch_strides.row * bytes, steps};
 }
 
 // Returns the prefetch of a product's left operand past its first block of `inner`, which is needed at once.

@@ -104,6 +104,13 @@ float inverse_norm_in_range(const float*& units, int64_t padded, float* buffer, 
   return inverse_norm<Op>(units, padded);
 }
 
+// Returns 1 for rows that are used as they are, and otherwise what inverse_norm_in_range does.
+template <class Op>
+float row_factor(const CompatibilityParams& p, const float*& units, int64_t padded, float* buffer, float& range_scale) {
+  range_scale = 1.0f;
+  return p.raw ? 1.0f : inverse_norm_in_range<Op>(units, padded, buffer, range_scale);
+}
+
 // Returns the units of D, padded to whole panels.
 template <class Op>
 inline int64_t dim_units(const CompatibilityParams& p) {
@@ -138,30 +145,32 @@ void pack_rows(const CompatibilityParams& p, const int64_t* row_start, int64_t f
   const int64_t units = dim_units<Op>(p);
   int64_t image = image_of_row(p, row_start, first);
   int64_t n = -1, place = row_start[image] - 1;  // the last patch visited, and its row
+  int64_t patches = patches_of(p, image);
   const float* even = row;
   for (int64_t r = first; r < last; ++r, ++at) {
     while (image < p.images && r >= row_start[image + 1]) {
       ++image;
       n = -1;
       place = image < p.images ? row_start[image] - 1 : 0;
+      patches = image < p.images ? patches_of(p, image) : 0;
     }
     if (image < p.images) {
-      const uint8_t* mask = p.mask ? p.mask + image * p.mask_strides.image : nullptr;
-      while (place < r && n < p.patches_per_image) {
+      const uint8_t* mask = image_mask(p, image);
+      while (place < r && n < patches) {
         ++n;
-        if (n < p.patches_per_image && (!mask || mask[n * p.mask_strides.row])) ++place;
+        if (n < patches && (!mask || mask[n * p.mask_strides.row])) ++place;
       }
     }
-    const bool padding = image >= p.images || n >= p.patches_per_image;
+    const bool padding = image >= p.images || n >= patches;
     float* buffer = row + (Op::kPair == 2 && (at & 1) ? units : 0);
     if (padding) memset(buffer, 0, sizeof(float) * units);
     const float* source = padding ? buffer
-                                  : row_units_at<Op>(p.patches, image * p.patch_strides.image + n * p.patch_strides.row,
+                                  : row_units_at<Op>(p.patches, image_offset(p, image) + n * p.patch_strides.row,
                                                      p.patch_strides.dim, p.dim, p.dtype, units, buffer);
     to.image[at] = padding ? -1 : (int32_t)image;
     to.index[at] = padding ? -1 : (int32_t)n;
     to.range_scale[at] = 1.0f;
-    to.inv_norm[at] = padding ? 0.0f : inverse_norm_in_range<Op>(source, units, buffer, to.range_scale[at]);
+    to.inv_norm[at] = padding ? 0.0f : row_factor<Op>(p, source, units, buffer, to.range_scale[at]);
     float* out = to.units + at * kPanel;
     const int64_t apart = to.capacity * kPanel;
     for (int64_t u = 0; u < units; u += kPanel, out += apart)
@@ -183,7 +192,7 @@ void pack_texts(const CompatibilityParams& p, Texts& to, int64_t panel, float* r
       const float* source = row_units_at<Op>(p.texts, (to.first + k) * p.text_strides.row, p.text_strides.dim, p.dim,
                                              p.dtype, units, buffer);
       float range_scale;
-      to.inv_norm[k] = inverse_norm_in_range<Op>(source, units, buffer, range_scale);
+      to.inv_norm[k] = row_factor<Op>(p, source, units, buffer, range_scale);
       if (source != buffer) memcpy(buffer, source, sizeof(float) * units);
     } else {
       memset(buffer, 0, sizeof(float) * units);

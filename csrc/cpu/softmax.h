@@ -35,7 +35,7 @@ inline int64_t segment_end(const Rows& rows, int64_t row, int64_t last) {
 
 constexpr float kLn2 = 0.693147181f;
 
-inline bool omits_running_max(const CompatibilityParams& p) { return p.temperature >= kRunningMaxBelow; }
+inline bool omits_running_max(const CompatibilityParams& p) { return p.temperature >= kRunningMaxBelow && !p.raw; }
 
 // Rows of a partial sum. Long sums add partial sums, so that their rounding error does not grow with N.
 constexpr int64_t kSumRows = 32;
@@ -47,7 +47,7 @@ struct Softmax {
   V largest[2], sum[2], weighted[2];  // sum = Σ e, weighted = Σ e z, or with a running maximum Σ e (s - largest)
 };
 
-constexpr float kBelowEveryScore = -2.0f;  // initial value of `largest`
+constexpr float kBelowEveryScore = -1e30f;  // initial value of `largest`
 
 // Computes φ and the state of the dot form from complete statistics; both are 0 for an image without a valid patch.
 inline void dot_from_softmax(const CompatibilityParams& p, const Softmax& sums, V phi[2], V state[2]) {

@@ -4,7 +4,7 @@
 #include "matrix.h"
 #include "simd.h"
 
-#if defined(__AVX512BF16__) || defined(PACL_EMULATE_AMX)
+#if defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC) || defined(PACL_EMULATE_AMX)
 #define PACL_PAIRS
 #endif
 
@@ -31,10 +31,14 @@ inline H round_to_bfloat16(V v) { return (H)_mm512_cvtneps_pbh(v); }
 inline I zero_extend(H h) { return (I)_mm512_cvtepu16_epi32((__m256i)h); }  // GCC's own conversion takes two halves
 #else
 inline I zero_extend(H h) { return __builtin_convertvector(h, I); }
+#if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+inline H round_to_bfloat16(V v) { return (H)vcvt_bf16_f32((float32x4_t)v); }
+#else
 inline H round_to_bfloat16(V v) {
   const I i = bits(v), rounded = i + 0x7FFF + ((i >> 16) & 1), quiet = i | 0x400000;
   return __builtin_convertvector(((v == v ? rounded : quiet) >> 16) & 0xFFFF, H);
 }
+#endif
 #endif
 
 inline V from_bfloat16(H h) { return from_bits(zero_extend(h) << 16); }
@@ -57,6 +61,8 @@ struct BFloat16 {
   }
 #if defined(__AVX512BF16__)
   static V multiply_add(V sum, V a, V b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+  static V multiply_add(V sum, V a, V b) { return (V)vbfdotq_f32((float32x4_t)sum, (bfloat16x8_t)a, (bfloat16x8_t)b); }
 #else
   static V multiply_add(V sum, V a, V b) {
     constexpr int32_t kHigh = (int32_t)0xFFFF0000;

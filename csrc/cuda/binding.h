@@ -97,6 +97,18 @@ inline void set_field(Launch& launch, const std::string& name, const py::handle&
   PACL_ARGUMENT(attention)
   PACL_ARGUMENT(attention_stride)
   PACL_ARGUMENT(norm_factor)
+  PACL_ARGUMENT(logit_scale)
+  PACL_ARGUMENT(logit_bias)
+  PACL_ARGUMENT(logit_scale_at)
+  PACL_ARGUMENT(logit_bias_at)
+  PACL_ARGUMENT(share)
+  PACL_ARGUMENT(own_text)
+  PACL_ARGUMENT(image_ids)
+  PACL_ARGUMENT(text_ids)
+  PACL_ARGUMENT(targets)
+  PACL_ARGUMENT(pair_bias)
+  PACL_ARGUMENT(grad_pair_bias)
+  PACL_ARGUMENT(loss_sums)
 #undef PACL_ARGUMENT
   throw py::attribute_error("CudaLaunch has no field '" + name + "'");
 }

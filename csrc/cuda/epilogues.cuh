@@ -67,8 +67,8 @@ struct Softmax {
     weighted[r] = fmaf(e0, x0, fmaf(e1, x1, weighted[r]));
   }
 
-  // Writes φ and the entropy (in bits) of an image, or 0 if it has no patch, and clears the sums.
-  __device__ __forceinline__ void finish(const Work& work, const Rows& rows, int image, float scale, int lane) {
+  // Computes φ and the entropy (in bits) of an image, or 0 if it has no patch, in all four threads of a row.
+  __device__ __forceinline__ void result(const Rows& rows, float scale, float (&phi)[2], float (&state)[2]) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       float offset = 0.0f;
@@ -79,12 +79,22 @@ struct Softmax {
         offset = most == -INFINITY ? 0.0f : __fmul_rn(most, rows.inverse[r]);
       }
       float all = sum_of_four(total[r]), mean = sum_of_four(weighted[r]);
+      bool empty = all == 0.0f;
+      phi[r] = empty ? 0.0f : __fmul_rn(mean / all, rows.inverse[r]);
+      state[r] = empty ? 0.0f : log2f(all) + (offset - phi[r]) * scale;
+    }
+  }
+
+  // Stores them and clears the sums.
+  __device__ __forceinline__ void finish(const Work& work, const Rows& rows, int image, float scale, int lane) {
+    float phi[2], state[2];
+    result(rows, scale, phi, state);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
       if (lane % 4 == 0 && rows.are_there(work, r) && image < work.images) {
-        bool empty = all == 0.0f;
-        float phi = empty ? 0.0f : __fmul_rn(mean / all, rows.inverse[r]);
         int64_t at = image * work.phi_stride + rows.text[r];
-        work.phi[at] = phi;
-        work.state[at] = empty ? 0.0f : log2f(all) + (offset - phi) * scale;
+        work.phi[at] = phi[r];
+        work.state[at] = state[r];
       }
     }
     clear();

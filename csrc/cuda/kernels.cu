@@ -2,6 +2,7 @@
 
 #include <cstddef>
 #include <iterator>
+#include <type_traits>
 #include <utility>
 
 #include "kernels.h"
@@ -35,10 +36,12 @@ const void* find(int width) {
 }  // namespace
 
 const void* PACL_TABLE(PACL_TABLE_EPILOGUE, PACL_TABLE_DTYPE)(int width, bool packed) {
-  if constexpr (kEpilogue == Epilogue::dot_forward_running_max)
+  if constexpr (has_sigmoid_loss(kEpilogue) && std::is_same_v<PACL_TABLE_DTYPE, float16>)
+    return nullptr;
+  else if constexpr (kEpilogue == Epilogue::dot_forward_running_max)
     return packed ? find<true, kRunningMaxPackedWidths>(width) : find<false, kRunningMaxWidths>(width);
-  else if constexpr (has_second_product(kEpilogue))
-    return find<false, kSecondProductWidths>(width);
+  else if constexpr (takes_whole_images(kEpilogue))
+    return find<false, kWholeImageWidths>(width);
   else if constexpr (reads_attention(kEpilogue))
     return find<false, kFromAttentionWidths>(width);
   else

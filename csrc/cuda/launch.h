@@ -19,7 +19,7 @@ struct Arguments {
   float* state;  // [images, phi_stride], in bits: the entropy for `dot`, the log-sum-exp for `cosine`
   int64_t phi_stride;
   const float* grad_phi;  // [images, phi_stride]
-  uint16_t* weights;      // [texts, weights_stride], of the launch's dtype
+  uint16_t* weights;      // [texts, weights_stride], of the launch's dtype; may be null in `dot_sigmoid_weights`
   bool full;              // for the backward: patches may be masked, or temperature_sums is not null
   int64_t weights_stride;
   int store_elements;        // weights per store: 8, 4 or 1, set by make_work
@@ -29,6 +29,17 @@ struct Arguments {
   uint16_t* attention;
   int64_t attention_stride;  // a multiple of 8; up to 7 elements past the patches are set to zero
   float* norm_factor;        // [images, texts]
+  // For a sigmoid loss. Arrays of pairs are [images, phi_stride]. Without ids and targets, image i and text i +
+  // `own_text` belong together.
+  float logit_scale, logit_bias;
+  const float *logit_scale_at, *logit_bias_at;  // on the device, in place of the numbers, or null
+  float share;                                  // of a pair in the loss: 1 / the number of all images
+  int64_t own_text;
+  const int64_t *image_ids, *text_ids;  // [images] and [texts], or null
+  const float* targets;                 // or null
+  const float* pair_bias;               // or null
+  float* grad_pair_bias;                // or null
+  float* loss_sums;                     // [blocks][kLossSums]; the first three without `share`
 };
 
 struct Launch {

@@ -36,6 +36,7 @@ struct Shared {
   Barriers* barriers;
   float* columns;   // [consumers][kMaxWidth]
   uint8_t* staged;  // [4 consumers][kStagedBytes], one per warp, in kernels that write weights or attention
+  double* sums;     // [consumers][kLossSums][32], in kernels with a sigmoid loss
   uint8_t* texts;   // [steps][64 rows of 128 bytes]
   uint8_t* ring;    // [stages][width rows of 128 bytes, plus 64 rows if the texts are not resident]
   int stage_bytes;
@@ -51,7 +52,8 @@ __device__ __forceinline__ Shared lay_out(const Work& work) {
   shared.barriers = reinterpret_cast<Barriers*>(base);
   shared.columns = reinterpret_cast<float*>(base + kBarrierBytes);
   shared.staged = base + kBarrierBytes + kConsumers * kMaxWidth * 4;
-  shared.texts = base + fixed_bytes(kConsumers, is_staged(kEpilogue));
+  shared.sums = reinterpret_cast<double*>(shared.staged + kConsumers * 4 * kStagedBytes);
+  shared.texts = base + fixed_bytes(kConsumers, is_staged(kEpilogue), has_sigmoid_loss(kEpilogue));
   shared.ring = shared.texts + (work.resident ? work.steps * kTextStepBytes : 0);
   shared.stage_bytes = kWidth * kStep * 2 + (work.resident ? 0 : kTextStepBytes);
   return shared;

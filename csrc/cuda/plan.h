@@ -17,13 +17,22 @@ enum class Epilogue {
 
 // Returns true if a tile has a second product: its attention, in registers, with the Gram matrix, which follows the
 // patches in the ring.
-constexpr bool has_second_product(Epilogue e) { return e == Epilogue::cosine_forward || e == Epilogue::cosine_weights; }
+constexpr bool has_second_product(Epilogue e) {
+  return e == Epilogue::cosine_forward || e == Epilogue::cosine_weights || e == Epilogue::cosine_sigmoid_weights;
+}
+// Returns true if the epilogue computes the sigmoid loss of its pairs besides W.
+constexpr bool has_sigmoid_loss(Epilogue e) {
+  return e == Epilogue::dot_sigmoid_weights || e == Epilogue::cosine_sigmoid_weights;
+}
+// Returns true if a tile must hold all patches of an image, and no others.
+constexpr bool takes_whole_images(Epilogue e) { return has_second_product(e) || has_sigmoid_loss(e); }
 // Returns true if the operands are the attention in memory and the Gram matrix, in place of texts and patches.
 constexpr bool reads_attention(Epilogue e) {
   return e == Epilogue::cosine_forward_from_attention || e == Epilogue::cosine_weights_from_attention;
 }
 constexpr bool writes_weights(Epilogue e) {
-  return e == Epilogue::dot_weights || e == Epilogue::cosine_weights || e == Epilogue::cosine_weights_from_attention;
+  return e == Epilogue::dot_weights || e == Epilogue::cosine_weights || e == Epilogue::cosine_weights_from_attention ||
+         has_sigmoid_loss(e);
 }
 constexpr bool is_staged(Epilogue e) { return writes_weights(e) || e == Epilogue::attention; }
 
@@ -39,14 +48,17 @@ inline constexpr int kTextStepBytes = kTileTexts * kStep * 2;
 inline constexpr int kStagedColumns = 64;
 inline constexpr int kStagedPitch = kStagedColumns * 2 + 16;
 inline constexpr int kStagedBytes = 16 * kStagedPitch;
+// The sums of a sigmoid loss: of the loss and of the gradients of scale, bias and temperature, in this order.
+inline constexpr int kLossSums = 4;
+inline constexpr int kLossSumsBytes = kLossSums * 32 * 8;  // of a warpgroup; one of double for each four threads
 // Compiled tile widths, for one image (or a chunk of it) and for several small images side by side. There are fewer for
 // the running maximum.
 inline constexpr int kWidths[] = {144, 160, 176, 192, 200, 208, 224, 232, 248, 256};
 inline constexpr int kPackedWidths[] = {192, 224, 256};
 inline constexpr int kRunningMaxWidths[] = {200, 256};
 inline constexpr int kRunningMaxPackedWidths[] = {256};
-// Compiled tile widths with a second product, and with the attention in memory.
-inline constexpr int kSecondProductWidths[] = {144, 176, 192, 200, 208, 256};
+// Compiled tile widths of whole images, and with the attention in memory.
+inline constexpr int kWholeImageWidths[] = {144, 176, 192, 200, 208, 256};
 inline constexpr int kFromAttentionWidths[] = {144, 176, 192, 200};
 inline constexpr int kMostPacked = 128;  // images of at most this many patches share a tile
 
@@ -56,7 +68,8 @@ inline constexpr int kMostPacked = 128;  // images of at most this many patches 
 inline constexpr int kMostOfThree = 200;  // columns
 
 constexpr int consumers_of(Epilogue e, int width) {
-  bool narrow = e == Epilogue::dot_forward || e == Epilogue::dot_weights || e == Epilogue::attention;
+  bool narrow = e == Epilogue::dot_forward || e == Epilogue::dot_weights || e == Epilogue::attention ||
+                e == Epilogue::dot_sigmoid_weights;
   return narrow && width <= kMostOfThree ? 3 : 2;
 }
 
@@ -85,6 +98,7 @@ struct Plan : Schedule {
   int width;      // columns of a tile
   bool packed;    // several images to a tile
   bool staged;    // shared memory has staging buffers for results
+  bool summed;    // shared memory has the sums of a sigmoid loss
   int consumers;  // warpgroups that take tiles in turn
   int shared_bytes;
 };
@@ -95,14 +109,15 @@ constexpr int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
 inline int stage_bytes(const Plan& plan) { return plan.width * kStep * 2 + (plan.resident ? 0 : kTextStepBytes); }
 
 // Returns the bytes before texts and ring in shared memory. The offsets in this part are compile-time constants.
-constexpr int fixed_bytes(int consumers, bool staged) {
+constexpr int fixed_bytes(int consumers, bool staged, bool summed) {
   int of_consumer = kMaxWidth * 4 + (staged ? 4 * kStagedBytes : 0);  // its columns, and a staging buffer per warp
+  of_consumer += summed ? kLossSumsBytes : 0;
   return static_cast<int>(ceil_div(kBarrierBytes + consumers * of_consumer, 1024) * 1024);
 }
 
 inline int shared_bytes(const Plan& plan, int stages) {
   int texts = plan.resident ? plan.steps * kTextStepBytes : 0;
-  return fixed_bytes(plan.consumers, plan.staged) + texts + stages * stage_bytes(plan);
+  return fixed_bytes(plan.consumers, plan.staged, plan.summed) + texts + stages * stage_bytes(plan);
 }
 
 // Returns the narrowest compiled width of at least `columns`, or 0 if there is none.
@@ -159,8 +174,8 @@ inline void choose_items(Plan& plan, int processors) {
 // With fewer patches several images would share a tile, and the product with their Gram matrices would be mostly zeros.
 inline constexpr int kLeastOfOneTile = 97;
 
-// Returns true if the cosine form can run in one launch, which needs all patches of one image, and no others, in a
-// tile.
+// Returns true if all patches of one image, and no others, go into a tile. The cosine form then runs in one launch, and
+// so does the sigmoid loss with W.
 inline bool fits_one_tile(int64_t patches) { return patches >= kLeastOfOneTile && patches <= kMaxWidth; }
 
 // Makes a plan for a device of `processors` multiprocessors. `cluster`: 1 or 2 blocks, or 0 for the best.
@@ -169,10 +184,11 @@ inline Plan make_plan(int64_t images, int64_t patches, int64_t texts, int64_t di
   Plan plan{};
   plan.images = images, plan.patches = static_cast<int>(patches), plan.texts = texts, plan.dim = dim;
   plan.staged = is_staged(epilogue);
-  if (has_second_product(epilogue)) {
-    plan.width = plan.pitch = width_for(kSecondProductWidths, patches);
+  plan.summed = has_sigmoid_loss(epilogue);
+  if (takes_whole_images(epilogue)) {
+    plan.width = plan.pitch = width_for(kWholeImageWidths, patches);
     plan.images_of_tile = plan.chunks = 1;
-    plan.gram_steps = static_cast<int>(ceil_div(plan.width, kStep));
+    plan.gram_steps = has_second_product(epilogue) ? static_cast<int>(ceil_div(plan.width, kStep)) : 0;
   } else if (reads_attention(epilogue)) {
     choose_chunks(plan, patches, kFromAttentionWidths);
   } else if (epilogue == Epilogue::dot_forward_running_max) {

@@ -11,7 +11,7 @@
 
 #pragma once
 
-#include "cosine.cuh"
+#include "sigmoid.cuh"
 
 namespace pacl::cuda {
 
@@ -30,7 +30,7 @@ struct Carry {
 // Runs the epilogue of a tile. `acc` has the scores, or q = G a if `attention` has a.
 template <int kWidth, bool kPacked, class T, Epilogue kEpilogue, class Attention>
 __device__ __forceinline__ void finish_tile(const Tile& tile, const Turn& now, const float (&acc)[kWidth / 2],
-                                            Attention& attention, Carry<kEpilogue>& carry) {
+                                            Attention& attention, Carry<kEpilogue>& carry, LossSums& sums) {
   constexpr bool kRead = reads_attention(kEpilogue);
   const Work& work = tile.work;
   bool last = now.chunk + 1 == work.chunks;
@@ -48,6 +48,17 @@ __device__ __forceinline__ void finish_tile(const Tile& tile, const Turn& now, c
       carry.temperature_sum += dot_weights_epilogue<kWidth, kPacked, true, T>(tile, acc, known);
     else
       dot_weights_epilogue<kWidth, kPacked, false, T>(tile, acc, known);
+  } else if constexpr (kEpilogue == Epilogue::dot_sigmoid_weights) {
+    // The full variant has a running maximum, which a small temperature needs.
+    if (work.full || tile.inverse_temperature > 1.0f / kRunningMaxBelow)
+      dot_sigmoid_epilogue<kWidth, true, T>(tile, acc, sums);
+    else
+      dot_sigmoid_epilogue<kWidth, false, T>(tile, acc, sums);
+  } else if constexpr (kEpilogue == Epilogue::cosine_sigmoid_weights) {
+    if (work.full)
+      cosine_sigmoid_epilogue<kWidth, true, T>(tile, attention, acc, carry.dot, sums);
+    else
+      cosine_sigmoid_epilogue<kWidth, false, T>(tile, attention, acc, carry.dot, sums);
   } else if constexpr (!writes_weights(kEpilogue)) {
     if (!kRead || now.chunk == 0) carry.moments.clear();
     carry.moments.template add<kWidth, false>(attention, acc);
@@ -90,6 +101,20 @@ __device__ __forceinline__ void store_temperature_sum(const Work& work, const Sh
   }
 }
 
+// Stores the block's sums of a sigmoid loss.
+template <int kConsumers>
+__device__ __forceinline__ void store_loss_sums(const Work& work, const Shared& shared, int warpgroup, int lane) {
+  named_sync(kTurn, kConsumers * kWarpgroup);
+  if (warpgroup != 0) return;
+  int which = threadIdx.x / 32;  // a warp for each sum
+  double of_lane = 0.0;
+  for (int from = 0; from < kConsumers; ++from) of_lane += shared.sums[(from * kLossSums + which) * 32 + lane];
+  float sum = static_cast<float>(of_lane);
+#pragma unroll
+  for (int distance = 1; distance < 32; distance *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, distance);
+  if (lane == 0) work.loss_sums[blockIdx.x * kLossSums + which] = sum;
+}
+
 template <int kWidth, bool kPacked, class T, Epilogue kEpilogue>
 __device__ __forceinline__ void consume(const Work& work, const Shared& shared, uint32_t block, int warpgroup) {
   int lane = threadIdx.x % 32, thread = threadIdx.x % kWarpgroup;
@@ -105,6 +130,8 @@ __device__ __forceinline__ void consume(const Work& work, const Shared& shared, 
   using Operand = std::conditional_t<kRead, __half, T>;
   Carry<kEpilogue> carry;
   uint8_t* staged = shared.staged + (warpgroup * 4 + thread / 32) * kStagedBytes;
+  LossSums sums{shared.sums + warpgroup * kLossSums * 32 + thread / 4, lane};
+  if constexpr (has_sigmoid_loss(kEpilogue)) sums.clear();
   if (warpgroup == kLast) named_arrive(kTurn + next, 2 * kWarpgroup);  // the first turn
   const uint32_t items = static_cast<uint32_t>(work.items), clusters = static_cast<uint32_t>(work.clusters);
   for (uint32_t i = blockIdx.x / work.cluster; i < items; i += clusters) {
@@ -149,7 +176,7 @@ __device__ __forceinline__ void consume(const Work& work, const Shared& shared, 
         named_sync(kColumns + warpgroup, kWarpgroup);
       }
       if constexpr (kSecondProduct) {
-        if constexpr (kEpilogue == Epilogue::cosine_forward)
+        if constexpr (kEpilogue != Epilogue::cosine_weights)
           carry.dot = attention_of<kWidth>(rows, acc, columns, scale, lane, attention);
         else
           attention_again<kWidth>(rows, carry.known, acc, columns, scale, lane, attention);
@@ -164,7 +191,9 @@ __device__ __forceinline__ void consume(const Work& work, const Shared& shared, 
         wgmma_wait<0>();
         release(work, *shared.barriers, slot, lane);
       }
-      Outlet outlet{staged, item.text + thread / 32 * 16, static_cast<int>(work.texts), lane};
+      // Without weights the sums of a sigmoid loss are all that is wanted: no row is stored.
+      bool stored = !has_sigmoid_loss(kEpilogue) || work.weights;
+      Outlet outlet{staged, item.text + thread / 32 * 16, stored ? static_cast<int>(work.texts) : 0, lane};
       Tile tile{.work = work,
                 .rows = rows,
                 .outlet = outlet,
@@ -174,10 +203,12 @@ __device__ __forceinline__ void consume(const Work& work, const Shared& shared, 
                 .scale = scale,
                 .inverse_temperature = inverse_temperature,
                 .lane = lane};
-      if (wanted) finish_tile<kWidth, kPacked, T, kEpilogue>(tile, now, acc, attention, carry);
+      if (wanted) finish_tile<kWidth, kPacked, T, kEpilogue>(tile, now, acc, attention, carry, sums);
     }
   }
-  if constexpr (writes_weights(kEpilogue)) {
+  if constexpr (has_sigmoid_loss(kEpilogue)) {
+    store_loss_sums<kConsumers>(work, shared, warpgroup, lane);
+  } else if constexpr (writes_weights(kEpilogue)) {
     if (work.temperature_sums) store_temperature_sum<kConsumers>(work, shared, carry.temperature_sum, warpgroup, lane);
   }
 }

@@ -9,6 +9,7 @@ from typing import Protocol, get_args
 import torch
 from torch import Tensor
 
+from ..checks import NORMALIZE as ALL
 from ..checks import BackendName, Scalar
 from . import blockwise, cpu
 from .gpu import hopper, triton
@@ -64,6 +65,7 @@ class Backend(Protocol):
 
 _BACKENDS: dict[str, Backend] = {"cuda": hopper, "triton": triton, "cpu": cpu, "torch": blockwise}
 NAMES: tuple[str, ...] = get_args(BackendName)
+_NORMALIZE = {"cpu": ("both", "none"), "triton": ("both",), "cuda": ("both",)}  # the others have all choices
 
 
 def available_backends() -> dict[str, str | None]:
@@ -74,19 +76,23 @@ def available_backends() -> dict[str, str | None]:
     return {name: backend.why_not() for name, backend in _BACKENDS.items()} | {"reference": None}
 
 
-def resolve(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+def resolve(backend: str, device: torch.device, dtype: torch.dtype, normalize: str = "both") -> str:
     """Return the backend to run: `backend` itself, or for `"auto"` that of `PACL_BACKEND`, or the fastest that can run.
 
-    Raises ValueError if the requested backend is unknown or cannot run on this device and dtype.
+    `normalize`: as in `fused_pacl_loss`. Raises ValueError if the requested backend is unknown or cannot run on this
+    device and dtype.
     """
     if backend == "auto":
         backend = os.environ.get("PACL_BACKEND", "auto")
     if backend not in NAMES:
         raise ValueError(f"backend is {backend!r}, expected one of {', '.join(map(repr, NAMES))}")
     if backend == "auto":
-        return _best(device, dtype)
+        best = _best(device, dtype)
+        return best if normalize in _NORMALIZE.get(best, ALL) else "torch"
     if backend == "reference":
         return backend
+    if normalize not in _NORMALIZE.get(backend, ALL):
+        raise ValueError(f"backend is {backend!r}, expected 'auto' or 'torch' for normalize={normalize!r}")
     reason = _BACKENDS[backend].why_not(device, dtype)
     if reason is not None:
         raise ValueError(f"backend {backend!r} cannot run here: {reason}")
@@ -139,6 +145,11 @@ def keeps_scores(backend: str, form: str, dtype: torch.dtype) -> bool:
     Its functions then take `scores` and `keeps_scores`, as the operators do.
     """
     return backend == "cpu" and cpu.keeps_scores(form, dtype)
+
+
+def takes_packed_patches(backend: str) -> bool:
+    """Return True if the backend takes `patch_lengths`: patches are then `[ΣN, D]` and the mask is `[ΣN]`."""
+    return backend == "cpu"
 
 
 def computes_sigmoid_step(backend: str, form: str, dtype: torch.dtype, n: int) -> bool:

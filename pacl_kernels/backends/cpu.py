@@ -13,9 +13,12 @@ from torch import Tensor
 
 from .. import native
 from ..checks import Scalar
+from ..constants import RUNNING_MAX_BELOW
 from ..contrastive import loss_backward as loss_backward  # part of a `Backend`
 from ..contrastive import loss_forward as loss_forward
 from ..pairs import Pairs
+from . import null_patch as null
+from . import raw_texts
 
 _native: Any = native.native()  # None: built without a C++ compiler, or for another Python
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -74,28 +77,60 @@ def why_not(device: torch.device | None = None, dtype: torch.dtype | None = None
 
 def compatibility_forward(
     patches: Tensor, texts: Tensor, patch_mask: Tensor | None, temperature: Scalar, form: str,
-    phi: Tensor, state: Tensor, scores: Tensor | None = None,
+    phi: Tensor, state: Tensor, scores: Tensor | None = None, *, patch_lengths: Tensor | None = None,
+    null_patch: bool = False, normalize: str = "both",
 ) -> None:  # fmt: skip
-    params = _params(patches, texts, patch_mask, temperature, form, phi, state)
+    starts, raw = _patch_starts(patch_lengths), normalize == "none"
+    params = _params(patches, texts, patch_mask, temperature, form, starts, phi, state)
+    params.set(raw=raw)
     if scores is not None:
         params.set(**_kept(scores))
     _run(_native.compatibility_forward(params))
+    del starts  # the call has its address
+    if raw and form == "cosine":
+        raw_texts.divide(phi, texts)
+    if null_patch:
+        null.add(phi, state, temperature, form, _entropy_unit(temperature, raw))
 
 
 def compatibility_backward(
     patches: Tensor, texts: Tensor, patch_mask: Tensor | None, temperature: Scalar, form: str,
     phi: Tensor, state: Tensor, grad_phi: Tensor,
     grad_patches: Tensor | None, grad_texts: Tensor | None, grad_temperature: Tensor | None,
-    keeps_scores: bool = False,
+    keeps_scores: bool = False, *, patch_lengths: Tensor | None = None, null_patch: bool = False,
+    normalize: str = "both",
 ) -> None:  # fmt: skip
-    params = _params(patches, texts, patch_mask, temperature, form, phi, state)
+    raw = normalize == "none"
+    if raw and form == "cosine":
+        with raw_texts.gradient(texts, phi, grad_phi, grad_texts) as (grad_phi, grad_texts):
+            _backward(
+                *(patches, texts, patch_mask, temperature, form, phi, state, grad_phi),
+                *(grad_patches, grad_texts, grad_temperature, patch_lengths, raw),
+            )
+        return
+    _backward(
+        *(patches, texts, patch_mask, temperature, form, phi, state, grad_phi),
+        *(grad_patches, grad_texts, grad_temperature, patch_lengths, raw, keeps_scores),
+    )
+    if null_patch and form == "dot" and grad_temperature is not None:
+        null.add_to_temperature(grad_temperature, phi, state, grad_phi, temperature, _entropy_unit(temperature, raw))
+
+
+def _backward(
+    patches: Tensor, texts: Tensor, patch_mask: Tensor | None, temperature: Scalar, form: str,
+    phi: Tensor, state: Tensor, grad_phi: Tensor,
+    grad_patches: Tensor | None, grad_texts: Tensor | None, grad_temperature: Tensor | None,
+    patch_lengths: Tensor | None, raw: bool, keeps_scores: bool = False,
+) -> None:  # fmt: skip
+    starts = _patch_starts(patch_lengths)
+    params = _params(patches, texts, patch_mask, temperature, form, starts, phi, state)
     texts_sum = _set_gradients(params, grad_patches, grad_texts, grad_temperature)
-    params.set(grad_phi=grad_phi.data_ptr())
+    params.set(grad_phi=grad_phi.data_ptr(), raw=raw)
     if keeps_scores:
         assert grad_patches is not None
         params.set(**_kept(grad_patches))
     _run(_native.compatibility_backward(params))
-    del texts_sum  # the call has its address
+    del starts, texts_sum  # the call has their addresses
 
 
 def sigmoid_step(
@@ -103,9 +138,11 @@ def sigmoid_step(
     scale: Scalar, bias: Scalar | None, pairs: Pairs | None, value: Tensor,
     grad_patches: Tensor | None, grad_texts: Tensor | None, grad_temperature: Tensor | None,
     grad_scale: Tensor | None, grad_bias: Tensor | None, grad_pair_bias: Tensor | None,
+    *, patch_lengths: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Write the sigmoid loss (0-D) and the gradients whose buffers are not None, without an array of all pairs."""
-    params = _params(patches, texts, patch_mask, temperature, form)
+    starts = _patch_starts(patch_lengths)
+    params = _params(patches, texts, patch_mask, temperature, form, starts)
     texts_sum = _set_gradients(params, grad_patches, grad_texts, grad_temperature)
     sums = torch.empty(3, dtype=torch.float64, device="cpu")
     image_ids, text_ids, targets, pair_bias = (
@@ -122,8 +159,9 @@ def sigmoid_step(
         grad_pair_bias=_address(grad_pair_bias),
     )
     _run(_native.sigmoid_step(params))
-    del texts_sum  # the call has its address
-    for to, total in zip((value, grad_scale, grad_bias), sums / len(patches), strict=True):
+    del starts, texts_sum  # the call has their addresses
+    images = len(patches if patch_lengths is None else patch_lengths)
+    for to, total in zip((value, grad_scale, grad_bias), sums / images, strict=True):
         if to is not None:
             to.copy_(total)
 
@@ -165,32 +203,44 @@ def upsample_argmax(
 
 def _params(
     patches: Tensor, texts: Tensor, patch_mask: Tensor | None, temperature: Scalar, form: str,
-    phi: Tensor | None = None, state: Tensor | None = None,
+    starts: Tensor | None, phi: Tensor | None = None, state: Tensor | None = None,
 ) -> Any:  # fmt: skip
-    """Return the native module's `CompatibilityParams`."""
+    """Return the native module's `CompatibilityParams`. Patches with `starts` are packed: `[ΣN, D]`."""
     temperature = float(temperature)
     if 0 < temperature < _SMALLEST:  # 1 / τ would overflow; the best patch has all the attention with either τ
         temperature = _SMALLEST
-    images, patches_per_image, dim = patches.shape
+    if starts is None:
+        images, patches_per_image = patches.shape[:2]
+        patch_strides, mask_strides = patches.stride(), (0, 0) if patch_mask is None else patch_mask.stride()
+    else:
+        images = len(starts) - 1
+        patches_per_image = max(1, int(starts.diff().max()))
+        patch_strides, mask_strides = (0, *patches.stride()), (0, 1 if patch_mask is None else patch_mask.stride(0))
     return _native.CompatibilityParams(
         images=images,
         patches_per_image=patches_per_image,
         text_count=len(texts),
-        dim=dim,
+        dim=patches.shape[-1],
         dtype=_DTYPES[patches.dtype],
         form=form,
         temperature=temperature,
         threads=torch.get_num_threads(),
         openmp=_openmp(),
         patches=patches.data_ptr(),
-        patch_strides=patches.stride(),
+        patch_strides=patch_strides,
+        patch_starts=_address(starts),
         texts=texts.data_ptr(),
         text_strides=texts.stride(),
         mask=_address(patch_mask),
-        mask_strides=(0, 0) if patch_mask is None else patch_mask.stride(),
+        mask_strides=mask_strides,
         phi=_address(phi),
         state=_address(state),
     )
+
+
+def _patch_starts(patch_lengths: Tensor | None) -> Tensor | None:
+    """Return `[B + 1]`, int64: the first row of each image, then the number of rows. None without lengths."""
+    return None if patch_lengths is None else torch.nn.functional.pad(patch_lengths.cumsum(0), (1, 0))
 
 
 def _set_gradients(
@@ -207,9 +257,14 @@ def _set_gradients(
     return texts_sum
 
 
+def _entropy_unit(temperature: Scalar, raw: bool) -> float | None:
+    """Return the unit of the state of the `dot` form, see `null_patch.add`."""
+    return None if float(temperature) >= RUNNING_MAX_BELOW and not raw else 1.0
+
+
 def _kept(scores: Tensor) -> dict[str, int]:
     """Return the fields for memory that is shaped like the patches and holds scores."""
-    return {"scores": scores.data_ptr(), "scores_row_bytes": scores.shape[2] * scores.element_size()}
+    return {"scores": scores.data_ptr(), "scores_row_bytes": scores.shape[-1] * scores.element_size()}
 
 
 def _run(call: Any) -> None:

@@ -2,7 +2,8 @@
 
 from . import collectives
 from .agreement import GATHER_BYTES, forget, gathered_bytes
-from .function import RING_BYTES, global_loss
+from .function import global_loss
+from .ring import RING_BYTES
 from .scores import global_compatibility
 
 __all__ = [

@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..autograd import Options
+from ..checks import DTYPES, FORMS, NORMALIZE, TEXT_POOLS, Inputs
 from . import collectives
 from .collectives import Plan
 
@@ -43,56 +45,80 @@ class Setting(NamedTuple):
         return repr(self.kind(code) if isinstance(self.kind, type) else self.kind[code])
 
 
-def make_plan(
-    group: dist.ProcessGroup, texts: Tensor, settings: dict[str, Setting], fixed_sizes: bool = False
-) -> tuple[Plan, Tensor]:
-    """Return the plan for `texts` `[B_local, D]`, and all processes' headers `[world, 1 + settings]`, to be waited for.
+def settings_of_phi(inputs: Inputs, options: Options) -> dict[str, Setting]:
+    """Return the settings of φ, on which all processes must agree."""
+    patches, texts = inputs.patches, inputs.texts
+    kind = "single" if options.text_pool is None else "tokens" if inputs.text_lengths is None else "packed"
+    return {
+        "form": Setting(options.form, FORMS),
+        "patches' D": Setting(patches.shape[-1], int),
+        "patches' dtype": Setting(patches.dtype, DTYPES),
+        "attn_temperature": Setting(inputs.attn_temperature, float),
+        "texts' layout": Setting(kind, ("single", "tokens", "packed")),
+        "texts' L": Setting(texts.shape[1] if texts.ndim == 3 else 0, int),
+        "text_mask": Setting("none" if inputs.text_mask is None else "given", ("none", "given")),
+        "text_pool": Setting(options.text_pool, TEXT_POOLS),
+        "text_pool_scale": Setting(options.text_pool_scale, float),
+        "null_patch": Setting(options.null_patch, bool),
+        "normalize": Setting(options.normalize, NORMALIZE),
+    }
 
-    A header starts with the number of texts. On a CPU every call reads the headers, and the capacity is what this step
-    needs. Elsewhere reading them would make the host wait for the device. There only the first call with given settings
-    reads them (numbers, which a schedule may change, do not count), and its capacity stays: smaller batches may follow.
-    Inside `torch.compile` nothing is read, and every process must bring the same number of texts.
+
+def make_plan(
+    group: dist.ProcessGroup, inputs: Inputs, settings: dict[str, Setting], fixed_sizes: bool = False
+) -> tuple[Plan, Tensor]:
+    """Return the plan for the texts, and all processes' headers `[world, 2 + settings]`, to be waited for.
+
+    A header starts with the numbers of texts and of their rows. On a CPU every call reads the headers, and the capacity
+    is what this step needs. Elsewhere reading them would make the host wait for the device. There only the first call
+    with given settings reads them (numbers, which a schedule may change, do not count), and its capacity stays: smaller
+    batches may follow. Inside `torch.compile` nothing is read, and every process must bring the same number of texts.
 
     `fixed_sizes` demands the number of texts of the first call in every call, so that the plan always has the sizes.
 
     Raises ValueError if settings differ, in every process that reads the headers, and for a batch above the capacity.
     """
-    world, capacity, d, device = group.size(), texts.shape[0], texts.shape[1], texts.device
-    compiling, agreed, sizes = torch.compiler.is_compiling(), None, None
+    texts, world, capacity, rows = inputs.texts, group.size(), inputs.text_count, inputs.texts.shape[0]
+    device = texts.device
+    compiling, agreed, read, sizes = torch.compiler.is_compiling(), None, None, None
     # While compiling, a number may be a symbol, which has no bits.
     codes = tuple(setting.code(numbers=not compiling) for setting in settings.values())
     if compiling or may_read(device):
-        header = torch.tensor((capacity, *codes), device=device)
+        header = torch.tensor((capacity, rows, *codes), device=device)
     else:
         key = tuple(setting.code(numbers=False) for setting in settings.values())
         capacities = _capacities.setdefault(group, {})
         agreed = capacities.get(key)
-        header = _on_device((capacity, *(codes if agreed is None else key)), device)
+        header = _on_device((capacity, rows, *(codes if agreed is None else key)), device)
     headers = collectives.all_gather(header, world, group.group_name).view(world, -1)
     if not compiling:
         if agreed is None:
-            sizes = agreed = _compare(collectives.wait(headers).tolist(), settings)
+            read = agreed = _compare(collectives.wait(headers).tolist(), settings)
             if not may_read(device):
                 capacities[key] = agreed
-        if capacity > max(agreed):
+        most, most_rows = (max(x) for x in zip(*agreed, strict=True))
+        for count, limit, what in ((rows, most_rows, "rows"), (capacity, most, "texts")):
+            if count > limit:
+                raise ValueError(
+                    f"texts has {count} {what}, expected at most {limit}, the largest local batch of the first step "
+                    "with this group (pacl_kernels.distributed.forget(group) in every process allows more)"
+                )
+        if fixed_sizes and capacity != agreed[group.rank()][0]:
             raise ValueError(
-                f"texts has {capacity} rows, expected at most {max(agreed)}, the largest local batch of the first step "
-                "with this group (pacl_kernels.distributed.forget(group) in every process allows more)"
-            )
-        if fixed_sizes and capacity != agreed[group.rank()]:
-            raise ValueError(
-                f"texts has {capacity} rows, expected {agreed[group.rank()]} as in the first call with this group "
+                f"texts has {capacity} rows, expected {agreed[group.rank()][0]} as in the first call with this group "
                 "(pacl_kernels.distributed.forget(group) in every process allows another number)"
             )
-        capacity = max(agreed)
-        sizes = agreed if fixed_sizes else sizes
+        capacity, rows = most, most_rows
+        read = agreed if fixed_sizes else read
+        sizes = None if read is None else tuple(count for count, _ in read)
     exchange = settings["exchange"].value
     ring = exchange == "ring"
     if exchange == "auto":
-        ring = gathered_bytes(world, capacity, d, texts.element_size()) > GATHER_BYTES
+        row = texts.numel() // max(texts.shape[0], 1)
+        ring = gathered_bytes(world, rows, row, texts.element_size()) > GATHER_BYTES
     scatters = device.type != "cpu" and (compiling or dist.get_backend(group) != "gloo")
     sizes = (capacity,) * world if compiling else sizes
-    return Plan(group.group_name, group.rank(), world, capacity, ring, scatters, sizes), headers
+    return Plan(group.group_name, group.rank(), world, capacity, rows, ring, scatters, sizes), headers
 
 
 def gathered_bytes(world: int, capacity: int, d: int, itemsize: int) -> int:
@@ -100,8 +126,9 @@ def gathered_bytes(world: int, capacity: int, d: int, itemsize: int) -> int:
     return world * capacity * (d * (itemsize + 8) + 16 * capacity)
 
 
-# Texts of each process in the first step, by settings. Not used on a CPU, where every step reads the headers.
-_capacities: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[tuple[int, ...], tuple[int, ...]]] = (
+# Texts and their rows of each process in the first step, by settings. Not used on a CPU, where every step reads the
+# headers.
+_capacities: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[tuple[int, ...], tuple[tuple[int, int], ...]]] = (
     weakref.WeakKeyDictionary()
 )
 
@@ -121,13 +148,13 @@ def _on_device(codes: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(codes, device=device)  # cached: a copy from the host may wait for the device
 
 
-def _compare(headers: list[list[int]], settings: dict[str, Setting]) -> tuple[int, ...]:
-    """Return the number of texts of each process; raise ValueError if settings differ."""
+def _compare(headers: list[list[int]], settings: dict[str, Setting]) -> tuple[tuple[int, int], ...]:
+    """Return the numbers of texts and of their rows of each process; raise ValueError if settings differ."""
     for rank, header in enumerate(headers):
-        for (name, setting), first, other in zip(settings.items(), headers[0][1:], header[1:], strict=True):
+        for (name, setting), first, other in zip(settings.items(), headers[0][2:], header[2:], strict=True):
             if first != other and _A_NUMBER not in (first, other):
                 raise ValueError(
                     f"{name} is {setting.name(first)} on rank 0 of the group and {setting.name(other)} on rank {rank}, "
                     "expected the same in every process"
                 )
-    return tuple(header[0] for header in headers)
+    return tuple((header[0], header[1]) for header in headers)

@@ -19,7 +19,8 @@ class Plan(NamedTuple):
     group: str
     rank: int
     world: int
-    capacity: int  # rows of texts that each process sends
+    capacity: int  # texts that each process sends
+    rows: int  # their rows: tokens if texts are packed, otherwise as many as texts
     ring: bool
     scatters: bool  # the backend of the group has a reduce-scatter
     sizes: tuple[int, ...] | None  # texts of each process; None where only the device knows them
@@ -27,6 +28,11 @@ class Plan(NamedTuple):
     def columns(self, rank: int) -> slice:
         """Return the place of that process's texts in the global batch."""
         return slice(rank * self.capacity, (rank + 1) * self.capacity)
+
+    def real(self, rank: int) -> slice:
+        """Return that place without the padding, where the number of texts is known."""
+        at = self.columns(rank)
+        return at if self.sizes is None else slice(at.start, at.start + self.sizes[rank])
 
 
 def all_gather(x: Tensor, world: int, group: str) -> Tensor:
@@ -43,11 +49,12 @@ def reduce_scatter(x: Tensor, plan: Plan) -> Tensor:
     """Return this process's rows of the sum over all processes."""
     if plan.scatters:
         return wait(torch.ops._c10d_functional.reduce_scatter_tensor(x, "sum", plan.world, plan.group))
-    return wait(all_reduce(x, plan))[plan.columns(plan.rank)]
+    mine: Tensor = wait(all_reduce(x, plan))[plan.rank * plan.rows : (plan.rank + 1) * plan.rows]
+    return mine
 
 
 def hop(x: Tensor, plan: Plan) -> Tensor:
-    """Send `[capacity, D]` to the next process of the ring and return that of the previous one."""
+    """Send rows `[plan.rows, ...]` to the next process of the ring and return that of the previous one."""
     previous, following = ((plan.rank + way) % plan.world for way in (-1, 1))
     received, sent = ([x.shape[0] * (rank == peer) for rank in range(plan.world)] for peer in (previous, following))
     result: Tensor = torch.ops._c10d_functional.all_to_all_single(x, received, sent, plan.group)
@@ -60,4 +67,5 @@ def wait(x: Tensor) -> Tensor:
 
 
 def padded(texts: Tensor, plan: Plan) -> Tensor:
-    return F.pad(texts, (0, 0, 0, plan.capacity - texts.shape[0])).contiguous()
+    """Return the rows of the own texts, padded to those that each process sends."""
+    return F.pad(texts, (0, 0) * (texts.ndim - 1) + (0, plan.rows - texts.shape[0])).contiguous()

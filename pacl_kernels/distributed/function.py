@@ -23,24 +23,30 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import contrastive
-from ..autograd import Gradients, Inputs, Options, compatibility, compatibility_gradients, first_order, keep, like
-from ..checks import DTYPES, EXCHANGES, FORMS, LOSSES, Scalar
+from ..autograd import (
+    Gradients,
+    Options,
+    compatibility,
+    compatibility_gradients,
+    first_order,
+    keep,
+    like,
+    needed,
+)
+from ..checks import EXCHANGES, LOSSES, Inputs, Scalar
 from ..contrastive import scalar
 from ..pairs import Pairs
 from . import collectives, diagonal, labelled
-from .agreement import Setting, make_plan
+from .agreement import Setting, make_plan, settings_of_phi
 from .collectives import Plan, padded
-
-Blocks = list[tuple[slice, Tensor]]  # columns and their texts, one block in memory at a time
-RING_BYTES = 2 * 2**30  # size of the four float32 arrays `[B_local, texts]` of a block
+from .ring import Blocks, send_round
+from .sigmoid import GlobalSigmoidFunction
+from .texts import blocks_of, of_block, with_all_layouts
 
 
 def global_loss(
-    patches: Tensor,
-    texts: Tensor,
+    inputs: Inputs,
     logit_scale: Scalar,
-    patch_mask: Tensor | None,
-    attn_temperature: Scalar,
     logit_bias: Scalar | None,
     options: Options,
     group: dist.ProcessGroup,
@@ -49,30 +55,45 @@ def global_loss(
 ) -> Tensor:
     """Return the loss (0-D) of the batch of all processes of the group; the arguments must have been checked."""
     check_supported(options)
-    settings = {
-        "form": Setting(options.form, FORMS),
+    settings = settings_of_phi(inputs, options) | {
         "loss": Setting(options.loss, LOSSES),
         "exchange": Setting(exchange, EXCHANGES),
-        "patches' D": Setting(patches.shape[2], int),
-        "patches' dtype": Setting(patches.dtype, DTYPES),
-        "attn_temperature": Setting(attn_temperature, float),
         "logit_scale": Setting(logit_scale, float),
         "logit_bias": Setting(logit_bias, float),
         "pairs": Setting(_kind(pairs), _KINDS),
     }
     for name, value in (
-        ("texts", texts),
-        ("attn_temperature", attn_temperature),
+        ("patches", inputs.patches),
+        ("texts", inputs.texts),
+        ("attn_temperature", inputs.attn_temperature),
         ("logit_scale", logit_scale),
         ("logit_bias", logit_bias),
     ):
         settings[f"{name}.requires_grad"] = requires_grad(value)
-    plan, headers = make_plan(group, texts, settings)
+    plan, headers = make_plan(group, inputs, settings)
+    # The default loss adds exponentials without their maximum, which needs a bound of φ.
+    labelled_pairs = pairs is not None or not _is_bounded(options)
     given = (None,) * 4 if pairs is None else pairs
     labelled.check_columns(given, plan)
+    needs = needed(inputs.patches, inputs.texts, logit_scale, inputs.attn_temperature, logit_bias)
+    # Not for float16, where a GradScaler's factor must be in the gradients before they are rounded.
+    if (
+        options.loss == "sigmoid"
+        and any(needs)
+        and inputs.patches.dtype != torch.float16
+        and not torch.compiler.is_compiling()
+    ):
+        return GlobalSigmoidFunction.apply(  # type: ignore[no-any-return]  # `apply` is untyped
+            *(*inputs, logit_scale, logit_bias, *given, options, plan, headers, (*needs, *needed(given[3])))
+        )
     return GlobalPaclFunction.apply(  # type: ignore[no-any-return]  # `apply` is untyped
-        patches, texts, logit_scale, patch_mask, attn_temperature, logit_bias, *given, options, plan, headers
+        *(*inputs, logit_scale, logit_bias, *given, options, plan, headers, labelled_pairs)
     )
+
+
+def _is_bounded(options: Options) -> bool:
+    """Return True if |φ| <= 1 for all inputs."""
+    return options.text_pool not in ("sum", "logsumexp") and (options.normalize != "none" or options.form == "cosine")
 
 
 def check_supported(options: Options) -> None:
@@ -111,18 +132,20 @@ class GlobalPaclFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, patches: Tensor, texts: Tensor, logit_scale: Scalar, patch_mask: Tensor | None,
-        attn_temperature: Scalar, logit_bias: Scalar | None, image_ids: Tensor | None, text_ids: Tensor | None,
+        ctx: Any, patches: Tensor, texts: Tensor, patch_mask: Tensor | None, attn_temperature: Scalar,
+        patch_lengths: Tensor | None, text_mask: Tensor | None, text_lengths: Tensor | None,
+        logit_scale: Scalar, logit_bias: Scalar | None, image_ids: Tensor | None, text_ids: Tensor | None,
         targets: Tensor | None, pair_bias: Tensor | None, options: Options, plan: Plan, headers: Tensor,
+        labelled_pairs: bool,
     ) -> Tensor:  # fmt: skip
-        ctx.options, ctx.plan = options, plan
-        inputs = Inputs(patches, texts, patch_mask, attn_temperature)
+        ctx.options, ctx.plan, ctx.labelled = options, plan, labelled_pairs
+        inputs = Inputs(patches, texts, patch_mask, attn_temperature, patch_lengths, text_mask, text_lengths)
+        inputs = with_all_layouts(inputs, plan)
         given = Pairs(image_ids, text_ids, targets, pair_bias)
-        ctx.labelled = any(x is not None for x in given)
         arguments = plan, options.loss, logit_scale, logit_bias, headers
         sums: diagonal.Sums | labelled.Sums
-        if ctx.labelled:
-            sums = labelled.Sums(*arguments, given, patches.shape[0])
+        if labelled_pairs:
+            sums = labelled.Sums(*arguments, given, inputs.images)
         else:
             sums = diagonal.Sums(*arguments)
         if plan.ring:
@@ -130,12 +153,12 @@ class GlobalPaclFunction(torch.autograd.Function):
 
             def visit(blocks: Blocks) -> None:
                 for at, block in blocks:
-                    sums.add(at, compatibility(inputs._replace(texts=block), options)[0])
+                    sums.add(at, compatibility(of_block(inputs, at, block), options)[0])
 
-            _send_round(padded(texts, plan), plan, patches.shape[0], visit)
+            send_round(inputs, plan, visit)
         else:
             gathered, phi, _ = arrays = gather_and_score(inputs, options, plan)
-            sums.add(slice(0, gathered.shape[0]), phi)
+            sums.add(slice(0, phi.shape[1]), phi)
         value, saved = sums.finish()
         keep(ctx, *inputs, logit_scale, logit_bias, pair_bias, *arrays, *saved)
         return value
@@ -144,17 +167,19 @@ class GlobalPaclFunction(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, values: list[Any], grad_loss: Tensor) -> Gradients:
         plan, options, needs = ctx.plan, ctx.options, ctx.needs_input_grad
-        needs_patches, needs_texts, needs_scale, _, needs_temperature, needs_bias = needs[:6]
-        inputs = Inputs(*values[:4])
-        logit_scale, logit_bias, pair_bias, gathered, phi, state, *saved = values[4:]
+        needs_patches, needs_texts, _, needs_temperature = needs[:4]
+        needs_scale, needs_bias, *_, needs_pair_bias = needs[7:13]
+        inputs = Inputs(*values[:7])
+        logit_scale, logit_bias, pair_bias, gathered, phi, state, *saved = values[7:]
         scale = scalar(logit_scale, torch.promote_types(inputs.patches.dtype, torch.float32))
-        texts = inputs.texts
         kind = labelled if ctx.labelled else diagonal
         gradient = kind.Gradient(plan, options.loss, logit_scale, logit_bias, saved, grad_loss)
         padded_bias = None  # gradient of the pair bias, padding included
-        if needs[9]:
+        if needs_pair_bias:
             padded_bias = pair_bias.new_empty(pair_bias.shape[0], plan.world * plan.capacity)
-        sums = torch.zeros(3, dtype=torch.float64, device=texts.device)  # gradients of scale, temperature and bias
+        sums = torch.zeros(
+            3, dtype=torch.float64, device=inputs.texts.device
+        )  # gradients of scale, temperature and bias
 
         def gradients(at: slice, block: Tensor, phi: Tensor, state: Tensor) -> tuple[Any, Any]:
             """Return the gradients of patches and a block of texts in float32, and add up those of the scalars."""
@@ -166,7 +191,7 @@ class GlobalPaclFunction(torch.autograd.Function):
             if needs_bias and options.loss == "sigmoid":  # InfoNCE does not depend on it
                 sums[2] += contrastive.total(grad)
             grad_patches, grad_texts, grad_temperature = compatibility_gradients(
-                inputs._replace(texts=block),
+                of_block(inputs, at, block),
                 *(options, phi, state, grad.mul_(scale), needs_patches, needs_texts, needs_temperature, phi.dtype),
             )
             if grad_temperature is not None:
@@ -176,10 +201,9 @@ class GlobalPaclFunction(torch.autograd.Function):
         if plan.ring:
             grad_patches, grad_texts = _ring_gradients(gradients, inputs, options, needs, plan)
         else:
-            grad_patches, grad_texts = gradients(slice(0, gathered.shape[0]), gathered, phi, state)
-            grad_texts = collectives.reduce_scatter(grad_texts, plan) if needs_texts else None
+            grad_patches, grad_texts = gathered_gradients(gradients, inputs, (gathered, phi, state), needs, plan)
         if grad_texts is not None:
-            grad_texts = grad_texts[: texts.shape[0]].to(texts.dtype, copy=True)
+            grad_texts = grad_texts[: inputs.texts.shape[0]].to(inputs.texts.dtype, copy=True)
         if needs_scale or needs_temperature or needs_bias:
             sums = collectives.wait(collectives.all_reduce(sums / plan.world, plan))
         grad_scale = like(sums[0], logit_scale) if needs_scale else None
@@ -189,36 +213,62 @@ class GlobalPaclFunction(torch.autograd.Function):
             None if padded_bias is None else labelled.gather(padded_bias, pair_bias.shape[1], saved[0], plan)
         )
         return (
-            *(grad_patches, grad_texts, grad_scale, None, grad_temperature, grad_bias),
-            *(None, None, None, grad_pair_bias, None, None, None),
+            *(grad_patches, grad_texts, None, grad_temperature, None, None, None),
+            *(grad_scale, grad_bias, None, None, None, grad_pair_bias, None, None, None, None),
         )
 
 
 def gather_and_score(inputs: Inputs, options: Options, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
-    """Return all texts `[B_global, D]`, φ and state `[B_local, B_global]`; the local texts are scored first."""
+    """Return all texts `[world * rows, ...]`, φ and state `[B_local, B_global]`; the local texts are scored first.
+
+    The state is empty for texts of many tokens, whose φ the backward computes again.
+    """
     sent = padded(inputs.texts, plan)
     gathered = collectives.all_gather(sent, plan.world, plan.group)
-    local = compatibility(inputs._replace(texts=sent), options)
-    gathered = collectives.wait(gathered)
-    phi, state = (x.new_empty(x.shape[0], gathered.shape[0]) for x in local)
     own = plan.columns(plan.rank)
-    phi[:, own], state[:, own] = local
-    for at in (slice(0, own.start), slice(own.stop, gathered.shape[0])):
-        if at.start < at.stop:
-            phi[:, at], state[:, at] = compatibility(inputs._replace(texts=gathered[at]), options)
+    local, local_state = compatibility(of_block(inputs, own, sent), options)
+    gathered = collectives.wait(gathered)
+    phi = local.new_empty(local.shape[0], plan.world * plan.capacity)
+    state = torch.empty_like(phi) if options.text_pool is None else phi.new_empty(0)
+
+    def put(at: slice, some: Tensor, some_state: Tensor) -> None:
+        phi[:, at] = some
+        if state.ndim == 2:
+            state[:, at] = some_state
+
+    put(own, local, local_state)
+    if inputs.text_lengths is None:
+        others = [slice(0, own.start), slice(own.stop, phi.shape[1])]
+        blocks = [(at, gathered[at]) for at in others if at.start < at.stop]
+    else:
+        blocks = [block for block in blocks_of(inputs, gathered, plan) if block[0] != own]
+    for at, texts in blocks:
+        put(at, *compatibility(of_block(inputs, at, texts), options))
     return gathered, phi, state
 
 
-def _send_round(texts: Tensor, plan: Plan, images: int, visit: Callable[[Blocks], None]) -> None:
-    """Call `visit` with the texts of each process, its own first; the next texts travel meanwhile."""
-    size = max(1, RING_BYTES // (16 * images))
-    size -= size % 128 if size > 128 else 0
-    for step in range(plan.world):
-        coming = collectives.hop(texts, plan) if step + 1 < plan.world else None
-        first = plan.columns((plan.rank - step) % plan.world).start
-        blocks = zip(range(first, first + texts.shape[0], size), texts.split(size), strict=True)
-        visit([(slice(at, at + x.shape[0]), x) for at, x in blocks])
-        texts = texts if coming is None else collectives.wait(coming)
+def gathered_gradients(
+    gradients: Callable[..., tuple[Any, Any]],
+    inputs: Inputs,
+    arrays: tuple[Tensor, Tensor, Tensor],
+    needs: Sequence[bool],
+    plan: Plan,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return ∂L/∂P and the rows of ∂L/∂T that belong to this process, `[plan.rows, ...]`."""
+    gathered, phi, state = arrays
+    wide = torch.promote_types(inputs.patches.dtype, torch.float32)
+    patches_sum: Any = None
+    parts = []
+    for at, block in blocks_of(inputs, gathered, plan):
+        whole = at.stop - at.start == phi.shape[1]
+        grad_patches, grad_texts = gradients(at, block, phi if whole else phi[:, at].contiguous(), state)
+        parts.append(grad_texts)
+        if needs[0]:
+            patches_sum = grad_patches if patches_sum is None else patches_sum.to(wide).add_(grad_patches)
+    grad_texts = None
+    if needs[1]:
+        grad_texts = collectives.reduce_scatter(torch.cat(parts) if len(parts) > 1 else parts[0], plan)
+    return patches_sum.to(inputs.patches.dtype) if needs[0] else None, grad_texts
 
 
 def _ring_gradients(
@@ -228,8 +278,8 @@ def _ring_gradients(
     needs: Sequence[bool],
     plan: Plan,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return ∂L/∂P and ∂L/∂T `[capacity, D]`; the latter travels with its texts, and every process adds to it."""
-    patches, texts = inputs.patches, inputs.texts
+    """Return ∂L/∂P and ∂L/∂T `[plan.rows, ...]`; the latter travels with its texts, and every process adds to it."""
+    patches = inputs.patches
     patches_sum: Any = None  # tensors after the first visit
     travelling: Any = None
     wide = torch.promote_types(patches.dtype, torch.float32)
@@ -238,7 +288,7 @@ def _ring_gradients(
         nonlocal patches_sum, travelling
         parts = []
         for at, block in blocks:
-            grad_patches, grad_texts = gradients(at, block, *compatibility(inputs._replace(texts=block), options))
+            grad_patches, grad_texts = gradients(at, block, *compatibility(of_block(inputs, at, block), options))
             parts.append(grad_texts)
             if needs[0]:
                 patches_sum = grad_patches.to(wide) if patches_sum is None else patches_sum.add_(grad_patches)
@@ -248,5 +298,5 @@ def _ring_gradients(
                 grad_texts = grad_texts.add_(collectives.wait(travelling))
             travelling = collectives.hop(grad_texts, plan)
 
-    _send_round(padded(texts, plan), plan, patches.shape[0], visit)
+    send_round(inputs, plan, visit)
     return patches_sum.to(patches.dtype) if needs[0] else None, collectives.wait(travelling) if needs[1] else None

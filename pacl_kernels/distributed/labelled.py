@@ -40,7 +40,7 @@ class Sums:
         if self.padded is None:  # wait only after the first block has been scored
             self.sizes = collectives.wait(self.headers)[:, 0].clone()
             self.valid, self.dtype = valid_columns(self.sizes, self.plan), phi.dtype
-            self.padded = _padded(self.given, self.images, self.sizes, self.plan)
+            self.padded = with_padding(self.given, self.images, self.sizes, self.plan)
         logits, targets = _logits_and_targets(at, phi, self.scalars, self.padded, self.valid)
         if self.loss == "sigmoid":
             self.total = self.total + pairs.sigmoid(logits, targets).double()
@@ -115,16 +115,20 @@ def _logits_and_targets(
     return logits.masked_fill_(~valid[at], float("-inf")), targets
 
 
-def _padded(given: Pairs, images: int, sizes: Tensor, plan: Plan) -> Pairs:
-    """Return the pairs with the columns of the texts as they travel; padding has id -1, target 0 and bias 0."""
+def with_padding(given: Pairs, images: int, sizes: Tensor, plan: Plan) -> Pairs:
+    """Return the pairs with the columns of the texts as they travel.
+
+    Padding has an id that no image has, target 0 and bias 0.
+    """
     image_ids, text_ids, targets, bias = given
     if targets is None:
         if image_ids is None or text_ids is None:  # text i of a process belongs to its image i
             first = plan.columns(plan.rank).start
             image_ids = torch.arange(first, first + images, device=sizes.device)
-            text_ids = image_ids
-        text_ids = F.pad(text_ids, (0, plan.capacity - text_ids.shape[0]), value=-1)
-        text_ids = collectives.wait(collectives.all_gather(text_ids, plan.world, plan.group))
+            text_ids = torch.arange(plan.world * plan.capacity, device=sizes.device)
+        else:
+            text_ids = F.pad(text_ids, (0, plan.capacity - text_ids.shape[0]), value=-1)
+            text_ids = collectives.wait(collectives.all_gather(text_ids, plan.world, plan.group))
     return Pairs(image_ids, text_ids, *(x if x is None else _spread(x, sizes, plan) for x in (targets, bias)))
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import timm.models as timm_models
+import torch
 from open_clip.modified_resnet import ModifiedResNet
 from open_clip.timm_model import TimmModel
 from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 TIMM_VITS = (
     timm_models.VisionTransformer,
@@ -16,6 +19,8 @@ TIMM_VITS = (
     timm_models.Beit,
     timm_models.VisionTransformerRelPos,
 )
+# Variable resolution: images of a batch may have sizes of their own. timm before 1.0.16 has no such class.
+NAFLEX_VITS: Any = (timm_models.NaFlexVit,) if hasattr(timm_models, "NaFlexVit") else ()
 TIMM_CONVNETS = (timm_models.ConvNeXt, timm_models.ResNet)
 # The vision models of transformers, by `config.model_type`: the number of class tokens before registers and patches.
 TRANSFORMERS_VITS = {
@@ -43,6 +48,8 @@ def patch_tokens(visual: nn.Module, images: Tensor) -> Tensor:
     - timm's vision transformers (`VisionTransformer`, `Eva`, `Beit`, `VisionTransformerRelPos`: DINO, DINOv2, DINOv3,
       SigLIP, EVA, MAE, ...): the last block's output after the final `norm` and before pooling and head. A model that
       pools before its norm calls the norm `fc_norm`; it is then applied to each token.
+    - timm's NaFlex ViT (`naflexvit_*`): the same, for images of any multiple of the patch. `packed_tokens` takes images
+      of different sizes.
     - timm `ConvNeXt` (DINOv3 too): the last stage's feature map, with each position normalised by the norm before the
       model's head (in most models `head.norm`, after pooling).
     - timm `ResNet` and open_clip's `ModifiedResNet` (OpenAI's RN50, ...): the last stage's feature map before pooling;
@@ -55,7 +62,7 @@ def patch_tokens(visual: nn.Module, images: Tensor) -> Tensor:
         visual: an open_clip model's vision tower, `model.visual`; a timm model; or a vision model of transformers, or
             a model that has one as `vision_model`, such as `CLIPModel`.
         images: float `[B, 3, H, W]`, normalised for the tower; H x W is the tower's own size, or any for a
-            convolutional one, or any multiple of the patch for DINOv2 and DINOv3 of transformers.
+            convolutional one, or any multiple of the patch for NaFlex ViTs and for DINOv2 and DINOv3 of transformers.
 
     Returns:
         Tokens `[B, N, width]` in the tower's dtype, row by row from the top left; N = (H / patch) * (W / patch), where
@@ -78,6 +85,9 @@ def patch_tokens(visual: nn.Module, images: Tensor) -> Tensor:
     if isinstance(trunk, TIMM_VITS):
         _check_transformer(trunk, getattr(trunk, "patch_drop", None))
         return trunk.get_submodule("fc_norm")(trunk.forward_features(images)[:, trunk.num_prefix_tokens :])
+    if isinstance(trunk, NAFLEX_VITS):
+        _check_transformer(trunk, trunk.patch_drop)
+        return trunk.fc_norm(trunk.forward_features(images)[:, trunk.num_prefix_tokens :])
     if isinstance(trunk, ModifiedResNet):
         features = trunk.forward_intermediates(images, indices=1, intermediates_only=True)["image_intermediates"][0]
     elif isinstance(trunk, timm_models.ConvNeXt):
@@ -87,15 +97,59 @@ def patch_tokens(visual: nn.Module, images: Tensor) -> Tensor:
     return features.flatten(2).transpose(1, 2)
 
 
+def packed_tokens(visual: nn.Module, images: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the patch tokens of images of different sizes, packed: one image's rows after another's, no padding.
+
+    The tokens of each image are those of `patch_tokens`, up to rounding. `fused_pacl_loss` takes them, embedded, with
+    `patch_lengths`.
+
+    Args:
+        visual: a NaFlex ViT of timm.
+        images: at least one float `[3, H, W]`, normalised for the tower; H and W are multiples of the patch.
+
+    Returns:
+        Tokens `[sum of N, width]` in the tower's dtype, row by row of each image from the top left, and int64 lengths
+        `[B]` on the CPU, N = (H / patch) * (W / patch) of each image.
+
+    Raises:
+        TypeError: for a tower without variable resolution.
+        ValueError: for no images, and for images that do not fit.
+    """
+    trunk: Any = visual.trunk if isinstance(visual, TimmModel) else visual
+    if not isinstance(trunk, NAFLEX_VITS):
+        raise TypeError(
+            f"visual: got {type(trunk).__name__}, expected a NaFlex ViT of timm, which takes any resolution"
+        )
+    if not len(images):
+        raise ValueError("images: got none, expected at least one")
+    for i, image in enumerate(images):
+        if image.ndim != 3 or image.shape[0] != 3 or not image.is_floating_point():
+            raise ValueError(
+                f"images: got {image.dtype} {list(image.shape)} at {i}, expected floats of shape [3, H, W]"
+            )
+        _check_size(trunk, image)
+    _check_transformer(trunk, trunk.patch_drop)
+    patch, channels_last = trunk.embeds.patch_size, trunk.embeds.channels_last
+    patches, coords = zip(*(_patchify(image, patch, channels_last) for image in images), strict=True)
+    lengths = torch.tensor([len(x) for x in patches])
+    device = patches[0].device
+    valid = (torch.arange(int(lengths.max())) < lengths[:, None]).to(device)
+    padded = pad_sequence(list(patches), batch_first=True)
+    places = pad_sequence(list(coords), batch_first=True)
+    # timm computes the padding of a batch and hides it from the other tokens; it goes no further than this function.
+    tokens = trunk.forward_features(padded, patch_coord=places, patch_valid=valid)["patches"]
+    return trunk.fc_norm(tokens[:, trunk.num_prefix_tokens :][valid]), lengths
+
+
 def tower_blocks(visual: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
     """Return the blocks of a tower (stages of a convolutional one), first to last, and the norms that follow them.
 
     Raises TypeError as patch_tokens does.
     """
-    trunk = tower_trunk(visual)
+    trunk: Any = tower_trunk(visual)
     if isinstance(trunk, VisionTransformer):
         return list(trunk.transformer.resblocks), [trunk.ln_post]
-    if isinstance(trunk, TIMM_VITS):
+    if isinstance(trunk, TIMM_VITS + NAFLEX_VITS):
         return list(trunk.blocks), [trunk.norm, trunk.fc_norm]
     if isinstance(trunk, timm_models.ConvNeXt):
         return list(trunk.stages), [trunk.norm_pre, getattr(trunk.head, "norm", nn.Identity())]
@@ -104,8 +158,8 @@ def tower_blocks(visual: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
 
 def tower_trunk(visual: nn.Module) -> nn.Module:
     """Return the tower itself, unwrapped from open_clip's TimmModel. Raises TypeError as patch_tokens does."""
-    trunk = visual.trunk if isinstance(visual, TimmModel) else visual
-    if not isinstance(trunk, (VisionTransformer, ModifiedResNet, *TIMM_VITS, *TIMM_CONVNETS)):
+    trunk: nn.Module = visual.trunk if isinstance(visual, TimmModel) else visual
+    if not isinstance(trunk, (VisionTransformer, ModifiedResNet, *TIMM_VITS, *NAFLEX_VITS, *TIMM_CONVNETS)):
         raise TypeError(
             f"visual: got {type(trunk).__name__}, expected model.visual of an open_clip model (VisionTransformer, "
             "ModifiedResNet, or TimmModel) or a timm vision transformer, ConvNeXt or ResNet (patch_tokens also takes "
@@ -115,14 +169,30 @@ def tower_trunk(visual: nn.Module) -> nn.Module:
 
 
 def _check_size(trunk: nn.Module, images: Tensor) -> None:
-    """Raise ValueError for images of another size than the position embedding's, unless timm resamples it."""
+    """Raise ValueError for images [..., H, W] of a size that the tower does not take as it is.
+
+    A position embedding that timm does not resample fixes the size. A NaFlex ViT takes whole patches; timm would pad.
+    """
     size = None
+    if isinstance(trunk, NAFLEX_VITS):
+        patch = trunk.embeds.patch_size
+        if any(side % x or not side for side, x in zip(images.shape[-2:], patch, strict=True)):
+            raise ValueError(f"images: got {list(images.shape[-2:])} pixels, expected multiples of {list(patch)}")
     if isinstance(trunk, VisionTransformer):
         size = trunk.image_size
     elif isinstance(trunk, TIMM_VITS) and trunk.patch_embed.strict_img_size:
         size = trunk.patch_embed.img_size
     if size is not None and tuple(images.shape[-2:]) != tuple(size):
         raise ValueError(f"images: got {list(images.shape[-2:])} pixels, expected {list(size)}")
+
+
+def _patchify(image: Tensor, patch: tuple[int, int], channels_last: bool) -> tuple[Tensor, Tensor]:
+    """Return the pixels [N, P * P * 3] of an image's patches in timm's order, and their (row, column), int64 [N, 2]."""
+    rows, columns = (side // x for side, x in zip(image.shape[1:], patch, strict=True))
+    parts = image.reshape(3, rows, patch[0], columns, patch[1])
+    parts = parts.permute(1, 3, 2, 4, 0) if channels_last else parts.permute(1, 3, 0, 2, 4)
+    place = torch.cartesian_prod(*(torch.arange(x, device=image.device) for x in (rows, columns)))
+    return parts.reshape(rows * columns, -1), place
 
 
 def _check_transformer(trunk: nn.Module, dropout: nn.Module | None) -> None:

@@ -25,6 +25,11 @@ def be(rank: int, world: int, port: int, command: list[str]) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     random.seed()  # forked processes would otherwise draw the same numbers
+    run(command)
+
+
+def run(command: list[str]) -> None:
+    """Run `script.py ...` or `-m module ...` in this process, as Python does."""
     if command[0] == "-m":
         sys.argv = command[1:]
         runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
@@ -34,9 +39,8 @@ def be(rank: int, world: int, port: int, command: list[str]) -> None:
         runpy.run_path(sys.argv[0], run_name="__main__")
 
 
-def main(modules: str, world: int, command: list[str]) -> int:
-    for module in modules.split(","):
-        importlib.import_module(module)
+def launch(world: int, command: list[str]) -> int:
+    """Run `command` in `world` processes forked from this one; return 1 if any of them fails, otherwise 0."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -59,4 +63,6 @@ def main(modules: str, world: int, command: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], int(sys.argv[2]), sys.argv[3:]))
+    for module in sys.argv[1].split(","):
+        importlib.import_module(module)
+    sys.exit(launch(int(sys.argv[2]), sys.argv[3:]))

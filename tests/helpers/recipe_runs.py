@@ -5,14 +5,11 @@ from __future__ import annotations
 import math
 import re
 import runpy
-import socket
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import ranks
 import torch
-from dies import fork, status
+from forks import run_ranks, run_script
 from torch import Tensor, nn
 
 from pacl_kernels import fused_pacl_loss
@@ -31,30 +28,12 @@ def losses(output: Path, script: str, *words: object, processes: int | None = No
 
     `processes` are started as torchrun does; by default there is one, started as Python does.
     """
-    command = [str(RECIPES / script), *map(str, words)]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-
-    def no_gpu() -> None:
-        torch.cuda.is_available, torch.cuda.device_count = lambda: False, lambda: 0
-
-    def alone() -> int:
-        no_gpu()
-        sys.argv, sys.path[0] = command, str(RECIPES)
-        runpy.run_path(command[0], run_name="__main__")
-        return 0
-
-    def be(rank: int) -> int:
-        no_gpu()
-        ranks.be(rank, processes or 1, port, command)
-        return 0
-
-    output.touch()
-    jobs = [alone] if processes is None else [lambda rank=rank: be(rank) for rank in range(processes)]
-    ended = [status(process) for process in [fork(job, output) for job in jobs]]
-    printed = output.read_text()
-    assert not any(ended), printed[-6000:]
+    command = [RECIPES / script, *words]
+    if processes is None:
+        status, printed = run_script(command, output)
+    else:
+        status, printed = run_ranks(command, processes, output)
+    assert status == 0, printed[-6000:]
     return [float(value) for _, value in LOSS.findall(printed)]
 
 

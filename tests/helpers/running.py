@@ -10,12 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from forks import run_ranks
 from pacl.cli import main
 from pacl.embedder import VisionEmbedder, save_embedder
 from pacl.sharing import describe_towers
 from pacl.towers import load_towers
 from pacl.training.checkpoints import checkpoints, load_checkpoint
-from ranks import forked
+from ranks import TORCHRUN
 
 
 def flags(world: Path, logs: Path, **changes) -> list[str]:
@@ -39,21 +40,19 @@ def train(world: Path, logs: Path, **changes) -> int:
     return main(["train", *flags(world, logs, **changes)])
 
 
-RANKS = forked("open_clip", "pacl.training.run")
+def train_in(
+    processes: int, world: Path, logs: Path, program: Sequence[str | Path] = ("-m", "pacl", "train"), **changes
+) -> tuple[int, str]:
+    """Train in several forked processes; return the exit status and what they printed."""
+    logs.mkdir(parents=True, exist_ok=True)
+    return run_ranks([*program, *flags(world, logs, **changes)], processes, logs / "printed")
 
 
-def start(
-    world: Path,
-    logs: Path,
-    processes: int = 1,
-    launcher: list[str] = RANKS,
-    program: Sequence[str] = ("-m", "pacl", "train"),
-    **changes,
-) -> subprocess.Popen:
-    """Start a run in a process group of its own, as a terminal or a scheduler does."""
-    launcher = [*launcher, str(processes)] if processes > 1 else [sys.executable]
+def start(world: Path, logs: Path, processes: int = 1, **changes) -> subprocess.Popen:
+    """Start a run in a process group of its own, as a terminal or a scheduler does; torchrun starts several."""
+    launcher = [*TORCHRUN, str(processes)] if processes > 1 else [sys.executable]
     return subprocess.Popen(
-        [*launcher, *program, *flags(world, logs, **changes)],
+        [*launcher, "-m", "pacl", "train", *flags(world, logs, **changes)],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 from typing import NamedTuple
 
+import emulated
 import pytest
 import torch
 from filelock import FileLock
 from interpreter import hasten
+from problems import ISAS
 
 from pacl_kernels import available_backends
 from pacl_kernels.backends.gpu import hopper
+from pacl_kernels.native import native
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     hasten()
@@ -69,6 +72,15 @@ def cpu_backend() -> str:
     return "cpu"
 
 
+@pytest.fixture(params=ISAS)
+def isa(request, cpu_backend, monkeypatch) -> str:
+    """Set PACL_CPU_ISA to each instruction set of this machine, and return its name."""
+    if request.param not in native().isas():
+        pytest.skip(f"this machine has no {request.param}")
+    monkeypatch.setenv("PACL_CPU_ISA", request.param)
+    return request.param
+
+
 @pytest.fixture
 def gigabytes(tmp_path_factory):
     """Let one test at a time, over all processes, use much of the GPU's memory, and free it afterwards."""
@@ -82,3 +94,13 @@ def gigabytes(tmp_path_factory):
 def cluster(request, monkeypatch):
     """Set the number of blocks in a cluster of the Hopper kernels."""
     monkeypatch.setattr(hopper.settings, "cluster", request.param)
+
+
+@pytest.fixture(scope="session")  # with module scope, a process would rebuild it whenever it returns to this module
+def library(tmp_path_factory, worker_id):
+    """Return the emulator of the Hopper kernels; the first test process builds it in half a minute, the others wait."""
+    folder = tmp_path_factory.getbasetemp()
+    if worker_id != "master":
+        folder = folder.parent  # shared by all test processes
+    with FileLock(folder / "emulated.lock"):
+        return emulated.load(folder)

@@ -7,12 +7,11 @@ import sys
 import pytest
 import torch
 from accuracy import check, check_case, evaluate
-from problems import FORMS, Case, make
+from problems import FORMS, ISAS, Case, make
 
 from pacl_kernels import compatibility
 from pacl_kernels.native import native
 
-ISAS = ("baseline", "avx2", "avx512", "avx512bf16", "amx", "emulated_amx")  # the last only in builds with sanitizers
 CASES = [
     Case(1, 1, 1),
     Case(3, 5, 2),
@@ -52,15 +51,6 @@ CASES = [
     Case(4, 9, 70, K=6, tau=1e-12, mask="random"),
 ]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@pytest.fixture(params=ISAS)
-def isa(request, cpu_backend, monkeypatch) -> str:
-    """Set PACL_CPU_ISA to each instruction set of this machine, and return its name."""
-    if request.param not in native().isas():
-        pytest.skip(f"this machine has no {request.param}")
-    monkeypatch.setenv("PACL_CPU_ISA", request.param)
-    return request.param
 
 
 @pytest.mark.parametrize("form", FORMS)

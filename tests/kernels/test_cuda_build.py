@@ -126,19 +126,23 @@ ONLY_FLOAT16 = "cosine_forward_from_attention"  # reads and writes nothing of th
 
 def are_three(epilogue: str, width: int) -> bool:
     """Return True if three warpgroups take tiles in turn; otherwise two do, with more registers each."""
-    return epilogue in ("dot_forward", "dot_weights", "attention") and width <= 200
+    return epilogue in ("dot_forward", "dot_weights", "attention", "dot_sigmoid_weights") and width <= 200
 
 
 @needs_cuda
 def test_no_kernel_spills(resources):
-    assert len(resources) == 2 * (3 * (10 + 3) + (2 + 1) + 2 * 6 + 4) + 4, (
-        "plain, weights and attention, fewer widths with a maximum, cosine, and weights and φ of an attention in memory"
+    assert len(resources) == 2 * (3 * (10 + 3) + (2 + 1) + 2 * 6 + 4) + 4 + 2 * 6, (
+        "plain, weights and attention, fewer widths with a maximum, cosine, weights and φ of an attention in memory, "
+        "and the sigmoid loss in bfloat16"
     )
     for name, line in resources.items():
         # Attention and sums of the widest cosine tile take 192 registers, so that others are spilled once per tile.
         # The cosine tile of 208 columns, and the weights of 200 columns (three warpgroups), spill two numbers.
         width, epilogue = (int(x) for x in re.search(r"ILi(\d+)E.*EpilogueE(\d)", name).groups())
-        stack = {(256, 3): 280, (256, 4): 352, (208, 4): 8, (200, 2): 8}.get((width, epilogue), 0)
+        # The sigmoid loss adds a few that are the same for all tiles.
+        stack = {(256, 3): 280, (256, 4): 352, (208, 4): 8, (200, 2): 8}
+        stack |= {(200, 8): 32, (192, 8): 16, (256, 9): 352, (208, 9): 8}
+        stack = stack.get((width, epilogue), 0)
         found = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:0 ", line)
         assert found and int(found[2]) <= stack, f"{name}: {line}"
         assert int(found[1]) == (128 if are_three(EPILOGUES[epilogue], width) else 168), f"{name}: {line}"
@@ -149,7 +153,7 @@ def test_no_kernel_spills(resources):
     "element, kind, epilogue",
     [
         *(("13__nv_bfloat16", "BF16", epilogue) for epilogue in EPILOGUES if epilogue != ONLY_FLOAT16),
-        *(("6__half", "", epilogue) for epilogue in EPILOGUES),
+        *(("6__half", "", epilogue) for epilogue in EPILOGUES if "sigmoid" not in epilogue),
     ],
 )
 def test_the_machine_code(resources, element, kind, epilogue):
@@ -168,7 +172,8 @@ def test_the_machine_code(resources, element, kind, epilogue):
     assert registers == ({160, 32} if are_three(kernel, 200) else {232, 40}), "as the block's 65,536 allow"
     assert not shapes or len(re.findall(r"MUFU\.EX2", code)) >= 100, "one exponential for each element"
     spills = len(re.findall(r"\b(LDL|STL)\b", code))
-    assert spills <= (6 if kernel == "dot_weights" else 0), "none in a loop over columns"
+    most = {"dot_weights": 6, "dot_sigmoid_weights": 40}
+    assert spills <= most.get(kernel, 0), "none in a loop over columns"
     assert len(re.findall(r"MEMBAR\.ALL\.GPU", code)) <= 2, "fences belong at the ends of the kernel alone"
 
 

@@ -8,6 +8,7 @@ from problems import Case, make
 import pacl_kernels
 from pacl_kernels.autograd import Options, keeping
 from pacl_kernels.backends import cpu
+from pacl_kernels.checks import Inputs
 from pacl_kernels.native import native
 
 FORMS = ("dot", "cosine")  # `max` computes no scores in its backward
@@ -84,7 +85,7 @@ def test_where_they_are_kept(cpu_backend):
     options = Options("dot", "infonce", cpu_backend)
 
     def keeps(options, patches, mask=None) -> bool:
-        return bool(keeping(options, patches, mask).kept)
+        return bool(keeping(options, Inputs(patches, None, mask, 1.0)).kept)
 
     assert keeps(options, patches)
     assert not keeps(options, patches.detach())

@@ -26,22 +26,29 @@ def status(field):
     with open("/proc/self/status") as lines:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
 
-def growth(backend, form, threads, dtype, b, n, d, loss="infonce"):
+def growth(backend, form, threads, dtype, b, n, d, loss="infonce", patch_lengths=None, text_lengths=None, **options):
     torch.set_num_threads(threads)
-    patches, texts = (torch.randn(*shape).to(getattr(torch, dtype)).requires_grad_() for shape in ((b, n, d), (b, d)))
+    if patch_lengths:
+        options["patch_lengths"] = patch_lengths
+    if text_lengths:
+        options["text_lengths"] = text_lengths
+    shapes = (sum(patch_lengths), d) if patch_lengths else (b, n, d), (sum(text_lengths or [b]), d)
+    patches, texts = (torch.randn(*shape).to(getattr(torch, dtype)).requires_grad_() for shape in shapes)
     scale, tau = torch.tensor(10.0, requires_grad=True), torch.tensor(0.07, requires_grad=True)
     with open("/proc/self/clear_refs", "w") as peak:
         peak.write("5")  # forget the highest resident size so far
     before = status("VmRSS")
-    fused_pacl_loss(patches, texts, scale, attn_temperature=tau, form=form, loss=loss, backend=backend).backward()
+    options |= dict(attn_temperature=tau, form=form, loss=loss, backend=backend)
+    fused_pacl_loss(patches, texts, scale, **options).backward()
     grew = status("VmHWM") - before
     assert patches.grad.isfinite().all() and texts.grad.isfinite().all()
     return grew
 
 steps = json.loads(sys.argv[1])
-for step in steps:
-    growth(*step[:4], 3, 5, 7, *step[7:])  # code and tables that are loaded once
-print(json.dumps([growth(*step) for step in steps]))
+for step, options in steps:
+    some = {name: [2, 0, 1] if name.endswith("lengths") else value for name, value in options.items()}
+    growth(*step[:4], 3, 5, 7, *step[7:], **some)  # code and tables that are loaded once
+print(json.dumps([growth(*step, **options) for step, options in steps]))
 """
 
 
@@ -53,12 +60,12 @@ def _growth(backend: str) -> dict[tuple, int]:
     return dict(zip(steps, _run(steps), strict=True))
 
 
-def _run(steps) -> list[int]:
+def _run(steps, **options) -> list[int]:
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("no /proc/self/clear_refs, which resets the peak")
     # Without the threshold, memory freed by one step stays in the heap and hides the needs of the next one.
     environment = {"PYTHONPATH": str(Path(pacl_kernels.__path__[0]).parent), "MALLOC_MMAP_THRESHOLD_": "65536"}
-    command = [sys.executable, "-c", PROBE, json.dumps(steps)]
+    command = [sys.executable, "-c", PROBE, json.dumps([(step, options) for step in steps])]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -83,6 +90,26 @@ def test_the_sigmoid_loss_has_no_array_of_all_pairs(cpu_backend):
     dot, cosine, infonce = _run([(cpu_backend, form, 2, dtype, b, n, d, loss) for form, dtype, loss in steps])
     assert infonce > 3 * 4 * b * b, "the probe does not see the arrays of the other loss"
     assert max(dot, cosine) < 3 * b * b, "expected less than one array of float32"
+
+
+def test_texts_of_many_tokens(cpu_backend):
+    """Beyond inputs and gradients: two float32 [ΣL, D] for the texts' gradient, four [B, K], and at most 64 MiB."""
+    b, n, d, tokens = 512, 2, 64, 65536
+    (grew,) = _run([(cpu_backend, "dot", 2, "float32", b, n, d)], text_lengths=[tokens // b] * b, text_pool="logsumexp")
+    allowed = 4 * (b * n * d + tokens * d) + 2 * 4 * tokens * d + 4 * 4 * b * b + 64 * MIB
+    assert grew <= allowed, f"{(grew - allowed) / MIB:.0f} MiB above"
+    assert allowed < 0.6 * 2 * 4 * b * tokens + 3 * 4 * tokens * d, "a [B, ΣL] array would go unseen"
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_packed_patches_need_memory_in_proportion_to_their_number(backend):
+    """One image of 4,096 patches among many of one patch costs no more than its own rows."""
+    d, lengths = 256, [4096] + [1] * 511
+    (grew,) = _run([(backend, "dot", 2, "float32", len(lengths), None, d)], patch_lengths=lengths)
+    rows, b = sum(lengths), len(lengths)
+    allowed = 4 * d * (rows + b) + 4 * d * b + 4 * 4 * b * b + 80 * MIB
+    assert grew <= allowed, f"{(grew - allowed) / MIB:.0f} MiB above"
+    assert allowed < 4 * d * 4096 * b / 2, "a padded array would go unseen"
 
 
 def test_the_probe_sees_what_the_formula_needs():

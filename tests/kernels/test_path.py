@@ -6,7 +6,7 @@ from paths import path_to_kernel
 
 from pacl_kernels import available_backends, fused_pacl_loss
 
-FLOORS = ["loss.py", "autograd.py", "ops.py"]
+FLOORS = ["loss.py", "autograd.py", "ops.py", "scoring.py"]
 BACKENDS = {
     "cpu": ["backends/cpu.py"],
     "torch": ["backends/blockwise.py"],

@@ -1,11 +1,13 @@
 """Tests of the Triton kernels, on a GPU if there is one, otherwise in Triton's interpreter on CPU tensors."""
 
 import inspect
+import random
 from dataclasses import replace
 
 import pytest
 import torch
 from accuracy import check, evaluate, winners
+from layouts import MANY, SINGLE, Layout
 from problems import CONTENTS, FORMS, LAYOUTS, SHAPES, Case, make
 
 from pacl_kernels import available_backends, backends, fused_pacl_loss
@@ -85,6 +87,12 @@ def test_the_small_ones_of_every_backend(case, form, request):
         # Not strict, because the interpreter's products come from the CPU's own library.
         request.applymarker(pytest.mark.xfail(strict=False, reason="float32 Gram matrix of patches that cancel"))
     check(make(case, form, "compatibility", device=DEVICE), "triton")
+
+
+@pytest.mark.parametrize("options", random.Random(31).sample(SINGLE, 8) + random.Random(32).sample(MANY, 8), ids=str)
+def test_layouts(options):
+    layout = Layout(*options)
+    layout.check("triton", torch.float32, DEVICE)
 
 
 @pytest.mark.parametrize("form", FORMS)

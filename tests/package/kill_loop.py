@@ -26,7 +26,8 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "helpers"))
 
 import torch
-from dies import fork_pacl, status
+from dies import fork_pacl
+from forks import status
 from pacl.data import scenes
 from pacl.data.scene_shards import write_scenes
 from pacl.demo.toy_clip import new_clip, save_clip

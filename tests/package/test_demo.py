@@ -14,6 +14,8 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
+from dies import fork_pacl
+from forks import status, wait_for
 from pacl.backbones import patch_tokens
 from pacl.cli import main
 from pacl.data.scenes import CLASSES, COLOURS, HELD_OUT_LABELS, PAIRS, SEEN_LABELS
@@ -42,24 +44,14 @@ from pacl_kernels.reference import compatibility
 SCENES = QUICK["eval_scenes"]
 
 
-def start(out: Path, *options: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "pacl", "demo", "--quick", "--out", str(out), *options]
-    # Tests started in the background ignore Ctrl-C, which their children would inherit.
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    finally:
-        signal.signal(signal.SIGINT, handler)
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> tuple[Path, str]:
     """Run the demo with --full. test_same_seed_same_numbers compares it with a demo without that option."""
     out = tmp_path_factory.mktemp("demo") / "new" / "folder"
-    process = start(out, "--full")
-    printed, errors = process.communicate(timeout=600)
-    assert process.returncode == 0, errors
-    return out, printed
+    command = [sys.executable, "-m", "pacl", "demo", "--quick", "--out", str(out), "--full"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return out, done.stdout
 
 
 def test_metrics(finished):
@@ -293,24 +285,24 @@ def test_without_matplotlib_the_page_says_so(full, monkeypatch):
     assert not found.images and "Top-1 accuracy, percent" in found.tables
 
 
-def interrupt(process: subprocess.Popen, at: str) -> str:
-    """Send Ctrl-C when a progress line starts with `at`, and return the demo's output."""
-    for line in process.stderr:
-        if line.startswith(at):
-            process.send_signal(signal.SIGINT)
-            break
-    printed, _ = process.communicate(timeout=300)
-    return printed
+def interrupt(out: Path, at: str, output: Path, *options: str) -> str:
+    """Start the demo, press Ctrl-C when a progress line starts with `at`, and return what the demo printed."""
+    # Tests started in the background ignore Ctrl-C, which their children would inherit.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    process = fork_pacl(["demo", "--quick", "--out", out, *options], output)
+    signal.signal(signal.SIGINT, handler)
+    wait_for(f"\n{at}", output)
+    os.kill(process, signal.SIGINT)
+    assert status(process) == 130
+    return output.read_text()
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows sends no SIGINT to a child process")
-def test_interrupt_keeps_the_clip_and_leaves_a_complete_run_alone(finished):
+def test_interrupt_keeps_the_clip_and_leaves_a_complete_run_alone(finished, tmp_path):
     out = finished[0]
     files = ("metrics.json", "segmentation.png", "clip/open_clip_model.safetensors", "embedder/model.safetensors")
     complete = {name: (out / name).read_bytes() for name in files}
-    process = start(out, "--clip-steps", "50")
-    printed = interrupt(process, "CLIP: 5/50")
-    assert process.returncode == 130
+    printed = interrupt(out, "CLIP: 5/50", tmp_path / "printed", "--clip-steps", "50")
     assert "Interrupted. Kept:" in printed and "of 50 steps" in printed
     kept = out / "interrupted"
     steps = json.loads((kept / "clip" / "open_clip_config.json").read_text())["training"]["steps"]
@@ -323,9 +315,8 @@ def test_interrupt_keeps_the_clip_and_leaves_a_complete_run_alone(finished):
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows sends no SIGINT to a child process")
 def test_interrupt_keeps_the_embedder(tmp_path):
-    process = start(tmp_path, "--clip-steps", "2", "--embedder-steps", "400")
-    printed = interrupt(process, "PACL: 40/400")
-    assert process.returncode == 130
+    steps = ["--clip-steps", "2", "--embedder-steps", "400"]
+    printed = interrupt(tmp_path, "PACL: 40/400", tmp_path / "printed", *steps)
     assert "PACL" in printed and "of 400 steps" in printed
     notes = json.loads((tmp_path / "interrupted/embedder/config.json").read_text())["training"]
     assert 40 <= notes["steps"] < 400 and notes["planned_steps"] == 400

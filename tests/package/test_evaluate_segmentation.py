@@ -2,14 +2,13 @@
 
 import dataclasses
 import json
-import os
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from evaluate_ranks import guess, measure
+from forks import run_ranks
 from miniature import IDS, LAYOUTS, write
 from pacl.evaluate.metrics import chance_miou
 from pacl.evaluate.results import read_result, tables, write_row
@@ -19,7 +18,6 @@ from pacl.evaluate.segmentation_measure import evaluate_segmentation
 from pacl.evaluate.segmentation_pictures import contact_sheet, label_picture
 from pacl.evaluate.specs import IGNORED, protocol
 from PIL import Image
-from running import RANKS
 
 NAMED = dict(zip(IDS, LAYOUTS, strict=True))
 TCL = protocol("tcl")
@@ -174,17 +172,11 @@ def test_labels_that_did_not_compete_are_refused(load):
         evaluate_segmentation(data, lambda image, labels: np.zeros((4, 4), int), TCL)
 
 
-def test_two_processes_are_one(roots):
+def test_two_processes_are_one(roots, tmp_path):
     script = Path(__file__).with_name("evaluate_ranks.py")
-    run = subprocess.run(
-        [*RANKS, "2", str(script), "voc21", str(roots["voc21"])],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    line = next(x for x in run.stdout.splitlines() if x.startswith("RESULT "))
+    status, printed = run_ranks([script, "voc21", roots["voc21"]], 2, tmp_path / "printed")
+    assert status == 0, printed[-3000:]
+    line = next(x for x in printed.splitlines() if x.startswith("RESULT "))
     one = [measure("voc21", roots["voc21"], rules) for rules in ("tcl", "present")]
     assert json.loads(line.removeprefix("RESULT ")) == [one, one]
 

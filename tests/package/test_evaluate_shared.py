@@ -1,13 +1,13 @@
 """`pacl evaluate` writes the same files from several processes as from one, with uneven and with empty shares."""
 
 import json
-import os
-import subprocess
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from forks import run_ranks
 from miniature import mask, save
 from pacl.cli import main
 from pacl.demo.toy_clip import new_clip, save_clip
@@ -15,7 +15,6 @@ from pacl.embedder import VisionEmbedder, save_embedder
 from pacl.sharing import describe_towers
 from pacl.towers import load_towers
 from PIL import Image
-from running import RANKS
 
 torch.set_num_threads(1)
 WORDS = ["red", "green", "blue", "small", "large", "dog", "cat", "tree"]
@@ -95,14 +94,10 @@ def alone(world, tmp_path_factory) -> dict[str, dict]:
 
 def test_three_processes_are_one(world, alone, tmp_path):
     script = Path(__file__).with_name("task_ranks.py")
-    run = subprocess.run(
-        [*RANKS, "3", str(script), json.dumps(commands(world, tmp_path))],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    assert results(tmp_path) == alone
-    assert run.stdout.count("retrieval phi: ") == 2 and run.stdout.count("alignment plain: ") == 2  # not by each
-    assert len(list(tmp_path.rglob("*.png"))) == 4
+    out = tmp_path / "out"
+    status, printed = run_ranks([script, json.dumps(commands(world, out))], 3, tmp_path / "printed")
+    assert status == 0, printed[-3000:]
+    assert results(out) == alone
+    for line in ("retrieval phi", "alignment plain"):  # after the name of the data, unlike the lines of progress
+        assert len(re.findall(rf"^\w+ {line}: ", printed, re.M)) == 2, "every process has printed its results"
+    assert len(list(out.rglob("*.png"))) == 4

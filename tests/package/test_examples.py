@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import ast
-import os
 import re
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
@@ -19,10 +17,10 @@ import pacl_kernels
 pytest.importorskip("open_clip")
 import timm
 import torch
+from forks import run_ranks, run_script
 from pacl.data.scenes import CLASSES
 from pictures import picture
 from PIL import Image
-from ranks import forked
 from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).parents[2]
@@ -33,18 +31,11 @@ PUBLIC = {"pacl": pacl.__all__, "pacl_kernels": pacl_kernels.__all__}
 torch.set_num_threads(1)
 
 
-def run(folder: Path, name: str, *words, launcher: tuple = (sys.executable,)) -> str:
+def run(folder: Path, name: str, *words) -> str:
     """Run an example in `folder`, which is not the repository's, and return its output."""
-    done = subprocess.run(
-        [*launcher, str(ROOT / "examples" / name), *map(str, words)],
-        cwd=folder,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout
+    status, printed = run_script([ROOT / "examples" / name, *words], folder / "printed", folder)
+    assert status == 0, printed[-4000:]
+    return printed
 
 
 def losses(printed: str) -> list[float]:
@@ -64,7 +55,8 @@ def test_train_loop_learns(data, tmp_path):
 
 def test_ddp_has_the_losses_of_one_process(data, tmp_path, monkeypatch, capsys):
     options = [*data, "--epochs", "3", "--batch-size", "18", "--pairs", "100"]
-    two = losses(run(tmp_path, "ddp.py", *options, launcher=(*forked("open_clip", "webdataset"), "2")))
+    status, printed = run_ranks([ROOT / "examples" / "ddp.py", *options], 2, tmp_path / "printed")
+    assert status == 0, printed[-4000:]
     torchrun = {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     for name, value in torchrun.items():  # this process, because starting another takes seconds
         monkeypatch.setenv(name, value)
@@ -77,7 +69,7 @@ def test_ddp_has_the_losses_of_one_process(data, tmp_path, monkeypatch, capsys):
             torch.distributed.destroy_process_group()
     one = losses(capsys.readouterr().out)
     assert len(one) == 3 and one[-1] < 0.9 * one[0]
-    assert two == pytest.approx(one, rel=1e-5)
+    assert losses(printed) == pytest.approx(one, rel=1e-5)
 
 
 def test_segment_photo_writes_the_labels(untrained, tmp_path):

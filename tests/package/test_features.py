@@ -7,8 +7,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,7 +15,8 @@ import pytest
 pytest.importorskip("open_clip")
 pytest.importorskip("tyro")
 import torch
-from dies import dies_at
+from dies import dies_at, fork_pacl
+from forks import status
 from pacl.cli import main
 from pacl.data.features import Features
 from pacl.data.samples import loader
@@ -169,17 +168,17 @@ def test_killed_before_any_renaming_and_continued(workers, renamings, world, tmp
 def test_interrupted_and_gone_on_with(world, tmp_path, capsys):
     folder = tmp_path / "cut"
     settings = {"shard_size": 4, "batch_size": 4, "train_num_samples": 2000}
-    command = [sys.executable, "-m", "pacl", *feature_flags(world, folder, **settings)]
     # Tests started in the background ignore Ctrl-C, which their children would inherit.
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)
-    process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True)
+    process = fork_pacl(feature_flags(world, folder, **settings), tmp_path / "output")
     signal.signal(signal.SIGINT, handler)
+    end = time.monotonic() + 120
     while not (folder / "features-00001.safetensors").exists():
-        assert process.poll() is None
+        assert time.monotonic() < end, (tmp_path / "output").read_text()
         time.sleep(0.005)
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate()
-    assert process.returncode == 130 and said.endswith("stopped; the same command continues\n"), said
+    os.kill(process, signal.SIGINT)
+    ended, said = status(process), (tmp_path / "output").read_text()
+    assert ended == 130 and said.endswith("stopped; the same command continues\n"), said
     assert features(world, folder, **settings, dry_run=None) == 0
     assert 0 < int(re.search(r"features: ([\d,]+) images", capsys.readouterr().out)[1].replace(",", "")) <= 1992
 

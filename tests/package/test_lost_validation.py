@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,21 +12,9 @@ import pytest
 pytest.importorskip("open_clip")
 pytest.importorskip("tyro")
 import torch
+from forks import fork, status
 from pacl.training.run import Run
-from running import assert_same_state, final, flags, lines, train
-
-# A run that is killed as soon as it has saved the checkpoint of step 4.
-KILLED = """
-import os, signal, sys
-from pacl.training.run import Run
-def save(self, save=Run.save):
-    save(self)
-    if self.step == 4:
-        os.kill(os.getpid(), signal.SIGKILL)
-Run.save = save
-from pacl.cli import main
-main(["train", *sys.argv[1:]])
-"""
+from running import assert_same_state, final, lines, train
 
 
 @pytest.fixture(scope="module")
@@ -74,9 +60,18 @@ def test_a_signal_in_the_step_of_a_validation(number, at, run_world, settings, w
 
 
 def test_killed_between_the_checkpoint_and_its_validation(run_world, settings, whole, tmp_path):
-    command = [sys.executable, "-c", KILLED, *flags(run_world, tmp_path, max_steps=8, **settings)]
-    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
+    save = Run.save
+
+    def save_and_die(self):
+        save(self)
+        if self.step == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def run() -> int:
+        Run.save = save_and_die
+        return train(run_world, tmp_path, max_steps=8, **settings)
+
+    assert status(fork(run)) == -signal.SIGKILL
     assert final(tmp_path)["step"] == 4 and not (tmp_path / "pacl/results.jsonl").exists()
     assert train(run_world, tmp_path, max_steps=8, resume="latest", **settings) == 0
     assert_same_run(tmp_path, whole)

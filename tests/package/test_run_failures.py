@@ -13,7 +13,8 @@ import pytest
 pytest.importorskip("open_clip")
 pytest.importorskip("tyro")
 import torch
-from dies import children, fork_pacl, fork_ranks, status
+from dies import children, fork_pacl, fork_ranks
+from forks import status
 from pacl.cli import main
 from pacl.data.samples import _unless_disconnected
 from pacl.failures import describe

@@ -24,7 +24,7 @@ from pacl.training.checkpoints import checkpoints
 from pacl.training.config import TrainConfig
 from pacl.training.features import FeaturesConfig
 from pacl.training.identity import describe_data
-from running import final, flags, start, train
+from running import final, flags, train, train_in
 
 
 @pytest.fixture(scope="module")
@@ -171,9 +171,8 @@ sys.exit(main(["train", *sys.argv[1:], *(["--batch-size", "10", "--seed", "3"] i
 
 def test_processes_with_other_flags(run_world, tmp_path):
     (tmp_path / "unlike.py").write_text(UNLIKE)
-    process = start(run_world, tmp_path, 2, program=[str(tmp_path / "unlike.py")])
-    output, _ = process.communicate(timeout=600)
-    assert process.returncode != 0
+    status, output = train_in(2, run_world, tmp_path, [tmp_path / "unlike.py"])
+    assert status != 0
     said = "--batch-size is 12 in process 0 and 10 in process 1; --seed is 0 in process 0 and 3 in process 1"
     lines = [line for line in output.splitlines() if "error" in line.lower()]
     assert lines == [f"pacl: error: {said}; expected the same in all processes"], output

@@ -6,6 +6,7 @@ import copy
 import io
 import json
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ from pacl.training.command import _parse
 from pacl.training.pairing import pair_options, text_id
 from pacl.training.run import Run
 from PIL import Image
-from running import assert_same_state, final, flags, lines, start, train
+from running import assert_same_state, final, flags, lines, train, train_in
 
 from pacl_kernels.reference import pacl_loss
 
@@ -195,17 +196,17 @@ sys.exit(main(["train", *sys.argv[1:]]))
     [{"captions_per_image": 3}, {"captions_per_image": 3, "duplicates": "positive"}, {"duplicates": "ignore"}],
     ids=lambda changes: "-".join(map(str, changes.values())),
 )
-def test_two_processes_are_one(changes, data, run_world, tmp_path, monkeypatch):
+def test_two_processes_are_one(changes, data, run_world, tmp_path):
     """Two processes have the losses and the weights of one with the images of both. What is deprecated is an error."""
-    monkeypatch.setenv("PYTHONWARNINGS", "error::FutureWarning,error::DeprecationWarning:pacl")
+    warnings.simplefilter("error", FutureWarning)  # pytest restores the filters
+    warnings.filterwarnings("error", category=DeprecationWarning, module="pacl")
     changes = {"train_data": data["folder"], "max_steps": 3, "log_every_n_steps": 1, "batch_size": 12} | changes
     changes["seed"] = 4  # the second step has more captions than the first
     assert train(run_world, tmp_path / "one", **changes) == 0
     (tmp_path / "as_on_a_gpu.py").write_text(AS_ON_A_GPU)
-    program = [str(tmp_path / "as_on_a_gpu.py")]
-    process = start(run_world, tmp_path / "two", 2, program=program, **changes | {"batch_size": 3, "accum_freq": 2})
-    output, _ = process.communicate(timeout=600)
-    assert process.returncode == 0, output[-4000:]
+    changes |= {"batch_size": 3, "accum_freq": 2}
+    status, printed = train_in(2, run_world, tmp_path / "two", [tmp_path / "as_on_a_gpu.py"], **changes)
+    assert status == 0, printed[-4000:]
     one, two = (lines(tmp_path / name / "pacl/metrics.jsonl") for name in ("one", "two"))
     losses = [[row["train/loss"] for row in rows] for rows in (one, two)]
     assert len(losses[0]) == 3 and losses[1] == pytest.approx(losses[0], rel=1e-4)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 from pathlib import Path
 
 import open_clip
 import pytest
 import torch
 import tower_steps
+from forks import run_ranks
 from pacl.embedder import VisionEmbedder
 from pacl.sharing import load_pacl
 from pacl.towers import load_towers, quick_gelu
@@ -18,7 +17,6 @@ from pacl.training.checkpoints import checkpoints, load_checkpoint
 from pacl.training.config import TrainConfig
 from pacl.training.model import Trainable
 from PIL import Image
-from running import RANKS
 from safetensors.torch import load_file, save_file
 from small_towers import registered, train
 
@@ -177,9 +175,9 @@ def test_two_processes_and_accumulation_are_one_big_batch(world, tmp_path):
     for name, changes in runs.items():
         arguments = values | changes | {"log_dir": str(tmp_path / name)}
         if name == "two":
-            command = [*RANKS, "2", tower_steps.__file__, json.dumps(arguments)]
-            done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr[-3000:]
+            command = [tower_steps.__file__, json.dumps(arguments)]
+            status, printed = run_ranks(command, 2, tmp_path / "printed")
+            assert status == 0, printed[-3000:]
         else:
             tower_steps.main(arguments)
         states[name] = load_checkpoint(checkpoints(tmp_path / name / "pacl/checkpoints")[-1])["state_dict"]

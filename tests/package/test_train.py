@@ -11,7 +11,6 @@ import pickle
 import re
 import shutil
 import signal
-import subprocess
 import time
 from pathlib import Path
 
@@ -21,11 +20,12 @@ pytest.importorskip("open_clip")
 pytest.importorskip("tyro")
 import running
 import torch
+from dies import fork_pacl
+from forks import status, wait_for
 from pacl.cli import main
 from pacl.data.pairs import ScenePairs
 from pacl.sharing import load_pacl
 from pacl.training.checkpoints import checkpoints, save_checkpoint, step_of
-from ranks import TORCHRUN
 from running import assert_same_state, final
 from safetensors.torch import load_file
 
@@ -35,8 +35,11 @@ def world(run_world) -> Path:
     return run_world
 
 
+SHORT = {"max_steps": 8, "save_frequency": 3}
+
+
 def flags(world: Path, logs: Path, **changes) -> list[str]:
-    return running.flags(world, logs, **{"max_steps": 8, "save_frequency": 3} | changes)
+    return running.flags(world, logs, **SHORT | changes)
 
 
 def loose_scenes(folder: Path, count: int, bad: int) -> Path:
@@ -48,22 +51,12 @@ def loose_scenes(folder: Path, count: int, bad: int) -> Path:
     return folder
 
 
-def start(world: Path, logs: Path, *how, **changes) -> subprocess.Popen:
-    return running.start(world, logs, *how, **{"max_steps": 8, "save_frequency": 3} | changes)
-
-
 def kill_tree(pid: int) -> None:
     """Send kill -9 to a process and to all its descendants."""
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     os.kill(pid, signal.SIGKILL)
     for child in children:
         kill_tree(int(child))
-
-
-def finish(process: subprocess.Popen) -> str:
-    output, _ = process.communicate(timeout=600)
-    assert process.returncode == 0, output[-4000:]
-    return output
 
 
 def test_what_a_run_leaves(world, tmp_path, capsys):
@@ -102,7 +95,9 @@ def test_what_a_run_leaves(world, tmp_path, capsys):
 def whole_run(world: Path, logs: Path, processes: int, **changes) -> str:
     """Return the run's output. With one process it runs in the test's own, which has done the imports."""
     if processes > 1:
-        return finish(start(world, logs, processes, **changes))
+        ended, printed = running.train_in(processes, world, logs, **SHORT | changes)
+        assert ended == 0, printed[-4000:]
+        return printed
     torch.set_num_threads(1)
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
@@ -119,7 +114,7 @@ def test_killed_and_resumed(processes, workers, form, world, tmp_path):
     if form == "folder":  # with bad images, which must not shift later samples
         changes["train_data"] = loose_scenes(tmp_path / "loose", 120, bad=10)
     whole_run(world, tmp_path / "whole", processes, **changes)
-    process = start(world, tmp_path / "cut", processes, TORCHRUN, **changes)
+    process = running.start(world, tmp_path / "cut", processes, **changes)
     folder = tmp_path / "cut/pacl/checkpoints"
     while not (folder.exists() and len(checkpoints(folder)) >= 2):
         assert process.poll() is None, process.stdout.read()[-4000:]
@@ -139,13 +134,12 @@ def test_a_signal_saves_and_exits(number, world, tmp_path):
 
     The test sends it to the whole group, data readers included, as torchrun, schedulers and terminals do.
     """
-    process = start(world, tmp_path, max_steps=500, save_frequency=1000, workers=2)
-    for line in process.stdout:
-        if line.startswith("Train Epoch"):
-            break
-    os.killpg(process.pid, number)
-    output, _ = process.communicate(timeout=600)
-    assert process.returncode == 128 + number and "Traceback" not in output, output[-4000:]
+    changes = {"max_steps": 500, "save_frequency": 1000, "workers": 2}
+    run = fork_pacl(["train", *flags(world, tmp_path, **changes)], tmp_path / "output")
+    wait_for("\nTrain Epoch", tmp_path / "output")
+    os.killpg(run, number)
+    ended, output = status(run), (tmp_path / "output").read_text()
+    assert ended == 128 + number and "Traceback" not in output, output[-4000:]
     step = final(tmp_path)["step"]
     assert f"stopped at step {step} of 500; continue with --resume latest" in output and 2 <= step < 500
     assert main(["train", *flags(world, tmp_path, max_steps=step + 1, workers=2, resume="latest")]) == 0
@@ -186,9 +180,9 @@ def test_too_many_bad_samples_stop_the_run(world, tmp_path, capsys):
 
 def test_too_many_bad_samples_stop_all_processes(world, tmp_path):
     data = loose_scenes(tmp_path / "loose", 100, bad=15)
-    process = start(world, tmp_path, 2, train_data=data, batch_size=40, max_steps=100, workers=1)
-    output, _ = process.communicate(timeout=600)
-    assert process.returncode != 0
+    changes = {"train_data": data, "batch_size": 40, "max_steps": 100, "workers": 1, "save_frequency": 3}
+    ended, output = running.train_in(2, world, tmp_path, **changes)
+    assert ended != 0
     assert len(re.findall("^pacl: error: train_data: .* of 5.. samples of .* are bad", output, re.M)) == 1
     assert "[rank" not in output, "a process was left to find out by itself"
     assert final(tmp_path)["step"] >= 5  # because workers read ahead

@@ -16,7 +16,7 @@ from pacl.evaluate.metrics import RECALLS, Retrieval
 from pacl.training.checkpoints import checkpoints, load_checkpoint
 from pacl.training.validation import _Squashed
 from PIL import Image
-from running import lines, start, train
+from running import lines, train, train_in
 
 from pacl_kernels.reference import compatibility, contrastive_loss
 
@@ -126,9 +126,8 @@ def test_processes_agree_with_one(run_world, tmp_path):
     changes = {"val_data": run_world / HELD_OUT, "val_segmentation": run_world / HELD_OUT, "lr": 1e-30}
     changes |= {"val_classes": run_world / "classes.txt", "max_steps": 1}
     assert train(run_world, tmp_path / "one", **changes) == 0
-    process = start(run_world, tmp_path / "two", 2, **changes)
-    output, _ = process.communicate(timeout=600)
-    assert process.returncode == 0, output[-4000:]
+    status, printed = train_in(2, run_world, tmp_path / "two", **changes)
+    assert status == 0, printed[-4000:]
     one, two = (lines(tmp_path / name / "pacl/results.jsonl") for name in ("one", "two"))
     assert len(one) == len(two) == 1
     losses = [row[0].pop("clip_val_loss") for row in (one, two)]

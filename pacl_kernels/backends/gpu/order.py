@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ...checks import Scalar
 from ...pairs import Pairs
+from .. import null_patch as null
 from . import launch, rows, workspace
 from .problem import Block, Problem, SigmoidPairs, Upstream
 
@@ -113,12 +114,14 @@ def prepare(
 def compatibility_forward(
     launches_of: Callable[[Problem], Launches],
     patches: Tensor, texts: Tensor, patch_mask: Tensor | None, temperature: Scalar, form: str,
-    phi: Tensor, state: Tensor,
+    phi: Tensor, state: Tensor, null_patch: bool = False,
 ) -> None:  # fmt: skip
     """Write φ `[B, K]` and the state `[B, K]`, both float32."""
     with launch.on_device(patches):
         p = prepare(patches, texts, patch_mask, temperature, phi, state)
         forward(p, launches_of(p), form)
+    if null_patch:
+        null.add(phi, state, temperature, form, null.BITS)
 
 
 def forward(p: Problem, launches: Launches, form: str) -> None:
@@ -157,7 +160,7 @@ def compatibility_backward(
     launches_of: Callable[[Problem], Launches],
     patches: Tensor, texts: Tensor, patch_mask: Tensor | None, temperature: Scalar, form: str,
     phi: Tensor, state: Tensor, grad_phi: Tensor,
-    grad_patches: Tensor | None, grad_texts: Tensor | None, grad_temperature: Tensor | None,
+    grad_patches: Tensor | None, grad_texts: Tensor | None, grad_temperature: Tensor | None, null_patch: bool = False,
 ) -> None:  # fmt: skip
     """Write the gradients of patches, texts and temperature to the buffers that are not None."""
     with launch.on_device(patches):
@@ -169,6 +172,8 @@ def compatibility_backward(
                 grad_temperature.zero_()
         else:
             _backward(p, launches, form, grad_phi, grad_patches, grad_texts, grad_temperature)
+    if null_patch and form == "dot" and grad_temperature is not None:
+        null.add_to_temperature(grad_temperature, phi, state, grad_phi, temperature, null.BITS)
 
 
 def _backward(

@@ -20,7 +20,7 @@ from timm.layers import PatchEmbed, RotaryEmbeddingCat
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..backbones import TIMM_VITS, patch_tokens, tower_trunk
+from ..backbones import NAFLEX_VITS, TIMM_VITS, patch_tokens, tower_trunk
 
 Module = TypeVar("Module", bound=nn.Module)
 # timm before DINOv3 has only the first class.
@@ -36,6 +36,8 @@ def patch_size(visual: nn.Module) -> int:
         sides = trunk.patch_size
     elif isinstance(trunk, TIMM_VITS):
         sides = trunk.patch_embed.patch_size
+    elif isinstance(trunk, NAFLEX_VITS):
+        sides = trunk.embeds.patch_size
     else:
         return 32 if isinstance(trunk, ModifiedResNet) else trunk.feature_info[-1]["reduction"]
     if sides[0] != sides[1]:
@@ -64,6 +66,8 @@ def dense_tokens(visual: nn.Module, images: Tensor, stride: int = 1) -> Tensor:
     visual: a tower that patch_tokens accepts. images: float [B, 3, H, W], normalised; H and W are a patch plus a
     multiple of the step, patch / stride, so that the last token ends with the image. Returns [B, h, w, width] with
     h = (H - patch) / step + 1; token (i, j) sees the patch whose corner is at pixel (i * step, j * step).
+
+    A NaFlex ViT of timm interpolates its own, at stride 1. For other towers:
 
     Position embeddings are interpolated bicubically at the patches' centres, with the trained grid covering the image;
     at stride 1 that is the usual resizing. Rotary embeddings are computed at those centres. Raises ValueError for

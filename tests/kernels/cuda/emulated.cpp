@@ -18,7 +18,13 @@ TensorMap map_of(const Box& box) {
   return map;
 }
 
-constexpr bool is_of_one_image(Epilogue e) { return has_second_product(e) || reads_attention(e); }
+constexpr bool is_of_one_image(Epilogue e) { return takes_whole_images(e) || reads_attention(e); }
+
+// As csrc/cuda/kernels.cu does.
+template <bool kPacked, class T>
+constexpr bool is_compiled(Epilogue e) {
+  return !(kPacked && is_of_one_image(e)) && !(has_sigmoid_loss(e) && std::is_same_v<T, __half>);
+}
 
 template <int kWidth, bool kPacked, class T>
 void run_tile(Epilogue epilogue, const TensorMap& patches, const TensorMap& texts, const TensorMap& gram,
@@ -26,12 +32,12 @@ void run_tile(Epilogue epilogue, const TensorMap& patches, const TensorMap& text
   switch (epilogue) {
 #define PACL_EPILOGUE(NAME, DTYPE)                                                         \
   case Epilogue::NAME:                                                                     \
-    if constexpr (!kPacked || !is_of_one_image(Epilogue::NAME))                            \
+    if constexpr (is_compiled<kPacked, T>(Epilogue::NAME))                                 \
       return score_kernel<kWidth, kPacked, T, Epilogue::NAME>(patches, texts, gram, work); \
     break;
 #include "cuda/epilogues.def"
   }
-  emulator::fail("a Gram matrix is of one image");
+  emulator::fail("this kernel is not compiled");
 }
 
 template <class T>

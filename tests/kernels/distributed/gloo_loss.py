@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pacl_kernels import PaclLoss, available_backends, distributed, fused_pacl_loss
 from pacl_kernels.autograd import Options
+from pacl_kernels.checks import Inputs
 from pacl_kernels.distributed import global_loss
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
@@ -141,7 +142,7 @@ def test_collectives_of_one_process(exchange, group):
     options = Options(problem.form, problem.objective, "torch")
     for function in (global_loss, partial(checkpoint, global_loss, use_reentrant=False)):
         with Traffic() as traffic:
-            value = function(patches, texts, scale, None, tau, bias, options, group, exchange)
+            value = function(Inputs(patches, texts, None, tau), scale, bias, options, group, exchange)
             grads = torch.autograd.grad(value, leaves)
         assert ("all_reduce", (7,)) in traffic.sent
         got = {"value": value.detach(), **dict(zip(DIFFERENTIABLE, grads, strict=True))}
@@ -157,7 +158,7 @@ def test_numbers_of_one_process_change_when_compiled(group):
     options = Options("dot", "infonce", "torch")
 
     def function(scale):
-        return global_loss(problem.patches, problem.texts, scale, None, 0.1, None, options, group, "gather")
+        return global_loss(Inputs(problem.patches, problem.texts, None, 0.1), scale, None, options, group, "gather")
 
     compiled = torch.compile(function, fullgraph=True, backend="eager")
     for scale in (10.0, 11.0, 12.0):
@@ -208,7 +209,7 @@ def test_what_travels(needs, group):
     answer(problem, needs, group=group, exchange="gather")  # the first call also sends what processes agree on
     with Traffic() as traffic:
         answer(problem, needs, group=group, exchange="gather")
-    expected = [("all_gather_into_tensor", (14,)), ("all_gather_into_tensor", (3, 8)), ("all_reduce", (3 * world + 2,))]
+    expected = [("all_gather_into_tensor", (23,)), ("all_gather_into_tensor", (3, 8)), ("all_reduce", (3 * world + 2,))]
     if "texts" in needs:
         expected += [("all_reduce", (3 * world, 8)), ("all_reduce", (3,))]  # Gloo has no reduce-scatter
     assert traffic.sent == expected
@@ -390,6 +391,6 @@ def test_module_with_the_arguments_of_open_clip(group):
 def test_ring_in_blocks(loss, columns, sizes, group, monkeypatch):
     """The ring handles fewer texts at a time than a process sends if their scores would be too large."""
     problem, rows = make(Case(sum(sizes), 5, 9), "cosine", loss, torch.float64), local_rows(sizes, group.rank())
-    monkeypatch.setattr("pacl_kernels.distributed.function.RING_BYTES", 16 * sizes[group.rank()] * columns)
+    monkeypatch.setattr("pacl_kernels.distributed.ring.RING_BYTES", 16 * sizes[group.rank()] * columns)
     got = answer(local_part(problem, rows), group=group, exchange="ring")
     assert_close(got, shares(answer(problem), rows, group.size()), 1e-10, natural_sizes(problem))

@@ -17,6 +17,7 @@ from ranks import TORCHRUN, forked
 
 from pacl_kernels import distributed, fused_pacl_loss
 from pacl_kernels.autograd import Options
+from pacl_kernels.checks import Inputs
 from pacl_kernels.distributed import global_loss
 
 if not dist.is_available():
@@ -97,8 +98,9 @@ def test_collectives_of_one_process(exchange, loss, dtype, nccl):
     leaves = [{name: getattr(problem, name).detach().clone().requires_grad_() for name in DIFFERENTIABLE} for _ in "ab"]
 
     def step(x):
-        inputs = x["patches"], x["texts"], x["logit_scale"], None, x["attn_temperature"], x["logit_bias"]
-        value = global_loss(*inputs, Options("cosine", loss, "triton"), nccl, exchange)
+        inputs = Inputs(x["patches"], x["texts"], None, x["attn_temperature"])
+        options = Options("cosine", loss, "triton")
+        value = global_loss(inputs, x["logit_scale"], x["logit_bias"], options, nccl, exchange)
         return value, torch.autograd.grad(value, list(x.values()))
 
     x, y = leaves
@@ -122,7 +124,7 @@ def test_collectives_of_one_process(exchange, loss, dtype, nccl):
 def test_a_larger_batch_has_to_be_agreed_on(nccl):
     def step(b):
         p, t = torch.randn(b, 5, 16, device="cuda"), torch.randn(b, 16, device="cuda")
-        return global_loss(p, t, 10.0, None, 0.1, None, Options("dot", "infonce", "triton"), nccl, "gather")
+        return global_loss(Inputs(p, t, None, 0.1), 10.0, None, Options("dot", "infonce", "triton"), nccl, "gather")
 
     step(8), step(4)
     with pytest.raises(ValueError, match="texts has 9 rows, expected at most 8, the largest local batch of the first"):

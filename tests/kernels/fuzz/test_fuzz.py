@@ -42,7 +42,7 @@ def test_a_wrong_answer_is_found(monkeypatch):
     from pacl_kernels.backends import blockwise as backend
 
     attend = backend._attend
-    monkeypatch.setattr(backend, "_attend", lambda *args: attend(*args[:-1], args[-1] * 1.001))
+    monkeypatch.setattr(backend, "_attend", lambda *args: attend(*args[:4], args[4] * 1.001, *args[5:]))
     one = Draw.parse("B=5 N=7 D=9 tau=0.05 form=cosine objective=infonce seed=4")
     (outcome,) = try_one(one, [Target("torch")])
     assert outcome.error is not None and outcome.share > 1

@@ -1,0 +1,90 @@
+"""Processes forked from the test's, which has done the imports: they start in milliseconds instead of seconds."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import ranks
+import torch
+
+
+def fork(run: Callable[[], int], output: Path | None = None) -> int:
+    """Run `run` in a forked process in a process group of its own, with `output` as its standard output and error.
+
+    Returns the process's number; its exit status is what `run` returns.
+    """
+    sys.stdout.flush()
+    process = os.fork()
+    if process:
+        with contextlib.suppress(OSError):  # the child has done it
+            os.setpgid(process, process)  # here too, so that the group exists when this function returns
+        return process
+    status = 70
+    try:
+        os.setpgid(0, 0)
+        out = os.open(output or os.devnull, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(out, 1)
+        os.dup2(out, 2)
+        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # pytest has its own
+        torch.set_num_threads(1)
+        torch.cuda.is_available, torch.cuda.device_count = lambda: False, lambda: 0  # a fork cannot use its parent's
+        status = run()
+    except SystemExit as end:
+        status = int(end.code or 0)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def status(process: int, seconds: float = 300) -> int:
+    """Wait for a forked process and return its exit status, -9 after kill -9; kill it after `seconds`."""
+    end = time.monotonic() + seconds
+    while True:
+        ended, code = os.waitpid(process, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(code)
+        if time.monotonic() > end:
+            os.killpg(process, signal.SIGKILL)
+            os.waitpid(process, 0)
+            raise TimeoutError(f"the process did not end in {seconds} s")
+        time.sleep(0.01)
+
+
+def wait_for(text: str, output: Path, seconds: float = 120) -> None:
+    """Wait until a forked process has printed `text` to `output`."""
+    end = time.monotonic() + seconds
+    while not (output.exists() and text in output.read_text()):
+        assert time.monotonic() < end, output.read_text() if output.exists() else "it printed nothing"
+        time.sleep(0.01)
+
+
+def run_ranks(command: Sequence[object], count: int, output: Path, seconds: float = 600) -> tuple[int, str]:
+    """Run `command` (`script.py ...` or `-m module ...`) in `count` processes as torchrun does.
+
+    Returns the exit status, 0 if every process has ended well, and all that they printed, which `output` keeps.
+    """
+    words = [str(word) for word in command]
+    ended = status(fork(lambda: ranks.launch(count, words), output), seconds)
+    return ended, output.read_text()
+
+
+def run_script(command: Sequence[object], output: Path, folder: Path | None = None) -> tuple[int, str]:
+    """Run `script.py ...` in `folder` as Python does; return its exit status, and what it printed, kept in `output`."""
+    words = [str(word) for word in command]
+
+    def alone() -> int:
+        os.chdir(folder or ".")
+        ranks.run(words)
+        return 0
+
+    return status(fork(alone, output)), output.read_text()
