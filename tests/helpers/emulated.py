@@ -1,4 +1,4 @@
-"""Build the emulator of tests/kernels/cuda as a module, the CUDA part of `pacl_kernels._native` on the host, and run it.
+"""Build the emulator of tests/kernels/cuda as a module, the CUDA part of `pacl_kernels._native`, and run it.
 
 Problems for its launches come with the float64 truth of φ.
 """

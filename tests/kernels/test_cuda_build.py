@@ -132,8 +132,8 @@ def are_three(epilogue: str, width: int) -> bool:
 @needs_cuda
 def test_no_kernel_spills(resources):
     assert len(resources) == 2 * (3 * (10 + 3) + (2 + 1) + 2 * 6 + 4) + 4 + 2 * 6, (
-        "plain, weights and attention, fewer widths with a maximum, cosine, weights and φ of an attention in memory, and "
-        "the sigmoid loss in bfloat16"
+        "plain, weights and attention, fewer widths with a maximum, cosine, weights and φ of an attention in memory, "
+        "and the sigmoid loss in bfloat16"
     )
     for name, line in resources.items():
         # Attention and sums of the widest cosine tile take 192 registers, so that others are spilled once per tile.
