@@ -50,9 +50,8 @@ def main() -> None:
     events = sorted(trace.key_averages(), key=lambda event: -event.device_time_total)
     rows = [dict(kernel=e.key, launches=e.count, ms=1e-3 * e.device_time_total) for e in events]
     total = sum(row["ms"] for row in rows)
-    print(
-        f"{args.backend} {args.form} {args.loss} B{args.batch} N{args.patches} D{args.dim} bfloat16: {total:.2f} ms in kernels"
-    )
+    of_what = f"{args.backend} {args.form} {args.loss} B{args.batch} N{args.patches} D{args.dim} bfloat16"
+    print(f"{of_what}: {total:.2f} ms in kernels")
     for row in rows:
         print(f"{row['ms']:9.3f} ms {row['launches']:5} x {row['kernel'][:90]}")
     if args.json:
