@@ -50,6 +50,8 @@ for form in dot cosine; do
     run "profile-$backend-$form" 60 $python benchmarks/profile_step.py --backend $backend --form $form \
       --json "$out/profile-$backend-$form.json"
   done
+  run "profile-sigmoid-$form" 60 $python benchmarks/profile_step.py --backend cuda --form $form --loss sigmoid \
+    --json "$out/profile-sigmoid-$form.json"
   # How busy the tensor cores are; fewer images, since each launch is run several times.
   run "profile-pipes-$form" 90 ncu --clock-control none --section ComputeWorkloadAnalysis --kernel-name regex:score_kernel \
     $python benchmarks/profile_step.py --once --backend cuda --form $form --batch 1024

@@ -17,7 +17,7 @@ import torch
 
 from pacl_kernels import fused_pacl_loss
 from pacl_kernels.backends import NAMES
-from pacl_kernels.checks import FORMS
+from pacl_kernels.checks import FORMS, LOSSES
 
 
 def main() -> None:
@@ -27,6 +27,7 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=512, help="Dimension of the embeddings.")
     parser.add_argument("--backend", choices=NAMES, default="auto", help="Backend of the fused loss.")
     parser.add_argument("--form", choices=FORMS, default="dot", help="Form of φ.")
+    parser.add_argument("--loss", choices=LOSSES, default="infonce", help="Loss over the pairs.")
     parser.add_argument("--once", action="store_true", help="Run one step without profiling, for an outer profiler.")
     parser.add_argument("--json", metavar="FILE", help="Write the rows, with a description of the machine.")
     args = parser.parse_args()
@@ -34,7 +35,8 @@ def main() -> None:
     texts = torch.randn(args.batch, args.dim, device="cuda").bfloat16().requires_grad_()
 
     def step() -> None:
-        loss = fused_pacl_loss(patches, texts, 20.0, attn_temperature=0.1, form=args.form, backend=args.backend)
+        options = {"attn_temperature": 0.1, "form": args.form, "loss": args.loss, "backend": args.backend}
+        loss = fused_pacl_loss(patches, texts, 20.0, **options)
         torch.autograd.grad(loss, (patches, texts))
 
     step()  # compiles
@@ -48,7 +50,8 @@ def main() -> None:
     events = sorted(trace.key_averages(), key=lambda event: -event.device_time_total)
     rows = [dict(kernel=e.key, launches=e.count, ms=1e-3 * e.device_time_total) for e in events]
     total = sum(row["ms"] for row in rows)
-    print(f"{args.backend} {args.form} B{args.batch} N{args.patches} D{args.dim} bfloat16: {total:.2f} ms in kernels")
+    of_what = f"{args.backend} {args.form} {args.loss} B{args.batch} N{args.patches} D{args.dim} bfloat16"
+    print(f"{of_what}: {total:.2f} ms in kernels")
     for row in rows:
         print(f"{row['ms']:9.3f} ms {row['launches']:5} x {row['kernel'][:90]}")
     if args.json:

@@ -160,6 +160,8 @@ def computes_sigmoid_step(backend: str, form: str, dtype: torch.dtype, n: int) -
     """
     if form == "max" or dtype not in (torch.float32, torch.bfloat16):
         return False
+    if backend == "cuda":
+        return dtype == torch.bfloat16 and hopper.fits_sigmoid(n)
     return backend == "cpu" or (backend == "triton" and triton.fits_sigmoid(form, n))
 
 

@@ -336,3 +336,17 @@ def test_path_of_the_patches(library, monkeypatch, form):
         "backends/gpu/order.py",
         "backends/gpu/hopper.py",
     ]
+
+
+@pytest.mark.parametrize("form", ["dot", "cosine"])
+@pytest.mark.parametrize(
+    "case",
+    [Case(B=3, N=196, D=72), Case(B=4, N=100, D=40, mask="random", scale=20.0), Case(B=3, N=144, D=33, tau=0.02)],
+    ids=str,
+)
+def test_sigmoid_step(library, monkeypatch, case, form):
+    """The sigmoid loss in one pass is accurate, with its gradients of the scalars."""
+    library.configure()
+    monkeypatch.setattr(hopper, "native", lambda: library)
+    monkeypatch.setattr(hopper, "why_not", lambda device=None, dtype=None: None)
+    check(make(case, form, "sigmoid", torch.bfloat16), "cuda")

@@ -17,7 +17,7 @@ from torch import Tensor
 from ...native import native
 from . import launch, order, tiles, triton
 from .loss import loss_backward, loss_forward
-from .problem import Block, Problem, SigmoidPairs, Upstream
+from .problem import SIGMOID_SUMS, Block, Problem, SigmoidPairs, Upstream
 from .upsample import upsample_argmax
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "loss_backward",
     "loss_forward",
     "settings",
+    "sigmoid_step",
     "upsample_argmax",
     "why_not",
 ]
@@ -131,10 +132,19 @@ class HopperLaunches:
         return self._cosine_weights("cosine_weights_from_attention", block, upstream, attention, gram, w, norm_factor)
 
     def sigmoid_tile(self, needs_temperature: bool) -> tuple[int, int]:
-        return self._triton.sigmoid_tile(needs_temperature)
+        return 1, 8  # nothing is stored outside of W, whose rows begin at multiples of 16 bytes
 
     def sigmoid_dot_weights(self, block: Block, pairs: SigmoidPairs, w: Tensor | None) -> Tensor:
-        return self._triton.sigmoid_dot_weights(block, pairs, w)
+        return self._run_sigmoid(self._call("dot_sigmoid_weights", block, None), block, pairs, w)
+
+    def sigmoid_cosine_weights(
+        self, block: Block, pairs: SigmoidPairs, attention: Tensor, gram: Tensor, w: Tensor, norm_factor: Tensor
+    ) -> Tensor:
+        call = self._call("cosine_sigmoid_weights", block, None)
+        _set_gram(call, gram)
+        _set_attention(call, attention)
+        call.norm_factor = norm_factor.data_ptr()
+        return self._run_sigmoid(call, block, pairs, w)
 
     def norm_term(self, block: Block, attention: Tensor, norm_factor: Tensor, norm_term: Tensor) -> None:
         self._triton.norm_term(block, attention, norm_factor, norm_term)
@@ -170,6 +180,26 @@ class HopperLaunches:
         self._run(call, block)
         return tau_parts
 
+    def _run_sigmoid(self, call: Any, block: Block, pairs: SigmoidPairs, w: Tensor | None) -> Tensor:
+        sums = self._p.inv_t.new_empty(call.plan.clusters * call.plan.cluster, SIGMOID_SUMS)
+        if w is not None:
+            call.weights, call.weights_stride = w.data_ptr(), w.stride(0)
+        call.full = pairs.needs_temperature or self._p.mask is not None
+        call.share, call.own_text, call.loss_sums = 1.0 / self._p.b, block.b0 - block.k0, sums.data_ptr()
+        for name, scalar in (("logit_scale", pairs.scale), ("logit_bias", pairs.bias)):
+            if isinstance(scalar, Tensor):
+                setattr(call, f"{name}_at", scalar.data_ptr())
+            elif scalar is not None:
+                setattr(call, name, scalar)
+        image_ids, text_ids, targets, pair_bias = pairs.given
+        if image_ids is not None and text_ids is not None:
+            call.image_ids, call.text_ids = image_ids[block.b0 :].data_ptr(), text_ids[block.k0 :].data_ptr()
+        for name, x in (("targets", targets), ("pair_bias", pair_bias), ("grad_pair_bias", pairs.grad_pair_bias)):
+            if x is not None:
+                setattr(call, name, x[block.b0 :, block.k0 :].data_ptr())
+        self._run(call, block)
+        return sums
+
     def _call(self, epilogue: str, block: Block, phi: Tensor | None) -> Any:
         p, temperature = self._p, self._p.temperature
         patches, texts = self._patches[block.b0 : block.b1], self._texts[block.k0 : block.k1]
@@ -192,7 +222,7 @@ class HopperLaunches:
             temperature=0.0 if isinstance(temperature, Tensor) else temperature,
             temperature_at=temperature.data_ptr() if isinstance(temperature, Tensor) else 0,
             phi=0 if phi is None else phi[block.b0 : block.b1, block.k0 :].data_ptr(),
-            state=p.state[block.b0 : block.b1, block.k0 :].data_ptr(),
+            state=p.state[block.b0 : block.b1, block.k0 :].data_ptr() if p.state.numel() else 0,
             phi_stride=p.k,
         )
 
@@ -237,6 +267,12 @@ def _aligned(x: Tensor) -> Tensor:
     return copy.copy_(x)
 
 
-# mypy is right that HopperLaunches lacks `sigmoid_cosine_weights`, but `computes_sigmoid_step` never asks for it.
-compatibility_forward = functools.partial(order.compatibility_forward, HopperLaunches)  # type: ignore[arg-type]
-compatibility_backward = functools.partial(order.compatibility_backward, HopperLaunches)  # type: ignore[arg-type]
+def fits_sigmoid(n: int) -> bool:
+    """Return True if a tile holds the patches of an image and no others, which `sigmoid_step` needs."""
+    fits: bool = _module().cuda_fits_one_tile(n)
+    return fits
+
+
+compatibility_forward = functools.partial(order.compatibility_forward, HopperLaunches)
+compatibility_backward = functools.partial(order.compatibility_backward, HopperLaunches)
+sigmoid_step = functools.partial(order.sigmoid_step, HopperLaunches)
