@@ -15,10 +15,10 @@ import ranks
 import torch
 
 
-def fork(run: Callable[[], int], output: Path | None = None) -> int:
+def fork(run: Callable[[], int | None], output: Path | None = None) -> int:
     """Run `run` in a forked process in a process group of its own, with `output` as its standard output and error.
 
-    Returns the process's number; its exit status is what `run` returns.
+    Returns the process's number; its exit status is what `run` returns, 0 for None.
     """
     sys.stdout.flush()
     process = os.fork()
@@ -35,7 +35,7 @@ def fork(run: Callable[[], int], output: Path | None = None) -> int:
         sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # pytest has its own
         torch.set_num_threads(1)
         torch.cuda.is_available, torch.cuda.device_count = lambda: False, lambda: 0  # a fork cannot use its parent's
-        status = run()
+        status = run() or 0
     except SystemExit as end:
         status = int(end.code or 0)
     except BaseException:
@@ -82,9 +82,8 @@ def run_script(command: Sequence[object], output: Path, folder: Path | None = No
     """Run `script.py ...` in `folder` as Python does; return its exit status, and what it printed, kept in `output`."""
     words = [str(word) for word in command]
 
-    def alone() -> int:
+    def alone() -> None:
         os.chdir(folder or ".")
         ranks.run(words)
-        return 0
 
     return status(fork(alone, output)), output.read_text()

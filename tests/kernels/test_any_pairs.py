@@ -138,9 +138,18 @@ def ids_of(problem):
     return images, given.get("text_ids", images)
 
 
-@pytest.mark.parametrize("kind", ["several", "soft-bias", "none"])
-@pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
+@pytest.mark.parametrize(
+    "kind, loss, autocast",  # every pair of values; one case compiles for half a second
+    [
+        ("several", "infonce", False),
+        ("several", "sigmoid", True),
+        ("soft-bias", "infonce", True),
+        ("soft-bias", "sigmoid", False),
+        ("none", "infonce", False),
+        ("none", "sigmoid", True),
+    ],
+    ids=lambda x: {False: "plain", True: "autocast"}.get(x, x),
+)
 def test_compiled(kind, loss, autocast, single):
     """`torch.compile(fullgraph=True)` gives the same answer, under autocast too."""
     problem = with_pairs(make(Case(5, 7, 33, K=9), "cosine", loss, torch.float32, single.device), kind)

@@ -28,7 +28,7 @@ def _ran(dtype=torch.float32, **options) -> set[str]:
 def _python(code: str, **environment) -> str:
     """Return the output of a fresh interpreter, and assert that it succeeds."""
     command = [sys.executable, *(["-c", code] if code else ["-m", "pacl_kernels"])]
-    path = {"PATH": "/usr/bin:/bin", "PYTHONPATH": pacl_kernels.__path__[0] + "/.."}
+    path = {"PATH": "/usr/bin:/bin", "PYTHONPATH": pacl_kernels.__path__[0] + "/..", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=path | environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr

@@ -24,7 +24,15 @@ def operator_arguments(problem, backend):
 
 
 @pytest.mark.parametrize("form, mask", [("dot", None), ("cosine", "random"), ("max", "random")])
-def test_opcheck(form, mask, target):
+def test_opcheck(form, mask, single):
+    _opcheck(form, mask, single)
+
+
+def test_opcheck_in_every_dtype(target):
+    _opcheck("cosine", "random", target)
+
+
+def _opcheck(form, mask, target):
     problem = make(Case(3, 5, 9, K=4, mask=mask), form, "compatibility", target.dtype, target.device)
     if mask is not None:  # opcheck compares inputs before and after a call, and takes NaN as unequal to itself
         problem = replace(problem, patches=problem.patches.nan_to_num(0, 0, 0))

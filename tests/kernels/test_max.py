@@ -11,7 +11,7 @@ from pacl_kernels import compatibility, reference
 
 # The CPU works in blocks of 8 MiB of patches and 10 MiB of texts in float32; each case needs several blocks.
 BLOCKS = [
-    Case(3, 110, 20001, K=140),
+    Case(2, 110, 20001, K=140),
     Case(3, 110, 20001, K=140, mask="random", layout="offset"),
     Case(40, 60, 1025, K=33, layout="strided"),
     Case(1100, 1, 5, K=9),

@@ -19,11 +19,12 @@ pytest.importorskip("pandas")  # open_clip_train reads csv files with it
 import open_clip
 import open_clip.factory
 import torch
+from forks import run_ranks
 from open_clip_train import main
 from open_clip_train.data import CsvDataset
 from pictures import picture
 from PIL import Image
-from ranks import TORCHRUN, forked
+from ranks import TORCHRUN
 from safetensors.torch import save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.nn import functional as F
@@ -278,7 +279,8 @@ def test_the_frameworks_own_validation_fails_on_patches(world, tmp_path):
         main.main(flags(world, tmp_path, "--precision", "fp32", "--val-data", world / "val.csv"))
 
 
-def ranks(world: Path, logs: Path, *more: object, launcher: list[str]) -> list[float]:
+def torchrun(world: Path, logs: Path, *more: object) -> list[float]:
+    launcher = [*TORCHRUN, "2", "--"]  # without "--", torchrun takes --logs for a flag of its own
     done = subprocess.run(
         [*launcher, CPU_RANKS, RECIPE, *flags(world, logs, "--precision", "fp32", *training(world), *more)],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -292,8 +294,10 @@ def ranks(world: Path, logs: Path, *more: object, launcher: list[str]) -> list[f
 
 
 def test_two_processes_validated(world, tmp_path):
-    launcher = [*forked("open_clip_train.main", "pacl"), "2"]
-    found = ranks(world, tmp_path, "--val-data", world / "val.csv", launcher=launcher)
+    words = flags(world, tmp_path, "--precision", "fp32", *training(world), "--val-data", world / "val.csv")
+    status, printed = run_ranks([CPU_RANKS, RECIPE, *words], 2, tmp_path / "printed")
+    assert status == 0, printed[-4000:]
+    found = losses(tmp_path)
     assert len(found) == EPOCHS * PAIRS // BATCH // 2
     assert found == pytest.approx(plain(world, processes=2)[0], rel=1e-5)
     assert_validated(world, tmp_path, [1, 2])
@@ -301,11 +305,10 @@ def test_two_processes_validated(world, tmp_path):
 
 @pytest.mark.recipes_full
 def test_torchrun_accumulated_and_resumed(world, tmp_path):
-    launcher = [*TORCHRUN, "2", "--"]  # without "--", torchrun takes --logs for a flag of its own
     expected = pytest.approx(plain(world, processes=2, accumulate=2)[0], rel=1e-5)
-    assert ranks(world, tmp_path, "--accum-freq", 2, launcher=launcher) == expected
+    assert torchrun(world, tmp_path, "--accum-freq", 2) == expected
     (tmp_path / "run/checkpoints/epoch_2.pt").unlink()
-    assert ranks(world, tmp_path, "--accum-freq", 2, "--resume", "latest", launcher=launcher) == expected
+    assert torchrun(world, tmp_path, "--accum-freq", 2, "--resume", "latest") == expected
 
 
 @pytest.mark.recipes_full

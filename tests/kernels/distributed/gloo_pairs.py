@@ -83,8 +83,7 @@ def test_equals_one_process(kind, loss, exchange, group):
         assert_accurate(name, x, true, dtype, near.double(), sizes[name] * factor)
 
 
-@pytest.mark.parametrize("exchange", EXCHANGES)
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss, exchange", [("infonce", "ring"), ("sigmoid", "gather")])  # gloo_loss.py has the others
 def test_compiled(loss, exchange, group):
     """`fullgraph=True` works with the same number of texts in every process."""
     world, rank = group.size(), group.rank()

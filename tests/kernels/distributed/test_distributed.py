@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
+import ranks
 import torch
 import torch.distributed as dist
 from accuracy import assert_accurate, natural_sizes
+from forks import fork, status
 from problems import DIFFERENTIABLE, Case, make
 from ranks import TORCHRUN, forked
 
@@ -60,23 +63,16 @@ def test_in_processes(world, chosen):
 @pytest.mark.parametrize("how", ["dies", "sleeps"])
 def test_a_process_that_fails_is_an_error_in_the_others(how, exchange, tmp_path):
     """When a process dies or sleeps, the others raise an error after about the group's timeout (4 s); none hangs."""
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(FOLDER / "one_fails.py"), how, exchange, str(tmp_path / "meeting"), str(rank)],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(3)
-    ]
-    try:
-        outputs = [process.communicate(timeout=600)[0] for process in processes[:2]]
-    finally:
-        for process in processes:
-            process.kill()
-    for process, output in zip(processes, outputs, strict=False):
-        assert process.returncode == 3 and "finished" not in output
-        assert int(re.search(r"Error after (\d+) s", output)[1]) <= 10
+    words = [str(FOLDER / "one_fails.py"), how, exchange, str(tmp_path / "meeting")]
+    outputs = [tmp_path / f"output{rank}" for rank in range(3)]
+    processes = [fork(partial(ranks.run, [*words, str(rank)]), output) for rank, output in enumerate(outputs)]
+    ended = [status(process) for process in processes[:2]]
+    os.killpg(processes[2], signal.SIGKILL)
+    status(processes[2])
+    for code, output in zip(ended, outputs, strict=False):
+        printed = output.read_text()
+        assert code == 3 and "finished" not in printed
+        assert int(re.search(r"Error after (\d+) s", printed)[1]) <= 10
 
 
 @pytest.fixture
