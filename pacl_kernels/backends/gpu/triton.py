@@ -198,7 +198,7 @@ class TritonLaunches:
         return tau_parts
 
     def sigmoid_tile(self, needs_temperature: bool) -> tuple[int, int]:
-        return sigmoid.tile(self._p, needs_temperature).block_t, 1  # rows are stored with a mask
+        return sigmoid.tile(self._p, needs_temperature).block_t, 16  # a row of W begins at a multiple of 16
 
     def sigmoid_dot_weights(self, block: Block, pairs: SigmoidPairs, w: Tensor | None) -> Tensor:
         return sigmoid.dot_weights(self._p, block, pairs, w, self._precision)
