@@ -39,7 +39,7 @@ from torch.nn import functional as F
 from pacl_kernels import distributed, fused_pacl_loss
 
 SCALE = 1 / 0.07
-HEADER = 15 * 8  # bytes that each process sends to describe itself
+HEADER = 23 * 8  # bytes that each process sends to describe itself
 # Assumptions of the model; none is measured on such a machine.
 H200 = {"flops": 450e12, "link_bytes": 50e9, "latency": 10e-6}  # bf16 products of the loss; 400 Gb/s; one hop
 

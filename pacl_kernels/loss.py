@@ -159,8 +159,8 @@ def fused_pacl_loss(
             gradient must be the same in every process, and |logit_scale| + |logit_bias| at most 600 (columns are summed
             in float64 without subtracting their maximum).
         exchange: how texts travel in the group: `"gather"` (all at once), `"ring"` (from neighbour to neighbour, for
-            when `[B_global, D]` or `[B, B_global]` does not fit; a step is 5 units of work instead of 4), or `"auto"`,
-            which takes the ring once those arrays pass 8 GiB.
+            when `[B_global, D]` or `[B, B_global]` does not fit), or `"auto"`, which takes the ring once those arrays
+            pass 8 GiB. In the ring a step is 5 units of work instead of 4, and no more than 4 for the sigmoid loss.
         backend: `"auto"`, or one of `available_backends()`; the environment variable PACL_BACKEND replaces `"auto"`.
 
     Returns:

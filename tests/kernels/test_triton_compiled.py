@@ -75,7 +75,7 @@ def test_a_batch_of_unseen_size_compiles_nothing_on_a_gpu(form):
 
 
 def test_every_kernel_and_target_is_there(rows):
-    assert 30 <= len(rows) <= 90
+    assert 30 <= len(rows) <= 100
     tiled = {"compatibility_forward", "dot_weights", "attention", "norm_term", "sigmoid_weights"}
     tiled |= {"cosine_forward_from_attention", "cosine_weights_from_attention"}
     tiled |= {"max_patches", "max_texts", "upsample_argmax"}
