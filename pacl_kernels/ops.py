@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import backends, pairs, scoring
-from .checks import Scalar, without_autocast
+from .checks import Scalar, check_sum, without_autocast
 from .contrastive import scalar
 
 OptionalTensor = Optional[Tensor]  # noqa: UP045  (torch.library accepts `Tensor | None` only from torch 2.8 on)
@@ -273,7 +273,10 @@ def sigmoid_step(
     grads = grad_patches, grad_texts, grad_temperature, grad_scale, grad_bias, grad_pair_bias
     implementation: Any = backends.get_for(backend, patches)
     with without_autocast(patches.device.type):
-        packed = {} if patch_lengths is None else {"patch_lengths": patch_lengths}
+        packed = {}
+        if patch_lengths is not None:
+            check_sum("patch_lengths", patch_lengths, "patches", len(patches))
+            packed = {"patch_lengths": patch_lengths}
         implementation.sigmoid_step(patches, texts, patch_mask, tau, form, *scalars, given, value, *grads, **packed)
 
 

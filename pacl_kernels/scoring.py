@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .checks import Scalar
+from .checks import Scalar, check_sum
 from .packed import Group, groups, starts_of
 from .tokens import BLOCK_BYTES, Tokens, tokens_of
 
@@ -116,7 +116,10 @@ class Call(NamedTuple):
     def _rectangle(self) -> Call:
         """Return the call with packed patches as a rectangle, if all images have the same number."""
         lengths = self.patch_lengths
-        if lengths is None or len(lengths) == 0 or not (0 < lengths[0] and bool((lengths == lengths[0]).all())):
+        if lengths is None:
+            return self
+        check_sum("patch_lengths", lengths, "patches", len(self.patches))  # nobody else does inside torch.compile
+        if len(lengths) == 0 or not (0 < lengths[0] and bool((lengths == lengths[0]).all())):
             return self
         shape = len(lengths), int(lengths[0])
         mask = None if self.patch_mask is None else self.patch_mask.unflatten(0, shape)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .checks import check_sum
 from .packed import starts_of, to_device
 
 BLOCK_BYTES = 24 * 2**20  # of φ, state and gradient of the tokens, for a block of images
@@ -111,7 +112,10 @@ def tokens_of(texts: Tensor, mask: Tensor | None, lengths: Tensor | None, pool: 
     """
     places, real, padding = None, None, False
     if lengths is not None:
-        padding = lengths.is_cuda or int(lengths.sum()) < len(texts)
+        count = None if lengths.is_cuda else int(lengths.sum())
+        if count is not None and (count > len(texts) or bool((lengths < 0).any())):
+            check_sum("text_lengths", lengths, "texts", len(texts))
+        padding = count != len(texts)
         rows, lengths = texts, to_device(lengths, texts.device)
     else:
         k, length = texts.shape[:2]

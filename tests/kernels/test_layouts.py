@@ -200,6 +200,25 @@ def test_compiled():
     assert_equal(torch.autograd.grad(compiled, (patches, texts)), grads)
 
 
+@pytest.mark.parametrize("loss", ["infonce", "sigmoid"])
+@pytest.mark.parametrize("wrong", ["patch_lengths", "text_lengths"])
+@pytest.mark.parametrize("lengths", [[2, 4], [6, -1]])
+def test_compiled_lengths_are_checked(wrong, lengths, loss):
+    """The kernels trust lengths, whose values a trace does not read."""
+    given = {"patch_lengths": [2, 3], "text_lengths": [1, 4]} | {wrong: lengths}
+    given = {name: torch.tensor(x) for name, x in given.items()}
+    if loss == "sigmoid" and wrong == "patch_lengths":
+        del given["text_lengths"]
+    texts, pool = (randn(5, D), "mean") if "text_lengths" in given else (randn(2, D), None)
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def compiled(patches, texts):
+        return fused_pacl_loss(patches, texts, 10.0, loss=loss, text_pool=pool, **given)
+
+    with pytest.raises(ValueError, match=f"{wrong} (add up to 6, expected 5|has -1, expected lengths of at least 0)"):
+        compiled(randn(5, D).requires_grad_(), texts)
+
+
 def test_a_cached_step_concatenates_lengths():
     patches, lengths = randn(17, D), torch.tensor([6, 0, 8, 3])
     weight = torch.nn.Parameter(torch.eye(D))
