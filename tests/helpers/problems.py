@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 FORMS = ("dot", "cosine", "max")
-ISAS = ("baseline", "avx2", "avx512", "avx512bf16", "amx", "emulated_amx")  # the last only in builds with sanitizers
+ISAS = ("baseline", "avx2", "avx512", "avx512bf16", "amx", "emulated_amx", "neonbf16")  # emulated_amx: sanitizers
 OBJECTIVES = ("compatibility", "infonce", "sigmoid")
 DIFFERENTIABLE = ("patches", "texts", "logit_scale", "logit_bias", "attn_temperature")
 

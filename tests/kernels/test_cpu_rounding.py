@@ -10,7 +10,7 @@ from problems import Case, make
 from pacl_kernels import native
 
 # Instruction sets that multiply pairs of bfloat16, each with the one whose float32 kernels it falls back on.
-FALLBACK = {"avx512bf16": "avx512", "amx": "avx512", "emulated_amx": "avx2"}
+FALLBACK = {"avx512bf16": "avx512", "amx": "avx512", "emulated_amx": "avx2", "neonbf16": "baseline"}
 CANCELLING = [
     Case(2, 5, 127, tau=0.148, scale=1.0, data="equal_images"),
     Case(5, 192, 130, tau=0.048, scale=0.008, data="equal_images"),
