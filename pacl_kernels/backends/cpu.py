@@ -16,6 +16,7 @@ from ..checks import Scalar
 from ..constants import RUNNING_MAX_BELOW
 from ..contrastive import loss_backward as loss_backward  # part of a `Backend`
 from ..contrastive import loss_forward as loss_forward
+from ..packed import starts_of
 from ..pairs import Pairs
 from . import null_patch as null
 from . import raw_texts
@@ -81,8 +82,7 @@ def compatibility_forward(
     null_patch: bool = False, normalize: str = "both",
 ) -> None:  # fmt: skip
     starts, raw = _patch_starts(patch_lengths), normalize == "none"
-    params = _params(patches, texts, patch_mask, temperature, form, starts, phi, state)
-    params.set(raw=raw)
+    params = _params(patches, texts, patch_mask, temperature, form, starts, phi, state, raw)
     if scores is not None:
         params.set(**_kept(scores))
     _run(_native.compatibility_forward(params))
@@ -123,9 +123,9 @@ def _backward(
     patch_lengths: Tensor | None, raw: bool, keeps_scores: bool = False,
 ) -> None:  # fmt: skip
     starts = _patch_starts(patch_lengths)
-    params = _params(patches, texts, patch_mask, temperature, form, starts, phi, state)
+    params = _params(patches, texts, patch_mask, temperature, form, starts, phi, state, raw)
     texts_sum = _set_gradients(params, grad_patches, grad_texts, grad_temperature)
-    params.set(grad_phi=grad_phi.data_ptr(), raw=raw)
+    params.set(grad_phi=grad_phi.data_ptr())
     if keeps_scores:
         assert grad_patches is not None
         params.set(**_kept(grad_patches))
@@ -203,7 +203,7 @@ def upsample_argmax(
 
 def _params(
     patches: Tensor, texts: Tensor, patch_mask: Tensor | None, temperature: Scalar, form: str,
-    starts: Tensor | None, phi: Tensor | None = None, state: Tensor | None = None,
+    starts: Tensor | None, phi: Tensor | None = None, state: Tensor | None = None, raw: bool = False,
 ) -> Any:  # fmt: skip
     """Return the native module's `CompatibilityParams`. Patches with `starts` are packed: `[ΣN, D]`."""
     temperature = float(temperature)
@@ -223,6 +223,7 @@ def _params(
         dim=patches.shape[-1],
         dtype=_DTYPES[patches.dtype],
         form=form,
+        raw=raw,
         temperature=temperature,
         threads=torch.get_num_threads(),
         openmp=_openmp(),
@@ -239,8 +240,8 @@ def _params(
 
 
 def _patch_starts(patch_lengths: Tensor | None) -> Tensor | None:
-    """Return `[B + 1]`, int64: the first row of each image, then the number of rows. None without lengths."""
-    return None if patch_lengths is None else torch.nn.functional.pad(patch_lengths.cumsum(0), (1, 0))
+    """Return `packed.starts_of` the lengths, or None without lengths."""
+    return None if patch_lengths is None else starts_of(patch_lengths)
 
 
 def _set_gradients(

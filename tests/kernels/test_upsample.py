@@ -11,7 +11,6 @@ from torch.nn import functional as F
 
 import pacl_kernels
 from pacl_kernels import available_backends, upsample_argmax
-from pacl_kernels.native import native
 
 ISAS = ("baseline", "avx2", "avx512", "avx512bf16")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -184,15 +183,6 @@ def test_many_classes(classes, cpu_backend):
     scores[:, -1, 1, 2] = 10.0  # the last label is the largest int16
     labels = check(scores, (10, 24), cpu_backend, logit_scale=1.0)
     assert labels[0, -1, -1] == classes - 1
-
-
-@pytest.fixture(params=ISAS)
-def isa(request, cpu_backend, monkeypatch) -> str:
-    """Set PACL_CPU_ISA to each instruction set of this machine, and return its name."""
-    if request.param not in native().isas():
-        pytest.skip(f"this machine has no {request.param}")
-    monkeypatch.setenv("PACL_CPU_ISA", request.param)
-    return request.param
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
