@@ -5,10 +5,12 @@ from .backends import available_backends
 from .cached import cached_step
 from .loss import compatibility, fused_pacl_loss
 from .module import PaclLoss
+from .tolerance import KeptPairs, kept_pairs
 from .upsample import upsample_argmax
 from .version import __version__
 
 __all__ = [
+    "KeptPairs",
     "PaclFunction",
     "PaclLoss",
     "__version__",
@@ -16,5 +18,6 @@ __all__ = [
     "cached_step",
     "compatibility",
     "fused_pacl_loss",
+    "kept_pairs",
     "upsample_argmax",
 ]

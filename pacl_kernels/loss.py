@@ -68,6 +68,7 @@ def fused_pacl_loss(
     text_pool_scale: float = 1.0,
     null_patch: bool = False,
     normalize: Normalize = "both",
+    grad_tolerance: float = 0.0,
     group: dist.ProcessGroup | GroupName | None = None,
     exchange: Exchange = "auto",
     backend: BackendName = "auto",
@@ -143,6 +144,12 @@ def fused_pacl_loss(
             as they are, and with `"none"` φ is made of them too (in `form="cosine"`: the pooled patch is, and φ remains
             its cosine with the text). Such products have no bound, so τ is usually 1 or √D. `"values"` has no
             kernels: `"auto"` takes the backend `torch` for it, and on a GPU for `"none"` as well.
+        grad_tolerance: the share of Σ |∂L/∂φ| that the backward may leave out, from 0 (the default, exact) to below 1.
+            It takes the pairs above one threshold, and the error of any gradient is at most `grad_tolerance` · Σ |∂L/∂φ|
+            · max ‖∂φ/∂·‖. The loss and the gradients of logit scale, bias and pair bias stay exact. 2^-9 is the
+            rounding of bfloat16. With CLIP's logit scale most pairs have next to no gradient, and a step costs little
+            more than its forward. Where too few pairs can be left out, and on backends other than `cpu`, the backward
+            is exact. `kept_pairs(loss)` says what was used. With a group each process takes a threshold of its own.
         group: a `torch.distributed` process group. The batch is then that of all its processes, and B is the part of
             this process. `"world"` is the default group, looked up at the call, or this process alone if
             `torch.distributed` is not initialised. `"local"` is this process alone. None is this process alone too,
@@ -176,7 +183,9 @@ def fused_pacl_loss(
     )
     check_not_empty(inputs, "BND")
     check_choice("loss", loss, LOSSES)
-    options = _options(inputs, form, loss, backend, text_pool, text_pool_scale, null_patch, normalize)
+    options = _options(
+        inputs, form, loss, backend, text_pool, text_pool_scale, null_patch, normalize, grad_tolerance
+    )
     logit_scale = check_scalar("logit_scale", logit_scale, patches)
     if logit_bias is not None:
         logit_bias = check_scalar("logit_bias", logit_bias, patches)
@@ -224,6 +233,7 @@ def compatibility(
     text_pool_scale: float = 1.0,
     null_patch: bool = False,
     normalize: Normalize = "both",
+    grad_tolerance: float = 0.0,
     group: dist.ProcessGroup | GroupName | None = None,
     backend: BackendName = "auto",
 ) -> Tensor:
@@ -235,7 +245,7 @@ def compatibility(
         texts: `[K, D]` text embeddings, not normalised, same dtype and device. With `text_pool` a text has many tokens.
         patch_mask: bool `[B, N]`, True at real patches.
         attn_temperature: τ > 0 of the softmax over patches, a number or a tensor of one element.
-        form: `"dot"`, `"cosine"` or `"max"`. This and the arguments up to `normalize` mean the same as in
+        form: `"dot"`, `"cosine"` or `"max"`. This and the arguments up to `grad_tolerance` mean the same as in
             `fused_pacl_loss`.
         patch_lengths: int64 `[B]` on the CPU, or a list: lengths of packed patches.
         text_mask: bool `[K, L]`, True at real tokens.
@@ -244,6 +254,7 @@ def compatibility(
         text_pool_scale: γ of `"logsumexp"`.
         null_patch: add a patch with s = 0 and value 0 to each image.
         normalize: `"both"`, `"values"` or `"none"`.
+        grad_tolerance: share of Σ |∂L/∂φ| that the backward may leave out; `kept_pairs(phi)` says what it used.
         group: the processes whose texts are compared: a `torch.distributed` process group, `"world"`, or None or
             `"local"` for this process alone. φ is then `[B_local, K of all processes]`, the texts in the order of the
             ranks. The gradient of a text is the sum over the processes' losses, as with an all-gather that is
@@ -262,7 +273,7 @@ def compatibility(
         patches, texts, attn_temperature, patch_mask, patch_lengths, text_mask, text_lengths, text_pool
     )
     check_not_empty(inputs, "ND")
-    options = _options(inputs, form, None, backend, text_pool, text_pool_scale, null_patch, normalize)
+    options = _options(inputs, form, None, backend, text_pool, text_pool_scale, null_patch, normalize, grad_tolerance)
     groups.check(group)
     process_group = groups.lookup(group) if isinstance(group, str) else group
     if process_group is not None and process_group.size() > 1:
@@ -274,11 +285,15 @@ def compatibility(
 
 def _options(
     inputs: Inputs, form: str, loss: Any, backend: str, text_pool: Any, text_pool_scale: float, null_patch: bool,
-    normalize: str,
+    normalize: str, grad_tolerance: Any = 0.0,
 ) -> Options:  # fmt: skip
     """Check the options of φ and return them, with the backend that will run."""
     check_choice("form", form, FORMS)
     check_choice("normalize", normalize, NORMALIZE)
+    if isinstance(grad_tolerance, bool) or not isinstance(grad_tolerance, int | float):
+        raise TypeError(f"grad_tolerance is a {type(grad_tolerance).__name__}, expected a number")
+    if not 0 <= grad_tolerance < 1:
+        raise ValueError(f"grad_tolerance is {grad_tolerance:g}, expected a number from 0 to below 1")
     if not isinstance(null_patch, bool):
         raise TypeError(f"null_patch is a {type(null_patch).__name__}, expected True or False")
     if isinstance(text_pool_scale, Tensor):
@@ -287,7 +302,7 @@ def _options(
     if text_pool != "logsumexp" and scale != 1.0:
         raise ValueError(f"text_pool_scale is {scale:g}, expected 1 unless text_pool is 'logsumexp'")
     name = resolve(backend, inputs.patches.device, inputs.patches.dtype, normalize)
-    choices: Any = form, loss, name, None, text_pool, scale, null_patch, normalize
+    choices: Any = form, loss, name, None, float(grad_tolerance), text_pool, scale, null_patch, normalize
     return Options(*choices)
 
 

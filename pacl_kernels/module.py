@@ -54,6 +54,7 @@ class PaclLoss(nn.Module):
         text_pool_scale: as in `fused_pacl_loss`.
         null_patch: as in `fused_pacl_loss`.
         normalize: as in `fused_pacl_loss`.
+        grad_tolerance: as in `fused_pacl_loss`.
 
     Raises:
         TypeError, ValueError: for a bad group, or for one of another rank or size. The call checks everything else.
@@ -73,6 +74,7 @@ class PaclLoss(nn.Module):
         text_pool_scale: float = 1.0,
         null_patch: bool = False,
         normalize: Normalize = "both",
+        grad_tolerance: float = 0.0,
     ) -> None:
         super().__init__()
         self.attn_temperature = attn_temperature
@@ -83,7 +85,7 @@ class PaclLoss(nn.Module):
             groups.check_size(self.group, rank, world_size)
         self.exchange, self.backend = exchange, backend
         self.text_pool, self.text_pool_scale = text_pool, text_pool_scale
-        self.null_patch, self.normalize = null_patch, normalize
+        self.null_patch, self.normalize, self.grad_tolerance = null_patch, normalize, grad_tolerance
 
     @property
     def group(self) -> dist.ProcessGroup | GroupName | None:
@@ -176,6 +178,7 @@ class PaclLoss(nn.Module):
             text_pool_scale=self.text_pool_scale,
             null_patch=self.null_patch,
             normalize=self.normalize,
+            grad_tolerance=self.grad_tolerance,
             group=self.group,
             exchange=self.exchange,
             backend=self.backend,
@@ -215,5 +218,5 @@ class PaclLoss(nn.Module):
             f"attn_temperature={self.attn_temperature!r}, form={self.form!r}, loss={self.loss!r}, rank={self.rank}, "
             f"world_size={self.world_size}, group={shown}, exchange={self.exchange!r}, backend={self.backend!r}, "
             f"text_pool={self.text_pool!r}, text_pool_scale={self.text_pool_scale!r}, null_patch={self.null_patch!r}, "
-            f"normalize={self.normalize!r}"
+            f"normalize={self.normalize!r}, grad_tolerance={self.grad_tolerance!r}"
         )

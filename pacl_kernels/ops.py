@@ -96,7 +96,7 @@ def compatibility_forward(
             call.forward(phi, state, scores)
 
 
-@_operator("grad_patches", "grad_texts", "grad_temperature")
+@_operator("grad_patches", "grad_texts", "grad_temperature", "kept_pairs")
 def compatibility_backward(
     patches: Tensor,
     texts: Tensor,
@@ -111,6 +111,7 @@ def compatibility_backward(
     grad_patches: OptionalTensor,
     grad_texts: OptionalTensor,
     grad_temperature: OptionalTensor,
+    kept_pairs: OptionalTensor,
     keeps_scores: bool = False,
     patch_lengths: OptionalTensor = None,
     text_mask: OptionalTensor = None,
@@ -119,11 +120,12 @@ def compatibility_backward(
     text_pool_scale: float = 1.0,
     null_patch: bool = False,
     normalize: str = "both",
+    grad_tolerance: float = 0.0,
 ) -> None:
     """Write gradients from ∂L/∂φ `[B, K]` into the buffers that are not None: like patches, like texts, and 0-D.
 
     The buffer of the texts' gradient may be float32 for texts of any dtype. `keeps_scores`: the buffer of the patches'
-    gradient holds the scores of the forward.
+    gradient holds the scores of the forward. `kept_pairs`, float64 `[3]` on the CPU: what `tolerance.KeptPairs` holds.
     """
     if not phi.numel():
         for grad in (grad_patches, grad_texts, grad_temperature):
@@ -136,7 +138,11 @@ def compatibility_backward(
         *(text_pool_scale, null_patch, normalize),
     )
     with without_autocast(patches.device.type):
-        call.backward(phi, state, grad_phi, grad_patches, grad_texts, grad_temperature, keeps_scores)
+        kept = call.backward(
+            phi, state, grad_phi, grad_patches, grad_texts, grad_temperature, keeps_scores, grad_tolerance
+        )
+    if kept_pairs is not None:
+        kept_pairs.copy_(torch.tensor(kept or (phi.numel(), phi.numel(), 0.0)))
 
 
 @_operator("value", "statistics")

@@ -16,6 +16,7 @@ from . import backends
 from .checks import Scalar, check_sum
 from .packed import Group, groups, starts_of
 from .tokens import BLOCK_BYTES, Tokens, tokens_of
+from .tolerance import KeptPairs
 
 
 class Call(NamedTuple):
@@ -60,18 +61,22 @@ class Call(NamedTuple):
 
     def backward(
         self, phi: Tensor, state: Tensor, grad_phi: Tensor, grad_patches: Tensor | None, grad_texts: Tensor | None,
-        grad_temperature: Tensor | None, keeps_scores: bool = False,
-    ) -> None:  # fmt: skip
-        """Write the gradients whose buffers are not None, see `ops.compatibility_backward`."""
+        grad_temperature: Tensor | None, keeps_scores: bool = False, grad_tolerance: float = 0.0,
+    ) -> KeptPairs | None:  # fmt: skip
+        """Write the gradients whose buffers are not None, see `ops.compatibility_backward`.
+
+        Return what was kept if pairs were left out.
+        """
         call = self._rectangle()
         if grad_patches is not None:
             grad_patches = grad_patches.view(call.patches.shape)
         if call._is_one_call:
-            call._backward_of_rows(
-                *(phi, state, grad_phi, grad_patches, grad_texts, grad_temperature),
-                **({"keeps_scores": True} if keeps_scores else {}),
+            arguments: dict[str, Any] = {"keeps_scores": True} if keeps_scores else {}
+            if grad_tolerance and backends.takes_lists(self.backend):
+                arguments["grad_tolerance"] = grad_tolerance
+            return call._backward_of_rows(
+                *(phi, state, grad_phi, grad_patches, grad_texts, grad_temperature), **arguments
             )
-            return
         tokens = call._tokens()
         rows = call.texts if tokens is None else tokens.rows
         kept = (phi, state) if tokens is None else _kept(state, len(phi), len(rows))
@@ -108,6 +113,7 @@ class Call(NamedTuple):
                 into.copy_(texts_sum.total)
         if grad_temperature is not None and temperature_sum is not None:
             grad_temperature.copy_(temperature_sum.total)
+        return None
 
     @property
     def _is_one_call(self) -> bool:
@@ -134,9 +140,10 @@ class Call(NamedTuple):
         backend: Any = backends.get_for(self.backend, self.patches)
         backend.compatibility_forward(*self._inputs, *arguments, **self._options, **kept)
 
-    def _backward_of_rows(self, *arguments: Tensor | None, **kept: Any) -> None:
+    def _backward_of_rows(self, *arguments: Tensor | None, **kept: Any) -> KeptPairs | None:
         backend: Any = backends.get_for(self.backend, self.patches)
-        backend.compatibility_backward(*self._inputs, *arguments, **self._options, **kept)
+        used: KeptPairs | None = backend.compatibility_backward(*self._inputs, *arguments, **self._options, **kept)
+        return used
 
     @property
     def _inputs(self) -> tuple[Any, ...]:

@@ -152,6 +152,11 @@ def takes_packed_patches(backend: str) -> bool:
     return backend == "cpu"
 
 
+def takes_lists(backend: str) -> bool:
+    """Return True if the backward of the backend takes `grad_tolerance` and returns `KeptPairs`, or None for all."""
+    return backend == "cpu"
+
+
 def computes_sigmoid_step(backend: str, form: str, dtype: torch.dtype, n: int) -> bool:
     """Return True if the backend has a `sigmoid_step`: the sigmoid loss and its gradients in one pass over the pairs.
 
