@@ -3,6 +3,7 @@
 from .autograd import PaclFunction
 from .backends import available_backends
 from .cached import cached_step
+from .lists import mine
 from .loss import compatibility, fused_pacl_loss
 from .module import PaclLoss
 from .upsample import upsample_argmax
@@ -16,5 +17,6 @@ __all__ = [
     "cached_step",
     "compatibility",
     "fused_pacl_loss",
+    "mine",
     "upsample_argmax",
 ]

@@ -143,7 +143,7 @@ def keep(ctx: Any, *values: Any) -> None:
     ctx.others = {i: x for i, x in enumerate(values) if not isinstance(x, Tensor)}
 
 
-def _only_first_has_gradient(ctx: Any, output: tuple[Tensor, ...]) -> None:
+def only_first_has_gradient(ctx: Any, output: tuple[Tensor, ...]) -> None:
     ctx.mark_non_differentiable(*output[1:])
     if not torch.compiler.is_compiling():  # the compiler neither supports nor needs this
         ctx.set_materialize_grads(False)  # else autograd makes an array of zeros for each other output
@@ -168,7 +168,7 @@ class CompatibilityFunction(PerSample):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         *values, ctx.options = inputs
         keep(ctx, *values, *output)
-        _only_first_has_gradient(ctx, output)
+        only_first_has_gradient(ctx, output)
 
     @staticmethod
     @first_order
@@ -209,7 +209,7 @@ class PaclFunction(PerSample):
         *values, ctx.options = inputs
         _, phi, state, *statistics = output
         keep(ctx, *values, phi, state, *(statistics or (None,)))
-        _only_first_has_gradient(ctx, output)
+        only_first_has_gradient(ctx, output)
 
     @staticmethod
     @first_order
@@ -253,7 +253,7 @@ class PairLossFunction(PerSample):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         *values, ctx.loss = inputs
         keep(ctx, *values, *(output[1:] or (None, None)))
-        _only_first_has_gradient(ctx, output)
+        only_first_has_gradient(ctx, output)
 
     @staticmethod
     @first_order
@@ -295,7 +295,7 @@ class SigmoidFunction(PerSample):
         *values, ctx.options, ctx.needs = inputs
         grads = list(output[1:])
         keep(ctx, *values, *(grads.pop(0) if needed and grads else None for needed in ctx.needs))
-        _only_first_has_gradient(ctx, output)
+        only_first_has_gradient(ctx, output)
 
     @staticmethod
     @first_order

@@ -44,7 +44,8 @@ from .checks import (
 )
 from .distributed import global_compatibility, global_loss
 from .groups import GroupName
-from .pair_checks import check_pairs
+from .list_autograd import listed_compatibility, listed_loss
+from .pair_checks import check_pairs, check_text_index
 
 
 def fused_pacl_loss(
@@ -61,6 +62,7 @@ def fused_pacl_loss(
     text_ids: Tensor | None = None,
     targets: Tensor | None = None,
     pair_bias: Tensor | None = None,
+    text_index: Tensor | None = None,
     patch_lengths: Sequence[int] | Tensor | None = None,
     text_mask: Tensor | None = None,
     text_lengths: Sequence[int] | Tensor | None = None,
@@ -126,6 +128,12 @@ def fused_pacl_loss(
             process's rows `[B_local, K of all processes]`, the texts in the order of the ranks, and the gradient of the
             bias is multiplied by the number of processes, like those of patches and texts. Values of targets and bias
             are checked on a CPU outside of `torch.compile`.
+        text_index: int64 or int32 `[B, M]`, a list of texts for each image, -1 for none: the image is compared with
+            those alone, and the loss equals that with a `pair_bias` of -inf on all other pairs, for columns too. A step
+            costs about M/K of the step over all pairs. A text that is twice in a list counts once, in its first place.
+            `targets` and `pair_bias` are then `[B, M]`, one for each entry of the lists, and ids keep their meaning. An
+            index beyond the texts is an error on a CPU outside of `torch.compile`, elsewhere it counts as -1. Not with
+            `text_pool`, nor with a group of several processes. `mine` makes lists of hard negatives.
         patch_lengths: int64 `[B]` on the CPU, or a list of integers: the number of patches of each image, 0 allowed.
             `patches` are then packed, `[ΣN, D]`, image after image and without padding, and `patch_mask` is `[ΣN]`.
         text_mask: bool `[K, L]` for texts `[K, L, D]`, True at real tokens. Masked tokens may hold anything.
@@ -185,7 +193,9 @@ def fused_pacl_loss(
     process_group = groups.lookup(group) if group is None or isinstance(group, str) else group
     if process_group is not None and process_group.size() == 1:
         process_group = None
-    pairs = check_pairs(inputs, image_ids, text_ids, targets, pair_bias, loss, process_group is not None)
+    in_group = process_group is not None
+    text_index = check_text_index(text_index, inputs, text_pool, in_group)
+    pairs = check_pairs(inputs, image_ids, text_ids, targets, pair_bias, loss, in_group, text_index)
     if process_group is not None:
         return global_loss(inputs, logit_scale, logit_bias, options, process_group, exchange, pairs)
     if options.backend == "reference":
@@ -197,7 +207,10 @@ def fused_pacl_loss(
             loss=loss,
             logit_bias=logit_bias,
             **({} if pairs is None else pairs._asdict()),
+            text_index=text_index,
         )
+    if text_index is not None and pairs is not None:
+        return listed_loss(inputs, logit_scale, logit_bias, pairs, text_index, options)
     if loss == "sigmoid" and in_one_pass(options, inputs) and not in_functorch():
         given = (None,) * 4 if pairs is None else pairs
         needs = needed(inputs.patches, inputs.texts, logit_scale, inputs.attn_temperature, logit_bias, given[3])
@@ -217,6 +230,7 @@ def compatibility(
     patch_mask: Tensor | None = None,
     attn_temperature: float | Tensor = 1.0,
     form: Form = "dot",
+    text_index: Tensor | None = None,
     patch_lengths: Sequence[int] | Tensor | None = None,
     text_mask: Tensor | None = None,
     text_lengths: Sequence[int] | Tensor | None = None,
@@ -237,6 +251,8 @@ def compatibility(
         attn_temperature: τ > 0 of the softmax over patches, a number or a tensor of one element.
         form: `"dot"`, `"cosine"` or `"max"`. This and the arguments up to `normalize` mean the same as in
             `fused_pacl_loss`.
+        text_index: int64 or int32 `[B, M]`, lists of texts, -1 for none, as in `fused_pacl_loss`. φ is then `[B, M]`,
+            of the listed texts alone, and 0 where there is none.
         patch_lengths: int64 `[B]` on the CPU, or a list: lengths of packed patches.
         text_mask: bool `[K, L]`, True at real tokens.
         text_lengths: int64 `[K]` on the CPU, or a list: lengths of packed texts.
@@ -265,10 +281,15 @@ def compatibility(
     options = _options(inputs, form, None, backend, text_pool, text_pool_scale, null_patch, normalize)
     groups.check(group)
     process_group = groups.lookup(group) if isinstance(group, str) else group
-    if process_group is not None and process_group.size() > 1:
+    in_group = process_group is not None and process_group.size() > 1
+    text_index = check_text_index(text_index, inputs, text_pool, in_group)
+    if process_group is not None and in_group:
         return global_compatibility(inputs, options, process_group)
     if options.backend == "reference":
-        return _formula(reference.compatibility, inputs, options)
+        phi = _formula(reference.compatibility, inputs, options)
+        return phi if text_index is None else reference.listed(phi, text_index)
+    if text_index is not None:
+        return listed_compatibility(inputs, text_index, options)
     return first_output(CompatibilityFunction, *inputs, keeping(options, inputs))
 
 

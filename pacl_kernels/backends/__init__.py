@@ -152,6 +152,11 @@ def takes_packed_patches(backend: str) -> bool:
     return backend == "cpu"
 
 
+def takes_lists(backend: str) -> bool:
+    """Return True if the backend takes `text_index`, int64 `[B, M]` in range or -1; φ is then `[B, M]`."""
+    return backend == "torch"
+
+
 def computes_sigmoid_step(backend: str, form: str, dtype: torch.dtype, n: int) -> bool:
     """Return True if the backend has a `sigmoid_step`: the sigmoid loss and its gradients in one pass over the pairs.
 
