@@ -96,7 +96,13 @@ PYBIND11_MODULE(_native, m) {
           py::arg("workspace"), py::arg("bytes"), py::call_guard<py::gil_scoped_release>());
 
   m.def("compatibility_forward", &compatibility_forward);
-  m.def("compatibility_backward", &compatibility_backward);
+  m.def("compatibility_backward", [](const CompatibilityParams& p) { return compatibility_backward(p); });
+  m.def("listed_forward", [](const CompatibilityParams& p, uintptr_t index, int64_t length) {
+    return listed_forward(p, {address<int64_t>(index), length});
+  });
+  m.def("listed_backward", [](const CompatibilityParams& p, uintptr_t index, int64_t length) {
+    return listed_backward(p, {address<int64_t>(index), length});
+  });
   m.def("sigmoid_step", &sigmoid_step);
   m.def("upsample_argmax", &upsample_argmax);
 

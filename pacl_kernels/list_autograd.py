@@ -16,7 +16,7 @@ from .pairs import Pairs
 
 def listed_compatibility(inputs: Inputs, text_index: Tensor, options: Options) -> Tensor:
     """Return φ `[B, M]` of the listed texts, 0 where the list has none; the arguments must have been checked."""
-    if not takes_lists(options.backend):
+    if not takes_lists(options.backend, options.normalize):
         options = options._replace(backend="torch")
     return first_output(ListedCompatibilityFunction, *inputs[:5], text_index, options._replace(kept=None))
 

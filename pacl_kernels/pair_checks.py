@@ -66,15 +66,19 @@ def check_pairs(
     return Pairs(image_ids, text_ids, targets, pair_bias)
 
 
-def check_text_index(text_index: Tensor | None, inputs: Inputs, text_pool: str | None, in_group: bool) -> Tensor | None:
-    """Return lists of texts as int64 with -1 for none, or None without lists.
+def check_text_index(
+    text_index: Tensor | None, inputs: Inputs, text_pool: str | None, count: int | None
+) -> Tensor | None:
+    """Return lists of some of `count` texts as int64 with -1 for none, or None without lists.
+
+    `count` is None with a group, where only the exchange of texts tells their number.
 
     Raises TypeError or ValueError like `check_pairs`. An index beyond the texts is an error on a CPU outside of
     `torch.compile`, elsewhere it counts as -1.
     """
     if text_index is None:
         return None
-    b, k = inputs.images, inputs.text_count
+    b = inputs.images
     if not isinstance(text_index, Tensor):
         raise TypeError(f"text_index is a {type(text_index).__name__}, expected an int64 tensor of shape [{b}, M]")
     _check_integers("text_index", text_index, inputs.patches, "patches")
@@ -82,13 +86,14 @@ def check_text_index(text_index: Tensor | None, inputs: Inputs, text_pool: str |
         raise ValueError(f"text_index has shape {list(text_index.shape)}, expected [{b}, M] with M of at least 1")
     if text_pool is not None:
         raise ValueError(f"text_pool is {text_pool!r}, expected None with text_index: a listed text is one embedding")
-    if in_group:
-        raise ValueError("text_index is given with a group of several processes, expected group=None or 'local'")
-    if k and _readable(text_index) and not (-1 <= text_index.min() and text_index.max() < k):
-        wrong = text_index[(text_index < -1) | (text_index >= k)][0]
-        raise ValueError(f"text_index has {wrong}, expected the number of one of the {k} texts, or -1 for none")
     index = text_index.long()
-    return index.masked_fill((index < 0) | (index >= k), -1)
+    wrong = (index < -1) | (index >= (torch.iinfo(torch.int64).max if count is None else count))
+    if _readable(index) and wrong.any():
+        of = "texts of all processes" if count is None else f"{count} texts"
+        raise ValueError(
+            f"text_index has {int(index[wrong][0])}, expected the number of one of the {of}, or -1 for none"
+        )
+    return index.masked_fill(wrong, -1)
 
 
 def check_ids(name: str, ids: Any, count: int, what: str, like: Tensor, like_name: str = "patches") -> Tensor | None:

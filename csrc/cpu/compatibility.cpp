@@ -17,11 +17,6 @@
 namespace pacl {
 namespace {
 
-// The backward runs again in float32 if the rounding of W makes a larger part of a gradient than this. It happens when
-// terms cancel: with (nearly) equal images or texts, as in a batch of duplicates or a collapsed model. Terms of
-// independent signs give 0.002, and CLIP's texts, which share a direction, 0.003.
-constexpr double kRoundingShown = 6e-3;
-
 // Populates the gradients' memory for rows [first, last) of a block.
 void populate_gradients(const CompatibilityParams& p, const Rows& rows, int64_t first, int64_t last) {
   while (first < last && rows.image[last - 1] < 0) --last;
@@ -145,8 +140,8 @@ std::vector<Block> make_blocks(const Plan& plan) {
 }
 
 // Runs the backward of the dot or cosine form. Returns false if rounding W to 16 bits left too large an error in a
-// gradient, which must then not be used.
-bool backward(const Plan& plan, CompatibilityParams p, Arena arena) {
+// gradient, which must then not be used. Writes the squared error of the texts' gradient to `rounding`.
+bool backward(const Plan& plan, CompatibilityParams p, Arena arena, Rounding* rounding) {
   const Kernels& kernels = plan.kernels;
   const std::vector<int64_t>& row_start = plan.row_start;
   if (p.grad_patches && p.mask) {  // masked patches are never visited
@@ -243,6 +238,7 @@ bool backward(const Plan& plan, CompatibilityParams p, Arena arena) {
 
   WeightSums total;
   for (const WeightSums& sums : weight_sums) total.add(sums);
+  if (rounding) rounding->texts_error = total.texts_error;
   if (p.loss_sums) {
     for (int64_t b = 0; b < p.images; ++b)
       if (row_start[b] == row_start[b + 1]) kernels.add_empty_image(p, b, total);
@@ -299,14 +295,14 @@ void require_texts_sum(const CompatibilityParams& p) {
 }
 
 // Plans a backward, and where it is in 16 bits also the one in float32 that runs if rounding showed.
-Planned plan_backward(const CompatibilityParams& params) {
+Planned plan_backward(const CompatibilityParams& params, Rounding* rounding = nullptr) {
   require_texts_sum(params);
   const Kernels &kernels = kernels_of(params), &exact = select_kernels(Dtype::float32, params.dim);
   const auto plan = std::make_shared<const Plan>(params, true, kernels);
   if (kernels.pair == 1) {
     const int64_t bytes = plan->workspace_bytes();
     return {.workspace_bytes = bytes, .run = [=](char* workspace) {
-              backward(*plan, with_fresh_gradient(plan->p), open_workspace(workspace, bytes));
+              backward(*plan, with_fresh_gradient(plan->p), open_workspace(workspace, bytes), nullptr);
             }};
   }
   const auto exact_forward = std::make_shared<const Plan>(params, false, exact);
@@ -316,7 +312,8 @@ Planned plan_backward(const CompatibilityParams& params) {
   return {.workspace_bytes = bytes, .run = [=](char* workspace) {
             CompatibilityParams p = with_fresh_gradient(plan->p);
             const Arena arena = open_workspace(workspace, bytes);
-            if (backward(*plan, p, arena)) return;
+            if (!(rounding && rounding->exact) && backward(*plan, p, arena, rounding)) return;
+            if (rounding) rounding->texts_error = 0;
             if (p.texts_sum) std::memset(p.texts_sum, 0, sizeof(float) * accumulator_floats(p));
             p.fresh_gradient = false;
             p.scores_group = 0;  // they are products of other kernels
@@ -329,7 +326,7 @@ Planned plan_backward(const CompatibilityParams& params) {
               p.state = again.data() + pairs;
               forward(*exact_forward, p, arena);
             }
-            backward(*exact_backward, p, arena);
+            backward(*exact_backward, p, arena, nullptr);
           }};
 }
 
@@ -342,9 +339,9 @@ Planned compatibility_forward(const CompatibilityParams& params) {
           .run = [=](char* workspace) { forward(*plan, plan->p, open_workspace(workspace, bytes)); }};
 }
 
-Planned compatibility_backward(const CompatibilityParams& params) {
+Planned compatibility_backward(const CompatibilityParams& params, Rounding* rounding) {
   if (!params.grad_phi) throw std::invalid_argument("grad_phi is missing, which the backward needs");
-  if (params.form != Form::max) return plan_backward(with_kept_scores(params));
+  if (params.form != Form::max) return plan_backward(with_kept_scores(params), rounding);
   require_texts_sum(params);
   return max_backward(params);
 }

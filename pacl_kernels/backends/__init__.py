@@ -152,9 +152,9 @@ def takes_packed_patches(backend: str) -> bool:
     return backend == "cpu"
 
 
-def takes_lists(backend: str) -> bool:
+def takes_lists(backend: str, normalize: str) -> bool:
     """Return True if the backend takes `text_index`, int64 `[B, M]` in range or -1; φ is then `[B, M]`."""
-    return backend == "torch"
+    return backend == "torch" or backend == "cpu" and normalize == "both"
 
 
 def computes_sigmoid_step(backend: str, form: str, dtype: torch.dtype, n: int) -> bool:

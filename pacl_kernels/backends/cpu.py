@@ -79,13 +79,17 @@ def why_not(device: torch.device | None = None, dtype: torch.dtype | None = None
 def compatibility_forward(
     patches: Tensor, texts: Tensor, patch_mask: Tensor | None, temperature: Scalar, form: str,
     phi: Tensor, state: Tensor, scores: Tensor | None = None, *, patch_lengths: Tensor | None = None,
-    null_patch: bool = False, normalize: str = "both",
+    null_patch: bool = False, normalize: str = "both", text_index: Tensor | None = None,
 ) -> None:  # fmt: skip
     starts, raw = _patch_starts(patch_lengths), normalize == "none"
     params = _params(patches, texts, patch_mask, temperature, form, starts, phi, state, raw)
     if scores is not None:
         params.set(**_kept(scores))
-    _run(_native.compatibility_forward(params))
+    if text_index is None:
+        _run(_native.compatibility_forward(params))
+    else:
+        text_index = text_index.contiguous()
+        _run(_native.listed_forward(params, text_index.data_ptr(), text_index.shape[1]))
     del starts  # the call has its address
     if raw and form == "cosine":
         raw_texts.divide(phi, texts)
@@ -98,7 +102,7 @@ def compatibility_backward(
     phi: Tensor, state: Tensor, grad_phi: Tensor,
     grad_patches: Tensor | None, grad_texts: Tensor | None, grad_temperature: Tensor | None,
     keeps_scores: bool = False, *, patch_lengths: Tensor | None = None, null_patch: bool = False,
-    normalize: str = "both",
+    normalize: str = "both", text_index: Tensor | None = None,
 ) -> None:  # fmt: skip
     raw = normalize == "none"
     if raw and form == "cosine":
@@ -110,7 +114,7 @@ def compatibility_backward(
         return
     _backward(
         *(patches, texts, patch_mask, temperature, form, phi, state, grad_phi),
-        *(grad_patches, grad_texts, grad_temperature, patch_lengths, raw, keeps_scores),
+        *(grad_patches, grad_texts, grad_temperature, patch_lengths, raw, keeps_scores, text_index),
     )
     if null_patch and form == "dot" and grad_temperature is not None:
         null.add_to_temperature(grad_temperature, phi, state, grad_phi, temperature, _entropy_unit(temperature, raw))
@@ -120,12 +124,21 @@ def _backward(
     patches: Tensor, texts: Tensor, patch_mask: Tensor | None, temperature: Scalar, form: str,
     phi: Tensor, state: Tensor, grad_phi: Tensor,
     grad_patches: Tensor | None, grad_texts: Tensor | None, grad_temperature: Tensor | None,
-    patch_lengths: Tensor | None, raw: bool, keeps_scores: bool = False,
+    patch_lengths: Tensor | None, raw: bool, keeps_scores: bool = False, text_index: Tensor | None = None,
 ) -> None:  # fmt: skip
     starts = _patch_starts(patch_lengths)
     params = _params(patches, texts, patch_mask, temperature, form, starts, phi, state, raw)
-    texts_sum = _set_gradients(params, grad_patches, grad_texts, grad_temperature)
     params.set(grad_phi=grad_phi.data_ptr())
+    if text_index is not None:
+        text_index = text_index.contiguous()
+        texts_sum = None if grad_texts is None else phi.new_empty(texts.shape)
+        gradients = {"grad_patches": grad_patches, "grad_temperature": grad_temperature, "texts_sum": texts_sum}
+        params.set(**{name: _address(x) for name, x in gradients.items()})
+        _run(_native.listed_backward(params, text_index.data_ptr(), text_index.shape[1]))
+        if grad_texts is not None and texts_sum is not None:
+            grad_texts.copy_(texts_sum)
+        return
+    texts_sum = _set_gradients(params, grad_patches, grad_texts, grad_temperature)
     if keeps_scores:
         assert grad_patches is not None
         params.set(**_kept(grad_patches))
