@@ -140,6 +140,8 @@ def winners(problem: Problem, backend: str) -> Tensor:
     state = phi.clone()
     inputs = (problem.patches.detach(), problem.texts.detach(), problem.patch_mask, None, 1.0)
     torch.ops.pacl_kernels.compatibility_forward(*inputs, "max", backend, phi, state, None)
+    if "text_index" in problem.pairs:  # products of lists may round in another way
+        state = _with_winners_of_lists(problem, backend, state)
     index = state.long()
     assert torch.equal(index.to(state.dtype), state), "winners are not whole numbers"
     n = problem.patches.shape[1]
@@ -149,6 +151,17 @@ def winners(problem: Problem, backend: str) -> Tensor:
     assert (index[~some] == -1).all() and ((index >= 0) & (index < n))[some].all(), "a winner that is no patch"
     assert mask.gather(1, index.clamp_min(0))[some].all(), "a masked patch won"
     return index
+
+
+def _with_winners_of_lists(problem: Problem, backend: str, state: Tensor) -> Tensor:
+    """Return the winners `[B, K]` with those of the listed pairs as the backend finds them for the lists."""
+    index, k = problem.pairs["text_index"].long(), state.shape[1]
+    inputs = (problem.patches.detach(), problem.texts.detach(), problem.patch_mask, None, 1.0)
+    phi, listed = torch.empty_like(index, dtype=state.dtype), torch.empty_like(index, dtype=state.dtype)
+    ran = backend if takes_lists(backend, "both") else "torch"
+    torch.ops.pacl_kernels.compatibility_forward(*inputs, "max", ran, phi, listed, None, text_index=index)
+    place = torch.where(index < 0, k, index)
+    return torch.cat((state, state[:, :1]), 1).scatter(1, place, listed)[:, :k]
 
 
 def as_chosen(problem: Problem, index: Tensor):

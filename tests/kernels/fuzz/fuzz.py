@@ -115,8 +115,10 @@ def draw(seed: int, index: int, largest: int = 2**19) -> Draw:
     needs = DIFFERENTIABLE if rng.random() < 0.8 else tuple(name for name in DIFFERENTIABLE if rng.random() < 0.5)
     threads = rng.choice((1, 1, 1, 2, 3))
     one = Draw(case, rng.choice(FORMS), objective, dtype, rng.randrange(2**31), threads, needs)
-    # In the truth, made of all pairs, a text that is not finite reaches every image.
-    if objective == "compatibility" or case.data in ("nan", "spoilt") or rng.random() < 0.7:
+    # In the truth, made of all pairs, an embedding that is not finite reaches those of no common list. Expanded patches
+    # repeat those that the mask of their own image hides.
+    finite = case.data not in ("nan", "spoilt") and (case.mask is None or not case.layout.startswith("expanded"))
+    if objective == "compatibility" or not finite or rng.random() < 0.7:
         return one
     return replace(one, lists=rng.randint(1, b + 1))
 
