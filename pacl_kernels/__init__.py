@@ -3,6 +3,7 @@
 from .autograd import PaclFunction
 from .backends import available_backends
 from .cached import cached_step
+from .lists import mine
 from .loss import compatibility, fused_pacl_loss
 from .module import PaclLoss
 from .tolerance import KeptPairs, kept_pairs
@@ -19,5 +20,6 @@ __all__ = [
     "compatibility",
     "fused_pacl_loss",
     "kept_pairs",
+    "mine",
     "upsample_argmax",
 ]

@@ -145,7 +145,7 @@ def keep(ctx: Any, *values: Any) -> None:
     ctx.others = {i: x for i, x in enumerate(values) if not isinstance(x, Tensor)}
 
 
-def _only_first_has_gradient(ctx: Any, output: tuple[Tensor, ...]) -> None:
+def only_first_has_gradient(ctx: Any, output: tuple[Tensor, ...]) -> None:
     ctx.mark_non_differentiable(*output[1:])
     if not torch.compiler.is_compiling():  # the compiler neither supports nor needs this
         ctx.set_materialize_grads(False)  # else autograd makes an array of zeros for each other output
@@ -170,7 +170,7 @@ class CompatibilityFunction(PerSample):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         *values, ctx.options = inputs
         keep(ctx, *values, *output)
-        _only_first_has_gradient(ctx, output)
+        only_first_has_gradient(ctx, output)
 
     @staticmethod
     @first_order
@@ -212,7 +212,7 @@ class PaclFunction(PerSample):
         *values, ctx.options = inputs
         _, phi, state, *statistics = output
         keep(ctx, *values, phi, state, *(statistics or (None,)))
-        _only_first_has_gradient(ctx, output)
+        only_first_has_gradient(ctx, output)
 
     @staticmethod
     @first_order
@@ -256,7 +256,7 @@ class PairLossFunction(PerSample):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         *values, ctx.loss = inputs
         keep(ctx, *values, *(output[1:] or (None, None)))
-        _only_first_has_gradient(ctx, output)
+        only_first_has_gradient(ctx, output)
 
     @staticmethod
     @first_order
@@ -298,7 +298,7 @@ class SigmoidFunction(PerSample):
         *values, ctx.options, ctx.needs = inputs
         grads = list(output[1:])
         keep(ctx, *values, *(grads.pop(0) if needed and grads else None for needed in ctx.needs))
-        _only_first_has_gradient(ctx, output)
+        only_first_has_gradient(ctx, output)
 
     @staticmethod
     @first_order
@@ -425,7 +425,7 @@ def compatibility_gradients(
         ops.compatibility_backward(
             patches, texts, patch_mask, *ops.pair(attn_temperature), options.form, options.backend,
             phi, state, grad_phi, grad_patches, grad_texts, grad_temperature, kept_pairs, keeps_scores,
-            *layout, *options.of_phi, options.grad_tolerance,
+            *layout, *options.of_phi, None, options.grad_tolerance,
         )  # fmt: skip
     return grad_patches, grad_texts, grad_temperature
 

@@ -24,6 +24,7 @@ class _Batch(TypedDict, total=False):
     text_ids: Tensor | None
     targets: Tensor | None
     pair_bias: Tensor | None
+    text_index: Tensor | None
     patch_lengths: Sequence[int] | Tensor | None
     text_mask: Tensor | None
     text_lengths: Sequence[int] | Tensor | None
@@ -131,6 +132,7 @@ class PaclLoss(nn.Module):
         text_ids: Tensor | None = None,
         targets: Tensor | None = None,
         pair_bias: Tensor | None = None,
+        text_index: Tensor | None = None,
         patch_lengths: Sequence[int] | Tensor | None = None,
         text_mask: Tensor | None = None,
         text_lengths: Sequence[int] | Tensor | None = None,
@@ -149,6 +151,7 @@ class PaclLoss(nn.Module):
             text_ids: ids `[K]`.
             targets: weights `[B, K]` of the pairs as positives, in place of ids.
             pair_bias: bias `[B, K]` of the logits.
+            text_index: lists of texts `[B, M]`; `targets` and `pair_bias` are then `[B, M]`.
             patch_lengths: lengths `[B]` of packed patches, on the CPU or a list.
             text_mask: bool `[K, L]`, True at real tokens.
             text_lengths: lengths `[K]` of packed texts, on the CPU or a list.
@@ -171,6 +174,7 @@ class PaclLoss(nn.Module):
             text_ids=text_ids,
             targets=targets,
             pair_bias=pair_bias,
+            text_index=text_index,
             patch_lengths=patch_lengths,
             text_mask=text_mask,
             text_lengths=text_lengths,

@@ -23,7 +23,8 @@ class Call(NamedTuple):
     """Inputs of φ `[B, K]` and the backend that computes it.
 
     Patches are `[B, N, D]`, or packed `[ΣN, D]` with lengths; the mask is `[B, N]` or `[ΣN]`. Texts are `[K, D]`, or
-    with `text_pool` `[K, L, D]` with or without a mask `[K, L]`, or packed `[ΣL, D]` with lengths.
+    with `text_pool` `[K, L, D]` with or without a mask `[K, L]`, or packed `[ΣL, D]` with lengths. With `text_index`,
+    lists of texts, φ and everything like it is `[B, M]`; the backend must take lists (`backends.takes_lists`).
     """
 
     backend: str
@@ -39,6 +40,7 @@ class Call(NamedTuple):
     text_pool_scale: float = 1.0
     null_patch: bool = False
     normalize: str = "both"
+    text_index: Tensor | None = None  # int64 [B, M], -1 for none
 
     def forward(self, phi: Tensor, state: Tensor, scores: Tensor | None = None) -> None:
         """Write φ and the state, see `ops.compatibility_forward`."""
@@ -53,7 +55,7 @@ class Call(NamedTuple):
             return
         kept = (phi, state) if tokens is None else _kept(state, len(phi), len(rows))
         for part in call._parts(rows, phi):
-            own = part.compute(phi, len(rows))
+            own = part.compute(phi, phi.shape[1] if tokens is None else len(rows))
             if tokens is not None:
                 phi[part.images] = tokens.pool(own[0])
             for to, x in zip(kept, own, strict=False):
@@ -72,7 +74,7 @@ class Call(NamedTuple):
             grad_patches = grad_patches.view(call.patches.shape)
         if call._is_one_call:
             arguments: dict[str, Any] = {"keeps_scores": True} if keeps_scores else {}
-            if grad_tolerance and backends.takes_lists(self.backend):
+            if grad_tolerance and self.text_index is None and backends.drops_pairs(self.backend):
                 arguments["grad_tolerance"] = grad_tolerance
             return call._backward_of_rows(
                 *(phi, state, grad_phi, grad_patches, grad_texts, grad_temperature), **arguments
@@ -159,18 +161,22 @@ class Call(NamedTuple):
             options["normalize"] = self.normalize
         if self.patch_lengths is not None:
             options["patch_lengths"] = self.patch_lengths
+        if self.text_index is not None:
+            options["text_index"] = self.text_index
         return options
 
     def _parts(self, rows: Tensor, phi: Tensor) -> Iterator[_Part]:
         """Yield calls of the backend that together have all images, with the rows of all texts."""
-        most = max(1, BLOCK_BYTES // (3 * phi.element_size() * len(rows)))
+        columns = len(rows) if self.text_index is None else self.text_index.shape[1]
+        most = max(1, BLOCK_BYTES // (3 * phi.element_size() * columns))
         call = self._replace(texts=rows, text_mask=None, text_lengths=None, text_pool=None)
         lengths = self.patch_lengths
         if lengths is not None and not backends.takes_packed_patches(self.backend):
             row_bytes = self.patches.shape[1] * self.patches.element_size()
             for group in groups(lengths, row_bytes, most, self.patches.device):
                 patches, mask = group.gather(self.patches, self.patch_mask)
-                part = call._replace(patches=patches, patch_mask=mask, patch_lengths=None)
+                index = None if self.text_index is None else self.text_index[group.images]
+                part = call._replace(patches=patches, patch_mask=mask, patch_lengths=None, text_index=index)
                 yield _Part(group.images, part, group)
             return
         starts = None if lengths is None else starts_of(lengths).tolist()
@@ -181,6 +187,7 @@ class Call(NamedTuple):
                 patches=self.patches[some],
                 patch_mask=None if self.patch_mask is None else self.patch_mask[some],
                 patch_lengths=None if lengths is None else lengths[images],
+                text_index=None if self.text_index is None else self.text_index[images],
             )
             yield _Part(images, part, some)
 

@@ -5,8 +5,8 @@ most Σ_D |g| · max ‖∂φ/∂x‖. D holds the pairs whose |g| is below one 
 
     Σ_D |g| <= tolerance · Σ |g|,
 
-as far as a histogram shows it: bins are 2^(1/32) wide, so the two sums are known to 2.2 percent, and both are rounded to
-the safe side. Counts are integers, so θ does not depend on the number of threads.
+as far as a histogram shows it. Its bins are 2^(1/32) wide, so the two sums are known to 2.2 percent, and both are
+rounded to the safe side. Counts are integers, so θ does not depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _BLOCK = 1 << 20  # pairs that are looked at together
 
 
 class KeptPairs(NamedTuple):
-    """What a backward with `grad_tolerance` has used.
+    """Pairs that a backward with `grad_tolerance` has used.
 
     Attributes:
         kept: number of pairs.
@@ -46,8 +46,8 @@ class Lists(NamedTuple):
 
     Attributes:
         starts: int64 `[B + 1]`; image b has the entries `starts[b]` to `starts[b + 1] - 1` of `texts`.
-        texts: int32 `[ΣM]`, each text at most once per image, in ascending order.
-        places: int64 `[ΣM]`, the pair's place in a flat `[B, K]`.
+        texts: int32 `[ΣM]`.
+        places: int64 `[ΣM]`, the pair's place in flattened values: of all pairs `[B, K]`, or of `text_index` `[B, M]`.
     """
 
     starts: Tensor
@@ -58,7 +58,7 @@ class Lists(NamedTuple):
 def threshold(grad_phi: Tensor, tolerance: float) -> tuple[float, int, float]:
     """Return θ, the number of pairs with |g| >= θ, and an upper bound of the others' share of Σ |g|.
 
-    `grad_phi`: float32, contiguous, on a CPU. θ is 0 where nothing may be left out, as with a g that is NaN or infinite.
+    `grad_phi`: float32, contiguous, on a CPU. θ is 0 where nothing may be left out, as with a NaN or an infinity.
     """
     counts = torch.zeros(_BINS, dtype=torch.int64)
     for part in grad_phi.view(-1).split(_BLOCK):
@@ -76,6 +76,13 @@ def threshold(grad_phi: Tensor, tolerance: float) -> tuple[float, int, float]:
     return float(edges[bins]), grad_phi.numel() - int(counts[:bins].sum()), float(dropped[bins - 1]) / total
 
 
+def lists_of(text_index: Tensor) -> Lists:
+    """Return the lists without the entries that are no text. `text_index`: int64 `[B, M]`, -1 for none."""
+    listed = text_index >= 0
+    places = listed.view(-1).nonzero().squeeze(1)
+    return Lists(_starts(listed.sum(1)), text_index.reshape(-1)[places].int(), places)
+
+
 def lists_from(grad_phi: Tensor, least: float) -> Lists:
     """Return the pairs of `grad_phi` `[B, K]` with |g| >= `least`."""
     columns = grad_phi.shape[1]
@@ -88,9 +95,14 @@ def lists_from(grad_phi: Tensor, least: float) -> Lists:
     for part, size in zip(parts, sizes, strict=True):
         part += offset
         offset += len(size) * columns
-    places, starts = torch.cat(parts), torch.zeros(len(grad_phi) + 1, dtype=torch.int64)
-    torch.cumsum(torch.cat(sizes), 0, out=starts[1:])
-    return Lists(starts, (places % columns).int(), places)
+    places = torch.cat(parts)
+    return Lists(_starts(torch.cat(sizes)), (places % columns).int(), places)
+
+
+def _starts(sizes: Tensor) -> Tensor:
+    starts = torch.zeros(len(sizes) + 1, dtype=torch.int64)
+    torch.cumsum(sizes, 0, out=starts[1:])
+    return starts
 
 
 def kept_pairs(loss: Tensor) -> KeptPairs | None:

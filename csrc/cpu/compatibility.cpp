@@ -361,7 +361,8 @@ Planned compatibility_forward(const CompatibilityParams& params) {
 }
 
 Planned compatibility_backward(const CompatibilityParams& params) {
-  if (!params.grad_phi) throw std::invalid_argument("grad_phi is missing, which the backward needs");
+  const bool empty = params.list_starts && params.list_starts[params.images] == 0;
+  if (!params.grad_phi && !empty) throw std::invalid_argument("grad_phi is missing, which the backward needs");
   if (params.list_starts) {
     require_texts_sum(params);
     return listed_backward(params);

@@ -172,7 +172,9 @@ def test_the_threshold():
         more = g.abs() >= least * 2 ** (1 / 16)
         assert float(g[~more].abs().double().sum() / g.abs().double().sum()) > tolerance * 0.93
         lists, last = lists_from(g, least), count
-        assert torch.equal(lists.starts.diff(), kept.sum(1)) and torch.equal(lists.places, kept.flatten().nonzero()[:, 0])
+        assert torch.equal(lists.starts.diff(), kept.sum(1)) and torch.equal(
+            lists.places, kept.flatten().nonzero()[:, 0]
+        )
         assert torch.equal(lists.texts, kept.nonzero()[:, 1].int())
     for bad in (float("nan"), float("inf")):
         g[3, 4] = bad

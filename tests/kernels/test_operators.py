@@ -81,8 +81,8 @@ def test_buffers(case, form, target):
             for (name, shape), ask in zip(shapes.items(), asked, strict=True)
             if ask
         }
-        buffers = [grads[name].inside if name in grads else None for name in shapes]
-        torch.ops.pacl_kernels.compatibility_backward(*arguments, phi.inside, state.inside, problem.upstream, *buffers, None)
+        buffers = [grads[name].inside if name in grads else None for name in shapes] + [None]
+        torch.ops.pacl_kernels.compatibility_backward(*arguments, phi.inside, state.inside, problem.upstream, *buffers)
         sizes = natural_sizes(problem)
         for name, grad in grads.items():
             grad.assert_written(name)
