@@ -215,6 +215,26 @@ def test_rounded_weights_that_cancel(form, data, cpu_backend):
     check(with_lists(make(case, form, "infonce", torch.bfloat16), "full", ""), cpu_backend)
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_an_unlisted_text_has_no_say(form, loss, single):
+    """Where a text is not listed, neither it nor the image reaches the other, not even as NaN."""
+    problem = make(Case(4, 6, 10, K=7), form, loss, torch.float32, single.device)
+    problem.patches[3] = torch.nan
+    index = torch.tensor([[1, 2, -1], [-1, 1, 3], [3, 4, 2], [5, -1, -1]], device=single.device)
+    ids = torch.tensor([3, 0, 1, 2, -1, -1, -1], device=single.device)
+    pairs = {"text_index": index, "text_ids": ids, "pair_bias": torch.zeros(4, 3, device=single.device)}
+    answers = []
+    for value in (0.5, torch.nan):
+        problem.texts[0] = problem.texts[6] = value
+        answers.append(evaluate(replace(problem, pairs=pairs), single.backend, NEEDS))
+    for answer in answers:
+        assert answer["patches"][:3].isfinite().all() and answer["texts"][[1, 2, 3, 4]].isfinite().all()
+        assert (answer["pair_bias"][index < 0] == 0).all()
+    assert (answers[0]["texts"][[0, 6]] == 0).all()
+    assert torch.equal(answers[0]["patches"][:3], answers[1]["patches"][:3])
+
+
 def test_an_index_out_of_range():
     """It is an error on a CPU, and none inside `torch.compile`, where it counts as no text."""
     patches, texts = torch.randn(2, 3, 4), torch.randn(5, 4)
