@@ -78,11 +78,11 @@ def over_all_pairs(problem: Problem) -> Problem:
 
 
 @pytest.mark.parametrize("kind, given", list(product(KINDS, GIVEN)))
-@pytest.mark.parametrize("loss", LOSSES)
-def test_the_loss_over_all_pairs(kind, given, loss):
+def test_the_loss_over_all_pairs(kind, given):
     """In float64 value and gradients equal those of the dense loss; so do those of the reference."""
     b, k = 6, 6 if given == "bias" else 9
-    form = FORMS[(KINDS.index(kind) + GIVEN.index(given)) % 3]
+    number = KINDS.index(kind) + GIVEN.index(given)
+    form, loss = FORMS[number % 3], LOSSES[number % 2]
     mask = "random" if kind == "repeats" else None
     problem = with_lists(make(Case(b, 5, 11, K=k, mask=mask), form, loss, torch.float64), kind, given, seed=len(given))
     expected = evaluate(over_all_pairs(problem), "torch", NEEDS)
@@ -97,7 +97,7 @@ def test_the_loss_over_all_pairs(kind, given, loss):
 
 SIZES = [(5, 7, 33, 9, 4), (1, 3, 5, 4, 3), (13, 4, 17, 2, 6), (6, 1, 8, 6, 1), (3, 50, 65, 71, 40)]
 TEMPERATURES = [dict(tau=0.05, scale=100.0), dict(tau=1.0, scale=1.0), dict(tau=0.02, scale=14.0, mask="random")]
-SAMPLE = random.Random(31).sample(list(product(SIZES, TEMPERATURES, FORMS, LOSSES, KINDS, GIVEN)), 14)
+SAMPLE = random.Random(31).sample(list(product(SIZES, TEMPERATURES, FORMS, LOSSES, KINDS, GIVEN)), 12)
 
 
 @pytest.mark.parametrize("sizes, options, form, loss, kind, given", SAMPLE)
@@ -164,15 +164,15 @@ def test_options_of_the_attention(form, options):
     torch.testing.assert_close(step(problem.pairs), step(over_all_pairs(problem).pairs))
 
 
-@pytest.mark.parametrize("loss, autocast", [("infonce", True), ("sigmoid", False)])
-def test_compiled(loss, autocast, single):
-    """`torch.compile(fullgraph=True)` gives the same answer, under autocast too; so does the module."""
-    problem = with_lists(make(Case(5, 7, 33, K=9), "cosine", loss, torch.float32, single.device), "repeats", "ids-bias")
-    module = PaclLoss(problem.attn_temperature, "cosine", loss, backend=single.backend)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_compiled(loss, cpu_backend):
+    """`torch.compile(fullgraph=True)` gives the same answer: the module, under autocast."""
+    problem = with_lists(make(Case(5, 7, 33, K=9), "cosine", loss), "repeats", "ids-bias")
+    module = PaclLoss(problem.attn_temperature, "cosine", loss, backend=cpu_backend)
 
     def step(function):
         leaves = [x.clone().requires_grad_() for x in (problem.patches, problem.texts, problem.logit_scale)]
-        with torch.autocast(single.device, torch.bfloat16, enabled=autocast):
+        with torch.autocast("cpu", torch.bfloat16):
             value = function(*leaves, **problem.pairs)
         return value, *torch.autograd.grad(value, leaves)
 
@@ -185,7 +185,7 @@ def test_compiled(loss, autocast, single):
 @pytest.mark.parametrize("form", FORMS)
 def test_the_same_bits_for_any_threads(form, cpu_backend, single):
     """Value and gradients have the same bits for any number of threads."""
-    problem = with_lists(make(Case(70, 20, 64, K=90), form, "infonce", torch.float32, single.device), "own", "ids", 30)
+    problem = with_lists(make(Case(70, 8, 64, K=90), form, "infonce", torch.float32, single.device), "own", "ids", 30)
     threads = torch.get_num_threads()
     try:
         answers = []
