@@ -78,11 +78,11 @@ def over_all_pairs(problem: Problem) -> Problem:
 
 
 @pytest.mark.parametrize("kind, given", list(product(KINDS, GIVEN)))
-@pytest.mark.parametrize("loss", LOSSES)
-def test_the_loss_over_all_pairs(kind, given, loss):
+def test_the_loss_over_all_pairs(kind, given):
     """In float64 value and gradients equal those of the dense loss; so do those of the reference."""
     b, k = 6, 6 if given == "bias" else 9
-    form = FORMS[(KINDS.index(kind) + GIVEN.index(given)) % 3]
+    number = KINDS.index(kind) + GIVEN.index(given)
+    form, loss = FORMS[number % 3], LOSSES[number % 2]
     mask = "random" if kind == "repeats" else None
     problem = with_lists(make(Case(b, 5, 11, K=k, mask=mask), form, loss, torch.float64), kind, given, seed=len(given))
     expected = evaluate(over_all_pairs(problem), "torch", NEEDS)
@@ -97,7 +97,7 @@ def test_the_loss_over_all_pairs(kind, given, loss):
 
 SIZES = [(5, 7, 33, 9, 4), (1, 3, 5, 4, 3), (13, 4, 17, 2, 6), (6, 1, 8, 6, 1), (3, 50, 65, 71, 40)]
 TEMPERATURES = [dict(tau=0.05, scale=100.0), dict(tau=1.0, scale=1.0), dict(tau=0.02, scale=14.0, mask="random")]
-SAMPLE = random.Random(31).sample(list(product(SIZES, TEMPERATURES, FORMS, LOSSES, KINDS, GIVEN)), 14)
+SAMPLE = random.Random(31).sample(list(product(SIZES, TEMPERATURES, FORMS, LOSSES, KINDS, GIVEN)), 12)
 
 
 @pytest.mark.parametrize("sizes, options, form, loss, kind, given", SAMPLE)
@@ -164,15 +164,15 @@ def test_options_of_the_attention(form, options):
     torch.testing.assert_close(step(problem.pairs), step(over_all_pairs(problem).pairs))
 
 
-@pytest.mark.parametrize("loss, autocast", [("infonce", True), ("sigmoid", False)])
-def test_compiled(loss, autocast, single):
-    """`torch.compile(fullgraph=True)` gives the same answer, under autocast too; so does the module."""
-    problem = with_lists(make(Case(5, 7, 33, K=9), "cosine", loss, torch.float32, single.device), "repeats", "ids-bias")
-    module = PaclLoss(problem.attn_temperature, "cosine", loss, backend=single.backend)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_compiled(loss, cpu_backend):
+    """`torch.compile(fullgraph=True)` gives the same answer: the module, under autocast."""
+    problem = with_lists(make(Case(5, 7, 33, K=9), "cosine", loss), "repeats", "ids-bias")
+    module = PaclLoss(problem.attn_temperature, "cosine", loss, backend=cpu_backend)
 
     def step(function):
         leaves = [x.clone().requires_grad_() for x in (problem.patches, problem.texts, problem.logit_scale)]
-        with torch.autocast(single.device, torch.bfloat16, enabled=autocast):
+        with torch.autocast("cpu", torch.bfloat16):
             value = function(*leaves, **problem.pairs)
         return value, *torch.autograd.grad(value, leaves)
 
@@ -185,7 +185,7 @@ def test_compiled(loss, autocast, single):
 @pytest.mark.parametrize("form", FORMS)
 def test_the_same_bits_for_any_threads(form, cpu_backend, single):
     """Value and gradients have the same bits for any number of threads."""
-    problem = with_lists(make(Case(70, 20, 64, K=90), form, "infonce", torch.float32, single.device), "own", "ids", 30)
+    problem = with_lists(make(Case(70, 8, 64, K=90), form, "infonce", torch.float32, single.device), "own", "ids", 30)
     threads = torch.get_num_threads()
     try:
         answers = []
@@ -213,6 +213,26 @@ def test_rounded_weights_that_cancel(form, data, cpu_backend):
     """In bfloat16 the rounding of weights may show in the sum over the images alone; it is computed again."""
     case = Case(90, 3, 65, tau=0.07, scale=1.0, data=data)
     check(with_lists(make(case, form, "infonce", torch.bfloat16), "full", ""), cpu_backend)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_an_unlisted_text_has_no_say(form, loss, single):
+    """Where a text is not listed, neither it nor the image reaches the other, not even as NaN."""
+    problem = make(Case(4, 6, 10, K=7), form, loss, torch.float32, single.device)
+    problem.patches[3] = torch.nan
+    index = torch.tensor([[1, 2, -1], [-1, 1, 3], [3, 4, 2], [5, -1, -1]], device=single.device)
+    ids = torch.tensor([3, 0, 1, 2, -1, -1, -1], device=single.device)
+    pairs = {"text_index": index, "text_ids": ids, "pair_bias": torch.zeros(4, 3, device=single.device)}
+    answers = []
+    for value in (0.5, torch.nan):
+        problem.texts[0] = problem.texts[6] = value
+        answers.append(evaluate(replace(problem, pairs=pairs), single.backend, NEEDS))
+    for answer in answers:
+        assert answer["patches"][:3].isfinite().all() and answer["texts"][[1, 2, 3, 4]].isfinite().all()
+        assert (answer["pair_bias"][index < 0] == 0).all()
+    assert (answers[0]["texts"][[0, 6]] == 0).all()
+    assert torch.equal(answers[0]["patches"][:3], answers[1]["patches"][:3])
 
 
 def test_an_index_out_of_range():
