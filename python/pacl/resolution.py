@@ -56,23 +56,33 @@ def find_fit(transform: Any) -> FitPatches | None:
     return next((step for step in getattr(transform, "transforms", []) if isinstance(step, FitPatches)), None)
 
 
-def join_images(images: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Return a batch's "image": [B, C, H, W]; if sizes differ, all pixels in one dimension, and "size" [B, 3] with them.
+def join_images(samples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    """Take images of different sizes out of the samples of a batch; return {} and leave them if their sizes are equal.
 
-    One tensor of all pixels takes one file descriptor on its way from a data reader, a list of tensors one for each.
+    Returns "image", the pixels of all images [C, H, W] in one dimension, and "size" [B, 3]. One tensor takes one file
+    descriptor on its way from a data reader, a list of tensors one for each.
     """
-    if len({image.shape for image in images}) == 1:
-        return {"image": torch.stack(list(images))}
+    if len({getattr(sample.get("image"), "shape", None) for sample in samples}) == 1:
+        return {}
+    images = [sample.pop("image") for sample in samples]
     sizes = torch.tensor([image.shape for image in images])
     return {"image": torch.cat([image.flatten() for image in images]), "size": sizes}
 
 
+def moved(images: Any, device: torch.device | str) -> Any:
+    """Return a tensor, or each of a list of tensors, on a device."""
+    if isinstance(images, Tensor):
+        return images.to(device, non_blocking=True)
+    return [image.to(device, non_blocking=True) for image in images]
+
+
 def images_of(batch: dict[str, Any]) -> Tensor | list[Tensor]:
-    """Return the images that join_images joined: [B, C, H, W], or a list of [C, H, W] if their sizes differ."""
+    """Return the images of a batch: [B, C, H, W], or a list of [C, H, W] that join_images joined."""
+    images = batch["image"]
     if "size" not in batch:
-        return batch["image"]
+        return images
     sizes = batch["size"].tolist()
-    parts = batch["image"].split([math.prod(size) for size in sizes])
+    parts = images.split([math.prod(size) for size in sizes])
     return [part.view(size) for part, size in zip(parts, sizes, strict=True)]
 
 
