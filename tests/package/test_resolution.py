@@ -5,8 +5,11 @@ import torch
 from pacl.backbones import NAFLEX_VITS, patch_tokens
 from pacl.data.samples import _collate
 from pacl.embedder import VisionEmbedder, save_embedder
+from pacl.evaluate.classification import classification
+from pacl.evaluate.scorer import Scorer
 from pacl.resolution import FitPatches, images_of, split_patches
 from pacl.segment.predict import Segmenter
+from pacl.segment.prompts import class_texts
 from pacl.sharing import describe_towers, load_pacl
 from pacl.towers import load_towers
 from PIL import Image
@@ -73,6 +76,20 @@ def test_images_of_different_sizes_travel_as_one_tensor():
     assert [x[:, 0].tolist() for x, _ in found] == [[0, 1, 2, 3], [4, 5]]
     assert [x.tolist() for _, x in found] == [[1, 0, 3], [2]]
     assert [(len(x), y) for x, y in split_patches(rows, None, 4)] == [(4, None), (2, None)]
+
+
+def test_classification_scores_each_image_by_its_own_patches(names):
+    towers = load_towers(**names, max_patches=16)
+    torch.manual_seed(0)
+    images = [torch.randn(3, 16 * rows, 16 * columns) for rows, columns in ((1, 4), (4, 4), (3, 5), (1, 1), (2, 2))]
+    scorer = Scorer(towers, VisionEmbedder(32, 48).eval())
+    texts = class_texts(towers, ["red", "a green field", "sky", "seven", "left"], ["{}"])
+    alone = torch.cat([next(scorer.blocks(image[None], texts.embeddings)) for image in images])
+    # Each image's class is the one that it finds when it is scored alone.
+    data = list(zip(images, alone.argmax(1).tolist(), strict=True))
+    counts = classification(data, texts, [scorer], batch_size=3)
+    assert counts[0, 0].sum() == counts[0, 1].sum() == 5
+    torch.testing.assert_close(torch.cat(list(scorer.blocks(images, texts.embeddings))), alone, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
