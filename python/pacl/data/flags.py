@@ -72,8 +72,7 @@ def plan_of(flags: Any, *without: str) -> dict[str, Any]:
 
 
 def check_plan(out: Path, begun: Mapping[str, Any], plan: dict[str, Any]) -> None:
-    """Raise ValueError unless the output in `out` was begun with the same plan, where None may be absent."""
-    names = [*plan, *(name for name in begun if name not in plan)]
-    changed = [f"{x} ({begun.get(x)}, now {plan.get(x)})" for x in names if begun.get(x) != plan.get(x)]
+    """Raise ValueError unless the output in `out` was begun with the same plan."""
+    changed = [f"{name} ({begun.get(name)}, now {x})" for name, x in plan.items() if begun.get(name) != x]
     if changed:
         raise ValueError(f"out: {out} was begun with another {', '.join(changed)}, expected the same or another folder")

@@ -42,6 +42,7 @@ from ..resolution import images_of, moved
 from ..sharing import describe_towers, load_tower, save_tower
 from ..towers import frozen_random_towers, load_towers
 
+LATER = {"random_towers": False, "max_patches": None}  # flags that plans of earlier versions lack, and their defaults
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -82,7 +83,7 @@ class FeaturesConfig(TrainingDataFlags):
     @property
     def plan(self) -> dict[str, Any]:
         """The values that must not change when a run continues, as plain Python."""
-        without = [name for name in ("random_towers", "max_patches") if not getattr(self, name)]  # added later
+        without = [name for name, default in LATER.items() if getattr(self, name) == default]
         return plan_of(self, "out", "dry_run", "device", "batch_size", *without)
 
 
@@ -107,7 +108,7 @@ def _write(config: FeaturesConfig) -> None:
         remove_unfinished(config.out)
     if (config.out / MANIFEST).exists():
         found = read_manifest(config.out)
-        check_plan(config.out, found["plan"], config.plan)
+        check_plan(config.out, LATER | found["plan"], LATER | config.plan)
         if found["complete"]:
             print(f"finished: {config.out}, {sum(shard['count'] for shard in found['shards']):,} images")
             return

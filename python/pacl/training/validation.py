@@ -17,8 +17,7 @@ from pacl_kernels.checks import BackendName
 from ..data.samples import BadData, Samples, loader, no_image
 from ..evaluate.metrics import IGNORE, Retrieval, ScoreCounts, class_scores
 from ..processes import place_in
-from ..resolution import images_of
-from ..segment.dense import patch_size
+from ..resolution import find_fit, images_of
 from ..segment.prompts import best_synonym, read_classes
 from ..towers import Towers
 from .config import TrainConfig
@@ -163,10 +162,10 @@ class Validation:
         images = [sample["image"][0] for sample in samples]
         patches, lengths = model.patches_of(images if self.towers.variable else torch.stack(images), self.towers)
         with torch.autocast(patches.device.type, enabled=False):
-            if lengths is None:
+            fit = find_fit(self.towers.transform)
+            if fit is None or lengths is None:
                 return best_synonym(class_scores(patches.float(), texts), synonyms, 1).split(1)
-            side = patch_size(self.towers.visual)
-            grids = [(image.shape[1] // side, image.shape[2] // side) for image in images]
+            grids = [(image.shape[1] // fit.patch[0], image.shape[2] // fit.patch[1]) for image in images]
             each = zip(patches.float().split(lengths.tolist()), grids, strict=True)
             return [best_synonym(class_scores(rows[None], texts, grid), synonyms, 1) for rows, grid in each]
 
