@@ -186,8 +186,8 @@ def load_towers(
         "force_image_size": force_image_size,
         **({} if max_patches is None else {"max_patches": max_patches}),  # absent from files of fixed resolution
     }
-    if max_patches is not None and (isinstance(max_patches, bool) or max_patches < 1):
-        raise ValueError(f"max_patches: got {max_patches!r}, expected a number above 0")
+    if max_patches is not None and (type(max_patches) is not int or max_patches < 1):
+        raise ValueError(f"max_patches: got {max_patches!r}, expected an integer above 0")
     if max_patches is not None and force_image_size is not None:
         raise ValueError(
             f"max_patches: got {max_patches} with force_image_size {force_image_size}, expected only one of them"

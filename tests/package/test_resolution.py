@@ -97,7 +97,8 @@ def test_classification_scores_each_image_by_its_own_patches(names):
     [
         ({"vision_model": None}, "max_patches: got 16 for local-dir:.*, whose images have one size; expected a NaFlex"),
         ({"force_image_size": 64}, "max_patches: got 16 with force_image_size 64, expected only one of them"),
-        ({"max_patches": 0}, "max_patches: got 0, expected a number above 0"),
+        ({"max_patches": 0}, "max_patches: got 0, expected an integer above 0"),
+        ({"max_patches": 2.5}, "max_patches: got 2.5, expected an integer above 0"),
     ],
 )
 def test_errors_name_the_argument(changes, message, names):

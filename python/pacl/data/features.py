@@ -234,7 +234,7 @@ def read_records(shard: safe_open, start: int, end: int) -> list[dict]:
     return [json.loads(data[a - ends[0] : b - ends[0]]) for a, b in zip(ends, ends[1:], strict=False)]
 
 
-def _packed(shard: safe_open, row: int) -> dict[str, Any]:
+def _packed(shard: Any, row: int) -> dict[str, Any]:
     """Return tokens [N, width] and length, which is N, of image `row` of a shard with packed tokens."""
     stop = shard.get_slice("token_ends")[max(0, row - 1) : row + 1].tolist()
     start, end = stop if row else (0, stop[0])
