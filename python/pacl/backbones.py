@@ -97,7 +97,7 @@ def patch_tokens(visual: nn.Module, images: Tensor) -> Tensor:
     return features.flatten(2).transpose(1, 2)
 
 
-def packed_tokens(visual: nn.Module, images: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def packed_tokens(visual: nn.Module, images: Sequence[Tensor] | Tensor) -> tuple[Tensor, Tensor]:
     """Return the patch tokens of images of different sizes, packed: one image's rows after another's, no padding.
 
     The tokens of each image are those of `patch_tokens`, up to rounding. `fused_pacl_loss` takes them, embedded, with
@@ -105,7 +105,8 @@ def packed_tokens(visual: nn.Module, images: Sequence[Tensor]) -> tuple[Tensor, 
 
     Args:
         visual: a NaFlex ViT of timm.
-        images: at least one float `[3, H, W]`, normalised for the tower; H and W are multiples of the patch.
+        images: at least one float `[3, H, W]`, normalised for the tower; H and W are multiples of the patch. A tensor
+            `[B, 3, H, W]` is a batch of images of one size.
 
     Returns:
         Tokens `[sum of N, width]` in the tower's dtype, row by row of each image from the top left, and int64 lengths
@@ -139,6 +140,13 @@ def packed_tokens(visual: nn.Module, images: Sequence[Tensor]) -> tuple[Tensor, 
     # timm computes the padding of a batch and hides it from the other tokens; it goes no further than this function.
     tokens = trunk.forward_features(padded, patch_coord=places, patch_valid=valid)["patches"]
     return trunk.fc_norm(tokens[:, trunk.num_prefix_tokens :][valid]), lengths
+
+
+def patch_counts(visual: nn.Module, images: Sequence[Tensor] | Tensor) -> Tensor:
+    """Return the lengths of `packed_tokens`, int64 [B], without running the tower."""
+    trunk: Any = visual.trunk if isinstance(visual, TimmModel) else visual
+    high, wide = trunk.embeds.patch_size
+    return torch.tensor([(image.shape[1] // high) * (image.shape[2] // wide) for image in images])
 
 
 def tower_blocks(visual: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:

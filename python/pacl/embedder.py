@@ -44,6 +44,7 @@ class DescribedTowers(TypedDict, total=False):
     vision_model: str | None
     vision_pretrained: bool
     force_image_size: int | None
+    max_patches: int | None  # of variable resolution; absent for images of one size
     trained: list[Literal["visual", "text"]]
     random: list[Literal["visual", "text"]]  # frozen, without published weights
     activation: Activations

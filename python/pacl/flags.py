@@ -15,7 +15,7 @@ Options = TypeVar("Options")
 # The least value of a number in any command's flags. Flags that depend on others are checked where they are used.
 LEAST = {
     **dict.fromkeys("batch_size shard_size max_image_pixels scenes train_num_samples force_image_size".split(), 1),
-    **dict.fromkeys("limit stride short_side window window_stride most_images pairs".split(), 1),
+    **dict.fromkeys("max_patches limit stride short_side window window_stride most_images pairs".split(), 1),
     **dict.fromkeys("workers seed sample port max_bad_share".split(), 0),
     "patches": 2,
 }

@@ -28,6 +28,7 @@ from .weights import load_weights
 
 HUB_FILES = {"allow_patterns": ["*.json", "*.safetensors"]}
 LOADED = ("model", "pretrained", "vision_model")  # names that may be local paths
+OPTIONAL = {"base_model", "random", "max_patches"}  # of a description
 # Largest relative error of a fingerprint. With random weights and 3 to 12 layers, bfloat16 caused errors of 0.005 to
 # 0.01, and a wrong activation 0.003 to 0.016; therefore the activation's name is compared too.
 TOLERANCE = {torch.float32: 0.001, torch.bfloat16: 0.05, torch.float16: 0.05}
@@ -68,7 +69,8 @@ def load_pacl(
     names: dict[str, Any] = {name: _absolute(described[name], folder, local) for name in LOADED}
     trained, vision_pretrained = described["trained"], described["vision_pretrained"]
     names |= {"vision_pretrained": vision_pretrained and "visual" not in trained}
-    towers = load_towers(**names, force_image_size=described["force_image_size"])
+    names |= {"force_image_size": described["force_image_size"], "max_patches": described.get("max_patches")}
+    towers = load_towers(**names)
     towers.names["vision_pretrained"] = vision_pretrained
     for name in (*trained, *described.get("random", [])):
         load_tower(towers, name, folder, digests)
@@ -116,7 +118,7 @@ def load_tower(towers: Towers, name: str, folder: Path, digests: Mapping[str, st
 
 def check_described(described: Mapping[str, Any], path: Path) -> None:
     """Raise ValueError unless `described`, of the settings file at `path`, says all that check_towers compares."""
-    missing = sorted(DescribedTowers.__annotations__.keys() - {"base_model", "random"} - described.keys())
+    missing = sorted(DescribedTowers.__annotations__.keys() - OPTIONAL - described.keys())
     if missing:
         raise ValueError(f"{path} does not describe the towers of the embedder: towers.{missing[0]} is missing")
 
@@ -143,7 +145,10 @@ def tower_differences(described: Mapping[str, Any], towers: Towers) -> list[str]
         error = (have - expected).norm() / expected.norm() if have.shape == expected.shape else math.inf
         if not error <= TOLERANCE.get(dtype, 0.001):
             wrong.append(f"the {label} tower's output is off by {error:.1%} (other weights?)")
-    if found["image_size"] != described["image_size"]:
+    most = [x.get("max_patches") for x in (found, described)]
+    if most[0] != most[1]:
+        wrong.append(f"images have {_most(most[0])}, not {_most(most[1])}")
+    elif found["image_size"] != described["image_size"]:
         wrong.append(f"images have {found['image_size']} pixels, not {described['image_size']}")
     return wrong
 
@@ -243,6 +248,10 @@ def _base_models(towers: Towers) -> list[str]:
 def _tag(names: Mapping[str, Any]) -> str:
     vision = f" with {names['vision_model']}" if names.get("vision_model") else ""
     return f"{names['model']} ({names['pretrained'] or 'no tag'}){vision}"
+
+
+def _most(patches: int | None) -> str:
+    return "one size" if patches is None else f"at most {patches} patches (--max-patches)"
 
 
 def _spread(size: int, count: int) -> Tensor:

@@ -15,15 +15,17 @@ import timm
 import torch
 from open_clip.factory import parse_model_name
 from open_clip.modified_resnet import ModifiedResNet
+from open_clip.timm_model import TimmModel
 from open_clip.transformer import TextTransformer
 from PIL import Image
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from .backbones import NAFLEX_VITS, TIMM_VITS, freeze, patch_tokens, tower_blocks
+from .backbones import NAFLEX_VITS, TIMM_VITS, freeze, packed_tokens, patch_tokens, tower_blocks
 from .failures import describe
 from .pretrained import check_local_model, why_not_loaded
+from .resolution import fitting
 
 SENTENCE = "A photo of two small dogs, left of a red-brick house."
 BATCH, SENTENCES = 256, 2**13  # texts per call of the text tower, and texts that are sorted by length at a time
@@ -36,7 +38,7 @@ class Towers:
     Attributes:
         visual: vision tower.
         text: text tower, which takes token ids `[B, L]`.
-        transform: function from a PIL image to float `[3, H, W]`.
+        transform: function from a PIL image to float `[3, H, W]`; with `max_patches`, H and W depend on the image.
         tokenize: function from a list of strings to ids `[B, L]`.
         names: the arguments of `load_towers`.
     """
@@ -50,6 +52,21 @@ class Towers:
     def tokens(self, images: Tensor) -> Tensor:
         """Return patch tokens `[B, N, width]` of normalised images `[B, 3, H, W]`, row by row from the top left."""
         return patch_tokens(self.visual, images)
+
+    def packed(self, images: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Return patch tokens of a batch as the loss takes them, and their `patch_lengths`.
+
+        images: normalised, `[B, 3, H, W]`, or a list of `[3, H, W]`. Tokens are `[B, N, width]`, with None; those of
+        towers with `max_patches` are packed, `[sum of N, width]`, with int64 lengths `[B]` on the CPU.
+        """
+        if self.variable:
+            return packed_tokens(self.visual, images)
+        return self.tokens(cast(Tensor, images)), None
+
+    @property
+    def variable(self) -> bool:
+        """True if images have different numbers of patches: the towers were loaded with `max_patches`."""
+        return self.names.get("max_patches") is not None
 
     def encode_text(self, ids: Tensor) -> Tensor:
         """Return normalised text embeddings `[B, D]` of token ids `[B, L]`."""
@@ -132,6 +149,7 @@ def load_towers(
     vision_model: str | None = None,
     vision_pretrained: bool = True,
     force_image_size: int | None = None,
+    max_patches: int | None = None,
     lock_image: bool = True,
     lock_image_unlocked_groups: int = 0,
     lock_text: bool = True,
@@ -148,6 +166,8 @@ def load_towers(
             standard deviation.
         vision_pretrained: load timm's weights.
         force_image_size: side of the images in pixels; default: the vision tower's own.
+        max_patches: resize each image, with its aspect ratio kept, to at most so many patches; for NaFlex ViTs of timm,
+            which take any resolution. Default: images of one size.
         lock_image: False trains the whole vision tower. Parameters that the output does not depend on stay frozen.
         lock_image_unlocked_groups: number of last blocks (stages of a convolutional tower) of the vision tower to
             train, with the norm after them; open_clip also counts the projection, which PACL does not use.
@@ -164,7 +184,14 @@ def load_towers(
         "vision_model": vision_model,
         "vision_pretrained": vision_pretrained,
         "force_image_size": force_image_size,
+        **({} if max_patches is None else {"max_patches": max_patches}),  # absent from files of fixed resolution
     }
+    if max_patches is not None and (type(max_patches) is not int or max_patches < 1):
+        raise ValueError(f"max_patches: got {max_patches!r}, expected an integer above 0")
+    if max_patches is not None and force_image_size is not None:
+        raise ValueError(
+            f"max_patches: got {max_patches} with force_image_size {force_image_size}, expected only one of them"
+        )
     if not lock_image and lock_image_unlocked_groups:
         raise ValueError(
             f"lock_image_unlocked_groups: got {lock_image_unlocked_groups} with no_lock_image, which trains every "
@@ -175,6 +202,8 @@ def load_towers(
     visual, text = clip.get_submodule("visual"), clip.get_submodule("text")
     if vision_model:
         visual, transform = _load_timm(vision_model, vision_pretrained, force_image_size)
+    if max_patches is not None:
+        transform = _fitting(visual, transform, max_patches, vision_model or model)
     trainable = {x for module in (visual, text) for x in module.parameters() if x.requires_grad}
     towers = Towers(freeze(visual), freeze(text), transform, tokenize, names).to(device)
     try:
@@ -315,6 +344,16 @@ def _load_timm(name: str, pretrained: bool, size: int | None) -> tuple[nn.Module
     visual = create(pretrained=pretrained, **options)
     data = timm.data.resolve_model_data_config(visual, {} if size is None else {"img_size": size})
     return visual, timm.data.create_transform(**data, is_training=False)
+
+
+def _fitting(visual: nn.Module, transform: Callable, most: int, name: str) -> Callable:
+    trunk: Any = visual.trunk if isinstance(visual, TimmModel) else visual
+    if not isinstance(trunk, NAFLEX_VITS):
+        raise ValueError(
+            f"max_patches: got {most} for {name}, whose images have one size; expected a NaFlex ViT of timm "
+            "(--vision-model naflexvit_...), which takes any"
+        )
+    return fitting(transform, tuple(trunk.embeds.patch_size), most)
 
 
 def _unlock(trainable: set[nn.Parameter], modules: list[nn.Module], output: Callable[[], Tensor]) -> None:

@@ -3,6 +3,7 @@
 A folder holds features-00000.safetensors, ...; manifest.json; and, with nouns, prompts.safetensors. A shard has tokens
 [n, N, width], texts [m, D] in float32 (all captions of all images), and keys and captions as JSON in the bytes
 `records`; record i ends before ends[i]. So a sample is read from mapped memory without the rest of its shard.
+With --max-patches the tokens are packed, [sum of N, width]; those of image i end before token_ends[i].
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from itertools import accumulate
 from pathlib import Path
@@ -35,7 +36,7 @@ from .pairs import Pairs
 from .samples import captions_of
 from .texts import PROMPTS
 
-TOWERS = "model pretrained vision_model vision_pretrained force_image_size".split()
+TOWERS = "model pretrained vision_model vision_pretrained force_image_size max_patches".split()
 MANIFEST, NOUNS = "manifest.json", "prompts.safetensors"
 
 
@@ -45,13 +46,17 @@ class Shard(TypedDict):
     count: int
 
 
-class Plan(TypedDict):
+class _Plan(TypedDict):
     model: str
     pretrained: str | None
     vision_model: str | None
     vision_pretrained: bool
     force_image_size: int | None
     nouns: Literal["words", "nltk"] | None
+
+
+class Plan(_Plan, total=False):
+    max_patches: int  # absent if all images have the same number of patches
 
 
 class _Begun(TypedDict):
@@ -73,7 +78,8 @@ class Features(Pairs):
 
     nouns: the finder of `pacl train --nouns`, whose prompts must be among the stored texts. Yields dicts: key, origin,
     caption (one of several, by epoch) and text [D] float32, or captions (list) and texts [n, D] (in a batch those of
-    all its images), tokens [N, width] as stored, worker and place. Raises ValueError for an incomplete folder and for
+    all its images), tokens [N, width] as stored, worker and place. Packed features also have length, which is N; a
+    batch then has the tokens of all its images [sum of N, width]. Raises ValueError for an incomplete folder and for
     damaged files. verify: read all files once and compare their SHA-256 with the manifest, shared among the processes
     of a machine; files of earlier versions have none.
     """
@@ -103,7 +109,12 @@ class Features(Pairs):
             path = self.folder / shard["name"]
             if number % step == first % step:
                 check_digest(path, digests)
-            _check_header(path, shard["count"])
+            _check_header(path, shard["count"], packed=self.packed)
+
+    @property
+    def packed(self) -> bool:
+        """True if images have different numbers of patches."""
+        return "max_patches" in self.manifest["plan"]
 
     def _read_prompts(self, count: int) -> Tensor:
         path = self.folder / NOUNS
@@ -152,7 +163,7 @@ class Features(Pairs):
                 "key": record["key"],
                 "origin": f"{path.name} {row}",
                 **({"caption": captions[0]} if one else {"captions": captions}),
-                "tokens": shard.get_slice("tokens")[row : row + 1][0],
+                **(_packed(shard, row) if self.packed else {"tokens": shard.get_slice("tokens")[row : row + 1][0]}),
                 **({"text": texts[0]} if one else {"texts": texts}),
             }
         except Exception as error:  # on bytes that were not compared with their SHA-256, anything
@@ -170,21 +181,30 @@ class Features(Pairs):
 
 
 def write_shard(
-    folder: Path, number: int, tokens: Tensor, texts: Tensor, records: list[dict], state: dict[str, Any]
+    folder: Path,
+    number: int,
+    tokens: Sequence[Tensor],
+    texts: Tensor,
+    records: list[dict],
+    state: dict[str, Any],
+    *,
+    packed: bool = False,
 ) -> None:
     """Write one shard atomically.
 
-    tokens: [n, N, width]. texts: [m, D]. records: for each image key, captions, text (row of its first caption in
-    `texts`) and place (the worker that read it, and its index there). state: that of the loader before the batch of
-    the last record; see last_place.
+    tokens: [N, width] of each image; packed: False if N is the same for all. texts: [m, D]. records: for each image
+    key, captions, text (row of its first caption in `texts`) and place (the worker that read it, and its index there).
+    state: that of the loader before the batch of the last record; see last_place.
     """
     lines = [json.dumps(record).encode() for record in records]
     tensors = {
-        "tokens": tokens,
+        "tokens": torch.cat(list(tokens)) if packed else torch.stack(list(tokens)),
         "texts": texts,
         "records": torch.frombuffer(bytearray(b"".join(lines)), dtype=torch.uint8),
         "ends": torch.from_numpy(np.cumsum([len(line) for line in lines])),
     }
+    if packed:
+        tensors["token_ends"] = torch.tensor([len(x) for x in tokens]).cumsum(0)
     write_bytes(folder / _name(number), save(tensors, {"state": json.dumps(state)}))
 
 
@@ -212,6 +232,16 @@ def read_records(shard: safe_open, start: int, end: int) -> list[dict]:
     ends = ends if start else [0, *ends]
     data = bytes(shard.get_slice("records")[ends[0] : ends[-1]].numpy())
     return [json.loads(data[a - ends[0] : b - ends[0]]) for a, b in zip(ends, ends[1:], strict=False)]
+
+
+def _packed(shard: Any, row: int) -> dict[str, Any]:
+    """Return tokens [N, width] and length, which is N, of image `row` of a shard with packed tokens."""
+    stop = shard.get_slice("token_ends")[max(0, row - 1) : row + 1].tolist()
+    start, end = stop if row else (0, stop[0])
+    tokens = shard.get_slice("tokens")
+    if not 0 <= start < end <= tokens.get_shape()[0]:
+        raise ValueError(f"token_ends of image {row} are {start} and {end}")
+    return {"tokens": tokens[start:end], "length": end - start}
 
 
 def _name(number: int) -> str:
@@ -245,7 +275,7 @@ def stored_records(folder: Path) -> Iterator[dict[str, Any]]:
 def tower_names(folder: Path) -> dict[str, Any]:
     """Return the flags of `pacl train` for the towers whose features are in `folder`."""
     plan: Mapping[str, Any] = read_manifest(folder)["plan"]
-    return {name: plan[name] for name in TOWERS} | {"random_towers": plan.get("random_towers", False)}
+    return {name: plan.get(name) for name in TOWERS} | {"random_towers": plan.get("random_towers", False)}
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
@@ -293,8 +323,11 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def _check_header(path: Path, count: int) -> None:
-    """Raise Damaged unless the header of a shard states the tensors of write_shard for `count` images."""
+def _check_header(path: Path, count: int, *, packed: bool) -> None:
+    """Raise Damaged unless the header of a shard states the tensors of write_shard for `count` images.
+
+    Raises ValueError for a shard of the other kind, packed or not, than the manifest states.
+    """
     try:
         with safe_open(path, "pt") as file:
             parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118, it is no dict
@@ -302,10 +335,15 @@ def _check_header(path: Path, count: int) -> None:
     except SafetensorError as error:
         raise Damaged(path, "it is not a whole safetensors file") from error
     expected = {"texts": ("F32", 2), "records": ("U8", 1), "ends": ("I64", 1)}
-    tokens = found.pop("tokens", ("", 0))
-    if found != expected or tokens not in (("F32", 3), ("F16", 3), ("BF16", 3)):
+    tokens, token_ends = found.pop("tokens", ("", 0)), found.pop("token_ends", None)
+    is_packed = token_ends is not None
+    wrong = found != expected or tokens[0] not in ("F32", "F16", "BF16")
+    if wrong or (tokens[1], token_ends) != ((2, ("I64", 1)) if is_packed else (3, None)):
         raise Damaged(path, "its tensors have other names or types than those of `pacl features`")
-    lengths = {parts[name].get_shape()[0] for name in ("tokens", "ends")}
+    if is_packed != packed:
+        kinds = {True: "a number of patches for each image (--max-patches)", False: "one number of patches"}
+        raise ValueError(f"features: {path} has {kinds[is_packed]}, expected {kinds[packed]} in all files")
+    lengths = {parts[name].get_shape()[0] for name in ("token_ends" if packed else "tokens", "ends")}
     if lengths != {count}:
         raise Damaged(path, f"it has {min(lengths):,} images, expected {count:,}")
 

@@ -32,6 +32,7 @@ from torch.utils.data import DataLoader, IterableDataset, default_collate, get_w
 from torchvision.transforms.functional import pil_to_tensor
 
 from ..failures import sentence
+from ..resolution import join_images
 from .images import MAX_IMAGE_PIXELS, TooManyPixels, UnreadFormat, open_image, read_image
 from .raw import Raw, open_source, read_captions
 
@@ -352,8 +353,10 @@ def loader(
 
 
 def _collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Collate a batch as torch does, except for captions, which differ in number: lists, and the rows of `texts`."""
-    several: dict[str, Any] = {}
+    """Collate a batch as torch does, except for captions, images, texts and packed tokens that differ in size."""
+    several: dict[str, Any] = join_images(samples)
+    if "length" in samples[0]:
+        several["tokens"] = torch.cat([sample.pop("tokens") for sample in samples])
     if "captions" in samples[0]:
         several["captions"] = [sample.pop("captions") for sample in samples]
     if "texts" in samples[0]:

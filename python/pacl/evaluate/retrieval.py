@@ -18,6 +18,7 @@ from ..data.flags import PairFlags
 from ..data.samples import LEAST_SEEN, BadData, Samples, loader, no_image
 from ..flags import parse
 from ..processes import default_workers, gather_rows, place_in, shared_progress
+from ..resolution import images_of
 from .metrics import RECALLS, Retrieval
 from .options import TaskOptions
 from .scorer import Scorer
@@ -96,7 +97,7 @@ def retrieval(
             if found != gallery.captions[text : text + len(found)]:
                 raise ValueError("data: its samples changed while they were read")
             text += len(found)
-            for phi in scorer.blocks(batch["image"], texts):
+            for phi in scorer.blocks(images_of(batch), texts):
                 result.update(phi, at)
                 at += len(phi)
             for _ in batch["key"]:

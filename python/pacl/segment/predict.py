@@ -19,6 +19,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from pacl_kernels import upsample_argmax
 
 from ..data.images import to_rgb
+from ..resolution import find_fit
 from ..towers import Towers
 from .dense import dense_tokens, patch_size, token_step
 from .prompts import TEMPLATES, Texts, best_synonym, class_texts
@@ -144,8 +145,8 @@ class Segmenter:
             then work on single patches.
         stride: tokens per patch along each side, a divisor of the patch; 4 with patches of 16 pixels is the paper's
             stride of 4.
-        short_side: pixels of the resized image's shorter side (default: the tower's); sides are rounded to whole
-            patches, the longer one to at most 2,048.
+        short_side: pixels of the resized image's shorter side (default: the tower's, or for towers with `max_patches`
+            at most so many patches of the image); sides are rounded to whole patches, the longer one to at most 2,048.
         window: side in pixels of the squares that the tower sees, clipped to the image, a multiple of the patch
             (default: the whole image).
         window_stride: pixels between the windows, a multiple of the token step (default: half a window); the last of a
@@ -168,6 +169,7 @@ class Segmenter:
         self.towers, self.embed = towers, embedder or own_projection(towers.visual)
         self.patch, self.step = patch_size(towers.visual), token_step(towers.visual, stride)
         self.stride = stride
+        self.fit = None if short_side else find_fit(towers.transform)
         self.short_side = short_side or min(towers.transform(Image.new("RGB", (64, 64))).shape[1:])
         if window_stride is not None and window is None:
             raise ValueError(f"window_stride: got {window_stride} without a window, expected a window with it")
@@ -246,6 +248,8 @@ class Segmenter:
         """Return the image normalised, [3, H, W] on the tower's device; each side is at least one whole patch."""
         scale = min(self.short_side / min(image.size), LONG_SIDE / max(image.size))
         width, height = (max(self.patch, round(x * scale / self.patch) * self.patch) for x in image.size)
+        if self.fit is not None:
+            height, width = self.fit.size(image)
         picture = to_rgb(image).resize((width, height), Image.Resampling.BICUBIC)
         weight = next(self.towers.visual.parameters())
         return self.normalise(pil_to_tensor(picture).float() / 255).to(weight.device, weight.dtype)

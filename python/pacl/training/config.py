@@ -22,8 +22,8 @@ from ..settings import Damaged, read_settings
 
 POSITIVE = (
     "batch_size accum_freq epochs max_steps train_num_samples lr eps attn_temperature logit_scale max_logit_scale "
-    "grad_clip_norm tower_lr force_image_size save_frequency keep_checkpoints log_every_n_steps max_image_pixels "
-    "captions_per_image val_frequency dist_timeout"
+    "grad_clip_norm tower_lr force_image_size max_patches save_frequency keep_checkpoints log_every_n_steps "
+    "max_image_pixels captions_per_image val_frequency dist_timeout"
 ).split()
 NUMBER = re.compile(r"[-+]?\d{1,40}[eE][-+]?\d{1,4}")
 NOTES = ("deviations", "left_open", "resumed")  # in config.yaml, for people: see recipe.py
@@ -66,6 +66,9 @@ class TowerFlags:
     """Use frozen towers without weights, and keep them beside the embedder."""
     force_image_size: int | None = None
     """Side of the images in pixels. Default: the vision tower's own."""
+    max_patches: int | None = None
+    """Most patches of an image, which then keeps its aspect ratio, for a vision tower that takes any resolution
+    (timm's naflexvit_...). Default: images of one size."""
     lock_image: bool = True
     """Freeze the vision tower; --no-lock-image trains all of it."""
     lock_image_unlocked_groups: int = 0

@@ -38,9 +38,11 @@ from ..flags import parse
 from ..locks import LOCK, lock_folder
 from ..processes import choose_device, default_workers
 from ..progress import Progress
+from ..resolution import images_of, moved
 from ..sharing import describe_towers, load_tower, save_tower
 from ..towers import frozen_random_towers, load_towers
 
+LATER = {"random_towers": False, "max_patches": None}  # flags that plans of earlier versions lack, and their defaults
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -63,6 +65,7 @@ class FeaturesConfig(TrainingDataFlags):
     random_towers: bool = False
     """Use towers without weights, and keep them beside the features."""
     force_image_size: int | None = None
+    max_patches: int | None = None
     nouns: Literal["words", "nltk"] | None = None
     """Also store prompts with all nouns of the captions, for `pacl train --nouns` and `--recipe paper`."""
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
@@ -80,7 +83,7 @@ class FeaturesConfig(TrainingDataFlags):
     @property
     def plan(self) -> dict[str, Any]:
         """The values that must not change when a run continues, as plain Python."""
-        without = () if self.random_towers else ("random_towers",)  # which earlier versions did not have
+        without = [name for name, default in LATER.items() if getattr(self, name) == default]
         return plan_of(self, "out", "dry_run", "device", "batch_size", *without)
 
 
@@ -105,7 +108,7 @@ def _write(config: FeaturesConfig) -> None:
         remove_unfinished(config.out)
     if (config.out / MANIFEST).exists():
         found = read_manifest(config.out)
-        check_plan(config.out, found["plan"], config.plan)
+        check_plan(config.out, LATER | found["plan"], LATER | config.plan)
         if found["complete"]:
             print(f"finished: {config.out}, {sum(shard['count'] for shard in found['shards']):,} images")
             return
@@ -124,7 +127,7 @@ def _write(config: FeaturesConfig) -> None:
     encoder.keep_random(config.out)
     with Progress("Features", max(1, count), "image") as progress:
         for number, shard in enumerate(_shards(config, encoder, source, progress, len(done), total), len(done)):
-            write_shard(config.out, number, *shard)
+            write_shard(config.out, number, *shard, packed=config.max_patches is not None)
     if config.nouns:
         find = noun_finder(config.nouns)
         records = stored_records(config.out)
@@ -166,12 +169,13 @@ class Encoder:
             else:
                 save_tower(self.towers, name, folder)
 
-    def tokens(self, images: Tensor) -> Tensor:
-        """Return patch tokens [B, N, width] of images [B, 3, H, W], in the dtype of --precision."""
-        tokens = self._run(self.towers.tokens, images).to(self.dtype)
+    def tokens(self, images: Tensor | list[Tensor]) -> Sequence[Tensor]:
+        """Return patch tokens [N, width] of each image [3, H, W], in the dtype of --precision."""
+        tokens, lengths = self._run(self.towers.packed, images)
+        tokens = tokens.to(self.dtype)
         if not tokens.isfinite().all():
             raise ValueError(f"precision: got tokens that are not finite in {self.dtype}, expected a wider type")
-        return tokens.cpu()
+        return tuple(tokens.cpu()) if lengths is None else tokens.cpu().split(lengths.tolist())
 
     def texts(self, texts: list[str]) -> Tensor:
         """Return normalised text embeddings [B, D], float32."""
@@ -180,19 +184,21 @@ class Encoder:
         return torch.cat(rows) if rows else torch.empty(0, self.towers.widths[1])
 
     @torch.no_grad()
-    def _run(self, encode: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
+    def _run(self, encode: Callable[[Any], Any], batch: Tensor | list[Tensor]) -> Any:
         amp = self.device.type == "cuda" and self.dtype != torch.float32
         with torch.autocast(self.device.type, self.dtype, enabled=amp):
-            return encode(batch.to(self.device, non_blocking=True))
+            return encode(moved(batch, self.device))
 
 
 def _estimate(config: FeaturesConfig, encoder: Encoder, count: int) -> str:
     """Return a line on the size of the features of `count` images; raise ValueError if they do not fit on the disk."""
     image, _ = encoder.towers.probe()
-    patches, width = encoder.tokens(image).shape[1:]
+    patches, width = encoder.tokens(image)[0].shape
+    patches = config.max_patches or patches
     dim = encoder.towers.widths[1]
     # Most keys, captions and offsets take less than a kilobyte.
     size = count * (patches * width * encoder.dtype.itemsize + 4 * dim + 1024)
+    most = "at most " if config.max_patches else ""
     folder = next(path for path in (config.out, *config.out.absolute().parents) if path.exists())
     free = shutil.disk_usage(folder).free
     if size > free:
@@ -201,14 +207,14 @@ def _estimate(config: FeaturesConfig, encoder: Encoder, count: int) -> str:
             "free; `pacl train` without --features computes tokens as it trains"
         )
     return (
-        f"features: {count:,} images, {patches} x {width} {config.precision} and texts of {dim} fp32: "
+        f"features: {count:,} images, {most}{patches} x {width} {config.precision} and texts of {dim} fp32: "
         f"{size / 1e9:,.3f} GB of {free / 1e9:,.1f} GB free"
     )
 
 
 def _shards(
     config: FeaturesConfig, encoder: Encoder, source: Samples, progress: Progress, done: int, total: int
-) -> Iterator[tuple[Tensor, Tensor, list[dict], dict[str, Any]]]:
+) -> Iterator[tuple[list[Tensor], Tensor, list[dict], dict[str, Any]]]:
     """Yield the contents of each shard after the first `done`, as write_shard takes them.
 
     The batches are those of an uninterrupted run, so that its bits are the same. The shards are of equal size if all
@@ -230,7 +236,7 @@ def _shards(
             places = list(zip(batch["worker"].tolist(), batch["place"][1].tolist(), strict=True))
             count = sum(worker == stored[0] and index <= stored[1] for worker, index in places)
             if count < len(places):
-                tokens += encoder.tokens(batch["image"])[count:]
+                tokens += encoder.tokens(images_of(batch))[count:]
                 texts += encoder.texts(sum(captions, [])).split([len(each) for each in captions])[count:]
                 for key, each, place in list(zip(batch["key"], captions, places, strict=True))[count:]:
                     records.append({"key": key, "captions": each, "place": place})
@@ -247,11 +253,11 @@ def _shards(
 
 def _take(
     size: int, tokens: list[Tensor], texts: list[Tensor], records: list[dict]
-) -> tuple[Tensor, Tensor, list[dict]]:
+) -> tuple[list[Tensor], Tensor, list[dict]]:
     """Remove and return the first `size` of each; set each record's "text", the first row of its image's texts."""
     first = 0
     for record, each in zip(records[:size], texts, strict=False):
         record["text"], first = first, first + len(each)
-    shard = torch.stack(tokens[:size]), torch.cat(texts[:size]), records[:size]
+    shard = tokens[:size], torch.cat(texts[:size]), records[:size]
     del tokens[:size], texts[:size], records[:size]
     return shard

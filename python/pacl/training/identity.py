@@ -25,7 +25,8 @@ FIXED = (
     "lock_image lock_image_unlocked_groups lock_text seed form loss attn_temperature learn_attn_temperature "
     "logit_scale learn_logit_scale captions_per_image duplicates nouns recipe dataset_resampled shuffle"
 ).split()
-NAMES = "model pretrained vision_model vision_pretrained force_image_size".split()
+NAMES = "model pretrained vision_model vision_pretrained force_image_size max_patches".split()
+COMPARED = ("activation", "image_size", "max_patches", "fingerprint")  # of towers
 NOT_RECORDED = ("log_dir", "name", "resume", "dry_run")
 SAMPLED = 1000  # pairs whose keys and captions identify a data set that is not in shards
 
@@ -44,7 +45,7 @@ def describe_run(
         "precision": precision,
         "workers": workers,
         # Without names, which the flags have, and without paths, so that a run is the same in any folder.
-        "towers": {name: x for name, x in towers.items() if name in ("activation", "image_size", "fingerprint")},
+        "towers": {name: x for name, x in towers.items() if name in COMPARED},
         "data": data,
     }
 

@@ -87,9 +87,9 @@ class Log:
         if values is not None:
             self.steps, self.waited, self.seconds = 0, 0.0, 0.0
 
-    def watch(self, patches: Tensor, texts: Tensor, temperature: Tensor | float) -> None:
+    def watch(self, patches: Tensor, texts: Tensor, temperature: Tensor | float, lengths: Tensor | None = None) -> None:
         """Keep the statistics of a step's pairs for its line in the log."""
-        self.statistics = pair_statistics(patches, texts, temperature, self.config.form)
+        self.statistics = pair_statistics(patches, texts, temperature, self.config.form, lengths)
 
     def validated(self, step: int, values: dict[str, float]) -> dict[str, float | None]:
         """Print the results of a validation and append them to results.jsonl, by open_clip's names; return the line."""
@@ -165,12 +165,18 @@ class Log:
 
 
 @torch.no_grad()
-def pair_statistics(patches: Tensor, texts: Tensor, temperature: float | Tensor, form: str) -> dict[str, Tensor]:
+def pair_statistics(
+    patches: Tensor, texts: Tensor, temperature: float | Tensor, form: str, lengths: Tensor | None = None
+) -> dict[str, Tensor]:
     """Return statistics of patches [B, N, D] against their own texts [B, D], over the first 1,024 pairs, 0-D float32.
+
+    With lengths, int64 [B] on the CPU, patches are packed, [sum of N, D], and images of one patch have no entropy.
 
     similarity: mean of the cosines s. similarity_p99: their 99th percentile. attention_entropy: entropy of the softmax
     over patches as a share of log N, mean over images; absent for form "max", which has no softmax.
     """
+    if lengths is not None:
+        return _packed_statistics(patches, texts[:PAIRS], temperature, form, lengths[:PAIRS].to(patches.device))
     patches, texts = patches[:PAIRS], texts[:PAIRS]
     norms = torch.linalg.vector_norm(patches, dim=-1, dtype=torch.float32)
     s = torch.bmm(patches, F.normalize(texts, dim=-1)[..., None])[..., 0].float() / norms.clamp_min(1e-12)
@@ -178,6 +184,24 @@ def pair_statistics(patches: Tensor, texts: Tensor, temperature: float | Tensor,
     if form != "max" and s.shape[1] > 1:
         logs = (s / temperature).log_softmax(1)
         found["attention_entropy"] = -(logs.exp() * logs).sum(1).mean() / math.log(s.shape[1])
+    return found
+
+
+def _packed_statistics(
+    patches: Tensor, texts: Tensor, temperature: float | Tensor, form: str, lengths: Tensor
+) -> dict[str, Tensor]:
+    """Return pair_statistics of packed patches, whose first rows are those of the images of `lengths`."""
+    owners = torch.arange(len(lengths), device=patches.device).repeat_interleave(lengths)
+    rows = patches[: len(owners)]
+    norms = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float32)
+    s = (rows * F.normalize(texts, dim=-1)[owners]).sum(-1, dtype=torch.float32) / norms.clamp_min(1e-12)
+    found = {"similarity": s.mean(), "similarity_p99": s.kthvalue(math.ceil(0.99 * len(s))).values}
+    if form != "max" and (several := lengths > 1).any():
+        starts = lengths.cumsum(0) - lengths
+        padded = s.new_full((len(lengths), int(lengths.max())), -torch.inf)
+        padded[owners, torch.arange(len(s), device=s.device) - starts[owners]] = s / temperature
+        entropies = torch.special.entr(padded[several].softmax(1)).sum(1)
+        found["attention_entropy"] = (entropies / lengths[several].log()).mean()
     return found
 
 

@@ -65,7 +65,8 @@ def memory(run: Run) -> dict[str, int]:
     weights = sum(x.numel() * x.element_size() for x in _parameters(run))
     trained = sum(x.numel() * x.element_size() for x in run.model.parameters() if x.requires_grad)
     image = run.towers.transform(Image.new("RGB", (8, 8)))
-    patches = run.model.patches_of(image[None], run.towers).shape[1]
+    own = run.model.patches_of(image[None], run.towers)[0].shape[-2]
+    patches = config.max_patches or own
     local = config.local_batch
     texts = local * config.captions_per_image  # at most
     width, hidden, out = (sizes[f"{name}_dim"] for name in ("in", "hidden", "out"))
@@ -73,7 +74,7 @@ def memory(run: Run) -> dict[str, int]:
         "weights": weights,
         # Gradients, Adam's two averages, and the average of the weights.
         "optimiser": trained * (3 + (config.ema_decay is not None)),
-        "images": local * image.numel() * 4,
+        "images": local * image.numel() * patches // own * 4,
         "tokens": (local * width + config.batch_size * (2 * hidden + 3 * out)) * patches * item,
         # Patch embeddings and their gradient; with micro-batches also the parts of the embeddings.
         "embeddings": (3 if local > config.batch_size else 2) * local * patches * out * item,
