@@ -5,16 +5,19 @@ from .backends import available_backends
 from .cached import cached_step
 from .loss import compatibility, fused_pacl_loss
 from .module import PaclLoss
+from .plan import Plan, plan
 from .upsample import upsample_argmax
 from .version import __version__
 
 __all__ = [
     "PaclFunction",
     "PaclLoss",
+    "Plan",
     "__version__",
     "available_backends",
     "cached_step",
     "compatibility",
     "fused_pacl_loss",
+    "plan",
     "upsample_argmax",
 ]
