@@ -13,7 +13,7 @@ from .costs import Step, Traits
 from .machines import Machine
 
 GIB = 2**30
-LARGEST = 2**26  # no batch above it is tried
+LARGEST = 2**26  # batches from here on are not tried
 # Assumed between processes, not measured: bytes per second and seconds of a hop, on GPUs and with Gloo on one machine.
 LINKS = {"cuda": (50e9, 10e-6), "cpu": (0.5e9, 100e-6)}
 
@@ -227,7 +227,9 @@ def _largest(memory: Callable[[int], int], capacity: int | None) -> int | None:
     """Return the largest batch whose memory is within the capacity."""
     if capacity is None:
         return None
-    low, high = 0, LARGEST  # low fits, high is taken not to
+    low, high = 0, 1  # low fits, high does not
+    while high < LARGEST and memory(high) <= capacity:
+        low, high = high, 2 * high
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if memory(middle) <= capacity else (low, middle)
