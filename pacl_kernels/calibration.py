@@ -39,6 +39,8 @@ def this_machine(kind: str, dtype: str, backend: str = "auto") -> Machine:
     """
     device = torch.device(kind)
     name = resolve(backend, device, getattr(torch, dtype))
+    if name == "reference":
+        raise ValueError("backend is 'reference', expected another one: the formula keeps all scores and has no plan")
     module = native()
     isa = module.cpu_isa() if module is not None and kind == "cpu" else ""
     cores = torch.get_num_threads() if kind == "cpu" else 1
