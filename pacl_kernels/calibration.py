@@ -59,11 +59,17 @@ def this_machine(kind: str, dtype: str, backend: str = "auto") -> Machine:
 
 
 def calibrate(kind: str, dtype: str, backend: str, isa: str) -> Rates:
-    """Time a step at one shape and return the rates that explain it."""
+    """Time a step at one shape and return the rates that explain it, whatever context the caller is in."""
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(kind, enabled=False):
+        return _calibrate(kind, dtype, backend, isa)
+
+
+def _calibrate(kind: str, dtype: str, backend: str, isa: str) -> Rates:
     batch, patches, dim = SHAPES[kind]
     step = Step(batch, patches, dim, batch, "dot", dtype, "infonce")
+    generator = torch.Generator(kind).manual_seed(0)  # the caller's random numbers stay as they are
     p, t = (
-        torch.randn(*shape, device=kind).to(getattr(torch, dtype)).requires_grad_()
+        torch.randn(*shape, device=kind, generator=generator).to(getattr(torch, dtype)).requires_grad_()
         for shape in ((batch, patches, dim), (batch, dim))
     )
     p_rows, t_rows = p.detach().flatten(0, 1), t.detach()

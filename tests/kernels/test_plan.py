@@ -189,7 +189,11 @@ def test_the_tiles_are_those_of_the_kernels():
 @needs_native
 def test_this_machine_is_measured_once(tmp_path, monkeypatch):
     folder = tmp_path / "pacl_kernels"
-    first = plan(64, 9, 16, device="cpu")
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    with torch.inference_mode(), torch.autocast("cpu"):
+        first = plan(64, 9, 16, device="cpu")
+    assert torch.equal(torch.get_rng_state(), state), "the caller's random numbers have changed"
     (file,) = folder.iterdir()
     assert first.seconds > 0 and first.backend == "cpu" and first.source == "measured on this machine"
     assert first.capacity is not None and first.largest_batch > 64
