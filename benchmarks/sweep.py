@@ -153,6 +153,9 @@ def plot(found: dict, path: str, args: argparse.Namespace) -> list[Path]:
                 place.set_xscale("log", base=2)
                 if axis == "batch":
                     place.set_yscale("log")
+                else:
+                    place.set_xticks(AXES[axis], [f"{value:,}" for value in AXES[axis]], fontsize=7)
+                    place.minorticks_off()
                 place.set_xlabel({"batch": "B = K", "patches": "N"}[axis])
                 place.set_ylabel(label)
                 place.spines[["top", "right"]].set_visible(False)

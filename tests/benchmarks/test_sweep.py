@@ -8,6 +8,8 @@ import pytest
 
 from pacl_kernels.native import native
 
+pytest.importorskip("matplotlib")
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import sweep
 import throughput
