@@ -102,7 +102,8 @@ class Machine(NamedTuple):
     def with_cores(self, cores: int) -> Machine:
         """Return a CPU with so many of its cores, as if its speed grew with their number."""
         rates = {key: value.times(cores / self.cores) for key, value in self.rates.items()}
-        return self._replace(cores=cores, rates=rates)
+        scaled = "" if cores == self.cores else f"; scaled from {self.cores} to {cores} cores"
+        return self._replace(cores=cores, rates=rates, source=self.source + scaled)
 
 
 class Sheet(NamedTuple):
@@ -255,16 +256,13 @@ def _cpu(cpu: Cpu) -> Machine:
 
 
 def _cores(cores: int, peak: float, dtype: str) -> Machine:
-    weights = CORE_WEIGHTS / 2
     rates = Rates(
-        CORE_PRODUCTS * peak, 0.0, weights, COSINE_FORWARD * weights, weights,
+        CORE_PRODUCTS * peak, 0.0, CORE_WEIGHTS, COSINE_FORWARD * CORE_WEIGHTS, CORE_WEIGHTS,
         CORE_STREAMED, CORE_FRESH, CORE_LIBRARY * peak, CORE_EAGER,
     )  # fmt: skip
     source = "predicted from the peak, with the shares of it that two cores of other machines reached"
-    machine = Machine(
-        f"{cores} cores of {peak / GB:g} GFLOP/s", "cpu", source, None, 1, "avx512bf16", {("cpu", dtype): rates}
-    )
-    return machine.with_cores(cores)
+    name = f"{cores} cores of {peak / GB:g} GFLOP/s"
+    return Machine(name, "cpu", source, None, cores, "avx512bf16", {("cpu", dtype): rates.times(cores)})
 
 
 def _gpu(name: str) -> Machine:

@@ -79,6 +79,15 @@ def test_the_plan_of_a_measured_step_is_what_was_measured(device, dtype, shape, 
     assert "measured (20" in found.source
 
 
+def test_cores_of_a_given_peak():
+    """The peak alone, which the files have too, predicts the steps that other rates come from within a fifth."""
+    for cpu in CPUS.values():
+        for dtype, (timing, file) in cpu.timings.items():
+            peak = json.loads((ROOT / "benchmarks/results" / file).read_text())["peak"]
+            found = plan(*CPU_SHAPE, dtype=dtype, device=f"2x{peak / 2e9:.1f}", masked=True)
+            assert 1e3 * found.seconds == pytest.approx(timing.step, rel=0.2), file
+
+
 @needs_native
 def test_the_errors_on_all_other_results():
     """Medians of 15 % of time and 5 % of memory, and the file from which docs/performance.md has them."""
@@ -149,6 +158,7 @@ def test_options_change_the_plan():
     assert of(loss="sigmoid").memory["pairs"] == 0 and of(loss="sigmoid").seconds < of(masked=True).seconds
     assert of(form="cosine").seconds > base.seconds > of(form="max").seconds
     assert of(threads=8).seconds == pytest.approx(base.seconds / 4)
+    assert of(threads=8).source == f"{base.source}; scaled from 2 to 8 cores"
     assert of(dtype="bfloat16").seconds < base.seconds
     assert of(dtype="float16", masked=True).seconds == pytest.approx(of(masked=True).seconds, rel=0.05)
     few = plan(512, 196, 512, 8, device="epyc-zen4")
