@@ -1,6 +1,6 @@
 """Compare what `pacl_kernels.plan` predicts with what the files in `benchmarks/results` measured.
 
-    python benchmarks/plan_errors.py --json benchmarks/results/DATE-plan.json
+    python benchmarks/plan_errors.py --json benchmarks/results/DATE-plan-errors.json
 
 Rates come from one shape on each machine (`pacl_kernels/machines.py`). Rows of that shape, form and loss are left out
 of the medians, from whatever day they are. Only the newest file of each name counts, and none of an earlier commit
