@@ -6,6 +6,7 @@ from .cached import cached_step
 from .lists import mine
 from .loss import compatibility, fused_pacl_loss
 from .module import PaclLoss
+from .plan import Plan, plan
 from .tolerance import KeptPairs, kept_pairs
 from .upsample import upsample_argmax
 from .version import __version__
@@ -14,6 +15,7 @@ __all__ = [
     "KeptPairs",
     "PaclFunction",
     "PaclLoss",
+    "Plan",
     "__version__",
     "available_backends",
     "cached_step",
@@ -21,5 +23,6 @@ __all__ = [
     "fused_pacl_loss",
     "kept_pairs",
     "mine",
+    "plan",
     "upsample_argmax",
 ]
