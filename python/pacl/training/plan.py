@@ -51,7 +51,7 @@ def _loss(run: Run) -> str:
     config = run.config
     need = pacl_kernels.plan(
         config.local_batch,
-        _image_and_patches(run)[1],
+        _image_and_patches(run)[2],
         run.model.embedder.config["out_dim"],
         config.local_batch * config.captions_per_image,
         form=config.form,
@@ -94,7 +94,7 @@ def memory(run: Run) -> dict[str, int]:
     item = 2 if run.amp else 4
     weights = sum(x.numel() * x.element_size() for x in _parameters(run))
     trained = sum(x.numel() * x.element_size() for x in run.model.parameters() if x.requires_grad)
-    image, patches = _image_and_patches(run)
+    image, own, patches = _image_and_patches(run)
     local = config.local_batch
     texts = local * config.captions_per_image  # at most
     width, hidden, out = (sizes[f"{name}_dim"] for name in ("in", "hidden", "out"))
@@ -110,11 +110,11 @@ def memory(run: Run) -> dict[str, int]:
     }
 
 
-def _image_and_patches(run: Run) -> tuple[Tensor, int]:
-    """Return an image as the tower takes it, and the number of its patches, or the most that it may have."""
+def _image_and_patches(run: Run) -> tuple[Tensor, int, int]:
+    """Return an image as the tower takes it, the number of its patches, and the most that an image may have."""
     image = run.towers.transform(Image.new("RGB", (8, 8)))
     own = run.model.patches_of(image[None], run.towers)[0].shape[-2]
-    return image, run.config.max_patches or own
+    return image, own, run.config.max_patches or own
 
 
 def sent_bytes(run: Run) -> int:
