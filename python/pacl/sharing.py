@@ -68,7 +68,9 @@ def load_pacl(
     names: dict[str, Any] = {name: _absolute(described[name], folder, local) for name in LOADED}
     trained, vision_pretrained = described["trained"], described["vision_pretrained"]
     names |= {"vision_pretrained": vision_pretrained and "visual" not in trained}
-    towers = load_towers(**names, force_image_size=described["force_image_size"])
+    towers = load_towers(
+        **names, force_image_size=described["force_image_size"], tokens=described.get("tokens", "plain")
+    )
     towers.names["vision_pretrained"] = vision_pretrained
     for name in (*trained, *described.get("random", [])):
         load_tower(towers, name, folder, digests)
@@ -87,20 +89,32 @@ def _download(name: str, options: Mapping[str, Any]) -> str:
 
 
 def load_model(
-    checkpoint: str | None, model: str, pretrained: str | None, device: torch.device | str = "cpu"
+    checkpoint: str | None,
+    model: str,
+    pretrained: str | None,
+    device: torch.device | str = "cpu",
+    tokens: str | None = None,
 ) -> tuple[Towers, VisionEmbedder | None]:
     """Load a checkpoint as load_pacl does, or without one the towers of an open_clip model, and None as the embedder.
 
-    Raises ValueError for a model without weights, because its numbers would look like any other's.
+    tokens: the reading of the patch tokens. None: the one that the embedder was trained on, "plain" without one. Raises
+    ValueError for another reading than the embedder's, and for a model without weights, because its numbers would look
+    like any other's.
     """
     if checkpoint:
-        return load_pacl(checkpoint, device)
+        towers, embedder = load_pacl(checkpoint, device)
+        if tokens not in (None, towers.reader.name):
+            raise ValueError(
+                f"tokens: got {tokens!r}, but the embedder of {checkpoint} was trained on {towers.reader.name!r}; "
+                "expected the same, or no --tokens"
+            )
+        return towers, embedder
     if random_towers(model, pretrained):
         raise ValueError(
             f"pretrained: got none for {model}, whose weights would be random; expected a tag or a file of weights, "
             "or --checkpoint"
         )
-    return load_towers(model, pretrained, device=device), None
+    return load_towers(model, pretrained, tokens=tokens or "plain", device=device), None
 
 
 def save_tower(towers: Towers, name: str, folder: Path) -> None:
@@ -116,7 +130,7 @@ def load_tower(towers: Towers, name: str, folder: Path, digests: Mapping[str, st
 
 def check_described(described: Mapping[str, Any], path: Path) -> None:
     """Raise ValueError unless `described`, of the settings file at `path`, says all that check_towers compares."""
-    missing = sorted(DescribedTowers.__annotations__.keys() - {"base_model", "random"} - described.keys())
+    missing = sorted(DescribedTowers.__annotations__.keys() - {"base_model", "random", "tokens"} - described.keys())
     if missing:
         raise ValueError(f"{path} does not describe the towers of the embedder: towers.{missing[0]} is missing")
 
@@ -132,6 +146,9 @@ def check_towers(described: Mapping[str, Any], towers: Towers) -> None:
 
 def tower_differences(described: Mapping[str, Any], towers: Towers) -> list[str]:
     """Return a phrase for each difference between the results of `towers` and those that describe_towers described."""
+    reading = described.get("tokens", "plain")
+    if towers.reader.name != reading:  # the vision tower's output then differs for that reason
+        return [f"the tokens are {towers.reader.name}, not {reading}"]
     found = describe_towers(towers, Path())
     wrong = []
     for name, label in (("visual", "vision"), ("text", "text")):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,8 +23,10 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from .backbones import NAFLEX_VITS, TIMM_VITS, freeze, patch_tokens, tower_blocks
+from .dense import dense_tokens
 from .failures import describe
 from .pretrained import check_local_model, why_not_loaded
+from .readings import PLAIN, Reader, check_reading
 
 SENTENCE = "A photo of two small dogs, left of a red-brick house."
 BATCH, SENTENCES = 256, 2**13  # texts per call of the text tower, and texts that are sorted by length at a time
@@ -39,6 +42,7 @@ class Towers:
         transform: function from a PIL image to float `[3, H, W]`.
         tokenize: function from a list of strings to ids `[B, L]`.
         names: the arguments of `load_towers`.
+        reader: the reading of the patch tokens.
     """
 
     visual: nn.Module
@@ -46,10 +50,24 @@ class Towers:
     transform: Callable[[Image.Image], Tensor]
     tokenize: Callable[[list[str]], Tensor]
     names: dict[str, Any]
+    reader: Reader = PLAIN
 
     def tokens(self, images: Tensor) -> Tensor:
         """Return patch tokens `[B, N, width]` of normalised images `[B, 3, H, W]`, row by row from the top left."""
-        return patch_tokens(self.visual, images)
+        if self.reader is PLAIN:
+            return patch_tokens(self.visual, images)
+        return dense_tokens(self.visual, images, reader=self.reader).flatten(1, 2)
+
+    def read(self, tokens: str) -> Towers:
+        """Return the same towers with another reading of the tokens, a key of `pacl.readings.READINGS`.
+
+        Raises ValueError for a reading that the vision tower does not have.
+        """
+        check_reading(tokens, self.visual)
+        if tokens == "plain":
+            names = {name: x for name, x in self.names.items() if name != "tokens"}
+            return dataclasses.replace(self, names=names, reader=PLAIN)
+        return dataclasses.replace(self, names=self.names | {"tokens": tokens}, reader=Reader(tokens))
 
     def encode_text(self, ids: Tensor) -> Tensor:
         """Return normalised text embeddings `[B, D]` of token ids `[B, L]`."""
@@ -132,6 +150,7 @@ def load_towers(
     vision_model: str | None = None,
     vision_pretrained: bool = True,
     force_image_size: int | None = None,
+    tokens: str = "plain",
     lock_image: bool = True,
     lock_image_unlocked_groups: int = 0,
     lock_text: bool = True,
@@ -148,6 +167,8 @@ def load_towers(
             standard deviation.
         vision_pretrained: load timm's weights.
         force_image_size: side of the images in pixels; default: the vision tower's own.
+        tokens: reading of the patch tokens, a key of `pacl.readings.READINGS`; any but "plain" needs a frozen vision
+            tower.
         lock_image: False trains the whole vision tower. Parameters that the output does not depend on stay frozen.
         lock_image_unlocked_groups: number of last blocks (stages of a convolutional tower) of the vision tower to
             train, with the norm after them; open_clip also counts the projection, which PACL does not use.
@@ -170,6 +191,8 @@ def load_towers(
             f"lock_image_unlocked_groups: got {lock_image_unlocked_groups} with no_lock_image, which trains every "
             "block; expected only one of them"
         )
+    if tokens != "plain" and (not lock_image or lock_image_unlocked_groups):
+        raise ValueError(f"tokens: got {tokens!r} with a vision tower to train, expected 'plain' or a locked tower")
     size = None if vision_model else force_image_size
     clip, transform, tokenize = _load_clip(model, pretrained, size)
     visual, text = clip.get_submodule("visual"), clip.get_submodule("text")
@@ -185,6 +208,7 @@ def load_towers(
         raise ValueError(
             f"lock_image_unlocked_groups: got {lock_image_unlocked_groups}, expected at most the {len(blocks)} blocks"
         )
+    towers = towers.read(tokens)
     image, ids = towers.probe()
     if not lock_image:
         _unlock(trainable, [visual], lambda: towers.tokens(image))

@@ -8,8 +8,8 @@ import timm
 import torch
 from pacl.backbones import NAFLEX_VITS, freeze, packed_tokens, patch_tokens, tower_blocks
 from pacl.cli import main
+from pacl.dense import dense_tokens, patch_size, token_step
 from pacl.embedder import VisionEmbedder
-from pacl.segment.dense import dense_tokens, patch_size, token_step
 from pacl.segment.predict import Segmenter
 from pacl.towers import load_towers
 from PIL import Image

@@ -10,9 +10,9 @@ from open_clip.model import CLIPVisionCfg, _build_vision_tower
 from pacl.backbones import patch_tokens
 from pacl.data.images import open_image, to_rgb
 from pacl.demo.toy_clip import new_clip, save_clip
+from pacl.dense import dense_tokens
 from pacl.embedder import VisionEmbedder
 from pacl.segment import predict
-from pacl.segment.dense import dense_tokens
 from pacl.segment.images import read_image
 from pacl.segment.predict import Dense, Segmenter, own_projection, similarity_map
 from pacl.segment.prompts import TEMPLATES, Texts, best_synonym, class_texts, read_classes, templates

@@ -9,6 +9,7 @@ from typing import Annotated
 import tyro
 
 from ..data.images import MAX_IMAGE_PIXELS
+from ..flags import Tokens
 from .draw import SCALE
 
 MODEL = tyro.conf.create_mutex_group(required=True, title="model")
@@ -47,6 +48,9 @@ class SegmenterOptions:
     """Name of an open_clip model, for plain CLIP instead of a checkpoint."""
     pretrained: str | None = None
     """Weights of the open_clip model: a tag or a file."""
+    tokens: Tokens | None = None
+    """Reading of the patch tokens. Default: the one that the checkpoint was trained on; without a checkpoint the one
+    with the best published maps."""
     templates: str = "simple"
     """Prompt templates for the words: none, photo, simple, openai, or a file with one per line."""
     stride: int = 1

@@ -19,8 +19,8 @@ from torchvision.transforms.functional import pil_to_tensor
 from pacl_kernels import upsample_argmax
 
 from ..data.images import to_rgb
+from ..dense import dense_tokens, patch_size, token_step
 from ..towers import Towers
-from .dense import dense_tokens, patch_size, token_step
 from .prompts import TEMPLATES, Texts, best_synonym, class_texts
 
 LONG_SIDE = 2048  # largest side of the resized image, as in mmsegmentation's usual Resize((2048, short_side))
@@ -207,7 +207,7 @@ class Segmenter:
         for start in range(0, len(corners), WINDOWS):
             part = corners[start : start + WINDOWS]
             crops = torch.stack([picture[:, y : y + window[0], x : x + window[1]] for y, x in part])
-            tokens = dense_tokens(self.towers.visual, crops, self.stride)
+            tokens = dense_tokens(self.towers.visual, crops, self.stride, self.towers.reader)
             embedded = F.normalize(self.embed(tokens).float(), dim=-1)
             if total is None:
                 total = embedded.new_zeros(*grid, embedded.shape[3])

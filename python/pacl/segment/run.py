@@ -18,7 +18,9 @@ from ..commands import LEFT_OUT, next_command
 from ..files import write_bytes
 from ..formats import printable
 from ..processes import choose_device
+from ..readings import best_reading, why_plain_only
 from ..sharing import load_model
+from ..towers import Towers
 from .draw import label_image, overlay, png, voc_palette, with_legend, word_colours
 from .images import READ, find_images, read_image, why_left_out
 from .options import LookOptions, SegmenterOptions, SegmentOptions, ServeOptions
@@ -29,10 +31,23 @@ WINDOWS = ("short_side", "window", "window_stride")  # options of a Segmenter be
 
 
 def make_segmenter(options: SegmenterOptions, **windows: int | None) -> Segmenter:
-    """Make the segmenter of a checkpoint or of plain CLIP; raises ValueError for an open_clip model without weights."""
+    """Make the segmenter of a checkpoint, or of a model alone, whose best reading it chooses and prints by default.
+
+    Raises ValueError for an open_clip model without weights, and for a reading that does not fit.
+    """
     names = (options.checkpoint, options.model or "", options.pretrained)  # a checkpoint names its own model
-    towers, embedder = load_model(*names, choose_device(options.device))
+    towers, embedder = load_model(*names, choose_device(options.device), options.tokens)
+    if embedder is None and options.tokens is None:
+        towers = towers.read(best_reading(towers.visual))
+        print(_choice(towers), flush=True)
     return Segmenter(towers, embedder, stride=options.stride, **windows)
+
+
+def _choice(towers: Towers) -> str:
+    """Return the line that says which reading was chosen for a model without an embedder, and why."""
+    if (reason := why_plain_only(towers.visual)) is not None:
+        return f"tokens: plain, the model's own; {reason}"
+    return f"tokens: {towers.reader.name}, the reading with the best published maps; --tokens plain for the model's own"
 
 
 def run(options: LookOptions | SegmentOptions) -> int:
@@ -148,7 +163,8 @@ def _segment(options: SegmentOptions, segmenter: Segmenter, texts: Texts, rule: 
     palette = word_colours if options.words else voc_palette
     has_background, names, colours = _labels(texts, rule, palette)
     settings = {name: getattr(segmenter, name) for name in ("stride", *WINDOWS)}
-    settings |= {"templates": options.templates, "model": options.checkpoint or options.model, **rule}
+    settings |= {"templates": options.templates, "model": options.checkpoint or options.model}
+    settings |= {"tokens": segmenter.towers.reader.name, **rule}
 
     def show(path: Path, image: Image.Image, dense: Dense) -> Iterator[tuple[str, bytes]]:
         labels = dense.labels(texts, **rule).labels
