@@ -1,7 +1,6 @@
 """NaFlex ViTs: packed tokens of images of different sizes, training on them, and segmentation on each image's grid."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 import timm
@@ -11,7 +10,7 @@ from pacl.cli import main
 from pacl.dense import dense_tokens, patch_size, token_step
 from pacl.embedder import VisionEmbedder
 from pacl.segment.predict import Segmenter
-from pacl.towers import load_towers
+from pacl.towers import Towers, load_towers
 from PIL import Image
 from safetensors.torch import save_file
 from small_towers import train
@@ -114,7 +113,7 @@ def test_segmentation_keeps_the_grid_of_each_image():
     pipeline = transforms.Compose(
         [transforms.Resize((64, 64)), transforms.ToTensor(), transforms.Normalize([0.5] * 3, [0.5] * 3)]
     )
-    towers = SimpleNamespace(visual=visual, transform=pipeline)
+    towers = Towers(visual, nn.Identity(), pipeline, list, {})
     segmenter = Segmenter(towers, VisionEmbedder(32, 24).eval())
     for size, grid in (((160, 80), (4, 8)), ((80, 160), (8, 4)), ((100, 100), (4, 4))):
         assert segmenter.dense(Image.new("RGB", size, "red")).patches.shape == (*grid, 24)
