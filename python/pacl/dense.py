@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .backbones import NAFLEX_VITS, TIMM_VITS, patch_tokens, share, tower_trunk
-from .readings import PLAIN, Reader, read_as
+from .readings import PLAIN, Reader, proxy_attention, read_as
 
 # timm before DINOv3 has only the first class.
 ROTARY = tuple(
@@ -87,8 +87,26 @@ def dense_tokens(visual: nn.Module, images: Tensor, stride: int = 1, reader: Rea
         trunk = _view(trunk, (height, width), stride)
     grid = (height - patch) // step + 1, (width - patch) // step + 1
     if reader.name != "plain":
-        trunk = read_as(trunk, reader, grid, stride)
+        attention = None if reader.proxy is None else proxy_attention(_proxy_tokens(reader, images, grid, patch, step))
+        trunk = read_as(trunk, reader.name, grid, stride, attention)
     return patch_tokens(trunk, images).unflatten(1, grid)
+
+
+def _proxy_tokens(reader: Reader, images: Tensor, grid: tuple[int, int], patch: int, step: int) -> Tensor:
+    """Return the proxy's tokens [B, N, C], one for each token of the tower that got `images`.
+
+    A token stands for a square of `step` pixels at the centre of its patch. The proxy gets the image without the margin
+    outside these squares, resized so that each becomes one of its patches.
+    """
+    proxy: Any = reader.proxy
+    side, margin = patch_size(proxy), (patch - step) // 2
+    rows, columns = (slice(margin, margin + n * step) for n in grid)
+    scale, shift = (images.new_tensor(x).view(3, 1, 1) for x in (reader.scale, reader.shift))
+    seen = images[:, :, rows, columns] * scale + shift
+    if side != step:
+        size = [n * side for n in grid]
+        seen = F.interpolate(seen, size, mode="bicubic", align_corners=False, antialias=True)
+    return dense_tokens(proxy, seen.to(next(proxy.parameters()).dtype)).flatten(1, 2)
 
 
 def _own_size(trunk: Any) -> tuple[int, int]:

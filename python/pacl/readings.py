@@ -13,13 +13,15 @@ import timm.layers
 import timm.models as timm_models
 import torch
 from open_clip import transformer as open_clip_blocks
+from open_clip.timm_model import TimmModel
 from open_clip.transformer import VisionTransformer
 from timm.layers import apply_rot_embed_cat
 from timm.models import eva, vision_transformer
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.transforms import Normalize
 
-from .backbones import share, tower_trunk
+from .backbones import freeze, share, tower_trunk
 
 # Blocks of the form x + attention(norm(x)), then x + mlp(norm(x)), and the attentions whose q, k and v are known.
 BLOCKS = (
@@ -47,12 +49,14 @@ class Reading:
         sigma: standard deviation, in patches, of a Gaussian of height 1 that is added to the logits between patches.
         residual: add the block's input.
         mlp: apply the block's MLP.
+        proxy: take one map for all heads, between patches alone, from the tokens of a second tower.
     """
 
     pairs: tuple[str, ...] = ()
     sigma: float | None = None
     residual: bool = False
     mlp: bool = False
+    proxy: bool = False
 
 
 READINGS = {
@@ -63,7 +67,9 @@ READINGS = {
     "clearclip": Reading(("qq",)),
     "naclip": Reading(("kk",), sigma=5.0),
     "kk": Reading(("kk",)),
+    "proxy": Reading(proxy=True),
 }
+PROXY = "vit_base_patch16_224.dino"  # the second tower of "proxy" by default: timm's DINO
 BEST = "naclip"  # the best published mIoU among the readings of one pass through one tower
 
 
@@ -73,17 +79,62 @@ class Reader:
 
     Attributes:
         name: a key of `READINGS`.
+        proxy: the second tower of the reading "proxy", frozen.
+        scale, shift: for each colour channel; images normalised for the tower, times scale, plus shift, are normalised
+            for the proxy.
     """
 
     name: str = "plain"
+    proxy: nn.Module | None = None
+    scale: tuple[float, ...] = (1.0, 1.0, 1.0)
+    shift: tuple[float, ...] = (0.0, 0.0, 0.0)
 
 
 PLAIN = Reader()
 
 
-def best_reading(visual: nn.Module) -> str:
-    """Return the name of the reading with the best published maps that fits a tower, "plain" if no other does."""
-    return "plain" if why_plain_only(visual) else BEST
+def proxy_reader(proxy: nn.Module, own: Any, transform: Any) -> Reader:
+    """Return the reader of the reading "proxy".
+
+    Args:
+        proxy: the second tower.
+        own: its transform from a PIL image to float `[3, H, W]`.
+        transform: that of the first tower, whose normalised images both get.
+
+    Returns:
+        The reader; its tower is frozen.
+
+    Raises:
+        ValueError: for a transform without `Normalize`.
+    """
+    (mean, deviation), (other, spread) = normalisation(transform), normalisation(own)
+    scale = tuple(a / b for a, b in zip(deviation, spread, strict=True))
+    shift = tuple((a - b) / c for a, b, c in zip(mean, other, spread, strict=True))
+    return Reader("proxy", freeze(proxy), scale, shift)
+
+
+def normalisation(transform: Any) -> tuple[list[float], list[float]]:
+    """Return the mean and the deviation, for each channel, of a transform's `Normalize`; raise ValueError without."""
+    for step in getattr(transform, "transforms", []):
+        if isinstance(step, Normalize):
+            return [float(x) for x in step.mean], [float(x) for x in step.std]
+    raise ValueError("towers: got a transform without Normalize, expected one with the mean and deviation of images")
+
+
+def best_reading(visual: nn.Module) -> tuple[str, str]:
+    """Return the name of the reading with the best published maps that fits a tower, and the reason as a clause."""
+    if (reason := why_plain_only(visual)) is not None:
+        return "plain", reason
+    if pools_by_attention(visual):
+        return "plain", "the head that pools by attention is applied to each token alone, which is MaskCLIP's idea"
+    return BEST, "the reading with the best published maps"
+
+
+def pools_by_attention(visual: nn.Module) -> bool:
+    """Return True for an open_clip tower whose head pools by attention with a latent query: SigLIP, PE."""
+    return isinstance(visual, TimmModel) and isinstance(
+        getattr(visual.trunk, "attn_pool", None), timm.layers.AttentionPoolLatent
+    )
 
 
 def check_reading(name: str, visual: nn.Module) -> None:
@@ -109,14 +160,17 @@ def why_plain_only(visual: nn.Module) -> str | None:
     return f"readings are for the plain blocks of open_clip's and timm's vision transformers, not for {kind}"
 
 
-def read_as(trunk: Any, reader: Reader, grid: tuple[int, int], stride: int = 1) -> nn.Module:
+def read_as(
+    trunk: Any, name: str, grid: tuple[int, int], stride: int = 1, attention: Tensor | None = None
+) -> nn.Module:
     """Return a tower over the same tensors whose last block is read another way.
 
     Args:
         trunk: a tower that `check_reading` accepts.
-        reader: the reading.
+        name: the reading, a key of `READINGS`.
         grid: rows and columns of the patches in the images that the tower will get.
         stride: tokens per patch along each side, by which a distance in patches becomes one in tokens.
+        attention: for "proxy", the map between the patches of these images, [B, N, N], as `proxy_attention` returns it.
 
     Returns:
         The tower, for images of that grid.
@@ -124,10 +178,10 @@ def read_as(trunk: Any, reader: Reader, grid: tuple[int, int], stride: int = 1) 
     Raises:
         ValueError: as `check_reading`.
     """
-    check_reading(reader.name, trunk)
+    check_reading(name, trunk)
     view, blocks = share(trunk), _blocks(trunk)
     prefix = 1 if isinstance(trunk, VisionTransformer) else trunk.num_prefix_tokens
-    last = _Block(blocks[-1], READINGS[reader.name], grid, stride, prefix)
+    last = _Block(blocks[-1], READINGS[name], grid, stride, prefix, attention)
     replaced = [*blocks[:-1], last]
     if isinstance(trunk, VisionTransformer):
         view.transformer = share(trunk.transformer)
@@ -149,9 +203,17 @@ def _by_cosine(attention: nn.Module) -> bool:
 class _Block(nn.Module):
     """A transformer's last block, read another way. It has the signatures of open_clip's and timm's blocks."""
 
-    def __init__(self, block: nn.Module, reading: Reading, grid: tuple[int, int], stride: int, prefix: int):
+    def __init__(
+        self,
+        block: nn.Module,
+        reading: Reading,
+        grid: tuple[int, int],
+        stride: int,
+        prefix: int,
+        attention: Tensor | None,
+    ):
         super().__init__()
-        self.block, self.reading, self.grid, self.prefix = block, reading, grid, prefix
+        self.block, self.reading, self.grid, self.prefix, self.attention = block, reading, grid, prefix, attention
         self.sigma = reading.sigma and reading.sigma * stride
 
     def forward(self, x: Tensor, *unused: Any, rope: Tensor | None = None, **masks: Any) -> Tensor:
@@ -167,10 +229,27 @@ class _Block(nn.Module):
         bias = None if self.sigma is None else nearness(self.grid, self.sigma, self.prefix, v)
         pairs = [(rows[pair[0]], rows[pair[1]]) for pair in self.reading.pairs]
         maps = [F.scaled_dot_product_attention(a, b, v, attn_mask=bias) for a, b in pairs]
-        out = _scaled(block, 1, _finished(block, h, torch.stack(maps).sum(0) if maps else v))
+        heads = torch.stack(maps).sum(0) if maps else v
+        if self.attention is not None:  # the class token has no part in it
+            first, patches = v.split([self.prefix, v.shape[2] - self.prefix], 2)
+            heads = torch.cat([first, self.attention[:, None].to(v) @ patches], 2)
+        out = _scaled(block, 1, _finished(block, h, heads))
         if self.reading.residual:
             out = x + out
         return out + _scaled(block, 2, block.mlp(_part(block, "norm2", "ln_2")(out))) if self.reading.mlp else out
+
+
+def proxy_attention(tokens: Tensor) -> Tensor:
+    """Return ProxyCLIP's attention [B, N, N] of a second tower's tokens [B, N, C], float32 or float64.
+
+    S are their cosines; the logits are 3 (S - 1.2 mean S), with the mean of each image, and negative ones are left out.
+    In a blank image that would be all of them; a token's own stays.
+    """
+    tokens = F.normalize(tokens.to(torch.promote_types(tokens.dtype, torch.float32)), dim=-1)
+    cosines = tokens @ tokens.mT
+    logits = 3.0 * (cosines - 1.2 * cosines.mean((1, 2), keepdim=True))
+    own = torch.eye(logits.shape[1], dtype=torch.bool, device=logits.device)
+    return logits.masked_fill((logits < 0) & ~own, float("-inf")).softmax(-1)
 
 
 def nearness(grid: tuple[int, int], sigma: float, prefix: int, like: Tensor) -> Tensor:

@@ -1,7 +1,9 @@
 """Readings of a tower's last block equal loops over heads and tokens, and the library's own attention on other rows."""
 
 import copy
+import json
 import math
+import re
 from typing import get_args
 
 import pytest
@@ -10,14 +12,20 @@ import torch
 from open_clip.model import CLIPVisionCfg, _build_vision_tower
 from pacl.backbones import freeze, patch_tokens
 from pacl.dense import dense_tokens
+from pacl.embedder import VisionEmbedder, save_embedder
 from pacl.flags import Tokens
-from pacl.readings import READINGS, Reader, best_reading, check_reading, nearness
+from pacl.readings import READINGS, Reader, best_reading, check_reading, nearness, proxy_attention, proxy_reader
+from pacl.sharing import describe_towers, load_pacl
+from pacl.towers import load_towers
+from safetensors.torch import save_file
 from timm.models.vision_transformer import ResPostBlock
 from torch import nn
+from torchvision import transforms
 
 torch.set_num_threads(1)
 PATCH, WIDTH, HEADS = 8, 32, 2
 GRIDS = [(2, 5), (5, 2)]
+ALONE = [name for name in READINGS if name != "proxy"]  # without a second tower
 
 
 def filled(tower: nn.Module) -> nn.Module:
@@ -100,7 +108,7 @@ def by_loops(tower: nn.Module, x: torch.Tensor, name: str, columns: int, stride:
     return tower.ln_post(out)[1:]
 
 
-@pytest.mark.parametrize("name", [x for x in READINGS if x != "plain"])
+@pytest.mark.parametrize("name", [x for x in ALONE if x != "plain"])
 @pytest.mark.parametrize(
     "grid, stride, options", [((2, 5), 1, {}), ((5, 2), 1, {"ls_init_value": 0.1}), ((2, 3), 2, {})]
 )
@@ -117,7 +125,7 @@ def test_every_reading_by_loops_over_heads_and_tokens(name, grid, stride, option
 
 def test_readings_differ_and_plain_is_the_towers_own():
     tower, picture = native(), images((4, 4))
-    found = {name: read(tower, picture, name) for name in READINGS}
+    found = {name: read(tower, picture, name) for name in ALONE}
     assert torch.equal(found["plain"].flatten(1, 2), patch_tokens(tower, picture))
     names = list(found)
     for i, one in enumerate(names):
@@ -249,7 +257,8 @@ def test_every_family_by_its_own_attention(kind):
 )
 def test_towers_that_have_no_reading(make, reason):
     visual = make()
-    assert best_reading(visual) == "plain"
+    name, why = best_reading(visual)
+    assert name == "plain" and re.search(reason, why)
     check_reading("plain", visual)
     with pytest.raises(ValueError, match=f"tokens: got 'sclip', expected 'plain': .*{reason}"):
         check_reading("sclip", visual)
@@ -259,8 +268,98 @@ def test_towers_that_have_no_reading(make, reason):
 def test_readings_in_16_bits(dtype):
     tower, picture = native(), images((3, 4))
     low = copy.deepcopy(tower).to(dtype)
-    for name in READINGS:
+    for name in ALONE:
         expected = read(tower, picture, name)
         found = read(low, picture.to(dtype), name)
         assert found.dtype == dtype
         assert (found.double() - expected).norm() < (0.05 if dtype == torch.bfloat16 else 0.01) * expected.norm()
+
+
+# A second tower
+
+
+def proxy_of(patch: int = PATCH, **options) -> nn.Module:
+    return timm_vit("vit_base_patch16_224.dino", patch_size=patch, **options)
+
+
+def test_the_map_of_a_second_tower():
+    """The softmax of 3 (S - 1.2 mean S) over its positive entries, by loops; a blank image leaves each token itself."""
+    tokens = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = proxy_attention(tokens)
+    for image, one in zip(found, tokens, strict=True):
+        cosines = [[float(a @ b / a.norm() / b.norm()) for b in one] for a in one]
+        mean = sum(map(sum, cosines)) / 36
+        for row, values in zip(image, cosines, strict=True):
+            weights = [math.exp(3 * (x - 1.2 * mean)) if x >= 1.2 * mean else 0.0 for x in values]
+            torch.testing.assert_close(row, torch.tensor(weights, dtype=torch.float64) / sum(weights))
+    assert (found == 0).any()
+    assert torch.equal(proxy_attention(torch.ones(1, 5, 3)), torch.eye(5)[None])
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_proxy_by_the_towers_own_attention(grid):
+    """With q of zeros and the map's logarithm as the mask, the library's attention gives the map times the values."""
+    tower, second, picture = native(), proxy_of(), images(grid)
+    tokens = dense_tokens(second, picture * 0.5 + 0.25).flatten(1, 2)
+    found = dense_tokens(tower, picture, 1, Reader("proxy", second, (0.5,) * 3, (0.25,) * 3))
+    block = tower.transformer.resblocks[-1]
+    attn, h = copy.deepcopy(block.attn), block.ln_1(entering(tower, picture)[0])
+    attn.in_proj_weight.data[:WIDTH], attn.in_proj_bias.data[:WIDTH] = 0, 0
+    for image, own, one in zip(found, h[:, 1:], tokens, strict=True):
+        mask = proxy_attention(one[None])[0].log()
+        out = tower.ln_post(attn(own[None], own[None], own[None], attn_mask=mask)[0])
+        torch.testing.assert_close(image.flatten(0, 1), out[0], rtol=1e-9, atol=1e-9)
+
+
+def test_each_cell_of_the_tower_is_a_patch_of_the_proxy():
+    tower, picture = native(), images((4, 6))
+    seen = []
+    for patch, stride, size in ((8, 1, (32, 48)), (8, 2, (56, 88)), (4, 1, (16, 24)), (4, 2, (28, 44))):
+        second = proxy_of(patch)
+        second.patch_embed.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+        dense_tokens(tower, picture, stride, Reader("proxy", second))
+        assert tuple(seen[-1].shape[2:]) == size
+    assert torch.equal(seen[0], picture)
+    assert torch.equal(seen[3], picture[:, :, 2:30, 2:46])  # half a cell outside the first and the last centre
+
+
+def test_a_blank_window_has_tokens():
+    tower, second = native(), proxy_of()
+    found = dense_tokens(tower, torch.zeros(1, 3, 32, 32, dtype=torch.float64), 1, Reader("proxy", second))
+    assert found.isfinite().all()
+
+
+def test_normalised_for_the_second_tower():
+    one, other = ([0.5, 0.4, 0.3], [0.2, 0.3, 0.4]), ([0.1, 0.2, 0.3], [0.6, 0.5, 0.4])
+    pixels = torch.rand(3, 2, 2, generator=torch.Generator().manual_seed(0))
+    first, second = (transforms.Compose([transforms.Normalize(*x)]) for x in (one, other))
+    reader = proxy_reader(nn.Linear(1, 1), second, first)
+    scale, shift = (torch.tensor(x).view(3, 1, 1) for x in (reader.scale, reader.shift))
+    torch.testing.assert_close(first(pixels) * scale + shift, second(pixels))
+
+
+def test_a_second_tower_from_a_folder_is_kept_with_an_embedder(untrained, tmp_path):
+    folder = tmp_path / "dino"
+    folder.mkdir()
+    values = {"img_size": 32, "patch_size": PATCH, "embed_dim": WIDTH, "depth": 1, "num_heads": HEADS}
+    config = {"architecture": "vit_base_patch16_224", "num_classes": 0, "model_args": values, "pretrained_cfg": {}}
+    (folder / "config.json").write_text(json.dumps(config))
+    made = timm.create_model("vit_base_patch16_224", num_classes=0, **values)
+    save_file(made.state_dict(), folder / "model.safetensors")
+    model, proxy = f"local-dir:{untrained / 'clip'}", f"local-dir:{folder}"
+    towers = load_towers(model, tokens="proxy", proxy=proxy)
+    image = towers.probe()[0]
+    save_embedder(
+        VisionEmbedder(128, 128), tmp_path / "run/embedder", describe_towers(towers, tmp_path / "run/embedder")
+    )
+    again, embedder = load_pacl(tmp_path / "run")
+    assert embedder.towers["tokens"] == "proxy" and embedder.towers["proxy"] == "local-dir:../../dino"
+    assert torch.equal(again.tokens(image), towers.tokens(image))
+    assert not torch.allclose(towers.tokens(image), towers.read("value").tokens(image), atol=0.01)
+    save_file({name: x + 0.1 for name, x in made.state_dict().items()}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match="the vision tower's output is off by"):
+        load_pacl(tmp_path / "run")
+    with pytest.raises(ValueError, match="proxy: got 'local-dir:.*' with kk tokens, expected it with proxy tokens"):
+        load_towers(model, tokens="kk", proxy=proxy)
+    with pytest.raises(ValueError, match="proxy: got 'vit_dino', expected a model of timm, such as"):
+        load_towers(model, tokens="proxy", proxy="vit_dino")

@@ -35,7 +35,7 @@ from .pairs import Pairs
 from .samples import captions_of
 from .texts import PROMPTS
 
-TOWERS = "model pretrained vision_model vision_pretrained force_image_size".split()
+TOWERS = "model pretrained vision_model vision_pretrained force_image_size tokens proxy".split()
 MANIFEST, NOUNS = "manifest.json", "prompts.safetensors"
 
 
@@ -245,7 +245,8 @@ def stored_records(folder: Path) -> Iterator[dict[str, Any]]:
 def tower_names(folder: Path) -> dict[str, Any]:
     """Return the flags of `pacl train` for the towers whose features are in `folder`."""
     plan: Mapping[str, Any] = read_manifest(folder)["plan"]
-    return {name: plan[name] for name in TOWERS} | {"random_towers": plan.get("random_towers", False)}
+    later = {"tokens": "plain", "proxy": None, "random_towers": False}  # which earlier versions did not have
+    return {name: plan[name] for name in TOWERS if name not in later} | {x: plan.get(x, y) for x, y in later.items()}
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:

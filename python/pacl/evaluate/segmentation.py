@@ -43,8 +43,8 @@ class SegmentationOptions(DatasetOptions):
     threshold: float | None = None
     """Cosine below which a pixel is background, instead of the protocol's rule; recorded in the protocol's name."""
     tokens: str | None = None
-    """Reading of the patch tokens: plain, value, maskclip, sclip, clearclip, naclip or kk; several with commas between;
-    or all of them, for a table. Default: the one that the checkpoint was trained on, plain without a checkpoint."""
+    """Reading of the patch tokens, plain, value, maskclip, sclip, clearclip, naclip, kk or proxy; several with commas
+    between; or all (proxy only with --proxy), for a table. Default: the checkpoint's, plain without a checkpoint."""
     check: bool = False
     """Check the data instead of measuring: counts, damaged files, shifted labels, and one picture."""
 
@@ -66,18 +66,26 @@ def main(argv: Sequence[str], prog: str = "pacl evaluate segmentation") -> int:
         check_background(data, rules)
     group = options.group()
     first = place_in(group)[0] == 0
-    chosen = list(READINGS) if options.tokens == "all" else (options.tokens or "").split(",")
-    if len(chosen) > 1 and options.checkpoint:
+    several = _several(options)
+    if several and options.checkpoint:
         raise ValueError(
             f"tokens: got {options.tokens} with --checkpoint, expected none: an embedder has the reading that it was "
             "trained on"
         )
-    towers, embedder = dataclasses.replace(options, tokens=chosen[0] or None).load()
-    read = [towers, *map(towers.read, chosen[1:])]
+    towers, embedder = (dataclasses.replace(options, tokens=None, proxy=None) if several else options).load()
+    read = [towers.read(x, options.proxy if x == "proxy" else None) for x in several] or [towers]
     rows = [_measure(data, each, embedder, rules, options, group, first) for each in read for data in sets]
     if first:
         print(("\n" + tables(rows) + "\n" if len(rows) > 1 else "") + options.next_command())
     return 0
+
+
+def _several(options: SegmentationOptions) -> list[str]:
+    """Return the readings to compare, none if the options name one alone."""
+    tokens = options.tokens or ""
+    if tokens == "all":
+        return [name for name in READINGS if name != "proxy" or options.proxy]
+    return tokens.split(",") if "," in tokens else []
 
 
 def _measure(

@@ -51,6 +51,8 @@ class SegmenterOptions:
     tokens: Tokens | None = None
     """Reading of the patch tokens. Default: the one that the checkpoint was trained on; without a checkpoint the one
     with the best published maps."""
+    proxy: str | None = None
+    """Second tower of proxy tokens, a timm model. Default: vit_base_patch16_224.dino."""
     templates: str = "simple"
     """Prompt templates for the words: none, photo, simple, openai, or a file with one per line."""
     stride: int = 1

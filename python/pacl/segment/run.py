@@ -18,9 +18,8 @@ from ..commands import LEFT_OUT, next_command
 from ..files import write_bytes
 from ..formats import printable
 from ..processes import choose_device
-from ..readings import best_reading, why_plain_only
+from ..readings import best_reading
 from ..sharing import load_model
-from ..towers import Towers
 from .draw import label_image, overlay, png, voc_palette, with_legend, word_colours
 from .images import READ, find_images, read_image, why_left_out
 from .options import LookOptions, SegmenterOptions, SegmentOptions, ServeOptions
@@ -36,18 +35,12 @@ def make_segmenter(options: SegmenterOptions, **windows: int | None) -> Segmente
     Raises ValueError for an open_clip model without weights, and for a reading that does not fit.
     """
     names = (options.checkpoint, options.model or "", options.pretrained)  # a checkpoint names its own model
-    towers, embedder = load_model(*names, choose_device(options.device), options.tokens)
-    if embedder is None and options.tokens is None:
-        towers = towers.read(best_reading(towers.visual))
-        print(_choice(towers), flush=True)
+    towers, embedder = load_model(*names, choose_device(options.device), options.tokens, options.proxy)
+    if embedder is None and options.tokens is None and options.proxy is None:
+        tokens, reason = best_reading(towers.visual)
+        towers = towers.read(tokens)
+        print(f"tokens: {tokens} ({reason}); --tokens takes another reading", flush=True)
     return Segmenter(towers, embedder, stride=options.stride, **windows)
-
-
-def _choice(towers: Towers) -> str:
-    """Return the line that says which reading was chosen for a model without an embedder, and why."""
-    if (reason := why_plain_only(towers.visual)) is not None:
-        return f"tokens: plain, the model's own; {reason}"
-    return f"tokens: {towers.reader.name}, the reading with the best published maps; --tokens plain for the model's own"
 
 
 def run(options: LookOptions | SegmentOptions) -> int:

@@ -34,7 +34,7 @@ from ..data.scene_shards import shard_sizes
 from ..data.texts import PROMPTS, noun_finder
 from ..failures import sentence
 from ..files import remove_unfinished, write_bytes
-from ..flags import parse
+from ..flags import Tokens, parse
 from ..locks import LOCK, lock_folder
 from ..processes import choose_device, default_workers
 from ..progress import Progress
@@ -63,6 +63,10 @@ class FeaturesConfig(TrainingDataFlags):
     random_towers: bool = False
     """Use towers without weights, and keep them beside the features."""
     force_image_size: int | None = None
+    tokens: Tokens = "plain"
+    """Reading of the patch tokens."""
+    proxy: str | None = None
+    """Second tower of proxy tokens, a timm model. Default: vit_base_patch16_224.dino."""
     nouns: Literal["words", "nltk"] | None = None
     """Also store prompts with all nouns of the captions, for `pacl train --nouns` and `--recipe paper`."""
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
@@ -105,7 +109,7 @@ def _write(config: FeaturesConfig) -> None:
         remove_unfinished(config.out)
     if (config.out / MANIFEST).exists():
         found = read_manifest(config.out)
-        check_plan(config.out, found["plan"], config.plan)
+        check_plan(config.out, {"tokens": "plain", **found["plan"]}, config.plan)
         if found["complete"]:
             print(f"finished: {config.out}, {sum(shard['count'] for shard in found['shards']):,} images")
             return

@@ -22,10 +22,10 @@ from .config import TrainConfig
 
 # A resumed run must have the same values. All other flags may change, and a change is recorded.
 FIXED = (
-    "lock_image lock_image_unlocked_groups lock_text seed form loss attn_temperature learn_attn_temperature "
+    "tokens lock_image lock_image_unlocked_groups lock_text seed form loss attn_temperature learn_attn_temperature "
     "logit_scale learn_logit_scale captions_per_image duplicates nouns recipe dataset_resampled shuffle"
 ).split()
-NAMES = "model pretrained vision_model vision_pretrained force_image_size".split()
+NAMES = "model pretrained vision_model vision_pretrained force_image_size proxy".split()
 NOT_RECORDED = ("log_dir", "name", "resume", "dry_run")
 SAMPLED = 1000  # pairs whose keys and captions identify a data set that is not in shards
 
@@ -44,7 +44,9 @@ def describe_run(
         "precision": precision,
         "workers": workers,
         # Without names, which the flags have, and without paths, so that a run is the same in any folder.
-        "towers": {name: x for name, x in towers.items() if name in ("activation", "image_size", "fingerprint")},
+        "towers": {
+            name: x for name, x in towers.items() if name in ("tokens", "activation", "image_size", "fingerprint")
+        },
         "data": data,
     }
 
