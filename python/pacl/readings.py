@@ -50,6 +50,7 @@ class Reading:
         residual: add the block's input.
         mlp: apply the block's MLP.
         proxy: take one map for all heads, between patches alone, from the tokens of a second tower.
+        middle: share of the mean map of the middle blocks in the map, which is then doubled.
     """
 
     pairs: tuple[str, ...] = ()
@@ -57,6 +58,7 @@ class Reading:
     residual: bool = False
     mlp: bool = False
     proxy: bool = False
+    middle: float | None = None
 
 
 READINGS = {
@@ -67,6 +69,7 @@ READINGS = {
     "clearclip": Reading(("qq",)),
     "naclip": Reading(("kk",), sigma=5.0),
     "kk": Reading(("kk",)),
+    "rcs": Reading(("kk",), sigma=5.0, middle=0.5),
     "proxy": Reading(proxy=True),
 }
 PROXY = "vit_base_patch16_224.dino"  # the second tower of "proxy" by default: timm's DINO
@@ -153,7 +156,7 @@ def why_plain_only(visual: nn.Module) -> str | None:
         return f"readings are for vision transformers of open_clip and timm, not for {type(visual).__name__}"
     kind = type(trunk).__name__
     if isinstance(trunk, (VisionTransformer, timm_models.VisionTransformer, timm_models.Eva)):
-        block = _blocks(trunk)[-1]
+        block = _blocks(trunk)[-1]  # all blocks of these towers are of one kind
         if type(block) in BLOCKS and type(block.attn) in ATTENTIONS and not _by_cosine(block.attn):
             return None
         return f"the last block of this {kind}, {type(block).__name__} with {type(block.attn).__name__}, is not known"
@@ -182,7 +185,10 @@ def read_as(
     view, blocks = share(trunk), _blocks(trunk)
     prefix = 1 if isinstance(trunk, VisionTransformer) else trunk.num_prefix_tokens
     last = _Block(blocks[-1], READINGS[name], grid, stride, prefix, attention)
-    replaced = [*blocks[:-1], last]
+    replaced: list[nn.Module] = [*blocks[:-1], last]
+    if last.reading.middle is not None:
+        for i in middle_blocks(len(blocks)):
+            replaced[i] = _Watched(blocks[i], last.maps)
     if isinstance(trunk, VisionTransformer):
         view.transformer = share(trunk.transformer)
         view.transformer.resblocks = nn.ModuleList(replaced)
@@ -215,6 +221,7 @@ class _Block(nn.Module):
         super().__init__()
         self.block, self.reading, self.grid, self.prefix, self.attention = block, reading, grid, prefix, attention
         self.sigma = reading.sigma and reading.sigma * stride
+        self.maps: list[Tensor] = []  # of the middle blocks, in this call
 
     def forward(self, x: Tensor, *unused: Any, rope: Tensor | None = None, **masks: Any) -> Tensor:
         """Return tokens [B, L, C] of tokens [B, L, C], the class token and registers first.
@@ -233,10 +240,34 @@ class _Block(nn.Module):
         if self.attention is not None:  # the class token has no part in it
             first, patches = v.split([self.prefix, v.shape[2] - self.prefix], 2)
             heads = torch.cat([first, self.attention[:, None].to(v) @ patches], 2)
+        if self.reading.middle is not None:
+            middle = torch.stack(self.maps).mean(0).to(v)
+            self.maps.clear()
+            heads = 2.0 * torch.lerp(heads, middle @ v, self.reading.middle)
         out = _scaled(block, 1, _finished(block, h, heads))
         if self.reading.residual:
             out = x + out
         return out + _scaled(block, 2, block.mlp(_part(block, "norm2", "ln_2")(out))) if self.reading.mlp else out
+
+
+class _Watched(nn.Module):
+    """A block that computes what it always does, and adds its attention map [B, heads, L, L] to a list."""
+
+    def __init__(self, block: nn.Module, maps: list[Tensor]):
+        super().__init__()
+        self.block, self.maps = block, maps
+
+    def forward(self, x: Tensor, *masks: Any, **more: Any) -> Tensor:
+        attention: Any = self.block.attn
+        q, k, _ = _projections(attention, _part(self.block, "norm1", "ln_1")(x), more.get("rope"))
+        self.maps.append((q @ k.mT * attention.head_dim**-0.5).softmax(-1))
+        return self.block(x, *masks, **more)
+
+
+def middle_blocks(count: int) -> range:
+    """Return the indices of the middle blocks among `count`: in ResCLIP the sixth to the ninth of 12."""
+    first, end = count * 5 // 12, count * 9 // 12
+    return range(first, max(end, first + 1))
 
 
 def proxy_attention(tokens: Tensor) -> Tensor:

@@ -14,18 +14,29 @@ from pacl.backbones import freeze, patch_tokens
 from pacl.dense import dense_tokens
 from pacl.embedder import VisionEmbedder, save_embedder
 from pacl.flags import Tokens
-from pacl.readings import READINGS, Reader, best_reading, check_reading, nearness, proxy_attention, proxy_reader
+from pacl.readings import (
+    READINGS,
+    Reader,
+    best_reading,
+    check_reading,
+    middle_blocks,
+    nearness,
+    proxy_attention,
+    proxy_reader,
+)
 from pacl.sharing import describe_towers, load_pacl
 from pacl.towers import load_towers
 from safetensors.torch import save_file
 from timm.models.vision_transformer import ResPostBlock
 from torch import nn
+from torch.nn import functional as F
 from torchvision import transforms
 
 torch.set_num_threads(1)
 PATCH, WIDTH, HEADS = 8, 32, 2
 GRIDS = [(2, 5), (5, 2)]
 ALONE = [name for name in READINGS if name != "proxy"]  # without a second tower
+ONE_BLOCK = [name for name in ALONE if name not in ("plain", "rcs")]  # they read the last block alone
 
 
 def filled(tower: nn.Module) -> nn.Module:
@@ -108,7 +119,7 @@ def by_loops(tower: nn.Module, x: torch.Tensor, name: str, columns: int, stride:
     return tower.ln_post(out)[1:]
 
 
-@pytest.mark.parametrize("name", [x for x in ALONE if x != "plain"])
+@pytest.mark.parametrize("name", ONE_BLOCK)
 @pytest.mark.parametrize(
     "grid, stride, options", [((2, 5), 1, {}), ((5, 2), 1, {"ls_init_value": 0.1}), ((2, 3), 2, {})]
 )
@@ -273,6 +284,58 @@ def test_readings_in_16_bits(dtype):
         found = read(low, picture.to(dtype), name)
         assert found.dtype == dtype
         assert (found.double() - expected).norm() < (0.05 if dtype == torch.bfloat16 else 0.01) * expected.norm()
+
+
+# Several blocks
+
+
+def test_middle_blocks_of_towers_of_any_depth():
+    assert list(middle_blocks(12)) == [5, 6, 7, 8] and list(middle_blocks(24)) == list(range(10, 18))
+    assert list(middle_blocks(2)) == list(middle_blocks(1)) == [0]
+
+
+@pytest.mark.parametrize("kind", ["native", "dinov3"])
+def test_the_maps_of_the_middle_blocks_by_the_librarys_weights(kind):
+    """The map is twice the mean of NACLIP's and of the middle blocks' own, which the library returns or a hook sees."""
+    depth = 4  # the blocks 1 and 2
+    try:
+        tower = native(layers=depth) if kind == "native" else timm_vit("vit_small_patch16_dinov3", depth=depth)
+    except RuntimeError:
+        pytest.skip("timm is older than this model")
+    picture = images((2, 5))
+    maps = []
+    blocks = tower.transformer.resblocks if kind == "native" else tower.blocks
+
+    def keep(module: nn.Module, inputs: tuple) -> None:
+        weights = module.attn(*[module.ln_1(inputs[0])] * 3, average_attn_weights=False)[1]
+        maps.append(weights)
+
+    if kind == "native":
+        handles = [blocks[i].register_forward_pre_hook(keep) for i in (1, 2)]
+        x, _ = entering(tower, picture)
+        h = blocks[-1].ln_1(x)
+    else:  # unfused, the map passes through the attention's dropout
+        for i in (1, 2):
+            blocks[i].attn.fused_attn = False
+        handles = [blocks[i].attn.attn_drop.register_forward_hook(lambda m, x, out: maps.append(out)) for i in (1, 2)]
+        x, keywords = entering(tower, picture)
+        h = blocks[-1].norm1(x)
+    for handle in handles:
+        handle.remove()
+    assert len(maps) == 2
+    # The values of the last block, weighted by hand; NACLIP's tokens come from its own reading, tested above.
+    attn = blocks[-1].attn
+    weight, bias = (attn.in_proj_weight, attn.in_proj_bias) if kind == "native" else (attn.qkv.weight, attn.qkv.bias)
+    bias = torch.cat([attn.q_bias, attn.k_bias, attn.v_bias]) if bias is None and attn.q_bias is not None else bias
+    values = F.linear(h, weight, bias)[..., -WIDTH:].unflatten(2, (HEADS, -1)).transpose(1, 2)
+    middle = (sum(maps) / 2 @ values).transpose(1, 2).flatten(2)
+    seen = []
+    out = attn.out_proj if kind == "native" else attn.proj
+    weighted = out.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    read(tower, picture, "naclip"), read(tower, picture, "rcs")
+    weighted.remove()
+    naclip, rcs = seen[-2:]
+    torch.testing.assert_close(rcs, naclip + middle, rtol=1e-9, atol=1e-9)
 
 
 # A second tower
