@@ -51,6 +51,7 @@ class Reading:
         mlp: apply the block's MLP.
         proxy: take one map for all heads, between patches alone, from the tokens of a second tower.
         middle: share of the mean map of the middle blocks in the map, which is then doubled.
+        stream: number of last blocks whose own outputs are added up beside the tower (GEM), in place of all the above.
     """
 
     pairs: tuple[str, ...] = ()
@@ -59,6 +60,7 @@ class Reading:
     mlp: bool = False
     proxy: bool = False
     middle: float | None = None
+    stream: int = 0
 
 
 READINGS = {
@@ -70,6 +72,7 @@ READINGS = {
     "naclip": Reading(("kk",), sigma=5.0),
     "kk": Reading(("kk",)),
     "rcs": Reading(("kk",), sigma=5.0, middle=0.5),
+    "gem": Reading(stream=6),
     "proxy": Reading(proxy=True),
 }
 PROXY = "vit_base_patch16_224.dino"  # the second tower of "proxy" by default: timm's DINO
@@ -184,10 +187,14 @@ def read_as(
     check_reading(name, trunk)
     view, blocks = share(trunk), _blocks(trunk)
     prefix = 1 if isinstance(trunk, VisionTransformer) else trunk.num_prefix_tokens
-    last = _Block(blocks[-1], READINGS[name], grid, stride, prefix, attention)
-    replaced: list[nn.Module] = [*blocks[:-1], last]
-    if last.reading.middle is not None:
-        for i in middle_blocks(len(blocks)):
+    reading, replaced = READINGS[name], list(blocks)
+    if reading.stream:
+        sums: list[Tensor] = []
+        count = min(reading.stream, len(blocks))
+        replaced[-count:] = [_Streamed(block, sums, i == count) for i, block in enumerate(blocks[-count:], 1)]
+    else:
+        replaced[-1] = last = _Block(blocks[-1], reading, grid, stride, prefix, attention)
+        for i in () if reading.middle is None else middle_blocks(len(blocks)):
             replaced[i] = _Watched(blocks[i], last.maps)
     if isinstance(trunk, VisionTransformer):
         view.transformer = share(trunk.transformer)
@@ -262,6 +269,28 @@ class _Watched(nn.Module):
         q, k, _ = _projections(attention, _part(self.block, "norm1", "ln_1")(x), more.get("rope"))
         self.maps.append((q @ k.mT * attention.head_dim**-0.5).softmax(-1))
         return self.block(x, *masks, **more)
+
+
+class _Streamed(nn.Module):
+    """A block of GEM: it adds an attention output of its own to a second stream, which the last block returns."""
+
+    def __init__(self, block: nn.Module, sums: list[Tensor], last: bool):
+        super().__init__()
+        self.block, self.sums, self.last = block, sums, last
+
+    def forward(self, x: Tensor, *masks: Any, **more: Any) -> Tensor:
+        block: Any = self.block
+        h = _part(block, "norm1", "ln_1")(x)
+        q, k, v = _projections(block.attn, h, more.get("rope"))
+        temper = h.norm(dim=-1).mean(1)[:, None, None, None] * block.attn.head_dim**-0.5
+        maps = []
+        for rows in (q, k, v):
+            rows = F.normalize(rows, dim=-1)
+            rows = F.normalize((temper * rows @ rows.mT).softmax(-1) @ rows, dim=-1)
+            maps.append((temper * rows @ rows.mT).softmax(-1))
+        out = _scaled(block, 1, _finished(block, h, torch.stack(maps).mean(0).to(v) @ v))
+        self.sums.append((self.sums.pop() if self.sums else x) + out)
+        return self.sums.pop() if self.last else block(x, *masks, **more)
 
 
 def middle_blocks(count: int) -> range:

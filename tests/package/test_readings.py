@@ -36,7 +36,7 @@ torch.set_num_threads(1)
 PATCH, WIDTH, HEADS = 8, 32, 2
 GRIDS = [(2, 5), (5, 2)]
 ALONE = [name for name in READINGS if name != "proxy"]  # without a second tower
-ONE_BLOCK = [name for name in ALONE if name not in ("plain", "rcs")]  # they read the last block alone
+ONE_BLOCK = [name for name in ALONE if name not in ("plain", "rcs", "gem")]  # they read the last block alone
 
 
 def filled(tower: nn.Module) -> nn.Module:
@@ -336,6 +336,37 @@ def test_the_maps_of_the_middle_blocks_by_the_librarys_weights(kind):
     weighted.remove()
     naclip, rcs = seen[-2:]
     torch.testing.assert_close(rcs, naclip + middle, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("depth, scale", [(2, None), (7, 0.1)])
+def test_gem_by_loops_over_heads_and_tokens(depth, scale):
+    tower, picture = native(layers=depth, ls_init_value=scale), images((2, 3), 1)
+    blocks, inputs = tower.transformer.resblocks, []
+    handles = [x.register_forward_pre_hook(lambda module, given: inputs.append(given[0][0])) for x in blocks]
+    dense_tokens(tower, picture)
+    for handle in handles:
+        handle.remove()
+    inputs, size = inputs[-6:], WIDTH // HEADS
+    stream = inputs[0]
+    for block, x in zip(blocks[-6:], inputs, strict=True):
+        h = block.ln_1(x)
+        rows = (h @ block.attn.in_proj_weight.T + block.attn.in_proj_bias).split(WIDTH, 1)
+        temper = sum(float(token.norm()) for token in h) / len(h) / math.sqrt(size)
+        out = torch.zeros_like(h)
+        for head in range(HEADS):
+            q, k, v = (part[:, head * size : (head + 1) * size] for part in rows)
+            for s in (q, k, v):
+                s = torch.stack([token / token.norm() for token in s])
+                for _ in range(2):
+                    logits = [[math.exp(temper * float(a @ b)) for b in s] for a in s]
+                    weights = torch.tensor([[x / sum(line) for x in line] for line in logits], dtype=h.dtype)
+                    mixed = torch.stack([sum(w * token for w, token in zip(line, s, strict=True)) for line in weights])
+                    s = torch.stack([token / token.norm() for token in mixed])
+                out[:, head * size : (head + 1) * size] += weights @ v / 3
+        stream = stream + block.ls_1(out @ block.attn.out_proj.weight.T + block.attn.out_proj.bias)
+    expected = tower.ln_post(stream)[1:].unflatten(0, (2, 3))
+    torch.testing.assert_close(read(tower, picture, "gem")[0], expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(read(tower, picture, "gem")[0], expected, rtol=1e-9, atol=1e-9)  # no state is kept
 
 
 # A second tower
