@@ -306,7 +306,8 @@ def proxy_attention(tokens: Tensor) -> Tensor:
     In a blank image that would be all of them; a token's own stays.
     """
     tokens = F.normalize(tokens.to(torch.promote_types(tokens.dtype, torch.float32)), dim=-1)
-    cosines = tokens @ tokens.mT
+    with torch.autocast(tokens.device.type, enabled=False):
+        cosines = tokens @ tokens.mT
     logits = 3.0 * (cosines - 1.2 * cosines.mean((1, 2), keepdim=True))
     own = torch.eye(logits.shape[1], dtype=torch.bool, device=logits.device)
     return logits.masked_fill((logits < 0) & ~own, float("-inf")).softmax(-1)

@@ -54,7 +54,7 @@ class Towers:
 
     def tokens(self, images: Tensor) -> Tensor:
         """Return patch tokens `[B, N, width]` of normalised images `[B, 3, H, W]`, row by row from the top left."""
-        if self.reader is PLAIN:
+        if self.reader.name == "plain":
             return patch_tokens(self.visual, images)
         return dense_tokens(self.visual, images, reader=self.reader).flatten(1, 2)
 
@@ -75,6 +75,12 @@ class Towers:
             names["proxy"] = proxy or PROXY
             reader = proxy_reader(*_load_timm(names["proxy"], True, None, "proxy"), self.transform)
         return dataclasses.replace(self, names=names, reader=reader).to(next(self.visual.parameters()).device)
+
+    @property
+    def reading(self) -> str:
+        """The reading of the tokens, for people: its name, and that of its second tower."""
+        proxy = self.names.get("proxy")
+        return self.reader.name + (f" of {Path(proxy).name}" if proxy else "")
 
     def encode_text(self, ids: Tensor) -> Tensor:
         """Return normalised text embeddings `[B, D]` of token ids `[B, L]`."""

@@ -77,7 +77,7 @@ def names_of(towers: Towers, checkpoint: str | None) -> dict[str, Any]:
         folder = Path(checkpoint).resolve()
         checkpoint = folder.parent.name if folder.name == "embedder" else folder.name
     model += f" with {vision}" if vision else ""
-    return {"model": model, "pretrained": pretrained, "tokens": towers.reader.name, "embedder": checkpoint}
+    return {"model": model, "pretrained": pretrained, "tokens": towers.reading, "embedder": checkpoint}
 
 
 def write_row(folder: Path, row: dict[str, Any]) -> Path:

@@ -157,7 +157,7 @@ def _segment(options: SegmentOptions, segmenter: Segmenter, texts: Texts, rule: 
     has_background, names, colours = _labels(texts, rule, palette)
     settings = {name: getattr(segmenter, name) for name in ("stride", *WINDOWS)}
     settings |= {"templates": options.templates, "model": options.checkpoint or options.model}
-    settings |= {"tokens": segmenter.towers.reader.name, **rule}
+    settings |= {"tokens": segmenter.towers.reading, **rule}
 
     def show(path: Path, image: Image.Image, dense: Dense) -> Iterator[tuple[str, bytes]]:
         labels = dense.labels(texts, **rule).labels
