@@ -70,7 +70,8 @@ def load_pacl(
     trained, vision_pretrained = described["trained"], described["vision_pretrained"]
     names |= {"vision_pretrained": vision_pretrained and "visual" not in trained}
     names |= {"tokens": described.get("tokens", "plain"), "proxy": _absolute(described.get("proxy"), folder, local)}
-    towers = load_towers(**names, force_image_size=described["force_image_size"])
+    names |= {"force_image_size": described["force_image_size"]}
+    towers = load_towers(**names)
     towers.names["vision_pretrained"] = vision_pretrained
     for name in (*trained, *described.get("random", [])):
         load_tower(towers, name, folder, digests)

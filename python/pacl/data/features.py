@@ -245,8 +245,8 @@ def stored_records(folder: Path) -> Iterator[dict[str, Any]]:
 def tower_names(folder: Path) -> dict[str, Any]:
     """Return the flags of `pacl train` for the towers whose features are in `folder`."""
     plan: Mapping[str, Any] = read_manifest(folder)["plan"]
-    later = {"tokens": "plain", "proxy": None, "random_towers": False}  # which earlier versions did not have
-    return {name: plan[name] for name in TOWERS if name not in later} | {x: plan.get(x, y) for x, y in later.items()}
+    later = {"tokens": plan.get("tokens", "plain"), "random_towers": plan.get("random_towers", False)}
+    return {name: plan.get(name) for name in TOWERS} | later
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:

@@ -41,6 +41,8 @@ from ..progress import Progress
 from ..sharing import describe_towers, load_tower, save_tower
 from ..towers import frozen_random_towers, load_towers
 
+# Flags that plans of earlier versions lack, and their defaults.
+LATER = {"random_towers": False, "tokens": "plain", "proxy": None}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -84,7 +86,7 @@ class FeaturesConfig(TrainingDataFlags):
     @property
     def plan(self) -> dict[str, Any]:
         """The values that must not change when a run continues, as plain Python."""
-        without = () if self.random_towers else ("random_towers",)  # which earlier versions did not have
+        without = [name for name, default in LATER.items() if getattr(self, name) == default]
         return plan_of(self, "out", "dry_run", "device", "batch_size", *without)
 
 
@@ -109,7 +111,7 @@ def _write(config: FeaturesConfig) -> None:
         remove_unfinished(config.out)
     if (config.out / MANIFEST).exists():
         found = read_manifest(config.out)
-        check_plan(config.out, {"tokens": "plain", **found["plan"]}, config.plan)
+        check_plan(config.out, LATER | found["plan"], LATER | config.plan)
         if found["complete"]:
             print(f"finished: {config.out}, {sum(shard['count'] for shard in found['shards']):,} images")
             return
