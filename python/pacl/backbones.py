@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import timm.models as timm_models
 import torch
@@ -13,6 +14,7 @@ from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+Module = TypeVar("Module", bound=nn.Module)
 TIMM_VITS = (
     timm_models.VisionTransformer,
     timm_models.Eva,
@@ -35,6 +37,13 @@ TRANSFORMERS_VITS = {
 def freeze(model: nn.Module) -> nn.Module:
     """Put `model` in eval mode, turn its gradients off, and return it. Tokens of a frozen tower carry no graph."""
     return model.eval().requires_grad_(False)
+
+
+def share(module: Module) -> Module:
+    """Return another module over the same tensors and children; replacing one in it leaves the original unchanged."""
+    twin = copy.copy(module)
+    twin._parameters, twin._modules = dict(module._parameters), dict(module._modules)
+    return twin
 
 
 def patch_tokens(visual: nn.Module, images: Tensor) -> Tensor:

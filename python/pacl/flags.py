@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
 from .commands import example
 
 Options = TypeVar("Options")
+# The keys of pacl.readings.READINGS.
+Tokens = Literal["plain", "value", "maskclip", "sclip", "clearclip", "naclip", "kk", "rcs", "gem", "proxy"]
 # The least value of a number in any command's flags. Flags that depend on others are checked where they are used.
 LEAST = {
     **dict.fromkeys("batch_size shard_size max_image_pixels scenes train_num_samples force_image_size".split(), 1),

@@ -28,7 +28,7 @@ from .weights import load_weights
 
 HUB_FILES = {"allow_patterns": ["*.json", "*.safetensors"]}
 LOADED = ("model", "pretrained", "vision_model")  # names that may be local paths
-OPTIONAL = {"base_model", "random", "max_patches"}  # of a description
+OPTIONAL = {"base_model", "random", "max_patches", "tokens", "proxy"}  # parts of a description that some towers lack
 # Largest relative error of a fingerprint. With random weights and 3 to 12 layers, bfloat16 caused errors of 0.005 to
 # 0.01, and a wrong activation 0.003 to 0.016; therefore the activation's name is compared too.
 TOLERANCE = {torch.float32: 0.001, torch.bfloat16: 0.05, torch.float16: 0.05}
@@ -70,6 +70,7 @@ def load_pacl(
     trained, vision_pretrained = described["trained"], described["vision_pretrained"]
     names |= {"vision_pretrained": vision_pretrained and "visual" not in trained}
     names |= {"force_image_size": described["force_image_size"], "max_patches": described.get("max_patches")}
+    names |= {"tokens": described.get("tokens", "plain"), "proxy": _absolute(described.get("proxy"), folder, local)}
     towers = load_towers(**names)
     towers.names["vision_pretrained"] = vision_pretrained
     for name in (*trained, *described.get("random", [])):
@@ -89,20 +90,35 @@ def _download(name: str, options: Mapping[str, Any]) -> str:
 
 
 def load_model(
-    checkpoint: str | None, model: str, pretrained: str | None, device: torch.device | str = "cpu"
+    checkpoint: str | None,
+    model: str,
+    pretrained: str | None,
+    device: torch.device | str = "cpu",
+    tokens: str | None = None,
+    proxy: str | None = None,
 ) -> tuple[Towers, VisionEmbedder | None]:
     """Load a checkpoint as load_pacl does, or without one the towers of an open_clip model, and None as the embedder.
 
-    Raises ValueError for a model without weights, because its numbers would look like any other's.
+    tokens, proxy: the reading of the patch tokens and its second tower. None: those that the embedder was trained on,
+    "plain" without one. Raises ValueError for another reading than the embedder's, and for a model without weights,
+    because its numbers would look like any other's.
     """
     if checkpoint:
-        return load_pacl(checkpoint, device)
+        towers, embedder = load_pacl(checkpoint, device)
+        trained = {"tokens": towers.reader.name, "proxy": towers.names.get("proxy")}
+        for name, value in (("tokens", tokens), ("proxy", proxy)):
+            if value not in (None, trained[name]):
+                raise ValueError(
+                    f"{name}: got {value!r}, but the embedder of {checkpoint} was trained on {trained[name]!r}; "
+                    f"expected the same, or no --{name}"
+                )
+        return towers, embedder
     if random_towers(model, pretrained):
         raise ValueError(
             f"pretrained: got none for {model}, whose weights would be random; expected a tag or a file of weights, "
             "or --checkpoint"
         )
-    return load_towers(model, pretrained, device=device), None
+    return load_towers(model, pretrained, tokens=tokens or "plain", proxy=proxy, device=device), None
 
 
 def save_tower(towers: Towers, name: str, folder: Path) -> None:
@@ -134,6 +150,9 @@ def check_towers(described: Mapping[str, Any], towers: Towers) -> None:
 
 def tower_differences(described: Mapping[str, Any], towers: Towers) -> list[str]:
     """Return a phrase for each difference between the results of `towers` and those that describe_towers described."""
+    reading = described.get("tokens", "plain")
+    if towers.reader.name != reading:  # the vision tower's output then differs for that reason
+        return [f"the tokens are {towers.reader.name}, not {reading}"]
     found = describe_towers(towers, Path())
     wrong = []
     for name, label in (("visual", "vision"), ("text", "text")):
@@ -163,13 +182,16 @@ def describe_towers(
     because they are random. The fingerprint is computed on the CPU, so that it does not depend on TF32 and other
     settings of a device.
     """
-    towers = dataclasses.replace(towers, visual=_on_cpu(towers.visual), text=_on_cpu(towers.text))
+    reader = towers.reader
+    if reader.proxy is not None:
+        reader = dataclasses.replace(reader, proxy=_on_cpu(reader.proxy))
+    towers = dataclasses.replace(towers, visual=_on_cpu(towers.visual), text=_on_cpu(towers.text), reader=reader)
     image, ids = towers.probe()
     with torch.autocast("cpu", enabled=False):
         tokens, text = towers.tokens(image)[0], towers.encode_text(ids)[0]
     rows, columns, places = map(_spread, (*tokens.shape, len(text)), (8, 6, 24))
     return {
-        **{name: _relative(x, folder) if name in LOADED else x for name, x in towers.names.items()},
+        **{name: _relative(x, folder) if name in (*LOADED, "proxy") else x for name, x in towers.names.items()},
         "trained": list(trained),
         **({"random": list(random)} if random else {}),
         "activation": {name: activation(getattr(towers, name)) for name in ("visual", "text")},
@@ -242,6 +264,9 @@ def _base_models(towers: Towers) -> list[str]:
     if vision and towers.names["vision_pretrained"]:
         config: Any = towers.visual.pretrained_cfg  # a dict of timm models
         found += [config.get("hf_hub_id") or vision]
+    if towers.reader.proxy is not None:
+        config = towers.reader.proxy.pretrained_cfg
+        found += [config.get("hf_hub_id") or towers.names["proxy"]]
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,8 +24,10 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from .backbones import NAFLEX_VITS, TIMM_VITS, freeze, packed_tokens, patch_tokens, tower_blocks
+from .dense import dense_tokens
 from .failures import describe
 from .pretrained import check_local_model, why_not_loaded
+from .readings import PLAIN, PROXY, Reader, check_reading, proxy_reader
 from .resolution import fitting
 
 SENTENCE = "A photo of two small dogs, left of a red-brick house."
@@ -41,6 +44,7 @@ class Towers:
         transform: function from a PIL image to float `[3, H, W]`; with `max_patches`, H and W depend on the image.
         tokenize: function from a list of strings to ids `[B, L]`.
         names: the arguments of `load_towers`.
+        reader: the reading of the patch tokens.
     """
 
     visual: nn.Module
@@ -48,10 +52,37 @@ class Towers:
     transform: Callable[[Image.Image], Tensor]
     tokenize: Callable[[list[str]], Tensor]
     names: dict[str, Any]
+    reader: Reader = PLAIN
 
     def tokens(self, images: Tensor) -> Tensor:
         """Return patch tokens `[B, N, width]` of normalised images `[B, 3, H, W]`, row by row from the top left."""
-        return patch_tokens(self.visual, images)
+        if self.reader.name == "plain":
+            return patch_tokens(self.visual, images)
+        return dense_tokens(self.visual, images, reader=self.reader).flatten(1, 2)
+
+    def read(self, tokens: str, proxy: str | None = None) -> Towers:
+        """Return the same towers with another reading of the tokens, a key of `pacl.readings.READINGS`.
+
+        proxy: as in `load_towers`. Raises ValueError for a reading that the vision tower does not have, and for a proxy
+        that does not load.
+        """
+        check_reading(tokens, self.visual)
+        if proxy is not None and tokens != "proxy":
+            raise ValueError(f"proxy: got {proxy!r} with {tokens} tokens, expected it with proxy tokens alone")
+        names = {name: x for name, x in self.names.items() if name not in ("tokens", "proxy")}
+        if tokens == "plain":
+            return dataclasses.replace(self, names=names, reader=PLAIN)
+        names["tokens"], reader = tokens, Reader(tokens)
+        if tokens == "proxy":
+            names["proxy"] = proxy or PROXY
+            reader = proxy_reader(*_load_timm(names["proxy"], True, None, "proxy"), self.transform)
+        return dataclasses.replace(self, names=names, reader=reader).to(next(self.visual.parameters()).device)
+
+    @property
+    def reading(self) -> str:
+        """The reading of the tokens, for people: its name, and that of its second tower."""
+        proxy = self.names.get("proxy")
+        return self.reader.name + (f" of {Path(proxy).name}" if proxy else "")
 
     def packed(self, images: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
         """Return patch tokens of a batch as the loss takes them, and their `patch_lengths`.
@@ -109,7 +140,9 @@ class Towers:
 
     def to(self, device: torch.device | str) -> Towers:
         """Move both towers and return this object."""
-        self.visual.to(device), self.text.to(device)
+        for module in (self.visual, self.text, self.reader.proxy):
+            if module is not None:
+                module.to(device)
         return self
 
     def probe(self) -> tuple[Tensor, Tensor]:
@@ -150,6 +183,8 @@ def load_towers(
     vision_pretrained: bool = True,
     force_image_size: int | None = None,
     max_patches: int | None = None,
+    tokens: str = "plain",
+    proxy: str | None = None,
     lock_image: bool = True,
     lock_image_unlocked_groups: int = 0,
     lock_text: bool = True,
@@ -168,6 +203,9 @@ def load_towers(
         force_image_size: side of the images in pixels; default: the vision tower's own.
         max_patches: resize each image, with its aspect ratio kept, to at most so many patches; for NaFlex ViTs of timm,
             which take any resolution. Default: images of one size.
+        tokens: reading of the patch tokens, a key of `pacl.readings.READINGS`; any but "plain" needs a frozen vision
+            tower.
+        proxy: timm name of the second tower of the reading "proxy", by default DINO's.
         lock_image: False trains the whole vision tower. Parameters that the output does not depend on stay frozen.
         lock_image_unlocked_groups: number of last blocks (stages of a convolutional tower) of the vision tower to
             train, with the norm after them; open_clip also counts the projection, which PACL does not use.
@@ -197,6 +235,8 @@ def load_towers(
             f"lock_image_unlocked_groups: got {lock_image_unlocked_groups} with no_lock_image, which trains every "
             "block; expected only one of them"
         )
+    if tokens != "plain" and (not lock_image or lock_image_unlocked_groups):
+        raise ValueError(f"tokens: got {tokens!r} with a vision tower to train, expected 'plain' or a locked tower")
     size = None if vision_model else force_image_size
     clip, transform, tokenize = _load_clip(model, pretrained, size)
     visual, text = clip.get_submodule("visual"), clip.get_submodule("text")
@@ -214,6 +254,7 @@ def load_towers(
         raise ValueError(
             f"lock_image_unlocked_groups: got {lock_image_unlocked_groups}, expected at most the {len(blocks)} blocks"
         )
+    towers = towers.read(tokens, proxy)
     image, ids = towers.probe()
     if not lock_image:
         _unlock(trainable, [visual], lambda: towers.tokens(image))
@@ -311,19 +352,21 @@ def _load_clip(model: str, pretrained: str | None, size: int | None) -> tuple[nn
         raise ValueError(why_not_loaded(error, what, weights, folder)) from error
 
 
-def _load_timm(name: str, pretrained: bool, size: int | None) -> tuple[nn.Module, Callable]:
+def _load_timm(
+    name: str, pretrained: bool, size: int | None, argument: str = "vision_model"
+) -> tuple[nn.Module, Callable]:
     base = name.split(".")[0]
     if ":" not in name:
         if not timm.is_model(base):
             close = _close(base, timm.list_models())
-            raise ValueError(f"vision_model: got {name!r}, expected a model of timm, such as {close}")
+            raise ValueError(f"{argument}: got {name!r}, expected a model of timm, such as {close}")
         tagged = timm.list_models(f"{base}.*", pretrained=True)
         if pretrained and (not tagged or "." in name and name not in tagged):
             have = f"a name such as {_close(name, tagged)}" if tagged else "--no-vision-pretrained, random weights"
-            raise ValueError(f"vision_model: got {name!r}, for which timm has no weights; expected {have}")
+            raise ValueError(f"{argument}: got {name!r}, for which timm has no weights; expected {have}")
     schema, identifier = parse_model_name(name)
     folder = Path(identifier) if schema == "local-dir" and pretrained else None
-    weights = folder and check_local_model("vision_model", name, folder, "config.json", "architecture")
+    weights = folder and check_local_model(argument, name, folder, "config.json", "architecture")
 
     def create(**options: Any) -> nn.Module:
         try:
@@ -331,7 +374,7 @@ def _load_timm(name: str, pretrained: bool, size: int | None) -> tuple[nn.Module
         except Exception as error:  # as above
             if describe(error) is not None:
                 raise
-            raise ValueError(why_not_loaded(error, f"vision_model: got {name!r}", weights, folder)) from error
+            raise ValueError(why_not_loaded(error, f"{argument}: got {name!r}", weights, folder)) from error
 
     options: dict[str, Any] = {}
     if size is not None and isinstance(shape := create(), (*TIMM_VITS, *NAFLEX_VITS)):  # other models take any size

@@ -25,6 +25,7 @@ from pacl.data.sources import open_pairs
 from pacl.data.texts import PROMPTS
 from pacl.demo.toy_clip import new_clip, save_clip
 from pacl.locks import lock_folder
+from pacl.sharing import load_pacl
 from pacl.towers import load_towers
 from pacl.training.checkpoints import checkpoints, load_checkpoint
 from PIL import Image
@@ -120,6 +121,38 @@ def test_what_is_stored(world):
         assert set(data.prompts) >= {prompt.format("shape") for prompt in PROMPTS}
         for text in ("a bad photo of the shape.", "art of the sand."):
             torch.testing.assert_close(data.prompts[text], towers.encode_text(towers.tokenize([text]))[0])
+
+
+def test_features_and_training_on_another_reading(world, tmp_path, capsys):
+    clip = f"local-dir:{world / 'clip'}"
+    few = {"train_num_samples": 12, "tokens": "clearclip"}
+    assert features(world, tmp_path / "read", **few) == 0
+    towers = load_towers(clip, tokens="clearclip")
+    found = stored(tmp_path / "read")
+    for sample in list(open_pairs("synthetic", scenes=12, transform=towers.transform))[:3]:
+        expected = towers.tokens(sample["image"][None])[0]
+        torch.testing.assert_close(found[sample["key"]]["tokens"], expected)
+        plain = load_towers(clip).tokens(sample["image"][None])[0]
+        assert not torch.allclose(plain, expected, atol=0.01)
+    direct = {"train_data": "synthetic", "model": clip, "pretrained": "None", "max_steps": 2, **few}
+    assert train(tmp_path / "direct", **direct) == 0
+    assert "clip (from a folder), clearclip tokens, " in capsys.readouterr().out
+    assert train(tmp_path / "stored", features=tmp_path / "read", max_steps=2) == 0
+    assert losses(tmp_path / "stored") == pytest.approx(losses(tmp_path / "direct"), rel=1e-5)
+    for logs in ("stored", "direct"):
+        again, embedder = load_pacl(tmp_path / logs / "pacl")
+        assert again.reader.name == embedder.towers["tokens"] == "clearclip"
+        image = again.probe()[0]
+        torch.testing.assert_close(again.tokens(image), towers.tokens(image))
+    capsys.readouterr()
+    assert train(tmp_path / "other", features=tmp_path / "read", tokens="plain") == 1
+    assert "but the tokens are plain, not clearclip" in capsys.readouterr().err
+    assert features(world, tmp_path / "read", train_num_samples=12) == 1
+    assert "was begun with another tokens (clearclip, now plain)" in capsys.readouterr().err
+    assert train(tmp_path / "other", **direct, **{"no-lock-image": None}) == 1
+    assert "tokens: got 'clearclip' with a vision tower to train, expected 'plain'" in capsys.readouterr().err
+    # A run on plain tokens leaves no trace of readings in its embedder.
+    assert "tokens" not in json.loads((world / "stored/manifest.json").read_text())["towers"]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")

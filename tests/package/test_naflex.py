@@ -1,16 +1,14 @@
 """NaFlex ViTs: packed tokens of images of different sizes, training on them, and segmentation on each image's grid."""
 
-from types import SimpleNamespace
-
 import pytest
 import timm
 import torch
 from pacl.backbones import NAFLEX_VITS, packed_tokens, patch_tokens, tower_blocks
 from pacl.cli import main
+from pacl.dense import dense_tokens, patch_size, token_step
 from pacl.embedder import VisionEmbedder
-from pacl.segment.dense import dense_tokens, patch_size, token_step
 from pacl.segment.predict import Segmenter
-from pacl.towers import load_towers
+from pacl.towers import Towers, load_towers
 from PIL import Image
 from small_towers import naflex, save_naflex, train
 from torch import nn
@@ -98,7 +96,7 @@ def test_segmentation_keeps_the_grid_of_each_image():
     pipeline = transforms.Compose(
         [transforms.Resize((64, 64)), transforms.ToTensor(), transforms.Normalize([0.5] * 3, [0.5] * 3)]
     )
-    towers = SimpleNamespace(visual=visual, transform=pipeline)
+    towers = Towers(visual, nn.Identity(), pipeline, list, {})
     segmenter = Segmenter(towers, VisionEmbedder(32, 24).eval())
     for size, grid in (((160, 80), (4, 8)), ((80, 160), (8, 4)), ((100, 100), (4, 4))):
         assert segmenter.dense(Image.new("RGB", size, "red")).patches.shape == (*grid, 24)

@@ -121,7 +121,8 @@ def _same(one: dict[str, list[float]], other: dict[str, list[float]]) -> bool:
 def _tower_names(towers: dict[str, Any]) -> str:
     vision = f" with {towers['vision_model']}" if towers.get("vision_model") else ""
     pretrained = f" {towers['pretrained']}" if towers.get("pretrained") else ""
-    return f"{towers.get('model', '-')}{pretrained}{vision}"
+    tokens = towers.get("tokens", "plain")
+    return f"{towers.get('model', '-')}{pretrained}{vision}" + (f", {tokens} tokens" if tokens != "plain" else "")
 
 
 def _settings(page: Page, runs: dict[str, Entry]) -> None:

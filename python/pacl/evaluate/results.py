@@ -45,6 +45,7 @@ class Row(_Row, total=False):
     """A result of any task, as far as tables show it."""
 
     images: int
+    tokens: str
     warnings: list[str]
 
 
@@ -76,7 +77,7 @@ def names_of(towers: Towers, checkpoint: str | None) -> dict[str, Any]:
         folder = Path(checkpoint).resolve()
         checkpoint = folder.parent.name if folder.name == "embedder" else folder.name
     model += f" with {vision}" if vision else ""
-    return {"model": model, "pretrained": pretrained, "embedder": checkpoint}
+    return {"model": model, "pretrained": pretrained, "tokens": towers.reading, "embedder": checkpoint}
 
 
 def write_row(folder: Path, row: dict[str, Any]) -> Path:
@@ -182,8 +183,9 @@ def _metric_table(group: list[tuple[str, dict[str, Any]]]) -> Table:
 
 
 def model_of(row: dict[str, Any]) -> tuple[str, ...]:
-    """Return the parts of a row's model name, as tables show them."""
-    return tuple(row[key] for key in ("model", "pretrained", "embedder") if row[key])
+    """Return the parts of a row's model name, as tables show them: with its reading, if that is not the plain one."""
+    parts = row["model"], row["pretrained"], row.get("tokens", "plain"), row["embedder"]
+    return tuple(part for part in parts if part and part != "plain")
 
 
 def _cell(row: dict[str, Any]) -> str:

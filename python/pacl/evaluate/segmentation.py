@@ -16,6 +16,7 @@ from ..files import write_bytes
 from ..flags import parse
 from ..formats import one_line
 from ..processes import place_in
+from ..readings import READINGS
 from ..segment.draw import png
 from ..towers import Towers
 from .options import DatasetOptions
@@ -41,6 +42,9 @@ class SegmentationOptions(DatasetOptions):
     """Tokens per patch along each side, instead of the protocol's; recorded in the protocol's name."""
     threshold: float | None = None
     """Cosine below which a pixel is background, instead of the protocol's rule; recorded in the protocol's name."""
+    tokens: str | None = None
+    """Reading of the patch tokens, plain, value, maskclip, sclip, clearclip, naclip, kk, rcs, gem or proxy;
+    several with commas between; or all (proxy only with --proxy), for a table. Default: the checkpoint's, or plain."""
     check: bool = False
     """Check the data instead of measuring: counts, damaged files, shifted labels, and one picture."""
 
@@ -62,11 +66,26 @@ def main(argv: Sequence[str], prog: str = "pacl evaluate segmentation") -> int:
         check_background(data, rules)
     group = options.group()
     first = place_in(group)[0] == 0
-    towers, embedder = options.load()
-    rows = [_measure(data, towers, embedder, rules, options, group, first) for data in sets]
+    several = _several(options)
+    if several and options.checkpoint:
+        raise ValueError(
+            f"tokens: got {options.tokens} with --checkpoint, expected none: an embedder has the reading that it was "
+            "trained on"
+        )
+    towers, embedder = (dataclasses.replace(options, tokens=None, proxy=None) if several else options).load()
+    read = [towers.read(x, options.proxy if x == "proxy" else None) for x in several] or [towers]
+    rows = [_measure(data, each, embedder, rules, options, group, first) for each in read for data in sets]
     if first:
         print(("\n" + tables(rows) + "\n" if len(rows) > 1 else "") + options.next_command())
     return 0
+
+
+def _several(options: SegmentationOptions) -> list[str]:
+    """Return the readings to compare, none if the options name one alone."""
+    tokens = options.tokens or ""
+    if tokens == "all":
+        return [name for name in READINGS if name != "proxy" or options.proxy]
+    return tokens.split(",") if "," in tokens else []
 
 
 def _measure(
@@ -109,16 +128,19 @@ def result_row(
     *,
     model: str,
     pretrained: str | None = None,
+    tokens: str = "plain",
     embedder: str | None = None,
 ) -> dict[str, Any]:
     """Return the content of a result file: the measures and everything needed to compare them.
 
-    model, pretrained: open_clip's names. embedder: the PACL embedder's name, None for the model alone.
+    model, pretrained: open_clip's names. tokens: the reading. embedder: the PACL embedder's name, None for the model
+    alone.
     """
     return {
         "dataset": data.spec.name,
         "model": model,
         "pretrained": pretrained,
+        "tokens": tokens,
         "embedder": embedder,
         "task": SEGMENTATION,
         "language": "en",

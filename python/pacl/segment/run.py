@@ -18,6 +18,7 @@ from ..commands import LEFT_OUT, next_command
 from ..files import write_bytes
 from ..formats import printable
 from ..processes import choose_device
+from ..readings import best_reading
 from ..sharing import load_model
 from .draw import label_image, overlay, png, voc_palette, with_legend, word_colours
 from .images import READ, find_images, read_image, why_left_out
@@ -29,9 +30,16 @@ WINDOWS = ("short_side", "window", "window_stride")  # options of a Segmenter be
 
 
 def make_segmenter(options: SegmenterOptions, **windows: int | None) -> Segmenter:
-    """Make the segmenter of a checkpoint or of plain CLIP; raises ValueError for an open_clip model without weights."""
+    """Make the segmenter of a checkpoint, or of a model alone, whose best reading it chooses and prints by default.
+
+    Raises ValueError for an open_clip model without weights, and for a reading that does not fit.
+    """
     names = (options.checkpoint, options.model or "", options.pretrained)  # a checkpoint names its own model
-    towers, embedder = load_model(*names, choose_device(options.device))
+    towers, embedder = load_model(*names, choose_device(options.device), options.tokens, options.proxy)
+    if embedder is None and options.tokens is None and options.proxy is None:
+        tokens, reason = best_reading(towers.visual)
+        towers = towers.read(tokens)
+        print(f"tokens: {tokens} ({reason}); --tokens takes another reading", flush=True)
     return Segmenter(towers, embedder, stride=options.stride, **windows)
 
 
@@ -148,7 +156,8 @@ def _segment(options: SegmentOptions, segmenter: Segmenter, texts: Texts, rule: 
     palette = word_colours if options.words else voc_palette
     has_background, names, colours = _labels(texts, rule, palette)
     settings = {name: getattr(segmenter, name) for name in ("stride", *WINDOWS)}
-    settings |= {"templates": options.templates, "model": options.checkpoint or options.model, **rule}
+    settings |= {"templates": options.templates, "model": options.checkpoint or options.model}
+    settings |= {"tokens": segmenter.towers.reading, **rule}
 
     def show(path: Path, image: Image.Image, dense: Dense) -> Iterator[tuple[str, bytes]]:
         labels = dense.labels(texts, **rule).labels

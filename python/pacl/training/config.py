@@ -7,7 +7,7 @@ import importlib.util
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import yaml
 
@@ -16,6 +16,7 @@ from pacl_kernels.checks import FORMS, LOSSES
 from ..annotations import checked
 from ..data.flags import TrainingDataFlags
 from ..embedder import DEFAULT_ATTN_TEMPERATURE, DEFAULT_FORM
+from ..flags import Tokens
 from ..formats import printable
 from ..processes import default_workers
 from ..settings import Damaged, read_settings
@@ -69,6 +70,10 @@ class TowerFlags:
     max_patches: int | None = None
     """Most patches of an image, which then keeps its aspect ratio, for a vision tower that takes any resolution
     (timm's naflexvit_...). Default: images of one size."""
+    tokens: Tokens = "plain"
+    """Reading of the patch tokens that the embedder is trained on; any but plain needs a locked vision tower."""
+    proxy: str | None = None
+    """Second tower of proxy tokens, a timm model. Default: vit_base_patch16_224.dino."""
     lock_image: bool = True
     """Freeze the vision tower; --no-lock-image trains all of it."""
     lock_image_unlocked_groups: int = 0
@@ -225,6 +230,7 @@ class TrainConfig(LogFlags, ValidationFlags, MachineFlags, LossFlags, ScheduleFl
             "duplicates": ("positive", "ignore", "negative"),
             "nouns": (None, "words", "nltk"),
             "recipe": (None, "paper"),
+            "tokens": get_args(Tokens),
         }
         for name, values in choices.items():
             if getattr(self, name) not in values:
@@ -253,7 +259,10 @@ class TrainConfig(LogFlags, ValidationFlags, MachineFlags, LossFlags, ScheduleFl
         """Return the names of the towers and of their weights, for the plan."""
         weights = self.pretrained or ("from a folder" if ":" in self.model else "RANDOM, no --pretrained")
         vision = "" if self.vision_pretrained else " (RANDOM)"
-        return f"{self.model} ({weights})" + (f" with {self.vision_model}{vision}" if self.vision_model else "")
+        tokens = "" if self.tokens == "plain" else f", {self.tokens} tokens"
+        return (
+            f"{self.model} ({weights})" + (f" with {self.vision_model}{vision}" if self.vision_model else "") + tokens
+        )
 
     @property
     def locked(self) -> list[str]:

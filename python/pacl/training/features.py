@@ -34,7 +34,7 @@ from ..data.scene_shards import shard_sizes
 from ..data.texts import PROMPTS, noun_finder
 from ..failures import sentence
 from ..files import remove_unfinished, write_bytes
-from ..flags import parse
+from ..flags import Tokens, parse
 from ..locks import LOCK, lock_folder
 from ..processes import choose_device, default_workers
 from ..progress import Progress
@@ -42,7 +42,8 @@ from ..resolution import images_of, moved
 from ..sharing import describe_towers, load_tower, save_tower
 from ..towers import frozen_random_towers, load_towers
 
-LATER = {"random_towers": False, "max_patches": None}  # flags that plans of earlier versions lack, and their defaults
+# Flags that plans of earlier versions lack, and their defaults.
+LATER = {"random_towers": False, "max_patches": None, "tokens": "plain", "proxy": None}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -66,6 +67,10 @@ class FeaturesConfig(TrainingDataFlags):
     """Use towers without weights, and keep them beside the features."""
     force_image_size: int | None = None
     max_patches: int | None = None
+    tokens: Tokens = "plain"
+    """Reading of the patch tokens."""
+    proxy: str | None = None
+    """Second tower of proxy tokens, a timm model. Default: vit_base_patch16_224.dino."""
     nouns: Literal["words", "nltk"] | None = None
     """Also store prompts with all nouns of the captions, for `pacl train --nouns` and `--recipe paper`."""
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"

@@ -22,11 +22,11 @@ from .config import TrainConfig
 
 # A resumed run must have the same values. All other flags may change, and a change is recorded.
 FIXED = (
-    "lock_image lock_image_unlocked_groups lock_text seed form loss attn_temperature learn_attn_temperature "
+    "tokens lock_image lock_image_unlocked_groups lock_text seed form loss attn_temperature learn_attn_temperature "
     "logit_scale learn_logit_scale captions_per_image duplicates nouns recipe dataset_resampled shuffle"
 ).split()
-NAMES = "model pretrained vision_model vision_pretrained force_image_size max_patches".split()
-COMPARED = ("activation", "image_size", "max_patches", "fingerprint")  # of towers
+NAMES = "model pretrained vision_model vision_pretrained force_image_size max_patches proxy".split()
+COMPARED = ("tokens", "activation", "image_size", "max_patches", "fingerprint")  # of towers
 NOT_RECORDED = ("log_dir", "name", "resume", "dry_run")
 SAMPLED = 1000  # pairs whose keys and captions identify a data set that is not in shards
 
