@@ -112,6 +112,15 @@ def add_up(values: Tensor, group: dist.ProcessGroup | None) -> None:
         values.copy_(there)
 
 
+def gather_objects(value: T, group: dist.ProcessGroup | None) -> list[T]:
+    """Return the values, plain Python, of all processes in the order of their ranks."""
+    if group is None:
+        return [value]
+    found: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(found, value, group=group)
+    return found
+
+
 def gather_rows(rows: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """Return the rows [n, D] of all processes, in the order of their ranks. n may be 0, and then D too."""
     if group is None:

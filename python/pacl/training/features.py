@@ -41,6 +41,7 @@ from ..processes import (
     add_up,
     default_workers,
     from_first,
+    gather_objects,
     patient_group,
     place_in,
     process_device,
@@ -160,9 +161,7 @@ def _write(config: FeaturesConfig, group: dist.ProcessGroup | None) -> None:
     add_up(source.counts, group)
     manifest = from_first(lambda: _manifest(config, encoder, source), group)
     names = digested_files(manifest)[rank::world]
-    digests = [{name: file_digest(config.out / name) for name in names}] * world
-    if group is not None:
-        dist.all_gather_object(digests, digests[rank], group=group)
+    digests = gather_objects({name: file_digest(config.out / name) for name in names}, group)
     if rank == 0:
         found = {name: digest for each in digests for name, digest in each.items()}
         write_manifest(config.out, manifest | {"sha256": {name: found[name] for name in digested_files(manifest)}})
