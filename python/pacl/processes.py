@@ -78,7 +78,9 @@ def patient_group() -> dist.ProcessGroup | None:
     """
     if process_group(torch.device("cpu")) is None:
         return None
-    return dist.new_group(timeout=datetime.timedelta(days=7), backend="gloo")
+    group = dist.new_group(timeout=datetime.timedelta(days=7), backend="gloo")
+    assert isinstance(group, dist.ProcessGroup)  # every process is in it
+    return group
 
 
 def place_in(group: dist.ProcessGroup | None) -> tuple[int, int]:
@@ -136,7 +138,7 @@ def gather_rows(rows: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     return torch.cat([part[: int(shape[0])] for part, shape in zip(parts, shapes, strict=True)]).to(rows.device)
 
 
-def shared_progress(label: str, total: int, unit: str, group: dist.ProcessGroup | None) -> Progress:
+def shared_progress(label: str, total: int | None, unit: str, group: dist.ProcessGroup | None) -> Progress:
     """Return a Progress over this process's share of the data; only the first process of the group shows it."""
     with quiet() if place_in(group)[0] else contextlib.nullcontext():
-        return Progress(label, max(1, total), unit)
+        return Progress(label, total if total is None else max(1, total), unit)

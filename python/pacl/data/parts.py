@@ -35,8 +35,8 @@ def part_batches(
     same for any number of workers. Those of other parts come between them. Raises BadData as Samples does.
     """
     reading = _Parts(source, parts, batch_size)
-    options = worker_options(min(workers, len(parts)))
-    yield from ReaderLoader(reading, batch_size=None, collate_fn=_unchanged, **options).watched()
+    options: dict[str, Any] = worker_options(min(workers, len(parts))) | {"collate_fn": _unchanged}
+    yield from ReaderLoader(reading, batch_size=None, **options).watched()
 
 
 class _Parts(IterableDataset):

@@ -42,12 +42,12 @@ class BadData(RuntimeError):
 class Part(NamedTuple):
     """A part of an epoch, the same for any number of processes and workers.
 
-    first, count: number of its first sample, and of its samples. pieces: file, first sample in it, and the one after
+    first, size: number of its first sample, and of its samples. pieces: file, first sample in it, and the one after
     the last, or None if the part holds all that follow.
     """
 
     first: int
-    count: int
+    size: int
     pieces: list[tuple[int, int, int | None]]
 
 

@@ -54,6 +54,7 @@ class Shards(Samples):
         if resampled and not self.repeat:
             raise ValueError("resampled: got True without repeat, expected both, because resampling has no end")
         self.resampled = resampled
+        self._passed: tuple[int, Any] | None = None  # how far `part` has read a shuffled order, and the rest of it
 
     @property
     def most_workers(self) -> int:
@@ -89,10 +90,17 @@ class Shards(Samples):
         return divide([counts[path] for path in self.paths], most)
 
     def part(self, part: Part) -> Iterator[Raw]:
-        if self.shuffle:
-            return super().part(part)
-        pieces = (self._piece(self.paths[number], start, stop) for number, start, stop in part.pieces)
-        return itertools.chain.from_iterable(pieces)
+        if not self.shuffle:
+            pieces = (self._piece(self.paths[number], start, stop) for number, start, stop in part.pieces)
+            yield from itertools.chain.from_iterable(pieces)
+            return
+        # A shuffled order cannot be entered in its midst, so reading goes on behind the part before.
+        ((_, start, stop),) = part.pieces
+        (place, stream), self._passed = self._passed or (start + 1, None), None
+        if stream is None or place > start:
+            place, stream = 0, self.with_options(rank=0, world=1).undecoded(0, 0, 1)
+        yield from itertools.islice(stream, start - place, None if stop is None else stop - place)
+        self._passed = None if stop is None else (stop, stream)
 
     def _piece(self, path: Path, start: int, stop: int | None) -> Iterator[Raw]:
         return itertools.islice(self._read(path, start=start), None if stop is None else stop - start)

@@ -139,7 +139,8 @@ def _write(config: FeaturesConfig, group: dist.ProcessGroup | None) -> None:
     """
     rank, world = place_in(group)
     check_agreement(dataclasses.asdict(config), group)
-    if from_first(lambda: remove_unfinished(config.out) or _finished(config), group):
+    from_first(lambda: remove_unfinished(config.out), group)
+    if from_first(lambda: _finished(config), group):
         return
     encoder = Encoder(config)
     source = _open(config, encoder)
@@ -265,7 +266,7 @@ def _plan(config: FeaturesConfig, encoder: Encoder, source: Samples) -> tuple[li
     check_plan(config.out, read_manifest(config.out), {"images": images})
     parts = source.parts(config.shard_size)
     missing = [(number, parts[number]) for number in missing_shards(config.out, len(parts))]
-    return missing, _estimate(config, encoder, sum(part.count for _, part in missing)), images
+    return missing, _estimate(config, encoder, sum(part.size for _, part in missing)), images
 
 
 def _estimate(config: FeaturesConfig, encoder: Encoder, count: int) -> str:
@@ -300,7 +301,7 @@ def _encode(
     The batches of a part hold only its own images, so that its bits do not depend on who else reads.
     """
     begun: dict[int, tuple[list[Tensor], list[Tensor], list[dict]]] = {}
-    total = sum(part.count for _, part in parts)
+    total = sum(part.size for _, part in parts)
     try:
         with shared_progress("Features", total, "image", group) as progress:
             for number, batch, last in part_batches(source, parts, config.batch_size, workers=config.workers):
