@@ -5,6 +5,9 @@
 #
 # Type the same line on all of the 4 machines. They must see the same --log-dir. PROCESSES: processes on each machine,
 # by default one for each GPU. RESTARTS: how often the run may start again, by default 10 times.
+
+# torchrun would keep the addresses of the dead processes for the next start, which Gloo then tries to reach.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 exec torchrun \
     --nnodes "$2" --nproc-per-node "${PROCESSES:-gpu}" --max-restarts "${RESTARTS:-10}" \
     --rdzv-backend c10d --rdzv-endpoint "$1" --rdzv-id pacl \

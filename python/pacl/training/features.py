@@ -113,6 +113,7 @@ def main(argv: Sequence[str], prog: str = "pacl features") -> int:
     except RuntimeError as error:
         if (lost := collective(error)) is None:
             raise
+        lost = lost.partition(" (")[0]  # the flag of another command
         print(f"pacl: error: {lost}; the same command continues", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
