@@ -160,7 +160,7 @@ def test_features_and_training_on_another_reading(world, tmp_path, capsys):
 def test_killed_before_any_renaming_and_continued(workers, renamings, world, tmp_path, capsys):
     """Whichever file was just to get its name, the same command ends with the bytes of an uninterrupted run.
 
-    Batches end within shards, several shards within a batch, and the workers' shares differ in length.
+    Files of features begin and end within shards, and the workers' shares differ in length.
     """
 
     def contents(folder: Path) -> dict[str, bytes]:
@@ -334,9 +334,17 @@ def test_a_damaged_shard_is_not_gone_on_from(world, tmp_path, capsys):
     assert features(world, tmp_path, nouns="words") == 1
     assert "features-00000.safetensors is damaged" in capsys.readouterr().err
     (tmp_path / "features-00000.safetensors").unlink()
-    (tmp_path / "features-00001.safetensors").write_bytes(data)
+    (tmp_path / "features-00003.safetensors").write_bytes(data)
     assert features(world, tmp_path, nouns="words") == 1
-    assert "without the shard before it" in capsys.readouterr().err
+    assert "has features-00003.safetensors, expected at most 3 files" in capsys.readouterr().err
+    (tmp_path / "features-00003.safetensors").unlink()
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest | {"complete": False, "shards": [], "images": 61}))
+    assert features(world, tmp_path, nouns="words") == 1
+    assert "was begun with another images (61, now 60), expected the same" in capsys.readouterr().err
+    del manifest["images"]
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest | {"complete": False, "shards": []}))
+    assert features(world, tmp_path, nouns="words") == 1
+    assert "was begun by an earlier version, which divided the images otherwise" in capsys.readouterr().err
 
 
 def test_a_folder_of_something_else_is_left_alone(world, tmp_path, capsys):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from pacl.backbones import NAFLEX_VITS, patch_tokens
-from pacl.data.samples import _collate
+from pacl.data.samples import collate
 from pacl.embedder import VisionEmbedder, save_embedder
 from pacl.evaluate.classification import classification
 from pacl.evaluate.scorer import Scorer
@@ -67,10 +67,10 @@ def test_towers_keep_the_aspect_ratio(names, tmp_path):
 
 def test_images_of_different_sizes_travel_as_one_tensor():
     images = [torch.rand(3, 2, 4), torch.rand(3, 5, 1)]
-    batch = _collate([{"image": image, "key": "x"} for image in images])
+    batch = collate([{"image": image, "key": "x"} for image in images])
     assert batch["image"].shape == (39,) and batch["key"] == ["x", "x"]
     assert all(torch.equal(x, y) for x, y in zip(images_of(batch), images, strict=True))
-    assert images_of(_collate([{"image": images[0]}] * 2)).shape == (2, 3, 2, 4)
+    assert images_of(collate([{"image": images[0]}] * 2)).shape == (2, 3, 2, 4)
     rows, lengths = torch.arange(6)[:, None], torch.tensor([1, 0, 3, 2])
     found = list(split_patches(rows, lengths, 3))
     assert [x[:, 0].tolist() for x, _ in found] == [[0, 1, 2, 3], [4, 5]]

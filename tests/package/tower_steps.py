@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import torch
-from pacl.data.samples import _collate
+from pacl.data.samples import collate
 from pacl.training.config import TrainConfig
 from pacl.training.run import Run
 
@@ -24,7 +24,7 @@ def main(values: dict) -> None:
         captions = [f"a {word} thing {step}" for word in WORDS]
         names = {"key": WORDS[mine], "origin": [""] * len(WORDS[mine])}
         samples = [{"image": x, "caption": y} for x, y in zip(images[mine], captions[mine], strict=True)]
-        run._step(_collate(samples) | names)
+        run._step(collate(samples) | names)
         run.step += 1
     run.save()
 

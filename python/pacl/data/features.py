@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ..annotations import checked
 from ..embedder import DescribedTowers
-from ..files import file_digest, write_bytes
+from ..files import write_bytes
 from ..settings import Damaged, read_settings
 from ..sharing import check_described, check_towers, load_tower
 from ..towers import Towers
@@ -66,7 +66,11 @@ class _Begun(TypedDict):
 
 
 class Manifest(_Begun, total=False):
-    """Contents of manifest.json. sha256: digests by file name, absent in earlier versions. The rest is written last."""
+    """Contents of manifest.json. images: number of samples of the source. sha256: digests by file name. Earlier
+    versions have neither. The rest is written last.
+    """
+
+    images: int
 
     nouns: list[str]
     towers: DescribedTowers
@@ -181,20 +185,12 @@ class Features(Pairs):
 
 
 def write_shard(
-    folder: Path,
-    number: int,
-    tokens: Sequence[Tensor],
-    texts: Tensor,
-    records: list[dict],
-    state: dict[str, Any],
-    *,
-    packed: bool = False,
+    folder: Path, number: int, tokens: Sequence[Tensor], texts: Tensor, records: list[dict], *, packed: bool = False
 ) -> None:
     """Write one shard atomically.
 
     tokens: [N, width] of each image; packed: False if N is the same for all. texts: [m, D]. records: for each image
-    key, captions, text (row of its first caption in `texts`) and place (the worker that read it, and its index there).
-    state: that of the loader before the batch of the last record; see last_place.
+    key, captions and text (row of its first caption in `texts`).
     """
     lines = [json.dumps(record).encode() for record in records]
     tensors = {
@@ -205,25 +201,7 @@ def write_shard(
     }
     if packed:
         tensors["token_ends"] = torch.tensor([len(x) for x in tokens]).cumsum(0)
-    write_bytes(folder / _name(number), save(tensors, {"state": json.dumps(state)}))
-
-
-def last_place(folder: Path, shards: int) -> tuple[dict[str, Any], tuple[int, int]] | None:
-    """Return how far the first `shards` shards go, None for no shard.
-
-    That is the state of the loader before the batch of the last stored image, and the place of this image: the worker
-    that read it, and its index there. Raises ValueError for a shard without this state.
-    """
-    if not shards:
-        return None
-    path = folder / _name(shards - 1)
-    with safe_open(path, "pt") as shard:
-        count = shard.get_slice("ends").get_shape()[0]
-        worker, index = read_records(shard, count - 1, count)[0]["place"]
-        try:
-            return json.loads((shard.metadata() or {})["state"]), (worker, index)
-        except (KeyError, ValueError) as error:
-            raise ValueError(f"out: {path} does not say how to go on after it; choose another folder") from error
+    write_bytes(folder / _name(number), save(tensors))
 
 
 def read_records(shard: safe_open, start: int, end: int) -> list[dict]:
@@ -248,21 +226,32 @@ def _name(number: int) -> str:
     return f"features-{number:05d}.safetensors"
 
 
-def shard_files(folder: Path) -> list[dict[str, Any]]:
-    """Return name, size in bytes and count of each shard of `folder`; raise ValueError for a damaged or missing one."""
-    shards = []
-    for path in sorted(folder.glob("features-*.safetensors")):
+def shard_files(folder: Path) -> list[Shard]:
+    """Return name, size in bytes and count of each shard of `folder`; raise ValueError for a damaged one."""
+    shards: list[Shard] = []
+    for path in sorted(folder.glob("features-*.safetensors"), key=lambda path: (len(path.name), path.name)):
         try:
             with safe_open(path, "pt") as shard:
                 count = shard.get_slice("ends").get_shape()[0]
         except SafetensorError as error:
             raise ValueError(
-                f"out: {path} is damaged: it is not a whole safetensors file; delete it and all later shards"
+                f"out: {path} is damaged: it is not a whole safetensors file; delete it, and the same command writes "
+                "it again"
             ) from error
         shards.append({"name": path.name, "bytes": path.stat().st_size, "count": count})
-        if path.name != _name(len(shards) - 1):
-            raise ValueError(f"out: {folder} has {path.name} without the shard before it; choose another folder")
     return shards
+
+
+def missing_shards(folder: Path, count: int) -> list[int]:
+    """Return the numbers below `count` of which `folder` has no shard.
+
+    Raises ValueError for a damaged shard, and for one with a number from `count` on.
+    """
+    there = {shard["name"] for shard in shard_files(folder)}
+    wanted = {_name(number): number for number in range(count)}
+    if more := sorted(there - wanted.keys()):
+        raise ValueError(f"out: {folder} has {more[0]}, expected at most {count:,} files; choose another folder")
+    return [number for name, number in wanted.items() if name not in there]
 
 
 def stored_records(folder: Path) -> Iterator[dict[str, Any]]:
@@ -279,13 +268,16 @@ def tower_names(folder: Path) -> dict[str, Any]:
     return {name: plan.get(name) for name in TOWERS} | later
 
 
+def digested_files(manifest: Mapping[str, Any]) -> list[str]:
+    """Return the names of the files whose SHA-256 a complete manifest states."""
+    names = [shard["name"] for shard in manifest["shards"]] + [NOUNS] * ("nouns" in manifest)
+    return names + [f"{name}.safetensors" for name in manifest["towers"].get("random", [])]
+
+
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    """Write manifest.json; for complete features with the SHA-256 of every file and of the manifest's other values."""
+    """Write manifest.json; a complete one, which has `sha256`, with the SHA-256 of its own other values, too."""
     if manifest["complete"]:
-        names = [shard["name"] for shard in manifest["shards"]] + [NOUNS] * (folder / NOUNS).exists()
-        names += [f"{name}.safetensors" for name in manifest["towers"].get("random", [])]
-        manifest = manifest | {"sha256": {name: file_digest(folder / name) for name in names}}
-        manifest["sha256"][MANIFEST] = _own_digest(manifest)
+        manifest = manifest | {"sha256": manifest["sha256"] | {MANIFEST: _own_digest(manifest)}}
     write_bytes(folder / MANIFEST, json.dumps(manifest, indent=2).encode())
 
 

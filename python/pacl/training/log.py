@@ -8,6 +8,7 @@ import importlib
 import itertools
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..files import write_bytes
+from ..files import named_if_full, write_bytes
 from .config import TrainConfig, reporters
 
 PAIRS = 1024  # pairs of a batch that pair_statistics reads
@@ -54,6 +55,8 @@ class Log:
         """Keep the run's files open, to continue from `step`."""
         if self.rank == 0:
             self.config.folder.mkdir(parents=True, exist_ok=True)
+            for name in ("metrics.jsonl", "results.jsonl"):
+                _end_line(self.config.folder / name)
             self.file = open(self.config.folder / "metrics.jsonl", "a")
             self.boards = [_board(name, self.config, step) for name in reporters(self.config.report_to)]
         try:
@@ -62,7 +65,8 @@ class Log:
             for board in self.boards:
                 board.finish()
             if self.file is not None:
-                self.file.close()
+                with named_if_full(self.file.name):  # closing writes what could not be written before
+                    self.file.close()
 
     def step(
         self,
@@ -98,7 +102,8 @@ class Log:
         if self.rank != 0:
             return row
         say(f"Eval Epoch: {epoch} Step: {step} " + "\t".join(f"{k}: {v:.4f}" for k, v in values.items()), self.config)
-        with open(self.config.folder / "results.jsonl", "a") as file:
+        path = self.config.folder / "results.jsonl"
+        with named_if_full(path), open(path, "a") as file:
             file.write(json.dumps(row) + "\n")
         self._report(step, {f"val/{name}": value for name, value in values.items()})
         return row
@@ -155,8 +160,9 @@ class Log:
             "train/skipped": now["skipped"],
         }
         assert self.file is not None  # lines are written inside `opened`
-        self.file.write(json.dumps({"step": step, **values}) + "\n")
-        self.file.flush()
+        with named_if_full(self.file.name):
+            self.file.write(json.dumps({"step": step, **values}) + "\n")
+            self.file.flush()
         self._report(step, values)
 
     def _report(self, step: int, values: dict[str, float]) -> None:
@@ -210,8 +216,18 @@ def say(text: str, config: TrainConfig | None = None) -> None:
     print(text, flush=True)
     if config is not None:
         config.folder.mkdir(parents=True, exist_ok=True)
-        with open(config.folder / "out.log", "a") as file:
+        path = config.folder / "out.log"
+        with named_if_full(path), open(path, "a") as file:
             file.write(text + "\n")
+
+
+def _end_line(path: Path) -> None:
+    """End the last line of a file, of which a full disk or a power cut may have left a half."""
+    with contextlib.suppress(FileNotFoundError), open(path, "rb+") as file:
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            if file.read() != b"\n":
+                file.write(b"\n")
 
 
 def set_aside(folder: Path) -> Path | None:
