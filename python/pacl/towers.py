@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from .backbones import NAFLEX_VITS, TIMM_VITS, freeze, patch_tokens, tower_blocks
+from .backbones import NAFLEX_VITS, SIZED, freeze, patch_sides, patch_tokens, tower_blocks
 from .failures import describe
 from .pretrained import check_local_model, why_not_loaded
 
@@ -305,13 +305,12 @@ def _load_timm(name: str, pretrained: bool, size: int | None) -> tuple[nn.Module
             raise ValueError(why_not_loaded(error, f"vision_model: got {name!r}", weights, folder)) from error
 
     options: dict[str, Any] = {}
-    if size is not None and isinstance(shape := create(), (*TIMM_VITS, *NAFLEX_VITS)):  # other models take any size
-        fixed = isinstance(shape, TIMM_VITS)
-        patch = cast(Any, shape.patch_embed if fixed else shape.embeds).patch_size
+    if size is not None and isinstance(shape := create(), (*SIZED, *NAFLEX_VITS)):  # other models take any size
+        patch = patch_sides(shape)
         if any(size % x for x in patch):
             raise ValueError(f"force_image_size: got {size}, expected a multiple of {patch[0]}")
-        if fixed:
-            options["img_size"] = size
+        if isinstance(shape, SIZED):
+            options["img_size"] = (size, size)
     visual = create(pretrained=pretrained, **options)
     data = timm.data.resolve_model_data_config(visual, {} if size is None else {"img_size": size})
     return visual, timm.data.create_transform(**data, is_training=False)

@@ -281,7 +281,7 @@ def own_projection(visual: nn.Module) -> nn.Module:
 
     Raises ValueError if the tower pools by more than a mean or one token.
     """
-    if isinstance(visual, VisionTransformer) and visual.proj is not None:
+    if isinstance(visual, VisionTransformer) and visual.proj is not None and visual.attn_pool is None:
         return _Projection(visual.proj)
     if isinstance(visual, TimmModel) and getattr(visual.trunk, "attn_pool", None) is None:
         if "pool" not in dict(visual.head.named_children()):
