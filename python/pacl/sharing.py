@@ -23,11 +23,11 @@ from .backbones import freeze
 from .embedder import CONFIG, DescribedTowers, VisionEmbedder, embedder_folder, read_embedder_config
 from .files import write_bytes
 from .pretrained import why_not_fetched
-from .towers import Towers, load_towers, random_towers
+from .towers import Towers, encode_text, load_towers, random_towers
 from .weights import load_weights
 
 HUB_FILES = {"allow_patterns": ["*.json", "*.safetensors"]}
-LOADED = ("model", "pretrained", "vision_model")  # names that may be local paths
+LOADED = ("model", "pretrained", "vision_model", "text_model")  # names that may be local paths
 # Largest relative error of a fingerprint. With random weights and 3 to 12 layers, bfloat16 caused errors of 0.005 to
 # 0.01, and a wrong activation 0.003 to 0.016; therefore the activation's name is compared too.
 TOLERANCE = {torch.float32: 0.001, torch.bfloat16: 0.05, torch.float16: 0.05}
@@ -65,7 +65,7 @@ def load_pacl(
     described = embedder.towers
     check_described(described, folder / CONFIG)
     digests = read_embedder_config(folder / CONFIG).get("sha256", {})
-    names: dict[str, Any] = {name: _absolute(described[name], folder, local) for name in LOADED}
+    names: dict[str, Any] = {name: _absolute(described.get(name), folder, local) for name in LOADED}
     trained, vision_pretrained = described["trained"], described["vision_pretrained"]
     names |= {"vision_pretrained": vision_pretrained and "visual" not in trained}
     towers = load_towers(**names, force_image_size=described["force_image_size"])
@@ -87,12 +87,20 @@ def _download(name: str, options: Mapping[str, Any]) -> str:
 
 
 def load_model(
-    checkpoint: str | None, model: str, pretrained: str | None, device: torch.device | str = "cpu"
+    checkpoint: str | None,
+    model: str,
+    pretrained: str | None,
+    device: torch.device | str = "cpu",
+    *,
+    text_model: str | Path | None = None,
 ) -> tuple[Towers, VisionEmbedder | None]:
     """Load a checkpoint as load_pacl does, or without one the towers of an open_clip model, and None as the embedder.
 
-    Raises ValueError for a model without weights, because its numbers would look like any other's.
+    text_model: as in load_towers, without a checkpoint. Raises ValueError for a model without weights, because its
+    numbers would look like any other's, and for a text_model of another width than the model's image embeddings.
     """
+    if checkpoint and text_model:
+        raise ValueError(f"text_model: got {str(text_model)!r} with a checkpoint, which has its own; expected none")
     if checkpoint:
         return load_pacl(checkpoint, device)
     if random_towers(model, pretrained):
@@ -100,12 +108,23 @@ def load_model(
             f"pretrained: got none for {model}, whose weights would be random; expected a tag or a file of weights, "
             "or --checkpoint"
         )
-    return load_towers(model, pretrained, device=device), None
+    towers = load_towers(model, pretrained, text_model=str(text_model) if text_model else None, device=device)
+    if text_model:
+        image, ids = towers.probe()
+        with torch.no_grad():
+            widths = [encode_text(tower, x).shape[-1] for tower, x in ((towers.visual, image), (towers.text, ids))]
+        if widths[0] != widths[1]:
+            raise ValueError(
+                f"text_model: got {str(text_model)!r}, whose embeddings have {widths[1]} numbers, expected "
+                f"{widths[0]}, as the image embeddings of {model}"
+            )
+    return towers, None
 
 
 def save_tower(towers: Towers, name: str, folder: Path) -> None:
     """Write the weights of the tower `name`, "visual" or "text", to `folder`, atomically."""
-    state = {key: x.detach().cpu().contiguous() for key, x in getattr(towers, name).state_dict().items()}
+    # safetensors refuses tied weights, such as T5's; a copy of each is its own.
+    state = {key: x.detach().cpu().clone().contiguous() for key, x in getattr(towers, name).state_dict().items()}
     write_bytes(folder / f"{name}.safetensors", save(state))
 
 
@@ -116,7 +135,7 @@ def load_tower(towers: Towers, name: str, folder: Path, digests: Mapping[str, st
 
 def check_described(described: Mapping[str, Any], path: Path) -> None:
     """Raise ValueError unless `described`, of the settings file at `path`, says all that check_towers compares."""
-    missing = sorted(DescribedTowers.__annotations__.keys() - {"base_model", "random"} - described.keys())
+    missing = sorted(DescribedTowers.__annotations__.keys() - {"base_model", "random", "text_model"} - described.keys())
     if missing:
         raise ValueError(f"{path} does not describe the towers of the embedder: towers.{missing[0]} is missing")
 
@@ -233,7 +252,7 @@ def _base_models(towers: Towers) -> list[str]:
     model, pretrained, vision = (towers.names[name] for name in ("model", "pretrained", "vision_model"))
     schema, identifier = parse_model_name(model)
     hub = identifier if schema == "hf-hub" else open_clip.get_pretrained_cfg(model, pretrained or "").get("hf_hub")
-    found = ["/".join(hub.split("/")[:2])] if hub else []
+    found = ["/".join(hub.split("/")[:2])] if hub and not (vision and towers.names.get("text_model")) else []
     if vision and towers.names["vision_pretrained"]:
         config: Any = towers.visual.pretrained_cfg  # a dict of timm models
         found += [config.get("hf_hub_id") or vision]
@@ -241,8 +260,8 @@ def _base_models(towers: Towers) -> list[str]:
 
 
 def _tag(names: Mapping[str, Any]) -> str:
-    vision = f" with {names['vision_model']}" if names.get("vision_model") else ""
-    return f"{names['model']} ({names['pretrained'] or 'no tag'}){vision}"
+    others = [f" with {names[name]}" for name in ("vision_model", "text_model") if names.get(name)]
+    return f"{names['model']} ({names['pretrained'] or 'no tag'}){''.join(others)}"
 
 
 def _spread(size: int, count: int) -> Tensor:

@@ -17,6 +17,7 @@ import pytest
 import timm
 import torch
 from open_clip.model import CLIPVisionCfg, _build_vision_tower
+from open_clip.modified_resnet import ModifiedResNet
 from open_clip.transformer import VisionTransformer
 from pacl.backbones import (
     NAFLEX_VITS,
@@ -75,7 +76,8 @@ def timm_tower(name: str, **options: Any) -> nn.Module:
 
 def check_patches(visual: nn.Module) -> None:
     trunk: Any = tower_trunk(freeze(visual))
-    height, width = own_size(trunk) or trunk.pretrained_cfg["input_size"][1:]
+    resnet = isinstance(trunk, ModifiedResNet)
+    height, width = own_size(trunk) or ((trunk.image_size,) * 2 if resnet else trunk.pretrained_cfg["input_size"][1:])
     high, wide = patch_sides(trunk)
     rows, columns = height // high, width // wide
     row, column = 1, columns - 2  # far from its mirror image, and from the edges

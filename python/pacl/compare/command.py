@@ -119,9 +119,9 @@ def _same(one: dict[str, list[float]], other: dict[str, list[float]]) -> bool:
 
 
 def _tower_names(towers: dict[str, Any]) -> str:
-    vision = f" with {towers['vision_model']}" if towers.get("vision_model") else ""
+    others = "".join(f" with {towers[name]}" for name in ("vision_model", "text_model") if towers.get(name))
     pretrained = f" {towers['pretrained']}" if towers.get("pretrained") else ""
-    return f"{towers.get('model', '-')}{pretrained}{vision}"
+    return f"{towers.get('model', '-')}{pretrained}{others}"
 
 
 def _settings(page: Page, runs: dict[str, Entry]) -> None:

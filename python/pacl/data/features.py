@@ -35,7 +35,7 @@ from .pairs import Pairs
 from .samples import captions_of
 from .texts import PROMPTS
 
-TOWERS = "model pretrained vision_model vision_pretrained force_image_size".split()
+TOWERS = "model pretrained vision_model vision_pretrained text_model force_image_size".split()
 MANIFEST, NOUNS = "manifest.json", "prompts.safetensors"
 
 
@@ -245,7 +245,7 @@ def stored_records(folder: Path) -> Iterator[dict[str, Any]]:
 def tower_names(folder: Path) -> dict[str, Any]:
     """Return the flags of `pacl train` for the towers whose features are in `folder`."""
     plan: Mapping[str, Any] = read_manifest(folder)["plan"]
-    return {name: plan[name] for name in TOWERS} | {"random_towers": plan.get("random_towers", False)}
+    return {name: plan.get(name) for name in TOWERS} | {"random_towers": plan.get("random_towers", False)}
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:

@@ -27,6 +27,8 @@ class TaskOptions:
     """Name of the open_clip model; ignored with --checkpoint."""
     pretrained: str | None = None
     """Weights of the open_clip model, a tag or a file; required for open_clip's own model names."""
+    text_model: Path | None = None
+    """Folder of a text encoder of transformers or sentence-transformers, made for the images of --model."""
     out: Path = Path("results")
     """Folder for JSON files and plots."""
     device: str = "auto"
@@ -38,7 +40,8 @@ class TaskOptions:
 
     def load(self) -> tuple[Towers, nn.Module | None]:
         """Load the model's towers and its embedder, which is None without a checkpoint."""
-        return load_model(self.checkpoint, self.model, self.pretrained, choose_device(self.device))
+        device = choose_device(self.device)
+        return load_model(self.checkpoint, self.model, self.pretrained, device, text_model=self.text_model)
 
     def write(self, task: str, dataset: str, rules: dict[str, Any], metrics: dict, towers: Towers, **more: Any) -> Path:
         """Write a row like CLIP_benchmark's, with the rules that make its numbers comparable, and print its numbers.

@@ -68,6 +68,7 @@ class SegmentationRow(TypedDict):
 def names_of(towers: Towers, checkpoint: str | None) -> dict[str, Any]:
     """Return a row's names of the model: without local folders; a run's `embedder` gets the name of the run."""
     model, pretrained, vision = (towers.names[name] for name in ("model", "pretrained", "vision_model"))
+    text = towers.names.get("text_model")
     if model.startswith("local-dir:"):
         model = Path(model).name
     if pretrained and Path(pretrained).is_file():
@@ -76,6 +77,7 @@ def names_of(towers: Towers, checkpoint: str | None) -> dict[str, Any]:
         folder = Path(checkpoint).resolve()
         checkpoint = folder.parent.name if folder.name == "embedder" else folder.name
     model += f" with {vision}" if vision else ""
+    model += f" with {Path(text).name}" if text else ""
     return {"model": model, "pretrained": pretrained, "embedder": checkpoint}
 
 

@@ -47,6 +47,8 @@ class SegmenterOptions:
     """Name of an open_clip model, for plain CLIP instead of a checkpoint."""
     pretrained: str | None = None
     """Weights of the open_clip model: a tag or a file."""
+    text_model: Path | None = None
+    """Folder of a text encoder of transformers or sentence-transformers, made for the images of --model."""
     templates: str = "simple"
     """Prompt templates for the words: none, photo, simple, openai, or a file with one per line."""
     stride: int = 1

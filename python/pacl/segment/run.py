@@ -31,7 +31,7 @@ WINDOWS = ("short_side", "window", "window_stride")  # options of a Segmenter be
 def make_segmenter(options: SegmenterOptions, **windows: int | None) -> Segmenter:
     """Make the segmenter of a checkpoint or of plain CLIP; raises ValueError for an open_clip model without weights."""
     names = (options.checkpoint, options.model or "", options.pretrained)  # a checkpoint names its own model
-    towers, embedder = load_model(*names, choose_device(options.device))
+    towers, embedder = load_model(*names, choose_device(options.device), text_model=options.text_model)
     return Segmenter(towers, embedder, stride=options.stride, **windows)
 
 

@@ -36,8 +36,8 @@ from .validation import Validation
 
 BAD_DATA = 1000  # above the numbers of signals
 TOWERS = (
-    "model pretrained vision_model vision_pretrained force_image_size lock_image lock_image_unlocked_groups lock_text "
-    "grad_checkpointing"
+    "model pretrained vision_model vision_pretrained text_model force_image_size lock_image lock_image_unlocked_groups "
+    "lock_text grad_checkpointing"
 ).split()
 
 
