@@ -35,7 +35,7 @@ def bert(tmp_path_factory) -> Path:
     config = transformers.BertConfig(vocab_size=len(WORDS), max_position_embeddings=40, **SIZES)
     transformers.BertModel(config).save_pretrained(folder)
     (folder / "vocab.txt").write_text("\n".join(WORDS) + "\n")
-    tokenizer = transformers.BertTokenizer(str(folder / "vocab.txt"), model_max_length=38)
+    tokenizer = transformers.BertTokenizer(str(folder / "vocab.txt"), do_lower_case=False, model_max_length=38)
     tokenizer.save_pretrained(folder)
     return folder
 
