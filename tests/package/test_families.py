@@ -70,7 +70,7 @@ def timm_tower(name: str, **options: Any) -> nn.Module:
     """Build a timm model with random weights, with two blocks if its class takes a depth."""
     try:
         return timm.create_model(name, num_classes=0, depth=2, **options)
-    except TypeError:
+    except (TypeError, AssertionError):  # an assertion, where an option lists the blocks
         return timm.create_model(name, num_classes=0, **options)
 
 
