@@ -14,13 +14,12 @@ from typing import Any
 import timm.layers
 import timm.models as timm_models
 import torch
-from open_clip.modified_resnet import ModifiedResNet
 from open_clip.transformer import VisionTransformer
 from timm.layers import PatchEmbed, RotaryEmbeddingCat
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .backbones import NAFLEX_VITS, TIMM_VITS, patch_tokens, share, tower_trunk
+from .backbones import TIMM_VITS, patch_sides, patch_tokens, share, tower_trunk
 from .readings import PLAIN, Reader, proxy_attention, read_as
 
 # timm before DINOv3 has only the first class.
@@ -31,15 +30,7 @@ ROTARY = tuple(
 
 def patch_size(visual: nn.Module) -> int:
     """Return the side of the tower's patches in pixels, or a convolutional tower's stride; raises as patch_tokens."""
-    trunk: Any = tower_trunk(visual)
-    if isinstance(trunk, VisionTransformer):
-        sides = trunk.patch_size
-    elif isinstance(trunk, TIMM_VITS):
-        sides = trunk.patch_embed.patch_size
-    elif isinstance(trunk, NAFLEX_VITS):
-        sides = trunk.embeds.patch_size
-    else:
-        return 32 if isinstance(trunk, ModifiedResNet) else trunk.feature_info[-1]["reduction"]
+    sides = patch_sides(tower_trunk(visual))
     if sides[0] != sides[1]:
         raise ValueError(f"visual: got patches of {sides[0]} x {sides[1]} pixels, expected square ones")
     return sides[0]

@@ -42,6 +42,7 @@ class DescribedTowers(TypedDict, total=False):
     model: str
     pretrained: str | None
     vision_model: str | None
+    text_model: str | None
     vision_pretrained: bool
     force_image_size: int | None
     max_patches: int | None  # of variable resolution; absent for images of one size

@@ -23,12 +23,13 @@ from .backbones import freeze
 from .embedder import CONFIG, DescribedTowers, VisionEmbedder, embedder_folder, read_embedder_config
 from .files import write_bytes
 from .pretrained import why_not_fetched
-from .towers import Towers, load_towers, random_towers
+from .towers import Towers, encode_text, load_towers, random_towers
 from .weights import load_weights
 
 HUB_FILES = {"allow_patterns": ["*.json", "*.safetensors"]}
-LOADED = ("model", "pretrained", "vision_model")  # names that may be local paths
-OPTIONAL = {"base_model", "random", "max_patches", "tokens", "proxy"}  # parts of a description that some towers lack
+LOADED = ("model", "pretrained", "vision_model", "text_model")  # names that may be local paths
+# Parts of a description that some towers lack.
+OPTIONAL = {"base_model", "random", "text_model", "max_patches", "tokens", "proxy"}
 # Largest relative error of a fingerprint. With random weights and 3 to 12 layers, bfloat16 caused errors of 0.005 to
 # 0.01, and a wrong activation 0.003 to 0.016; therefore the activation's name is compared too.
 TOLERANCE = {torch.float32: 0.001, torch.bfloat16: 0.05, torch.float16: 0.05}
@@ -66,7 +67,7 @@ def load_pacl(
     described = embedder.towers
     check_described(described, folder / CONFIG)
     digests = read_embedder_config(folder / CONFIG).get("sha256", {})
-    names: dict[str, Any] = {name: _absolute(described[name], folder, local) for name in LOADED}
+    names: dict[str, Any] = {name: _absolute(described.get(name), folder, local) for name in LOADED}
     trained, vision_pretrained = described["trained"], described["vision_pretrained"]
     names |= {"vision_pretrained": vision_pretrained and "visual" not in trained}
     names |= {"force_image_size": described["force_image_size"], "max_patches": described.get("max_patches")}
@@ -96,13 +97,18 @@ def load_model(
     device: torch.device | str = "cpu",
     tokens: str | None = None,
     proxy: str | None = None,
+    *,
+    text_model: str | Path | None = None,
 ) -> tuple[Towers, VisionEmbedder | None]:
     """Load a checkpoint as load_pacl does, or without one the towers of an open_clip model, and None as the embedder.
 
     tokens, proxy: the reading of the patch tokens and its second tower. None: those that the embedder was trained on,
-    "plain" without one. Raises ValueError for another reading than the embedder's, and for a model without weights,
-    because its numbers would look like any other's.
+    "plain" without one. text_model: as in load_towers, without a checkpoint. Raises ValueError for another reading than
+    the embedder's, for a model without weights, because its numbers would look like any other's, and for a text_model
+    of another width than the model's image embeddings.
     """
+    if checkpoint and text_model:
+        raise ValueError(f"text_model: got {str(text_model)!r} with a checkpoint, which has its own; expected none")
     if checkpoint:
         towers, embedder = load_pacl(checkpoint, device)
         trained = {"tokens": towers.reader.name, "proxy": towers.names.get("proxy")}
@@ -118,12 +124,24 @@ def load_model(
             f"pretrained: got none for {model}, whose weights would be random; expected a tag or a file of weights, "
             "or --checkpoint"
         )
-    return load_towers(model, pretrained, tokens=tokens or "plain", proxy=proxy, device=device), None
+    folder = str(text_model) if text_model else None
+    towers = load_towers(model, pretrained, text_model=folder, tokens=tokens or "plain", proxy=proxy, device=device)
+    if text_model:
+        image, ids = towers.probe()
+        with torch.no_grad():
+            widths = [encode_text(tower, x).shape[-1] for tower, x in ((towers.visual, image), (towers.text, ids))]
+        if widths[0] != widths[1]:
+            raise ValueError(
+                f"text_model: got {str(text_model)!r}, whose embeddings have {widths[1]} numbers, expected "
+                f"{widths[0]}, as the image embeddings of {model}"
+            )
+    return towers, None
 
 
 def save_tower(towers: Towers, name: str, folder: Path) -> None:
     """Write the weights of the tower `name`, "visual" or "text", to `folder`, atomically."""
-    state = {key: x.detach().cpu().contiguous() for key, x in getattr(towers, name).state_dict().items()}
+    # safetensors refuses tied weights, such as T5's; a copy of each is its own.
+    state = {key: x.detach().cpu().clone().contiguous() for key, x in getattr(towers, name).state_dict().items()}
     write_bytes(folder / f"{name}.safetensors", save(state))
 
 
@@ -260,7 +278,7 @@ def _base_models(towers: Towers) -> list[str]:
     model, pretrained, vision = (towers.names[name] for name in ("model", "pretrained", "vision_model"))
     schema, identifier = parse_model_name(model)
     hub = identifier if schema == "hf-hub" else open_clip.get_pretrained_cfg(model, pretrained or "").get("hf_hub")
-    found = ["/".join(hub.split("/")[:2])] if hub else []
+    found = ["/".join(hub.split("/")[:2])] if hub and not (vision and towers.names.get("text_model")) else []
     if vision and towers.names["vision_pretrained"]:
         config: Any = towers.visual.pretrained_cfg  # a dict of timm models
         found += [config.get("hf_hub_id") or vision]
@@ -271,8 +289,8 @@ def _base_models(towers: Towers) -> list[str]:
 
 
 def _tag(names: Mapping[str, Any]) -> str:
-    vision = f" with {names['vision_model']}" if names.get("vision_model") else ""
-    return f"{names['model']} ({names['pretrained'] or 'no tag'}){vision}"
+    others = [f" with {names[name]}" for name in ("vision_model", "text_model") if names.get(name)]
+    return f"{names['model']} ({names['pretrained'] or 'no tag'}){''.join(others)}"
 
 
 def _most(patches: int | None) -> str:

@@ -1,4 +1,4 @@
-"""A vision and a text tower, frozen or trained: both from open_clip, or a vision tower from timm."""
+"""A vision and a text tower, frozen or trained: both from open_clip, or others from timm and transformers."""
 
 from __future__ import annotations
 
@@ -23,12 +23,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from .backbones import NAFLEX_VITS, TIMM_VITS, freeze, packed_tokens, patch_tokens, tower_blocks
+from .backbones import NAFLEX_VITS, SIZED, freeze, packed_tokens, patch_sides, patch_tokens, tower_blocks
 from .dense import dense_tokens
 from .failures import describe
 from .pretrained import check_local_model, why_not_loaded
 from .readings import PLAIN, PROXY, Reader, check_reading, proxy_reader
 from .resolution import fitting
+from .text_models import TextModel, load_text_model
 
 SENTENCE = "A photo of two small dogs, left of a red-brick house."
 BATCH, SENTENCES = 256, 2**13  # texts per call of the text tower, and texts that are sorted by length at a time
@@ -122,6 +123,8 @@ class Towers:
     def _encode_cut(self, ids: Tensor, length: int) -> Tensor:
         if length == ids.shape[1]:
             return self.encode_text(ids)
+        if isinstance(self.text, TextModel):
+            return self.encode_text(ids[:, :length])
         # open_clip's towers take fewer ids but add their whole mask; this call replaces it by a smaller one.
         mask = {"attn_mask": cast(Tensor, self.text.attn_mask)[:length, :length]}
         return encode_text(partial(functional_call, self.text, mask), ids[:, :length])
@@ -159,8 +162,10 @@ def read_lengths(text: nn.Module, ids: Tensor) -> Tensor:
     """Return how many ids of each text [B, L] its embedding depends on, int64 [B].
 
     For an open_clip tower with a causal mask and its output at the end of the text, these are the ids up to there; for
-    any other tower (SigLIP's, CoCa's, ...) all L.
+    a TextModel its `lengths`; for any other tower (SigLIP's, CoCa's, ...) all L.
     """
+    if isinstance(text, TextModel):
+        return text.lengths(ids)
     if isinstance(text, TextTransformer) and text.attn_mask is not None and text.cls_emb is None:
         if text.pool_type == "argmax":
             return ids.argmax(1) + 1
@@ -181,6 +186,7 @@ def load_towers(
     *,
     vision_model: str | None = None,
     vision_pretrained: bool = True,
+    text_model: str | None = None,
     force_image_size: int | None = None,
     max_patches: int | None = None,
     tokens: str = "plain",
@@ -191,7 +197,9 @@ def load_towers(
     grad_checkpointing: bool = False,
     device: torch.device | str = "cpu",
 ) -> Towers:
-    """Load the towers of an open_clip model, or its text tower and timm's `vision_model`; both are frozen by default.
+    """Load the towers of an open_clip model; timm's `vision_model` and `text_model` replace one of them, or both.
+
+    All towers are frozen by default. With both replaced, the open_clip model is not loaded.
 
     Args:
         model: name of an open_clip model, or `local-dir:FOLDER`.
@@ -200,6 +208,7 @@ def load_towers(
         vision_model: a timm name, with timm's tag (vit_base_patch16_224.dino). The transform uses its size, mean and
             standard deviation.
         vision_pretrained: load timm's weights.
+        text_model: a folder with a text encoder of transformers or sentence-transformers, which says how it pools.
         force_image_size: side of the images in pixels; default: the vision tower's own.
         max_patches: resize each image, with its aspect ratio kept, to at most so many patches; for NaFlex ViTs of timm,
             which take any resolution. Default: images of one size.
@@ -221,6 +230,7 @@ def load_towers(
         "pretrained": pretrained,
         "vision_model": vision_model,
         "vision_pretrained": vision_pretrained,
+        "text_model": text_model and f"local-dir:{text_model.removeprefix('local-dir:')}",
         "force_image_size": force_image_size,
         **({} if max_patches is None else {"max_patches": max_patches}),  # absent from files of fixed resolution
     }
@@ -237,13 +247,17 @@ def load_towers(
         )
     if tokens != "plain" and (not lock_image or lock_image_unlocked_groups):
         raise ValueError(f"tokens: got {tokens!r} with a vision tower to train, expected 'plain' or a locked tower")
-    size = None if vision_model else force_image_size
-    clip, transform, tokenize = _load_clip(model, pretrained, size)
-    visual, text = clip.get_submodule("visual"), clip.get_submodule("text")
+    visual: Any
+    text: Any
+    if not (vision_model and text_model):
+        clip, transform, tokenize = _load_clip(model, pretrained, None if vision_model else force_image_size)
+        visual, text = clip.get_submodule("visual"), clip.get_submodule("text")
     if vision_model:
         visual, transform = _load_timm(vision_model, vision_pretrained, force_image_size)
     if max_patches is not None:
         transform = _fitting(visual, transform, max_patches, vision_model or model)
+    if text_model:
+        text, tokenize = load_text_model(text_model)
     trainable = {x for module in (visual, text) for x in module.parameters() if x.requires_grad}
     towers = Towers(freeze(visual), freeze(text), transform, tokenize, names).to(device)
     try:
@@ -265,6 +279,8 @@ def load_towers(
     if grad_checkpointing:
         if isinstance(visual, ModifiedResNet) and "visual" in towers.trained:
             raise ValueError(f"grad_checkpointing: got True for {model}, for which open_clip has none; expected False")
+        if isinstance(text, TextModel) and "text" in towers.trained:
+            raise ValueError("grad_checkpointing: got True and a text_model to train, expected False: it has none")
         for name in towers.trained:
             getattr(towers, name).set_grad_checkpointing(True)
     return towers
@@ -275,14 +291,15 @@ def random_towers(
     pretrained: str | None = None,
     vision_model: str | None = None,
     vision_pretrained: bool = True,
+    text_model: str | None = None,
     **others: Any,
 ) -> list[str]:
     """Return the names, "visual" and "text", of the towers that load_towers gives random weights.
 
     Its other arguments make no difference.
     """
-    text = parse_model_name(model)[0] is None and not pretrained
-    visual = not vision_pretrained if vision_model else text
+    clip = parse_model_name(model)[0] is None and not pretrained
+    visual, text = not vision_pretrained if vision_model else clip, clip and not text_model
     return [name for name, random in (("visual", visual), ("text", text)) if random]
 
 
@@ -377,13 +394,12 @@ def _load_timm(
             raise ValueError(why_not_loaded(error, f"{argument}: got {name!r}", weights, folder)) from error
 
     options: dict[str, Any] = {}
-    if size is not None and isinstance(shape := create(), (*TIMM_VITS, *NAFLEX_VITS)):  # other models take any size
-        fixed = isinstance(shape, TIMM_VITS)
-        patch = cast(Any, shape.patch_embed if fixed else shape.embeds).patch_size
+    if size is not None and isinstance(shape := create(), (*SIZED, *NAFLEX_VITS)):  # other models take any size
+        patch = patch_sides(shape)
         if any(size % x for x in patch):
             raise ValueError(f"force_image_size: got {size}, expected a multiple of {patch[0]}")
-        if fixed:
-            options["img_size"] = size
+        if isinstance(shape, SIZED):
+            options["img_size"] = (size, size)
     visual = create(pretrained=pretrained, **options)
     data = timm.data.resolve_model_data_config(visual, {} if size is None else {"img_size": size})
     return visual, timm.data.create_transform(**data, is_training=False)

@@ -366,6 +366,9 @@ def test_a_tower_with_another_pool_has_no_projection_of_patches():
     visual = _build_vision_tower(128, CLIPVisionCfg(**options))
     with pytest.raises(ValueError, match="embedder: got none, and TimmModel has no projection of single patches"):
         own_projection(visual)
+    coca = _build_vision_tower(24, CLIPVisionCfg(layers=1, width=64, head_width=32, attentional_pool=True))
+    with pytest.raises(ValueError, match="embedder: got none, and VisionTransformer has no projection"):
+        own_projection(coca)
 
 
 def test_the_benchmark_compares_the_same_label_maps(towers, embedder, monkeypatch):

@@ -36,7 +36,7 @@ from .pairs import Pairs
 from .samples import captions_of
 from .texts import PROMPTS
 
-TOWERS = "model pretrained vision_model vision_pretrained force_image_size max_patches tokens proxy".split()
+TOWERS = "model pretrained vision_model vision_pretrained text_model force_image_size max_patches tokens proxy".split()
 MANIFEST, NOUNS = "manifest.json", "prompts.safetensors"
 
 

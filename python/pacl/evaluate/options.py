@@ -32,6 +32,8 @@ class TaskOptions:
     Default: the one that the checkpoint was trained on, plain without a checkpoint."""
     proxy: str | None = None
     """Second tower of proxy tokens, a timm model. Default: vit_base_patch16_224.dino."""
+    text_model: Path | None = None
+    """Folder of a text encoder of transformers or sentence-transformers, made for the images of --model."""
     out: Path = Path("results")
     """Folder for JSON files and plots."""
     device: str = "auto"
@@ -44,7 +46,8 @@ class TaskOptions:
     def load(self) -> tuple[Towers, nn.Module | None]:
         """Load the model's towers and its embedder, which is None without a checkpoint."""
         names = (self.checkpoint, self.model, self.pretrained)
-        return load_model(*names, choose_device(self.device), self.tokens, self.proxy)
+        device = choose_device(self.device)
+        return load_model(*names, device, self.tokens, self.proxy, text_model=self.text_model)
 
     def write(self, task: str, dataset: str, rules: dict[str, Any], metrics: dict, towers: Towers, **more: Any) -> Path:
         """Write a row like CLIP_benchmark's, with the rules that make its numbers comparable, and print its numbers.

@@ -158,7 +158,8 @@ def main(argv: Sequence[str], prog: str = "pacl evaluate retrieval") -> int:
         rules = scorer.rules | {"name": f"retrieval {scorer.rules['name']}"}
         counts = {"images": gallery.images, "texts": len(gallery.captions), "skipped": skipped}
         if data.rank == 0:
-            options.write("zeroshot_retrieval", Path(options.data).stem, rules, metrics, towers, **counts)
+            name = "_".join(filter(None, (Path(options.data).stem, options.split)))
+            options.write("zeroshot_retrieval", name, rules, metrics, towers, **counts)
     if data.rank == 0:
         if skipped:
             print(f"left out: {', '.join(f'{reason} {count:,}' for reason, count in skipped.items())}")

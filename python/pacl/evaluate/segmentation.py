@@ -20,12 +20,13 @@ from ..readings import READINGS
 from ..segment.draw import png
 from ..towers import Towers
 from .options import DatasetOptions
+from .own_data import own_name, segmentation_data
 from .results import SEGMENTATION, aligned, names_of, number, tables, write_row
 from .segmentation_check import check_segmentation
 from .segmentation_data import SegmentationData
 from .segmentation_measure import Measured, SegmenterPredictor, check_background, evaluate_segmentation
 from .segmentation_pictures import contact_sheet
-from .specs import Protocol, protocol, spec
+from .specs import OWN, Protocol, protocol, spec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +36,8 @@ class SegmentationOptions(DatasetOptions):
     """
 
     dataset: tuple[str, ...] = ()
-    """One or more of voc21, context60, object81, voc20, cityscapes, context59, ade150, stuff171, stuff27, ade847."""
+    """One or more of voc21, context60, object81, voc20, cityscapes, context59, ade150, stuff171, stuff27, ade847, or
+    folder: your own images/, masks/ and classes.txt in --data-root."""
     protocol: str = "tcl"
     """Protocol, recorded in every result: tcl, dino.txt, paper, present, or a JSON file."""
     stride: int | None = None
@@ -61,7 +63,7 @@ def main(argv: Sequence[str], prog: str = "pacl evaluate segmentation") -> int:
         changes["background"] = {"rule": "threshold", "value": options.threshold}
     rules = protocol(options.protocol, **changes)
     # Open every dataset before spending hours on the first.
-    sets = [SegmentationData(name, **options.reading) for name in options.dataset]
+    sets = [segmentation_data(name, **options.reading) for name in options.dataset]
     for data in sets:
         check_background(data, rules)
     group = options.group()
@@ -114,7 +116,8 @@ def _measure(
 def _check(options: SegmentationOptions) -> int:
     bad = 0
     for name in options.dataset:
-        picture = options.out / f"{spec(name).name}_check.png"
+        known = own_name(options.data_root).replace(":", "-") if name == OWN else spec(name).name
+        picture = options.out / f"{known}_check.png"
         found = check_segmentation(name, options.data_root, class_file=options.class_file, picture=picture)
         print(f"{found.text()}\n{picture}", flush=True)
         bad += bool(found.problems)

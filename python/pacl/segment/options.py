@@ -53,6 +53,8 @@ class SegmenterOptions:
     with the best published maps."""
     proxy: str | None = None
     """Second tower of proxy tokens, a timm model. Default: vit_base_patch16_224.dino."""
+    text_model: Path | None = None
+    """Folder of a text encoder of transformers or sentence-transformers, made for the images of --model."""
     templates: str = "simple"
     """Prompt templates for the words: none, photo, simple, openai, or a file with one per line."""
     stride: int = 1

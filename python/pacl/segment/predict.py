@@ -282,7 +282,7 @@ def own_projection(visual: nn.Module) -> nn.Module:
     A head that pools by attention with a latent query (SigLIP, PE) is applied to each token alone, where its attention
     has one key and is 1. Raises ValueError if the tower pools in another way than this, a mean or one token.
     """
-    if isinstance(visual, VisionTransformer) and visual.proj is not None:
+    if isinstance(visual, VisionTransformer) and visual.proj is not None and visual.attn_pool is None:
         return _Projection(visual.proj)
     if isinstance(visual, TimmModel) and getattr(visual.trunk, "attn_pool", None) is None:
         if "pool" not in dict(visual.head.named_children()):

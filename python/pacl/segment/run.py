@@ -36,8 +36,9 @@ def make_segmenter(options: SegmenterOptions, **windows: int | None) -> Segmente
     Raises ValueError for an open_clip model without weights, and for a reading that does not fit.
     """
     names = (options.checkpoint, options.model or "", options.pretrained)  # a checkpoint names its own model
-    towers, embedder = load_model(*names, process_device(options.device), options.tokens, options.proxy)
-    if embedder is None and options.tokens is None and options.proxy is None:
+    chosen = options.tokens, options.proxy
+    towers, embedder = load_model(*names, process_device(options.device), *chosen, text_model=options.text_model)
+    if embedder is None and chosen == (None, None):
         tokens, reason = best_reading(towers.visual)
         towers = towers.read(tokens)
         if not dist.is_initialized() or dist.get_rank() == 0:

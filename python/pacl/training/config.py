@@ -63,6 +63,8 @@ class TowerFlags:
     """Name of a timm model, such as vit_base_patch16_224.dino, that replaces the vision tower of --model."""
     vision_pretrained: bool = True
     """Load timm's weights of --vision-model."""
+    text_model: str | None = None
+    """Folder of a text encoder of transformers or sentence-transformers that replaces the text tower of --model."""
     random_towers: bool = False
     """Use frozen towers without weights, and keep them beside the embedder."""
     force_image_size: int | None = None
@@ -259,10 +261,10 @@ class TrainConfig(LogFlags, ValidationFlags, MachineFlags, LossFlags, ScheduleFl
         """Return the names of the towers and of their weights, for the plan."""
         weights = self.pretrained or ("from a folder" if ":" in self.model else "RANDOM, no --pretrained")
         vision = "" if self.vision_pretrained else " (RANDOM)"
+        others = [f"{self.vision_model}{vision}"] if self.vision_model else []
+        others += [self.text_model] if self.text_model else []
         tokens = "" if self.tokens == "plain" else f", {self.tokens} tokens"
-        return (
-            f"{self.model} ({weights})" + (f" with {self.vision_model}{vision}" if self.vision_model else "") + tokens
-        )
+        return " with ".join([f"{self.model} ({weights})"] * (len(others) < 2) + others) + tokens
 
     @property
     def locked(self) -> list[str]:

@@ -73,6 +73,7 @@ class FeaturesConfig(TrainingDataFlags):
     pretrained: str | None = None
     vision_model: str | None = None
     vision_pretrained: bool = True
+    text_model: str | None = None
     random_towers: bool = False
     """Use towers without weights, and keep them beside the features."""
     force_image_size: int | None = None

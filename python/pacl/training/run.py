@@ -38,7 +38,7 @@ from .validation import Validation
 
 BAD_DATA = 1000  # above the numbers of signals
 TOWERS = (
-    "model pretrained vision_model vision_pretrained force_image_size max_patches tokens proxy lock_image "
+    "model pretrained vision_model vision_pretrained text_model force_image_size max_patches tokens proxy lock_image "
     "lock_image_unlocked_groups lock_text grad_checkpointing"
 ).split()
 
