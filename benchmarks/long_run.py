@@ -106,8 +106,11 @@ def _resident(process: int) -> float:
 
 
 def fifths(samples: list[Sample]) -> list[Sample]:
-    """Return the median of each figure in each fifth of a run, by the number of lines in its log."""
+    """Return the median of each figure in each fifth of a run, by the number of lines in its log, without its start
+    and its end.
+    """
     last = max(sample["lines"] for sample in samples)
+    samples = [sample for sample in samples if 0 < sample["lines"] < last]
     found: list[Sample] = []
     for number in range(5):
         mine = [sample for sample in samples if number <= 5 * sample["lines"] / (last + 1) < number + 1]
