@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from . import ops
+from . import ops, tolerance
 from .backends import computes_sigmoid_step, keeps_scores, takes_packed_patches
 from .checks import Form, Inputs, Loss, Normalize, Scalar, TextPool
 from .tokens import kept_pairs
@@ -177,6 +177,8 @@ class CompatibilityFunction(PerSample):
     def backward(ctx: Any, values: list[Any], grad_phi: Tensor) -> Gradients:
         *fields, phi, state = values
         inputs, (needs_patches, needs_texts, _, needs_temperature, *_) = Inputs(*fields), ctx.needs_input_grad
+        if ctx.options.grad_tolerance and not torch.compiler.is_compiling():
+            ctx.kept_pairs = None
         grads = compatibility_gradients(
             *(inputs, ctx.options, phi, state, grad_phi.contiguous(), needs_patches, needs_texts, needs_temperature),
             ctx=ctx,
@@ -219,6 +221,8 @@ class PaclFunction(PerSample):
     def backward(ctx: Any, values: list[Any], grad_loss: Tensor) -> Gradients:
         *fields, logit_scale, logit_bias, phi, state, statistics = values
         inputs, (needs_patches, needs_texts, _, needs_temperature, *_) = Inputs(*fields), ctx.needs_input_grad
+        if ctx.options.grad_tolerance and not torch.compiler.is_compiling():
+            ctx.kept_pairs = None
         needs_scale, needs_bias, _ = ctx.needs_input_grad[-3:]
         grad_phi = torch.empty_like(phi)
         grad_scale, grad_bias = (phi.new_empty(()) if needs else None for needs in (needs_scale, needs_bias))
@@ -409,7 +413,7 @@ def compatibility_gradients(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Return the needed gradients of patches, texts (in `texts_dtype`, by default their own) and temperature.
 
-    With `options.grad_tolerance` record in `ctx.kept_pairs` what `tolerance.kept_pairs` returns.
+    With `options.grad_tolerance` add to `ctx.kept_pairs`, None at first, what `tolerance.kept_pairs` returns.
     """
     patches, texts, patch_mask, attn_temperature, *layout = inputs
     grad_patches, keeps_scores = None, False
@@ -419,14 +423,14 @@ def compatibility_gradients(
     grad_texts = texts.new_empty(texts.shape, dtype=texts_dtype) if needs_texts else None
     grad_temperature = phi.new_empty(()) if needs_temperature else None
     kept_pairs = torch.zeros(3, dtype=torch.float64) if options.grad_tolerance else None
-    if ctx is not None and not torch.compiler.is_compiling():
-        ctx.kept_pairs = kept_pairs
     if needs_patches or needs_texts or needs_temperature:
         ops.compatibility_backward(
             patches, texts, patch_mask, *ops.pair(attn_temperature), options.form, options.backend,
             phi, state, grad_phi, grad_patches, grad_texts, grad_temperature, kept_pairs, keeps_scores,
             *layout, *options.of_phi, None, options.grad_tolerance,
         )  # fmt: skip
+    if ctx is not None and kept_pairs is not None and not torch.compiler.is_compiling():
+        ctx.kept_pairs = tolerance.added(ctx.kept_pairs, kept_pairs)
     return grad_patches, grad_texts, grad_temperature
 
 

@@ -105,11 +105,19 @@ def _starts(sizes: Tensor) -> Tensor:
     return starts
 
 
+def added(one: Tensor | None, other: Tensor) -> Tensor:
+    """Return the record of two parts of a backward from theirs, float64 `[3]` each like `KeptPairs`."""
+    if one is None:
+        return other
+    return torch.stack((one[0] + other[0], one[1] + other[1], torch.maximum(one[2], other[2])))
+
+
 def kept_pairs(loss: Tensor) -> KeptPairs | None:
     """Return what the backward of `loss` has used of the pairs, or None before a backward and without `grad_tolerance`.
 
-    `loss`: the tensor that `fused_pacl_loss` returned, or one computed from it, after its backward. Inside
-    `torch.compile` nothing is recorded.
+    `loss`: the tensor that `fused_pacl_loss` returned, or one computed from it, after its backward. With a group the
+    pairs are those of this process, with the padding of uneven batches. Nothing is recorded inside `torch.compile`, and
+    for the sigmoid loss with a group.
     """
     seen: set[Any] = set()
     todo = [loss.grad_fn]

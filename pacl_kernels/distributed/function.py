@@ -179,6 +179,7 @@ class GlobalPaclFunction(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, values: list[Any], grad_loss: Tensor) -> Gradients:
         plan, options, needs = ctx.plan, ctx.options, ctx.needs_input_grad
+        ctx.kept_pairs = None
         needs_patches, needs_texts, _, needs_temperature = needs[:4]
         needs_scale, needs_bias, *_, needs_pair_bias = needs[7:13]
         inputs = Inputs(*values[:7])
@@ -204,7 +205,7 @@ class GlobalPaclFunction(torch.autograd.Function):
                 sums[2] += contrastive.total(grad)
             grad_patches, grad_texts, grad_temperature = compatibility_gradients(
                 of_block(inputs, at, block),
-                *(options, phi, state, grad.mul_(scale), needs_patches, needs_texts, needs_temperature, phi.dtype),
+                *(options, phi, state, grad.mul_(scale), needs_patches, needs_texts, needs_temperature, phi.dtype, ctx),
             )
             if grad_temperature is not None:
                 sums[1] += grad_temperature

@@ -29,6 +29,8 @@ from pacl.training.checkpoints import checkpoints, save_checkpoint, step_of
 from running import assert_same_state, final
 from safetensors.torch import load_file
 
+from pacl_kernels.backends import cpu
+
 
 @pytest.fixture
 def world(run_world) -> Path:
@@ -338,3 +340,11 @@ def test_dry_run_writes_nothing(world, tmp_path, capsys):
     line = "epoch: the steps of an epoch take 100 of 120 pairs; the other 20 are left for the next epoch\n"
     assert line in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
+
+
+def test_grad_tolerance_is_in_the_log(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(cpu, "_lists_are_worth", lambda *_: True)
+    assert running.train(world, tmp_path, grad_tolerance=0.2, max_steps=2) == 0
+    shares = [row["train/kept_share"] for row in running.lines(tmp_path / "pacl/metrics.jsonl")]
+    assert shares and all(0 < share < 1 for share in shares)
+    assert running.train(world, tmp_path / "bad", grad_tolerance=1) == 1

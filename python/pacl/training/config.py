@@ -132,6 +132,8 @@ class LossFlags:
     """Initial value of the logit scale."""
     learn_logit_scale: bool = True
     max_logit_scale: float = 100.0
+    grad_tolerance: float = 0.0
+    """Share of the gradient's mass over the pairs that the backward may leave out, such as 0.002; 0 is exact."""
     captions_per_image: int = 1
     """Most captions that an image brings to a batch, all of them its positives. An image with fewer brings all."""
     duplicates: Literal["positive", "ignore", "negative"] = "negative"
@@ -246,6 +248,8 @@ class TrainConfig(LogFlags, ValidationFlags, MachineFlags, LossFlags, ScheduleFl
         for name in ("tower_lr", "grad_checkpointing"):
             if getattr(self, name) and locked:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, expected a tower to train, but all are locked")
+        if not 0 <= self.grad_tolerance < 1:
+            raise ValueError(f"grad_tolerance: got {self.grad_tolerance:g}, expected a number from 0 to below 1")
         if not 1 <= self.logit_scale <= self.max_logit_scale:
             most = self.max_logit_scale
             raise ValueError(f"logit_scale: got {self.logit_scale!r}, expected 1 to {most!r} (--max-logit-scale)")

@@ -80,7 +80,8 @@ class Log:
         """Record step `step`, counted from 1.
 
         loss: its loss, 0-D. keys: those of its samples. waited, seconds: the time for the batch and for the step.
-        values: returns lr, scale, attn_temperature and skipped, if the step is to be logged; None: it is not.
+        values: returns lr, scale, attn_temperature, skipped and perhaps kept_share, if the step is to be logged; None:
+            it is not.
         """
         self.pending.append((step, loss, keys))
         self.steps, self.waited, self.seconds = self.steps + 1, self.waited + waited, self.seconds + waited + seconds
@@ -158,6 +159,7 @@ class Log:
             "train/peak_memory_mib": _peak_memory(self.device) / 2**20,
             "train/lr": now["lr"],
             "train/skipped": now["skipped"],
+            **({"train/kept_share": now["kept_share"]} if "kept_share" in now else {}),
         }
         assert self.file is not None  # lines are written inside `opened`
         with named_if_full(self.file.name):

@@ -154,6 +154,7 @@ class Run:
             "scale": self.model.log_scale.exp().item(),
             "attn_temperature": self._temperature(self.model),
             "skipped": sum(self.data.skipped.values()),
+            **({} if (kept := self.trainer.kept_share) is None else {"kept_share": kept}),
         }
 
     def _temperature(self, model: Trainable) -> float:

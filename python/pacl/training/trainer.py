@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pacl_kernels import cached_step, fused_pacl_loss
+from pacl_kernels import cached_step, fused_pacl_loss, kept_pairs
 from pacl_kernels.checks import BackendName
 from pacl_kernels.distributed import forget
 
@@ -54,6 +54,8 @@ class Trainer:
         self.group, self.device, self.amp, self.lr = group, torch.device(device), amp, 0.0
         self.loss = loss or self._contrast
         self.updating = False
+        self.contrasted: Tensor | None = None  # the loss of the step that runs, with its graph
+        self.kept_share: float | None = None  # of the pairs in the last backward, with grad_tolerance
         self.average = average_of(model, config.ema_decay) if config.ema_decay is not None else None
         self.wrapped = model
         if group:  # the buffers of towers never change
@@ -109,7 +111,8 @@ class Trainer:
             if watch is not None:
                 first = texts if places is None else texts[places[:, 0].to(texts.device)]
                 watch(patches, first, self._temperature(*others), lengths)
-            return self.loss(patches, texts, *others, **options)
+            self.contrasted = self.loss(patches, texts, *others, **options)
+            return self.contrasted
 
         kept: dict[str, Any] = {}
         batch: dict[str, Any] = {name: pairs[name] for name in ("images", "texts", "places") if name in pairs}
@@ -125,6 +128,8 @@ class Trainer:
         modules = [self.wrapped] if self.group else []
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
             value = cached_step(encode, batch, loss, micro_batch=config.batch_size, modules=modules)
+        used = kept_pairs(self.contrasted) if config.grad_tolerance and self.contrasted is not None else None
+        self.kept_share, self.contrasted = None if used is None else used.share, None
         if config.grad_clip_norm is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip_norm)
         self.updating = True
@@ -169,6 +174,7 @@ class Trainer:
             form=config.form,
             loss=config.loss,
             group=self.group,
+            grad_tolerance=config.grad_tolerance,
             backend=cast(BackendName, config.backend),  # the loss checks it
             **options,
         )

@@ -12,7 +12,8 @@ from accuracy import assert_accurate, evaluate, natural_sizes
 from problems import DIFFERENTIABLE, Case, Problem, make
 from torch import Tensor, nn
 
-from pacl_kernels import cached_step, compatibility, fused_pacl_loss
+from pacl_kernels import cached_step, compatibility, fused_pacl_loss, kept_pairs
+from pacl_kernels.backends import cpu
 
 EXCHANGES = ("gather", "ring")
 LOSSES = ("infonce", "sigmoid")
@@ -254,3 +255,25 @@ def test_lists_compiled(group):
     got, expected = answer(own, function=compiled, group=group), answer(own, group=group)
     for name, x in expected.items():
         torch.testing.assert_close(got[name], x, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def test_grad_tolerance(exchange, group, monkeypatch):
+    """Each process leaves out pairs of its own rows, and says how many."""
+    monkeypatch.setattr(cpu, "_lists_are_worth", lambda *_: True)
+    images, texts = (local(IMAGES, group) for _ in range(2))
+    b = sum(IMAGES[: group.size()])
+    part = local_part(make(Case(b, 5, 64, scale=30.0), "dot", "infonce"), images, texts)
+    patches, captions = (x.clone().requires_grad_() for x in (part.patches, part.texts))
+    found = []
+    for tolerance in (0.0, 0.1):
+        loss = fused_pacl_loss(
+            patches, captions, 30.0, attn_temperature=0.1, group=group, exchange=exchange, grad_tolerance=tolerance
+        )
+        found.append((loss.detach(), *torch.autograd.grad(loss, (patches, captions))))
+    kept = kept_pairs(loss)
+    assert kept.pairs >= len(patches) * b > kept.kept > 0 and 0 < kept.dropped_mass <= 0.1
+    exact, near = found
+    assert torch.equal(exact[0], near[0])
+    for one, two in zip(exact[1:], near[1:], strict=True):
+        assert 1e-4 < float((one - two).norm() / one.norm()) < 0.2
