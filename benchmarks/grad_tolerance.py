@@ -104,14 +104,14 @@ def measure(options: argparse.Namespace, scatter: float, dtype: torch.dtype, fro
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, default=1024, help="images and texts")
+    parser.add_argument("--batch", type=int, default=1024, help="Images, and texts.")
     parser.add_argument("--patches", type=int, default=196)
     parser.add_argument("--dim", type=int, default=512)
     parser.add_argument("--tolerance", type=float, default=2**-9)
     parser.add_argument("--scatters", type=float, nargs="+", default=[3.0, 4.0, 5.0])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
-    parser.add_argument("--repeats", type=int, default=3, help="the least time of these counts")
-    parser.add_argument("--json", type=Path, help="file for the results")
+    parser.add_argument("--repeats", type=int, default=3, help="Repeats, of which the shortest counts.")
+    parser.add_argument("--json", type=Path, help="File for the results.")
     options = parser.parse_args()
     rows, accuracy = [], []
     for scatter, name in itertools.product(options.scatters, options.dtypes):
