@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from .remote import RemotePath, open_binary
+
 try:
     import fcntl
 except ImportError:  # Windows, where an open file cannot be deleted, so that no lock is needed
@@ -48,8 +50,10 @@ def atomic_writer(path: str | os.PathLike) -> Iterator[BinaryIO]:
         raise
 
 
-def write_bytes(path: str | os.PathLike, data: bytes) -> None:
+def write_bytes(path: str | os.PathLike | RemotePath, data: bytes) -> None:
     """Replace the contents of `path` by `data`, atomically."""
+    if isinstance(path, RemotePath):
+        return path.write_bytes(data)
     with atomic_writer(path) as file:
         file.write(data)
 
@@ -104,14 +108,14 @@ def _locked_copy(descriptor: int) -> Iterator[None]:
         os.close(copy)
 
 
-def impostor(path: str | os.PathLike, *, binary: bool = True) -> str | None:
+def impostor(path: str | os.PathLike | RemotePath, *, binary: bool = True) -> str | None:
     """Return what stands in place of a file's content, "a pointer of Git LFS ...", or None for what may be content.
 
     Known are pointers of Git LFS, pages of HTML and empty files, and with `binary` any other text. A file that cannot
     be read is none of these.
     """
     try:
-        with open(path, "rb") as file:
+        with open_binary(path) as file:
             start = file.read(256)
     except OSError:
         return None
@@ -130,10 +134,10 @@ def impostor(path: str | os.PathLike, *, binary: bool = True) -> str | None:
     return "a text" if all(letter.isprintable() or letter.isspace() for letter in text) else None
 
 
-def file_digest(path: str | os.PathLike) -> str:
+def file_digest(path: str | os.PathLike | RemotePath) -> str:
     """Return the SHA-256 of a file in hexadecimal. A processor with instructions for it reads 1 to 2 GB a second."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with open_binary(path) as file:
         while part := file.read(2**20):
             digest.update(part)
     return digest.hexdigest()

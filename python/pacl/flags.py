@@ -17,6 +17,7 @@ LEAST = {
     **dict.fromkeys("batch_size shard_size max_image_pixels scenes train_num_samples force_image_size".split(), 1),
     **dict.fromkeys("limit stride short_side window window_stride most_images pairs".split(), 1),
     **dict.fromkeys("workers seed sample port max_bad_share".split(), 0),
+    **dict.fromkeys("cache_size store_attempts".split(), 1),
     "patches": 2,
 }
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..stores import Store
 from . import Kind
 from .images import MAX_IMAGE_PIXELS
 
@@ -16,7 +17,28 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PairFlags:
+class StoreFlags:
+    """Base of the flags of a command that reads from stores: s3://, gs://, hf:// and https://."""
+
+    cache_dir: Path | None = None
+    """Local folder that keeps what was read from a store (s3://, gs://, hf://, https://)."""
+    cache_size: float = 100.0
+    """Most gigabytes in --cache-dir; what was read longest ago makes room."""
+    store_timeout: float = 60.0
+    """Seconds that a store may take to answer a read before the read is repeated."""
+    store_attempts: int = 10
+    """Number of times that a read from a store is tried, with growing pauses, before the command gives up."""
+
+    @property
+    def store(self) -> Store:
+        return Store(self.store_timeout, self.store_attempts, self.cache_dir, int(self.cache_size * 1e9))
+
+
+STORE = tuple(item.name for item in dataclasses.fields(StoreFlags))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairFlags(StoreFlags):
     """Base of a command's flags: the options of open_pairs that depend on the format of the data."""
 
     dataset_type: Kind = "auto"
@@ -36,7 +58,8 @@ class PairFlags:
         """
         from .sources import open_pairs  # here, because importing torch would make --help slow
 
-        flags = {item.name: getattr(self, item.name) for item in dataclasses.fields(PairFlags)}
+        names = [item.name for item in dataclasses.fields(PairFlags) if item.name not in STORE]
+        flags = {"store": self.store} | {name: getattr(self, name) for name in names}
         flags["kind"] = flags.pop("dataset_type")
         return open_pairs(location, **flags | ({} if scenes is None else {"scenes": scenes}) | options)
 
@@ -68,7 +91,7 @@ def given_flags(flags: PairFlags) -> list[str]:
 def plan_of(flags: Any, *without: str) -> dict[str, Any]:
     """Return the flags of a command as plain Python, without some: what must be the same when it is continued."""
     values = {name: str(x) if isinstance(x, Path) else x for name, x in dataclasses.asdict(flags).items()}
-    return {name: x for name, x in values.items() if name not in without}
+    return {name: x for name, x in values.items() if name not in (*without, *STORE)}
 
 
 def check_plan(out: Path, begun: Mapping[str, Any], plan: dict[str, Any]) -> None:

@@ -31,7 +31,8 @@ from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
 from torchvision.transforms.functional import pil_to_tensor
 
-from ..failures import sentence
+from ..failures import StoreError, sentence
+from ..formats import one_line
 from .images import MAX_IMAGE_PIXELS, TooManyPixels, UnreadFormat, open_image, read_image
 from .raw import Raw, open_source, read_captions
 
@@ -278,6 +279,8 @@ class Loader(DataLoader):
                 # Workers take turns, and one whose samples are all read loses its turn.
                 self.state["batches"] += 1 + (worker - self.state["batches"]) % len(places)
                 yield batch
+        except StoreError as error:  # from a worker with its traceback
+            raise StoreError(one_line(error)) from error
         except Exception as error:  # what reading from a dead worker raises depends on the moment
             told = "in DataLoader worker process" in str(error)  # by a worker that lives
             # A connection may break a moment before the worker at its other end is seen to be dead.
