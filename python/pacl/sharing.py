@@ -23,6 +23,7 @@ from .backbones import freeze
 from .embedder import CONFIG, DescribedTowers, VisionEmbedder, embedder_folder, read_embedder_config
 from .files import write_bytes
 from .pretrained import why_not_fetched
+from .remote import Location
 from .towers import Towers, load_towers, random_towers
 from .weights import load_weights
 
@@ -103,18 +104,18 @@ def load_model(
     return load_towers(model, pretrained, device=device), None
 
 
-def save_tower(towers: Towers, name: str, folder: Path) -> None:
+def save_tower(towers: Towers, name: str, folder: Location) -> None:
     """Write the weights of the tower `name`, "visual" or "text", to `folder`, atomically."""
     state = {key: x.detach().cpu().contiguous() for key, x in getattr(towers, name).state_dict().items()}
     write_bytes(folder / f"{name}.safetensors", save(state))
 
 
-def load_tower(towers: Towers, name: str, folder: Path, digests: Mapping[str, str]) -> None:
+def load_tower(towers: Towers, name: str, folder: Location, digests: Mapping[str, str]) -> None:
     """Load the weights that save_tower wrote, and compare them with their SHA-256 if `digests` has it."""
     load_weights(getattr(towers, name), folder / f"{name}.safetensors", digests)
 
 
-def check_described(described: Mapping[str, Any], path: Path) -> None:
+def check_described(described: Mapping[str, Any], path: Location) -> None:
     """Raise ValueError unless `described`, of the settings file at `path`, says all that check_towers compares."""
     missing = sorted(DescribedTowers.__annotations__.keys() - {"base_model", "random"} - described.keys())
     if missing:

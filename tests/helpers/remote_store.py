@@ -27,7 +27,8 @@ class S3:
 
     fault: called with the method, the path and the range of each request of the proxy; returns what to do: None to
     pass it on, "reset", "cut" (half of the body, then the end of the connection), "short" (half of the body as if it
-    were all), a status such as "503", or the seconds before the first byte.
+    were all), a status such as "503", or the seconds before the first byte. latency: seconds before every answer.
+    most_together: the largest number of requests that were open at once.
     """
 
     client: object
@@ -35,6 +36,8 @@ class S3:
     requests: list[tuple[str, str]] = field(default_factory=list)
     fault: Callable[[str, str, str], str | float | None] = lambda method, path, part: None
     latency: float = 0.0
+    together: int = 0
+    most_together: int = 0
 
     def put(self, path: Path, key: str) -> str:
         self.client.put_object(Bucket=BUCKET, Key=key, Body=path.read_bytes())
@@ -95,6 +98,8 @@ def s3_server(monkeypatch) -> Iterator[S3]:
 
 
 def _handler(store: S3, host: str, port: int) -> type[http.server.BaseHTTPRequestHandler]:
+    lock = threading.Lock()
+
     class Handler(http.server.BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
@@ -102,6 +107,16 @@ def _handler(store: S3, host: str, port: int) -> type[http.server.BaseHTTPReques
             pass
 
         def answer(self) -> None:
+            with lock:
+                store.together += 1
+                store.most_together = max(store.most_together, store.together)
+            try:
+                self.respond()
+            finally:
+                with lock:
+                    store.together -= 1
+
+        def respond(self) -> None:
             store.requests.append((self.command, self.path))
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             fault = store.fault(self.command, self.path, self.headers.get("Range", ""))

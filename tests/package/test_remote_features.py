@@ -1,0 +1,150 @@
+"""Features in a store: those of a local folder, to the bit, whatever the store does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("s3fs")
+pytest.importorskip("moto")
+import torch
+from pacl.cli import main
+from pacl.data.features import Features, _open
+from pacl.data.samples import loader
+from pacl.demo.toy_clip import new_clip, save_clip
+from pacl.failures import StoreError
+from pacl.stores import Store
+from pacl.tensors import announced, open_tensors, parse_header, read_ahead
+from remote_store import S3, s3_server
+from running import assert_same_state, final
+from safetensors import SafetensorError, safe_open
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[S3]:
+    with pytest.MonkeyPatch.context() as patch, s3_server(patch) as store:
+        yield store
+
+
+@pytest.fixture
+def s3(server) -> Iterator[S3]:
+    _open.cache_clear()
+    server.requests.clear()
+    yield server
+    server.fault, server.latency = S3.fault, 0.0
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Create features of 60 scenes, with nouns, of towers without weights."""
+    folder = tmp_path_factory.mktemp("remote_features")
+    torch.manual_seed(0)
+    save_clip(new_clip(), folder / "clip")
+    assert main(["features", *words(folder, out=folder / "stored")]) == 0
+    return folder / "stored"
+
+
+@pytest.fixture(scope="module")
+def address(server, folder) -> str:
+    return server.put_folder(folder, "stored")
+
+
+def words(world: Path, **changes) -> list[str]:
+    values = {"train_data": "synthetic", "train_num_samples": 60, "model": f"local-dir:{world / 'clip'}"}
+    values |= {"precision": "fp32", "workers": 0, "batch_size": 16, "shard_size": 25, "nouns": "words"}
+    return [word for name, x in (values | changes).items() for word in (f"--{name}", str(x))]
+
+
+def train(logs: Path, **changes) -> int:
+    values = {"log_dir": logs, "batch_size": 12, "max_steps": 7, "workers": 0, "report_to": "none"}
+    return main(["train", *[word for name, x in (values | changes).items() for word in (f"--{name}", str(x))]])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_training_from_a_store_is_training_from_a_disk(workers, s3, folder, address, tmp_path):
+    flags = {"nouns": "words", "workers": workers}
+    assert train(tmp_path / "local", features=folder, **flags) == 0
+    faults = ["reset", "cut", "503", "500", 0.2, "reset", "cut", "503"]
+    s3.fault = lambda *request: faults.pop() if faults and len(s3.requests) % 3 == 0 else None
+    assert train(tmp_path / "remote", features=address, **flags) == 0
+    assert not faults
+    for name in ("state_dict", "optimizer", "data"):
+        assert_same_state(final(tmp_path / "remote")[name], final(tmp_path / "local")[name], name)
+    assert f"features: {address}\n" in (tmp_path / "remote/pacl/config.yaml").read_text()
+
+
+def test_a_replaced_file_ends_the_reading(s3, folder):
+    address = s3.put_folder(folder, "replaced")
+    key = "replaced/features-00001.safetensors"
+
+    def fault(method: str, path: str, part: str) -> None:
+        if method == "GET" and part and not part.startswith("bytes=0-"):  # an image, after the headers
+            s3.fault = S3.fault
+            s3.client.put_object(Bucket="bucket", Key=key, Body=s3.get(key)[:-1] + b"?")
+
+    s3.fault = fault
+    with pytest.raises(StoreError, match=f"{address}/features-00001.safetensors was replaced while it was read"):
+        list(Features(address, verify=False))
+
+
+def test_damage_is_found_as_on_a_disk(s3, folder):
+    address = s3.put_folder(folder, "damaged")
+    key = "damaged/features-00001.safetensors"
+    data = bytearray(s3.get(key))
+    data[-1] ^= 1
+    s3.client.put_object(Bucket="bucket", Key=key, Body=bytes(data))
+    with pytest.raises(ValueError, match=f"{key} is damaged: it does not have the SHA-256"):
+        Features(address)
+    s3.client.put_object(Bucket="bucket", Key=key, Body=bytes(data[:8]) + b"x" * (len(data) - 8))
+    with pytest.raises(ValueError, match=f"{key} is damaged: it is not a whole safetensors file"):
+        Features(address, verify=False)
+    s3.client.put_object(Bucket="bucket", Key=key, Body=bytes(data[:-1]))
+    with pytest.raises(ValueError, match=f"{key} is missing or does not have"):
+        Features(address, verify=False)
+
+
+def test_tensors_of_a_store_are_those_of_safetensors(s3, folder, address):
+    source = Features(address, verify=False)
+    for path in source.paths:
+        with safe_open(folder / path.name, "pt") as local, open_tensors(path) as remote:
+            assert sorted(remote.keys()) == sorted(local.keys()) and remote.metadata() == local.metadata()
+            for name in local.keys():  # noqa: SIM118, it is no dict
+                assert torch.equal(remote.get_tensor(name), local.get_tensor(name))
+                mine, other = remote.get_slice(name), local.get_slice(name)
+                assert mine.get_dtype() == other.get_dtype() and mine.get_shape() == other.get_shape()
+                for rows in (slice(0, 0), slice(3, 5), slice(9, None), slice(0, 10**9)):
+                    assert torch.equal(mine[rows], other[rows])
+            with pytest.raises(SafetensorError):
+                remote.get_slice("other")
+
+
+ENTRY = b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [%d, %d]}}'
+BAD = [b"[]", b"{", b'{"a": {}}', ENTRY.replace(b"F32", b"F9") % (0, 8)]
+BAD += [ENTRY % ends for ends in ((0, 4), (-4, 4), (96, 104))]
+
+
+@pytest.mark.parametrize("header", BAD)
+def test_bad_headers(header):
+    with pytest.raises(SafetensorError):
+        parse_header(header, 8 + len(header), 8 + len(header) + 100)
+
+
+def test_images_are_read_ahead_of_their_turn(s3, folder, address):
+    """With an answer after 50 ms, 60 images of three reads each would take 18 s one after the other."""
+    source = Features(address, verify=False, store=Store(attempts=2))
+    s3.latency, s3.most_together = 0.05, 0
+    found = [batch["key"] for batch in loader(source, 20)]
+    assert found == [batch["key"] for batch in loader(Features(folder), 20)]
+    assert s3.most_together >= 8
+
+
+def test_order_of_reading_ahead():
+    seen: list[int] = []
+    announcing = announced(iter(range(5)), seen.append, 3)
+    assert next(announcing) == 0 and seen == [0, 1, 2, 3]
+    assert list(announcing) == [1, 2, 3, 4]
+    assert list(read_ahead(lambda n: n * n, range(20), 4)) == [n * n for n in range(20)]
+    with pytest.raises(ZeroDivisionError):
+        list(read_ahead(lambda n: 1 // n, range(20), 4))
