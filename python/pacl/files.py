@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from .remote import RemotePath, open_binary
+from .remote import Location, RemotePath, open_binary
 
 try:
     import fcntl
@@ -58,11 +58,14 @@ def write_bytes(path: str | os.PathLike | RemotePath, data: bytes) -> None:
         file.write(data)
 
 
-def remove_unfinished(folder: Path, name: str | None = None) -> None:
+def remove_unfinished(folder: Location, name: str | None = None) -> None:
     """Delete the temporary files that killed processes left in `folder`: those for `name`, or for all names.
 
-    Files of processes that are still writing are locked, and stay. Where the file system has no locks, all stay.
+    Files of processes that are still writing are locked, and stay. Where the file system has no locks, all stay. In a
+    store there are none.
     """
+    if isinstance(folder, RemotePath):
+        return
     pattern = re.compile(rf"\.{'.+' if name is None else re.escape(name)}\.[a-z0-9_]{{8}}{re.escape(SUFFIX)}")
     with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
         for entry in entries:

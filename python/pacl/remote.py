@@ -64,12 +64,15 @@ class RemotePath:
             raise FileNotFoundError(2, "No such object", self.url)
         return self._info
 
-    def exists(self) -> bool:
-        """Return True for an object; False for none and for a folder."""
+    def is_file(self) -> bool:
         look_up([self])
         return self._info is not None
 
-    is_file = exists
+    def exists(self) -> bool:
+        return self.is_file() or self.is_dir()
+
+    def iterdir(self) -> list[RemotePath]:
+        return self.glob("*")
 
     def is_dir(self) -> bool:
         """Return True for a folder with objects directly in it. Servers of https:// list no folders."""
@@ -181,6 +184,13 @@ def location(name: str | os.PathLike[str] | RemotePath, store: Store | None = No
         )
     check_installed(scheme)
     return RemotePath(text, store or Store())
+
+
+def writable(folder: str, store: Store | None = None) -> Location:
+    """Return the location of a folder to write to; raise ValueError for https://, which is only read."""
+    if folder.startswith("https:"):
+        raise ValueError(f"out: got {folder}, expected a local folder or one at s3://, gs:// or hf://")
+    return location(folder, store)
 
 
 def is_remote(name: str | os.PathLike[str] | RemotePath) -> bool:

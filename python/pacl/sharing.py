@@ -23,7 +23,7 @@ from .backbones import freeze
 from .embedder import CONFIG, DescribedTowers, VisionEmbedder, embedder_folder, read_embedder_config
 from .files import write_bytes
 from .pretrained import why_not_fetched
-from .remote import Location
+from .remote import Location, RemotePath
 from .towers import Towers, load_towers, random_towers
 from .weights import load_weights
 
@@ -151,7 +151,7 @@ def tower_differences(described: Mapping[str, Any], towers: Towers) -> list[str]
 
 @torch.no_grad()
 def describe_towers(
-    towers: Towers, folder: Path, trained: Iterable[str] = (), random: Sequence[str] = ()
+    towers: Towers, folder: Location, trained: Iterable[str] = (), random: Sequence[str] = ()
 ) -> dict[str, Any]:
     """Describe towers for an embedder's config.json in `folder`: plain values, with local paths relative to it.
 
@@ -200,11 +200,15 @@ def is_local(name: str) -> bool:
     return schema == "local-dir" or schema is None and os.path.isfile(path)
 
 
-def _relative(name: str | None, folder: Path) -> str | None:
-    """Make a local folder or file relative to `folder`, so that both can move; return any other name unchanged."""
+def _relative(name: str | None, folder: Location) -> str | None:
+    """Make a local folder or file relative to `folder`, so that both can move; return any other name unchanged.
+
+    For a folder in a store the path is absolute.
+    """
     if name and is_local(name):
         schema, path = parse_model_name(name)
-        return ("local-dir:" if schema else "") + Path(os.path.relpath(path, folder)).as_posix()
+        place = os.path.abspath(path) if isinstance(folder, RemotePath) else os.path.relpath(path, folder)
+        return ("local-dir:" if schema else "") + Path(place).as_posix()
     return name
 
 

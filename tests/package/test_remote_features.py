@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from pacl.demo.toy_clip import new_clip, save_clip
 from pacl.failures import StoreError
 from pacl.stores import Store
 from pacl.tensors import announced, open_tensors, parse_header, read_ahead
-from remote_store import S3, s3_server
+from remote_store import S3, Faults, s3_server
 from running import assert_same_state, final
 from safetensors import SafetensorError, safe_open
 
@@ -138,6 +139,33 @@ def test_images_are_read_ahead_of_their_turn(s3, folder, address):
     found = [batch["key"] for batch in loader(source, 20)]
     assert found == [batch["key"] for batch in loader(Features(folder), 20)]
     assert s3.most_together >= 8
+
+
+def test_writing_to_a_store_goes_on_after_a_fault(s3, folder, capsys):
+    out = "s3://bucket/written"
+    command = ["features", *words(folder.parent, out=out, store_attempts=2)]
+    s3.fault = Faults("500", 2, method="PUT", suffix="features-00001.safetensors")
+    assert main(command) == 1
+    message = f"pacl: error: {out}/features-00001.safetensors could not be written in 2 attempts: the store answered"
+    assert message in capsys.readouterr().err
+    assert s3.keys("written/") == ["written/features-00000.safetensors", "written/manifest.json"]
+    with pytest.raises(ValueError, match=f"features: {out} is incomplete"):
+        Features(out)
+    s3.fault = Faults("reset", 1, method="PUT", suffix="manifest.json")
+    assert main(command) == 0 and s3.fault.left == 0
+    assert f"Next: pacl train --features {out} --nouns words" in capsys.readouterr().out
+    for path in folder.glob("*.safetensors"):
+        assert s3.get(f"written/{path.name}") == path.read_bytes()
+    assert (
+        json.loads(s3.get("written/manifest.json"))["shards"]
+        == json.loads((folder / "manifest.json").read_text())["shards"]
+    )
+    assert [sample["key"] for sample in Features(out)] == [sample["key"] for sample in Features(folder)]
+    s3.client.put_object(Bucket="bucket", Key="other/file", Body=b"")
+    assert main(["features", *words(folder.parent, out="s3://bucket/other")]) == 1
+    assert "s3://bucket/other holds other files, expected a new folder" in capsys.readouterr().err
+    assert main(["features", *words(folder.parent, out="https://127.0.0.1:9/new", store_attempts=1)]) == 1
+    assert "out: got https://127.0.0.1:9/new, expected a local folder" in capsys.readouterr().err
 
 
 def test_order_of_reading_ahead():

@@ -290,7 +290,7 @@ def tower_names(folder: Location) -> dict[str, Any]:
 def write_manifest(folder: Location, manifest: dict[str, Any]) -> None:
     """Write manifest.json; for complete features with the SHA-256 of every file and of the manifest's other values."""
     if manifest["complete"]:
-        names = [shard["name"] for shard in manifest["shards"]] + [NOUNS] * (folder / NOUNS).exists()
+        names = [shard["name"] for shard in manifest["shards"]] + [NOUNS] * (folder / NOUNS).is_file()
         names += [f"{name}.safetensors" for name in manifest["towers"].get("random", [])]
         manifest = manifest | {"sha256": {name: file_digest(folder / name) for name in names}}
         manifest["sha256"][MANIFEST] = _own_digest(manifest)

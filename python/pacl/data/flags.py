@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..remote import Location
 from ..stores import Store
 from . import Kind
 from .images import MAX_IMAGE_PIXELS
@@ -16,10 +17,21 @@ if TYPE_CHECKING:
     from .samples import Samples
 
 
-@dataclass(frozen=True, kw_only=True)
-class StoreFlags:
-    """Base of the flags of a command that reads from stores: s3://, gs://, hf:// and https://."""
+STORE = ("cache_dir", "cache_size", "store_timeout", "store_attempts")  # flags of reading from stores
 
+
+@dataclass(frozen=True, kw_only=True)
+class PairFlags:
+    """Base of a command's flags: the options of open_pairs that depend on the format of the data."""
+
+    dataset_type: Kind = "auto"
+    csv_separator: str | None = None
+    """Separator of the columns. Default: tab or comma, whichever finds both columns in the header."""
+    csv_img_key: str = "filepath"
+    csv_caption_key: str = "title"
+    image_root: Path | None = None
+    """Folder of the images that a csv or COCO file names. Images outside it are refused. Default: beside the file."""
+    max_image_pixels: int = MAX_IMAGE_PIXELS
     cache_dir: Path | None = None
     """Local folder that keeps what was read from a store (s3://, gs://, hf://, https://)."""
     cache_size: float = 100.0
@@ -32,23 +44,6 @@ class StoreFlags:
     @property
     def store(self) -> Store:
         return Store(self.store_timeout, self.store_attempts, self.cache_dir, int(self.cache_size * 1e9))
-
-
-STORE = tuple(item.name for item in dataclasses.fields(StoreFlags))
-
-
-@dataclass(frozen=True, kw_only=True)
-class PairFlags(StoreFlags):
-    """Base of a command's flags: the options of open_pairs that depend on the format of the data."""
-
-    dataset_type: Kind = "auto"
-    csv_separator: str | None = None
-    """Separator of the columns. Default: tab or comma, whichever finds both columns in the header."""
-    csv_img_key: str = "filepath"
-    csv_caption_key: str = "title"
-    image_root: Path | None = None
-    """Folder of the images that a csv or COCO file names. Images outside it are refused. Default: beside the file."""
-    max_image_pixels: int = MAX_IMAGE_PIXELS
 
     def open(self, location: str, *, scenes: int | None = None, **options: Any) -> Samples:
         """Open the pairs at `location` by these flags.
@@ -94,7 +89,7 @@ def plan_of(flags: Any, *without: str) -> dict[str, Any]:
     return {name: x for name, x in values.items() if name not in (*without, *STORE)}
 
 
-def check_plan(out: Path, begun: Mapping[str, Any], plan: dict[str, Any]) -> None:
+def check_plan(out: Location, begun: Mapping[str, Any], plan: dict[str, Any]) -> None:
     """Raise ValueError unless the output in `out` was begun with the same plan."""
     changed = [f"{name} ({begun.get(name)}, now {x})" for name, x in plan.items() if begun.get(name) != x]
     if changed:

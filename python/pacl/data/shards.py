@@ -151,7 +151,7 @@ def split_names(shards: str | os.PathLike | RemotePath) -> list[str]:
 
 def check_finished(folder: Location) -> None:
     """Raise ValueError for a folder whose shards are not all written yet: a part must not be taken for the whole."""
-    if (folder / INCOMPLETE).exists():
+    if (folder / INCOMPLETE).is_file():
         raise ValueError(
             f"data: {folder} is incomplete ({INCOMPLETE}), expected a folder with all of its shards; repeat the "
             "command that began to write it"

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import itertools
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -34,10 +34,11 @@ from ..data.scene_shards import shard_sizes
 from ..data.texts import PROMPTS, noun_finder
 from ..failures import sentence
 from ..files import remove_unfinished, write_bytes
-from ..flags import parse
+from ..flags import Place, parse
 from ..locks import LOCK, lock_folder
 from ..processes import choose_device, default_workers
 from ..progress import Progress
+from ..remote import Location, RemotePath, writable
 from ..sharing import describe_towers, load_tower, save_tower
 from ..towers import frozen_random_towers, load_towers
 
@@ -52,8 +53,8 @@ class FeaturesConfig(TrainingDataFlags):
 
     train_data: str
     """Image-caption pairs, given as for `pacl train`; so are the flags of data and model."""
-    out: Path
-    """Folder to write the features to."""
+    out: Place
+    """Folder to write the features to, or its address in a store (s3://, gs:// or hf://)."""
     train_num_samples: int | None = None
     """Number of generated scenes, if --train-data is synthetic."""
     model: str = "ViT-B-16"
@@ -88,6 +89,7 @@ def main(argv: Sequence[str], prog: str = "pacl features") -> int:
     """Run `pacl features` with these arguments and return its exit status; KeyboardInterrupt passes through."""
     try:
         config = parse(FeaturesConfig, argv, prog)
+        config = dataclasses.replace(config, out=writable(str(config.out), config.store))
         with contextlib.nullcontext() if config.dry_run else lock_folder(config.out):
             _write(config)
     except (ValueError, OSError) as error:
@@ -103,7 +105,7 @@ def _write(config: FeaturesConfig) -> None:
     manifest: dict[str, Any] = {"complete": False, "plan": config.plan, "shards": []}
     if not config.dry_run:
         remove_unfinished(config.out)
-    if (config.out / MANIFEST).exists():
+    if (config.out / MANIFEST).is_file():
         found = read_manifest(config.out)
         check_plan(config.out, found["plan"], config.plan)
         if found["complete"]:
@@ -145,7 +147,7 @@ def _write(config: FeaturesConfig) -> None:
 
 
 def _next(config: FeaturesConfig) -> str:
-    return next_command("train", "--features", config.out, *(["--nouns", config.nouns] if config.nouns else []))
+    return next_command("train", "--features", str(config.out), *(["--nouns", config.nouns] if config.nouns else []))
 
 
 class Encoder:
@@ -158,10 +160,10 @@ class Encoder:
         self.towers = load_towers(**{name: getattr(config, name) for name in TOWERS}, device=self.device)
         self.random = frozen_random_towers(self.towers.names, ("visual", "text"), config.random_towers)
 
-    def keep_random(self, folder: Path) -> None:
+    def keep_random(self, folder: Location) -> None:
         """Write the random towers to `folder`, or load those that an earlier run wrote there."""
         for name in self.random:
-            if (folder / f"{name}.safetensors").exists():
+            if (folder / f"{name}.safetensors").is_file():
                 load_tower(self.towers, name, folder, {})  # the digests are written last
             else:
                 save_tower(self.towers, name, folder)
@@ -193,6 +195,12 @@ def _estimate(config: FeaturesConfig, encoder: Encoder, count: int) -> str:
     dim = encoder.towers.widths[1]
     # Most keys, captions and offsets take less than a kilobyte.
     size = count * (patches * width * encoder.dtype.itemsize + 4 * dim + 1024)
+    what = (
+        f"features: {count:,} images, {patches} x {width} {config.precision} and texts of {dim} fp32: "
+        f"{size / 1e9:,.3f} GB"
+    )
+    if isinstance(config.out, RemotePath):
+        return what
     folder = next(path for path in (config.out, *config.out.absolute().parents) if path.exists())
     free = shutil.disk_usage(folder).free
     if size > free:
@@ -200,10 +208,7 @@ def _estimate(config: FeaturesConfig, encoder: Encoder, count: int) -> str:
             f"out: {count:,} images take {size / 1e9:,.1f} GB, {(size - free) / 1e9:,.1f} GB more than {folder} has "
             "free; `pacl train` without --features computes tokens as it trains"
         )
-    return (
-        f"features: {count:,} images, {patches} x {width} {config.precision} and texts of {dim} fp32: "
-        f"{size / 1e9:,.3f} GB of {free / 1e9:,.1f} GB free"
-    )
+    return f"{what} of {free / 1e9:,.1f} GB free"
 
 
 def _shards(
