@@ -29,6 +29,7 @@ DAMAGED = {
     "IncompleteRead",
     "RemoteProtocolError",
 }
+REPLACED = "has another object"
 Result = TypeVar("Result")
 _pauses = random.Random()  # never Python's shared generator, which decides the order of the data
 
@@ -53,10 +54,11 @@ class Store:
 
 @dataclass(frozen=True)
 class Info:
-    """An object of a store: its size in bytes, and a tag that changes with its content."""
+    """An object of a store: its size in bytes, a tag that changes with its content, and the server's own such tag."""
 
     size: int
     tag: str
+    etag: str = ""
 
 
 def start_read(url: str, start: int, end: int, info: Info, store: Store) -> Future[bytes]:
@@ -117,31 +119,44 @@ async def _read(url: str, start: int, end: int, info: Info, store: Store) -> byt
         return known
 
     async def once() -> bytes:
-        fault: Exception | None = None
-        data = b""
-        try:
-            data = await _ask(url, "cat_file", url, start=start, end=end)
-        except Exception as error:
-            fault = error
-        # Looked up after the bytes have come: they cannot be those of an object that was put there later.
-        try:
-            now = await _look(url)
-        except FileNotFoundError as error:
-            raise StoreError(f"{url} is gone, expected it to stay until the end") from error
-        if now != info:
-            raise StoreError(f"{url} was replaced while it was read, expected the same object until the end")
-        if fault is not None:
-            raise fault
+        data = await _get(url, start, end, info)
         if len(data) != end - start:
             whole = len(data) == info.size
             found = "the whole object" if whole else f"{len(data):,} bytes"
             raise _Fault(f"sent {found} in place of the {end - start:,} bytes that were asked for")
         return data
 
-    data = await _repeated(url, store, once)
+    try:
+        data = await _repeated(url, store, once)
+    except FileNotFoundError as error:
+        raise StoreError(f"{url} is gone, expected it to stay until the end") from error
     if cache is not None:
         await asyncio.to_thread(cache.put, key, data)
     return data
+
+
+async def _get(url: str, start: int, end: int, info: Info) -> bytes:
+    """Return bytes of an object; raise StoreError if it is not the one of `info`."""
+    if url.startswith("s3:"):
+        # s3fs's own method for this cannot ask for bytes of a certain version.
+        bucket, _, key = url.removeprefix("s3://").partition("/")
+        part = {"Range": f"bytes={start}-{end - 1}", "IfMatch": info.etag}
+        answer = await _ask(url, "call_s3", "get_object", Bucket=bucket, Key=key, **part)
+        async with answer["Body"] as body:
+            return await body.read()
+    if url.startswith("https:"):
+        weak = info.etag.startswith("W/")  # never matches
+        condition = {"If-Match": info.etag} if info.etag and not weak else {}
+        return await _ask(url, "cat_file", url, start=start, end=end, headers=condition)
+    data = await _ask(url, "cat_file", url, start=start, end=end)
+    # Looked up after the bytes have come: they cannot be those of an object that was put there later.
+    if await _look(url) != info:
+        raise StoreError(_replaced(url))
+    return data
+
+
+def _replaced(url: str) -> str:
+    return f"{url} was replaced while it was read, expected the same object until the end"
 
 
 async def _look(url: str) -> Info:
@@ -153,7 +168,8 @@ async def _look(url: str) -> Info:
         raise FileNotFoundError(url)
     if found["size"] is None:
         raise StoreError(f"{url} has no known size, expected a server that states it")
-    return Info(int(found["size"]), "|".join(str(found[name]) for name in TAGS if found.get(name)))
+    tag = "|".join(str(found[name]) for name in TAGS if found.get(name))
+    return Info(int(found["size"]), tag, found.get("ETag") or "")
 
 
 async def _repeated(
@@ -173,6 +189,8 @@ async def _repeated(
             fault, final = _explain(error, limit)
             if fault is None:
                 raise FileNotFoundError(url) from error
+            if fault == REPLACED:
+                raise StoreError(_replaced(url)) from error
             if final or attempt == store.attempts:
                 tries = "" if final else f" in {attempt} attempt{'s' * (attempt > 1)}"
                 raise StoreError(f"{url} could not be {verb}{tries}: the store {fault}") from error
@@ -196,6 +214,8 @@ def _explain(error: Exception, limit: float) -> tuple[str | None, bool]:
     status = next(filter(None, map(_status, chain)), None)
     if status == 404 or isinstance(error, FileNotFoundError) and (status is None and len(chain) == 1):
         return None, True
+    if status == 412:  # If-Match
+        return REPLACED, True
     if isinstance(error, _Fault):
         return str(error), False
     if names & {"NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError"}:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import boto3
 from moto.server import ThreadedMotoServer
+from pacl.stores import _filesystem
 
 BUCKET = "bucket"
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "AKIDFORTESTS", "AWS_SECRET_ACCESS_KEY": "secret-for-tests"}
@@ -89,6 +90,7 @@ def s3_server(monkeypatch) -> Iterator[S3]:
     threading.Thread(target=proxy.serve_forever, args=(0.05,), daemon=True).start()
     store.endpoint = f"http://127.0.0.1:{proxy.server_port}"
     monkeypatch.setenv("AWS_ENDPOINT_URL", store.endpoint)
+    _filesystem.cache_clear()  # it may know the server of other tests
     try:
         yield store
     finally:

@@ -63,12 +63,11 @@ def test_order_and_resuming_are_those_of_local_shards(workers, s3, scenes, run_w
 
 
 def every_fault() -> Iterator[str | float]:
-    yield from ("reset", "cut", "short", "500", "503", 0.3, "429") * 2
+    yield from ("reset", "cut", "short", "500", "503", 0.2, "429")
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_the_same_weights_whatever_the_store_does(workers, s3, scenes, run_world, tmp_path, capfd):
-    data = {"max_steps": 8, "val_frequency": 4, "shuffle": 20, "workers": workers}
+def test_the_same_weights_whatever_the_store_does(s3, scenes, run_world, tmp_path, capfd):
+    data = {"max_steps": 4, "val_frequency": 4, "shuffle": 20, "workers": 1, "train_num_samples": 120}
     local = data | {"val_data": run_world / "scenes/eval-000.tar"}
     assert train(run_world, tmp_path / "local", **local) == 0
     remote = data | {"val_data": f"{scenes}/eval-000.tar", "train_data": f"{scenes}/train-{{000..002}}.tar"}
