@@ -130,6 +130,18 @@ def test_a_store_that_fails_ends_in_one_line_and_a_saved_run(how, s3, run_world,
     assert final(tmp_path)["step"] == 3
 
 
+def test_no_part_of_a_shard_is_left_out(s3, monkeypatch, write_tar):
+    """Whichever block fails, of a header, of an image or of the end, the reader stops there."""
+    monkeypatch.setattr("pacl.remote.BLOCK", 512)
+    path = write_tar("small.tar", {f"{i}.{suffix}": bytes(700) for i in range(2) for suffix in ("png", "txt")})
+    address = s3.put(path, "small.tar")
+    for block in (0, 2, 3, 5, 9, 12):  # 0, 3 and 9 are headers, and 12 is the first of the zeros at the end
+        source = Shards(address, store=Store(attempts=1))
+        s3.fault = lambda method, path, part, block=block: "503" if part.startswith(f"bytes={512 * block}-") else None
+        with pytest.raises(StoreError, match="small.tar could not be read in 1 attempt"):
+            list(source)
+
+
 def test_a_run_goes_on_when_its_store_is_back(s3, scenes, run_world, tmp_path):
     flags = {"train_data": f"{scenes}/train-{{000..002}}.tar", "shuffle": 0, "store_attempts": 1}
     assert train(run_world, tmp_path / "whole", **flags) == 0
