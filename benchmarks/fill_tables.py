@@ -72,6 +72,8 @@ TABLES: dict[str, Callable[..., str]] = {
     "summary": _summary,
     "before_after": _before_after,
     "table": _throughput,
+    "plan_errors": _of_one(tables.plan_errors, "plan-errors"),
+    "plan_summary": _of_one(tables.plan_summary, "plan-errors"),
     "study": _of_one(tables.study),
     "all_pairs": _of_one(tables.all_pairs),
     "training_step": _of_one(tables.training_step),

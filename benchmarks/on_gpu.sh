@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, unattended: tests, tables, tuning. Logs and JSON go to DIR.
 #   benchmarks/on_gpu.sh DIR [STAGE...]     all stages, or those whose names begin so, in the order they are given:
-#   cuda-build cuda throughput profile tune sanity training-step tests sanitizer
+#   cuda-build cuda throughput plan profile tune sanity training-step tests sanitizer
 # Where the GPU is lent for minutes, name them: all take an hour. Without cuda-build a fresh copy has no 'cuda'.
 set -uo pipefail
 out=$(realpath -m "${1:?usage: $0 DIR [STAGE...]}")
@@ -44,6 +44,10 @@ done
 for form in dot cosine; do
   run "throughput-sigmoid-$form" 240 $python benchmarks/throughput.py --device cuda --dtype bfloat16 --form $form \
     --loss sigmoid --batch 4096 --repeats 7 --json "$out/throughput-sigmoid-$form.json"
+done
+# The calibration of this GPU, beside the measured steps of the same shape.
+for form in dot cosine max; do
+  run "plan-$form" 60 $python -m pacl_kernels plan --device cuda --form $form --batch 4096
 done
 for form in dot cosine; do
   for backend in cuda triton; do

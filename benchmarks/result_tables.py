@@ -157,6 +157,41 @@ def _reason(text: str) -> str:
     return "out of memory" if text.startswith("OutOfMemoryError") else text
 
 
+def plan_errors(result: dict) -> str:
+    """Return predicted and measured steps of the fused loss, those that take longest beside their prediction first.
+
+    Of several results of one step the last counts. Rows that the rates come from are left out.
+    """
+    steps: dict[tuple, tuple[float, list[str]]] = {}
+    for row in result["rows"]:
+        if row["of"] == "eager" or row["fitted"] or row["result"].endswith(("-house-after", "-pairs-after")):
+            continue
+        machine = next(text for slug, text in MACHINES.items() if row["result"].startswith(f"{slug}-"))
+        gap = row["measured_ms"] / row["predicted_ms"]
+        cells = [machine, f"{_inputs(row)}, `{row['of']}`"]
+        cells += [f"{row['batch']:,} × {row['patches']:,} × {row['dim']:,}"]
+        cells += [number(row["kernels_ms"].get(part)) for part in ("products", "epilogues", "traffic")]
+        cells += [number(row["predicted_ms"]), number(row["measured_ms"]), f"{gap - 1:+.0%}"]
+        steps[tuple(cells[:3])] = gap, cells
+    head = ["machine", "inputs, backend", "B = K × N × D", "products", "epilogues", "traffic", "predicted", "measured"]
+    return grid([*head, "gap"], [cells for _, cells in sorted(steps.values(), key=lambda x: -x[0])])
+
+
+def plan_summary(result: dict) -> str:
+    """Return the medians and the worst errors of all predictions."""
+    found = result["summary"]
+    rows = [
+        ["time, other shape, form or loss", "rows", "median_time", "worst_time"],
+        ["time, other shape alone", "rows_of_other_shapes", "median_time_of_other_shapes", None],
+        ["memory beyond inputs and gradients", "memory_rows", "median_memory", "worst_memory"],
+    ]
+    cells = [
+        [text, str(found[count]), f"{found[median]:.1%}", f"{found[worst]:.0%}" if worst else "-"]
+        for text, count, median, worst in rows
+    ]
+    return grid(["error of", "results", "median", "worst"], cells)
+
+
 # Results of the package: the demo, training steps, the study
 
 

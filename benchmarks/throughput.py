@@ -384,6 +384,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--json", metavar="FILE", help="Write the result, with a description of the machine.")
     add("--plot", metavar="FILE", help="Write a chart, .svg or .png.")
     add("--profile", metavar="FILE", help="Write a trace of one step of each provider, for Perfetto.")
+    add("--sweep", metavar="FILE", help="Measure many shapes, forms and dtypes; FILE keeps them, and is continued.")
     add("--quick", action="store_true", help="Use small shapes and 3 repeats, to see that it runs.")
     if parser.parse_args(argv).quick:
         parser.set_defaults(batch=16, patches=49, dim=64, repeats=3)
@@ -400,14 +401,30 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for name in args.backend:
         if name not in backends.NAMES:
             parser.error(f"--backend: got {name!r}, expected some of {', '.join(backends.NAMES)}")
+    if args.sweep and args.json:
+        parser.error("--json: got it with --sweep, expected one of them, because a sweep has a file of its own")
     args.torch_device, args.torch_dtype = torch.device(args.device), getattr(torch, args.dtype)
-    args.error_batch = min(args.batch, max(2, int(args.batch * math.sqrt(ERROR_UNIT / unit(args)))))
+    set_error_batch(args)
     return args
+
+
+def set_error_batch(args) -> None:
+    args.error_batch = min(args.batch, max(2, int(args.batch * math.sqrt(ERROR_UNIT / unit(args)))))
 
 
 def main(argv: list[str] | None = None) -> None:
     arguments = parse(argv)
     torch.set_num_threads(arguments.threads)
+    if arguments.sweep:
+        import sweep
+
+        try:
+            found = sweep.run(arguments, measure, set_error_batch)
+        except ValueError as error:
+            sys.exit(f"--sweep: {error}")
+        if arguments.plot:
+            print(*sweep.plot(found, arguments.plot, arguments), sep="\n")
+        return
     if reason := does_not_fit(2, arguments):
         sys.exit(f"patches and their gradient do not fit in memory at these sizes: {reason}")
     half = {"bfloat16": "bf16", "float16": "fp16"}.get(arguments.dtype)

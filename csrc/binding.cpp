@@ -35,6 +35,8 @@ const Fields<CompatibilityParams>& compatibility_fields() {
                                                              OPTIONAL(raw),
                                                              OPTIONAL(mask),
                                                              OPTIONAL(mask_strides),
+                                                             OPTIONAL(list_starts),
+                                                             OPTIONAL(list_texts),
                                                              NEEDED(phi),
                                                              NEEDED(state),
                                                              OPTIONAL(scores),

@@ -29,6 +29,7 @@ class Options(NamedTuple):
         kept: what the forward leaves for one backward, which takes it out: memory of the patches' gradient, in which
             the backend has kept scores (`keeping`), or finished gradients (`SigmoidFunction`). A second backward
             computes it again. None: the forward leaves only tensors that autograd saves.
+        grad_tolerance: as in `fused_pacl_loss`, a number.
         text_pool: as in `fused_pacl_loss`, like those below.
         text_pool_scale: a number.
         null_patch: True or False.
@@ -39,6 +40,7 @@ class Options(NamedTuple):
     loss: Loss | None
     backend: str
     kept: list[Any] | None = None
+    grad_tolerance: float = 0.0
     text_pool: TextPool | None = None
     text_pool_scale: float = 1.0
     null_patch: bool = False
@@ -47,7 +49,7 @@ class Options(NamedTuple):
     @property
     def of_phi(self) -> tuple[Any, ...]:
         """The options of φ that operators take after its inputs."""
-        return self[4:]
+        return self[5:]
 
 
 OPTIONS_OF_PHI = "form", "text_pool", "text_pool_scale", "null_patch", "normalize"
@@ -143,7 +145,7 @@ def keep(ctx: Any, *values: Any) -> None:
     ctx.others = {i: x for i, x in enumerate(values) if not isinstance(x, Tensor)}
 
 
-def _only_first_has_gradient(ctx: Any, output: tuple[Tensor, ...]) -> None:
+def only_first_has_gradient(ctx: Any, output: tuple[Tensor, ...]) -> None:
     ctx.mark_non_differentiable(*output[1:])
     if not torch.compiler.is_compiling():  # the compiler neither supports nor needs this
         ctx.set_materialize_grads(False)  # else autograd makes an array of zeros for each other output
@@ -168,7 +170,7 @@ class CompatibilityFunction(PerSample):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         *values, ctx.options = inputs
         keep(ctx, *values, *output)
-        _only_first_has_gradient(ctx, output)
+        only_first_has_gradient(ctx, output)
 
     @staticmethod
     @first_order
@@ -176,7 +178,8 @@ class CompatibilityFunction(PerSample):
         *fields, phi, state = values
         inputs, (needs_patches, needs_texts, _, needs_temperature, *_) = Inputs(*fields), ctx.needs_input_grad
         grads = compatibility_gradients(
-            inputs, ctx.options, phi, state, grad_phi.contiguous(), needs_patches, needs_texts, needs_temperature
+            *(inputs, ctx.options, phi, state, grad_phi.contiguous(), needs_patches, needs_texts, needs_temperature),
+            ctx=ctx,
         )
         return *_of_inputs(inputs, *grads), None
 
@@ -209,7 +212,7 @@ class PaclFunction(PerSample):
         *values, ctx.options = inputs
         _, phi, state, *statistics = output
         keep(ctx, *values, phi, state, *(statistics or (None,)))
-        _only_first_has_gradient(ctx, output)
+        only_first_has_gradient(ctx, output)
 
     @staticmethod
     @first_order
@@ -224,7 +227,7 @@ class PaclFunction(PerSample):
             phi, *scalars, ctx.options.loss, ctx.options.backend, statistics, grad_loss, grad_phi, grad_scale, grad_bias
         )
         grads = compatibility_gradients(
-            inputs, ctx.options, phi, state, grad_phi, needs_patches, needs_texts, needs_temperature
+            inputs, ctx.options, phi, state, grad_phi, needs_patches, needs_texts, needs_temperature, ctx=ctx
         )
         return *_of_inputs(inputs, *grads), like(grad_scale, logit_scale), like(grad_bias, logit_bias), None
 
@@ -253,7 +256,7 @@ class PairLossFunction(PerSample):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         *values, ctx.loss = inputs
         keep(ctx, *values, *(output[1:] or (None, None)))
-        _only_first_has_gradient(ctx, output)
+        only_first_has_gradient(ctx, output)
 
     @staticmethod
     @first_order
@@ -295,7 +298,7 @@ class SigmoidFunction(PerSample):
         *values, ctx.options, ctx.needs = inputs
         grads = list(output[1:])
         keep(ctx, *values, *(grads.pop(0) if needed and grads else None for needed in ctx.needs))
-        _only_first_has_gradient(ctx, output)
+        only_first_has_gradient(ctx, output)
 
     @staticmethod
     @first_order
@@ -349,7 +352,7 @@ def in_functorch() -> bool:
 
 def in_one_pass(options: Options, inputs: Inputs) -> bool:
     """Return True if the backend computes the sigmoid loss of these inputs and its gradients in one pass."""
-    if options.text_pool is not None or options.null_patch or options.normalize != "both":
+    if options.text_pool is not None or options.null_patch or options.normalize != "both" or options.grad_tolerance:
         return False
     if inputs.patch_lengths is not None and not takes_packed_patches(options.backend):
         return False
@@ -402,8 +405,12 @@ def compatibility_gradients(
     needs_texts: bool,
     needs_temperature: bool,
     texts_dtype: torch.dtype | None = None,
+    ctx: Any = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Return the needed gradients of patches, texts (in `texts_dtype`, by default their own) and temperature."""
+    """Return the needed gradients of patches, texts (in `texts_dtype`, by default their own) and temperature.
+
+    With `options.grad_tolerance` record in `ctx.kept_pairs` what `tolerance.kept_pairs` returns.
+    """
     patches, texts, patch_mask, attn_temperature, *layout = inputs
     grad_patches, keeps_scores = None, False
     if needs_patches:
@@ -411,11 +418,14 @@ def compatibility_gradients(
         grad_patches = options.kept.pop() if options.kept else patches.new_empty(patches.shape)
     grad_texts = texts.new_empty(texts.shape, dtype=texts_dtype) if needs_texts else None
     grad_temperature = phi.new_empty(()) if needs_temperature else None
+    kept_pairs = torch.zeros(3, dtype=torch.float64) if options.grad_tolerance else None
+    if ctx is not None and not torch.compiler.is_compiling():
+        ctx.kept_pairs = kept_pairs
     if needs_patches or needs_texts or needs_temperature:
         ops.compatibility_backward(
             patches, texts, patch_mask, *ops.pair(attn_temperature), options.form, options.backend,
-            phi, state, grad_phi, grad_patches, grad_texts, grad_temperature, keeps_scores,
-            *layout, *options.of_phi,
+            phi, state, grad_phi, grad_patches, grad_texts, grad_temperature, kept_pairs, keeps_scores,
+            *layout, *options.of_phi, None, options.grad_tolerance,
         )  # fmt: skip
     return grad_patches, grad_texts, grad_temperature
 

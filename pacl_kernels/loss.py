@@ -44,7 +44,8 @@ from .checks import (
 )
 from .distributed import global_compatibility, global_loss
 from .groups import GroupName
-from .pair_checks import check_pairs
+from .list_autograd import listed_compatibility, listed_loss
+from .pair_checks import check_pairs, check_text_index
 
 
 def fused_pacl_loss(
@@ -61,6 +62,7 @@ def fused_pacl_loss(
     text_ids: Tensor | None = None,
     targets: Tensor | None = None,
     pair_bias: Tensor | None = None,
+    text_index: Tensor | None = None,
     patch_lengths: Sequence[int] | Tensor | None = None,
     text_mask: Tensor | None = None,
     text_lengths: Sequence[int] | Tensor | None = None,
@@ -68,6 +70,7 @@ def fused_pacl_loss(
     text_pool_scale: float = 1.0,
     null_patch: bool = False,
     normalize: Normalize = "both",
+    grad_tolerance: float = 0.0,
     group: dist.ProcessGroup | GroupName | None = None,
     exchange: Exchange = "auto",
     backend: BackendName = "auto",
@@ -126,6 +129,13 @@ def fused_pacl_loss(
             process's rows `[B_local, K of all processes]`, the texts in the order of the ranks, and the gradient of the
             bias is multiplied by the number of processes, like those of patches and texts. Values of targets and bias
             are checked on a CPU outside of `torch.compile`.
+        text_index: int64 or int32 `[B, M]`, a list of texts for each image, -1 for none: the image is compared with
+            those alone, and the loss equals that with a `pair_bias` of -inf on all other pairs, for columns too. A step
+            costs about M/K of the step over all pairs. A text that is twice in a list counts once, in its first place.
+            `targets` and `pair_bias` are then `[B, M]`, one for each entry of the lists, and ids keep their meaning. An
+            index beyond the texts is an error on a CPU outside of `torch.compile`, elsewhere it counts as -1. With a
+            group, an index counts in the texts of all processes in the order of the ranks, and texts are gathered. Not
+            with `text_pool`. `mine` makes lists of hard negatives.
         patch_lengths: int64 `[B]` on the CPU, or a list of integers: the number of patches of each image, 0 allowed.
             `patches` are then packed, `[ΣN, D]`, image after image and without padding, and `patch_mask` is `[ΣN]`.
         text_mask: bool `[K, L]` for texts `[K, L, D]`, True at real tokens. Masked tokens may hold anything.
@@ -143,6 +153,13 @@ def fused_pacl_loss(
             as they are, and with `"none"` φ is made of them too (in `form="cosine"`: the pooled patch is, and φ remains
             its cosine with the text). Such products have no bound, so τ is usually 1 or √D. `"values"` has no
             kernels: `"auto"` takes the backend `torch` for it, and on a GPU for `"none"` as well.
+        grad_tolerance: the share of Σ |∂L/∂φ| that the backward may leave out, from 0 (the default, exact) to below 1.
+            It takes the pairs above one threshold. The error of any gradient is then at most `grad_tolerance` ·
+            Σ |∂L/∂φ| · max ‖∂φ/∂·‖. The loss and the gradients of logit scale, bias and pair bias stay exact. 2^-9 is
+            the rounding of bfloat16. With CLIP's logit scale most pairs have next to no gradient, and a step costs
+            little more than its forward. The backward stays exact where too few pairs can be left out, on backends
+            other than `cpu`, with `text_pool` and with `text_index`. `kept_pairs(loss)` says what was used. With a
+            group each process takes a threshold of its own.
         group: a `torch.distributed` process group. The batch is then that of all its processes, and B is the part of
             this process. `"world"` is the default group, looked up at the call, or this process alone if
             `torch.distributed` is not initialised. `"local"` is this process alone. None is this process alone too,
@@ -176,7 +193,7 @@ def fused_pacl_loss(
     )
     check_not_empty(inputs, "BND")
     check_choice("loss", loss, LOSSES)
-    options = _options(inputs, form, loss, backend, text_pool, text_pool_scale, null_patch, normalize)
+    options = _options(inputs, form, loss, backend, text_pool, text_pool_scale, null_patch, normalize, grad_tolerance)
     logit_scale = check_scalar("logit_scale", logit_scale, patches)
     if logit_bias is not None:
         logit_bias = check_scalar("logit_bias", logit_bias, patches)
@@ -185,9 +202,15 @@ def fused_pacl_loss(
     process_group = groups.lookup(group) if group is None or isinstance(group, str) else group
     if process_group is not None and process_group.size() == 1:
         process_group = None
-    pairs = check_pairs(inputs, image_ids, text_ids, targets, pair_bias, loss, process_group is not None)
+    in_group = process_group is not None
+    if text_index is not None and in_group:
+        if exchange == "ring":
+            raise ValueError("exchange is 'ring', expected 'gather' or 'auto' with text_index")
+        exchange = "gather"
+    text_index = check_text_index(text_index, inputs, text_pool, None if in_group else inputs.text_count)
+    pairs = check_pairs(inputs, image_ids, text_ids, targets, pair_bias, loss, in_group, text_index)
     if process_group is not None:
-        return global_loss(inputs, logit_scale, logit_bias, options, process_group, exchange, pairs)
+        return global_loss(inputs, logit_scale, logit_bias, options, process_group, exchange, pairs, text_index)
     if options.backend == "reference":
         return _formula(
             reference.pacl_loss,
@@ -197,7 +220,10 @@ def fused_pacl_loss(
             loss=loss,
             logit_bias=logit_bias,
             **({} if pairs is None else pairs._asdict()),
+            text_index=text_index,
         )
+    if text_index is not None and pairs is not None:
+        return listed_loss(inputs, logit_scale, logit_bias, pairs, text_index, options)
     if loss == "sigmoid" and in_one_pass(options, inputs) and not in_functorch():
         given = (None,) * 4 if pairs is None else pairs
         needs = needed(inputs.patches, inputs.texts, logit_scale, inputs.attn_temperature, logit_bias, given[3])
@@ -217,6 +243,7 @@ def compatibility(
     patch_mask: Tensor | None = None,
     attn_temperature: float | Tensor = 1.0,
     form: Form = "dot",
+    text_index: Tensor | None = None,
     patch_lengths: Sequence[int] | Tensor | None = None,
     text_mask: Tensor | None = None,
     text_lengths: Sequence[int] | Tensor | None = None,
@@ -224,6 +251,7 @@ def compatibility(
     text_pool_scale: float = 1.0,
     null_patch: bool = False,
     normalize: Normalize = "both",
+    grad_tolerance: float = 0.0,
     group: dist.ProcessGroup | GroupName | None = None,
     backend: BackendName = "auto",
 ) -> Tensor:
@@ -235,8 +263,10 @@ def compatibility(
         texts: `[K, D]` text embeddings, not normalised, same dtype and device. With `text_pool` a text has many tokens.
         patch_mask: bool `[B, N]`, True at real patches.
         attn_temperature: τ > 0 of the softmax over patches, a number or a tensor of one element.
-        form: `"dot"`, `"cosine"` or `"max"`. This and the arguments up to `normalize` mean the same as in
+        form: `"dot"`, `"cosine"` or `"max"`. This and the arguments up to `grad_tolerance` mean the same as in
             `fused_pacl_loss`.
+        text_index: int64 or int32 `[B, M]`, lists of texts, -1 for none, as in `fused_pacl_loss`. φ is then `[B, M]`,
+            of the listed texts alone, and 0 where there is none.
         patch_lengths: int64 `[B]` on the CPU, or a list: lengths of packed patches.
         text_mask: bool `[K, L]`, True at real tokens.
         text_lengths: int64 `[K]` on the CPU, or a list: lengths of packed texts.
@@ -244,6 +274,7 @@ def compatibility(
         text_pool_scale: γ of `"logsumexp"`.
         null_patch: add a patch with s = 0 and value 0 to each image.
         normalize: `"both"`, `"values"` or `"none"`.
+        grad_tolerance: share of Σ |∂L/∂φ| that the backward may leave out; `kept_pairs(phi)` says what it used.
         group: the processes whose texts are compared: a `torch.distributed` process group, `"world"`, or None or
             `"local"` for this process alone. φ is then `[B_local, K of all processes]`, the texts in the order of the
             ranks. The gradient of a text is the sum over the processes' losses, as with an all-gather that is
@@ -262,23 +293,33 @@ def compatibility(
         patches, texts, attn_temperature, patch_mask, patch_lengths, text_mask, text_lengths, text_pool
     )
     check_not_empty(inputs, "ND")
-    options = _options(inputs, form, None, backend, text_pool, text_pool_scale, null_patch, normalize)
+    options = _options(inputs, form, None, backend, text_pool, text_pool_scale, null_patch, normalize, grad_tolerance)
     groups.check(group)
     process_group = groups.lookup(group) if isinstance(group, str) else group
+    text_index = check_text_index(text_index, inputs, text_pool, inputs.text_count)
     if process_group is not None and process_group.size() > 1:
+        if text_index is not None:
+            raise ValueError("text_index is given with a group of several processes, expected group=None or 'local'")
         return global_compatibility(inputs, options, process_group)
     if options.backend == "reference":
-        return _formula(reference.compatibility, inputs, options)
+        phi = _formula(reference.compatibility, inputs, options)
+        return phi if text_index is None else reference.listed(phi, text_index)
+    if text_index is not None:
+        return listed_compatibility(inputs, text_index, options)
     return first_output(CompatibilityFunction, *inputs, keeping(options, inputs))
 
 
 def _options(
     inputs: Inputs, form: str, loss: Any, backend: str, text_pool: Any, text_pool_scale: float, null_patch: bool,
-    normalize: str,
+    normalize: str, grad_tolerance: Any = 0.0,
 ) -> Options:  # fmt: skip
     """Check the options of φ and return them, with the backend that will run."""
     check_choice("form", form, FORMS)
     check_choice("normalize", normalize, NORMALIZE)
+    if isinstance(grad_tolerance, bool) or not isinstance(grad_tolerance, int | float):
+        raise TypeError(f"grad_tolerance is a {type(grad_tolerance).__name__}, expected a number")
+    if not 0 <= grad_tolerance < 1:
+        raise ValueError(f"grad_tolerance is {grad_tolerance:g}, expected a number from 0 to below 1")
     if not isinstance(null_patch, bool):
         raise TypeError(f"null_patch is a {type(null_patch).__name__}, expected True or False")
     if isinstance(text_pool_scale, Tensor):
@@ -287,7 +328,7 @@ def _options(
     if text_pool != "logsumexp" and scale != 1.0:
         raise ValueError(f"text_pool_scale is {scale:g}, expected 1 unless text_pool is 'logsumexp'")
     name = resolve(backend, inputs.patches.device, inputs.patches.dtype, normalize)
-    choices: Any = form, loss, name, None, text_pool, scale, null_patch, normalize
+    choices: Any = form, loss, name, None, float(grad_tolerance), text_pool, scale, null_patch, normalize
     return Options(*choices)
 
 

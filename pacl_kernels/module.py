@@ -24,6 +24,7 @@ class _Batch(TypedDict, total=False):
     text_ids: Tensor | None
     targets: Tensor | None
     pair_bias: Tensor | None
+    text_index: Tensor | None
     patch_lengths: Sequence[int] | Tensor | None
     text_mask: Tensor | None
     text_lengths: Sequence[int] | Tensor | None
@@ -54,6 +55,7 @@ class PaclLoss(nn.Module):
         text_pool_scale: as in `fused_pacl_loss`.
         null_patch: as in `fused_pacl_loss`.
         normalize: as in `fused_pacl_loss`.
+        grad_tolerance: as in `fused_pacl_loss`.
 
     Raises:
         TypeError, ValueError: for a bad group, or for one of another rank or size. The call checks everything else.
@@ -73,6 +75,7 @@ class PaclLoss(nn.Module):
         text_pool_scale: float = 1.0,
         null_patch: bool = False,
         normalize: Normalize = "both",
+        grad_tolerance: float = 0.0,
     ) -> None:
         super().__init__()
         self.attn_temperature = attn_temperature
@@ -83,7 +86,7 @@ class PaclLoss(nn.Module):
             groups.check_size(self.group, rank, world_size)
         self.exchange, self.backend = exchange, backend
         self.text_pool, self.text_pool_scale = text_pool, text_pool_scale
-        self.null_patch, self.normalize = null_patch, normalize
+        self.null_patch, self.normalize, self.grad_tolerance = null_patch, normalize, grad_tolerance
 
     @property
     def group(self) -> dist.ProcessGroup | GroupName | None:
@@ -129,6 +132,7 @@ class PaclLoss(nn.Module):
         text_ids: Tensor | None = None,
         targets: Tensor | None = None,
         pair_bias: Tensor | None = None,
+        text_index: Tensor | None = None,
         patch_lengths: Sequence[int] | Tensor | None = None,
         text_mask: Tensor | None = None,
         text_lengths: Sequence[int] | Tensor | None = None,
@@ -147,6 +151,7 @@ class PaclLoss(nn.Module):
             text_ids: ids `[K]`.
             targets: weights `[B, K]` of the pairs as positives, in place of ids.
             pair_bias: bias `[B, K]` of the logits.
+            text_index: lists of texts `[B, M]`; `targets` and `pair_bias` are then `[B, M]`.
             patch_lengths: lengths `[B]` of packed patches, on the CPU or a list.
             text_mask: bool `[K, L]`, True at real tokens.
             text_lengths: lengths `[K]` of packed texts, on the CPU or a list.
@@ -169,6 +174,7 @@ class PaclLoss(nn.Module):
             text_ids=text_ids,
             targets=targets,
             pair_bias=pair_bias,
+            text_index=text_index,
             patch_lengths=patch_lengths,
             text_mask=text_mask,
             text_lengths=text_lengths,
@@ -176,6 +182,7 @@ class PaclLoss(nn.Module):
             text_pool_scale=self.text_pool_scale,
             null_patch=self.null_patch,
             normalize=self.normalize,
+            grad_tolerance=self.grad_tolerance,
             group=self.group,
             exchange=self.exchange,
             backend=self.backend,
@@ -215,5 +222,5 @@ class PaclLoss(nn.Module):
             f"attn_temperature={self.attn_temperature!r}, form={self.form!r}, loss={self.loss!r}, rank={self.rank}, "
             f"world_size={self.world_size}, group={shown}, exchange={self.exchange!r}, backend={self.backend!r}, "
             f"text_pool={self.text_pool!r}, text_pool_scale={self.text_pool_scale!r}, null_patch={self.null_patch!r}, "
-            f"normalize={self.normalize!r}"
+            f"normalize={self.normalize!r}, grad_tolerance={self.grad_tolerance!r}"
         )

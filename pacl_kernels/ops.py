@@ -15,7 +15,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from . import backends, pairs, scoring
+from . import backends, lists, pairs, scoring
 from .checks import Scalar, check_sum, without_autocast
 from .contrastive import scalar
 
@@ -75,6 +75,7 @@ def compatibility_forward(
     text_pool_scale: float = 1.0,
     null_patch: bool = False,
     normalize: str = "both",
+    text_index: OptionalTensor = None,
 ) -> None:
     """Write compatibility φ `[B, K]` and `state` `[B, K]`, which the backward of the same backend reads.
 
@@ -84,19 +85,21 @@ def compatibility_forward(
     is memory like the patches in which scores stay for the backward, as many as there is room for.
 
     The other arguments are those of `fused_pacl_loss`; `checks.Inputs` has the shapes. With `text_pool` the state has
-    one dimension, of `tokens.kept_pairs` elements: φ and the state of all tokens, or nothing.
+    one dimension, of `tokens.kept_pairs` elements: φ and the state of all tokens, or nothing. With `text_index`, int64
+    `[B, M]` in range or -1, φ and state are `[B, M]`, those of the listed texts, and φ is 0 at -1. The backend must be
+    one with `backends.takes_lists`.
     """
     if phi.numel():
         tau = _join(temperature, temperature_value, phi.dtype)
         call = scoring.Call(
             *(backend, patches, texts, patch_mask, tau, form, patch_lengths, text_mask, text_lengths, text_pool),
-            *(text_pool_scale, null_patch, normalize),
+            *(text_pool_scale, null_patch, normalize, text_index),
         )
         with without_autocast(patches.device.type):
             call.forward(phi, state, scores)
 
 
-@_operator("grad_patches", "grad_texts", "grad_temperature")
+@_operator("grad_patches", "grad_texts", "grad_temperature", "kept_pairs")
 def compatibility_backward(
     patches: Tensor,
     texts: Tensor,
@@ -111,6 +114,7 @@ def compatibility_backward(
     grad_patches: OptionalTensor,
     grad_texts: OptionalTensor,
     grad_temperature: OptionalTensor,
+    kept_pairs: OptionalTensor,
     keeps_scores: bool = False,
     patch_lengths: OptionalTensor = None,
     text_mask: OptionalTensor = None,
@@ -119,11 +123,14 @@ def compatibility_backward(
     text_pool_scale: float = 1.0,
     null_patch: bool = False,
     normalize: str = "both",
+    text_index: OptionalTensor = None,
+    grad_tolerance: float = 0.0,
 ) -> None:
     """Write gradients from ∂L/∂φ `[B, K]` into the buffers that are not None: like patches, like texts, and 0-D.
 
     The buffer of the texts' gradient may be float32 for texts of any dtype. `keeps_scores`: the buffer of the patches'
-    gradient holds the scores of the forward.
+    gradient holds the scores of the forward. With `text_index` φ, state and ∂L/∂φ are `[B, M]`. `kept_pairs`, float64
+    `[3]` on the CPU: what `tolerance.KeptPairs` holds.
     """
     if not phi.numel():
         for grad in (grad_patches, grad_texts, grad_temperature):
@@ -133,10 +140,14 @@ def compatibility_backward(
     tau = _join(temperature, temperature_value, phi.dtype)
     call = scoring.Call(
         *(backend, patches, texts, patch_mask, tau, form, patch_lengths, text_mask, text_lengths, text_pool),
-        *(text_pool_scale, null_patch, normalize),
+        *(text_pool_scale, null_patch, normalize, text_index),
     )
     with without_autocast(patches.device.type):
-        call.backward(phi, state, grad_phi, grad_patches, grad_texts, grad_temperature, keeps_scores)
+        kept = call.backward(
+            phi, state, grad_phi, grad_patches, grad_texts, grad_temperature, keeps_scores, grad_tolerance
+        )
+    if kept_pairs is not None:
+        kept_pairs.copy_(torch.tensor(kept or (phi.numel(), phi.numel(), 0.0)))
 
 
 @_operator("value", "statistics")
@@ -229,6 +240,63 @@ def pair_loss_backward(
     with without_autocast(phi.device.type):
         pairs.loss_backward(
             *(phi, *scalars, given, loss, row_statistics, column_statistics, grad_loss),
+            *(grad_phi, grad_scale, grad_bias, grad_pair_bias),
+        )
+        if grad_bias is not None and loss == "infonce":
+            grad_bias.mul_(0.0)  # the loss does not depend on the bias: the sum is rounding error or NaN
+
+
+@_operator("value", "row_statistics", "column_statistics")
+def listed_loss_forward(
+    phi: Tensor,
+    scale: OptionalTensor,
+    scale_value: OptionalFloat,
+    bias: OptionalTensor,
+    bias_value: OptionalFloat,
+    image_ids: OptionalTensor,
+    text_ids: OptionalTensor,
+    targets: OptionalTensor,
+    pair_bias: OptionalTensor,
+    text_index: Tensor,
+    loss: str,
+    value: Tensor,
+    row_statistics: OptionalTensor,
+    column_statistics: OptionalTensor,
+) -> None:
+    """Write the loss (0-D) of φ `[B, M]` of listed texts, and for InfoNCE the statistics `[4, B]` and `[4, K]`."""
+    scalars = _join(scale, scale_value, phi.dtype), _join(bias, bias_value, phi.dtype)
+    given = pairs.Pairs(image_ids, text_ids, targets, pair_bias)
+    with without_autocast(phi.device.type):
+        lists.loss_forward(phi, *scalars, given, text_index, loss, value, row_statistics, column_statistics)
+
+
+@_operator("grad_phi", "grad_scale", "grad_bias", "grad_pair_bias")
+def listed_loss_backward(
+    phi: Tensor,
+    scale: OptionalTensor,
+    scale_value: OptionalFloat,
+    bias: OptionalTensor,
+    bias_value: OptionalFloat,
+    image_ids: OptionalTensor,
+    text_ids: OptionalTensor,
+    targets: OptionalTensor,
+    pair_bias: OptionalTensor,
+    text_index: Tensor,
+    loss: str,
+    row_statistics: OptionalTensor,
+    column_statistics: OptionalTensor,
+    grad_loss: Tensor,
+    grad_phi: Tensor,
+    grad_scale: OptionalTensor,
+    grad_bias: OptionalTensor,
+    grad_pair_bias: OptionalTensor,
+) -> None:
+    """Write ∂L/∂φ `[B, M]` and, where buffers are given, the gradients of logit scale and bias (0-D) and pair bias."""
+    scalars = _join(scale, scale_value, phi.dtype), _join(bias, bias_value, phi.dtype)
+    given = pairs.Pairs(image_ids, text_ids, targets, pair_bias)
+    with without_autocast(phi.device.type):
+        lists.loss_backward(
+            *(phi, *scalars, given, text_index, loss, row_statistics, column_statistics, grad_loss),
             *(grad_phi, grad_scale, grad_bias, grad_pair_bias),
         )
         if grad_bias is not None and loss == "infonce":

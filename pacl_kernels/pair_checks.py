@@ -19,11 +19,13 @@ def check_pairs(
     pair_bias: Tensor | None,
     loss: str,
     in_group: bool,
+    text_index: Tensor | None = None,
 ) -> Pairs | None:
     """Return the pairs of images and texts, or None for the default, where text i belongs to image i.
 
-    In a group an id that is not given stays None: only the exchange of texts tells the number of an image in the whole
-    batch. Raises TypeError or ValueError, with one sentence that names the argument, what came and what was expected.
+    With lists `text_index` `[B, M]`, targets and bias are `[B, M]` too, and the result is never None. In a group an id
+    that is not given stays None: only the exchange of texts tells the number of an image in the whole batch. Raises
+    TypeError or ValueError, with one sentence that names the argument, what came and what was expected.
     """
     patches, b, k = inputs.patches, inputs.images, inputs.text_count
     if targets is not None and (image_ids is not None or text_ids is not None):
@@ -41,16 +43,16 @@ def check_pairs(
         )
     if k == 0:
         raise ValueError(f"texts has shape {list(inputs.texts.shape)}, expected [K, D] with K of at least 1")
-    if all(x is None for x in (image_ids, text_ids, targets, pair_bias)):
+    if all(x is None for x in (image_ids, text_ids, targets, pair_bias, text_index)):
         return None
-    image_ids = _ids("image_ids", image_ids, b, "images", patches)
-    text_ids = _ids("text_ids", text_ids, k, "texts", patches)
+    image_ids = check_ids("image_ids", image_ids, b, "images", patches)
+    text_ids = check_ids("text_ids", text_ids, k, "texts", patches)
     if targets is None and not in_group:
         if image_ids is None:
             image_ids = torch.arange(b, device=patches.device)
         if text_ids is None:
             text_ids = image_ids
-    columns = None if in_group else k
+    columns = text_index.shape[1] if text_index is not None else None if in_group else k
     _matrix("targets", targets, b, columns, patches)
     _matrix("pair_bias", pair_bias, b, columns, patches)
     if targets is not None and targets.requires_grad:
@@ -64,19 +66,54 @@ def check_pairs(
     return Pairs(image_ids, text_ids, targets, pair_bias)
 
 
-def _ids(name: str, ids: Any, count: int, what: str, patches: Tensor) -> Tensor | None:
+def check_text_index(
+    text_index: Tensor | None, inputs: Inputs, text_pool: str | None, count: int | None
+) -> Tensor | None:
+    """Return lists of some of `count` texts as int64 with -1 for none, or None without lists.
+
+    `count` is None with a group, where only the exchange of texts tells their number.
+
+    Raises TypeError or ValueError like `check_pairs`. An index beyond the texts is an error on a CPU outside of
+    `torch.compile`, elsewhere it counts as -1.
+    """
+    if text_index is None:
+        return None
+    b = inputs.images
+    if not isinstance(text_index, Tensor):
+        raise TypeError(f"text_index is a {type(text_index).__name__}, expected an int64 tensor of shape [{b}, M]")
+    _check_integers("text_index", text_index, inputs.patches, "patches")
+    if text_index.ndim != 2 or text_index.shape[0] != b or text_index.shape[1] == 0:
+        raise ValueError(f"text_index has shape {list(text_index.shape)}, expected [{b}, M] with M of at least 1")
+    if text_pool is not None:
+        raise ValueError(f"text_pool is {text_pool!r}, expected None with text_index: a listed text is one embedding")
+    index = text_index.long()
+    wrong = (index < -1) | (index >= (torch.iinfo(torch.int64).max if count is None else count))
+    if _readable(index) and wrong.any():
+        of = "texts of all processes" if count is None else f"{count} texts"
+        raise ValueError(
+            f"text_index has {int(index[wrong][0])}, expected the number of one of the {of}, or -1 for none"
+        )
+    return index.masked_fill(wrong, -1)
+
+
+def check_ids(name: str, ids: Any, count: int, what: str, like: Tensor, like_name: str = "patches") -> Tensor | None:
+    """Return ids as int64 `[count]`, or None if there are none."""
     if ids is None:
         return None
     if not isinstance(ids, Tensor):
         raise TypeError(f"{name} is a {type(ids).__name__}, expected an int64 tensor of shape [{count}]")
-    check_dense(name, ids)
-    if ids.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"{name} is {ids.dtype}, expected torch.int64 or torch.int32")
+    _check_integers(name, ids, like, like_name)
     if ids.ndim != 1 or ids.shape[0] != count:
         raise ValueError(f"{name} has shape {list(ids.shape)}, expected [{count}], one id for each of the {what}")
-    if ids.device != patches.device:
-        raise ValueError(f"{name} is on {ids.device}, expected {patches.device} like patches")
     return ids.long()
+
+
+def _check_integers(name: str, value: Tensor, like: Tensor, like_name: str) -> None:
+    check_dense(name, value)
+    if value.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{name} is {value.dtype}, expected torch.int64 or torch.int32")
+    if value.device != like.device:
+        raise ValueError(f"{name} is on {value.device}, expected {like.device} like {like_name}")
 
 
 def _matrix(name: str, value: Any, rows: int, columns: int | None, patches: Tensor) -> None:

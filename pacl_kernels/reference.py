@@ -225,6 +225,7 @@ def pacl_loss(
     text_ids: Tensor | None = None,
     targets: Tensor | None = None,
     pair_bias: Tensor | None = None,
+    text_index: Tensor | None = None,
     **of_phi: Any,
 ) -> Tensor:
     """Return the loss (0-D) that `pacl_kernels.fused_pacl_loss` computes; the arguments are the same.
@@ -232,6 +233,10 @@ def pacl_loss(
     `of_phi`: the arguments of `compatibility`.
     """
     phi = compatibility(patches, texts, **of_phi)
+    if text_index is not None:
+        bias = torch.zeros_like(text_index, dtype=phi.dtype) if pair_bias is None else pair_bias
+        pair_bias = _dense(bias, text_index, phi.shape[1], float("-inf"))
+        targets = None if targets is None else _dense(targets, text_index, phi.shape[1], 0.0)
     logits = _scalar(logit_scale) * phi
     if logit_bias is not None:
         logits = logits + _scalar(logit_bias)
@@ -244,6 +249,21 @@ def pacl_loss(
             text_ids = image_ids
         targets = ((image_ids[:, None] == text_ids) & (image_ids[:, None] >= 0)).to(logits.dtype)
     return pair_loss(logits if pair_bias is None else logits + pair_bias, targets, loss)
+
+
+def listed(phi: Tensor, text_index: Tensor) -> Tensor:
+    """Return φ `[B, M]` of the listed texts, 0 where the list has none, from φ `[B, K]`."""
+    none = (text_index < 0) | (text_index >= phi.shape[1])
+    return F.pad(phi, (0, 1)).gather(1, torch.where(none, phi.shape[1], text_index))
+
+
+def _dense(values: Tensor, text_index: Tensor, count: int, rest: float) -> Tensor:
+    """Return values `[B, M]` of listed texts as `[B, count]`, with `rest` elsewhere; a text's first entry counts."""
+    place = torch.where((text_index < 0) | (text_index >= count), count, text_index)
+    dense = values.new_full((len(values), count + 1), rest)
+    for m in reversed(range(values.shape[1])):
+        dense = dense.scatter(1, place[:, m : m + 1], values[:, m : m + 1])
+    return dense[:, :count]
 
 
 def upsample_argmax(

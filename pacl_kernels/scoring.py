@@ -16,13 +16,15 @@ from . import backends
 from .checks import Scalar, check_sum
 from .packed import Group, groups, starts_of
 from .tokens import BLOCK_BYTES, Tokens, tokens_of
+from .tolerance import KeptPairs
 
 
 class Call(NamedTuple):
     """Inputs of φ `[B, K]` and the backend that computes it.
 
     Patches are `[B, N, D]`, or packed `[ΣN, D]` with lengths; the mask is `[B, N]` or `[ΣN]`. Texts are `[K, D]`, or
-    with `text_pool` `[K, L, D]` with or without a mask `[K, L]`, or packed `[ΣL, D]` with lengths.
+    with `text_pool` `[K, L, D]` with or without a mask `[K, L]`, or packed `[ΣL, D]` with lengths. With `text_index`,
+    lists of texts, φ and everything like it is `[B, M]`; the backend must take lists (`backends.takes_lists`).
     """
 
     backend: str
@@ -38,6 +40,7 @@ class Call(NamedTuple):
     text_pool_scale: float = 1.0
     null_patch: bool = False
     normalize: str = "both"
+    text_index: Tensor | None = None  # int64 [B, M], -1 for none
 
     def forward(self, phi: Tensor, state: Tensor, scores: Tensor | None = None) -> None:
         """Write φ and the state, see `ops.compatibility_forward`."""
@@ -52,7 +55,7 @@ class Call(NamedTuple):
             return
         kept = (phi, state) if tokens is None else _kept(state, len(phi), len(rows))
         for part in call._parts(rows, phi):
-            own = part.compute(phi, len(rows))
+            own = part.compute(phi, phi.shape[1] if tokens is None else len(rows))
             if tokens is not None:
                 phi[part.images] = tokens.pool(own[0])
             for to, x in zip(kept, own, strict=False):
@@ -60,18 +63,22 @@ class Call(NamedTuple):
 
     def backward(
         self, phi: Tensor, state: Tensor, grad_phi: Tensor, grad_patches: Tensor | None, grad_texts: Tensor | None,
-        grad_temperature: Tensor | None, keeps_scores: bool = False,
-    ) -> None:  # fmt: skip
-        """Write the gradients whose buffers are not None, see `ops.compatibility_backward`."""
+        grad_temperature: Tensor | None, keeps_scores: bool = False, grad_tolerance: float = 0.0,
+    ) -> KeptPairs | None:  # fmt: skip
+        """Write the gradients whose buffers are not None, see `ops.compatibility_backward`.
+
+        Return what was kept if pairs were left out.
+        """
         call = self._rectangle()
         if grad_patches is not None:
             grad_patches = grad_patches.view(call.patches.shape)
         if call._is_one_call:
-            call._backward_of_rows(
-                *(phi, state, grad_phi, grad_patches, grad_texts, grad_temperature),
-                **({"keeps_scores": True} if keeps_scores else {}),
+            arguments: dict[str, Any] = {"keeps_scores": True} if keeps_scores else {}
+            if grad_tolerance and self.text_index is None and backends.drops_pairs(self.backend):
+                arguments["grad_tolerance"] = grad_tolerance
+            return call._backward_of_rows(
+                *(phi, state, grad_phi, grad_patches, grad_texts, grad_temperature), **arguments
             )
-            return
         tokens = call._tokens()
         rows = call.texts if tokens is None else tokens.rows
         kept = (phi, state) if tokens is None else _kept(state, len(phi), len(rows))
@@ -108,6 +115,7 @@ class Call(NamedTuple):
                 into.copy_(texts_sum.total)
         if grad_temperature is not None and temperature_sum is not None:
             grad_temperature.copy_(temperature_sum.total)
+        return None
 
     @property
     def _is_one_call(self) -> bool:
@@ -134,9 +142,10 @@ class Call(NamedTuple):
         backend: Any = backends.get_for(self.backend, self.patches)
         backend.compatibility_forward(*self._inputs, *arguments, **self._options, **kept)
 
-    def _backward_of_rows(self, *arguments: Tensor | None, **kept: Any) -> None:
+    def _backward_of_rows(self, *arguments: Tensor | None, **kept: Any) -> KeptPairs | None:
         backend: Any = backends.get_for(self.backend, self.patches)
-        backend.compatibility_backward(*self._inputs, *arguments, **self._options, **kept)
+        used: KeptPairs | None = backend.compatibility_backward(*self._inputs, *arguments, **self._options, **kept)
+        return used
 
     @property
     def _inputs(self) -> tuple[Any, ...]:
@@ -152,18 +161,22 @@ class Call(NamedTuple):
             options["normalize"] = self.normalize
         if self.patch_lengths is not None:
             options["patch_lengths"] = self.patch_lengths
+        if self.text_index is not None:
+            options["text_index"] = self.text_index
         return options
 
     def _parts(self, rows: Tensor, phi: Tensor) -> Iterator[_Part]:
         """Yield calls of the backend that together have all images, with the rows of all texts."""
-        most = max(1, BLOCK_BYTES // (3 * phi.element_size() * len(rows)))
+        columns = len(rows) if self.text_index is None else self.text_index.shape[1]
+        most = max(1, BLOCK_BYTES // (3 * phi.element_size() * columns))
         call = self._replace(texts=rows, text_mask=None, text_lengths=None, text_pool=None)
         lengths = self.patch_lengths
         if lengths is not None and not backends.takes_packed_patches(self.backend):
             row_bytes = self.patches.shape[1] * self.patches.element_size()
             for group in groups(lengths, row_bytes, most, self.patches.device):
                 patches, mask = group.gather(self.patches, self.patch_mask)
-                part = call._replace(patches=patches, patch_mask=mask, patch_lengths=None)
+                index = None if self.text_index is None else self.text_index[group.images]
+                part = call._replace(patches=patches, patch_mask=mask, patch_lengths=None, text_index=index)
                 yield _Part(group.images, part, group)
             return
         starts = None if lengths is None else starts_of(lengths).tolist()
@@ -174,6 +187,7 @@ class Call(NamedTuple):
                 patches=self.patches[some],
                 patch_mask=None if self.patch_mask is None else self.patch_mask[some],
                 patch_lengths=None if lengths is None else lengths[images],
+                text_index=None if self.text_index is None else self.text_index[images],
             )
             yield _Part(images, part, some)
 

@@ -14,6 +14,15 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # must be set before triton is imported
 
+SLOW = ("recipes_full", "families")  # markers of tests that run only when `-m` names them
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        for name in SLOW:
+            if name not in config.getoption("-m") and item.get_closest_marker(name):
+                item.add_marker(pytest.mark.skip(reason=f"slow: run with -m {name}"))
+
 
 @pytest.fixture(autouse=True)
 def _unchanged_settings(monkeypatch):

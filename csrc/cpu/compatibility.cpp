@@ -144,9 +144,19 @@ std::vector<Block> make_blocks(const Plan& plan) {
   return blocks;
 }
 
-// Runs the backward of the dot or cosine form. Returns false if rounding W to 16 bits left too large an error in a
-// gradient, which must then not be used.
-bool backward(const Plan& plan, CompatibilityParams p, Arena arena) {
+// What rounding W to 16 bits did to the gradients: squared norms of the errors (see WeightSums) and of the gradients.
+struct Rounding {
+  double patches_error = 0, patches_squared = 0, texts_error = 0, texts_squared = 0;
+
+  // Returns true if a gradient must not be used.
+  bool shows() const {
+    constexpr double kSquared = kRoundingShown * kRoundingShown;
+    return patches_error > kSquared * patches_squared || texts_error > kSquared * texts_squared;
+  }
+};
+
+// Runs the backward of the dot or cosine form.
+Rounding backward(const Plan& plan, CompatibilityParams p, Arena arena) {
   const Kernels& kernels = plan.kernels;
   const std::vector<int64_t>& row_start = plan.row_start;
   if (p.grad_patches && p.mask) {  // masked patches are never visited
@@ -235,7 +245,7 @@ bool backward(const Plan& plan, CompatibilityParams p, Arena arena) {
         });
       }
     }
-    if (p.grad_texts)
+    if (p.grad_texts && !p.leaves_texts_sum)
       team.phase(ceil_div(p.text_count, 16), [&](int64_t i) {
         texts_squared[i] = kernels.finish_texts(p, i * 16, least(i * 16 + 16, p.text_count), scratch.row);
       });
@@ -251,11 +261,13 @@ bool backward(const Plan& plan, CompatibilityParams p, Arena arena) {
     p.loss_sums[2] = total.bias;
   }
   if (p.grad_temperature) *p.grad_temperature = (float)(-total.temperature / p.temperature / p.temperature);
-  const auto shows = [](double error, const std::vector<double>& squares) {
-    return error > kRoundingShown * kRoundingShown * std::accumulate(squares.begin(), squares.end(), 0.0);
+  const auto add_up = [](const std::vector<double>& squares) {
+    return std::accumulate(squares.begin(), squares.end(), 0.0);
   };
-  return !(p.grad_patches && shows(total.patches_error, patches_squared)) &&
-         !(p.grad_texts && shows(total.texts_error, texts_squared));
+  Rounding rounding;
+  if (p.grad_patches) rounding.patches_error = total.patches_error, rounding.patches_squared = add_up(patches_squared);
+  if (p.grad_texts) rounding.texts_error = total.texts_error, rounding.texts_squared = add_up(texts_squared);
+  return rounding;
 }
 
 // Returns the kernels of a call: those of float32 for rows of any norm, as the rounding of their weights is compared
@@ -316,7 +328,7 @@ Planned plan_backward(const CompatibilityParams& params) {
   return {.workspace_bytes = bytes, .run = [=](char* workspace) {
             CompatibilityParams p = with_fresh_gradient(plan->p);
             const Arena arena = open_workspace(workspace, bytes);
-            if (backward(*plan, p, arena)) return;
+            if (!backward(*plan, p, arena).shows()) return;
             if (p.texts_sum) std::memset(p.texts_sum, 0, sizeof(float) * accumulator_floats(p));
             p.fresh_gradient = false;
             p.scores_group = 0;  // they are products of other kernels
@@ -334,8 +346,14 @@ Planned plan_backward(const CompatibilityParams& params) {
 }
 
 }  // namespace
+}  // namespace pacl
+
+#include "lists.h"
+
+namespace pacl {
 
 Planned compatibility_forward(const CompatibilityParams& params) {
+  if (params.list_starts) return listed_forward(params);
   const auto plan = std::make_shared<const Plan>(with_kept_scores(params), false, kernels_of(params));
   const int64_t bytes = plan->workspace_bytes();
   return {.workspace_bytes = bytes,
@@ -343,7 +361,12 @@ Planned compatibility_forward(const CompatibilityParams& params) {
 }
 
 Planned compatibility_backward(const CompatibilityParams& params) {
-  if (!params.grad_phi) throw std::invalid_argument("grad_phi is missing, which the backward needs");
+  const bool empty = params.list_starts && params.list_starts[params.images] == 0;
+  if (!params.grad_phi && !empty) throw std::invalid_argument("grad_phi is missing, which the backward needs");
+  if (params.list_starts) {
+    require_texts_sum(params);
+    return listed_backward(params);
+  }
   if (params.form != Form::max) return plan_backward(with_kept_scores(params));
   require_texts_sum(params);
   return max_backward(params);

@@ -125,7 +125,7 @@ void backward(const MaxPlan& plan, const CompatibilityParams& p, Arena arena) {
           });
       }
     }
-    if (p.grad_texts)
+    if (p.grad_texts && !p.leaves_texts_sum)
       team.phase(ceil_div(p.text_count, 16),
                  [&](int64_t i) { kernels.max_finish_texts(p, i * 16, least(i * 16 + 16, p.text_count), scratch); });
   });

@@ -42,6 +42,10 @@ struct CompatibilityParams {
   struct {
     int64_t image, row;
   } mask_strides;
+  // [B + 1] and [ΣM], or null: image b meets only the texts list_texts[list_starts[b]] to list_texts[list_starts[b + 1]
+  // - 1], each once. phi, state and grad_phi are then [ΣM].
+  const int64_t* list_starts;
+  const int32_t* list_texts;
   float* phi;  // [B, K], written by the forward, read by the backward
   // [B, K], for the backward. Dot form: log Σ exp(s / τ) over the patches for τ >= 0.05, otherwise
   // log Σ exp((s - phi) / τ), the entropy of the attention: it is small, hence so is its rounding error. Max form: the
@@ -59,6 +63,7 @@ struct CompatibilityParams {
   void* grad_texts;         // [K, D], contiguous
   Dtype grad_texts_dtype;   // that of the texts, or float32 where the caller adds to the sums
   float* texts_sum;         // [accumulator_floats], required with grad_texts
+  bool leaves_texts_sum;    // the gradient stays there, before its projection; set by lists.h
   float* grad_temperature;  // [1]
   // Sigmoid loss in one pass (sigmoid_step): ∂L/∂φ of a pair follows from its own φ, so phi, state and grad_phi are
   // neither read nor written, and there is no array of all pairs but those that the caller has. See sigmoid.h.

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..checks import NORMALIZE as ALL
 from ..checks import BackendName, Scalar
+from ..tolerance import KeptPairs
 from . import blockwise, cpu
 from .gpu import hopper, triton
 
@@ -38,8 +39,11 @@ class Backend(Protocol):
         self, patches: Tensor, texts: Tensor, patch_mask: Tensor | None, temperature: Scalar, form: str,
         phi: Tensor, state: Tensor, grad_phi: Tensor,
         grad_patches: Tensor | None, grad_texts: Tensor | None, grad_temperature: Tensor | None,
-    ) -> None:  # fmt: skip
-        """Write the gradients from ∂L/∂φ: `[B, N, D]`, `[K, D]` (float32 or the texts' dtype) and 0-D."""
+    ) -> KeptPairs | None:  # fmt: skip
+        """Write the gradients from ∂L/∂φ: `[B, N, D]`, `[K, D]` (float32 or the texts' dtype) and 0-D.
+
+        Return what was kept if pairs were left out, see `drops_pairs`.
+        """
 
     def loss_forward(
         self, phi: Tensor, scale: Scalar, bias: Scalar | None, loss: str, value: Tensor, statistics: Tensor | None
@@ -150,6 +154,16 @@ def keeps_scores(backend: str, form: str, dtype: torch.dtype) -> bool:
 def takes_packed_patches(backend: str) -> bool:
     """Return True if the backend takes `patch_lengths`: patches are then `[ΣN, D]` and the mask is `[ΣN]`."""
     return backend == "cpu"
+
+
+def drops_pairs(backend: str) -> bool:
+    """Return True if the backward of the backend takes `grad_tolerance` and returns `KeptPairs`, or None for all."""
+    return backend == "cpu"
+
+
+def takes_lists(backend: str, normalize: str) -> bool:
+    """Return True if the backend takes `text_index`, int64 `[B, M]` in range or -1; φ is then `[B, M]`."""
+    return backend == "torch" or backend == "cpu" and normalize == "both"
 
 
 def computes_sigmoid_step(backend: str, form: str, dtype: torch.dtype, n: int) -> bool:

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from ..checks import Scalar
-from ..constants import LARGEST_SCORE, MIN_NORM, MIN_POOLED_NORM
+from ..constants import LARGEST_SCORE, MIN_POOLED_NORM
 from ..contrastive import loss_backward as loss_backward  # part of a `Backend`
 from ..contrastive import loss_forward as loss_forward
 from ..contrastive import total
-from ..reference import range_factor
+from .rows import Rows, TextsSum, add_rows
 
 # Elements of one block of scores; about five such blocks are alive at a time. A GPU needs larger blocks, else it spends
 # its time on launches.
@@ -28,20 +28,20 @@ def why_not(device: torch.device | None = None, dtype: torch.dtype | None = None
 
 def compatibility_forward(
     patches: Tensor, texts: Tensor, patch_mask: Tensor | None, temperature: Scalar, form: str,
-    phi: Tensor, state: Tensor, null_patch: bool = False, normalize: str = "both",
+    phi: Tensor, state: Tensor, null_patch: bool = False, normalize: str = "both", text_index: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Write φ `[B, K]`, and 0 to `state`: the backward recomputes the softmax and does not read it.
 
     For form "max", `state` is the index of the winning patch, or -1 where none wins: for an image without a patch, and
-    where all are below the null patch.
+    where all are below the null patch. With `text_index` int64 `[B, M]` φ and state are those of the listed texts.
     """
     state.zero_()
     keys, values, queries, targets = _kinds(form, normalize)
-    for images, text_blocks in _blocks(patches, texts):
-        p = _Rows(_masked(patches, patch_mask, images), phi.dtype)
+    for images, text_blocks in _blocks(patches, texts, text_index):
+        p = Rows(_masked(patches, patch_mask, images), phi.dtype)
         copy_of = _first_copies(p[keys], patch_mask, images) if form == "max" else None
         for columns in text_blocks:
-            t = _Rows(texts[columns], phi.dtype)
+            t = Rows(_texts_of(texts, text_index, images, columns), phi.dtype)
             if copy_of is not None:
                 largest, index = _largest(p[keys], t[queries], patch_mask, images, copy_of)
                 if values != keys:
@@ -56,39 +56,51 @@ def compatibility_forward(
                 u, _, r = _pool(p[values], t[targets], scores.attention)
                 phi[images, columns] = u / r
             elif values != keys:
-                phi[images, columns] = (scores.attention * (p[values] @ t[targets].T)).sum(1)
+                phi[images, columns] = (scores.attention * (p[values] @ t[targets].mT)).sum(1)
             else:
                 phi[images, columns] = scores.mean + scores.largest
     if patch_mask is not None:
         phi.masked_fill_(_without_patch(patch_mask), 0.0)  # removes 0 x NaN of texts that are not finite
+    if text_index is not None:
+        phi.masked_fill_(text_index < 0, 0.0)
 
 
 def compatibility_backward(
     patches: Tensor, texts: Tensor, patch_mask: Tensor | None, temperature: Scalar, form: str,
     phi: Tensor, state: Tensor, grad_phi: Tensor,
     grad_patches: Tensor | None, grad_texts: Tensor | None, grad_temperature: Tensor | None,
-    null_patch: bool = False, normalize: str = "both",
+    null_patch: bool = False, normalize: str = "both", text_index: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Write the gradients whose buffers are not None: `[B, N, D]`, `[K, D]` and 0-D (0 for form "max")."""
+    """Write the gradients whose buffers are not None: `[B, N, D]`, `[K, D]` and 0-D (0 for form "max").
+
+    With `text_index` int64 `[B, M]` φ, the state and ∂L/∂φ are those of the listed texts.
+    """
     keys, values, queries, targets = _kinds(form, normalize)
-    texts_sums = {kind: texts.new_zeros(texts.shape, dtype=phi.dtype) for kind in {queries, targets}}
-    texts_sums = {} if grad_texts is None else texts_sums
+    kinds = {queries, targets} if grad_texts is not None else set()
+    texts_sums = {kind: TextsSum(texts, phi.dtype) for kind in kinds}
     temperature_sum = phi.new_zeros(())
     if patch_mask is not None:
         grad_phi = grad_phi.masked_fill(_without_patch(patch_mask), 0.0)
-    for images, text_blocks in _blocks(patches, texts):
-        p = _Rows(_masked(patches, patch_mask, images), phi.dtype)
+    if text_index is not None:
+        grad_phi = grad_phi.masked_fill(text_index < 0, 0.0)
+    for images, text_blocks in _blocks(patches, texts, text_index):
+        p = Rows(_masked(patches, patch_mask, images), phi.dtype)
         sums = {} if grad_patches is None else {kind: p[kind].new_zeros(p[kind].shape) for kind in {keys, values}}
         for columns in text_blocks:
-            t = _Rows(texts[columns], phi.dtype)
+            t = Rows(_texts_of(texts, text_index, images, columns), phi.dtype)
+            place: slice | Tensor = columns
+            if text_index is not None:
+                place = text_index[images, columns]
             g = grad_phi[images, columns]
             if form == "max":
                 index = state[images, columns]
                 g = g.masked_fill(index < 0, 0.0)
                 if sums:
-                    _add_largest(p[values], t[targets], index, g, sums[values], None)
+                    winning = _winning_rows(p[values], index).flatten()
+                    shares = (g[..., None] * t[targets]).flatten(0, 1)
+                    add_rows(sums[values].view(-1, patches.shape[2]), winning, shares)
                 if texts_sums:
-                    _add_largest(p[values], t[targets], index, g, None, texts_sums[targets][columns])
+                    texts_sums[targets].add(place, g[..., None] * _winners(p[values], index))
                 continue
             # Recompute the attention and its mean: the rounding of a stored φ, divided by τ, would not cancel against
             # that of s.
@@ -108,9 +120,9 @@ def compatibility_backward(
                 if sums:
                     sums[values] += (a * g[:, None]) @ direction
                 if texts_sums:
-                    texts_sums[targets][columns] += (g[..., None] * pooled).sum(0)
+                    texts_sums[targets].add(place, g[..., None] * pooled)
             elif values != keys:
-                centred = p[values] @ t[targets].T
+                centred = p[values] @ t[targets].mT
                 mean = (a * centred).sum(1)
                 centred = centred.sub_(mean[:, None])
                 if scores.null is not None:
@@ -119,7 +131,7 @@ def compatibility_backward(
                 if sums:
                     sums[values] += share @ t[targets]
                 if texts_sums:
-                    texts_sums[targets][columns] += share.flatten(0, 1).T @ p[values].flatten(0, 1)
+                    texts_sums[targets].add_product(place, share, p[values])
             else:
                 centred = scores.scores - scores.mean[:, None]
                 if scores.null is not None:
@@ -135,7 +147,7 @@ def compatibility_backward(
             if sums:
                 sums[keys] += ds @ t[queries]
             if texts_sums:
-                texts_sums[queries][columns] += ds.flatten(0, 1).T @ p[keys].flatten(0, 1)
+                texts_sums[queries].add_product(place, ds, p[keys])
         if grad_patches is not None:
             p.write_gradient(sums, grad_patches[images])
     # An attention of 0 may have been multiplied by NaN.
@@ -145,10 +157,10 @@ def compatibility_backward(
     if grad_texts is not None:
         for texts_sum in texts_sums.values():
             if nothing is not None:
-                texts_sum.masked_fill_(nothing, 0.0)
+                texts_sum.total.masked_fill_(nothing, 0.0)
         for rows in _split(len(texts), _block(texts) // max(1, texts.shape[1])):
-            some = {kind: texts_sum[rows] for kind, texts_sum in texts_sums.items()}
-            _Rows(texts[rows], phi.dtype).write_gradient(some, grad_texts[rows])
+            some = {kind: texts_sum.total[rows] for kind, texts_sum in texts_sums.items()}
+            Rows(texts[rows], phi.dtype).write_gradient(some, grad_texts[rows])
     if grad_temperature is not None:
         grad_temperature.copy_(temperature_sum if form == "max" else temperature_sum / temperature / temperature)
         if nothing is not None:
@@ -197,15 +209,24 @@ def _split(size: int, step: int) -> list[slice]:
     return [slice(start, min(start + step, size)) for start in range(0, size, step)]
 
 
-def _blocks(patches: Tensor, texts: Tensor) -> list[tuple[slice, list[slice]]]:
-    """Return slices of images, each with its slices of texts.
+def _blocks(patches: Tensor, texts: Tensor, text_index: Tensor | None) -> list[tuple[slice, list[slice]]]:
+    """Return slices of images, each with its slices of texts, or of their lists.
 
     Patches, scores and pooled patches of a block have at most `_block` elements each, or are of one image and one text.
     """
-    (b, n, d), k, block = patches.shape, len(texts), _block(patches)
+    (b, n, d), block = patches.shape, _block(patches)
+    k = len(texts) if text_index is None else text_index.shape[1]
     columns = _split(k, block // max(n, d))
     widest = max(n * d, max(n, d) * min(k, block // max(n, d)))
     return [(images, columns) for images in _split(b, block // max(1, widest))]
+
+
+def _texts_of(texts: Tensor, text_index: Tensor | None, images: slice, columns: slice) -> Tensor:
+    """Return the texts of a block: `[K, D]`, or those in the images' lists `[I, M, D]`, zeros where there is none."""
+    if text_index is None:
+        return texts[columns]
+    index = text_index[images, columns]
+    return texts[index.clamp_min(0)].masked_fill_((index < 0)[..., None], 0.0)
 
 
 def _masked(patches: Tensor, patch_mask: Tensor | None, images: slice) -> Tensor:
@@ -219,53 +240,13 @@ def _without_patch(patch_mask: Tensor) -> Tensor:
 
 
 def _kinds(form: str, normalize: str) -> tuple[str, str, str, str]:
-    """Return which rows of `_Rows` take part: of the patches keys and values, of the texts queries and targets.
+    """Return which rows of `Rows` take part: of the patches keys and values, of the texts queries and targets.
 
     The attention is a softmax of the products of keys and queries, and φ is made of values and targets.
     """
     keys = "unit" if normalize == "both" else "raw"
     values = "raw" if normalize == "none" else "unit"
     return keys, values, keys, "unit" if form == "cosine" else values
-
-
-class _Rows:
-    """Rows of patches or texts in the dtype of φ: as they are ("raw"), and divided by their norm ("unit")."""
-
-    def __init__(self, x: Tensor, dtype: torch.dtype) -> None:
-        self._raw = x.to(dtype)
-        self._unit: tuple[Tensor, Tensor, Tensor] | None = None
-
-    def __getitem__(self, kind: str) -> Tensor:
-        return self._raw if kind == "raw" else self._direction()[0]
-
-    def _direction(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return unit rows, 0 for a row without a direction, and two factors whose product is 1 / norm.
-
-        There are two factors because the inverse of a norm near the largest number is subnormal.
-        """
-        if self._unit is None:
-            factor = range_factor(torch.linalg.vector_norm(self._raw, float("inf"), dim=-1, keepdim=True))
-            x = self._raw * factor
-            norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-            inverse = norm.reciprocal().masked_fill_(norm / factor < MIN_NORM, 0.0)
-            self._unit = x.mul_(inverse), inverse, factor
-        return self._unit
-
-    def write_gradient(self, sums: dict[str, Tensor], into: Tensor) -> None:
-        """Write ∂L/∂x to `into` from the gradients of raw and unit rows, those that there are.
-
-        The gradient of a unit row loses its part along the row, which does not change the direction.
-        """
-        if "unit" not in sums:
-            into.copy_(sums["raw"])
-            return
-        unit, inverse, factor = self._direction()
-        grad = sums["unit"]
-        # Twice: the first projection leaves its own rounding along x, which is all that remains for D = 1.
-        for _ in range(2):
-            grad = grad - torch.linalg.vecdot(grad, unit)[..., None] * unit
-        grad = (grad * inverse * factor).masked_fill_((unit == 0).all(-1, keepdim=True), 0.0)
-        into.copy_(grad + sums["raw"] if "raw" in sums else grad)
 
 
 class _Scores(NamedTuple):
@@ -285,7 +266,7 @@ def _attend(
 
     The maximum is subtracted first because τ divides the rounding error of s.
     """
-    s = p @ t.T
+    s = p @ t.mT
     masked = s if patch_mask is None else s.masked_fill(~patch_mask[images, :, None], float("-inf"))
     largest = masked.amax(1, keepdim=True)
     largest.masked_fill_(largest == float("-inf"), 0.0)  # for an image without a patch, where every e below is 0
@@ -306,7 +287,7 @@ def _attend(
 
 def _largest(p: Tensor, t: Tensor, patch_mask: Tensor | None, images: slice, copy_of: Tensor) -> tuple[Tensor, Tensor]:
     """Return the largest s of each pair and its first index, -1 for an image without a patch."""
-    s = p @ t.T
+    s = p @ t.mT
     if patch_mask is not None:
         s.masked_fill_(~patch_mask[images, :, None], float("-inf"))
     phi, index = s.max(1)
@@ -336,20 +317,6 @@ def _first_copies(p: Tensor, patch_mask: Tensor | None, images: slice) -> Tensor
     return torch.where(same, first, places)
 
 
-def _add_largest(
-    p: Tensor, t: Tensor, index: Tensor, g: Tensor, patches_sum: Tensor | None, texts_sum: Tensor | None
-) -> None:
-    """Add `g t` to the row of the winning patch and `g p` to that of the text, which needs no matrix product.
-
-    `g` is 0 where there is no winner.
-    """
-    g = g[..., None]
-    if patches_sum is not None:
-        _add_rows(patches_sum.view(-1, p.shape[2]), _winning_rows(p, index).flatten(), (g * t).flatten(0, 1))
-    if texts_sum is not None:
-        texts_sum += (g * _winners(p, index)).sum(0)
-
-
 def _winning_rows(p: Tensor, index: Tensor) -> Tensor:
     """Return the rows `[I, K]` of the winners among all patches of the block, the first of an image without one."""
     return index.clamp_min(0).long() + p.shape[1] * torch.arange(len(p), device=p.device)[:, None]
@@ -358,14 +325,6 @@ def _winning_rows(p: Tensor, index: Tensor) -> Tensor:
 def _winners(p: Tensor, index: Tensor) -> Tensor:
     """Return the winning patches `[I, K, D]`."""
     return p.flatten(0, 1)[_winning_rows(p, index)]
-
-
-def _add_rows(sums: Tensor, rows: Tensor, values: Tensor) -> None:
-    """Add `values[i]` to `sums[rows[i]]`, in the same order in every run."""
-    if sums.is_cuda:  # index_put_ sorts the rows there; scatter_add_ uses atomics
-        sums.index_put_((rows,), values, accumulate=True)
-    else:
-        sums.scatter_add_(0, rows[:, None].expand_as(values), values)
 
 
 def _pool(p: Tensor, t: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:

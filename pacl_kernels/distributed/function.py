@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .. import contrastive
+from .. import contrastive, lists
 from ..autograd import (
     Gradients,
     Options,
@@ -39,6 +39,7 @@ from ..pairs import Pairs
 from . import collectives, diagonal, labelled
 from .agreement import Setting, make_plan, settings_of_phi
 from .collectives import Plan, padded
+from .listed import GlobalListedFunction, check_range
 from .ring import Blocks, send_round
 from .sigmoid import GlobalSigmoidFunction
 from .texts import blocks_of, of_block, with_all_layouts
@@ -52,8 +53,12 @@ def global_loss(
     group: dist.ProcessGroup,
     exchange: str,
     pairs: Pairs | None = None,
+    text_index: Tensor | None = None,
 ) -> Tensor:
-    """Return the loss (0-D) of the batch of all processes of the group; the arguments must have been checked."""
+    """Return the loss (0-D) of the batch of all processes of the group; the arguments must have been checked.
+
+    With `text_index` `[B_local, M]`, texts are always gathered.
+    """
     check_supported(options)
     settings = settings_of_phi(inputs, options) | {
         "loss": Setting(options.loss, LOSSES),
@@ -61,6 +66,7 @@ def global_loss(
         "logit_scale": Setting(logit_scale, float),
         "logit_bias": Setting(logit_bias, float),
         "pairs": Setting(_kind(pairs), _KINDS),
+        "text_index": Setting("none" if text_index is None else "given", ("none", "given")),
     }
     for name, value in (
         ("patches", inputs.patches),
@@ -74,6 +80,12 @@ def global_loss(
     # The default loss adds exponentials without their maximum, which needs a bound of φ.
     labelled_pairs = pairs is not None or not _is_bounded(options)
     given = (None,) * 4 if pairs is None else pairs
+    if text_index is not None:
+        check_range(text_index, plan)
+        index = lists.without_repeats(text_index)
+        return GlobalListedFunction.apply(  # type: ignore[no-any-return]  # `apply` is untyped
+            *(*inputs[:5], logit_scale, logit_bias, *given, index, options, plan, headers)
+        )
     labelled.check_columns(given, plan)
     needs = needed(inputs.patches, inputs.texts, logit_scale, inputs.attn_temperature, logit_bias)
     # Not for float16, where a GradScaler's factor must be in the gradients before they are rounded.

@@ -158,7 +158,12 @@ def check_columns(given: Sequence[Tensor | None], plan: Plan) -> None:
 
 def places(count: int, sizes: Tensor, plan: Plan) -> Tensor:
     """Return the padded columns of the `count` texts of all processes; nothing waits for the device."""
+    return columns_of(torch.arange(count, device=sizes.device), sizes, plan)
+
+
+def columns_of(text: Tensor, sizes: Tensor, plan: Plan) -> Tensor:
+    """Return the padded columns of texts by their numbers among all processes, -1 for a number of no text."""
     ends = sizes.cumsum(0)
-    text = torch.arange(count, device=sizes.device)
-    rank = torch.searchsorted(ends, text, right=True).clamp_max(plan.world - 1)
-    return rank * plan.capacity + text - (ends - sizes)[rank]
+    rank = torch.searchsorted(ends, text.contiguous(), right=True).clamp_max(plan.world - 1)
+    columns = rank * plan.capacity + text - (ends - sizes)[rank]
+    return columns.masked_fill((text < 0) | (text >= ends[-1]), -1)

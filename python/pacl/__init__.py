@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .backbones import patch_tokens
+    from .backbones import packed_tokens, patch_tokens
     from .embedder import VisionEmbedder
     from .segment.draw import overlay, word_colours
     from .segment.predict import Segmenter
@@ -23,6 +23,7 @@ __all__ = [
     "load_pacl",
     "load_towers",
     "overlay",
+    "packed_tokens",
     "patch_tokens",
     "word_colours",
 ]
@@ -32,6 +33,7 @@ _MODULES = {
     "load_pacl": "sharing",
     "load_towers": "towers",
     "overlay": "segment.draw",
+    "packed_tokens": "backbones",
     "patch_tokens": "backbones",
     "word_colours": "segment.draw",
 }

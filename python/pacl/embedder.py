@@ -42,8 +42,12 @@ class DescribedTowers(TypedDict, total=False):
     model: str
     pretrained: str | None
     vision_model: str | None
+    text_model: str | None
     vision_pretrained: bool
     force_image_size: int | None
+    max_patches: int | None  # of variable resolution; absent for images of one size
+    tokens: str  # the reading of the patch tokens, if it is not "plain"
+    proxy: str  # the second tower of the reading "proxy"
     trained: list[Literal["visual", "text"]]
     random: list[Literal["visual", "text"]]  # frozen, without published weights
     activation: Activations

@@ -54,6 +54,7 @@ def _of_system(error: OSError) -> str:
         errno.EPERM: "may not be opened by this user",
         errno.EROFS: "cannot be written: its disk is read-only",
         errno.ENOSPC: "cannot be written: the disk is full",
+        errno.EFBIG: "cannot be written: it exceeds the largest file that is allowed",
         errno.EDQUOT: "cannot be written: the user's share of the disk is full",
     }
     reason = reasons.get(error.errno or 0)

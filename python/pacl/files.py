@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import errno
 import hashlib
 import os
 import re
@@ -34,7 +35,7 @@ def atomic_writer(path: str | os.PathLike) -> Iterator[BinaryIO]:
     remove_unfinished(path.parent, path.name)
     descriptor, temporary = _temporary(path)
     try:
-        with _locked_copy(descriptor):  # remove_unfinished keeps locked files, up to the renaming
+        with named_if_full(path), _locked_copy(descriptor):  # remove_unfinished keeps locked files, up to the renaming
             with os.fdopen(descriptor, "wb") as file:
                 yield file
                 file.flush()
@@ -47,6 +48,17 @@ def atomic_writer(path: str | os.PathLike) -> Iterator[BinaryIO]:
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
+        raise
+
+
+@contextlib.contextmanager
+def named_if_full(path: str | os.PathLike) -> Iterator[None]:
+    """Name `path` in the OSError of a full disk, which has no name if it comes from writing to an open file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) and error.filename is None:
+            raise OSError(error.errno, error.strerror, os.fspath(path)) from error
         raise
 
 

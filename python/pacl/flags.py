@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
@@ -24,10 +24,12 @@ Place = Annotated[
         str_from_instance=lambda place: [str(place)],
     ),
 ]
+# The keys of pacl.readings.READINGS.
+Tokens = Literal["plain", "value", "maskclip", "sclip", "clearclip", "naclip", "kk", "rcs", "gem", "proxy"]
 # The least value of a number in any command's flags. Flags that depend on others are checked where they are used.
 LEAST = {
     **dict.fromkeys("batch_size shard_size max_image_pixels scenes train_num_samples force_image_size".split(), 1),
-    **dict.fromkeys("limit stride short_side window window_stride most_images pairs".split(), 1),
+    **dict.fromkeys("max_patches limit stride short_side window window_stride most_images pairs".split(), 1),
     **dict.fromkeys("workers seed sample port max_bad_share".split(), 0),
     **dict.fromkeys("cache_size store_attempts".split(), 1),
     "store_timeout": 0.01,

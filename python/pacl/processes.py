@@ -5,12 +5,16 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from .progress import Progress, quiet
+
+T = TypeVar("T")
 
 
 def choose_device(name: str) -> torch.device:
@@ -28,6 +32,15 @@ def choose_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= count:
         there = f"the {count} GPUs cuda:0 to cuda:{count - 1}" if count else "no GPU"
         raise ValueError(f"device: got {name!r}, but PyTorch finds {there}; expected one that is there, auto or cpu")
+    return device
+
+
+def process_device(name: str) -> torch.device:
+    """Return the device of a --device flag for a process that torchrun started: "auto" and "cuda" are its own GPU."""
+    device = choose_device(name)
+    if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
+        device = choose_device(f"cuda:{os.environ['LOCAL_RANK']}")
+        torch.cuda.set_device(device)
     return device
 
 
@@ -58,9 +71,39 @@ def process_group(device: torch.device, timeout: float | None = None) -> dist.Pr
     return dist.group.WORLD
 
 
+def patient_group() -> dist.ProcessGroup | None:
+    """Return a group of all processes that wait a week for each other, on the CPU; None for one process.
+
+    It is for shares of work that may end hours apart. A process that dies is noticed at once.
+    """
+    if process_group(torch.device("cpu")) is None:
+        return None
+    group = dist.new_group(timeout=datetime.timedelta(days=7), backend="gloo")
+    assert isinstance(group, dist.ProcessGroup)  # every process is in it
+    return group
+
+
 def place_in(group: dist.ProcessGroup | None) -> tuple[int, int]:
     """Return the rank of this process and the number of processes; 0 and 1 for None."""
     return (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
+
+
+def from_first(run: Callable[[], T], group: dist.ProcessGroup | None) -> T:
+    """Return in all processes what `run` returns in the first, plain Python.
+
+    Raises what `run` raises in the first process, and SystemExit in the others.
+    """
+    if group is None:
+        return run()
+    answer: list[Any] = [False, None]
+    try:
+        if dist.get_rank(group) == 0:
+            answer = [True, run()]
+    finally:
+        dist.broadcast_object_list(answer, src=0, group=group)
+    if not answer[0]:
+        raise SystemExit(1)
+    return answer[1]
 
 
 def add_up(values: Tensor, group: dist.ProcessGroup | None) -> None:
@@ -69,6 +112,15 @@ def add_up(values: Tensor, group: dist.ProcessGroup | None) -> None:
         there = values.to(group_device(group))
         dist.all_reduce(there, group=group)
         values.copy_(there)
+
+
+def gather_objects(value: T, group: dist.ProcessGroup | None) -> list[T]:
+    """Return the values, plain Python, of all processes in the order of their ranks."""
+    if group is None:
+        return [value]
+    found: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(found, value, group=group)
+    return found
 
 
 def gather_rows(rows: Tensor, group: dist.ProcessGroup | None) -> Tensor:
@@ -86,7 +138,7 @@ def gather_rows(rows: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     return torch.cat([part[: int(shape[0])] for part, shape in zip(parts, shapes, strict=True)]).to(rows.device)
 
 
-def shared_progress(label: str, total: int, unit: str, group: dist.ProcessGroup | None) -> Progress:
+def shared_progress(label: str, total: int | None, unit: str, group: dist.ProcessGroup | None) -> Progress:
     """Return a Progress over this process's share of the data; only the first process of the group shows it."""
     with quiet() if place_in(group)[0] else contextlib.nullcontext():
-        return Progress(label, max(1, total), unit)
+        return Progress(label, total if total is None else max(1, total), unit)

@@ -35,6 +35,24 @@ def read_settings(path: Location) -> dict[str, Any]:
     Raises Damaged for a file that is too large or not in its format, for a key that is given twice, for values nested
     deeper than 50 levels, and for YAML with aliases or types of its own; OSError for one that cannot be read.
     """
+    values = _read(path)
+    if not isinstance(values, dict):
+        raise Damaged(path, f"it holds {short(values)}, expected a mapping")
+    for key in values:
+        if not isinstance(key, str):
+            raise Damaged(path, f"it has the key {short(key)}, expected a string")
+    return values
+
+
+def read_list(path: Location) -> list[Any]:
+    """Read a list from a .json file; raises as read_settings does."""
+    values = _read(path)
+    if not isinstance(values, list):
+        raise Damaged(path, f"it holds {short(values)}, expected a list")
+    return values
+
+
+def _read(path: Location) -> Any:
     is_json = path.suffix == ".json"
     most = MOST_JSON_BYTES if is_json else MOST_YAML_BYTES
     with open_binary(path) as file:
@@ -48,11 +66,6 @@ def read_settings(path: Location) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise Damaged(path, f"byte {error.start:,} is not UTF-8") from error
     values = _parse_json(text, path) if is_json else _parse_yaml(text, path)
-    if not isinstance(values, dict):
-        raise Damaged(path, f"it holds {short(values)}, expected a mapping")
-    for key in values:
-        if not isinstance(key, str):
-            raise Damaged(path, f"it has the key {short(key)}, expected a string")
     if _depth(values) > DEEPEST:
         raise Damaged(path, f"its values are nested deeper than {DEEPEST} levels")
     return values

@@ -24,11 +24,13 @@ from .embedder import CONFIG, DescribedTowers, VisionEmbedder, embedder_folder, 
 from .files import write_bytes
 from .pretrained import why_not_fetched
 from .remote import Location, RemotePath
-from .towers import Towers, load_towers, random_towers
+from .towers import Towers, encode_text, load_towers, random_towers
 from .weights import load_weights
 
 HUB_FILES = {"allow_patterns": ["*.json", "*.safetensors"]}
-LOADED = ("model", "pretrained", "vision_model")  # names that may be local paths
+LOADED = ("model", "pretrained", "vision_model", "text_model")  # names that may be local paths
+# Parts of a description that some towers lack.
+OPTIONAL = {"base_model", "random", "text_model", "max_patches", "tokens", "proxy"}
 # Largest relative error of a fingerprint. With random weights and 3 to 12 layers, bfloat16 caused errors of 0.005 to
 # 0.01, and a wrong activation 0.003 to 0.016; therefore the activation's name is compared too.
 TOLERANCE = {torch.float32: 0.001, torch.bfloat16: 0.05, torch.float16: 0.05}
@@ -66,10 +68,12 @@ def load_pacl(
     described = embedder.towers
     check_described(described, folder / CONFIG)
     digests = read_embedder_config(folder / CONFIG).get("sha256", {})
-    names: dict[str, Any] = {name: _absolute(described[name], folder, local) for name in LOADED}
+    names: dict[str, Any] = {name: _absolute(described.get(name), folder, local) for name in LOADED}
     trained, vision_pretrained = described["trained"], described["vision_pretrained"]
     names |= {"vision_pretrained": vision_pretrained and "visual" not in trained}
-    towers = load_towers(**names, force_image_size=described["force_image_size"])
+    names |= {"force_image_size": described["force_image_size"], "max_patches": described.get("max_patches")}
+    names |= {"tokens": described.get("tokens", "plain"), "proxy": _absolute(described.get("proxy"), folder, local)}
+    towers = load_towers(**names)
     towers.names["vision_pretrained"] = vision_pretrained
     for name in (*trained, *described.get("random", [])):
         load_tower(towers, name, folder, digests)
@@ -88,25 +92,57 @@ def _download(name: str, options: Mapping[str, Any]) -> str:
 
 
 def load_model(
-    checkpoint: str | None, model: str, pretrained: str | None, device: torch.device | str = "cpu"
+    checkpoint: str | None,
+    model: str,
+    pretrained: str | None,
+    device: torch.device | str = "cpu",
+    tokens: str | None = None,
+    proxy: str | None = None,
+    *,
+    text_model: str | Path | None = None,
 ) -> tuple[Towers, VisionEmbedder | None]:
     """Load a checkpoint as load_pacl does, or without one the towers of an open_clip model, and None as the embedder.
 
-    Raises ValueError for a model without weights, because its numbers would look like any other's.
+    tokens, proxy: the reading of the patch tokens and its second tower. None: those that the embedder was trained on,
+    "plain" without one. text_model: as in load_towers, without a checkpoint. Raises ValueError for another reading than
+    the embedder's, for a model without weights, because its numbers would look like any other's, and for a text_model
+    of another width than the model's image embeddings.
     """
+    if checkpoint and text_model:
+        raise ValueError(f"text_model: got {str(text_model)!r} with a checkpoint, which has its own; expected none")
     if checkpoint:
-        return load_pacl(checkpoint, device)
+        towers, embedder = load_pacl(checkpoint, device)
+        trained = {"tokens": towers.reader.name, "proxy": towers.names.get("proxy")}
+        for name, value in (("tokens", tokens), ("proxy", proxy)):
+            if value not in (None, trained[name]):
+                raise ValueError(
+                    f"{name}: got {value!r}, but the embedder of {checkpoint} was trained on {trained[name]!r}; "
+                    f"expected the same, or no --{name}"
+                )
+        return towers, embedder
     if random_towers(model, pretrained):
         raise ValueError(
             f"pretrained: got none for {model}, whose weights would be random; expected a tag or a file of weights, "
             "or --checkpoint"
         )
-    return load_towers(model, pretrained, device=device), None
+    folder = str(text_model) if text_model else None
+    towers = load_towers(model, pretrained, text_model=folder, tokens=tokens or "plain", proxy=proxy, device=device)
+    if text_model:
+        image, ids = towers.probe()
+        with torch.no_grad():
+            widths = [encode_text(tower, x).shape[-1] for tower, x in ((towers.visual, image), (towers.text, ids))]
+        if widths[0] != widths[1]:
+            raise ValueError(
+                f"text_model: got {str(text_model)!r}, whose embeddings have {widths[1]} numbers, expected "
+                f"{widths[0]}, as the image embeddings of {model}"
+            )
+    return towers, None
 
 
 def save_tower(towers: Towers, name: str, folder: Location) -> None:
     """Write the weights of the tower `name`, "visual" or "text", to `folder`, atomically."""
-    state = {key: x.detach().cpu().contiguous() for key, x in getattr(towers, name).state_dict().items()}
+    # safetensors refuses tied weights, such as T5's; a copy of each is its own.
+    state = {key: x.detach().cpu().clone().contiguous() for key, x in getattr(towers, name).state_dict().items()}
     write_bytes(folder / f"{name}.safetensors", save(state))
 
 
@@ -117,7 +153,7 @@ def load_tower(towers: Towers, name: str, folder: Location, digests: Mapping[str
 
 def check_described(described: Mapping[str, Any], path: Location) -> None:
     """Raise ValueError unless `described`, of the settings file at `path`, says all that check_towers compares."""
-    missing = sorted(DescribedTowers.__annotations__.keys() - {"base_model", "random"} - described.keys())
+    missing = sorted(DescribedTowers.__annotations__.keys() - OPTIONAL - described.keys())
     if missing:
         raise ValueError(f"{path} does not describe the towers of the embedder: towers.{missing[0]} is missing")
 
@@ -133,6 +169,9 @@ def check_towers(described: Mapping[str, Any], towers: Towers) -> None:
 
 def tower_differences(described: Mapping[str, Any], towers: Towers) -> list[str]:
     """Return a phrase for each difference between the results of `towers` and those that describe_towers described."""
+    reading = described.get("tokens", "plain")
+    if towers.reader.name != reading:  # the vision tower's output then differs for that reason
+        return [f"the tokens are {towers.reader.name}, not {reading}"]
     found = describe_towers(towers, Path())
     wrong = []
     for name, label in (("visual", "vision"), ("text", "text")):
@@ -144,7 +183,10 @@ def tower_differences(described: Mapping[str, Any], towers: Towers) -> list[str]
         error = (have - expected).norm() / expected.norm() if have.shape == expected.shape else math.inf
         if not error <= TOLERANCE.get(dtype, 0.001):
             wrong.append(f"the {label} tower's output is off by {error:.1%} (other weights?)")
-    if found["image_size"] != described["image_size"]:
+    most = [x.get("max_patches") for x in (found, described)]
+    if most[0] != most[1]:
+        wrong.append(f"images have {_most(most[0])}, not {_most(most[1])}")
+    elif found["image_size"] != described["image_size"]:
         wrong.append(f"images have {found['image_size']} pixels, not {described['image_size']}")
     return wrong
 
@@ -159,13 +201,16 @@ def describe_towers(
     because they are random. The fingerprint is computed on the CPU, so that it does not depend on TF32 and other
     settings of a device.
     """
-    towers = dataclasses.replace(towers, visual=_on_cpu(towers.visual), text=_on_cpu(towers.text))
+    reader = towers.reader
+    if reader.proxy is not None:
+        reader = dataclasses.replace(reader, proxy=_on_cpu(reader.proxy))
+    towers = dataclasses.replace(towers, visual=_on_cpu(towers.visual), text=_on_cpu(towers.text), reader=reader)
     image, ids = towers.probe()
     with torch.autocast("cpu", enabled=False):
         tokens, text = towers.tokens(image)[0], towers.encode_text(ids)[0]
     rows, columns, places = map(_spread, (*tokens.shape, len(text)), (8, 6, 24))
     return {
-        **{name: _relative(x, folder) if name in LOADED else x for name, x in towers.names.items()},
+        **{name: _relative(x, folder) if name in (*LOADED, "proxy") else x for name, x in towers.names.items()},
         "trained": list(trained),
         **({"random": list(random)} if random else {}),
         "activation": {name: activation(getattr(towers, name)) for name in ("visual", "text")},
@@ -238,16 +283,23 @@ def _base_models(towers: Towers) -> list[str]:
     model, pretrained, vision = (towers.names[name] for name in ("model", "pretrained", "vision_model"))
     schema, identifier = parse_model_name(model)
     hub = identifier if schema == "hf-hub" else open_clip.get_pretrained_cfg(model, pretrained or "").get("hf_hub")
-    found = ["/".join(hub.split("/")[:2])] if hub else []
+    found = ["/".join(hub.split("/")[:2])] if hub and not (vision and towers.names.get("text_model")) else []
     if vision and towers.names["vision_pretrained"]:
         config: Any = towers.visual.pretrained_cfg  # a dict of timm models
         found += [config.get("hf_hub_id") or vision]
+    if towers.reader.proxy is not None:
+        config = towers.reader.proxy.pretrained_cfg
+        found += [config.get("hf_hub_id") or towers.names["proxy"]]
     return found
 
 
 def _tag(names: Mapping[str, Any]) -> str:
-    vision = f" with {names['vision_model']}" if names.get("vision_model") else ""
-    return f"{names['model']} ({names['pretrained'] or 'no tag'}){vision}"
+    others = [f" with {names[name]}" for name in ("vision_model", "text_model") if names.get(name)]
+    return f"{names['model']} ({names['pretrained'] or 'no tag'}){''.join(others)}"
+
+
+def _most(patches: int | None) -> str:
+    return "one size" if patches is None else f"at most {patches} patches (--max-patches)"
 
 
 def _spread(size: int, count: int) -> Tensor:

@@ -141,14 +141,21 @@ def parse_header(header: bytes, start: int, size: int) -> tuple[dict[str, Part],
 
 
 @cache
-def _layout(path: Path) -> tuple[dict[str, Part], list[int]]:
-    """Return the tensors of a local file of features, and the ends of its records."""
+def _layout(path: Path) -> tuple[dict[str, Part], list[int], list[int] | None]:
+    """Return the tensors of a local file of features, the ends of its records, and those of its images' tokens.
+
+    The last is None for a file whose images have equally many tokens.
+    """
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         parts, _ = parse_header(file.read(length), 8 + length, path.stat().st_size)
-        first, end = parts["ends"].rows(0, parts["ends"].shape[0])
-        file.seek(first)
-        return parts, torch.frombuffer(bytearray(file.read(end - first)), dtype=torch.int64).tolist()
+
+        def numbers(name: str) -> list[int]:
+            first, end = parts[name].rows(0, parts[name].shape[0])
+            file.seek(first)
+            return torch.frombuffer(bytearray(file.read(end - first)), dtype=torch.int64).tolist()
+
+        return parts, numbers("ends"), numbers("token_ends") if "token_ends" in parts else None
 
 
 def announce(path: Path, row: int) -> None:
@@ -158,17 +165,24 @@ def announce(path: Path, row: int) -> None:
     """
     if not hasattr(os, "posix_fadvise"):  # macOS and Windows
         return
-    with contextlib.suppress(OSError, SafetensorError, KeyError, IndexError):  # who reads the row says what is wrong
-        parts, ends = _layout(path)
+    # Who reads the row says what is wrong.
+    with contextlib.suppress(OSError, SafetensorError, KeyError, IndexError, OverflowError):
+        parts, ends, token_ends = _layout(path)
         text = row * parts["texts"].shape[0] // len(ends)
-        ranges = [parts["tokens"].rows(row, row + 1), parts["texts"].rows(text, text + 1)]
-        ranges.append(parts["records"].rows(ends[row - 1] if row else 0, ends[row]))
+        tokens = (row, row + 1) if token_ends is None else _between(token_ends, row)
+        ranges = [parts["tokens"].rows(*tokens), parts["texts"].rows(text, text + 1)]
+        ranges.append(parts["records"].rows(*_between(ends, row)))
         file = os.open(path, os.O_RDONLY)
         try:
             for first, end in ranges:
                 os.posix_fadvise(file, first, end - first, os.POSIX_FADV_WILLNEED)
         finally:
             os.close(file)
+
+
+def _between(ends: list[int], row: int) -> tuple[int, int]:
+    """Return the start and the end of item `row` of items that lie one after the other."""
+    return ends[row - 1] if row else 0, ends[row]
 
 
 def announced(items: Iterable[Item], announce: Callable[[Item], None], ahead: int) -> Iterator[Item]:

@@ -41,7 +41,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import pacl_kernels
 from pacl_kernels import reference
-from pacl_kernels.backends import computes_sigmoid_step
+from pacl_kernels.backends import computes_sigmoid_step, takes_lists
 from pacl_kernels.reference import MIN_POOLED_NORM
 
 EXTRA = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -140,6 +140,8 @@ def winners(problem: Problem, backend: str) -> Tensor:
     state = phi.clone()
     inputs = (problem.patches.detach(), problem.texts.detach(), problem.patch_mask, None, 1.0)
     torch.ops.pacl_kernels.compatibility_forward(*inputs, "max", backend, phi, state, None)
+    if "text_index" in problem.pairs:  # products of lists may round in another way
+        state = _with_winners_of_lists(problem, backend, state)
     index = state.long()
     assert torch.equal(index.to(state.dtype), state), "winners are not whole numbers"
     n = problem.patches.shape[1]
@@ -149,6 +151,17 @@ def winners(problem: Problem, backend: str) -> Tensor:
     assert (index[~some] == -1).all() and ((index >= 0) & (index < n))[some].all(), "a winner that is no patch"
     assert mask.gather(1, index.clamp_min(0))[some].all(), "a masked patch won"
     return index
+
+
+def _with_winners_of_lists(problem: Problem, backend: str, state: Tensor) -> Tensor:
+    """Return the winners `[B, K]` with those of the listed pairs as the backend finds them for the lists."""
+    index, k = problem.pairs["text_index"].long(), state.shape[1]
+    inputs = (problem.patches.detach(), problem.texts.detach(), problem.patch_mask, None, 1.0)
+    phi, listed = torch.empty_like(index, dtype=state.dtype), torch.empty_like(index, dtype=state.dtype)
+    ran = backend if takes_lists(backend, "both") else "torch"
+    torch.ops.pacl_kernels.compatibility_forward(*inputs, "max", ran, phi, listed, None, text_index=index)
+    place = torch.where(index < 0, k, index)
+    return torch.cat((state, state[:, :1]), 1).scatter(1, place, listed)[:, :k]
 
 
 def as_chosen(problem: Problem, index: Tensor):
@@ -339,11 +352,13 @@ def evaluate(problem: Problem, backend: str, needs: tuple[str, ...] = DIFFERENTI
     expected = {"compatibility_forward", "compatibility_backward"} if asked and scores else {"compatibility_forward"}
     if problem.objective != "compatibility" and not problem.pairs:
         expected |= {"loss_forward", "loss_backward"} if asked else {"loss_forward"}
-    if problem.objective == "sigmoid":
+    listed = "text_index" in problem.pairs
+    if problem.objective == "sigmoid" and not listed:
         patches = next(arguments["patches"] for _, arguments in spy.calls if "patches" in arguments)
         if computes_sigmoid_step(backend, problem.form, patches.dtype, patches.shape[1]):
             expected, scores = {"sigmoid_step"}, set(asked)
-    assert spy.backends() == {(name, backend) for name in expected}
+    ran = "torch" if listed and not takes_lists(backend, "both") else backend
+    assert spy.backends() == {(name, ran) for name in expected}
     for operator, arguments in spy.calls:
         if operator in ("compatibility_backward", "sigmoid_step"):
             given = {name for name, x in arguments.items() if name.startswith("grad_") and x is not None} - {"grad_phi"}

@@ -1,17 +1,24 @@
-"""Processes forked from the test's, which has done the imports: they start in milliseconds instead of seconds."""
+"""Processes that start in milliseconds instead of seconds, because they are forked from one that has done the imports.
+
+`fork` forks the test's own process. What runs in several processes comes from `template.py`, a process with a single
+thread: a fork of the test's process may inherit a lock that one of its other threads held at that moment, and then it
+waits for ever.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import json
 import os
 import signal
+import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import ranks
 import torch
 
 
@@ -68,22 +75,47 @@ def wait_for(text: str, output: Path, seconds: float = 120) -> None:
         time.sleep(0.01)
 
 
-def run_ranks(command: Sequence[object], count: int, output: Path, seconds: float = 600) -> tuple[int, str]:
+def run_ranks(command: Sequence[object], count: int, output: Path, seconds: float = 300) -> tuple[int, str]:
     """Run `command` (`script.py ...` or `-m module ...`) in `count` processes as torchrun does.
 
     Returns the exit status, 0 if every process has ended well, and all that they printed, which `output` keeps.
     """
-    words = [str(word) for word in command]
-    ended = status(fork(lambda: ranks.launch(count, words), output), seconds)
-    return ended, output.read_text()
+    return _run(command, output, seconds=seconds, count=count)
 
 
 def run_script(command: Sequence[object], output: Path, folder: Path | None = None) -> tuple[int, str]:
     """Run `script.py ...` in `folder` as Python does; return its exit status, and what it printed, kept in `output`."""
-    words = [str(word) for word in command]
+    return _run(command, output, folder=str(folder or "."))
 
-    def alone() -> None:
-        os.chdir(folder or ".")
-        ranks.run(words)
 
-    return status(fork(alone, output)), output.read_text()
+def _run(command: Sequence[object], output: Path, seconds: float = 300, **how: object) -> tuple[int, str]:
+    template = _template()
+    assert template.stdin and template.stdout
+    request = {
+        "words": [str(word) for word in command],
+        "output": str(output.absolute()),
+        "seconds": seconds,
+        "folder": os.getcwd(),
+        "environment": dict(os.environ),
+        **how,
+    }
+    template.stdin.write(json.dumps(request) + "\n")
+    template.stdin.flush()
+    answer = template.stdout.readline()
+    assert answer, "the template has died"
+    ended, printed = json.loads(answer), output.read_text()
+    if ended is None:
+        raise TimeoutError(f"the process did not end in {seconds} s; it printed, with all stacks:\n{printed[-20000:]}")
+    return ended, printed
+
+
+@functools.cache
+def _template() -> subprocess.Popen[str]:
+    """Start the template, which ends when this process does."""
+    return subprocess.Popen(
+        [sys.executable, Path(__file__).with_name("template.py")],
+        env=os.environ | {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )

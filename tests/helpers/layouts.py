@@ -27,7 +27,7 @@ class Layout:
         self.tensors = {"attn_temperature": torch.tensor(tau * (D**0.5 if normalize != "both" else 1.0)).double()}
         self._set_patches(patches)
         self._set_texts(texts, pool)
-        self.objective = objective
+        self.objective, self.of_backend = objective, {}  # options that the formula does not have
         if objective == "compatibility":
             self.upstream = self._randn(B, K)
             return
@@ -92,7 +92,7 @@ class Layout:
             function = reference.pacl_loss if loss else reference.compatibility
         else:
             function = fused_pacl_loss if loss else compatibility
-            options["backend"] = backend
+            options |= {"backend": backend, **self.of_backend}
         value = function(*arguments, attn_temperature=tau, **options)
         grads = torch.autograd.grad((value * self.upstream.to(value)).sum(), list(tensors.values()))
         return {name: x.cpu() for name, x in zip(("value", *tensors), (value, *grads), strict=True)}

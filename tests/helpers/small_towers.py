@@ -1,4 +1,4 @@
-"""A CLIP of a few layers, and runs of `pacl train` on it."""
+"""A CLIP of a few layers, runs of `pacl train` on it, and a NaFlex ViT of two layers."""
 
 from __future__ import annotations
 
@@ -6,13 +6,20 @@ import json
 from pathlib import Path
 
 import open_clip
+import timm
+import torch
+from pacl.backbones import freeze
 from pacl.cli import main
+from safetensors.torch import save_file
+from torch import nn
 
 SIZES = {
     "embed_dim": 48,
     "vision_cfg": {"image_size": 64, "patch_size": 8, "width": 64, "layers": 3, "head_width": 32},
     "text_cfg": {"context_length": 24, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
 }
+
+NAFLEX = {"embed_dim": 32, "depth": 2, "num_heads": 2}  # patches of 16 pixels
 
 
 def train(world: Path, logs: Path, **changes) -> int:
@@ -36,3 +43,25 @@ def registered(folder: Path) -> str:
     (folder / "tiny.json").write_text(json.dumps(SIZES))
     open_clip.add_model_config(folder / "tiny.json")
     return "tiny"
+
+
+def naflex(name: str = "naflexvit_base_patch16_gap", **options) -> nn.Module:
+    torch.manual_seed(0)
+    visual = timm.create_model(name, **NAFLEX, num_classes=0, **options)
+    with torch.no_grad():  # fresh blocks and positions are almost nothing, and wrong ones would make no difference
+        for each, x in visual.named_parameters():
+            if "pos_embed" in each:
+                x.normal_()
+            elif "blocks" in each and x.ndim > 1:
+                x.normal_(0, 0.2)
+            elif each.endswith("gamma"):
+                x.fill_(1)
+    return freeze(visual)
+
+
+def save_naflex(folder: Path) -> None:
+    """Write the tower of `naflex()` for `--vision-model local-dir:FOLDER`."""
+    folder.mkdir(parents=True)
+    config = {"architecture": "naflexvit_base_patch16_gap", "num_classes": 0, "model_args": NAFLEX}
+    (folder / "config.json").write_text(json.dumps(config | {"pretrained_cfg": {}}))
+    save_file(naflex().state_dict(), folder / "model.safetensors")

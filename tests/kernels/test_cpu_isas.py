@@ -79,7 +79,7 @@ def test_gradients_in_memory_that_nobody_has_touched(dtype, form, cpu_backend):
     torch.ops.pacl_kernels.compatibility_forward(*inputs, None)
     fresh, used = torch.empty_like(problem.patches), torch.full_like(problem.patches, torch.nan)
     for gradient in (fresh, used):
-        torch.ops.pacl_kernels.compatibility_backward(*inputs, problem.upstream, gradient, None, None)
+        torch.ops.pacl_kernels.compatibility_backward(*inputs, problem.upstream, gradient, None, None, None)
     assert torch.equal(fresh, used)
 
 

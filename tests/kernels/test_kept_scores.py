@@ -58,7 +58,7 @@ def test_the_backward_reads_them(form, dtype, cpu_backend, no_matrix_unit):
     texts = []
     for memory in (scores.clone(), torch.zeros_like(scores)):
         grad = torch.empty_like(problem.texts)
-        torch.ops.pacl_kernels.compatibility_backward(*inputs, problem.upstream, memory, grad, None, True)
+        torch.ops.pacl_kernels.compatibility_backward(*inputs, problem.upstream, memory, grad, None, None, True)
         texts.append(grad)
     assert texts[0].isfinite().all() and not torch.equal(*texts)
 

@@ -81,7 +81,7 @@ def test_buffers(case, form, target):
             for (name, shape), ask in zip(shapes.items(), asked, strict=True)
             if ask
         }
-        buffers = [grads[name].inside if name in grads else None for name in shapes]
+        buffers = [grads[name].inside if name in grads else None for name in shapes] + [None]
         torch.ops.pacl_kernels.compatibility_backward(*arguments, phi.inside, state.inside, problem.upstream, *buffers)
         sizes = natural_sizes(problem)
         for name, grad in grads.items():
@@ -104,7 +104,7 @@ def test_nan_from_above(form, target):
     phi, state = torch.empty_like(upstream), torch.empty_like(upstream)
     torch.ops.pacl_kernels.compatibility_forward(*arguments, phi, state, None)
     patches, texts, tau = torch.empty_like(problem.patches), torch.empty_like(problem.texts), phi.new_empty(())
-    torch.ops.pacl_kernels.compatibility_backward(*arguments, phi, state, upstream, patches, texts, tau)
+    torch.ops.pacl_kernels.compatibility_backward(*arguments, phi, state, upstream, patches, texts, tau, None)
     reached = patches[1, int(state[1, 2])] if form == "max" else patches[1]
     assert reached.isnan().all() and texts[2].isnan().all()
     assert patches[1].isnan().sum() == reached.numel() and (tau == 0 if form == "max" else tau.isnan())

@@ -78,3 +78,13 @@ def tower_world(tmp_path_factory) -> Path:
     save_file(open_clip.CLIP(**copy.deepcopy(SIZES)).state_dict(), folder / "clip/open_clip_model.safetensors")
     write_scenes(folder / "scenes", "train", 24, seed=0, pairs=scenes.SEEN)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _quick_calibration(monkeypatch, tmp_path_factory):
+    """Let a dry run time this machine with a tiny step, and keep the user's cache folder as it is."""
+    from pacl_kernels import calibration
+
+    monkeypatch.setattr(calibration, "SHAPES", {"cpu": (8, 9, 16)})
+    monkeypatch.setattr(calibration, "BLOCK", {"cpu": 2**20})
+    monkeypatch.setattr(calibration, "cache_folder", lambda: tmp_path_factory.getbasetemp() / "pacl_kernels")

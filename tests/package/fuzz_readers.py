@@ -109,9 +109,8 @@ def _write_text(folder: Path) -> None:
 
 
 def _write_features(folder: Path) -> None:
-    records = [{"key": f"{i}", "captions": [f"text {i}"], "text": i, "place": [0, i]} for i in range(3)]
-    state = {"batches": 0, "workers": 1, "places": [[0, 0]]}
-    write_shard(folder, 0, torch.randn(3, 4, 5), torch.randn(3, 6), records, state)
+    records = [{"key": f"{i}", "captions": [f"text {i}"], "text": i} for i in range(3)]
+    write_shard(folder, 0, torch.randn(3, 4, 5), torch.randn(3, 6), records)
     file = folder / "features-00000.safetensors"
     shards = [{"name": file.name, "bytes": file.stat().st_size, "count": 3}]
     manifest = {"complete": True, "plan": {"nouns": None}, "shards": shards, "towers": {"fingerprint": [0.5]}}

@@ -5,12 +5,14 @@
 
 Every round begins a command in a new folder, kills it up to four times with kill -9, and lets the same command (with
 `--resume latest` for train) finish. Then files, bits and validations must be those of a run that was never killed. A
-difference is printed with its folder, which stays, and makes the exit status 1.
+difference is printed with its folder, which stays, and makes the exit status 1. `shared` is `features` in two or three
+processes, of which one is killed.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -26,7 +28,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "helpers"))
 
 import torch
-from dies import fork_pacl
+from dies import fork_pacl, fork_ranks
 from forks import status
 from pacl.data import scenes
 from pacl.data.scene_shards import write_scenes
@@ -34,7 +36,7 @@ from pacl.demo.toy_clip import new_clip, save_clip
 from pacl.training.checkpoints import checkpoints, load_checkpoint
 from running import assert_same_state, flags, lines
 
-COMMANDS = ("train", "features", "pack")
+COMMANDS = ("train", "features", "shared", "pack")
 MOST = 4  # kills of one round
 STEPS, VALIDATIONS = 8, 3  # steps of a run of `pacl train`, and steps between its validations
 
@@ -67,7 +69,7 @@ def words(command: str, world: Path, out: Path) -> list[str]:
         changes = {"val_data": f"{world}/scenes/eval-{{000..001}}.tar", "val_frequency": VALIDATIONS, "workers": 2}
         changes |= {"max_steps": STEPS, "save_frequency": 2, "log_every_n_steps": 1, "resume": "latest"}
         return ["train", *flags(world, out, **changes)]
-    if command == "features":
+    if command in ("features", "shared"):
         sizes = "--batch-size 16 --shard-size 25 --workers 2 --nouns words".split()
         return ["features", "--train-data", source, "--model", clip, "--out", str(out), *sizes]
     return ["data", "pack", source, "--out", str(out), "--shard-size", "20", "--shuffle"]
@@ -104,13 +106,28 @@ def compare(command: str, out: Path, whole: Path) -> None:
     assert notes[0]["metrics"] == notes[1]["metrics"] and notes[0]["steps"] == STEPS, "the embedder has older metrics"
 
 
-def kill(process: int, rng: random.Random, seconds: float) -> bool:
-    """Kill a process after a random time below `seconds`, alone or with its children; return False if it had ended."""
+def start(command: str, argv: list[str], log: Path, rng: random.Random) -> list[int]:
+    """Start a command; return the numbers of its processes, several for "shared"."""
+    return fork_ranks(argv, rng.choice((2, 3)), log) if command == "shared" else [fork_pacl(argv, log)]
+
+
+def kill(processes: list[int], rng: random.Random, seconds: float) -> bool:
+    """Kill a process after a random time below `seconds`, alone or with its children; return False if it had ended.
+
+    The others end with an error, or well if they had nothing left to do. Those that still wait for a process that
+    never came are killed after ten seconds, as torchrun does it.
+    """
     time.sleep(rng.uniform(0, seconds))
-    send = rng.choice((os.kill, os.killpg))
-    send(process, signal.SIGKILL)
-    code = status(process)
+    send, killed = rng.choice((os.kill, os.killpg)), rng.choice(processes)
+    send(killed, signal.SIGKILL)
+    code = status(killed)
     assert code in (0, -signal.SIGKILL), f"the command ended with status {code}"
+    end = time.monotonic() + 10
+    for process in processes:
+        if process != killed:
+            with contextlib.suppress(TimeoutError):
+                other = status(process, max(0.0, end - time.monotonic()))
+                assert other in (0, 1), f"another process ended with status {other}"
     return code != 0
 
 
@@ -120,20 +137,21 @@ def run_loop(command: str, kills: int, seed: int, world: Path, folder: Path) -> 
     whole, log = folder / f"{command}_whole", folder / f"{command}_output"
     begin = time.monotonic()
     code = status(fork_pacl(words(command, world, whole), log))
-    seconds = time.monotonic() - begin
+    # Several processes take longer to find each other than a single one to begin.
+    seconds = (time.monotonic() - begin) * (3 if command == "shared" else 1)
     assert code == 0, log.read_text()
     out = folder / command
     while found.kills < kills:
         found.rounds += 1
         log.unlink()
         argv, here = words(command, world, out), 0
-        while here < MOST and found.kills < kills and kill(fork_pacl(argv, log), rng, seconds):
+        while here < MOST and found.kills < kills and kill(start(command, argv, log, rng), rng, seconds):
             here, found.kills = here + 1, found.kills + 1
             found.early += not (
                 out.exists() and any(path.suffix in (".pt", ".tar", ".json") for path in out.rglob("*"))
             )
-        code = status(fork_pacl(argv, log))
-        assert code == 0, log.read_text()
+        codes = [status(process) for process in start(command, argv, log, rng)]
+        assert not any(codes), log.read_text()
         compare(command, out, whole)
         shutil.rmtree(out)
     return found

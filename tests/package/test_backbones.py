@@ -5,7 +5,7 @@ import pytest
 import timm
 import torch
 from open_clip.model import CLIPVisionCfg, _build_vision_tower
-from pacl.backbones import freeze, patch_tokens, tower_blocks
+from pacl.backbones import freeze, own_size, patch_sides, patch_tokens, tower_blocks
 from torch import nn
 
 torch.set_num_threads(1)
@@ -163,6 +163,13 @@ def test_position_matters_row_by_row(visual):
     assert difference.argmax(1).tolist() == [7, 7]
 
 
+def test_patches_of_a_hybrid_embedding_are_those_of_the_image():
+    """timm's own number counts the features of the convolutions before it."""
+    visual = timm_model("vit_tiny_r_s16_p8_224", depth=1)
+    assert visual.patch_embed.patch_size == (8, 8) and patch_sides(visual) == (32, 32)
+    assert patch_tokens(visual, torch.randn(1, 3, 224, 224)).shape[1] == 49
+
+
 def test_frozen_tower_has_no_graph_and_an_open_one_has():
     visual = tower(patch_size=8, head_width=32)
     visual.conv1.weight.requires_grad_(True)
@@ -178,8 +185,11 @@ def test_frozen_tower_has_no_graph_and_an_open_one_has():
         timm_model("test_convnext"),
         timm_model("test_resnet"),
         tower(layers=(1, 1, 1, 1), width=8),
+        tower(patch_size=8, head_width=32, attentional_pool=True),
+        timm_model("test_efficientnet"),
+        timm_model("fastvit_t8"),
     ],
-    ids=["native", "timm", "convnext", "resnet", "openai_resnet"],
+    ids=["native", "timm", "convnext", "resnet", "openai_resnet", "coca", "efficientnet", "fastvit"],
 )
 def test_blocks_are_what_runs_last(visual):
     blocks, norms = tower_blocks(visual)
@@ -194,7 +204,7 @@ def test_blocks_are_what_runs_last(visual):
 @pytest.mark.parametrize(
     "visual",
     [
-        tower(timm_model_name="test_efficientnet", timm_pool="", timm_proj="linear"),
+        tower(timm_model_name="test_byobnet", timm_pool="", timm_proj="linear"),
         timm_model("test_mambaout"),
         nn.Linear(3, 3),
         open_clip.CLIP(8, CLIPVisionCfg(layers=1, width=64, image_size=32), open_clip.CLIPTextCfg(layers=1)),
@@ -208,8 +218,55 @@ def test_unknown_family(visual):
 
 
 def test_attention_pooled_native_tower():
-    with pytest.raises(ValueError, match="visual: got .* attention pooler"):
-        patch_tokens(tower(patch_size=8, head_width=32, attentional_pool=True), IMAGES)
+    """CoCa's pooler normalises the patches itself; `ln_post` normalises what the pooler returns."""
+    visual = tower(patch_size=8, head_width=32, attentional_pool=True, attn_pooler_queries=5)
+    kept = []
+    visual.attn_pool.ln_k.register_forward_hook(lambda module, inputs, output: kept.append(output))
+    visual(IMAGES)
+    assert kept[0].shape == (2, 17, 64)
+    torch.testing.assert_close(patch_tokens(visual, IMAGES), kept[0][:, 1:])
+
+
+def test_efficientnet_and_fastvit_before_pooling():
+    for name, head in (("test_efficientnet", "global_pool"), ("fastvit_t8", "head")):
+        visual = timm_model(name)
+        kept = []
+        visual.get_submodule(head).register_forward_pre_hook(lambda module, inputs, kept=kept: kept.append(inputs[0]))
+        images = torch.randn(2, 3, 64, 96)
+        visual(images)
+        tokens = patch_tokens(visual, images)
+        assert tokens.shape == (2, 6, visual.num_features if name == "test_efficientnet" else 768)
+        torch.testing.assert_close(tokens, by_hand(kept[0]))
+
+
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("swin_tiny_patch4_window7_224", {"depths": (1, 1, 1, 2), "num_heads": (1, 2, 4, 8)}),
+        ("swinv2_tiny_window8_256", {"depths": (1, 1, 1, 2), "num_heads": (1, 2, 4, 8)}),
+        ("hiera_tiny_224", {"stages": (1, 1, 1, 2)}),
+    ],
+)
+def test_windows_of_one_size(name, options):
+    """The model pools these tokens by their mean: before the norm in Hiera, after it in Swin."""
+    visual = timm_model(name, embed_dim=16, **options)
+    size = visual.pretrained_cfg["input_size"][1]
+    images = torch.randn(2, 3, size, size)
+    tokens = patch_tokens(visual, images)
+    assert tokens.shape == (2, (size // 32) ** 2, 128) and own_size(visual) == (size, size)
+    if "hiera" in name:
+        kept = []
+        visual.blocks[-1].register_forward_hook(lambda module, inputs, output: kept.append(output))
+        visual(images)
+        norm = visual.head.norm
+        expected = nn.functional.layer_norm(kept[0], (128,), norm.weight, norm.bias, norm.eps)
+        torch.testing.assert_close(tokens, expected)
+    else:
+        torch.testing.assert_close(
+            visual.forward_head(tokens.unflatten(1, (size // 32, size // 32)), True), tokens.mean(1)
+        )
+    with pytest.raises(ValueError, match=rf"images: got \[64, 64\] pixels, expected \[{size}, {size}\]"):
+        patch_tokens(visual, images[:, :, :64, :64])
 
 
 @pytest.mark.parametrize(

@@ -153,6 +153,7 @@ def test_all_options_of_segment(photo, untrained, tmp_path):
         "window": 64,
         "window_stride": 8,
         "templates": "none",
+        "tokens": "plain",
         "model": checkpoint,
         "threshold": -0.5,
         "entropy": 1.5,

@@ -11,8 +11,9 @@ import torch
 from miniature import IDS, LAYOUTS, write
 from pacl.cli import main
 from pacl.evaluate.segmentation_data import SegmentationData
-from pacl.evaluate.segmentation_measure import SegmenterPredictor
+from pacl.evaluate.segmentation_measure import SegmenterPredictor, evaluate_segmentation
 from pacl.evaluate.specs import protocol
+from pacl.readings import READINGS
 from pacl.segment.predict import Segmenter
 from pacl.towers import load_towers
 from PIL import Image
@@ -109,6 +110,33 @@ def test_table_of_all_tasks(world, untrained, tmp_path, capsys):
         assert all(f"{x:.4f}" in line for x in metrics.values() if x is not None)
     assert main(["evaluate", "table", *files[:1], str(world / "small.json")]) == 1
     assert "small.json is not a result of pacl evaluate (dataset is missing)" in capsys.readouterr().err
+
+
+def test_one_table_over_all_readings(world, untrained, tmp_path, capsys):
+    clip = f"local-dir:{untrained / 'clip'}"
+    options = ["--model", clip, "--partial", "--dataset", "voc20", "--limit", "2"]
+    assert evaluate(world, tmp_path, *options, "--tokens", "all") == 0
+    table = capsys.readouterr().out.strip().split("\n\n")[-1].splitlines()
+    assert table[0] == "protocol small" and table[1].split() == ["mIoU", "VOC20", "Avg"]
+    data = SegmentationData("voc20", world / "data", partial=True, limit=2)
+    rules = protocol(str(world / "small.json"))
+    alone = [name for name in READINGS if name != "proxy"]  # without --proxy none is loaded
+    assert table[len(alone) + 2].startswith("Next: ")
+    for name, line in zip(alone, table[2:], strict=False):
+        label = "clip" if name == "plain" else f"clip {name}"
+        row = json.loads((tmp_path / f"voc20_{label.replace(' ', '_')}_small.json").read_text())
+        assert row["tokens"] == name and row["protocol"]["name"] == "small"
+        if name in ("plain", "naclip"):
+            predict = SegmenterPredictor(load_towers(clip, tokens=name), None, data, rules)
+            assert row["metrics"] == evaluate_segmentation(data, predict, rules).metrics
+        assert line.startswith(label) and f"{row['metrics']['mIoU']:.2f}" in line
+    for words, message in (
+        (["--tokens", "plain,qkv", "--model", clip], "tokens: got 'qkv', expected one of plain, value"),
+        (["--tokens", "all", "--checkpoint", untrained / "run"], "tokens: got all with --checkpoint, expected none"),
+        (["--tokens", "kk", "--checkpoint", untrained / "run"], "run was trained on 'plain'; expected the same"),
+    ):
+        assert evaluate(world, tmp_path, "--partial", "--dataset", "voc20", *words) == 1
+        assert message in capsys.readouterr().err
 
 
 def test_random_weights_are_not_measured(world, tmp_path, capsys):

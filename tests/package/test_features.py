@@ -25,6 +25,7 @@ from pacl.data.sources import open_pairs
 from pacl.data.texts import PROMPTS
 from pacl.demo.toy_clip import new_clip, save_clip
 from pacl.locks import lock_folder
+from pacl.sharing import load_pacl
 from pacl.towers import load_towers
 from pacl.training.checkpoints import checkpoints, load_checkpoint
 from PIL import Image
@@ -122,12 +123,44 @@ def test_what_is_stored(world):
             torch.testing.assert_close(data.prompts[text], towers.encode_text(towers.tokenize([text]))[0])
 
 
+def test_features_and_training_on_another_reading(world, tmp_path, capsys):
+    clip = f"local-dir:{world / 'clip'}"
+    few = {"train_num_samples": 12, "tokens": "clearclip"}
+    assert features(world, tmp_path / "read", **few) == 0
+    towers = load_towers(clip, tokens="clearclip")
+    found = stored(tmp_path / "read")
+    for sample in list(open_pairs("synthetic", scenes=12, transform=towers.transform))[:3]:
+        expected = towers.tokens(sample["image"][None])[0]
+        torch.testing.assert_close(found[sample["key"]]["tokens"], expected)
+        plain = load_towers(clip).tokens(sample["image"][None])[0]
+        assert not torch.allclose(plain, expected, atol=0.01)
+    direct = {"train_data": "synthetic", "model": clip, "pretrained": "None", "max_steps": 2, **few}
+    assert train(tmp_path / "direct", **direct) == 0
+    assert "clip (from a folder), clearclip tokens, " in capsys.readouterr().out
+    assert train(tmp_path / "stored", features=tmp_path / "read", max_steps=2) == 0
+    assert losses(tmp_path / "stored") == pytest.approx(losses(tmp_path / "direct"), rel=1e-5)
+    for logs in ("stored", "direct"):
+        again, embedder = load_pacl(tmp_path / logs / "pacl")
+        assert again.reader.name == embedder.towers["tokens"] == "clearclip"
+        image = again.probe()[0]
+        torch.testing.assert_close(again.tokens(image), towers.tokens(image))
+    capsys.readouterr()
+    assert train(tmp_path / "other", features=tmp_path / "read", tokens="plain") == 1
+    assert "but the tokens are plain, not clearclip" in capsys.readouterr().err
+    assert features(world, tmp_path / "read", train_num_samples=12) == 1
+    assert "was begun with another tokens (clearclip, now plain)" in capsys.readouterr().err
+    assert train(tmp_path / "other", **direct, **{"no-lock-image": None}) == 1
+    assert "tokens: got 'clearclip' with a vision tower to train, expected 'plain'" in capsys.readouterr().err
+    # A run on plain tokens leaves no trace of readings in its embedder.
+    assert "tokens" not in json.loads((world / "stored/manifest.json").read_text())["towers"]
+
+
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
 @pytest.mark.parametrize("workers, renamings", [(0, (1, 8)), (3, (2, 7, 9, 11, 12))])
 def test_killed_before_any_renaming_and_continued(workers, renamings, world, tmp_path, capsys):
     """Whichever file was just to get its name, the same command ends with the bytes of an uninterrupted run.
 
-    Batches end within shards, several shards within a batch, and the workers' shares differ in length.
+    Files of features begin and end within shards, and the workers' shares differ in length.
     """
 
     def contents(folder: Path) -> dict[str, bytes]:
@@ -301,9 +334,17 @@ def test_a_damaged_shard_is_not_gone_on_from(world, tmp_path, capsys):
     assert features(world, tmp_path, nouns="words") == 1
     assert "features-00000.safetensors is damaged" in capsys.readouterr().err
     (tmp_path / "features-00000.safetensors").unlink()
-    (tmp_path / "features-00001.safetensors").write_bytes(data)
+    (tmp_path / "features-00003.safetensors").write_bytes(data)
     assert features(world, tmp_path, nouns="words") == 1
-    assert "without the shard before it" in capsys.readouterr().err
+    assert "has features-00003.safetensors, expected at most 3 files" in capsys.readouterr().err
+    (tmp_path / "features-00003.safetensors").unlink()
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest | {"complete": False, "shards": [], "images": 61}))
+    assert features(world, tmp_path, nouns="words") == 1
+    assert "was begun with another images (61, now 60), expected the same" in capsys.readouterr().err
+    del manifest["images"]
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest | {"complete": False, "shards": []}))
+    assert features(world, tmp_path, nouns="words") == 1
+    assert "was begun by an earlier version, which divided the images otherwise" in capsys.readouterr().err
 
 
 def test_a_folder_of_something_else_is_left_alone(world, tmp_path, capsys):

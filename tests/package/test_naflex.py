@@ -1,20 +1,16 @@
 """NaFlex ViTs: packed tokens of images of different sizes, training on them, and segmentation on each image's grid."""
 
-import json
-from types import SimpleNamespace
-
 import pytest
 import timm
 import torch
-from pacl.backbones import NAFLEX_VITS, freeze, packed_tokens, patch_tokens, tower_blocks
+from pacl.backbones import NAFLEX_VITS, packed_tokens, patch_tokens, tower_blocks
 from pacl.cli import main
+from pacl.dense import dense_tokens, patch_size, token_step
 from pacl.embedder import VisionEmbedder
-from pacl.segment.dense import dense_tokens, patch_size, token_step
 from pacl.segment.predict import Segmenter
-from pacl.towers import load_towers
+from pacl.towers import Towers, load_towers
 from PIL import Image
-from safetensors.torch import save_file
-from small_towers import train
+from small_towers import naflex, save_naflex, train
 from torch import nn
 from torch.nn import functional as F
 from torchvision import transforms
@@ -30,20 +26,6 @@ TOWERS = {
     "attention pooler": {"name": "naflexvit_base_patch16_siglip"},
     "channels first": {"name": "naflexvit_base_patch16_gap", "patchify_channels_last": False},
 }
-
-
-def naflex(name: str = "naflexvit_base_patch16_gap", **options) -> nn.Module:
-    torch.manual_seed(0)
-    visual = timm.create_model(name, embed_dim=32, depth=2, num_heads=2, num_classes=0, **options)
-    with torch.no_grad():  # fresh blocks and positions are almost nothing, and wrong ones would make no difference
-        for each, x in visual.named_parameters():
-            if "pos_embed" in each:
-                x.normal_()
-            elif "blocks" in each and x.ndim > 1:
-                x.normal_(0, 0.2)
-            elif each.endswith("gamma"):
-                x.fill_(1)
-    return freeze(visual)
 
 
 def pictures(sizes=SIZES) -> list[torch.Tensor]:
@@ -114,7 +96,7 @@ def test_segmentation_keeps_the_grid_of_each_image():
     pipeline = transforms.Compose(
         [transforms.Resize((64, 64)), transforms.ToTensor(), transforms.Normalize([0.5] * 3, [0.5] * 3)]
     )
-    towers = SimpleNamespace(visual=visual, transform=pipeline)
+    towers = Towers(visual, nn.Identity(), pipeline, list, {})
     segmenter = Segmenter(towers, VisionEmbedder(32, 24).eval())
     for size, grid in (((160, 80), (4, 8)), ((80, 160), (8, 4)), ((100, 100), (4, 4))):
         assert segmenter.dense(Image.new("RGB", size, "red")).patches.shape == (*grid, 24)
@@ -122,11 +104,7 @@ def test_segmentation_keeps_the_grid_of_each_image():
 
 def test_commands_train_and_look(tower_world, tmp_path):
     folder = tmp_path / "naflex"
-    folder.mkdir()
-    sizes = {"embed_dim": 32, "depth": 2, "num_heads": 2}
-    config = {"architecture": "naflexvit_base_patch16_gap", "num_classes": 0, "model_args": sizes, "pretrained_cfg": {}}
-    (folder / "config.json").write_text(json.dumps(config))
-    save_file(naflex().state_dict(), folder / "model.safetensors")
+    save_naflex(folder)
     changes = {"vision-model": f"local-dir:{folder}", "force-image-size": 64, "max-steps": 2, "name": "run"}
     assert train(tower_world, tmp_path / "logs", **changes) == 0
     Image.new("RGB", (160, 80), "red").save(tmp_path / "wide.png")

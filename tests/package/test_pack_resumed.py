@@ -11,7 +11,8 @@ import pytest
 
 pytest.importorskip("open_clip")
 pytest.importorskip("tyro")
-from dies import dies_at
+from dies import dies_at, fork_ranks
+from forks import status
 from pacl.cli import main
 from pacl.data.pairs import ScenePairs
 from pacl.data.sources import open_pairs
@@ -69,6 +70,26 @@ def test_killed_before_any_renaming_and_continued(renaming, source, whole, tmp_p
     assert times == {name: (out / name).stat().st_mtime_ns for name in shards}, "a finished shard was written again"
     assert main(command(source, out)) == 3 and contents(out) == whole
     assert main(["data", "check", str(out)]) == 0
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
+@pytest.mark.parametrize("shards", [False, True], ids=["folder", "shards"])
+def test_processes_share_the_pairs(shards, source, whole, tmp_path):
+    """Two processes, of which one is killed, and then three write the bytes of one, also in shuffled shards."""
+    expected, given = whole, source
+    if shards:
+        assert main(["data", "pack", str(source), "--out", str(tmp_path / "given"), "--shard-size", "6"]) == 3
+        given = tmp_path / "given"
+        assert main(command(given, tmp_path / "alone")) == 0
+        expected = contents(tmp_path / "alone")
+    out, printed = tmp_path / "out", tmp_path / "printed"
+    ended = [status(process, 120) for process in fork_ranks(command(given, out), 2, printed, dying={1: 2})]
+    assert ended == [1, -signal.SIGKILL], printed.read_text()
+    assert "pacl: error: another process was lost" in printed.read_text()
+    assert list(out.glob("*.tar")), "nothing was kept"
+    ended = [status(process, 120) for process in fork_ranks(command(given, out), 3, printed)]
+    assert ended == [0 if shards else 3] * 3, printed.read_text()
+    assert contents(out) == expected
 
 
 def test_what_may_not_change(source, tmp_path, capsys):

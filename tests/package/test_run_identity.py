@@ -53,6 +53,7 @@ def begun(run_world, tmp_path_factory) -> Path:
             {"vision_model": "test_vit", "no-vision-pretrained": None, "random_towers": None},
             "--vision-model was None, now test_vit; --vision-pretrained was True, now False$",
         ),
+        ({"tokens": "value"}, "--tokens was plain, now value; --model is .*, but the tokens are value, not plain$"),
         ({"seed": 7}, "--seed was 0, now 7$"),
         ({"form": "dot", "attn_temperature": 1}, "--form was cosine, now dot; --attn-temperature was 0.05, now 1.0$"),
         ({"learn_attn_temperature": None}, "--learn-attn-temperature was False, now True$"),

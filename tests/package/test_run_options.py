@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import re
 import shutil
 
 import pytest
@@ -150,6 +151,16 @@ def test_plan(run_world, tmp_path, capsys):
     for name, size in mib.items():
         assert f"{name} {size / 2**20:.1f} MiB" in line, line
     assert "network" not in line and list(tmp_path.iterdir()) == []
+
+
+def test_the_plan_says_what_the_loss_takes(run_world, tmp_path, capsys):
+    """Three arrays of all pairs, and a workspace; only a dry run takes the time to measure the machine."""
+    assert train(run_world, tmp_path, dry_run=None, batch_size=40, form="dot", backend="torch") == 0
+    (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("loss: about ")]
+    mib = 64 + 3 * 4 * 40 * 40 / 2**20
+    assert re.search(rf"^loss: about \S+ m?s of a step \(torch\) and {mib:.1f} MiB beside", line), line
+    assert train(run_world, tmp_path, max_steps=1) == 0
+    assert "loss: about" not in capsys.readouterr().out
 
 
 def test_bytes_over_the_network(run_world, tmp_path):

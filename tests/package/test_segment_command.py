@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from dies import fork_ranks
+from forks import status
 from pacl.cli import main
 from pacl.commands import LEFT_OUT
 from pacl.flags import parse
@@ -20,6 +22,7 @@ from pacl.segment.options import ServeOptions
 from pacl.segment.predict import Segmenter
 from pacl.segment.run import _slug, _stems
 from pacl.sharing import load_pacl
+from pacl.towers import load_towers
 from pictures import encode, picture
 from PIL import Image
 
@@ -53,6 +56,25 @@ def read(path) -> np.ndarray:
 
 
 # Commands
+
+
+@pytest.mark.parametrize("command", ["look", "segment"])
+def test_processes_share_the_images(command, images, untrained, tmp_path, capsys):
+    """Three processes write the files of one, name every bad image once, and report the same."""
+    words = [images, "--words", "dog,cat", "--short-side", 32]
+
+    def found(out: Path) -> dict[str, bytes]:
+        return {path.relative_to(out).as_posix(): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+    assert run(untrained, command, *words, out=tmp_path / "one") == LEFT_OUT
+    alone = capsys.readouterr()
+    options = ["--checkpoint", untrained / "run/embedder", "--out", tmp_path / "three", "--max-image-pixels", 8000]
+    for process in fork_ranks([command, *words, *options], 3, tmp_path / "printed"):
+        assert status(process, 120) == LEFT_OUT
+    assert found(tmp_path / "three") == found(tmp_path / "one")
+    printed = (tmp_path / "printed").read_text().replace(str(tmp_path / "three"), str(tmp_path / "one"))
+    own = [line for line in printed.splitlines() if not line.startswith("[")]  # those of Gloo
+    assert sorted(own) == sorted((alone.out + alone.err).splitlines())
 
 
 def test_look_at_a_folder(images, untrained, tmp_path, capsys):
@@ -120,6 +142,32 @@ def test_segment_with_a_rule_for_background_and_plain_clip(images, untrained, tm
     ]
     assert main([*command, "--threshold", "-2"]) == 0
     assert read(tmp_path / "a-labels.png").min() >= 1
+
+
+def test_a_model_alone_is_read_in_the_best_way_and_says_so(images, untrained, tmp_path, capsys):
+    model = f"local-dir:{untrained / 'clip'}"
+    command = [str(images / "a.jpg"), "--model", model, "--words", "dog,sky", "--out", str(tmp_path)]
+    for tokens, line in ((None, True), ("naclip", False), ("plain", False)):
+        assert main(["segment", *command, *(["--tokens", tokens] if tokens else [])]) == 0
+        said = capsys.readouterr().out
+        assert ("tokens: naclip (the reading with the best published maps)" in said) == line
+        assert ("--tokens=" in said) == (not line)  # the next command keeps a flag
+        settings = json.loads((tmp_path / "a-scores.json").read_text())["settings"]
+        assert settings["tokens"] == (tokens or "naclip")
+        towers = load_towers(model, tokens=tokens or "naclip")
+        expected = Segmenter(towers).labels(Image.open(images / "a.jpg"), ["dog", "sky"])
+        assert np.array_equal(read(tmp_path / "a-labels.png"), expected.numpy())
+    assert main(["look", *command]) == 0
+    assert "tokens: naclip" in capsys.readouterr().out
+
+
+def test_another_reading_than_the_embedders(images, untrained, tmp_path, capsys):
+    options = ["--words", "dog", "--tokens"]
+    assert run(untrained, "look", images / "a.jpg", *options, "plain", out=tmp_path) == 0
+    assert run(untrained, "look", images / "a.jpg", *options, "sclip", out=tmp_path) == 1
+    error = capsys.readouterr().err
+    assert re.search(r"tokens: got 'sclip', but the embedder of .*run/embedder was trained on 'plain'; expected", error)
+    assert error.count("\n") == 1
 
 
 def test_more_classes_than_a_palette_holds(images, untrained, tmp_path):

@@ -7,7 +7,7 @@ import timm
 import torch
 from open_clip.model import CLIPVisionCfg, _build_vision_tower
 from pacl.backbones import freeze, patch_tokens
-from pacl.segment.dense import dense_tokens, patch_size, token_step
+from pacl.dense import dense_tokens, patch_size, token_step
 from torch import nn
 from torch.nn import functional as F
 

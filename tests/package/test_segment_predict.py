@@ -10,9 +10,10 @@ from open_clip.model import CLIPVisionCfg, _build_vision_tower
 from pacl.backbones import patch_tokens
 from pacl.data.images import open_image, to_rgb
 from pacl.demo.toy_clip import new_clip, save_clip
+from pacl.dense import dense_tokens
 from pacl.embedder import VisionEmbedder
+from pacl.readings import best_reading
 from pacl.segment import predict
-from pacl.segment.dense import dense_tokens
 from pacl.segment.images import read_image
 from pacl.segment.predict import Dense, Segmenter, own_projection, similarity_map
 from pacl.segment.prompts import TEMPLATES, Texts, best_synonym, class_texts, read_classes, templates
@@ -345,12 +346,29 @@ def test_a_timm_towers_own_projection(projection):
     torch.testing.assert_close(single.mean(1), visual(images))
 
 
-@pytest.mark.parametrize("name, pool, projection", [("test_vit3", "map", "none"), ("test_convnext", "rot_attn", "")])
-def test_an_attention_pooled_tower_has_no_projection_of_patches(name, pool, projection):
-    options = {"timm_model_name": name, "timm_pool": pool, "timm_proj": projection}
+def test_a_head_that_pools_by_attention_is_applied_to_each_token():
+    """With one key the attention is 1: the head is z + mlp(norm(z)), where z is the output projection of the value."""
+    torch.manual_seed(0)
+    options = {"timm_model_name": "test_vit3", "timm_pool": "map", "timm_proj": "linear"}
+    visual = _build_vision_tower(24, CLIPVisionCfg(**options)).eval().requires_grad_(False)
+    pool, width = visual.trunk.attn_pool, visual.trunk.embed_dim
+    for x in pool.parameters():
+        x.normal_(std=0.1)
+    tokens = torch.randn(2, 3, width)
+    z = pool.proj(tokens @ pool.kv.weight[width:].T + pool.kv.bias[width:])
+    expected = visual.head(z + pool.mlp(pool.norm(z)))
+    torch.testing.assert_close(own_projection(visual)(tokens), expected, rtol=1e-4, atol=1e-5)
+    assert best_reading(visual)[0] == "plain"
+
+
+def test_a_tower_with_another_pool_has_no_projection_of_patches():
+    options = {"timm_model_name": "test_convnext", "timm_pool": "rot_attn", "timm_proj": ""}
     visual = _build_vision_tower(128, CLIPVisionCfg(**options))
     with pytest.raises(ValueError, match="embedder: got none, and TimmModel has no projection of single patches"):
         own_projection(visual)
+    coca = _build_vision_tower(24, CLIPVisionCfg(layers=1, width=64, head_width=32, attentional_pool=True))
+    with pytest.raises(ValueError, match="embedder: got none, and VisionTransformer has no projection"):
+        own_projection(coca)
 
 
 def test_the_benchmark_compares_the_same_label_maps(towers, embedder, monkeypatch):

@@ -55,6 +55,14 @@ def test_a_convolutional_tower_takes_the_size_asked_for(world):
     assert towers.tokens(image[None]).shape[:2] == (1, 4) and not towers.visual.training
 
 
+def test_size_of_a_tower_with_convolutions_before_its_patches(world):
+    options = {"vision_model": "vit_tiny_r_s16_p8_224", "vision_pretrained": False}
+    towers = load_towers(f"local-dir:{world / 'clip'}", **options, force_image_size=96)
+    assert towers.widths[0] == 192 and towers.tokens(towers.probe()[0]).shape[1] == 9
+    with pytest.raises(ValueError, match="force_image_size: got 104, expected a multiple of 32"):
+        load_towers(f"local-dir:{world / 'clip'}", **options, force_image_size=104)
+
+
 def test_quick_gelu_is_that_of_the_weights():
     assert quick_gelu("ViT-B-16", "openai") and quick_gelu("ViT-B-16-quickgelu", "openai")
     assert not quick_gelu("ViT-B-16", "laion2b_s34b_b88k") and not quick_gelu("ViT-B-16", None)

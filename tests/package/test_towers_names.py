@@ -43,7 +43,7 @@ def world(tower_world) -> Path:
             {"vision-model": "resnet10t", "no-vision-pretrained": None, "force-image-size": -3},
             "force_image_size: got -3",
         ),
-        ({"vision-model": "test_efficientnet", "no-vision-pretrained": None}, "visual: got EfficientNet, expected"),
+        ({"vision-model": "test_byobnet", "no-vision-pretrained": None}, "visual: got ByobNet, expected"),
         (
             {"vision-model": "test_vit", "no-vision-pretrained": None, "force-image-size": 50},
             "force_image_size: got 50, expected a multiple of 16",

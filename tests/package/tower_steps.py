@@ -1,10 +1,11 @@
-"""Train three steps, each on 12 pairs shared by all processes, for test_towers.py."""
+"""Train three steps, each on 12 pairs shared by all processes, for test_towers.py and test_packed_training.py."""
 
 import json
 import sys
 from pathlib import Path
 
 import torch
+from pacl.data.samples import collate
 from pacl.training.config import TrainConfig
 from pacl.training.run import Run
 
@@ -17,10 +18,13 @@ def main(values: dict) -> None:
     random = torch.Generator().manual_seed(0)
     mine = slice(12 // run.world * run.rank, 12 // run.world * (run.rank + 1))
     for step in range(3):
-        images = torch.randn(12, 3, 64, 64, generator=random)
+        images = list(torch.randn(12, 3, 64, 64, generator=random))
+        if run.towers.variable:
+            images = [x[:, : 16 + 16 * (i % 3), : 16 + 16 * (i % 4)] for i, x in enumerate(images)]
         captions = [f"a {word} thing {step}" for word in WORDS]
         names = {"key": WORDS[mine], "origin": [""] * len(WORDS[mine])}
-        run._step({"image": images[mine], "caption": captions[mine], **names})
+        samples = [{"image": x, "caption": y} for x, y in zip(images[mine], captions[mine], strict=True)]
+        run._step(collate(samples) | names)
         run.step += 1
     run.save()
 

@@ -119,9 +119,10 @@ def _same(one: dict[str, list[float]], other: dict[str, list[float]]) -> bool:
 
 
 def _tower_names(towers: dict[str, Any]) -> str:
-    vision = f" with {towers['vision_model']}" if towers.get("vision_model") else ""
+    others = "".join(f" with {towers[name]}" for name in ("vision_model", "text_model") if towers.get(name))
     pretrained = f" {towers['pretrained']}" if towers.get("pretrained") else ""
-    return f"{towers.get('model', '-')}{pretrained}{vision}"
+    tokens = towers.get("tokens", "plain")
+    return f"{towers.get('model', '-')}{pretrained}{others}" + (f", {tokens} tokens" if tokens != "plain" else "")
 
 
 def _settings(page: Page, runs: dict[str, Entry]) -> None:

@@ -16,7 +16,6 @@ from ..commands import LEFT_OUT, Main, next_command, run_command
 from ..failures import sentence
 from ..flags import parse
 from ..formats import one_line
-from ..progress import Progress
 from .flags import PairFlags, given_flags, plan_of
 
 if TYPE_CHECKING:
@@ -42,7 +41,7 @@ class DataFlags(PairFlags):
 
 @dataclass(frozen=True, kw_only=True)
 class PackConfig(DataFlags):
-    """Write webdataset shards. Images are copied byte for byte."""
+    """Write webdataset shards. Images are copied byte for byte. The processes that torchrun starts share the pairs."""
 
     out: Path
     """Folder to write to; it must hold no shards. The same command continues a run that was stopped."""
@@ -86,6 +85,9 @@ def _run(flags: type[DataFlags], action: Callable[[Any], int], argv: Sequence[st
 
 
 def _pack(config: PackConfig) -> int:
+    import torch.distributed as dist  # torch takes seconds, which --help should not
+
+    from ..processes import add_up, gather_objects, patient_group, place_in, shared_progress
     from .check import EXAMPLES
     from .pack import bad_before, pack
     from .samples import no_image
@@ -97,19 +99,30 @@ def _pack(config: PackConfig) -> int:
         on_skip=lambda reason, key, error: bad.append((reason, key, error)) if len(bad) < EXAMPLES else None,
     )
     plan = plan_of(config, "out", "shard_size")
-    resumed = (config.out / INCOMPLETE).exists()
-    with Progress("Packed", None, "pair") as progress:
-        sizes = pack(source, config.out, shard_size=config.shard_size, plan=plan, progress=progress.step)
-    for reason, key, error in bad:
-        print(one_line(f"bad: {key}: {reason}: {error}"))
-    if not sizes:
-        raise ValueError(source.complaint())
-    for line in source.remarks():
-        print(one_line(line))
-    skipped = source.reasons + (" since it was continued" if resumed else "")
-    print(f"packed {sum(sizes.values()):,} pairs in {len(sizes):,} shard(s): {config.out}; skipped: {skipped}")
-    print(next_command("train", "--train-data", config.out, *TOWERS))
-    return LEFT_OUT if any(source.skipped.values()) or bad_before(config.out) else 0
+    mine = not dist.is_initialized()  # leave a caller's group as it is
+    try:
+        group = patient_group()
+        resumed = (config.out / INCOMPLETE).exists()
+        with shared_progress("Packed", None, "pair", group) as progress:
+            options: dict[str, Any] = {"plan": plan, "progress": progress.step, "group": group}
+            sizes = pack(source, config.out, shard_size=config.shard_size, **options)
+        add_up(source.counts, group)
+        bad = sum(gather_objects(bad, group), [])[:EXAMPLES]
+        rank = place_in(group)[0]
+    finally:
+        if mine and dist.is_initialized():
+            dist.destroy_process_group()
+    if rank == 0:
+        for reason, key, error in bad:
+            print(one_line(f"bad: {key}: {reason}: {error}"))
+        if not sizes:
+            raise ValueError(source.complaint())
+        for line in source.remarks():
+            print(one_line(line))
+        skipped = source.reasons + (" since it was continued" if resumed else "")
+        print(f"packed {sum(sizes.values()):,} pairs in {len(sizes):,} shard(s): {config.out}; skipped: {skipped}")
+        print(next_command("train", "--train-data", config.out, *TOWERS))
+    return 1 if not sizes else LEFT_OUT if any(source.skipped.values()) or bad_before(config.out) else 0
 
 
 def _check(config: CheckConfig) -> int:

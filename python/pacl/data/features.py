@@ -3,6 +3,7 @@
 A folder holds features-00000.safetensors, ...; manifest.json; and, with nouns, prompts.safetensors. A shard has tokens
 [n, N, width], texts [m, D] in float32 (all captions of all images), and keys and captions as JSON in the bytes
 `records`; record i ends before ends[i]. So a sample is read from mapped memory without the rest of its shard.
+With --max-patches the tokens are packed, [sum of N, width]; those of image i end before token_ends[i].
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from itertools import accumulate
 from pathlib import Path
@@ -27,7 +28,7 @@ from torch import Tensor
 from ..annotations import checked
 from ..embedder import DescribedTowers
 from ..failures import StoreError
-from ..files import file_digest, write_bytes
+from ..files import write_bytes
 from ..remote import Location, RemotePath, location, look_up
 from ..settings import Damaged, read_settings
 from ..sharing import check_described, check_towers, load_tower
@@ -39,7 +40,7 @@ from .pairs import Pairs
 from .samples import captions_of
 from .texts import PROMPTS
 
-TOWERS = "model pretrained vision_model vision_pretrained force_image_size".split()
+TOWERS = "model pretrained vision_model vision_pretrained text_model force_image_size max_patches tokens proxy".split()
 MANIFEST, NOUNS = "manifest.json", "prompts.safetensors"
 AHEAD = 32  # images that are read ahead of the one in use
 
@@ -50,13 +51,17 @@ class Shard(TypedDict):
     count: int
 
 
-class Plan(TypedDict):
+class _Plan(TypedDict):
     model: str
     pretrained: str | None
     vision_model: str | None
     vision_pretrained: bool
     force_image_size: int | None
     nouns: Literal["words", "nltk"] | None
+
+
+class Plan(_Plan, total=False):
+    max_patches: int  # absent if all images have the same number of patches
 
 
 class _Begun(TypedDict):
@@ -66,7 +71,11 @@ class _Begun(TypedDict):
 
 
 class Manifest(_Begun, total=False):
-    """Contents of manifest.json. sha256: digests by file name, absent in earlier versions. The rest is written last."""
+    """Contents of manifest.json. images: number of samples of the source. sha256: digests by file name. Earlier
+    versions have neither. The rest is written last.
+    """
+
+    images: int
 
     nouns: list[str]
     towers: DescribedTowers
@@ -78,7 +87,8 @@ class Features(Pairs):
 
     nouns: the finder of `pacl train --nouns`, whose prompts must be among the stored texts. Yields dicts: key, origin,
     caption (one of several, by epoch) and text [D] float32, or captions (list) and texts [n, D] (in a batch those of
-    all its images), tokens [N, width] as stored, worker and place. Raises ValueError for an incomplete folder and for
+    all its images), tokens [N, width] as stored, worker and place. Packed features also have length, which is N; a
+    batch then has the tokens of all its images [sum of N, width]. Raises ValueError for an incomplete folder and for
     damaged files. verify: read all files once and compare their SHA-256 with the manifest, shared among the processes
     of a machine; files of earlier versions have none. store: the way to read a folder at an address of s3://, gs://,
     hf:// or https://, whose images come in the same order; a store that fails raises StoreError.
@@ -120,10 +130,15 @@ class Features(Pairs):
             path = self.paths[number]
             if number % step == first % step:
                 check_digest(path, digests)
-            _check_header(path, self.manifest["shards"][number]["count"])
+            _check_header(path, self.manifest["shards"][number]["count"], packed=self.packed)
 
         for _ in _many(self.folder, check, range(len(self.paths))):
             pass
+
+    @property
+    def packed(self) -> bool:
+        """True if images have different numbers of patches."""
+        return "max_patches" in self.manifest["plan"]
 
     def _read_prompts(self, count: int) -> Tensor:
         path = self.folder / NOUNS
@@ -171,7 +186,7 @@ class Features(Pairs):
                 "key": record["key"],
                 "origin": f"{path.name} {row}",
                 **({"caption": captions[0]} if one else {"captions": captions}),
-                "tokens": shard.get_slice("tokens")[row : row + 1][0],
+                **(_packed(shard, row) if self.packed else {"tokens": shard.get_slice("tokens")[row : row + 1][0]}),
                 **({"text": texts[0]} if one else {"texts": texts}),
             }
         except StoreError:
@@ -208,40 +223,29 @@ class Features(Pairs):
 
 
 def write_shard(
-    folder: Location, number: int, tokens: Tensor, texts: Tensor, records: list[dict], state: dict[str, Any]
+    folder: Location,
+    number: int,
+    tokens: Sequence[Tensor],
+    texts: Tensor,
+    records: list[dict],
+    *,
+    packed: bool = False,
 ) -> None:
     """Write one shard atomically.
 
-    tokens: [n, N, width]. texts: [m, D]. records: for each image key, captions, text (row of its first caption in
-    `texts`) and place (the worker that read it, and its index there). state: that of the loader before the batch of
-    the last record; see last_place.
+    tokens: [N, width] of each image; packed: False if N is the same for all. texts: [m, D]. records: for each image
+    key, captions and text (row of its first caption in `texts`).
     """
     lines = [json.dumps(record).encode() for record in records]
     tensors = {
-        "tokens": tokens,
+        "tokens": torch.cat(list(tokens)) if packed else torch.stack(list(tokens)),
         "texts": texts,
         "records": torch.frombuffer(bytearray(b"".join(lines)), dtype=torch.uint8),
         "ends": torch.from_numpy(np.cumsum([len(line) for line in lines])),
     }
-    write_bytes(folder / _name(number), save(tensors, {"state": json.dumps(state)}))
-
-
-def last_place(folder: Location, shards: int) -> tuple[dict[str, Any], tuple[int, int]] | None:
-    """Return how far the first `shards` shards go, None for no shard.
-
-    That is the state of the loader before the batch of the last stored image, and the place of this image: the worker
-    that read it, and its index there. Raises ValueError for a shard without this state.
-    """
-    if not shards:
-        return None
-    path = folder / _name(shards - 1)
-    with open_tensors(path) as shard:
-        count = shard.get_slice("ends").get_shape()[0]
-        worker, index = read_records(shard, count - 1, count)[0]["place"]
-        try:
-            return json.loads((shard.metadata() or {})["state"]), (worker, index)
-        except (KeyError, ValueError) as error:
-            raise ValueError(f"out: {path} does not say how to go on after it; choose another folder") from error
+    if packed:
+        tensors["token_ends"] = torch.tensor([len(x) for x in tokens]).cumsum(0)
+    write_bytes(folder / _name(number), save(tensors))
 
 
 def read_records(shard: Any, start: int, end: int) -> list[dict]:
@@ -252,26 +256,47 @@ def read_records(shard: Any, start: int, end: int) -> list[dict]:
     return [json.loads(data[a - ends[0] : b - ends[0]]) for a, b in zip(ends, ends[1:], strict=False)]
 
 
+def _packed(shard: Any, row: int) -> dict[str, Any]:
+    """Return tokens [N, width] and length, which is N, of image `row` of a shard with packed tokens."""
+    stop = shard.get_slice("token_ends")[max(0, row - 1) : row + 1].tolist()
+    start, end = stop if row else (0, stop[0])
+    tokens = shard.get_slice("tokens")
+    if not 0 <= start < end <= tokens.get_shape()[0]:
+        raise ValueError(f"token_ends of image {row} are {start} and {end}")
+    return {"tokens": tokens[start:end], "length": end - start}
+
+
 def _name(number: int) -> str:
     return f"features-{number:05d}.safetensors"
 
 
-def shard_files(folder: Location) -> list[dict[str, Any]]:
-    """Return name, size in bytes and count of each shard of `folder`; raise ValueError for a damaged or missing one."""
-    shards = []
+def shard_files(folder: Location) -> list[Shard]:
+    """Return name, size in bytes and count of each shard of `folder`; raise ValueError for a damaged one."""
+    shards: list[Shard] = []
     paths: list[Location] = [*folder.glob("features-*.safetensors")]
-    for path in sorted(paths, key=lambda path: path.name):
+    for path in sorted(paths, key=lambda path: (len(path.name), path.name)):
         try:
             with open_tensors(path) as shard:
                 count = shard.get_slice("ends").get_shape()[0]
         except SafetensorError as error:
             raise ValueError(
-                f"out: {path} is damaged: it is not a whole safetensors file; delete it and all later shards"
+                f"out: {path} is damaged: it is not a whole safetensors file; delete it, and the same command writes "
+                "it again"
             ) from error
         shards.append({"name": path.name, "bytes": path.stat().st_size, "count": count})
-        if path.name != _name(len(shards) - 1):
-            raise ValueError(f"out: {folder} has {path.name} without the shard before it; choose another folder")
     return shards
+
+
+def missing_shards(folder: Location, count: int) -> list[int]:
+    """Return the numbers below `count` of which `folder` has no shard.
+
+    Raises ValueError for a damaged shard, and for one with a number from `count` on.
+    """
+    there = {shard["name"] for shard in shard_files(folder)}
+    wanted = {_name(number): number for number in range(count)}
+    if more := sorted(there - wanted.keys()):
+        raise ValueError(f"out: {folder} has {more[0]}, expected at most {count:,} files; choose another folder")
+    return [number for name, number in wanted.items() if name not in there]
 
 
 def stored_records(folder: Location) -> Iterator[dict[str, Any]]:
@@ -284,16 +309,20 @@ def stored_records(folder: Location) -> Iterator[dict[str, Any]]:
 def tower_names(folder: Location) -> dict[str, Any]:
     """Return the flags of `pacl train` for the towers whose features are in `folder`."""
     plan: Mapping[str, Any] = read_manifest(folder)["plan"]
-    return {name: plan[name] for name in TOWERS} | {"random_towers": plan.get("random_towers", False)}
+    later = {"tokens": plan.get("tokens", "plain"), "random_towers": plan.get("random_towers", False)}
+    return {name: plan.get(name) for name in TOWERS} | later
+
+
+def digested_files(manifest: Mapping[str, Any]) -> list[str]:
+    """Return the names of the files whose SHA-256 a complete manifest states."""
+    names = [shard["name"] for shard in manifest["shards"]] + [NOUNS] * ("nouns" in manifest)
+    return names + [f"{name}.safetensors" for name in manifest["towers"].get("random", [])]
 
 
 def write_manifest(folder: Location, manifest: dict[str, Any]) -> None:
-    """Write manifest.json; for complete features with the SHA-256 of every file and of the manifest's other values."""
+    """Write manifest.json; a complete one, which has `sha256`, with the SHA-256 of its own other values, too."""
     if manifest["complete"]:
-        names = [shard["name"] for shard in manifest["shards"]] + [NOUNS] * (folder / NOUNS).is_file()
-        names += [f"{name}.safetensors" for name in manifest["towers"].get("random", [])]
-        manifest = manifest | {"sha256": {name: file_digest(folder / name) for name in names}}
-        manifest["sha256"][MANIFEST] = _own_digest(manifest)
+        manifest = manifest | {"sha256": manifest["sha256"] | {MANIFEST: _own_digest(manifest)}}
     write_bytes(folder / MANIFEST, json.dumps(manifest, indent=2).encode())
 
 
@@ -335,8 +364,11 @@ def read_manifest(folder: Location) -> Manifest:
     return manifest
 
 
-def _check_header(path: Location, count: int) -> None:
-    """Raise Damaged unless the header of a shard states the tensors of write_shard for `count` images."""
+def _check_header(path: Location, count: int, *, packed: bool) -> None:
+    """Raise Damaged unless the header of a shard states the tensors of write_shard for `count` images.
+
+    Raises ValueError for a shard of the other kind, packed or not, than the manifest states.
+    """
     try:
         # A header from a store is kept: reading the images needs it.
         with _open(path) if isinstance(path, RemotePath) else open_tensors(path) as file:
@@ -345,10 +377,15 @@ def _check_header(path: Location, count: int) -> None:
     except SafetensorError as error:
         raise Damaged(path, "it is not a whole safetensors file") from error
     expected = {"texts": ("F32", 2), "records": ("U8", 1), "ends": ("I64", 1)}
-    tokens = found.pop("tokens", ("", 0))
-    if found != expected or tokens not in (("F32", 3), ("F16", 3), ("BF16", 3)):
+    tokens, token_ends = found.pop("tokens", ("", 0)), found.pop("token_ends", None)
+    is_packed = token_ends is not None
+    wrong = found != expected or tokens[0] not in ("F32", "F16", "BF16")
+    if wrong or (tokens[1], token_ends) != ((2, ("I64", 1)) if is_packed else (3, None)):
         raise Damaged(path, "its tensors have other names or types than those of `pacl features`")
-    lengths = {parts[name].get_shape()[0] for name in ("tokens", "ends")}
+    if is_packed != packed:
+        kinds = {True: "a number of patches for each image (--max-patches)", False: "one number of patches"}
+        raise ValueError(f"features: {path} has {kinds[is_packed]}, expected {kinds[packed]} in all files")
+    lengths = {parts[name].get_shape()[0] for name in ("token_ends" if packed else "tokens", "ends")}
     if lengths != {count}:
         raise Damaged(path, f"it has {min(lengths):,} images, expected {count:,}")
 

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..remote import Location
 from ..stores import Store
@@ -31,6 +31,8 @@ class PairFlags:
     csv_caption_key: str = "title"
     image_root: Path | None = None
     """Folder of the images that a csv or COCO file names. Images outside it are refused. Default: beside the file."""
+    split: Literal["train", "val", "test"] | None = None
+    """Split of Karpathy's dataset_coco.json and alike, whose images are below --image-root."""
     max_image_pixels: int = MAX_IMAGE_PIXELS
     cache_dir: Path | None = None
     """Local folder that keeps what was read from a store (s3://, gs://, hf://, https://)."""

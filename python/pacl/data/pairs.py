@@ -186,11 +186,22 @@ class FolderPairs(Pairs):
 class CocoPairs(ListedPairs):
     """Images with several captions in the layout of torchvision's CocoCaptions: an annotation file, a folder of images.
 
+    Karpathy's files (dataset_coco.json, dataset_flickr30k.json, ...) are read too: the images of `split`, with all
+    their sentences.
+
     root: the folder of images, by default `X` for an annotation file captions_X.json, beside it or beside its folder,
-    else the file's own. An image without a caption is left out. Raises ValueError for any other file.
+    else the file's own. split: "train" (with "restval"), "val" or "test" of Karpathy's file, which needs it. An image
+    without a caption is left out. Raises ValueError for any other file.
     """
 
-    def __init__(self, path: str | os.PathLike, *, root: str | os.PathLike | None = None, **options: Any):
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        *,
+        root: str | os.PathLike | None = None,
+        split: str | None = None,
+        **options: Any,
+    ):
         path = Path(path)
         super().__init__(str(path), **options)
         if self.masks:
@@ -200,6 +211,9 @@ class CocoPairs(ListedPairs):
         self.root = _coco_images(path) if root is None else Path(root)
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
+            of_karpathy = "sentences" in content["images"][0] if content["images"] else False
+            if of_karpathy:
+                content = _karpathy(content, split)
             files = {image["id"]: str(image["file_name"]) for image in content["images"]}
             captions: dict[Any, list[str]] = {}
             for note in content["annotations"]:
@@ -209,8 +223,12 @@ class CocoPairs(ListedPairs):
             found = f"is {kind}" if (kind := impostor(path, binary=False)) else "is not COCO captions"
             raise ValueError(
                 f"data: {path} {found}, expected `images` with id and file_name, and `annotations` with "
-                "image_id and caption"
+                "image_id and caption, or Karpathy's `images` with filename, split and sentences"
             ) from error
+        if of_karpathy and split is None:
+            raise ValueError(f"split: got none for {path}, which has Karpathy's splits; expected train, val or test")
+        if split is not None and not of_karpathy:
+            raise ValueError(f"split: got {split!r} for {path}, expected none; only Karpathy's files have splits")
         self._without = len(files.keys() - captions.keys()), sum(len(captions[i]) for i in captions.keys() - files)
         pairs = [(files[number], text) for number in files for text in captions.get(number, [])]
         if not pairs:
@@ -239,6 +257,19 @@ class ScenePairs(Pairs):
     def get(self, index: int, epoch: int) -> Raw:
         sample = self._members[index]
         return Raw(sample["__key__"], sample["jpg"], sample["txt"], sample.get("mask.png"), epoch)
+
+
+def _karpathy(content: Any, split: str | None) -> dict[str, list[dict[str, Any]]]:
+    """Return the images of a split, and their sentences, in the layout of COCO's captions."""
+    splits = {"train": ("train", "restval")}.get(split or "", (split,))
+    chosen = [image for image in content["images"] if split is None or image["split"] in splits]
+    names = [os.path.join(image.get("filepath", ""), image["filename"]) for image in chosen]
+    return {
+        "images": [{"id": i, "file_name": name} for i, name in enumerate(names)],
+        "annotations": [
+            {"image_id": i, "caption": sentence["raw"]} for i, x in enumerate(chosen) for sentence in x["sentences"]
+        ],
+    }
 
 
 def below(root: Path, name: str) -> Path | str:

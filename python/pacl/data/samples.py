@@ -11,30 +11,25 @@ All sources decode their bytes here, by a list of formats: nothing is unpickled 
 
 from __future__ import annotations
 
-import atexit
 import copy
-import functools
 import itertools
-import os
-import signal
-import sys
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from multiprocessing.connection import wait
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
+from torch.utils.data import IterableDataset, default_collate, get_worker_info
 from torchvision.transforms.functional import pil_to_tensor
 
-from ..failures import StoreError, sentence
-from ..formats import one_line
+from ..failures import sentence
+from ..resolution import join_images
 from .images import MAX_IMAGE_PIXELS, TooManyPixels, UnreadFormat, open_image, read_image
 from .raw import Raw, open_source, read_captions
+from .readers import ReaderLoader, worker_options
+from .scene_shards import shard_sizes
 
 REASONS = ("archive", "row", "file", "image", "format", "pixels", "caption", "apart", "mask")
 MOST_WORKERS = 256  # rows of the counts
@@ -43,6 +38,39 @@ LEAST_SEEN = 500  # samples after which the share of bad ones is meaningful
 
 class BadData(RuntimeError):
     """No usable sample in an epoch, or a larger share of bad ones than allowed."""
+
+
+class Part(NamedTuple):
+    """A part of an epoch, the same for any number of processes and workers.
+
+    first, size: number of its first sample, and of its samples. pieces: file, first sample in it, and the one after
+    the last, or None if the part holds all that follow.
+    """
+
+    first: int
+    size: int
+    pieces: list[tuple[int, int, int | None]]
+
+
+def divide(counts: Sequence[int], most: int) -> list[Part]:
+    """Divide files with so many samples into parts of at most `most`, whose sizes differ by 1 at most.
+
+    Samples that a file has beyond its count belong to the part with its end.
+    """
+    parts: list[Part] = []
+    file = place = first = 0
+    for size in shard_sizes(sum(counts), most) or [0]:
+        pieces: list[tuple[int, int, int | None]] = []
+        left = size
+        while file < len(counts) and (left or place == counts[file]):
+            start, place = place, min(counts[file], place + left)
+            left -= place - start
+            pieces.append((file, start, None if place == counts[file] else place))
+            if place == counts[file]:
+                file, place = file + 1, 0
+        parts.append(Part(first, size, pieces))
+        first += size
+    return parts
 
 
 class Samples(IterableDataset):
@@ -96,7 +124,7 @@ class Samples(IterableDataset):
         self.start: dict[str, Any] | None = None  # a state of `loader` to continue from
         self.on_skip: Callable[[str, str, str], None] = _ignore
         # One row per worker; the first column counts good samples. Shared memory outlives a worker.
-        self._counts = torch.zeros(MOST_WORKERS, 1 + len(REASONS), dtype=torch.int64).share_memory_()
+        self.counts = torch.zeros(MOST_WORKERS, 1 + len(REASONS), dtype=torch.int64).share_memory_()
 
     # Each source provides these
 
@@ -117,12 +145,22 @@ class Samples(IterableDataset):
         """Yield about `count` samples from all over the source."""
         raise NotImplementedError
 
-    # All sources share the rest
+    # All sources share the rest, but for `parts` and `part`, which shards find faster
+
+    def parts(self, most: int) -> list[Part]:
+        """Divide an epoch of all processes into as few parts as hold at most `most` samples each, of equal size."""
+        return divide([self.count()], most)
+
+    def part(self, part: Part) -> Iterator[Raw]:
+        """Yield the samples of one of `parts`, whatever the process; bad ones are still among them."""
+        ((_, start, stop),) = part.pieces
+        whole = self.with_options(rank=0, world=1)
+        return itertools.islice(whole.undecoded(0, 0, 1, start), None if stop is None else stop - start)
 
     @property
     def skipped(self) -> dict[str, int]:
         """Number of skipped samples so far by reason, all workers together."""
-        return dict(zip(REASONS, self._counts[:, 1:].sum(0).tolist(), strict=True))
+        return dict(zip(REASONS, self.counts[:, 1:].sum(0).tolist(), strict=True))
 
     @property
     def reasons(self) -> str:
@@ -132,12 +170,12 @@ class Samples(IterableDataset):
     @property
     def seen(self) -> int:
         """Samples tried so far, good and bad, all workers together."""
-        return int(self._counts.sum())
+        return int(self.counts.sum())
 
     @property
     def good(self) -> int:
         """Samples decoded so far, all workers together."""
-        return int(self._counts[:, 0].sum())
+        return int(self.counts[:, 0].sum())
 
     @property
     def too_many(self) -> bool:
@@ -239,7 +277,7 @@ class Samples(IterableDataset):
                     out["mask"] = pil_to_tensor(mask)[0]
             for error in bad:
                 self.skip("caption", raw.key, error, worker)
-            self._counts[worker, 0] += 1
+            self.counts[worker, 0] += 1
             return out
         except Exception as error:  # on damaged bytes decoders raise OSError, SyntaxError, struct.error, ...
             if isinstance(error, TooManyPixels):
@@ -252,7 +290,7 @@ class Samples(IterableDataset):
         return None
 
     def skip(self, reason: str, key: str, error: Exception, worker: int) -> None:
-        self._counts[worker, 1 + REASONS.index(reason)] += 1
+        self.counts[worker, 1 + REASONS.index(reason)] += 1
         self.on_skip(reason, key, sentence(error))
 
 
@@ -265,7 +303,7 @@ def no_image(image: Image.Image) -> int:
     return 0
 
 
-class Loader(DataLoader):
+class Loader(ReaderLoader):
     """Batches of Samples. `state`, plain Python, lets `loader` continue after the last batch given out."""
 
     dataset: Samples
@@ -275,51 +313,15 @@ class Loader(DataLoader):
     def __iter__(self) -> Iterator[dict[str, Any]]:  # type: ignore[override]
         assert self.dataset.start is not None  # set by `loader`
         self.state = copy.deepcopy(self.dataset.start)
-        try:
-            for batch in super().__iter__():
-                epoch, number = (int(x[-1]) for x in batch["place"])
-                places, worker = self.state["places"], int(batch["worker"][-1])
-                places[worker] = [epoch, number + 1]
-                # Workers take turns, and one whose samples are all read loses its turn.
-                self.state["batches"] += 1 + (worker - self.state["batches"]) % len(places)
-                yield batch
-        except StoreError as error:  # from a worker with its traceback
-            raise StoreError(one_line(error)) from error
-        except Exception as error:  # what reading from a dead worker raises depends on the moment
-            told = "in DataLoader worker process" in str(error)  # by a worker that lives
-            # A connection may break a moment before the worker at its other end is seen to be dead.
-            if not told and (death := self._death(patience=2)):
-                raise ChildProcessError(death) from error
-            raise
+        for batch in self.watched():
+            epoch, number = (int(x[-1]) for x in batch["place"])
+            places, worker = self.state["places"], int(batch["worker"][-1])
+            places[worker] = [epoch, number + 1]
+            # Workers take turns, and one whose samples are all read loses its turn.
+            self.state["batches"] += 1 + (worker - self.state["batches"]) % len(places)
+            yield batch
         if not self.state["batches"] and not self.dataset.good:
             raise BadData(self.dataset.complaint())
-
-    def _death(self, patience: float) -> str | None:
-        """Say which worker died, if one did or does in the next `patience` seconds."""
-        workers = getattr(self._iterator, "_workers", [])
-        ended = wait([worker.sentinel for worker in workers], patience) if workers else []
-        for number, worker in enumerate(workers):
-            if worker.sentinel in ended:
-                worker.join()  # the sentinel tells of its end a moment before the system does
-                code = worker.exitcode or 0
-                how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
-                hint = {-9: ", as when memory runs out; fewer --workers take less", -7: ", as when /dev/shm is full"}
-                return f"data reader {number} of {self.dataset.name} {how}{hint.get(code, '')}"
-        return None
-
-    def kill(self) -> None:
-        """Kill the workers, for a process that is to end: it would wait for one that hangs.
-
-        The loader gives no more batches then.
-        """
-        iterator: Any = self._iterator
-        workers = getattr(iterator, "_workers", [])
-        for worker in workers:
-            worker.kill()
-        for worker in workers:
-            worker.join(1)
-        if workers:
-            iterator._shutdown = True  # torch would wait for locks that the dead may hold
 
 
 def loader(
@@ -349,18 +351,16 @@ def loader(
     if start is not None and len(start["places"]) != places:
         raise ValueError(f"workers: got {workers}, expected {start['workers']} as in the run that is resumed")
     dataset.start = start or {"batches": 0, "workers": workers, "places": [[0, 0]] * places}
-    options: dict[str, Any] = {}
-    if workers:
-        options = {"persistent_workers": True, "worker_init_fn": functools.partial(_outlive_signals, _leaving())}
-    options |= {"batch_size": batch_size, "num_workers": workers, "drop_last": drop_last, "collate_fn": _collate}
-    made = Loader(dataset, **options)
+    made = Loader(dataset, batch_size, drop_last=drop_last, collate_fn=collate, **worker_options(workers))
     made.state = copy.deepcopy(dataset.start)
     return made
 
 
-def _collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Collate a batch as torch does, except for captions, which differ in number: lists, and the rows of `texts`."""
-    several: dict[str, Any] = {}
+def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """Collate a batch as torch does, except for captions, images, texts and packed tokens that differ in size."""
+    several: dict[str, Any] = join_images(samples)
+    if "length" in samples[0]:
+        several["tokens"] = torch.cat([sample.pop("tokens") for sample in samples])
     if "captions" in samples[0]:
         several["captions"] = [sample.pop("captions") for sample in samples]
     if "texts" in samples[0]:
@@ -371,33 +371,3 @@ def _collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
 def captions_of(batch: dict[str, Any]) -> list[list[str]]:
     """Return the captions of each image of a batch."""
     return batch["captions"] if "captions" in batch else [[caption] for caption in batch["caption"]]
-
-
-@functools.cache
-def _leaving() -> torch.Tensor:
-    """Return a shared flag for the workers of all loaders, set when this process exits, before they are terminated."""
-    flag = torch.zeros((), dtype=torch.bool).share_memory_()
-    atexit.register(flag.fill_, True)
-    return flag
-
-
-def _outlive_signals(leaving: torch.Tensor, worker: int) -> None:
-    """Let a worker ignore SIGTERM and Ctrl-C until the main process exits.
-
-    torchrun, schedulers and terminals signal whole groups of processes, and the main one needs its workers to finish
-    its step.
-    """
-
-    def answer(number: int, frame: FrameType | None) -> None:
-        if leaving:
-            os._exit(0)
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, answer)
-    sys.excepthook = _unless_disconnected
-
-
-def _unless_disconnected(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Print an uncaught error, unless it says that the other process has left: a signal may end a wait for a batch."""
-    if not isinstance(error, (ConnectionError, EOFError)):
-        sys.__excepthook__(kind, error, trace)

@@ -27,7 +27,7 @@ from .archives import contents, members
 from .braces import expand_braces
 from .members import Group, group_members
 from .raw import Raw, as_bytes, readable
-from .samples import MOST_WORKERS, Samples
+from .samples import MOST_WORKERS, Part, Samples, divide
 
 META = re.compile(r"__[^/]*__($|/)")  # names of webdataset's own notes, which are no samples
 SIZES = "sizes.json"  # img2dataset's and open_clip's: {"00000.tar": 1000}
@@ -62,6 +62,7 @@ class Shards(Samples):
         if resampled and not self.repeat:
             raise ValueError("resampled: got True without repeat, expected both, because resampling has no end")
         self.resampled = resampled
+        self._passed: tuple[int, Any] | None = None  # how far `part` has read a shuffled order, and the rest of it
 
     @property
     def most_workers(self) -> int:
@@ -90,21 +91,51 @@ class Shards(Samples):
             samples = shuffle_samples(self.shuffle, initial=self.shuffle, rng=rng)(samples)
         return itertools.islice(samples, start, None)
 
+    def parts(self, most: int) -> list[Part]:
+        if self.shuffle:
+            return super().parts(most)
+        counts = count_shards(self.paths)
+        return divide([counts[path] for path in self.paths], most)
+
+    def part(self, part: Part) -> Iterator[Raw]:
+        if not self.shuffle:
+            pieces = (self._piece(self.paths[number], start, stop) for number, start, stop in part.pieces)
+            yield from itertools.chain.from_iterable(pieces)
+            return
+        # A shuffled order cannot be entered in its midst, so reading goes on behind the part before.
+        ((_, start, stop),) = part.pieces
+        (place, stream), self._passed = self._passed or (start + 1, None), None
+        if stream is None or place > start:
+            place, stream = 0, self.with_options(rank=0, world=1).undecoded(0, 0, 1)
+        yield from itertools.islice(stream, start - place, None if stop is None else stop - place)
+        self._passed = None if stop is None else (stop, stream)
+
+    def _piece(self, path: Location, start: int, stop: int | None) -> Iterator[Raw]:
+        return itertools.islice(self._read(path, start=start), None if stop is None else stop - start)
+
     def spread(self, count: int) -> Iterator[Raw]:
         """Yield the first samples of every shard, about `count` in all."""
         each = -(-count // len(self.paths))
         return itertools.chain.from_iterable(itertools.islice(self._read(path), each) for path in self.paths)
 
-    def _read(self, path: Location, worker: int = 0, epoch: int = 0) -> Iterator[Raw]:
-        """Yield the samples of a single shard, because older webdataset joins samples across the end of a shard."""
+    def _read(self, path: Location, worker: int = 0, epoch: int = 0, start: int = 0) -> Iterator[Raw]:
+        """Yield the samples of a single shard from number `start` on.
+
+        A single shard, because older webdataset joins samples across the end of a shard. Faults before `start` are not
+        counted.
+        """
+        passed = 0
 
         def refuse(error: Exception) -> None:
-            # The file existed when the run began.
-            self.skip("file" if isinstance(error, OSError) else "archive", str(path), error, worker)
+            if passed >= start:
+                # The file existed when the run began.
+                self.skip("file" if isinstance(error, OSError) else "archive", str(path), error, worker)
 
         parts = ((name, data) for name, data in contents(path, refuse) if not META.match(name))
         for group in group_members(parts):
-            yield _raw(group, epoch, path)
+            if passed >= start:
+                yield _raw(group, epoch, path)
+            passed += 1
 
 
 def _raw(group: Group, epoch: int, path: Location) -> Raw:

@@ -36,6 +36,7 @@ def open_pairs(
     csv_img_key: str = "filepath",
     csv_caption_key: str = "title",
     image_root: str | os.PathLike | None = None,
+    split: str | None = None,
     scenes: int = 10_000,
     store: Store | None = None,
     **options: Any,
@@ -44,8 +45,9 @@ def open_pairs(
 
     webdataset: .tar shards (see Shards) or a folder of them, `resampled` or not; csv: a .csv or .tsv file; folder:
     images with .txt files beside them; coco: an annotation .json; synthetic: `synthetic`, or `synthetic:eval`.
-    image_root: folder of the images of csv and coco. scenes: number of generated scenes. store: how shards at an
-    address of s3://, gs://, hf:// or https:// are read. options: those of Samples.
+    image_root: folder of the images of csv and coco. split: "train", "val" or "test" of Karpathy's .json. scenes:
+    number of generated scenes. store: how shards at an address of s3://, gs://, hf:// or https:// are read. options:
+    those of Samples.
 
     Raises ValueError or FileNotFoundError, one line, for any other location.
     """
@@ -62,6 +64,8 @@ def open_pairs(
         kind = _kind(os.fspath(location), path)
     if resampled and kind != "webdataset":
         raise ValueError(f"dataset_resampled: got True for {kind}, expected webdataset; only shards can be resampled")
+    if split is not None and kind != "coco":
+        raise ValueError(f"split: got {split!r} for {kind}, expected none; only Karpathy's .json files have splits")
     if kind == "webdataset":
         shards = sorted(path.glob("*.tar")) if path.is_dir() else location
         return Shards(shards, resampled=resampled, **options)
@@ -79,7 +83,7 @@ def open_pairs(
     if not path.is_file():
         raise FileNotFoundError(f"data: {os.fspath(location)!r} is not a file, expected a {kind} file")
     if kind == "coco":
-        return CocoPairs(path, root=image_root, **options)
+        return CocoPairs(path, root=image_root, split=split, **options)
     keys = {"image_key": csv_img_key, "caption_key": csv_caption_key}
     return CsvPairs(path, separator=csv_separator, root=image_root, **keys, **options)
 

@@ -10,11 +10,12 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from ..failures import sentence
 from ..flags import parse
 from ..processes import add_up, default_workers, place_in, shared_progress
+from ..resolution import images_of, join_images
 from ..segment.prompts import TEMPLATES, Texts, best_synonym, class_texts, templates
 from .classification_data import Labelled
 from .metrics import add_hits
@@ -41,15 +42,22 @@ def classification(
     # Each process takes whole batches: in a batch of another size an image's scores would differ by rounding.
     rank, world = place_in(group)
     batches = [part.tolist() for part in torch.arange(len(data)).split(batch_size)[rank::world]]
-    loader = DataLoader(cast(Dataset, data), batch_sampler=batches, num_workers=workers)
+    loader = DataLoader(cast(Dataset, data), batch_sampler=batches, num_workers=workers, collate_fn=_collate)
     with shared_progress(label, len(loader), "batch", group) as shown:
-        for images, labels in loader:
+        for batch in loader:
+            images = images_of(batch)
             for count, scorer in zip(counts, scorers, strict=True):
                 scores = torch.cat(list(scorer.blocks(images, texts.embeddings)))
-                count_hits(count, best_synonym(scores, texts.synonyms), labels)
+                count_hits(count, best_synonym(scores, texts.synonyms), batch["label"])
             shown.step()
     add_up(counts, group)
     return counts
+
+
+def _collate(samples: list[tuple[Tensor, int]]) -> dict[str, Any]:
+    named: list[dict[str, Any]] = [{"image": image, "label": label} for image, label in samples]
+    several = join_images(named)
+    return default_collate(named) | several
 
 
 def accuracies(counts: Tensor) -> dict[str, float | None]:

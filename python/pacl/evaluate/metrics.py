@@ -19,17 +19,19 @@ HALF = 0.5  # share of a patch that its class must cover
 RECALLS = (1, 5, 10)
 
 
-def class_scores(patches: Tensor, texts: Tensor) -> Tensor:
-    """Return the cosine of every patch [B, N, D] with every class text [K, D]: [B, K, h, w] on the square patch grid.
+def class_scores(patches: Tensor, texts: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+    """Return the cosine of every patch [B, N, D] with every class text [K, D]: [B, K, h, w] on the patch grid.
+
+    grid: h and w, by default those of a square.
 
     The cosines are raw, because only they compare between classes: a softmax over patches is normalised per text.
     Raises ValueError if N is not a square number.
     """
     side = round(patches.shape[1] ** 0.5)
-    if side * side != patches.shape[1]:
+    if grid is None and side * side != patches.shape[1]:
         raise ValueError(f"patches: got {patches.shape[1]} patches, expected a square number")
     scores = F.normalize(texts, dim=-1) @ F.normalize(patches, dim=-1).transpose(1, 2)
-    return scores.unflatten(2, (side, side))
+    return scores.unflatten(2, grid or (side, side))
 
 
 def label_map(scores: Tensor, size: tuple[int, int]) -> Tensor:

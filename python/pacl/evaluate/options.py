@@ -27,6 +27,13 @@ class TaskOptions:
     """Name of the open_clip model; ignored with --checkpoint."""
     pretrained: str | None = None
     """Weights of the open_clip model, a tag or a file; required for open_clip's own model names."""
+    tokens: str | None = None
+    """Reading of the patch tokens: plain, value, maskclip, sclip, clearclip, naclip, kk, rcs, gem or proxy.
+    Default: the one that the checkpoint was trained on, plain without a checkpoint."""
+    proxy: str | None = None
+    """Second tower of proxy tokens, a timm model. Default: vit_base_patch16_224.dino."""
+    text_model: Path | None = None
+    """Folder of a text encoder of transformers or sentence-transformers, made for the images of --model."""
     out: Path = Path("results")
     """Folder for JSON files and plots."""
     device: str = "auto"
@@ -38,7 +45,9 @@ class TaskOptions:
 
     def load(self) -> tuple[Towers, nn.Module | None]:
         """Load the model's towers and its embedder, which is None without a checkpoint."""
-        return load_model(self.checkpoint, self.model, self.pretrained, choose_device(self.device))
+        names = (self.checkpoint, self.model, self.pretrained)
+        device = choose_device(self.device)
+        return load_model(*names, device, self.tokens, self.proxy, text_model=self.text_model)
 
     def write(self, task: str, dataset: str, rules: dict[str, Any], metrics: dict, towers: Towers, **more: Any) -> Path:
         """Write a row like CLIP_benchmark's, with the rules that make its numbers comparable, and print its numbers.

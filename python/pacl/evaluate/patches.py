@@ -15,6 +15,7 @@ from ..processes import place_in, shared_progress
 from ..segment.predict import Dense, Segmenter
 from .metrics import patch_truth
 from .options import DatasetOptions
+from .own_data import segmentation_data
 from .segmentation_data import SegmentationData
 from .specs import IGNORED
 
@@ -29,8 +30,8 @@ class PatchOptions(DatasetOptions):
     """Resize images so that their shorter side has this many pixels, by default the tower's size."""
 
     def read(self) -> SegmentationData:
-        """Open the dataset; raises the errors of SegmentationData."""
-        return SegmentationData(self.dataset, **self.reading)
+        """Open the dataset; raises its errors."""
+        return segmentation_data(self.dataset, **self.reading)
 
     def describe(self, data: SegmentationData) -> dict[str, Any]:
         """Return the entries of a result that describe the dataset."""

@@ -17,7 +17,7 @@ from ..flags import parse
 from ..formats import printable
 from ..settings import read_settings
 from ..towers import Towers
-from .specs import datasets, fingerprint, spec
+from .specs import OWN, datasets, fingerprint, spec
 
 SEGMENTATION = "zeroshot_segmentation"
 
@@ -45,6 +45,7 @@ class Row(_Row, total=False):
     """A result of any task, as far as tables show it."""
 
     images: int
+    tokens: str
     warnings: list[str]
 
 
@@ -68,6 +69,7 @@ class SegmentationRow(TypedDict):
 def names_of(towers: Towers, checkpoint: str | None) -> dict[str, Any]:
     """Return a row's names of the model: without local folders; a run's `embedder` gets the name of the run."""
     model, pretrained, vision = (towers.names[name] for name in ("model", "pretrained", "vision_model"))
+    text = towers.names.get("text_model")
     if model.startswith("local-dir:"):
         model = Path(model).name
     if pretrained and Path(pretrained).is_file():
@@ -76,7 +78,8 @@ def names_of(towers: Towers, checkpoint: str | None) -> dict[str, Any]:
         folder = Path(checkpoint).resolve()
         checkpoint = folder.parent.name if folder.name == "embedder" else folder.name
     model += f" with {vision}" if vision else ""
-    return {"model": model, "pretrained": pretrained, "embedder": checkpoint}
+    model += f" with {Path(text).name}" if text else ""
+    return {"model": model, "pretrained": pretrained, "tokens": towers.reading, "embedder": checkpoint}
 
 
 def write_row(folder: Path, row: dict[str, Any]) -> Path:
@@ -94,7 +97,8 @@ def read_result(path: Path) -> dict[str, Any]:
         row = checked(read_settings(path), Row, path)
         if row["task"] == SEGMENTATION:
             checked(row, SegmentationRow, path)
-            spec(row["dataset"])
+            if not _is_own(row):
+                spec(row["dataset"])
         else:
             checked(row["metrics"], dict[str, float | None], path, "metrics")
     except ValueError as error:
@@ -153,8 +157,11 @@ def _grouped(
 
 
 def _table(group: list[tuple[str, dict[str, Any]]]) -> Table:
-    present = [name for name in datasets() if any(row["dataset"] == name for _, row in group)]
-    lines = [["mIoU", *(spec(name).column for name in present), "Avg"]]
+    found = dict.fromkeys(row["dataset"] for _, row in group)
+    own = dict.fromkeys(row["dataset"] for _, row in group if _is_own(row))
+    present = [*(name for name in datasets() if name in found), *own]
+    columns = [name.partition(":")[2] if name in own else spec(name).column for name in present]
+    lines = [["mIoU", *columns, "Avg"]]
     for model in dict.fromkeys(model for model, _ in group):
         cells: list[str] = []
         values: list[Any] = []
@@ -182,15 +189,23 @@ def _metric_table(group: list[tuple[str, dict[str, Any]]]) -> Table:
 
 
 def model_of(row: dict[str, Any]) -> tuple[str, ...]:
-    """Return the parts of a row's model name, as tables show them."""
-    return tuple(row[key] for key in ("model", "pretrained", "embedder") if row[key])
+    """Return the parts of a row's model name, as tables show them: with its reading, if that is not the plain one."""
+    parts = row["model"], row["pretrained"], row.get("tokens", "plain"), row["embedder"]
+    return tuple(part for part in parts if part and part != "plain")
 
 
 def _cell(row: dict[str, Any]) -> str:
-    official = spec(row["dataset"])
-    marks = "*" if row["images"] not in official.count else ""
-    marks += "#" if row["classes"]["sha256"] != fingerprint(official.synonyms) else ""
+    if _is_own(row):  # its class file is its own, and never another than the official one
+        marks = "*" if row["images"] != row.get("images_of_the_set") else ""
+    else:
+        official = spec(row["dataset"])
+        marks = "*" if row["images"] not in official.count else ""
+        marks += "#" if row["classes"]["sha256"] != fingerprint(official.synonyms) else ""
     return number(row["metrics"]["mIoU"]) + marks + ("!" if row["warnings"] else "")
+
+
+def _is_own(row: dict[str, Any]) -> bool:
+    return row["dataset"].startswith(f"{OWN}:")
 
 
 def number(value: float | None) -> str:

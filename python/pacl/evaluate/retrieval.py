@@ -18,6 +18,7 @@ from ..data.flags import PairFlags
 from ..data.samples import LEAST_SEEN, BadData, Samples, loader, no_image
 from ..flags import parse
 from ..processes import default_workers, gather_rows, place_in, shared_progress
+from ..resolution import images_of
 from .metrics import RECALLS, Retrieval
 from .options import TaskOptions
 from .scorer import Scorer
@@ -96,7 +97,7 @@ def retrieval(
             if found != gallery.captions[text : text + len(found)]:
                 raise ValueError("data: its samples changed while they were read")
             text += len(found)
-            for phi in scorer.blocks(batch["image"], texts):
+            for phi in scorer.blocks(images_of(batch), texts):
                 result.update(phi, at)
                 at += len(phi)
             for _ in batch["key"]:
@@ -157,7 +158,8 @@ def main(argv: Sequence[str], prog: str = "pacl evaluate retrieval") -> int:
         rules = scorer.rules | {"name": f"retrieval {scorer.rules['name']}"}
         counts = {"images": gallery.images, "texts": len(gallery.captions), "skipped": skipped}
         if data.rank == 0:
-            options.write("zeroshot_retrieval", Path(options.data).stem, rules, metrics, towers, **counts)
+            name = "_".join(filter(None, (Path(options.data).stem, options.split)))
+            options.write("zeroshot_retrieval", name, rules, metrics, towers, **counts)
     if data.rank == 0:
         if skipped:
             print(f"left out: {', '.join(f'{reason} {count:,}' for reason, count in skipped.items())}")

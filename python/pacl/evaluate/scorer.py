@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from pacl_kernels import compatibility
 
 from ..embedder import DEFAULT_ATTN_TEMPERATURE, DEFAULT_FORM
+from ..resolution import moved, split_patches
 from ..segment.predict import own_projection
 from ..towers import Towers
 
@@ -45,9 +46,12 @@ class Scorer:
         self.rules["attn_temperature"] = config.get("attn_temperature", DEFAULT_ATTN_TEMPERATURE)
 
     @torch.no_grad()
-    def blocks(self, images: Tensor, texts: Tensor) -> Iterator[Tensor]:
-        """Yield scores [b, K] of normalised images [B, 3, H, W] with texts [K, D], in order, at most SCORES at once."""
-        images = images.to(self.device)
+    def blocks(self, images: Tensor | list[Tensor], texts: Tensor) -> Iterator[Tensor]:
+        """Yield scores [b, K] of normalised images [B, 3, H, W] with texts [K, D], in order, at most SCORES at once.
+
+        images: a list of [3, H, W] for towers with max_patches.
+        """
+        images = moved(images, self.device)
         size = max(1, SCORES // max(1, len(texts)))
         if self.embed is None:
             found = self.towers.visual(images)
@@ -56,5 +60,6 @@ class Scorer:
                 yield part @ texts.T
             return
         form, temperature = self.rules["form"], self.rules["attn_temperature"]
-        for part in self.embed(self.towers.tokens(images)).float().split(size):
-            yield compatibility(part, texts, attn_temperature=temperature, form=form)
+        tokens, lengths = self.towers.packed(images)
+        for part, counts in split_patches(self.embed(tokens).float(), lengths, size):
+            yield compatibility(part, texts, patch_lengths=counts, attn_temperature=temperature, form=form)

@@ -10,6 +10,7 @@ import numpy as np
 from ..files import write_bytes
 from ..progress import Progress
 from ..segment.draw import png
+from .own_data import OwnData, segmentation_data
 from .segmentation_data import SegmentationData
 from .segmentation_pictures import label_picture
 from .specs import IGNORED, UNKNOWN
@@ -52,7 +53,7 @@ def check_segmentation(
     Raises FileNotFoundError if no image has a mask, and ValueError for an unknown dataset. Every other problem becomes
     a line of the result's `problems`.
     """
-    data = SegmentationData(name, root, class_file=class_file, partial=True)
+    data = segmentation_data(name, root, class_file=class_file, partial=True)
     spec, table = data.spec, data.masks.table
     found = Check(
         spec.title, data.layout, len(data), spec.count[0], data.classes, np.zeros(len(data.classes), np.int64)
@@ -107,7 +108,7 @@ def _label_problems(data: SegmentationData, found: Check) -> list[str]:
             hint = ": labels are probably one too low, as if label 0 had already been removed"
         return [f"values {', '.join(map(str, unknown[:8]))} are not labels of {data.layout}{hint}"]
     absent = [name for name, n in zip(found.classes, found.pixels, strict=True) if n == 0]
-    if not absent or found.images not in data.spec.count:
-        return []  # a subset of the images may well lack a class
     low = ": labels are probably one too low" if absent == found.classes[-1:] else ""
+    if not absent or found.images not in data.spec.count or isinstance(data, OwnData) and not low:
+        return []  # a subset of the images, or a dataset of your own, may well lack a class
     return [f"{len(absent)} of {len(found.classes)} classes never occur, first {absent[0]!r}{low}"]

@@ -23,6 +23,7 @@ from ..segment.prompts import read_classes
 from ..settings import read_settings
 
 HERE = Path(__file__).parent
+OWN = "folder"  # a dataset of the user's own; its results have the name folder:NAME
 IGNORED, UNKNOWN = -1, -2  # entries of a label table: a pixel that does not count, and a value that no mask may hold
 
 
@@ -125,7 +126,7 @@ def spec(name: str) -> Spec:
     if name not in known:
         close = difflib.get_close_matches(name, known, 1, cutoff=0.4)
         hint = f"; did you mean {close[0]}?" if close else ""
-        raise ValueError(f"dataset: got {name!r}, expected one of {', '.join(known)}{hint}")
+        raise ValueError(f"dataset: got {name!r}, expected one of {', '.join(known)}, or {OWN}{hint}")
     entry = dict(known[name])
     if "foreground_of" in entry:
         # Drop the background class: ignore its pixels and move the labels down by one.

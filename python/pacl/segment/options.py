@@ -9,6 +9,7 @@ from typing import Annotated
 import tyro
 
 from ..data.images import MAX_IMAGE_PIXELS
+from ..flags import Tokens
 from .draw import SCALE
 
 MODEL = tyro.conf.create_mutex_group(required=True, title="model")
@@ -47,6 +48,13 @@ class SegmenterOptions:
     """Name of an open_clip model, for plain CLIP instead of a checkpoint."""
     pretrained: str | None = None
     """Weights of the open_clip model: a tag or a file."""
+    tokens: Tokens | None = None
+    """Reading of the patch tokens. Default: the one that the checkpoint was trained on; without a checkpoint the one
+    with the best published maps."""
+    proxy: str | None = None
+    """Second tower of proxy tokens, a timm model. Default: vit_base_patch16_224.dino."""
+    text_model: Path | None = None
+    """Folder of a text encoder of transformers or sentence-transformers, made for the images of --model."""
     templates: str = "simple"
     """Prompt templates for the words: none, photo, simple, openai, or a file with one per line."""
     stride: int = 1

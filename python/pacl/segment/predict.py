@@ -19,8 +19,10 @@ from torchvision.transforms.functional import pil_to_tensor
 from pacl_kernels import upsample_argmax
 
 from ..data.images import to_rgb
+from ..dense import dense_tokens, patch_size, token_step
+from ..readings import normalisation, pools_by_attention
+from ..resolution import find_fit
 from ..towers import Towers
-from .dense import dense_tokens, patch_size, token_step
 from .prompts import TEMPLATES, Texts, best_synonym, class_texts
 
 LONG_SIDE = 2048  # largest side of the resized image, as in mmsegmentation's usual Resize((2048, short_side))
@@ -144,8 +146,8 @@ class Segmenter:
             then work on single patches.
         stride: tokens per patch along each side, a divisor of the patch; 4 with patches of 16 pixels is the paper's
             stride of 4.
-        short_side: pixels of the resized image's shorter side (default: the tower's); sides are rounded to whole
-            patches, the longer one to at most 2,048.
+        short_side: pixels of the resized image's shorter side (default: the tower's, or for towers with `max_patches`
+            at most so many patches of the image); sides are rounded to whole patches, the longer one to at most 2,048.
         window: side in pixels of the squares that the tower sees, clipped to the image, a multiple of the patch
             (default: the whole image).
         window_stride: pixels between the windows, a multiple of the token step (default: half a window); the last of a
@@ -168,6 +170,7 @@ class Segmenter:
         self.towers, self.embed = towers, embedder or own_projection(towers.visual)
         self.patch, self.step = patch_size(towers.visual), token_step(towers.visual, stride)
         self.stride = stride
+        self.fit = None if short_side else find_fit(towers.transform)
         self.short_side = short_side or min(towers.transform(Image.new("RGB", (64, 64))).shape[1:])
         if window_stride is not None and window is None:
             raise ValueError(f"window_stride: got {window_stride} without a window, expected a window with it")
@@ -187,12 +190,7 @@ class Segmenter:
             raise ValueError(
                 f"window_stride: got {window_stride}, expected at most {most}, so that windows cover every token"
             )
-        normalise = next((x for x in _steps(towers.transform) if isinstance(x, transforms.Normalize)), None)
-        if normalise is None:
-            raise ValueError(
-                "towers: got a transform without Normalize, expected one with the mean and deviation of images"
-            )
-        self.normalise = normalise
+        self.normalise = transforms.Normalize(*normalisation(towers.transform))
 
     @torch.no_grad()
     def dense(self, image: Image.Image) -> Dense:
@@ -207,7 +205,7 @@ class Segmenter:
         for start in range(0, len(corners), WINDOWS):
             part = corners[start : start + WINDOWS]
             crops = torch.stack([picture[:, y : y + window[0], x : x + window[1]] for y, x in part])
-            tokens = dense_tokens(self.towers.visual, crops, self.stride)
+            tokens = dense_tokens(self.towers.visual, crops, self.stride, self.towers.reader)
             embedded = F.normalize(self.embed(tokens).float(), dim=-1)
             if total is None:
                 total = embedded.new_zeros(*grid, embedded.shape[3])
@@ -246,6 +244,8 @@ class Segmenter:
         """Return the image normalised, [3, H, W] on the tower's device; each side is at least one whole patch."""
         scale = min(self.short_side / min(image.size), LONG_SIDE / max(image.size))
         width, height = (max(self.patch, round(x * scale / self.patch) * self.patch) for x in image.size)
+        if self.fit is not None:
+            height, width = self.fit.size(image)
         picture = to_rgb(image).resize((width, height), Image.Resampling.BICUBIC)
         weight = next(self.towers.visual.parameters())
         return self.normalise(pil_to_tensor(picture).float() / 255).to(weight.device, weight.dtype)
@@ -279,17 +279,32 @@ def similarity_map(
 def own_projection(visual: nn.Module) -> nn.Module:
     """Return an open_clip tower's projection as a module for single tokens.
 
-    Raises ValueError if the tower pools by more than a mean or one token.
+    A head that pools by attention with a latent query (SigLIP, PE) is applied to each token alone, where its attention
+    has one key and is 1. Raises ValueError if the tower pools in another way than this, a mean or one token.
     """
-    if isinstance(visual, VisionTransformer) and visual.proj is not None:
+    if isinstance(visual, VisionTransformer) and visual.proj is not None and visual.attn_pool is None:
         return _Projection(visual.proj)
     if isinstance(visual, TimmModel) and getattr(visual.trunk, "attn_pool", None) is None:
         if "pool" not in dict(visual.head.named_children()):
             return visual.head if len(visual.head) else visual.trunk.get_classifier()
+    if pools_by_attention(visual) and isinstance(visual.get_submodule("trunk.fc_norm"), nn.Identity):
+        return _PooledAlone(visual)
     raise ValueError(
         f"embedder: got none, and {type(visual).__name__} has no projection of single patches; "
         "expected the embedder of a checkpoint"
     )
+
+
+class _PooledAlone(nn.Module):
+    """The head of a tower that pools by attention, for each token alone."""
+
+    def __init__(self, visual: Any):
+        super().__init__()
+        self.pool, self.classify, self.project = visual.trunk.attn_pool, visual.trunk.get_classifier(), visual.head
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        rows = self.project(self.classify(self.pool(tokens.flatten(0, -2)[:, None])))
+        return rows.unflatten(0, tokens.shape[:-1])
 
 
 class _Projection(nn.Module):
@@ -299,10 +314,6 @@ class _Projection(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         return tokens @ self.weight
-
-
-def _steps(transform: Any) -> list[Any]:
-    return list(getattr(transform, "transforms", []))
 
 
 def _argmax(scores: Tensor, size: tuple[int, int], logit_scale: float | None) -> tuple[Tensor, ...]:

@@ -12,12 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image
 
 from ..commands import LEFT_OUT, next_command
 from ..files import write_bytes
 from ..formats import printable
-from ..processes import choose_device
+from ..processes import from_first, gather_objects, patient_group, place_in, process_device
+from ..readings import best_reading
 from ..sharing import load_model
 from .draw import label_image, overlay, png, voc_palette, with_legend, word_colours
 from .images import READ, find_images, read_image, why_left_out
@@ -29,43 +31,79 @@ WINDOWS = ("short_side", "window", "window_stride")  # options of a Segmenter be
 
 
 def make_segmenter(options: SegmenterOptions, **windows: int | None) -> Segmenter:
-    """Make the segmenter of a checkpoint or of plain CLIP; raises ValueError for an open_clip model without weights."""
+    """Make the segmenter of a checkpoint, or of a model alone, whose best reading it chooses and prints by default.
+
+    Raises ValueError for an open_clip model without weights, and for a reading that does not fit.
+    """
     names = (options.checkpoint, options.model or "", options.pretrained)  # a checkpoint names its own model
-    towers, embedder = load_model(*names, choose_device(options.device))
+    chosen = options.tokens, options.proxy
+    towers, embedder = load_model(*names, process_device(options.device), *chosen, text_model=options.text_model)
+    if embedder is None and chosen == (None, None):
+        tokens, reason = best_reading(towers.visual)
+        towers = towers.read(tokens)
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            print(f"tokens: {tokens} ({reason}); --tokens takes another reading", flush=True)
     return Segmenter(towers, embedder, stride=options.stride, **windows)
 
 
 def run(options: LookOptions | SegmentOptions) -> int:
     """Look at or segment the images; return 0, or LEFT_OUT if some of them could not be used.
 
-    Raises ValueError or OSError for wrong options, if no image could be used, and for a folder that cannot be written.
+    The processes that torchrun started share the images, and all return the same. Raises ValueError or OSError for
+    wrong options, if no image could be used, and for a folder that cannot be written.
     """
+    mine = not dist.is_initialized()  # leave a caller's group as it is
+    group = patient_group()
+    try:
+        return _run(options, group)
+    finally:
+        if mine and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _run(options: LookOptions | SegmentOptions, group: dist.ProcessGroup | None) -> int:
     rule = {"threshold": options.threshold, "entropy": options.entropy, "logit_scale": options.logit_scale}
     words = (
         (options.words or "").split(",") if options.classes is None else map(", ".join, read_classes(options.classes))
     )
     sentences = templates(options.templates)
-    paths = find_images(options.images, without=options.out)
+    paths = from_first(lambda: find_images(options.images, without=options.out), group)
     segmenter = make_segmenter(options, **{name: getattr(options, name) for name in WINDOWS})
     texts = segmenter.texts(list(words), sentences)
+    extremes: list[float] = []
     if isinstance(options, LookOptions):
-        extremes: list[float] = []
-        written = _write(options, segmenter, paths, _look(options, segmenter, texts, rule, extremes))
-        if advice := _scale_advice(min(extremes), max(extremes), options.scale):
-            print(advice)
+        show = _look(options, segmenter, texts, rule, extremes)
     else:
-        written = _write(options, segmenter, paths, _segment(options, segmenter, texts, rule))
-    print(_next(options), flush=True)
+        show = _segment(options, segmenter, texts, rule)
+    rank, world = place_in(group)
+    named = list(zip(paths, _stems(paths, options.images), strict=True))[rank::world]
+    counts = gather_objects(_write(options, segmenter, named, show), group)
+    extremes = sum(gather_objects(extremes, group), [])
+    written = sum(counts)
+
+    def report() -> None:
+        if not written:
+            raise ValueError(f"images: got {len(paths)} that cannot be used, expected {READ} files")
+        skipped = len(paths) - written
+        print(f"{written} image(s) in {options.out}" + (f", {skipped} skipped" if skipped else ""), flush=True)
+        if isinstance(options, LookOptions) and (advice := _scale_advice(min(extremes), max(extremes), options.scale)):
+            print(advice)
+        print(_next(options), flush=True)
+
+    from_first(report, group)
     return 0 if written == len(paths) else LEFT_OUT
 
 
-def _write(options: LookOptions | SegmentOptions, segmenter: Segmenter, paths: list[Path], show: Callable) -> int:
+def _write(
+    options: LookOptions | SegmentOptions, segmenter: Segmenter, named: list[tuple[Path, str]], show: Callable
+) -> int:
     """Write the files that `show` yields for each image, and return the number of images written.
 
-    A bad image is named and left out; a full disk ends the run. Raises ValueError if all images are bad.
+    named: the images, each with the start of its output names. A bad image is named and left out; a full disk ends the
+    run.
     """
     written = 0
-    for path, stem in zip(paths, _stems(paths, options.images), strict=True):
+    for path, stem in named:
         try:
             image = read_image(path, options.max_image_pixels)
             files = dict(show(path, image, segmenter.dense(image)))
@@ -77,10 +115,6 @@ def _write(options: LookOptions | SegmentOptions, segmenter: Segmenter, paths: l
         for name, data in files.items():
             write_bytes(options.out / f"{stem}-{name}", data)
         written += 1
-    if not written:
-        raise ValueError(f"images: got {len(paths)} that cannot be used, expected {READ} files")
-    skipped = len(paths) - written
-    print(f"{written} image(s) in {options.out}" + (f", {skipped} skipped" if skipped else ""), flush=True)
     return written
 
 
@@ -148,7 +182,8 @@ def _segment(options: SegmentOptions, segmenter: Segmenter, texts: Texts, rule: 
     palette = word_colours if options.words else voc_palette
     has_background, names, colours = _labels(texts, rule, palette)
     settings = {name: getattr(segmenter, name) for name in ("stride", *WINDOWS)}
-    settings |= {"templates": options.templates, "model": options.checkpoint or options.model, **rule}
+    settings |= {"templates": options.templates, "model": options.checkpoint or options.model}
+    settings |= {"tokens": segmenter.towers.reading, **rule}
 
     def show(path: Path, image: Image.Image, dense: Dense) -> Iterator[tuple[str, bytes]]:
         labels = dense.labels(texts, **rule).labels

@@ -19,7 +19,8 @@ LOADING = {  # the Python lines that load each model
     "PACL": "from pacl import load_pacl\nsegmenter = Segmenter(*load_pacl({checkpoint!r}), stride={stride})",
     "CLIP of PACL": "from pacl import load_pacl\ntowers, _ = load_pacl({checkpoint!r})\n"
     "segmenter = Segmenter(towers, stride={stride})",
-    "CLIP": "from pacl import load_towers\ntowers = load_towers({model!r}, {pretrained!r})\n"
+    "CLIP": "from pacl import load_towers\n"
+    "towers = load_towers({model!r}, {pretrained!r}, tokens={tokens!r}{proxy}{text})\n"
     "segmenter = Segmenter(towers, stride={stride})",
 }
 
@@ -48,6 +49,9 @@ def serve(options: ServeOptions) -> int:
 def make_viewer(options: ServeOptions) -> Viewer:
     """Make the viewer of a checkpoint and of its CLIP, if that projects single patches; or of plain CLIP alone."""
     first, values = make_segmenter(options), dataclasses.asdict(options)
+    values["tokens"] = first.towers.reader.name
+    values["proxy"] = f", proxy={options.proxy!r}" if options.proxy else ""
+    values["text"] = f", text_model={str(options.text_model)!r}" if options.text_model else ""
     rest = {name: values[name] for name in ("templates", "max_image_pixels")}
     rest["name"] = options.checkpoint or " ".join(filter(None, (options.model, options.pretrained)))
     if not options.checkpoint:

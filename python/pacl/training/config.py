@@ -7,7 +7,7 @@ import importlib.util
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import yaml
 
@@ -16,14 +16,15 @@ from pacl_kernels.checks import FORMS, LOSSES
 from ..annotations import checked
 from ..data.flags import TrainingDataFlags
 from ..embedder import DEFAULT_ATTN_TEMPERATURE, DEFAULT_FORM
+from ..flags import Tokens
 from ..formats import printable
 from ..processes import default_workers
 from ..settings import Damaged, read_settings
 
 POSITIVE = (
     "batch_size accum_freq epochs max_steps train_num_samples lr eps attn_temperature logit_scale max_logit_scale "
-    "grad_clip_norm tower_lr force_image_size save_frequency keep_checkpoints log_every_n_steps max_image_pixels "
-    "captions_per_image val_frequency dist_timeout"
+    "grad_clip_norm tower_lr force_image_size max_patches save_frequency keep_checkpoints log_every_n_steps "
+    "max_image_pixels captions_per_image val_frequency dist_timeout"
 ).split()
 NUMBER = re.compile(r"[-+]?\d{1,40}[eE][-+]?\d{1,4}")
 NOTES = ("deviations", "left_open", "resumed")  # in config.yaml, for people: see recipe.py
@@ -64,10 +65,19 @@ class TowerFlags:
     """Name of a timm model, such as vit_base_patch16_224.dino, that replaces the vision tower of --model."""
     vision_pretrained: bool = True
     """Load timm's weights of --vision-model."""
+    text_model: str | None = None
+    """Folder of a text encoder of transformers or sentence-transformers that replaces the text tower of --model."""
     random_towers: bool = False
     """Use frozen towers without weights, and keep them beside the embedder."""
     force_image_size: int | None = None
     """Side of the images in pixels. Default: the vision tower's own."""
+    max_patches: int | None = None
+    """Most patches of an image, which then keeps its aspect ratio, for a vision tower that takes any resolution
+    (timm's naflexvit_...). Default: images of one size."""
+    tokens: Tokens = "plain"
+    """Reading of the patch tokens that the embedder is trained on; any but plain needs a locked vision tower."""
+    proxy: str | None = None
+    """Second tower of proxy tokens, a timm model. Default: vit_base_patch16_224.dino."""
     lock_image: bool = True
     """Freeze the vision tower; --no-lock-image trains all of it."""
     lock_image_unlocked_groups: int = 0
@@ -224,6 +234,7 @@ class TrainConfig(LogFlags, ValidationFlags, MachineFlags, LossFlags, ScheduleFl
             "duplicates": ("positive", "ignore", "negative"),
             "nouns": (None, "words", "nltk"),
             "recipe": (None, "paper"),
+            "tokens": get_args(Tokens),
         }
         for name, values in choices.items():
             if getattr(self, name) not in values:
@@ -252,7 +263,10 @@ class TrainConfig(LogFlags, ValidationFlags, MachineFlags, LossFlags, ScheduleFl
         """Return the names of the towers and of their weights, for the plan."""
         weights = self.pretrained or ("from a folder" if ":" in self.model else "RANDOM, no --pretrained")
         vision = "" if self.vision_pretrained else " (RANDOM)"
-        return f"{self.model} ({weights})" + (f" with {self.vision_model}{vision}" if self.vision_model else "")
+        others = [f"{self.vision_model}{vision}"] if self.vision_model else []
+        others += [self.text_model] if self.text_model else []
+        tokens = "" if self.tokens == "plain" else f", {self.tokens} tokens"
+        return " with ".join([f"{self.model} ({weights})"] * (len(others) < 2) + others) + tokens
 
     @property
     def locked(self) -> list[str]:

@@ -22,10 +22,11 @@ from .config import TrainConfig
 
 # A resumed run must have the same values. All other flags may change, and a change is recorded.
 FIXED = (
-    "lock_image lock_image_unlocked_groups lock_text seed form loss attn_temperature learn_attn_temperature "
+    "tokens lock_image lock_image_unlocked_groups lock_text seed form loss attn_temperature learn_attn_temperature "
     "logit_scale learn_logit_scale captions_per_image duplicates nouns recipe dataset_resampled shuffle"
 ).split()
-NAMES = "model pretrained vision_model vision_pretrained force_image_size".split()
+NAMES = "model pretrained vision_model vision_pretrained text_model force_image_size max_patches proxy".split()
+COMPARED = ("tokens", "activation", "image_size", "max_patches", "fingerprint")  # of towers
 NOT_RECORDED = ("log_dir", "name", "resume", "dry_run")
 SAMPLED = 1000  # pairs whose keys and captions identify a data set that is not in shards
 
@@ -44,7 +45,7 @@ def describe_run(
         "precision": precision,
         "workers": workers,
         # Without names, which the flags have, and without paths, so that a run is the same in any folder.
-        "towers": {name: x for name, x in towers.items() if name in ("activation", "image_size", "fingerprint")},
+        "towers": {name: x for name, x in towers.items() if name in COMPARED},
         "data": data,
     }
 
@@ -86,7 +87,8 @@ def differences(stored: dict[str, Any], mine: dict[str, Any], towers: Towers) ->
     before, now = _flags(stored), mine["flags"]
     found = [_was(name, before.get(name), now[name]) for name in FIXED if before.get(name) != now[name]]
     named = [name for name in NAMES if before.get(name) != now[name]]
-    others = [name for name in named if not any(map(_is_local, (before.get(name), now[name])))]
+    local = {name for name in named if name == "text_model" or any(map(_is_local, (before.get(name), now[name])))}
+    others = [name for name in named if name not in local]
     found += [_was(name, before.get(name), now[name]) for name in others]
     if not others:  # the fingerprint decides about local files, which may have moved
         what = ", ".join(_was(name, before.get(name), now[name]) for name in named) or f"--model is {now['model']}"

@@ -8,6 +8,7 @@ import importlib
 import itertools
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..files import write_bytes
+from ..files import named_if_full, write_bytes
 from .config import TrainConfig, reporters
 
 PAIRS = 1024  # pairs of a batch that pair_statistics reads
@@ -54,6 +55,8 @@ class Log:
         """Keep the run's files open, to continue from `step`."""
         if self.rank == 0:
             self.config.folder.mkdir(parents=True, exist_ok=True)
+            for name in ("metrics.jsonl", "results.jsonl"):
+                _end_line(self.config.folder / name)
             self.file = open(self.config.folder / "metrics.jsonl", "a")
             self.boards = [_board(name, self.config, step) for name in reporters(self.config.report_to)]
         try:
@@ -62,7 +65,8 @@ class Log:
             for board in self.boards:
                 board.finish()
             if self.file is not None:
-                self.file.close()
+                with named_if_full(self.file.name):  # closing writes what could not be written before
+                    self.file.close()
 
     def step(
         self,
@@ -87,9 +91,9 @@ class Log:
         if values is not None:
             self.steps, self.waited, self.seconds = 0, 0.0, 0.0
 
-    def watch(self, patches: Tensor, texts: Tensor, temperature: Tensor | float) -> None:
+    def watch(self, patches: Tensor, texts: Tensor, temperature: Tensor | float, lengths: Tensor | None = None) -> None:
         """Keep the statistics of a step's pairs for its line in the log."""
-        self.statistics = pair_statistics(patches, texts, temperature, self.config.form)
+        self.statistics = pair_statistics(patches, texts, temperature, self.config.form, lengths)
 
     def validated(self, step: int, values: dict[str, float]) -> dict[str, float | None]:
         """Print the results of a validation and append them to results.jsonl, by open_clip's names; return the line."""
@@ -98,7 +102,8 @@ class Log:
         if self.rank != 0:
             return row
         say(f"Eval Epoch: {epoch} Step: {step} " + "\t".join(f"{k}: {v:.4f}" for k, v in values.items()), self.config)
-        with open(self.config.folder / "results.jsonl", "a") as file:
+        path = self.config.folder / "results.jsonl"
+        with named_if_full(path), open(path, "a") as file:
             file.write(json.dumps(row) + "\n")
         self._report(step, {f"val/{name}": value for name, value in values.items()})
         return row
@@ -155,8 +160,9 @@ class Log:
             "train/skipped": now["skipped"],
         }
         assert self.file is not None  # lines are written inside `opened`
-        self.file.write(json.dumps({"step": step, **values}) + "\n")
-        self.file.flush()
+        with named_if_full(self.file.name):
+            self.file.write(json.dumps({"step": step, **values}) + "\n")
+            self.file.flush()
         self._report(step, values)
 
     def _report(self, step: int, values: dict[str, float]) -> None:
@@ -165,12 +171,18 @@ class Log:
 
 
 @torch.no_grad()
-def pair_statistics(patches: Tensor, texts: Tensor, temperature: float | Tensor, form: str) -> dict[str, Tensor]:
+def pair_statistics(
+    patches: Tensor, texts: Tensor, temperature: float | Tensor, form: str, lengths: Tensor | None = None
+) -> dict[str, Tensor]:
     """Return statistics of patches [B, N, D] against their own texts [B, D], over the first 1,024 pairs, 0-D float32.
+
+    With lengths, int64 [B] on the CPU, patches are packed, [sum of N, D], and images of one patch have no entropy.
 
     similarity: mean of the cosines s. similarity_p99: their 99th percentile. attention_entropy: entropy of the softmax
     over patches as a share of log N, mean over images; absent for form "max", which has no softmax.
     """
+    if lengths is not None:
+        return _packed_statistics(patches, texts[:PAIRS], temperature, form, lengths[:PAIRS].to(patches.device))
     patches, texts = patches[:PAIRS], texts[:PAIRS]
     norms = torch.linalg.vector_norm(patches, dim=-1, dtype=torch.float32)
     s = torch.bmm(patches, F.normalize(texts, dim=-1)[..., None])[..., 0].float() / norms.clamp_min(1e-12)
@@ -181,13 +193,41 @@ def pair_statistics(patches: Tensor, texts: Tensor, temperature: float | Tensor,
     return found
 
 
+def _packed_statistics(
+    patches: Tensor, texts: Tensor, temperature: float | Tensor, form: str, lengths: Tensor
+) -> dict[str, Tensor]:
+    """Return pair_statistics of packed patches, whose first rows are those of the images of `lengths`."""
+    owners = torch.arange(len(lengths), device=patches.device).repeat_interleave(lengths)
+    rows = patches[: len(owners)]
+    norms = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float32)
+    s = (rows * F.normalize(texts, dim=-1)[owners]).sum(-1, dtype=torch.float32) / norms.clamp_min(1e-12)
+    found = {"similarity": s.mean(), "similarity_p99": s.kthvalue(math.ceil(0.99 * len(s))).values}
+    if form != "max" and (several := lengths > 1).any():
+        starts = lengths.cumsum(0) - lengths
+        padded = s.new_full((len(lengths), int(lengths.max())), -torch.inf)
+        padded[owners, torch.arange(len(s), device=s.device) - starts[owners]] = s / temperature
+        entropies = torch.special.entr(padded[several].softmax(1)).sum(1)
+        found["attention_entropy"] = (entropies / lengths[several].log()).mean()
+    return found
+
+
 def say(text: str, config: TrainConfig | None = None) -> None:
     """Print a line; with `config`, also append it to out.log in the folder of the run."""
     print(text, flush=True)
     if config is not None:
         config.folder.mkdir(parents=True, exist_ok=True)
-        with open(config.folder / "out.log", "a") as file:
+        path = config.folder / "out.log"
+        with named_if_full(path), open(path, "a") as file:
             file.write(text + "\n")
+
+
+def _end_line(path: Path) -> None:
+    """End the last line of a file, of which a full disk or a power cut may have left a half."""
+    with contextlib.suppress(FileNotFoundError), open(path, "rb+") as file:
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            if file.read() != b"\n":
+                file.write(b"\n")
 
 
 def set_aside(folder: Path) -> Path | None:

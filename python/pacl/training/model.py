@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 
-from ..backbones import patch_tokens
+from ..backbones import packed_tokens, patch_tokens
 from ..embedder import VisionEmbedder
+from ..resolution import moved
 from ..towers import Towers, encode_text
 
 if TYPE_CHECKING:
@@ -46,13 +47,17 @@ class Trainable(nn.Module):
                 tower.eval()
         return self
 
-    def forward(self, images: Tensor, texts: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, images: Tensor | list[Tensor], texts: Tensor) -> tuple[Tensor, ...]:
         """Return patch embeddings, text embeddings, the logit scale, and the attention temperature and bias if learned.
 
         images: images [B, 3, H, W] if the vision tower is trained, else its tokens [B, N, width]. texts: token ids
-        [B, L] if the text tower is trained, else text embeddings [B, D].
+        [B, L] if the text tower is trained, else text embeddings [B, D]. Of a tower with max_patches, images are a list
+        of [3, H, W] and tokens and patches are packed, [sum of N, width].
         """
-        tokens = images if self.visual is None else patch_tokens(self.visual, images)
+        if isinstance(images, list):
+            tokens = packed_tokens(cast(nn.Module, self.visual), images)[0]
+        else:
+            tokens = images if self.visual is None else patch_tokens(self.visual, images)
         embedded = texts if self.text is None else encode_text(self.text, texts)
         temperature = () if self.log_temperature is None else (self.log_temperature.exp(),)
         bias = () if self.bias is None else (self.bias * 1.0,)
@@ -60,11 +65,13 @@ class Trainable(nn.Module):
         return patches, embedded.to(patches.dtype), self.log_scale.exp(), *temperature, *bias
 
     @torch.no_grad()
-    def patches_of(self, images: Tensor, towers: Towers) -> Tensor:
-        """Return patch embeddings [B, N, D] of images [B, 3, H, W] on any device; frozen weights are those of
-        `towers`.
+    def patches_of(self, images: Tensor | list[Tensor], towers: Towers) -> tuple[Tensor, Tensor | None]:
+        """Return patch embeddings of images on any device, and their lengths, as `towers.packed` does.
+
+        Frozen weights are those of `towers`.
         """
-        return self.embedder(self.towers_of(towers).tokens(images.to(self.log_scale.device, non_blocking=True)))
+        tokens, lengths = self.towers_of(towers).packed(moved(images, self.log_scale.device))
+        return self.embedder(tokens), lengths
 
     @torch.no_grad()
     def texts_of(self, captions: list[str], towers: Towers) -> Tensor:

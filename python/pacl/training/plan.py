@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from PIL import Image
-from torch import nn
+from typing import cast
 
+from PIL import Image
+from torch import Tensor, nn
+
+import pacl_kernels
+from pacl_kernels.checks import BackendName
 from pacl_kernels.distributed import GATHER_BYTES, gathered_bytes
 
 from .config import TrainConfig
@@ -30,6 +34,8 @@ def plan(run: Run) -> str:
         f"memory: {_mib(sum(need.values()))} a process ({', '.join(f'{k} {_mib(x)}' for k, x in need.items())}), "
         "plus PyTorch itself and the activations of the towers",
     ]
+    if config.dry_run and run.rank == 0 and config.backend != "reference":
+        lines.append(_loss(run))
     if run.world > 1:
         lines.append(f"network: each process sends {_mib(sent_bytes(run))} in a step")
     lines.append(f"folder: {config.folder}")
@@ -38,6 +44,30 @@ def plan(run: Run) -> str:
         words = [f"{name} {value['run']} for {value['paper']}" for name, value in deviations.items()]
         lines.append(f"recipe: {config.recipe}" + (f", but {'; '.join(words)}" if words else ""))
     return "\n".join(lines)
+
+
+def _loss(run: Run) -> str:
+    """Return a line on time and memory of the loss in a step; the first one on a machine times the loss there."""
+    config = run.config
+    need = pacl_kernels.plan(
+        config.local_batch,
+        _image_and_patches(run)[2],
+        run.model.embedder.config["out_dim"],
+        config.local_batch * config.captions_per_image,
+        form=config.form,
+        dtype="bfloat16" if run.amp else "float32",
+        loss=config.loss,
+        device=run.device.type,
+        world_size=run.world,
+        frozen_texts=config.lock_text,
+        backend=cast(BackendName, config.backend),
+    )
+    beside = need.peak - need.memory["patches and texts"] - need.memory["their gradients"]
+    eager = need.eager_memory - need.memory["patches and texts"] - need.memory["their gradients"]
+    return (
+        f"loss: about {_time(need.seconds)} of a step ({need.backend}) and {_mib(beside)} beside the embeddings; plain "
+        f"PyTorch {_time(need.eager_seconds)} and {_mib(max(0, eager))}"
+    )
 
 
 def _left_out(run: Run) -> list[str]:
@@ -64,8 +94,7 @@ def memory(run: Run) -> dict[str, int]:
     item = 2 if run.amp else 4
     weights = sum(x.numel() * x.element_size() for x in _parameters(run))
     trained = sum(x.numel() * x.element_size() for x in run.model.parameters() if x.requires_grad)
-    image = run.towers.transform(Image.new("RGB", (8, 8)))
-    patches = run.model.patches_of(image[None], run.towers).shape[1]
+    image, own, patches = _image_and_patches(run)
     local = config.local_batch
     texts = local * config.captions_per_image  # at most
     width, hidden, out = (sizes[f"{name}_dim"] for name in ("in", "hidden", "out"))
@@ -73,12 +102,19 @@ def memory(run: Run) -> dict[str, int]:
         "weights": weights,
         # Gradients, Adam's two averages, and the average of the weights.
         "optimiser": trained * (3 + (config.ema_decay is not None)),
-        "images": local * image.numel() * 4,
+        "images": local * image.numel() * patches // own * 4,
         "tokens": (local * width + config.batch_size * (2 * hidden + 3 * out)) * patches * item,
         # Patch embeddings and their gradient; with micro-batches also the parts of the embeddings.
         "embeddings": (3 if local > config.batch_size else 2) * local * patches * out * item,
         "loss": gathered_bytes(run.world, texts, out, item),
     }
+
+
+def _image_and_patches(run: Run) -> tuple[Tensor, int, int]:
+    """Return an image as the tower takes it, the number of its patches, and the most that an image may have."""
+    image = run.towers.transform(Image.new("RGB", (8, 8)))
+    own = run.model.patches_of(image[None], run.towers)[0].shape[-2]
+    return image, own, run.config.max_patches or own
 
 
 def sent_bytes(run: Run) -> int:
@@ -103,3 +139,7 @@ def _parameters(run: Run) -> set[nn.Parameter]:
 
 def _mib(size: int) -> str:
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"

@@ -14,6 +14,7 @@ PAPER: dict[str, Any] = {
     "model": "ViT-B-16",
     "pretrained": "openai",
     "vision_model": None,
+    "text_model": None,
     "force_image_size": None,
     "lock_image": True,
     "lock_image_unlocked_groups": 0,

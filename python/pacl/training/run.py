@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,12 +14,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..backbones import patch_counts
 from ..data.features import Features
 from ..data.samples import BadData, Samples, captions_of, loader
 from ..data.texts import noun_finder
 from ..embedder import CONFIG, VisionEmbedder, save_embedder
 from ..failures import collective
 from ..processes import choose_device, process_group
+from ..resolution import images_of, moved
 from ..sharing import describe_towers, save_tower
 from ..towers import Towers, frozen_random_towers, load_towers
 from .checkpoints import save_checkpoint
@@ -36,8 +38,8 @@ from .validation import Validation
 
 BAD_DATA = 1000  # above the numbers of signals
 TOWERS = (
-    "model pretrained vision_model vision_pretrained force_image_size lock_image lock_image_unlocked_groups lock_text "
-    "grad_checkpointing"
+    "model pretrained vision_model vision_pretrained text_model force_image_size max_patches tokens proxy lock_image "
+    "lock_image_unlocked_groups lock_text grad_checkpointing"
 ).split()
 
 
@@ -263,8 +265,10 @@ class Run:
         texts = [caption for each in captions for caption in each]
         if isinstance(self.data, Features):
             pairs = {"images": batch["tokens"], "texts": self.data.embeddings(batch, texts)}
+            if "length" in batch:
+                pairs["lengths"] = batch["length"]
         else:
-            pairs = self._frozen(batch["image"], self.towers.tokenize(texts))
+            pairs = self._frozen(images_of(batch), self.towers.tokenize(texts))
         if several:
             pairs["places"] = places_of(captions)
         names = [f"{origin} {key}" for origin, key in zip(batch["origin"], batch["key"], strict=True)]
@@ -285,19 +289,22 @@ class Run:
         return chosen_texts(captions, batch["key"], nouns=self.nouns, **when)
 
     @torch.no_grad()
-    def _frozen(self, images: Tensor, texts: Tensor) -> dict[str, Tensor]:
+    def _frozen(self, images: Tensor | list[Tensor], texts: Tensor) -> dict[str, Any]:
         """Run the frozen towers on the step's pairs. Done outside cached_step, which encodes its inputs twice."""
-
-        def run(tower: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-            parts = x.split(self.config.batch_size)
-            return torch.cat([tower(part.to(self.device, non_blocking=True)) for part in parts])
-
+        size, found = self.config.batch_size, {"images": images, "texts": texts}
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
             if self.model.visual is None:
-                images = run(self.towers.tokens, images)
+                starts = range(0, len(images), size)
+                parts = [self.towers.packed(moved(images[i : i + size], self.device)) for i in starts]
+                found["images"] = torch.cat([tokens for tokens, _ in parts])
+                if self.towers.variable:
+                    found["lengths"] = torch.cat([lengths for _, lengths in parts if lengths is not None])
+            elif self.towers.variable:
+                found |= {"images": list(images), "lengths": patch_counts(self.towers.visual, images)}
             if self.model.text is None:
-                texts = run(self.towers.encode_text, texts)
-        return {"images": images, "texts": texts}
+                ids = texts.split(size)
+                found["texts"] = torch.cat([self.towers.encode_text(moved(part, self.device)) for part in ids])
+        return found
 
     def _anyone_stopped(self, state: dict[str, Any]) -> bool:
         """Exchange this process's state after the coming step, and return True if any process has a signal.

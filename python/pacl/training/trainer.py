@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -17,6 +17,7 @@ from pacl_kernels import cached_step, fused_pacl_loss
 from pacl_kernels.checks import BackendName
 from pacl_kernels.distributed import forget
 
+from ..resolution import moved
 from .config import TrainConfig
 from .optimiser import average_of, learning_rate, parameter_groups
 
@@ -24,9 +25,9 @@ from .optimiser import average_of, learning_rate, parameter_groups
 class Trainer:
     """Training steps of `model` by the flags of `pacl train`.
 
-    model: a Trainable, or another module whose `forward(images, texts)` returns patches [B, N, D], texts [B, D], the
-        logit scale, and the attention temperature and bias if they are learned. Its parameter `log_scale` is the
-        logarithm of the logit scale.
+    model: a Trainable, or another module whose `forward(images, texts)` returns patches [B, N, D], or packed
+        [sum of N, D], texts [B, D], the logit scale, and the attention temperature and bias if they are learned. Its
+        parameter `log_scale` is the logarithm of the logit scale.
     steps: steps of the whole training. cooldown: steps at its end in which const-cooldown lowers the learning rate.
     tower_parameters: parameters of `model` with the learning rate config.tower_lr.
     group: processes that share one batch; None for this one alone. amp: run under bfloat16 autocast.
@@ -82,15 +83,17 @@ class Trainer:
     def step(
         self,
         number: int,
-        pairs: dict[str, Tensor],
+        pairs: dict[str, Any],
         watch: Callable[..., Any] | None = None,
-        options: Mapping[str, Tensor] | None = None,
+        options: Mapping[str, Any] | None = None,
     ) -> Tensor:
         """Run step `number`, counted from 0, on `model`'s inputs {"images": ..., "texts": ...}; return the loss, 0-D.
 
         pairs: with "places", int64 [B, N] on the CPU, the texts are K instead of B, in the order of their images: those
-        of image i are the rows places[i], without -1. watch: called with the patches, one text of each image, and the
-        attention temperature of the batch. options: further arguments of the loss, which pair_options gives.
+        of image i are the rows places[i], without -1. With "lengths", int64 [B] on the CPU, the images are packed
+        tokens [sum of N, width], or a list of B images of different sizes, and so many patches of each image come out.
+        watch: called with the patches, one text of each image, the attention temperature of the batch and the lengths.
+        options: further arguments of the loss, which pair_options gives.
         """
         config = self.config
         factor = learning_rate(number, self.steps, config.warmup, config.lr_scheduler, self.cooldown)
@@ -99,23 +102,29 @@ class Trainer:
             group["lr"] = group["initial_lr"] * factor
         self.optimiser.zero_grad()
 
-        places = pairs.get("places")
+        places, lengths = pairs.get("places"), pairs.get("lengths")
+        options = dict(options or {}) | ({} if lengths is None else {"patch_lengths": lengths})
 
         def loss(patches: Tensor, texts: Tensor, *others: Tensor) -> Tensor:
             if watch is not None:
                 first = texts if places is None else texts[places[:, 0].to(texts.device)]
-                watch(patches, first, self._temperature(*others))
-            return self.loss(patches, texts, *others, **(options or {}))
+                watch(patches, first, self._temperature(*others), lengths)
+            return self.loss(patches, texts, *others, **options)
 
-        encode: Callable[[dict[str, Tensor]], tuple[Tensor, ...]] = self._encode
-        if places is not None:  # not split with the images, because it has other rows
-            encode = functools.partial(self._encode, texts=pairs["texts"])
-            pairs = {"images": pairs["images"], "places": places}
+        kept: dict[str, Any] = {}
+        batch: dict[str, Any] = {name: pairs[name] for name in ("images", "texts", "places") if name in pairs}
+        if places is not None:  # kept from being split with the batch, because it has other rows
+            kept["texts"] = batch.pop("texts")
             if self.group is not None:
                 forget(self.group)  # on a GPU; the processes would else agree on the first step's number of texts
+        if lengths is not None:  # likewise
+            images = batch.pop("images")
+            kept["images"] = images.split(lengths.tolist()) if isinstance(images, Tensor) else images
+            batch["index"] = torch.arange(len(lengths))
+        encode = functools.partial(self._encode, **kept)
         modules = [self.wrapped] if self.group else []
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
-            value = cached_step(encode, pairs, loss, micro_batch=config.batch_size, modules=modules)
+            value = cached_step(encode, batch, loss, micro_batch=config.batch_size, modules=modules)
         if config.grad_clip_norm is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip_norm)
         self.updating = True
@@ -127,16 +136,23 @@ class Trainer:
         self.updating = False
         return value
 
-    def _encode(self, pairs: dict[str, Tensor], texts: Tensor | None = None) -> tuple[Tensor, ...]:
+    def _encode(
+        self, part: dict[str, Tensor], texts: Tensor | None = None, images: Sequence[Tensor] | None = None
+    ) -> tuple[Tensor, ...]:
+        """Encode a part of a batch. texts, images: those of the whole batch, if the part has places or an index."""
         if texts is None:
-            texts = pairs["texts"]
+            texts = part["texts"]
         else:
-            places = pairs["places"][pairs["places"] >= 0]
+            places = part["places"][part["places"] >= 0]
             texts = texts[places.to(texts.device)]
-        images, texts = (x.to(self.device, non_blocking=True) for x in (pairs["images"], texts))
+        given: Any = part.get("images")
+        if images is not None:
+            given = [images[i] for i in part["index"].tolist()]
+            given = torch.cat(given) if given[0].ndim == 2 else given  # tokens are packed
+        given = moved(given, self.device)
         if self.config.features is not None:
-            images = images.float()
-        return self.wrapped(images, texts)
+            given = given.float()
+        return self.wrapped(given, moved(texts, self.device))
 
     def _temperature(self, scale: Tensor, *learned: Tensor) -> Tensor | float:
         # A temperature that is not learned is a number, because the loss chooses its kernel by it.

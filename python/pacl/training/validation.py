@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -17,6 +17,7 @@ from pacl_kernels.checks import BackendName
 from ..data.samples import BadData, Samples, loader, no_image
 from ..evaluate.metrics import IGNORE, Retrieval, ScoreCounts, class_scores
 from ..processes import place_in
+from ..resolution import find_fit, images_of
 from ..segment.prompts import best_synonym, read_classes
 from ..towers import Towers
 from .config import TrainConfig
@@ -51,7 +52,8 @@ class Validation:
         if config.val_data:
             self.pairs = self._open(config.val_data, towers.transform)
         if config.val_segmentation and config.val_classes:
-            self.labelled = self._open(config.val_segmentation, _Squashed(towers.transform), masks=True)
+            whole = towers.transform if towers.variable else _Squashed(towers.transform)
+            self.labelled = self._open(config.val_segmentation, whole, masks=True)
             self.classes = read_classes(config.val_classes, "val_classes")
 
     def __bool__(self) -> bool:
@@ -98,11 +100,12 @@ class Validation:
         result = Retrieval(self.captions, scale, bias, self.device, self.owners)
         at, text = self.first
         for batch in self._read(pairs.with_options(captions="all"), config.batch_size):
-            patches = model.patches_of(batch["image"], self.towers)
+            patches, lengths = model.patches_of(images_of(batch), self.towers)
             temperature = config.attn_temperature if model.log_temperature is None else model.log_temperature.exp()
             phi = compatibility(
                 patches,
                 self.texts.to(patches.dtype),
+                patch_lengths=lengths,
                 attn_temperature=temperature,
                 form=config.form,
                 backend=cast(BackendName, config.backend),  # the loss checks it
@@ -139,11 +142,7 @@ class Validation:
         counts = ScoreCounts(len(self.classes))
         samples = iter(self._read(labelled, 1))  # one by one, because masks differ in size
         while part := list(itertools.islice(samples, SEGMENTED)):
-            images = torch.cat([sample["image"] for sample in part])
-            embedded = model.patches_of(images, self.towers).float()
-            with torch.autocast(embedded.device.type, enabled=False):
-                scores = best_synonym(class_scores(embedded, texts), synonyms, 1)
-            for score, sample in zip(scores.split(1), part, strict=True):
+            for score, sample in zip(self._scores(model, part, texts, synonyms), part, strict=True):
                 mask = sample["mask"]
                 wrong = mask[(mask >= len(self.classes)) & (mask != IGNORE)]
                 if len(wrong):
@@ -155,6 +154,20 @@ class Validation:
         for matrix in (counts.pixels, counts.patches):
             matrix.all_reduce(self.group)
         return {"mIoU": counts.pixels.miou(), "patch_accuracy": counts.patches.accuracy()}
+
+    def _scores(
+        self, model: Trainable, samples: list[dict[str, Any]], texts: Tensor, synonyms: list[int]
+    ) -> Sequence[Tensor]:
+        """Return class scores [1, K, h, w] of each of some images."""
+        images = [sample["image"][0] for sample in samples]
+        patches, lengths = model.patches_of(images if self.towers.variable else torch.stack(images), self.towers)
+        with torch.autocast(patches.device.type, enabled=False):
+            fit = find_fit(self.towers.transform)
+            if fit is None or lengths is None:
+                return best_synonym(class_scores(patches.float(), texts), synonyms, 1).split(1)
+            grids = [(image.shape[1] // fit.patch[0], image.shape[2] // fit.patch[1]) for image in images]
+            each = zip(patches.float().split(lengths.tolist()), grids, strict=True)
+            return [best_synonym(class_scores(rows[None], texts, grid), synonyms, 1) for rows, grid in each]
 
 
 class _Squashed:

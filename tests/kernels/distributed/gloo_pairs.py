@@ -211,3 +211,46 @@ def test_processes_must_agree(kind, other, group):
     }[kind if group.rank() == 0 else other]
     with pytest.raises(ValueError, match=f"pairs is '{kind}' on rank 0 of the group and '{other}' on rank 1"):
         fused_pacl_loss(torch.randn(2, 3, 4), torch.randn(2, 4), 10.0, **given, group=group)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("kind", ["ids", "targets-bias", ""])
+def test_lists_equal_one_process(kind, loss, group):
+    """Lists of texts count in the texts of all processes."""
+    counts = IMAGES, TEXTS if kind else IMAGES
+    images, texts = (local(x, group) for x in counts)
+    b, k = (sum(x[: group.size()]) for x in counts)
+    index = torch.randint(-1, k, (b, 6), generator=torch.Generator().manual_seed(2))
+    index[torch.arange(b), torch.arange(b) % 6] = torch.arange(b) % k
+    index[0, 3:] = index[0, :3]
+    problem = make(Case(b, 5, 33, K=k), "cosine", loss, torch.float64)
+    pairs = {name: x.double() if x.is_floating_point() else x for name, x in pairs_of(kind, b, 6).items()}
+    if "text_ids" in pairs:
+        pairs["text_ids"] = torch.arange(k) % b
+    problem = replace(problem, pairs=pairs | {"text_index": index})
+    expected = answer(problem, group="local")
+    got = answer(local_part(problem, images, texts), group=group)
+    places = {"patches": images, "texts": texts, "pair_bias": images}
+    for name, x in got.items():
+        true = expected[name][places[name]] * group.size() if name in places else expected[name]
+        torch.testing.assert_close(x, true, rtol=1e-9, atol=1e-12)
+    if not kind:
+        wrong = replace(problem, pairs={"text_index": torch.full_like(index, k)})
+        with pytest.raises(ValueError, match=f"text_index has {k}, expected the number of one of the {k} texts"):
+            answer(local_part(wrong, images, texts), group=group)
+        with pytest.raises(ValueError, match="exchange is 'ring', expected 'gather' or 'auto' with text_index"):
+            answer(local_part(problem, images, texts), group=group, exchange="ring")
+
+
+def test_lists_compiled(group):
+    """`fullgraph=True` works with lists."""
+    world, rank = group.size(), group.rank()
+    problem = make(Case(2 * world, 5, 16, K=2 * world), "dot", "infonce", torch.float32)
+    index = torch.arange(2 * world)[:, None] + torch.tensor([0, 1, -1])
+    problem = replace(problem, pairs={"text_index": torch.where(index < 2 * world, index, -1)})
+    own = local_part(problem, slice(2 * rank, 2 * rank + 2), slice(2 * rank, 2 * rank + 2))
+    torch._dynamo.reset()
+    compiled = torch.compile(fused_pacl_loss, fullgraph=True, backend="aot_eager")
+    got, expected = answer(own, function=compiled, group=group), answer(own, group=group)
+    for name, x in expected.items():
+        torch.testing.assert_close(got[name], x, rtol=1e-5, atol=1e-6)

@@ -19,7 +19,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "helpers"))
@@ -30,7 +30,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # must be set before triton is imported
 
 from accuracy import Expected, Inaccurate, winners
-from problems import _DATA, _LAYOUTS, DIFFERENTIABLE, FORMS, OBJECTIVES, Case, make
+from problems import _DATA, _LAYOUTS, DIFFERENTIABLE, FORMS, OBJECTIVES, Case, Problem, make
 from torch import Tensor
 
 from pacl_kernels import available_backends, backends
@@ -46,7 +46,10 @@ NEIGHBOURS = 6  # the plain formula also runs on so many neighbours of a problem
 
 @dataclass(frozen=True)
 class Draw:
-    """Describe one problem: the arguments of `problems.make`, the threads and the gradients to compute."""
+    """Describe one problem: the arguments of `problems.make`, the threads and the gradients to compute.
+
+    `lists` is the number of texts in each image's list; None: all texts.
+    """
 
     case: Case
     form: str
@@ -55,9 +58,10 @@ class Draw:
     seed: int
     threads: int = 1
     needs: tuple[str, ...] = DIFFERENTIABLE
+    lists: int | None = None
 
     def __str__(self) -> str:
-        own = {name: getattr(self, name) for name in ("form", "objective", "dtype", "seed", "threads")}
+        own = {name: getattr(self, name) for name in ("form", "objective", "dtype", "seed", "threads", "lists")}
         return " ".join(
             f"{name}={value}" for name, value in (vars(self.case) | own | {"needs": ",".join(self.needs)}).items()
         )
@@ -71,7 +75,20 @@ class Draw:
         case = {name: None if x == "None" else kinds.get(name, int)(x) for name, x in case.items()}
         own = {"form": "dot", "objective": "compatibility", "dtype": "float32", "seed": "0", "threads": "1"} | values
         needs = tuple(filter(None, own.pop("needs", ",".join(DIFFERENTIABLE)).split(",")))
-        return cls(Case(**case), seed=int(own.pop("seed")), threads=int(own.pop("threads")), needs=needs, **own)
+        lists = own.pop("lists", "None")
+        own |= {name: int(own[name]) for name in ("seed", "threads")}
+        return cls(Case(**case), needs=needs, lists=None if lists == "None" else int(lists), **own)
+
+    def problem(self, device: str) -> Problem:
+        problem = make(self.case, self.form, self.objective, DTYPES[self.dtype], device, self.seed)
+        if self.lists is None:
+            return problem
+        generator = torch.Generator().manual_seed(self.seed)
+        b, own = self.case.B, torch.randint(self.lists, (self.case.B,), generator=generator)
+        index = torch.randint(-1, b, (b, self.lists), generator=generator)
+        listed = torch.rand(b, generator=generator) < 0.8  # the others are not sure to list their own text
+        index[listed, own[listed]] = torch.arange(b)[listed]
+        return replace(problem, pairs={"text_index": index.to(device)})
 
 
 def draw(seed: int, index: int, largest: int = 2**19) -> Draw:
@@ -97,7 +114,13 @@ def draw(seed: int, index: int, largest: int = 2**19) -> Draw:
     )
     needs = DIFFERENTIABLE if rng.random() < 0.8 else tuple(name for name in DIFFERENTIABLE if rng.random() < 0.5)
     threads = rng.choice((1, 1, 1, 2, 3))
-    return Draw(case, rng.choice(FORMS), objective, dtype, rng.randrange(2**31), threads, needs)
+    one = Draw(case, rng.choice(FORMS), objective, dtype, rng.randrange(2**31), threads, needs)
+    # In the truth, made of all pairs, an embedding that is not finite reaches those of no common list. Expanded patches
+    # repeat those that the mask of their own image hides.
+    finite = case.data not in ("nan", "spoilt") and (case.mask is None or not case.layout.startswith("expanded"))
+    if objective == "compatibility" or not finite or rng.random() < 0.7:
+        return one
+    return replace(one, lists=rng.randint(1, b + 1))
 
 
 def _temperature(rng: random.Random) -> float:
@@ -153,7 +176,7 @@ class Outcome:
 
 def try_one(draw: Draw, among: list[Target], device: str = "cpu") -> Iterator[Outcome]:
     """Run the problem on each target of `among` that takes its dtype."""
-    problem = make(draw.case, draw.form, draw.objective, DTYPES[draw.dtype], device, draw.seed)
+    problem = draw.problem(device)
     truths: list[tuple[Tensor | None, Expected]] = []
     before = torch.get_num_threads()
     for target in among:

@@ -32,10 +32,10 @@ def test_plain_clip_alone(untrained):
     answer = viewer.words(viewer.add(PHOTO)["image"], ["grass"])
     assert (
         list(viewer.segmenters) == ["CLIP"]
-        and "load_towers(" in answer["python"]
+        and f"load_towers({model!r}, None, tokens='naclip')" in answer["python"]
         and "templates('photo')" in answer["python"]
     )
-    segmenter = Segmenter(load_towers(model), stride=2)
+    segmenter = Segmenter(load_towers(model, tokens="naclip"), stride=2)
     texts = segmenter.texts(["grass"], ["a photo of a {}."])
     expected = segmenter.scores(Image.open(io.BytesIO(PHOTO)), texts)
     assert (answer["h"], answer["w"]) == tuple(expected.shape[1:]) and answer["margins"] == [2 / 64, 2 / 88]

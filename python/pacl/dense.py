@@ -9,20 +9,19 @@ from __future__ import annotations
 
 import copy
 from types import SimpleNamespace
-from typing import Any, TypeVar
+from typing import Any
 
 import timm.layers
 import timm.models as timm_models
 import torch
-from open_clip.modified_resnet import ModifiedResNet
 from open_clip.transformer import VisionTransformer
 from timm.layers import PatchEmbed, RotaryEmbeddingCat
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..backbones import NAFLEX_VITS, TIMM_VITS, patch_tokens, tower_trunk
+from .backbones import TIMM_VITS, patch_sides, patch_tokens, share, tower_trunk
+from .readings import PLAIN, Reader, proxy_attention, read_as
 
-Module = TypeVar("Module", bound=nn.Module)
 # timm before DINOv3 has only the first class.
 ROTARY = tuple(
     getattr(timm.layers, x) for x in ("RotaryEmbeddingCat", "RotaryEmbeddingDinoV3") if hasattr(timm.layers, x)
@@ -31,15 +30,7 @@ ROTARY = tuple(
 
 def patch_size(visual: nn.Module) -> int:
     """Return the side of the tower's patches in pixels, or a convolutional tower's stride; raises as patch_tokens."""
-    trunk: Any = tower_trunk(visual)
-    if isinstance(trunk, VisionTransformer):
-        sides = trunk.patch_size
-    elif isinstance(trunk, TIMM_VITS):
-        sides = trunk.patch_embed.patch_size
-    elif isinstance(trunk, NAFLEX_VITS):
-        sides = trunk.embeds.patch_size
-    else:
-        return 32 if isinstance(trunk, ModifiedResNet) else trunk.feature_info[-1]["reduction"]
+    sides = patch_sides(tower_trunk(visual))
     if sides[0] != sides[1]:
         raise ValueError(f"visual: got patches of {sides[0]} x {sides[1]} pixels, expected square ones")
     return sides[0]
@@ -60,12 +51,13 @@ def token_step(visual: nn.Module, stride: int) -> int:
     return patch // stride
 
 
-def dense_tokens(visual: nn.Module, images: Tensor, stride: int = 1) -> Tensor:
+def dense_tokens(visual: nn.Module, images: Tensor, stride: int = 1, reader: Reader = PLAIN) -> Tensor:
     """Return tokens of images of any size, `stride` times as many along each side as the tower's own.
 
     visual: a tower that patch_tokens accepts. images: float [B, 3, H, W], normalised; H and W are a patch plus a
     multiple of the step, patch / stride, so that the last token ends with the image. Returns [B, h, w, width] with
-    h = (H - patch) / step + 1; token (i, j) sees the patch whose corner is at pixel (i * step, j * step).
+    h = (H - patch) / step + 1; token (i, j) sees the patch whose corner is at pixel (i * step, j * step). reader: the
+    reading of the last block.
 
     A NaFlex ViT of timm interpolates its own, at stride 1. For other towers:
 
@@ -84,8 +76,28 @@ def dense_tokens(visual: nn.Module, images: Tensor, stride: int = 1) -> Tensor:
     trunk = tower_trunk(visual)
     if isinstance(trunk, (VisionTransformer, *TIMM_VITS)) and (stride > 1 or (height, width) != _own_size(trunk)):
         trunk = _view(trunk, (height, width), stride)
-    tokens = patch_tokens(trunk, images)
-    return tokens.unflatten(1, ((height - patch) // step + 1, (width - patch) // step + 1))
+    grid = (height - patch) // step + 1, (width - patch) // step + 1
+    if reader.name != "plain":
+        attention = None if reader.proxy is None else proxy_attention(_proxy_tokens(reader, images, grid, patch, step))
+        trunk = read_as(trunk, reader.name, grid, stride, attention)
+    return patch_tokens(trunk, images).unflatten(1, grid)
+
+
+def _proxy_tokens(reader: Reader, images: Tensor, grid: tuple[int, int], patch: int, step: int) -> Tensor:
+    """Return the proxy's tokens [B, N, C], one for each token of the tower that got `images`.
+
+    A token stands for a square of `step` pixels at the centre of its patch. The proxy gets the image without the margin
+    outside these squares, resized so that each becomes one of its patches.
+    """
+    proxy: Any = reader.proxy
+    side, margin = patch_size(proxy), (patch - step) // 2
+    rows, columns = (slice(margin, margin + n * step) for n in grid)
+    scale, shift = (images.new_tensor(x).view(3, 1, 1) for x in (reader.scale, reader.shift))
+    seen = images[:, :, rows, columns] * scale + shift
+    if side != step:
+        size = [n * side for n in grid]
+        seen = F.interpolate(seen, size, mode="bicubic", align_corners=False, antialias=True)
+    return dense_tokens(proxy, seen.to(next(proxy.parameters()).dtype)).flatten(1, 2)
 
 
 def _own_size(trunk: Any) -> tuple[int, int]:
@@ -94,7 +106,7 @@ def _own_size(trunk: Any) -> tuple[int, int]:
 
 def _view(trunk: Any, size: tuple[int, int], stride: int) -> nn.Module:
     """Return the tower for images of `size` and another stride; it shares all weights but the position embedding."""
-    view: Any = _share(trunk)
+    view: Any = share(trunk)
     patch = patch_size(trunk)
     if isinstance(trunk, VisionTransformer):
         view.conv1 = _strided(trunk.conv1, patch // stride)
@@ -110,7 +122,7 @@ def _view(trunk: Any, size: tuple[int, int], stride: int) -> nn.Module:
             f"images, stride: got {size[0]} x {size[1]} pixels and {stride}, expected {_own_size(trunk)[0]} x "
             f"{_own_size(trunk)[1]} and 1: the positions of this {type(trunk).__name__} cannot be interpolated"
         )
-    embed: Any = _share(trunk.patch_embed)
+    embed: Any = share(trunk.patch_embed)
     view.patch_embed = embed
     embed.proj = _strided(embed.proj, patch // stride)
     embed.img_size, embed.dynamic_img_pad = None, False  # neither check the size nor pad
@@ -126,15 +138,8 @@ def _view(trunk: Any, size: tuple[int, int], stride: int) -> nn.Module:
     return view
 
 
-def _share(module: Module) -> Module:
-    """Return another module over the same tensors and children; replacing one in it leaves the original unchanged."""
-    twin = copy.copy(module)
-    twin._parameters, twin._modules = dict(module._parameters), dict(module._modules)
-    return twin
-
-
 def _strided(convolution: nn.Conv2d, step: int) -> nn.Conv2d:
-    twin = _share(convolution)
+    twin = share(convolution)
     twin.stride = (step, step)
     return twin
 

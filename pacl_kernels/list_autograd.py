@@ -1,0 +1,118 @@
+"""φ and the loss of listed pairs `[B, M]` as autograd Functions; see `lists.py`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import lists, ops
+from .autograd import Gradients, Options, PerSample, first_order, first_output, keep, like, only_first_has_gradient
+from .backends import takes_lists
+from .checks import Inputs, Loss, Scalar
+from .pairs import Pairs
+
+
+def listed_compatibility(inputs: Inputs, text_index: Tensor, options: Options) -> Tensor:
+    """Return φ `[B, M]` of the listed texts, 0 where the list has none; the arguments must have been checked."""
+    if not takes_lists(options.backend, options.normalize):
+        options = options._replace(backend="torch")
+    return first_output(ListedCompatibilityFunction, *inputs[:5], text_index, options._replace(kept=None))
+
+
+def listed_loss(
+    inputs: Inputs, logit_scale: Scalar, logit_bias: Scalar | None, given: Pairs, text_index: Tensor, options: Options
+) -> Tensor:
+    """Return the loss (0-D) of the listed pairs; the arguments must have been checked."""
+    text_index = lists.without_repeats(text_index)
+    phi = listed_compatibility(inputs, text_index, options)
+    arguments = logit_scale, logit_bias, *given, text_index, inputs.text_count, options.loss
+    return first_output(ListedLossFunction, phi, *arguments)
+
+
+class ListedCompatibilityFunction(PerSample):
+    """φ `[B, M]` of patches `[B, N, D]` and texts `[K, D]` in the lists `[B, M]`, int64 with -1 for none.
+
+    `apply(patches, texts, patch_mask, attn_temperature, patch_lengths, text_index, options)` returns a tuple that
+    starts with φ, float32 (float64 for float64 inputs); the other output is for the backward.
+    """
+
+    @staticmethod
+    def forward(
+        patches: Tensor, texts: Tensor, patch_mask: Tensor | None, attn_temperature: Scalar,
+        patch_lengths: Tensor | None, text_index: Tensor, options: Options,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        dtype = torch.float64 if patches.dtype == torch.float64 else torch.float32
+        phi, state = (patches.new_empty(text_index.shape, dtype=dtype) for _ in range(2))
+        ops.compatibility_forward(
+            patches, texts, patch_mask, *ops.pair(attn_temperature), options.form, options.backend, phi, state, None,
+            patch_lengths, None, None, *options.of_phi, text_index,
+        )  # fmt: skip
+        return phi, state
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *values, ctx.options = inputs
+        keep(ctx, *values, *output)
+        only_first_has_gradient(ctx, output)
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, values: list[Any], grad_phi: Tensor) -> Gradients:
+        patches, texts, patch_mask, attn_temperature, patch_lengths, text_index, phi, state = values
+        needs_patches, needs_texts, _, needs_temperature, *_ = ctx.needs_input_grad
+        grads = grad_patches, grad_texts, grad_temperature = (
+            patches.new_empty(patches.shape) if needs_patches else None,
+            texts.new_empty(texts.shape) if needs_texts else None,
+            phi.new_empty(()) if needs_temperature else None,
+        )
+        ops.compatibility_backward(
+            patches, texts, patch_mask, *ops.pair(attn_temperature), ctx.options.form, ctx.options.backend,
+            phi, state, grad_phi.contiguous(), *grads, None, False, patch_lengths, None, None, *ctx.options.of_phi,
+            text_index,
+        )  # fmt: skip
+        return grad_patches, grad_texts, None, like(grad_temperature, attn_temperature), None, None, None
+
+
+class ListedLossFunction(PerSample):
+    """Loss (0-D) of φ `[B, M]` of listed texts, with gradients for φ, logit scale, logit bias and pair bias.
+
+    `apply(phi, logit_scale, logit_bias, image_ids, text_ids, targets, pair_bias, text_index, text_count, loss)` returns
+    a tuple that starts with the loss; the other outputs are for the backward. No text is twice in a list.
+    """
+
+    @staticmethod
+    def forward(
+        phi: Tensor, logit_scale: Scalar, logit_bias: Scalar | None, image_ids: Tensor | None, text_ids: Tensor | None,
+        targets: Tensor | None, pair_bias: Tensor | None, text_index: Tensor, text_count: int, loss: Loss,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        value = phi.new_empty(())
+        sizes = phi.shape[0], text_count
+        statistics = tuple(phi.new_empty(4, size) for size in sizes) if loss == "infonce" else ()
+        ops.listed_loss_forward(
+            phi, *ops.pair(logit_scale), *ops.pair(logit_bias), image_ids, text_ids, targets, pair_bias, text_index,
+            loss, value, *(statistics or (None, None)),
+        )  # fmt: skip
+        return value, *statistics
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *values, _, ctx.loss = inputs
+        keep(ctx, *values, *(output[1:] or (None, None)))
+        only_first_has_gradient(ctx, output)
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, values: list[Any], grad_loss: Tensor) -> Gradients:
+        phi, logit_scale, logit_bias, *given, text_index, row_statistics, column_statistics = values
+        needs_scale, needs_bias, _, _, _, needs_pair_bias, *_ = ctx.needs_input_grad[1:]
+        grad_phi = torch.empty_like(phi)
+        grad_scale, grad_bias = (phi.new_empty(()) if needs else None for needs in (needs_scale, needs_bias))
+        grad_pair_bias = torch.empty_like(phi) if needs_pair_bias else None
+        ops.listed_loss_backward(
+            phi, *ops.pair(logit_scale), *ops.pair(logit_bias), *given, text_index, ctx.loss,
+            row_statistics, column_statistics, grad_loss, grad_phi, grad_scale, grad_bias, grad_pair_bias,
+        )  # fmt: skip
+        of_scalars = like(grad_scale, logit_scale), like(grad_bias, logit_bias)
+        return grad_phi, *of_scalars, None, None, None, grad_pair_bias, None, None, None
