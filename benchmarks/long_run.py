@@ -35,7 +35,7 @@ PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
 KEEP = 3  # checkpoints
 # What each figure may grow by, in its own unit. The allocator moves memory a little, and batches under way hold files.
 ALLOWANCES = {"memory_mib": 24.0, "readers_mib": 24.0, "open_files": 3, "threads": 0, "processes": 0}
-ALLOWANCES |= {"temporary_files": 0, "checkpoints": 0, "log_bytes_per_step": 1.0}
+ALLOWANCES |= {"temporary_files": 0, "checkpoints": 0, "log_bytes_per_line": 16.0}
 Sample = dict[str, float]
 
 
@@ -84,12 +84,12 @@ def watch(
 def look(process: int, run: Path, temporary: Path) -> Sample:
     """Return the figures of a moment; those of the data readers are sums."""
     children = [int(x) for x in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
-    logs = [run / "out.log", run / "metrics.jsonl", run / "results.jsonl", *(run / "tensorboard").glob("*")]
+    logs = [run / name for name in ("out.log", "metrics.jsonl", "results.jsonl")]  # tensorboard writes by minutes
     metrics = run / "metrics.jsonl"
-    steps = metrics.read_text().count("\n") if metrics.exists() else 0
+    lines = metrics.read_text().count("\n") if metrics.exists() else 0
     left = [path for path in run.rglob(f"*{SUFFIX}")] + [path for path in temporary.rglob("*") if path.is_file()]
     return {
-        "lines": steps,
+        "lines": lines,
         "memory_mib": _resident(process),
         "readers_mib": sum(map(_resident, children)),
         "open_files": len(os.listdir(f"/proc/{process}/fd")),
@@ -97,7 +97,7 @@ def look(process: int, run: Path, temporary: Path) -> Sample:
         "processes": len(children),
         "temporary_files": len(left) + len(list(Path("/dev/shm").glob(f"torch_{process}_*"))),
         "checkpoints": len(list((run / "checkpoints").glob("step_*.pt"))),
-        "log_bytes_per_step": sum(path.stat().st_size for path in logs if path.exists()) / max(1, steps),
+        "log_bytes_per_line": sum(path.stat().st_size for path in logs if path.exists()) / max(1, lines),
     }
 
 
@@ -106,8 +106,11 @@ def _resident(process: int) -> float:
 
 
 def fifths(samples: list[Sample]) -> list[Sample]:
-    """Return the median of each figure in each fifth of a run, by the number of lines in its log."""
+    """Return the median of each figure in each fifth of a run, by the number of lines in its log, without its start
+    and its end.
+    """
     last = max(sample["lines"] for sample in samples)
+    samples = [sample for sample in samples if 0 < sample["lines"] < last]
     found: list[Sample] = []
     for number in range(5):
         mine = [sample for sample in samples if number <= 5 * sample["lines"] / (last + 1) < number + 1]

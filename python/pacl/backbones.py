@@ -217,7 +217,8 @@ def own_size(trunk: nn.Module) -> tuple[int, int] | None:
         rows, columns = (side * step for side, step in zip(tower.tokens_spatial_shape, tower.patch_stride, strict=True))
         return rows, columns
     if isinstance(trunk, (*TIMM_VITS, *SWINS)) and tower.patch_embed.strict_img_size:
-        return tuple(tower.patch_embed.img_size)
+        size = tower.patch_embed.img_size  # None in a view of the tower for other sizes
+        return None if size is None else tuple(size)
     return None
 
 

@@ -218,7 +218,7 @@ def test_rounded_weights_that_cancel(form, data, cpu_backend):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("loss", LOSSES)
 def test_an_unlisted_text_has_no_say(form, loss, single):
-    """Where a text is not listed, neither it nor the image reaches the other, not even as NaN."""
+    """A text and an image that does not list it do not reach each other, not even as NaN."""
     problem = make(Case(4, 6, 10, K=7), form, loss, torch.float32, single.device)
     problem.patches[3] = torch.nan
     index = torch.tensor([[1, 2, -1], [-1, 1, 3], [3, 4, 2], [5, -1, -1]], device=single.device)

@@ -138,7 +138,7 @@ def run_loop(command: str, kills: int, seed: int, world: Path, folder: Path) -> 
     begin = time.monotonic()
     code = status(fork_pacl(words(command, world, whole), log))
     # Several processes take longer to find each other than a single one to begin.
-    seconds = (time.monotonic() - begin) * (3 if command == "shared" else 1)
+    seconds = (time.monotonic() - begin) * (1.5 if command == "shared" else 1)
     assert code == 0, log.read_text()
     out = folder / command
     while found.kills < kills:

@@ -68,7 +68,7 @@ class Job:
 
 def test_a_signal_saves_and_the_next_start_resumes(run_world, tmp_path):
     logs, printed = tmp_path / "logs", tmp_path / "printed"
-    words = flags(run_world, logs, batch_size=6, max_steps=40, save_frequency=1000, log_every_n_steps=1)
+    words = flags(run_world, logs, batch_size=6, max_steps=24, save_frequency=1000, log_every_n_steps=1)
     job = Job(tmp_path / "first", words)
     at = job.asked.index("pacl")
     assert job.asked[1] == "torchrun" and job.asked[at - 1 :] == ["-m", "pacl", "train", "--resume", "latest", *words]
@@ -83,13 +83,13 @@ def test_a_signal_saves_and_the_next_start_resumes(run_world, tmp_path):
     assert [status(process, 60) for process in processes] == [128 + signal.SIGTERM] * 2, printed.read_text()
     assert job.end(1) == 0 and (tmp_path / "first/requeued").read_text() == "requeue 7\n"
     step = final(logs)["step"]
-    assert 2 <= step < 40
+    assert 2 <= step < 24
 
     job = Job(tmp_path / "second", words)
     assert job.asked[job.asked.index("pacl") + 1 :] == command
     assert [status(process, 120) for process in fork_ranks(command, 2, printed)] == [0, 0], printed.read_text()
     assert job.end(0) == 0 and not (tmp_path / "second/requeued").exists()
-    assert final(logs)["step"] == 40
+    assert final(logs)["step"] == 24
     assert re.search(rf"^resume: \S+, step {step}$", (logs / "pacl/out.log").read_text(), re.M)
 
 

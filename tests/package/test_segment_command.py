@@ -58,18 +58,17 @@ def read(path) -> np.ndarray:
 # Commands
 
 
-@pytest.mark.parametrize("command", ["look", "segment"])
-def test_processes_share_the_images(command, images, untrained, tmp_path, capsys):
+def test_processes_share_the_images(images, untrained, tmp_path, capsys):
     """Three processes write the files of one, name every bad image once, and report the same."""
     words = [images, "--words", "dog,cat", "--short-side", 32]
 
     def found(out: Path) -> dict[str, bytes]:
         return {path.relative_to(out).as_posix(): path.read_bytes() for path in out.rglob("*") if path.is_file()}
 
-    assert run(untrained, command, *words, out=tmp_path / "one") == LEFT_OUT
+    assert run(untrained, "segment", *words, out=tmp_path / "one") == LEFT_OUT
     alone = capsys.readouterr()
     options = ["--checkpoint", untrained / "run/embedder", "--out", tmp_path / "three", "--max-image-pixels", 8000]
-    for process in fork_ranks([command, *words, *options], 3, tmp_path / "printed"):
+    for process in fork_ranks(["segment", *words, *options], 3, tmp_path / "printed"):
         assert status(process, 120) == LEFT_OUT
     assert found(tmp_path / "three") == found(tmp_path / "one")
     printed = (tmp_path / "printed").read_text().replace(str(tmp_path / "three"), str(tmp_path / "one"))
