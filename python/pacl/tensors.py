@@ -159,25 +159,30 @@ def _layout(path: Path) -> tuple[dict[str, Part], list[int], list[int] | None]:
 
 
 def announce(path: Path, row: int) -> None:
-    """Tell the system that an image of a local file of features is wanted soon, so that a slow disk begins to read.
-
-    The text's place is known from its record alone; it is guessed as if all images had equally many captions.
-    """
+    """Tell the system that an image of a local file of features is wanted soon, so that a slow disk begins to read."""
     if not hasattr(os, "posix_fadvise"):  # macOS and Windows
         return
     # Who reads the row says what is wrong.
     with contextlib.suppress(OSError, SafetensorError, KeyError, IndexError, OverflowError):
-        parts, ends, token_ends = _layout(path)
-        text = row * parts["texts"].shape[0] // len(ends)
-        tokens = (row, row + 1) if token_ends is None else _between(token_ends, row)
-        ranges = [parts["tokens"].rows(*tokens), parts["texts"].rows(text, text + 1)]
-        ranges.append(parts["records"].rows(*_between(ends, row)))
+        ranges = ranges_of(path, row)
         file = os.open(path, os.O_RDONLY)
         try:
             for first, end in ranges:
                 os.posix_fadvise(file, first, end - first, os.POSIX_FADV_WILLNEED)
         finally:
             os.close(file)
+
+
+def ranges_of(path: Path, row: int) -> list[tuple[int, int]]:
+    """Return the first byte and the end of an image's tokens, text and record in a local file of features.
+
+    The text's place is known from the record alone; it is guessed as if all images had equally many captions.
+    """
+    parts, ends, token_ends = _layout(path)
+    text = row * parts["texts"].shape[0] // len(ends)
+    tokens = (row, row + 1) if token_ends is None else _between(token_ends, row)
+    rows = {"tokens": tokens, "texts": (text, text + 1), "records": _between(ends, row)}
+    return [parts[name].rows(*found) for name, found in rows.items()]
 
 
 def _between(ends: list[int], row: int) -> tuple[int, int]:

@@ -11,16 +11,19 @@ import pytest
 pytest.importorskip("s3fs")
 pytest.importorskip("moto")
 import torch
+from pacl.backbones import NAFLEX_VITS
 from pacl.cli import main
 from pacl.data.features import Features, _open
 from pacl.data.samples import loader
 from pacl.demo.toy_clip import new_clip, save_clip
 from pacl.failures import StoreError
 from pacl.stores import Store
-from pacl.tensors import announced, open_tensors, parse_header, read_ahead
+from pacl.tensors import announced, open_tensors, parse_header, ranges_of, read_ahead
+from PIL import Image
 from remote_store import S3, Faults, s3_server
 from running import assert_same_state, final
 from safetensors import SafetensorError, safe_open
+from small_towers import save_naflex
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +53,23 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def address(server, folder) -> str:
     return server.put_folder(folder, "stored")
+
+
+@pytest.fixture(scope="module")
+def packed(folder, tmp_path_factory) -> tuple[Path, list[str]]:
+    """Create features of 7 pictures of different shapes, and return the folder and the flags without --out."""
+    if not NAFLEX_VITS:
+        pytest.skip("this timm has no NaFlex ViT")
+    world = tmp_path_factory.mktemp("packed")
+    save_naflex(world / "naflex")
+    (world / "images").mkdir()
+    for i in range(7):
+        Image.effect_noise((16 + 20 * i, 40), 90).convert("RGB").save(world / f"images/{i}.png")
+        (world / f"images/{i}.txt").write_text(f"picture {i}\nnumber {i}\n")
+    flags = words(folder.parent, train_data=world / "images", train_num_samples=7, shard_size=4)
+    flags += ["--vision-model", f"local-dir:{world / 'naflex'}", "--max-patches", "11"]
+    assert main(["features", *flags, "--out", str(world / "stored")]) == 0
+    return world / "stored", flags
 
 
 def words(world: Path, **changes) -> list[str]:
@@ -165,6 +185,35 @@ def test_writing_to_a_store_goes_on_after_a_fault(s3, folder, capsys):
     assert "s3://bucket/other holds other files, expected a new folder" in capsys.readouterr().err
     assert main(["features", *words(folder.parent, out="https://127.0.0.1:9/new", store_attempts=1)]) == 1
     assert "out: got https://127.0.0.1:9/new, expected a local folder" in capsys.readouterr().err
+
+
+def test_images_of_different_sizes_in_a_store(s3, packed):
+    folder, flags = packed
+    out = "s3://bucket/packed"
+    assert main(["features", *flags, "--out", out]) == 0
+    for path in folder.glob("*.safetensors"):
+        assert s3.get(f"packed/{path.name}") == path.read_bytes()
+    batches, expected = (list(loader(Features(name, nouns="words"), 3)) for name in (out, folder))
+    assert len(batches) == len(expected) == 3 and len({int(n) for batch in expected for n in batch["length"]}) > 2
+    for batch, other in zip(batches, expected, strict=True):
+        assert batch["key"] == other["key"]
+        assert torch.equal(batch["tokens"], other["tokens"]) and torch.equal(batch["length"], other["length"])
+
+
+@pytest.mark.parametrize("kind", ["folder", "packed"])
+def test_announced_bytes_are_those_of_the_image(request, kind):
+    folder = request.getfixturevalue(kind)
+    source = Features(folder[0] if kind == "packed" else folder, verify=False, captions="all")
+    seen = 0
+    for sample in source:
+        name, row = sample["origin"].split()
+        data = (source.folder / name).read_bytes()
+        tokens, text, record = (data[first:end] for first, end in ranges_of(source.folder / name, int(row)))
+        assert tokens == sample["tokens"].numpy().tobytes()
+        assert text in [each.numpy().tobytes() for each in sample["texts"]]
+        assert json.loads(record)["key"] == sample["key"]
+        seen += 1
+    assert seen == len(source)
 
 
 def test_order_of_reading_ahead():
