@@ -111,7 +111,7 @@ def compatibility_backward(
 ) -> KeptPairs | None:  # fmt: skip
     raw = normalize == "none"
     lists, kept = None if text_index is None else lists_of(text_index), None
-    if grad_tolerance:
+    if grad_tolerance and text_index is None:
         least, count, mass = tolerance.threshold(grad_phi, grad_tolerance)
         if _lists_are_worth(count, len(phi), len(texts), patches.dtype == torch.bfloat16 and grad_texts is not None):
             kept = KeptPairs(count, grad_phi.numel(), mass)
