@@ -220,18 +220,20 @@ def test_announced_bytes_are_those_of_the_image(request, kind):
 def test_features_of_shards_in_a_store(s3, folder, run_world, tmp_path, capfd):
     address = s3.put_folder(run_world / "scenes", "scenes")
     open_pairs(f"{address}/train-{{000..001}}.tar").count()  # so that the command reads every shard once
-    command = ["features", "--out", str(tmp_path / "remote"), "--store-attempts", "1"]
-    command += words(folder.parent, train_data=f"{address}/train-{{000..001}}.tar", workers=1, train_num_samples=80)
+    values = {"train_data": f"{address}/train-{{000..001}}.tar", "workers": 1, "train_num_samples": 80}
+    command = ["features", *words(folder.parent, out=tmp_path / "remote", store_attempts=1, **values)]
     s3.fault = Faults("503", 99, suffix="train-001.tar")
     assert main(command) == 1
     found = [line for line in capfd.readouterr().err.splitlines() if "error" in line]
-    message = "could not be read in 1 attempt: the store answered with status 503"
-    assert found == [f"pacl: error: {address}/train-001.tar {message}"]
+    message = f"{address}/train-001.tar could not be read in 1 attempt: the store answered with status 503"
+    assert found == [f"pacl: error: {message}"]
+    with pytest.raises(StoreError, match=f"^{message}$"):
+        list(loader(open_pairs(f"{address}/train-001.tar", store=Store(attempts=1)), 7, workers=1))
     assert (tmp_path / "remote/features-00000.safetensors").is_file()
     s3.fault = S3.fault
     assert main(command) == 0
-    local = words(folder.parent, train_data=run_world / "scenes/train-{000..001}.tar", train_num_samples=80)
-    assert main(["features", "--out", str(tmp_path / "local"), *local]) == 0
+    values |= {"train_data": run_world / "scenes/train-{000..001}.tar", "out": tmp_path / "local"}
+    assert main(["features", *words(folder.parent, **values)]) == 0
     assert len(list((tmp_path / "local").glob("features-*"))) > 2
     for path in (tmp_path / "local").glob("*.safetensors"):
         assert (tmp_path / "remote" / path.name).read_bytes() == path.read_bytes()
