@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints, is_typeddict
 
+from .remote import Location
 from .settings import Damaged, short
 
 NAMES: dict[Any, str] = {
@@ -23,7 +24,7 @@ NAMES: dict[Any, str] = {
 }
 
 
-def checked(value: Any, kind: Any, path: Path, key: str = "") -> Any:
+def checked(value: Any, kind: Any, path: Location, key: str = "") -> Any:
     """Return `value` from the file at `path` as an instance of the annotation `kind`; raise Damaged if it is none.
 
     kind: bool, int, float (finite), str, None, Any, Path (from a string), a Literal, a union, a list, a
@@ -54,7 +55,7 @@ def checked(value: Any, kind: Any, path: Path, key: str = "") -> Any:
     raise Damaged(path, f"{key or 'it'} is {short(value)}, expected {_describe(kind)}")
 
 
-def _fields(value: Any, kind: Any, path: Path, key: str) -> Any:
+def _fields(value: Any, kind: Any, path: Location, key: str) -> Any:
     """Check the keys of a mapping against those of a TypedDict or a dataclass."""
     if not isinstance(value, dict):
         raise Damaged(path, f"{key or 'it'} is {short(value)}, expected a mapping")

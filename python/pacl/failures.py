@@ -14,14 +14,21 @@ _COLLECTIVE = re.compile(r"gloo|nccl|closed by peer|reset by peer|broken pipe|Pr
 _LATE = re.compile(r"time[d ]*out", re.I)
 
 
+class StoreError(OSError):
+    """A store of remote objects fails, refuses access, or has other objects than at the beginning.
+
+    The message is one sentence that names the address. It is an OSError without a number, so that commands end with it.
+    """
+
+
 def describe(error: BaseException) -> str | None:
     """Return one line for a failure of the machine; None for any other exception, which may be a mistake in a program.
 
-    Known are: memory that ran out here, on a GPU or in a data reader; a data reader that died (see Loader); and a
-    collective that failed, because another process ended or did not come.
+    Known are: memory that ran out here, on a GPU or in a data reader; a data reader that died (see Loader); a store
+    that fails; and a collective that failed, because another process ended or did not come.
     """
-    if isinstance(error, ChildProcessError):
-        return str(error)
+    if isinstance(error, (ChildProcessError, StoreError)):
+        return one_line(error)
     return _memory(error) or collective(error)
 
 

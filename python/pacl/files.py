@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from .remote import Location, RemotePath, open_binary
+
 try:
     import fcntl
 except ImportError:  # Windows, where an open file cannot be deleted, so that no lock is needed
@@ -60,17 +62,22 @@ def named_if_full(path: str | os.PathLike) -> Iterator[None]:
         raise
 
 
-def write_bytes(path: str | os.PathLike, data: bytes) -> None:
+def write_bytes(path: str | os.PathLike | RemotePath, data: bytes) -> None:
     """Replace the contents of `path` by `data`, atomically."""
+    if isinstance(path, RemotePath):
+        return path.write_bytes(data)
     with atomic_writer(path) as file:
         file.write(data)
 
 
-def remove_unfinished(folder: Path, name: str | None = None) -> None:
+def remove_unfinished(folder: Location, name: str | None = None) -> None:
     """Delete the temporary files that killed processes left in `folder`: those for `name`, or for all names.
 
-    Files of processes that are still writing are locked, and stay. Where the file system has no locks, all stay.
+    Files of processes that are still writing are locked, and stay. Where the file system has no locks, all stay. In a
+    store there are none.
     """
+    if isinstance(folder, RemotePath):
+        return
     pattern = re.compile(rf"\.{'.+' if name is None else re.escape(name)}\.[a-z0-9_]{{8}}{re.escape(SUFFIX)}")
     with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
         for entry in entries:
@@ -116,14 +123,14 @@ def _locked_copy(descriptor: int) -> Iterator[None]:
         os.close(copy)
 
 
-def impostor(path: str | os.PathLike, *, binary: bool = True) -> str | None:
+def impostor(path: str | os.PathLike | RemotePath, *, binary: bool = True) -> str | None:
     """Return what stands in place of a file's content, "a pointer of Git LFS ...", or None for what may be content.
 
     Known are pointers of Git LFS, pages of HTML and empty files, and with `binary` any other text. A file that cannot
     be read is none of these.
     """
     try:
-        with open(path, "rb") as file:
+        with open_binary(path) as file:
             start = file.read(256)
     except OSError:
         return None
@@ -142,10 +149,10 @@ def impostor(path: str | os.PathLike, *, binary: bool = True) -> str | None:
     return "a text" if all(letter.isprintable() or letter.isspace() for letter in text) else None
 
 
-def file_digest(path: str | os.PathLike) -> str:
+def file_digest(path: str | os.PathLike | RemotePath) -> str:
     """Return the SHA-256 of a file in hexadecimal. A processor with instructions for it reads 1 to 2 GB a second."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with open_binary(path) as file:
         while part := file.read(2**20):
             digest.update(part)
     return digest.hexdigest()

@@ -10,8 +10,20 @@ from typing import Annotated, Any, Literal, TypeVar
 import tyro
 
 from .commands import example
+from .remote import Location, location
 
 Options = TypeVar("Options")
+# A flag that names a local path or an address in a store.
+Place = Annotated[
+    Location,
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=lambda words: location(words[0]),
+        is_instance=lambda value: isinstance(value, Location),
+        str_from_instance=lambda place: [str(place)],
+    ),
+]
 # The keys of pacl.readings.READINGS.
 Tokens = Literal["plain", "value", "maskclip", "sclip", "clearclip", "naclip", "kk", "rcs", "gem", "proxy"]
 # The least value of a number in any command's flags. Flags that depend on others are checked where they are used.
@@ -19,6 +31,8 @@ LEAST = {
     **dict.fromkeys("batch_size shard_size max_image_pixels scenes train_num_samples force_image_size".split(), 1),
     **dict.fromkeys("max_patches limit stride short_side window window_stride most_images pairs".split(), 1),
     **dict.fromkeys("workers seed sample port max_bad_share".split(), 0),
+    **dict.fromkeys("cache_size store_attempts".split(), 1),
+    "store_timeout": 0.01,
     "patches": 2,
 }
 

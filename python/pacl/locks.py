@@ -10,6 +10,8 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+from .remote import RemotePath
+
 try:
     import fcntl
 except ImportError:  # Windows, where folders are not locked
@@ -20,15 +22,15 @@ _held: set[int] = set()  # descriptors of the locks of this process
 
 
 @contextlib.contextmanager
-def lock_folder(folder: str | os.PathLike, argument: str = "out") -> Iterator[None]:
+def lock_folder(folder: str | os.PathLike | RemotePath, argument: str = "out") -> Iterator[None]:
     """Hold the lock of `folder`, a file `.lock` in it; the kernel releases it when the process dies, however that is.
 
     A missing folder is made, and removed again at the end if it is still empty. On Windows nothing is locked. Where
-    the file system has no locks (some network file systems), a warning says so.
+    the file system has no locks (some network file systems), a warning says so. A store has no locks: nothing is done.
 
     argument: the argument that named the folder, for the error. Raises ValueError if another process has the lock.
     """
-    if fcntl is None:
+    if fcntl is None or isinstance(folder, RemotePath):
         yield
         return
     folder = Path(folder)

@@ -6,13 +6,13 @@ Every error of this module and of `annotations` is `FILE is damaged: KEY is VALU
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import yaml
 
 from .files import impostor
 from .formats import one_line
+from .remote import Location, open_binary
 
 MOST_JSON_BYTES, MOST_YAML_BYTES = 2**26, 2**20  # YAML takes about a second per megabyte
 DEEPEST = 50
@@ -25,11 +25,11 @@ class Damaged(ValueError):
     wrong with the file.
     """
 
-    def __init__(self, path: Path | str, what: str | None = None):
+    def __init__(self, path: Location | str, what: str | None = None):
         super().__init__(path if what is None else one_line(f"{path} is damaged: {what}"))
 
 
-def read_settings(path: Path) -> dict[str, Any]:
+def read_settings(path: Location) -> dict[str, Any]:
     """Read a mapping with strings as keys from a .json or .yaml file.
 
     Raises Damaged for a file that is too large or not in its format, for a key that is given twice, for values nested
@@ -44,7 +44,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     return values
 
 
-def read_list(path: Path) -> list[Any]:
+def read_list(path: Location) -> list[Any]:
     """Read a list from a .json file; raises as read_settings does."""
     values = _read(path)
     if not isinstance(values, list):
@@ -52,10 +52,10 @@ def read_list(path: Path) -> list[Any]:
     return values
 
 
-def _read(path: Path) -> Any:
+def _read(path: Location) -> Any:
     is_json = path.suffix == ".json"
     most = MOST_JSON_BYTES if is_json else MOST_YAML_BYTES
-    with open(path, "rb") as file:
+    with open_binary(path) as file:
         data = file.read(most + 1)
     if len(data) > most:
         raise Damaged(path, f"it has more than {most:,} bytes")
@@ -77,7 +77,7 @@ def short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _parse_json(text: str, path: Path) -> Any:
+def _parse_json(text: str, path: Location) -> Any:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
@@ -101,7 +101,7 @@ def _parse_json(text: str, path: Path) -> Any:
         raise Damaged(path, f"its values are nested deeper than {DEEPEST} levels") from error
 
 
-def _parse_yaml(text: str, path: Path) -> Any:
+def _parse_yaml(text: str, path: Location) -> Any:
     try:
         return yaml.load(text, _Loader)  # a SafeLoader
     except yaml.MarkedYAMLError as error:

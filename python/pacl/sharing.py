@@ -23,6 +23,7 @@ from .backbones import freeze
 from .embedder import CONFIG, DescribedTowers, VisionEmbedder, embedder_folder, read_embedder_config
 from .files import write_bytes
 from .pretrained import why_not_fetched
+from .remote import Location, RemotePath
 from .towers import Towers, encode_text, load_towers, random_towers
 from .weights import load_weights
 
@@ -138,19 +139,19 @@ def load_model(
     return towers, None
 
 
-def save_tower(towers: Towers, name: str, folder: Path) -> None:
+def save_tower(towers: Towers, name: str, folder: Location) -> None:
     """Write the weights of the tower `name`, "visual" or "text", to `folder`, atomically."""
     # safetensors refuses tied weights, such as T5's; a copy of each is its own.
     state = {key: x.detach().cpu().clone().contiguous() for key, x in getattr(towers, name).state_dict().items()}
     write_bytes(folder / f"{name}.safetensors", save(state))
 
 
-def load_tower(towers: Towers, name: str, folder: Path, digests: Mapping[str, str]) -> None:
+def load_tower(towers: Towers, name: str, folder: Location, digests: Mapping[str, str]) -> None:
     """Load the weights that save_tower wrote, and compare them with their SHA-256 if `digests` has it."""
     load_weights(getattr(towers, name), folder / f"{name}.safetensors", digests)
 
 
-def check_described(described: Mapping[str, Any], path: Path) -> None:
+def check_described(described: Mapping[str, Any], path: Location) -> None:
     """Raise ValueError unless `described`, of the settings file at `path`, says all that check_towers compares."""
     missing = sorted(DescribedTowers.__annotations__.keys() - OPTIONAL - described.keys())
     if missing:
@@ -192,7 +193,7 @@ def tower_differences(described: Mapping[str, Any], towers: Towers) -> list[str]
 
 @torch.no_grad()
 def describe_towers(
-    towers: Towers, folder: Path, trained: Iterable[str] = (), random: Sequence[str] = ()
+    towers: Towers, folder: Location, trained: Iterable[str] = (), random: Sequence[str] = ()
 ) -> dict[str, Any]:
     """Describe towers for an embedder's config.json in `folder`: plain values, with local paths relative to it.
 
@@ -244,11 +245,15 @@ def is_local(name: str) -> bool:
     return schema == "local-dir" or schema is None and os.path.isfile(path)
 
 
-def _relative(name: str | None, folder: Path) -> str | None:
-    """Make a local folder or file relative to `folder`, so that both can move; return any other name unchanged."""
+def _relative(name: str | None, folder: Location) -> str | None:
+    """Make a local folder or file relative to `folder`, so that both can move; return any other name unchanged.
+
+    For a folder in a store the path is absolute.
+    """
     if name and is_local(name):
         schema, path = parse_model_name(name)
-        return ("local-dir:" if schema else "") + Path(os.path.relpath(path, folder)).as_posix()
+        place = os.path.abspath(path) if isinstance(folder, RemotePath) else os.path.relpath(path, folder)
+        return ("local-dir:" if schema else "") + Path(place).as_posix()
     return name
 
 

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from .files import file_digest, impostor
+from .remote import Location
 from .settings import Damaged
+from .tensors import open_tensors
 
 
-def check_digest(path: Path, digests: Mapping[str, str]) -> None:
+def check_digest(path: Location, digests: Mapping[str, str]) -> None:
     """Raise Damaged if `digests` has the file's name with another SHA-256 than the file's; other files pass."""
     expected = digests.get(path.name)
     if expected is not None and file_digest(path) != expected:
         raise Damaged(path, "it does not have the SHA-256 in the JSON file beside it; copy or write the folder again")
 
 
-def load_weights(module: nn.Module, path: Path, digests: Mapping[str, str]) -> None:
+def load_weights(module: nn.Module, path: Location, digests: Mapping[str, str]) -> None:
     """Load the weights of `module` from a safetensors file.
 
     digests: SHA-256 by file name; a file without one, such as of an earlier version, loads without this check. Raises
@@ -31,7 +32,7 @@ def load_weights(module: nn.Module, path: Path, digests: Mapping[str, str]) -> N
     check_digest(path, digests)
     expected = module.state_dict()
     try:
-        with safe_open(path, "pt") as file:
+        with open_tensors(path) as file:
             found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
     except SafetensorError as error:
         raise Damaged(path, "it is not a whole safetensors file") from error
@@ -61,7 +62,7 @@ def few(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + more
 
 
-def _check_tensor(path: Path, name: str, found: Tensor, expected: Tensor) -> None:
+def _check_tensor(path: Location, name: str, found: Tensor, expected: Tensor) -> None:
     if found.dtype != expected.dtype and not (found.is_floating_point() and expected.is_floating_point()):
         raise Damaged(path, f"{name} has the type {found.dtype}, expected {expected.dtype}")
     if found.is_floating_point() and not found.isfinite().all():

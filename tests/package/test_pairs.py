@@ -391,7 +391,7 @@ def test_data_errors_are_one_line(tmp_path, capsys):
     (tmp_path / "bad.txt").write_bytes(b"x")
     for words, message in (
         (["check", "missing.csv"], "data: 'missing.csv' is not a file"),
-        (["check", "pipe:touch x"], "expected the path of a local .tar file"),
+        (["check", "pipe:touch x"], "expected a local path or an address of s3:"),
         (["check", str(tmp_path), "--sample", "-1"], "sample: got -1, expected at least 0"),
         (["pack", str(tmp_path), "--out", str(tmp_path / "out")], f"no usable sample in {tmp_path} (image 1)"),
         (["pack", str(tmp_path), "--out", str(tmp_path / "o"), "--shard-size", "0"], "shard_size: got 0"),

@@ -78,7 +78,7 @@ def write_config(folder: Path, **changes: Any) -> Path:
 
 
 def test_a_config_comes_back(tmp_path):
-    config = TrainConfig(features=Path("f"), val_classes=Path("c"), lr=1e-3, max_steps=7, name="a/b")
+    config = TrainConfig(features="f", val_classes=Path("c"), lr=1e-3, max_steps=7, name="a/b")
     (tmp_path / "config.yaml").write_text(dump_config(config, {"deviations": {}}))
     assert read_config(tmp_path / "config.yaml") == config
     text = (tmp_path / "config.yaml").read_text().replace("lr: 0.001", "lr: 1e-3").replace("wd: 0.2", "wd: 1")

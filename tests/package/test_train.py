@@ -225,7 +225,7 @@ class Malicious:
     "changes, message",
     [
         ({"train_data": "missing.tar"}, "'missing.tar' is not a file"),
-        ({"train_data": "pipe:touch executed"}, "expected the path of a local .tar file"),
+        ({"train_data": "pipe:touch executed"}, "expected a local path or an address of s3:"),
         ({"model": "ViT-B-61"}, "model: got 'ViT-B-61', expected a model of open_clip, such as ViT-B-16"),
         ({"batch_size": 1000}, "batch_size: got 1000 pairs in a step of all processes, expected at most the 120"),
         ({"train_data": "missing.csv"}, "'missing.csv' is not a file"),

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import gzip
-import os
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import IO, Any
 
+from ..failures import StoreError
 from ..files import impostor
+from ..remote import Location, open_binary
 
 MOST_MEMBER_BYTES = 2**28
 MOST_HEADER_BYTES = 2**14  # of a long name or an extended header; Python's parser takes quadratic time for it
@@ -31,6 +31,8 @@ class Member:
         try:
             self.stream.seek(self.offset)
             data = self.stream.read(self.size)
+        except StoreError:
+            raise
         except Exception as error:  # zlib raises several types
             raise ValueError(f"the compressed bytes of member {self.name!r} are damaged") from error
         if len(data) != self.size:
@@ -38,15 +40,17 @@ class Member:
         return data
 
 
-def members(path: Path, refuse: Callable[[Exception], Any], *, compressed: bool = True) -> Iterator[Member]:
+def members(path: Location, refuse: Callable[[Exception], Any], *, compressed: bool = True) -> Iterator[Member]:
     """Yield the regular files of a tar file in their order; with `compressed` it may be compressed by gzip.
 
     `refuse` is called with a sentence for every member that is a link, a device, a sparse file or larger than 256 MiB,
     and once for a file that cannot be read to its end; for one that cannot be opened, with the OSError. Folders are
-    passed over.
+    passed over. Raises StoreError if a store fails.
     """
     try:
-        file = open(path, "rb")
+        file: Any = open_binary(path)
+    except StoreError:
+        raise
     except OSError as error:
         refuse(error)
         return
@@ -54,7 +58,7 @@ def members(path: Path, refuse: Callable[[Exception], Any], *, compressed: bool 
         packed = compressed and file.peek(2)[:2] == b"\x1f\x8b"
         stream: Any = gzip.GzipFile(fileobj=file) if packed else file
         # The size of what a compressed file holds is known only after reading it.
-        end = None if packed else os.fstat(file.fileno()).st_size
+        end = None if packed else path.stat().st_size
         try:
             yield from _walk(stream, end, refuse)
         except _Torn as error:
@@ -62,7 +66,7 @@ def members(path: Path, refuse: Callable[[Exception], Any], *, compressed: bool 
             refuse(ValueError(f"it is {kind}" if kind else str(error)))
 
 
-def contents(path: Path, refuse: Callable[[Exception], Any]) -> Iterator[tuple[str, bytes]]:
+def contents(path: Location, refuse: Callable[[Exception], Any]) -> Iterator[tuple[str, bytes]]:
     """Yield name and content of the members that `members` yields; one that is cut is refused too."""
     for member in members(path, refuse):
         try:
@@ -97,6 +101,8 @@ def _walk(stream: IO[bytes], end: int | None, refuse: Callable[[Exception], Any]
             # Opening reads the first header.
             tar = tarfile.TarFile(fileobj=_Headers(stream)) if tar is None else tar  # type: ignore[arg-type]
             found = tar.next()
+        except StoreError:
+            raise
         except Exception as error:  # RecursionError, ValueError, zlib.error, ... besides tarfile's own
             raise _Torn(f"there is no readable tar header at byte {place:,}") from error
         if found is None:
@@ -126,6 +132,8 @@ def _check_end(stream: IO[bytes], offset: int) -> None:
     try:
         stream.seek(offset)
         block = stream.read(tarfile.BLOCKSIZE)
+    except StoreError:
+        raise
     except Exception as error:
         raise _Torn(f"the compressed bytes behind byte {offset:,} are damaged") from error
     if not block:

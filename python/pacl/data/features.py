@@ -13,23 +13,27 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cache, partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+from safetensors import SafetensorError
+from safetensors.torch import save
 from torch import Tensor
 
 from ..annotations import checked
 from ..embedder import DescribedTowers
+from ..failures import StoreError
 from ..files import write_bytes
+from ..remote import Location, RemotePath, location, look_up
 from ..settings import Damaged, read_settings
 from ..sharing import check_described, check_towers, load_tower
+from ..stores import AT_ONCE, Store
+from ..tensors import announce, announced, open_tensors, read_ahead
 from ..towers import Towers
 from ..weights import check_digest
 from .pairs import Pairs
@@ -38,6 +42,7 @@ from .texts import PROMPTS
 
 TOWERS = "model pretrained vision_model vision_pretrained text_model force_image_size max_patches tokens proxy".split()
 MANIFEST, NOUNS = "manifest.json", "prompts.safetensors"
+AHEAD = 32  # images that are read ahead of the one in use
 
 
 class Shard(TypedDict):
@@ -85,16 +90,27 @@ class Features(Pairs):
     all its images), tokens [N, width] as stored, worker and place. Packed features also have length, which is N; a
     batch then has the tokens of all its images [sum of N, width]. Raises ValueError for an incomplete folder and for
     damaged files. verify: read all files once and compare their SHA-256 with the manifest, shared among the processes
-    of a machine; files of earlier versions have none.
+    of a machine; files of earlier versions have none. store: the way to read a folder at an address of s3://, gs://,
+    hf:// or https://, whose images come in the same order; a store that fails raises StoreError.
     """
 
-    def __init__(self, folder: str | os.PathLike, *, nouns: str | None = None, verify: bool = True, **options: Any):
+    def __init__(
+        self,
+        folder: str | os.PathLike | RemotePath,
+        *,
+        nouns: str | None = None,
+        verify: bool = True,
+        store: Store | None = None,
+        **options: Any,
+    ):
         super().__init__(str(folder), **options)
-        self.folder = Path(folder)
+        self.folder = location(folder, store)
         self.manifest = read_manifest(self.folder)
         if not self.manifest["complete"]:
             raise ValueError(f"features: {folder} is incomplete, expected one that `pacl features` has finished")
         check_described(self.manifest["towers"], self.folder / MANIFEST)
+        self.paths = [self.folder / shard["name"] for shard in self.manifest["shards"]]
+        look_up(self.paths)  # in a store, all reads must come from these objects
         self._check_files(verify)
         stored = self.manifest["plan"]["nouns"]
         if nouns is not None and nouns != stored:
@@ -109,11 +125,15 @@ class Features(Pairs):
         """Check the headers of all files, and the digests of this process's share of those on this machine."""
         first, step = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         digests = self.manifest.get("sha256", {}) if verify else {}
-        for number, shard in enumerate(self.manifest["shards"]):
-            path = self.folder / shard["name"]
+
+        def check(number: int) -> None:
+            path = self.paths[number]
             if number % step == first % step:
                 check_digest(path, digests)
-            _check_header(path, shard["count"], packed=self.packed)
+            _check_header(path, self.manifest["shards"][number]["count"], packed=self.packed)
+
+        for _ in _many(self.folder, check, range(len(self.paths))):
+            pass
 
     @property
     def packed(self) -> bool:
@@ -124,8 +144,9 @@ class Features(Pairs):
         path = self.folder / NOUNS
         check_digest(path, self.manifest.get("sha256", {}))
         try:
-            texts = load_file(path)["texts"]
-        except (SafetensorError, KeyError) as error:
+            with open_tensors(path) as file:
+                texts = file.get_tensor("texts")
+        except SafetensorError as error:
             raise Damaged(path, "it does not hold the texts of the prompts") from error
         if texts.ndim != 2 or len(texts) != count or texts.dtype != torch.float32 or not texts.isfinite().all():
             raise Damaged(path, f"its texts are not {count:,} rows of finite float32 numbers")
@@ -152,11 +173,9 @@ class Features(Pairs):
 
     def decode(self, raw: tuple[int, int], worker: int = 0) -> dict[str, Any]:  # type: ignore[override]
         index, epoch = raw
-        number = bisect.bisect_right(self.ends, index)
-        row = index - (self.ends[number - 1] if number else 0)
-        path = self.folder / self.manifest["shards"][number]["name"]
-        shard = _open(str(path))
+        path, row = self._place(index)
         try:
+            shard = _open(path)
             record = read_records(shard, row, row + 1)[0]
             turns = self.turns(record["captions"], epoch, record["key"])
             captions = [record["captions"][turn] for turn in turns]
@@ -170,8 +189,27 @@ class Features(Pairs):
                 **(_packed(shard, row) if self.packed else {"tokens": shard.get_slice("tokens")[row : row + 1][0]}),
                 **({"text": texts[0]} if one else {"texts": texts}),
             }
+        except StoreError:
+            raise
         except Exception as error:  # on bytes that were not compared with their SHA-256, anything
             raise Damaged(path, f"the record of its image {row:,} cannot be read") from error
+
+    def _place(self, index: int) -> tuple[Location, int]:
+        """Return the file of an image, and its row there."""
+        number = bisect.bisect_right(self.ends, index)
+        return self.paths[number], index - (self.ends[number - 1] if number else 0)
+
+    # mypy: see `get`.
+    def decoded(self, raws: Iterator[Any], worker: int) -> Iterator[dict[str, Any] | None]:
+        if isinstance(self.folder, RemotePath):
+            return read_ahead(partial(self.decode, worker=worker), raws, AHEAD)
+        return super().decoded(announced(raws, self._announce, AHEAD), worker)
+
+    # mypy: see `get`.
+    def _announce(self, raw: Any) -> None:
+        path, row = self._place(raw[0])
+        if isinstance(path, Path):
+            announce(path, row)
 
     def embeddings(self, batch: dict[str, Any], texts: list[str]) -> Tensor:
         """Return embeddings [K, D] of `texts`: each is a caption of the batch, in order, or a prompt with its noun."""
@@ -185,7 +223,13 @@ class Features(Pairs):
 
 
 def write_shard(
-    folder: Path, number: int, tokens: Sequence[Tensor], texts: Tensor, records: list[dict], *, packed: bool = False
+    folder: Location,
+    number: int,
+    tokens: Sequence[Tensor],
+    texts: Tensor,
+    records: list[dict],
+    *,
+    packed: bool = False,
 ) -> None:
     """Write one shard atomically.
 
@@ -204,7 +248,7 @@ def write_shard(
     write_bytes(folder / _name(number), save(tensors))
 
 
-def read_records(shard: safe_open, start: int, end: int) -> list[dict]:
+def read_records(shard: Any, start: int, end: int) -> list[dict]:
     """Return records `start` to `end` of an open shard."""
     ends = shard.get_slice("ends")[max(0, start - 1) : end].tolist()
     ends = ends if start else [0, *ends]
@@ -226,12 +270,13 @@ def _name(number: int) -> str:
     return f"features-{number:05d}.safetensors"
 
 
-def shard_files(folder: Path) -> list[Shard]:
+def shard_files(folder: Location) -> list[Shard]:
     """Return name, size in bytes and count of each shard of `folder`; raise ValueError for a damaged one."""
     shards: list[Shard] = []
-    for path in sorted(folder.glob("features-*.safetensors"), key=lambda path: (len(path.name), path.name)):
+    paths: list[Location] = [*folder.glob("features-*.safetensors")]
+    for path in sorted(paths, key=lambda path: (len(path.name), path.name)):
         try:
-            with safe_open(path, "pt") as shard:
+            with open_tensors(path) as shard:
                 count = shard.get_slice("ends").get_shape()[0]
         except SafetensorError as error:
             raise ValueError(
@@ -242,7 +287,7 @@ def shard_files(folder: Path) -> list[Shard]:
     return shards
 
 
-def missing_shards(folder: Path, count: int) -> list[int]:
+def missing_shards(folder: Location, count: int) -> list[int]:
     """Return the numbers below `count` of which `folder` has no shard.
 
     Raises ValueError for a damaged shard, and for one with a number from `count` on.
@@ -254,14 +299,14 @@ def missing_shards(folder: Path, count: int) -> list[int]:
     return [number for name, number in wanted.items() if name not in there]
 
 
-def stored_records(folder: Path) -> Iterator[dict[str, Any]]:
+def stored_records(folder: Location) -> Iterator[dict[str, Any]]:
     """Yield the records of all shards."""
     for file in shard_files(folder):
-        with safe_open(folder / file["name"], "pt") as shard:
+        with open_tensors(folder / file["name"]) as shard:
             yield from read_records(shard, 0, file["count"])
 
 
-def tower_names(folder: Path) -> dict[str, Any]:
+def tower_names(folder: Location) -> dict[str, Any]:
     """Return the flags of `pacl train` for the towers whose features are in `folder`."""
     plan: Mapping[str, Any] = read_manifest(folder)["plan"]
     later = {"tokens": plan.get("tokens", "plain"), "random_towers": plan.get("random_towers", False)}
@@ -274,7 +319,7 @@ def digested_files(manifest: Mapping[str, Any]) -> list[str]:
     return names + [f"{name}.safetensors" for name in manifest["towers"].get("random", [])]
 
 
-def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+def write_manifest(folder: Location, manifest: dict[str, Any]) -> None:
     """Write manifest.json; a complete one, which has `sha256`, with the SHA-256 of its own other values, too."""
     if manifest["complete"]:
         manifest = manifest | {"sha256": manifest["sha256"] | {MANIFEST: _own_digest(manifest)}}
@@ -287,7 +332,7 @@ def _own_digest(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps({**manifest, "sha256": others}, sort_keys=True).encode()).hexdigest()
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: Location) -> Manifest:
     """Read manifest.json of a folder of features and check it against the files' names and sizes.
 
     Raises ValueError for another folder, a damaged manifest, and files that are missing or of another size.
@@ -296,11 +341,14 @@ def read_manifest(folder: Path) -> Manifest:
     if not path.is_file():
         raise ValueError(f"features: {folder} has no {MANIFEST} of `pacl features`")
     manifest: Manifest = checked(read_settings(path), Manifest, path)
+    names = [shard["name"] for shard in manifest["shards"]]
+    paths = {name: folder / name for name in names if "/" not in name}
+    look_up(paths.values())
     for shard in manifest["shards"]:
         name, size = shard["name"], shard["bytes"]
         if not re.fullmatch(r"features-\d+\.safetensors", name):  # never read outside the folder
             raise ValueError(f"features: {path} names {name!r}, expected features-00000.safetensors, ...")
-        if not (folder / name).is_file() or (folder / name).stat().st_size != size:
+        if not paths[name].is_file() or paths[name].stat().st_size != size:
             raise ValueError(
                 f"features: {folder / name} is missing or does not have {size:,} bytes; copy it or write it again"
             )
@@ -316,13 +364,14 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def _check_header(path: Path, count: int, *, packed: bool) -> None:
+def _check_header(path: Location, count: int, *, packed: bool) -> None:
     """Raise Damaged unless the header of a shard states the tensors of write_shard for `count` images.
 
     Raises ValueError for a shard of the other kind, packed or not, than the manifest states.
     """
     try:
-        with safe_open(path, "pt") as file:
+        # A header from a store is kept: reading the images needs it.
+        with _open(path) if isinstance(path, RemotePath) else open_tensors(path) as file:
             parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118, it is no dict
             found = {name: (part.get_dtype(), len(part.get_shape())) for name, part in parts.items()}
     except SafetensorError as error:
@@ -342,6 +391,13 @@ def _check_header(path: Path, count: int, *, packed: bool) -> None:
 
 
 @cache
-def _open(path: str) -> safe_open:
+def _open(path: Location) -> Any:
     """Open a shard once per process and keep it open; mapped pages take no memory of their own."""
-    return safe_open(path, "pt").__enter__()
+    return open_tensors(path).__enter__()
+
+
+def _many(folder: Location, function: Callable[[int], None], numbers: Iterable[int]) -> Iterator[None]:
+    """Call a function with each number; for a store, whose answers take time, many at once."""
+    if not isinstance(folder, RemotePath):
+        return map(function, numbers)
+    return read_ahead(function, numbers, AT_ONCE)

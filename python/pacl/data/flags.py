@@ -8,11 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from ..remote import Location
+from ..stores import Store
 from . import Kind
 from .images import MAX_IMAGE_PIXELS
 
 if TYPE_CHECKING:
     from .samples import Samples
+
+
+STORE = ("cache_dir", "cache_size", "store_timeout", "store_attempts")  # flags of reading from stores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +34,18 @@ class PairFlags:
     split: Literal["train", "val", "test"] | None = None
     """Split of Karpathy's dataset_coco.json and alike, whose images are below --image-root."""
     max_image_pixels: int = MAX_IMAGE_PIXELS
+    cache_dir: Path | None = None
+    """Local folder that keeps what was read from a store (s3://, gs://, hf://, https://)."""
+    cache_size: float = 100.0
+    """Most gigabytes in --cache-dir; what was read longest ago makes room."""
+    store_timeout: float = 60.0
+    """Seconds that a store may take to answer a read before the read is repeated."""
+    store_attempts: int = 10
+    """Number of times that a read from a store is tried, with growing pauses, before the command gives up."""
+
+    @property
+    def store(self) -> Store:
+        return Store(self.store_timeout, self.store_attempts, self.cache_dir, int(self.cache_size * 1e9))
 
     def open(self, location: str, *, scenes: int | None = None, **options: Any) -> Samples:
         """Open the pairs at `location` by these flags.
@@ -38,7 +55,8 @@ class PairFlags:
         """
         from .sources import open_pairs  # here, because importing torch would make --help slow
 
-        flags = {item.name: getattr(self, item.name) for item in dataclasses.fields(PairFlags)}
+        names = [item.name for item in dataclasses.fields(PairFlags) if item.name not in STORE]
+        flags = {"store": self.store} | {name: getattr(self, name) for name in names}
         flags["kind"] = flags.pop("dataset_type")
         return open_pairs(location, **flags | ({} if scenes is None else {"scenes": scenes}) | options)
 
@@ -70,10 +88,10 @@ def given_flags(flags: PairFlags) -> list[str]:
 def plan_of(flags: Any, *without: str) -> dict[str, Any]:
     """Return the flags of a command as plain Python, without some: what must be the same when it is continued."""
     values = {name: str(x) if isinstance(x, Path) else x for name, x in dataclasses.asdict(flags).items()}
-    return {name: x for name, x in values.items() if name not in without}
+    return {name: x for name, x in values.items() if name not in (*without, *STORE)}
 
 
-def check_plan(out: Path, begun: Mapping[str, Any], plan: dict[str, Any]) -> None:
+def check_plan(out: Location, begun: Mapping[str, Any], plan: dict[str, Any]) -> None:
     """Raise ValueError unless the output in `out` was begun with the same plan."""
     changed = [f"{name} ({begun.get(name)}, now {x})" for name, x in plan.items() if begun.get(name) != x]
     if changed:

@@ -15,6 +15,9 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
+from ..failures import StoreError
+from ..formats import one_line
+
 
 class ReaderLoader(DataLoader):
     """A DataLoader whose dataset has a `name`, and whose workers (see worker_options) may die or be killed."""
@@ -25,6 +28,8 @@ class ReaderLoader(DataLoader):
         """Yield the batches of DataLoader; raise ChildProcessError, which says how, if a worker died."""
         try:
             yield from super().__iter__()
+        except StoreError as error:  # from a worker with its traceback
+            raise StoreError(one_line(error)) from error
         except Exception as error:  # what reading from a dead worker raises depends on the moment
             told = "in DataLoader worker process" in str(error)  # by a worker that lives
             # A connection may break a moment before the worker at its other end is seen to be dead.

@@ -205,8 +205,8 @@ class Samples(IterableDataset):
     def _samples(self, worker: int, workers: int, epoch: int, offset: int) -> Iterator[dict[str, Any]]:
         for now in itertools.count(epoch) if self.repeat else range(epoch, 1):
             usable = offset > 0  # the earlier samples of the epoch were usable
-            for number, raw in enumerate(self.undecoded(now, worker, workers, offset), offset):
-                sample = self.decode(raw, worker)
+            raws = self.undecoded(now, worker, workers, offset)
+            for number, sample in enumerate(self.decoded(raws, worker), offset):
                 if sample is not None:
                     usable = True
                     yield sample | {"worker": worker, "place": (now, number)}
@@ -214,6 +214,10 @@ class Samples(IterableDataset):
             if not usable and (self.repeat or workers == 1):
                 raise BadData(self.complaint())
             offset = 0
+
+    def decoded(self, raws: Iterator[Raw], worker: int) -> Iterator[dict[str, Any] | None]:
+        """Decode samples in their order; None for a bad one."""
+        return (self.decode(raw, worker) for raw in raws)
 
     def with_options(self, **changes: Any) -> Samples:
         """Return a copy with other attributes, such as transform or captions; the copies share their counts.

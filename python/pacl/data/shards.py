@@ -15,13 +15,14 @@ import random
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from webdataset.filters import shuffle as shuffle_samples
 
 from ..files import write_bytes
+from ..remote import Location, RemotePath, location, look_up
 from ..settings import read_settings
+from ..stores import Store
 from .archives import contents, members
 from .braces import expand_braces
 from .members import Group, group_members
@@ -30,26 +31,33 @@ from .samples import MOST_WORKERS, Part, Samples, divide
 
 META = re.compile(r"__[^/]*__($|/)")  # names of webdataset's own notes, which are no samples
 SIZES = "sizes.json"  # img2dataset's and open_clip's: {"00000.tar": 1000}
+ShardNames: TypeAlias = str | os.PathLike | RemotePath | Iterable[str | os.PathLike | RemotePath]
 INCOMPLETE = "incomplete.json"  # in a folder whose shards are not all written yet; see pack.py
 
 
 class Shards(Samples):
     """Samples of .tar shards: an image, a .txt with a caption on each line, perhaps a mask (.mask.png).
 
-    shards: a path, with braces and `::` as in open_clip (`a-{000..015}.tar::b.tar`), or a list of paths. Local files
-    only.
+    shards: a path, with braces and `::` as in open_clip (`a-{000..015}.tar::b.tar`), or a list of paths. Addresses of
+    s3://, gs://, hf:// and https:// are read as local paths are, with the same order; `store` says how.
     resampled: every worker draws shards with replacement, in an epoch as many as its share; needs `repeat`.
 
     A .json member with a list `captions`, which `pacl data pack` writes for images with several, replaces the .txt.
     `shuffle` also shuffles the shards. A process takes its share of the shards, or of the samples if there are fewer
-    shards than processes. Everything else is as in Samples. Raises ValueError for no shards, a URL or an incomplete
-    folder, FileNotFoundError for a missing file.
+    shards than processes. Everything else is as in Samples. Raises ValueError for no shards, another scheme or an
+    incomplete folder, FileNotFoundError for a missing file. Reading raises StoreError if a store fails: a part of the
+    data is never left out for that.
     """
 
     def __init__(
-        self, shards: str | os.PathLike | Iterable[str | os.PathLike], *, resampled: bool = False, **options: Any
+        self,
+        shards: ShardNames,
+        *,
+        resampled: bool = False,
+        store: Store | None = None,
+        **options: Any,
     ):
-        self.paths = expand_shards(shards)
+        self.paths = expand_shards(shards, store)
         super().__init__(f"{len(self.paths)} shard(s)", **options)
         if resampled and not self.repeat:
             raise ValueError("resampled: got True without repeat, expected both, because resampling has no end")
@@ -102,7 +110,7 @@ class Shards(Samples):
         yield from itertools.islice(stream, start - place, None if stop is None else stop - place)
         self._passed = None if stop is None else (stop, stream)
 
-    def _piece(self, path: Path, start: int, stop: int | None) -> Iterator[Raw]:
+    def _piece(self, path: Location, start: int, stop: int | None) -> Iterator[Raw]:
         return itertools.islice(self._read(path, start=start), None if stop is None else stop - start)
 
     def spread(self, count: int) -> Iterator[Raw]:
@@ -110,7 +118,7 @@ class Shards(Samples):
         each = -(-count // len(self.paths))
         return itertools.chain.from_iterable(itertools.islice(self._read(path), each) for path in self.paths)
 
-    def _read(self, path: Path, worker: int = 0, epoch: int = 0, start: int = 0) -> Iterator[Raw]:
+    def _read(self, path: Location, worker: int = 0, epoch: int = 0, start: int = 0) -> Iterator[Raw]:
         """Yield the samples of a single shard from number `start` on.
 
         A single shard, because older webdataset joins samples across the end of a shard. Faults before `start` are not
@@ -130,7 +138,7 @@ class Shards(Samples):
             passed += 1
 
 
-def _raw(group: Group, epoch: int, path: Path) -> Raw:
+def _raw(group: Group, epoch: int, path: Location) -> Raw:
     """Return a sample of a shard. Its captions are those in its .json, as `pacl data pack` writes, or in its .txt."""
     parts = group.parts
     captions = _captions(parts.get("json", b"")) or parts.get("txt")
@@ -150,46 +158,52 @@ def _captions(notes: bytes) -> list[bytes]:
     return [as_bytes(text) for text in captions] if texts else []
 
 
-def expand_shards(shards: str | os.PathLike | Iterable[str | os.PathLike]) -> list[Path]:
-    """Return the paths that `shards` names (see Shards), all existing local files."""
-    given = [shards] if isinstance(shards, (str, os.PathLike)) else list(shards)
-    names = [name for item in given for part in os.fspath(item).split("::") for name in expand_braces(part)]
+def expand_shards(shards: ShardNames, store: Store | None = None) -> list[Location]:
+    """Return the paths that `shards` names (see Shards), all existing files or objects."""
+    given = [shards] if isinstance(shards, (str, os.PathLike, RemotePath)) else list(shards)
+    names = [name for item in given for part in split_names(item) for name in expand_braces(part)]
     if not names:
         raise ValueError("shards: got an empty list, expected paths of .tar files")
-    for name in names:
-        # Schemes have two letters or more; `c:` is a drive. webdataset runs a shell for `pipe:`, a program for `http:`.
-        if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", name):
-            raise ValueError(f"shards: got {name!r}, expected the path of a local .tar file; download it first")
-        if not Path(name).is_file():
-            raise FileNotFoundError(f"shards: {name!r} is not a file, expected the path of a .tar file")
-    for folder in {Path(name).parent for name in names}:
+    # webdataset would run a shell for `pipe:` and a program for `http:`; location() refuses them.
+    paths = [location(name, store) for name in names]
+    look_up(paths)
+    for path in paths:
+        if not path.is_file():
+            raise FileNotFoundError(f"shards: {str(path)!r} is not a file, expected the path of a .tar file")
+    for folder in {path.parent for path in paths}:
         check_finished(folder)
-    return [Path(name) for name in names]
+    return paths
 
 
-def check_finished(folder: Path) -> None:
+def split_names(shards: str | os.PathLike | RemotePath) -> list[str]:
+    """Return the parts between `::`."""
+    return (str(shards) if isinstance(shards, RemotePath) else os.fspath(shards)).split("::")
+
+
+def check_finished(folder: Location) -> None:
     """Raise ValueError for a folder whose shards are not all written yet: a part must not be taken for the whole."""
-    if (folder / INCOMPLETE).exists():
+    if (folder / INCOMPLETE).is_file():
         raise ValueError(
             f"data: {folder} is incomplete ({INCOMPLETE}), expected a folder with all of its shards; repeat the "
             "command that began to write it"
         )
 
 
-def count_shards(paths: Iterable[Path]) -> dict[Path, int]:
+def count_shards(paths: Iterable[Location]) -> dict[Location, int]:
     """Return the number of samples of each shard, from sizes.json beside it, or counted and then written there.
 
     An entry is stale if its shard is younger than sizes.json, or too small for so many samples.
     """
-    counts: dict[Path, int] = {}
-    folders: dict[Path, list[Path]] = {}
+    counts: dict[Location, int] = {}
+    folders: dict[Location, list[Location]] = {}
     for path in dict.fromkeys(paths):
         folders.setdefault(path.parent, []).append(path)
     for folder, shards in folders.items():
         known = read_sizes(folder)
+        written = _time_of(folder / SIZES) if known else 0
         new = {}
         for path in shards:
-            count = _known(path, known)
+            count = _known(path, known, written)
             if count is None:
                 count, _, whole = count_members(path)
                 if whole:
@@ -202,7 +216,7 @@ def count_shards(paths: Iterable[Path]) -> dict[Path, int]:
     return counts
 
 
-def read_sizes(folder: Path) -> dict[str, Any] | None:
+def read_sizes(folder: Location) -> dict[str, Any] | None:
     """Read sizes.json of a folder: {} if there is none, None if it is not a JSON object."""
     try:
         return read_settings(folder / SIZES)
@@ -212,15 +226,22 @@ def read_sizes(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def _known(path: Path, sizes: dict[str, Any] | None) -> int | None:
-    """Return the entry of a shard in `sizes`; None if there is none or it is stale."""
+def _time_of(path: Location) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return 0
+
+
+def _known(path: Location, sizes: dict[str, Any] | None, written: int) -> int | None:
+    """Return the entry of a shard in `sizes`, written at that time; None if there is none or it is stale."""
     try:
         stated = (sizes or {})[path.name]
         count = int(stated) if isinstance(stated, str) else stated
         if type(count) is not int:
             return None
         shard = path.stat()
-        younger = shard.st_mtime_ns > (path.parent / SIZES).stat().st_mtime_ns
+        younger = shard.st_mtime_ns > written
         # An image and a caption take four blocks of an uncompressed tar file.
         fits = 0 <= count and (path.suffix != ".tar" or count * 2048 <= shard.st_size)
         return count if fits and not younger else None
@@ -228,7 +249,7 @@ def _known(path: Path, sizes: dict[str, Any] | None) -> int | None:
         return None
 
 
-def count_members(path: Path) -> tuple[int, Counter[str], bool]:
+def count_members(path: Location) -> tuple[int, Counter[str], bool]:
     """Count the samples by the names of a shard's members; also return the bad ones by reason, and whether all of it
     is readable.
     """

@@ -7,11 +7,14 @@ import tarfile
 from pathlib import Path
 from typing import Any, get_args
 
+from ..remote import RemotePath, is_remote
+from ..remote import location as place_of
+from ..stores import Store
 from . import Kind
 from .pairs import CocoPairs, CsvPairs, FolderPairs, ScenePairs
 from .samples import Samples
 from .scene_shards import SPLITS
-from .shards import Shards, check_finished
+from .shards import Shards, check_finished, split_names
 
 TARS = (".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst")  # suffixes of shards
 FORMS = "shards (.tar), a folder of images with .txt files, a .csv or .tsv, or COCO's captions (.json)"
@@ -25,7 +28,7 @@ OTHERS = {
 
 
 def open_pairs(
-    location: str | os.PathLike,
+    location: str | os.PathLike | RemotePath,
     *,
     kind: Kind = "auto",
     resampled: bool = False,
@@ -35,6 +38,7 @@ def open_pairs(
     image_root: str | os.PathLike | None = None,
     split: str | None = None,
     scenes: int = 10_000,
+    store: Store | None = None,
     **options: Any,
 ) -> Samples:
     """Open the pairs at `location`. Their format is `kind`, or with "auto" inferred from the name.
@@ -42,11 +46,18 @@ def open_pairs(
     webdataset: .tar shards (see Shards) or a folder of them, `resampled` or not; csv: a .csv or .tsv file; folder:
     images with .txt files beside them; coco: an annotation .json; synthetic: `synthetic`, or `synthetic:eval`.
     image_root: folder of the images of csv and coco. split: "train", "val" or "test" of Karpathy's .json. scenes:
-    number of generated scenes. options: those of Samples.
+    number of generated scenes. store: how shards at an address of s3://, gs://, hf:// or https:// are read. options:
+    those of Samples.
+
     Raises ValueError or FileNotFoundError, one line, for any other location.
     """
     if kind not in get_args(Kind):
         raise ValueError(f"dataset_type: got {kind!r}, expected one of {', '.join(get_args(Kind))}")
+    if any(map(is_remote, split_names(location))):
+        if kind not in ("auto", "webdataset"):
+            raise ValueError(f"dataset_type: got {kind} for an address, expected webdataset; stores hold shards alone")
+        return Shards(_remote_shards(str(location), store), resampled=resampled, store=store, **options)
+    assert not isinstance(location, RemotePath)
     path = Path(location)
     check_finished(path)
     if kind == "auto":
@@ -75,6 +86,18 @@ def open_pairs(
         return CocoPairs(path, root=image_root, split=split, **options)
     keys = {"image_key": csv_img_key, "caption_key": csv_caption_key}
     return CsvPairs(path, separator=csv_separator, root=image_root, **keys, **options)
+
+
+def _remote_shards(location: str, store: Store | None) -> str | list[RemotePath]:
+    """Return the shards in a folder of a store; shards that are named stay as they are."""
+    if "::" in location or location.lower().endswith(TARS):
+        return location
+    folder = place_of(location, store)
+    assert isinstance(folder, RemotePath)
+    check_finished(folder)
+    if not (shards := folder.glob("*.tar")):
+        raise FileNotFoundError(f"data: {folder} holds no .tar file, expected the address of shards or of their folder")
+    return shards
 
 
 def _kind(location: str, path: Path) -> Kind:

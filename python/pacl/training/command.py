@@ -19,6 +19,7 @@ from ..files import remove_unfinished, write_bytes
 from ..flags import parse
 from ..formats import one_line
 from ..locks import lock_folder
+from ..remote import location
 from .checkpoints import newest
 from .config import TrainConfig, dump_config, read_config
 from .log import set_aside
@@ -145,7 +146,7 @@ def _parse(argv: list[str], prog: str) -> TrainConfig:
         if config.recipe is not None or config.features is not None:
             default = defaults(config)
             if config.features is not None:
-                default = dataclasses.replace(default, **tower_names(config.features))
+                default = dataclasses.replace(default, **tower_names(location(config.features, config.store)))
             config = parse(TrainConfig, argv, prog, default)
     return fill_batch(config.check(), int(os.environ.get("WORLD_SIZE", 1)))
 

@@ -37,10 +37,12 @@ class DataFlags(TrainingDataFlags):
     """The pairs."""
 
     train_data: str | None = None
-    """Image-caption pairs in local files: shards (`a-{000..015}.tar::b.tar` as in open_clip), a folder of them,
-    a .csv or .tsv file, a folder of images with .txt files, an annotation .json of COCO captions, or synthetic."""
-    features: Path | None = None
-    """Folder that `pacl features` wrote, in place of --train-data. The run uses the towers of these features."""
+    """Image-caption pairs: shards (`a-{000..015}.tar::b.tar` as in open_clip) or a folder of them, in local files or at
+    an address of s3://, gs://, hf:// or https://; a .csv or .tsv file, a folder of images with .txt files, an
+    annotation .json of COCO captions, or synthetic."""
+    features: str | None = None
+    """Folder that `pacl features` wrote, or its address in a store, in place of --train-data. The run uses the
+    towers of these features."""
     verify: bool = True
     """Compare the SHA-256 of all files of --features before training, at 1 to 2 GB/s; --no-verify skips it."""
     dataset_resampled: bool = False

@@ -8,7 +8,6 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -35,7 +34,7 @@ from ..data.samples import BadData, Part, Samples
 from ..data.texts import PROMPTS, noun_finder
 from ..failures import collective, sentence
 from ..files import file_digest, remove_unfinished, write_bytes
-from ..flags import Tokens, parse
+from ..flags import Place, Tokens, parse
 from ..locks import LOCK, lock_folder
 from ..processes import (
     add_up,
@@ -47,6 +46,7 @@ from ..processes import (
     process_device,
     shared_progress,
 )
+from ..remote import Location, RemotePath, writable
 from ..resolution import images_of, moved
 from ..sharing import describe_towers, load_tower, save_tower
 from ..towers import frozen_random_towers, load_towers
@@ -65,8 +65,8 @@ class FeaturesConfig(TrainingDataFlags):
 
     train_data: str
     """Image-caption pairs, given as for `pacl train`; so are the flags of data and model."""
-    out: Path
-    """Folder to write the features to."""
+    out: Place
+    """Folder to write the features to, or its address in a store (s3://, gs:// or hf://)."""
     train_num_samples: int | None = None
     """Number of generated scenes, if --train-data is synthetic."""
     model: str = "ViT-B-16"
@@ -109,6 +109,7 @@ def main(argv: Sequence[str], prog: str = "pacl features") -> int:
     mine = not dist.is_initialized()  # leave a caller's group as it is
     try:
         config = parse(FeaturesConfig, argv, prog)
+        config = dataclasses.replace(config, out=writable(str(config.out), config.store))
         group = patient_group()
         if config.dry_run:
             return _dry_run(config, group)
@@ -185,7 +186,7 @@ def _write(config: FeaturesConfig, group: dist.ProcessGroup | None) -> None:
 
 def _finished(config: FeaturesConfig) -> bool:
     """Return True, and say so, if the folder has all features; raise ValueError if it has anything else than a part."""
-    if (config.out / MANIFEST).exists():
+    if (config.out / MANIFEST).is_file():
         found = read_manifest(config.out)
         check_plan(config.out, LATER | found["plan"], LATER | config.plan)
         if found["complete"]:
@@ -222,7 +223,7 @@ def _manifest(config: FeaturesConfig, encoder: Encoder, source: Samples) -> dict
 
 
 def _next(config: FeaturesConfig) -> str:
-    return next_command("train", "--features", config.out, *(["--nouns", config.nouns] if config.nouns else []))
+    return next_command("train", "--features", str(config.out), *(["--nouns", config.nouns] if config.nouns else []))
 
 
 class Encoder:
@@ -235,10 +236,10 @@ class Encoder:
         self.towers = load_towers(**{name: getattr(config, name) for name in TOWERS}, device=self.device)
         self.random = frozen_random_towers(self.towers.names, ("visual", "text"), config.random_towers)
 
-    def keep_random(self, folder: Path) -> None:
+    def keep_random(self, folder: Location) -> None:
         """Write the random towers to `folder`, or load those that an earlier run wrote there."""
         for name in self.random:
-            if (folder / f"{name}.safetensors").exists():
+            if (folder / f"{name}.safetensors").is_file():
                 load_tower(self.towers, name, folder, {})  # the digests are written last
             else:
                 save_tower(self.towers, name, folder)
@@ -271,7 +272,7 @@ def _plan(config: FeaturesConfig, encoder: Encoder, source: Samples) -> tuple[li
     do not fit on the disk.
     """
     images = source.count()
-    if not (config.out / MANIFEST).exists():
+    if not (config.out / MANIFEST).is_file():
         estimate = _estimate(config, encoder, images)  # before the parts, because the number may be a mistake
         return list(enumerate(source.parts(config.shard_size))), estimate, images
     check_plan(config.out, read_manifest(config.out), {"images": images})
@@ -289,6 +290,12 @@ def _estimate(config: FeaturesConfig, encoder: Encoder, count: int) -> str:
     # Most keys, captions and offsets take less than a kilobyte.
     size = count * (patches * width * encoder.dtype.itemsize + 4 * dim + 1024)
     most = "at most " if config.max_patches else ""
+    what = (
+        f"features: {count:,} images, {most}{patches} x {width} {config.precision} and texts of {dim} fp32: "
+        f"{size / 1e9:,.3f} GB"
+    )
+    if isinstance(config.out, RemotePath):
+        return what
     folder = next(path for path in (config.out, *config.out.absolute().parents) if path.exists())
     free = shutil.disk_usage(folder).free
     if size > free:
@@ -296,10 +303,7 @@ def _estimate(config: FeaturesConfig, encoder: Encoder, count: int) -> str:
             f"out: {count:,} images take {size / 1e9:,.1f} GB, {(size - free) / 1e9:,.1f} GB more than {folder} has "
             "free; `pacl train` without --features computes tokens as it trains"
         )
-    return (
-        f"features: {count:,} images, {most}{patches} x {width} {config.precision} and texts of {dim} fp32: "
-        f"{size / 1e9:,.3f} GB of {free / 1e9:,.1f} GB free"
-    )
+    return f"{what} of {free / 1e9:,.1f} GB free"
 
 
 def _encode(

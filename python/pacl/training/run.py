@@ -71,7 +71,9 @@ class Run:
         self.data: Samples
         if config.features is not None:
             verify = config.verify and not config.dry_run
-            self.data = features = Features(config.features, nouns=config.nouns, verify=verify, **order)
+            self.data = features = Features(
+                config.features, nouns=config.nouns, verify=verify, store=config.store, **order
+            )
             features.load_random(self.towers)
             features.check(self.towers)
         else:
