@@ -16,7 +16,7 @@ import torch
 from dies import children, fork_pacl, fork_ranks
 from forks import status
 from pacl.cli import main
-from pacl.data.samples import _unless_disconnected
+from pacl.data.readers import _unless_disconnected
 from pacl.failures import describe
 from pacl.training.checkpoints import checkpoints
 from pacl.training.trainer import Trainer
