@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from report import machine
 
-from pacl_kernels import autograd, loss, ops
+from pacl_kernels import autograd, loss, ops, sigmoid_autograd
 from pacl_kernels.backends import cpu
 from pacl_kernels.checks import FORMS, LOSSES
 from pacl_kernels.native import native
@@ -31,7 +31,7 @@ CHECKS = ("check_inputs", "check_not_empty", "check_choice", "check_scalar", "ch
 LAYERS: dict[str, list[tuple[Any, str]]] = {
     "checks of the arguments": [(loss, name) for name in CHECKS] + [(loss.groups, "check"), (loss.groups, "lookup")],
     "autograd, forward": [(loss, "first_output")],
-    "autograd, backward": [(autograd.PaclFunction, "backward"), (autograd.SigmoidFunction, "backward")],
+    "autograd, backward": [(autograd.PaclFunction, "backward"), (sigmoid_autograd.SigmoidFunction, "backward")],
     "operators": [(ops, name) for name, x in vars(ops).items() if isinstance(x, torch._ops.OpOverload)],
     "loss over the logits": [(cpu, "loss_forward"), (cpu, "loss_backward")],
     "backend, arguments": [(cpu, name) for name in ("compatibility_forward", "compatibility_backward", "sigmoid_step")],

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import ops, tolerance
-from .backends import computes_sigmoid_step, keeps_scores, takes_packed_patches
+from .backends import keeps_scores
 from .checks import Form, Inputs, Loss, Normalize, Scalar, TextPool
 from .tokens import kept_pairs
 
@@ -27,7 +27,7 @@ class Options(NamedTuple):
         loss: as in `fused_pacl_loss`, or None for the compatibility alone.
         backend: name of a backend that can run; not `"auto"`.
         kept: what the forward leaves for one backward, which takes it out: memory of the patches' gradient, in which
-            the backend has kept scores (`keeping`), or finished gradients (`SigmoidFunction`). A second backward
+            the backend has kept scores (`keeping`), or finished gradients (`sigmoid_autograd`). A second backward
             computes it again. None: the forward leaves only tensors that autograd saves.
         grad_tolerance: as in `fused_pacl_loss`, a number.
         text_pool: as in `fused_pacl_loss`, like those below.
@@ -183,7 +183,7 @@ class CompatibilityFunction(PerSample):
             *(inputs, ctx.options, phi, state, grad_phi.contiguous(), needs_patches, needs_texts, needs_temperature),
             ctx=ctx,
         )
-        return *_of_inputs(inputs, *grads), None
+        return *of_inputs(inputs, *grads), None
 
 
 class PaclFunction(PerSample):
@@ -233,7 +233,7 @@ class PaclFunction(PerSample):
         grads = compatibility_gradients(
             inputs, ctx.options, phi, state, grad_phi, needs_patches, needs_texts, needs_temperature, ctx=ctx
         )
-        return *_of_inputs(inputs, *grads), like(grad_scale, logit_scale), like(grad_bias, logit_bias), None
+        return *of_inputs(inputs, *grads), like(grad_scale, logit_scale), like(grad_bias, logit_bias), None
 
 
 class PairLossFunction(PerSample):
@@ -279,71 +279,6 @@ class PairLossFunction(PerSample):
         return grad_phi, grad_scale, grad_bias, None, None, None, grad_pair_bias, None
 
 
-class SigmoidFunction(PerSample):
-    """Sigmoid loss (0-D) whose gradients are computed in the forward, where ∂L/∂φ of a pair follows from its own φ.
-
-    `apply(*inputs, logit_scale, logit_bias, image_ids, text_ids, targets, pair_bias, options, needs)`, with the fields
-    of `Inputs`, returns a tuple that starts with the loss. `needs`: six values, True where patches, texts, logit scale,
-    temperature, logit bias and pair bias need a gradient. Gradients go into `options.kept` if that is a list, otherwise
-    they are the other outputs.
-    """
-
-    @staticmethod
-    def forward(*arguments: Any) -> tuple[Tensor, ...]:
-        options = arguments[-2]
-        value, *grads = _sigmoid_step(*arguments)
-        if options.kept is None:
-            return value, *(x for x in grads if x is not None)
-        options.kept.append(grads)
-        return (value,)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *values, ctx.options, ctx.needs = inputs
-        grads = list(output[1:])
-        keep(ctx, *values, *(grads.pop(0) if needed and grads else None for needed in ctx.needs))
-        only_first_has_gradient(ctx, output)
-
-    @staticmethod
-    @first_order
-    def backward(ctx: Any, values: list[Any], grad_loss: Tensor) -> Gradients:
-        grads, arguments = values[-6:], (*values[:-6], ctx.options, ctx.needs)
-        inputs, (logit_scale, logit_bias) = Inputs(*values[:7]), values[7:9]
-        kept = ctx.options.kept
-        if kept is None:
-            grads = [None if x is None else (x * grad_loss).to(x.dtype) for x in grads]
-        else:
-            grads = kept.pop() if kept else list(_sigmoid_step(*arguments)[1:])
-            if grad_loss.is_cuda or grad_loss.item() != 1.0:  # on a GPU, reading it would wait
-                # A factor with a dimension is not rounded to 16 bits before the product.
-                factors = grad_loss, grad_loss.reshape(1)
-                grads = [None if x is None else x.mul_(factors[x.is_cuda and x.dim() > 0]) for x in grads]
-        patches, texts, scale, temperature, bias, pair_bias = grads
-        of_loss = like(scale, logit_scale), like(bias, logit_bias), None, None, None, pair_bias
-        return *_of_inputs(inputs, patches, texts, temperature), *of_loss, None, None
-
-
-def _sigmoid_step(*arguments: Any) -> tuple[Any, ...]:
-    """Return the sigmoid loss and its gradients, in the order of `needs` and None where none is needed.
-
-    The arguments are those of `SigmoidFunction`.
-    """
-    inputs, (logit_scale, logit_bias, *pairs, options, needs) = Inputs(*arguments[:7]), arguments[7:]
-    patches, texts = inputs.patches, inputs.texts
-    value = patches.new_empty((), dtype=torch.float32)
-    shapes = (patches, texts, value, value, value, pairs[3])  # a scalar's gradient is 0-D
-    grad_patches, grad_texts, grad_scale, grad_temperature, grad_bias, grad_pair_bias = grads = [
-        x.new_empty(x.shape) if x is not None and needed else None for x, needed in zip(shapes, needs, strict=True)
-    ]
-    ops.sigmoid_step(
-        patches, texts, inputs.patch_mask, *ops.pair(inputs.attn_temperature), *ops.pair(logit_scale),
-        *ops.pair(logit_bias), *pairs, options.form, options.backend,
-        value, grad_patches, grad_texts, grad_temperature, grad_scale, grad_bias, grad_pair_bias,
-        inputs.patch_lengths,
-    )  # fmt: skip
-    return value, *grads
-
-
 def like(grad: Tensor | None, scalar: Any) -> Tensor | None:
     """Return a 0-D gradient in the dtype and shape of its scalar, a tensor unless `grad` is None."""
     return None if grad is None else grad.to(scalar.dtype).reshape(scalar.shape)
@@ -352,15 +287,6 @@ def like(grad: Tensor | None, scalar: Any) -> Tensor | None:
 def in_functorch() -> bool:
     """Return True inside `torch.func`, where a backward must not write into what the forward has made."""
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
-
-
-def in_one_pass(options: Options, inputs: Inputs) -> bool:
-    """Return True if the backend computes the sigmoid loss of these inputs and its gradients in one pass."""
-    if options.text_pool is not None or options.null_patch or options.normalize != "both" or options.grad_tolerance:
-        return False
-    if inputs.patch_lengths is not None and not takes_packed_patches(options.backend):
-        return False
-    return computes_sigmoid_step(options.backend, options.form, inputs.patches.dtype, inputs.patches.shape[-2])
 
 
 def needed(*values: Tensor | Scalar | None) -> tuple[bool, ...]:
@@ -434,7 +360,7 @@ def compatibility_gradients(
     return grad_patches, grad_texts, grad_temperature
 
 
-def _of_inputs(
+def of_inputs(
     inputs: Inputs, grad_patches: Tensor | None, grad_texts: Tensor | None, grad_temperature: Tensor | None
 ) -> Gradients:
     """Return a gradient or None for each field of `inputs`."""

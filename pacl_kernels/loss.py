@@ -16,10 +16,8 @@ from .autograd import (
     Options,
     PaclFunction,
     PairLossFunction,
-    SigmoidFunction,
     first_output,
     in_functorch,
-    in_one_pass,
     keeping,
     needed,
 )
@@ -46,6 +44,7 @@ from .distributed import global_compatibility, global_loss
 from .groups import GroupName
 from .list_autograd import listed_compatibility, listed_loss
 from .pair_checks import check_pairs, check_text_index
+from .sigmoid_autograd import SigmoidFunction, in_one_pass
 
 
 def fused_pacl_loss(

@@ -19,12 +19,12 @@ from ..autograd import (
     compatibility,
     compatibility_gradients,
     first_order,
-    in_one_pass,
     keep,
     like,
 )
 from ..checks import Inputs, Scalar
 from ..pairs import Pairs
+from ..sigmoid_autograd import in_one_pass
 from . import collectives, labelled
 from .collectives import Plan, padded
 from .diagonal import valid_columns
