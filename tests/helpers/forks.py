@@ -8,6 +8,7 @@ waits for ever.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import functools
 import json
 import os
@@ -22,6 +23,9 @@ from pathlib import Path
 import torch
 
 
+_outputs: dict[int, Path | None] = {}  # of forked processes
+
+
 def fork(run: Callable[[], int | None], output: Path | None = None) -> int:
     """Run `run` in a forked process in a process group of its own, with `output` as its standard output and error.
 
@@ -32,6 +36,7 @@ def fork(run: Callable[[], int | None], output: Path | None = None) -> int:
     if process:
         with contextlib.suppress(OSError):  # the child has done it
             os.setpgid(process, process)  # here too, so that the group exists when this function returns
+        _outputs[process] = output
         return process
     status = 70
     try:
@@ -40,6 +45,7 @@ def fork(run: Callable[[], int | None], output: Path | None = None) -> int:
         os.dup2(out, 1)
         os.dup2(out, 2)
         sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # pytest has its own
+        faulthandler.register(signal.SIGUSR1, all_threads=True)  # prints the stacks
         torch.set_num_threads(1)
         torch.cuda.is_available, torch.cuda.device_count = lambda: False, lambda: 0  # a fork cannot use its parent's
         status = run() or 0
@@ -61,9 +67,13 @@ def status(process: int, seconds: float = 300) -> int:
         if ended:
             return os.waitstatus_to_exitcode(code)
         if time.monotonic() > end:
+            os.killpg(process, signal.SIGUSR1)
+            time.sleep(2)
             os.killpg(process, signal.SIGKILL)
             os.waitpid(process, 0)
-            raise TimeoutError(f"the process did not end in {seconds} s")
+            output = _outputs.get(process)
+            printed = "nothing" if output is None or not output.exists() else output.read_text()[-20000:]
+            raise TimeoutError(f"the process did not end in {seconds} s; it printed, with all stacks:\n{printed}")
         time.sleep(0.01)
 
 
