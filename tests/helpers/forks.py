@@ -22,7 +22,6 @@ from pathlib import Path
 
 import torch
 
-
 _outputs: dict[int, Path | None] = {}  # of forked processes
 
 
