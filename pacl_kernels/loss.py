@@ -202,7 +202,7 @@ def fused_pacl_loss(
     if process_group is not None and process_group.size() == 1:
         process_group = None
     in_group = process_group is not None
-    if text_index is not None and in_group:
+    if text_index is not None:
         if exchange == "ring":
             raise ValueError("exchange is 'ring', expected 'gather' or 'auto' with text_index")
         exchange = "gather"

@@ -87,7 +87,7 @@ class GlobalListedFunction(torch.autograd.Function):
         if needs_patches or needs_texts or needs_temperature:
             ops.compatibility_backward(
                 patches, gathered, patch_mask, *ops.pair(attn_temperature), options.form, options.backend, phi, state,
-                grad.mul_(scalar(logit_scale, phi.dtype)), grad_patches, grad_texts, grad_temperature, False,
+                grad.mul_(scalar(logit_scale, phi.dtype)), grad_patches, grad_texts, grad_temperature, None, False,
                 patch_lengths, None, None, *options.of_phi, text_index,
             )  # fmt: skip
         if grad_temperature is not None:

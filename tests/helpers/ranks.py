@@ -25,6 +25,9 @@ def be(rank: int, world: int, port: int, command: list[str]) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     random.seed()  # forked processes would otherwise draw the same numbers
+    if torch := sys.modules.get("torch"):
+        # A fork must renew PyTorch's thread pool. Later two threads may do it at once, and then the process aborts.
+        torch.set_num_threads(torch.get_num_threads())
     run(command)
 
 

@@ -43,7 +43,7 @@ def _opcheck(form, mask, target):
         buffers = (torch.empty_like(problem.patches), torch.empty_like(problem.texts), phi.new_empty(()))
         for skipped in skips:
             grads = [None if i == skipped else buffer for i, buffer in enumerate(buffers)]
-            torch.library.opcheck(COMPATIBILITY_BACKWARD, (*arguments, phi, state, problem.upstream, *grads))
+            torch.library.opcheck(COMPATIBILITY_BACKWARD, (*arguments, phi, state, problem.upstream, *grads, None))
 
 
 def _answer(function, problem):

@@ -209,7 +209,7 @@ def test_what_travels(needs, group):
     answer(problem, needs, group=group, exchange="gather")  # the first call also sends what processes agree on
     with Traffic() as traffic:
         answer(problem, needs, group=group, exchange="gather")
-    expected = [("all_gather_into_tensor", (23,)), ("all_gather_into_tensor", (3, 8)), ("all_reduce", (3 * world + 2,))]
+    expected = [("all_gather_into_tensor", (24,)), ("all_gather_into_tensor", (3, 8)), ("all_reduce", (3 * world + 2,))]
     if "texts" in needs:
         expected += [("all_reduce", (3 * world, 8)), ("all_reduce", (3,))]  # Gloo has no reduce-scatter
     assert traffic.sent == expected
