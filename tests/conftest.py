@@ -14,7 +14,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # must be set before triton is imported
 
-SLOW = ("recipes_full", "families")  # markers of tests that run only when `-m` names them
+SLOW = ("recipes_full", "families", "long")  # markers of tests that run only when `-m` names them
 
 
 def pytest_collection_modifyitems(config, items):

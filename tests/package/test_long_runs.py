@@ -28,6 +28,7 @@ import long_run
 pytestmark = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux")
 
 
+@pytest.mark.long
 def test_nothing_grows(tmp_path, monkeypatch):
     """A short run of `benchmarks/long_run.py`, with checkpoints, validations and data readers."""
     temporary = tmp_path / "temporary"

@@ -217,6 +217,7 @@ def test_announced_bytes_are_those_of_the_image(request, kind):
     assert seen == len(source)
 
 
+@pytest.mark.long
 def test_features_of_shards_in_a_store(s3, folder, run_world, tmp_path, capfd):
     address = s3.put_folder(run_world / "scenes", "scenes")
     open_pairs(f"{address}/train-{{000..001}}.tar").count()  # so that the command reads every shard once
