@@ -33,7 +33,8 @@ from pacl_kernels import native
 
 PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
 KEEP = 3  # checkpoints
-# What each figure may grow by, in its own unit. The allocator moves memory a little, and batches under way hold files.
+# Each figure may grow by so much, in its own unit. The allocator moves memory a little, and batches under way hold
+# files.
 ALLOWANCES = {"memory_mib": 24.0, "readers_mib": 24.0, "open_files": 3, "threads": 0, "processes": 0}
 ALLOWANCES |= {"temporary_files": 0, "checkpoints": 0, "log_bytes_per_line": 16.0}
 Sample = dict[str, float]

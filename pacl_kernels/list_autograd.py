@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,6 +32,43 @@ def listed_loss(
     return first_output(ListedLossFunction, phi, *arguments)
 
 
+def score(
+    patches: Tensor, texts: Tensor, patch_mask: Tensor | None, attn_temperature: Scalar, patch_lengths: Tensor | None,
+    text_index: Tensor, options: Options,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return φ `[B, M]` of the listed texts, and the state that the backward reads."""
+    dtype = torch.float64 if patches.dtype == torch.float64 else torch.float32
+    phi, state = (patches.new_empty(text_index.shape, dtype=dtype) for _ in range(2))
+    ops.compatibility_forward(
+        patches, texts, patch_mask, *ops.pair(attn_temperature), options.form, options.backend, phi, state, None,
+        patch_lengths, None, None, *options.of_phi, text_index,
+    )  # fmt: skip
+    return phi, state
+
+
+def gradients(
+    patches: Tensor, texts: Tensor, patch_mask: Tensor | None, attn_temperature: Scalar, patch_lengths: Tensor | None,
+    text_index: Tensor, options: Options, phi: Tensor, state: Tensor, grad_phi: Tensor, needs: Sequence[bool],
+    texts_dtype: torch.dtype | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """Return the gradients of patches, texts (in `texts_dtype`, by default their own) and temperature.
+
+    `needs`: True where the input of that place needs one, in the order of the arguments.
+    """
+    needs_patches, needs_texts, _, needs_temperature, *_ = needs
+    grads = (
+        patches.new_empty(patches.shape) if needs_patches else None,
+        texts.new_empty(texts.shape, dtype=texts_dtype) if needs_texts else None,
+        phi.new_empty(()) if needs_temperature else None,
+    )
+    if needs_patches or needs_texts or needs_temperature:
+        ops.compatibility_backward(
+            patches, texts, patch_mask, *ops.pair(attn_temperature), options.form, options.backend, phi, state,
+            grad_phi, *grads, None, False, patch_lengths, None, None, *options.of_phi, text_index,
+        )  # fmt: skip
+    return grads
+
+
 class ListedCompatibilityFunction(PerSample):
     """φ `[B, M]` of patches `[B, N, D]` and texts `[K, D]` in the lists `[B, M]`, int64 with -1 for none.
 
@@ -43,13 +81,7 @@ class ListedCompatibilityFunction(PerSample):
         patches: Tensor, texts: Tensor, patch_mask: Tensor | None, attn_temperature: Scalar,
         patch_lengths: Tensor | None, text_index: Tensor, options: Options,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        dtype = torch.float64 if patches.dtype == torch.float64 else torch.float32
-        phi, state = (patches.new_empty(text_index.shape, dtype=dtype) for _ in range(2))
-        ops.compatibility_forward(
-            patches, texts, patch_mask, *ops.pair(attn_temperature), options.form, options.backend, phi, state, None,
-            patch_lengths, None, None, *options.of_phi, text_index,
-        )  # fmt: skip
-        return phi, state
+        return score(patches, texts, patch_mask, attn_temperature, patch_lengths, text_index, options)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -61,17 +93,10 @@ class ListedCompatibilityFunction(PerSample):
     @first_order
     def backward(ctx: Any, values: list[Any], grad_phi: Tensor) -> Gradients:
         patches, texts, patch_mask, attn_temperature, patch_lengths, text_index, phi, state = values
-        needs_patches, needs_texts, _, needs_temperature, *_ = ctx.needs_input_grad
-        grads = grad_patches, grad_texts, grad_temperature = (
-            patches.new_empty(patches.shape) if needs_patches else None,
-            texts.new_empty(texts.shape) if needs_texts else None,
-            phi.new_empty(()) if needs_temperature else None,
+        grad_patches, grad_texts, grad_temperature = gradients(
+            *(patches, texts, patch_mask, attn_temperature, patch_lengths, text_index, ctx.options),
+            *(phi, state, grad_phi.contiguous(), ctx.needs_input_grad),
         )
-        ops.compatibility_backward(
-            patches, texts, patch_mask, *ops.pair(attn_temperature), ctx.options.form, ctx.options.backend,
-            phi, state, grad_phi.contiguous(), *grads, None, False, patch_lengths, None, None, *ctx.options.of_phi,
-            text_index,
-        )  # fmt: skip
         return grad_patches, grad_texts, None, like(grad_temperature, attn_temperature), None, None, None
 
 

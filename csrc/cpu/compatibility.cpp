@@ -144,7 +144,7 @@ std::vector<Block> make_blocks(const Plan& plan) {
   return blocks;
 }
 
-// What rounding W to 16 bits did to the gradients: squared norms of the errors (see WeightSums) and of the gradients.
+// Errors that the gradients have from rounding W to 16 bits (see WeightSums), and the gradients: squared norms.
 struct Rounding {
   double patches_error = 0, patches_squared = 0, texts_error = 0, texts_squared = 0;
 

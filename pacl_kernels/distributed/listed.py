@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import contrastive, lists, ops, pairs
+from .. import contrastive, lists, pairs
 from ..autograd import Gradients, Options, first_order, keep, like
 from ..backends import takes_lists
 from ..checks import Scalar
 from ..contrastive import scalar
+from ..list_autograd import gradients, score
 from ..pairs import Pairs
 from . import collectives, labelled
 from .collectives import Plan, padded
@@ -55,12 +56,7 @@ class GlobalListedFunction(torch.autograd.Function):
         sums = _Sums(plan, options.loss, logit_scale, logit_bias, headers, given, text_index.shape[0])
         text_index = sums.open(text_index)
         gathered = collectives.wait(gathered)
-        dtype = torch.float64 if patches.dtype == torch.float64 else torch.float32
-        phi, state = (patches.new_empty(text_index.shape, dtype=dtype) for _ in range(2))
-        ops.compatibility_forward(
-            patches, gathered, patch_mask, *ops.pair(attn_temperature), options.form, options.backend, phi, state, None,
-            patch_lengths, None, None, *options.of_phi, text_index,
-        )  # fmt: skip
+        phi, state = score(patches, gathered, patch_mask, attn_temperature, patch_lengths, text_index, options)
         sums.add_lists(text_index, phi)
         value, saved = sums.finish()
         inputs = patches, texts, patch_mask, attn_temperature, patch_lengths
@@ -73,7 +69,7 @@ class GlobalListedFunction(torch.autograd.Function):
         plan, options, needs = ctx.plan, ctx.options, ctx.needs_input_grad
         patches, texts, patch_mask, attn_temperature, patch_lengths, logit_scale, logit_bias, *arrays = values
         text_index, gathered, phi, state, *saved = arrays
-        needs_patches, needs_texts, _, needs_temperature, _, needs_scale, needs_bias = needs[:7]
+        needs_temperature, _, needs_scale, needs_bias = needs[3:7]
         grad = _gradient(plan, options.loss, (logit_scale, logit_bias), text_index, phi, saved, grad_loss)
         grad_pair_bias = grad.clone() if needs[10] else None
         sums = torch.zeros(3, dtype=torch.float64, device=phi.device)  # gradients of scale, temperature and bias
@@ -81,15 +77,11 @@ class GlobalListedFunction(torch.autograd.Function):
             sums[0] = contrastive.total(grad * phi)
         if needs_bias and options.loss == "sigmoid":  # InfoNCE does not depend on it
             sums[2] = contrastive.total(grad)
-        grad_patches = patches.new_empty(patches.shape) if needs_patches else None
-        grad_texts = gathered.new_empty(gathered.shape, dtype=phi.dtype) if needs_texts else None
-        grad_temperature = phi.new_empty(()) if needs_temperature else None
-        if needs_patches or needs_texts or needs_temperature:
-            ops.compatibility_backward(
-                patches, gathered, patch_mask, *ops.pair(attn_temperature), options.form, options.backend, phi, state,
-                grad.mul_(scalar(logit_scale, phi.dtype)), grad_patches, grad_texts, grad_temperature, None, False,
-                patch_lengths, None, None, *options.of_phi, text_index,
-            )  # fmt: skip
+        grad_phi = grad.mul_(scalar(logit_scale, phi.dtype))
+        grad_patches, grad_texts, grad_temperature = gradients(
+            *(patches, gathered, patch_mask, attn_temperature, patch_lengths, text_index, options),
+            *(phi, state, grad_phi, needs, phi.dtype),
+        )
         if grad_temperature is not None:
             sums[1] = grad_temperature
         if grad_texts is not None:
