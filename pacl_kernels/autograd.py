@@ -239,44 +239,47 @@ class PaclFunction(PerSample):
 class PairLossFunction(PerSample):
     """Loss (0-D) of φ `[B, K]` with any positives, with gradients for φ, logit scale, logit bias and pair bias.
 
-    `apply(phi, logit_scale, logit_bias, image_ids, text_ids, targets, pair_bias, loss)` returns a tuple that starts
-    with the loss; the other outputs are for the backward.
+    `apply(phi, logit_scale, logit_bias, image_ids, text_ids, targets, pair_bias, text_index, text_count, loss)` returns
+    a tuple that starts with the loss; the other outputs are for the backward. With `text_index` `[B, M]`, in which no
+    text is twice in a list, φ is that of the listed ones of `text_count` texts, and so are targets and pair bias.
     """
 
     @staticmethod
     def forward(
         phi: Tensor, logit_scale: Scalar, logit_bias: Scalar | None, image_ids: Tensor | None, text_ids: Tensor | None,
-        targets: Tensor | None, pair_bias: Tensor | None, loss: Loss,
+        targets: Tensor | None, pair_bias: Tensor | None, text_index: Tensor | None, text_count: int, loss: Loss,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         value = phi.new_empty(())
-        statistics = tuple(phi.new_empty(4, size) for size in phi.shape) if loss == "infonce" else ()
+        sizes = phi.shape[0], text_count
+        statistics = tuple(phi.new_empty(4, size) for size in sizes) if loss == "infonce" else ()
         scalars = *ops.pair(logit_scale), *ops.pair(logit_bias)
         ops.pair_loss_forward(
-            phi, *scalars, image_ids, text_ids, targets, pair_bias, loss, value, *(statistics or (None, None))
-        )
+            phi, *scalars, image_ids, text_ids, targets, pair_bias, loss, value, *(statistics or (None, None)),
+            text_index,
+        )  # fmt: skip
         return value, *statistics
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *values, ctx.loss = inputs
+        *values, _, ctx.loss = inputs
         keep(ctx, *values, *(output[1:] or (None, None)))
         only_first_has_gradient(ctx, output)
 
     @staticmethod
     @first_order
     def backward(ctx: Any, values: list[Any], grad_loss: Tensor) -> Gradients:
-        phi, logit_scale, logit_bias, image_ids, text_ids, targets, pair_bias, *statistics = values
-        needs_scale, needs_bias, _, _, _, needs_pair_bias, _ = ctx.needs_input_grad[1:]
+        phi, logit_scale, logit_bias, *given, text_index, row_statistics, column_statistics = values
+        needs_scale, needs_bias, _, _, _, needs_pair_bias, *_ = ctx.needs_input_grad[1:]
         grad_phi = torch.empty_like(phi)
         grad_scale, grad_bias = (phi.new_empty(()) if needs else None for needs in (needs_scale, needs_bias))
         grad_pair_bias = torch.empty_like(phi) if needs_pair_bias else None
         scalars = *ops.pair(logit_scale), *ops.pair(logit_bias)
         ops.pair_loss_backward(
-            phi, *scalars, image_ids, text_ids, targets, pair_bias, ctx.loss,
-            *statistics, grad_loss, grad_phi, grad_scale, grad_bias, grad_pair_bias,
+            phi, *scalars, *given, ctx.loss, row_statistics, column_statistics,
+            grad_loss, grad_phi, grad_scale, grad_bias, grad_pair_bias, text_index,
         )  # fmt: skip
-        grad_scale, grad_bias = like(grad_scale, logit_scale), like(grad_bias, logit_bias)
-        return grad_phi, grad_scale, grad_bias, None, None, None, grad_pair_bias, None
+        of_scalars = like(grad_scale, logit_scale), like(grad_bias, logit_bias)
+        return grad_phi, *of_scalars, None, None, None, grad_pair_bias, None, None, None
 
 
 def like(grad: Tensor | None, scalar: Any) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""φ and the loss of listed pairs `[B, M]` as autograd Functions; see `lists.py`."""
+"""φ of listed pairs `[B, M]` as an autograd Function, and their loss; see `lists.py`."""
 
 from __future__ import annotations
 
@@ -9,9 +9,19 @@ import torch
 from torch import Tensor
 
 from . import lists, ops
-from .autograd import Gradients, Options, PerSample, first_order, first_output, keep, like, only_first_has_gradient
+from .autograd import (
+    Gradients,
+    Options,
+    PairLossFunction,
+    PerSample,
+    first_order,
+    first_output,
+    keep,
+    like,
+    only_first_has_gradient,
+)
 from .backends import takes_lists
-from .checks import Inputs, Loss, Scalar
+from .checks import Inputs, Scalar
 from .pairs import Pairs
 
 
@@ -29,7 +39,7 @@ def listed_loss(
     text_index = lists.without_repeats(text_index)
     phi = listed_compatibility(inputs, text_index, options)
     arguments = logit_scale, logit_bias, *given, text_index, inputs.text_count, options.loss
-    return first_output(ListedLossFunction, phi, *arguments)
+    return first_output(PairLossFunction, phi, *arguments)
 
 
 def score(
@@ -98,46 +108,3 @@ class ListedCompatibilityFunction(PerSample):
             *(phi, state, grad_phi.contiguous(), ctx.needs_input_grad),
         )
         return grad_patches, grad_texts, None, like(grad_temperature, attn_temperature), None, None, None
-
-
-class ListedLossFunction(PerSample):
-    """Loss (0-D) of φ `[B, M]` of listed texts, with gradients for φ, logit scale, logit bias and pair bias.
-
-    `apply(phi, logit_scale, logit_bias, image_ids, text_ids, targets, pair_bias, text_index, text_count, loss)` returns
-    a tuple that starts with the loss; the other outputs are for the backward. No text is twice in a list.
-    """
-
-    @staticmethod
-    def forward(
-        phi: Tensor, logit_scale: Scalar, logit_bias: Scalar | None, image_ids: Tensor | None, text_ids: Tensor | None,
-        targets: Tensor | None, pair_bias: Tensor | None, text_index: Tensor, text_count: int, loss: Loss,
-    ) -> tuple[Tensor, ...]:  # fmt: skip
-        value = phi.new_empty(())
-        sizes = phi.shape[0], text_count
-        statistics = tuple(phi.new_empty(4, size) for size in sizes) if loss == "infonce" else ()
-        ops.listed_loss_forward(
-            phi, *ops.pair(logit_scale), *ops.pair(logit_bias), image_ids, text_ids, targets, pair_bias, text_index,
-            loss, value, *(statistics or (None, None)),
-        )  # fmt: skip
-        return value, *statistics
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *values, _, ctx.loss = inputs
-        keep(ctx, *values, *(output[1:] or (None, None)))
-        only_first_has_gradient(ctx, output)
-
-    @staticmethod
-    @first_order
-    def backward(ctx: Any, values: list[Any], grad_loss: Tensor) -> Gradients:
-        phi, logit_scale, logit_bias, *given, text_index, row_statistics, column_statistics = values
-        needs_scale, needs_bias, _, _, _, needs_pair_bias, *_ = ctx.needs_input_grad[1:]
-        grad_phi = torch.empty_like(phi)
-        grad_scale, grad_bias = (phi.new_empty(()) if needs else None for needs in (needs_scale, needs_bias))
-        grad_pair_bias = torch.empty_like(phi) if needs_pair_bias else None
-        ops.listed_loss_backward(
-            phi, *ops.pair(logit_scale), *ops.pair(logit_bias), *given, text_index, ctx.loss,
-            row_statistics, column_statistics, grad_loss, grad_phi, grad_scale, grad_bias, grad_pair_bias,
-        )  # fmt: skip
-        of_scalars = like(grad_scale, logit_scale), like(grad_bias, logit_bias)
-        return grad_phi, *of_scalars, None, None, None, grad_pair_bias, None, None, None

@@ -231,7 +231,7 @@ def fused_pacl_loss(
     options = keeping(options, inputs)
     if pairs is not None:
         phi = first_output(CompatibilityFunction, *inputs, options)
-        return first_output(PairLossFunction, phi, logit_scale, logit_bias, *pairs, loss)
+        return first_output(PairLossFunction, phi, logit_scale, logit_bias, *pairs, None, phi.shape[1], loss)
     return first_output(PaclFunction, *inputs, logit_scale, logit_bias, options)
 
 

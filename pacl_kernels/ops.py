@@ -206,12 +206,21 @@ def pair_loss_forward(
     value: Tensor,
     row_statistics: OptionalTensor,
     column_statistics: OptionalTensor,
+    text_index: OptionalTensor = None,
 ) -> None:
-    """Write the loss (0-D) of φ `[B, K]` with any positives, and for InfoNCE the statistics `[4, B]` and `[4, K]`."""
+    """Write the loss (0-D) of φ `[B, K]` with any positives, and for InfoNCE the statistics `[4, B]` and `[4, K]`.
+
+    With `text_index`, int64 `[B, M]` in range or -1, φ, targets and pair bias are `[B, M]`, those of the listed texts.
+    No text is twice in a list.
+    """
     scalars = _join(scale, scale_value, phi.dtype), _join(bias, bias_value, phi.dtype)
     given = pairs.Pairs(image_ids, text_ids, targets, pair_bias)
     with without_autocast(phi.device.type):
-        pairs.loss_forward(phi, *scalars, given, loss, value, row_statistics, column_statistics)
+        results = value, row_statistics, column_statistics
+        if text_index is None:
+            pairs.loss_forward(phi, *scalars, given, loss, *results)
+        else:
+            lists.loss_forward(phi, *scalars, given, text_index, loss, *results)
 
 
 @_operator("grad_phi", "grad_scale", "grad_bias", "grad_pair_bias")
@@ -233,72 +242,17 @@ def pair_loss_backward(
     grad_scale: OptionalTensor,
     grad_bias: OptionalTensor,
     grad_pair_bias: OptionalTensor,
+    text_index: OptionalTensor = None,
 ) -> None:
-    """Write ∂L/∂φ `[B, K]` and, where buffers are given, the gradients of logit scale and bias (0-D) and pair bias."""
+    """Write ∂L/∂φ, like φ, and, where buffers are given, the gradients of logit scale and bias (0-D) and pair bias."""
     scalars = _join(scale, scale_value, phi.dtype), _join(bias, bias_value, phi.dtype)
     given = pairs.Pairs(image_ids, text_ids, targets, pair_bias)
     with without_autocast(phi.device.type):
-        pairs.loss_backward(
-            *(phi, *scalars, given, loss, row_statistics, column_statistics, grad_loss),
-            *(grad_phi, grad_scale, grad_bias, grad_pair_bias),
-        )
-        if grad_bias is not None and loss == "infonce":
-            grad_bias.mul_(0.0)  # the loss does not depend on the bias: the sum is rounding error or NaN
-
-
-@_operator("value", "row_statistics", "column_statistics")
-def listed_loss_forward(
-    phi: Tensor,
-    scale: OptionalTensor,
-    scale_value: OptionalFloat,
-    bias: OptionalTensor,
-    bias_value: OptionalFloat,
-    image_ids: OptionalTensor,
-    text_ids: OptionalTensor,
-    targets: OptionalTensor,
-    pair_bias: OptionalTensor,
-    text_index: Tensor,
-    loss: str,
-    value: Tensor,
-    row_statistics: OptionalTensor,
-    column_statistics: OptionalTensor,
-) -> None:
-    """Write the loss (0-D) of φ `[B, M]` of listed texts, and for InfoNCE the statistics `[4, B]` and `[4, K]`."""
-    scalars = _join(scale, scale_value, phi.dtype), _join(bias, bias_value, phi.dtype)
-    given = pairs.Pairs(image_ids, text_ids, targets, pair_bias)
-    with without_autocast(phi.device.type):
-        lists.loss_forward(phi, *scalars, given, text_index, loss, value, row_statistics, column_statistics)
-
-
-@_operator("grad_phi", "grad_scale", "grad_bias", "grad_pair_bias")
-def listed_loss_backward(
-    phi: Tensor,
-    scale: OptionalTensor,
-    scale_value: OptionalFloat,
-    bias: OptionalTensor,
-    bias_value: OptionalFloat,
-    image_ids: OptionalTensor,
-    text_ids: OptionalTensor,
-    targets: OptionalTensor,
-    pair_bias: OptionalTensor,
-    text_index: Tensor,
-    loss: str,
-    row_statistics: OptionalTensor,
-    column_statistics: OptionalTensor,
-    grad_loss: Tensor,
-    grad_phi: Tensor,
-    grad_scale: OptionalTensor,
-    grad_bias: OptionalTensor,
-    grad_pair_bias: OptionalTensor,
-) -> None:
-    """Write ∂L/∂φ `[B, M]` and, where buffers are given, the gradients of logit scale and bias (0-D) and pair bias."""
-    scalars = _join(scale, scale_value, phi.dtype), _join(bias, bias_value, phi.dtype)
-    given = pairs.Pairs(image_ids, text_ids, targets, pair_bias)
-    with without_autocast(phi.device.type):
-        lists.loss_backward(
-            *(phi, *scalars, given, text_index, loss, row_statistics, column_statistics, grad_loss),
-            *(grad_phi, grad_scale, grad_bias, grad_pair_bias),
-        )
+        grads = grad_loss, grad_phi, grad_scale, grad_bias, grad_pair_bias
+        if text_index is None:
+            pairs.loss_backward(phi, *scalars, given, loss, row_statistics, column_statistics, *grads)
+        else:
+            lists.loss_backward(phi, *scalars, given, text_index, loss, row_statistics, column_statistics, *grads)
         if grad_bias is not None and loss == "infonce":
             grad_bias.mul_(0.0)  # the loss does not depend on the bias: the sum is rounding error or NaN
 
