@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zlib
 
 import pytest
 
@@ -17,7 +18,24 @@ if not torch.cuda.is_available():
 SLOW = ("recipes_full", "families", "long")  # markers of tests that run only when `-m` names them
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--sample",
+        type=int,
+        default=1,
+        metavar="N",
+        help="Run one in N of the cases of each test, chosen by their names, and at least one.",
+    )
+
+
 def pytest_collection_modifyitems(config, items):
+    if (share := config.getoption("--sample")) > 1:
+        cases: dict[str, list] = {}
+        for item in sorted(items, key=lambda item: zlib.crc32(item.nodeid.encode())):
+            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+        chosen = {item for of_test in cases.values() for item in of_test[::share]}
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = [item for item in items if item in chosen]
     for item in items:
         for name in SLOW:
             if name not in config.getoption("-m") and item.get_closest_marker(name):

@@ -9,6 +9,7 @@ import hashlib
 import os
 import re
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -161,10 +162,11 @@ def file_digest(path: str | os.PathLike | RemotePath) -> str:
 def visible_files(folder: str | os.PathLike[str], seen: set[str] | None = None) -> Iterator[str]:
     """Yield the paths of the files in a folder and its subfolders, but not of hidden files nor in hidden folders.
 
-    Links to folders are followed, each folder once. seen: real paths of folders to leave out; those visited are added.
+    Links to folders are followed, each folder once. A folder that cannot be read is left out with a warning.
+    seen: real paths of folders to leave out; those visited are added.
     """
     seen = set() if seen is None else seen
-    for parent, folders, files in os.walk(os.fspath(folder), followlinks=True):
+    for parent, folders, files in os.walk(os.fspath(folder), onerror=_warn_of_folder, followlinks=True):
         real = os.path.realpath(parent)
         if real in seen:
             folders.clear()
@@ -172,3 +174,7 @@ def visible_files(folder: str | os.PathLike[str], seen: set[str] | None = None) 
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         yield from (os.path.join(parent, name) for name in files if not name.startswith("."))
+
+
+def _warn_of_folder(error: OSError) -> None:
+    warnings.warn(f"{error.filename}: left out, because it cannot be read ({error.strerror})", stacklevel=2)

@@ -28,10 +28,19 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise ValueError(f"device: got {name!r}, expected auto, cpu, cuda, cuda:1, ...") from error
+    if device.type == "meta":
+        raise ValueError("device: got 'meta', which holds no numbers, expected auto, cpu, cuda, cuda:1, ...")
     count = torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= count:
         there = f"the {count} GPUs cuda:0 to cuda:{count - 1}" if count else "no GPU"
         raise ValueError(f"device: got {name!r}, but PyTorch finds {there}; expected one that is there, auto or cpu")
+    if device.type not in ("cpu", "cuda"):
+        try:
+            torch.empty(0, device=device)
+        except Exception as error:  # each kind of device has an exception of its own
+            raise ValueError(
+                f"device: got {name!r}, which this PyTorch cannot use; expected one that is there, auto or cpu"
+            ) from error
     return device
 
 

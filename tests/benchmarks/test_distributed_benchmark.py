@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/net/dev").exists(), reason="needs Linux to count what is sent")
 def test_benchmark_counts_what_its_formulas_say(tmp_path):
     """The bytes on the loopback device match the formulas; gathering all patches sends many times as many."""

@@ -31,6 +31,7 @@ def test_the_flags_are_those_of_the_module():
     assert {"-ffp-contract=off", "-fvisibility=hidden"} < {*FLAGS}
 
 
+@pytest.mark.long
 def test_slower_machine_code_fails_the_check(tmp_path, monkeypatch, capfd):
     """The same kernels, compiled with fewer optimisations, take more instructions than the counts just stored."""
     if missing := instruction_counts.why_not():

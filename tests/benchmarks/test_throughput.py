@@ -21,11 +21,11 @@ KEYS = (
 ).split()
 
 
-def throughput(*options):
+def throughput(*options, **variables):
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     return subprocess.run(
         [sys.executable, str(ROOT / "benchmarks" / "throughput.py"), "--device", "cpu", *options],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | variables,
         capture_output=True,
         text=True,
         timeout=300,
@@ -70,13 +70,15 @@ def missing(result):
     return tuple(row["name"] for row in result["rows"] if row["name"].startswith("fused cpu") and row["reason"])
 
 
-def test_every_provider_agrees_and_the_files_are_written(tmp_path):
+@pytest.mark.parametrize("without", ["compiled", pytest.param("no such provider", marks=pytest.mark.long)])
+def test_every_provider_agrees_and_the_files_are_written(without, tmp_path):
     out, chart, trace = tmp_path / "result.json", tmp_path / "chart.svg", tmp_path / "trace.json"
     files = ["--json", str(out), "--plot", str(chart), "--profile", str(trace)]
-    done = throughput("--quick", "--repeats", "2", *files)
+    disabled = str(int(without == "compiled"))
+    done = throughput("--quick", "--repeats", "2", *files, TORCH_COMPILE_DISABLE=disabled)
     assert done.returncode == (native() is None), done.stderr
     printed, result = done.stdout, json.loads(out.read_text())
-    check(result, ("no such provider", *missing(result)))
+    check(result, (without, *missing(result)))
     assert all(row["name"] in printed for row in result["rows"])
     assert len(result["rows"]) == 9
     report = [sys.executable, str(ROOT / "benchmarks" / "report.py"), str(out)]

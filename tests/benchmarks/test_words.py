@@ -6,9 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).parents[2] / "benchmarks/words.py"
 
 
+@pytest.mark.long
 def test_it_runs(tmp_path):
     out = tmp_path / "words.json"
     command = [sys.executable, str(SCRIPT), "--quick", "--repeats", "1", "--threads", "1", "--json", str(out)]

@@ -2,9 +2,10 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 
 import pytest
-from pacl.files import atomic_writer, remove_unfinished, write_bytes
+from pacl.files import atomic_writer, remove_unfinished, visible_files, write_bytes
 
 
 def test_whole_or_not_at_all(tmp_path):
@@ -53,3 +54,23 @@ def test_a_file_that_is_just_to_get_its_name_is_not_removed(tmp_path, monkeypatc
     monkeypatch.setattr("os.replace", late)
     write_bytes(tmp_path / "model.safetensors", b"whole")
     assert (tmp_path / "model.safetensors").read_bytes() == b"whole"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no permission bits")
+def test_a_folder_that_cannot_be_read_is_left_out_with_a_warning():
+    user = os.geteuid()
+    with tempfile.TemporaryDirectory() as root:  # not tmp_path, whose parents are closed to other users
+        os.chmod(root, 0o755)
+        for name in ("closed", "open"):
+            os.mkdir(os.path.join(root, name))
+            write_bytes(os.path.join(root, name, "a.png"), b"")
+        os.chmod(os.path.join(root, "closed"), 0)
+        try:
+            if user == 0:
+                os.seteuid(65534)  # nobody, since root may read everything
+            with pytest.warns(UserWarning, match=r"closed: left out, because it cannot be read \(Permission denied\)"):
+                found = list(visible_files(root))
+        finally:
+            os.seteuid(user)
+            os.chmod(os.path.join(root, "closed"), 0o755)
+    assert found == [os.path.join(root, "open", "a.png")]

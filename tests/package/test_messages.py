@@ -201,6 +201,11 @@ def test_files_that_the_system_cannot_open(untrained, tmp_path, capsys):
     assert error_of(evaluate(*model, "--device", "gpu"), capsys).startswith(
         "device: got 'gpu', expected auto, cpu, cuda"
     )
+    assert error_of(evaluate(*model, "--device", "meta"), capsys).startswith(
+        "device: got 'meta', which holds no numbers, expected auto, cpu, cuda"
+    )
+    line = error_of(evaluate(*model, "--device", "vulkan"), capsys)
+    assert line == "device: got 'vulkan', which this PyTorch cannot use; expected one that is there, auto or cpu"
     if not torch.cuda.is_available():
         line = error_of(evaluate(*model, "--device", "cuda"), capsys)
         assert line == "device: got 'cuda', but PyTorch finds no GPU; expected one that is there, auto or cpu"
