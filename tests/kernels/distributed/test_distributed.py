@@ -43,19 +43,22 @@ def in_processes(world: int, *command: str) -> str:
     return run.stdout
 
 
-# Run all tests in three processes, where each has two others; in other numbers, only tests that depend on the number.
+# Run all tests in three processes, where each has two others, with every case or one in three; in other numbers, only
+# tests that depend on the number.
 @pytest.mark.parametrize(
-    "world, chosen",
+    "world, sample, chosen",
     [
-        (1, "one"),
-        (2, "equals and float64 or ten_steps or cached or travel"),
-        (3, ""),
-        (4, "equals and infonce and float64 and dot or travel"),
+        (1, 1, "one"),
+        (2, 1, "equals and float64 or ten_steps or cached or travel"),
+        (3, 3, ""),
+        pytest.param(3, 1, "", marks=pytest.mark.long),
+        (4, 1, "equals and infonce and float64 and dot or travel"),
     ],
 )
-def test_in_processes(world, chosen):
+def test_in_processes(world, sample, chosen):
     files = [str(path) for path in sorted(FOLDER.glob("gloo_*.py"))]
-    output = in_processes(world, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-k", chosen, *files)
+    options = "-x", "-q", "-p", "no:cacheprovider", "--sample", str(sample), "-k", chosen
+    output = in_processes(world, "-m", "pytest", *options, *files)
     assert output.count(" passed") == world
 
 
