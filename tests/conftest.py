@@ -28,18 +28,31 @@ def pytest_addoption(parser):
     )
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` selects by the marks that are added here
 def pytest_collection_modifyitems(config, items):
-    if (share := config.getoption("--sample")) > 1:
-        cases: dict[str, list] = {}
-        for item in sorted(items, key=lambda item: zlib.crc32(item.nodeid.encode())):
-            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
-        chosen = {item for of_test in cases.values() for item in of_test[::share]}
-        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
-        items[:] = [item for item in items if item in chosen]
+    share = config.getoption("--sample")
+    for cases in _cases_of_tests(items):
+        sampled = cases[0].get_closest_marker("sampled")
+        chosen = cases[:: sampled.args[0]] if sampled else cases
+        for item in set(cases) - set(chosen):
+            item.add_marker("long")
+        for item in set(chosen) - set(chosen[::share]):
+            item.add_marker("not_in_sample")
+    if share > 1:
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("not_in_sample")])
+        items[:] = [item for item in items if not item.get_closest_marker("not_in_sample")]
     for item in items:
         for name in SLOW:
             if name not in config.getoption("-m") and item.get_closest_marker(name):
                 item.add_marker(pytest.mark.skip(reason=f"slow: run with -m {name}"))
+
+
+def _cases_of_tests(items):
+    """Return lists of the cases of each test, in an order that depends on their names alone."""
+    cases: dict[str, list] = {}
+    for item in sorted(items, key=lambda item: zlib.crc32(item.nodeid.encode())):
+        cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    return cases.values()
 
 
 @pytest.fixture(autouse=True)

@@ -12,12 +12,14 @@ from pacl_kernels import compatibility
 from pacl_kernels.backends.gpu import hopper
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("case", SHAPES, ids=str)
 def test_shapes(case, form, target):
     _check(case, form, target)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("case", CONTENTS, ids=str)
 def test_contents(case, form, target):

@@ -138,6 +138,7 @@ def ids_of(problem):
     return images, given.get("text_ids", images)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "kind, loss, autocast",  # every pair of values; one case compiles for half a second
     [

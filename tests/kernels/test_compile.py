@@ -78,6 +78,7 @@ def test_fullgraph(form, loss, mask, single):
     _same(compiled, function, make(Case(4, 9, 21, mask=mask), form, loss, single.dtype, single.device))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("loss", ["infonce", "sigmoid"])
 @pytest.mark.parametrize("mask", [None, "first"])
@@ -98,6 +99,7 @@ def _traced(form, loss, mask, target):
     _same(compiled, function, make(Case(4, 9, 21, mask=mask), form, loss, target.dtype, target.device))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("form", FORMS)
 def test_dynamic_batch(form, single):
     """One graph serves all batch sizes and numbers of patches."""

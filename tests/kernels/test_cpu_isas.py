@@ -53,6 +53,7 @@ CASES = [
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -232,6 +232,7 @@ def test_cosine(library, b, n, k, d, more, masked, tau):
     assert not masked or not found[0].any()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "dtype, masked, tau",
     [

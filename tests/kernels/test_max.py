@@ -127,6 +127,7 @@ def test_more_than_one_block(case, single):
     check(make(case, "max", "compatibility", device=single.device), single.backend)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("case", BLOCKS, ids=str)
 def test_blocks_on_any_number_of_threads(case, cpu_backend):
     problem = make(case, "max", "compatibility", torch.bfloat16)

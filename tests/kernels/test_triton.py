@@ -75,6 +75,7 @@ def launches(monkeypatch) -> list[tuple[str, dict]]:
     return seen
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("case, dtype, form", COMPATIBILITIES, ids=str)
 def test_compatibility(case, dtype, form):
     check(make(case, form, "compatibility", dtype, DEVICE), "triton")
@@ -346,6 +347,7 @@ def test_a_temperature_near_zero(n, tau, form, dtype):
     check(make(Case(3, n, 7, tau=tau), form, "infonce", dtype, DEVICE), "triton")
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_powers_of_two_are_exact(dtype, form):

@@ -40,6 +40,7 @@ def curve(features, form: str, backend: str, seed: int = 0) -> torch.Tensor:
     return torch.tensor(losses)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("form", ["dot", "cosine"])
 def test_loss_curves_agree(form, features):
     expected = curve(features, form, "reference")

@@ -40,6 +40,7 @@ def begun(run_world, tmp_path_factory) -> Path:
     return logs
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "changes, message",
     [

@@ -9,6 +9,7 @@ PARTS, PROBLEMS, LARGEST = 10, 40, 2**15
 BACKENDS = [name for name in ("cpu", "torch") if available_backends()[name] is None]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("part", range(PARTS))
 def test_random_problems(part):
     among, failures, tried = targets(BACKENDS), [], 0
