@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 import json
 import os
 import statistics
@@ -24,13 +23,13 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import open_clip
 import torch
-from pacl.data import scenes
-from pacl.data.scene_shards import write_scenes
 from pacl.files import SUFFIX, write_bytes
 from report import machine
-from safetensors.torch import save_file
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/helpers"))
+from running import flags
+from small_towers import write_world
 
 from pacl_kernels import native
 
@@ -51,33 +50,15 @@ Sample = dict[str, float]
 
 def make_world(folder: Path) -> Path:
     """Write what the run reads: a CLIP, shards of scenes, and shards to validate on."""
-    torch.manual_seed(0)
-    (folder / "clip").mkdir(parents=True)
-    config = {"model_cfg": CLIP, "preprocess_cfg": {}}
-    (folder / "clip/open_clip_config.json").write_text(json.dumps(config))
-    save_file(open_clip.CLIP(**copy.deepcopy(CLIP)).state_dict(), folder / "clip/open_clip_model.safetensors")
-    write_scenes(folder / "scenes", "train", 480, seed=0, pairs=scenes.SEEN, shard_size=120)
-    write_scenes(folder / "scenes", "eval", 8, seed=0, shard_size=4)
-    return folder
+    return write_world(folder, train=(480, 160), evaluation=(8, 4), sizes=CLIP)
 
 
 def words(world: Path, logs: Path, steps: int, every: int) -> list[str]:
     """Return the arguments of `pacl`. every: steps between the lines of the log."""
-    values = {
-        "train-data": f"{world}/scenes/train-{{000..003}}.tar",
-        "model": f"local-dir:{world / 'clip'}",
-        "val-data": f"{world}/scenes/eval-{{000..001}}.tar",
-        "log-dir": logs,
-        "batch-size": 4,
-        "workers": 2,
-        "max-steps": steps,
-        "log-every-n-steps": every,
-        "save-frequency": 5 * every,
-        "val-frequency": 10 * every,
-        "keep-checkpoints": KEEP,
-        "random-towers": None,
-    }
-    return ["train", *(str(word) for name, x in values.items() for word in (f"--{name}", x) if word is not None)]
+    changes = {"val_data": f"{world}/scenes/eval-{{000..001}}.tar", "batch_size": 4, "workers": 2, "max_steps": steps}
+    changes |= {"log_every_n_steps": every, "save_frequency": 5 * every, "val_frequency": 10 * every}
+    changes |= {"keep_checkpoints": KEEP, "random_towers": None, "report_to": "tensorboard"}
+    return ["train", *flags(world, logs, **changes)]
 
 
 def watch(

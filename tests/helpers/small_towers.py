@@ -25,12 +25,14 @@ SIZES = {
 NAFLEX = {"embed_dim": 32, "depth": 2, "num_heads": 2}  # patches of 16 pixels
 
 
-def write_world(folder: Path, train: tuple[int, int] = (24, 24), evaluation: tuple[int, int] = (0, 1)) -> Path:
+def write_world(
+    folder: Path, train: tuple[int, int] = (24, 24), evaluation: tuple[int, int] = (0, 1), sizes: dict = SIZES
+) -> Path:
     """Write an untrained CLIP, and scenes to train on and to validate on: their number, and the most of a shard."""
     torch.manual_seed(0)
     (folder / "clip").mkdir(parents=True)
-    (folder / "clip/open_clip_config.json").write_text(json.dumps({"model_cfg": SIZES, "preprocess_cfg": {}}))
-    save_file(open_clip.CLIP(**copy.deepcopy(SIZES)).state_dict(), folder / "clip/open_clip_model.safetensors")
+    (folder / "clip/open_clip_config.json").write_text(json.dumps({"model_cfg": sizes, "preprocess_cfg": {}}))
+    save_file(open_clip.CLIP(**copy.deepcopy(sizes)).state_dict(), folder / "clip/open_clip_model.safetensors")
     write_scenes(folder / "scenes", "train", train[0], seed=0, pairs=scenes.SEEN, shard_size=train[1])
     write_scenes(folder / "scenes", "eval", evaluation[0], seed=0, shard_size=evaluation[1])
     return folder
