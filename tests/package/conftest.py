@@ -107,7 +107,7 @@ def _one_vocabulary():
         key = repr((options, more))
         if key not in known:
             read(self, *options, **more)
-            known[key] = vars(self)
+            known[key] = dict(vars(self))
         vars(self).update(known[key])
 
     with pytest.MonkeyPatch.context() as patch:
