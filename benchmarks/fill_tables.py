@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import result_tables as tables
+import scale
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -77,6 +78,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "study": _of_one(tables.study),
     "all_pairs": _of_one(tables.all_pairs),
     "training_step": _of_one(tables.training_step),
+    "scale": _of_one(scale.scale, "epyc-zen4-2cores-training-step"),
     "distributed": _of_one(tables.distributed),
     "distributed_model": _of_one(tables.distributed_model),
     "attention_in_memory": _of_one(tables.attention_in_memory),

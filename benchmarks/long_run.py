@@ -1,11 +1,12 @@
 """Watch a long run of `pacl train`: memory, open files, threads, temporary files, checkpoints and logs must not grow.
 
     python benchmarks/long_run.py --json F                   # 20,000 small steps, tens of minutes; needs Linux
-    python benchmarks/long_run.py --steps 2000 --every 100
+    python benchmarks/long_run.py --steps 2000 --every 10
 
 An untrained CLIP, two data readers, a validation every 10 and a checkpoint every 5 of the --every steps. The run is
 watched from outside, through /proc. Each figure is the median of a fifth of the run; the exit status is 1 if one of
-the last fifth exceeds that of the second fifth by more than its allowance.
+the last fifth exceeds that of the second fifth by more than its allowance. The file has medians of twentieths as well,
+and is written every minute.
 """
 
 from __future__ import annotations
@@ -23,16 +24,23 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from pacl.data import scenes
-from pacl.data.scene_shards import write_scenes
-from pacl.demo.toy_clip import new_clip, save_clip
 from pacl.files import SUFFIX, write_bytes
 from report import machine
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/helpers"))
+from running import flags
+from small_towers import write_world
 
 from pacl_kernels import native
 
 PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
 KEEP = 3  # checkpoints
+# So small that a step is the work around it: the loop, the readers, the log.
+CLIP = {
+    "embed_dim": 32,
+    "vision_cfg": {"image_size": 64, "patch_size": 16, "width": 32, "layers": 1, "head_width": 32},
+    "text_cfg": {"context_length": 24, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+}
 # Each figure may grow by so much, in its own unit. The allocator moves memory a little, and batches under way hold
 # files.
 ALLOWANCES = {"memory_mib": 24.0, "readers_mib": 24.0, "open_files": 3, "threads": 0, "processes": 0}
@@ -42,30 +50,15 @@ Sample = dict[str, float]
 
 def make_world(folder: Path) -> Path:
     """Write what the run reads: a CLIP, shards of scenes, and shards to validate on."""
-    torch.manual_seed(0)
-    save_clip(new_clip(), folder / "clip")
-    write_scenes(folder / "scenes", "train", 480, seed=0, pairs=scenes.SEEN, shard_size=120)
-    write_scenes(folder / "scenes", "eval", 24, seed=0, shard_size=12)
-    return folder
+    return write_world(folder, train=(480, 160), evaluation=(8, 4), sizes=CLIP)
 
 
 def words(world: Path, logs: Path, steps: int, every: int) -> list[str]:
     """Return the arguments of `pacl`. every: steps between the lines of the log."""
-    values = {
-        "train-data": f"{world}/scenes/train-{{000..003}}.tar",
-        "model": f"local-dir:{world / 'clip'}",
-        "val-data": f"{world}/scenes/eval-{{000..001}}.tar",
-        "log-dir": logs,
-        "batch-size": 8,
-        "workers": 2,
-        "max-steps": steps,
-        "log-every-n-steps": every,
-        "save-frequency": 5 * every,
-        "val-frequency": 10 * every,
-        "keep-checkpoints": KEEP,
-        "random-towers": None,
-    }
-    return ["train", *(str(word) for name, x in values.items() for word in (f"--{name}", x) if word is not None)]
+    changes = {"val_data": f"{world}/scenes/eval-{{000..001}}.tar", "batch_size": 4, "workers": 2, "max_steps": steps}
+    changes |= {"log_every_n_steps": every, "save_frequency": 5 * every, "val_frequency": 10 * every}
+    changes |= {"keep_checkpoints": KEEP, "random_towers": None, "report_to": "tensorboard"}
+    return ["train", *flags(world, logs, **changes)]
 
 
 def watch(
@@ -106,15 +99,15 @@ def _resident(process: int) -> float:
     return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * PAGE / 2**20
 
 
-def fifths(samples: list[Sample]) -> list[Sample]:
-    """Return the median of each figure in each fifth of a run, by the number of lines in its log, without its start
-    and its end.
+def medians(samples: list[Sample], count: int = 5) -> list[Sample]:
+    """Return the median of each figure in each of `count` equal parts of a run, by the number of lines in its log,
+    without its start and its end.
     """
-    last = max(sample["lines"] for sample in samples)
+    last = max((sample["lines"] for sample in samples), default=0)
     samples = [sample for sample in samples if 0 < sample["lines"] < last]
     found: list[Sample] = []
-    for number in range(5):
-        mine = [sample for sample in samples if number <= 5 * sample["lines"] / (last + 1) < number + 1]
+    for number in range(count):
+        mine = [sample for sample in samples if number <= count * sample["lines"] / (last + 1) < number + 1]
         found.append({name: statistics.median(sample[name] for sample in mine) if mine else 0 for name in ALLOWANCES})
     return found
 
@@ -146,19 +139,28 @@ def main() -> int:
                 command, env=os.environ | {"TMPDIR": str(temporary)}, stdout=printed, stderr=subprocess.STDOUT
             )
         ended = lambda: run.poll() is not None  # noqa: E731
-        samples = list(watch(run.pid, folder / "pacl", temporary, ended, options.interval))
+        samples: list[Sample] = []
+        result = {"machine": machine(torch.device("cpu"), native), "steps": options.steps, "every": options.every}
+        for sample, seconds in watch(run.pid, folder / "pacl", temporary, ended, options.interval):
+            samples.append(sample)
+            result |= {"seconds": round(seconds, 1), "lines": sample["lines"], "samples": len(samples)}
+            if options.json and len(samples) % max(1, round(60 / options.interval)) == 0:
+                write(options.json, result | {"twentieths": medians(samples, 20)})
         if run.returncode:
             print((folder / "printed").read_text()[-3000:], file=sys.stderr)
             return 1
-        parts = fifths([sample for sample, _ in samples])
-    result = {"machine": machine(torch.device("cpu"), native), "steps": options.steps, "every": options.every}
-    result |= {"seconds": round(samples[-1][1], 1), "samples": len(samples), "fifths": parts, "growth": growth(parts)}
+    parts = medians(samples)
+    result |= {"fifths": parts, "growth": growth(parts), "twentieths": medians(samples, 20)}
     for name in ALLOWANCES:
         print(f"{name:<20}" + "".join(f"{part[name]:>12,.1f}" for part in parts))
     print(*result["growth"] or ["nothing grew"], sep="\n")
     if options.json:
-        write_bytes(options.json, json.dumps(result, indent=1).encode())
+        write(options.json, result)
     return int(bool(result["growth"]))
+
+
+def write(path: Path, result: dict) -> None:
+    write_bytes(path, (json.dumps(result, indent=1) + "\n").encode())
 
 
 if __name__ == "__main__":

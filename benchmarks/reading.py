@@ -1,32 +1,39 @@
 """Measure how long training waits for features: a disk with warm and cold pages, and a store that takes its time.
 
-    python benchmarks/reading.py --json F                  # about five minutes on two cores
+    python benchmarks/reading.py --json F                  # two or three minutes on two cores
     python benchmarks/reading.py --latency 50 --step 200   # milliseconds
 
-The features are those of a ViT-B/16 without weights, 305 KB an image. The store is an S3 server of this file's own on
-loopback, which answers after --latency. A step is a pause of --step in place of a GPU's work. The share is the time
-that the steps wait for their batches, after the first one, over the whole time; "one by one" reads no image ahead of
-its turn. It needs s3fs. Cold pages are those that the system drops when it is asked to; some file systems keep them.
+The features have the sizes of those of a ViT-B/16, 303 KB an image; one layer of it, without weights, makes them. The
+store is an S3 server of this file's own on loopback, which answers after --latency. A step is a pause of --step in
+place of a GPU's work. The share is the time that the steps wait for their batches, after the first one, over the whole
+time; "one by one" reads no image ahead of its turn. It needs s3fs. Cold pages are those that the system drops when it
+is asked to; some file systems keep them.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import http.server
 import json
 import multiprocessing
 import os
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
 
+import open_clip
 import torch
 from pacl.cli import main as pacl
 from pacl.data import features
 from pacl.data.samples import loader
 from pacl.files import write_bytes
 from report import machine
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/helpers"))
+from small_towers import write_world
 
 IMAGES, BATCH = 512, 32
 
@@ -116,7 +123,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.features or Path(temporary, "features")
         if options.features is None:
-            words = f"--train-data synthetic --train-num-samples {options.images} --random-towers --model ViT-B-16"
+            sizes = copy.deepcopy(open_clip.get_model_config("ViT-B-16"))
+            sizes["vision_cfg"]["layers"] = sizes["text_cfg"]["layers"] = 1
+            clip = write_world(Path(temporary, "world"), train=(0, 1), sizes=sizes) / "clip"
+            words = f"--train-data synthetic --train-num-samples {options.images} --model local-dir:{clip}"
             if pacl(["features", *words.split(), "--shard-size", "100", "--out", str(folder)]):
                 raise SystemExit(1)
         ports: multiprocessing.Queue = multiprocessing.Queue()

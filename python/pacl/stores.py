@@ -94,7 +94,7 @@ def names_in(url: str, store: Store) -> list[str]:
     """Return the sorted names of the objects directly below `url`, [] if there are none."""
 
     async def once() -> list[str]:
-        entries = await _ask(url, "ls", url, detail=True)
+        entries = await _ask(url, "ls", url, detail=True, **_fresh(url))
         return sorted(entry["name"].rstrip("/").rpartition("/")[2] for entry in entries if entry["type"] == "file")
 
     try:
@@ -148,7 +148,14 @@ async def _get(url: str, start: int, end: int, info: Info) -> bytes:
         weak = info.etag.startswith("W/")  # never matches
         condition = {"If-Match": info.etag} if info.etag and not weak else {}
         return await _ask(url, "cat_file", url, start=start, end=end, headers=condition)
-    data = await _ask(url, "cat_file", url, start=start, end=end)
+    try:
+        data = await _ask(url, "cat_file", url, start=start, end=end)
+    except FileNotFoundError:
+        if not url.startswith("hf:"):
+            raise
+        # huggingface_hub looks in its earlier listing of the folder, where a file of another process may be missing.
+        _filesystem("hf", os.getpid()).invalidate_cache()
+        data = await _ask(url, "cat_file", url, start=start, end=end)
     # Looked up after the bytes have come: they cannot be those of an object that was put there later.
     if await _look(url) != info:
         raise StoreError(_replaced(url))
@@ -161,15 +168,38 @@ def _replaced(url: str) -> str:
 
 async def _look(url: str) -> Info:
     """Return what the store says about an object; raise FileNotFoundError for none and for a folder."""
-    # s3fs and huggingface_hub answer from an earlier listing unless they are told not to.
-    fresh = {"refresh": True} if url.startswith(("s3:", "hf:")) else {}
-    found = await _ask(url, "info", url, **fresh)
+    if url.startswith("hf:"):
+        found = await asyncio.to_thread(_look_at_hub, url)
+    else:
+        found = await _ask(url, "info", url, **_fresh(url))
     if found["type"] != "file":
         raise FileNotFoundError(url)
     if found["size"] is None:
         raise StoreError(f"{url} has no known size, expected a server that states it")
     tag = "|".join(str(found[name]) for name in TAGS if found.get(name))
     return Info(int(found["size"]), tag, found.get("ETag") or "")
+
+
+def _fresh(url: str) -> dict[str, bool]:
+    """Return the option by which s3fs and huggingface_hub do not answer from an earlier listing."""
+    return {"refresh": True} if url.startswith(("s3:", "hf:")) else {}
+
+
+def _look_at_hub(url: str) -> dict[str, Any]:
+    """Return size and tag of a file of the Hugging Face Hub; HfFileSystem.info leaves the tag out."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import RepoFile
+
+    fs = _filesystem("hf", os.getpid())
+    place = fs.resolve_path(url)
+    if not hasattr(place, "repo_id"):  # a bucket
+        return fs.info(url, refresh=True)
+    api = HfApi(endpoint=fs.endpoint, token=fs.token)
+    where = {"revision": place.revision, "repo_type": place.repo_type}
+    for found in api.get_paths_info(place.repo_id, [place.path_in_repo], **where):
+        if isinstance(found, RepoFile):
+            return {"type": "file", "size": found.size, "blob_id": found.blob_id}
+    raise FileNotFoundError(url)
 
 
 async def _repeated(

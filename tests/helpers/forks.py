@@ -28,7 +28,7 @@ _outputs: dict[int, Path | None] = {}  # of forked processes
 def fork(run: Callable[[], int | None], output: Path | None = None) -> int:
     """Run `run` in a forked process in a process group of its own, with `output` as its standard output and error.
 
-    Returns the process's number; its exit status is what `run` returns, 0 for None.
+    Returns the process's number; its exit status is what `run` returns, 0 for None, or that of SystemExit.
     """
     sys.stdout.flush()
     process = os.fork()
@@ -43,13 +43,16 @@ def fork(run: Callable[[], int | None], output: Path | None = None) -> int:
         out = os.open(output or os.devnull, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(out, 1)
         os.dup2(out, 2)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # pytest has its own
         faulthandler.register(signal.SIGUSR1, all_threads=True)  # prints the stacks
         torch.set_num_threads(1)
         torch.cuda.is_available, torch.cuda.device_count = lambda: False, lambda: 0  # a fork cannot use its parent's
         status = run() or 0
     except SystemExit as end:
-        status = int(end.code or 0)
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+        status = 1 if isinstance(end.code, str) else int(end.code or 0)
     except BaseException:
         traceback.print_exc()
     finally:

@@ -40,6 +40,11 @@ class S3:
     together: int = 0
     most_together: int = 0
 
+    def begin(self) -> None:
+        """Forget the requests of an earlier test, and let none fail."""
+        self.requests.clear()
+        self.fault, self.latency, self.most_together = S3.fault, 0.0, 0
+
     def put(self, path: Path, key: str) -> str:
         self.client.put_object(Bucket=BUCKET, Key=key, Body=path.read_bytes())
         return f"s3://{BUCKET}/{key}"

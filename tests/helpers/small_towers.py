@@ -1,7 +1,8 @@
-"""A CLIP of a few layers, runs of `pacl train` on it, and a NaFlex ViT of two layers."""
+"""A CLIP of a few layers with scenes, runs of `pacl train` on it, and a NaFlex ViT of two layers."""
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import timm
 import torch
 from pacl.backbones import freeze
 from pacl.cli import main
+from pacl.data import scenes
+from pacl.data.scene_shards import write_scenes
 from safetensors.torch import save_file
 from torch import nn
 
@@ -20,6 +23,19 @@ SIZES = {
 }
 
 NAFLEX = {"embed_dim": 32, "depth": 2, "num_heads": 2}  # patches of 16 pixels
+
+
+def write_world(
+    folder: Path, train: tuple[int, int] = (24, 24), evaluation: tuple[int, int] = (0, 1), sizes: dict = SIZES
+) -> Path:
+    """Write an untrained CLIP, and scenes to train on and to validate on: their number, and the most of a shard."""
+    torch.manual_seed(0)
+    (folder / "clip").mkdir(parents=True)
+    (folder / "clip/open_clip_config.json").write_text(json.dumps({"model_cfg": sizes, "preprocess_cfg": {}}))
+    save_file(open_clip.CLIP(**copy.deepcopy(sizes)).state_dict(), folder / "clip/open_clip_model.safetensors")
+    write_scenes(folder / "scenes", "train", train[0], seed=0, pairs=scenes.SEEN, shard_size=train[1])
+    write_scenes(folder / "scenes", "eval", evaluation[0], seed=0, shard_size=evaluation[1])
+    return folder
 
 
 def train(world: Path, logs: Path, **changes) -> int:

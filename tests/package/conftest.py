@@ -1,4 +1,5 @@
 import io
+import sys
 import tarfile
 from pathlib import Path
 
@@ -61,23 +62,57 @@ def run_world(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def tower_world(tmp_path_factory) -> Path:
     """Create an untrained CLIP with the sizes in `small_towers.py`, and 24 scenes."""
-    import copy
-    import json
+    from small_towers import write_world
 
-    import open_clip
-    import torch
-    from pacl.data import scenes
-    from pacl.data.scene_shards import write_scenes
-    from safetensors.torch import save_file
-    from small_towers import SIZES
+    return write_world(tmp_path_factory.mktemp("tower_world"))
 
-    folder = tmp_path_factory.mktemp("tower_world")
-    torch.manual_seed(0)
-    (folder / "clip").mkdir()
-    (folder / "clip/open_clip_config.json").write_text(json.dumps({"model_cfg": SIZES, "preprocess_cfg": {}}))
-    save_file(open_clip.CLIP(**copy.deepcopy(SIZES)).state_dict(), folder / "clip/open_clip_model.safetensors")
-    write_scenes(folder / "scenes", "train", 24, seed=0, pairs=scenes.SEEN)
-    return folder
+
+@pytest.fixture(scope="session")
+def store_world(tmp_path_factory) -> Path:
+    """Create what runs with data in a store read: a small CLIP, and three shards each of 12 and of 5 scenes."""
+    from small_towers import write_world
+
+    return write_world(tmp_path_factory.mktemp("store_world"), train=(36, 12), evaluation=(15, 5))
+
+
+@pytest.fixture(scope="session")
+def s3_session():
+    """Run a real S3 server on loopback, behind a proxy that fails on demand."""
+    from pacl import stores
+    from remote_store import s3_server
+
+    with pytest.MonkeyPatch.context() as patch, s3_server(patch) as store:
+        patch.setattr(stores, "FIRST_PAUSE", 0.02)
+        yield store
+
+
+@pytest.fixture
+def s3(s3_session):
+    """Return the server without faults and earlier requests."""
+    s3_session.begin()
+    yield s3_session
+    s3_session.begin()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_vocabulary():
+    """Read CLIP's vocabulary once: its tokenizer unpacks and splits 49,000 lines, at each start of a command."""
+    module = sys.modules.get("open_clip.tokenizer")
+    if module is None:  # no test of this session imports it
+        yield
+        return
+    read, known = module.SimpleTokenizer.__init__, {}
+
+    def begin(self, *options, **more):
+        key = repr((options, more))
+        if key not in known:
+            read(self, *options, **more)
+            known[key] = dict(vars(self))
+        vars(self).update(known[key])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module.SimpleTokenizer, "__init__", begin)
+        yield
 
 
 @pytest.fixture(autouse=True)

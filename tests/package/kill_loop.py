@@ -30,11 +30,9 @@ if __name__ == "__main__":
 import torch
 from dies import fork_pacl, fork_ranks
 from forks import status
-from pacl.data import scenes
-from pacl.data.scene_shards import write_scenes
-from pacl.demo.toy_clip import new_clip, save_clip
 from pacl.training.checkpoints import checkpoints, load_checkpoint
 from running import assert_same_state, flags, lines
+from small_towers import write_world
 
 COMMANDS = ("train", "features", "shared", "pack")
 MOST = 4  # kills of one round
@@ -56,11 +54,7 @@ class Figures:
 
 def make_world(folder: Path) -> Path:
     """Write what the commands read: a CLIP and shards of scenes."""
-    torch.manual_seed(0)
-    save_clip(new_clip(), folder / "clip")
-    write_scenes(folder / "scenes", "train", 120, seed=0, pairs=scenes.SEEN, shard_size=40)
-    write_scenes(folder / "scenes", "eval", 24, seed=0, shard_size=12)
-    return folder
+    return write_world(folder, train=(120, 40), evaluation=(24, 12))
 
 
 def words(command: str, world: Path, out: Path) -> list[str]:

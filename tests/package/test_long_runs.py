@@ -46,7 +46,7 @@ def test_nothing_grows(tmp_path, monkeypatch):
 
     samples = [sample for sample, _ in long_run.watch(run, tmp_path / "pacl", temporary, ended, 0.01)]
     assert codes == [0], (tmp_path / "printed").read_text()
-    parts = long_run.fifths(samples)
+    parts = long_run.medians(samples)
     assert not long_run.growth(parts)
     last = parts[-1]
     assert last["checkpoints"] <= long_run.KEEP + 1 and last["processes"] >= 2 and last["memory_mib"] > 50

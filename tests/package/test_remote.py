@@ -18,31 +18,18 @@ from pacl.data.shards import Shards, count_shards
 from pacl.data.sources import open_pairs
 from pacl.failures import StoreError
 from pacl.stores import Store
-from remote_store import CREDENTIALS, S3, Faults, s3_server
+from remote_store import CREDENTIALS, S3, Faults
 from running import assert_same_state, final, train
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[S3]:
-    with pytest.MonkeyPatch.context() as patch, s3_server(patch) as store:
-        yield store
-
-
-@pytest.fixture
-def s3(server) -> Iterator[S3]:
-    server.requests.clear()
-    yield server
-    server.fault, server.latency = S3.fault, 0.0
-
-
-@pytest.fixture(scope="module")
-def scenes(server, run_world) -> str:
-    """Put the scenes of run_world into the store; return the address of their folder."""
-    return server.put_folder(run_world / "scenes", "scenes")
+def scenes(s3_session, store_world) -> str:
+    """Put the scenes of store_world into the store; return the address of their folder."""
+    return s3_session.put_folder(store_world / "scenes", "scenes")
 
 
 def keys(source: Shards, workers: int = 0, start: dict | None = None) -> Iterator[tuple[list[str], dict]]:
-    batches = loader(source, 7, workers=workers, start=start)
+    batches = loader(source, 5, workers=workers, start=start)
     for batch in batches:
         yield batch["key"], copy.deepcopy(batches.state)
 
@@ -52,24 +39,24 @@ def gets(s3: S3, suffix: str = ".tar") -> int:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_order_and_resuming_are_those_of_local_shards(workers, s3, scenes, run_world):
+def test_order_and_resuming_are_those_of_local_shards(workers, s3, scenes, store_world):
     options = {"shuffle": 10, "seed": 3, "repeat": True}
-    local, remote = (open_pairs(f"{x}/train-{{000..002}}.tar", **options) for x in (run_world / "scenes", scenes))
-    expected = [batch for batch, _ in zip(keys(local, workers), range(20), strict=False)]
-    assert [batch for batch, _ in zip(keys(remote, workers), range(20), strict=False)] == expected
+    local, remote = (open_pairs(f"{x}/train-{{000..002}}.tar", **options) for x in (store_world / "scenes", scenes))
+    expected = [batch for batch, _ in zip(keys(local, workers), range(9), strict=False)]
+    assert [batch for batch, _ in zip(keys(remote, workers), range(9), strict=False)] == expected
     again = open_pairs(f"{scenes}/train-000.tar::{scenes}/train-{{001..002}}.tar", **options)
-    rest = zip(keys(again, workers, start=expected[8][1]), range(11), strict=False)
-    assert [names for (names, _), _ in rest] == [names for names, _ in expected[9:]]
+    rest = zip(keys(again, workers, start=expected[3][1]), range(5), strict=False)
+    assert [names for (names, _), _ in rest] == [names for names, _ in expected[4:]]
 
 
 def every_fault() -> Iterator[str | float]:
     yield from ("reset", "cut", "short", "500", "503", 0.2, "429")
 
 
-def test_the_same_weights_whatever_the_store_does(s3, scenes, run_world, tmp_path, capfd):
-    data = {"max_steps": 4, "val_frequency": 4, "shuffle": 20, "workers": 1, "train_num_samples": 120}
-    local = data | {"val_data": run_world / "scenes/eval-000.tar"}
-    assert train(run_world, tmp_path / "local", **local) == 0
+def test_the_same_weights_whatever_the_store_does(s3, scenes, store_world, tmp_path, capfd):
+    data = {"max_steps": 4, "val_frequency": 4, "shuffle": 9, "workers": 1, "train_num_samples": 36, "batch_size": 4}
+    local = data | {"val_data": store_world / "scenes/eval-000.tar"}
+    assert train(store_world, tmp_path / "local", **local) == 0
     remote = data | {"val_data": f"{scenes}/eval-000.tar", "train_data": f"{scenes}/train-{{000..002}}.tar"}
     faults = list(every_fault())
 
@@ -78,7 +65,7 @@ def test_the_same_weights_whatever_the_store_does(s3, scenes, run_world, tmp_pat
         return faults.pop() if faults and len(s3.requests) % 2 else None
 
     s3.fault = fault
-    assert train(run_world, tmp_path / "remote", **remote) == 0
+    assert train(store_world, tmp_path / "remote", **remote) == 0
     assert not faults
     for name in ("state_dict", "optimizer", "data", "validated"):
         assert_same_state(final(tmp_path / "remote")[name], final(tmp_path / "local")[name], name)
@@ -100,7 +87,7 @@ ENDINGS = {
     "reset": ("reset", "could not be read in 2 attempts: the store could not be reached, or broke off the connection"),
     "cut": ("cut", "could not be read in 2 attempts: the store sent incomplete or damaged bytes"),
     "short": ("short", "could not be read in 2 attempts: the store sent"),
-    "slow": (0.6, "could not be read in 2 attempts: the store did not answer within 0.3 s"),
+    "slow": (1.3, "could not be read in 2 attempts: the store did not answer within 1 s"),
     "forbidden": ("403", "could not be read: the store refuses access (status 403)"),
     "replaced": (None, "was replaced while it was read, expected the same object until the end"),
     "gone": (None, "is gone, expected it to stay until the end"),
@@ -108,8 +95,8 @@ ENDINGS = {
 
 
 @pytest.mark.parametrize("how", ENDINGS)
-def test_a_store_that_fails_ends_in_one_line_and_a_saved_run(how, s3, run_world, tmp_path, capfd):
-    folder = s3.put_folder(run_world / "scenes", how)
+def test_a_store_that_fails_ends_in_one_line_and_a_saved_run(how, s3, store_world, tmp_path, capfd):
+    folder = s3.put_folder(store_world / "scenes", how)
     kind, message = ENDINGS[how]
 
     def fault(method: str, path: str, part: str) -> str | float | None:
@@ -121,9 +108,9 @@ def test_a_store_that_fails_ends_in_one_line_and_a_saved_run(how, s3, run_world,
         return kind if path.endswith("train-001.tar") and method == "GET" else None
 
     s3.fault = fault
-    flags = {"train_data": f"{folder}/train-{{000..002}}.tar", "train_num_samples": 120, "shuffle": 0}
-    flags |= {"store_attempts": 2, "store_timeout": 0.3 if how == "slow" else 20, "workers": int(how == "reset")}
-    assert train(run_world, tmp_path, **flags) == 1
+    flags = {"train_data": f"{folder}/train-{{000..002}}.tar", "train_num_samples": 36, "shuffle": 0, "batch_size": 4}
+    flags |= {"store_attempts": 2, "store_timeout": 1 if how == "slow" else 20, "workers": int(how == "reset")}
+    assert train(store_world, tmp_path, **flags) == 1
     error = [line for line in capfd.readouterr().err.splitlines() if line.startswith("pacl: error: ")]
     assert len(error) == 1 and f"{folder}/train-001.tar {message}" in error[0]
     assert error[0].endswith("; step 3 of 6 is saved, continue with --resume latest")
@@ -142,27 +129,27 @@ def test_no_part_of_a_shard_is_left_out(s3, monkeypatch, write_tar):
             list(source)
 
 
-def test_a_run_goes_on_when_its_store_is_back(s3, scenes, run_world, tmp_path):
-    flags = {"train_data": f"{scenes}/train-{{000..002}}.tar", "shuffle": 0, "store_attempts": 1}
-    assert train(run_world, tmp_path / "whole", **flags) == 0
+def test_a_run_goes_on_when_its_store_is_back(s3, scenes, store_world, tmp_path):
+    flags = {"train_data": f"{scenes}/train-{{000..002}}.tar", "shuffle": 0, "store_attempts": 1, "batch_size": 4}
+    assert train(store_world, tmp_path / "whole", **flags) == 0
     s3.fault = Faults("503", 99, suffix="train-001.tar")
-    assert train(run_world, tmp_path / "cut", **flags) == 1
+    assert train(store_world, tmp_path / "cut", **flags) == 1
     s3.fault = S3.fault
-    assert train(run_world, tmp_path / "cut", **flags | {"resume": "latest"}) == 0
+    assert train(store_world, tmp_path / "cut", **flags | {"resume": "latest"}) == 0
     for name in ("state_dict", "optimizer", "data"):
         assert_same_state(final(tmp_path / "cut")[name], final(tmp_path / "whole")[name], name)
 
 
-def test_counts_come_from_the_store_and_go_there(s3, run_world):
-    folder = s3.put_folder(run_world / "scenes", "counted")
+def test_counts_come_from_the_store_and_go_there(s3, store_world):
+    folder = s3.put_folder(store_world / "scenes", "counted")
     if "counted/sizes.json" in s3.keys("counted/"):
         s3.client.delete_object(Bucket="bucket", Key="counted/sizes.json")
     source = open_pairs(folder)
-    assert source.name == "6 shard(s)" and source.count() == 180
+    assert source.name == "6 shard(s)" and source.count() == 51
     assert gets(s3) == 6 and "counted/sizes.json" in s3.keys("counted/")
     s3.requests.clear()
-    assert open_pairs(folder).count() == 180 and gets(s3) == 0
-    assert count_shards(open_pairs(f"{folder}/eval-000.tar").paths) == {source.paths[0]: 20}
+    assert open_pairs(folder).count() == 51 and gets(s3) == 0
+    assert count_shards(open_pairs(f"{folder}/eval-000.tar").paths) == {source.paths[0]: 5}
     s3.client.put_object(Bucket="bucket", Key="counted/incomplete.json", Body=b"{}")
     with pytest.raises(ValueError, match="counted is incomplete"):
         open_pairs(folder)

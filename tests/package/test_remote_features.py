@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,48 +15,37 @@ from pacl.cli import main
 from pacl.data.features import Features, _open
 from pacl.data.samples import loader
 from pacl.data.sources import open_pairs
-from pacl.demo.toy_clip import new_clip, save_clip
 from pacl.failures import StoreError
 from pacl.stores import Store
 from pacl.tensors import announced, open_tensors, parse_header, ranges_of, read_ahead
 from PIL import Image
-from remote_store import S3, Faults, s3_server
+from remote_store import S3, Faults
 from running import assert_same_state, final
 from safetensors import SafetensorError, safe_open
 from small_towers import save_naflex
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[S3]:
-    with pytest.MonkeyPatch.context() as patch, s3_server(patch) as store:
-        yield store
-
-
-@pytest.fixture
-def s3(server) -> Iterator[S3]:
+@pytest.fixture(autouse=True)
+def _opened_anew():
+    """Let each test open its features itself."""
     _open.cache_clear()
-    server.requests.clear()
-    yield server
-    server.fault, server.latency = S3.fault, 0.0
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """Create features of 60 scenes, with nouns, of towers without weights."""
+def folder(store_world, tmp_path_factory) -> Path:
+    """Create features of 30 scenes, with nouns, of towers without weights."""
     folder = tmp_path_factory.mktemp("remote_features")
-    torch.manual_seed(0)
-    save_clip(new_clip(), folder / "clip")
-    assert main(["features", *words(folder, out=folder / "stored")]) == 0
+    assert main(["features", *words(store_world, out=folder / "stored")]) == 0
     return folder / "stored"
 
 
 @pytest.fixture(scope="module")
-def address(server, folder) -> str:
-    return server.put_folder(folder, "stored")
+def address(s3_session, folder) -> str:
+    return s3_session.put_folder(folder, "stored")
 
 
 @pytest.fixture(scope="module")
-def packed(folder, tmp_path_factory) -> tuple[Path, list[str]]:
+def packed(store_world, tmp_path_factory) -> tuple[Path, list[str]]:
     """Create features of 7 pictures of different shapes, and return the folder and the flags without --out."""
     if not NAFLEX_VITS:
         pytest.skip("this timm has no NaFlex ViT")
@@ -67,15 +55,15 @@ def packed(folder, tmp_path_factory) -> tuple[Path, list[str]]:
     for i in range(7):
         Image.effect_noise((16 + 20 * i, 40), 90).convert("RGB").save(world / f"images/{i}.png")
         (world / f"images/{i}.txt").write_text(f"picture {i}\nnumber {i}\n")
-    flags = words(folder.parent, train_data=world / "images", train_num_samples=7, shard_size=4)
+    flags = words(store_world, train_data=world / "images", train_num_samples=7, shard_size=4)
     flags += ["--vision-model", f"local-dir:{world / 'naflex'}", "--max-patches", "11"]
     assert main(["features", *flags, "--out", str(world / "stored")]) == 0
     return world / "stored", flags
 
 
 def words(world: Path, **changes) -> list[str]:
-    values = {"train_data": "synthetic", "train_num_samples": 60, "model": f"local-dir:{world / 'clip'}"}
-    values |= {"precision": "fp32", "workers": 0, "batch_size": 16, "shard_size": 25, "nouns": "words"}
+    values = {"train_data": "synthetic", "train_num_samples": 30, "model": f"local-dir:{world / 'clip'}"}
+    values |= {"precision": "fp32", "workers": 0, "batch_size": 16, "shard_size": 12, "nouns": "words"}
     return [word for name, x in (values | changes).items() for word in (f"--{name}", str(x))]
 
 
@@ -153,17 +141,17 @@ def test_bad_headers(header):
 
 
 def test_images_are_read_ahead_of_their_turn(s3, folder, address):
-    """With an answer after 50 ms, 60 images of three reads each would take 18 s one after the other."""
+    """With an answer after 50 ms, 30 images of three reads each would take 4.5 s one after the other."""
     source = Features(address, verify=False, store=Store(attempts=2))
-    s3.latency, s3.most_together = 0.05, 0
-    found = [batch["key"] for batch in loader(source, 20)]
-    assert found == [batch["key"] for batch in loader(Features(folder), 20)]
+    s3.latency = 0.05
+    found = [batch["key"] for batch in loader(source, 10)]
+    assert found == [batch["key"] for batch in loader(Features(folder), 10)]
     assert s3.most_together >= 8
 
 
-def test_writing_to_a_store_goes_on_after_a_fault(s3, folder, capsys):
+def test_writing_to_a_store_goes_on_after_a_fault(s3, store_world, folder, capsys):
     out = "s3://bucket/written"
-    command = ["features", *words(folder.parent, out=out, store_attempts=2)]
+    command = ["features", *words(store_world, out=out, store_attempts=2)]
     s3.fault = Faults("500", 2, method="PUT", suffix="features-00001.safetensors")
     assert main(command) == 1
     message = f"pacl: error: {out}/features-00001.safetensors could not be written in 2 attempts: the store answered"
@@ -182,9 +170,9 @@ def test_writing_to_a_store_goes_on_after_a_fault(s3, folder, capsys):
     )
     assert [sample["key"] for sample in Features(out)] == [sample["key"] for sample in Features(folder)]
     s3.client.put_object(Bucket="bucket", Key="other/file", Body=b"")
-    assert main(["features", *words(folder.parent, out="s3://bucket/other")]) == 1
+    assert main(["features", *words(store_world, out="s3://bucket/other")]) == 1
     assert "s3://bucket/other holds other files, expected a new folder" in capsys.readouterr().err
-    assert main(["features", *words(folder.parent, out="https://127.0.0.1:9/new", store_attempts=1)]) == 1
+    assert main(["features", *words(store_world, out="https://127.0.0.1:9/new", store_attempts=1)]) == 1
     assert "out: got https://127.0.0.1:9/new, expected a local folder" in capsys.readouterr().err
 
 
@@ -218,11 +206,11 @@ def test_announced_bytes_are_those_of_the_image(request, kind):
 
 
 @pytest.mark.long
-def test_features_of_shards_in_a_store(s3, folder, run_world, tmp_path, capfd):
-    address = s3.put_folder(run_world / "scenes", "scenes")
+def test_features_of_shards_in_a_store(s3, store_world, tmp_path, capfd):
+    address = s3.put_folder(store_world / "scenes", "features_of_shards")
     open_pairs(f"{address}/train-{{000..001}}.tar").count()  # so that the command reads every shard once
-    values = {"train_data": f"{address}/train-{{000..001}}.tar", "workers": 1, "train_num_samples": 80}
-    command = ["features", *words(folder.parent, out=tmp_path / "remote", store_attempts=1, **values)]
+    values = {"train_data": f"{address}/train-{{000..001}}.tar", "workers": 1, "train_num_samples": 24}
+    command = ["features", *words(store_world, out=tmp_path / "remote", store_attempts=1, **values)]
     s3.fault = Faults("503", 99, suffix="train-001.tar")
     assert main(command) == 1
     found = [line for line in capfd.readouterr().err.splitlines() if "error" in line]
@@ -233,8 +221,8 @@ def test_features_of_shards_in_a_store(s3, folder, run_world, tmp_path, capfd):
     assert (tmp_path / "remote/features-00000.safetensors").is_file()
     s3.fault = S3.fault
     assert main(command) == 0
-    values |= {"train_data": run_world / "scenes/train-{000..001}.tar", "out": tmp_path / "local"}
-    assert main(["features", *words(folder.parent, **values)]) == 0
+    values |= {"train_data": store_world / "scenes/train-{000..001}.tar", "out": tmp_path / "local"}
+    assert main(["features", *words(store_world, **values)]) == 0
     assert len(list((tmp_path / "local").glob("features-*"))) > 2
     for path in (tmp_path / "local").glob("*.safetensors"):
         assert (tmp_path / "remote" / path.name).read_bytes() == path.read_bytes()
