@@ -28,7 +28,7 @@ from pacl.files import write_bytes
 from pacl.training.model import Trainable
 from pacl.training.trainer import Trainer
 from real_words_features import Split, prepare, read_split, read_words
-from real_words_pictures import SPLITS, read_world
+from real_words_pictures import SPLITS, read_world, sheet
 from real_words_towers import TOWERS, towers_of
 from report import machine
 from result_tables import real_words
@@ -273,11 +273,17 @@ def main() -> None:
     run.add_argument("--towers", nargs="+", choices=list(TOWERS), default=list(TOWERS), help="Vision towers.")
     for field in dataclasses.fields(Size):
         run.add_argument(f"--{field.name.replace('_', '-')}", type=int, default=field.default)
+    draw = commands.add_parser("sheet", help="Write examples of the scenes.")
+    draw.add_argument("image", type=Path, help="File, .jpg.")
+    draw.add_argument("--packages", type=Path, required=True, help="Folder of the unpacked packages.")
     show = commands.add_parser("report")
     show.add_argument("out", type=Path, help="Folder of the runs.")
     for each in (run, show):
         each.add_argument("--json", type=Path, help="Write the result, after each run.")
     arguments = parser.parse_args()
+    if arguments.command == "sheet":
+        print("\n".join(sheet(arguments.packages, arguments.image)))
+        return
     if arguments.command == "run":
         size = Size(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Size)})
         work(arguments.out, arguments.packages, size, tuple(arguments.towers), arguments.json)

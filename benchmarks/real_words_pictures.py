@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -134,6 +134,21 @@ def draw_scene(world: World, split: str, index: int) -> Scene:
     caption = " and ".join([", ".join(named[:-1]), named[-1]] if len(named) > 1 else named)
     step = SIDE // MASK
     return Scene(canvas, owner[step // 2 :: step, step // 2 :: step].copy(), caption, tuple(words))
+
+
+def sheet(packages: Path, path: Path, columns: int = 4, rows: int = 2) -> list[str]:
+    """Write scenes of the test to an image whose pictures may be passed on, and return their captions.
+
+    Its cut-outs are Fluent's (MIT) and Noto's (Apache 2.0), its photograph is in the public domain (CC0).
+    """
+    world = read_world(packages)
+    free = [cutout for cutout in world.cutouts["test"] if cutout.source in ("fluent", "noto")]
+    photo = Image.open(found(packages, "share/backgrounds/seeding_by_*.jpg")).convert("RGB")
+    world = replace(world, cutouts={"test": free}, photos={"test": [np.asarray(photo)]})
+    scenes = [draw_scene(world, "test", index) for index in range(columns * rows)]
+    lines = [np.concatenate([x.image for x in scenes[i : i + columns]], 1) for i in range(0, len(scenes), columns)]
+    Image.fromarray(np.concatenate(lines)).resize((160 * columns, 160 * rows)).save(path, quality=85)
+    return [scene.caption for scene in scenes]
 
 
 def _place(canvas: np.ndarray, owner: np.ndarray, rgba: np.ndarray, word: int, rng: np.random.Generator) -> bool:

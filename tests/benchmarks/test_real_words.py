@@ -31,6 +31,7 @@ SIZE = Size(pairs=64, tune_pairs=64, tokens=16, train=64, val=4, test=4)
 def _cutout(word, colour, sides):
     image = Image.new("RGBA", (60, 60))
     ImageDraw.Draw(image).regular_polygon((30, 30, 28), sides, fill=colour)
+    image.paste((0, 0, 0, 0), (38, 0, 60, 60))  # so that the mirrored picture is another
     return pictures.Cutout(word, "drawn", np.asarray(image))
 
 
