@@ -111,7 +111,7 @@ def cut(path: Path) -> np.ndarray | None:
 def phrase(word: str) -> str:
     """Return the word with its article, without one for a plural."""
     plural = word.endswith("s") and not word.endswith(("ss", "us"))
-    return word if plural or word in ("fire", "santa claus") else f"{'an' if word[0] in 'aeiou' else 'a'} {word}"
+    return word if plural else f"{'an' if word[0] in 'aeiou' else 'a'} {word}"
 
 
 def draw_scene(world: World, split: str, index: int) -> Scene:

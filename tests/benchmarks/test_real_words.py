@@ -25,7 +25,7 @@ from real_words_features import Split
 from result_tables import real_words as table
 
 WORDS = ("apple", "bear", "cherries")
-SIZE = Size(pairs=64, tune_pairs=64, tokens=16, train=64, val=4, test=4)
+SIZE = Size(pairs=64, tune_pairs=64, tokens=16, train=16, val=4, test=4)
 
 
 def _cutout(word, colour, sides):
