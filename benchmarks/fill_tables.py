@@ -59,6 +59,11 @@ def _throughput(results: Results, name: str) -> str:
     return tables.throughput(results.read(name), results.paths[name].name)
 
 
+def _real_words(results: Results, kind: str) -> str:
+    name = "xeon-amx-2cores-real-words"
+    return tables.real_words(results.read(name), kind) if name in results.paths else "Not run yet."
+
+
 def _of_one(function: Callable[..., str], default: str | None = None) -> Callable[..., str]:
     """Return a table of one file: the file `default`, or the first word; further words are further arguments."""
     if default is None:
@@ -77,6 +82,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "plan_summary": _of_one(tables.plan_summary, "plan-errors"),
     "study": _of_one(tables.study),
     "all_pairs": _of_one(tables.all_pairs),
+    "real_words": _real_words,
     "training_step": _of_one(tables.training_step),
     "scale": _of_one(scale.scale, "epyc-zen4-2cores-training-step"),
     "distributed": _of_one(tables.distributed),

@@ -288,6 +288,26 @@ def tables_of_study(result: dict) -> str:
     return "\n\n".join(parts)
 
 
+# Real encoders, pictures and words: real_words.py
+
+
+def real_words(result: dict, kind: str | None = None) -> str:
+    """Return the runs of a tower, or those that tuned, in percent: mean (least to most) over seeds.
+
+    kind: a tower's name, or "tuning"; None for all.
+    """
+    measures = {"patches": "patches right", "own_words": "among own words", "miou": "mIoU"}
+    measures |= {"find": "find IoU", "r1": "image→text R@1"}
+    rows = []
+    for row in result["tuning" if kind == "tuning" else "rows"]:
+        if kind in (None, "tuning", row["tower"]):
+            method = {"paired": "the paired caption's", "mean": "none (mean)"}.get(row["method"], row["method"])
+            first = [row["tower"], method, f"{row['batch']:,}", str(row["steps"]), f"{row['lr']:g}"]
+            rows.append([*first, *(_percent(row[name]) for name in measures), str(row.get("seeds", 1))])
+    head = ["vision tower", "attention", "batch", "steps", "learning rate", *measures.values(), "seeds"]
+    return grid(head, rows)
+
+
 # Many processes: distributed.py
 
 
