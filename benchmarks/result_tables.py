@@ -274,6 +274,18 @@ def all_pairs(result: dict) -> str:
     return grid([f"at a batch of {STUDY_BATCH}", *head], rows)
 
 
+def readings(result: dict, world: str) -> str:
+    """Return the readings of one world without training, and beside them PACL trained on their tokens."""
+    measures = {"miou": "mIoU", "patch_accuracy": "patches right", "retrieval_r1": "image→text R@1"}
+    found = {(row["tokens"], row["trained"]): row for row in result["rows"] if row["world"] == world}
+    rows = []
+    for name in dict.fromkeys(name for name, _ in found):
+        pair = [found.get((name, trained)) for trained in (False, True)]
+        rows.append([f"`{name}`", *("-" if row is None else _percent(row[x]) for row in pair for x in measures)])
+    head = [*measures.values(), *(f"PACL: {x}" for x in measures.values())]
+    return grid(["tokens", *head], rows)
+
+
 def _percent(value: dict[str, float] | float) -> str:
     text = f"{100 * centre(value):.1f}"
     return f"{text} ({100 * value['min']:.1f}–{100 * value['max']:.1f})" if isinstance(value, dict) else text
