@@ -1,11 +1,12 @@
 """Compare the readings of a frozen tower in the two worlds of study.py: as they are, and as what PACL trains on.
 
-    python benchmarks/study_readings.py run DIR               # one process of one thread; rerun to resume
+    python benchmarks/study_readings.py run DIR --clip toy/clip    # one process of one thread; rerun to resume
     python benchmarks/study_readings.py report DIR --json F
 
-Each world gets the CLIP of study.py. Without training, a reading's tokens go through the CLIP's own projection, and
-there is one run. PACL trains an embedder on cached tokens of a reading, with the batch of 256, temperature and form of
-study.py and three seeds. The learning rate of each reading is the better of two on separate scenes of the same world.
+The demo's world gets the CLIP of `pacl demo --out toy`, or one trained here; the hard one is trained here. Without
+training, a reading's tokens go through the CLIP's own projection, and there is one run. PACL trains an embedder on
+cached tokens, with the batch of 256, temperature and form of study.py, at two learning rates with three seeds each; the
+table shows the better rate of each reading.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import json
 from functools import partial
 from pathlib import Path
 
+import open_clip
 import torch
 from pacl.backbones import freeze
 from pacl.demo import toy_clip
@@ -26,14 +28,14 @@ from pacl.segment.predict import own_projection
 from report import machine
 from result_tables import STUDY_BATCH, readings
 from safetensors.torch import load_file, save
-from study import SEEDS, TUNE_SEED, Run, mean_of_curves, measure, result_of, train
-from study_worlds import WORLDS, Size, evaluation, train_clip, write_world
+from study import SEEDS, Run, mean_of_curves, measure, result_of, train
+from study_worlds import WORLDS, Size, evaluation, train_clip, training_scenes, write_world
 from torch import Tensor, nn
 
 TRAINED = ("plain", "maskclip", "sclip", "clearclip")
 UNTRAINED = tuple(name for name, reading in READINGS.items() if not reading.proxy)  # a proxy is a second tower
-RATES = (32e-3, 64e-3)
-SIZE = Size(images=32_768, points=1)  # a quarter of study.py's images
+RATES = (64e-3, 32e-3)
+SIZE = Size(images=16_384, scenes=4_096, points=1)  # an eighth of study.py's images
 QUICK = Size(points=1, images=512, scenes=512, eval_scenes=8, clip_steps=2, clip_scenes=512)
 
 
@@ -42,20 +44,28 @@ def tokens(visual: nn.Module, name: str, images: Tensor) -> Tensor:
 
 
 def prepare(world: str, out: Path, size: Size) -> None:
-    """Train and keep the CLIP of a world, and write the tokens that its embedders are trained on."""
+    """Write the tokens that a world's embedders are trained on; train its CLIP if `out` has none."""
     if (out / f"{world}.safetensors").exists():
         return
-    clip, _, images, captions = train_clip(world, size)
-    write_bytes(out / f"{world}-clip.safetensors", save({k: x.contiguous() for k, x in clip.state_dict().items()}))
+    path = out / f"{world}-clip.safetensors"
+    if not path.exists():
+        state = train_clip(world, size)[0].state_dict()
+        write_bytes(path, save({name: x.contiguous() for name, x in state.items()}))
+    clip = load_clip(path)
     towers = {name: partial(tokens, clip.visual, name) for name in TRAINED}
-    write_world(out / f"{world}.safetensors", world, size, clip, towers, images, captions)
+    write_world(out / f"{world}.safetensors", world, size, clip, towers, *training_scenes(world, size.scenes))
+
+
+def load_clip(path: Path) -> open_clip.CLIP:
+    clip = toy_clip.new_clip()
+    clip.load_state_dict(load_file(path))
+    return freeze(clip)
 
 
 def measure_untrained(world: str, out: Path, size: Size) -> None:
     """Measure every reading without training, on the evaluation's scenes."""
-    clip = toy_clip.new_clip()
-    clip.load_state_dict(load_file(out / f"{world}-clip.safetensors"))
-    project = own_projection(freeze(clip).visual)
+    clip = load_clip(out / f"{world}-clip.safetensors")
+    project = own_projection(clip.visual)
     towers = {name: partial(tokens, clip.visual, name) for name in UNTRAINED}
     data, found = evaluation(world, size, clip, towers, "eval"), {}
     for name in UNTRAINED:
@@ -64,53 +74,43 @@ def measure_untrained(world: str, out: Path, size: Size) -> None:
     write_bytes(out / f"{world}-untrained.json", json.dumps(found).encode())
 
 
-def plan(world: str, out: Path) -> tuple[list[Run], list[Run]]:
-    """Return a world's runs that tune learning rates and, for readings whose rates are known, all others."""
-    tune, rest = [], []
-    for name in TRAINED:
-        runs = [Run(world, STUDY_BATCH, lr, TUNE_SEED, tower=name, split="tune") for lr in RATES]
-        tune += runs
-        found = [result_of(out, run) for run in runs]
-        if None not in found:
-            best = max(range(len(runs)), key=lambda i: found[i][-1]["miou"])
-            rest += [Run(world, STUDY_BATCH, runs[best].lr, seed, tower=name) for seed in SEEDS]
-    return tune, sorted(rest, key=lambda run: run.seed)
+def plan(world: str) -> list[Run]:
+    return [Run(world, STUDY_BATCH, lr, seed, tower=name) for lr in RATES for seed in SEEDS for name in TRAINED]
 
 
-def work(out: Path, size: Size) -> None:
+def work(out: Path, size: Size, clip: Path | None) -> None:
     (out / "runs").mkdir(parents=True, exist_ok=True)
     write_bytes(out / "size.json", json.dumps(dataclasses.asdict(size)).encode())
+    if clip is not None:
+        write_bytes(out / "demo-clip.safetensors", (clip / "open_clip_model.safetensors").read_bytes())
     for world in WORLDS:
         prepare(world, out, size)
         measure_untrained(world, out, size)
-        while todo := [run for stage in plan(world, out) for run in stage if result_of(out, run) is None]:
-            for run in todo:
+        for run in plan(world):
+            if result_of(out, run) is None:
                 print(train(run, out, size), flush=True)
 
 
 def report(out: Path) -> dict:
     """Return every reading without training, and the mean and spread over seeds of those that PACL was trained on."""
-    rows, tuning, missing = [], [], 0
+    rows, missing = [], 0
     for world in WORLDS:
         path = out / f"{world}-untrained.json"
         for name, values in json.loads(path.read_text()).items() if path.exists() else ():
             rows.append({"world": world, "tokens": name, "trained": False, **values})
-        tune, rest = plan(world, out)
-        found = {run: points[-1] for run in (*tune, *rest) if (points := result_of(out, run)) is not None}
-        missing += len(TRAINED) * (len(RATES) + len(SEEDS)) - len(found)
-        tuning += [
-            {"world": world, "tokens": x.tower, "lr": x.lr, "miou": found[x]["miou"]} for x in tune if x in found
-        ]
-        for name in TRAINED:
-            runs = [run for run in rest if run.tower == name and run in found]
-            if runs:
-                row = {"world": world, "tokens": name, "trained": True, "lr": runs[0].lr, "seeds": len(runs)}
-                rows.append(row | mean_of_curves([[found[run]] for run in runs])[0])
+        found: dict[tuple, list] = {}
+        for run in plan(world):
+            points = result_of(out, run)
+            missing += points is None
+            if points is not None:
+                found.setdefault((run.tower, run.lr), []).append(points)
+        for (name, lr), curves in found.items():
+            row = {"world": world, "tokens": name, "trained": True, "lr": lr, "seeds": len(curves)}
+            rows.append(row | mean_of_curves(curves)[-1])
     return {
         "machine": machine(torch.device("cpu"), None),
         "size": json.loads((out / "size.json").read_text()),
         "missing_runs": missing,
-        "tuning": tuning,
         "rows": rows,
     }
 
@@ -121,12 +121,13 @@ def main() -> None:
     run = commands.add_parser("run")
     run.add_argument("out", type=Path, help="Folder of the runs.")
     run.add_argument("--quick", action="store_true", help="Run everything once in seconds; the numbers mean nothing.")
+    run.add_argument("--clip", type=Path, help="Folder of the CLIP that `pacl demo` trained, for the demo's world.")
     show = commands.add_parser("report")
     show.add_argument("out", type=Path, help="Folder of the runs.")
     show.add_argument("--json", type=Path, help="Write the result.")
     arguments = parser.parse_args()
     if arguments.command == "run":
-        work(arguments.out, QUICK if arguments.quick else SIZE)
+        work(arguments.out, QUICK if arguments.quick else SIZE, arguments.clip)
         return
     result = report(arguments.out)
     for world in WORLDS:

@@ -76,11 +76,15 @@ def train_clip(name: str, size: Size) -> tuple[open_clip.CLIP, open_clip.CLIP, T
     torch.manual_seed(0)
     clip = toy_clip.new_clip()
     random = freeze(toy_clip.new_clip())
-    images, captions, _ = _scenes(WORLDS[name].draw_train, size.clip_scenes, 0)
+    images, captions = training_scenes(name, size.clip_scenes)
     with Progress(f"{name}: CLIP", size.clip_steps) as progress:
         trainer = Trainer(OnePatch(clip), clip_config(size.clip_steps, 64), size.clip_steps)
         trainer.run(_batches(images, toy_clip.tokenizer()(captions)), progress.step)
     return freeze(clip), random, images[: size.scenes], captions[: size.scenes]
+
+
+def training_scenes(name: str, count: int) -> tuple[Tensor, list[str]]:
+    return _scenes(WORLDS[name].draw_train, count, 0)[:2]
 
 
 def write_world(
