@@ -284,11 +284,16 @@ def readings(result: dict, world: str) -> str:
             other = pair.get(row["trained"])
             if other is None or centre(row["miou"]) > centre(other["miou"]):
                 pair[row["trained"]] = row
+    any_trained = any(True in pair for pair in found.values())
+    head = ["tokens", *measures.values()]
+    if any_trained:
+        head += [*(f"PACL: {x}" for x in measures.values()), "learning rate"]
     rows = []
     for name, pair in found.items():
         cells = [_percent(pair[kind][x]) if kind in pair else "-" for kind in (False, True) for x in measures]
-        rows.append([f"`{name}`", *cells, f"{pair[True]['lr']:g}" if True in pair else "-"])
-    return grid(["tokens", *measures.values(), *(f"PACL: {x}" for x in measures.values()), "learning rate"], rows)
+        cells.append(f"{pair[True]['lr']:g}" if True in pair else "-")
+        rows.append([f"`{name}`", *cells][: len(head)])
+    return grid(head, rows)
 
 
 def _percent(value: dict[str, float] | float) -> str:

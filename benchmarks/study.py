@@ -199,13 +199,18 @@ def measure(
     return out
 
 
-def work(out: Path, size: Size, processes: int) -> None:
-    """Prepare both worlds, then do all missing runs, `processes` at a time."""
-    (out / "runs").mkdir(parents=True, exist_ok=True)
+def write_size(out: Path, size: Size) -> None:
+    """Write the size of the runs to `out`; refuse a folder with runs of another one."""
     settings = out / "size.json"
     if settings.exists() and json.loads(settings.read_text()) != dataclasses.asdict(size):
         raise SystemExit(f"study: out: {out} holds runs of another size, expected another folder")
     write_bytes(settings, json.dumps(dataclasses.asdict(size)).encode())
+
+
+def work(out: Path, size: Size, processes: int) -> None:
+    """Prepare both worlds, then do all missing runs, `processes` at a time."""
+    (out / "runs").mkdir(parents=True, exist_ok=True)
+    write_size(out, size)
     begin = time.perf_counter()
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
         list(pool.map(partial(prepare, out=out, size=size), reversed(WORLDS)))

@@ -12,7 +12,6 @@ table shows the better rate of each reading.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 from functools import partial
 from pathlib import Path
@@ -28,14 +27,13 @@ from pacl.segment.predict import own_projection
 from report import machine
 from result_tables import STUDY_BATCH, readings
 from safetensors.torch import load_file, save
-from study import SEEDS, Run, mean_of_curves, measure, result_of, train
+from study import SEEDS, Run, mean_of_curves, measure, result_of, train, write_size
 from study_worlds import WORLDS, Size, evaluation, train_clip, training_scenes, write_world
 from torch import Tensor, nn
 
 TRAINED = ("plain", "maskclip", "sclip", "clearclip")
 UNTRAINED = tuple(name for name, reading in READINGS.items() if not reading.proxy)  # a proxy is a second tower
 RATES = (64e-3, 32e-3)
-SIZE = Size(images=16_384, scenes=4_096, points=1)  # an eighth of study.py's images
 QUICK = Size(points=1, images=512, scenes=512, eval_scenes=8, clip_steps=2, clip_scenes=512)
 
 
@@ -80,7 +78,7 @@ def plan(world: str) -> list[Run]:
 
 def work(out: Path, size: Size, clip: Path | None) -> None:
     (out / "runs").mkdir(parents=True, exist_ok=True)
-    write_bytes(out / "size.json", json.dumps(dataclasses.asdict(size)).encode())
+    write_size(out, size)
     if clip is not None:
         write_bytes(out / "demo-clip.safetensors", (clip / "open_clip_model.safetensors").read_bytes())
     for world in WORLDS:
@@ -121,13 +119,14 @@ def main() -> None:
     run = commands.add_parser("run")
     run.add_argument("out", type=Path, help="Folder of the runs.")
     run.add_argument("--quick", action="store_true", help="Run everything once in seconds; the numbers mean nothing.")
+    run.add_argument("--images", type=int, default=Size().images, help="Images of each run (default: %(default)s).")
     run.add_argument("--clip", type=Path, help="Folder of the CLIP that `pacl demo` trained, for the demo's world.")
     show = commands.add_parser("report")
     show.add_argument("out", type=Path, help="Folder of the runs.")
     show.add_argument("--json", type=Path, help="Write the result.")
     arguments = parser.parse_args()
     if arguments.command == "run":
-        work(arguments.out, QUICK if arguments.quick else SIZE, arguments.clip)
+        work(arguments.out, QUICK if arguments.quick else Size(images=arguments.images, points=1), arguments.clip)
         return
     result = report(arguments.out)
     for world in WORLDS:
