@@ -83,6 +83,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "study": _of_one(tables.study),
     "all_pairs": _of_one(tables.all_pairs),
     "real_words": _real_words,
+    "readings": _of_one(tables.readings),
     "training_step": _of_one(tables.training_step),
     "scale": _of_one(scale.scale, "epyc-zen4-2cores-training-step"),
     "distributed": _of_one(tables.distributed),

@@ -274,6 +274,28 @@ def all_pairs(result: dict) -> str:
     return grid([f"at a batch of {STUDY_BATCH}", *head], rows)
 
 
+def readings(result: dict, world: str) -> str:
+    """Return the readings of one world without training, and beside them PACL at the better of its learning rates."""
+    measures = {"miou": "mIoU", "patch_accuracy": "patches right", "retrieval_r1": "image→text R@1"}
+    found: dict[str, dict] = {}
+    for row in result["rows"]:
+        if row["world"] == world:
+            pair = found.setdefault(row["tokens"], {})
+            other = pair.get(row["trained"])
+            if other is None or centre(row["miou"]) > centre(other["miou"]):
+                pair[row["trained"]] = row
+    any_trained = any(True in pair for pair in found.values())
+    head = ["tokens", *measures.values()]
+    if any_trained:
+        head += [*(f"PACL: {x}" for x in measures.values()), "learning rate"]
+    rows = []
+    for name, pair in found.items():
+        cells = [_percent(pair[kind][x]) if kind in pair else "-" for kind in (False, True) for x in measures]
+        cells.append(f"{pair[True]['lr']:g}" if True in pair else "-")
+        rows.append([f"`{name}`", *cells][: len(head)])
+    return grid(head, rows)
+
+
 def _percent(value: dict[str, float] | float) -> str:
     text = f"{100 * centre(value):.1f}"
     return f"{text} ({100 * value['min']:.1f}–{100 * value['max']:.1f})" if isinstance(value, dict) else text

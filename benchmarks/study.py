@@ -18,76 +18,35 @@ import json
 import multiprocessing
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import hard_scenes
-import numpy as np
 import open_clip
 import torch
-from pacl.backbones import freeze, patch_tokens
-from pacl.data import scenes
-from pacl.demo import toy_clip
-from pacl.demo.training import ATTN_TEMPERATURE, OnePatch, clip_config, embedder_config, embedder_pairs
+from pacl.demo.training import ATTN_TEMPERATURE, embedder_config, embedder_pairs
 from pacl.embedder import VisionEmbedder
 from pacl.evaluate.metrics import ScoreCounts, class_scores
 from pacl.files import write_bytes
-from pacl.progress import Progress
 from pacl.training.model import Trainable
 from pacl.training.trainer import Trainer
 from report import machine
 from result_tables import STUDY_BATCH, STUDY_TAU, centre, label, tables_of_study
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
+from study_worlds import QUICK, WORLDS, Size, prepare, tokens_of
 from torch import Tensor
 from torch.nn import functional as F
 
 from pacl_kernels import compatibility, fused_pacl_loss
 
-
-@dataclass(frozen=True)
-class World:
-    """World of scenes. draw: draws one; kinds: attributes of the first labels; held_out: labels unseen in training."""
-
-    draw: Callable
-    draw_train: Callable
-    classes: tuple[str, ...]
-    kinds: tuple[tuple[str, ...], ...]
-    held_out: tuple[int, ...] = ()
-
-
-WORLDS = {
-    "demo": World(
-        scenes.draw_scene,
-        partial(scenes.draw_scene, pairs=scenes.SEEN),
-        scenes.CLASSES,
-        scenes.PAIRS,
-        scenes.HELD_OUT_LABELS,
-    ),
-    "hard": World(hard_scenes.draw_scene, hard_scenes.draw_scene, hard_scenes.CLASSES, hard_scenes.KINDS),
-}
 # Batch sizes, and the learning rates tried first for each. While the largest is the best, tuning doubles it, up to
 # MAX_LR; beyond that trials gained less than seeds differ.
 LRS = {64: (8e-3, 16e-3), 256: (16e-3, 32e-3), 1024: (16e-3, 32e-3), 4096: (16e-3, 32e-3)}
 MAX_LR = 64e-3
 SEEDS = (0, 1, 2)
 TUNE_SEED = 100
-
-
-@dataclass(frozen=True)
-class Size:
-    """Amounts of work: each run sees `images`; `scenes` are drawn and cached."""
-
-    images: int = 131_072
-    scenes: int = 8_192
-    eval_scenes: int = 512
-    clip_steps: int = 700
-    clip_scenes: int = 16_384
-
-
-QUICK = Size(images=8_192, scenes=4_096, eval_scenes=64, clip_steps=2, clip_scenes=4_096)
 
 
 @dataclass(frozen=True)
@@ -99,67 +58,12 @@ class Run:
     tau: float | None = ATTN_TEMPERATURE  # None: learned, from the default
     form: str = "cosine"
     pooling: str = "all pairs"  # "paired": attend with an image's own caption for every text; "mean": no attention
-    tower: str = "clip"  # "random": the tower before training
+    tower: str = "clip"  # "random": the tower before training; otherwise a reading of the trained one
     split: str = "eval"
 
     @property
     def name(self) -> str:
         return "_".join(str(x).replace(" ", "-") for x in dataclasses.astuple(self))
-
-
-# Worlds
-
-
-def prepare(name: str, out: Path, size: Size) -> None:
-    """Write `out`/NAME.safetensors: all tokens, texts and masks that the runs of that world read."""
-    path = out / f"{name}.safetensors"
-    if path.exists():
-        return
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    world, encode = WORLDS[name], toy_clip.tokenizer()
-    clip = toy_clip.new_clip()
-    random = freeze(toy_clip.new_clip())
-    images, captions, _ = _scenes(world.draw_train, size.clip_scenes, 0)
-    with Progress(f"{name}: CLIP", size.clip_steps) as progress:
-        trainer = Trainer(OnePatch(clip), clip_config(size.clip_steps, 64), size.clip_steps)
-        trainer.run(_batches(images, encode(captions)), progress.step)
-    freeze(clip)
-    images, captions = images[: size.scenes], captions[: size.scenes]
-    data = {
-        "train.tokens": _tokens(clip, images),
-        "train.random_tokens": _tokens(random, images),
-        "train.texts": _texts(clip, encode(captions)),
-        "classes": _texts(clip, encode(list(world.classes))),
-    }
-    for seed, split in enumerate(("eval", "tune"), start=1):
-        images, captions, masks = _scenes(world.draw, size.eval_scenes, seed)
-        data |= {f"{split}.tokens": _tokens(clip, images), f"{split}.random_tokens": _tokens(random, images)}
-        data |= {f"{split}.texts": _texts(clip, encode(captions)), f"{split}.masks": masks}
-    write_bytes(path, save(data))
-
-
-def _scenes(draw: Callable, count: int, seed: int) -> tuple[Tensor, list[str], Tensor]:
-    drawn = [draw(np.random.default_rng([seed, index])) for index in range(count)]
-    images = torch.from_numpy(np.stack([scene.image for scene in drawn])).permute(0, 3, 1, 2)
-    return images, [scene.caption for scene in drawn], torch.from_numpy(np.stack([scene.mask for scene in drawn]))
-
-
-def _batches(images: Tensor, tokens: Tensor) -> Iterator[dict[str, Tensor]]:
-    generator = torch.Generator().manual_seed(0)
-    while True:
-        for index in torch.randperm(len(images), generator=generator).split(64):
-            yield {"images": toy_clip.normalise(images[index]), "texts": tokens[index]}
-
-
-@torch.no_grad()
-def _tokens(clip: open_clip.CLIP, images: Tensor) -> Tensor:
-    return torch.cat([patch_tokens(clip.visual, toy_clip.normalise(part)) for part in images.split(256)])
-
-
-@torch.no_grad()
-def _texts(clip: open_clip.CLIP, tokens: Tensor) -> Tensor:
-    return torch.cat([clip.encode_text(part, normalize=True) for part in tokens.split(256)])
 
 
 # Runs
@@ -171,7 +75,7 @@ def plan(out: Path) -> tuple[list[Run], list[Run]]:
     for batch, rates in LRS.items():
         runs = [Run("hard", batch, rate, TUNE_SEED, split="tune") for rate in rates]
         while True:
-            found = [_result(out, run) for run in runs]
+            found = [result_of(out, run) for run in runs]
             tune += [run for run in runs if run not in tune]
             if None in found:
                 break
@@ -195,7 +99,7 @@ def plan(out: Path) -> tuple[list[Run], list[Run]]:
     return tune, rest
 
 
-def _result(out: Path, run: Run) -> list[dict] | None:
+def result_of(out: Path, run: Run) -> list[dict] | None:
     path = out / "runs" / f"{run.name}.json"
     return json.loads(path.read_text())["points"] if path.exists() else None
 
@@ -206,11 +110,11 @@ def train(run: Run, out: Path, size: Size) -> str:
     torch.manual_seed(run.seed)
     begin = time.perf_counter()
     data = load_file(out / f"{run.world}.safetensors")
-    kind = "random_tokens" if run.tower == "random" else "tokens"
+    kind = tokens_of(run.tower)
     steps = size.images // run.batch
     config = embedder_config(steps, run.batch, lr=run.lr, learn_attn_temperature=run.tau is None)
-    model = Trainable(VisionEmbedder(data["train.tokens"].shape[2], data["classes"].shape[1]), config)
-    points = Points(run, model, data, steps)
+    model = Trainable(VisionEmbedder(data[f"train.{kind}"].shape[2], data["classes"].shape[1]), config)
+    points = Points(run, model, data, steps, size.points)
     pairs = embedder_pairs(data[f"train.{kind}"], data["train.texts"], run.batch, run.seed)
     Trainer(model, config, steps, loss=_loss(run)).run(pairs, points.step)
     seconds = time.perf_counter() - begin
@@ -247,12 +151,12 @@ def paired(patches: Tensor, texts: Tensor, logit_scale: Tensor, *, tau: float) -
 
 
 class Points:
-    """Stand-in for a progress bar that measures the embedder after 1/16, 1/8, ... of the steps."""
+    """Stand-in for a progress bar that measures the embedder after ..., 1/4, 1/2 and all of the steps."""
 
-    def __init__(self, run: Run, model: Trainable, data: dict[str, Tensor], total: int):
+    def __init__(self, run: Run, model: Trainable, data: dict[str, Tensor], total: int, count: int):
         self.run, self.model, self.data, self.done = run, model, data, 0
         self.rows: list[dict] = []
-        self.due = {max(1, total >> shift) for shift in range(5)}
+        self.due = {max(1, total >> shift) for shift in range(count)}
 
     def step(self, loss: Tensor) -> None:
         self.done += 1
@@ -270,7 +174,7 @@ def measure(
     """Return mIoU, patch accuracy (all attributes, and each), and image-to-text R@1 among the evaluation's captions."""
     world, split = WORLDS[run.world], run.split
     masks, classes = data[f"{split}.masks"], data["classes"]
-    tokens = data[f"{split}.{'random_tokens' if run.tower == 'random' else 'tokens'}"]
+    tokens = data[f"{split}.{tokens_of(run.tower)}"]
     seen = [label for label in range(len(world.kinds)) if label not in world.held_out]
     found = ScoreCounts(len(world.classes))
     for part, truth in zip(tokens.split(32), masks.split(32), strict=True):
@@ -295,17 +199,22 @@ def measure(
     return out
 
 
-def work(out: Path, size: Size, processes: int) -> None:
-    """Prepare both worlds, then do all missing runs, `processes` at a time."""
-    (out / "runs").mkdir(parents=True, exist_ok=True)
+def write_size(out: Path, size: Size) -> None:
+    """Write the size of the runs to `out`; refuse a folder with runs of another one."""
     settings = out / "size.json"
     if settings.exists() and json.loads(settings.read_text()) != dataclasses.asdict(size):
         raise SystemExit(f"study: out: {out} holds runs of another size, expected another folder")
     write_bytes(settings, json.dumps(dataclasses.asdict(size)).encode())
+
+
+def work(out: Path, size: Size, processes: int) -> None:
+    """Prepare both worlds, then do all missing runs, `processes` at a time."""
+    (out / "runs").mkdir(parents=True, exist_ok=True)
+    write_size(out, size)
     begin = time.perf_counter()
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
         list(pool.map(partial(prepare, out=out, size=size), reversed(WORLDS)))
-        while todo := [run for stage in plan(out) for run in stage if _result(out, run) is None]:
+        while todo := [run for stage in plan(out) for run in stage if result_of(out, run) is None]:
             for count, line in enumerate(pool.map(partial(train, out=out, size=size), todo), start=1):
                 print(f"[{count}/{len(todo)}, {(time.perf_counter() - begin) / 60:.0f} min] {line}", flush=True)
 
@@ -316,17 +225,14 @@ def work(out: Path, size: Size, processes: int) -> None:
 def report(out: Path) -> dict:
     """Return means and spreads over seeds of every kind of finished run, and the number of missing runs."""
     tune, rest = plan(out)
-    found = {run: points for run in (*tune, *rest) if (points := _result(out, run)) is not None}
+    found = {run: points for run in (*tune, *rest) if (points := result_of(out, run)) is not None}
     groups: dict[Run, list[list[dict]]] = {}
     for run in rest:
         if run in found:
             groups.setdefault(dataclasses.replace(run, seed=0), []).append(found[run])
     rows = []
     for run, curves in groups.items():
-        points = [
-            {name: _mean([curve[i][name] for curve in curves]) for name in curves[0][i]} for i in range(len(curves[0]))
-        ]
-        rows.append({**dataclasses.asdict(run), "seeds": len(curves), "points": points})
+        rows.append({**dataclasses.asdict(run), "seeds": len(curves), "points": mean_of_curves(curves)})
     seconds = [json.loads(path.read_text())["seconds"] for path in (out / "runs").glob("*.json")]
     return {
         "machine": machine(torch.device("cpu"), None),
@@ -336,6 +242,13 @@ def report(out: Path) -> dict:
         "tuning": [{"batch": r.batch, "lr": r.lr, "miou": found[r][-1]["miou"]} for r in tune if r in found],
         "rows": rows,
     }
+
+
+def mean_of_curves(curves: list[list[dict]]) -> list[dict]:
+    """Return the points of several seeds' runs as one curve of means, least and most values."""
+    return [
+        {name: _mean([point[name] for point in points]) for name in points[0]} for points in zip(*curves, strict=True)
+    ]
 
 
 def _mean(values: list[float]) -> dict[str, float] | float:

@@ -25,7 +25,7 @@ Place = Annotated[
     ),
 ]
 # The keys of pacl.readings.READINGS.
-Tokens = Literal["plain", "value", "maskclip", "sclip", "clearclip", "naclip", "kk", "rcs", "gem", "proxy"]
+Tokens = Literal["plain", "value", "maskclip", "sclip", "clearclip", "naclip", "kk", "rcs", "gem", "scclip", "proxy"]
 # The least value of a number in any command's flags. Flags that depend on others are checked where they are used.
 LEAST = {
     **dict.fromkeys("batch_size shard_size max_image_pixels scenes train_num_samples force_image_size".split(), 1),

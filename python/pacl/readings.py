@@ -12,31 +12,15 @@ from typing import Any
 import timm.layers
 import timm.models as timm_models
 import torch
-from open_clip import transformer as open_clip_blocks
 from open_clip.timm_model import TimmModel
 from open_clip.transformer import VisionTransformer
-from timm.layers import apply_rot_embed_cat
-from timm.models import eva, vision_transformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms import Normalize
 
 from .backbones import freeze, share, tower_trunk
-
-# Blocks of the form x + attention(norm(x)), then x + mlp(norm(x)), and the attentions whose q, k and v are known.
-BLOCKS = (
-    open_clip_blocks.ResidualAttentionBlock,
-    open_clip_blocks.CustomResidualAttentionBlock,
-    vision_transformer.Block,
-    eva.EvaBlock,
-)
-ATTENTIONS = (
-    nn.MultiheadAttention,
-    open_clip_blocks.Attention,
-    vision_transformer.Attention,
-    eva.EvaAttention,
-    *(getattr(timm.layers, x) for x in ("AttentionRope",) if hasattr(timm.layers, x)),
-)
+from .block_parts import ATTENTIONS, BLOCKS, attention_of, cosines, finished, part, projections, scaled
+from .self_calibration import EARLY, Calibrated, Noted, after
 
 
 @dataclass(frozen=True)
@@ -52,6 +36,7 @@ class Reading:
         proxy: take one map for all heads, between patches alone, from the tokens of a second tower.
         middle: share of the mean map of the middle blocks in the map, which is then doubled.
         stream: number of last blocks whose own outputs are added up beside the tower (GEM), in place of all the above.
+        calibrated: read several blocks as SC-CLIP does, in place of all the above.
     """
 
     pairs: tuple[str, ...] = ()
@@ -61,6 +46,7 @@ class Reading:
     proxy: bool = False
     middle: float | None = None
     stream: int = 0
+    calibrated: bool = False
 
 
 READINGS = {
@@ -73,10 +59,11 @@ READINGS = {
     "kk": Reading(("kk",)),
     "rcs": Reading(("kk",), sigma=5.0, middle=0.5),
     "gem": Reading(stream=6),
+    "scclip": Reading(calibrated=True),
     "proxy": Reading(proxy=True),
 }
 PROXY = "vit_base_patch16_224.dino"  # the second tower of "proxy" by default: timm's DINO
-BEST = "naclip"  # the best published mIoU among the readings of one pass through one tower
+BEST = "naclip"  # the best published mIoU among the readings of the last block alone, which need no depth
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,12 +115,12 @@ def normalisation(transform: Any) -> tuple[list[float], list[float]]:
 
 
 def best_reading(visual: nn.Module) -> tuple[str, str]:
-    """Return the name of the reading with the best published maps that fits a tower, and the reason as a clause."""
+    """Return the name of the last block's reading with the best published maps, and the reason as a clause."""
     if (reason := why_plain_only(visual)) is not None:
         return "plain", reason
     if pools_by_attention(visual):
         return "plain", "the head that pools by attention is applied to each token alone, which is MaskCLIP's idea"
-    return BEST, "the reading with the best published maps"
+    return BEST, "the last block's reading with the best published maps"
 
 
 def pools_by_attention(visual: nn.Module) -> bool:
@@ -192,10 +179,16 @@ def read_as(
         sums: list[Tensor] = []
         count = min(reading.stream, len(blocks))
         replaced[-count:] = [_Streamed(block, sums, i == count) for i, block in enumerate(blocks[-count:], 1)]
+    elif reading.calibrated:
+        inputs: list[Tensor] = []
+        first, last = after(EARLY, len(blocks)), len(blocks) - 1
+        replaced[first:last] = [Noted(block, inputs) for block in blocks[first:last]]
+        has_class = isinstance(trunk, VisionTransformer) or trunk.cls_token is not None
+        replaced[last] = Calibrated(blocks[last], inputs, len(blocks), grid, prefix, has_class)
     else:
-        replaced[-1] = last = _Block(blocks[-1], reading, grid, stride, prefix, attention)
+        replaced[-1] = block = _Block(blocks[-1], reading, grid, stride, prefix, attention)
         for i in () if reading.middle is None else middle_blocks(len(blocks)):
-            replaced[i] = _Watched(blocks[i], last.maps)
+            replaced[i] = _Watched(blocks[i], block.maps)
     if isinstance(trunk, VisionTransformer):
         view.transformer = share(trunk.transformer)
         view.transformer.resblocks = nn.ModuleList(replaced)
@@ -237,8 +230,8 @@ class _Block(nn.Module):
         out for images.
         """
         block: Any = self.block
-        h = _part(block, "norm1", "ln_1")(x)
-        q, k, v = _projections(block.attn, h, rope)
+        h = part(block, "norm1", "ln_1")(x)
+        q, k, v = projections(block.attn, h, rope)
         rows = {"q": q, "k": k, "v": v}
         bias = None if self.sigma is None else nearness(self.grid, self.sigma, self.prefix, v)
         pairs = [(rows[pair[0]], rows[pair[1]]) for pair in self.reading.pairs]
@@ -251,10 +244,10 @@ class _Block(nn.Module):
             middle = torch.stack(self.maps).mean(0).to(v)
             self.maps.clear()
             heads = 2.0 * torch.lerp(heads, middle @ v, self.reading.middle)
-        out = _scaled(block, 1, _finished(block, h, heads))
+        out = scaled(block, 1, finished(block, h, heads))
         if self.reading.residual:
             out = x + out
-        return out + _scaled(block, 2, block.mlp(_part(block, "norm2", "ln_2")(out))) if self.reading.mlp else out
+        return out + scaled(block, 2, block.mlp(part(block, "norm2", "ln_2")(out))) if self.reading.mlp else out
 
 
 class _Watched(nn.Module):
@@ -266,7 +259,7 @@ class _Watched(nn.Module):
 
     def forward(self, x: Tensor, *masks: Any, **more: Any) -> Tensor:
         attention: Any = self.block.attn
-        q, k, _ = _projections(attention, _part(self.block, "norm1", "ln_1")(x), more.get("rope"))
+        q, k, _ = projections(attention, part(self.block, "norm1", "ln_1")(x), more.get("rope"))
         self.maps.append((q @ k.mT * attention.head_dim**-0.5).softmax(-1))
         return self.block(x, *masks, **more)
 
@@ -280,15 +273,15 @@ class _Streamed(nn.Module):
 
     def forward(self, x: Tensor, *masks: Any, **more: Any) -> Tensor:
         block: Any = self.block
-        h = _part(block, "norm1", "ln_1")(x)
-        q, k, v = _projections(block.attn, h, more.get("rope"))
+        h = part(block, "norm1", "ln_1")(x)
+        q, k, v = projections(block.attn, h, more.get("rope"))
         temper = h.norm(dim=-1).mean(1)[:, None, None, None] * block.attn.head_dim**-0.5
         maps = []
         for rows in (q, k, v):
             rows = F.normalize(rows, dim=-1)
             rows = F.normalize((temper * rows @ rows.mT).softmax(-1) @ rows, dim=-1)
             maps.append((temper * rows @ rows.mT).softmax(-1))
-        out = _scaled(block, 1, _finished(block, h, torch.stack(maps).mean(0).to(v) @ v))
+        out = scaled(block, 1, finished(block, h, torch.stack(maps).mean(0).to(v) @ v))
         self.sums.append((self.sums.pop() if self.sums else x) + out)
         return self.sums.pop() if self.last else block(x, *masks, **more)
 
@@ -300,17 +293,8 @@ def middle_blocks(count: int) -> range:
 
 
 def proxy_attention(tokens: Tensor) -> Tensor:
-    """Return ProxyCLIP's attention [B, N, N] of a second tower's tokens [B, N, C], float32 or float64.
-
-    S are their cosines; the logits are 3 (S - 1.2 mean S), with the mean of each image, and negative ones are left out.
-    In a blank image that would be all of them; a token's own stays.
-    """
-    tokens = F.normalize(tokens.to(torch.promote_types(tokens.dtype, torch.float32)), dim=-1)
-    with torch.autocast(tokens.device.type, enabled=False):
-        cosines = tokens @ tokens.mT
-    logits = 3.0 * (cosines - 1.2 * cosines.mean((1, 2), keepdim=True))
-    own = torch.eye(logits.shape[1], dtype=torch.bool, device=logits.device)
-    return logits.masked_fill((logits < 0) & ~own, float("-inf")).softmax(-1)
+    """Return ProxyCLIP's attention [B, N, N] of a second tower's tokens [B, N, C], float32 or float64."""
+    return attention_of(cosines(tokens), 1.2)
 
 
 def nearness(grid: tuple[int, int], sigma: float, prefix: int, like: Tensor) -> Tensor:
@@ -323,48 +307,3 @@ def nearness(grid: tuple[int, int], sigma: float, prefix: int, like: Tensor) -> 
         places = torch.arange(n, dtype=wide, device=like.device)
         sides.append(torch.exp((places[:, None] - places).square() / (-2 * sigma**2)))
     return F.pad(torch.kron(sides[0], sides[1]), (prefix, 0, prefix, 0)).to(like)
-
-
-def _projections(attention: Any, h: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Return q, k and v [B, heads, L, d] as the attention itself multiplies them: normalised and rotated."""
-    if (weight := getattr(attention, "in_proj_weight", None)) is not None:
-        rows = F.linear(h, weight, attention.in_proj_bias).chunk(3, -1)
-    elif attention.qkv is not None:
-        bias = attention.qkv.bias
-        if getattr(attention, "q_bias", None) is not None:
-            bias = torch.cat([attention.q_bias, attention.k_bias, attention.v_bias])
-        rows = F.linear(h, attention.qkv.weight, bias).chunk(3, -1)
-    else:
-        rows = attention.q_proj(h), attention.k_proj(h), attention.v_proj(h)
-    q, k, v = (x.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2) for x in rows)
-    q, k = _part(attention, "q_norm", "ln_q")(q), _part(attention, "k_norm", "ln_k")(k)
-    if rope is not None:
-        prefix, how = attention.num_prefix_tokens, {"half": True} if getattr(attention, "rotate_half", False) else {}
-        q, k = (torch.cat([x[:, :, :prefix], apply_rot_embed_cat(x[:, :, prefix:], rope, **how)], 2) for x in (q, k))
-    groups = q.shape[1] // v.shape[1]  # several heads of q may share one of k and v
-    if groups > 1:
-        k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
-    return q.to(v.dtype), k.to(v.dtype), v
-
-
-def _finished(block: Any, h: Tensor, heads: Tensor) -> Tensor:
-    """Return the attention's output [B, L, C] from the weighted values [B, heads, L, d]; h is the attention's input."""
-    attention = block.attn
-    if getattr(attention, "head_scale", None) is not None:
-        heads = heads * attention.head_scale
-    out = _part(attention, "norm", "ln_inner")(heads.transpose(1, 2).flatten(2))
-    if getattr(attention, "gate", None) is not None:
-        out = out * attention.gate(h).sigmoid()
-    return _part(block, "ln_attn")(_part(attention, "proj", "out_proj")(out))
-
-
-def _scaled(block: nn.Module, number: int, x: Tensor) -> Tensor:
-    """Apply the block's LayerScale after its attention (1) or its MLP (2), if it has one."""
-    gamma = getattr(block, f"gamma_{number}", None)
-    return x * gamma if gamma is not None else _part(block, f"ls{number}", f"ls_{number}")(x)
-
-
-def _part(module: nn.Module, *names: str) -> Any:
-    """Return the module's child with the first of `names` that it has, or an identity."""
-    found = (getattr(module, name, None) for name in names)
-    return next((x for x in found if x is not None), nn.Identity())

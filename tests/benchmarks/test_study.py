@@ -15,6 +15,8 @@ from pacl.evaluate.metrics import IGNORE, patch_labels, patch_shares
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import hard_scenes
 import study
+import study_readings
+from result_tables import readings
 
 SIZE = study.Size(images=64, scenes=32, eval_scenes=12, clip_steps=1, clip_scenes=64)
 
@@ -62,7 +64,7 @@ def test_runs_are_kept_and_reported(tmp_path):
     runs = [run for run in tune if run.batch == 64]
     for run in runs:
         study.train(run, tmp_path, SIZE)
-    assert [study._result(tmp_path, run) is not None for run in tune] == [run in runs for run in tune]
+    assert [study.result_of(tmp_path, run) is not None for run in tune] == [run in runs for run in tune]
     for changes in (
         {},
         {"tau": None},
@@ -73,9 +75,33 @@ def test_runs_are_kept_and_reported(tmp_path):
     ):
         run = study.Run("demo", 16, 1e-3, 0, **changes)
         study.train(run, tmp_path, SIZE)
-        assert [point["step"] for point in study._result(tmp_path, run)] == [1, 2, 4]
+        assert [point["step"] for point in study.result_of(tmp_path, run)] == [1, 2, 4]
     result = study.report(tmp_path)
     assert result["missing_runs"] in (6, 7) and len(result["tuning"]) == 2
+
+
+def test_readings_as_they_are_and_as_what_is_trained_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(study_readings, "WORLDS", {"demo": study.WORLDS["demo"]})
+    monkeypatch.setattr(study_readings, "TRAINED", ("plain", "sclip"))
+    monkeypatch.setattr(study_readings, "UNTRAINED", ("plain", "value"))
+    monkeypatch.setattr(study_readings, "SEEDS", (0, 1))
+    size = study.Size(images=256, scenes=256, eval_scenes=4, clip_steps=1, clip_scenes=256, points=1)
+    study_readings.work(tmp_path, size, None)
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").iterdir()}
+    assert len(files) == 8  # two readings, rates and seeds
+    next(iter(files)).unlink()
+    result = study_readings.report(tmp_path)
+    assert result["missing_runs"] == 1 and [row["seeds"] for row in result["rows"] if row["trained"]].count(2) == 3
+    study_readings.work(tmp_path, size, None)
+    assert sum(path.stat().st_mtime_ns == time for path, time in files.items()) == 7  # the others are not done again
+    result = study_readings.report(tmp_path)
+    for row in result["rows"]:
+        if row["trained"]:
+            row["miou"] = {"mean": row["lr"], "min": 0.0, "max": 1.0}
+    value, plain = (next(x for x in readings(result, "demo").splitlines() if name in x) for name in ("value", "plain"))
+    assert value.endswith("| - | - | - | - |") and plain.endswith("| 0.064 |") and "6.4 (0.0–100.0)" in plain
+    with pytest.raises(SystemExit, match="holds runs of another size"):
+        study_readings.work(tmp_path, study.Size(), None)
 
 
 def test_attention_of_the_paired_caption_only():

@@ -122,7 +122,7 @@ def test_results_in_tables_by_protocol(world, page):
     rows = [json.loads(path.read_text()) for path in (world / "results").glob("*.json")]
     assert len(rows) == 5
     first, second = page.tables["protocol small"], page.tables["protocol small stride=2"]
-    assert first[0] == ["mIoU", "VOC20", "Avg"] and len(first) == 3 and len(second) == 2
+    assert first[0] == ["mIoU", "VOC20", "Avg", "protocol"] and len(first) == 3 and len(second) == 2
     for row in rows:
         name = f"{row['model']} {row['embedder']}"
         if row["task"] == "zeroshot_segmentation":

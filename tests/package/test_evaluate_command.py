@@ -117,7 +117,7 @@ def test_one_table_over_all_readings(world, untrained, tmp_path, capsys):
     options = ["--model", clip, "--partial", "--dataset", "voc20", "--limit", "2"]
     assert evaluate(world, tmp_path, *options, "--tokens", "all") == 0
     table = capsys.readouterr().out.strip().split("\n\n")[-1].splitlines()
-    assert table[0] == "protocol small" and table[1].split() == ["mIoU", "VOC20", "Avg"]
+    assert table[0] == "protocol small" and table[1].split() == ["mIoU", "VOC20", "Avg", "protocol"]
     data = SegmentationData("voc20", world / "data", partial=True, limit=2)
     rules = protocol(str(world / "small.json"))
     alone = [name for name in READINGS if name != "proxy"]  # without --proxy none is loaded
@@ -129,7 +129,7 @@ def test_one_table_over_all_readings(world, untrained, tmp_path, capsys):
         if name in ("plain", "naclip"):
             predict = SegmenterPredictor(load_towers(clip, tokens=name), None, data, rules)
             assert row["metrics"] == evaluate_segmentation(data, predict, rules).metrics
-        assert line.startswith(label) and f"{row['metrics']['mIoU']:.2f}" in line
+        assert line.startswith(label) and line.endswith("  small") and f"{row['metrics']['mIoU']:.2f}" in line
     for words, message in (
         (["--tokens", "plain,qkv", "--model", clip], "tokens: got 'qkv', expected one of plain, value"),
         (["--tokens", "all", "--checkpoint", untrained / "run"], "tokens: got all with --checkpoint, expected none"),

@@ -216,9 +216,9 @@ def test_tables_never_mix_protocols(load):
     first, second, third = tables(rows).split("\n\n")
     assert first.splitlines() == [
         "protocol tcl",
-        "mIoU   VOC21   VOC20     ADE    Avg",
-        "A      51.25  77.50!  14.90*  47.88",
-        "B     60.00#       -       -      -",
+        "mIoU   VOC21   VOC20     ADE    Avg  protocol",
+        "A      51.25  77.50!  14.90*  47.88       tcl",
+        "B     60.00#       -       -      -       tcl",
     ]
     assert second.startswith("protocol paper") and "99.00" in second and "99.00" not in first
     assert third.startswith("protocol tcl") and "98.00" in third

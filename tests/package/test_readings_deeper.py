@@ -17,6 +17,7 @@ from pacl.readings import (
     proxy_attention,
     proxy_reader,
 )
+from pacl.self_calibration import Calibrated, after
 from pacl.sharing import describe_towers, load_pacl
 from pacl.towers import load_towers
 from safetensors.torch import save_file
@@ -108,6 +109,96 @@ def test_gem_by_loops_over_heads_and_tokens(depth, scale):
     expected = tower.ln_post(stream)[1:].unflatten(0, (2, 3))
     torch.testing.assert_close(read(tower, picture, "gem")[0], expected, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(read(tower, picture, "gem")[0], expected, rtol=1e-9, atol=1e-9)  # no state is kept
+
+
+def self_calibrated(tower: nn.Module, inputs: list[torch.Tensor], grid: tuple[int, int]) -> torch.Tensor:
+    """Return SC-CLIP's tokens [N, D] for one image by loops. inputs: tokens [L, C] that enter each of 12 blocks."""
+    block, (rows, columns) = tower.transformer.resblocks[-1], grid
+    size, count = WIDTH // HEADS, rows * columns
+
+    def square(a: torch.Tensor, b: torch.Tensor) -> float:
+        return float(sum((a - b) ** 2))
+
+    patches, far, nearest = inputs[11][1:], [], []
+    for one in patches:
+        order = sorted(range(count), key=lambda j: square(one, patches[j]))[1:31]
+        nearest.append(order)
+        far.append(square(one, patches[order[-1]]))
+    factors = [sum(far[i] / far[j] for j in nearest[i]) / len(nearest[i]) for i in range(count)]
+    place = 0.95 * (count - 1)
+    low, high = (sorted(factors)[n] for n in (math.floor(place), math.ceil(place)))
+    odd = [x > low + (place - math.floor(place)) * (high - low) for x in factors]
+    assert any(odd) or count < 31
+
+    def repair(tokens: torch.Tensor) -> torch.Tensor:
+        out = tokens.clone()
+        for i in range(count):
+            y, x = divmod(i, columns)
+            around = [(y + a, x + b) for a in (-1, 0, 1) for b in (-1, 0, 1) if a or b]
+            inside = [a * columns + b for a, b in around if 0 <= a < rows and 0 <= b < columns]
+            sound = [j for j in inside if not odd[j]]
+            if odd[i] and sound:
+                out[i] = sum(tokens[j] for j in sound) / len(sound)
+        return out
+
+    def similar(tokens: torch.Tensor) -> list[list[float]]:
+        return [[float(a @ b / a.norm() / b.norm()) for b in tokens] for a in tokens]
+
+    def mix(cosines: list[list[float]], tokens: torch.Tensor) -> torch.Tensor:
+        kept = [[c if c >= 0.4 else 0.0 for c in line] for line in cosines]
+        return torch.stack(
+            [sum(c * x for c, x in zip(line, tokens, strict=True)) / (sum(line) + 1e-6) for line in kept]
+        )
+
+    middle, early = similar(repair(inputs[9][1:])), similar(inputs[4][1:])
+    mean = sum(map(sum, middle)) / count**2
+
+    def attend(tokens: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
+        _, k, v = (block.ln_1(tokens) @ block.attn.in_proj_weight.T + block.attn.in_proj_bias).split(WIDTH, 1)
+        out = torch.zeros_like(v)
+        for i in range(count):
+            map_of_cosines = [math.exp(3 * (c - mean)) if c >= mean else 0.0 for c in middle[i]]
+            for part in (slice(head * size, (head + 1) * size) for head in range(HEADS)):
+                map_of_keys = [math.exp(float(k[i, part] @ other[part]) / math.sqrt(size)) for other in k]
+                for j in range(count):
+                    share = map_of_cosines[j] / sum(map_of_cosines) + map_of_keys[j] / sum(map_of_keys)
+                    out[i, part] += share / 2 * v[j, part]
+        return block.ls_1(out @ block.attn.out_proj.weight.T + block.attn.out_proj.bias) + 0.3 * first
+
+    found = mix(early, attend(mix(middle, repair(patches)), inputs[11][0]))
+    total = sum(inputs[4:11])
+    return tower.ln_post(found + mix(early, attend(total[1:], total[0])))
+
+
+@pytest.mark.parametrize("grid, scale", [((4, 9), None), ((5, 2), 0.1)])
+def test_scclip_by_loops_over_patches(grid, scale):
+    tower, picture = native(layers=12, ls_init_value=scale), images(grid, 1)
+    inputs = []
+    handles = [
+        x.register_forward_pre_hook(lambda module, given: inputs.append(given[0])) for x in tower.transformer.resblocks
+    ]
+    dense_tokens(tower, picture)
+    for handle in handles:
+        handle.remove()
+    found = read(tower, picture, "scclip")
+    expected = self_calibrated(tower, [x[0] for x in inputs], grid)
+    torch.testing.assert_close(found[0].flatten(0, 1), expected, rtol=1e-9, atol=1e-9)
+    assert torch.equal(read(tower, picture, "scclip"), found)  # no state is kept
+
+
+def test_scclip_in_towers_of_any_depth_and_with_registers():
+    assert [after(n, 12) for n in (4, 9, 10)] == [4, 9, 10] and [after(n, 24) for n in (4, 9, 10)] == [8, 18, 20]
+    assert [after(n, 3) for n in (4, 9, 10)] == [1, 2, 2] and [after(4, n) for n in (1, 2)] == [0, 1]
+    for options in ({"depth": 1}, {"depth": 5, "reg_tokens": 2}, {"reg_tokens": 2, "class_token": False}):
+        tower = timm_vit("vit_base_patch16_224", global_pool="avg", **options)
+        blank = torch.zeros(1, 3, 24, 24, dtype=torch.float64)
+        assert read(tower, blank, "scclip").isfinite().all() and read(tower, blank[..., :8, :8], "scclip").numel()
+    x = torch.randn(1, 3 + 9, WIDTH, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    other = x.clone()
+    for rows, has_class, equal in ((slice(1, 3), True, True), (slice(0, 1), True, False), (slice(0, 3), False, True)):
+        other[:, rows] += 1
+        found = [Calibrated(tower.blocks[-1], [y], 2, (3, 3), 3, has_class)(y)[:, 3:] for y in (x, other)]
+        assert torch.allclose(*found) == equal
 
 
 # A second tower

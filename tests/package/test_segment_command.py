@@ -149,7 +149,7 @@ def test_a_model_alone_is_read_in_the_best_way_and_says_so(images, untrained, tm
     for tokens, line in ((None, True), ("naclip", False), ("plain", False)):
         assert main(["segment", *command, *(["--tokens", tokens] if tokens else [])]) == 0
         said = capsys.readouterr().out
-        assert ("tokens: naclip (the reading with the best published maps)" in said) == line
+        assert ("tokens: naclip (the last block's reading with the best published maps)" in said) == line
         assert ("--tokens=" in said) == (not line)  # the next command keeps a flag
         settings = json.loads((tmp_path / "a-scores.json").read_text())["settings"]
         assert settings["tokens"] == (tokens or "naclip")

@@ -28,7 +28,7 @@ class TaskOptions:
     pretrained: str | None = None
     """Weights of the open_clip model, a tag or a file; required for open_clip's own model names."""
     tokens: str | None = None
-    """Reading of the patch tokens: plain, value, maskclip, sclip, clearclip, naclip, kk, rcs, gem or proxy.
+    """Reading of the patch tokens: plain, value, maskclip, sclip, clearclip, naclip, kk, rcs, gem, scclip or proxy.
     Default: the one that the checkpoint was trained on, plain without a checkpoint."""
     proxy: str | None = None
     """Second tower of proxy tokens, a timm model. Default: vit_base_patch16_224.dino."""

@@ -161,7 +161,8 @@ def _table(group: list[tuple[str, dict[str, Any]]]) -> Table:
     own = dict.fromkeys(row["dataset"] for _, row in group if _is_own(row))
     present = [*(name for name in datasets() if name in found), *own]
     columns = [name.partition(":")[2] if name in own else spec(name).column for name in present]
-    lines = [["mIoU", *columns, "Avg"]]
+    protocol = group[0][1]["protocol"]
+    lines = [["mIoU", *columns, "Avg", "protocol"]]  # in each row, because rows are copied without the title
     for model in dict.fromkeys(model for model, _ in group):
         cells: list[str] = []
         values: list[Any] = []
@@ -170,8 +171,7 @@ def _table(group: list[tuple[str, dict[str, Any]]]) -> Table:
             cells.append("-" if row is None else _cell(row))
             values.append(None if row is None else row["metrics"]["mIoU"])
         mean = None if None in values else sum(values) / len(values)
-        lines.append([model, *cells, number(mean)])
-    protocol = group[0][1]["protocol"]
+        lines.append([model, *cells, number(mean), protocol["name"]])
     return Table(f"protocol {protocol['name']}", protocol, lines)
 
 

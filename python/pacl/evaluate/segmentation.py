@@ -45,7 +45,7 @@ class SegmentationOptions(DatasetOptions):
     threshold: float | None = None
     """Cosine below which a pixel is background, instead of the protocol's rule; recorded in the protocol's name."""
     tokens: str | None = None
-    """Reading of the patch tokens, plain, value, maskclip, sclip, clearclip, naclip, kk, rcs, gem or proxy;
+    """Reading of the patch tokens, plain, value, maskclip, sclip, clearclip, naclip, kk, rcs, gem, scclip or proxy;
     several with commas between; or all (proxy only with --proxy), for a table. Default: the checkpoint's, or plain."""
     check: bool = False
     """Check the data instead of measuring: counts, damaged files, shifted labels, and one picture."""

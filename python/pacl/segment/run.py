@@ -190,7 +190,7 @@ def _segment(options: SegmentOptions, segmenter: Segmenter, texts: Texts, rule: 
         shares = _shares(labels, len(names))
         present = sorted(np.flatnonzero(shares), key=lambda i: -shares[i])[:40]
         entries = [(colours[i], names[i], f"{100 * shares[i]:.0f} %") for i in present]
-        yield "overlay.png", png(with_legend(overlay(image, labels, colours=colours), entries))
+        yield "overlay.png", png(with_legend(overlay(image, labels, colours=colours), entries), level=1)
         yield "labels.png", png(label_image(labels, colours))
         rows = _rows(dense, texts, shares, has_background)
         found = {"image": str(path), "size": list(dense.size), "settings": settings}
