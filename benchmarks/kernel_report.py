@@ -56,7 +56,7 @@ class Variant(NamedTuple):
     tensor_tau: bool = False
     aligned: bool = True
     flat: bool = True  # False: with gaps between images, such as those of a class token
-    packed: bool = False  # lengths from 1 to `patches`
+    packed: bool = False  # images of `patches` and of one patch less
     entropy: bool = False  # for `form="upsample"`, the arg-max of class scores: add best score and entropy
 
     def __str__(self) -> str:
@@ -73,7 +73,6 @@ DEFAULT = [
     Variant(form="cosine"),
     Variant(form="max"),
     Variant(dtype="fp32"),
-    *(Variant(form=form, packed=True) for form in ("dot", "cosine", "max")),
     Variant(form="upsample", dtype="fp32"),
     Variant(form="upsample", entropy=True),
 ]
@@ -85,7 +84,7 @@ ON_90 = [
     Variant(tau=0.01),
     Variant(tensor_tau=True),
     Variant(form="cosine", dtype="fp32", patches=49),
-    Variant(packed=True, mask=True, tensor_tau=True),
+    *(Variant(form=form, packed=True) for form in ("dot", "cosine", "max")),
 ]
 # Kernels without a tile of scores, one row each, for the same architecture.
 ONCE = (
@@ -135,7 +134,7 @@ def launches(variant: Variant, target: int, batch: int = 1024) -> list[Launch]:
     texts = torch.empty(batch, padding + dim, dtype=dtype, device="meta")[:, padding:]
     packed = {}
     if variant.packed:
-        lengths = torch.arange(batch) % variant.patches + 1
+        lengths = variant.patches - torch.arange(batch) % 2
         patches, packed = patches.flatten(0, 1)[: int(lengths.sum())], {"patch_lengths": lengths}
     mask = torch.empty(patches.shape[:-1], dtype=torch.bool, device="meta") if variant.mask else None
     tau = torch.empty((), device="meta") if variant.tensor_tau else variant.tau
