@@ -26,7 +26,8 @@ def patches(
     """Write the sum over the texts that each patch won, `[rows, D]`."""
     chosen = tiles.MAX_PATCHES[p.patches.element_size()]
     block_d = min(chosen.block_d, max(16, tiles.power_of_two(p.d)))
-    images, first, n, tables = block.images, block.b0, p.n, {}
+    images, first, n = block.images, block.b0, p.n
+    tables: launch.Constants = {}
     if p.packed is not None:
         first, end, _, tables = by_row(p, block)
         images, n = 1, end - first

@@ -121,7 +121,7 @@ def compatibility_forward(
     patches: Tensor, texts: Tensor, patch_mask: Tensor | None, temperature: Scalar, form: str,
     phi: Tensor, state: Tensor, null_patch: bool = False, patch_lengths: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Write φ `[B, K]` and the state `[B, K]`, both float32. With lengths, patches are `[ΣN, D]`, a mask `[ΣN]`."""
+    """Write φ `[B, K]` and the state `[B, K]`, both float32. With lengths, patches are `[ΣN, D]`, the mask `[ΣN]`."""
     if not patches.numel():
         phi.zero_()
         state.fill_(-1.0 if form == "max" else 0.0)

@@ -217,7 +217,7 @@ class TritonLaunches:
         self, block: Block, upstream: Upstream, attention: Tensor, gram: Tensor, w: Tensor, norm_factor: Tensor
     ) -> Tensor | None:
         p = self._p
-        all_parts = []
+        all_parts: list[Tensor] = []
 
         def config_of(n: int) -> tuple[tiles.GramAttention, bool]:
             chosen = tiles.gram_attention_config("weights", n, p.patches)
@@ -227,7 +227,8 @@ class TritonLaunches:
             p, block, config_of, lambda n, config: tiles.ceil_div(block.texts, config[0].block_t)
         ):
             tau_parts = p.phi.new_empty(programs) if upstream.needs_temperature else None
-            all_parts.append(tau_parts)
+            if tau_parts is not None:
+                all_parts.append(tau_parts)
             launch.run(
                 launch.kernels().cosine_weights_from_attention_kernel,
                 programs,
