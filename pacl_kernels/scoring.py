@@ -123,7 +123,7 @@ class Call(NamedTuple):
 
     @property
     def _takes_packed_patches(self) -> bool:
-        return backends.takes_packed_patches(self.backend, self.form)
+        return backends.takes_packed_patches(self.backend, self.form, self.text_index is not None)
 
     def _rectangle(self) -> Call:
         """Return the call with packed patches as a rectangle, if all images have the same number."""

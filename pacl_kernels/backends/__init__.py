@@ -151,8 +151,13 @@ def keeps_scores(backend: str, form: str, dtype: torch.dtype) -> bool:
     return backend == "cpu" and cpu.keeps_scores(form, dtype)
 
 
-def takes_packed_patches(backend: str, form: str) -> bool:
-    """Return True if the backend takes `patch_lengths`: patches are then `[ΣN, D]` and the mask is `[ΣN]`."""
+def takes_packed_patches(backend: str, form: str, lists: bool = False) -> bool:
+    """Return True if the backend takes `patch_lengths`: patches are then `[ΣN, D]` and the mask is `[ΣN]`.
+
+    `lists`: together with `text_index`.
+    """
+    if lists:
+        return backend == "cpu"
     return backend in ("cpu", "triton") or backend == "cuda" and hopper.takes_packed_patches(form)
 
 
