@@ -28,7 +28,7 @@ def test_the_formula_for_each_image(case, dtype, form):
 
 
 def test_a_long_image_among_short_ones():
-    long = 4100 if DEVICE == "cuda" else 1100  # the interpreter takes a second for 500 patches
+    long = 4100 if DEVICE == "cuda" else 300  # for which the interpreter would take many seconds
     Inputs(Case((1, 257, long, 0, 1), D=8, K=3), "dot", torch.bfloat16, DEVICE).check(triton)
 
 
@@ -42,7 +42,7 @@ def test_blocks_of_images_and_of_texts(form, monkeypatch):
 
 @pytest.mark.parametrize("form", ["dot", "max"])
 def test_the_bits_of_masked_padding(form):
-    """Where images begin with a tile, the padded kernel sums in the same order; a maximum has no order."""
+    """The padded kernel sums in the same order if images begin with a tile; a maximum has no order."""
     lengths = (256, 0, 128, 5) if form == "dot" else (70, 0, 1, 131)
     inputs = Inputs(Case(lengths, D=16, K=5), form, torch.bfloat16, DEVICE)
     packed, padded = (inputs.compatibility(packed, triton) for packed in (True, False))

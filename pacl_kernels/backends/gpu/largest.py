@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from . import launch, tiles
-from .packed import by_row, strides
+from .layout import by_row, strides
 from .problem import Block, Problem
 
 

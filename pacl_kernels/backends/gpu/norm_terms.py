@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import launch, tiles
-from .packed import attention_strides, by_image, pitch, strides
+from .layout import attention_strides, by_image, pitch, strides
 from .problem import Block, Problem
 
 

@@ -82,9 +82,8 @@ def max_patches_kernel(
     n_live, d_live = n < N, offs_d < D
     range_scale = tl.load(RANGE_SCALE) if SCALED else 1.0
     if STARTS is None:
-        index, g, inv_p = INDEX + image.to(tl.int64) * K, G + image.to(tl.int64) * K, INV_P + image * N
+        index, g = INDEX + image.to(tl.int64) * K, G + image.to(tl.int64) * K
     else:
-        inv_p = INV_P + image_begin
         of_row = tl.load(ROW_IMAGE + image_begin + n, mask=n_live, other=0)
         own = image_begin + n - tl.load(STARTS + of_row)
         at_image = of_row.to(tl.int64)[:, None] * K
@@ -116,6 +115,7 @@ def max_patches_kernel(
                 t, high, low = t.to(tl.float32), high.to(tl.float32), low.to(tl.float32)
             acc = tl.dot(high, t, acc)
             acc = tl.dot(low, t, acc)
+    inv_p = INV_P + image * N if STARTS is None else INV_P + image_begin
     acc *= (tl.load(inv_p + n, mask=n_live, other=0.0) / range_scale)[:, None]
     at = RAW + ((image - image_begin).to(tl.int64) * N * D + (n * D)[:, None] + offs_d[None, :])
     tl.store(at, acc, mask=n_live[:, None] & d_live[None, :])
