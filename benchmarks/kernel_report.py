@@ -56,6 +56,7 @@ class Variant(NamedTuple):
     tensor_tau: bool = False
     aligned: bool = True
     flat: bool = True  # False: with gaps between images, such as those of a class token
+    packed: bool = False  # images of `patches` and of one patch less
     entropy: bool = False  # for `form="upsample"`, the arg-max of class scores: add best score and entropy
 
     def __str__(self) -> str:
@@ -63,7 +64,8 @@ class Variant(NamedTuple):
             return "upsample" + "-entropy" * self.entropy
         marks = [f"N{self.patches}", f"D{self.dim}"]
         marks += ["mask"] * self.mask + [f"tau{self.tau}"] * (self.tau != 0.07) + ["tensor-tau"] * self.tensor_tau
-        return "-".join([self.form, *marks, *(["unaligned"] * (not self.aligned)), *(["gaps"] * (not self.flat))])
+        marks += ["packed"] * self.packed + ["unaligned"] * (not self.aligned) + ["gaps"] * (not self.flat)
+        return "-".join([self.form, *marks])
 
 
 DEFAULT = [
@@ -82,6 +84,7 @@ ON_90 = [
     Variant(tau=0.01),
     Variant(tensor_tau=True),
     Variant(form="cosine", dtype="fp32", patches=49),
+    *(Variant(form=form, packed=True) for form in ("dot", "cosine", "max")),
 ]
 # Kernels without a tile of scores, one row each, for the same architecture.
 ONCE = (
@@ -129,7 +132,11 @@ def launches(variant: Variant, target: int, batch: int = 1024) -> list[Launch]:
     gap = 0 if variant.flat else 1
     patches = torch.empty(batch, gap + variant.patches, padding + dim, dtype=dtype, device="meta")[:, gap:, padding:]
     texts = torch.empty(batch, padding + dim, dtype=dtype, device="meta")[:, padding:]
-    mask = torch.empty(patches.shape[:2], dtype=torch.bool, device="meta") if variant.mask else None
+    packed = {}
+    if variant.packed:
+        lengths = variant.patches - torch.arange(batch) % 2
+        patches, packed = patches.flatten(0, 1)[: int(lengths.sum())], {"patch_lengths": lengths}
+    mask = torch.empty(patches.shape[:-1], dtype=torch.bool, device="meta") if variant.mask else None
     tau = torch.empty((), device="meta") if variant.tensor_tau else variant.tau
     phi, state, grad_phi = (torch.empty(batch, batch, device="meta") for _ in range(3))
     grads = torch.empty_like(patches), torch.empty_like(texts), phi.new_empty(()) if variant.tensor_tau else None
@@ -140,13 +147,13 @@ def launches(variant: Variant, target: int, batch: int = 1024) -> list[Launch]:
         if variant.form == "upsample":
             _upsample(dtype, variant.entropy)
             return seen
-        backend.compatibility_forward(patches, texts, mask, tau, variant.form, phi, state)
-        backend.compatibility_backward(patches, texts, mask, tau, variant.form, phi, state, grad_phi, *grads)
+        backend.compatibility_forward(patches, texts, mask, tau, variant.form, phi, state, **packed)
+        backend.compatibility_backward(patches, texts, mask, tau, variant.form, phi, state, grad_phi, *grads, **packed)
         value, scale, statistics = phi.new_empty(()), phi.new_empty(()), phi.new_empty(4, len(phi))
         for loss, kept in (("infonce", statistics), ("sigmoid", None)):
             backend.loss_forward(phi, scale, None, loss, value, kept)
             backend.loss_backward(phi, scale, None, loss, kept, value, grad_phi, value, value)
-        if computes_sigmoid_step("triton", variant.form, dtype, variant.patches):
+        if not variant.packed and computes_sigmoid_step("triton", variant.form, dtype, variant.patches):
             scalars = scale, scale, None, value
             backend.sigmoid_step(patches, texts, mask, tau, variant.form, *scalars, *grads, value, value, None)
     return seen

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import ops
 from .autograd import Gradients, Options, PerSample, first_order, keep, like, of_inputs, only_first_has_gradient
-from .backends import computes_sigmoid_step, takes_packed_patches
+from .backends import computes_sigmoid_step
 from .checks import Inputs
 
 
@@ -17,9 +17,8 @@ def in_one_pass(options: Options, inputs: Inputs) -> bool:
     """Return True if the backend computes the sigmoid loss of these inputs and its gradients in one pass."""
     if options.text_pool is not None or options.null_patch or options.normalize != "both" or options.grad_tolerance:
         return False
-    if inputs.patch_lengths is not None and not takes_packed_patches(options.backend):
-        return False
-    return computes_sigmoid_step(options.backend, options.form, inputs.patches.dtype, inputs.patches.shape[-2])
+    n = inputs.patches.shape[-2] if inputs.patch_lengths is None else None
+    return computes_sigmoid_step(options.backend, options.form, inputs.patches.dtype, n)
 
 
 class SigmoidFunction(PerSample):

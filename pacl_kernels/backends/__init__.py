@@ -151,9 +151,14 @@ def keeps_scores(backend: str, form: str, dtype: torch.dtype) -> bool:
     return backend == "cpu" and cpu.keeps_scores(form, dtype)
 
 
-def takes_packed_patches(backend: str) -> bool:
-    """Return True if the backend takes `patch_lengths`: patches are then `[ΣN, D]` and the mask is `[ΣN]`."""
-    return backend == "cpu"
+def takes_packed_patches(backend: str, form: str, lists: bool = False) -> bool:
+    """Return True if the backend takes `patch_lengths`: patches are then `[ΣN, D]` and the mask is `[ΣN]`.
+
+    `lists`: together with `text_index`.
+    """
+    if lists:
+        return backend == "cpu"
+    return backend in ("cpu", "triton") or backend == "cuda" and hopper.takes_packed_patches(form)
 
 
 def drops_pairs(backend: str) -> bool:
@@ -166,14 +171,16 @@ def takes_lists(backend: str, normalize: str) -> bool:
     return backend == "torch" or backend == "cpu" and normalize == "both"
 
 
-def computes_sigmoid_step(backend: str, form: str, dtype: torch.dtype, n: int) -> bool:
+def computes_sigmoid_step(backend: str, form: str, dtype: torch.dtype, n: int | None) -> bool:
     """Return True if the backend has a `sigmoid_step`: the sigmoid loss and its gradients in one pass over the pairs.
 
-    `n`: patches of an image, all of which a GPU's tile must hold.
+    `n`: patches of an image, all of which a GPU's tile must hold; None for packed patches.
     Not for float16: such gradients are made before the incoming one is known, and a GradScaler would save none of them.
     """
     if form == "max" or dtype not in (torch.float32, torch.bfloat16):
         return False
+    if n is None:
+        return backend == "cpu"
     if backend == "cuda":
         return dtype == torch.bfloat16 and hopper.fits_sigmoid(n)
     return backend == "cpu" or (backend == "triton" and triton.fits_sigmoid(form, n))

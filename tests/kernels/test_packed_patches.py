@@ -59,7 +59,7 @@ def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
 class Inputs:
     """Hold the packed patches of a case, and the same ones padded to the largest length with NaN."""
 
-    def __init__(self, case: Case, form: str, dtype: torch.dtype):
+    def __init__(self, case: Case, form: str, dtype: torch.dtype, device: str = "cpu"):
         generator = torch.Generator().manual_seed(1)
         self.case, self.form = case, form
         self.lengths = torch.tensor(case.lengths)
@@ -68,11 +68,11 @@ class Inputs:
         padded = torch.randn(images, largest, case.D, generator=generator).to(dtype)
         padded[~self.valid] = torch.nan
         rows = padded[self.valid]
-        self.packed = rows.new_full((len(rows), case.spacing, case.D), torch.nan)[:, 0].copy_(rows)
-        self.padded = padded
-        self.texts = torch.randn(case.K, case.D, generator=generator).to(dtype)
-        self.grad_phi, self.bias = torch.randn(2, images, case.K, generator=generator)
-        kept = torch.rand(images, largest, generator=generator) < (0.6 if case.mask else 1.0)
+        self.packed = rows.new_full((len(rows), case.spacing, case.D), torch.nan).to(device)[:, 0].copy_(rows)
+        self.texts = torch.randn(case.K, case.D, generator=generator).to(device, dtype)
+        self.grad_phi, self.bias = torch.randn(2, images, case.K, generator=generator).to(device)
+        kept = (torch.rand(images, largest, generator=generator) < (0.6 if case.mask else 1.0)).to(device)
+        self.padded, self.valid = padded.to(device), self.valid.to(device)
         self.padded_mask, self.mask = self.valid & kept, kept[self.valid] if case.mask else None
 
     def call(self, step, packed: bool) -> dict[str, Tensor]:
@@ -83,18 +83,41 @@ class Inputs:
         assert (values["patches"][~self.valid] == 0).all()
         return values | {"patches": values["patches"][self.valid]}
 
-    def compatibility(self, packed: bool) -> dict[str, Tensor]:
+    def compatibility(self, packed: bool, backend=cpu) -> dict[str, Tensor]:
         def step(patches: Tensor, mask: Tensor | None, options: dict) -> dict[str, Tensor]:
             inputs = (patches, self.texts, mask, self.case.tau, self.form)
-            phi, state = torch.full((2, *self.grad_phi.shape), torch.nan)
+            phi, state = self.grad_phi.new_full((2, *self.grad_phi.shape), torch.nan)
             grad_patches, grad_texts, grad_tau = buffers(patches, self.texts)
-            kept = packed and cpu.keeps_scores(self.form, patches.dtype)
-            cpu.compatibility_forward(*inputs, phi, state, grad_patches if kept else None, **options)
             gradients = (self.grad_phi, grad_patches, grad_texts, grad_tau)
-            cpu.compatibility_backward(*inputs, phi, state, *gradients, kept, **options)
+            if packed and backend is cpu and cpu.keeps_scores(self.form, patches.dtype):
+                backend.compatibility_forward(*inputs, phi, state, grad_patches, **options)
+                backend.compatibility_backward(*inputs, phi, state, *gradients, True, **options)
+            else:
+                backend.compatibility_forward(*inputs, phi, state, **options)
+                backend.compatibility_backward(*inputs, phi, state, *gradients, **options)
             return {"phi": phi, "state": state, "patches": grad_patches, "texts": grad_texts, "tau": grad_tau}
 
         return self.call(step, packed)
+
+    def check(self, backend) -> None:
+        """Compare packed patches with the formula for each image by the tolerance of `accuracy.py`."""
+        answer = self.compatibility(True, backend)
+        truth, plain = (self._formula(wide) for wide in (torch.float64, torch.float32))
+        for name, true in truth.items():
+            assert_accurate(f"{self.form}, {name}", answer[name].cpu(), true, self.packed.dtype, plain[name])
+
+    def _formula(self, wide: torch.dtype) -> dict[str, Tensor]:
+        patches, texts = (x.cpu().to(wide).requires_grad_() for x in (self.packed, self.texts))
+        tau = torch.tensor(self.case.tau, dtype=wide, requires_grad=True)
+        masks = torch.ones(len(patches), dtype=torch.bool) if self.mask is None else self.mask.cpu()
+        rows = []
+        for image, mask in zip(*(x.split(self.lengths.tolist()) for x in (patches, masks)), strict=True):
+            # And a masked row, because an image may have none.
+            image, mask = F.pad(image, (0, 0, 0, 1))[None], F.pad(mask, (0, 1))[None]
+            rows.append(reference.compatibility(image, texts, patch_mask=mask, attn_temperature=tau, form=self.form))
+        phi, upstream = torch.cat(rows), self.grad_phi.cpu().to(wide)
+        grads = torch.autograd.grad(phi, (patches, texts, tau), upstream, materialize_grads=True)
+        return {"phi": phi.detach()} | dict(zip(("patches", "texts", "tau"), grads, strict=True))
 
     def sigmoid_step(self, packed: bool) -> dict[str, Tensor]:
         def step(patches: Tensor, mask: Tensor | None, options: dict) -> dict[str, Tensor]:
@@ -111,8 +134,8 @@ class Inputs:
 
 def buffers(patches: Tensor, texts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return contiguous memory for the gradients, filled with NaN."""
-    grad_patches = torch.full(patches.shape, torch.nan, dtype=patches.dtype)
-    return grad_patches, torch.full_like(texts, torch.nan), torch.full((), torch.nan)
+    grad_patches = torch.full(patches.shape, torch.nan, dtype=patches.dtype, device=patches.device)
+    return grad_patches, torch.full_like(texts, torch.nan), torch.full((), torch.nan, device=patches.device)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -148,23 +171,7 @@ def test_more_than_one_block_and_any_number_of_threads(form, dtype, cpu_backend)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("form", FORMS)
 def test_the_formula_for_each_image(form, dtype, cpu_backend):
-    inputs = Inputs(Case((90, 1, 0, 40, 13), D=70, tau=0.1), form, dtype)
-
-    def formula(wide: torch.dtype) -> dict[str, Tensor]:
-        patches, texts = (x.to(wide).requires_grad_() for x in (inputs.packed, inputs.texts))
-        tau = torch.tensor(inputs.case.tau, dtype=wide, requires_grad=True)
-        options = {"attn_temperature": tau, "form": form}
-        rows = []
-        for image in patches.split(inputs.lengths.tolist()):  # and a masked row, because an image may have none
-            image, mask = F.pad(image, (0, 0, 0, 1))[None], torch.arange(len(image) + 1)[None] < len(image)
-            rows.append(reference.compatibility(image, texts, patch_mask=mask, **options))
-        phi = torch.cat(rows)
-        grads = torch.autograd.grad(phi, (patches, texts, tau), inputs.grad_phi.to(wide), materialize_grads=True)
-        return {"phi": phi.detach()} | dict(zip(("patches", "texts", "tau"), grads, strict=True))
-
-    answer, truth, plain = inputs.compatibility(packed=True), formula(torch.float64), formula(torch.float32)
-    for name, true in truth.items():
-        assert_accurate(f"{form}, {name}", answer[name], true, dtype, plain[name])
+    Inputs(Case((90, 1, 0, 40, 13), D=70, tau=0.1), form, dtype).check(cpu)
 
 
 def test_the_backward_reads_kept_scores(cpu_backend):

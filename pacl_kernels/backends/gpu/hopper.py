@@ -273,6 +273,20 @@ def fits_sigmoid(n: int) -> bool:
     return fits
 
 
-compatibility_forward = functools.partial(order.compatibility_forward, HopperLaunches)
-compatibility_backward = functools.partial(order.compatibility_backward, HopperLaunches)
+def takes_packed_patches(form: str) -> bool:
+    """Return True if packed patches go to Triton's kernels as they are; otherwise they come in padded groups.
+
+    For `cosine` kernels of csrc/cuda on padded groups cost less than Triton's without padding, see docs/cuda.md.
+    """
+    return form != "cosine"
+
+
+def _launches(problem: Problem) -> order.Launches:
+    if problem.packed is None:
+        return HopperLaunches(problem)
+    return triton.TritonLaunches(problem)  # type: ignore[return-value]  # see triton.py
+
+
+compatibility_forward = functools.partial(order.compatibility_forward, _launches)
+compatibility_backward = functools.partial(order.compatibility_backward, _launches)
 sigmoid_step = functools.partial(order.sigmoid_step, HopperLaunches)

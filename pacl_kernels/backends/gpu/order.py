@@ -6,9 +6,8 @@ there are no atomics. If TRITON_INTERPRET=1 is set before triton is imported, Tr
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -16,7 +15,8 @@ from torch import Tensor
 from ...checks import Scalar
 from ...pairs import Pairs
 from .. import null_patch as null
-from . import launch, rows, workspace
+from . import launch, range_scales, rows, workspace
+from .packed import Packed
 from .problem import Block, Problem, SigmoidPairs, Upstream
 
 
@@ -98,9 +98,14 @@ class Launches(Protocol):
 
 
 def prepare(
-    patches: Tensor, texts: Tensor, patch_mask: Tensor | None, temperature: float | Tensor, phi: Tensor, state: Tensor
-) -> Problem:
+    patches: Tensor, texts: Tensor, patch_mask: Tensor | None, temperature: float | Tensor, phi: Tensor, state: Tensor,
+    patch_lengths: Tensor | None = None,
+) -> Problem:  # fmt: skip
     """Launch the inverse norms and return the problem."""
+    packed = None
+    if patch_lengths is not None:
+        packed, patches = Packed(patch_lengths, patches.device), patches[None]
+        patch_mask = None if patch_mask is None else patch_mask[None]
     inv_p = rows.inverse_norms(patches, patch_mask)
     if texts.dtype == torch.float16:  # its products and weights fit the range of float32
         scaled = texts
@@ -108,18 +113,22 @@ def prepare(
     else:  # scaling keeps W, which is divided by both norms, in range for texts of any norm
         scaled, inv_t = texts.new_empty(texts.shape), phi.new_empty(len(texts))
         raw_inv_t = rows.inverse_norms(texts[:, None], None, (scaled, inv_t))
-    return Problem(patches, scaled, texts, patch_mask, temperature, phi, state, inv_p, inv_t, raw_inv_t)
+    return Problem(patches, scaled, texts, patch_mask, temperature, phi, state, inv_p, inv_t, raw_inv_t, packed)
 
 
 def compatibility_forward(
     launches_of: Callable[[Problem], Launches],
     patches: Tensor, texts: Tensor, patch_mask: Tensor | None, temperature: Scalar, form: str,
-    phi: Tensor, state: Tensor, null_patch: bool = False,
+    phi: Tensor, state: Tensor, null_patch: bool = False, patch_lengths: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Write φ `[B, K]` and the state `[B, K]`, both float32."""
-    with launch.on_device(patches):
-        p = prepare(patches, texts, patch_mask, temperature, phi, state)
-        forward(p, launches_of(p), form)
+    """Write φ `[B, K]` and the state `[B, K]`, both float32. With lengths, patches are `[ΣN, D]`, the mask `[ΣN]`."""
+    if not patches.numel():
+        phi.zero_()
+        state.fill_(-1.0 if form == "max" else 0.0)
+    else:
+        with launch.on_device(patches):
+            p = prepare(patches, texts, patch_mask, temperature, phi, state, patch_lengths)
+            forward(p, launches_of(p), form)
     if null_patch:
         null.add(phi, state, temperature, form, null.BITS)
 
@@ -139,7 +148,7 @@ def forward(p: Problem, launches: Launches, form: str) -> None:
 def _cosine_forward(p: Problem, launches: Launches) -> None:
     size = workspace.gram_blocks(p)
     gram = workspace.gram(p, size)
-    for images in p.pairs.by_images(size.images):
+    for images in size.of_images(p):
         launches.gram(images, gram)
         launches.cosine_forward(images, gram)
 
@@ -148,7 +157,7 @@ def _cosine_forward_from_attention(p: Problem, launches: Launches) -> None:
     """Recompute the attention, whose sum is now known, and compute r² = aᵀ G a from it."""
     size = workspace.attention_blocks(p)
     gram, room = workspace.gram(p, size), workspace.attention(p, size, launches.attention_dtype)
-    for images in p.pairs.by_images(size.images):
+    for images in size.of_images(p):
         launches.gram(images, gram)
         for block in images.by_texts(size.texts):
             attention = workspace.attention_of(block, room)
@@ -161,10 +170,16 @@ def compatibility_backward(
     patches: Tensor, texts: Tensor, patch_mask: Tensor | None, temperature: Scalar, form: str,
     phi: Tensor, state: Tensor, grad_phi: Tensor,
     grad_patches: Tensor | None, grad_texts: Tensor | None, grad_temperature: Tensor | None, null_patch: bool = False,
+    patch_lengths: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Write the gradients of patches, texts and temperature to the buffers that are not None."""
+    if not patches.numel():
+        for grad in (grad_texts, grad_temperature):
+            if grad is not None:
+                grad.zero_()
+        return
     with launch.on_device(patches):
-        p = prepare(patches, texts, patch_mask, temperature, phi, state)
+        p = prepare(patches, texts, patch_mask, temperature, phi, state, patch_lengths)
         launches = launches_of(p)
         if form == "max":
             _max_backward(p, launches, grad_phi, grad_patches, grad_texts)
@@ -186,7 +201,7 @@ def _backward(
     grad_temperature: Tensor | None,
 ) -> None:
     """Write the gradients of the `dot` and the cosine form."""
-    range_scale = _range_scale(p, form, grad_phi) if p.patches.dtype == torch.float16 else None
+    range_scale = range_scales.of_weights(p, form, grad_phi) if p.patches.dtype == torch.float16 else None
     upstream = Upstream(grad_phi, range_scale, grad_temperature is not None)
 
     def write_weights(block: Block, w: Tensor, cosine: _Cosine | None) -> Tensor | None:
@@ -278,17 +293,17 @@ def _gradients(
         cosine = _Cosine(
             workspace.gram(p, size),
             workspace.attention(p, size, launches.attention_dtype),
-            p.phi.new_empty(size.images * size.texts),
+            p.phi.new_empty(size.images * size.texts),  # packed images without a patch have a place as well
             workspace.norm_term(p, size, torch.float32 if widened else dtype),
         )
-    patches_sum = p.phi.new_empty(size.images * p.n, p.d) if grad_patches is not None and widened else None
+    patches_sum = p.phi.new_empty(size.most(p), p.d) if grad_patches is not None and widened else None
     texts_sum = p.phi.new_zeros(p.k, p.d) if grad_texts is not None else None
     total: Tensor | None = None
 
-    for images in p.pairs.by_images(size.images):
-        rows_count = images.images * p.n
+    for images in size.of_images(p):
+        rows_count = len(p.inv_p[p.rows(images)])
         if grad_patches is not None:
-            into = grad_patches[images.b0 : images.b1].view(rows_count, p.d)
+            into = grad_patches.view(-1, p.d)[p.rows(images)]
             raw = into if patches_sum is None else patches_sum[:rows_count]
         if grad_texts is not None:
             patch_rows = _patch_rows(p, images)
@@ -336,26 +351,27 @@ def _max_backward(
         _project_texts(p, texts_sum, grad_texts, None)
     if grad_patches is None:
         return
-    range_scale = _power_of_two_below(grad_phi, p.inv_t) if p.patches.dtype == torch.float16 else None
-    step = max(1, min(p.b, workspace.WORKSPACE // (4 * p.n * p.d)))
-    patches_sum = p.phi.new_empty(step * p.n, p.d)
-    for images in p.pairs.by_images(step):
-        raw = patches_sum[: images.images * p.n]
+    range_scale = range_scales.power_of_two_below(grad_phi, p.inv_t) if p.patches.dtype == torch.float16 else None
+    size = workspace.max_blocks(p)
+    patches_sum = p.phi.new_empty(size.most(p), p.d)
+    for images in size.of_images(p):
+        into = grad_patches.view(-1, p.d)[p.rows(images)]
+        raw = patches_sum[: len(into)]
         launches.max_patches(images, grad_phi, range_scale, raw)  # divides the scale out
-        _project_patches(p, images, raw, grad_patches[images.b0 : images.b1].view(-1, p.d), None)
+        _project_patches(p, images, raw, into, None)
 
 
 def _patch_rows(p: Problem, images: Block) -> Tensor:
     """Return the patches of a block `[rows, D]`, zeros where masked, because a masked patch may be NaN."""
-    some = p.patches[images.b0 : images.b1]
-    if p.mask is not None:
-        some = some.masked_fill(~p.mask[images.b0 : images.b1, :, None], 0.0)
+    some, mask = p.of_images(images)
+    if mask is not None:
+        some = some.masked_fill(~mask[:, :, None], 0.0)
     return some.reshape(-1, p.d)
 
 
 def _project_patches(p: Problem, images: Block, raw: Tensor, into: Tensor, range_scale: Tensor | None) -> None:
-    mask = None if p.mask is None else p.mask[images.b0 : images.b1]
-    rows.project_out(raw, p.patches[images.b0 : images.b1], p.inv_p[images.b0 * p.n :], into, mask, range_scale)
+    some, mask = p.of_images(images)
+    rows.project_out(raw, some, p.inv_p[p.rows(images)], into, mask, range_scale)
 
 
 def _project_texts(p: Problem, texts_sum: Tensor, into: Tensor, range_scale: Tensor | None) -> None:
@@ -370,26 +386,3 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     if a.is_cuda and "dtype" in torch.ops.aten.mm.overloads():  # torch 2.8
         return torch.mm(a, b, out_dtype=torch.float32)
     return a.float() @ b.float()
-
-
-def _range_scale(p: Problem, form: str, grad_phi: Tensor) -> Tensor:
-    """Return the power of two, computed on the device, that brings the bound of |W| to at most 2¹⁴.
-
-    The bound is max|g| (1 + c) max 1/‖p‖ max 1/‖t‖. c bounds a |s - φ| / τ: it is 2 / τ, and in the `dot` form at most
-    ln N, since there a |s - φ| / τ = a |ln a + H| with the entropy H. In the cosine form W may reach 1 / r times the
-    bound; float16 overflows at 4 times 2¹⁴.
-    """
-    bend = 2.0 / p.temperature
-    if form == "dot":
-        most = math.log(p.n)
-        bend = bend.clamp(max=most) if isinstance(bend, Tensor) else min(bend, most)
-    return _power_of_two_below(grad_phi, p.inv_p, p.inv_t, 1.0 + bend)
-
-
-def _power_of_two_below(*factors: Tensor | float) -> Tensor:
-    """Return the power of two that brings the product of the factors' largest values to at most 2¹⁴."""
-    bound: Any = 1.0  # a tensor, once it has a factor that is one
-    for factor in factors:
-        bound = bound * (factor.abs().amax() if isinstance(factor, Tensor) else factor)
-    exponent = torch.floor(14.0 - torch.log2(bound)).nan_to_num(0.0, 100.0, -100.0).clamp_(-100.0, 100.0)
-    return torch.exp2(exponent)

@@ -1,62 +1,51 @@
-"""The tensors of one call, and the blocks of images and texts that its launches take."""
+"""The tensors of one call."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...pairs import Pairs
-
-
-class Block(NamedTuple):
-    """Images [b0, b1) and texts [k0, k1)."""
-
-    b0: int
-    b1: int
-    k0: int
-    k1: int
-
-    @property
-    def images(self) -> int:
-        return self.b1 - self.b0
-
-    @property
-    def texts(self) -> int:
-        return self.k1 - self.k0
-
-    def by_images(self, step: int) -> Iterator[Block]:
-        for b0 in range(self.b0, self.b1, step):
-            yield self._replace(b0=b0, b1=min(b0 + step, self.b1))
-
-    def by_texts(self, step: int) -> Iterator[Block]:
-        for k0 in range(self.k0, self.k1, step):
-            yield self._replace(k0=k0, k1=min(k0 + step, self.k1))
+from .blocks import Block
+from .packed import Packed
 
 
 class Problem(NamedTuple):
-    """The tensors of one call; sizes are B images, N patches, K texts and D dimensions."""
+    """The tensors of one call; sizes are B images, N patches, K texts and D dimensions.
 
-    patches: Tensor  # [B, N, D]
+    Packed patches are like one image of ΣN patches here, but B is their number of images and N their largest length.
+    """
+
+    patches: Tensor  # [B, N, D], or [1, ΣN, D] if packed
     texts: Tensor  # [K, D] for the kernels: in bfloat16 and float32 scaled to norms near 1
     raw_texts: Tensor  # [K, D] from the caller
-    mask: Tensor | None  # bool [B, N]
+    mask: Tensor | None  # bool [B, N], or [1, ΣN] if packed
     temperature: float | Tensor
     phi: Tensor  # [B, K], float32
     state: Tensor  # [B, K], float32: what the backward needs besides φ, see kernels/__init__.py
-    inv_p: Tensor  # [B N], 1 / norm of the patches, float32
+    inv_p: Tensor  # [B N] or [ΣN], 1 / norm of the patches, float32
     inv_t: Tensor  # [K], of `texts`
     raw_inv_t: Tensor  # [K], of `raw_texts`
+    packed: Packed | None = None
 
     @property
     def b(self) -> int:
-        return self.patches.shape[0]
+        return self.patches.shape[0] if self.packed is None else len(self.packed.lengths)
 
     @property
     def n(self) -> int:
-        return self.patches.shape[1]
+        return self.patches.shape[1] if self.packed is None else self.packed.longest
+
+    def rows(self, images: Block) -> slice:
+        """Return the rows of a block in `[B N, D]` or `[ΣN, D]`."""
+        return slice(images.b0 * self.n, images.b1 * self.n) if self.packed is None else self.packed.rows_of(images)
+
+    def of_images(self, images: Block) -> tuple[Tensor, Tensor | None]:
+        """Return patches and mask of a block, in the layout of all of them."""
+        of_block = slice(images.b0, images.b1) if self.packed is None else (slice(None), self.rows(images))
+        return self.patches[of_block], None if self.mask is None else self.mask[of_block]
 
     @property
     def d(self) -> int:

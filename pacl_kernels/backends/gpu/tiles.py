@@ -213,6 +213,7 @@ NORM_TERM_SMALL = {
     4: NormTerm(64, 32, 4, 3),
 }  # for images that would leave larger tiles half empty
 NORM_TERM_ALIGNMENT = 8  # rows of the matrices C are a multiple of this many elements
+PACKED_ALIGNMENT = 16  # rows of attention, Gram matrices and C of packed images are a multiple of this many elements
 
 
 class PatchTile(NamedTuple):

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from ...constants import MIN_POOLED_NORM
-from . import launch, order, sigmoid, tiles
+from . import largest, launch, norm_terms, order, sigmoid, tiles
+from .layout import attention_strides, by_image, by_row, pitch, strides
 from .loss import loss_backward, loss_forward
+from .packed import Packed
 from .problem import Block, Problem, SigmoidPairs, Upstream
 from .upsample import upsample_argmax
 
@@ -67,7 +69,8 @@ class TritonLaunches:
     def __init__(self, problem: Problem) -> None:
         self._p = p = problem
         self.attention_dtype = p.gram_dtype
-        self._strides = (*p.patches.stride(), *p.texts.stride(), *launch.mask_strides(p.mask))
+        self._patch_strides, self._mask_strides = strides(p)
+        self._strides = (*self._patch_strides, *p.texts.stride(), *self._mask_strides)
         self._precision = launch.float32_precision() if p.patches.dtype == torch.float32 else "ieee"
 
     def max_forward(self) -> None:
@@ -79,6 +82,9 @@ class TritonLaunches:
 
     def _forward(self, temperature: float | Tensor, running_max: bool, largest: bool) -> None:
         p = self._p
+        if p.packed is not None:
+            self._packed_forward(p.packed, temperature, running_max, largest)
+            return
         pad = tiles.power_of_two(p.n) if p.n <= tiles.PADDED else 0
         kernel = "forward_running_max" if running_max else "forward"
         chosen = tiles.config(kernel, p.patches, p.texts, padded=pad > 0)
@@ -99,37 +105,67 @@ class TritonLaunches:
             fma=not running_max,
         )
 
-    def gram(self, block: Block, gram: Tensor) -> None:
+    def _packed_forward(self, packed: Packed, temperature: float | Tensor, running_max: bool, largest: bool) -> None:
         p = self._p
-        chosen = tiles.gram_config(p.n, p.patches.element_size())
+        chosen = tiles.config("forward_running_max", p.patches, p.texts)  # a loop over images takes as many registers
+        # A tile is gone over once for each of its images.
+        chosen = chosen._replace(block_p=max(32, min(chosen.block_p, tiles.power_of_two(2 * packed.rows // p.b))))
+        programs = launch.programs(p.patches.device, chosen.per_processor)
+        text_tiles = tiles.ceil_div(p.k, chosen.block_t)
+        runs = packed.runs(chosen.block_p, text_tiles, programs)
+        operands, constants = self._operands(chosen, p.texts)
         launch.run(
-            launch.kernels().gram_kernel,
-            block.images * tiles.ceil_div(p.n, chosen.block) ** 2,
-            (p.patches, p.mask, p.inv_p, gram, block.b0, p.n, p.d)
-            + (*p.patches.stride(), *launch.mask_strides(p.mask), gram.stride(1)),
-            dict(
-                BLOCK_N=chosen.block,
-                BLOCK_D=chosen.block_d,
-                HAS_MASK=p.mask is not None,
-                EVEN_D=p.d % chosen.block_d == 0,
-                PRECISION=self._precision,
-            ),
+            launch.kernels().packed_forward_kernel,
+            min(programs, text_tiles * len(runs)),
+            (*operands, p.mask, temperature, p.inv_p, p.inv_t, packed.on_device, runs, p.phi, p.state)
+            + (len(runs), p.k, p.d, *self._patch_strides[1:], *p.texts.stride(), self._mask_strides[1]),
+            constants | dict(MAX=largest, RUNNING_MAX=running_max) | _temperature_constants(temperature),
             chosen.warps,
             chosen.stages,
+            fma=not running_max,
         )
+
+    def gram(self, block: Block, gram: Tensor) -> None:
+        p = self._p
+        for chosen, programs, tables in by_image(
+            p,
+            block,
+            lambda n: tiles.gram_config(n, p.patches.element_size()),
+            lambda n, chosen: tiles.ceil_div(n, chosen.block) ** 2,
+        ):
+            launch.run(
+                launch.kernels().gram_kernel,
+                programs,
+                (p.patches, p.mask, p.inv_p, gram, block.b0, p.n, p.d)
+                + (*self._patch_strides, *self._mask_strides, pitch(p, gram)),
+                dict(
+                    BLOCK_N=chosen.block,
+                    BLOCK_D=chosen.block_d,
+                    HAS_MASK=p.mask is not None,
+                    EVEN_D=p.d % chosen.block_d == 0,
+                    PRECISION=self._precision,
+                )
+                | tables,
+                chosen.warps,
+                chosen.stages,
+            )
 
     def attention(self, block: Block, attention: Tensor, state_is_entropy: bool) -> None:
         p = self._p
         chosen = self._weights_config(needs_temperature=False)
         operands, constants = self._operands(chosen, p.texts[block.k0 : block.k1])
-        constants |= dict(ALIGN=math.gcd(p.n, tiles.alignment(attention)), IMAGES=_images_of_a_quarter(p, chosen))
+        first, end, n, tables = by_row(p, block)
+        if p.packed is not None:
+            tables["first_image"] = block.b0
+            attention.zero_()
+        constants |= dict(ALIGN=math.gcd(n, tiles.alignment(attention)), IMAGES=_images_of_a_quarter(p, chosen))
         launch.run(
             launch.kernels().attention_kernel,
             self._programs(block, chosen),
             (*operands, p.mask, p.temperature, p.inv_p, p.inv_t[block.k0 :])
             + (p.phi[:, block.k0 :] if state_is_entropy else None, p.state[:, block.k0 :], attention)
-            + (block.b0, block.b1, p.n, block.texts, p.d, *self._strides, p.k, *attention.stride()[:2]),
-            constants | _temperature_constants(p.temperature),
+            + (first, end, n, block.texts, p.d, *self._strides, p.k, *attention_strides(p, attention)),
+            constants | tables | _temperature_constants(p.temperature),
             chosen.warps,
             chosen.stages,
             fma=False,
@@ -137,16 +173,21 @@ class TritonLaunches:
 
     def cosine_forward_from_attention(self, block: Block, attention: Tensor, gram: Tensor) -> None:
         p = self._p
-        chosen = tiles.gram_attention_config("forward", p.n, p.patches)
-        launch.run(
-            launch.kernels().cosine_forward_from_attention_kernel,
-            block.images * tiles.ceil_div(block.texts, chosen.block_t),
-            (attention, gram, p.temperature, p.phi[:, block.k0 :], p.state[:, block.k0 :], block.b0, p.n, block.texts)
-            + (*attention.stride()[:2], gram.stride(1), p.k, MIN_POOLED_NORM),
-            self._gram_attention_constants(chosen, attention),
-            chosen.warps,
-            chosen.stages,
-        )
+        for chosen, programs, tables in by_image(
+            p,
+            block,
+            lambda n: tiles.gram_attention_config("forward", n, p.patches),
+            lambda n, chosen: tiles.ceil_div(block.texts, chosen.block_t),
+        ):
+            launch.run(
+                launch.kernels().cosine_forward_from_attention_kernel,
+                programs,
+                (attention, gram, p.temperature, p.phi[:, block.k0 :], p.state[:, block.k0 :], block.b0, p.n)
+                + (block.texts, *attention_strides(p, attention), pitch(p, gram), p.k, MIN_POOLED_NORM),
+                self._gram_attention_constants(chosen, attention) | tables,
+                chosen.warps,
+                chosen.stages,
+            )
 
     def weights_tile(self, needs_temperature: bool) -> tuple[int, int]:
         chosen = self._weights_config(needs_temperature)
@@ -158,14 +199,15 @@ class TritonLaunches:
         tau_parts = p.phi.new_empty(_weight_tiles(p, block, chosen)) if upstream.needs_temperature else None
         operands, constants = self._operands(chosen, p.texts[block.k0 : block.k1])
         constants |= dict(IMAGES=_images_of_a_quarter(p, chosen), NEEDS_TAU=upstream.needs_temperature)
+        first, end, n, tables = by_row(p, block)
         launch.run(
             launch.kernels().dot_weights_kernel,
             self._programs(block, chosen),
             (*operands, p.mask, p.temperature, p.inv_p, p.inv_t[block.k0 :])
             + (p.phi[:, block.k0 :], p.state[:, block.k0 :], upstream.grad_phi[:, block.k0 :])
-            + (upstream.range_scale, w, tau_parts, block.b0, block.b1, p.n, block.texts, p.d)
+            + (upstream.range_scale, w, tau_parts, first, end, n, block.texts, p.d)
             + (*self._strides, p.k, w.stride(0)),
-            constants | dict(SCALED=upstream.range_scale is not None) | _temperature_constants(p.temperature),
+            constants | tables | dict(SCALED=upstream.range_scale is not None) | _temperature_constants(p.temperature),
             chosen.warps,
             chosen.stages,
             fma=False,
@@ -176,26 +218,37 @@ class TritonLaunches:
         self, block: Block, upstream: Upstream, attention: Tensor, gram: Tensor, w: Tensor, norm_factor: Tensor
     ) -> Tensor | None:
         p = self._p
-        chosen = tiles.gram_attention_config("weights", p.n, p.patches)
-        items = block.images * tiles.ceil_div(block.texts, chosen.block_t)
-        tau_parts = p.phi.new_empty(items) if upstream.needs_temperature else None
-        launch.run(
-            launch.kernels().cosine_weights_from_attention_kernel,
-            items,
-            (attention, gram, p.temperature, p.inv_p, p.inv_t[block.k0 :], p.state[:, block.k0 :])
-            + (upstream.grad_phi[:, block.k0 :], upstream.range_scale, w, norm_factor, tau_parts)
-            + (block.b0, p.n, block.texts, *attention.stride()[:2], w.stride(0), gram.stride(1), p.k, MIN_POOLED_NORM),
-            self._gram_attention_constants(chosen, attention)
-            | dict(
-                N_ALIGN=math.gcd(p.n, 16),
-                WHOLE=p.n <= chosen.block_m,
-                NEEDS_TAU=upstream.needs_temperature,
-                SCALED=upstream.range_scale is not None,
-            ),
-            chosen.warps,
-            chosen.stages,
-        )
-        return tau_parts
+        all_parts: list[Tensor] = []
+
+        def config_of(n: int) -> tuple[tiles.GramAttention, bool]:
+            chosen = tiles.gram_attention_config("weights", n, p.patches)
+            return chosen, n <= chosen.block_m
+
+        for (chosen, whole), programs, tables in by_image(
+            p, block, config_of, lambda n, config: tiles.ceil_div(block.texts, config[0].block_t)
+        ):
+            tau_parts = p.phi.new_empty(programs) if upstream.needs_temperature else None
+            if tau_parts is not None:
+                all_parts.append(tau_parts)
+            launch.run(
+                launch.kernels().cosine_weights_from_attention_kernel,
+                programs,
+                (attention, gram, p.temperature, p.inv_p, p.inv_t[block.k0 :], p.state[:, block.k0 :])
+                + (upstream.grad_phi[:, block.k0 :], upstream.range_scale, w, norm_factor, tau_parts)
+                + (block.b0, p.n, block.texts, *attention_strides(p, attention), w.stride(0), pitch(p, gram))
+                + (p.k, MIN_POOLED_NORM),
+                self._gram_attention_constants(chosen, attention)
+                | dict(
+                    N_ALIGN=math.gcd(p.n, 16) if p.packed is None else 1,
+                    WHOLE=whole,
+                    NEEDS_TAU=upstream.needs_temperature,
+                    SCALED=upstream.range_scale is not None,
+                )
+                | tables,
+                chosen.warps,
+                chosen.stages,
+            )
+        return torch.cat(all_parts) if upstream.needs_temperature else None
 
     def sigmoid_tile(self, needs_temperature: bool) -> tuple[int, int]:
         return sigmoid.tile(self._p, needs_temperature).block_t, 16  # a row of W begins at a multiple of 16
@@ -204,90 +257,20 @@ class TritonLaunches:
         return sigmoid.dot_weights(self._p, block, pairs, w, self._precision)
 
     def norm_term(self, block: Block, attention: Tensor, norm_factor: Tensor, norm_term: Tensor) -> None:
-        p = self._p
-        # The factors exceed the range of float16, and bfloat16 would lose the last three bits of float16 operands.
-        wide, precision = p.patches.dtype != torch.bfloat16, self._precision
-        if p.patches.dtype == torch.float16 and torch.version.hip is None:
-            precision = "tf32"
-        chosen = tiles.norm_term_config(p.n, 4 if wide else 2, p.patches.device)
-        launch.run(
-            launch.kernels().norm_term_kernel,
-            block.images * tiles.ceil_div(p.n, chosen.block) ** 2,
-            (attention, norm_factor, p.inv_p, norm_term, block.b0, p.n, block.texts)
-            + (*attention.stride()[:2], norm_term.stride(1)),
-            dict(
-                BLOCK=chosen.block,
-                BLOCK_K=chosen.block_k,
-                A_ALIGN=tiles.alignment(attention),
-                C_ALIGN=tiles.NORM_TERM_ALIGNMENT,
-                ADD=block.k0 > 0,
-                OPERANDS=launch.kernels().DTYPES[torch.float32 if wide else torch.bfloat16],
-                PRECISION=precision,
-            ),
-            chosen.warps,
-            chosen.stages,
-            chosen.registers,
-        )
+        norm_terms.write(self._p, block, attention, norm_factor, norm_term, self._precision)
 
     def norm_term_product(self, block: Block, norm_term: Tensor, raw: Tensor) -> None:
-        p = self._p
-        wide, precision = norm_term.dtype == torch.float32, self._precision
-        if wide and p.patches.dtype != torch.float32 and torch.version.hip is None:
-            precision = "tf32"  # holds patches of 16 bits exactly
-        chosen = tiles.NORM_TERM_PRODUCT[norm_term.element_size()]
-        block_d = min(chosen.block_d, max(16, tiles.power_of_two(p.d)))
-        launch.run(
-            launch.kernels().norm_term_product_kernel,
-            block.images * tiles.ceil_div(p.n, chosen.block_n) * tiles.ceil_div(p.d, block_d),
-            (norm_term, p.patches, p.inv_p, p.mask, raw, block.b0, p.n, p.d)
-            + (norm_term.stride(1), *p.patches.stride(), *launch.mask_strides(p.mask)),
-            dict(
-                BLOCK_N=chosen.block_n,
-                BLOCK_D=block_d,
-                BLOCK_M=chosen.step,
-                C_ALIGN=tiles.NORM_TERM_ALIGNMENT,
-                HAS_MASK=p.mask is not None,
-                EVEN_D=p.d % block_d == 0,
-                PRECISION=precision,
-            ),
-            chosen.warps,
-            chosen.stages,
-        )
+        norm_terms.add_product(self._p, block, norm_term, raw, self._precision)
 
     def max_texts(self, grad_phi: Tensor, texts_sum: Tensor) -> None:
-        p = self._p
-        constants = tiles.max_texts(p.d)
-        launch.run(
-            launch.kernels().max_texts_kernel,
-            tiles.ceil_div(p.k, constants["TEXTS"]) * tiles.ceil_div(p.d, constants["BLOCK_D"]),
-            (p.patches, p.inv_p, p.inv_t, p.state, grad_phi, texts_sum, p.b, p.n, p.k, p.d, *p.patches.stride()),
-            constants,
-        )
+        largest.texts(self._p, grad_phi, texts_sum)
 
     def max_patches(self, block: Block, grad_phi: Tensor, range_scale: Tensor | None, raw: Tensor) -> None:
-        p = self._p
-        chosen = tiles.MAX_PATCHES[p.patches.element_size()]
-        block_d = min(chosen.block_d, max(16, tiles.power_of_two(p.d)))
-        launch.run(
-            launch.kernels().max_patches_kernel,
-            block.images * tiles.ceil_div(p.n, chosen.block_n) * tiles.ceil_div(p.d, block_d),
-            (p.texts, p.inv_p, p.inv_t, p.state, grad_phi, range_scale, raw)
-            + (block.b0, p.n, p.k, p.d, *p.texts.stride()),
-            dict(
-                BLOCK_N=chosen.block_n,
-                BLOCK_D=block_d,
-                BLOCK_K=chosen.step,
-                SCALED=range_scale is not None,
-                EVEN_D=p.d % block_d == 0,
-                PRECISION=self._precision,
-            ),
-            chosen.warps,
-            chosen.stages,
-        )
+        largest.patches(self._p, block, grad_phi, range_scale, raw, self._precision)
 
     def _weights_config(self, needs_temperature: bool) -> tiles.Config:
         p = self._p
-        full = p.mask is not None or needs_temperature
+        full = p.mask is not None or needs_temperature or p.packed is not None
         return tiles.config("weights_full" if full else "weights", p.patches, p.texts)
 
     def _programs(self, block: Block, chosen: tiles.Config) -> int:
@@ -333,11 +316,12 @@ def _temperature_constants(temperature: float | Tensor) -> launch.Constants:
 
 
 def _weight_tiles(p: Problem, block: Block, chosen: tiles.Config) -> int:
-    return tiles.ceil_div(block.images * p.n, chosen.block_p) * tiles.ceil_div(block.texts, chosen.block_t)
+    rows = p.rows(block)
+    return tiles.ceil_div(rows.stop - rows.start, chosen.block_p) * tiles.ceil_div(block.texts, chosen.block_t)
 
 
 def _images_of_a_quarter(p: Problem, chosen: tiles.Config) -> int:
-    return tiles.images_of_a_tile(p.n, chosen.block_p // 4)
+    return 1 if p.packed is not None else tiles.images_of_a_tile(p.n, chosen.block_p // 4)
 
 
 def _descriptors(patches: Tensor, texts: Tensor, chosen: tiles.Config) -> tuple[Any, Any]:

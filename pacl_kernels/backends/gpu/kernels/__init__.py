@@ -21,6 +21,7 @@ from .forward import compatibility_forward_kernel
 from .largest import max_patches_kernel, max_texts_kernel
 from .loss import loss_backward_kernel, shifted_logsumexp_kernel, sigmoid_loss_kernel
 from .norm_term import DTYPES, norm_term_kernel, norm_term_product_kernel
+from .packed import packed_forward_kernel
 from .rows import inverse_norms_kernel, project_out_kernel
 from .sigmoid import sigmoid_weights_kernel
 from .upsample import upsample_argmax_kernel
@@ -40,6 +41,7 @@ __all__ = [
     "max_texts_kernel",
     "norm_term_kernel",
     "norm_term_product_kernel",
+    "packed_forward_kernel",
     "project_out_kernel",
     "shifted_logsumexp_kernel",
     "sigmoid_loss_kernel",

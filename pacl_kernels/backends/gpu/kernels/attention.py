@@ -5,6 +5,7 @@ import triton.language as tl
 
 from .scores import patch_columns, product
 from .shared import LOG2E, fma, round_to, scalar
+from .tables import attention_column, row_pitch
 
 
 @triton.jit
@@ -99,7 +100,38 @@ def _attention_quarter(
     tl.store(base + (at_text + at[None, :]), round_to(a, A.dtype.element_ty), mask=live)
 
 
-@triton.jit(do_not_specialize=("image_begin", "image_end", "N", "K", "stride_phi", "stride_image"))
+@triton.jit
+def _packed_attention_quarter(
+    acc, col0, inv_t, text0, texts, t_live, row0, row_begin, row_end, first_image, STARTS, ROW_IMAGE,
+    MASK, INV_P, PHI, STATE, A, K, scale, stride_mb, stride_phi, COLS: tl.constexpr, HAS_MASK: tl.constexpr,
+):  # fmt: skip
+    """Do the same as `_attention_quarter` for packed images, one after the other."""
+    row = row0 + col0
+    rows, _, p_live = patch_columns(MASK, 0, row, row_end, 1, 0, 0, stride_mb, 0, COLS, 0, HAS_MASK)
+    inv_p = tl.load(INV_P + rows, mask=p_live, other=0.0)[None, :]
+    s = acc * inv_p * inv_t[:, None]
+    if row < row_end:
+        first = tl.load(ROW_IMAGE + row)
+        last = tl.load(ROW_IMAGE + tl.minimum(row + COLS, row_end) - 1)
+        for later in range(last - first + 1):
+            image = first + later
+            begin = tl.load(STARTS + image)
+            end = tl.load(STARTS + image + 1)
+            at_pair = image.to(tl.int64) * stride_phi + texts
+            state = tl.load(STATE + at_pair, mask=t_live, other=0.0)[:, None]
+            phi = 0.0
+            if PHI is not None:
+                phi = tl.load(PHI + at_pair, mask=t_live, other=0.0)[:, None]
+            a, centred = attention_of(s, PHI, phi, state, scale)
+            a = tl.where(p_live[None, :], a, 0.0)  # masked columns may hold anything, NaN included
+            pitch = row_pitch(end - begin)
+            base = A + attention_column(image - first_image, begin - row_begin) * K + text0.to(tl.int64) * pitch
+            at = ((texts - text0) * pitch)[:, None] + (rows - begin)[None, :]
+            inside = (rows >= begin) & (rows < end) & (rows < row_end)
+            tl.store(base + at, round_to(a, A.dtype.element_ty), mask=t_live[:, None] & inside[None, :])
+
+
+@triton.jit(do_not_specialize=("image_begin", "image_end", "N", "K", "stride_phi", "stride_image", "first_image"))
 def attention_kernel(
     P, T, MASK, TAU, INV_P, INV_T, PHI, STATE, A,
     image_begin, image_end, N, K, D,
@@ -107,12 +139,14 @@ def attention_kernel(
     BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, IMAGES: tl.constexpr, ALIGN: tl.constexpr,
     TAU_IS_TENSOR: tl.constexpr, HAS_MASK: tl.constexpr,
     DESCRIPTORS: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
+    STARTS=None, ROW_IMAGE=None, first_image=None,
 ):  # fmt: skip
     """Write the attention A `[images, K, stride_text]` of a block of images, for the cosine form.
 
     With PHI, φ and STATE are those of the `dot` form; without, STATE is the log-sum-exp. Their rows are `stride_phi`
     apart, so that a block of texts can be a slice. IMAGES: the most images that a quarter of a tile touches.
-    Compile without FMA contraction, see `attention_of`.
+    Packed images come as images of one patch, see `tables.py`; `first_image` is the first of the block, whereas PHI and
+    STATE begin at the first of all. Compile without FMA contraction, see `attention_of`.
     """
     # The divisions tell the compiler how rows are aligned, and where images begin in a row.
     N = N // ALIGN * ALIGN
@@ -144,10 +178,17 @@ def attention_kernel(
             both = left if half == 0 else right
             first, second = tl.split(tl.permute(tl.reshape(both, [BLOCK_T, 2, QUARTER]), [0, 2, 1]))
             for quarter in tl.static_range(2):
-                _attention_quarter(
-                    first if quarter == 0 else second, (2 * half + quarter) * QUARTER,
-                    inv_t, text0, texts, t_live, row0, image_begin, image_end, at_row,
-                    MASK, INV_P, PHI, STATE, A, N, scale,
-                    stride_mb, stride_mn, stride_phi, stride_image, stride_text,
-                    QUARTER, IMAGES, ALIGN, HAS_MASK,
-                )  # fmt: skip
+                if STARTS is None:
+                    _attention_quarter(
+                        first if quarter == 0 else second, (2 * half + quarter) * QUARTER,
+                        inv_t, text0, texts, t_live, row0, image_begin, image_end, at_row,
+                        MASK, INV_P, PHI, STATE, A, N, scale,
+                        stride_mb, stride_mn, stride_phi, stride_image, stride_text,
+                        QUARTER, IMAGES, ALIGN, HAS_MASK,
+                    )  # fmt: skip
+                else:
+                    _packed_attention_quarter(
+                        first if quarter == 0 else second, (2 * half + quarter) * QUARTER,
+                        inv_t, text0, texts, t_live, row0, image_begin, image_end, first_image, STARTS, ROW_IMAGE,
+                        MASK, INV_P, PHI, STATE, A, K, scale, stride_mb, stride_phi, QUARTER, HAS_MASK,
+                    )  # fmt: skip

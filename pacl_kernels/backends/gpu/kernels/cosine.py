@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from .shared import INTERPRETED, LOG2E, round_to, scalar, sum_pair, sum_three
+from .tables import attention_column, image_tile, row_pitch, square
 
 
 @triton.jit
@@ -34,14 +35,20 @@ def _products(
 def gram_kernel(
     P, MASK, INV_P, GRAM, image_begin, N, D, stride_pb, stride_pn, stride_pd, stride_mb, stride_mn, stride_gram,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, HAS_MASK: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
+    STARTS=None, ITEMS=None, SQUARES=None,
 ):  # fmt: skip
     """Write GRAM `[images, N, stride_gram]`, the cosines between the patches of each image.
 
     Masked patches and columns past N are 0. Only tiles on and above the diagonal are computed.
     """
-    tiles = tl.cdiv(N, BLOCK_N)
-    image = tl.program_id(0) // (tiles * tiles)
-    tile = tl.program_id(0) % (tiles * tiles)
+    if STARTS is None:
+        tiles = tl.cdiv(N, BLOCK_N)
+        image = tl.program_id(0) // (tiles * tiles)
+        tile = tl.program_id(0) % (tiles * tiles)
+    else:
+        image, tile, N, row, block_row = image_tile(ITEMS, STARTS, image_begin)
+        tiles = tl.cdiv(N, BLOCK_N)
+        stride_gram = row_pitch(N)
     tile_n, tile_m = tile // tiles, tile % tiles
     if tile_n > tile_m:
         return
@@ -49,20 +56,29 @@ def gram_kernel(
     m = tile_m * BLOCK_N + tl.arange(0, BLOCK_N)
     n_live, m_live = n < N, m < N
     if HAS_MASK:
-        mask = MASK + (image_begin + image).to(tl.int64) * stride_mb
+        if STARTS is None:
+            mask = MASK + (image_begin + image).to(tl.int64) * stride_mb
+        else:
+            mask = MASK + row.to(tl.int64) * stride_mn
         n_live &= tl.load(mask + n * stride_mn, mask=n_live, other=0) != 0
         m_live &= tl.load(mask + m * stride_mn, mask=m_live, other=0) != 0
-    base = P + (image_begin + image).to(tl.int64) * stride_pb
+    if STARTS is None:
+        base = P + (image_begin + image).to(tl.int64) * stride_pb
+    else:
+        base = P + row.to(tl.int64) * stride_pn
     rows_n = base + (n.to(tl.int64) * stride_pn)[:, None]
     rows_m = base + (m.to(tl.int64) * stride_pn)[:, None]
     if tile_n == tile_m:
         acc = _products(rows_n, rows_m, n_live, m_live, D, stride_pd, BLOCK_N, BLOCK_D, True, EVEN_D, PRECISION)
     else:
         acc = _products(rows_n, rows_m, n_live, m_live, D, stride_pd, BLOCK_N, BLOCK_D, False, EVEN_D, PRECISION)
-    inv = INV_P + (image_begin + image) * N
+    inv = INV_P + (image_begin + image) * N if STARTS is None else INV_P + row
     acc *= tl.load(inv + n, mask=n_live, other=0.0)[:, None] * tl.load(inv + m, mask=m_live, other=0.0)[None, :]
     acc = acc.to(GRAM.dtype.element_ty)
-    gram = GRAM + image.to(tl.int64) * N * stride_gram
+    if STARTS is None:
+        gram = GRAM + image.to(tl.int64) * N * stride_gram
+    else:
+        gram = GRAM + square(SQUARES, image, image_begin)
     tl.store(gram + ((n * stride_gram)[:, None] + m[None, :]), acc, mask=(n < N)[:, None] & (m < stride_gram)[None, :])
     if tile_n != tile_m:
         tl.store(gram + ((m * stride_gram)[:, None] + n[None, :]), acc.T, mask=(m < N)[:, None])
@@ -113,7 +129,7 @@ def _columns(q, A, a_rows, t_live, m0, width, PART: tl.constexpr, BLOCK_T: tl.co
 def cosine_forward_from_attention_kernel(
     A, GRAM, TAU, PHI, STATE, image_begin, N, K, stride_image, stride_text, stride_gram, stride_phi, floor,
     BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, A_ALIGN: tl.constexpr,
-    TAU_IS_TENSOR: tl.constexpr, PRECISION: tl.constexpr,
+    TAU_IS_TENSOR: tl.constexpr, PRECISION: tl.constexpr, STARTS=None, ITEMS=None, SQUARES=None,
 ):  # fmt: skip
     """Overwrite φ of `dot` with that of the cosine form, φ / max(r, floor) with r² = aᵀ G a.
 
@@ -123,17 +139,30 @@ def cosine_forward_from_attention_kernel(
     # The divisions tell the compiler how rows of A are aligned.
     stride_image = stride_image // A_ALIGN * A_ALIGN
     stride_text = stride_text // A_ALIGN * A_ALIGN
+    if STARTS is not None:
+        image, tile, N, row, block_row = image_tile(ITEMS, STARTS, image_begin)
+        stride_text = row_pitch(N)
+        stride_gram = row_pitch(N)
     width = tl.cdiv(N, A_ALIGN) * A_ALIGN
     tau = scalar(TAU, TAU_IS_TENSOR)
     scale = LOG2E / tau
     text_tiles = tl.cdiv(K, BLOCK_T)
-    image = tl.program_id(0) // text_tiles
-    text0 = tl.program_id(0) % text_tiles * BLOCK_T
+    if STARTS is None:
+        image = tl.program_id(0) // text_tiles
+        text0 = tl.program_id(0) % text_tiles * BLOCK_T
+    else:
+        text0 = tile * BLOCK_T
     texts = text0 + tl.arange(0, BLOCK_T)
     t_live = texts < K
-    a_image = A + image.to(tl.int64) * stride_image + text0 * stride_text
+    if STARTS is None:
+        a_image = A + image.to(tl.int64) * stride_image + text0 * stride_text
+    else:
+        a_image = A + attention_column(image, block_row) * K + text0.to(tl.int64) * stride_text
     a_rows = tl.arange(0, BLOCK_T) * stride_text
-    gram = GRAM + image.to(tl.int64) * N * stride_gram
+    if STARTS is None:
+        gram = GRAM + image.to(tl.int64) * N * stride_gram
+    else:
+        gram = GRAM + square(SQUARES, image, image_begin)
     squared = tl.zeros([BLOCK_T], tl.float32)
     total = tl.zeros([BLOCK_T], tl.float32)
     for m0 in range(0, N, BLOCK_M):
@@ -203,7 +232,7 @@ def cosine_weights_from_attention_kernel(
     image_begin, N, K, stride_image, stride_text, stride_w, stride_gram, stride_phi, floor,
     BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, A_ALIGN: tl.constexpr, N_ALIGN: tl.constexpr,
     WHOLE: tl.constexpr, TAU_IS_TENSOR: tl.constexpr, NEEDS_TAU: tl.constexpr, SCALED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, STARTS=None, ITEMS=None, SQUARES=None,
 ):  # fmt: skip
     """Write W `[K, rows]` of the cosine form, and NORM_FACTOR `[images, K]`, from the attention A.
 
@@ -217,19 +246,32 @@ def cosine_weights_from_attention_kernel(
     # The divisions tell the compiler how rows of A and W are aligned.
     stride_image = stride_image // A_ALIGN * A_ALIGN
     stride_text = stride_text // A_ALIGN * A_ALIGN
+    if STARTS is not None:
+        image, tile, N, row, block_row = image_tile(ITEMS, STARTS, image_begin)
+        stride_text = row_pitch(N)
+        stride_gram = row_pitch(N)
     width = tl.cdiv(N, A_ALIGN) * A_ALIGN
     N = N // N_ALIGN * N_ALIGN
     tau = scalar(TAU, TAU_IS_TENSOR)
     scale = LOG2E / tau
     range_scale = tl.load(RANGE_SCALE) if SCALED else 1.0
     text_tiles = tl.cdiv(K, BLOCK_T)
-    image = tl.program_id(0) // text_tiles
-    text0 = tl.program_id(0) % text_tiles * BLOCK_T
+    if STARTS is None:
+        image = tl.program_id(0) // text_tiles
+        text0 = tl.program_id(0) % text_tiles * BLOCK_T
+    else:
+        text0 = tile * BLOCK_T
     texts = text0 + tl.arange(0, BLOCK_T)
     t_live = texts < K
-    a_image = A + image.to(tl.int64) * stride_image + text0 * stride_text
+    if STARTS is None:
+        a_image = A + image.to(tl.int64) * stride_image + text0 * stride_text
+    else:
+        a_image = A + attention_column(image, block_row) * K + text0.to(tl.int64) * stride_text
     a_rows = tl.arange(0, BLOCK_T) * stride_text
-    gram = GRAM + image.to(tl.int64) * N * stride_gram
+    if STARTS is None:
+        gram = GRAM + image.to(tl.int64) * N * stride_gram
+    else:
+        gram = GRAM + square(SQUARES, image, image_begin)
     at = (image_begin + image).to(tl.int64) * stride_phi + texts
     state = tl.load(STATE + at, mask=t_live, other=0.0)
     # A small log-sum-exp is added before the mean is taken: then u, a small difference of the two, is exact.
@@ -264,8 +306,12 @@ def cosine_weights_from_attention_kernel(
     tl.store(NORM_FACTOR + image * K + texts, norm_factor * range_scale, mask=t_live)
     g *= share
     inv_t = tl.load(INV_T + texts, mask=t_live, other=0.0) * range_scale
-    inv_p = INV_P + (image_begin + image) * N
-    w = W + text0.to(tl.int64) * stride_w + image * N
+    if STARTS is None:
+        inv_p = INV_P + (image_begin + image) * N
+        w = W + text0.to(tl.int64) * stride_w + image * N
+    else:
+        inv_p = INV_P + row
+        w = W + text0.to(tl.int64) * stride_w + block_row
     if WHOLE:
         tau_sum = _store_weights(
             q, a_image, a_rows, t_live, 0, width, slope, mean_q, anchor, mean_bits, g, inv_t, inv_p, w, stride_w, N,
