@@ -101,6 +101,7 @@ class Run:
     pooling: str = "all pairs"  # "paired": attend with an image's own caption for every text; "mean": no attention
     tower: str = "clip"  # "random": the tower before training
     split: str = "eval"
+    tolerance: float = 0.0  # grad_tolerance of the all-pairs loss
 
     @property
     def name(self) -> str:
@@ -171,7 +172,7 @@ def plan(out: Path) -> tuple[list[Run], list[Run]]:
     for batch, rates in LRS.items():
         runs = [Run("hard", batch, rate, TUNE_SEED, split="tune") for rate in rates]
         while True:
-            found = [_result(out, run) for run in runs]
+            found = [result(out, run) for run in runs]
             tune += [run for run in runs if run not in tune]
             if None in found:
                 break
@@ -195,7 +196,7 @@ def plan(out: Path) -> tuple[list[Run], list[Run]]:
     return tune, rest
 
 
-def _result(out: Path, run: Run) -> list[dict] | None:
+def result(out: Path, run: Run) -> list[dict] | None:
     path = out / "runs" / f"{run.name}.json"
     return json.loads(path.read_text())["points"] if path.exists() else None
 
@@ -208,14 +209,15 @@ def train(run: Run, out: Path, size: Size) -> str:
     data = load_file(out / f"{run.world}.safetensors")
     kind = "random_tokens" if run.tower == "random" else "tokens"
     steps = size.images // run.batch
-    config = embedder_config(steps, run.batch, lr=run.lr, learn_attn_temperature=run.tau is None)
+    changes = {"lr": run.lr, "learn_attn_temperature": run.tau is None, "grad_tolerance": run.tolerance}
+    config = embedder_config(steps, run.batch, **changes)
     model = Trainable(VisionEmbedder(data["train.tokens"].shape[2], data["classes"].shape[1]), config)
-    points = Points(run, model, data, steps)
-    pairs = embedder_pairs(data[f"train.{kind}"], data["train.texts"], run.batch, run.seed)
-    Trainer(model, config, steps, loss=_loss(run)).run(pairs, points.step)
+    trainer = Trainer(model, config, steps, loss=_loss(run))
+    points = Points(run, trainer, data, steps)
+    trainer.run(embedder_pairs(data[f"train.{kind}"], data["train.texts"], run.batch, run.seed), points.step)
     seconds = time.perf_counter() - begin
-    result = {**dataclasses.asdict(run), "points": points.rows, "seconds": round(seconds, 1)}
-    write_bytes(out / "runs" / f"{run.name}.json", (json.dumps(result) + "\n").encode())
+    record = {**dataclasses.asdict(run), "points": points.rows, "seconds": round(seconds, 1)}
+    write_bytes(out / "runs" / f"{run.name}.json", (json.dumps(record) + "\n").encode())
     return f"{run.name}: mIoU {points.rows[-1]['miou']:.3f}, {seconds:.0f} s"
 
 
@@ -228,7 +230,8 @@ def _loss(run: Run) -> Callable[..., Tensor]:
     def loss(patches: Tensor, texts: Tensor, logit_scale: Tensor, *learned: Tensor) -> Tensor:
         tau = learned[0] if run.tau is None else run.tau
         patches, texts = patches.bfloat16(), texts.bfloat16()
-        return fused_pacl_loss(patches, texts, logit_scale, attn_temperature=tau, form=run.form)
+        options = {"attn_temperature": tau, "form": run.form, "grad_tolerance": run.tolerance}
+        return fused_pacl_loss(patches, texts, logit_scale, **options)
 
     return loss
 
@@ -247,20 +250,32 @@ def paired(patches: Tensor, texts: Tensor, logit_scale: Tensor, *, tau: float) -
 
 
 class Points:
-    """Stand-in for a progress bar that measures the embedder after 1/16, 1/8, ... of the steps."""
+    """Stand-in for a progress bar that measures the embedder after 1/16, 1/8, ... of the steps.
 
-    def __init__(self, run: Run, model: Trainable, data: dict[str, Tensor], total: int):
-        self.run, self.model, self.data, self.done = run, model, data, 0
+    The mean loss, and with a tolerance the mean share of pairs kept, are those of the steps since the point before.
+    """
+
+    def __init__(self, run: Run, trainer: Trainer, data: dict[str, Tensor], total: int):
+        self.run, self.trainer, self.data, self.done = run, trainer, data, 0
         self.rows: list[dict] = []
+        self.losses: list[float] = []
+        self.shares: list[float] = []
         self.due = {max(1, total >> shift) for shift in range(5)}
 
     def step(self, loss: Tensor) -> None:
         self.done += 1
+        self.losses.append(loss.item())
+        if self.trainer.kept_share is not None:
+            self.shares.append(self.trainer.kept_share)
         if self.done in self.due:
-            row = {"step": self.done, "images": self.done * self.run.batch, "loss": loss.item()}
-            learned = self.model.log_temperature
-            tau = self.run.tau if learned is None else learned.exp().item()
-            self.rows.append(row | measure(self.run, self.model.embedder, self.data, tau))
+            row = {"step": self.done, "images": self.done * self.run.batch, "loss": self.losses[-1]}
+            row["mean_loss"] = statistics.mean(self.losses)
+            if self.shares:
+                row["kept_share"] = statistics.mean(self.shares)
+            model = self.trainer.model
+            tau = self.run.tau if model.log_temperature is None else model.log_temperature.exp().item()
+            self.rows.append(row | measure(self.run, model.embedder, self.data, tau))
+            self.losses, self.shares = [], []
 
 
 @torch.no_grad()
@@ -305,7 +320,7 @@ def work(out: Path, size: Size, processes: int) -> None:
     begin = time.perf_counter()
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
         list(pool.map(partial(prepare, out=out, size=size), reversed(WORLDS)))
-        while todo := [run for stage in plan(out) for run in stage if _result(out, run) is None]:
+        while todo := [run for stage in plan(out) for run in stage if result(out, run) is None]:
             for count, line in enumerate(pool.map(partial(train, out=out, size=size), todo), start=1):
                 print(f"[{count}/{len(todo)}, {(time.perf_counter() - begin) / 60:.0f} min] {line}", flush=True)
 
@@ -316,7 +331,7 @@ def work(out: Path, size: Size, processes: int) -> None:
 def report(out: Path) -> dict:
     """Return means and spreads over seeds of every kind of finished run, and the number of missing runs."""
     tune, rest = plan(out)
-    found = {run: points for run in (*tune, *rest) if (points := _result(out, run)) is not None}
+    found = {run: points for run in (*tune, *rest) if (points := result(out, run)) is not None}
     groups: dict[Run, list[list[dict]]] = {}
     for run in rest:
         if run in found:
@@ -324,7 +339,7 @@ def report(out: Path) -> dict:
     rows = []
     for run, curves in groups.items():
         points = [
-            {name: _mean([curve[i][name] for curve in curves]) for name in curves[0][i]} for i in range(len(curves[0]))
+            {name: spread([curve[i][name] for curve in curves]) for name in curves[0][i]} for i in range(len(curves[0]))
         ]
         rows.append({**dataclasses.asdict(run), "seeds": len(curves), "points": points})
     seconds = [json.loads(path.read_text())["seconds"] for path in (out / "runs").glob("*.json")]
@@ -338,13 +353,13 @@ def report(out: Path) -> dict:
     }
 
 
-def _mean(values: list[float]) -> dict[str, float] | float:
+def spread(values: list[float]) -> dict[str, float] | float:
     if len(set(values)) == 1:
         return values[0]
     return {"mean": statistics.mean(values), "min": min(values), "max": max(values)}
 
 
-def plot(result: dict, path: Path) -> None:
+def plot(found: dict, path: Path) -> None:
     """Plot mIoU against images seen and against steps, with a line per batch size, and the controls as bars."""
     import matplotlib
 
@@ -353,7 +368,7 @@ def plot(result: dict, path: Path) -> None:
 
     figure, axes = pyplot.subplots(len(WORLDS), 3, figsize=(13, 4 * len(WORLDS)), squeeze=False)
     for line, world in zip(axes, WORLDS, strict=True):
-        rows = [row for row in result["rows"] if row["world"] == world]
+        rows = [row for row in found["rows"] if row["world"] == world]
         for row in rows:
             if label(row) != f"τ = {STUDY_TAU:g}":
                 continue
@@ -366,8 +381,8 @@ def plot(result: dict, path: Path) -> None:
         controls = [row for row in rows if row["batch"] == STUDY_BATCH]
         last = [row["points"][-1]["miou"] for row in controls]
         line[2].barh([label(row) for row in controls], [100 * centre(value) for value in last])
-        spread = [value if isinstance(value, dict) else {"min": value, "max": value} for value in last]
-        line[2].hlines(range(len(last)), *([100 * s[k] for s in spread] for k in ("min", "max")), colors="black")
+        ends = [value if isinstance(value, dict) else {"min": value, "max": value} for value in last]
+        line[2].hlines(range(len(last)), *([100 * end[k] for end in ends] for k in ("min", "max")), colors="black")
         line[2].set(xlabel="mIoU, %", title=f"{world} world, batch {STUDY_BATCH}")
         line[2].invert_yaxis()
     figure.tight_layout()
@@ -391,12 +406,12 @@ def main() -> None:
     if arguments.command == "run":
         work(arguments.out, QUICK if arguments.quick else Size(), arguments.processes)
         return
-    result = report(arguments.out)
-    print(tables_of_study(result))
+    found = report(arguments.out)
+    print(tables_of_study(found))
     if arguments.json:
-        write_bytes(arguments.json, (json.dumps(result, indent=1) + "\n").encode())
+        write_bytes(arguments.json, (json.dumps(found, indent=1) + "\n").encode())
     if arguments.plot:
-        plot(result, arguments.plot)
+        plot(found, arguments.plot)
 
 
 if __name__ == "__main__":

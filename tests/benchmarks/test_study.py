@@ -62,7 +62,7 @@ def test_runs_are_kept_and_reported(tmp_path):
     runs = [run for run in tune if run.batch == 64]
     for run in runs:
         study.train(run, tmp_path, SIZE)
-    assert [study._result(tmp_path, run) is not None for run in tune] == [run in runs for run in tune]
+    assert [study.result(tmp_path, run) is not None for run in tune] == [run in runs for run in tune]
     for changes in (
         {},
         {"tau": None},
@@ -73,7 +73,7 @@ def test_runs_are_kept_and_reported(tmp_path):
     ):
         run = study.Run("demo", 16, 1e-3, 0, **changes)
         study.train(run, tmp_path, SIZE)
-        assert [point["step"] for point in study._result(tmp_path, run)] == [1, 2, 4]
+        assert [point["step"] for point in study.result(tmp_path, run)] == [1, 2, 4]
     result = study.report(tmp_path)
     assert result["missing_runs"] in (6, 7) and len(result["tuning"]) == 2
 
