@@ -119,7 +119,11 @@ class Call(NamedTuple):
 
     @property
     def _is_one_call(self) -> bool:
-        return self.text_pool is None and (self.patch_lengths is None or backends.takes_packed_patches(self.backend))
+        return self.text_pool is None and (self.patch_lengths is None or self._takes_packed)
+
+    @property
+    def _takes_packed(self) -> bool:
+        return backends.takes_packed_patches(self.backend, self.text_index is not None)
 
     def _rectangle(self) -> Call:
         """Return the call with packed patches as a rectangle, if all images have the same number."""
@@ -171,7 +175,7 @@ class Call(NamedTuple):
         most = max(1, BLOCK_BYTES // (3 * phi.element_size() * columns))
         call = self._replace(texts=rows, text_mask=None, text_lengths=None, text_pool=None)
         lengths = self.patch_lengths
-        if lengths is not None and not backends.takes_packed_patches(self.backend):
+        if lengths is not None and not self._takes_packed:
             row_bytes = self.patches.shape[1] * self.patches.element_size()
             for group in groups(lengths, row_bytes, most, self.patches.device):
                 patches, mask = group.gather(self.patches, self.patch_mask)

@@ -151,8 +151,11 @@ def keeps_scores(backend: str, form: str, dtype: torch.dtype) -> bool:
     return backend == "cpu" and cpu.keeps_scores(form, dtype)
 
 
-def takes_packed_patches(backend: str) -> bool:
-    """Return True if the backend takes `patch_lengths`: patches are then `[ΣN, D]` and the mask is `[ΣN]`."""
+def takes_packed_patches(backend: str, lists: bool = False) -> bool:
+    """Return True if the backend takes `patch_lengths`: patches are then `[ΣN, D]` and the mask is `[ΣN]`.
+
+    `lists`: together with `text_index`.
+    """
     return backend == "cpu"
 
 
@@ -163,7 +166,7 @@ def drops_pairs(backend: str) -> bool:
 
 def takes_lists(backend: str, normalize: str) -> bool:
     """Return True if the backend takes `text_index`, int64 `[B, M]` in range or -1; φ is then `[B, M]`."""
-    return backend == "torch" or backend == "cpu" and normalize == "both"
+    return backend == "torch" or backend in ("cpu", "triton", "cuda") and normalize == "both"
 
 
 def computes_sigmoid_step(backend: str, form: str, dtype: torch.dtype, n: int) -> bool:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...native import native
-from . import launch, order, tiles, triton
+from . import launch, lists, order, tiles, triton
 from .loss import loss_backward, loss_forward
 from .problem import SIGMOID_SUMS, Block, Problem, SigmoidPairs, Upstream
 from .upsample import upsample_argmax
@@ -273,6 +273,8 @@ def fits_sigmoid(n: int) -> bool:
     return fits
 
 
-compatibility_forward = functools.partial(order.compatibility_forward, HopperLaunches)
-compatibility_backward = functools.partial(order.compatibility_backward, HopperLaunches)
+# Triton's launches take the lists. mypy is right about what they lack, see triton.py.
+_BOTH = HopperLaunches, triton.TritonLaunches
+compatibility_forward = functools.partial(lists.compatibility_forward, *_BOTH)  # type: ignore[arg-type]
+compatibility_backward = functools.partial(lists.compatibility_backward, *_BOTH)  # type: ignore[arg-type]
 sigmoid_step = functools.partial(order.sigmoid_step, HopperLaunches)
