@@ -76,6 +76,10 @@ def compatibility_backward(
             _backward(
                 launches_of_lists, p, form, text_index, grad_phi, grad_patches, grad_texts, grad_temperature, null_patch
             )
+    if grad_texts is not None:  # the projection of an unlisted text that is NaN
+        unlisted = torch.ones(len(texts) + 1, dtype=torch.bool, device=texts.device)
+        unlisted[text_index.flatten()] = False  # -1 is the last
+        grad_texts.masked_fill_(unlisted[:-1, None], 0.0)
     if null_patch and form == "dot" and grad_temperature is not None:
         null.add_to_temperature(grad_temperature, phi, state, grad_phi, temperature, null.BITS)
 
