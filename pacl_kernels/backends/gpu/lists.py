@@ -106,7 +106,7 @@ def _backward(
     for images in _blocks(p, form, index):
         part = _part(p, images, index[images])
         upstream = Upstream(grad_phi[images], range_scale, grad_temperature is not None)
-        w = p.patches.new_empty(part.k, part.b * p.n)
+        w = p.patches.new_empty(part.k, tiles.ceil_div(part.b * p.n, 16) * 16)  # rows are aligned
         raw_scores = _raw_scores(part)
         if form == "dot":
             _scores(part, raw_scores)
@@ -122,7 +122,7 @@ def _backward(
             tau_parts = launches.cosine_weights_from_attention(part.pairs, upstream, attention, gram, w, norm_factor)
         if tau_parts is not None:
             tau_sum += tau_parts.sum(dtype=torch.float64)
-        weights = w.view(part.k, part.b, p.n).transpose(0, 1)
+        weights = w[:, : part.b * p.n].unflatten(1, (part.b, p.n)).transpose(0, 1)
         if grad_patches is not None:
             raw = _product(weights.mT, part.texts.transpose(0, 1))
             if form == "cosine":
@@ -183,6 +183,7 @@ def _blocks(p: Problem, form: str, index: Tensor) -> Iterator[slice]:
         pairs += m * tiles.pitch(p.n, p.gram_dtype.itemsize) * p.gram_dtype.itemsize
         image += p.n * (p.n + 16) * 8
     step = max(1, workspace.WORKSPACE // (pairs + image))
+    step -= step % 16 if step > 16 else 0  # so that every block begins at an aligned address
     for first in range(0, p.b, step):
         yield slice(first, min(first + step, p.b))
 
@@ -193,13 +194,12 @@ def _part(p: Problem, images: slice, index: Tensor) -> Problem:
     Its texts are `[M, images, D]`, a transposed view, and `inv_t` is `[images, M]`; both are 0 where a list has none.
     """
     known, missing = index.clamp_min(0), index < 0
-    values = p.phi.new_empty(2, *index.shape)
     return p._replace(
         patches=p.patches[images],
         texts=p.texts[known].masked_fill_(missing[..., None], 0.0).transpose(0, 1),
         mask=None if p.mask is None else p.mask[images],
-        phi=values[0],
-        state=values[1],
+        phi=p.phi.new_empty(index.shape),
+        state=p.phi.new_empty(index.shape),
         inv_p=p.inv_p[images.start * p.n : images.stop * p.n],
         inv_t=p.inv_t[known].masked_fill_(missing, 0.0),
     )

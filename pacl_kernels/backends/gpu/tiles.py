@@ -238,9 +238,9 @@ def max_texts(d: int) -> dict[str, int]:
 
 
 def listed(n: int) -> tuple[int, int]:
-    """Return the pairs and patches of a tile of scores in memory, 32 elements per thread."""
+    """Return the pairs and patches of a tile of scores in memory, 16 elements per thread."""
     block_n = min(256, max(16, power_of_two(n)))
-    return 4096 // block_n, block_n
+    return 2048 // block_n, block_n
 
 
 def sum_rows(d: int) -> tuple[int, int]:
