@@ -161,7 +161,7 @@ def takes_packed_patches(backend: str, lists: bool = False) -> bool:
 
 def drops_pairs(backend: str) -> bool:
     """Return True if the backward of the backend takes `grad_tolerance` and returns `KeptPairs`, or None for all."""
-    return backend == "cpu"
+    return backend in ("cpu", "triton", "cuda")
 
 
 def takes_lists(backend: str, normalize: str) -> bool:

@@ -6,10 +6,12 @@ import pytest
 import torch
 from accuracy import check, evaluate
 from problems import FORMS, Case, make
+from test_grad_tolerance import sparse
 from test_text_index import NEEDS, over_all_pairs, with_lists
 from test_triton import DEVICE
 
-from pacl_kernels import available_backends, compatibility
+from pacl_kernels import available_backends, compatibility, kept_pairs
+from pacl_kernels.backends.gpu import lists as gpu_lists
 from pacl_kernels.backends.gpu import workspace
 
 pytestmark = pytest.mark.skipif(available_backends()["triton"] is not None, reason=str(available_backends()["triton"]))
@@ -67,6 +69,25 @@ def test_null_patch(form):
         answers.append((phi, *torch.autograd.grad(phi.sin().sum(), leaves)))
     for got, expected in zip(*answers, strict=True):
         torch.testing.assert_close(got, expected, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("form, dtype", [("dot", F32), ("dot", F16), ("cosine", BF16)])
+def test_the_pairs_that_matter(form, dtype, monkeypatch):
+    """With `grad_tolerance` lists differ in length, from none to all texts; images with similar ones share a block."""
+    monkeypatch.setattr(gpu_lists, "_lists_are_worth", lambda *_: True)
+    monkeypatch.setattr(workspace, "WORKSPACE", 9000)
+    problem = make(Case(5, 4, 16, K=6, mask="random"), form, "compatibility", dtype, DEVICE)
+    problem = replace(problem, upstream=sparse(problem.upstream))
+    expected = evaluate(problem, "triton")
+    leaves = [x.detach().clone().requires_grad_() for x in (problem.patches, problem.texts, problem.attn_temperature)]
+    options = {"attn_temperature": leaves[2], "form": form, "patch_mask": problem.patch_mask, "backend": "triton"}
+    phi = compatibility(*leaves[:2], grad_tolerance=1e-30, **options)
+    phi.backward(problem.upstream)
+    assert kept_pairs(phi).kept == problem.upstream.count_nonzero()
+    eps = 2e-2 if dtype == BF16 else 2e-3 if dtype == F16 else 1e-5
+    for leaf, name in zip(leaves, ("patches", "texts", "attn_temperature"), strict=True):
+        wanted = expected[name].float()
+        assert (leaf.grad.float() - wanted).norm() <= eps * wanted.norm(), name
 
 
 def test_a_list_without_a_say():

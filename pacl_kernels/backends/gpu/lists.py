@@ -7,21 +7,22 @@ in the order of the images, and added in that order, without atomics.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ... import tolerance
 from ...checks import Scalar
 from ...lists import transposed
+from ...tolerance import KeptPairs, Lists
 from .. import null_patch as null
 from . import launch, order, tiles, workspace
 from .problem import Problem, Upstream
 
-_LOG2E = 1.4426950408889634
-
 LaunchesOf = Callable[[Problem], order.Launches]
+Part = tuple[slice | Tensor, Tensor, Tensor]  # images, their lists [images, M], and ∂L/∂φ of these
 
 
 def compatibility_forward(
@@ -57,14 +58,30 @@ def compatibility_backward(
     patches: Tensor, texts: Tensor, patch_mask: Tensor | None, temperature: Scalar, form: str,
     phi: Tensor, state: Tensor, grad_phi: Tensor,
     grad_patches: Tensor | None, grad_texts: Tensor | None, grad_temperature: Tensor | None,
-    null_patch: bool = False, text_index: Tensor | None = None, **options: Any,
-) -> None:  # fmt: skip
-    """Write the gradients whose buffers are not None, from all pairs or from those of the lists."""
+    null_patch: bool = False, text_index: Tensor | None = None, grad_tolerance: float = 0.0, **options: Any,
+) -> KeptPairs | None:  # fmt: skip
+    """Write the gradients whose buffers are not None, from all pairs, from those of the lists, or from those kept.
+
+    With `grad_tolerance` and all pairs, return what was kept if pairs were left out; the `max` form leaves out none.
+    """
+    grads = grad_patches, grad_texts, grad_temperature
+    if text_index is None and grad_tolerance and form != "max" and not options:
+        least, count, mass = tolerance.threshold(grad_phi, grad_tolerance)
+        if _lists_are_worth(count, *phi.shape):
+            kept = tolerance.lists_from(grad_phi, least)
+            with launch.on_device(patches):
+                p = order.prepare(patches, texts, patch_mask, temperature, phi, state)
+                _backward(
+                    launches_of_lists, p, form, _kept_parts(p, form, kept, grad_phi), grad_phi, *grads, null_patch
+                )
+            if null_patch and form == "dot" and grad_temperature is not None:
+                grad_phi = grad_phi.masked_fill(grad_phi.abs() < least, 0.0)
+                null.add_to_temperature(grad_temperature, phi, state, grad_phi, temperature, null.BITS)
+            return KeptPairs(count, grad_phi.numel(), mass)
     if text_index is None:
         inputs = patches, texts, patch_mask, temperature, form, phi, state, grad_phi
-        grads = grad_patches, grad_texts, grad_temperature
         order.compatibility_backward(launches_of, *inputs, *grads, null_patch=null_patch, **options)
-        return
+        return None
     grad_phi = grad_phi.masked_fill(text_index < 0, 0.0)
     with launch.on_device(patches):
         p = order.prepare(patches, texts, patch_mask, temperature, phi, state)
@@ -73,29 +90,34 @@ def compatibility_backward(
             if grad_temperature is not None:
                 grad_temperature.zero_()
         else:
-            _backward(
-                launches_of_lists, p, form, text_index, grad_phi, grad_patches, grad_texts, grad_temperature, null_patch
-            )
+            parts = ((images, text_index[images], grad_phi[images]) for images in _blocks(p, form, text_index))
+            _backward(launches_of_lists, p, form, parts, grad_phi, *grads, null_patch)
     if grad_texts is not None:  # the projection of an unlisted text that is NaN
         unlisted = torch.ones(len(texts) + 1, dtype=torch.bool, device=texts.device)
         unlisted[text_index.flatten()] = False  # -1 is the last
         grad_texts.masked_fill_(unlisted[:-1, None], 0.0)
     if null_patch and form == "dot" and grad_temperature is not None:
         null.add_to_temperature(grad_temperature, phi, state, grad_phi, temperature, null.BITS)
+    return None
+
+
+def _lists_are_worth(kept: int, images: int, texts: int) -> bool:
+    """Return True if a backward over lists of `kept` pairs should be faster than one over all pairs; not timed."""
+    return kept + 48 * images <= 0.25 * images * texts
 
 
 def _backward(
     launches_of_lists: LaunchesOf,
     p: Problem,
     form: str,
-    index: Tensor,
+    parts: Iterable[Part],
     grad_phi: Tensor,
     grad_patches: Tensor | None,
     grad_texts: Tensor | None,
     grad_temperature: Tensor | None,
     null_patch: bool,
 ) -> None:
-    """Write the gradients of the `dot` and the cosine form.
+    """Write the gradients of the `dot` and the cosine form; together, `parts` have every image once.
 
     φ and the attention are computed anew: the library's products need not have the rounding of those of the forward,
     and their differences would be divided by τ.
@@ -103,9 +125,9 @@ def _backward(
     range_scale = order._range_scale(p, form, grad_phi) if p.patches.dtype == torch.float16 else None
     texts_sum = p.phi.new_zeros(p.k, p.d) if grad_texts is not None else None
     tau_sum = p.phi.new_zeros((), dtype=torch.float64)
-    for images in _blocks(p, form, index):
-        part = _part(p, images, index[images])
-        upstream = Upstream(grad_phi[images], range_scale, grad_temperature is not None)
+    for images, index, grad in parts:
+        part = _part(p, images, index)
+        upstream = Upstream(grad, range_scale, grad_temperature is not None)
         w = p.patches.new_empty(part.k, tiles.ceil_div(part.b * p.n, 16) * 16)  # rows are aligned
         raw_scores = _raw_scores(part)
         if form == "dot":
@@ -117,7 +139,7 @@ def _backward(
             launches = launches_of_lists(part)
             gram, attention = _gram(part, launches), _attention(part)
             _scores(part, raw_scores, attention)
-            part.state.add_(part.phi * _LOG2E / p.temperature)  # the log-sum-exp in bits
+            part.state.add_(part.phi / p.temperature / null.BITS)  # the log-sum-exp in bits
             norm_factor = p.phi.new_empty(part.b * part.k)
             tau_parts = launches.cosine_weights_from_attention(part.pairs, upstream, attention, gram, w, norm_factor)
         if tau_parts is not None:
@@ -129,11 +151,13 @@ def _backward(
                 norm_term = p.phi.new_empty(part.b, p.n, tiles.ceil_div(p.n, 8) * 8)[:, :, : p.n]
                 launches.norm_term(part.pairs, attention, norm_factor, norm_term)
                 launches.norm_term_product(part.pairs, norm_term, raw)
-            into = grad_patches[images].view(-1, p.d)
-            order._project_patches(part, part.pairs, raw.view(-1, p.d), into, range_scale)
+            own = grad_patches[images] if isinstance(images, slice) else grad_patches.new_empty(part.b, p.n, p.d)
+            order._project_patches(part, part.pairs, raw.view(-1, p.d), own.view(-1, p.d), range_scale)
+            if isinstance(images, Tensor):
+                grad_patches[images] = own
         if texts_sum is not None:
             rows = _product(weights, order._patch_rows(part, part.pairs).view(part.b, p.n, p.d)).flatten(0, 1)
-            places, starts = transposed(index[images], p.k)
+            places, starts = transposed(index, p.k)
             _sum_rows(rows, places * p.d, None, starts, texts_sum, 1, add=True)
     if grad_texts is not None and texts_sum is not None:
         order._project_texts(p, texts_sum, grad_texts, range_scale)
@@ -176,19 +200,42 @@ def _max_backward(
 
 def _blocks(p: Problem, form: str, index: Tensor) -> Iterator[slice]:
     """Yield slices of images, each of which fits into the workspace with all that the backward needs of it."""
-    m, size = index.shape[1], p.patches.element_size()
+    step = _images_of_a_block(p, form, index.shape[1])
+    for first in range(0, p.b, step):
+        yield slice(first, min(first + step, p.b))
+
+
+def _images_of_a_block(p: Problem, form: str, m: int) -> int:
+    """Return the number of images with `m` listed texts each that fit into the workspace."""
+    size = p.patches.element_size()
     pairs = m * (p.n * (4 + size) + p.d * (4 + size))  # raw scores, W, texts, and their gradients
     image = 4 * p.n * p.d * 2  # the gradient of the patches, and perhaps patches without the masked ones
     if form == "cosine":
         pairs += m * tiles.pitch(p.n, p.gram_dtype.itemsize) * p.gram_dtype.itemsize
         image += p.n * (p.n + 16) * 8
     step = max(1, workspace.WORKSPACE // (pairs + image))
-    step -= step % 16 if step > 16 else 0  # so that every block begins at an aligned address
-    for first in range(0, p.b, step):
-        yield slice(first, min(first + step, p.b))
+    return step - step % 16 if step > 16 else step  # so that every block begins at an aligned address
 
 
-def _part(p: Problem, images: slice, index: Tensor) -> Problem:
+def _kept_parts(p: Problem, form: str, kept: Lists, grad_phi: Tensor) -> Iterator[Part]:
+    """Yield images with lists of about the same length, longest first, with -1 where a list is shorter."""
+    sizes = kept.starts.diff()
+    by_size = sizes.argsort(descending=True, stable=True)
+    longest = sizes[by_size].tolist()
+    first = 0
+    while first < p.b:
+        m = max(1, longest[first])
+        images = by_size[first : first + _images_of_a_block(p, form, m)]
+        entry = torch.arange(m, device=sizes.device)
+        missing = entry >= sizes[images, None]
+        place = (kept.starts[images, None] + entry).clamp_max(len(kept.texts) - 1)
+        known = kept.texts[place].long()
+        grad = grad_phi[images[:, None], known].masked_fill(missing, 0.0)
+        yield images, known.masked_fill(missing, -1), grad
+        first += len(images)
+
+
+def _part(p: Problem, images: slice | Tensor, index: Tensor) -> Problem:
     """Return the problem of some images and the texts of their lists, with new φ and state.
 
     Its texts are `[M, images, D]`, a transposed view, and `inv_t` is `[images, M]`; both are 0 where a list has none.
@@ -200,7 +247,7 @@ def _part(p: Problem, images: slice, index: Tensor) -> Problem:
         mask=None if p.mask is None else p.mask[images],
         phi=p.phi.new_empty(index.shape),
         state=p.phi.new_empty(index.shape),
-        inv_p=p.inv_p[images.start * p.n : images.stop * p.n],
+        inv_p=p.inv_p.view(p.b, p.n)[images].flatten(),
         inv_t=p.inv_t[known].masked_fill_(missing, 0.0),
     )
 
