@@ -28,7 +28,6 @@ CASES = [
     (Case(4, 6, 17, data="norms"), "dot", F16, "empty", 3),
     (Case(4, 6, 17, mask="none"), "cosine", F32, "none", 3),
     (Case(4, 9, 16, data="duplicated"), "max", F16, "empty", 3),
-    (Case(4, 8, 16, K=5, data="zero_texts"), "cosine", BF16, "full", 4),
 ]
 
 
@@ -40,17 +39,15 @@ def test_against_the_reference(case, form, dtype, kind, m):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_blocks_of_images(form, monkeypatch):
-    """Several blocks give the same as one, and as the loss over all pairs; every run gives the same bits."""
+    """Blocks of one image each give the same as the loss over all pairs; every run gives the same bits."""
     problem = with_lists(make(Case(3, 4, 16, K=5), form, "infonce", F32, DEVICE), "own", "bias-ids")
-    whole = evaluate(problem, "triton")
     monkeypatch.setattr(workspace, "WORKSPACE", 100)
-    blocks, again = (evaluate(problem, "triton") for _ in range(2))  # of one image each
-    everything = evaluate(over_all_pairs(problem), "torch")
+    blocks, again = (evaluate(problem, "triton") for _ in range(2))
+    expected = evaluate(over_all_pairs(problem), "torch")
     for name, x in blocks.items():
         if x is not None:
             assert torch.equal(x, again[name]), name
-            for other in (whole[name], everything[name]):
-                torch.testing.assert_close(x, other, rtol=2e-5, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(x, expected[name], rtol=2e-5, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize("form", ["dot", "max"])
