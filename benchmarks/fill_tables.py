@@ -76,7 +76,6 @@ TABLES: dict[str, Callable[..., str]] = {
     "plan_summary": _of_one(tables.plan_summary, "plan-errors"),
     "study": _of_one(tables.study),
     "all_pairs": _of_one(tables.all_pairs),
-    "tolerance_study": _of_one(tables.tolerance_study),
     "training_step": _of_one(tables.training_step),
     "distributed": _of_one(tables.distributed),
     "distributed_model": _of_one(tables.distributed_model),

@@ -34,13 +34,13 @@ CASES = [
 @pytest.mark.parametrize("case, form, dtype, kind, m", CASES, ids=str)
 def test_against_the_reference(case, form, dtype, kind, m):
     loss = "sigmoid" if m == 4 else "infonce"
-    check(with_lists(make(case, form, loss, dtype, DEVICE), kind, "ids", m), "triton", NEEDS)
+    check(with_lists(make(case, form, loss, dtype, DEVICE), kind, "targets", m), "triton", NEEDS)
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_blocks_of_images(form, monkeypatch):
     """Blocks of one image each give the same as the loss over all pairs; every run gives the same bits."""
-    problem = with_lists(make(Case(3, 4, 16, K=5), form, "infonce", F32, DEVICE), "own", "bias-ids")
+    problem = with_lists(make(Case(3, 4, 16, K=5), form, "infonce", F32, DEVICE), "own", "targets-bias")
     monkeypatch.setattr(workspace, "WORKSPACE", 100)
     blocks, again = (evaluate(problem, "triton") for _ in range(2))
     expected = evaluate(over_all_pairs(problem), "torch")
