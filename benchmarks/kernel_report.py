@@ -57,6 +57,7 @@ class Variant(NamedTuple):
     aligned: bool = True
     flat: bool = True  # False: with gaps between images, such as those of a class token
     packed: bool = False  # images of `patches` and of one patch less
+    lists: int = 0  # texts in the list of each image, 0 for all pairs
     entropy: bool = False  # for `form="upsample"`, the arg-max of class scores: add best score and entropy
 
     def __str__(self) -> str:
@@ -65,6 +66,7 @@ class Variant(NamedTuple):
         marks = [f"N{self.patches}", f"D{self.dim}"]
         marks += ["mask"] * self.mask + [f"tau{self.tau}"] * (self.tau != 0.07) + ["tensor-tau"] * self.tensor_tau
         marks += ["packed"] * self.packed + ["unaligned"] * (not self.aligned) + ["gaps"] * (not self.flat)
+        marks += [f"lists{self.lists}"] * (self.lists > 0)
         return "-".join([self.form, *marks])
 
 
@@ -85,6 +87,7 @@ ON_90 = [
     Variant(tensor_tau=True),
     Variant(form="cosine", dtype="fp32", patches=49),
     *(Variant(form=form, packed=True) for form in ("dot", "cosine", "max")),
+    Variant(lists=64),
 ]
 # Kernels without a tile of scores, one row each, for the same architecture.
 ONCE = (
@@ -94,6 +97,9 @@ ONCE = (
     "shifted_logsumexp_kernel",
     "sigmoid_loss_kernel",
     "loss_backward_kernel",
+    "listed_forward_kernel",
+    "listed_weights_kernel",
+    "sum_rows_kernel",
 )
 
 
@@ -138,7 +144,8 @@ def launches(variant: Variant, target: int, batch: int = 1024) -> list[Launch]:
         patches, packed = patches.flatten(0, 1)[: int(lengths.sum())], {"patch_lengths": lengths}
     mask = torch.empty(patches.shape[:-1], dtype=torch.bool, device="meta") if variant.mask else None
     tau = torch.empty((), device="meta") if variant.tensor_tau else variant.tau
-    phi, state, grad_phi = (torch.empty(batch, batch, device="meta") for _ in range(3))
+    phi, state, grad_phi = (torch.empty(batch, variant.lists or batch, device="meta") for _ in range(3))
+    index = torch.empty(batch, variant.lists, dtype=torch.int64, device="meta") if variant.lists else None
     grads = torch.empty_like(patches), torch.empty_like(texts), phi.new_empty(()) if variant.tensor_tau else None
     grads = grads[0].contiguous(), grads[1].contiguous(), grads[2]
     replaced = dict(run=record, processors=lambda device: 132)
@@ -147,8 +154,11 @@ def launches(variant: Variant, target: int, batch: int = 1024) -> list[Launch]:
         if variant.form == "upsample":
             _upsample(dtype, variant.entropy)
             return seen
-        backend.compatibility_forward(patches, texts, mask, tau, variant.form, phi, state, **packed)
-        backend.compatibility_backward(patches, texts, mask, tau, variant.form, phi, state, grad_phi, *grads, **packed)
+        inputs = patches, texts, mask, tau, variant.form, phi, state
+        backend.compatibility_forward(*inputs, text_index=index, **packed)
+        backend.compatibility_backward(*inputs, grad_phi, *grads, text_index=index, **packed)
+        if variant.lists:
+            return seen
         value, scale, statistics = phi.new_empty(()), phi.new_empty(()), phi.new_empty(4, len(phi))
         for loss, kept in (("infonce", statistics), ("sigmoid", None)):
             backend.loss_forward(phi, scale, None, loss, value, kept)

@@ -72,7 +72,7 @@ run tests 900 $python -m pytest -q $parallel -p no:cacheprovider -m gpu --maxfai
   --continue-on-collection-errors
 # On a GPU where there is one; no row of theirs is marked so.
 run tests-triton 300 $python -m pytest -q $parallel -p no:cacheprovider --maxfail=20 \
-  tests/kernels/test_triton.py tests/kernels/test_packed_triton.py tests/kernels/test_upsample.py -k triton
+  tests/kernels/test_triton.py tests/kernels/test_packed_triton.py tests/kernels/test_triton_lists.py tests/kernels/test_upsample.py -k triton
 for shape in "256 196 512" "4096 196 768" "4096 256 1024" "2048 576 768"; do
   read -r batch patches dim <<<"$shape"
   run "throughput-$batch-$patches-$dim" 240 $python benchmarks/throughput.py --device cuda --dtype bfloat16 \

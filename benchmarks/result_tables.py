@@ -6,6 +6,7 @@ writes these tables into the pages.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 PRODUCTS = "matrix products"
@@ -296,9 +297,29 @@ def readings(result: dict, world: str) -> str:
     return grid(head, rows)
 
 
-def _percent(value: dict[str, float] | float) -> str:
-    text = f"{100 * centre(value):.1f}"
-    return f"{text} ({100 * value['min']:.1f}–{100 * value['max']:.1f})" if isinstance(value, dict) else text
+def _percent(value: dict[str, float] | float, sign: str = "") -> str:
+    """Return percent, mean (least to most). `sign`: "+" to show it."""
+    text = f"{100 * centre(value):{sign}.1f}"
+    if not isinstance(value, dict):
+        return text
+    return f"{text} ({100 * value['min']:{sign}.1f}{' to ' if sign else '–'}{100 * value['max']:{sign}.1f})"
+
+
+def tolerance_study(result: dict) -> str:
+    """Return the runs of tolerance_study.py: mean (least to most) over seeds, and the differences to the exact runs.
+
+    Differences are between runs of the same seed, in points.
+    """
+    rows = []
+    for row in result["rows"]:
+        tolerance, cells = row["tolerance"], []
+        for name in ("miou", "retrieval_r1"):
+            cells += [_percent(row[name]), _percent(row["differences"][name], "+") if tolerance else "-"]
+        share = _percent(row["kept_share"]) if tolerance else "100"
+        name = f"2<sup>{math.log2(tolerance):.0f}</sup>" if tolerance else "0"
+        rows.append([row["world"], name, share, *cells, f"{centre(row['loss']):.3f}", str(len(row["seeds"]))])
+    measures = ["mIoU", "to exact", "image→text R@1", "to exact"]
+    return grid(["world", "tolerance", "pairs kept, %", *measures, "last loss", "seeds"], rows)
 
 
 def tables_of_study(result: dict) -> str:

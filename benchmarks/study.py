@@ -60,6 +60,7 @@ class Run:
     pooling: str = "all pairs"  # "paired": attend with an image's own caption for every text; "mean": no attention
     tower: str = "clip"  # "random": the tower before training; otherwise a reading of the trained one
     split: str = "eval"
+    tolerance: float = 0.0  # grad_tolerance of the all-pairs loss
 
     @property
     def name(self) -> str:
@@ -112,14 +113,15 @@ def train(run: Run, out: Path, size: Size) -> str:
     data = load_file(out / f"{run.world}.safetensors")
     kind = tokens_of(run.tower)
     steps = size.images // run.batch
-    config = embedder_config(steps, run.batch, lr=run.lr, learn_attn_temperature=run.tau is None)
+    changes = {"lr": run.lr, "learn_attn_temperature": run.tau is None, "grad_tolerance": run.tolerance}
+    config = embedder_config(steps, run.batch, **changes)
     model = Trainable(VisionEmbedder(data[f"train.{kind}"].shape[2], data["classes"].shape[1]), config)
-    points = Points(run, model, data, steps, size.points)
-    pairs = embedder_pairs(data[f"train.{kind}"], data["train.texts"], run.batch, run.seed)
-    Trainer(model, config, steps, loss=_loss(run)).run(pairs, points.step)
+    trainer = Trainer(model, config, steps, loss=_loss(run))
+    points = Points(run, trainer, data, steps, size.points)
+    trainer.run(embedder_pairs(data[f"train.{kind}"], data["train.texts"], run.batch, run.seed), points.step)
     seconds = time.perf_counter() - begin
-    result = {**dataclasses.asdict(run), "points": points.rows, "seconds": round(seconds, 1)}
-    write_bytes(out / "runs" / f"{run.name}.json", (json.dumps(result) + "\n").encode())
+    record = {**dataclasses.asdict(run), "points": points.rows, "seconds": round(seconds, 1)}
+    write_bytes(out / "runs" / f"{run.name}.json", (json.dumps(record) + "\n").encode())
     return f"{run.name}: mIoU {points.rows[-1]['miou']:.3f}, {seconds:.0f} s"
 
 
@@ -132,7 +134,8 @@ def _loss(run: Run) -> Callable[..., Tensor]:
     def loss(patches: Tensor, texts: Tensor, logit_scale: Tensor, *learned: Tensor) -> Tensor:
         tau = learned[0] if run.tau is None else run.tau
         patches, texts = patches.bfloat16(), texts.bfloat16()
-        return fused_pacl_loss(patches, texts, logit_scale, attn_temperature=tau, form=run.form)
+        options = {"attn_temperature": tau, "form": run.form, "grad_tolerance": run.tolerance}
+        return fused_pacl_loss(patches, texts, logit_scale, **options)
 
     return loss
 
@@ -151,20 +154,32 @@ def paired(patches: Tensor, texts: Tensor, logit_scale: Tensor, *, tau: float) -
 
 
 class Points:
-    """Stand-in for a progress bar that measures the embedder after ..., 1/4, 1/2 and all of the steps."""
+    """Stand-in for a progress bar that measures the embedder after ..., 1/4, 1/2 and all of the steps.
 
-    def __init__(self, run: Run, model: Trainable, data: dict[str, Tensor], total: int, count: int):
-        self.run, self.model, self.data, self.done = run, model, data, 0
+    The mean loss, and with a tolerance the mean share of pairs kept, are those of the steps since the point before.
+    """
+
+    def __init__(self, run: Run, trainer: Trainer, data: dict[str, Tensor], total: int, count: int):
+        self.run, self.trainer, self.data, self.done = run, trainer, data, 0
         self.rows: list[dict] = []
+        self.losses: list[float] = []
+        self.shares: list[float] = []
         self.due = {max(1, total >> shift) for shift in range(count)}
 
     def step(self, loss: Tensor) -> None:
         self.done += 1
+        self.losses.append(loss.item())
+        if self.trainer.kept_share is not None:
+            self.shares.append(self.trainer.kept_share)
         if self.done in self.due:
-            row = {"step": self.done, "images": self.done * self.run.batch, "loss": loss.item()}
-            learned = self.model.log_temperature
-            tau = self.run.tau if learned is None else learned.exp().item()
-            self.rows.append(row | measure(self.run, self.model.embedder, self.data, tau))
+            row = {"step": self.done, "images": self.done * self.run.batch, "loss": self.losses[-1]}
+            row["mean_loss"] = statistics.mean(self.losses)
+            if self.shares:
+                row["kept_share"] = statistics.mean(self.shares)
+            model = self.trainer.model
+            tau = self.run.tau if model.log_temperature is None else model.log_temperature.exp().item()
+            self.rows.append(row | measure(self.run, model.embedder, self.data, tau))
+            self.losses, self.shares = [], []
 
 
 @torch.no_grad()
@@ -247,17 +262,17 @@ def report(out: Path) -> dict:
 def mean_of_curves(curves: list[list[dict]]) -> list[dict]:
     """Return the points of several seeds' runs as one curve of means, least and most values."""
     return [
-        {name: _mean([point[name] for point in points]) for name in points[0]} for points in zip(*curves, strict=True)
+        {name: spread([point[name] for point in points]) for name in points[0]} for points in zip(*curves, strict=True)
     ]
 
 
-def _mean(values: list[float]) -> dict[str, float] | float:
+def spread(values: list[float]) -> dict[str, float] | float:
     if len(set(values)) == 1:
         return values[0]
     return {"mean": statistics.mean(values), "min": min(values), "max": max(values)}
 
 
-def plot(result: dict, path: Path) -> None:
+def plot(found: dict, path: Path) -> None:
     """Plot mIoU against images seen and against steps, with a line per batch size, and the controls as bars."""
     import matplotlib
 
@@ -266,7 +281,7 @@ def plot(result: dict, path: Path) -> None:
 
     figure, axes = pyplot.subplots(len(WORLDS), 3, figsize=(13, 4 * len(WORLDS)), squeeze=False)
     for line, world in zip(axes, WORLDS, strict=True):
-        rows = [row for row in result["rows"] if row["world"] == world]
+        rows = [row for row in found["rows"] if row["world"] == world]
         for row in rows:
             if label(row) != f"τ = {STUDY_TAU:g}":
                 continue
@@ -279,8 +294,8 @@ def plot(result: dict, path: Path) -> None:
         controls = [row for row in rows if row["batch"] == STUDY_BATCH]
         last = [row["points"][-1]["miou"] for row in controls]
         line[2].barh([label(row) for row in controls], [100 * centre(value) for value in last])
-        spread = [value if isinstance(value, dict) else {"min": value, "max": value} for value in last]
-        line[2].hlines(range(len(last)), *([100 * s[k] for s in spread] for k in ("min", "max")), colors="black")
+        ends = [value if isinstance(value, dict) else {"min": value, "max": value} for value in last]
+        line[2].hlines(range(len(last)), *([100 * end[k] for end in ends] for k in ("min", "max")), colors="black")
         line[2].set(xlabel="mIoU, %", title=f"{world} world, batch {STUDY_BATCH}")
         line[2].invert_yaxis()
     figure.tight_layout()
@@ -304,12 +319,12 @@ def main() -> None:
     if arguments.command == "run":
         work(arguments.out, QUICK if arguments.quick else Size(), arguments.processes)
         return
-    result = report(arguments.out)
-    print(tables_of_study(result))
+    found = report(arguments.out)
+    print(tables_of_study(found))
     if arguments.json:
-        write_bytes(arguments.json, (json.dumps(result, indent=1) + "\n").encode())
+        write_bytes(arguments.json, (json.dumps(found, indent=1) + "\n").encode())
     if arguments.plot:
-        plot(result, arguments.plot)
+        plot(found, arguments.plot)
 
 
 if __name__ == "__main__":

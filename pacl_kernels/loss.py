@@ -156,9 +156,10 @@ def fused_pacl_loss(
             It takes the pairs above one threshold. The error of any gradient is then at most `grad_tolerance` ·
             Σ |∂L/∂φ| · max ‖∂φ/∂·‖. The loss and the gradients of logit scale, bias and pair bias stay exact. 2^-9 is
             the rounding of bfloat16. With CLIP's logit scale most pairs have next to no gradient, and a step costs
-            little more than its forward. The backward stays exact where too few pairs can be left out, on backends
-            other than `cpu`, with `text_pool` and with `text_index`. `kept_pairs(loss)` says what was used. With a
-            group each process takes a threshold of its own.
+            little more than its forward. The backward stays exact where too few pairs can be left out, on the backends
+            `torch` and `reference`, with `text_pool` and with `text_index`, and on a GPU for `form="max"`. On a GPU
+            the host waits for the forward, to read the threshold. `kept_pairs(loss)` says what was used. With a group
+            each process takes a threshold of its own.
         group: a `torch.distributed` process group. The batch is then that of all its processes, and B is the part of
             this process. `"world"` is the default group, looked up at the call, or this process alone if
             `torch.distributed` is not initialised. `"local"` is this process alone. None is this process alone too,

@@ -58,11 +58,12 @@ class Lists(NamedTuple):
 def threshold(grad_phi: Tensor, tolerance: float) -> tuple[float, int, float]:
     """Return θ, the number of pairs with |g| >= θ, and an upper bound of the others' share of Σ |g|.
 
-    `grad_phi`: float32, contiguous, on a CPU. θ is 0 where nothing may be left out, as with a NaN or an infinity.
+    `grad_phi`: float32, contiguous. θ is 0 where nothing may be left out, as with a NaN or an infinity.
     """
-    counts = torch.zeros(_BINS, dtype=torch.int64)
+    counts = torch.zeros(_BINS, dtype=torch.int64, device=grad_phi.device)
     for part in grad_phi.view(-1).split(_BLOCK):
         counts += torch.bincount(part.abs().view(torch.int32).bitwise_right_shift_(_SHIFT), minlength=_BINS)
+    counts = counts.cpu()
     edges = torch.arange(_BINS + 1, dtype=torch.int64).bitwise_left_shift_(_SHIFT).int().view(torch.float32).double()
     infinite = int(edges.isfinite().sum()) - 1  # the first bin with infinities and NaN
     if bool(counts[infinite:].any()):
@@ -100,7 +101,7 @@ def lists_from(grad_phi: Tensor, least: float) -> Lists:
 
 
 def _starts(sizes: Tensor) -> Tensor:
-    starts = torch.zeros(len(sizes) + 1, dtype=torch.int64)
+    starts = torch.zeros(len(sizes) + 1, dtype=torch.int64, device=sizes.device)
     torch.cumsum(sizes, 0, out=starts[1:])
     return starts
 

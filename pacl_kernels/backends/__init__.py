@@ -163,12 +163,12 @@ def takes_packed_patches(backend: str, form: str, lists: bool = False) -> bool:
 
 def drops_pairs(backend: str) -> bool:
     """Return True if the backward of the backend takes `grad_tolerance` and returns `KeptPairs`, or None for all."""
-    return backend == "cpu"
+    return backend in ("cpu", "triton", "cuda")
 
 
 def takes_lists(backend: str, normalize: str) -> bool:
     """Return True if the backend takes `text_index`, int64 `[B, M]` in range or -1; φ is then `[B, M]`."""
-    return backend == "torch" or backend == "cpu" and normalize == "both"
+    return backend == "torch" or backend in ("cpu", "triton", "cuda") and normalize == "both"
 
 
 def computes_sigmoid_step(backend: str, form: str, dtype: torch.dtype, n: int | None) -> bool:

@@ -14,8 +14,10 @@ from pacl.evaluate.metrics import IGNORE, patch_labels, patch_shares
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import hard_scenes
+import result_tables
 import study
 import study_readings
+import tolerance_study
 from result_tables import readings
 
 SIZE = study.Size(images=64, scenes=32, eval_scenes=12, clip_steps=1, clip_scenes=64)
@@ -78,6 +80,15 @@ def test_runs_are_kept_and_reported(tmp_path):
         assert [point["step"] for point in study.result_of(tmp_path, run)] == [1, 2, 4]
     result = study.report(tmp_path)
     assert result["missing_runs"] in (6, 7) and len(result["tuning"]) == 2
+    # So few pairs leave none out: runs of the same seed are the same. The worlds are there already.
+    for _ in range(2):
+        tolerance_study.work(tmp_path, SIZE, 32, 1)
+    result = tolerance_study.report(tmp_path)
+    assert result["missing_runs"] == 0 and [row["tolerance"] for row in result["rows"]] == [0.0, 2**-9, 2**-6] * 2
+    for row in result["rows"]:
+        assert row["tolerance"] == 0 or (row["kept_share"], set(row["differences"].values())) == (1.0, {0.0})
+        assert [point["step"] for point in row["curves"][0]] == [1, 2]
+    assert "| hard | 2<sup>-6</sup> | 100.0 | " in result_tables.tolerance_study(result)
 
 
 def test_readings_as_they_are_and_as_what_is_trained_on(tmp_path, monkeypatch):

@@ -45,7 +45,8 @@ def rows(tmp_path_factory) -> list[dict]:
 UNSEEN = """
 from kernel_report import Variant, launches
 for form in ("dot", "cosine", "max"):
-    for options in (dict(), dict(mask=True, patches=49, tensor_tau=True), dict(dtype="fp16", patches=144)):
+    masked = dict(mask=True, patches=49, tensor_tau=True)
+    for options in (dict(), masked, dict(dtype="fp16", patches=144), dict(lists=64)):
         variant = Variant(form, **options)
         known = set(map(str, launches(variant, 90, 128)))
         for batch in (129, 257, 1000, 4096):

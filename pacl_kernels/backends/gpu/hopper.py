@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...native import native
-from . import launch, order, tiles, triton
+from . import launch, lists, order, tiles, triton
 from .loss import loss_backward, loss_forward
 from .problem import SIGMOID_SUMS, Block, Problem, SigmoidPairs, Upstream
 from .upsample import upsample_argmax
@@ -287,6 +287,8 @@ def _launches(problem: Problem) -> order.Launches:
     return triton.TritonLaunches(problem)  # type: ignore[return-value]  # see triton.py
 
 
-compatibility_forward = functools.partial(order.compatibility_forward, _launches)
-compatibility_backward = functools.partial(order.compatibility_backward, _launches)
+# Triton's launches take the lists.
+_BOTH = _launches, triton.TritonLaunches
+compatibility_forward = functools.partial(lists.compatibility_forward, *_BOTH)  # type: ignore[arg-type]
+compatibility_backward = functools.partial(lists.compatibility_backward, *_BOTH)  # type: ignore[arg-type]
 sigmoid_step = functools.partial(order.sigmoid_step, HopperLaunches)

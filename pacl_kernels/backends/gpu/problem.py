@@ -19,14 +19,14 @@ class Problem(NamedTuple):
     """
 
     patches: Tensor  # [B, N, D], or [1, ΣN, D] if packed
-    texts: Tensor  # [K, D] for the kernels: in bfloat16 and float32 scaled to norms near 1
+    texts: Tensor  # [K, D] for the kernels: in bfloat16 and float32 scaled to norms near 1; of lists [M, images, D]
     raw_texts: Tensor  # [K, D] from the caller
     mask: Tensor | None  # bool [B, N], or [1, ΣN] if packed
     temperature: float | Tensor
     phi: Tensor  # [B, K], float32
     state: Tensor  # [B, K], float32: what the backward needs besides φ, see kernels/__init__.py
     inv_p: Tensor  # [B N] or [ΣN], 1 / norm of the patches, float32
-    inv_t: Tensor  # [K], of `texts`
+    inv_t: Tensor  # [K], of `texts`; of lists [images, M]
     raw_inv_t: Tensor  # [K], of `raw_texts`
     packed: Packed | None = None
 

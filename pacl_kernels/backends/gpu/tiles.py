@@ -238,6 +238,18 @@ def max_texts(d: int) -> dict[str, int]:
     return dict(TEXTS=1024 // block_d, IMAGES=4, BLOCK_D=block_d)
 
 
+def listed(n: int) -> tuple[int, int]:
+    """Return the pairs and patches of a tile of scores in memory, 16 elements per thread."""
+    block_n = min(256, max(16, power_of_two(n)))
+    return 2048 // block_n, block_n
+
+
+def sum_rows(d: int) -> tuple[int, int]:
+    """Return the rows that `sum_rows_kernel` adds at once and their dimensions, eight elements per thread."""
+    block_d = min(128, max(16, power_of_two(d)))
+    return 1024 // block_d, block_d
+
+
 def norm_term_config(n: int, itemsize: int, device: torch.device) -> NormTerm:
     """Return the entry for N patches; `itemsize`: bytes per element of the operands of the product."""
     entry = NORM_TERM[newest({number for number, _ in NORM_TERM}, device), itemsize]

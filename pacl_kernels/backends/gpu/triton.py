@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...constants import MIN_POOLED_NORM
-from . import largest, launch, norm_terms, order, sigmoid, tiles
+from . import largest, launch, lists, norm_terms, order, sigmoid, tiles
 from .layout import attention_strides, by_image, by_row, pitch, strides
 from .loss import loss_backward, loss_forward
 from .packed import Packed
@@ -236,7 +236,7 @@ class TritonLaunches:
                 (attention, gram, p.temperature, p.inv_p, p.inv_t[block.k0 :], p.state[:, block.k0 :])
                 + (upstream.grad_phi[:, block.k0 :], upstream.range_scale, w, norm_factor, tau_parts)
                 + (block.b0, p.n, block.texts, *attention_strides(p, attention), w.stride(0), pitch(p, gram))
-                + (p.k, MIN_POOLED_NORM),
+                + (p.k, p.inv_t.stride(0) if p.inv_t.ndim == 2 else 0, MIN_POOLED_NORM),
                 self._gram_attention_constants(chosen, attention)
                 | dict(
                     N_ALIGN=math.gcd(p.n, 16) if p.packed is None else 1,
@@ -344,6 +344,7 @@ def fits_sigmoid(form: str, n: int) -> bool:
 
 
 # mypy is right that TritonLaunches lacks launches, but these are called only if `fits_one_tile`.
-compatibility_forward = functools.partial(order.compatibility_forward, TritonLaunches)  # type: ignore[arg-type]
+_BOTH = TritonLaunches, TritonLaunches  # of all pairs, and of lists
+compatibility_forward = functools.partial(lists.compatibility_forward, *_BOTH)  # type: ignore[arg-type]
 sigmoid_step = functools.partial(order.sigmoid_step, TritonLaunches)  # type: ignore[arg-type]
-compatibility_backward = functools.partial(order.compatibility_backward, TritonLaunches)  # type: ignore[arg-type]
+compatibility_backward = functools.partial(lists.compatibility_backward, *_BOTH)  # type: ignore[arg-type]

@@ -19,6 +19,7 @@ from .attention import attention_kernel
 from .cosine import cosine_forward_from_attention_kernel, cosine_weights_from_attention_kernel, gram_kernel
 from .forward import compatibility_forward_kernel
 from .largest import max_patches_kernel, max_texts_kernel
+from .listed import listed_forward_kernel, listed_weights_kernel, sum_rows_kernel
 from .loss import loss_backward_kernel, shifted_logsumexp_kernel, sigmoid_loss_kernel
 from .norm_term import DTYPES, norm_term_kernel, norm_term_product_kernel
 from .packed import packed_forward_kernel
@@ -36,6 +37,8 @@ __all__ = [
     "dot_weights_kernel",
     "gram_kernel",
     "inverse_norms_kernel",
+    "listed_forward_kernel",
+    "listed_weights_kernel",
     "loss_backward_kernel",
     "max_patches_kernel",
     "max_texts_kernel",
@@ -46,5 +49,6 @@ __all__ = [
     "shifted_logsumexp_kernel",
     "sigmoid_loss_kernel",
     "sigmoid_weights_kernel",
+    "sum_rows_kernel",
     "upsample_argmax_kernel",
 ]

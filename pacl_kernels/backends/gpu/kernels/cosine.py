@@ -226,22 +226,22 @@ def _store_weights(
     return tau_sum
 
 
-@triton.jit(do_not_specialize=("image_begin", "N", "K", "stride_image", "stride_text", "stride_phi"))
+@triton.jit(do_not_specialize=("image_begin", "N", "K", "stride_image", "stride_text", "stride_phi", "stride_inv_t"))
 def cosine_weights_from_attention_kernel(
     A, GRAM, TAU, INV_P, INV_T, STATE, G, RANGE_SCALE, W, NORM_FACTOR, TAU_SUMS,
-    image_begin, N, K, stride_image, stride_text, stride_w, stride_gram, stride_phi, floor,
+    image_begin, N, K, stride_image, stride_text, stride_w, stride_gram, stride_phi, stride_inv_t, floor,
     BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, A_ALIGN: tl.constexpr, N_ALIGN: tl.constexpr,
     WHOLE: tl.constexpr, TAU_IS_TENSOR: tl.constexpr, NEEDS_TAU: tl.constexpr, SCALED: tl.constexpr,
     PRECISION: tl.constexpr, STARTS=None, ITEMS=None, SQUARES=None,
 ):  # fmt: skip
     """Write W `[K, rows]` of the cosine form, and NORM_FACTOR `[images, K]`, from the attention A.
 
-    A is `[images, K, stride_text]`. NORM_FACTOR = g u / r³ is the factor of each a aᵀ in the norm term
-    (`norm_term_kernel`). dS = g (a / r) (1 + (s - u) / τ - (u / r² τ) (q - r²)); where r is at its floor, it is a
-    constant and the last term is 0. The means u of s and r² of q are recomputed over the rounded A, and s is derived
-    from A: (s - u) / τ is log2(a) minus its mean, times ln 2. Rounding errors that must cancel then do so for every τ.
-    WHOLE: a tile holds all patches, and q = G a stays in registers; otherwise q is computed twice. TAU_SUMS gets each
-    program's part of the temperature's gradient, negated.
+    A is `[images, K, stride_text]`. With `stride_inv_t` of 0 all images have the same texts. NORM_FACTOR = g u / r³ is
+    the factor of each a aᵀ in the norm term (`norm_term_kernel`). dS = g (a / r) (1 + (s - u) / τ - (u / r² τ) (q -
+    r²)); where r is at its floor, it is a constant and the last term is 0. The means u of s and r² of q are recomputed
+    over the rounded A, and s is derived from A: (s - u) / τ is log2(a) minus its mean, times ln 2. Rounding errors that
+    must cancel then do so for every τ. WHOLE: a tile holds all patches, and q = G a stays in registers; otherwise q is
+    computed twice. TAU_SUMS gets each program's part of the temperature's gradient, negated.
     """
     # The divisions tell the compiler how rows of A and W are aligned.
     stride_image = stride_image // A_ALIGN * A_ALIGN
@@ -305,7 +305,7 @@ def cosine_weights_from_attention_kernel(
     norm_factor = tl.where(moves, g * u / (radius * radius), 0.0) * share * share
     tl.store(NORM_FACTOR + image * K + texts, norm_factor * range_scale, mask=t_live)
     g *= share
-    inv_t = tl.load(INV_T + texts, mask=t_live, other=0.0) * range_scale
+    inv_t = tl.load(INV_T + image * stride_inv_t + texts, mask=t_live, other=0.0) * range_scale
     if STARTS is None:
         inv_p = INV_P + (image_begin + image) * N
         w = W + text0.to(tl.int64) * stride_w + image * N
