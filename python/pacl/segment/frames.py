@@ -81,8 +81,8 @@ class Frames:
             raise ValueError("has no video stream, expected a video")
         stream = streams[0]
         self.rate = stream.average_rate or stream.guessed_rate or self.rate
-        length = None if stream.duration is None else round(stream.duration * stream.time_base * self.rate)
-        self.total = stream.frames or length or None
+        length = Fraction(container.duration or 0, av.time_base)
+        self.total = stream.frames or round(length * self.rate) or None
         self._frames = self._decoded(container, stream)
 
     def __iter__(self) -> Iterator[tuple[Fraction, Image.Image]]:

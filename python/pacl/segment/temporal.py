@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from .predict import Dense
 
-TEMPERATURE = 0.15  # of the cosines between the patches of two frames
+TEMPERATURE = 0.05  # of the cosines between the patches of two frames
 
 
 class Carry:
@@ -19,7 +19,7 @@ class Carry:
     With patches p of this frame, p' of the one before, its mixture s', and j over the patches around i in that frame:
 
         c_ij = cos(p_i, p'_j),  w_ij = softmax over j of c_ij / TEMPERATURE,
-        a_i = share * exp((max over j of c_ij - 1) / TEMPERATURE),
+        a_i = share * max(0, max over j of c_ij),
         s_i = (1 - a_i) p_i + a_i * sum over j of w_ij s'_j.
 
     Scores are linear in the patches, so they are carried along with them. What resembles nothing keeps its own patch:
@@ -49,7 +49,7 @@ class Carry:
             cosines = torch.stack([(unit * before[at]).sum(-1).masked_fill(outside[at], -torch.inf) for at in places])
             weights = (cosines / TEMPERATURE).softmax(0)[..., None]
             found = sum((weight * carried[at] for weight, at in zip(weights, places, strict=True)), torch.zeros(()))
-            trust = self.share * ((cosines.amax(0) - 1) / TEMPERATURE).exp()
+            trust = self.share * cosines.amax(0).clamp(min=0)
             mixed = torch.lerp(mixed, found, trust[..., None])
         self._before = F.pad(unit, margin), F.pad(mixed, margin)
         return dataclasses.replace(dense, patches=mixed)
