@@ -18,7 +18,7 @@ from PIL import Image
 from ..files import atomic_writer, write_bytes
 from ..formats import printable
 from ..processes import shared_progress
-from ..training.signals import Signals
+from ..signals import Signals
 from .draw import png
 from .frames import Frames, film
 from .predict import Dense, Segmenter
