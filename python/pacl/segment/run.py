@@ -75,8 +75,9 @@ def _run(options: LookOptions | SegmentOptions, group: dist.ProcessGroup | None)
     segmenter = make_segmenter(options, **{name: getattr(options, name) for name in WINDOWS})
     texts = segmenter.texts(list(words), sentences)
     extremes: list[float] = []
+    film: Callable[[Path], VideoResults] = _no_video
     if isinstance(options, LookOptions):
-        show, film = _look(options, segmenter, texts, rule, extremes), _no_video
+        show = _look(options, segmenter, texts, rule, extremes)
     else:
         show, film = _segment(options, segmenter, texts, rule)
     rank, world = place_in(group)
