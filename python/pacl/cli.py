@@ -20,7 +20,7 @@ COMMANDS = {
     "train": ("pacl.training.command", "Train the vision embedder on image-caption pairs."),
     "features": ("pacl.training.features", "Compute the features of frozen towers once and store them for training."),
     "look": ("pacl.segment.command", "Show where an image matches words."),
-    "segment": ("pacl.segment.command", "Segment images by a list of classes."),
+    "segment": ("pacl.segment.command", "Segment images and videos by a list of classes."),
     "evaluate": ("pacl.evaluate.command", "Measure a model on datasets, and print tables of results."),
     "compare": ("pacl.compare.command", "Show training runs, embedders and results side by side on one page."),
     "serve": ("pacl.serve.command", "Serve a local page: drop an image, type words, click patches."),

@@ -32,7 +32,7 @@ LEAST = {
     **dict.fromkeys("max_patches limit stride short_side window window_stride most_images pairs".split(), 1),
     **dict.fromkeys("workers seed sample port max_bad_share".split(), 0),
     **dict.fromkeys("cache_size store_attempts".split(), 1),
-    "store_timeout": 0.01,
+    **dict.fromkeys("store_timeout fps".split(), 0.01),
     "patches": 2,
 }
 

@@ -16,7 +16,7 @@ __all__ = ["READ", "find_images", "read_image", "why_left_out"]
 READ = ", ".join(IMAGE_FORMATS)
 
 
-def find_images(paths: Iterable[Path], without: Path | None = None) -> list[Path]:
+def find_images(paths: Iterable[Path], without: Path | None = None, *, folders: bool = False) -> list[Path]:
     """Return files as given, and the images in folders and their subfolders, sorted by path, each folder once.
 
     Images in formats that are not read, such as HEIC, are found too, so that reading names them. Hidden files and
@@ -25,6 +25,7 @@ def find_images(paths: Iterable[Path], without: Path | None = None) -> list[Path
     Args:
         paths: files and folders.
         without: folder of results that is not searched.
+        folders: return folders themselves, as videos.
 
     Raises:
         ValueError: if there is no image, and if `without` is one of the folders.
@@ -37,6 +38,9 @@ def find_images(paths: Iterable[Path], without: Path | None = None) -> list[Path
             continue
         if without is not None and os.path.realpath(path) == os.path.realpath(without):
             raise ValueError(f"out: got {without}, a folder of images, expected another folder for the results")
+        if folders:
+            found.append(path)
+            continue
         for file in sorted(map(Path, visible_files(path, seen))):
             if file.suffix.lower()[1:] in IMAGE_SUFFIXES + UNREAD_SUFFIXES:
                 found.append(file)

@@ -104,9 +104,16 @@ class LookOptions(ImagesOptions):
 @dataclass(frozen=True, kw_only=True)
 class SegmentOptions(ImagesOptions):
     """Segment images zero-shot: write an overlay, a label map (palette PNG) and scores (JSON) per image. Labels number
-    the classes from 0, in their order; with --threshold or --entropy, 0 is background and classes begin at 1.
+    the classes from 0, in their order; with --threshold or --entropy, 0 is background and classes begin at 1. Files
+    named as videos give an overlay video, a label map per frame, and shares of the pixels (CSV).
     """
 
+    video: bool = False
+    """Take the images of each folder as the frames of one video."""
+    temporal: float = 0.7
+    """Share of the earlier frames in the scores of a video's patches that they resemble; 0 takes each frame alone."""
+    fps: float = 25.0
+    """Frames per second of a folder, with --video."""
     out: Path = Path("pacl-segment")
     """Folder for the results."""
 

@@ -1,4 +1,4 @@
-"""Run `pacl look` and `pacl segment`: write pictures, label maps and scores of images for words or classes."""
+"""Run `pacl look` and `pacl segment`: write pictures, label maps and scores of images and videos for words."""
 
 from __future__ import annotations
 
@@ -22,11 +22,14 @@ from ..processes import from_first, gather_objects, patient_group, place_in, pro
 from ..readings import best_reading
 from ..sharing import load_model
 from .draw import label_image, overlay, png, voc_palette, with_legend, word_colours
+from .frames import Frames, is_video
 from .images import READ, find_images, read_image, why_left_out
 from .options import LookOptions, SegmenterOptions, SegmentOptions, ServeOptions
 from .predict import Dense, Segmenter
 from .prompts import Texts, read_classes, templates
+from .video import Drawn, VideoResults
 
+LEGEND = 12  # classes in the legend of a video, whose size must not change
 WINDOWS = ("short_side", "window", "window_stride")  # options of a Segmenter besides its stride
 
 
@@ -67,46 +70,60 @@ def _run(options: LookOptions | SegmentOptions, group: dist.ProcessGroup | None)
         (options.words or "").split(",") if options.classes is None else map(", ".join, read_classes(options.classes))
     )
     sentences = templates(options.templates)
-    paths = from_first(lambda: find_images(options.images, without=options.out), group)
+    folders = isinstance(options, SegmentOptions) and options.video
+    paths = from_first(lambda: find_images(options.images, without=options.out, folders=folders), group)
     segmenter = make_segmenter(options, **{name: getattr(options, name) for name in WINDOWS})
     texts = segmenter.texts(list(words), sentences)
     extremes: list[float] = []
+    film: Callable[[Path], VideoResults] = _no_video
     if isinstance(options, LookOptions):
         show = _look(options, segmenter, texts, rule, extremes)
     else:
-        show = _segment(options, segmenter, texts, rule)
+        show, film = _segment(options, segmenter, texts, rule)
     rank, world = place_in(group)
     named = list(zip(paths, _stems(paths, options.images), strict=True))[rank::world]
-    counts = gather_objects(_write(options, segmenter, named, show), group)
+    whole = sum(gather_objects(_write(options, segmenter, named, show, film, group), group), [])
     extremes = sum(gather_objects(extremes, group), [])
-    written = sum(counts)
+    videos = [path for path in paths if is_video(path, folders)]
 
     def report() -> None:
-        if not written:
-            raise ValueError(f"images: got {len(paths)} that cannot be used, expected {READ} files")
-        skipped = len(paths) - written
-        print(f"{written} image(s) in {options.out}" + (f", {skipped} skipped" if skipped else ""), flush=True)
+        if not whole:
+            expected = "videos with frames" if videos else f"{READ} files"
+            raise ValueError(f"images: got {len(paths)} that cannot be used, expected {expected}")
+        skipped = len(paths) - len(whole)
+        kinds = "image(s)" if not videos else "video(s)" if len(videos) == len(paths) else "images and videos"
+        print(f"{len(whole)} {kinds} in {options.out}" + (f", {skipped} skipped" if skipped else ""), flush=True)
         if isinstance(options, LookOptions) and (advice := _scale_advice(min(extremes), max(extremes), options.scale)):
             print(advice)
-        print(_next(options), flush=True)
+        if len(videos) < len(paths):  # the page shows images alone
+            print(_next(options), flush=True)
 
     from_first(report, group)
-    return 0 if written == len(paths) else LEFT_OUT
+    return 0 if len(whole) == len(paths) and all(whole) else LEFT_OUT
 
 
 def _write(
-    options: LookOptions | SegmentOptions, segmenter: Segmenter, named: list[tuple[Path, str]], show: Callable
-) -> int:
-    """Write the files that `show` yields for each image, and return the number of images written.
+    options: LookOptions | SegmentOptions,
+    segmenter: Segmenter,
+    named: list[tuple[Path, str]],
+    show: Callable,
+    film: Callable[[Path], VideoResults],
+    group: dist.ProcessGroup | None,
+) -> list[bool]:
+    """Write the files that `show` yields for each image, and the results that `film` returns for each video.
 
-    named: the images, each with the start of its output names. A bad image is named and left out; a full disk ends the
-    run.
+    named: the images and videos, each with the start of its output names. Returns, for each that was written, whether
+    all of it could be read. A bad one is named and left out; a full disk ends the run.
     """
-    written = 0
+    whole = []
     for path, stem in named:
+        video, files = None, {}
         try:
-            image = read_image(path, options.max_image_pixels)
-            files = dict(show(path, image, segmenter.dense(image)))
+            if is_video(path, isinstance(options, SegmentOptions) and options.video):
+                video = film(path)
+            else:
+                image = read_image(path, options.max_image_pixels)
+                files = dict(show(path, image, segmenter.dense(image)))
         except BrokenPipeError:  # the reader of standard output has seen enough
             raise
         except Exception as error:  # decoders raise anything on damaged bytes; one image may exceed the memory
@@ -114,8 +131,8 @@ def _write(
             continue
         for name, data in files.items():
             write_bytes(options.out / f"{stem}-{name}", data)
-        written += 1
-    return written
+        whole.append(video is None or video.write(options.out / stem, group))
+    return whole
 
 
 def _scale_advice(lowest: float, highest: float, scale: tuple[float, float]) -> str | None:
@@ -178,7 +195,16 @@ def _look(options: LookOptions, segmenter: Segmenter, texts: Texts, rule: dict, 
     return show
 
 
-def _segment(options: SegmentOptions, segmenter: Segmenter, texts: Texts, rule: dict) -> Callable:
+def _no_video(path: Path) -> VideoResults:
+    raise ValueError("got a video, which pacl segment reads, expected an image")
+
+
+def _segment(
+    options: SegmentOptions, segmenter: Segmenter, texts: Texts, rule: dict
+) -> tuple[Callable, Callable[[Path], VideoResults]]:
+    """Return the function that segments an image, and the one that segments a video."""
+    if not 0 <= options.temporal < 1:
+        raise ValueError(f"temporal: got {options.temporal:g}, expected at least 0 and less than 1")
     palette = word_colours if options.words else voc_palette
     has_background, names, colours = _labels(texts, rule, palette)
     settings = {name: getattr(segmenter, name) for name in ("stride", *WINDOWS)}
@@ -197,7 +223,19 @@ def _segment(options: SegmentOptions, segmenter: Segmenter, texts: Texts, rule: 
         classes = [{"label": i, "name": name, **row} for i, (name, row) in enumerate(rows)]
         yield "scores.json", (json.dumps(found | {"classes": classes}, indent=1) + "\n").encode()
 
-    return show
+    def draw(image: Image.Image, dense: Dense) -> Drawn:
+        labels = dense.labels(texts, **rule).labels
+        shares = _shares(labels, len(names))
+        present = sorted(np.argsort(shares)[::-1][:LEGEND])
+        entries = [(colours[i], names[i], f"{100 * shares[i]:.0f} %") for i in present]
+        picture = with_legend(overlay(image, labels, colours=colours), entries)
+        return Drawn(label_image(labels, colours), shares, picture)
+
+    def film(path: Path) -> VideoResults:
+        frames = Frames(path, options.max_image_pixels, options.fps, options.out)
+        return VideoResults(frames, segmenter, options.temporal, draw, names)
+
+    return show, film
 
 
 def _labels(texts: Texts, rule: dict, palette: Callable[[int], np.ndarray]) -> tuple[bool, list[str], np.ndarray]:

@@ -23,6 +23,7 @@ from ..failures import collective
 from ..processes import choose_device, process_group
 from ..resolution import images_of, moved
 from ..sharing import describe_towers, save_tower
+from ..signals import Interrupted, Signals
 from ..towers import Towers, frozen_random_towers, load_towers
 from .checkpoints import save_checkpoint
 from .config import TrainConfig
@@ -31,7 +32,6 @@ from .log import Log, say
 from .model import Trainable
 from .pairing import chosen_texts, pair_options, places_of
 from .recipe import command
-from .signals import Interrupted, Signals
 from .states import DataStates
 from .trainer import Trainer
 from .validation import Validation

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C during training."""
+"""SIGTERM and Ctrl-C during training and in videos."""
 
 from __future__ import annotations
 
