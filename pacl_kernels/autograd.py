@@ -302,9 +302,7 @@ def keeping(options: Options, inputs: Inputs) -> Options:
     patches = inputs.patches
     if not needed(patches)[0] or torch.compiler.is_compiling() or in_functorch():
         return options
-    if any(x is not None for x in (inputs.patch_mask, inputs.patch_lengths, options.text_pool)):
-        return options
-    if not keeps_scores(options.backend, options.form, patches.dtype):
+    if options.text_pool is not None or not keeps_scores(options.backend, options.form, patches.dtype):
         return options
     return options._replace(kept=[patches.new_empty(patches.shape)])
 
