@@ -7,6 +7,7 @@ forward and backward, and ∂L/∂φ in the backward.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn
 
@@ -57,6 +58,11 @@ OPTIONS_OF_PHI = "form", "text_pool", "text_pool_scale", "null_patch", "normaliz
 
 class PerSample(torch.autograd.Function):
     """Function that `torch.func.vmap` calls once per sample, because the operators have no batching rule."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        # PyTorch asks for the signature at each call, and `inspect` would derive it anew.
+        cls.forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]
 
     @classmethod
     def vmap(
