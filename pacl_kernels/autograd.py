@@ -313,8 +313,11 @@ def keeping(options: Options, inputs: Inputs) -> Options:
     return options._replace(kept=[patches.new_empty(patches.shape)])
 
 
-def compatibility(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
-    """Return φ `[B, K]` and the state, `[B, K]` or what texts of many tokens leave, which the backward reads."""
+def compatibility(inputs: Inputs, options: Options, scores_texts: tuple[int, int] = (0, 0)) -> tuple[Tensor, Tensor]:
+    """Return φ `[B, K]` and the state, `[B, K]` or what texts of many tokens leave, which the backward reads.
+
+    `scores_texts`: `all_texts` and `first_text` of the operator.
+    """
     patches, texts, patch_mask, attn_temperature, *layout = inputs
     dtype = torch.float64 if patches.dtype == torch.float64 else torch.float32
     phi = patches.new_empty(inputs.images, inputs.text_count, dtype=dtype)
@@ -324,7 +327,7 @@ def compatibility(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
         state = phi.new_empty(kept_pairs(inputs.images, inputs.tokens, phi.element_size()))
     ops.compatibility_forward(
         patches, texts, patch_mask, *ops.pair(attn_temperature), options.form, options.backend, phi, state,
-        *(options.kept or (None,)), *layout, *options.of_phi,
+        *(options.kept or (None,)), *layout, *options.of_phi, None, *scores_texts,
     )  # fmt: skip
     return phi, state
 

@@ -102,6 +102,7 @@ struct KeptScores {
     forward.grad_phi = nullptr;
     backward.grad_phi = p.phi;  // only its presence counts, and that of the gradient
     backward.grad_patches = p.scores;
+    if (p.scores_texts) backward.text_count = p.scores_texts;
     const Kernels& kernels = kernels_of(backward);
     if (kernels.matrix || &kernels != &kernels_of(forward)) return p;
     const Plan plan(backward, true, kernels);

@@ -17,6 +17,7 @@ using namespace pacl;
 // end.
 inline float* kept_scores(const CompatibilityParams& p, int64_t width, int64_t panel, int64_t row, int64_t& count) {
   const ScoreBlocks* blocks = p.score_blocks;
+  panel += p.scores_first_text / width;  // of the backward's call
   if (!blocks || row >= blocks->first_row[blocks->count] || (panel + 1) * width * 4 > p.scores_row_bytes)
     return nullptr;
   const int64_t block = last_at_most(blocks->first_row, blocks->count, row);

@@ -63,7 +63,10 @@ struct CompatibilityParams {
   // Memory in which the forward keeps scores for the backward, which then does not compute them again; null: none. See
   // kept.h. It may be the memory of grad_patches.
   char* scores;
-  int64_t scores_row_bytes;         // bytes for each row of the call
+  int64_t scores_row_bytes;  // bytes for each row of the call
+  // A forward of some texts of the backward's call: the number of all texts (0: these are all), and the first of these,
+  // a multiple of the panels' width. All such forwards must run the kernels of the backward.
+  int64_t scores_texts, scores_first_text;
   const ScoreBlocks* score_blocks;  // null if none are kept; set by the functions of calls.h
   // Backward only; a null gradient is not computed.
   const float* grad_phi;    // [B, K]

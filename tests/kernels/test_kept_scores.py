@@ -102,3 +102,20 @@ def test_where_they_are_kept(cpu_backend):
     seen = []
     torch.func.grad(lambda x: (seen.append(keeps(options, x)), x.sum())[1])(patches.detach())
     assert seen == [False]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_forwards_of_parts_keep_the_scores_of_one_backward(form, cpu_backend):
+    """As in a gather of texts: the memory then holds what one forward of all texts leaves there."""
+    problem = make(Case(20, 50, 128, K=96, mask="random"), form, "compatibility")
+    scores = torch.zeros(2, *problem.patches.shape)
+
+    def forward(texts, memory, *part) -> None:
+        phi, state = torch.empty(2, 20, len(texts))
+        inputs = problem.patches, texts, problem.patch_mask, None, 0.1, form, cpu_backend, phi, state
+        torch.ops.pacl_kernels.compatibility_forward(*inputs, memory, *[None] * 4, 1.0, False, "both", None, *part)
+
+    forward(problem.texts, scores[0])
+    for first, last in ((32, 64), (0, 32), (64, 96)):
+        forward(problem.texts[first:last], scores[1], 96, first)
+    assert scores[0].any() and torch.equal(*scores)
