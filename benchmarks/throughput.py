@@ -54,6 +54,13 @@ CUDA_PEAKS = {
     "NVIDIA H100 80GB HBM3": {"float32": 67e12, "bfloat16": 989e12, "float16": 989e12},
     "NVIDIA H200": {"float32": 67e12, "bfloat16": 989e12, "float16": 989e12},
 }
+# What confines this library, PyTorch's own kernels, oneDNN and MKL to AVX2; they read it when they start.
+AVX2 = {
+    "PACL_CPU_ISA": "avx2",
+    "ATEN_CPU_CAPABILITY": "avx2",
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+}
 # On a machine without a GPU, torch.compile would warn about it three times.
 logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
@@ -379,6 +386,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--threads", type=int, default=torch.get_num_threads(), help="Threads on the CPU.")
     add("--backend", help="Backends of the fused loss, separated by commas (default: all for this device).")
     add("--peers", default="all", help="Compare only peers with this in their names; an unknown word selects none.")
+    add("--avx2", action="store_true", help="Confine the kernels and all peers to AVX2, on a CPU that has more.")
     add("--repeats", type=int, default=11, help="Timed runs of each provider; slow ones get fewer, but at least 3.")
     add("--seed", type=int, default=0, help="Seed of the inputs.")
     add("--json", metavar="FILE", help="Write the result, with a description of the machine.")
@@ -401,6 +409,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for name in args.backend:
         if name not in backends.NAMES:
             parser.error(f"--backend: got {name!r}, expected some of {', '.join(backends.NAMES)}")
+    if args.avx2 and (args.device == "cuda" or (native() is not None and "avx2" not in native().isas())):
+        parser.error("--avx2: got it without a CPU that has AVX2, expected --device cpu on such a machine")
     if args.sweep and args.json:
         parser.error("--json: got it with --sweep, expected one of them, because a sweep has a file of its own")
     args.torch_device, args.torch_dtype = torch.device(args.device), getattr(torch, args.dtype)
@@ -414,6 +424,8 @@ def set_error_batch(args) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     arguments = parse(argv)
+    if arguments.avx2 and not AVX2.items() <= os.environ.items():
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | AVX2)
     torch.set_num_threads(arguments.threads)
     if arguments.sweep:
         import sweep

@@ -41,6 +41,8 @@ const Fields<CompatibilityParams>& compatibility_fields() {
                                                              NEEDED(state),
                                                              OPTIONAL(scores),
                                                              OPTIONAL(scores_row_bytes),
+                                                             OPTIONAL(scores_texts),
+                                                             OPTIONAL(scores_first_text),
                                                              OPTIONAL(grad_phi),
                                                              OPTIONAL(grad_patches),
                                                              OPTIONAL(grad_texts),

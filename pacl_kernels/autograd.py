@@ -7,6 +7,7 @@ forward and backward, and ∂L/∂φ in the backward.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn
 
@@ -57,6 +58,11 @@ OPTIONS_OF_PHI = "form", "text_pool", "text_pool_scale", "null_patch", "normaliz
 
 class PerSample(torch.autograd.Function):
     """Function that `torch.func.vmap` calls once per sample, because the operators have no batching rule."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        # PyTorch asks for the signature at each call, and `inspect` would derive it anew.
+        cls.forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]
 
     @classmethod
     def vmap(
@@ -305,15 +311,16 @@ def keeping(options: Options, inputs: Inputs) -> Options:
     patches = inputs.patches
     if not needed(patches)[0] or torch.compiler.is_compiling() or in_functorch():
         return options
-    if any(x is not None for x in (inputs.patch_mask, inputs.patch_lengths, options.text_pool)):
-        return options
-    if not keeps_scores(options.backend, options.form, patches.dtype):
+    if options.text_pool is not None or not keeps_scores(options.backend, options.form, patches.dtype):
         return options
     return options._replace(kept=[patches.new_empty(patches.shape)])
 
 
-def compatibility(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
-    """Return φ `[B, K]` and the state, `[B, K]` or what texts of many tokens leave, which the backward reads."""
+def compatibility(inputs: Inputs, options: Options, scores_texts: tuple[int, int] = (0, 0)) -> tuple[Tensor, Tensor]:
+    """Return φ `[B, K]` and the state, `[B, K]` or what texts of many tokens leave, which the backward reads.
+
+    `scores_texts`: `all_texts` and `first_text` of the operator.
+    """
     patches, texts, patch_mask, attn_temperature, *layout = inputs
     dtype = torch.float64 if patches.dtype == torch.float64 else torch.float32
     phi = patches.new_empty(inputs.images, inputs.text_count, dtype=dtype)
@@ -323,7 +330,7 @@ def compatibility(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
         state = phi.new_empty(kept_pairs(inputs.images, inputs.tokens, phi.element_size()))
     ops.compatibility_forward(
         patches, texts, patch_mask, *ops.pair(attn_temperature), options.form, options.backend, phi, state,
-        *(options.kept or (None,)), *layout, *options.of_phi,
+        *(options.kept or (None,)), *layout, *options.of_phi, None, *scores_texts,
     )  # fmt: skip
     return phi, state
 

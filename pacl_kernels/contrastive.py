@@ -31,8 +31,7 @@ def loss_forward(
     rows, columns = (sums(logits, dim).finish() for dim in (1, 0))
     assert statistics is not None  # the caller allocates them for InfoNCE
     value.copy_(infonce(logits.diagonal(), rows, columns))
-    for line, into in zip((*rows, *columns), statistics, strict=True):
-        into.copy_(line)
+    torch.stack((*rows, *columns), out=statistics)
 
 
 def loss_backward(
@@ -52,7 +51,8 @@ def loss_backward(
         grad = sigmoid_gradient(logits, 0).div_(logits.shape[0])
     else:
         assert statistics is not None
-        rows, columns = LogSumExp(*statistics[:2]), LogSumExp(*statistics[2:])
+        lines = statistics.unbind()
+        rows, columns = LogSumExp(*lines[:2]), LogSumExp(*lines[2:])
         grad = infonce_gradient(logits, rows, columns, 0).div_(2 * logits.shape[0])
     grad.mul_(grad_loss)
     if grad_scale is not None:

@@ -150,7 +150,7 @@ def _cpu_work(step: Step, traits: Traits) -> tuple[Work, Work]:
         return forward, Work((1 + learns) * unit / n, streamed=(1 + learns) * rows + 6 * step.pairs, fresh=rows)
     one_pass = step.loss == "sigmoid" and traits.one_pass
     kept = 0.0
-    if traits.keeps_scores and not (step.masked or one_pass or step.world_size > 1):
+    if traits.keeps_scores and not (one_pass or step.world_size > 1):
         kept = min(1.0, d * step.itemsize / 4 // 32 * 32 / k)
     tasks = math.ceil(k / TEXTS_OF_A_TASK)
     forward = Work(unit, softmax=scores, streamed=rows * tasks, fresh=4 * kept * scores)

@@ -76,13 +76,17 @@ def compatibility_forward(
     null_patch: bool = False,
     normalize: str = "both",
     text_index: OptionalTensor = None,
+    all_texts: int = 0,
+    first_text: int = 0,
 ) -> None:
     """Write compatibility φ `[B, K]` and `state` `[B, K]`, which the backward of the same backend reads.
 
     `patches` `[B, N, D]`, `texts` `[K, D]`, `patch_mask` bool `[B, N]`. The state is the log-sum-exp over patches of
     s / τ, or another number from which the backend can recompute the attention. For form "max" it is the index n of
     the winning patch (exact in float32 for N < 2**24), -1 where none wins. `scores`, for a backend with `keeps_scores`,
-    is memory like the patches in which scores stay for the backward, as many as there is room for.
+    is memory like the patches in which scores stay for the backward, as many as there is room for. Several forwards may
+    keep the scores of one backward there: `all_texts` is then the number of its texts, otherwise 0, and `first_text`
+    the place of the first of these, a multiple of 32.
 
     The other arguments are those of `fused_pacl_loss`; `checks.Inputs` has the shapes. With `text_pool` the state has
     one dimension, of `tokens.kept_pairs` elements: φ and the state of all tokens, or nothing. With `text_index`, int64
@@ -96,7 +100,7 @@ def compatibility_forward(
             *(text_pool_scale, null_patch, normalize, text_index),
         )
         with without_autocast(patches.device.type):
-            call.forward(phi, state, scores)
+            call.forward(phi, state, scores, (all_texts, first_text))
 
 
 @_operator("grad_patches", "grad_texts", "grad_temperature", "kept_pairs")

@@ -130,7 +130,7 @@ def plan(
             peak of one in this dtype in GFLOP/s, `"8x115"`.
         world_size: processes that share the batch, each with `batch` images and `texts` texts.
         frozen_texts: the texts need no gradient.
-        masked: there is a `patch_mask`, all of whose patches are real. With a mask no scores are kept on a CPU.
+        masked: there is a `patch_mask`, all of whose patches are real.
         backend: as in `fused_pacl_loss`; by default the one that runs on the machine.
         threads: cores of a CPU to use; by default those of the machine, here `torch.get_num_threads()`. Speed is taken
             to grow with their number, which was not measured beyond two.

@@ -42,11 +42,14 @@ class Call(NamedTuple):
     normalize: str = "both"
     text_index: Tensor | None = None  # int64 [B, M], -1 for none
 
-    def forward(self, phi: Tensor, state: Tensor, scores: Tensor | None = None) -> None:
+    def forward(
+        self, phi: Tensor, state: Tensor, scores: Tensor | None = None, scores_texts: tuple[int, int] = (0, 0)
+    ) -> None:
         """Write φ and the state, see `ops.compatibility_forward`."""
         call = self._rectangle()
         if call._is_one_call:
-            call._forward_of_rows(phi, state, **({} if scores is None else {"scores": scores}))
+            of_scores: dict[str, Any] = {} if scores is None else {"scores": scores, "scores_texts": scores_texts}
+            call._forward_of_rows(phi, state, **of_scores)
             return
         tokens = call._tokens()
         rows = call.texts if tokens is None else tokens.rows

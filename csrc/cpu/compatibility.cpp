@@ -8,10 +8,9 @@
 #include <stdexcept>
 #include <vector>
 
+#include "blocks.h"
 #include "calls.h"
-#include "cosine_cost.h"
 #include "kept.h"
-#include "plan.h"
 #include "team.h"
 
 namespace pacl {
@@ -32,11 +31,22 @@ void populate_gradients(const CompatibilityParams& p, const Rows& rows, int64_t 
   populate((char*)p.grad_patches + begin * gradient_row_bytes(p), (end - begin) * gradient_row_bytes(p));
 }
 
+// Zeroes the gradient of an image's masked patches, which no row of a block visits.
+void zero_masked_patches(const CompatibilityParams& p, int64_t image) {
+  const uint8_t* mask = image_mask(p, image);
+  const int64_t bytes = gradient_row_bytes(p);
+  char* gradient = (char*)p.grad_patches + first_patch(p, image) * bytes;
+  for (int64_t n = 0; n < patches_of(p, image); ++n)
+    if (!mask[n * p.mask_strides.row]) std::memset(gradient + n * bytes, 0, bytes);
+}
+
 // Populates the memory of the scores that a task of the forward keeps.
 void populate_scores(const CompatibilityParams& p, int64_t width, int64_t image, int64_t image_last, int64_t panel,
                      int64_t panel_last) {
+  if (!p.score_blocks) return;
+  const int64_t row = p.score_blocks->image_row[image], row_last = p.score_blocks->image_row[image_last];
   for (; panel < panel_last; ++panel)
-    visit_scores(p, width, panel, first_patch(p, image), first_patch(p, image_last) - first_patch(p, image),
+    visit_scores(p, width, panel, row, row_last - row,
                  [&](float* place, int64_t, int64_t some) { populate((char*)place, some * width * 4); });
 }
 
@@ -74,76 +84,6 @@ void forward(const Plan& plan, const CompatibilityParams& p, Arena arena) {
   });
 }
 
-// Rows of the backward that are in memory together: [first_row, last_row) of the call.
-struct Block {
-  int64_t first_row, last_row;
-  std::vector<int64_t> starts;       // first rows of the weights' tasks (chunks or whole images), then the end
-  std::vector<int64_t> order;        // of the weights' tasks if they are whole images: the largest first
-  std::vector<int64_t> image_begin;  // see Rows
-  std::vector<float> share;
-};
-
-// Finds the images of a block with means. Shortens the block if it has more than kMeans of them.
-void count_images(const Plan& plan, Block& block) {
-  if (!plan.means) return;
-  const std::vector<int64_t>& row_start = plan.row_start;
-  const int64_t padding = 2 * plan.kernels.inner;
-  int64_t b = std::upper_bound(row_start.begin(), row_start.end(), block.first_row) - row_start.begin() - 1;
-  for (; row_start[b] < block.last_row; ++b) {
-    if (row_start[b] == row_start[b + 1]) continue;
-    block.image_begin.push_back(most(0, row_start[b] - block.first_row));
-    block.share.push_back(1.0f / (float)(row_start[b + 1] - row_start[b]));
-    if ((int64_t)block.share.size() == kMeans)  // end here or a few rows before: only the last block may be padded
-      block.last_row =
-          least(block.last_row, block.first_row + (row_start[b + 1] - block.first_row) / padding * padding);
-  }
-  while (block.image_begin.back() >= block.last_row - block.first_row) {
-    block.image_begin.pop_back();
-    block.share.pop_back();
-  }
-}
-
-std::vector<Block> make_blocks(const Plan& plan) {
-  const std::vector<int64_t>& row_start = plan.row_start;
-  std::vector<Block> blocks;
-  if (plan.by_image) {
-    for (int64_t b = 0; b < plan.p.images; ++b) {
-      if (row_start[b] == row_start[b + 1]) continue;
-      if (blocks.empty() || row_start[b + 1] - blocks.back().first_row > plan.rows_block ||
-          (plan.means && (int64_t)blocks.back().starts.size() > kMeans))
-        blocks.push_back(
-            {.first_row = row_start[b], .last_row = 0, .starts = {0}, .order = {}, .image_begin = {}, .share = {}});
-      Block& block = blocks.back();
-      block.last_row = row_start[b + 1];
-      block.starts.push_back(block.last_row - block.first_row);
-    }
-    for (Block& block : blocks) {
-      count_images(plan, block);
-      block.order.resize(block.starts.size() - 1);
-      std::iota(block.order.begin(), block.order.end(), 0);
-      const auto rows = [&](int64_t i) { return block.starts[i + 1] - block.starts[i]; };
-      std::stable_sort(block.order.begin(), block.order.end(), [&](int64_t a, int64_t b) { return rows(a) > rows(b); });
-    }
-  } else {
-    const int64_t rows_total = row_start[plan.p.images];
-    for (int64_t row = 0; row < rows_total; row = blocks.back().last_row) {
-      Block block{.first_row = row,
-                  .last_row = least(row + plan.rows_block, rows_total),
-                  .starts = {},
-                  .order = {},
-                  .image_begin = {},
-                  .share = {}};
-      count_images(plan, block);
-      const int64_t count = round_up(block.last_row - row, 2 * plan.kernels.inner);
-      for (int64_t at = 0; at < count; at += plan.chunk) block.starts.push_back(at);
-      block.starts.push_back(count);
-      blocks.push_back(block);
-    }
-  }
-  for (Block& block : blocks) block.image_begin.push_back(block.starts.back());
-  return blocks;
-}
-
 // Errors that the gradients have from rounding W to 16 bits (see WeightSums), and the gradients: squared norms.
 struct Rounding {
   double patches_error = 0, patches_squared = 0, texts_error = 0, texts_squared = 0;
@@ -156,13 +96,9 @@ struct Rounding {
 };
 
 // Runs the backward of the dot or cosine form.
-Rounding backward(const Plan& plan, CompatibilityParams p, Arena arena) {
+Rounding backward(const Plan& plan, const CompatibilityParams& p, Arena arena) {
   const Kernels& kernels = plan.kernels;
   const std::vector<int64_t>& row_start = plan.row_start;
-  if (p.grad_patches && p.mask) {  // masked patches are never visited
-    std::memset(p.grad_patches, 0, gradient_bytes(p));
-    p.fresh_gradient = false;
-  }
 
   Texts shared_texts;
   Rows shared_rows[2];  // of a block and of the next one
@@ -197,6 +133,7 @@ Rounding backward(const Plan& plan, CompatibilityParams p, Arena arena) {
       const Block* next = number + 1 < blocks.size() ? &blocks[number + 1] : nullptr;
       Rows rows = shared_rows[number % 2];
       rows.count = block.starts.back();
+      rows.first_row = block.first_row;
       rows.means = block.share.size();
       rows.image_begin = block.image_begin.data();
       rows.share = block.share.data();
@@ -245,10 +182,13 @@ Rounding backward(const Plan& plan, CompatibilityParams p, Arena arena) {
         });
       }
     }
-    if (p.grad_texts && !p.leaves_texts_sum)
-      team.phase(ceil_div(p.text_count, 16), [&](int64_t i) {
-        texts_squared[i] = kernels.finish_texts(p, i * 16, least(i * 16 + 16, p.text_count), scratch.row);
-      });
+    const int64_t text_tasks = p.grad_texts && !p.leaves_texts_sum ? ceil_div(p.text_count, 16) : 0;
+    const int64_t masked_images = p.grad_patches && p.mask ? p.images : 0;
+    if (text_tasks + masked_images == 0) return;
+    team.phase(text_tasks + masked_images, [&](int64_t i) {
+      if (i >= text_tasks) return zero_masked_patches(p, i - text_tasks);
+      texts_squared[i] = kernels.finish_texts(p, i * 16, least(i * 16 + 16, p.text_count), scratch.row);
+    });
   });
 
   WeightSums total;
@@ -268,42 +208,6 @@ Rounding backward(const Plan& plan, CompatibilityParams p, Arena arena) {
   if (p.grad_patches) rounding.patches_error = total.patches_error, rounding.patches_squared = add_up(patches_squared);
   if (p.grad_texts) rounding.texts_error = total.texts_error, rounding.texts_squared = add_up(texts_squared);
   return rounding;
-}
-
-// Returns the kernels of a call: those of float32 for rows of any norm, as the rounding of their weights is compared
-// with gradients of unit rows. In the cosine form with many patches and few texts, pooled patches in float32 are
-// cheaper than a Gram matrix in bfloat16. The matrix unit multiplies about 8 times as fast as float32, and computes
-// q = G a from three bfloat16 products.
-const Kernels& kernels_of(const CompatibilityParams& p) {
-  if (p.raw) return select_kernels(Dtype::float32, p.dim);
-  const Kernels& own = select_kernels(p.dtype, p.dim);
-  if (p.form != Form::cosine || own.pair == 1) return own;
-  double pooled = 0, gram = 0;
-  const std::vector<int64_t> row_start = count_rows(p, 1);
-  for (int64_t b = 0; b < p.images; ++b) {
-    const CosineCost cost(p, row_start[b + 1] - row_start[b]);
-    pooled += cost.pooled();
-    gram += own.matrix ? cost.gram(8, 3.0 / 8) : cost.gram(2, 1);
-  }
-  return pooled < gram ? select_kernels(Dtype::float32, p.dim) : own;
-}
-
-// Returns the call with scores_group set: to the rows of a block of the backward, which forward and backward must agree
-// on. Blocks of whole packed images have no common size. With a matrix unit, computing a score again takes less time
-// than storing and loading it.
-CompatibilityParams with_kept_scores(CompatibilityParams p) {
-  p.scores_group = 0;
-  if (!p.scores || p.mask || p.form == Form::max || (p.patch_starts && p.form == Form::cosine)) return p;
-  CompatibilityParams forward = p, backward = p;
-  forward.grad_phi = nullptr;
-  backward.grad_phi = p.phi;  // only its presence counts, and that of the gradient
-  backward.grad_patches = p.scores;
-  const Kernels& kernels = kernels_of(backward);
-  if (kernels.matrix || &kernels != &kernels_of(forward)) return p;
-  const Plan plan(backward, true, kernels);
-  if (plan.means) return p;  // its blocks are of many sizes
-  p.scores_group = plan.cosine ? plan.rows_block / plan.image_rows * p.patches_per_image : plan.rows_block;
-  return p;
 }
 
 void require_texts_sum(const CompatibilityParams& p) {
@@ -331,7 +235,7 @@ Planned plan_backward(const CompatibilityParams& params) {
             if (!backward(*plan, p, arena).shows()) return;
             if (p.texts_sum) std::memset(p.texts_sum, 0, sizeof(float) * accumulator_floats(p));
             p.fresh_gradient = false;
-            p.scores_group = 0;  // they are products of other kernels
+            p.score_blocks = nullptr;  // they are products of other kernels
             std::vector<float> again;
             if (p.form == Form::dot && !p.loss_sums) {
               // s - φ is divided by τ, so both must come from the same kernels.
@@ -354,10 +258,11 @@ namespace pacl {
 
 Planned compatibility_forward(const CompatibilityParams& params) {
   if (params.list_starts) return listed_forward(params);
-  const auto plan = std::make_shared<const Plan>(with_kept_scores(params), false, kernels_of(params));
+  const auto kept = std::make_shared<KeptScores>();
+  const auto plan = std::make_shared<const Plan>(kept->in(params), false, kernels_of(params));
   const int64_t bytes = plan->workspace_bytes();
   return {.workspace_bytes = bytes,
-          .run = [=](char* workspace) { forward(*plan, plan->p, open_workspace(workspace, bytes)); }};
+          .run = [kept, plan, bytes](char* workspace) { forward(*plan, plan->p, open_workspace(workspace, bytes)); }};
 }
 
 Planned compatibility_backward(const CompatibilityParams& params) {
@@ -367,9 +272,14 @@ Planned compatibility_backward(const CompatibilityParams& params) {
     require_texts_sum(params);
     return listed_backward(params);
   }
-  if (params.form != Form::max) return plan_backward(with_kept_scores(params));
-  require_texts_sum(params);
-  return max_backward(params);
+  if (params.form == Form::max) {
+    require_texts_sum(params);
+    return max_backward(params);
+  }
+  const auto kept = std::make_shared<KeptScores>();
+  const Planned planned = plan_backward(kept->in(params));
+  return {.workspace_bytes = planned.workspace_bytes,
+          .run = [kept, planned](char* workspace) { planned.run(workspace); }};
 }
 
 Planned sigmoid_step(const CompatibilityParams& params) {

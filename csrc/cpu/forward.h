@@ -157,8 +157,8 @@ void forward(const CompatibilityParams& p, const int64_t* row_start, int64_t fir
 #endif
       product<Op>(rows.units, rows.capacity, count, texts.transposed + panel * units * kPanel, inner, scratch.scores,
                   false, &ahead);
-      if (p.scores_group)  // without a mask
-        visit_scores(p, kPanel, texts.first / kPanel + panel, cosine ? first_patch(p, first) : row,
+      if (p.score_blocks)
+        visit_scores(p, kPanel, texts.first / kPanel + panel, cosine ? p.score_blocks->image_row[first] : row,
                      cosine ? segment_end(rows, 0, count) : count, [&](float* to, int64_t done, int64_t some) {
                        memcpy(to, scratch.scores + done * kPanel, sizeof(float) * some * kPanel);
                      });

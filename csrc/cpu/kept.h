@@ -1,8 +1,9 @@
-// Scores that the forward keeps for the backward, in memory of scores_row_bytes for each row of the call.
+// Scores that the forward keeps for the backward, in memory of scores_row_bytes for each patch of the call.
 //
-// The rows are in groups, and each group has a piece of the memory for as many panels of texts as fit there, panels
-// [rows, panel] of raw products. The backward takes exactly one group in a block and reads all of its scores before it
-// writes any gradient of that block. The memory may therefore be that of the patches' gradient.
+// Each block of the backward has the piece of the memory that begins at its first patch. In it are as many panels of
+// texts as fit there, panels [rows, panel] of raw products. The backward reads all scores of a block before it writes
+// any gradient of that block, and a masked patch's gradient at the very end. The memory may therefore be that of the
+// patches' gradient.
 #pragma once
 
 #include "patches.h"
@@ -12,12 +13,18 @@ namespace {
 using namespace pacl;
 
 // Returns the place of the score of row `row` with panel `panel`, of `width` texts, of the call. Reduces `count` to the
-// number of rows from there on in the same group. Returns null if the panel is not kept, or the row is padding (-1).
+// number of rows from there on in the same block. Returns null if the panel is not kept, or the row is padding at the
+// end.
 inline float* kept_scores(const CompatibilityParams& p, int64_t width, int64_t panel, int64_t row, int64_t& count) {
-  if (!p.scores_group || row < 0 || (panel + 1) * width * 4 > p.scores_row_bytes) return nullptr;
-  const int64_t first = row / p.scores_group * p.scores_group, size = least(p.scores_group, all_patches(p) - first);
-  count = most(0, least(count, first + size - row));  // 0 for padding after the last row
-  return (float*)(p.scores + first * p.scores_row_bytes) + (panel * size + row - first) * width;
+  const ScoreBlocks* blocks = p.score_blocks;
+  panel += p.scores_first_text / width;  // of the backward's call
+  if (!blocks || row >= blocks->first_row[blocks->count] || (panel + 1) * width * 4 > p.scores_row_bytes)
+    return nullptr;
+  const int64_t block = last_at_most(blocks->first_row, blocks->count, row);
+  const int64_t first = blocks->first_row[block], end = blocks->first_row[block + 1];
+  count = least(count, end - row);
+  return (float*)(p.scores + blocks->first_patch[block] * p.scores_row_bytes) +
+         (panel * (end - first) + row - first) * width;
 }
 
 // Calls act(place, rows before it, rows) for each part of the scores of rows [row, row + count) that are kept.

@@ -25,6 +25,7 @@ struct Rows {               // valid patches, packed one after the other
   int32_t* image;           // [capacity]
   int32_t* index;           // [capacity], position n in its image, -1 for padding
   int64_t capacity, count;  // rows between panels; rows in use, padding included
+  int64_t first_row;        // backward: the row of the call that comes first
   // Images of the block if weights are stored less their means (see Weights), otherwise 0.
   int64_t means;
   const int64_t* image_begin;  // [means + 1], first row of each image, then `count`

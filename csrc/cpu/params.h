@@ -18,6 +18,15 @@ struct OpenMp {
   int (*num_threads)();
 };
 
+// Blocks of the backward, each of which has a piece of the memory of the scores that the forward keeps; see kept.h.
+// Rows are valid patches, one after the other.
+struct ScoreBlocks {
+  int64_t count;
+  const int64_t* first_row;    // [count + 1], of each block, then the end
+  const int64_t* first_patch;  // [count], the patch of the call that is the block's first row
+  const int64_t* image_row;    // [B + 1], the first row of each image, then the end
+};
+
 // The compatibility φ of images and texts, and its gradients.
 struct CompatibilityParams {
   int64_t images, patches_per_image, text_count, dim;  // B, N, K, D; with patch_starts N is the largest length, or 1
@@ -55,7 +64,10 @@ struct CompatibilityParams {
   // kept.h. It may be the memory of grad_patches.
   char* scores;
   int64_t scores_row_bytes;  // bytes for each row of the call
-  int64_t scores_group;  // rows that share a piece of the memory, 0 if none are kept; set by the functions of calls.h
+  // A forward of some texts of the backward's call: the number of all texts (0: these are all), and the first of these,
+  // a multiple of the panels' width. All such forwards must run the kernels of the backward.
+  int64_t scores_texts, scores_first_text;
+  const ScoreBlocks* score_blocks;  // null if none are kept; set by the functions of calls.h
   // Backward only; a null gradient is not computed.
   const float* grad_phi;    // [B, K]
   void* grad_patches;       // [B, N, D], contiguous

@@ -7,6 +7,16 @@ namespace {
 
 using namespace pacl;
 
+// Returns the last index below `count` whose number, of ascending ones from at most `value` on, is at most `value`.
+inline int64_t last_at_most(const int64_t* numbers, int64_t count, int64_t value) {
+  int64_t index = 0;
+  for (int64_t high = count; high - index > 1;) {
+    const int64_t middle = (index + high) / 2;
+    (numbers[middle] <= value ? index : high) = middle;
+  }
+  return index;
+}
+
 // Returns the number of patches of an image, masked ones included.
 inline int64_t patches_of(const CompatibilityParams& p, int64_t image) {
   return p.patch_starts ? p.patch_starts[image + 1] - p.patch_starts[image] : p.patches_per_image;

@@ -4,6 +4,7 @@
 
 #include <vector>
 
+#include "cosine_cost.h"
 #include "kernels.h"
 #include "pages.h"
 
@@ -51,6 +52,24 @@ inline std::vector<int64_t> count_rows(const CompatibilityParams& p, int64_t ali
     row_start[b + 1] = row_start[b] + round_up(count, align);
   }
   return row_start;
+}
+
+// Returns the kernels of a call: those of float32 for rows of any norm, as the rounding of their weights is compared
+// with gradients of unit rows. In the cosine form with many patches and few texts, pooled patches in float32 are
+// cheaper than a Gram matrix in bfloat16. The matrix unit multiplies about 8 times as fast as float32, and computes
+// q = G a from three bfloat16 products.
+const Kernels& kernels_of(const CompatibilityParams& p) {
+  if (p.raw) return select_kernels(Dtype::float32, p.dim);
+  const Kernels& own = select_kernels(p.dtype, p.dim);
+  if (p.form != Form::cosine || own.pair == 1) return own;
+  double pooled = 0, gram = 0;
+  const std::vector<int64_t> row_start = count_rows(p, 1);
+  for (int64_t b = 0; b < p.images; ++b) {
+    const CosineCost cost(p, row_start[b + 1] - row_start[b]);
+    pooled += cost.pooled();
+    gram += own.matrix ? cost.gram(8, 3.0 / 8) : cost.gram(2, 1);
+  }
+  return pooled < gram ? select_kernels(Dtype::float32, p.dim) : own;
 }
 
 // Divides the images into groups: a group ends with the image that brings it to `rows` rows or to `images` images.

@@ -10,12 +10,7 @@ using namespace pacl;
 
 // Returns the image that holds row `row`, which is below row_start[images].
 inline int64_t image_of_row(const CompatibilityParams& p, const int64_t* row_start, int64_t row) {
-  int64_t image = 0;
-  for (int64_t high = p.images; high - image > 1;) {
-    const int64_t middle = (image + high) / 2;
-    (row_start[middle] <= row ? image : high) = middle;
-  }
-  return image;
+  return last_at_most(row_start, p.images, row);
 }
 
 // Computes one tile of kRows x kPanel sums in registers: c (+)= left right over `inner` units (a multiple of 4).

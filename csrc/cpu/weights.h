@@ -13,9 +13,8 @@ using namespace pacl;
 template <class Op>
 void scores_of_panel(const CompatibilityParams& p, const Rows& rows, int64_t first, int64_t count, const Texts& texts,
                      int64_t panel, Scratch& scratch, Ahead& ahead) {
-  // Scores are kept without a mask only, where this is the row of the call.
-  const int64_t row = rows.image[first] < 0 ? -1 : first_patch(p, rows.image[first]) + rows.index[first];
-  int64_t found = count;
+  int64_t found = count, row = rows.first_row + first;
+  if (p.score_blocks && p.form == Form::cosine) row = p.score_blocks->image_row[rows.image[first]];  // without padding
   if (const float* kept = kept_scores(p, kPanel, texts.first / kPanel + panel, row, found))
     memcpy(scratch.scores, kept, sizeof(float) * found * kPanel);
   else

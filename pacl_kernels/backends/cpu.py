@@ -81,11 +81,12 @@ def compatibility_forward(
     patches: Tensor, texts: Tensor, patch_mask: Tensor | None, temperature: Scalar, form: str,
     phi: Tensor, state: Tensor, scores: Tensor | None = None, *, patch_lengths: Tensor | None = None,
     null_patch: bool = False, normalize: str = "both", text_index: Tensor | None = None,
+    scores_texts: tuple[int, int] = (0, 0),
 ) -> None:  # fmt: skip
     starts, raw = _patch_starts(patch_lengths), normalize == "none"
     params = _params(patches, texts, patch_mask, temperature, form, starts, phi, state, raw)
     if scores is not None:
-        params.set(**_kept(scores))
+        params.set(**_kept(scores), scores_texts=scores_texts[0], scores_first_text=scores_texts[1])
     if text_index is None:
         _run(_native.compatibility_forward(params))
     else:

@@ -30,6 +30,7 @@ from ..autograd import (
     compatibility_gradients,
     first_order,
     keep,
+    keeping,
     like,
     needed,
 )
@@ -98,6 +99,7 @@ def global_loss(
         return GlobalSigmoidFunction.apply(  # type: ignore[no-any-return]  # `apply` is untyped
             *(*inputs, logit_scale, logit_bias, *given, options, plan, headers, (*needs, *needed(given[3])))
         )
+    options = keeping_in_group(options, inputs, plan)
     return GlobalPaclFunction.apply(  # type: ignore[no-any-return]  # `apply` is untyped
         *(*inputs, logit_scale, logit_bias, *given, options, plan, headers, labelled_pairs)
     )
@@ -116,6 +118,17 @@ def check_supported(options: Options) -> None:
         raise RuntimeError(
             "group is one of several processes, expected None or 'local' inside a transform of torch.func"
         )
+
+
+def keeping_in_group(options: Options, inputs: Inputs, plan: Plan) -> Options:
+    """Return `keeping` of a gather whose parts begin at panels of texts and run the kernels of the backward.
+
+    The number of texts chooses the kernels of the cosine form in bfloat16.
+    """
+    varies = options.form == "cosine" and inputs.patches.dtype == torch.bfloat16
+    if torch.compiler.is_compiling() or plan.ring or plan.capacity % 32 or varies:
+        return options
+    return keeping(options, inputs)
 
 
 def requires_grad(value: Scalar | None) -> Setting:
@@ -239,9 +252,10 @@ def gather_and_score(inputs: Inputs, options: Options, plan: Plan) -> tuple[Tens
     sent = padded(inputs.texts, plan)
     gathered = collectives.all_gather(sent, plan.world, plan.group)
     own = plan.columns(plan.rank)
-    local, local_state = compatibility(of_block(inputs, own, sent), options)
+    columns = plan.world * plan.capacity
+    local, local_state = compatibility(of_block(inputs, own, sent), options, (columns, own.start))
     gathered = collectives.wait(gathered)
-    phi = local.new_empty(local.shape[0], plan.world * plan.capacity)
+    phi = local.new_empty(local.shape[0], columns)
     state = torch.empty_like(phi) if options.text_pool is None else phi.new_empty(0)
 
     def put(at: slice, some: Tensor, some_state: Tensor) -> None:
@@ -256,7 +270,7 @@ def gather_and_score(inputs: Inputs, options: Options, plan: Plan) -> tuple[Tens
     else:
         blocks = [block for block in blocks_of(inputs, gathered, plan) if block[0] != own]
     for at, texts in blocks:
-        put(at, *compatibility(of_block(inputs, at, texts), options))
+        put(at, *compatibility(of_block(inputs, at, texts), options, (columns, at.start)))
     return gathered, phi, state
 
 

@@ -13,7 +13,7 @@ from ..checks import Inputs, Scalar
 from . import collectives
 from .agreement import Setting, make_plan, settings_of_phi
 from .collectives import Plan
-from .function import check_supported, gather_and_score, gathered_gradients, requires_grad
+from .function import check_supported, gather_and_score, gathered_gradients, keeping_in_group, requires_grad
 from .texts import of_block, with_all_layouts
 
 
@@ -27,7 +27,7 @@ def global_compatibility(inputs: Inputs, options: Options, group: dist.ProcessGr
     plan, headers = make_plan(group, inputs, settings, fixed_sizes=True)
     if not torch.compiler.is_compiling():
         collectives.wait(headers)
-    phi: Tensor = GlobalCompatibilityFunction.apply(*inputs, options, plan)
+    phi: Tensor = GlobalCompatibilityFunction.apply(*inputs, keeping_in_group(options, inputs, plan), plan)
     return phi
 
 

@@ -74,6 +74,8 @@ def missing(result):
 def test_every_provider_agrees_and_the_files_are_written(without, tmp_path):
     out, chart, trace = tmp_path / "result.json", tmp_path / "chart.svg", tmp_path / "trace.json"
     files = ["--json", str(out), "--plot", str(chart), "--profile", str(trace)]
+    avx2 = native() is not None and "avx2" in native().isas()
+    files += ["--avx2"] if avx2 else []
     disabled = str(int(without == "compiled"))
     done = throughput("--quick", "--repeats", "2", *files, TORCH_COMPILE_DISABLE=disabled)
     assert done.returncode == (native() is None), done.stderr
@@ -81,6 +83,8 @@ def test_every_provider_agrees_and_the_files_are_written(without, tmp_path):
     check(result, (without, *missing(result)))
     assert all(row["name"] in printed for row in result["rows"])
     assert len(result["rows"]) == 9
+    if avx2:
+        assert (result["machine"]["cpu_isa"], result["machine"]["torch_cpu_capability"]) == ("avx2", "AVX2")
     report = [sys.executable, str(ROOT / "benchmarks" / "report.py"), str(out)]
     printed = subprocess.run(report, capture_output=True, text=True, check=True).stdout
     table = [line for line in printed.splitlines() if line.startswith("|")]

@@ -21,7 +21,10 @@ CASES = [
     Case(7, 14, 1100, K=1030),  # several blocks of texts
     Case(9, 100, 64, K=33, tau=0.02),
     Case(9, 100, 64, K=33, tau=1.0),
-    Case(9, 100, 64, K=33, mask="random"),
+    Case(64, 100, 128, K=64, mask="random"),  # several groups, whose rows and places differ
+    Case(64, 100, 64, K=33, mask="random", tau=1.0),
+    Case(5, 1500, 64, K=33, mask="last"),
+    Case(4, 9, 64, K=33, mask="all"),
     Case(400, 5, 128, K=40, tau=1.0),  # in bfloat16, blocks that are shortened because they hold many images
 ]
 
@@ -46,14 +49,15 @@ def test_the_same_bits_without_kept_scores(case, form, dtype, cpu_backend, no_ma
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("form", FORMS)
-def test_the_backward_reads_them(form, dtype, cpu_backend, no_matrix_unit):
+@pytest.mark.parametrize("mask", [None, "random"])
+def test_the_backward_reads_them(mask, form, dtype, cpu_backend, no_matrix_unit):
     """Scores of zero in the memory give another gradient: the backward did not compute them again."""
     if dtype == torch.bfloat16 and "bf16" not in native().cpu_isa():
         pytest.skip("bfloat16 rows of this length are float32 here")
-    problem = make(Case(20, 50, 128, K=40), form, "compatibility", dtype)
+    problem = make(Case(20, 50, 128, K=40, mask=mask), form, "compatibility", dtype)
     phi, state = torch.empty_like(problem.upstream), torch.empty_like(problem.upstream)
     scores = torch.empty_like(problem.patches)
-    inputs = problem.patches, problem.texts, None, None, 0.1, form, cpu_backend, phi, state
+    inputs = problem.patches, problem.texts, problem.patch_mask, None, 0.1, form, cpu_backend, phi, state
     torch.ops.pacl_kernels.compatibility_forward(*inputs, scores)
     texts = []
     for memory in (scores.clone(), torch.zeros_like(scores)):
@@ -89,7 +93,8 @@ def test_where_they_are_kept(cpu_backend):
 
     assert keeps(options, patches)
     assert not keeps(options, patches.detach())
-    assert not keeps(options, patches, torch.ones(3, 5, dtype=torch.bool))
+    assert keeps(options, patches, torch.ones(3, 5, dtype=torch.bool))
+    assert not keeps(options._replace(text_pool="mean"), patches)
     assert not keeps(options._replace(form="max"), patches)
     assert not keeps(options._replace(backend="torch"), patches)
     with torch.no_grad():
@@ -97,3 +102,20 @@ def test_where_they_are_kept(cpu_backend):
     seen = []
     torch.func.grad(lambda x: (seen.append(keeps(options, x)), x.sum())[1])(patches.detach())
     assert seen == [False]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_forwards_of_parts_keep_the_scores_of_one_backward(form, cpu_backend):
+    """As in a gather of texts: the memory then holds what one forward of all texts leaves there."""
+    problem = make(Case(20, 50, 128, K=96, mask="random"), form, "compatibility")
+    scores = torch.zeros(2, *problem.patches.shape)
+
+    def forward(texts, memory, *part) -> None:
+        phi, state = torch.empty(2, 20, len(texts))
+        inputs = problem.patches, texts, problem.patch_mask, None, 0.1, form, cpu_backend, phi, state
+        torch.ops.pacl_kernels.compatibility_forward(*inputs, memory, *[None] * 4, 1.0, False, "both", None, *part)
+
+    forward(problem.texts, scores[0])
+    for first, last in ((32, 64), (0, 32), (64, 96)):
+        forward(problem.texts[first:last], scores[1], 96, first)
+    assert scores[0].any() and torch.equal(*scores)
