@@ -43,13 +43,19 @@ def close(w: Tensor, pitch: int) -> Tensor:
     return w.as_strided(w.shape, (pitch, 1))
 
 
-def runs_of(
-    p: Problem, launches: Callable[[bool], hopper.HopperLaunches], form: str
-) -> Iterator[tuple[str, int, Callable]]:
-    """Yield the name of a run, the images that it takes, and its launch. `launches(transposed)` makes a set of them."""
+def launches(p: Problem, transposed: bool) -> hopper.HopperLaunches:
+    before, hopper.settings.transposed_weights = hopper.settings.transposed_weights, transposed
+    try:
+        return hopper.HopperLaunches(p)
+    finally:
+        hopper.settings.transposed_weights = before
+
+
+def runs_of(p: Problem, form: str) -> Iterator[tuple[str, int, Callable[[], object]]]:
+    """Yield the name of a run, the images that it takes, and its launch."""
     size = workspace.backward_blocks(p, form, widened=False)
     block, upstream = Block(0, size.images, 0, size.texts), Upstream(torch.randn_like(p.phi), None, False)
-    plain, bulk = launches(False), launches(True)
+    plain, bulk = launches(p, transposed=False), launches(p, transposed=True)
     w, transposed = (workspace.weights(p, size, of.weights_tile(form, False)) for of in (plain, bulk))
     near, nothing = close(w, -(-p.n // 8) * 8), w.new_empty(0, 8)  # nothing: its address is null
     if form == "dot":
@@ -88,14 +94,7 @@ def measure(batch: int, n: int, d: int, form: str, repeats: int) -> dict[str, fl
     phi, state = torch.empty(2, batch, batch, device="cuda")
     p = order.prepare(patches, texts, None, 0.07, phi, state)
 
-    def launches(transposed: bool) -> hopper.HopperLaunches:
-        hopper.settings.transposed_weights = transposed
-        try:
-            return hopper.HopperLaunches(p)
-        finally:
-            hopper.settings.transposed_weights = None
-
-    return {name: milliseconds(run, repeats) * batch / images for name, images, run in runs_of(p, launches, form)}
+    return {name: milliseconds(run, repeats) * batch / images for name, images, run in runs_of(p, form)}
 
 
 def show(shape: str, form: str, ms: dict[str, float]) -> str:

@@ -5,13 +5,15 @@ They compute what the other kernels compute, so that every bit must be equal.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from accuracy import check
 from emulated import problem, run, truth
 from problems import Case, make
 
-from pacl_kernels.backends.gpu import hopper
+from pacl_kernels.backends.gpu import hopper, order
 
 SHAPES = [
     # b, n, k, d; the id says what is special
@@ -26,6 +28,8 @@ SHAPES = [
     pytest.param(2, 1, 3, 8, {}, id="one patch"),
 ]
 
+MASKED = (197, 387, 49)  # patches of the shapes with a mask, and in `dot` with the temperature's gradient
+
 
 def room_of(b, n, k):
     """Return W `[texts, rows]` and W `[rows, texts]` with more room than a launch may write, as texts are padded."""
@@ -38,10 +42,10 @@ def assert_equal(plain, transposed, b, n, k):
     assert (transposed[b * n :] == 9).all() and (transposed[:, k:] == 9).all(), "wrote behind the weights"
 
 
-@pytest.mark.parametrize("masked, needs_tau", [(False, False), (True, True)], ids=["all", "masked, temperature"])
 @pytest.mark.parametrize("b, n, k, d, more", SHAPES)
-def test_dot(library, b, n, k, d, more, masked, needs_tau):
+def test_dot(library, b, n, k, d, more):
     patches, texts = problem(b, n, k, d)
+    masked = needs_tau = n in MASKED
     mask = None
     if masked:
         mask = torch.rand(b, n, generator=torch.Generator().manual_seed(1)) < 0.6
@@ -62,7 +66,7 @@ def test_dot(library, b, n, k, d, more, masked, needs_tau):
 
 @pytest.mark.parametrize("b, n, k, d, more", SHAPES)
 def test_cosine(library, b, n, k, d, more):
-    tau, masked = 0.1, n in (197, 387, 49)
+    tau, masked = 0.1, n in MASKED
     patches, texts = problem(b, n, k, d)
     mask = torch.rand(b, n, generator=torch.Generator().manual_seed(1)) < 0.6 if masked else None
     if masked:
@@ -141,3 +145,21 @@ def test_backend(library, monkeypatch, case, form):
     check(make(case, form, "compatibility" if case.K else "infonce", torch.bfloat16), "cuda")
     of_weights = {name for name in launched if "weights" in name}
     assert of_weights and all(name.endswith("_transposed") for name in of_weights)
+
+
+@pytest.mark.parametrize("form", ["dot", "cosine"])
+def test_the_experiments_launch(library, monkeypatch, form):
+    """Every run of benchmarks/cuda_experiments.py launches on a small problem."""
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parents[2] / "benchmarks")
+    import cuda_experiments
+
+    library.configure()
+    monkeypatch.setattr(hopper, "native", lambda: library)
+    patches, texts = problem(3, 100, 70, 40)
+    p = order.prepare(patches, texts, None, 0.1, *torch.empty(2, 3, 70))
+    names = set()
+    for name, images, run_it in cuda_experiments.runs_of(p, form):
+        assert images == 3
+        run_it()
+        names.add(name)
+    assert names >= {run for pair in cuda_experiments.PARTS.values() for run in pair} | {"transposed, bulk stores"}
