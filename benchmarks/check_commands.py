@@ -31,11 +31,11 @@ def _stopped_behind_the_parser() -> Iterator[None]:
         parse(self, *given, **more)
         raise _Parsed
 
-    argparse.ArgumentParser.parse_args = parse_and_stop  # type: ignore[method-assign]
+    argparse.ArgumentParser.parse_args = parse_and_stop
     try:
         yield
     finally:
-        argparse.ArgumentParser.parse_args = parse  # type: ignore[method-assign]
+        argparse.ArgumentParser.parse_args = parse
 
 
 def _check_pytest(arguments: list[str]) -> str | None:
