@@ -145,7 +145,7 @@ def gram_attention_runs(p: Problem, grad_phi: Tensor, architecture: int) -> dict
     attention, gram = workspace.attention(p, size, launches.attention_dtype), workspace.gram(p, size)
     attention[:, :, : p.n] = 1 / p.n
     launches.gram(block, gram)
-    w = workspace.weights(p, size, launches.weights_tile(needs_temperature=False))
+    w = workspace.weights(p, size, launches.weights_tile("cosine", needs_temperature=False))
     norm_factor = torch.empty(block.images * block.texts, device=p.patches.device)
     upstream = Upstream(grad_phi, None, needs_temperature=False)
     calls = {

@@ -304,7 +304,7 @@ def _gpu_workspace(step: Step) -> int:
         images = max(1, min(step.batch, workspace.WORKSPACE // (4 * step.patches * step.dim)))
         return fixed + 4 * images * step.patches * step.dim
     size, widens = _gpu_blocks(step), _widens(step)
-    buffers = [workspace.weights(problem, size, (128, 128))]
+    buffers = [workspace.weights(problem, size, workspace.WeightsTile(128, 128))]
     if widens:
         buffers.append(problem.phi.new_empty(size.images * step.patches, step.dim))
     if step.form == "cosine":

@@ -50,12 +50,14 @@ inline void bind_plan(py::module_& m) {
       PACL_FIELD(resident)
       PACL_FIELD(width)
       PACL_FIELD(packed)
+      PACL_FIELD(box_patches)
       PACL_FIELD(consumers)
       PACL_FIELD(shared_bytes);
   // clang-format on
 #undef PACL_FIELD
 
   m.def("cuda_fits_one_tile", &fits_one_tile, py::arg("patches"));
+  m.attr("cuda_transposed_weights") = kTransposedWeights;
 }
 
 #ifdef PACL_CUDA

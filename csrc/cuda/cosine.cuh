@@ -190,8 +190,8 @@ __device__ __forceinline__ void cosine_forward_epilogue(const Tile& tile, const 
 // dS = g (a / r) (1 + (s - u) / τ - (u / r² τ) (q - r²)). If r is at its floor it is a constant, and the last term is
 // 0. (s - u) / τ is computed as log2(a) minus its mean, and r² as the mean of q, both over the rounded attention. Terms
 // that must cancel then do so for any τ.
-template <int kWidth, bool kFull, bool kKeep, class T>
-__device__ __forceinline__ float cosine_weights_epilogue(const Tile& tile, Attention<kWidth> attention,
+template <int kWidth, bool kFull, bool kKeep, class T, class Out>
+__device__ __forceinline__ float cosine_weights_epilogue(const Tile& tile, Out& outlet, Attention<kWidth> attention,
                                                          const float (&gram_attention)[kWidth / 2],
                                                          const Moments& moments, const Known& known) {
   const Work& work = tile.work;
@@ -240,13 +240,10 @@ __device__ __forceinline__ float cosine_weights_epilogue(const Tile& tile, Atten
   };
   auto behind = [] {};
 #pragma unroll
-  for (int j0 = 0; j0 < kWidth / 8; j0 += 8) {
-    if constexpr (kKeep) {
-      tile.outlet.stage<kWidth>(j0, tile.columns, kept, behind);
-      tile.outlet.copy_attention<kWidth, false>(work, tile.image, tile.chunk, j0);
-    }
-    tile.outlet.stage<kWidth>(j0, tile.columns, pair, behind);
-    tile.outlet.copy_weights<kWidth, false>(work, tile.image, tile.chunk, j0);
+  for (int j0 = 0; j0 < kWidth / 8; j0 += Out::kBlocks) {
+    if (kKeep && work.attention)
+      outlet.template write_attention<kWidth, false>(work, tile.image, tile.chunk, j0, tile.columns, kept, behind);
+    outlet.template write_weights<kWidth, false>(work, tile.image, tile.chunk, j0, tile.columns, pair, behind);
   }
   return temperature_sum;
 }

@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "pipeline.cuh"
+#include "outlet.cuh"
 
 namespace pacl::cuda {
 
@@ -101,114 +101,10 @@ struct Softmax {
   }
 };
 
-// The patch of a column of a tile that begins with `image`; `there` is false for a column without a patch.
-struct Patch {
-  int image, n;
-  bool there;
-
-  template <int kWidth, bool kPacked>
-  static __device__ __forceinline__ Patch of(const Work& work, int image, int chunk, int column) {
-    Patch patch{image, chunk * kWidth + column, column < kWidth};
-    if constexpr (kPacked) {
-      int which = column / work.pitch;
-      patch.image += which;
-      patch.n = column - which * work.pitch;
-      patch.there &= which < work.images_of_tile;
-    }
-    patch.there &= patch.n < work.patches && patch.image < work.images;
-    return patch;
-  }
-};
-
-// Copies results of a warp from registers to memory, 64 columns of its 16 rows at a time, through shared memory, so
-// that neighbouring lanes store neighbours.
-struct Outlet {
-  uint8_t* staged;
-  int text, texts;  // the text of the first row, and the number of texts
-  int lane;
-
-  // Stages column blocks `j` and `j + 1`, of eight columns each. Call it between `begin` and `end`. Entry 2 b + r of
-  // `two_blocks` holds two packed neighbours of block j + b, in the row 8 r below the thread's first.
-  __device__ __forceinline__ void put(int j, const uint32_t (&two_blocks)[4]) const {
-    store_matrices(staged + lane % 16 * kStagedPitch + lane / 16 * 16 + 16 * j, two_blocks);
-  }
-  __device__ __forceinline__ void begin() const { __syncwarp(); }  // the previous contents have been read
-  __device__ __forceinline__ void end() const { __syncwarp(); }
-
-  // Stages 64 columns of a tile from block `j0` on, or fewer at the tile's end. `pair(j, column, r)` returns two packed
-  // neighbours of row r in block j; `column` has their entries of `columns`. `behind()` is called after each block.
-  template <int kWidth, class Pair, class Behind>
-  __device__ __forceinline__ void stage(int j0, const float* columns, const Pair& pair, const Behind& behind) const {
-    uint32_t out[4] = {};
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      int j = j0 + i;
-      if (j >= kWidth / 8) continue;
-      float2 column = *reinterpret_cast<const float2*>(columns + 8 * j + 2 * (lane % 4));
-#pragma unroll
-      for (int r = 0; r < 2; ++r) out[i % 2 * 2 + r] = pair(j, column, r);
-      bool last = j + 1 == kWidth / 8;
-      if (i == 1 || (i == 0 && last)) begin();
-      if (i % 2 == 1 || last) put(i / 2 * 2, out);  // past an odd last block, the contents do not matter
-      behind();
-    }
-    end();
-  }
-
-  // Copies the staged columns to `matrix`, kElements neighbours at a time; texts are `stride` apart. `place` returns
-  // the offset of a column in its row, or a negative number for a column that is not stored.
-  template <int kElements, class Place>
-  __device__ __forceinline__ void copy(uint16_t* matrix, int64_t stride, const Place& place) const {
-    constexpr int kLanes = kStagedColumns / kElements < 32 ? kStagedColumns / kElements : 32, kRows = 32 / kLanes;
-    int first = lane / kLanes, left = texts - text - first;
-    using Bits = std::conditional_t<kElements == 8, uint4, std::conditional_t<kElements == 4, uint2, uint16_t>>;
-#pragma unroll
-    for (int begin = 0; begin < kStagedColumns; begin += kLanes * kElements) {
-      int column = begin + lane % kLanes * kElements;
-      int64_t offset = place(column);
-      if (offset < 0) continue;
-      const uint8_t* from = staged + first * kStagedPitch + 2 * column;
-      uint16_t* to = matrix + (text + first) * stride + offset;
-#pragma unroll kElements == 1 ? 4 : 16  // fully unrolled, the narrowest stores would be most of the code
-      for (int row = 0; row < 16; row += kRows, to += kRows * stride) {
-        Bits bits = *reinterpret_cast<const Bits*>(from + row * kStagedPitch);
-        if (row < left) *reinterpret_cast<Bits*>(to) = bits;
-      }
-    }
-  }
-
-  // Copies 64 columns to the weights `[texts, images patches]`, from block `j0` on of a tile that begins with `image`.
-  template <int kWidth, bool kPacked>
-  __device__ __forceinline__ void copy_weights(const Work& work, int image, int chunk, int j0) const {
-    auto place = [&](int column) {
-      Patch patch = Patch::of<kWidth, kPacked>(work, image, chunk, 8 * j0 + column);
-      return patch.there ? int64_t(patch.image) * work.patches + patch.n : int64_t(-1);
-    };
-    switch (work.store_elements) {
-      case 8:
-        return copy<8>(work.weights, work.weights_stride, place);
-      case 4:
-        return copy<4>(work.weights, work.weights_stride, place);
-      default:
-        return copy<1>(work.weights, work.weights_stride, place);
-    }
-  }
-
-  // Copies the same columns to the attention `[images, texts, attention_stride]`.
-  template <int kWidth, bool kPacked>
-  __device__ __forceinline__ void copy_attention(const Work& work, int image, int chunk, int j0) const {
-    copy<8>(work.attention, work.attention_stride, [&](int column) {
-      Patch patch = Patch::of<kWidth, kPacked>(work, image, chunk, 8 * j0 + column);
-      return patch.there ? patch.image * work.texts * work.attention_stride + patch.n : int64_t(-1);
-    });
-  }
-};
-
 // A tile whose products are in registers, seen from one thread of its warpgroup.
 struct Tile {
   const Work& work;
   const Rows& rows;
-  const Outlet& outlet;
   const float* columns;  // [kWidth], in shared memory
   int image, chunk;      // the first image, and the chunk of it
   float scale;           // log2(e) / τ
@@ -286,8 +182,9 @@ struct Line {
 
 // Stores the attention in float16, `[images, texts, attention_stride]`. `known` has the entropy and φ of `dot`, or the
 // log-sum-exp and 0. With kExact, for a temperature below kExactBelow, it is computed from the rounded s - φ.
-template <int kWidth, bool kPacked, bool kExact>
-__device__ __forceinline__ void attention_epilogue(const Tile& tile, const float (&acc)[kWidth / 2], Known& known) {
+template <int kWidth, bool kPacked, bool kExact, class Out>
+__device__ __forceinline__ void attention_epilogue(const Tile& tile, Out& outlet, const float (&acc)[kWidth / 2],
+                                                   Known& known) {
   const Work& work = tile.work;
   const Rows& rows = tile.rows;
   float scale = tile.scale;
@@ -314,16 +211,15 @@ __device__ __forceinline__ void attention_epilogue(const Tile& tile, const float
     }
   };
 #pragma unroll
-  for (int j0 = 0; j0 < kWidth / 8; j0 += 8) {
-    tile.outlet.stage<kWidth>(j0, tile.columns, pair, behind);
-    tile.outlet.copy_attention<kWidth, kPacked>(work, tile.image, tile.chunk, j0);
-  }
+  for (int j0 = 0; j0 < kWidth / 8; j0 += Out::kBlocks)
+    outlet.template write_attention<kWidth, kPacked>(work, tile.image, tile.chunk, j0, tile.columns, pair, behind);
 }
 
 // Stores W = dS / (‖p‖ ‖t‖), and returns the tile's part of the temperature's sum. kFull is needed for Work::full and
 // for a temperature below kExactBelow. Without it, a column without a patch may hold anything: it is not stored.
-template <int kWidth, bool kPacked, bool kFull, class T>
-__device__ __forceinline__ float dot_weights_epilogue(const Tile& tile, const float (&acc)[kWidth / 2], Known& known) {
+template <int kWidth, bool kPacked, bool kFull, class T, class Out>
+__device__ __forceinline__ float dot_weights_epilogue(const Tile& tile, Out& outlet, const float (&acc)[kWidth / 2],
+                                                      Known& known) {
   const Work& work = tile.work;
   const Rows& rows = tile.rows;
   float range_scale = work.range_scale ? *work.range_scale : 1.0f;
@@ -357,10 +253,8 @@ __device__ __forceinline__ float dot_weights_epilogue(const Tile& tile, const fl
     }
   };
 #pragma unroll
-  for (int j0 = 0; j0 < kWidth / 8; j0 += 8) {
-    tile.outlet.stage<kWidth>(j0, tile.columns, pair, behind);
-    tile.outlet.copy_weights<kWidth, kPacked>(work, tile.image, tile.chunk, j0);
-  }
+  for (int j0 = 0; j0 < kWidth / 8; j0 += Out::kBlocks)
+    outlet.template write_weights<kWidth, kPacked>(work, tile.image, tile.chunk, j0, tile.columns, pair, behind);
   return temperature_sum;
 }
 

@@ -36,7 +36,7 @@ const void* find(int width) {
 }  // namespace
 
 const void* PACL_TABLE(PACL_TABLE_EPILOGUE, PACL_TABLE_DTYPE)(int width, bool packed) {
-  if constexpr (has_sigmoid_loss(kEpilogue) && std::is_same_v<PACL_TABLE_DTYPE, float16>)
+  if constexpr (is_only_bfloat16(kEpilogue) && std::is_same_v<PACL_TABLE_DTYPE, float16>)
     return nullptr;
   else if constexpr (kEpilogue == Epilogue::dot_forward_running_max)
     return packed ? find<true, kRunningMaxPackedWidths>(width) : find<false, kRunningMaxWidths>(width);

@@ -78,6 +78,7 @@ CUtensorMap tensor_map(const Box& box, int dimensions, bool half) {
   return map;
 }
 
+// Returns the kernel, or null where none is compiled for the dtype or the width.
 const void* kernel_of(const Launch& launch) {
   switch (launch.epilogue) {
 #define PACL_EPILOGUE(NAME, DTYPE) \
@@ -109,10 +110,9 @@ void run(const Launch& launch) {
   OnDevice on(launch.device);
   const Plan& plan = launch.plan;
   Work work = make_work(launch);
-  CUtensorMap patches = tensor_map(patch_box(launch), 3, boxes_are_half(launch));
-  CUtensorMap texts = tensor_map(text_box(launch), 2, boxes_are_half(launch));
-  CUtensorMap gram = has_second_product(launch.epilogue) ? tensor_map(gram_box(launch), 3, true) : patches;
+  auto maps = maps_of<Maps>(launch, tensor_map);
   const void* kernel = kernel_of(launch);
+  if (!kernel) throw std::runtime_error("CUDA: this kernel is not compiled for this dtype and number of patches");
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes),
         "cudaFuncSetAttribute");
   cudaLaunchConfig_t config{};
@@ -126,7 +126,7 @@ void run(const Launch& launch) {
   cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
   config.attrs = &cluster;
   config.numAttrs = 1;
-  void* arguments[] = {&patches, &texts, &gram, &work};
+  void* arguments[] = {&maps, &work};
   check(cudaLaunchKernelExC(&config, kernel, arguments), "score_kernel");
 }
 

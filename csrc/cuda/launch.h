@@ -19,13 +19,15 @@ struct Arguments {
   float* state;  // [images, phi_stride], in bits: the entropy for `dot`, the log-sum-exp for `cosine`
   int64_t phi_stride;
   const float* grad_phi;  // [images, phi_stride]
-  uint16_t* weights;      // [texts, weights_stride], of the launch's dtype; may be null in `dot_sigmoid_weights`
-  bool full;              // for the backward: patches may be masked, or temperature_sums is not null
+  // [texts, weights_stride], of the launch's dtype, or [images, patches, weights_stride] if the epilogue transposes it.
+  // Null: no row of weights or attention is stored (not for a transposing epilogue).
+  uint16_t* weights;
+  bool full;  // for the backward: patches may be masked, or temperature_sums is not null
   int64_t weights_stride;
   int store_elements;        // weights per store: 8, 4 or 1, set by make_work
   const float* range_scale;  // or null; a power of two that multiplies the weights and the norm factors
   float* temperature_sums;   // or null; one sum per block
-  // [images, texts, attention_stride]; of the launch's dtype in `cosine_weights`, otherwise float16
+  // [images, texts, attention_stride]; of the launch's dtype in `cosine_weights`, which takes null, otherwise float16
   uint16_t* attention;
   int64_t attention_stride;  // a multiple of 8; up to 7 elements past the patches are set to zero
   float* norm_factor;        // [images, texts]

@@ -23,6 +23,12 @@ constexpr int threads_of(int consumers) { return (consumers + 1) * kWarpgroup; }
 // Numbers of a block's named barriers; 0 belongs to __syncthreads.
 constexpr int kTurn = 1;     // + warpgroup, which may issue its products
 constexpr int kColumns = 4;  // + warpgroup, whose columns are in shared memory
+constexpr int kFilled = 7;   // + warpgroup, whose box is filled
+
+// The tensors that the copy engine reads and writes. A launch leaves out those that it does not use.
+struct Maps {
+  TensorMap patches, texts, gram, weights, attention;
+};
 
 struct Barriers {
   uint64_t full[kMaxStages];
@@ -37,6 +43,7 @@ struct Shared {
   float* columns;   // [consumers][kMaxWidth]
   uint8_t* staged;  // [4 consumers][kStagedBytes], one per warp, in kernels that write weights or attention
   double* sums;     // [consumers][kLossSums][32], in kernels with a sigmoid loss
+  uint8_t* boxes;   // [consumers][kBoxes][64 box_columns elements], in kernels with bulk tensor stores
   uint8_t* texts;   // [steps][64 rows of 128 bytes]
   uint8_t* ring;    // [stages][width rows of 128 bytes, plus 64 rows if the texts are not resident]
   int stage_bytes;
@@ -53,7 +60,9 @@ __device__ __forceinline__ Shared lay_out(const Work& work) {
   shared.columns = reinterpret_cast<float*>(base + kBarrierBytes);
   shared.staged = base + kBarrierBytes + kConsumers * kMaxWidth * 4;
   shared.sums = reinterpret_cast<double*>(shared.staged + kConsumers * 4 * kStagedBytes);
-  shared.texts = base + fixed_bytes(kConsumers, is_staged(kEpilogue), has_sigmoid_loss(kEpilogue));
+  constexpr bool kStaged = is_staged(kEpilogue), kSummed = has_sigmoid_loss(kEpilogue);
+  shared.boxes = base + fixed_bytes(kConsumers, kStaged, kSummed, false);
+  shared.texts = base + fixed_bytes(kConsumers, kStaged, kSummed, is_transposed(kEpilogue));
   shared.ring = shared.texts + (work.resident ? work.steps * kTextStepBytes : 0);
   shared.stage_bytes = kWidth * kStep * 2 + (work.resident ? 0 : kTextStepBytes);
   return shared;
@@ -113,8 +122,7 @@ struct Turn {
 };
 
 template <int kWidth, Epilogue kEpilogue>
-__device__ __forceinline__ void produce(const Work& work, const Shared& shared, const TensorMap& patches,
-                                        const TensorMap& texts, const TensorMap& gram, uint32_t block) {
+__device__ __forceinline__ void produce(const Work& work, const Shared& shared, const Maps& maps, uint32_t block) {
   uint32_t patch_bytes = work.pitch * work.images_of_tile * kStep * 2;
   uint32_t bytes = patch_bytes + (work.resident ? 0 : kTextStepBytes);
   uint16_t everyone = static_cast<uint16_t>((1 << work.cluster) - 1);
@@ -129,7 +137,7 @@ __device__ __forceinline__ void produce(const Work& work, const Shared& shared, 
       texts_parity ^= 1;
       barrier_arrive_expect(&barriers.texts_full, work.steps * kTextStepBytes);
       for (int step = 0; step < work.steps; ++step)
-        load_box(shared.texts + step * kTextStepBytes, texts, &barriers.texts_full, step * kStep, item.text);
+        load_box(shared.texts + step * kTextStepBytes, maps.texts, &barriers.texts_full, step * kStep, item.text);
     }
     for (int turn = 0; turn < item.turns; ++turn) {
       Turn now(work, turn);
@@ -145,8 +153,8 @@ __device__ __forceinline__ void produce(const Work& work, const Shared& shared, 
           uint64_t* full = &barriers.full[at.slot];
           barrier_wait(&barriers.empty[at.slot], at.parity ^ 1);
           barrier_arrive_expect(full, bytes);
-          if (loader == block) load_box(slot, patches, full, step * kStep, now.chunk * kWidth, image, everyone);
-          if (!work.resident) load_box(slot + kWidth * kStep * 2, texts, full, step * kStep, text);
+          if (loader == block) load_box(slot, maps.patches, full, step * kStep, now.chunk * kWidth, image, everyone);
+          if (!work.resident) load_box(slot + kWidth * kStep * 2, maps.texts, full, step * kStep, text);
           loader = loader + 1 == static_cast<uint32_t>(work.cluster) ? 0 : loader + 1;
           at.next(work.stages);
         }
@@ -159,7 +167,7 @@ __device__ __forceinline__ void produce(const Work& work, const Shared& shared, 
             barrier_wait(&barriers.empty[at.slot], at.parity ^ 1);
             barrier_arrive_expect(full, kWidth * kStep * 2);
             if (loader == block)
-              load_box(shared.ring + at.slot * shared.stage_bytes, gram, full, step * kStep, 0, image, everyone);
+              load_box(shared.ring + at.slot * shared.stage_bytes, maps.gram, full, step * kStep, 0, image, everyone);
             loader = loader + 1 == static_cast<uint32_t>(work.cluster) ? 0 : loader + 1;
             at.next(work.stages);
           }

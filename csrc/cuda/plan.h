@@ -15,26 +15,53 @@ enum class Epilogue {
 #include "epilogues.def"
 };
 
+// The default of `Settings.transposed_weights` in pacl_kernels/backends/gpu/hopper.py: W leaves by bulk tensor stores,
+// transposed, where there is such a kernel. False until that has been timed on a GPU.
+inline constexpr bool kTransposedWeights = false;
+
+// Returns true if results leave through boxes in shared memory, by bulk tensor stores, and W transposed.
+constexpr bool is_transposed(Epilogue e) {
+  return e == Epilogue::dot_weights_transposed || e == Epilogue::cosine_weights_transposed ||
+         e == Epilogue::cosine_weights_from_attention_transposed;
+}
+// Returns the epilogue with the same arithmetic whose threads store their results.
+constexpr Epilogue arithmetic_of(Epilogue e) {
+  switch (e) {
+    case Epilogue::dot_weights_transposed:
+      return Epilogue::dot_weights;
+    case Epilogue::cosine_weights_transposed:
+      return Epilogue::cosine_weights;
+    case Epilogue::cosine_weights_from_attention_transposed:
+      return Epilogue::cosine_weights_from_attention;
+    default:
+      return e;
+  }
+}
 // Returns true if a tile has a second product: its attention, in registers, with the Gram matrix, which follows the
 // patches in the ring.
 constexpr bool has_second_product(Epilogue e) {
+  e = arithmetic_of(e);
   return e == Epilogue::cosine_forward || e == Epilogue::cosine_weights || e == Epilogue::cosine_sigmoid_weights;
 }
 // Returns true if the epilogue computes the sigmoid loss of its pairs besides W.
 constexpr bool has_sigmoid_loss(Epilogue e) {
   return e == Epilogue::dot_sigmoid_weights || e == Epilogue::cosine_sigmoid_weights;
 }
+constexpr bool is_only_bfloat16(Epilogue e) { return has_sigmoid_loss(e) || is_transposed(e); }
 // Returns true if a tile must hold all patches of an image, and no others.
 constexpr bool takes_whole_images(Epilogue e) { return has_second_product(e) || has_sigmoid_loss(e); }
 // Returns true if the operands are the attention in memory and the Gram matrix, in place of texts and patches.
 constexpr bool reads_attention(Epilogue e) {
+  e = arithmetic_of(e);
   return e == Epilogue::cosine_forward_from_attention || e == Epilogue::cosine_weights_from_attention;
 }
 constexpr bool writes_weights(Epilogue e) {
+  e = arithmetic_of(e);
   return e == Epilogue::dot_weights || e == Epilogue::cosine_weights || e == Epilogue::cosine_weights_from_attention ||
          has_sigmoid_loss(e);
 }
-constexpr bool is_staged(Epilogue e) { return writes_weights(e) || e == Epilogue::attention; }
+// Returns true if a warp's results go through its staging buffer.
+constexpr bool is_staged(Epilogue e) { return !is_transposed(e) && (writes_weights(e) || e == Epilogue::attention); }
 
 inline constexpr int kTileTexts = 64;
 inline constexpr int kStep = 64;  // elements along D: the 128 bytes that the swizzle of shared memory spans
@@ -48,6 +75,10 @@ inline constexpr int kTextStepBytes = kTileTexts * kStep * 2;
 inline constexpr int kStagedColumns = 64;
 inline constexpr int kStagedPitch = kStagedColumns * 2 + 16;
 inline constexpr int kStagedBytes = 16 * kStagedPitch;
+// Boxes of a warpgroup between registers and bulk tensor stores: one is filled while the other is read.
+inline constexpr int kBoxes = 2;
+// Columns of a box. With three warpgroups wider boxes would take a step from the ring.
+constexpr int box_columns(int consumers) { return consumers == 3 ? 32 : 64; }
 // The sums of a sigmoid loss: of the loss and of the gradients of scale, bias and temperature, in this order.
 inline constexpr int kLossSums = 4;
 inline constexpr int kLossSumsBytes = kLossSums * 32 * 8;  // of a warpgroup; one of double for each four threads
@@ -68,6 +99,7 @@ inline constexpr int kMostPacked = 128;  // images of at most this many patches 
 inline constexpr int kMostOfThree = 200;  // columns
 
 constexpr int consumers_of(Epilogue e, int width) {
+  e = arithmetic_of(e);
   bool narrow = e == Epilogue::dot_forward || e == Epilogue::dot_weights || e == Epilogue::attention ||
                 e == Epilogue::dot_sigmoid_weights;
   return narrow && width <= kMostOfThree ? 3 : 2;
@@ -84,13 +116,14 @@ struct Schedule {
   int patches;          // patches of an image
   int pitch;            // columns from one image of a tile to the next; a multiple of 8
   int images_of_tile;
-  int chunks;      // tiles of an image
-  int passes;      // passes over the chunks: 2 if a tile needs sums over all of them
-  int steps;       // steps along D, or along the image's patches for the attention's products
-  int gram_steps;  // steps along the image's patches if the Gram matrix is a second operand, otherwise 0
-  int stages;      // steps that the ring in shared memory holds
-  int cluster;     // blocks that share each step of patches
-  bool resident;   // the texts stay in shared memory; otherwise each step loads its part of them
+  int chunks;       // tiles of an image
+  int passes;       // passes over the chunks: 2 if a tile needs sums over all of them
+  int steps;        // steps along D, or along the image's patches for the attention's products
+  int gram_steps;   // steps along the image's patches if the Gram matrix is a second operand, otherwise 0
+  int stages;       // steps that the ring in shared memory holds
+  int cluster;      // blocks that share each step of patches
+  int box_patches;  // rows of a bulk tensor store of W, all of them patches of one image
+  bool resident;    // the texts stay in shared memory; otherwise each step loads its part of them
 };
 
 struct Plan : Schedule {
@@ -99,6 +132,7 @@ struct Plan : Schedule {
   bool packed;    // several images to a tile
   bool staged;    // shared memory has staging buffers for results
   bool summed;    // shared memory has the sums of a sigmoid loss
+  bool boxed;     // shared memory has boxes for bulk tensor stores
   int consumers;  // warpgroups that take tiles in turn
   int shared_bytes;
 };
@@ -109,15 +143,17 @@ constexpr int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
 inline int stage_bytes(const Plan& plan) { return plan.width * kStep * 2 + (plan.resident ? 0 : kTextStepBytes); }
 
 // Returns the bytes before texts and ring in shared memory. The offsets in this part are compile-time constants.
-constexpr int fixed_bytes(int consumers, bool staged, bool summed) {
+constexpr int fixed_bytes(int consumers, bool staged, bool summed, bool boxed) {
   int of_consumer = kMaxWidth * 4 + (staged ? 4 * kStagedBytes : 0);  // its columns, and a staging buffer per warp
   of_consumer += summed ? kLossSumsBytes : 0;
-  return static_cast<int>(ceil_div(kBarrierBytes + consumers * of_consumer, 1024) * 1024);
+  int bytes = static_cast<int>(ceil_div(kBarrierBytes + consumers * of_consumer, 1024) * 1024);
+  // Boxes begin at multiples of 1,024, as the swizzle demands.
+  return bytes + (boxed ? consumers * kBoxes * box_columns(consumers) * kTileTexts * 2 : 0);
 }
 
 inline int shared_bytes(const Plan& plan, int stages) {
   int texts = plan.resident ? plan.steps * kTextStepBytes : 0;
-  return fixed_bytes(plan.consumers, plan.staged, plan.summed) + texts + stages * stage_bytes(plan);
+  return fixed_bytes(plan.consumers, plan.staged, plan.summed, plan.boxed) + texts + stages * stage_bytes(plan);
 }
 
 // Returns the narrowest compiled width of at least `columns`, or 0 if there is none.
@@ -185,6 +221,7 @@ inline Plan make_plan(int64_t images, int64_t patches, int64_t texts, int64_t di
   plan.images = images, plan.patches = static_cast<int>(patches), plan.texts = texts, plan.dim = dim;
   plan.staged = is_staged(epilogue);
   plan.summed = has_sigmoid_loss(epilogue);
+  plan.boxed = is_transposed(epilogue);
   if (takes_whole_images(epilogue)) {
     plan.width = plan.pitch = width_for(kWholeImageWidths, patches);
     plan.images_of_tile = plan.chunks = 1;
@@ -197,7 +234,10 @@ inline Plan make_plan(int64_t images, int64_t patches, int64_t texts, int64_t di
     choose_tile(plan, patches, kWidths, kPackedWidths);
   }
   plan.consumers = consumers_of(epilogue, plan.width);
-  plan.passes = epilogue == Epilogue::cosine_weights_from_attention && plan.chunks > 1 ? 2 : 1;
+  plan.passes = reads_attention(epilogue) && writes_weights(epilogue) && plan.chunks > 1 ? 2 : 1;
+  // A store must not reach into the next image or chunk; what lies past an image's last patch is left out anyway.
+  int box = box_columns(plan.consumers);
+  plan.box_patches = plan.packed || (plan.chunks > 1 && plan.width % box != 0) ? 8 : box;
   plan.groups = ceil_div(images, plan.images_of_tile);
   plan.steps = static_cast<int>(ceil_div(reads_attention(epilogue) ? patches : dim, kStep));
   plan.cluster = cluster ? cluster : (texts > kTileTexts && processors > 1 ? 2 : 1);

@@ -90,6 +90,22 @@ __device__ __forceinline__ void load_box(void* to, const TensorMap& map, uint64_
       : "memory");
 }
 
+// Copies a box from shared memory to a tensor, asynchronously. Elements outside the tensor are left out. The thread's
+// stores up to store_commit form a group.
+__device__ __forceinline__ void store_box(const TensorMap& map, const void* from, int x, int y, int z) {
+  asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(&map),
+               "r"(shared_address(from)), "r"(x), "r"(y), "r"(z)
+               : "memory");
+}
+
+__device__ __forceinline__ void store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+
+// Waits until this thread's stores have read shared memory.
+__device__ __forceinline__ void store_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+
+// Makes this thread's writes to shared memory visible to the copy engine, once the threads have met at a barrier.
+__device__ __forceinline__ void engine_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
 __device__ __forceinline__ void prefetch(const TensorMap& map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
@@ -162,6 +178,13 @@ __device__ __forceinline__ float log2_fast(float x) {
 __device__ __forceinline__ void store_matrices(void* row, const uint32_t (&v)[4]) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)), "r"(v[0]),
                "r"(v[1]), "r"(v[2]), "r"(v[3])
+               : "memory");
+}
+
+// Stores the transposed matrices: lanes 8 i to 8 i + 7 pass the addresses of the columns of matrix i.
+__device__ __forceinline__ void store_matrices_transposed(void* column, const uint32_t (&v)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(column)),
+               "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3])
                : "memory");
 }
 

@@ -28,10 +28,12 @@ struct Carry {
 };
 
 // Runs the epilogue of a tile. `acc` has the scores, or q = G a if `attention` has a.
-template <int kWidth, bool kPacked, class T, Epilogue kEpilogue, class Attention>
-__device__ __forceinline__ void finish_tile(const Tile& tile, const Turn& now, const float (&acc)[kWidth / 2],
-                                            Attention& attention, Carry<kEpilogue>& carry, LossSums& sums) {
+template <int kWidth, bool kPacked, class T, Epilogue kEpilogue, class Out, class Attention>
+__device__ __forceinline__ void finish_tile(const Tile& tile, Out& outlet, const Turn& now,
+                                            const float (&acc)[kWidth / 2], Attention& attention,
+                                            Carry<kEpilogue>& carry, LossSums& sums) {
   constexpr bool kRead = reads_attention(kEpilogue);
+  constexpr Epilogue kArithmetic = arithmetic_of(kEpilogue);
   const Work& work = tile.work;
   bool last = now.chunk + 1 == work.chunks;
   bool exact = tile.inverse_temperature > 1.0f / kExactBelow;  // use the rounded s - φ
@@ -40,25 +42,25 @@ __device__ __forceinline__ void finish_tile(const Tile& tile, const Turn& now, c
     dot_forward_epilogue<kWidth, kPacked>(tile, acc, last, carry.softmax);
   } else if constexpr (kEpilogue == Epilogue::attention) {
     if (exact)
-      attention_epilogue<kWidth, kPacked, true>(tile, acc, known);
+      attention_epilogue<kWidth, kPacked, true>(tile, outlet, acc, known);
     else
-      attention_epilogue<kWidth, kPacked, false>(tile, acc, known);
-  } else if constexpr (kEpilogue == Epilogue::dot_weights) {
+      attention_epilogue<kWidth, kPacked, false>(tile, outlet, acc, known);
+  } else if constexpr (kArithmetic == Epilogue::dot_weights) {
     if (work.full || exact)
-      carry.temperature_sum += dot_weights_epilogue<kWidth, kPacked, true, T>(tile, acc, known);
+      carry.temperature_sum += dot_weights_epilogue<kWidth, kPacked, true, T>(tile, outlet, acc, known);
     else
-      dot_weights_epilogue<kWidth, kPacked, false, T>(tile, acc, known);
+      dot_weights_epilogue<kWidth, kPacked, false, T>(tile, outlet, acc, known);
   } else if constexpr (kEpilogue == Epilogue::dot_sigmoid_weights) {
     // The full variant has a running maximum, which a small temperature needs.
     if (work.full || tile.inverse_temperature > 1.0f / kRunningMaxBelow)
-      dot_sigmoid_epilogue<kWidth, true, T>(tile, acc, sums);
+      dot_sigmoid_epilogue<kWidth, true, T>(tile, outlet, acc, sums);
     else
-      dot_sigmoid_epilogue<kWidth, false, T>(tile, acc, sums);
+      dot_sigmoid_epilogue<kWidth, false, T>(tile, outlet, acc, sums);
   } else if constexpr (kEpilogue == Epilogue::cosine_sigmoid_weights) {
     if (work.full)
-      cosine_sigmoid_epilogue<kWidth, true, T>(tile, attention, acc, carry.dot, sums);
+      cosine_sigmoid_epilogue<kWidth, true, T>(tile, outlet, attention, acc, carry.dot, sums);
     else
-      cosine_sigmoid_epilogue<kWidth, false, T>(tile, attention, acc, carry.dot, sums);
+      cosine_sigmoid_epilogue<kWidth, false, T>(tile, outlet, attention, acc, carry.dot, sums);
   } else if constexpr (!writes_weights(kEpilogue)) {
     if (!kRead || now.chunk == 0) carry.moments.clear();
     carry.moments.template add<kWidth, false>(attention, acc);
@@ -77,9 +79,9 @@ __device__ __forceinline__ void finish_tile(const Tile& tile, const Turn& now, c
     }
     if (work.full)
       carry.temperature_sum +=
-          cosine_weights_epilogue<kWidth, true, !kRead, T>(tile, attention, acc, carry.moments, known);
+          cosine_weights_epilogue<kWidth, true, !kRead, T>(tile, outlet, attention, acc, carry.moments, known);
     else
-      cosine_weights_epilogue<kWidth, false, !kRead, T>(tile, attention, acc, carry.moments, known);
+      cosine_weights_epilogue<kWidth, false, !kRead, T>(tile, outlet, attention, acc, carry.moments, known);
   }
 }
 
@@ -116,7 +118,8 @@ __device__ __forceinline__ void store_loss_sums(const Work& work, const Shared& 
 }
 
 template <int kWidth, bool kPacked, class T, Epilogue kEpilogue>
-__device__ __forceinline__ void consume(const Work& work, const Shared& shared, uint32_t block, int warpgroup) {
+__device__ __forceinline__ void consume(const Work& work, const Shared& shared, const Maps& maps, uint32_t block,
+                                        int warpgroup) {
   int lane = threadIdx.x % 32, thread = threadIdx.x % kWarpgroup;
   float temperature = work.temperature_at ? *work.temperature_at : work.temperature;
   float inverse_temperature = 1.0f / temperature, scale = kLog2e * inverse_temperature;
@@ -127,6 +130,8 @@ __device__ __forceinline__ void consume(const Work& work, const Shared& shared, 
   const int next = warpgroup == kLast ? 0 : warpgroup + 1;  // the warpgroup with the next turn
   uint32_t texts_parity = 0;
   constexpr bool kSecondProduct = has_second_product(kEpilogue), kRead = reads_attention(kEpilogue);
+  constexpr bool kBoxed = is_transposed(kEpilogue);
+  constexpr Epilogue kArithmetic = arithmetic_of(kEpilogue);
   using Operand = std::conditional_t<kRead, __half, T>;
   Carry<kEpilogue> carry;
   uint8_t* staged = shared.staged + (warpgroup * 4 + thread / 32) * kStagedBytes;
@@ -148,9 +153,9 @@ __device__ __forceinline__ void consume(const Work& work, const Shared& shared, 
       int chunk = now.chunk, group = item.begin + kConsumers * now.set + warpgroup;
       bool wanted = group < item.end;
       int image = group * work.images_of_tile;
-      if constexpr (kEpilogue == Epilogue::dot_weights || kEpilogue == Epilogue::attention) {
+      if constexpr (kArithmetic == Epilogue::dot_weights || kEpilogue == Epilogue::attention) {
         if (wanted) carry.known.load(work, rows, image);
-      } else if constexpr (kEpilogue == Epilogue::cosine_weights) {
+      } else if constexpr (kArithmetic == Epilogue::cosine_weights) {
         // The cosine form needs the other values later, and has no registers to spare.
         if (wanted) carry.known.load(carry.known.state, work.state, work, rows, image);
       }
@@ -173,10 +178,11 @@ __device__ __forceinline__ void consume(const Work& work, const Shared& shared, 
       if (work.resident && turn + 1 == item.turns && lane == 0) barrier_arrive(&shared.barriers->texts_empty);
       if (wanted) {
         wait_for_copies();
+        if (kBoxed && thread == 0) store_wait_read();  // behind the barrier all boxes are free
         named_sync(kColumns + warpgroup, kWarpgroup);
       }
       if constexpr (kSecondProduct) {
-        if constexpr (kEpilogue != Epilogue::cosine_weights)
+        if constexpr (kArithmetic != Epilogue::cosine_weights)
           carry.dot = attention_of<kWidth>(rows, acc, columns, scale, lane, attention);
         else
           attention_again<kWidth>(rows, carry.known, acc, columns, scale, lane, attention);
@@ -185,27 +191,35 @@ __device__ __forceinline__ void consume(const Work& work, const Shared& shared, 
         int slot = issue_gram_attention<kWidth>(work, shared, at, lane, attention, acc);
         at.skip(warpgroup == 0 ? work.gram_steps : work.steps, work.stages);
         if (warpgroup != kLast || !last_turn) named_arrive(kTurn + next, 2 * kWarpgroup);
-        if constexpr (kEpilogue == Epilogue::cosine_weights) {
+        if constexpr (kArithmetic == Epilogue::cosine_weights) {
           if (wanted) carry.known.load(carry.known.grad, work.grad_phi, work, rows, image);
         }
         wgmma_wait<0>();
         release(work, *shared.barriers, slot, lane);
       }
-      // Without weights the sums of a sigmoid loss are all that is wanted: no row is stored.
-      bool stored = !has_sigmoid_loss(kEpilogue) || work.weights;
-      Outlet outlet{staged, item.text + thread / 32 * 16, stored ? static_cast<int>(work.texts) : 0, lane};
       Tile tile{.work = work,
                 .rows = rows,
-                .outlet = outlet,
                 .columns = columns,
                 .image = image,
                 .chunk = kSecondProduct ? 0 : chunk,  // an image is one tile
                 .scale = scale,
                 .inverse_temperature = inverse_temperature,
                 .lane = lane};
-      if (wanted) finish_tile<kWidth, kPacked, T, kEpilogue>(tile, now, acc, attention, carry, sums);
+      if constexpr (kBoxed) {
+        using Out = Boxes<box_columns(kConsumers)>;
+        uint8_t* boxes = shared.boxes + warpgroup * kBoxes * Out::kBytes;
+        Out outlet{maps.weights, maps.attention, boxes, item.text, thread / 32, lane, kFilled + warpgroup};
+        if (wanted) finish_tile<kWidth, kPacked, T, kEpilogue>(tile, outlet, now, acc, attention, carry, sums);
+      } else {
+        // Without weights no row is stored: the sums of a sigmoid loss are all that is wanted, or the time without
+        // them.
+        bool stored = !writes_weights(kEpilogue) || work.weights;
+        Outlet outlet{staged, item.text + thread / 32 * 16, stored ? static_cast<int>(work.texts) : 0, lane};
+        if (wanted) finish_tile<kWidth, kPacked, T, kEpilogue>(tile, outlet, now, acc, attention, carry, sums);
+      }
     }
   }
+  if (kBoxed && thread == 0) store_wait_read();  // shared memory must outlive the stores
   if constexpr (has_sigmoid_loss(kEpilogue)) {
     store_loss_sums<kConsumers>(work, shared, warpgroup, lane);
   } else if constexpr (writes_weights(kEpilogue)) {
@@ -215,8 +229,7 @@ __device__ __forceinline__ void consume(const Work& work, const Shared& shared, 
 
 template <int kWidth, bool kPacked, class T, Epilogue kEpilogue>
 __global__ void __launch_bounds__(threads_of(consumers_of(kEpilogue, kWidth)), 1)
-    score_kernel(const __grid_constant__ TensorMap patches, const __grid_constant__ TensorMap texts,
-                 const __grid_constant__ TensorMap gram, const __grid_constant__ Work work) {
+    score_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Work work) {
   constexpr bool kRunningMax = kEpilogue == Epilogue::dot_forward_running_max;
   if constexpr (kEpilogue == Epilogue::dot_forward || kRunningMax) {
     // A temperature on the device decides which of two launches runs, so that the host need not read it.
@@ -229,8 +242,8 @@ __global__ void __launch_bounds__(threads_of(consumers_of(kEpilogue, kWidth)), 1
   // The shuffle shows the compiler that a warp has one value.
   int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 32), 0);
   if (threadIdx.x == 0) {
-    prefetch(patches);
-    prefetch(texts);
+    prefetch(maps.patches);
+    prefetch(maps.texts);
 #pragma unroll 1
     for (int stage = 0; stage < work.stages; ++stage) {
       barrier_init(&barriers.full[stage], 1);
@@ -244,12 +257,11 @@ __global__ void __launch_bounds__(threads_of(consumers_of(kEpilogue, kWidth)), 1
   cluster_sync();  // before any block writes into another's memory
   if (warp >= 4 * kConsumers) {
     give_registers<kConsumers == 3 ? 32 : 40>();
-    if (warp == 4 * kConsumers && threadIdx.x % 32 == 0)
-      produce<kWidth, kEpilogue>(work, shared, patches, texts, gram, block);
+    if (warp == 4 * kConsumers && threadIdx.x % 32 == 0) produce<kWidth, kEpilogue>(work, shared, maps, block);
     __syncwarp();
   } else {
     take_registers<kConsumers == 3 ? 160 : 232>();
-    consume<kWidth, kPacked, T, kEpilogue>(work, shared, block, warp / 4);
+    consume<kWidth, kPacked, T, kEpilogue>(work, shared, maps, block, warp / 4);
   }
   cluster_sync();  // stay until no other block writes into ours
 }

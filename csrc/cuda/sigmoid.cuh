@@ -86,7 +86,7 @@ struct PairLoss {
 // Stores W of the `dot` form, and adds the tile's part to the sums of the loss. kFull: as in dot_weights_epilogue, and
 // for a temperature below kRunningMaxBelow.
 template <int kWidth, bool kFull, class T>
-__device__ __forceinline__ void dot_sigmoid_epilogue(const Tile& tile, const float (&acc)[kWidth / 2],
+__device__ __forceinline__ void dot_sigmoid_epilogue(const Tile& tile, Outlet& outlet, const float (&acc)[kWidth / 2],
                                                      const LossSums& sums) {
   Softmax<kFull> softmax;
   softmax.clear();
@@ -97,14 +97,14 @@ __device__ __forceinline__ void dot_sigmoid_epilogue(const Tile& tile, const flo
 #pragma unroll
   for (int r = 0; r < 2; ++r) known.grad[r] = pair.by_phi[r];
   sums.add(pair.loss, pair.by_scale, pair.by_bias);
-  float temperature_sum = dot_weights_epilogue<kWidth, false, kFull, T>(tile, acc, known);
+  float temperature_sum = dot_weights_epilogue<kWidth, false, kFull, T>(tile, outlet, acc, known);
   if constexpr (kFull) sums.add_temperature(temperature_sum);
 }
 
 // Does the same for the `cosine` form, with the attention and the factors of the norm term; see
 // cosine_weights_epilogue.
 template <int kWidth, bool kFull, class T>
-__device__ __forceinline__ void cosine_sigmoid_epilogue(const Tile& tile, Attention<kWidth> attention,
+__device__ __forceinline__ void cosine_sigmoid_epilogue(const Tile& tile, Outlet& outlet, Attention<kWidth> attention,
                                                         const float (&gram_attention)[kWidth / 2], const DotResult& dot,
                                                         const LossSums& sums) {
   Moments moments;
@@ -121,7 +121,7 @@ __device__ __forceinline__ void cosine_sigmoid_epilogue(const Tile& tile, Attent
   for (int r = 0; r < 2; ++r) known.grad[r] = pair.by_phi[r];
   sums.add(pair.loss, pair.by_scale, pair.by_bias);
   float temperature_sum =
-      cosine_weights_epilogue<kWidth, kFull, true, T>(tile, attention, gram_attention, moments, known);
+      cosine_weights_epilogue<kWidth, kFull, true, T>(tile, outlet, attention, gram_attention, moments, known);
   if constexpr (kFull) sums.add_temperature(temperature_sum);
 }
 

@@ -60,8 +60,40 @@ inline Box text_box(const Launch& launch) {
           .box = {kStep, kTileTexts, 1}};
 }
 
+// Returns the box of a bulk tensor store of W, `[images, patches, weights_stride]`.
+inline Box weights_box(const Launch& launch) {
+  int64_t n = launch.plan.patches, stride = launch.arguments.weights_stride;
+  return {.base = launch.arguments.weights,
+          .sizes = {launch.plan.texts, n, launch.plan.images},
+          .strides = {2, 2 * stride, 2 * n * stride},
+          .box = {kTileTexts, launch.plan.box_patches, 1}};
+}
+
+// Returns the box of a bulk tensor store of the attention.
+inline Box attention_box(const Launch& launch) {
+  int64_t texts = launch.plan.texts, stride = launch.arguments.attention_stride;
+  return {.base = launch.arguments.attention,
+          .sizes = {ceil_div(launch.plan.patches, 8) * 8, texts, launch.plan.images},
+          .strides = {2, 2 * stride, 2 * texts * stride},
+          .box = {kTileTexts, kTileTexts, 1}};
+}
+
 // Returns true if the boxes of patches and texts are float16. The Gram matrix always is.
 inline bool boxes_are_half(const Launch& launch) { return launch.half || reads_attention(launch.epilogue); }
+
+// Makes the tensor maps that a launch uses. `map_of(box, dimensions, half)` makes one.
+template <class Maps, class MapOf>
+Maps maps_of(const Launch& launch, const MapOf& map_of) {
+  Maps maps{};
+  maps.patches = map_of(patch_box(launch), 3, boxes_are_half(launch));
+  maps.texts = map_of(text_box(launch), 2, boxes_are_half(launch));
+  if (has_second_product(launch.epilogue)) maps.gram = map_of(gram_box(launch), 3, true);
+  if (is_transposed(launch.epilogue)) {
+    maps.weights = map_of(weights_box(launch), 3, launch.half);
+    if (has_second_product(launch.epilogue)) maps.attention = map_of(attention_box(launch), 3, launch.half);
+  }
+  return maps;
+}
 
 inline Columns columns_of(const Launch& launch, const float* inverse_norms, const uint8_t* mask,
                           int64_t mask_stride_image, int64_t mask_stride_row, float* columns) {

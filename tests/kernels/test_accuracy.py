@@ -200,6 +200,15 @@ def test_hopper_attention_in_memory(cluster, in_memory, case, dtype):
 
 @on_hopper
 @pytest.mark.parametrize("form", ["dot", "cosine"])
+@pytest.mark.parametrize("case", HOPPER_CASES, ids=str)
+def test_hopper_transposed_weights(cluster, monkeypatch, case, form):
+    monkeypatch.setattr(hopper.settings, "cosine_from_attention", True)
+    monkeypatch.setattr(hopper.settings, "transposed_weights", True)
+    check(make(case, form, "infonce", torch.bfloat16, "cuda"), "cuda")
+
+
+@on_hopper
+@pytest.mark.parametrize("form", ["dot", "cosine"])
 def test_a_large_batch_against_triton(form):
     inputs = random_inputs(4096, 196, 512)
     for mine, other in zip(step(inputs, form, "cuda"), step(inputs, form, "triton"), strict=True):
@@ -207,8 +216,10 @@ def test_a_large_batch_against_triton(form):
 
 
 @on_hopper
-def test_small_for_the_sanitizer(cluster, in_memory):
+@pytest.mark.parametrize("transposed", [False, True], ids=["rows", "transposed"])
+def test_small_for_the_sanitizer(cluster, in_memory, monkeypatch, transposed):
     """Every kernel runs on small inputs; compute-sanitizer runs this test."""
+    monkeypatch.setattr(hopper.settings, "transposed_weights", transposed)
     for n in (49, 196, 256, 387):
         for form in ("dot", "cosine"):
             check(make(Case(6, n, 72, mask="random"), form, "infonce", torch.bfloat16, "cuda"), "cuda")

@@ -49,10 +49,12 @@ def test_same_bits_on_every_run(form):
 
 
 @on_hopper
+@pytest.mark.parametrize("transposed", [False, True], ids=["rows", "transposed"])
 @pytest.mark.parametrize("form, patches", [("dot", 196), ("cosine", 196), ("cosine", 387)])
-def test_a_thousand_runs_give_the_same_bits(cluster, monkeypatch, form, patches):
+def test_a_thousand_runs_give_the_same_bits(cluster, monkeypatch, form, patches, transposed):
     """A result that changes shows a race; memory for the results is poisoned between runs."""
     monkeypatch.setattr(hopper.settings, "cosine_from_attention", True)
+    monkeypatch.setattr(hopper.settings, "transposed_weights", transposed)
     inputs = random_inputs(96, patches, 512)
     first = step(inputs, form, "cuda")
     for _ in range(1000):

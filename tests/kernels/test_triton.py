@@ -388,7 +388,7 @@ def test_whole_tiles_fit_into_the_workspace(k, monkeypatch):
     patches, texts = (torch.empty(*shape, 64, dtype=torch.bfloat16, device="meta") for shape in ((800_000, 196), (k,)))
     problem = order.prepare(patches, texts, None, 0.1, *torch.empty(2, len(patches), k, device="meta"))
     size = workspace.plan_blocks(len(patches), 196, k, 2)
-    w = workspace.weights(problem, size, TritonLaunches(problem).weights_tile(needs_temperature=False))
+    w = workspace.weights(problem, size, TritonLaunches(problem).weights_tile("dot", needs_temperature=False))
     assert 0.95 * workspace.WORKSPACE <= w.nbytes <= 1.01 * workspace.WORKSPACE
 
 

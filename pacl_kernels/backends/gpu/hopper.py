@@ -19,6 +19,7 @@ from . import launch, lists, order, tiles, triton
 from .loss import loss_backward, loss_forward
 from .problem import SIGMOID_SUMS, Block, Problem, SigmoidPairs, Upstream
 from .upsample import upsample_argmax
+from .workspace import WeightsTile
 
 __all__ = [
     "HopperLaunches",
@@ -42,6 +43,8 @@ class Settings:
     # True: kernels of csrc/cuda, not Triton's, for the cosine form of images that do not fit one tile (fewer than 97
     # patches or more than 256). None: only for more than 256, where a step was measured to be 1.3 to 2.2 times as fast.
     cosine_from_attention: bool | None = None
+    # True: W leaves by bulk tensor stores, transposed (bfloat16 only). None: the choice of csrc/cuda/plan.h.
+    transposed_weights: bool | None = None
 
 
 settings = Settings()
@@ -76,6 +79,10 @@ class HopperLaunches:
         self._from_attention = settings.cosine_from_attention
         if self._from_attention is None:
             self._from_attention = p.n > 256
+        transposes = settings.transposed_weights
+        if transposes is None:
+            transposes = _module().cuda_transposed_weights
+        self._transposes: bool = transposes and p.patches.dtype == torch.bfloat16  # there are no others
         # If the cosine form is one launch, only the norm term reads the attention.
         self.attention_dtype = p.patches.dtype if self.fits_one_tile else p.gram_dtype
 
@@ -113,11 +120,13 @@ class HopperLaunches:
         _set_attention(call, attention)
         call.run()
 
-    def weights_tile(self, needs_temperature: bool) -> tuple[int, int]:
-        return self._triton.weights_tile(needs_temperature)
+    def weights_tile(self, form: str, needs_temperature: bool) -> WeightsTile:
+        if self._transposes and (form == "dot" or self.fits_one_tile or self._from_attention):
+            return WeightsTile(8, 1, transposed=True)  # rows begin at multiples of 16 bytes
+        return self._triton.weights_tile(form, needs_temperature)
 
     def dot_weights(self, block: Block, upstream: Upstream, w: Tensor) -> Tensor | None:
-        return self._run_weights(self._call("dot_weights", block, self._p.phi), block, upstream, w)
+        return self._run_weights(self._weights_call("dot_weights", block, self._p.phi), block, upstream, w)
 
     def cosine_weights(
         self, block: Block, upstream: Upstream, attention: Tensor, gram: Tensor, w: Tensor, norm_factor: Tensor
@@ -131,8 +140,8 @@ class HopperLaunches:
             return self._triton.cosine_weights_from_attention(block, upstream, attention, gram, w, norm_factor)
         return self._cosine_weights("cosine_weights_from_attention", block, upstream, attention, gram, w, norm_factor)
 
-    def sigmoid_tile(self, needs_temperature: bool) -> tuple[int, int]:
-        return 1, 8  # nothing is stored outside of W, whose rows begin at multiples of 16 bytes
+    def sigmoid_tile(self, needs_temperature: bool) -> WeightsTile:
+        return WeightsTile(1, 8)  # nothing is stored outside of W, whose rows begin at multiples of 16 bytes
 
     def sigmoid_dot_weights(self, block: Block, pairs: SigmoidPairs, w: Tensor | None) -> Tensor:
         return self._run_sigmoid(self._call("dot_sigmoid_weights", block, None), block, pairs, w)
@@ -162,18 +171,21 @@ class HopperLaunches:
         self, epilogue: str, block: Block, upstream: Upstream,
         attention: Tensor, gram: Tensor, w: Tensor, norm_factor: Tensor,
     ) -> Tensor | None:  # fmt: skip
-        call = self._call(epilogue, block, None)
+        call = self._weights_call(epilogue, block, None)
         _set_gram(call, gram)
         _set_attention(call, attention)
         call.norm_factor = norm_factor.data_ptr()
         return self._run_weights(call, block, upstream, w)
+
+    def _weights_call(self, epilogue: str, block: Block, phi: Tensor | None) -> Any:
+        return self._call(epilogue + "_transposed" if self._transposes else epilogue, block, phi)
 
     def _run_weights(self, call: Any, block: Block, upstream: Upstream, w: Tensor) -> Tensor | None:
         tau_parts = None
         if upstream.needs_temperature:  # one per launched thread block; the others stay 0
             tau_parts = self._p.phi.new_zeros(2 * call.plan.clusters)
             call.temperature_sums = tau_parts.data_ptr()
-        call.weights, call.weights_stride = w.data_ptr(), w.stride(0)
+        call.weights, call.weights_stride = w.data_ptr(), w.stride(1 if self._transposes else 0)
         call.grad_phi = upstream.grad_phi[block.b0 : block.b1, block.k0 :].data_ptr()
         call.range_scale = 0 if upstream.range_scale is None else upstream.range_scale.data_ptr()
         call.full = upstream.needs_temperature or self._p.mask is not None

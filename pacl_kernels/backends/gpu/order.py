@@ -52,8 +52,8 @@ class Launches(Protocol):
     def cosine_forward_from_attention(self, block: Block, attention: Tensor, gram: Tensor) -> None:
         """Turn φ and state of the `dot` form into those of the cosine form."""
 
-    def weights_tile(self, needs_temperature: bool) -> tuple[int, int]:
-        """Return the number of texts and rows of a tile of W."""
+    def weights_tile(self, form: str, needs_temperature: bool) -> workspace.WeightsTile:
+        """Return the tile of W of a form."""
 
     def dot_weights(self, block: Block, upstream: Upstream, w: Tensor) -> Tensor | None:
         """Write W of the `dot` form."""
@@ -68,8 +68,8 @@ class Launches(Protocol):
     ) -> Tensor | None:
         """Write W of the cosine form and the factors of the norm term, from the attention."""
 
-    def sigmoid_tile(self, needs_temperature: bool) -> tuple[int, int]:
-        """Return the number of texts and rows of a tile of W that the sigmoid loss writes."""
+    def sigmoid_tile(self, needs_temperature: bool) -> workspace.WeightsTile:
+        """Return the tile of W that the sigmoid loss writes."""
 
     def sigmoid_dot_weights(self, block: Block, pairs: SigmoidPairs, w: Tensor | None) -> Tensor:
         """Write W of the `dot` form with ∂L/∂φ of the sigmoid loss, and the gradient of the pair bias.
@@ -214,7 +214,7 @@ def _backward(
         return launches.cosine_weights_from_attention(block, upstream, attention, cosine.gram, w, cosine.norm_factor)
 
     # The gradient of the temperature changes only the tile of `dot_weights`.
-    tile = launches.weights_tile(form == "dot" and upstream.needs_temperature)
+    tile = launches.weights_tile(form, form == "dot" and upstream.needs_temperature)
     tau_sum = _gradients(p, launches, form, write_weights, tile, range_scale, grad_patches, grad_texts)
     if grad_temperature is not None and tau_sum is not None:
         _write_temperature(p, form, tau_sum, grad_temperature)
@@ -272,7 +272,7 @@ def _gradients(
     launches: Launches,
     form: str,
     write_weights: Callable[[Block, Tensor, _Cosine | None], Tensor | None],
-    tile: tuple[int, int],
+    tile: workspace.WeightsTile,
     range_scale: Tensor | None,
     grad_patches: Tensor | None,
     grad_texts: Tensor | None,
@@ -280,8 +280,7 @@ def _gradients(
     """Write the gradients of patches and texts: W of each block, then ∂P = Wᵀ T and ∂T += W P.
 
     The cosine form adds C P to ∂P, where C is the norm term. The last step projects out the part along each row. Return
-    the sum of the partial sums that `write_weights` returns, in float64, or None where it returns none. `tile`: texts
-    and rows of a tile of W.
+    the sum of the partial sums that `write_weights` returns, in float64, or None where it returns none.
     """
     dtype = p.patches.dtype
     # In float16 the scaled sum may overflow, and a sum over several blocks of texts would be rounded after each.

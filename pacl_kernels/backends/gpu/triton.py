@@ -18,6 +18,7 @@ from .loss import loss_backward, loss_forward
 from .packed import Packed
 from .problem import Block, Problem, SigmoidPairs, Upstream
 from .upsample import upsample_argmax
+from .workspace import WeightsTile
 
 __all__ = [
     "TritonLaunches",
@@ -189,9 +190,9 @@ class TritonLaunches:
                 chosen.stages,
             )
 
-    def weights_tile(self, needs_temperature: bool) -> tuple[int, int]:
+    def weights_tile(self, form: str, needs_temperature: bool) -> WeightsTile:
         chosen = self._weights_config(needs_temperature)
-        return chosen.block_t, chosen.block_p
+        return WeightsTile(chosen.block_t, chosen.block_p)
 
     def dot_weights(self, block: Block, upstream: Upstream, w: Tensor) -> Tensor | None:
         p = self._p
@@ -250,8 +251,9 @@ class TritonLaunches:
             )
         return torch.cat(all_parts) if upstream.needs_temperature else None
 
-    def sigmoid_tile(self, needs_temperature: bool) -> tuple[int, int]:
-        return sigmoid.tile(self._p, needs_temperature).block_t, 16  # a row of W begins at a multiple of 16
+    def sigmoid_tile(self, needs_temperature: bool) -> WeightsTile:
+        # A row of W begins at a multiple of 16.
+        return WeightsTile(sigmoid.tile(self._p, needs_temperature).block_t, 16)
 
     def sigmoid_dot_weights(self, block: Block, pairs: SigmoidPairs, w: Tensor | None) -> Tensor:
         return sigmoid.dot_weights(self._p, block, pairs, w, self._precision)

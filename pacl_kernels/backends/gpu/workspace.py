@@ -41,6 +41,14 @@ class BlockSize(NamedTuple):
         return int((p.packed.starts if starts is None else starts)[list(self.bounds)].diff().max())
 
 
+class WeightsTile(NamedTuple):
+    """Number of texts and rows of a tile of W, and True if neighbours in memory are texts."""
+
+    texts: int
+    rows: int
+    transposed: bool = False
+
+
 def text_block(n: int, k: int, itemsize: int) -> int:
     """Return the number of texts against which at least one image fits into the workspace."""
     return min(k, max(128, WORKSPACE // (itemsize * n) // 128 * 128))
@@ -136,6 +144,13 @@ def weights(p: Problem, size: BlockSize, tile: tuple[int, int]) -> Tensor:
     """Allocate W `[texts, rows]` of a block in whole tiles; `tile`: texts and rows of a tile."""
     shape = min(p.k, size.texts), size.most(p)
     return p.patches.new_empty([tiles.ceil_div(x, step) * step for x, step in zip(shape, tile, strict=True)])
+
+
+def weights(p: Problem, size: BlockSize, tile: WeightsTile) -> Tensor:
+    """Allocate W `[texts, rows]` of a block in whole tiles."""
+    texts = tiles.ceil_div(min(p.k, size.texts), tile.texts) * tile.texts
+    rows = tiles.ceil_div(min(p.b, size.images) * p.n, tile.rows) * tile.rows
+    return p.patches.new_empty(rows, texts).T if tile.transposed else p.patches.new_empty(texts, rows)
 
 
 def attention(p: Problem, size: BlockSize, dtype: torch.dtype) -> Tensor:

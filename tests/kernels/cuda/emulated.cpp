@@ -11,7 +11,7 @@ using namespace pacl::cuda;
 
 namespace {
 
-TensorMap map_of(const Box& box) {
+TensorMap map_of(const Box& box, int, bool) {
   TensorMap map{};
   map.base = static_cast<const uint8_t*>(box.base);
   for (int i = 0; i < 3; ++i) map.sizes[i] = box.sizes[i], map.strides[i] = box.strides[i], map.box[i] = box.box[i];
@@ -23,17 +23,16 @@ constexpr bool is_of_one_image(Epilogue e) { return takes_whole_images(e) || rea
 // As csrc/cuda/kernels.cu does.
 template <bool kPacked, class T>
 constexpr bool is_compiled(Epilogue e) {
-  return !(kPacked && is_of_one_image(e)) && !(has_sigmoid_loss(e) && std::is_same_v<T, __half>);
+  return !(kPacked && is_of_one_image(e)) && !(is_only_bfloat16(e) && std::is_same_v<T, __half>);
 }
 
 template <int kWidth, bool kPacked, class T>
-void run_tile(Epilogue epilogue, const TensorMap& patches, const TensorMap& texts, const TensorMap& gram,
-              const Work& work) {
+void run_tile(Epilogue epilogue, const Maps& maps, const Work& work) {
   switch (epilogue) {
-#define PACL_EPILOGUE(NAME, DTYPE)                                                         \
-  case Epilogue::NAME:                                                                     \
-    if constexpr (is_compiled<kPacked, T>(Epilogue::NAME))                                 \
-      return score_kernel<kWidth, kPacked, T, Epilogue::NAME>(patches, texts, gram, work); \
+#define PACL_EPILOGUE(NAME, DTYPE)                                         \
+  case Epilogue::NAME:                                                     \
+    if constexpr (is_compiled<kPacked, T>(Epilogue::NAME))                 \
+      return score_kernel<kWidth, kPacked, T, Epilogue::NAME>(maps, work); \
     break;
 #include "cuda/epilogues.def"
   }
@@ -41,22 +40,21 @@ void run_tile(Epilogue epilogue, const TensorMap& patches, const TensorMap& text
 }
 
 template <class T>
-void run_widths(const Launch& launch, const TensorMap& patches, const TensorMap& texts, const TensorMap& gram,
-                const Work& work) {
+void run_widths(const Launch& launch, const Maps& maps, const Work& work) {
   const Plan& plan = launch.plan;
   switch (plan.packed ? -plan.width : plan.width) {
     case -192:
-      return run_tile<192, true, T>(launch.epilogue, patches, texts, gram, work);
+      return run_tile<192, true, T>(launch.epilogue, maps, work);
     case -224:
-      return run_tile<224, true, T>(launch.epilogue, patches, texts, gram, work);
+      return run_tile<224, true, T>(launch.epilogue, maps, work);
     case -256:
-      return run_tile<256, true, T>(launch.epilogue, patches, texts, gram, work);
+      return run_tile<256, true, T>(launch.epilogue, maps, work);
     case 144:
-      return run_tile<144, false, T>(launch.epilogue, patches, texts, gram, work);
+      return run_tile<144, false, T>(launch.epilogue, maps, work);
     case 200:
-      return run_tile<200, false, T>(launch.epilogue, patches, texts, gram, work);
+      return run_tile<200, false, T>(launch.epilogue, maps, work);
     case 256:
-      return run_tile<256, false, T>(launch.epilogue, patches, texts, gram, work);
+      return run_tile<256, false, T>(launch.epilogue, maps, work);
     default:
       emulator::fail("width " + std::to_string(plan.width) + " is not compiled into the emulator");
   }
@@ -88,13 +86,12 @@ void run(const Launch& given) {
   if (settings.stages) plan.stages = settings.stages;
   plan.shared_bytes = shared_bytes(plan, plan.stages);
   Work work = make_work(launch);
-  TensorMap patches = map_of(patch_box(launch)), texts = map_of(text_box(launch));
-  TensorMap gram = has_second_product(launch.epilogue) ? map_of(gram_box(launch)) : patches;
+  auto maps = maps_of<Maps>(launch, map_of);
   emulator::launch(plan.clusters, plan.cluster, threads_of(plan.consumers), plan.shared_bytes, settings.seed, [&] {
     if (launch.half)
-      run_widths<__half>(launch, patches, texts, gram, work);
+      run_widths<__half>(launch, maps, work);
     else
-      run_widths<__nv_bfloat16>(launch, patches, texts, gram, work);
+      run_widths<__nv_bfloat16>(launch, maps, work);
   });
 }
 

@@ -47,7 +47,9 @@ struct Fiber {
   const std::function<bool()>* ready = nullptr;
   const char* waits_for = "";
   std::vector<std::function<void()>> copies;
-  std::vector<std::vector<Product>> groups;  // groups of wgmma; the last one is open
+  std::vector<std::vector<Product>> groups;                // groups of wgmma; the last one is open
+  std::vector<std::function<void()>> open_stores, stores;  // before and after the commit; all may be read late
+  std::vector<uint32_t> unfenced;                          // where it wrote 16 bytes that the copy engine may not see
 };
 
 struct Machine {
@@ -213,6 +215,50 @@ void load_box(void* to, const Map& map, uint64_t* at, const int* corner, uint32_
   }
 }
 
+void store_box(const Map& map, const void* from, const int* corner) {
+  uint32_t offset = static_cast<const uint8_t*>(from) - shared_base();
+  uint32_t bytes = 2 * map.box[0] * map.box[1] * map.box[2];
+  if (offset % 1024) fail("a box that does not begin at a multiple of 1,024");
+  if (offset + bytes > machine->shared) fail("a box outside of shared memory");
+  if (reinterpret_cast<uintptr_t>(map.base) % 16 || map.strides[1] % 16 || map.strides[2] % 16)
+    fail("a tensor that is not aligned to 16 bytes");
+  for (const Fiber& fiber : machine->fibers)
+    if (fiber.block == machine->current->block)
+      for (uint32_t at : fiber.unfenced)
+        if (at >= offset && at < offset + bytes) fail("a bulk store of what was written without a fence");
+  int x0 = corner[0], y0 = corner[1], z0 = corner[2];
+  const uint8_t* base = shared_base();
+  auto store = [=] {
+    uint32_t address = offset;
+    for (int z = z0; z < z0 + map.box[2]; ++z)
+      for (int y = y0; y < y0 + map.box[1]; ++y)
+        for (int x = x0; x < x0 + map.box[0]; ++x, address += 2) {
+          if (x >= map.sizes[0] || y >= map.sizes[1] || z >= map.sizes[2]) continue;
+          auto* to = const_cast<uint8_t*>(map.base) + z * map.strides[2] + y * map.strides[1] + x * map.strides[0];
+          std::memcpy(to, base + (address ^ (address >> 7 & 7) << 4), 2);
+        }
+  };
+  machine->current->open_stores.push_back(store);
+}
+
+void store_commit() {
+  auto& self = *machine->current;
+  for (auto& store : self.open_stores)
+    if (chance(4))
+      store();
+    else
+      self.stores.push_back(std::move(store));
+  self.open_stores.clear();
+}
+
+void store_wait_read() {
+  for (auto& store : machine->current->stores) store();
+  machine->current->stores.clear();
+}
+
+void written(uint32_t offset) { machine->current->unfenced.push_back(offset); }
+void engine_fence() { machine->current->unfenced.clear(); }
+
 void later(std::function<void()> action) { machine->current->copies.push_back(std::move(action)); }
 
 void finish_copies() {
@@ -305,7 +351,9 @@ void launch(int64_t clusters, int cluster, int threads, uint32_t shared, uint64_
       for (auto& [what, count] : waiting)
         emulated.failure += " " + std::to_string(count) + " threads wait for " + what + ";";
     }
-    if (emulated.failure.empty() && !emulated.engine.empty()) emulated.failure = "a copy outlives its block";
+    bool outlived = !emulated.engine.empty();
+    for (const Fiber& fiber : emulated.fibers) outlived |= !fiber.stores.empty() || !fiber.open_stores.empty();
+    if (emulated.failure.empty() && outlived) emulated.failure = "a copy outlives its block";
     if (!emulated.failure.empty()) break;
   }
   machine = nullptr;

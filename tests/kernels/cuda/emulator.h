@@ -72,6 +72,11 @@ void barrier_init(uint64_t* at, int arrivals);
 void barrier_arrive(uint64_t* at, int block, int arrivals, int64_t bytes);  // block -1: the thread's own block
 void barrier_wait(uint64_t* at, uint32_t parity);
 void load_box(void* to, const Map& map, uint64_t* barrier, const int* corner, uint32_t blocks);
+void store_box(const Map& map, const void* from, const int* corner);
+void store_commit();
+void store_wait_read();
+void written(uint32_t offset);  // 16 bytes of shared memory, by this thread
+void engine_fence();
 void later(std::function<void()> action);  // runs `action` before this thread's wait for its copies ends
 void finish_copies();
 struct Product {
@@ -142,6 +147,13 @@ inline void load_box(void* to, const TensorMap& map, uint64_t* barrier, int x, i
   emulator::load_box(to, map, barrier, corner, blocks);
 }
 inline void prefetch(const TensorMap&) {}
+inline void store_box(const TensorMap& map, const void* from, int x, int y, int z) {
+  int corner[] = {x, y, z};
+  emulator::store_box(map, from, corner);
+}
+inline void store_commit() { emulator::store_commit(); }
+inline void store_wait_read() { emulator::store_wait_read(); }
+inline void engine_fence() { emulator::engine_fence(); }
 
 inline void copy_16_bytes(void* to, const void* from) {
   if (reinterpret_cast<uintptr_t>(from) % 16 || shared_address(to) % 16) emulator::fail("cp.async is not aligned");
@@ -237,10 +249,23 @@ struct Wgmma {
 inline void store_matrices(void* row, const uint32_t (&v)[4]) {
   int lane = threadIdx.x % 32;
   if (shared_address(row) % 16) emulator::fail("stmatrix is not aligned");
+  emulator::written(shared_address(row));
   for (int i = 0; i < 4; ++i) {
     uint32_t of_matrix = emulator::shuffle(shared_address(row), 8 * i + lane / 4);
     std::memcpy(emulator::shared_base() + of_matrix + 4 * (lane % 4), &v[i], 4);
   }
+}
+
+inline void store_matrices_transposed(void* column, const uint32_t (&v)[4]) {
+  int lane = threadIdx.x % 32;
+  if (shared_address(column) % 16) emulator::fail("stmatrix is not aligned");
+  emulator::written(shared_address(column));
+  for (int i = 0; i < 4; ++i)
+    for (int c = 0; c < 2; ++c) {
+      uint16_t element = static_cast<uint16_t>(v[i] >> 16 * c);
+      uint32_t of_matrix = emulator::shuffle(shared_address(column), 8 * i + 2 * (lane % 4) + c);
+      std::memcpy(emulator::shared_base() + of_matrix + 2 * (lane / 4), &element, 2);
+    }
 }
 
 // Rounds the product before anything is added to it, even if the compiler fuses.
