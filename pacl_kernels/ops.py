@@ -220,11 +220,11 @@ def pair_loss_forward(
     scalars = _join(scale, scale_value, phi.dtype), _join(bias, bias_value, phi.dtype)
     given = pairs.Pairs(image_ids, text_ids, targets, pair_bias)
     with without_autocast(phi.device.type):
-        results = value, row_statistics, column_statistics
+        statistics = row_statistics, column_statistics
         if text_index is None:
-            pairs.loss_forward(phi, *scalars, given, loss, *results)
+            pairs.loss_forward(phi, *scalars, given, loss, value, *statistics)
         else:
-            lists.loss_forward(phi, *scalars, given, text_index, loss, *results)
+            lists.loss_forward(phi, *scalars, given, text_index, loss, value, *statistics)
 
 
 @_operator("grad_phi", "grad_scale", "grad_bias", "grad_pair_bias")
@@ -252,11 +252,11 @@ def pair_loss_backward(
     scalars = _join(scale, scale_value, phi.dtype), _join(bias, bias_value, phi.dtype)
     given = pairs.Pairs(image_ids, text_ids, targets, pair_bias)
     with without_autocast(phi.device.type):
-        grads = grad_loss, grad_phi, grad_scale, grad_bias, grad_pair_bias
+        statistics, grads = (row_statistics, column_statistics), (grad_scale, grad_bias, grad_pair_bias)
         if text_index is None:
-            pairs.loss_backward(phi, *scalars, given, loss, row_statistics, column_statistics, *grads)
+            pairs.loss_backward(phi, *scalars, given, loss, *statistics, grad_loss, grad_phi, *grads)
         else:
-            lists.loss_backward(phi, *scalars, given, text_index, loss, row_statistics, column_statistics, *grads)
+            lists.loss_backward(phi, *scalars, given, text_index, loss, *statistics, grad_loss, grad_phi, *grads)
         if grad_bias is not None and loss == "infonce":
             grad_bias.mul_(0.0)  # the loss does not depend on the bias: the sum is rounding error or NaN
 

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from ...native import native
 from . import launch, lists, order, tiles, triton
+from .blocks import Block
 from .loss import loss_backward, loss_forward
-from .problem import SIGMOID_SUMS, Block, Problem, SigmoidPairs, Upstream
+from .problem import SIGMOID_SUMS, Problem, SigmoidPairs, Upstream
 from .upsample import upsample_argmax
 from .workspace import WeightsTile
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from . import launch, tiles
+from .blocks import Block
 from .layout import by_row, strides
-from .problem import Block, Problem
+from .problem import Problem
 
 
 def texts(p: Problem, grad_phi: Tensor, texts_sum: Tensor) -> None:

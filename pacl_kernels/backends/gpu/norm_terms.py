@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from . import launch, tiles
+from .blocks import Block
 from .layout import attention_strides, by_image, pitch, strides
-from .problem import Block, Problem
+from .problem import Problem
 
 
 def write(p: Problem, block: Block, attention: Tensor, norm_factor: Tensor, norm_term: Tensor, precision: str) -> None:

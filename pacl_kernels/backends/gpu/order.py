@@ -16,8 +16,9 @@ from ...checks import Scalar
 from ...pairs import Pairs
 from .. import null_patch as null
 from . import launch, range_scales, rows, workspace
+from .blocks import Block
 from .packed import Packed
-from .problem import Block, Problem, SigmoidPairs, Upstream
+from .problem import Problem, SigmoidPairs, Upstream
 
 
 class Launches(Protocol):

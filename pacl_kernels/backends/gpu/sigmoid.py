@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from . import launch, tiles
-from .problem import SIGMOID_SUMS, Block, Problem, SigmoidPairs
+from .blocks import Block
+from .problem import SIGMOID_SUMS, Problem, SigmoidPairs
 
 
 def tile(p: Problem, needs_temperature: bool) -> tiles.SigmoidTile:

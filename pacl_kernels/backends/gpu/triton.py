@@ -13,10 +13,11 @@ from torch import Tensor
 
 from ...constants import MIN_POOLED_NORM
 from . import largest, launch, lists, norm_terms, order, sigmoid, tiles
+from .blocks import Block
 from .layout import attention_strides, by_image, by_row, pitch, strides
 from .loss import loss_backward, loss_forward
 from .packed import Packed
-from .problem import Block, Problem, SigmoidPairs, Upstream
+from .problem import Problem, SigmoidPairs, Upstream
 from .upsample import upsample_argmax
 from .workspace import WeightsTile
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ...packed import starts_of
 from . import tiles
-from .problem import Block, Problem
+from .blocks import Block
+from .problem import Problem
 
 WORKSPACE = 256 * 2**20  # bytes of all buffers of a block
 ALIGNED_ROWS = 8  # patches of every block but the last are a multiple of this
@@ -140,16 +141,10 @@ def _padding_bytes(p: Problem, n: Any, itemsize: int) -> Any:
     return padding * text_block(p.n, p.k, itemsize) * size
 
 
-def weights(p: Problem, size: BlockSize, tile: tuple[int, int]) -> Tensor:
-    """Allocate W `[texts, rows]` of a block in whole tiles; `tile`: texts and rows of a tile."""
-    shape = min(p.k, size.texts), size.most(p)
-    return p.patches.new_empty([tiles.ceil_div(x, step) * step for x, step in zip(shape, tile, strict=True)])
-
-
 def weights(p: Problem, size: BlockSize, tile: WeightsTile) -> Tensor:
     """Allocate W `[texts, rows]` of a block in whole tiles."""
     texts = tiles.ceil_div(min(p.k, size.texts), tile.texts) * tile.texts
-    rows = tiles.ceil_div(min(p.b, size.images) * p.n, tile.rows) * tile.rows
+    rows = tiles.ceil_div(size.most(p), tile.rows) * tile.rows
     return p.patches.new_empty(rows, texts).T if tile.transposed else p.patches.new_empty(texts, rows)
 
 
