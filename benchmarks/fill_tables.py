@@ -18,6 +18,7 @@ from pathlib import Path
 
 import result_tables as tables
 import scale
+import study_tables
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -61,7 +62,7 @@ def _throughput(results: Results, name: str) -> str:
 
 def _real_words(results: Results, kind: str) -> str:
     name = "xeon-amx-2cores-real-words"
-    return tables.real_words(results.read(name), kind) if name in results.paths else "Not run yet."
+    return study_tables.real_words(results.read(name), kind) if name in results.paths else "Not run yet."
 
 
 def _of_one(function: Callable[..., str], default: str | None = None) -> Callable[..., str]:
@@ -80,10 +81,10 @@ TABLES: dict[str, Callable[..., str]] = {
     "table": _throughput,
     "plan_errors": _of_one(tables.plan_errors, "plan-errors"),
     "plan_summary": _of_one(tables.plan_summary, "plan-errors"),
-    "study": _of_one(tables.study),
-    "all_pairs": _of_one(tables.all_pairs),
+    "study": _of_one(study_tables.study),
+    "all_pairs": _of_one(study_tables.all_pairs),
     "real_words": _real_words,
-    "readings": _of_one(tables.readings),
+    "readings": _of_one(study_tables.readings),
     "training_step": _of_one(tables.training_step),
     "scale": _of_one(scale.scale, "epyc-zen4-2cores-training-step"),
     "distributed": _of_one(tables.distributed),

@@ -31,9 +31,9 @@ from real_words_features import Split, prepare, read_split, read_words
 from real_words_pictures import SPLITS, read_world, sheet
 from real_words_towers import TOWERS, towers_of
 from report import machine
-from result_tables import real_words
 from safetensors.torch import save
-from study import _mean, mean_pooling, paired
+from study import mean_pooling, paired, spread
+from study_tables import real_words
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -246,7 +246,7 @@ def report(out: Path) -> dict:
             ]
             if group:
                 kept = {name: group[0][name] for name in ("tower", "method", "batch", "lr", "steps")}
-                values = {name: _mean([x["test"][name] for x in group]) for name in group[0]["test"]}
+                values = {name: spread([x["test"][name] for x in group]) for name in group[0]["test"]}
                 rows.append({**kept, "seeds": len(group), **values})
     tuning = [
         {**{name: x[name] for name in ("tower", "method", "batch", "lr", "steps")}, **x["val"]}

@@ -6,7 +6,6 @@ writes these tables into the pages.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 
 PRODUCTS = "matrix products"
@@ -25,8 +24,6 @@ DEMO = {
     "pacl": "**PACL**",
     "oracle": "best that the patch grid allows",
 }
-WORLDS = ("demo", "hard")
-STUDY_BATCH, STUDY_TAU = 256, 0.05  # defaults of the study, from which its controls differ
 STEP_LOSSES = ("fused", "eager")  # of training_step.py
 TUNED = ("cuda, attention in memory", "triton")  # of tune_cuda.py
 
@@ -225,133 +222,6 @@ def training_step(result: dict) -> str:
         f"{settings['threads']} threads, torch {on['torch']}, commit `{on['commit']}`, {on['date'][:10]}; towers once, "
         f"the rest medians of {settings['repeats']}\n\n{grid(['batch', 'towers s', 'embedder s', *losses], rows)}"
     )
-
-
-def centre(value: dict[str, float] | float) -> float:
-    return value["mean"] if isinstance(value, dict) else value
-
-
-def label(row: dict) -> str:
-    """Describe the difference between a run of the study and its default."""
-    if row["pooling"] != "all pairs":
-        return {"paired": "attention of the paired caption only", "mean": "mean pooling"}[row["pooling"]]
-    if row["tower"] == "random":
-        return "random frozen tower"
-    if row["form"] != "cosine":
-        return f"form {row['form']}"
-    tau = row["tau"]
-    return "τ learned" if tau is None else f"τ = {tau:g}"
-
-
-def study(result: dict, world: str, kind: str) -> str:
-    """Return the runs of one world: percent, mean (least to most) over seeds.
-
-    Args:
-        result: contents of the JSON file.
-        world: "demo" or "hard".
-        kind: "batches", or "controls" at a batch of 256.
-    """
-    measures = {"miou": "mIoU", "patch_accuracy": "patches right", "retrieval_r1": "image→text R@1"}
-    rows = []
-    for row in result["rows"]:
-        default, last = label(row) == f"τ = {STUDY_TAU:g}", row["points"][-1]
-        if row["world"] != world or not (default if kind == "batches" else row["batch"] == STUDY_BATCH):
-            continue
-        first = [f"{row['batch']:,}", str(last["step"]), f"{row['lr']:g}"] if kind == "batches" else [label(row)]
-        rows.append([*first, *(_percent(last[name]) for name in measures), str(row["seeds"])])
-    first = ["batch", "steps", "learning rate"] if kind == "batches" else [f"at a batch of {STUDY_BATCH}"]
-    return grid([*first, *measures.values(), "seeds"], rows)
-
-
-def all_pairs(result: dict) -> str:
-    """Return the study's two losses that differ in the attention alone: all pairs, and the paired caption only."""
-    losses = {f"τ = {STUDY_TAU:g}": "all pairs", "attention of the paired caption only": "paired caption only"}
-    last = {(row["world"], label(row)): row["points"][-1] for row in result["rows"] if row["batch"] == STUDY_BATCH}
-    rows = []
-    for name, text in losses.items():
-        cells = [_percent(last[world, name][measure]) for measure in ("miou", "retrieval_r1") for world in WORLDS]
-        rows.append([text, *cells])
-    head = [f"{measure}, {world} world" for measure in ("mIoU", "image→text R@1") for world in WORLDS]
-    return grid([f"at a batch of {STUDY_BATCH}", *head], rows)
-
-
-def readings(result: dict, world: str) -> str:
-    """Return the readings of one world without training, and beside them PACL at the better of its learning rates."""
-    measures = {"miou": "mIoU", "patch_accuracy": "patches right", "retrieval_r1": "image→text R@1"}
-    found: dict[str, dict] = {}
-    for row in result["rows"]:
-        if row["world"] == world:
-            pair = found.setdefault(row["tokens"], {})
-            other = pair.get(row["trained"])
-            if other is None or centre(row["miou"]) > centre(other["miou"]):
-                pair[row["trained"]] = row
-    any_trained = any(True in pair for pair in found.values())
-    head = ["tokens", *measures.values()]
-    if any_trained:
-        head += [*(f"PACL: {x}" for x in measures.values()), "learning rate"]
-    rows = []
-    for name, pair in found.items():
-        cells = [_percent(pair[kind][x]) if kind in pair else "-" for kind in (False, True) for x in measures]
-        cells.append(f"{pair[True]['lr']:g}" if True in pair else "-")
-        rows.append([f"`{name}`", *cells][: len(head)])
-    return grid(head, rows)
-
-
-def _percent(value: dict[str, float] | float, sign: str = "") -> str:
-    """Return percent, mean (least to most). `sign`: "+" to show it."""
-    text = f"{100 * centre(value):{sign}.1f}"
-    if not isinstance(value, dict):
-        return text
-    return f"{text} ({100 * value['min']:{sign}.1f}{' to ' if sign else '–'}{100 * value['max']:{sign}.1f})"
-
-
-def tolerance_study(result: dict) -> str:
-    """Return the runs of tolerance_study.py: mean (least to most) over seeds, and the differences to the exact runs.
-
-    Differences are between runs of the same seed, in points.
-    """
-    rows = []
-    for row in result["rows"]:
-        tolerance, cells = row["tolerance"], []
-        for name in ("miou", "retrieval_r1"):
-            cells += [_percent(row[name]), _percent(row["differences"][name], "+") if tolerance else "-"]
-        share = _percent(row["kept_share"]) if tolerance else "100"
-        name = f"2<sup>{math.log2(tolerance):.0f}</sup>" if tolerance else "0"
-        rows.append([row["world"], name, share, *cells, f"{centre(row['loss']):.3f}", str(len(row["seeds"]))])
-    measures = ["mIoU", "to exact", "image→text R@1", "to exact"]
-    return grid(["world", "tolerance", "pairs kept, %", *measures, "last loss", "seeds"], rows)
-
-
-def tables_of_study(result: dict) -> str:
-    """Return all tables of a study."""
-    parts = [f"{result['size']['images']:,} images in each run"]
-    for world in WORLDS:
-        for kind in ("batches", "controls"):
-            parts += [f"**{world} world, {kind}**", study(result, world, kind)]
-    return "\n\n".join(parts)
-
-
-# Real encoders, pictures and words: real_words.py
-
-
-def real_words(result: dict, kind: str | None = None) -> str:
-    """Return the runs of a tower, or those that tuned, in percent: mean (least to most) over seeds.
-
-    kind: a tower's name, or "tuning"; None for all.
-    """
-    measures = {"patches": "patches right", "own_words": "among own words", "miou": "mIoU"}
-    measures |= {"find": "find IoU", "r1": "image→text R@1"}
-    rows = []
-    for row in result["tuning" if kind == "tuning" else "rows"]:
-        if kind in (None, "tuning", row["tower"]):
-            method = {"paired": "the paired caption's", "mean": "none (mean)"}.get(row["method"], row["method"])
-            first = [row["tower"], method, f"{row['batch']:,}", str(row["steps"]), f"{row['lr']:g}"]
-            rows.append([*first, *(_percent(row[name]) for name in measures), str(row.get("seeds", 1))])
-    head = ["vision tower", "attention", "batch", "steps", "learning rate", *measures.values(), "seeds"]
-    return grid(head, rows)
-
-
-# Many processes: distributed.py
 
 
 def distributed(result: dict) -> str:

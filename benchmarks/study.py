@@ -33,8 +33,8 @@ from pacl.files import write_bytes
 from pacl.training.model import Trainable
 from pacl.training.trainer import Trainer
 from report import machine
-from result_tables import STUDY_BATCH, STUDY_TAU, centre, label, tables_of_study
 from safetensors.torch import load_file
+from study_tables import STUDY_BATCH, STUDY_TAU, centre, label, tables_of_study
 from study_worlds import QUICK, WORLDS, Size, prepare, tokens_of
 from torch import Tensor
 from torch.nn import functional as F

@@ -25,9 +25,9 @@ from pacl.files import write_bytes
 from pacl.readings import READINGS, Reader
 from pacl.segment.predict import own_projection
 from report import machine
-from result_tables import STUDY_BATCH, readings
 from safetensors.torch import load_file, save
 from study import SEEDS, Run, mean_of_curves, measure, result_of, train, write_size
+from study_tables import STUDY_BATCH, readings
 from study_worlds import WORLDS, Size, evaluation, train_clip, training_scenes, write_world
 from torch import Tensor, nn
 

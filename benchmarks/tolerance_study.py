@@ -19,7 +19,7 @@ import study
 import torch
 from pacl.files import write_bytes
 from report import machine
-from result_tables import tolerance_study
+from study_tables import tolerance_study
 
 TOLERANCES = (0.0, 2.0**-9, 2.0**-6)
 LR = 32e-3  # the best of study.py for batches of 1,024 in the hard world

@@ -22,7 +22,7 @@ import real_words_pictures as pictures
 import real_words_towers
 from real_words import Run, Size
 from real_words_features import Split
-from result_tables import real_words as table
+from study_tables import real_words as table
 
 WORDS = ("apple", "bear", "cherries")
 SIZE = Size(pairs=64, tune_pairs=64, tokens=16, train=16, val=4, test=4)

@@ -14,11 +14,11 @@ from pacl.evaluate.metrics import IGNORE, patch_labels, patch_shares
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import hard_scenes
-import result_tables
 import study
 import study_readings
+import study_tables
 import tolerance_study
-from result_tables import readings
+from study_tables import readings
 
 SIZE = study.Size(images=64, scenes=32, eval_scenes=12, clip_steps=1, clip_scenes=64)
 
@@ -88,7 +88,7 @@ def test_runs_are_kept_and_reported(tmp_path):
     for row in result["rows"]:
         assert row["tolerance"] == 0 or (row["kept_share"], set(row["differences"].values())) == (1.0, {0.0})
         assert [point["step"] for point in row["curves"][0]] == [1, 2]
-    assert "| hard | 2<sup>-6</sup> | 100.0 | " in result_tables.tolerance_study(result)
+    assert "| hard | 2<sup>-6</sup> | 100.0 | " in study_tables.tolerance_study(result)
 
 
 def test_readings_as_they_are_and_as_what_is_trained_on(tmp_path, monkeypatch):

@@ -334,6 +334,7 @@ def test_path_of_the_patches(library, monkeypatch, form):
         "autograd.py",
         "ops.py",
         "scoring.py",
+        "backends/gpu/lists.py",
         "backends/gpu/order.py",
         "backends/gpu/hopper.py",
     ]

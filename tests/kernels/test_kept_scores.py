@@ -106,7 +106,7 @@ def test_where_they_are_kept(cpu_backend):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_forwards_of_parts_keep_the_scores_of_one_backward(form, cpu_backend):
-    """As in a gather of texts: the memory then holds what one forward of all texts leaves there."""
+    """Forward the parts of a gather of texts: the memory then holds what one forward of all texts leaves there."""
     problem = make(Case(20, 50, 128, K=96, mask="random"), form, "compatibility")
     scores = torch.zeros(2, *problem.patches.shape)
 

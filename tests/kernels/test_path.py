@@ -10,7 +10,7 @@ FLOORS = ["loss.py", "autograd.py", "ops.py", "scoring.py"]
 BACKENDS = {
     "cpu": ["backends/cpu.py"],
     "torch": ["backends/blockwise.py"],
-    "triton": ["backends/gpu/order.py", "backends/gpu/triton.py"],
+    "triton": ["backends/gpu/lists.py", "backends/gpu/order.py", "backends/gpu/triton.py"],
 }
 
 

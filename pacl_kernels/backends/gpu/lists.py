@@ -152,17 +152,17 @@ def _backward(
                 launches.norm_term(part.pairs, attention, norm_factor, norm_term)
                 launches.norm_term_product(part.pairs, norm_term, raw)
             own = grad_patches[images] if isinstance(images, slice) else grad_patches.new_empty(part.b, p.n, p.d)
-            order._project_patches(part, part.pairs, raw.view(-1, p.d), own.view(-1, p.d), range_scale)
+            order.project_patches(part, part.pairs, raw.view(-1, p.d), own.view(-1, p.d), range_scale)
             if isinstance(images, Tensor):
                 grad_patches[images] = own
         if texts_sum is not None:
-            rows = _product(weights, order._patch_rows(part, part.pairs).view(part.b, p.n, p.d)).flatten(0, 1)
+            rows = _product(weights, order.patch_rows(part, part.pairs).view(part.b, p.n, p.d)).flatten(0, 1)
             places, starts = transposed(index, p.k)
             _sum_rows(rows, places * p.d, None, starts, texts_sum, 1, add=True)
     if grad_texts is not None and texts_sum is not None:
-        order._project_texts(p, texts_sum, grad_texts, range_scale)
+        order.project_texts(p, texts_sum, grad_texts, range_scale)
     if grad_temperature is not None:
-        order._write_temperature(p, form, tau_sum, grad_temperature)
+        order.write_temperature(p, form, tau_sum, grad_temperature)
 
 
 def _max_backward(
@@ -181,7 +181,7 @@ def _max_backward(
         at = image * p.patches.stride(0) + winner * p.patches.stride(1)
         own = (weights * p.inv_t[known]).flatten()[places]
         _sum_rows(p.patches, at.flatten()[places], own, starts, texts_sum, p.patches.stride(2))
-        order._project_texts(p, texts_sum, grad_texts, None)
+        order.project_texts(p, texts_sum, grad_texts, None)
     if grad_patches is None:
         return
     weights = weights * p.inv_t[known]
@@ -195,7 +195,7 @@ def _max_backward(
         patches_sum = p.phi.new_empty(count, p.d)
         own = weights[some].flatten()[places]
         _sum_rows(p.texts, at, own, starts, patches_sum, p.texts.stride(1))
-        order._project_patches(p, images, patches_sum, grad_patches[some].view(-1, p.d), None)
+        order.project_patches(p, images, patches_sum, grad_patches[some].view(-1, p.d), None)
 
 
 def _blocks(p: Problem, form: str, index: Tensor) -> Iterator[slice]:

@@ -40,7 +40,7 @@ def write(p: Problem, block: Block, attention: Tensor, norm_factor: Tensor, norm
             | tables,
             chosen.warps,
             chosen.stages,
-            chosen.registers,
+            chosen.registers if p.packed is None else 0,  # with starts of images, that limit would spill
         )
 
 

@@ -19,6 +19,7 @@ from . import launch, range_scales, rows, workspace
 from .blocks import Block
 from .packed import Packed
 from .problem import Problem, SigmoidPairs, Upstream
+from .workspace import WeightsTile
 
 
 class Launches(Protocol):
@@ -53,7 +54,7 @@ class Launches(Protocol):
     def cosine_forward_from_attention(self, block: Block, attention: Tensor, gram: Tensor) -> None:
         """Turn φ and state of the `dot` form into those of the cosine form."""
 
-    def weights_tile(self, form: str, needs_temperature: bool) -> workspace.WeightsTile:
+    def weights_tile(self, form: str, needs_temperature: bool) -> WeightsTile:
         """Return the tile of W of a form."""
 
     def dot_weights(self, block: Block, upstream: Upstream, w: Tensor) -> Tensor | None:
@@ -69,7 +70,7 @@ class Launches(Protocol):
     ) -> Tensor | None:
         """Write W of the cosine form and the factors of the norm term, from the attention."""
 
-    def sigmoid_tile(self, needs_temperature: bool) -> workspace.WeightsTile:
+    def sigmoid_tile(self, needs_temperature: bool) -> WeightsTile:
         """Return the tile of W that the sigmoid loss writes."""
 
     def sigmoid_dot_weights(self, block: Block, pairs: SigmoidPairs, w: Tensor | None) -> Tensor:
@@ -218,7 +219,7 @@ def _backward(
     tile = launches.weights_tile(form, form == "dot" and upstream.needs_temperature)
     tau_sum = _gradients(p, launches, form, write_weights, tile, range_scale, grad_patches, grad_texts)
     if grad_temperature is not None and tau_sum is not None:
-        _write_temperature(p, form, tau_sum, grad_temperature)
+        write_temperature(p, form, tau_sum, grad_temperature)
 
 
 def sigmoid_step(
@@ -253,7 +254,7 @@ def sigmoid_step(
             if to is not None:
                 to.copy_(mean)
         if grad_temperature is not None:
-            _write_temperature(p, form, sums[3], grad_temperature)
+            write_temperature(p, form, sums[3], grad_temperature)
 
 
 class _Cosine(NamedTuple):
@@ -306,7 +307,7 @@ def _gradients(
             into = grad_patches.view(-1, p.d)[p.rows(images)]
             raw = into if patches_sum is None else patches_sum[:rows_count]
         if grad_texts is not None:
-            patch_rows = _patch_rows(p, images)
+            own_rows = patch_rows(p, images)
         if cosine is not None:
             launches.gram(images, cosine.gram)
         for block in images.by_texts(size.texts):
@@ -325,17 +326,17 @@ def _gradients(
                 if cosine is not None:
                     launches.norm_term(block, cosine.attention_of(block), cosine.norm_factor, cosine.norm_term)
             if texts_sum is not None:
-                texts_sum[block.k0 : block.k1] += _product(weights, patch_rows)
+                texts_sum[block.k0 : block.k1] += _product(weights, own_rows)
         if grad_patches is not None:
             if cosine is not None:
                 launches.norm_term_product(images, cosine.norm_term, raw)
-            _project_patches(p, images, raw, into, range_scale)
+            project_patches(p, images, raw, into, range_scale)
     if grad_texts is not None and texts_sum is not None:
-        _project_texts(p, texts_sum, grad_texts, range_scale)
+        project_texts(p, texts_sum, grad_texts, range_scale)
     return total
 
 
-def _write_temperature(p: Problem, form: str, tau_sum: Tensor, grad_temperature: Tensor) -> None:
+def write_temperature(p: Problem, form: str, tau_sum: Tensor, grad_temperature: Tensor) -> None:
     if form == "dot":
         tau_sum = tau_sum / p.temperature / p.temperature
     grad_temperature.copy_(-tau_sum)
@@ -348,7 +349,7 @@ def _max_backward(
     if grad_texts is not None:
         texts_sum = p.phi.new_empty(p.k, p.d)
         launches.max_texts(grad_phi, texts_sum)
-        _project_texts(p, texts_sum, grad_texts, None)
+        project_texts(p, texts_sum, grad_texts, None)
     if grad_patches is None:
         return
     range_scale = range_scales.power_of_two_below(grad_phi, p.inv_t) if p.patches.dtype == torch.float16 else None
@@ -358,10 +359,10 @@ def _max_backward(
         into = grad_patches.view(-1, p.d)[p.rows(images)]
         raw = patches_sum[: len(into)]
         launches.max_patches(images, grad_phi, range_scale, raw)  # divides the scale out
-        _project_patches(p, images, raw, into, None)
+        project_patches(p, images, raw, into, None)
 
 
-def _patch_rows(p: Problem, images: Block) -> Tensor:
+def patch_rows(p: Problem, images: Block) -> Tensor:
     """Return the patches of a block `[rows, D]`, zeros where masked, because a masked patch may be NaN."""
     some, mask = p.of_images(images)
     if mask is not None:
@@ -369,12 +370,12 @@ def _patch_rows(p: Problem, images: Block) -> Tensor:
     return some.reshape(-1, p.d)
 
 
-def _project_patches(p: Problem, images: Block, raw: Tensor, into: Tensor, range_scale: Tensor | None) -> None:
+def project_patches(p: Problem, images: Block, raw: Tensor, into: Tensor, range_scale: Tensor | None) -> None:
     some, mask = p.of_images(images)
     rows.project_out(raw, some, p.inv_p[p.rows(images)], into, mask, range_scale)
 
 
-def _project_texts(p: Problem, texts_sum: Tensor, into: Tensor, range_scale: Tensor | None) -> None:
+def project_texts(p: Problem, texts_sum: Tensor, into: Tensor, range_scale: Tensor | None) -> None:
     scaled = p.texts is not p.raw_texts
     rows.project_out(texts_sum, p.raw_texts[:, None], p.raw_inv_t, into, None, range_scale, scaled)
 
