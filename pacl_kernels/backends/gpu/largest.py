@@ -25,7 +25,7 @@ def patches(
     p: Problem, block: Block, grad_phi: Tensor, range_scale: Tensor | None, raw: Tensor, precision: str
 ) -> None:
     """Write the sum over the texts that each patch won, `[rows, D]`."""
-    chosen = tiles.MAX_PATCHES[p.patches.element_size()]
+    chosen = (tiles.MAX_PATCHES if p.packed is None else tiles.MAX_PATCHES_PACKED)[p.patches.element_size()]
     block_d = min(chosen.block_d, max(16, tiles.power_of_two(p.d)))
     images, first, n = block.images, block.b0, p.n
     tables: launch.Constants = {}

@@ -230,6 +230,8 @@ class PatchTile(NamedTuple):
 NORM_TERM_PRODUCT = {2: PatchTile(128, 128, 64, 8, 3), 4: PatchTile(64, 64, 32, 4, 3)}
 # By bytes per element of the patches; the step counts texts. Not timed.
 MAX_PATCHES = {2: PatchTile(64, 128, 64, 4, 3), 4: PatchTile(64, 64, 32, 4, 3)}
+# Packed patches have a run of rows each, which takes registers: the other tiles would spill.
+MAX_PATCHES_PACKED = {2: PatchTile(64, 128, 32, 8, 3), 4: PatchTile(64, 64, 32, 8, 3)}
 
 
 def max_texts(d: int) -> dict[str, int]:
