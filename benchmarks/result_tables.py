@@ -224,6 +224,22 @@ def training_step(result: dict) -> str:
     )
 
 
+def long_run(result: dict) -> str:
+    """Return what was watched in a long run, as medians of its fifths."""
+    names = {
+        "memory_mib": "resident memory, MiB",
+        "readers_mib": "resident memory of two data readers, MiB",
+        "open_files": "open files",
+        "threads": "threads",
+        "processes": "processes of readers",
+        "temporary_files": "temporary files",
+        "checkpoints": "checkpoints",
+        "log_bytes_per_line": "bytes of the log per line",
+    }
+    rows = [[text, *(f"{fifth[name]:,.0f}" for fifth in result["fifths"])] for name, text in names.items()]
+    return grid(["fifth of the run", *(str(i + 1) for i in range(len(result["fifths"])))], rows)
+
+
 def distributed(result: dict) -> str:
     on, settings, rows = result["machine"], result["settings"], []
     for row in result["rows"]:
