@@ -60,11 +60,6 @@ def _throughput(results: Results, name: str) -> str:
     return tables.throughput(results.read(name), results.paths[name].name)
 
 
-def _real_words(results: Results, kind: str) -> str:
-    name = "xeon-amx-2cores-real-words"
-    return study_tables.real_words(results.read(name), kind) if name in results.paths else "Not run yet."
-
-
 def _of_one(function: Callable[..., str], default: str | None = None) -> Callable[..., str]:
     """Return a table of one file: the file `default`, or the first word; further words are further arguments."""
     if default is None:
@@ -83,7 +78,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "plan_summary": _of_one(tables.plan_summary, "plan-errors"),
     "study": _of_one(study_tables.study),
     "all_pairs": _of_one(study_tables.all_pairs),
-    "real_words": _real_words,
+    "real_words": _of_one(study_tables.real_words),
     "readings": _of_one(study_tables.readings),
     "tolerance_study": _of_one(study_tables.tolerance_study),
     "training_step": _of_one(tables.training_step),

@@ -42,7 +42,7 @@ from pacl_kernels.native import native
 
 METHODS = ("all pairs", "paired", "mean")
 # Batch size -> the learning rates tried first. While the best is at an end, tuning goes on there, within LIMITS.
-LRS = {64: (2e-3, 4e-3), 256: (4e-3, 8e-3), 1024: (8e-3, 16e-3)}
+LRS = {64: (2e-3, 4e-3), 256: (4e-3, 8e-3), 1024: (2e-3, 4e-3, 8e-3, 16e-3)}
 LIMITS = (5e-4, 64e-3)
 COMPARED = 64  # batch size of all methods; the others are for all pairs alone
 SEEDS = (0, 1, 2)

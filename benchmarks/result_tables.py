@@ -190,7 +190,7 @@ def plan_summary(result: dict) -> str:
     return grid(["error of", "results", "median", "worst"], cells)
 
 
-# Results of the package: the demo, training steps, the study
+# Results of the package: the demo, training steps
 
 
 def demo(result: dict) -> str:
@@ -222,6 +222,9 @@ def training_step(result: dict) -> str:
         f"{settings['threads']} threads, torch {on['torch']}, commit `{on['commit']}`, {on['date'][:10]}; towers once, "
         f"the rest medians of {settings['repeats']}\n\n{grid(['batch', 'towers s', 'embedder s', *losses], rows)}"
     )
+
+
+# Long runs and many processes: long_run.py, distributed.py
 
 
 def long_run(result: dict) -> str:

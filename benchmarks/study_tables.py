@@ -132,6 +132,3 @@ def real_words(result: dict, kind: str | None = None) -> str:
             rows.append([*first, *(_percent(row[name]) for name in measures), str(row.get("seeds", 1))])
     head = ["vision tower", "attention", "batch", "steps", "learning rate", *measures.values(), "seeds"]
     return grid(head, rows)
-
-
-# Many processes: distributed.py
