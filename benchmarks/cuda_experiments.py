@@ -78,12 +78,10 @@ def runs_of(p: Problem, form: str) -> Iterator[tuple[str, int, Callable[[], obje
     plain.gram(block, gram)
     plain.cosine_forward(block, gram)
     yield "forward", block.images, functools.partial(plain.cosine_forward, block, gram)
-    no_attention = attention.new_empty(0, 8, 8)
     near_attention = attention.as_strided(attention.shape, (8 * size.texts, 8, 1))
     for name, of, kept, to in (
         ("as it is", plain, attention, w), ("close rows", plain, near_attention, near),
-        ("no stores", plain, no_attention, nothing), ("W alone", plain, no_attention, w),
-        ("transposed, bulk stores", bulk, attention, transposed),
+        ("no stores", plain, attention, nothing), ("transposed, bulk stores", bulk, attention, transposed),
     ):  # fmt: skip
         yield name, block.images, functools.partial(of.cosine_weights, block, upstream, kept, gram, to, factor)
 

@@ -241,7 +241,7 @@ __device__ __forceinline__ float cosine_weights_epilogue(const Tile& tile, Out& 
   auto behind = [] {};
 #pragma unroll
   for (int j0 = 0; j0 < kWidth / 8; j0 += Out::kBlocks) {
-    if (kKeep && work.attention)
+    if constexpr (kKeep)
       outlet.template write_attention<kWidth, false>(work, tile.image, tile.chunk, j0, tile.columns, kept, behind);
     outlet.template write_weights<kWidth, false>(work, tile.image, tile.chunk, j0, tile.columns, pair, behind);
   }

@@ -27,7 +27,7 @@ struct Arguments {
   int store_elements;        // weights per store: 8, 4 or 1, set by make_work
   const float* range_scale;  // or null; a power of two that multiplies the weights and the norm factors
   float* temperature_sums;   // or null; one sum per block
-  // [images, texts, attention_stride]; of the launch's dtype in `cosine_weights`, which takes null, otherwise float16
+  // [images, texts, attention_stride]; of the launch's dtype in `cosine_weights`, otherwise float16
   uint16_t* attention;
   int64_t attention_stride;  // a multiple of 8; up to 7 elements past the patches are set to zero
   float* norm_factor;        // [images, texts]

@@ -98,7 +98,7 @@ def test_cosine(library, b, n, k, d, more):
 
 
 def test_what_is_not_stored(library):
-    """Without an address, `cosine_weights` leaves the attention out, and without W both, as the experiments need."""
+    """Without an address of W, `cosine_weights` stores neither W nor the attention, as the experiments need."""
     b, n, k = 3, 100, 66
     patches, texts = problem(b, n, k, 40)
     gram = torch.zeros(b, n, 112, dtype=torch.float16)
@@ -111,8 +111,6 @@ def test_what_is_not_stored(library):
         run(library, patches, texts, None, lse, attention=attention, **buffers)
         assert (attention != 9).all() == stored and (w[:k, : b * n] != 9).all() == stored
         attention.fill_(9.0)
-    run(library, patches, texts, None, lse, **buffers | dict(weights=weights | dict(weights=w.data_ptr())))
-    assert (w[:k, : b * n] != 9).all() and (attention == 9).all()
 
 
 @pytest.mark.parametrize(
