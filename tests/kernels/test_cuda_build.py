@@ -152,7 +152,7 @@ def test_no_kernel_spills(resources):
         width, epilogue = (int(x) for x in re.search(r"ILi(\d+)E.*EpilogueE(\d+)E", name).groups())
         # The sigmoid loss adds a few that are the same for all tiles.
         stack = {(256, 3): 280, (256, 4): 352, (208, 4): 8, (200, 2): 8}
-        stack |= {(200, 8): 32, (192, 8): 16, (256, 9): 352, (208, 9): 8, (256, 11): 240}
+        stack |= {(200, 8): 32, (192, 8): 16, (256, 9): 352, (208, 9): 8, (256, 11): 304}
         stack = stack.get((width, epilogue), 0)
         found = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:0 ", line)
         assert found and int(found[2]) <= stack, f"{name}: {line}"
