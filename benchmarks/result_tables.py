@@ -227,6 +227,39 @@ def training_step(result: dict) -> str:
 # Long runs and many processes: long_run.py, distributed.py
 
 
+def reading(result: dict) -> str:
+    """Return the share of time that training waits for features, and the images a second that arrive."""
+    rows = [[row["source"], f"{100 * row['share']:.1f}%", number(row["images_per_s"])] for row in result["rows"]]
+    return grid(["features in", "steps wait", "images/s"], rows)
+
+
+def segment_folder(result: dict) -> str:
+    """Return images a second of `pacl segment`, and each part's share of the processor time."""
+    parts = list(result["rows"][0]["parts"])
+    rows = [
+        [
+            str(row["short_side"]),
+            f"{row['images_per_s']:.2f}",
+            *(f"{100 * row['parts'][x]['share']:.1f}%" for x in parts),
+        ]
+        for row in result["rows"]
+    ]
+    return grid(["short side", "images/s", *parts], rows)
+
+
+def text_index(result: dict) -> str:
+    """Return steps with lists of texts beside steps over all pairs."""
+    rows = [
+        [
+            f"{row['dtype']} `{row['form']}`",
+            *(f"{1e3 * row['seconds'][x]:,.0f}" for x in ("all", "listed")),
+            f"{100 * row['listed_to_all']:.1f}%",
+        ]
+        for row in result["rows"]
+    ]
+    return grid(["inputs", "all pairs, ms", "lists, ms", "lists / all"], rows)
+
+
 def long_run(result: dict) -> str:
     """Return what was watched in a long run, as medians of its fifths."""
     names = {
