@@ -54,7 +54,7 @@ CUDA_PEAKS = {
     "NVIDIA H100 80GB HBM3": {"float32": 67e12, "bfloat16": 989e12, "float16": 989e12},
     "NVIDIA H200": {"float32": 67e12, "bfloat16": 989e12, "float16": 989e12},
 }
-# What confines this library, PyTorch's own kernels, oneDNN and MKL to AVX2; they read it when they start.
+# Environment that confines this library, PyTorch's own kernels, oneDNN and MKL to AVX2; they read it when they start.
 AVX2 = {
     "PACL_CPU_ISA": "avx2",
     "ATEN_CPU_CAPABILITY": "avx2",
