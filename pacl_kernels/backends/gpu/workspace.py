@@ -145,7 +145,12 @@ def weights(p: Problem, size: BlockSize, tile: WeightsTile) -> Tensor:
     """Allocate W `[texts, rows]` of a block in whole tiles."""
     texts = tiles.ceil_div(min(p.k, size.texts), tile.texts) * tile.texts
     rows = tiles.ceil_div(size.most(p), tile.rows) * tile.rows
-    return p.patches.new_empty(rows, texts).T if tile.transposed else p.patches.new_empty(texts, rows)
+    if not tile.transposed:
+        return p.patches.new_empty(texts, rows)
+    w = p.patches.new_empty(rows, texts)
+    # No kernel writes the padding, and products sum over it: oneDNN's on AMX read it, times 0, which must not be NaN.
+    w[:, min(p.k, size.texts) :].zero_()
+    return w.T
 
 
 def attention(p: Problem, size: BlockSize, dtype: torch.dtype) -> Tensor:
