@@ -83,7 +83,7 @@ const void* kernel_of(const Launch& launch) {
   switch (launch.epilogue) {
 #define PACL_EPILOGUE(NAME, DTYPE) \
   case Epilogue::NAME:             \
-    return (launch.half ? NAME##_float16 : NAME##_##DTYPE)(launch.plan.width, launch.plan.packed);
+    return NAME##_kernel(launch.half, launch.plan.width, launch.plan.packed);
 #include "epilogues.def"
   }
   return nullptr;

@@ -12,20 +12,21 @@ from pacl_kernels import compatibility
 from pacl_kernels.backends.gpu import hopper
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("case", SHAPES, ids=str)
 def test_shapes(case, form, target):
     _check(case, form, target)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("case", CONTENTS, ids=str)
 def test_contents(case, form, target):
     _check(case, form, target)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("case", LAYOUTS, ids=str)
 def test_layouts(case, form, target):
@@ -62,6 +63,7 @@ def test_anything(case, form, seed, target):
     _check(case, form, target, seed)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("case", LONG_OPPOSITE, ids=str)
 def test_long_patches_that_cancel(case, form, target):

@@ -84,6 +84,7 @@ TEMPERATURES = [dict(tau=0.05, scale=100.0), dict(tau=1.0, scale=1.0), dict(tau=
 SAMPLE = random.Random(26).sample(list(product(SIZES, TEMPERATURES, FORMS, LOSSES, KINDS)), 48)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("sizes, options, form, loss, kind", SAMPLE)
 def test_against_the_reference(sizes, options, form, loss, kind, target):
     b, n, d, k = sizes
@@ -138,7 +139,7 @@ def ids_of(problem):
     return images, given.get("text_ids", images)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize(
     "kind, loss, autocast",  # every pair of values; one case compiles for half a second
     [

@@ -59,6 +59,7 @@ def run(program: Path, isa: str, problem) -> dict[str, torch.Tensor]:
     return {"value": phi, **gradients, "attn_temperature": torch.frombuffer(out[-4:], dtype=torch.float32)[0]}
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("form", FORMS[:2])
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)

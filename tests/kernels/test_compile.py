@@ -23,11 +23,13 @@ def operator_arguments(problem, backend):
     return [(*inputs, tau, 1.0, problem.form, backend), (*inputs, None, tau.item(), problem.form, backend)]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("form, mask", [("dot", None), ("cosine", "random"), ("max", "random")])
 def test_opcheck(form, mask, single):
     _opcheck(form, mask, single)
 
 
+@pytest.mark.sampled(2)
 def test_opcheck_in_every_dtype(target):
     _opcheck("cosine", "random", target)
 
@@ -69,6 +71,7 @@ def _function(form, loss, backend):
     return function
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("form, loss, mask", [("dot", "infonce", None), ("cosine", "sigmoid", "first")])
 def test_fullgraph(form, loss, mask, single):
     """Inductor compiles the loss in one graph, and its code gives eager's results."""
@@ -78,7 +81,7 @@ def test_fullgraph(form, loss, mask, single):
     _same(compiled, function, make(Case(4, 9, 21, mask=mask), form, loss, single.dtype, single.device))
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("loss", ["infonce", "sigmoid"])
 @pytest.mark.parametrize("mask", [None, "first"])
@@ -87,6 +90,7 @@ def test_fullgraph_traced(form, loss, mask, single):
     _traced(form, loss, mask, single)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("loss", ["infonce", "sigmoid"])
 def test_fullgraph_traced_in_every_dtype(loss, target):
     _traced("cosine", loss, "first", target)
@@ -99,7 +103,7 @@ def _traced(form, loss, mask, target):
     _same(compiled, function, make(Case(4, 9, 21, mask=mask), form, loss, target.dtype, target.device))
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("form", FORMS)
 def test_dynamic_batch(form, single):
     """One graph serves all batch sizes and numbers of patches."""
@@ -183,6 +187,7 @@ def test_export_of_the_loss(form, loss, single):
     _exports(function, first, ({0: "B", 1: "N"}, {0: "B"}, {0: "B", 1: "N"}), [second])
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_export_of_the_compatibility(form, backend):

@@ -53,7 +53,7 @@ CASES = [
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -70,6 +70,7 @@ def test_smallest_temperature(case, dtype, form, isa, cpu_backend):
     check(make(case, form, "compatibility", dtype), cpu_backend, needs=("patches", "texts"))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 def test_gradients_in_memory_that_nobody_has_touched(dtype, form, cpu_backend):

@@ -35,6 +35,7 @@ FORWARD = [
 ]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("tau", [1.0, 0.05, 0.02], ids="tau{}".format)
 @pytest.mark.parametrize("b, n, k, d, more", FORWARD)
 def test_forward(library, b, n, k, d, more, tau):
@@ -97,6 +98,7 @@ WEIGHTS = [
 ]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
     "masked, needs_tau", [(False, False), (False, True), (True, False)], ids=["all", "temperature", "masked"]
@@ -199,6 +201,7 @@ def attention_in_memory(library, patches, texts, phi, state, **options):
     return attention[:b]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("masked, tau", [(True, 1.0), (False, 0.05), (False, 0.01), (True, 0.01)])
 @pytest.mark.parametrize("b, n, k, d, more", COSINE + IN_MEMORY)
 def test_cosine(library, b, n, k, d, more, masked, tau):
@@ -232,7 +235,7 @@ def test_cosine(library, b, n, k, d, more, masked, tau):
     assert not masked or not found[0].any()
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     "dtype, masked, tau",
     [
@@ -303,6 +306,7 @@ BACKEND = [
 ]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "case, form, dtype",
     [

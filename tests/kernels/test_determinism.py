@@ -28,6 +28,7 @@ def _assert_same_bits(one, two):
         assert torch.equal(value, two[name]), name
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_two_runs(case, form, target):
@@ -64,6 +65,7 @@ def test_a_thousand_runs_give_the_same_bits(cluster, monkeypatch, form, patches,
             assert torch.equal(x, y)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("case", [*CASES, Case(3, 50, 65, K=200), Case(200, 50, 65, K=3), Case(211, 3, 17)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

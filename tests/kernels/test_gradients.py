@@ -45,6 +45,7 @@ def _taking_part(objective):
     return DIFFERENTIABLE if objective != "compatibility" else ("patches", "texts", "attn_temperature")
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_scalars_of_any_kind(form, objective, target):

@@ -122,12 +122,13 @@ def test_the_temperature_is_ignored(target):
             assert phi.shape == (4, 4) and grad.shape == leaf.shape and (grad == 0).all()
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("case", BLOCKS, ids=str)
 def test_more_than_one_block(case, single):
     check(make(case, "max", "compatibility", device=single.device), single.backend)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("case", BLOCKS, ids=str)
 def test_blocks_on_any_number_of_threads(case, cpu_backend):
     problem = make(case, "max", "compatibility", torch.bfloat16)

@@ -71,6 +71,7 @@ def _run(steps, **options) -> list[int]:
     return json.loads(done.stdout)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("dtype", WIDTH)
 @pytest.mark.parametrize("threads", THREADS)
 @pytest.mark.parametrize("form", FORMS)
@@ -101,6 +102,7 @@ def test_texts_of_many_tokens(cpu_backend):
     assert allowed < 0.6 * 2 * 4 * b * tokens + 3 * 4 * tokens * d, "a [B, ΣL] array would go unseen"
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("backend", ["cpu", "torch"])
 def test_packed_patches_need_memory_in_proportion_to_their_number(backend):
     """One image of 4,096 patches among many of one patch costs no more than its own rows."""

@@ -56,6 +56,7 @@ def _guarded_inputs(problem):
     return guarded
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_buffers(case, form, target):

@@ -75,12 +75,13 @@ def launches(monkeypatch) -> list[tuple[str, dict]]:
     return seen
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("case, dtype, form", COMPATIBILITIES, ids=str)
 def test_compatibility(case, dtype, form):
     check(make(case, form, "compatibility", dtype, DEVICE), "triton")
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("case, form", SMALL_FORMS, ids=str)
 def test_the_small_ones_of_every_backend(case, form, request):
     if (case, form) == CANCELLING:
@@ -96,6 +97,7 @@ def test_layouts(options):
     layout.check("triton", torch.float32, DEVICE)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("form", FORMS)
 def test_torch_compile_takes_it_whole(form):
     problem = make(Case(3, 70, 20, mask="random"), form, "infonce", device=DEVICE)
@@ -236,6 +238,7 @@ def test_strides_whose_multiples_need_64_bits():
     check(replace(problem, patches=patches, texts=texts), "triton", ())
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("k, dtype", [(7, torch.float32), (7, torch.float16), (150, torch.bfloat16)], ids=str)
 def test_blocks_of_images_and_of_texts(k, dtype, form, launches, monkeypatch):
@@ -340,6 +343,7 @@ def test_the_winners_of_one_direction(dtype):
     check(replace(problem, patches=patches.to(dtype), texts=texts.to(dtype)), "triton")
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("form, dtype", [("dot", torch.float32), ("cosine", torch.float32), ("cosine", torch.bfloat16)])
 @pytest.mark.parametrize("n, tau", [(1, 1e-6), (66, 1e-6), (5, 1e-10)])
 def test_a_temperature_near_zero(n, tau, form, dtype):
@@ -347,7 +351,7 @@ def test_a_temperature_near_zero(n, tau, form, dtype):
     check(make(Case(3, n, 7, tau=tau), form, "infonce", dtype, DEVICE), "triton")
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_powers_of_two_are_exact(dtype, form):

@@ -45,6 +45,7 @@ def segmenter(request, untrained) -> pacl.Segmenter:
     return pacl.Segmenter(towers, pacl.VisionEmbedder(*towers.widths).eval() if request.param == "timm" else None)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("how", COPIES)
 def test_segmenters(how, segmenter):
     """A copy of a segmenter, and with it of towers and embedder, has weights of its own and gives the same labels."""

@@ -155,6 +155,7 @@ def test_features_and_training_on_another_reading(world, tmp_path, capsys):
     assert "tokens" not in json.loads((world / "stored/manifest.json").read_text())["towers"]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
 @pytest.mark.parametrize("workers, renamings", [(0, (1, 8)), (3, (2, 7, 9, 11, 12))])
 def test_killed_before_any_renaming_and_continued(workers, renamings, world, tmp_path, capsys):

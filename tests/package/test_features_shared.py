@@ -81,6 +81,7 @@ def test_the_bytes_are_those_of_one_process(processes, workers, source, untraine
     assert keys == [f"{number:03d}" for number in range(sum(COUNTS)) if number not in BAD]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "dying, files",
     [({1: 1}, 2), ({0: 2, 1: 2}, 1), ({0: 5}, 4)],

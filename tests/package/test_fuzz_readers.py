@@ -14,7 +14,7 @@ pytest.importorskip("tyro")
 import fuzz_readers
 from fuzz_readers import KINDS, damage, search
 
-COUNT = 40
+COUNT = 15
 
 
 def test_damaged_files_end_readers_in_their_own_errors():

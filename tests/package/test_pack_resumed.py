@@ -47,6 +47,7 @@ def whole(source, tmp_path_factory) -> dict[str, bytes]:
     return contents(out)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
 @pytest.mark.parametrize("renaming", range(1, 13))
 def test_killed_before_any_renaming_and_continued(renaming, source, whole, tmp_path, capsys):

@@ -65,6 +65,7 @@ def test_random_frozen_towers_are_refused(changes, message, world, tiny, tmp_pat
     assert not (tmp_path / "logs/pacl").exists()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "changes, kept, trained",
     [

@@ -38,6 +38,7 @@ def gets(s3: S3, suffix: str = ".tar") -> int:
     return sum(method == "GET" and path.endswith(suffix) for method, path in s3.requests)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("workers", [0, 2])
 def test_order_and_resuming_are_those_of_local_shards(workers, s3, scenes, store_world):
     options = {"shuffle": 10, "seed": 3, "repeat": True}

@@ -68,6 +68,7 @@ def the_error(logs: Path) -> str:
     return line
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_data_reader_that_hangs_does_not_outlive_a_signal(workers, world, tmp_path):
     run = fork_pacl(command(world, tmp_path, workers=workers, lr_scheduler="const"), tmp_path / "output")

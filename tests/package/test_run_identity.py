@@ -40,7 +40,7 @@ def begun(run_world, tmp_path_factory) -> Path:
     return logs
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     "changes, message",
     [

@@ -192,7 +192,7 @@ def assert_one_sentence(load: Any, path: Path, values: Any) -> None:
 
 def test_settings_of_embedders(embedder):
     whole = json.loads(embedder.read_text())
-    for values in damage(whole, 100):
+    for values in damage(whole, 20):
         assert_one_sentence(lambda: VisionEmbedder.from_pretrained(embedder.parent), embedder, values)
     for path, new, message in (
         (("in_dim",), "128", "in_dim is '128', expected an integer"),
@@ -217,7 +217,7 @@ def test_manifests(tmp_path):
     path, whole = tmp_path / "manifest.json", {"complete": False, "plan": plan, "shards": [shard], "nouns": ["dog"]}
     path.write_text(json.dumps(whole))
     assert read_manifest(tmp_path) == whole
-    for values in damage(whole, 200):
+    for values in damage(whole, 40):
         assert_one_sentence(lambda: read_manifest(tmp_path), path, values)
     for place, new, message in (
         (("shards", 0, "count"), 2.0, r"shards\[0\].count is 2.0, expected an integer"),
@@ -250,7 +250,7 @@ def test_results(tmp_path, capsys):
     for row in (ROW, ROW | {"task": "retrieval", "metrics": {"recall": 0.5}}):
         path.write_text(json.dumps(row))
         assert read_result(path) == row
-        for values in damage(row, 100):
+        for values in damage(row, 12):
             path.write_text(json.dumps(values))
             assert main(["evaluate", "table", str(path)]) in (0, 1)
             assert main(["compare", str(path), "--out", str(tmp_path / "page.html")]) in (0, 1)

@@ -78,6 +78,7 @@ def read(location: Path, **options) -> dict[int, list[dict]]:
     return found
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_source_gives_several_captions(kind, data):
     one, three = read(data[kind]), read(data[kind], captions=3)
@@ -109,6 +110,7 @@ def relation(captions: list[list[str]], keys: list[str]) -> tuple[torch.Tensor, 
     return torch.tensor(own), torch.tensor(same) & ~torch.tensor(own)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "kind, changes",
     [

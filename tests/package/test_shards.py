@@ -223,6 +223,7 @@ def test_names_that_are_not_unicode(write_tar):
     assert key == "gr?sse"
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("resampled", [False, True])
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_going_on_gives_what_would_have_followed(workers, resampled, write_tar):

@@ -91,6 +91,7 @@ POOLED = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", POOLED)
 def test_pooling_is_that_of_the_folder(name, bert, tower_world, tmp_path):
     config, by_hand = POOLED[name]

@@ -44,13 +44,13 @@ def in_processes(world: int, *command: str) -> str:
 
 
 # Run all tests in three processes, where each has two others; in other numbers, only tests that depend on the number.
-# One in three of the cases is enough, unless the long tests are asked for.
+# A few of the cases are enough, unless the long tests are asked for.
 @pytest.mark.parametrize(
     "world, sample, chosen",
     [
         (1, 1, "one"),
-        (2, 3, "equals and float64 or ten_steps or cached or travel"),
-        (3, 3, ""),
+        (2, 6, "equals and float64 or ten_steps or cached or travel"),
+        (3, 6, ""),
         pytest.param(3, 1, "", marks=pytest.mark.long),
         (4, 3, "equals and infonce and float64 and dot or travel"),
     ],
