@@ -58,7 +58,10 @@ def throughput(result: dict, name: str | None = None) -> str:
     rows = []
     for row in measured:
         cells = [number(row["forward_ms"]), number(row["step_ms"]), number(row["step_vs_products"], ".2f")]
-        cells += [number(row["step_ms"] / ours["step_ms"], ".2f"), number(row["extra_memory_mib"], ",.0f")]
+        cells += [
+            number(row["step_ms"] and row["step_ms"] / ours["step_ms"], ".2f"),
+            number(row["extra_memory_mib"], ",.0f"),
+        ]
         fused = row["name"].startswith("fused")
         rows.append([f"**{row['name']}**" if fused else row["name"], *cells, number(row["relative_error"], ".0e")])
     head = ["", "forward ms", "step ms", "step / products", "step / ours", "extra MiB", "error"]
