@@ -50,6 +50,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--plot", metavar="FILE", help="Write a chart, .svg or .png.")
     add("--profile", metavar="FILE", help="Write a trace of one step of each provider, for Perfetto.")
     add("--sweep", metavar="FILE", help="Measure many shapes, forms and dtypes; FILE keeps them, and is continued.")
+    add(
+        "--minutes",
+        type=float,
+        default=math.inf,
+        help="Time for --sweep; points that take longer wait for a later call.",
+    )
     add("--quick", action="store_true", help="Use small shapes and 3 repeats, to see that it runs.")
     if parser.parse_args(argv).quick:
         parser.set_defaults(batch=16, patches=49, dim=64, repeats=3)
@@ -68,6 +74,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             parser.error(f"--backend: got {name!r}, expected some of {', '.join(backends.NAMES)}")
     if args.avx2 and (args.device == "cuda" or (native() is not None and "avx2" not in native().isas())):
         parser.error("--avx2: got it without a CPU that has AVX2, expected --device cpu on such a machine")
+    if not args.minutes > 0:
+        parser.error(f"--minutes: got {args.minutes}, expected more than 0")
     if args.sweep and args.json:
         parser.error("--json: got it with --sweep, expected one of them, because a sweep has a file of its own")
     args.torch_device, args.torch_dtype = torch.device(args.device), getattr(torch, args.dtype)
