@@ -145,7 +145,7 @@ GOALS = (
     Goal(
         "sigmoid loss over InfoNCE at B = K = 512, float32 `dot`, Xeon",
         0.8,
-        _between(f"{XEON}-float32-dot-512-sigmoid", f"{XEON}-float32-dot-512"),
+        _between(f"{XEON}-float32-dot-512-sigmoid", f"{XEON}-float32-dot-512", "step_vs_products"),
     ),
     Goal("B = K = 32, float32 `dot`, of its products, Xeon", 0.9, _ratio(f"{XEON}-float32-dot-32")),
     Goal("B = K = 32, bfloat16 `dot`, of its products, Xeon", 1.2, _ratio(f"{XEON}-bfloat16-dot-32")),

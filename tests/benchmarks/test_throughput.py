@@ -91,7 +91,8 @@ def test_every_provider_agrees_and_the_files_are_written(without, tmp_path):
     assert len(result["rows"]) == 14 and result["versions"]["torch"] == metadata.version("torch")
     if avx2:
         assert (result["machine"]["cpu_isa"], result["machine"]["torch_cpu_capability"]) == ("avx2", "AVX2")
-    printed = report_of(out)
+    report = [sys.executable, str(ROOT / "benchmarks" / "report.py"), str(out)]
+    printed = subprocess.run(report, capture_output=True, text=True, check=True).stdout
     table = [line for line in printed.splitlines() if line.startswith("|")]
     measured = [row for row in result["rows"] if row["reason"] is None]
     assert len(table) == 2 + len(measured) and len({line.count("|") for line in table}) == 1
@@ -151,12 +152,7 @@ def test_a_peer_without_backward_has_a_forward_alone(tmp_path, monkeypatch, caps
     assert row["relative_error"] < 1e-4
     best = rows["eager, max of s"]["step_ms"] / rows["fused cpu"]["step_ms"]
     assert abs(rows["fused cpu"]["step_vs_best_peer"] - best) < 1e-9
-    assert "| forward |" in report_of(out) and "forward  " in capsys.readouterr().out
-
-
-def report_of(path):
-    report = [sys.executable, str(ROOT / "benchmarks" / "report.py"), str(path)]
-    return subprocess.run(report, capture_output=True, text=True, check=True).stdout
+    assert "| forward |" in throughput.report.throughput(result) and "forward  " in capsys.readouterr().out
 
 
 def test_what_does_not_fit_is_said():
