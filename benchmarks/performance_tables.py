@@ -262,33 +262,18 @@ def sweep(results: Results, name: str) -> str:
         largest = max(plan["kernels_ms"], key=lambda x: plan["kernels_ms"][x])
         frozen = ", frozen texts" if settings["frozen_texts"] else ""
         shape = f"{settings['batch']:,} × {settings['patches']:,} × {settings['dim']:,}"
-        cells = [
-            inputs(settings) + frozen,
-            shape,
-            number(row["step_ms"]),
-            f"{ratio:.2f}",
-            f"{plan['units'] / bare:.2f}",
-        ]
+        cells = [inputs(settings) + frozen, shape, number(row["step_ms"]), f"{ratio:.2f}"]
+        cells.append(f"{plan['units'] / bare:.2f}")
         cells += [f"{ratio * plan['step_ms'] / row['step_ms']:.2f}", f"{row['step_ms'] / plan['step_ms'] - 1:+.0%}"]
         share, eager = row["step_share_of_peak"], row["step_vs_best_peer"]
         rows.append((ratio, [*cells, largest, number(share, ".0%"), number(eager, ".2f")]))
-    head = [
-        "inputs",
-        "B = K × N × D",
-        "step ms",
-        "/ products",
-        "counted",
-        "predicted",
-        "gap",
-        "largest part",
-        "of peak",
-    ]
+    head = "inputs,B = K × N × D,step ms,/ products,counted,predicted,gap,largest part,of peak,eager / ours".split(",")
     on = found["machine"]
     text = (
         f"{on['gpu'] or on['cpu']}, torch {on['torch']}, commit `{on['commit']}`, {on['date'][:10]}: "
         f"{len(found['points'])} points, {below} of them at or below their bare products, {unfit} without memory."
     )
-    table = grid([*head, "of peak", "eager / ours"], [cells for _, cells in sorted(rows, key=lambda x: -x[0])])
+    table = grid(head, [cells for _, cells in sorted(rows, key=lambda x: -x[0])])
     return f"{_picture(name, 'Time, memory and share of the peak')}{text}\n\n{table}"
 
 

@@ -29,4 +29,5 @@ def test_both_steps_with_both_losses(tmp_path, capsys):
     assert capsys.readouterr().out.count("% in the loss; tower") == 4
     assert {path.name for path in tmp_path.glob("*.svg")} == {"chart-light.svg", "chart-dark.svg"}
     table = performance_tables.end_to_end(Results(tmp_path), name)
+    assert len({line.count("|") for line in table.splitlines() if line.startswith("|")}) == 1
     assert table.count("\n| features | 3 |") == 1 and table.count("\n| live tower | 3 |") == 1

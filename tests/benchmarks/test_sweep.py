@@ -87,6 +87,7 @@ def test_a_sweep_goes_on_where_it_stopped(small, tmp_path, monkeypatch, capsys):
     file.write_text(json.dumps(found))
     table = performance_tables.sweep(Results(tmp_path), "abacus-sweep")
     assert "3 points, 1 of them at or below their bare products, 1 without memory" in table
+    assert len({line.count("|") for line in table.splitlines() if line.startswith("|")}) == 1
     assert f"| 2.00 | {plan['units'] / 4:.2f} |" in table and table.count("\n| float32, `dot` |") == 1
     with pytest.raises(SystemExit, match=r"^--sweep: .*sweep.json has options .* or another file"):
         throughput.main([*run, "--temperature", "0.5"])
