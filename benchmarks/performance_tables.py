@@ -123,7 +123,7 @@ def _plan(key: str) -> Callable[[Results], tuple[float, list[str]]]:
 
 
 H100, XEON, ZEN4 = "h100-bfloat16", "xeon-amx-2cores", "epyc-zen4-2cores"
-LIMIT = "step of {} in the time of its bare products"
+LIMIT = "step in the time of its bare products, {}"
 GOALS = (
     Goal(LIMIT.format("bfloat16 `dot`, H100"), 1.0, _ratio(f"{H100}-dot")),
     Goal(LIMIT.format("float32 `dot`, Xeon"), 1.0, _ratio(f"{XEON}-float32-dot-kept-after")),
