@@ -1,6 +1,6 @@
 """Measure the share of a whole training step that the loss takes, fused and eager: from tokens, and with a live tower.
 
-    python benchmarks/end_to_end.py --json result.json --plot result.svg   # some six minutes on two idle cores, by estimate
+    python benchmarks/end_to_end.py --json result.json --plot result.svg   # some six minutes on two cores (estimate)
     python benchmarks/end_to_end.py --device cuda --json result.json
 
 "features" are the tokens of a ViT-B/16 from memory, of which the embedder makes patches. "live tower" is a small ViT
