@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import performance_tables
 import result_tables as tables
 import scale
 import study_tables
@@ -91,6 +92,10 @@ TABLES: dict[str, Callable[..., str]] = {
     "distributed_model": _of_one(tables.distributed_model),
     "attention_in_memory": _of_one(tables.attention_in_memory),
     "upsample": _of_one(tables.upsample),
+    "goals": performance_tables.goals,
+    "slowest": performance_tables.slowest,
+    "sweep": performance_tables.sweep,
+    "end_to_end": performance_tables.end_to_end,
 }
 
 

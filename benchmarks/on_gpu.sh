@@ -2,7 +2,8 @@
 # Everything that needs a GPU, unattended, in order of worth: tests, tables, tuning. Logs and JSON go to DIR, and at the
 # end into DIR.tar.gz.
 #   benchmarks/on_gpu.sh DIR [STAGE...]       all stages, or those whose names begin so, in the order they are given:
-#   cuda-build cuda-new experiments combinations throughput sanitizer large plan profile cuda tests training-step tune
+#   cuda-build cuda-new experiments combinations throughput sanitizer large plan profile cuda tests training-step
+#   end-to-end sweep tune
 #   benchmarks/on_gpu.sh --dry-run [STAGE...] lists the commands and checks that each parses; so it is without a GPU
 #   benchmarks/on_gpu.sh --list [STAGE...]    lists them in columns: name, limit in seconds, command
 # A stage that has passed is left out when DIR is used again. Where the GPU is lent for minutes, the first stages, up to
@@ -93,6 +94,9 @@ all() {
     tests/kernels/test_triton.py tests/kernels/test_packed_triton.py tests/kernels/test_triton_lists.py \
     tests/kernels/test_upsample.py -k triton
   run training-step 200 $python benchmarks/training_step.py --device cuda --json "$out/training-step.json"
+  run end-to-end 200 $python benchmarks/end_to_end.py --device cuda --json "$out/end-to-end.json"
+  run sweep 700 $python benchmarks/throughput.py --device cuda --dtype bfloat16 --batch 4096 --sweep "$out/sweep.json" \
+    --minutes 10
   run tune 300 $python benchmarks/tune_triton.py --repeats 5 --json "$out/tune.json"
   for shape in "256 196 512" "4096 196 768" "4096 256 1024" "2048 576 768"; do
     read -r batch patches dim <<<"$shape"

@@ -25,7 +25,8 @@ Medians of interleaved runs; ± is half the distance from the 20th to the 80th p
 % of peak: work of the fused loss, {forward:.3g} and {step:.3g} units (products: their own), over time and peak.
 speed: step time of the fastest row that is not ours divided by that of this row; above 1 beats them all.
 extra: peak memory beyond inputs and gradients. error: largest relative error of loss and gradients, norm of the
-difference over norm of the float64 truth, at B = K = {error_batch}."""
+difference over norm of the float64 truth, at B = K = {error_batch}.
+floor: a cheaper loss, of each image's mean patch."""
 
 
 def machine(device: torch.device, native) -> dict:
@@ -97,7 +98,7 @@ def plot(result: dict, path: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    rows = [row for row in reversed(result["rows"]) if row["reason"] is None]
+    rows = [row for row in reversed(result["rows"]) if row["step_ms"] is not None]
     figure, axes = plt.subplots(figsize=(8, 0.4 * len(rows) + 1.5), layout="constrained")
     for y, row in enumerate(rows):
         colour = "C0" if row["name"].startswith("fused") else "C7" if row["name"].startswith("matrix") else "C1"
@@ -125,7 +126,9 @@ def _number(value: float | None, width: int, form: str | None = None) -> str:
     return f"{number(value, form):>{width}}"
 
 
-def _spread(median: float, spread: list[float]) -> str:
+def _spread(median: float | None, spread: list[float]) -> str:
+    if median is None:
+        return ""
     percent = 50 * (spread[1] - spread[0]) / median
     return " ±" + (f"{percent:.0f}%" if percent < 99.5 else "big")
 

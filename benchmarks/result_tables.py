@@ -54,11 +54,14 @@ def throughput(result: dict, name: str | None = None) -> str:
     """
     on, settings, peak = result["machine"], result["settings"], result["peak"]
     measured = [row for row in result["rows"] if row["reason"] is None]
-    ours = _best(result)
+    ours = best(result)
     rows = []
     for row in measured:
         cells = [number(row["forward_ms"]), number(row["step_ms"]), number(row["step_vs_products"], ".2f")]
-        cells += [number(row["step_ms"] / ours["step_ms"], ".2f"), number(row["extra_memory_mib"], ",.0f")]
+        cells += [
+            number(row["step_ms"] and row["step_ms"] / ours["step_ms"], ".2f"),
+            number(row["extra_memory_mib"], ",.0f"),
+        ]
         fused = row["name"].startswith("fused")
         rows.append([f"**{row['name']}**" if fused else row["name"], *cells, number(row["relative_error"], ".0e")])
     head = ["", "forward ms", "step ms", "step / products", "step / ours", "extra MiB", "error"]
@@ -66,7 +69,7 @@ def throughput(result: dict, name: str | None = None) -> str:
     if peak:
         peak_text = f"; peak {peak / 1e12:.3g} TFLOP/s" if peak >= 1e12 else f"; peak {peak / 1e9:.3g} GFLOP/s"
     lines = [
-        f"**{_inputs(settings)}**: {_shape(settings)}; {on['gpu'] or on['cpu']}, "
+        f"**{inputs(settings)}**: {_shape(settings)}; {on['gpu'] or on['cpu']}, "
         f"torch {on['torch']}, commit `{on['commit']}`, {on['date'][:10]}{peak_text}",
         "",
         grid(head, rows),
@@ -88,7 +91,7 @@ def summary(results: dict[str, dict]) -> str:
         for name, result in results.items():
             if not name.startswith(f"{slug}-"):
                 continue
-            settings, row = result["settings"], _best(result)
+            settings, row = result["settings"], best(result)
             cells = [machine, f"{settings['dtype']} `{settings['form']}`", f"{settings['batch']:,}"]
             cells += [number(row["step_ms"]), number(row["step_vs_products"], ".2f")]
             cells += [number(row["step_share_of_peak"], ".0%")]
@@ -113,7 +116,7 @@ def before_after(pairs: dict[str, tuple[dict, dict]]) -> str:
         machine = next((text for slug, text in MACHINES.items() if name.startswith(f"{slug}-")), name)
         settings, cells = both[0]["settings"], []
         for result in both:
-            row = _best(result)
+            row = best(result)
             cells += [f"`{result['machine']['commit']}`", number(row["step_ms"])]
             cells += [number(row["step_vs_products"], ".2f")]
         shape = "" if settings["patches"] == 196 else f", {_shape(settings)}"
@@ -127,7 +130,7 @@ def one_step(result: dict) -> str:
     compiled = min((row for name, row in rows.items() if name.startswith("compiled")), key=lambda row: row["step_ms"])
     eager = rows["eager, pooled patch (paper)"]
     chosen = {
-        "**`fused_pacl_loss`**": _best(result),
+        "**`fused_pacl_loss`**": best(result),
         "its four matrix products alone, `torch.mm`": rows[PRODUCTS],
         "the best `torch.compile` variant": compiled,
         "eager PyTorch, the paper's formula": eager,
@@ -136,13 +139,13 @@ def one_step(result: dict) -> str:
     return grid(head, [[name, number(x["step_ms"]), memory(x["extra_memory_mib"])] for name, x in chosen.items()])
 
 
-def _best(result: dict) -> dict:
+def best(result: dict) -> dict:
     """Return the row of our fastest backend."""
     fused = [row for row in result["rows"] if row["name"].startswith("fused") and row["reason"] is None]
     return min(fused, key=lambda row: row["step_ms"])
 
 
-def _inputs(settings: dict) -> str:
+def inputs(settings: dict) -> str:
     loss = ", sigmoid loss" if settings.get("loss") == "sigmoid" else ""  # older results have no loss: InfoNCE
     return f"{settings['dtype']}, `{settings['form']}`{loss}"
 
@@ -166,7 +169,7 @@ def plan_errors(result: dict) -> str:
             continue
         machine = next(text for slug, text in MACHINES.items() if row["result"].startswith(f"{slug}-"))
         gap = row["measured_ms"] / row["predicted_ms"]
-        cells = [machine, f"{_inputs(row)}, `{row['of']}`"]
+        cells = [machine, f"{inputs(row)}, `{row['of']}`"]
         cells += [f"{row['batch']:,} × {row['patches']:,} × {row['dim']:,}"]
         cells += [number(row["kernels_ms"].get(part)) for part in ("products", "epilogues", "traffic")]
         cells += [number(row["predicted_ms"]), number(row["measured_ms"]), f"{gap - 1:+.0%}"]

@@ -3,20 +3,16 @@
     python benchmarks/throughput.py                             # under two minutes, B = K = 256, N = 196, D = 512
     python benchmarks/throughput.py --form cosine --dtype bfloat16 --json result.json --plot result.svg
 
-One unit is the product of all patches with all texts, 2·B·N·K·D floating-point operations. A training step needs 4
-units (forward, recomputed scores, gradient of the patches, gradient of the texts), or 3 with frozen texts. The max form
-needs one: its backward adds one row of D for each pair and gradient, 1/N of a unit each.
+`--help` lists all options; `peers.py` is the list of what is compared, `counts.py` counts the work of a step.
 """
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import functools
 import gc
 import json
 import logging
-import math
 import multiprocessing
 import os
 import re
@@ -28,39 +24,16 @@ from pathlib import Path
 
 import report
 import torch
-from providers import (
-    LOGIT_SCALE,
-    PEERS,
-    PRODUCTS,
-    chunked,
-    does_not_fit,
-    is_compiled,
-    logit_bias,
-    losses,
-    products,
-    why_not,
-)
+from counts import machine_peak, operations, unit, units
+from options import AVX2, parse, set_error_batch
+from peers import LOGIT_SCALE, PEERS, chunked, is_compiled, kind_of, logit_bias, versions
+from providers import PRODUCTS, does_not_fit, losses, products, why_not
 
 from pacl_kernels import backends, reference
-from pacl_kernels.checks import FORMS, LOSSES
 from pacl_kernels.native import native
 
 SECONDS = 3.0  # timed runs of a provider: a slow one runs less often than --repeats, but at least 3 times
-ERROR_UNIT = 2e10  # if a unit is larger, errors are measured at a smaller batch, because the float64 truth is slow
 SLOW = 10.0  # seconds: slower providers are warmed up only by the run at that smaller batch
-# NVIDIA's data sheets (A100 SXM, H100 SXM, H200 SXM): FP32, and half of the tensor figures printed "with sparsity".
-CUDA_PEAKS = {
-    "NVIDIA A100-SXM4": {"float32": 19.5e12, "bfloat16": 312e12, "float16": 312e12},
-    "NVIDIA H100 80GB HBM3": {"float32": 67e12, "bfloat16": 989e12, "float16": 989e12},
-    "NVIDIA H200": {"float32": 67e12, "bfloat16": 989e12, "float16": 989e12},
-}
-# Environment that confines this library, PyTorch's own kernels, oneDNN and MKL to AVX2; they read it when they start.
-AVX2 = {
-    "PACL_CPU_ISA": "avx2",
-    "ATEN_CPU_CAPABILITY": "avx2",
-    "ONEDNN_MAX_CPU_ISA": "AVX2",
-    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
-}
 # On a machine without a GPU, torch.compile would warn about it three times.
 logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
@@ -110,44 +83,18 @@ class Clock:
 
 
 def step(loss, inputs, clock: Clock) -> list[torch.Tensor]:
-    """Return loss and gradients. The forward pass is that of a training step: it keeps what the backward pass needs."""
+    """Return loss and gradients. The forward pass is that of a training step: it keeps what the backward pass needs.
+
+    A peer that has no backward gives a loss without a graph; it returns the loss alone.
+    """
     clock.start()
     value = loss(*inputs)
     clock.mark()
+    if not value.requires_grad:
+        return [value]
     gradients = torch.autograd.grad(value, [x for x in inputs if x.requires_grad])
     clock.mark()
     return [value.detach(), *gradients]
-
-
-def unit(args) -> int:
-    return 2 * args.batch**2 * args.patches * args.dim
-
-
-def units(args) -> dict[str, float]:
-    """Return the units that grow with B K N; for the cosine the pooled patch's norm adds N/D, and 2N/D in backward.
-
-    The max form: one product, and one row of D per pair for each of its gradients.
-    """
-    if args.form == "max":
-        return {"forward": 1, "step": 1 + (1 if args.frozen_texts else 2) / args.patches}
-    norm = min(args.patches / args.dim, 1.0) if args.form == "cosine" else 0.0
-    return {"forward": 1 + norm, "step": (3 if args.frozen_texts else 4) + 3 * norm}
-
-
-def operations(args) -> dict[str, float]:
-    """Return the work of the fused loss in units, the basis of the shares of the peak.
-
-    For the cosine that is the cheaper of two ways to the pooled patch's norm. The first uses the Gram matrix G = P̂ P̂ᵀ
-    of each image and computes half of every symmetric matrix: G takes N/2K, in forward and again in backward, aᵀ G a
-    N/2D, and in backward G a N/D, C = Σ w a aᵀ N/2D, C P̂ N/K. The second uses the pooled patches v = Σ a p̂: v takes 1
-    in forward and again in backward, p̂ · (t̂ - (φ / r) v) takes 1, and so does v's part of the patches' gradient.
-    """
-    if args.form != "cosine":
-        return units(args)
-    n, d, k, products = args.patches, args.dim, args.batch, 3 if args.frozen_texts else 4
-    gram = {"forward": 1 + n / 2 / d + n / 2 / k, "step": products + 2 * n / d + 2 * n / k}
-    pooled = {"forward": 2, "step": products + 4}
-    return min(gram, pooled, key=lambda way: way["step"])
 
 
 def warm_up(args, run, small_run, clock: Clock, compiled: bool = False):
@@ -162,7 +109,7 @@ def warm_up(args, run, small_run, clock: Clock, compiled: bool = False):
 def extra_memory(args, name: str) -> float:
     """Return the peak memory of a step beyond inputs and gradients, in MiB; on a CPU, the growth of this process."""
     loss, inputs, clock = losses(args, name)[name], make_inputs(args, args.batch), Clock(args.torch_device)
-    gradients = sum(x.numel() * x.element_size() for x in inputs if x.requires_grad)
+    gradients = sum(x.numel() * x.element_size() for x in inputs if x.requires_grad and kind_of(name) != "forward")
     run, small = functools.partial(step, loss, inputs, clock), make_inputs(args, args.error_batch)
     warm_up(args, run, functools.partial(step, loss, small, clock), clock, is_compiled(name))
     if args.torch_device.type == "cuda":
@@ -236,20 +183,7 @@ def float64_truth(args, inputs, clock: Clock) -> list[torch.Tensor]:
 
 def relative_error(results, truth) -> float:
     """Return the largest error of loss and gradients; in the max form, rounding may swap a pair's two best patches."""
-    return max(((x.double() - y).norm() / y.norm()).item() for x, y in zip(results, truth, strict=True))
-
-
-def machine_peak(args) -> float | None:
-    """Return the machine's floating-point operations per second: measured on a CPU, from the data sheet on a GPU."""
-    if args.torch_device.type == "cuda":
-        name = torch.cuda.get_device_name()
-        return next((peaks[args.dtype] for prefix, peaks in CUDA_PEAKS.items() if name.startswith(prefix)), None)
-    if native() is None:
-        return None
-    try:
-        return native().fma_peak(args.dtype, args.threads, 0.1)
-    except ValueError:  # no instruction for this dtype
-        return None
+    return max(((x.double() - y).norm() / y.norm()).item() for x, y in zip(results, truth, strict=False))
 
 
 def measure(args) -> Iterator[dict]:
@@ -278,7 +212,7 @@ def measure(args) -> Iterator[dict]:
         results, rows[name]["reason"] = _attempt(warm_up, args, runs[name], small_runs[name], clock, is_compiled(name))
         if rows[name]["reason"] is not None:
             del runs[name]
-        elif name != PRODUCTS:
+        elif name != PRODUCTS and kind_of(name) != "floor":
             rows[name]["relative_error"] = relative_error(results, truth)
         del results
     del truth, small, small_runs
@@ -295,7 +229,7 @@ def measure(args) -> Iterator[dict]:
                 runs[name]()
                 samples[name].append(clock.read())
                 if name not in counts:
-                    counts[name] = min(args.repeats, max(3, int(1e3 * SECONDS / samples[name][0][1])))
+                    counts[name] = min(args.repeats, max(3, int(1e3 * SECONDS / samples[name][0][-1])))
         yield result(machine, rows, samples, peaks, args)
     _note("")
     if args.profile:
@@ -306,11 +240,12 @@ def result(machine: dict, rows: dict, samples: dict, peaks: list, args) -> dict:
     rows = {name: dict(row) for name, row in rows.items()}
     for name, pairs in samples.items():
         rows[name]["runs"] = len(pairs)
-        for part, values in zip(("forward", "step"), zip(*pairs, strict=True), strict=True):
+        for part, values in zip(("forward", "step"), zip(*pairs, strict=True), strict=False):
             rows[name][f"{part}_ms"], rows[name][f"{part}_spread"] = statistics.median(values), _p20_p80(values)
     peak = None if None in peaks else statistics.median(peaks)
     return {
         "machine": machine,
+        "versions": versions(),
         "settings": {key: value for key, value in vars(args).items() if not key.startswith("torch_")},
         "unit": unit(args),
         "units": units(args),
@@ -323,7 +258,8 @@ def result(machine: dict, rows: dict, samples: dict, peaks: list, args) -> dict:
 
 def complete(rows: dict, peak: float | None, args) -> list[dict]:
     """Return the rows with their ratios; missing values are None."""
-    best_peer = min((row["step_ms"] for name, row in rows.items() if name in PEERS and "step_ms" in row), default=None)
+    same = [row for name, row in rows.items() if name in PEERS and kind_of(name) == "loss"]
+    best_peer = min((row["step_ms"] for row in same if "step_ms" in row), default=None)
     full = []
     for name, row in rows.items():
         of_products = {"forward": 1, "step": 1 if args.form == "max" else 3 if args.frozen_texts else 4}
@@ -333,8 +269,10 @@ def complete(rows: dict, peak: float | None, args) -> list[dict]:
             ms = row.get(f"{part}_ms")
             new[f"{part}_ms"], new[f"{part}_spread"] = ms, row.get(f"{part}_spread")
             new[f"{part}_vs_products"] = ms and ms / rows[PRODUCTS][f"{part}_ms"]
-            new[f"{part}_share_of_peak"] = ms and peak and 1e3 * count[part] * unit(args) / ms / peak
-        new["step_vs_best_peer"] = new["step_ms"] and best_peer and best_peer / new["step_ms"]
+            same_work = peak and kind_of(name) != "floor"
+            new[f"{part}_share_of_peak"] = ms and 1e3 * count[part] * unit(args) / ms / peak if same_work else None
+        same_loss = best_peer and kind_of(name) == "loss"
+        new["step_vs_best_peer"] = new["step_ms"] and best_peer / new["step_ms"] if same_loss else None
         full.append(new | {key: row.get(key) for key in ("extra_memory_mib", "relative_error", "runs", "reason")})
     return full
 
@@ -370,63 +308,12 @@ def _note(text: str) -> None:
         print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("--batch", type=int, default=256, help="Number of images, and of texts.")
-    add("--patches", type=int, default=196, help="Patches per image.")
-    add("--dim", type=int, default=512, help="Dimension of the embeddings.")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="Dtype of the embeddings.")
-    add("--form", choices=FORMS, default="dot", help="Form of φ.")
-    add("--loss", choices=LOSSES, default="infonce", help="Loss over φ.")
-    add("--temperature", type=float, default=0.1, help="Temperature of the softmax over patches.")
-    add("--frozen-texts", action="store_true", help="Compute no gradient of the texts.")
-    default_device = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--device", choices=("cpu", "cuda"), default=default_device, help="Device to run on.")
-    add("--threads", type=int, default=torch.get_num_threads(), help="Threads on the CPU.")
-    add("--backend", help="Backends of the fused loss, separated by commas (default: all for this device).")
-    add("--peers", default="all", help="Compare only peers with this in their names; an unknown word selects none.")
-    add("--avx2", action="store_true", help="Confine the kernels and all peers to AVX2, on a CPU that has more.")
-    add("--repeats", type=int, default=11, help="Timed runs of each provider; slow ones get fewer, but at least 3.")
-    add("--seed", type=int, default=0, help="Seed of the inputs.")
-    add("--json", metavar="FILE", help="Write the result, with a description of the machine.")
-    add("--plot", metavar="FILE", help="Write a chart, .svg or .png.")
-    add("--profile", metavar="FILE", help="Write a trace of one step of each provider, for Perfetto.")
-    add("--sweep", metavar="FILE", help="Measure many shapes, forms and dtypes; FILE keeps them, and is continued.")
-    add("--quick", action="store_true", help="Use small shapes and 3 repeats, to see that it runs.")
-    if parser.parse_args(argv).quick:
-        parser.set_defaults(batch=16, patches=49, dim=64, repeats=3)
-    args = parser.parse_args(argv)
-    for name in ("batch", "patches", "dim", "threads", "repeats"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name}: got {getattr(args, name)}, expected at least 1")
-    if not 0 < args.temperature < math.inf:
-        parser.error(f"--temperature: got {args.temperature}, expected a finite number above 0")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device: got cuda, expected cpu, because torch finds no GPU here")
-    every = "cpu,torch" if args.device == "cpu" else "cuda,triton,torch"
-    args.backend = (args.backend or every).split(",")
-    for name in args.backend:
-        if name not in backends.NAMES:
-            parser.error(f"--backend: got {name!r}, expected some of {', '.join(backends.NAMES)}")
-    if args.avx2 and (args.device == "cuda" or (native() is not None and "avx2" not in native().isas())):
-        parser.error("--avx2: got it without a CPU that has AVX2, expected --device cpu on such a machine")
-    if args.sweep and args.json:
-        parser.error("--json: got it with --sweep, expected one of them, because a sweep has a file of its own")
-    args.torch_device, args.torch_dtype = torch.device(args.device), getattr(torch, args.dtype)
-    set_error_batch(args)
-    return args
-
-
-def set_error_batch(args) -> None:
-    args.error_batch = min(args.batch, max(2, int(args.batch * math.sqrt(ERROR_UNIT / unit(args)))))
-
-
 def main(argv: list[str] | None = None) -> None:
     arguments = parse(argv)
     if arguments.avx2 and not AVX2.items() <= os.environ.items():
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | AVX2)
     torch.set_num_threads(arguments.threads)
+    os.environ["RAYON_NUM_THREADS"] = str(arguments.threads)  # of maxsim-cpu, which is not loaded yet
     if arguments.sweep:
         import sweep
 

@@ -25,7 +25,7 @@ import timm
 import torch
 from pacl.embedder import VisionEmbedder
 from pacl.files import write_bytes
-from providers import LOGIT_SCALE, pooled
+from peers import LOGIT_SCALE, pooled
 from report import machine
 from result_tables import training_step
 from throughput import peak_growth

@@ -323,7 +323,7 @@ def eager_products(step: Step) -> float:
 
 
 def eager_memory(step: Step, on_cpu: bool) -> int:
-    """Return the peak in bytes of plain PyTorch: `weighted_scores` or `largest_score` of benchmarks/providers.py.
+    """Return the peak in bytes of plain PyTorch: `weighted_scores` or `largest_score` of benchmarks/peers.py.
 
     The counts of arrays at the peak are those measured on a CPU and on an H100.
     """

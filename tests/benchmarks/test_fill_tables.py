@@ -89,6 +89,16 @@ def test_the_newest_result_of_a_name_counts(folder):
         fill_tables.TABLES["table"](results, "h100-float32-dot")
 
 
+@pytest.mark.parametrize("ratio, lead, first, second", [(0.99, 1.31, "met", "met"), (1.01, 1.29, *["**not met**"] * 2)])
+def test_a_goal_is_met_or_not_by_its_newest_file(ratio, lead, first, second, folder):
+    result = copy.deepcopy(RESULTS.read(DOT))
+    result_tables.best(result).update(step_vs_products=ratio, step_vs_best_peer=lead)
+    lines = fill_tables.TABLES["goals"](folder(**{f"2026-01-01-{DOT}.json": result})).splitlines()
+    assert any(line.endswith(f"| ≤ 1.00 | {ratio} | {first} | `{DOT}` |") for line in lines)
+    assert any(line.endswith(f"| ≥ 1.30 | {lead} | {second} | `{DOT}` |") for line in lines)
+    assert any(line.endswith("| ≤ 0.60 | - | not measured | - |") for line in lines), "there is no file of a CPU"
+
+
 def test_a_machine_without_a_name_is_an_error():
     with pytest.raises(ValueError, match="MACHINES of result_tables.py has no machine for abacus-float32-dot"):
         result_tables.summary({"abacus-float32-dot": RESULTS.read(DOT)})
