@@ -27,6 +27,46 @@ def test_rows_that_are_not_normalised_on_the_cpu(options, dtype, cpu_backend):
     Layout(*options).check(cpu_backend, dtype)
 
 
+LISTED = [x for x in MANY if x[-1] != "compatibility"]
+# Texts 0 and 6 have no token.
+LISTS = torch.tensor([[2, 4, -1], [1, 1, 2], [-1, -1, -1], [6, 0, -1], [3, -1, 5], [0, 2, 3]])
+
+
+def with_lists(options):
+    layout = Layout(*options)
+    layout.options["text_index"] = LISTS
+    return layout
+
+
+@pytest.mark.parametrize("options", random.Random(37).sample(LISTED, 5), ids=str)
+def test_lists_of_texts(options, single):
+    with_lists(options).check(single.backend, single.dtype, single.device)
+
+
+@pytest.mark.parametrize("options", random.Random(38).sample(LISTED, 10), ids=str)
+def test_lists_of_texts_in_float64(options):
+    with_lists(options).check("torch", torch.float64)
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_compatibility_of_lists(pool, single):
+    """φ and its gradients are those of all texts at the listed ones, in blocks of any size; repeats are two entries."""
+    patches = {} if pool in ("mean", "max") else {"patch_lengths": [3, 0, 8, 1, 5, 0]}
+    inputs = randn(B + N, D) if patches else randn(B, N, D), randn(23, D)
+    options = dict(text_lengths=torch.tensor([4, 0, 3, 6, 1, 2, 7]), text_pool=pool, backend=single.backend, **patches)
+
+    def at_lists(*tensors, **more):
+        return compatibility(*tensors, **options, **more).gather(1, LISTS.clamp_min(0)).masked_fill(LISTS < 0, 0.0)
+
+    expected = values_and_gradients(at_lists, *inputs)
+    for limit in (None, "BLOCK_BYTES", "POOL_BYTES"):
+        with pytest.MonkeyPatch.context() as patch:
+            for module in (tokens, scoring) if limit else ():
+                patch.setattr(module, limit, 0, raising=False)
+            answer = values_and_gradients(compatibility, *inputs, text_index=LISTS, **options)
+        torch.testing.assert_close(answer, expected)
+
+
 def values_and_gradients(function, *tensors, **options):
     """Return the value and the gradients of patches, texts and temperature."""
     leaves = [x.clone().requires_grad_() for x in (*tensors, torch.tensor(0.3))]
