@@ -151,6 +151,11 @@ def test_padding_that_stays(pool):
     spread = padded.spread(phi_with_nan, grad)
     torch.testing.assert_close(spread[:, packed.places], packed.spread(phi[:, packed.places], grad))
     assert not spread[:, ~mask.flatten()].any()
+    pooled = []
+    for whole, of_tokens in ((padded, phi_with_nan), (packed, phi[:, packed.places])):
+        own, numbers = whole.listed(LISTS, whole.longest(LISTS))
+        pooled.append(own.pool(of_tokens.gather(1, numbers.clamp_min(0))))
+    torch.testing.assert_close(*pooled)
 
 
 @pytest.mark.parametrize("threads", [1, 3])
