@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from layouts import MANY, POOLS, RAW, SINGLE, B, D, K, L, Layout, N
+from layouts import LISTS, MANY, POOLS, RAW, SINGLE, B, D, K, L, Layout, N, layout_with_lists
 from problems import FORMS
 
 from pacl_kernels import PaclLoss, cached_step, compatibility, fused_pacl_loss, scoring, tokens
@@ -28,24 +28,16 @@ def test_rows_that_are_not_normalised_on_the_cpu(options, dtype, cpu_backend):
 
 
 LISTED = [x for x in MANY if x[-1] != "compatibility"]
-# Texts 0 and 6 have no token.
-LISTS = torch.tensor([[2, 4, -1], [1, 1, 2], [-1, -1, -1], [6, 0, -1], [3, -1, 5], [0, 2, 3]])
-
-
-def with_lists(options):
-    layout = Layout(*options)
-    layout.options["text_index"] = LISTS
-    return layout
 
 
 @pytest.mark.parametrize("options", random.Random(37).sample(LISTED, 5), ids=str)
 def test_lists_of_texts(options, single):
-    with_lists(options).check(single.backend, single.dtype, single.device)
+    layout_with_lists(*options).check(single.backend, single.dtype, single.device)
 
 
 @pytest.mark.parametrize("options", random.Random(38).sample(LISTED, 10), ids=str)
 def test_lists_of_texts_in_float64(options):
-    with_lists(options).check("torch", torch.float64)
+    layout_with_lists(*options).check("torch", torch.float64)
 
 
 @pytest.mark.parametrize("pool", POOLS)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from accuracy import check, evaluate
-from layouts import Layout
+from layouts import layout_with_lists
 from problems import FORMS, Case, make
 from test_grad_tolerance import sparse
 from test_text_index import NEEDS, over_all_pairs, with_lists
@@ -101,6 +101,5 @@ def test_a_list_without_a_say():
 
 def test_texts_of_many_tokens():
     """A list of texts becomes a list of their tokens, whose padding the kernels leave out."""
-    layout = Layout("mask", "tokens-mask", "logsumexp", "dot", 0.3, False, "both", "infonce")
-    layout.options["text_index"] = torch.tensor([[2, 4], [1, 1], [-1, -1], [6, 0], [3, -1], [0, 2]])
+    layout = layout_with_lists("mask", "tokens-mask", "logsumexp", "dot", 0.3, False, "both", "infonce")
     layout.check("triton", F32, DEVICE)
