@@ -133,8 +133,10 @@ def fused_pacl_loss(
             costs about M/K of the step over all pairs. A text that is twice in a list counts once, in its first place.
             `targets` and `pair_bias` are then `[B, M]`, one for each entry of the lists, and ids keep their meaning. An
             index beyond the texts is an error on a CPU outside of `torch.compile`, elsewhere it counts as -1. With a
-            group, an index counts in the texts of all processes in the order of the ranks, and texts are gathered. Not
-            with `text_pool`. `mine` makes lists of hard negatives.
+            group, an index counts in the texts of all processes in the order of the ranks, and texts are gathered: a
+            ring avoids arrays of all pairs, which lists do not have. With `text_pool` a list names texts of many
+            tokens; on a GPU the host then waits for the longest list if texts are packed. `mine` makes lists of hard
+            negatives.
         patch_lengths: int64 `[B]` on the CPU, or a list of integers: the number of patches of each image, 0 allowed.
             `patches` are then packed, `[ΣN, D]`, image after image and without padding, and `patch_mask` is `[ΣN]`.
         text_mask: bool `[K, L]` for texts `[K, L, D]`, True at real tokens. Masked tokens may hold anything.
@@ -205,9 +207,12 @@ def fused_pacl_loss(
     in_group = process_group is not None
     if text_index is not None:
         if exchange == "ring":
-            raise ValueError("exchange is 'ring', expected 'gather' or 'auto' with text_index")
+            raise ValueError(
+                "exchange is 'ring', expected 'gather' or 'auto' with text_index: the ring avoids arrays of all pairs, "
+                "which lists do not have"
+            )
         exchange = "gather"
-    text_index = check_text_index(text_index, inputs, text_pool, None if in_group else inputs.text_count)
+    text_index = check_text_index(text_index, inputs, None if in_group else inputs.text_count)
     pairs = check_pairs(inputs, image_ids, text_ids, targets, pair_bias, loss, in_group, text_index)
     if process_group is not None:
         return global_loss(inputs, logit_scale, logit_bias, options, process_group, exchange, pairs, text_index)
@@ -296,7 +301,7 @@ def compatibility(
     options = _options(inputs, form, None, backend, text_pool, text_pool_scale, null_patch, normalize, grad_tolerance)
     groups.check(group)
     process_group = groups.lookup(group) if isinstance(group, str) else group
-    text_index = check_text_index(text_index, inputs, text_pool, inputs.text_count)
+    text_index = check_text_index(text_index, inputs, inputs.text_count)
     if process_group is not None and process_group.size() > 1:
         if text_index is not None:
             raise ValueError("text_index is given with a group of several processes, expected group=None or 'local'")

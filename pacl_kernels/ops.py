@@ -91,7 +91,7 @@ def compatibility_forward(
     The other arguments are those of `fused_pacl_loss`; `checks.Inputs` has the shapes. With `text_pool` the state has
     one dimension, of `tokens.kept_pairs` elements: φ and the state of all tokens, or nothing. With `text_index`, int64
     `[B, M]` in range or -1, φ and state are `[B, M]`, those of the listed texts, and φ is 0 at -1. The backend must be
-    one with `backends.takes_lists`.
+    one with `backends.takes_lists`. With both the state has no element.
     """
     if phi.numel():
         tau = _join(temperature, temperature_value, phi.dtype)

@@ -66,9 +66,7 @@ def check_pairs(
     return Pairs(image_ids, text_ids, targets, pair_bias)
 
 
-def check_text_index(
-    text_index: Tensor | None, inputs: Inputs, text_pool: str | None, count: int | None
-) -> Tensor | None:
+def check_text_index(text_index: Tensor | None, inputs: Inputs, count: int | None) -> Tensor | None:
     """Return lists of some of `count` texts as int64 with -1 for none, or None without lists.
 
     `count` is None with a group, where only the exchange of texts tells their number.
@@ -84,8 +82,6 @@ def check_text_index(
     _check_integers("text_index", text_index, inputs.patches, "patches")
     if text_index.ndim != 2 or text_index.shape[0] != b or text_index.shape[1] == 0:
         raise ValueError(f"text_index has shape {list(text_index.shape)}, expected [{b}, M] with M of at least 1")
-    if text_pool is not None:
-        raise ValueError(f"text_pool is {text_pool!r}, expected None with text_index: a listed text is one embedding")
     index = text_index.long()
     wrong = (index < -1) | (index >= (torch.iinfo(torch.int64).max if count is None else count))
     if _readable(index) and wrong.any():

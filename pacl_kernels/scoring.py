@@ -24,7 +24,8 @@ class Call(NamedTuple):
 
     Patches are `[B, N, D]`, or packed `[ΣN, D]` with lengths; the mask is `[B, N]` or `[ΣN]`. Texts are `[K, D]`, or
     with `text_pool` `[K, L, D]` with or without a mask `[K, L]`, or packed `[ΣL, D]` with lengths. With `text_index`,
-    lists of texts, φ and everything like it is `[B, M]`; the backend must take lists (`backends.takes_lists`).
+    lists of texts, φ and everything like it is `[B, M]`; the backend must take lists (`backends.takes_lists`), and
+    with `text_pool` the state is empty.
     """
 
     backend: str
@@ -57,10 +58,10 @@ class Call(NamedTuple):
             phi.zero_()
             return
         kept = (phi, state) if tokens is None else _kept(state, len(phi), len(rows))
-        for part in call._parts(rows, phi):
-            own = part.compute(phi, phi.shape[1] if tokens is None else len(rows))
-            if tokens is not None:
-                phi[part.images] = tokens.pool(own[0])
+        for part in call._parts(rows, tokens, phi):
+            own = part.compute(phi)
+            if part.tokens is not None:
+                phi[part.images] = part.tokens.pool(own[0])
             for to, x in zip(kept, own, strict=False):
                 to[part.images] = x
 
@@ -92,11 +93,11 @@ class Call(NamedTuple):
             texts_sum = _Sum(into if in_place else phi.new_empty(rows.shape))
         if grad_temperature is not None:
             temperature_sum = _Sum(phi.new_empty(()))
-        for part in call._parts(rows, phi) if len(rows) else ():
-            own = tuple(x[part.images] for x in kept) if kept else part.compute(phi, len(rows))
+        for part in call._parts(rows, tokens, phi) if len(rows) else ():
+            own = tuple(x[part.images] for x in kept) if kept else part.compute(phi)
             grad = grad_phi[part.images]
-            if tokens is not None:
-                grad = tokens.spread(own[0], grad)
+            if part.tokens is not None:
+                grad = part.tokens.spread(own[0], grad)
             of_patches = None if grad_patches is None else part.gradient(grad_patches)
             part.call._backward_of_rows(
                 *(x.contiguous() for x in (*own, grad)),
@@ -172,19 +173,31 @@ class Call(NamedTuple):
             options["text_index"] = self.text_index
         return options
 
-    def _parts(self, rows: Tensor, phi: Tensor) -> Iterator[_Part]:
+    def _parts(self, rows: Tensor, tokens: Tokens | None, phi: Tensor) -> Iterator[_Part]:
         """Yield calls of the backend that together have all images, with the rows of all texts."""
-        columns = len(rows) if self.text_index is None else self.text_index.shape[1]
+        lists = self.text_index
+        columns = len(rows) if lists is None else lists.shape[1]
+        if lists is not None and tokens is not None:
+            columns = max(1, tokens.longest(lists))
         most = max(1, BLOCK_BYTES // (3 * phi.element_size() * columns))
         call = self._replace(texts=rows, text_mask=None, text_lengths=None, text_pool=None)
+
+        def of_lists(part: _Part) -> _Part:
+            if lists is None:
+                return part
+            index = lists[part.images]
+            if tokens is None:
+                return part._replace(call=part.call._replace(text_index=index))
+            own, numbers = tokens.listed(index, columns)
+            return part._replace(call=part.call._replace(text_index=numbers), tokens=own)
+
         lengths = self.patch_lengths
         if lengths is not None and not self._takes_packed_patches:
             row_bytes = self.patches.shape[1] * self.patches.element_size()
             for group in groups(lengths, row_bytes, most, self.patches.device):
                 patches, mask = group.gather(self.patches, self.patch_mask)
-                index = None if self.text_index is None else self.text_index[group.images]
-                part = call._replace(patches=patches, patch_mask=mask, patch_lengths=None, text_index=index)
-                yield _Part(group.images, part, group)
+                part = call._replace(patches=patches, patch_mask=mask, patch_lengths=None)
+                yield of_lists(_Part(group.images, part, group, tokens))
             return
         starts = None if lengths is None else starts_of(lengths).tolist()
         for first in range(0, len(phi), most):
@@ -194,9 +207,8 @@ class Call(NamedTuple):
                 patches=self.patches[some],
                 patch_mask=None if self.patch_mask is None else self.patch_mask[some],
                 patch_lengths=None if lengths is None else lengths[images],
-                text_index=None if self.text_index is None else self.text_index[images],
             )
-            yield _Part(images, part, some)
+            yield of_lists(_Part(images, part, some, tokens))
 
 
 class _Part(NamedTuple):
@@ -205,10 +217,12 @@ class _Part(NamedTuple):
     images: slice | Tensor
     call: Call
     place: slice | Group  # of its patches
+    tokens: Tokens | None  # of all texts, or of the lists of these images
 
-    def compute(self, phi: Tensor, columns: int) -> tuple[Tensor, Tensor]:
-        """Return new φ and state `[I, columns]`."""
-        count = len(phi[self.images])
+    def compute(self, phi: Tensor) -> tuple[Tensor, Tensor]:
+        """Return new φ and state of these images, in the dtype of `phi`."""
+        count, index = len(phi[self.images]), self.call.text_index
+        columns = len(self.call.texts) if index is None else index.shape[1]
         own = phi.new_empty(count, columns), phi.new_empty(count, columns)
         self.call._forward_of_rows(*own)
         return own

@@ -85,7 +85,7 @@ def global_loss(
         check_range(text_index, plan)
         index = lists.without_repeats(text_index)
         return GlobalListedFunction.apply(  # type: ignore[no-any-return]  # `apply` is untyped
-            *(*inputs[:5], logit_scale, logit_bias, *given, index, options, plan, headers)
+            *(*inputs, logit_scale, logit_bias, *given, index, options, plan, headers)
         )
     labelled.check_columns(given, plan)
     needs = needed(inputs.patches, inputs.texts, logit_scale, inputs.attn_temperature, logit_bias)

@@ -12,14 +12,15 @@ import torch
 from torch import Tensor
 
 from .. import contrastive, lists, pairs
-from ..autograd import Gradients, Options, first_order, keep, like
+from ..autograd import Gradients, Options, first_order, keep, like, of_inputs
 from ..backends import takes_lists
-from ..checks import Scalar
+from ..checks import Inputs, Scalar
 from ..contrastive import scalar
 from ..list_autograd import gradients, score
 from ..pairs import Pairs
 from . import collectives, labelled
 from .collectives import Plan, padded
+from .texts import with_all_layouts
 
 
 def check_range(text_index: Tensor, plan: Plan) -> None:
@@ -44,34 +45,35 @@ class GlobalListedFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, patches: Tensor, texts: Tensor, patch_mask: Tensor | None, attn_temperature: Scalar,
-        patch_lengths: Tensor | None, logit_scale: Scalar, logit_bias: Scalar | None, image_ids: Tensor | None,
-        text_ids: Tensor | None, targets: Tensor | None, pair_bias: Tensor | None, text_index: Tensor,
-        options: Options, plan: Plan, headers: Tensor,
+        patch_lengths: Tensor | None, text_mask: Tensor | None, text_lengths: Tensor | None, logit_scale: Scalar,
+        logit_bias: Scalar | None, image_ids: Tensor | None, text_ids: Tensor | None, targets: Tensor | None,
+        pair_bias: Tensor | None, text_index: Tensor, options: Options, plan: Plan, headers: Tensor,
     ) -> Tensor:  # fmt: skip
         if not takes_lists(options.backend, options.normalize):
             options = options._replace(backend="torch")
         ctx.options, ctx.plan = options, plan
         gathered = collectives.all_gather(padded(texts, plan), plan.world, plan.group)
+        inputs = Inputs(patches, texts, patch_mask, attn_temperature, patch_lengths, text_mask, text_lengths)
+        inputs = with_all_layouts(inputs, plan)
         given = Pairs(image_ids, text_ids, targets, pair_bias)
         sums = _Sums(plan, options.loss, logit_scale, logit_bias, headers, given, text_index.shape[0])
         text_index = sums.open(text_index)
-        gathered = collectives.wait(gathered)
-        phi, state = score(patches, gathered, patch_mask, attn_temperature, patch_lengths, text_index, options)
+        inputs = inputs._replace(texts=collectives.wait(gathered))
+        phi, state = score(*_of_gathered(inputs, text_index, plan), options)
         sums.add_lists(text_index, phi)
         value, saved = sums.finish()
-        inputs = patches, texts, patch_mask, attn_temperature, patch_lengths
-        keep(ctx, *inputs, logit_scale, logit_bias, text_index, gathered, phi, state, *saved)
+        keep(ctx, *inputs, logit_scale, logit_bias, text_index, texts, phi, state, *saved)
         return value
 
     @staticmethod
     @first_order
     def backward(ctx: Any, values: list[Any], grad_loss: Tensor) -> Gradients:
         plan, options, needs = ctx.plan, ctx.options, ctx.needs_input_grad
-        patches, texts, patch_mask, attn_temperature, patch_lengths, logit_scale, logit_bias, *arrays = values
-        text_index, gathered, phi, state, *saved = arrays
-        needs_temperature, _, needs_scale, needs_bias = needs[3:7]
+        inputs = Inputs(*values[:7])
+        logit_scale, logit_bias, text_index, texts, phi, state, *saved = values[7:]
+        needs_temperature, (needs_scale, needs_bias) = needs[3], needs[7:9]
         grad = _gradient(plan, options.loss, (logit_scale, logit_bias), text_index, phi, saved, grad_loss)
-        grad_pair_bias = grad.clone() if needs[10] else None
+        grad_pair_bias = grad.clone() if needs[12] else None
         sums = torch.zeros(3, dtype=torch.float64, device=phi.device)  # gradients of scale, temperature and bias
         if needs_scale:
             sums[0] = contrastive.total(grad * phi)
@@ -79,8 +81,7 @@ class GlobalListedFunction(torch.autograd.Function):
             sums[2] = contrastive.total(grad)
         grad_phi = grad.mul_(scalar(logit_scale, phi.dtype))
         grad_patches, grad_texts, grad_temperature = gradients(
-            *(patches, gathered, patch_mask, attn_temperature, patch_lengths, text_index, options),
-            *(phi, state, grad_phi, needs, phi.dtype),
+            *(*_of_gathered(inputs, text_index, plan), options, phi, state, grad_phi, needs, phi.dtype)
         )
         if grad_temperature is not None:
             sums[1] = grad_temperature
@@ -89,11 +90,24 @@ class GlobalListedFunction(torch.autograd.Function):
             grad_texts = own[: texts.shape[0]].to(texts.dtype, copy=True)
         if needs_scale or needs_temperature or needs_bias:
             sums = collectives.wait(collectives.all_reduce(sums / plan.world, plan))
-        return (
-            *(grad_patches, grad_texts, None, like(sums[1], attn_temperature) if needs_temperature else None, None),
-            *(like(sums[0], logit_scale) if needs_scale else None, like(sums[2], logit_bias) if needs_bias else None),
-            *(None, None, None, grad_pair_bias, None, None, None, None),
+        of_scalars = (
+            like(sums[0], logit_scale) if needs_scale else None,
+            like(sums[2], logit_bias) if needs_bias else None,
         )
+        return (
+            *of_inputs(inputs, grad_patches, grad_texts, sums[1] if needs_temperature else None),
+            *(*of_scalars, None, None, None, grad_pair_bias, None, None, None, None),
+        )
+
+
+def _of_gathered(inputs: Inputs, text_index: Tensor, plan: Plan) -> tuple[Inputs, Tensor]:
+    """Return the inputs of φ and the lists, where the padding of packed texts is one more text of each process."""
+    if inputs.text_lengths is None:
+        return inputs, text_index
+    lengths = inputs.text_lengths.view(plan.world, plan.capacity)
+    lengths = torch.cat((lengths, plan.rows - lengths.sum(1, keepdim=True)), 1).flatten()
+    more = torch.div(text_index, plan.capacity, rounding_mode="floor")
+    return inputs._replace(text_lengths=lengths), torch.where(text_index < 0, -1, text_index + more)
 
 
 class _Sums(labelled.Sums):

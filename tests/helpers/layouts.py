@@ -111,6 +111,17 @@ class Layout:
             assert_accurate(name, answer[name], true, coarser, plain[name].double(), natural.get(name, scale))
 
 
+# Texts 0 and 6 may have no token. Every image has a positive in its list, but one has no list.
+LISTS = torch.tensor([[2, 4, -1], [1, 1, 2], [-1, -1, -1], [6, 0, -1], [3, -1, 5], [0, 2, 3]])
+
+
+def layout_with_lists(*options):
+    """Return a layout of a loss over `LISTS`."""
+    layout = Layout(*options)
+    layout.options |= {"text_index": LISTS, "text_ids": torch.tensor([-1, 1, 0, 5, 0, 4, 3])}
+    return layout
+
+
 # Arguments of `Layout`.
 SINGLE = list(product(PATCHES, ("single",), ("mean",), FORMS, (0.3, 0.02), (False, True), ("both",), OBJECTIVES))
 MANY = list(product(PATCHES, TEXTS[1:], POOLS, FORMS, (0.3, 0.02), (False, True), ("both",), OBJECTIVES))

@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from layouts import MANY, POOLS, RAW, SINGLE, B, D, K, L, Layout, N
+from layouts import LISTS, MANY, POOLS, RAW, SINGLE, B, D, K, L, Layout, N, layout_with_lists
 from problems import FORMS
 
 from pacl_kernels import PaclLoss, cached_step, compatibility, fused_pacl_loss, scoring, tokens
@@ -25,6 +25,38 @@ def test_rows_that_are_not_normalised(options, dtype):
 @pytest.mark.parametrize("options", random.Random(33).sample([x for x in RAW if "none" in x], 16), ids=str)
 def test_rows_that_are_not_normalised_on_the_cpu(options, dtype, cpu_backend):
     Layout(*options).check(cpu_backend, dtype)
+
+
+LISTED = [x for x in MANY if x[-1] != "compatibility"]
+
+
+@pytest.mark.parametrize("options", random.Random(37).sample(LISTED, 5), ids=str)
+def test_lists_of_texts(options, single):
+    layout_with_lists(*options).check(single.backend, single.dtype, single.device)
+
+
+@pytest.mark.parametrize("options", random.Random(38).sample(LISTED, 10), ids=str)
+def test_lists_of_texts_in_float64(options):
+    layout_with_lists(*options).check("torch", torch.float64)
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_compatibility_of_lists(pool, single):
+    """φ and its gradients are those of all texts at the listed ones, in blocks of any size; repeats are two entries."""
+    patches = {} if pool in ("mean", "max") else {"patch_lengths": [3, 0, 8, 1, 5, 0]}
+    inputs = randn(B + N, D) if patches else randn(B, N, D), randn(23, D)
+    options = dict(text_lengths=torch.tensor([4, 0, 3, 6, 1, 2, 7]), text_pool=pool, backend=single.backend, **patches)
+
+    def at_lists(*tensors, **more):
+        return compatibility(*tensors, **options, **more).gather(1, LISTS.clamp_min(0)).masked_fill(LISTS < 0, 0.0)
+
+    expected = values_and_gradients(at_lists, *inputs)
+    for limit in (None, "BLOCK_BYTES", "POOL_BYTES"):
+        with pytest.MonkeyPatch.context() as patch:
+            for module in (tokens, scoring) if limit else ():
+                patch.setattr(module, limit, 0, raising=False)
+            answer = values_and_gradients(compatibility, *inputs, text_index=LISTS, **options)
+        torch.testing.assert_close(answer, expected)
 
 
 def values_and_gradients(function, *tensors, **options):
@@ -111,6 +143,11 @@ def test_padding_that_stays(pool):
     spread = padded.spread(phi_with_nan, grad)
     torch.testing.assert_close(spread[:, packed.places], packed.spread(phi[:, packed.places], grad))
     assert not spread[:, ~mask.flatten()].any()
+    pooled = []
+    for whole, of_tokens in ((padded, phi_with_nan), (packed, phi[:, packed.places])):
+        own, numbers = whole.listed(LISTS, whole.longest(LISTS))
+        pooled.append(own.pool(of_tokens.gather(1, numbers.clamp_min(0))))
+    torch.testing.assert_close(*pooled)
 
 
 @pytest.mark.parametrize("threads", [1, 3])

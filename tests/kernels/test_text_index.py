@@ -261,11 +261,6 @@ INDEX = torch.zeros(4, 3, dtype=torch.int64)
         ({"text_index": INDEX - 2}, ValueError, "text_index has -2, expected the number of one of the 6 texts, or -1"),
         ({"targets": torch.ones(4, 6), "text_ids": None}, ValueError, r"targets has shape \[4, 6\], expected \[4, 3\]"),
         ({"pair_bias": torch.ones(4, 6)}, ValueError, r"pair_bias has shape \[4, 6\], expected \[4, 3\]"),
-        (
-            {"texts": torch.ones(6, 2, 5), "text_pool": "max"},
-            ValueError,
-            "text_pool is 'max', expected None with text_index",
-        ),
         ({"text_ids": None}, ValueError, "texts has 6 rows, expected one for each of the 4 images of patches, or"),
     ],
 )

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from accuracy import check, evaluate
+from layouts import layout_with_lists
 from problems import FORMS, Case, make
 from test_grad_tolerance import sparse
 from test_text_index import NEEDS, over_all_pairs, with_lists
@@ -96,3 +97,9 @@ def test_a_list_without_a_say():
     answer = evaluate(problem, "triton")
     assert answer["patches"][:3].isfinite().all() and answer["texts"][[1, 2, 3, 4]].isfinite().all()
     assert (answer["texts"][[0, 3]] == 0).all()
+
+
+def test_texts_of_many_tokens():
+    """A list of texts becomes a list of their tokens, whose padding the kernels leave out."""
+    layout = layout_with_lists("mask", "tokens-mask", "logsumexp", "dot", 0.3, False, "both", "infonce")
+    layout.check("triton", F32, DEVICE)

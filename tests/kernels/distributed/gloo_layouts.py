@@ -88,6 +88,22 @@ def test_loss(kind, pool, form, loss, exchange, normalize, group):
     torch.testing.assert_close(grads[2:], expected[2:])
 
 
+@pytest.mark.parametrize("kind, loss", product(KINDS[1:], ("infonce", "sigmoid")))
+def test_lists_of_texts(kind, loss, group):
+    """Lists count in the texts of all processes, whose packed tokens travel with padding."""
+    world, rank = group.size(), group.rank()
+    parts = inputs_of(kind, world)
+    index = torch.randint(-1, sum(TEXTS[:world]), (sum(IMAGES[:world]), 3), generator=torch.Generator().manual_seed(4))
+    options = dict(form="cosine", loss=loss, text_pool="logsumexp", text_pool_scale=3.0)
+    value, *expected = evaluate(fused_pacl_loss, *parts[-1], **options, text_index=index)
+    own = index[sum(IMAGES[:rank]) :][: IMAGES[rank]]
+    mine, *grads = evaluate(fused_pacl_loss, *parts[rank], **options, text_index=own, group=group)
+    torch.testing.assert_close(mine, value)
+    for at in (0, 1):
+        torch.testing.assert_close(grads[at], world * rows_of(expected[at], parts, rank, at))
+    torch.testing.assert_close(grads[2:], expected[2:])
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_compatibility(kind, group):
     """φ has the columns of all processes, and gradients of texts are summed over processes."""
