@@ -60,6 +60,15 @@ const Fields<CompatibilityParams>& compatibility_fields() {
   return fields;
 }
 
+const Fields<LossParams>& loss_fields() {
+  typedef LossParams Params;
+  static const Fields<Params> fields(
+      "LossParams", {NEEDED(size), NEEDED(sigmoid), NEEDED(scale), NEEDED(bias), NEEDED(threads), NEEDED(openmp),
+                     NEEDED(phi), NEEDED(statistics), OPTIONAL(value), OPTIONAL(grad_loss), OPTIONAL(grad_phi),
+                     OPTIONAL(grad_scale), OPTIONAL(grad_bias)});
+  return fields;
+}
+
 const Fields<UpsampleParams>& upsample_fields() {
   typedef UpsampleParams Params;
   static const Fields<Params> fields(
@@ -84,6 +93,9 @@ PYBIND11_MODULE(_native, m) {
       .def("set", [](CompatibilityParams& p, const py::kwargs& values) { compatibility_fields().set(p, values); })
       .def("accumulator_floats", &accumulator_floats);
 
+  py::class_<LossParams>(m, "LossParams", "Parameters of a call of a loss over logits; see csrc/cpu/params.h.")
+      .def(py::init([](const py::kwargs& values) { return loss_fields().fill(values); }));
+
   py::class_<UpsampleParams>(m, "UpsampleParams", "Parameters of a call of the upsampling; see csrc/cpu/params.h.")
       .def(py::init([](const py::kwargs& values) { return upsample_fields().fill(values); }));
 
@@ -102,6 +114,8 @@ PYBIND11_MODULE(_native, m) {
   m.def("compatibility_forward", &compatibility_forward);
   m.def("compatibility_backward", &compatibility_backward);
   m.def("sigmoid_step", &sigmoid_step);
+  m.def("loss_forward", &loss_forward);
+  m.def("loss_backward", &loss_backward);
   m.def("upsample_argmax", &upsample_argmax);
 
   cuda::bind(m);

@@ -7,6 +7,9 @@
 #include "fma_peak.h"
 #include "forward.h"
 #include "upsample.h"
+#if !defined(PACL_PAIRS)
+#include "loss.h"  // the loss is that of float32 for every dtype
+#endif
 
 namespace {
 
@@ -38,6 +41,12 @@ constexpr Kernels table() {
       .max_patches = max_patches,
       .max_texts = max_texts,
       .max_finish_texts = max_finish_texts,
+#if !defined(PACL_PAIRS)
+      .loss_rows = loss_rows,
+      .loss_columns = loss_columns,
+      .loss_value = loss_value,
+      .loss_gradient = loss_gradient,
+#endif
       .upsample_argmax = upsample_argmax,
   };
 }

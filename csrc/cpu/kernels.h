@@ -44,6 +44,13 @@ struct Kernels {
   void (*max_patches)(const CompatibilityParams&, MaxBlock&, int64_t image, int64_t first, int64_t last, MaxScratch&);
   void (*max_texts)(const CompatibilityParams&, const MaxBlock&, int64_t first, int64_t last, MaxScratch&);
   void (*max_finish_texts)(const CompatibilityParams&, int64_t first, int64_t last, MaxScratch&);
+  // A loss over logits, see loss.h. loss_rows writes the statistics of rows [first, last), and for the columns what
+  // loss_columns merges for all blocks of rows; of the sigmoid loss it returns the sum. loss_value averages InfoNCE.
+  double (*loss_rows)(const LossParams&, int64_t first, int64_t last, float* columns, int64_t columns_padded);
+  void (*loss_columns)(const LossParams&, int64_t first, int64_t last, const float* columns, int64_t columns_padded,
+                       int64_t blocks);
+  void (*loss_value)(const LossParams&);
+  LossSums (*loss_gradient)(const LossParams&, int64_t first, int64_t last);
   // Computes labels (best scores, entropies) of rows [y, y_last) of an image for the tile's columns, see upsample.h.
   void (*upsample_argmax)(const UpsampleParams&, int64_t image, int64_t y, int64_t y_last, UpsampleTile&);
 };

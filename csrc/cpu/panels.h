@@ -74,6 +74,11 @@ struct WeightSums {
   }
 };
 
+// Gradients of logit scale and bias from the rows of a task.
+struct LossSums {
+  double scale = 0, bias = 0;
+};
+
 struct Scratch {  // private to a thread; panels are [rows, panel] of float32 unless they are said to hold units
   Rows rows;      // forward: the current rows
   float* row;     // rows of D being read or written

@@ -106,4 +106,23 @@ struct UpsampleParams {
   float *best, *entropy;                        // [B, H, W], or null
 };
 
+// A loss over the logits `scale φ + bias` of B images and B texts, of which image i belongs to text i, and its
+// gradients.
+struct LossParams {
+  int64_t size;  // B
+  bool sigmoid;  // the sigmoid loss; otherwise InfoNCE
+  float scale, bias;
+  int threads;
+  OpenMp openmp;
+  const float* phi;  // [B, B]
+  // InfoNCE: [4, B], of the rows, then of the columns the largest logit and 1 / Σ exp(logit - largest). The rounding of
+  // a log-sum would put an error that grows with log B into every gradient.
+  float* statistics;
+  float* value;  // [1]
+  // Backward only; a null sum is not written.
+  float grad_loss;
+  float* grad_phi;                // [B, B]
+  float *grad_scale, *grad_bias;  // [1]
+};
+
 }  // namespace pacl

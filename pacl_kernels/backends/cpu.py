@@ -14,8 +14,6 @@ from torch import Tensor
 from .. import native, tolerance
 from ..checks import Scalar
 from ..constants import RUNNING_MAX_BELOW
-from ..contrastive import loss_backward as loss_backward  # part of a `Backend`
-from ..contrastive import loss_forward as loss_forward
 from ..packed import starts_of
 from ..pairs import Pairs
 from ..tolerance import KeptPairs, Lists, lists_of
@@ -206,6 +204,40 @@ def sigmoid_step(
     for to, total in zip((value, grad_scale, grad_bias), sums / images, strict=True):
         if to is not None:
             to.copy_(total)
+
+
+def loss_forward(
+    phi: Tensor, scale: Scalar, bias: Scalar | None, loss: str, value: Tensor, statistics: Tensor | None
+) -> None:
+    """Write the loss of φ `[B, B]`, and for InfoNCE `statistics` `[4, B]`, see csrc/cpu/params.h."""
+    params = _loss_params(phi, scale, bias, loss, statistics, value=value.data_ptr())
+    _run(_native.loss_forward(params))
+
+
+def loss_backward(
+    phi: Tensor, scale: Scalar, bias: Scalar | None, loss: str, statistics: Tensor | None, grad_loss: Tensor,
+    grad_phi: Tensor, grad_scale: Tensor | None, grad_bias: Tensor | None,
+) -> None:  # fmt: skip
+    """Write ∂L/∂φ `[B, B]` and, where the buffers are not None, the gradients of logit scale and bias (0-D)."""
+    grads = {"grad_phi": grad_phi.data_ptr(), "grad_scale": _address(grad_scale), "grad_bias": _address(grad_bias)}
+    params = _loss_params(phi, scale, bias, loss, statistics, grad_loss=float(grad_loss), **grads)
+    _run(_native.loss_backward(params))
+
+
+def _loss_params(
+    phi: Tensor, scale: Scalar, bias: Scalar | None, loss: str, statistics: Tensor | None, **others: Any
+) -> Any:
+    return _native.LossParams(
+        size=len(phi),
+        sigmoid=loss == "sigmoid",
+        scale=float(scale),
+        bias=0.0 if bias is None else float(bias),
+        threads=torch.get_num_threads(),
+        openmp=_openmp(),
+        phi=phi.data_ptr(),
+        statistics=_address(statistics),
+        **others,
+    )
 
 
 def keeps_scores(form: str, dtype: torch.dtype) -> bool:
