@@ -171,7 +171,6 @@ def report(out: Path) -> dict:
         "tokens": spearman(plain, "tokens_coherence"),
         "patches": spearman(plain, "coherence"),
         "patches, with the loss": spearman(with_loss, "coherence"),
-        "patches, all": spearman([*plain, *with_loss], "coherence"),
     }
     return {
         "machine": machine(torch.device("cpu"), None),
@@ -186,27 +185,22 @@ def report(out: Path) -> dict:
 
 
 def spearman(rows: list[dict], name: str) -> dict | None:
-    """Return Spearman's rank correlation of `name` and the gain, with a 95 % bootstrap interval over the towers.
+    """Return Spearman's rank correlation of `name` and the gain over towers, with a 95 % bootstrap interval.
 
-    The rows of a tower are drawn together, because they are not independent. None for fewer than three towers.
+    rows: one of each tower. None for fewer than three.
     """
     from scipy.stats import rankdata
 
-    groups: dict[str, list[tuple[float, float]]] = {}
-    for row in rows:
-        groups.setdefault(row["tower"], []).append((centre(row[name]), centre(row["gain"])))
-    most = max(map(len, groups.values()), default=0)
-    values = np.array([group for group in groups.values() if len(group) == most])  # [towers, rows of a tower, 2]
-    if len(values) < 3:
+    if len(rows) < 3:
         return None
-    chosen = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
-    drawn = values[np.concatenate([np.arange(len(values))[None], chosen])].reshape(RESAMPLES + 1, -1, 2)
-    ranks = rankdata(drawn, axis=1)
+    values = np.array([(centre(row[name]), centre(row["gain"])) for row in rows])
+    chosen = np.random.default_rng(0).integers(len(rows), size=(RESAMPLES, len(rows)))
+    ranks = rankdata(values[np.concatenate([np.arange(len(rows))[None], chosen])], axis=1)
     ranks -= ranks.mean(1, keepdims=True)
     with np.errstate(invalid="ignore"):  # a draw of one tower alone has no correlation
         rho = ranks.prod(2).sum(1) / np.sqrt((ranks**2).sum(1).prod(1))
     low, high = np.nanpercentile(rho[1:], [2.5, 97.5])
-    return {"rho": float(rho[0]), "low": float(low), "high": float(high), "towers": len(values)}
+    return {"rho": float(rho[0]), "low": float(low), "high": float(high), "towers": len(rows)}
 
 
 def plot(found: dict, path: Path) -> None:
