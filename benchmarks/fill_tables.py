@@ -82,6 +82,8 @@ TABLES: dict[str, Callable[..., str]] = {
     "real_words": _of_one(study_tables.real_words),
     "readings": _of_one(study_tables.readings),
     "tolerance_study": _of_one(study_tables.tolerance_study),
+    "coherence_weights": _of_one(study_tables.coherence_weights),
+    "coherence_towers": _of_one(study_tables.coherence_towers),
     "training_step": _of_one(tables.training_step),
     "scale": _of_one(scale.scale, "epyc-zen4-2cores-training-step"),
     "reading": _of_one(tables.reading),

@@ -28,12 +28,13 @@ import open_clip
 import torch
 from pacl.demo.training import ATTN_TEMPERATURE, embedder_config, embedder_pairs
 from pacl.embedder import VisionEmbedder
-from pacl.evaluate.metrics import ScoreCounts, class_scores
+from pacl.evaluate.coherence import compared
+from pacl.evaluate.metrics import IGNORE, ScoreCounts, class_scores, patch_labels, patch_shares
 from pacl.files import write_bytes
 from pacl.training.model import Trainable
 from pacl.training.trainer import Trainer
 from report import machine
-from safetensors.torch import load_file
+from safetensors import safe_open
 from study_tables import STUDY_BATCH, STUDY_TAU, centre, label, tables_of_study
 from study_worlds import QUICK, WORLDS, Size, prepare, tokens_of
 from torch import Tensor
@@ -47,6 +48,7 @@ LRS = {64: (8e-3, 16e-3), 256: (16e-3, 32e-3), 1024: (16e-3, 32e-3), 4096: (16e-
 MAX_LR = 64e-3
 SEEDS = (0, 1, 2)
 TUNE_SEED = 100
+PAIRS = 200_000  # of patches, drawn for the coherence
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ class Run:
     tower: str = "clip"  # "random": the tower before training; otherwise a reading of the trained one
     split: str = "eval"
     tolerance: float = 0.0  # grad_tolerance of the all-pairs loss
+    coherence: float = 0.0  # weight of the coherence loss
 
     @property
     def name(self) -> str:
@@ -110,10 +113,11 @@ def train(run: Run, out: Path, size: Size) -> str:
     torch.set_num_threads(1)
     torch.manual_seed(run.seed)
     begin = time.perf_counter()
-    data = load_file(out / f"{run.world}.safetensors")
+    data = read_world(out, run)
     kind = tokens_of(run.tower)
     steps = size.images // run.batch
     changes = {"lr": run.lr, "learn_attn_temperature": run.tau is None, "grad_tolerance": run.tolerance}
+    changes["coherence_loss"] = run.coherence
     config = embedder_config(steps, run.batch, **changes)
     model = Trainable(VisionEmbedder(data[f"train.{kind}"].shape[2], data["classes"].shape[1]), config)
     trainer = Trainer(model, config, steps, loss=_loss(run))
@@ -123,6 +127,13 @@ def train(run: Run, out: Path, size: Size) -> str:
     record = {**dataclasses.asdict(run), "points": points.rows, "seconds": round(seconds, 1)}
     write_bytes(out / "runs" / f"{run.name}.json", (json.dumps(record) + "\n").encode())
     return f"{run.name}: mIoU {points.rows[-1]['miou']:.3f}, {seconds:.0f} s"
+
+
+def read_world(out: Path, run: Run) -> dict[str, Tensor]:
+    """Return what a run reads of its world: the tokens of no other tower."""
+    with safe_open(out / f"{run.world}.safetensors", "pt") as file:
+        names = [name for name in file.keys() if "tokens" not in name or name.endswith(f".{tokens_of(run.tower)}")]
+        return {name: file.get_tensor(name) for name in names}
 
 
 def _loss(run: Run) -> Callable[..., Tensor]:
@@ -186,7 +197,9 @@ class Points:
 def measure(
     run: Run, embedder: VisionEmbedder, data: dict[str, Tensor], tau: float = ATTN_TEMPERATURE
 ) -> dict[str, float]:
-    """Return mIoU, patch accuracy (all attributes, and each), and image-to-text R@1 among the evaluation's captions."""
+    """Return mIoU, patch accuracy (all attributes, and each), the coherence of the embeddings, and image-to-text R@1
+    among the evaluation's captions.
+    """
     world, split = WORLDS[run.world], run.split
     masks, classes = data[f"{split}.masks"], data["classes"]
     tokens = data[f"{split}.{tokens_of(run.tower)}"]
@@ -206,12 +219,21 @@ def measure(
         values = [kind[position] for kind in world.kinds] + [None] * (len(world.classes) - len(world.kinds))
         right = torch.tensor([[values[k] == values[label] for k in range(len(values))] for label in seen])
         out[name] = float((counts * right).sum() / counts.sum())
-    texts = data[f"{split}.texts"]
-    phi = compatibility(embedder(tokens), texts, attn_temperature=tau, form=run.form)
+    texts, patches = data[f"{split}.texts"], embedder(tokens)
+    out["coherence"] = coherence(patches, masks, len(world.classes))
+    phi = compatibility(patches, texts, attn_temperature=tau, form=run.form)
     own = phi.diagonal()[:, None]
     # Equal captions are not mistakes: a text counts against the pair only if its score is larger.
     out["retrieval_r1"] = float(((phi > own + 1e-6).sum(1) == 0).float().mean())
     return out
+
+
+def coherence(patches: Tensor, masks: Tensor, classes: int) -> float:
+    """Return the AUC of `pacl evaluate coherence` for patches [B, N, D] of images with labels [B, H, W]."""
+    side = round(patches.shape[1] ** 0.5)
+    labels = patch_labels(patch_shares(masks, classes, (side, side))).flatten()
+    known = labels != IGNORE
+    return compared(F.normalize(patches, dim=-1).flatten(0, 1)[known], labels[known], pairs=PAIRS).auc()
 
 
 def write_size(out: Path, size: Size) -> None:

@@ -105,6 +105,38 @@ def tolerance_study(result: dict) -> str:
     return grid(["world", "tolerance", "pairs kept, %", *measures, "last loss", "seeds"], rows)
 
 
+def coherence_weights(result: dict) -> str:
+    """Return the weights of the coherence loss on the trained CLIP, of coherence_study.py."""
+    several = {row["tower"] for row in result["rows"] if row["weight"] not in (0, result["weight"])}
+    rows = [
+        [f"{row['weight']:g}", *_measures(row), _percent(row["retrieval_r1"]), str(row["seeds"])]
+        for row in result["rows"]
+        if row["tower"] in several
+    ]
+    return grid(["weight", *COHERENCE, "image→text R@1", "seeds"], rows)
+
+
+def coherence_towers(result: dict) -> str:
+    """Return coherence and gain of every tower of coherence_study.py, without and with the coherence loss."""
+    found: dict[str, dict[float, dict]] = {}
+    for row in result["rows"]:
+        found.setdefault(row["tower"], {})[row["weight"]] = row
+    rows = []
+    for number, (tower, pair) in enumerate(found.items(), start=1):
+        first, other = pair[0.0], pair.get(result["weight"])
+        cells = [str(number), tower, f"{first['tokens_coherence']:.3f}", _percent(first["own_miou"])]
+        rows.append([*cells, *_measures(first), *(_measures(other) if other else ["-"] * 3)])
+    loss = [f"{name}, with the loss" for name in COHERENCE]
+    return grid(["", "tower", "coherence of its tokens", "own mIoU", *COHERENCE, *loss], rows)
+
+
+COHERENCE = ("coherence of PACL's patches", "mIoU", "patches right")
+
+
+def _measures(row: dict) -> list[str]:
+    return [f"{centre(row['coherence']):.3f}", _percent(row["miou"]), _percent(row["patch_accuracy"])]
+
+
 def tables_of_study(result: dict) -> str:
     """Return all tables of a study."""
     parts = [f"{result['size']['images']:,} images in each run"]

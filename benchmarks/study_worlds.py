@@ -70,16 +70,29 @@ def prepare(name: str, out: Path, size: Size) -> None:
     write_world(path, name, size, clip, towers, images, captions)
 
 
-def train_clip(name: str, size: Size) -> tuple[open_clip.CLIP, open_clip.CLIP, Tensor, list[str]]:
-    """Train a world's CLIP. Return it frozen, an untrained one, and the training images and captions of the runs."""
+def train_clip(
+    name: str,
+    size: Size,
+    watch: Callable[[int, open_clip.CLIP], object] = lambda step, clip: None,
+) -> tuple[open_clip.CLIP, open_clip.CLIP, Tensor, list[str]]:
+    """Train a world's CLIP. Return it frozen, an untrained one, and the training images and captions of the runs.
+
+    watch: called with the number of each step and the CLIP after it, and with 0 before the first.
+    """
     torch.set_num_threads(1)
     torch.manual_seed(0)
     clip = toy_clip.new_clip()
     random = freeze(toy_clip.new_clip())
+    watch(0, clip)
     images, captions = training_scenes(name, size.clip_scenes)
     with Progress(f"{name}: CLIP", size.clip_steps) as progress:
         trainer = Trainer(OnePatch(clip), clip_config(size.clip_steps, 64), size.clip_steps)
-        trainer.run(_batches(images, toy_clip.tokenizer()(captions)), progress.step)
+
+        def after(loss: Tensor) -> None:
+            progress.step(loss)
+            watch(progress.done, clip)
+
+        trainer.run(_batches(images, toy_clip.tokenizer()(captions)), after)
     return freeze(clip), random, images[: size.scenes], captions[: size.scenes]
 
 
@@ -95,11 +108,12 @@ def write_world(
     towers: dict[str, Callable[[Tensor], Tensor]],
     images: Tensor,
     captions: list[str],
+    splits: tuple[str, ...] = ("eval", "tune"),
 ) -> None:
     """Write what the runs of a world read; `towers` give tokens [B, N, width] of normalised images."""
     data = {f"train.{tokens_of(tower)}": _tokens(see, images) for tower, see in towers.items()}
     data["train.texts"] = _texts(clip, captions)
-    for split in ("eval", "tune"):
+    for split in splits:
         data |= evaluation(name, size, clip, towers, split)
     write_bytes(path, save(data))
 

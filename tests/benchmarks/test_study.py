@@ -1,18 +1,23 @@
 """benchmarks/study.py measures correctly, and keeps its finished runs."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 
 pytest.importorskip("open_clip")
 import torch
+from pacl.demo import toy_clip
 from pacl.embedder import VisionEmbedder
 from pacl.evaluate.metrics import IGNORE, patch_labels, patch_shares
+from scipy.stats import mannwhitneyu, spearmanr
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+import coherence_study
 import hard_scenes
 import study
 import study_readings
@@ -113,6 +118,50 @@ def test_readings_as_they_are_and_as_what_is_trained_on(tmp_path, monkeypatch):
     assert value.endswith("| - | - | - | - |") and plain.endswith("| 0.064 |") and "6.4 (0.0–100.0)" in plain
     with pytest.raises(SystemExit, match="holds runs of another size"):
         study_readings.work(tmp_path, study.Size(), None)
+
+
+def test_coherence_of_towers_beside_their_gain(tmp_path, monkeypatch):
+    names = ("random weights", "CLIP of the demo, patch embedding", "convolutional, random weights")
+    monkeypatch.setattr(coherence_study, "TOWERS", {name: coherence_study.TOWERS[name] for name in names})
+    for name, value in {"BEST": names[1], "SEEDS": (0,), "RESAMPLES": 50}.items():
+        monkeypatch.setattr(coherence_study, name, value)
+    toy_clip.save_clip(toy_clip.new_clip(), tmp_path / "clip")
+    for name in ("vit-0.clip", "vit-150.clip"):  # so that no CLIP is trained
+        shutil.copy(tmp_path / "clip/open_clip_model.safetensors", tmp_path / name)
+    size = study.Size(images=64, scenes=64, eval_scenes=4, clip_steps=150, points=1)
+    coherence_study.work(tmp_path, size, tmp_path / "clip")
+    result = coherence_study.report(tmp_path)
+    assert result["missing_runs"] == 0 and [row["weight"] for row in result["rows"]] == [0, 10, 0, 1, 10, 100, 0, 10]
+    one = result["rows"][0]
+    assert one["gain"] == one["miou"] - one["own_miou"]
+    assert "| 2 | CLIP of the demo, patch embedding | " in study_tables.coherence_towers(result)
+    assert len(study_tables.coherence_weights(result).splitlines()) == 6
+
+    # The coherence is the AUC over all pairs of patches, if these are few.
+    data = study.read_world(tmp_path, coherence_study.plan()[0])
+    tokens = torch.nn.functional.normalize(data["eval.random weights_tokens"], dim=-1).flatten(0, 1)
+    labels = patch_labels(patch_shares(data["eval.masks"], 30, (8, 8))).flatten()
+    tokens, labels = tokens[labels != IGNORE], labels[labels != IGNORE]
+    i, j = torch.triu_indices(len(labels), len(labels), 1)
+    scores, same = (tokens[i] * tokens[j]).sum(1), labels[i] == labels[j]
+    expected = mannwhitneyu(scores[same], scores[~same]).statistic / (same.sum() * (~same).sum())
+    assert one["tokens_coherence"] == pytest.approx(float(expected), abs=1e-5)
+
+    coherence_study.plot(result, tmp_path / "plot.svg")
+    assert "prefers-color-scheme" in (tmp_path / "plot.svg").read_text()
+    assert ElementTree.parse(tmp_path / "plot.svg").getroot().tag.endswith("svg")
+
+
+def test_rank_correlation_over_towers():
+    rows = [{"tower": str(x), "coherence": x**3, "gain": -x} for x in range(9)]
+    found = coherence_study.spearman(rows, "coherence")
+    assert (found["rho"], found["low"], found["high"]) == pytest.approx((-1, -1, -1)) and found["towers"] == 9
+    rows[0]["gain"], rows[8]["gain"] = rows[8]["gain"], rows[0]["gain"]
+    found = coherence_study.spearman(rows, "coherence")
+    assert found["low"] < found["rho"] < found["high"] and found["high"] > 0
+    truth = spearmanr([row["coherence"] for row in rows], [row["gain"] for row in rows]).statistic
+    assert found["rho"] == pytest.approx(truth)
+    assert coherence_study.spearman(rows[:2], "coherence") is None
 
 
 def test_attention_of_the_paired_caption_only():

@@ -188,7 +188,7 @@ def test_statistics_of_packed_patches_are_those_of_each_image():
 
 def test_features_train_as_the_images_do(world, tmp_path):
     """Read in another process, and with all captions of an image."""
-    changes = {"captions_per_image": 2, "duplicates": "positive", "loss": "sigmoid"}
+    changes = {"captions_per_image": 2, "duplicates": "positive", "loss": "sigmoid", "coherence_loss": 2}
     assert train(world, tmp_path / "images", **changes, workers=1) == 0
     assert train(world, tmp_path / "stored", **stored_in(world), **changes) == 0
     assert len(losses(tmp_path / "images")) == 5

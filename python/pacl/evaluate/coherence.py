@@ -91,7 +91,16 @@ def coherence(
         mine = (x[keys <= last] for x in (keys[:, None], tokens, labels[:, None]))
         keys, tokens, labels = (gather_rows(x, group) for x in mine)
         keys, tokens, labels = _lowest(patches, keys[:, 0], tokens, labels[:, 0])
-    count, generator = len(keys), torch.Generator().manual_seed(seed)
+    return compared(tokens, labels, pairs=pairs, seed=seed, name=data.spec.name)
+
+
+def compared(tokens: Tensor, labels: Tensor, *, pairs: int, seed: int = 0, name: str = "data") -> Coherence:
+    """Compare patches with each other.
+
+    tokens: normalised, [M, width]. labels: int64 [M], without patches of no class. pairs, seed: as in `coherence`.
+    name: that of the dataset, for the errors, which are those of `coherence`.
+    """
+    count, generator = len(tokens), torch.Generator().manual_seed(seed)
     if count * (count - 1) // 2 <= pairs:
         one, other = torch.triu_indices(count, count, 1)
     else:
@@ -100,7 +109,7 @@ def coherence(
         other += other >= one
     same = labels[one] == labels[other]
     if same.all() or not same.any():
-        raise ValueError(f"data: {count} patches of {data.spec.name} make no pairs of one class and of two")
+        raise ValueError(f"data: {count} patches of {name} make no pairs of one class and of two")
     parts = zip(one.split(PAIRS), other.split(PAIRS), strict=True)
     scores = torch.cat([(tokens[i] * tokens[j]).sum(1) for i, j in parts])
     if scores.isnan().any():

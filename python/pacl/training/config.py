@@ -28,7 +28,9 @@ POSITIVE = (
 ).split()
 NUMBER = re.compile(r"[-+]?\d{1,40}[eE][-+]?\d{1,4}")
 NOTES = ("deviations", "left_open", "resumed")  # in config.yaml, for people: see recipe.py
-NOT_NEGATIVE = "wd warmup epochs_cooldown workers shuffle seed lock_image_unlocked_groups max_bad_share".split()
+NOT_NEGATIVE = (
+    "wd warmup epochs_cooldown workers shuffle seed lock_image_unlocked_groups max_bad_share coherence_loss".split()
+)
 REPORTERS = ("tensorboard", "wandb", "trackio")
 
 
@@ -136,6 +138,9 @@ class LossFlags:
     max_logit_scale: float = 100.0
     grad_tolerance: float = 0.0
     """Share of the gradient's mass over the pairs that the backward may leave out, such as 0.002; 0 is exact."""
+    coherence_loss: float = 0.0
+    """Weight of a second loss, by which the cosines between an image's patches follow those between the frozen tower's
+    tokens; 0 turns it off."""
     captions_per_image: int = 1
     """Most captions that an image brings to a batch, all of them its positives. An image with fewer brings all."""
     duplicates: Literal["positive", "ignore", "negative"] = "negative"
@@ -250,6 +255,11 @@ class TrainConfig(LogFlags, ValidationFlags, MachineFlags, LossFlags, ScheduleFl
         for name in ("tower_lr", "grad_checkpointing"):
             if getattr(self, name) and locked:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, expected a tower to train, but all are locked")
+        if self.coherence_loss and not (self.lock_image and not self.lock_image_unlocked_groups):
+            raise ValueError(
+                f"coherence_loss: got {self.coherence_loss:g} and a vision tower to train, expected a locked one, "
+                "because the patches follow its tokens"
+            )
         if not 0 <= self.grad_tolerance < 1:
             raise ValueError(f"grad_tolerance: got {self.grad_tolerance:g}, expected a number from 0 to below 1")
         if not 1 <= self.logit_scale <= self.max_logit_scale:

@@ -80,8 +80,8 @@ class Log:
         """Record step `step`, counted from 1.
 
         loss: its loss, 0-D. keys: those of its samples. waited, seconds: the time for the batch and for the step.
-        values: returns lr, scale, attn_temperature, skipped and perhaps kept_share, if the step is to be logged; None:
-            it is not.
+        values: returns lr, scale, attn_temperature, skipped and perhaps kept_share and coherence_loss, if the step is
+            to be logged; None: it is not.
         """
         self.pending.append((step, loss, keys))
         self.steps, self.waited, self.seconds = self.steps + 1, self.waited + waited, self.seconds + waited + seconds
@@ -138,16 +138,19 @@ class Log:
         batch, data, seconds = self.global_batch, self.waited / self.steps, self.seconds / self.steps
         epoch, before = divmod(step - 1, self.epoch_steps)
         done, total = (before + 1) * batch, self.epoch_steps * batch
+        coherence = now.get("coherence_loss")
+        contrastive = self.mean.last - self.config.coherence_loss * (coherence or 0.0)
+        name = "Contrastive_loss" if coherence is None else f"Coherence_loss: {coherence:.5g} Loss"
         say(
             f"Train Epoch: {epoch} [{done}/{total} ({100 * done / total:.0f}%)] "
             f"Data (t): {data:.3f} Batch (t): {seconds:.3f}, {batch / seconds:.1f}/s, "
             f"{batch / seconds / self.world:.1f}/s/process LR: {now['lr']:.6f} Logit Scale: {now['scale']:.3f} "
-            f"Contrastive_loss: {self.mean.last:.5g} ({self.mean.value:.5g})",
+            f"{name}: {self.mean.last:.5g} ({self.mean.value:.5g})",
             self.config,
         )
         values = {
             "train/loss": self.mean.last,
-            "train/contrastive_loss": self.mean.last,
+            "train/contrastive_loss": contrastive,
             "train/data_time": data,
             "train/data_share": data / seconds,
             "train/batch_time": seconds,
@@ -159,7 +162,7 @@ class Log:
             "train/peak_memory_mib": _peak_memory(self.device) / 2**20,
             "train/lr": now["lr"],
             "train/skipped": now["skipped"],
-            **({"train/kept_share": now["kept_share"]} if "kept_share" in now else {}),
+            **{f"train/{name}": now[name] for name in ("kept_share", "coherence_loss") if name in now},
         }
         assert self.file is not None  # lines are written inside `opened`
         with named_if_full(self.file.name):

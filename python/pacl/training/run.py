@@ -157,6 +157,7 @@ class Run:
             "attn_temperature": self._temperature(self.model),
             "skipped": sum(self.data.skipped.values()),
             **({} if (kept := self.trainer.kept_share) is None else {"kept_share": kept}),
+            **({} if (coherence := self.trainer.coherence_loss) is None else {"coherence_loss": coherence.item()}),
         }
 
     def _temperature(self, model: Trainable) -> float:

@@ -18,6 +18,7 @@ from pacl_kernels.checks import BackendName
 from pacl_kernels.distributed import forget
 
 from ..resolution import moved
+from .coherence import coherence_loss
 from .config import TrainConfig
 from .optimiser import average_of, learning_rate, parameter_groups
 
@@ -56,6 +57,7 @@ class Trainer:
         self.updating = False
         self.contrasted: Tensor | None = None  # the loss of the step that runs, with its graph
         self.kept_share: float | None = None  # of the pairs in the last backward, with grad_tolerance
+        self.coherence_loss: Tensor | None = None  # of the last step, without its weight, with config.coherence_loss
         self.average = average_of(model, config.ema_decay) if config.ema_decay is not None else None
         self.wrapped = model
         if group:  # the buffers of towers never change
@@ -112,7 +114,11 @@ class Trainer:
                 first = texts if places is None else texts[places[:, 0].to(texts.device)]
                 watch(patches, first, self._temperature(*others), lengths)
             self.contrasted = self.loss(patches, texts, *others, **options)
-            return self.contrasted
+            if not config.coherence_loss:
+                return self.contrasted
+            coherence = coherence_loss(patches, moved(pairs["images"], patches.device), lengths)
+            self.coherence_loss = coherence.detach()
+            return self.contrasted + config.coherence_loss * coherence
 
         kept: dict[str, Any] = {}
         batch: dict[str, Any] = {name: pairs[name] for name in ("images", "texts", "places") if name in pairs}
