@@ -80,6 +80,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "all_pairs": _of_one(study_tables.all_pairs),
     "real_words": _of_one(study_tables.real_words),
     "readings": _of_one(study_tables.readings),
+    "cross_attention": _of_one(study_tables.cross_attention),
     "tolerance_study": _of_one(study_tables.tolerance_study),
     "training_step": _of_one(tables.training_step),
     "scale": _of_one(scale.scale, "epyc-zen4-2cores-training-step"),
