@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -59,41 +59,42 @@ def plan(batch: int, lr: float, seeds: int) -> list[study.Run]:
 
 
 def work(out: Path, size: Size, settings: dict) -> None:
-    """Measure the cost, prepare both worlds, and do the missing runs. settings: the arguments of `plan`."""
+    """Prepare both worlds, do the missing runs, and measure the cost. settings: the arguments of `plan`."""
     (out / "runs").mkdir(parents=True, exist_ok=True)
     write_bytes(out / "settings.json", json.dumps(settings).encode())
     study.write_size(out, size)
-    if not (out / "cost.json").exists():
-        write_bytes(out / "cost.json", json.dumps(cost()).encode())
     for world in WORLDS:
         prepare(world, out, size)
     for run in plan(**settings):
         if study.result_of(out, run) is None:
             print(study.train(run, out, size), flush=True)
+    if not (out / "cost.json").exists():
+        write_bytes(out / "cost.json", json.dumps(cost()).encode())
 
 
-def cost(patches: int = 64, count: int = 16, dim: int = 128, repeats: int = 3) -> list[dict]:
-    """Return the processor time of one thread for the scores of B x B pairs, by φ and by a head.
+def cost(patches: int = 64, count: int = 16, dim: int = 128, repeats: int = 5) -> list[dict]:
+    """Return the processor time of one thread for the scores of B x B pairs, by φ and by a head: the least of several.
 
-    The sizes are those of the worlds: patches of an image, words of a caption and width. Medians of `repeats`.
+    The sizes are those of the worlds: patches of an image, words of a caption and width.
     """
     torch.manual_seed(0)
     head, rows = CrossAttention(dim), []
     for batch in COST_BATCHES:
         images, texts = torch.randn(batch, patches, dim), torch.randn(batch, count, dim)
+        captions = texts[:, 0].contiguous()
         scorers = {
-            "phi": lambda x=images, y=texts: compatibility(x, y[:, 0], attn_temperature=0.05, form="cosine"),
-            "cross-attention": lambda x=images, y=texts: list(head.score(x, y)),
+            "phi": (partial(compatibility, images, captions, attn_temperature=0.05, form="cosine"), 10 * repeats),
+            "cross-attention": (lambda x=images, y=texts: list(head.score(x, y)), repeats),
         }
-        seconds: dict[str, list[float]] = {name: [] for name in scorers}
-        for _ in range(repeats + 1):  # the first one warms up
-            for name, score in scorers.items():
-                begin = time.process_time()
-                score()
-                seconds[name].append(time.process_time() - begin)
-        medians = {name: statistics.median(values[1:]) for name, values in seconds.items()}
-        rows.append({"batch": batch, "patches": patches, "words": count, "dim": dim, "seconds": medians})
+        seconds = {name: min(_seconds(score) for _ in range(times)) for name, (score, times) in scorers.items()}
+        rows.append({"batch": batch, "patches": patches, "words": count, "dim": dim, "seconds": seconds})
     return rows
+
+
+def _seconds(function: Callable[[], object]) -> float:
+    begin = time.process_time()
+    function()
+    return time.process_time() - begin
 
 
 def report(out: Path) -> dict:
@@ -125,7 +126,7 @@ def report(out: Path) -> dict:
         "head_lr": study.HEAD_LR,
         "missing_runs": len(runs) - len(found),
         "rows": rows,
-        "cost": json.loads((out / "cost.json").read_text()),
+        "cost": json.loads((out / "cost.json").read_text()) if (out / "cost.json").exists() else [],
     }
 
 
