@@ -72,7 +72,7 @@ def work(out: Path, size: Size, settings: dict) -> None:
         write_bytes(out / "cost.json", json.dumps(cost()).encode())
 
 
-def cost(patches: int = 64, count: int = 16, dim: int = 128, repeats: int = 5) -> list[dict]:
+def cost(patches: int = 64, count: int = 16, dim: int = 128, repeats: int = 3) -> list[dict]:
     """Return the processor time of one thread for the scores of B x B pairs, by φ and by a head: the least of several.
 
     The sizes are those of the worlds: patches of an image, words of a caption and width.

@@ -36,10 +36,10 @@ class Attend(nn.Module):
         super().__init__()
         self.norm, self.other_norm, self.mlp_norm = (nn.LayerNorm(dim) for _ in range(3))
         self.query, self.key_value, self.out = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
-        self.mlp = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim))
-        for last in (self.out, self.mlp[2]):
-            nn.init.zeros_(last.weight)
-            nn.init.zeros_(last.bias)
+        last = nn.Linear(dim, dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), last)
+        for x in (self.out.weight, self.out.bias, last.weight, last.bias):
+            nn.init.zeros_(x)
 
     def forward(self, rows: Tensor, others: Tensor, own: Tensor, other: Tensor, there: Tensor | None = None) -> Tensor:
         """Return rows [P, R, D] of P pairs: rows[own] after attention to others[other], where `there` [P, O] is True.
