@@ -81,6 +81,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "all_pairs": _of_one(study_tables.all_pairs),
     "real_words": _of_one(study_tables.real_words),
     "readings": _of_one(study_tables.readings),
+    "cross_attention": _of_one(study_tables.cross_attention),
     "tolerance_study": _of_one(study_tables.tolerance_study),
     "coherence_weights": _of_one(study_tables.coherence_weights),
     "coherence_towers": _of_one(study_tables.coherence_towers),

@@ -26,6 +26,7 @@ from pathlib import Path
 
 import open_clip
 import torch
+from pacl.cross_attention import CrossAttention
 from pacl.demo.training import ATTN_TEMPERATURE, embedder_config, embedder_pairs
 from pacl.embedder import VisionEmbedder
 from pacl.evaluate.coherence import compared
@@ -49,6 +50,7 @@ MAX_LR = 64e-3
 SEEDS = (0, 1, 2)
 TUNE_SEED = 100
 PAIRS = 200_000  # of patches, drawn for the coherence
+HEAD_LR = 2e-3  # of cross-attention; `lr` is the embedder's
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,8 @@ class Run:
     seed: int
     tau: float | None = ATTN_TEMPERATURE  # None: learned, from the default
     form: str = "cosine"
-    pooling: str = "all pairs"  # "paired": attend with an image's own caption for every text; "mean": no attention
+    # "paired": attend with an image's own caption for every text; "mean": no attention; "cross-attention": in φ's place
+    pooling: str = "all pairs"
     tower: str = "clip"  # "random": the tower before training; otherwise a reading of the trained one
     split: str = "eval"
     tolerance: float = 0.0  # grad_tolerance of the all-pairs loss
@@ -118,11 +121,15 @@ def train(run: Run, out: Path, size: Size) -> str:
     steps = size.images // run.batch
     changes = {"lr": run.lr, "learn_attn_temperature": run.tau is None, "grad_tolerance": run.tolerance}
     changes["coherence_loss"] = run.coherence
+    crossed = run.pooling == "cross-attention"
+    if crossed:
+        changes |= {"align": run.pooling, "tower_lr": HEAD_LR}
     config = embedder_config(steps, run.batch, **changes)
     model = Trainable(VisionEmbedder(data[f"train.{kind}"].shape[2], data["classes"].shape[1]), config)
-    trainer = Trainer(model, config, steps, loss=_loss(run))
+    trainer = Trainer(model, config, steps, tower_parameters=model.tower_parameters(), loss=_loss(run))
     points = Points(run, trainer, data, steps, size.points)
-    trainer.run(embedder_pairs(data[f"train.{kind}"], data["train.texts"], run.batch, run.seed), points.step)
+    texts = data["train.words" if crossed else "train.texts"]
+    trainer.run(embedder_pairs(data[f"train.{kind}"], texts, run.batch, run.seed), points.step)
     seconds = time.perf_counter() - begin
     record = {**dataclasses.asdict(run), "points": points.rows, "seconds": round(seconds, 1)}
     write_bytes(out / "runs" / f"{run.name}.json", (json.dumps(record) + "\n").encode())
@@ -136,7 +143,9 @@ def read_world(out: Path, run: Run) -> dict[str, Tensor]:
         return {name: file.get_tensor(name) for name in names}
 
 
-def _loss(run: Run) -> Callable[..., Tensor]:
+def _loss(run: Run) -> Callable[..., Tensor] | None:
+    if run.pooling == "cross-attention":
+        return None  # the head's own
     if run.pooling == "mean":
         return mean_pooling
     if run.pooling == "paired":
@@ -189,16 +198,22 @@ class Points:
                 row["kept_share"] = statistics.mean(self.shares)
             model = self.trainer.model
             tau = self.run.tau if model.log_temperature is None else model.log_temperature.exp().item()
-            self.rows.append(row | measure(self.run, model.embedder, self.data, tau))
+            self.rows.append(row | measure(self.run, model.embedder, self.data, tau, model.head))
             self.losses, self.shares = [], []
 
 
 @torch.no_grad()
 def measure(
-    run: Run, embedder: VisionEmbedder, data: dict[str, Tensor], tau: float = ATTN_TEMPERATURE
+    run: Run,
+    embedder: VisionEmbedder,
+    data: dict[str, Tensor],
+    tau: float = ATTN_TEMPERATURE,
+    head: CrossAttention | None = None,
 ) -> dict[str, float]:
     """Return mIoU, patch accuracy (all attributes, and each), the coherence of the embeddings, and image-to-text R@1
     among the evaluation's captions.
+
+    head: scores images with texts and patches with classes in the place of φ and of cosines.
     """
     world, split = WORLDS[run.world], run.split
     masks, classes = data[f"{split}.masks"], data["classes"]
@@ -206,7 +221,12 @@ def measure(
     seen = [label for label in range(len(world.kinds)) if label not in world.held_out]
     found = ScoreCounts(len(world.classes))
     for part, truth in zip(tokens.split(32), masks.split(32), strict=True):
-        found.update(truth, class_scores(embedder(part), classes))
+        if head is None:
+            scores = class_scores(embedder(part), classes)
+        else:
+            cosines = torch.stack([each for _, each in head.score(embedder(part), data["classes.words"])])
+            scores = cosines.unflatten(2, (round(cosines.shape[2] ** 0.5), -1))
+        found.update(truth, scores)
     pixels, patches = found.pixels, found.patches
     out = {"miou": pixels.miou(seen), "patch_accuracy": patches.accuracy(seen)}
     if world.held_out:
@@ -221,7 +241,10 @@ def measure(
         out[name] = float((counts * right).sum() / counts.sum())
     texts, patches = data[f"{split}.texts"], embedder(tokens)
     out["coherence"] = coherence(patches, masks, len(world.classes))
-    phi = compatibility(patches, texts, attn_temperature=tau, form=run.form)
+    if head is None:
+        phi = compatibility(patches, texts, attn_temperature=tau, form=run.form)
+    else:
+        phi = torch.stack([each for each, _ in head.score(patches, data[f"{split}.words"])])
     own = phi.diagonal()[:, None]
     # Equal captions are not mistakes: a text counts against the pair only if its score is larger.
     out["retrieval_r1"] = float(((phi > own + 1e-6).sum(1) == 0).float().mean())

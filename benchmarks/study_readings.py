@@ -45,16 +45,17 @@ def prepare(world: str, out: Path, size: Size) -> None:
     """Write the tokens that a world's embedders are trained on; train its CLIP if `out` has none."""
     if (out / f"{world}.safetensors").exists():
         return
-    path = out / f"{world}-clip.safetensors"
-    if not path.exists():
-        state = train_clip(world, size)[0].state_dict()
-        write_bytes(path, save({name: x.contiguous() for name, x in state.items()}))
-    clip = load_clip(path)
+    clip = frozen_clip(world, out, size)
     towers = {name: partial(tokens, clip.visual, name) for name in TRAINED}
     write_world(out / f"{world}.safetensors", world, size, clip, towers, *training_scenes(world, size.scenes))
 
 
-def load_clip(path: Path) -> open_clip.CLIP:
+def frozen_clip(world: str, out: Path, size: Size) -> open_clip.CLIP:
+    """Return the world's CLIP in `out`, trained if there is none."""
+    path = out / f"{world}-clip.safetensors"
+    if not path.exists():
+        state = train_clip(world, size)[0].state_dict()
+        write_bytes(path, save({name: x.contiguous() for name, x in state.items()}))
     clip = toy_clip.new_clip()
     clip.load_state_dict(load_file(path))
     return freeze(clip)
@@ -62,7 +63,7 @@ def load_clip(path: Path) -> open_clip.CLIP:
 
 def measure_untrained(world: str, out: Path, size: Size) -> None:
     """Measure every reading without training, on the evaluation's scenes."""
-    clip = load_clip(out / f"{world}-clip.safetensors")
+    clip = frozen_clip(world, out, size)
     project = own_projection(clip.visual)
     towers = {name: partial(tokens, clip.visual, name) for name in UNTRAINED}
     data, found = evaluation(world, size, clip, towers, "eval"), {}

@@ -1,4 +1,4 @@
-"""The tables of the studies: study.py, study_readings.py, tolerance_study.py and real_words.py."""
+"""The tables of study.py, study_readings.py, tolerance_study.py, cross_attention.py and real_words.py."""
 
 from __future__ import annotations
 
@@ -135,6 +135,27 @@ COHERENCE = ("coherence of PACL's patches", "mIoU", "patches right")
 
 def _measures(row: dict) -> list[str]:
     return [f"{centre(row['coherence']):.3f}", _percent(row["miou"]), _percent(row["patch_accuracy"])]
+
+
+def cross_attention(result: dict, kind: str) -> str:
+    """Return the runs of cross_attention.py (kind "quality"), or what the scores of B x B pairs cost ("cost")."""
+    if kind == "cost":
+        rows = []
+        for row in result["cost"]:
+            phi, head = (row["seconds"][name] for name in ("phi", "cross-attention"))
+            cells = [f"{row['batch']} × {row['batch']}", f"{1e3 * phi:.3g}", f"{1e3 * head:,.0f}", f"{head / phi:,.0f}"]
+            rows.append(cells)
+        return grid(["pairs", "φ, ms", "cross-attention, ms", "ratio"], rows)
+    names = {"phi": "φ", "cross-attention": "cross-attention"}
+    measures = {"miou": "mIoU", "patch_accuracy": "patches right", "retrieval_r1": "image→text R@1"}
+    rows = []
+    for row in result["rows"]:
+        cells = [row["world"], names[row["align"]], str(row["steps"])]
+        for name in measures:
+            cells += [_percent(row[name]), _percent(row["differences"][name], "+") if "differences" in row else "-"]
+        rows.append([*cells, str(len(row["seeds"]))])
+    heads = [text for name in measures.values() for text in (name, "to φ")]
+    return grid(["world", "scores", "steps", *heads, "seeds"], rows)
 
 
 def tables_of_study(result: dict) -> str:

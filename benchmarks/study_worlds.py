@@ -1,4 +1,4 @@
-"""The two worlds of study.py and study_readings.py: scenes, a small CLIP for each, and its cached tokens."""
+"""The two worlds of study.py and the other studies: scenes, a small CLIP for each, and its cached tokens."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import numpy as np
 import open_clip
 import torch
 from pacl.backbones import freeze, patch_tokens
+from pacl.cross_attention import word_tokens
 from pacl.data import scenes
 from pacl.demo import toy_clip
 from pacl.demo.training import OnePatch, clip_config
@@ -43,6 +44,9 @@ WORLDS = {
     ),
     "hard": World(hard_scenes.draw_scene, hard_scenes.draw_scene, hard_scenes.CLASSES, hard_scenes.KINDS),
 }
+
+
+SPLITS = {"eval": 1, "tune": 2}  # seeds of the evaluation scenes
 
 
 @dataclass(frozen=True)
@@ -128,10 +132,24 @@ def evaluation(
 ) -> dict[str, Tensor]:
     """Return the tokens, texts and masks of a split, "eval" or "tune", and the embeddings of the classes."""
     world = WORLDS[name]
-    images, captions, masks = _scenes(world.draw, size.eval_scenes, {"eval": 1, "tune": 2}[split])
+    images, captions, masks = _scenes(world.draw, size.eval_scenes, SPLITS[split])
     data = {f"{split}.{tokens_of(tower)}": _tokens(see, images) for tower, see in towers.items()}
     data |= {f"{split}.texts": _texts(clip, captions), f"{split}.masks": masks}
     return data | {"classes": _texts(clip, list(world.classes))}
+
+
+@torch.no_grad()
+def words(name: str, size: Size, clip: open_clip.CLIP) -> dict[str, Tensor]:
+    """Return the words of all texts of a world, as word_tokens gives them: those of the splits and of the classes."""
+    world = WORLDS[name]
+    texts = {"train.words": training_scenes(name, size.scenes)[1], "classes.words": list(world.classes)}
+    for split, seed in SPLITS.items():
+        texts[f"{split}.words"] = _scenes(world.draw, size.eval_scenes, seed)[1]
+    encode, found = partial(clip.encode_text, normalize=True), {}
+    for key, captions in texts.items():
+        parts = toy_clip.tokenizer()(captions).split(256)
+        found[key] = torch.cat([word_tokens(clip, encode, ids) for ids in parts])
+    return found
 
 
 def _scenes(draw: Callable, count: int, seed: int) -> tuple[Tensor, list[str], Tensor]:

@@ -19,6 +19,7 @@ from .settings import Damaged, read_settings
 from .weights import load_weights
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"  # the names that the Hugging Face Hub expects
+HEAD = "cross_attention.safetensors"  # what a run with --align cross-attention writes instead
 # Defaults of `pacl train`, and of embedders whose config has no value.
 DEFAULT_FORM: Final = "cosine"
 DEFAULT_ATTN_TEMPERATURE = 0.05
@@ -171,6 +172,7 @@ def embedder_folder(folder: str | os.PathLike) -> Path:
         if (place / CONFIG).is_file():
             return place
     why = ", whose run has saved no embedder yet" if (folder / "config.yaml").is_file() else ""
+    why = ", whose run trained cross-attention, which no command reads" if (folder / HEAD).is_file() else why
     raise ValueError(
         f"folder: got {str(folder)!r}{why}, expected the folder of an embedder, with {CONFIG}, or that of a run, with "
         f"embedder/{CONFIG}"

@@ -11,6 +11,7 @@ import pytest
 
 pytest.importorskip("open_clip")
 import torch
+from pacl.cross_attention import CrossAttention
 from pacl.demo import toy_clip
 from pacl.embedder import VisionEmbedder
 from pacl.evaluate.metrics import IGNORE, patch_labels, patch_shares
@@ -18,6 +19,7 @@ from scipy.stats import mannwhitneyu, spearmanr
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import coherence_study
+import cross_attention
 import hard_scenes
 import study
 import study_readings
@@ -58,6 +60,10 @@ def test_an_embedder_that_knows_everything():
     found = study.measure(study.Run("hard", 1, 1.0, 0), embedder, data)
     assert found["patch_accuracy"] == found["colour"] == found["pattern"] == found["accent"] == 1
     assert 0.5 < found["miou"] < 1 and found["retrieval_r1"] > 0.5
+    # A head that has not been trained measures the same, by φ and cosines of its own.
+    words = {"eval.words": texts[:, None], "classes.words": classes[:, None]}
+    crossed = study.Run("hard", 1, 1.0, 0, pooling="cross-attention")
+    assert study.measure(crossed, embedder, data | words, head=CrossAttention(64)) == pytest.approx(found)
     data["eval.tokens"] = tokens.roll(1, 0)
     assert study.measure(study.Run("hard", 1, 1.0, 0), embedder, data)["patch_accuracy"] < 0.3
 
@@ -179,3 +185,25 @@ def test_attention_of_the_paired_caption_only():
     phi = study.compatibility(patches, texts, attn_temperature=0.1, form="cosine")
     torch.testing.assert_close(10 * phi.diagonal(), logits.diagonal())
     assert (10 * phi - logits).abs().max() > 0.1
+
+
+def test_cross_attention_beside_phi(tmp_path, monkeypatch):
+    monkeypatch.setattr(cross_attention, "WORLDS", {"demo": study.WORLDS["demo"]})
+    monkeypatch.setattr(cross_attention, "COST_BATCHES", (2,))
+    size = study.Size(images=64, scenes=32, eval_scenes=4, clip_steps=1, clip_scenes=32, points=1)
+    settings = {"batch": 16, "lr": 0.01, "seeds": 2}
+    cross_attention.work(tmp_path, size, settings)
+    files = sorted((tmp_path / "runs").iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    assert len(files) == 4
+    files[-1].unlink()
+    result = cross_attention.report(tmp_path)
+    phi, head = result["rows"]
+    assert result["missing_runs"] == 1 and phi["seeds"] == head["seeds"] == [0], "a seed counts if both methods have it"
+    assert (phi["align"], head["align"], head["steps"]) == ("phi", "cross-attention", 4)
+    for name, value in head["differences"].items():
+        assert value == head[name] - phi[name]
+    lines = study_tables.cross_attention(result, "quality").splitlines()
+    assert lines[-1].startswith("| demo | cross-attention | 4 | ") and lines[-1].endswith(" | 1 |")
+    seconds = result["cost"][0]["seconds"]
+    assert seconds["cross-attention"] > seconds["phi"] > 0
+    assert study_tables.cross_attention(result, "cost").splitlines()[-1].startswith("| 2 × 2 | ")

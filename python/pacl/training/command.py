@@ -14,6 +14,7 @@ import torch.distributed as dist
 from ..commands import next_command
 from ..data.features import tower_names
 from ..data.flags import given_flags
+from ..embedder import HEAD
 from ..failures import collective, describe, sentence
 from ..files import remove_unfinished, write_bytes
 from ..flags import parse
@@ -94,6 +95,9 @@ def _train(config: TrainConfig) -> int:
         return 128 + run.stopped_by
     if run.data.reasons != "none":
         run.say(f"samples skipped by the first process: {run.data.reasons}")
+    if run.model.head is not None:  # no other command reads it
+        run.say(f"finished {run.steps} steps: {config.folder / HEAD}")
+        return 0
     run.say(f"finished {run.steps} steps: {config.folder / 'embedder'}")
     run.say(_next(config))
     return 0

@@ -26,6 +26,11 @@ POSITIVE = (
     "grad_clip_norm tower_lr force_image_size max_patches save_frequency keep_checkpoints log_every_n_steps "
     "max_image_pixels captions_per_image val_frequency dist_timeout"
 ).split()
+# Flags that --align cross-attention does not take: those of φ's losses, of several texts, and of validation by φ.
+PHI_ONLY = (
+    "form loss learn_attn_temperature grad_tolerance coherence_loss captions_per_image duplicates max_patches text_model "
+    "lock_text val_data val_segmentation"
+).split()
 NUMBER = re.compile(r"[-+]?\d{1,40}[eE][-+]?\d{1,4}")
 NOTES = ("deviations", "left_open", "resumed")  # in config.yaml, for people: see recipe.py
 NOT_NEGATIVE = (
@@ -87,7 +92,7 @@ class TowerFlags:
     lock_text: bool = True
     """Freeze the text tower."""
     tower_lr: float | None = None
-    """Learning rate of trained towers. Default: that of the embedder."""
+    """Learning rate of trained towers and of the head of --align cross-attention. Default: that of the embedder."""
     grad_checkpointing: bool = False
     """Recompute the activations of trained towers in the backward pass."""
 
@@ -127,6 +132,9 @@ class ScheduleFlags:
 class LossFlags:
     """The loss."""
 
+    align: Literal["phi", "cross-attention"] = "phi"
+    """How a pair is scored: phi, or a small head in which patches and the caption's words attend to each other, for
+    comparison with phi. The run then writes cross_attention.safetensors and no embedder."""
     form: Literal["dot", "cosine", "max"] = DEFAULT_FORM
     loss: Literal["infonce", "sigmoid"] = "infonce"
     attn_temperature: float = DEFAULT_ATTN_TEMPERATURE
@@ -236,6 +244,7 @@ class TrainConfig(LogFlags, ValidationFlags, MachineFlags, LossFlags, ScheduleFl
             got = "neither" if self.features is None else "both"
             raise ValueError(f"train_data: got {got}, expected exactly one of --train-data and --features")
         choices = {
+            "align": ("phi", "cross-attention"),
             "form": FORMS,
             "loss": LOSSES,
             "duplicates": ("positive", "ignore", "negative"),
@@ -253,13 +262,19 @@ class TrainConfig(LogFlags, ValidationFlags, MachineFlags, LossFlags, ScheduleFl
                 "--train-data"
             )
         for name in ("tower_lr", "grad_checkpointing"):
-            if getattr(self, name) and locked:
+            if getattr(self, name) and locked and (name == "grad_checkpointing" or self.align == "phi"):
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, expected a tower to train, but all are locked")
         if self.coherence_loss and not (self.lock_image and not self.lock_image_unlocked_groups):
             raise ValueError(
                 f"coherence_loss: got {self.coherence_loss:g} and a vision tower to train, expected a locked one, "
                 "because the patches follow its tokens"
             )
+        if self.align == "cross-attention":
+            for name in PHI_ONLY:
+                default = getattr(TrainConfig, name)
+                if getattr(self, name) != default:
+                    got = f"{getattr(self, name)!r} with align cross-attention"
+                    raise ValueError(f"{name}: got {got}, expected {default!r}, the default")
         if not 0 <= self.grad_tolerance < 1:
             raise ValueError(f"grad_tolerance: got {self.grad_tolerance:g}, expected a number from 0 to below 1")
         if not 1 <= self.logit_scale <= self.max_logit_scale:

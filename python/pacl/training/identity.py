@@ -22,8 +22,9 @@ from .config import TrainConfig
 
 # A resumed run must have the same values. All other flags may change, and a change is recorded.
 FIXED = (
-    "tokens lock_image lock_image_unlocked_groups lock_text seed form loss attn_temperature learn_attn_temperature "
-    "logit_scale learn_logit_scale coherence_loss captions_per_image duplicates nouns recipe dataset_resampled shuffle"
+    "tokens lock_image lock_image_unlocked_groups lock_text seed align form loss attn_temperature "
+    "learn_attn_temperature logit_scale learn_logit_scale coherence_loss captions_per_image duplicates nouns recipe "
+    "dataset_resampled shuffle"
 ).split()
 NAMES = "model pretrained vision_model vision_pretrained text_model force_image_size max_patches proxy".split()
 COMPARED = ("tokens", "activation", "image_size", "max_patches", "fingerprint")  # of towers

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backbones import packed_tokens, patch_tokens
+from ..cross_attention import CrossAttention
 from ..embedder import VisionEmbedder
 from ..resolution import moved
 from ..towers import Towers, encode_text
@@ -21,7 +22,7 @@ SIGMOID_BIAS = -10.0  # SigLIP's initial value
 
 
 class Trainable(nn.Module):
-    """The embedder, the logit scale, the attention temperature and bias if they are learned, and the trained towers.
+    """The embedder, the logit scale, what else is learned (attention temperature, bias, head), and the trained towers.
 
     Frozen towers stay outside: checkpoints, DDP and the average of the weights must not include them.
     """
@@ -34,10 +35,13 @@ class Trainable(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(math.log(config.logit_scale)), config.learn_logit_scale)
         self.log_temperature: nn.Parameter | None = None
         self.bias: nn.Parameter | None = None
+        self.head: CrossAttention | None = None
         if config.learn_attn_temperature:
             self.log_temperature = nn.Parameter(torch.tensor(math.log(config.attn_temperature)))
         if config.loss == "sigmoid":
             self.bias = nn.Parameter(torch.tensor(SIGMOID_BIAS))
+        if config.align == "cross-attention":
+            self.head = CrossAttention(embedder.config["out_dim"], config.attn_temperature)
 
     def train(self, mode: bool = True) -> Trainable:
         """Set the mode of all modules but the towers, which stay in eval mode (see `Towers`)."""
@@ -51,8 +55,8 @@ class Trainable(nn.Module):
         """Return patch embeddings, text embeddings, the logit scale, and the attention temperature and bias if learned.
 
         images: images [B, 3, H, W] if the vision tower is trained, else its tokens [B, N, width]. texts: token ids
-        [B, L] if the text tower is trained, else text embeddings [B, D]. Of a tower with max_patches, images are a list
-        of [3, H, W] and tokens and patches are packed, [sum of N, width].
+        [B, L] if the text tower is trained, else text embeddings [B, D], or words [B, W, D] for a head. Of a tower with
+        max_patches, images are a list of [3, H, W] and tokens and patches are packed, [sum of N, width].
         """
         if isinstance(images, list):
             tokens = packed_tokens(cast(nn.Module, self.visual), images)[0]
@@ -83,5 +87,6 @@ class Trainable(nn.Module):
         return dataclasses.replace(towers, **{name: getattr(self, name) for name in towers.trained})
 
     def tower_parameters(self) -> list[nn.Parameter]:
-        """Return the parameters of the trained towers, which may have a learning rate of their own."""
-        return [x for module in (self.visual, self.text) if module is not None for x in module.parameters()]
+        """Return the parameters of the trained towers and of the head, which may have a learning rate of their own."""
+        modules = (self.visual, self.text, self.head)
+        return [x for module in modules if module is not None for x in module.parameters()]

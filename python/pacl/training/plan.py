@@ -34,7 +34,7 @@ def plan(run: Run) -> str:
         f"memory: {_mib(sum(need.values()))} a process ({', '.join(f'{k} {_mib(x)}' for k, x in need.items())}), "
         "plus PyTorch itself and the activations of the towers",
     ]
-    if config.dry_run and run.rank == 0 and config.backend != "reference":
+    if config.dry_run and run.rank == 0 and config.backend != "reference" and config.align == "phi":
         lines.append(_loss(run))
     if run.world > 1:
         lines.append(f"network: each process sends {_mib(sent_bytes(run))} in a step")

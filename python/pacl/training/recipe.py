@@ -29,6 +29,7 @@ PAPER: dict[str, Any] = {
     "warmup": 0,
     "lr_scheduler": "cosine",
     "grad_clip_norm": None,
+    "align": "phi",
     "form": "dot",
     "loss": "infonce",
     "attn_temperature": 1.0,

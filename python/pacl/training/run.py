@@ -15,10 +15,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..backbones import patch_counts
+from ..cross_attention import save_head, words_of
 from ..data.features import Features
 from ..data.samples import BadData, Samples, captions_of, loader
 from ..data.texts import noun_finder
-from ..embedder import CONFIG, VisionEmbedder, save_embedder
+from ..embedder import CONFIG, HEAD, VisionEmbedder, save_embedder
 from ..failures import collective
 from ..processes import choose_device, process_group
 from ..resolution import images_of, moved
@@ -271,6 +272,8 @@ class Run:
                 pairs["lengths"] = batch["length"]
         else:
             pairs = self._frozen(images_of(batch), self.towers.tokenize(texts))
+        if self.model.head is not None:
+            pairs["texts"] = words_of(texts, self.towers, self.config.batch_size)
         if several:
             pairs["places"] = places_of(captions)
         names = [f"{origin} {key}" for origin, key in zip(batch["origin"], batch["key"], strict=True)]
@@ -354,11 +357,14 @@ class Run:
     def export(self) -> None:
         """Write the folder that load_pacl reads: embedder, model card with the last validation, and trained towers.
 
-        Only the first process writes.
+        With a head, write one file instead. Only the first process writes.
         """
         if self.rank != 0:
             return
         folder, config, model = self.config.folder / "embedder", self.config, self.result
+        if model.head is not None:
+            save_head(model.embedder, model.head, config.folder / HEAD)
+            return
         towers, trained = model.towers_of(self.towers), self.towers.trained
         for name in (*trained, *([] if self.kept_random else self.random)):
             save_tower(towers, name, folder)

@@ -17,6 +17,7 @@ from pacl_kernels import cached_step, fused_pacl_loss, kept_pairs
 from pacl_kernels.checks import BackendName
 from pacl_kernels.distributed import forget
 
+from ..cross_attention import CrossAttention
 from ..resolution import moved
 from .coherence import coherence_loss
 from .config import TrainConfig
@@ -60,6 +61,8 @@ class Trainer:
         self.coherence_loss: Tensor | None = None  # of the last step, without its weight, with config.coherence_loss
         self.average = average_of(model, config.ema_decay) if config.ema_decay is not None else None
         self.wrapped = model
+        if group and config.align == "cross-attention":
+            raise ValueError(f"align: got cross-attention in {group.size()} processes, expected one process")
         if group:  # the buffers of towers never change
             arguments = inspect.signature(DistributedDataParallel).parameters
             name = "forward_sync_buffers" if "forward_sync_buffers" in arguments else "broadcast_buffers"  # before 2.13
@@ -112,6 +115,7 @@ class Trainer:
         def loss(patches: Tensor, texts: Tensor, *others: Tensor) -> Tensor:
             if watch is not None:
                 first = texts if places is None else texts[places[:, 0].to(texts.device)]
+                first = first if first.ndim == 2 else first[:, 0]  # of words, the embedding of the text
                 watch(patches, first, self._temperature(*others), lengths)
             self.contrasted = self.loss(patches, texts, *others, **options)
             if not config.coherence_loss:
@@ -171,6 +175,8 @@ class Trainer:
 
     def _contrast(self, patches: Tensor, texts: Tensor, scale: Tensor, *learned: Tensor, **options: Any) -> Tensor:
         config = self.config
+        if config.align == "cross-attention":
+            return cast(CrossAttention, self.model.head).loss(patches, texts, scale)
         return fused_pacl_loss(
             patches,
             texts,
