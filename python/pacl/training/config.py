@@ -28,8 +28,8 @@ POSITIVE = (
 ).split()
 # Flags that --align cross-attention does not take: those of φ's losses, of several texts, and of validation by φ.
 PHI_ONLY = (
-    "form loss learn_attn_temperature grad_tolerance coherence_loss captions_per_image duplicates max_patches text_model "
-    "lock_text val_data val_segmentation"
+    "form loss learn_attn_temperature grad_tolerance coherence_loss captions_per_image duplicates max_patches "
+    "text_model lock_text val_data val_segmentation"
 ).split()
 NUMBER = re.compile(r"[-+]?\d{1,40}[eE][-+]?\d{1,4}")
 NOTES = ("deviations", "left_open", "resumed")  # in config.yaml, for people: see recipe.py
