@@ -152,6 +152,8 @@ def test_coherence_of_towers_beside_their_gain(tmp_path, monkeypatch):
     scores, same = (tokens[i] * tokens[j]).sum(1), labels[i] == labels[j]
     expected = mannwhitneyu(scores[same], scores[~same]).statistic / (same.sum() * (~same).sum())
     assert one["tokens_coherence"] == pytest.approx(float(expected), abs=1e-5)
+    longer = torch.linspace(0.1, 9, 64)[:, None] * data["eval.random weights_tokens"]
+    assert study.coherence(longer, data["eval.masks"], 30) == pytest.approx(float(expected), abs=1e-5)
 
     coherence_study.plot(result, tmp_path / "plot.svg")
     assert "prefers-color-scheme" in (tmp_path / "plot.svg").read_text()
