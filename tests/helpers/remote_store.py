@@ -124,9 +124,10 @@ def _handler(store: S3, host: str, port: int) -> type[http.server.BaseHTTPReques
                     store.together -= 1
 
         def respond(self) -> None:
-            store.requests.append((self.command, self.path))
+            path = self.path.partition("?X-Amz-")[0]  # without a signature
+            store.requests.append((self.command, path))
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            fault = store.fault(self.command, self.path, self.headers.get("Range", ""))
+            fault = store.fault(self.command, path, self.headers.get("Range", ""))
             time.sleep(store.latency)
             if isinstance(fault, float):
                 time.sleep(fault)
