@@ -86,6 +86,8 @@ def serve(folder: Path, ports: multiprocessing.Queue, latency: Any) -> None:
             return latency.value
 
     class Server(http.server.ThreadingHTTPServer):
+        request_queue_size = 256  # with Python's 5, connections that are opened together wait a second and more
+
         def handle_error(self, *about: object) -> None:
             """Say nothing: readers leave when their epoch ends."""
 
