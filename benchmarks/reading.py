@@ -15,6 +15,7 @@ and Linux. Cold pages are those that the system drops when it is asked to; some 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import http.server
 import json
 import multiprocessing
@@ -107,9 +108,14 @@ def forget(folder: Path) -> None:
 
 def times(processes: Iterable[int]) -> tuple[float, float]:
     """Return the seconds for which processes ran, and for which they could have run and no processor was free."""
-    tasks = [task for process in processes for task in Path(f"/proc/{process}/task").iterdir()]
-    ran, waited = zip(*((task / "schedstat").read_text().split()[:2] for task in tasks), strict=True)
-    return sum(map(int, ran)) / 1e9, sum(map(int, waited)) / 1e9
+    ran = waited = 0.0
+    for process in processes:
+        words = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+        ran += (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
+        for task in Path(f"/proc/{process}/task").iterdir():
+            with contextlib.suppress(OSError):  # a thread that ends now
+                waited += int((task / "schedstat").read_text().split()[1]) / 1e9
+    return ran, waited
 
 
 def share(
