@@ -231,9 +231,23 @@ def training_step(result: dict) -> str:
 
 
 def reading(result: dict) -> str:
-    """Return the share of time that training waits for features, and the images a second that arrive."""
-    rows = [[row["source"], f"{100 * row['share']:.1f}%", number(row["images_per_s"])] for row in result["rows"]]
-    return grid(["features in", "steps wait", "images/s"], rows)
+    """Return the share of time that training waits for features, and images a second and processor time of each."""
+    times = {
+        "processor_ms": "ms of processors an image",
+        "queued_ms": "ms in their queue",
+        "server_ms": "ms in the server",
+    }
+    times = {key: words for key, words in times.items() if key in result["rows"][0]}  # earlier results have none
+    rows = [
+        [
+            row["source"],
+            f"{100 * row['share']:.1f}%",
+            number(row["images_per_s"]),
+            *(f"{row[key]:.2f}" for key in times),
+        ]
+        for row in result["rows"]
+    ]
+    return grid(["features in", "steps wait", "images/s", *times.values()], rows)
 
 
 def segment_folder(result: dict) -> str:

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from .failures import StoreError
 from .range_cache import RangeCache
+from .signed import get_signed
 
 PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "hf": "huggingface_hub", "https": "aiohttp"}  # by scheme
 FIRST_PAUSE, LONGEST_PAUSE = 0.2, 60.0  # seconds before an attempt is repeated; the pause doubles each time
@@ -113,10 +114,11 @@ def write(url: str, data: bytes, store: Store) -> None:
 
 
 async def _read(url: str, start: int, end: int, info: Info, store: Store) -> bytes:
-    cache = store.cache
-    key = hashlib.sha256(json.dumps([url, info.tag, info.size, start, end]).encode()).hexdigest()
-    if cache is not None and (known := await asyncio.to_thread(cache.get, key, end - start)) is not None:
-        return known
+    cache, key = store.cache, ""
+    if cache is not None:
+        key = hashlib.sha256(json.dumps([url, info.tag, info.size, start, end]).encode()).hexdigest()
+        if (known := await asyncio.to_thread(cache.get, key, end - start)) is not None:
+            return known
 
     async def once() -> bytes:
         data = await _get(url, start, end, info)
@@ -138,6 +140,9 @@ async def _read(url: str, start: int, end: int, info: Info, store: Store) -> byt
 async def _get(url: str, start: int, end: int, info: Info) -> bytes:
     """Return bytes of an object; raise StoreError if it is not the one of `info`."""
     if url.startswith("s3:"):
+        known = await get_signed(_filesystem("s3", os.getpid()), url, start, end, info.etag)
+        if known is not None:
+            return known
         # s3fs's own method for this cannot ask for bytes of a certain version.
         bucket, _, key = url.removeprefix("s3://").partition("/")
         part = {"Range": f"bytes={start}-{end - 1}", "IfMatch": info.etag}

@@ -64,6 +64,11 @@ class RemoteTensors:
         if 8 + length > len(self._head):
             self._head = path.start_read(0, 8 + length).result()
         self.parts, self._metadata = parse_header(self._head[8 : 8 + length], 8 + length, size)
+        # Integers say where other things lie. They come first, and are kept; a long run has many files open.
+        ends = [part.rows(0, part.shape[0])[1] for part in self.parts.values() if part.dtype == "I64"]
+        kept = max([8 + length, *(end for end in ends if end <= MOST_HEADER)])
+        self._head = self._head[:kept] if kept <= len(self._head) else path.start_read(0, kept).result()
+        self._coming: dict[tuple[int, int], Future[bytes]] = {}
 
     def __enter__(self) -> RemoteTensors:
         return self
@@ -87,10 +92,21 @@ class RemoteTensors:
         whole = part._replace(shape=(math.prod(part.shape),))
         return _Slice(self, whole)[:].reshape(part.shape)
 
+    def fetch(self, start: int, end: int) -> None:
+        """Begin to read bytes that `read` will be asked for."""
+        if end > len(self._head) and (start, end) not in self._coming:
+            self._coming[start, end] = self.path.start_read(start, end)
+
     def read(self, start: int, end: int) -> bytes:
         if end <= len(self._head):
             return self._head[start:end]
-        return self.path.start_read(start, end).result()
+        coming = self._coming.pop((start, end), None)
+        return (coming or self.path.start_read(start, end)).result()
+
+    def forget(self) -> None:
+        """Give up what was fetched and not read."""
+        while self._coming:
+            self._coming.popitem()[1].cancel()
 
 
 class _Slice:
@@ -106,12 +122,23 @@ class _Slice:
         return self._part.dtype
 
     def __getitem__(self, rows: slice) -> Tensor:
-        first, end, _ = rows.indices(self._part.shape[0])
-        shape = (max(0, end - first), *self._part.shape[1:])
-        if math.prod(shape) == 0:
+        shape, (start, end) = self._range(rows)
+        if start == end:
             return torch.empty(shape, dtype=DTYPES[self._part.dtype])
-        data = bytearray(self._file.read(*self._part.rows(first, end)))
+        data = bytearray(self._file.read(start, end))
         return torch.frombuffer(data, dtype=DTYPES[self._part.dtype]).reshape(shape)
+
+    def fetch(self, rows: slice) -> None:
+        """Begin to read these rows."""
+        _, (start, end) = self._range(rows)
+        if start < end:
+            self._file.fetch(start, end)
+
+    def _range(self, rows: slice) -> tuple[tuple[int, ...], tuple[int, int]]:
+        """Return the shape of some rows, and their range of bytes."""
+        first, end, _ = rows.indices(self._part.shape[0])
+        end = max(first, end)
+        return (end - first, *self._part.shape[1:]), self._part.rows(first, end)
 
 
 # Any: a file in a store has those methods of safe_open that are used.

@@ -29,7 +29,8 @@ class S3:
     fault: called with the method, the path and the range of each request of the proxy; returns what to do: None to
     pass it on, "reset", "cut" (half of the body, then the end of the connection), "short" (half of the body as if it
     were all), a status such as "503", or the seconds before the first byte. latency: seconds before every answer.
-    most_together: the largest number of requests that were open at once.
+    most_together: the largest number of requests that were open at once. signed: paths of the requests so far at
+    addresses with a signature. trusting: False to refuse these.
     """
 
     client: object
@@ -39,11 +40,14 @@ class S3:
     latency: float = 0.0
     together: int = 0
     most_together: int = 0
+    signed: list[str] = field(default_factory=list)
+    trusting: bool = True
 
     def begin(self) -> None:
         """Forget the requests of an earlier test, and let none fail."""
         self.requests.clear()
-        self.fault, self.latency, self.most_together = S3.fault, 0.0, 0
+        self.signed.clear()
+        self.fault, self.latency, self.most_together, self.trusting = S3.fault, 0.0, 0, True
 
     def put(self, path: Path, key: str) -> str:
         self.client.put_object(Bucket=BUCKET, Key=key, Body=path.read_bytes())
@@ -124,9 +128,15 @@ def _handler(store: S3, host: str, port: int) -> type[http.server.BaseHTTPReques
                     store.together -= 1
 
         def respond(self) -> None:
-            store.requests.append((self.command, self.path))
+            path, signature, _ = self.path.partition("?X-Amz-")
+            store.requests.append((self.command, path))
+            if signature:
+                store.signed.append(path)
+                if not store.trusting:
+                    self.reply(403, {}, b"")
+                    return
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            fault = store.fault(self.command, self.path, self.headers.get("Range", ""))
+            fault = store.fault(self.command, path, self.headers.get("Range", ""))
             time.sleep(store.latency)
             if isinstance(fault, float):
                 time.sleep(fault)

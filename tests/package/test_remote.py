@@ -76,7 +76,7 @@ def test_the_same_weights_whatever_the_store_does(s3, scenes, store_world, tmp_p
 
 
 def secrets() -> list[str]:
-    return list(CREDENTIALS.values())
+    return [*CREDENTIALS.values(), "X-Amz-Signature"]
 
 
 def replace(s3: S3, key: str) -> None:

@@ -114,7 +114,9 @@ def test_damage_is_found_as_on_a_disk(s3, folder):
         Features(address, verify=False)
 
 
-def test_tensors_of_a_store_are_those_of_safetensors(s3, folder, address):
+@pytest.mark.parametrize("head", [64, 2**16])
+def test_tensors_of_a_store_are_those_of_safetensors(s3, folder, address, head, monkeypatch):
+    monkeypatch.setattr("pacl.tensors.HEAD", head)
     source = Features(address, verify=False)
     for path in source.paths:
         with safe_open(folder / path.name, "pt") as local, open_tensors(path) as remote:
@@ -147,6 +149,41 @@ def test_images_are_read_ahead_of_their_turn(s3, folder, address):
     found = [batch["key"] for batch in loader(source, 10)]
     assert found == [batch["key"] for batch in loader(Features(folder), 10)]
     assert s3.most_together >= 8
+
+
+def test_reads_have_signed_addresses_unless_the_store_refuses_them(s3, folder, address, monkeypatch):
+    monkeypatch.setattr("pacl.signed._signed", {})
+    source, local = Features(address, verify=False), list(Features(folder))
+    s3.signed.clear()
+    assert [sample["key"] for sample in source] == [sample["key"] for sample in local]
+    assert len(s3.signed) == 3 * len(local)
+    monkeypatch.setattr("pacl.signed._signed", {})
+    s3.trusting = False
+    s3.signed.clear()
+    for sample, other in zip(source, local, strict=True):
+        assert torch.equal(sample["tokens"], other["tokens"]) and torch.equal(sample["text"], other["text"])
+    assert 3 <= len(s3.signed) < 90  # those that were under way when the first one of an object was refused
+    s3.signed.clear()
+    assert len(list(source)) == len(local) and not s3.signed
+
+
+def test_what_is_read_ahead_is_bounded_and_ends_with_its_reader(s3, folder, address, monkeypatch):
+    source = Features(address, verify=False, store=Store(attempts=1))
+    s3.begin()
+    s3.latency = 0.01
+    with monkeypatch.context() as patch:
+        patch.setattr("pacl.data.features.AHEAD_BYTES", 1)
+        # Tokens and record of one image; the server may count one that is answered already.
+        assert len(list(source)) == 30 and s3.most_together <= 4
+    row = 5
+    first, end = _open(source.paths[0]).parts["tokens"].rows(row, row + 1)
+    s3.fault = lambda method, path, asked: "500" if asked == f"bytes={first}-{end - 1}" and "00000" in path else None
+    found = []
+    with pytest.raises(StoreError, match="features-00000.safetensors could not be read in 1 attempt"):
+        for sample in source:
+            found.append(sample["key"])
+    assert len(found) == row  # those before the fault come, whatever is read ahead
+    assert not any(_open(path)._coming for path in source.paths)
 
 
 def test_writing_to_a_store_goes_on_after_a_fault(s3, store_world, folder, capsys):

@@ -9,15 +9,16 @@ With --max-patches the tokens are packed, [sum of N, width]; those of image i en
 from __future__ import annotations
 
 import bisect
+import contextlib
 import hashlib
 import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import cache, partial
+from functools import cache
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, NamedTuple, TypedDict
 
 import numpy as np
 import torch
@@ -36,13 +37,25 @@ from ..stores import AT_ONCE, Store
 from ..tensors import announce, announced, open_tensors, read_ahead
 from ..towers import Towers
 from ..weights import check_digest
+from .feature_rows import fetch_image, fetch_texts, read_records, read_tokens
 from .pairs import Pairs
 from .samples import captions_of
 from .texts import PROMPTS
 
 TOWERS = "model pretrained vision_model vision_pretrained text_model force_image_size max_patches tokens proxy".split()
 MANIFEST, NOUNS = "manifest.json", "prompts.safetensors"
-AHEAD = 32  # images that are read ahead of the one in use
+# Most images whose tokens and records are on their way from a store to a reader; as many wait there for their texts. On
+# a disk so many are announced.
+AHEAD = 32
+AHEAD_BYTES = 2**25  # the most bytes of so many
+
+
+class Record(NamedTuple):
+    """An image's key, its captions of this epoch, and the rows of their embeddings in the shard."""
+
+    key: str
+    captions: list[str]
+    texts: list[int]
 
 
 class Shard(TypedDict):
@@ -172,27 +185,33 @@ class Features(Pairs):
         return index, epoch
 
     def decode(self, raw: tuple[int, int], worker: int = 0) -> dict[str, Any]:  # type: ignore[override]
-        index, epoch = raw
-        path, row = self._place(index)
-        try:
+        return self._sample(raw, self._record(raw))
+
+    def _record(self, raw: tuple[int, int]) -> Record:
+        """Return the record of an image; if it is in a store, also begin to read its texts."""
+        path, row = self._place(raw[0])
+        with _damage(path, row):
             shard = _open(path)
             record = read_records(shard, row, row + 1)[0]
-            turns = self.turns(record["captions"], epoch, record["key"])
-            captions = [record["captions"][turn] for turn in turns]
-            rows = [record["text"] + turn for turn in turns]
-            texts = torch.cat([shard.get_slice("texts")[text : text + 1] for text in rows])
+            turns = self.turns(record["captions"], raw[1], record["key"])
+            captions, texts = [record["captions"][turn] for turn in turns], [record["text"] + turn for turn in turns]
+            if isinstance(path, RemotePath):
+                fetch_texts(shard, texts)
+            return Record(record["key"], captions, texts)
+
+    def _sample(self, raw: tuple[int, int], record: Record) -> dict[str, Any]:
+        path, row = self._place(raw[0])
+        with _damage(path, row):
+            shard = _open(path)
+            texts = torch.cat([shard.get_slice("texts")[text : text + 1] for text in record.texts])
             one = self.captions == "one"
             return {
-                "key": record["key"],
+                "key": record.key,
                 "origin": f"{path.name} {row}",
-                **({"caption": captions[0]} if one else {"captions": captions}),
-                **(_packed(shard, row) if self.packed else {"tokens": shard.get_slice("tokens")[row : row + 1][0]}),
+                **({"caption": record.captions[0]} if one else {"captions": record.captions}),
+                **read_tokens(shard, row, packed=self.packed),
                 **({"text": texts[0]} if one else {"texts": texts}),
             }
-        except StoreError:
-            raise
-        except Exception as error:  # on bytes that were not compared with their SHA-256, anything
-            raise Damaged(path, f"the record of its image {row:,} cannot be read") from error
 
     def _place(self, index: int) -> tuple[Location, int]:
         """Return the file of an image, and its row there."""
@@ -202,8 +221,36 @@ class Features(Pairs):
     # mypy: see `get`.
     def decoded(self, raws: Iterator[Any], worker: int) -> Iterator[dict[str, Any] | None]:
         if isinstance(self.folder, RemotePath):
-            return read_ahead(partial(self.decode, worker=worker), raws, AHEAD)
+            return self._fetched(raws)
         return super().decoded(announced(raws, self._announce, AHEAD), worker)
+
+    def _fetched(self, raws: Iterator[tuple[int, int]]) -> Iterator[dict[str, Any]]:
+        """Yield the images of a store. Those that come next are under way: tokens and records, and then their texts."""
+        image = sum(shard["bytes"] for shard in self.manifest["shards"]) // len(self)
+        ahead = min(AHEAD, AHEAD_BYTES // image)
+        shards = set()
+
+        def fetch(raw: tuple[int, int]) -> None:
+            path, row = self._place(raw[0])
+            with contextlib.suppress(StoreError, Damaged), _damage(path, row):  # who reads the image says what is wrong
+                shards.add(shard := _open(path))
+                fetch_image(shard, row, packed=self.packed)
+
+        def learn(raw: tuple[int, int]) -> tuple[tuple[int, int], Record | Exception]:
+            try:
+                return raw, self._record(raw)
+            except (StoreError, Damaged) as error:  # raised when it is the turn of this image
+                return raw, error
+
+        known = map(learn, announced(raws, fetch, ahead))
+        try:
+            for raw, record in announced(known, lambda item: None, ahead):
+                if isinstance(record, Exception):
+                    raise record
+                yield self._sample(raw, record)
+        finally:
+            for shard in shards:
+                shard.forget()
 
     # mypy: see `get`.
     def _announce(self, raw: Any) -> None:
@@ -246,24 +293,6 @@ def write_shard(
     if packed:
         tensors["token_ends"] = torch.tensor([len(x) for x in tokens]).cumsum(0)
     write_bytes(folder / _name(number), save(tensors))
-
-
-def read_records(shard: Any, start: int, end: int) -> list[dict]:
-    """Return records `start` to `end` of an open shard."""
-    ends = shard.get_slice("ends")[max(0, start - 1) : end].tolist()
-    ends = ends if start else [0, *ends]
-    data = bytes(shard.get_slice("records")[ends[0] : ends[-1]].numpy())
-    return [json.loads(data[a - ends[0] : b - ends[0]]) for a, b in zip(ends, ends[1:], strict=False)]
-
-
-def _packed(shard: Any, row: int) -> dict[str, Any]:
-    """Return tokens [N, width] and length, which is N, of image `row` of a shard with packed tokens."""
-    stop = shard.get_slice("token_ends")[max(0, row - 1) : row + 1].tolist()
-    start, end = stop if row else (0, stop[0])
-    tokens = shard.get_slice("tokens")
-    if not 0 <= start < end <= tokens.get_shape()[0]:
-        raise ValueError(f"token_ends of image {row} are {start} and {end}")
-    return {"tokens": tokens[start:end], "length": end - start}
 
 
 def _name(number: int) -> str:
@@ -388,6 +417,17 @@ def _check_header(path: Location, count: int, *, packed: bool) -> None:
     lengths = {parts[name].get_shape()[0] for name in ("token_ends" if packed else "tokens", "ends")}
     if lengths != {count}:
         raise Damaged(path, f"it has {min(lengths):,} images, expected {count:,}")
+
+
+@contextlib.contextmanager
+def _damage(path: Location, row: int) -> Iterator[None]:
+    """Raise Damaged for any error but the store's: bytes that were not compared with their SHA-256 may cause all."""
+    try:
+        yield
+    except StoreError:
+        raise
+    except Exception as error:
+        raise Damaged(path, f"the record of its image {row:,} cannot be read") from error
 
 
 @cache
