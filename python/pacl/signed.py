@@ -34,9 +34,8 @@ async def get_signed(fs: Any, url: str, start: int, end: int, etag: str) -> byte
     bucket, _, key = url.removeprefix("s3://").partition("/")
     await fs.set_session()
     client = await fs.get_s3(bucket)
-    session: Any = getattr(
-        getattr(client, "_endpoint", None), "http_session", None
-    )  # s3fs, too, has no other way to it
+    endpoint = getattr(client, "_endpoint", None)  # there is no public way to it; s3fs takes this one as well
+    session: Any = getattr(endpoint, "http_session", None)
     if type(session).__name__ != "AIOHTTPSession" or fs.req_kw or fs.s3_additional_kwargs:
         return None
     address, until = _signed.get(url, (None, 0.0))
