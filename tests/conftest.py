@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import zlib
 
@@ -12,11 +11,6 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # processes that share the cores get on
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
-
-if hasattr(ctypes.CDLL(None), "mallopt"):  # glibc
-    _M_PERTURB = -6
-    # Fill memory from malloc with bytes of 255, which are NaN in every dtype: what nobody wrote must not matter.
-    ctypes.CDLL(None).mallopt(_M_PERTURB, 256)
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # must be set before triton is imported
