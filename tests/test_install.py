@@ -171,6 +171,7 @@ def test_python_in_the_clone_says_whose_module_it_will_not_run(clone):
     assert clone.which()[2] == "first sources"  # outside the clone only the installed package is found, and it runs
 
 
+@pytest.mark.long
 def test_the_compiler_is_looked_up_each_time(clone):
     """Each build looks up its compiler: the usual one, another, one that does not exist, or none at all."""
     wrapper = clone.venv / "bin" / "another-compiler"
@@ -220,6 +221,7 @@ def test_the_source_distribution_has_what_an_installation_needs(clone, tmp_path)
         assert len(files) > 20 and not missing
 
 
+@pytest.mark.long
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc, so none can appear")
 def test_nvcc_is_looked_up_each_time(clone, tmp_path):
     broken = tmp_path / "nvcc"

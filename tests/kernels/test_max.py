@@ -122,7 +122,7 @@ def test_the_temperature_is_ignored(target):
             assert phi.shape == (4, 4) and grad.shape == leaf.shape and (grad == 0).all()
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("case", BLOCKS, ids=str)
 def test_more_than_one_block(case, single):
     check(make(case, "max", "compatibility", device=single.device), single.backend)

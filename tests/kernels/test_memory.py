@@ -93,6 +93,7 @@ def test_the_sigmoid_loss_has_no_array_of_all_pairs(cpu_backend):
     assert max(dot, cosine) < 3 * b * b, "expected less than one array of float32"
 
 
+@pytest.mark.long
 def test_texts_of_many_tokens(cpu_backend):
     """Beyond inputs and gradients: two float32 [ΣL, D] for the texts' gradient, four [B, K], and at most 64 MiB."""
     b, n, d, tokens = 512, 2, 64, 65536

@@ -229,6 +229,7 @@ def test_descriptors_where_alignment_allows(case, dtype, expected, launches):
         assert _launched(launches, name) and all(x["DESCRIPTORS"] == expected for x in _launched(launches, name))
 
 
+@pytest.mark.long
 def test_strides_whose_multiples_need_64_bits():
     """Offsets need 64 bits if dimensions lie 2³⁰ elements apart; only the ends of that memory are touched."""
     problem = make(Case(2, 70, 3), "dot", "compatibility", torch.float16, DEVICE)

@@ -172,6 +172,7 @@ def test_labels_that_did_not_compete_are_refused(load):
         evaluate_segmentation(data, lambda image, labels: np.zeros((4, 4), int), TCL)
 
 
+@pytest.mark.long
 def test_two_processes_are_one(roots, tmp_path):
     script = Path(__file__).with_name("evaluate_ranks.py")
     status, printed = run_ranks([script, "voc21", roots["voc21"]], 2, tmp_path / "printed")

@@ -19,7 +19,7 @@ def world(tmp_path_factory) -> Path:
     return make_world(tmp_path_factory.mktemp("kill_loop"))
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.long
 @pytest.mark.parametrize("command", [name for name in COMMANDS if name != "shared"])  # see test_features_shared.py
 def test_killed_at_random(command, world, tmp_path):
     torch.set_num_threads(1)

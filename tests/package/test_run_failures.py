@@ -98,6 +98,7 @@ def test_a_data_reader_that_dies(world, tmp_path):
     )
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_process_that_is_lost(how, world, tmp_path):
     """The first process saves, whether the other one died or only stopped."""

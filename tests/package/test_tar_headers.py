@@ -94,6 +94,7 @@ def test_damage_is_counted_and_the_good_pairs_are_read(kind, compressed, tmp_pat
     assert not (tmp_path / "sizes.json").exists(), "the count of a damaged shard was kept"
 
 
+@pytest.mark.long
 def test_small_files_take_neither_long_nor_much_memory(tmp_path):
     for kind in ("endless", "sparse"):
         (tmp_path / f"{kind}.tar").write_bytes(DAMAGED[kind][0])

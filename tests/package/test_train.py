@@ -107,6 +107,7 @@ def whole_run(world: Path, logs: Path, processes: int, **changes) -> str:
     return printed.getvalue()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux to find a process's children")
 @pytest.mark.parametrize("processes, workers, form", [(1, 2, "folder"), (2, 1, "shards")])
 def test_killed_and_resumed(processes, workers, form, world, tmp_path):

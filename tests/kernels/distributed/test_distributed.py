@@ -48,11 +48,11 @@ def in_processes(world: int, *command: str) -> str:
 @pytest.mark.parametrize(
     "world, sample, chosen",
     [
-        (1, 1, "one"),
+        pytest.param(1, 1, "one", marks=pytest.mark.long),
         (2, 6, "equals and float64 or ten_steps or cached or travel"),
         (3, 6, ""),
         pytest.param(3, 1, "", marks=pytest.mark.long),
-        (4, 3, "equals and infonce and float64 and dot or travel"),
+        pytest.param(4, 3, "equals and infonce and float64 and dot or travel", marks=pytest.mark.long),
     ],
 )
 def test_in_processes(world, sample, chosen):
