@@ -13,7 +13,6 @@ of its own CLIP.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 from collections.abc import Callable
@@ -24,6 +23,7 @@ import numpy as np
 import open_clip
 import timm.models
 import torch
+from outputs import run_and_report, write_json
 from pacl.backbones import freeze, patch_tokens, share
 from pacl.demo import toy_clip
 from pacl.files import write_bytes
@@ -242,15 +242,9 @@ def plot(found: dict, path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    run = commands.add_parser("run")
-    run.add_argument("out", type=Path, help="Folder of the runs.")
+    parser, run, show = run_and_report(__doc__)
     run.add_argument("--quick", action="store_true", help="Use few images; the numbers mean nothing.")
     run.add_argument("--clip", type=Path, required=True, help="Folder of the CLIP that `pacl demo` trained.")
-    show = commands.add_parser("report")
-    show.add_argument("out", type=Path, help="Folder of the runs.")
-    show.add_argument("--json", type=Path, help="Write the result.")
     show.add_argument("--plot", type=Path, help="Write the figure, an SVG.")
     arguments = parser.parse_args()
     if arguments.command == "run":
@@ -259,7 +253,7 @@ def main() -> None:
     result = report(arguments.out)
     print(f"{coherence_weights(result)}\n\n{coherence_towers(result)}\n\n{json.dumps(result['correlations'])}")
     if arguments.json:
-        write_bytes(arguments.json, (json.dumps(result, indent=1) + "\n").encode())
+        write_json(arguments.json, result)
     if arguments.plot:
         plot(result, arguments.plot)
 

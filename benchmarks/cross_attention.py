@@ -10,7 +10,6 @@ one thread.
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import study
 import torch
+from outputs import run_and_report, write_json
 from pacl.backbones import patch_tokens
 from pacl.cross_attention import CrossAttention
 from pacl.files import write_bytes
@@ -131,10 +131,7 @@ def report(out: Path) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    run = commands.add_parser("run")
-    run.add_argument("out", type=Path, help="Folder of the runs.")
+    parser, run, _ = run_and_report(__doc__)
     run.add_argument("--batch", type=int, default=64, help="Batch size (default: %(default)s).")
     run.add_argument("--lr", type=float, default=16e-3, help="Learning rate of the embedder (default: %(default)s).")
     run.add_argument("--seeds", type=int, default=3, help="Number of seeds (default: %(default)s).")
@@ -142,9 +139,6 @@ def main() -> None:
     for name in SIZES:
         flag, value = f"--{name.replace('_', '-')}", getattr(defaults, name)
         run.add_argument(flag, type=int, default=value, help=f"{name} of study.py (default: %(default)s).")
-    show = commands.add_parser("report")
-    show.add_argument("out", type=Path, help="Folder of the runs.")
-    show.add_argument("--json", type=Path, help="Write the result.")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.command == "run":
@@ -155,7 +149,7 @@ def main() -> None:
     result = report(arguments.out)
     print(cross_attention(result, "quality"), cross_attention(result, "cost"), sep="\n\n")
     if arguments.json:
-        write_bytes(arguments.json, (json.dumps(result, indent=1) + "\n").encode())
+        write_json(arguments.json, result)
 
 
 if __name__ == "__main__":

@@ -11,17 +11,16 @@ pooled patch of every pair, with autograd.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
+from outputs import light_and_dark, write_json
 from pacl.embedder import VisionEmbedder
-from pacl.files import write_bytes
 from report import machine
-from sweep import THEMES
 from throughput import peak_growth
 from training_step import LOSSES, D, N
 from training_step import WIDTH as FEATURE_WIDTH
@@ -112,36 +111,26 @@ def measure(args: argparse.Namespace, source: str, batch: int) -> list[dict]:
 
 def plot(result: dict, path: Path) -> list[Path]:
     """Draw the parts of every step, each beside the eager step of its batch, for light and dark pages."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     rows = [row for row in result["rows"] if not row["reason"]]
     eager = {(x["source"], x["batch"]): sum(x["seconds"].values()) for x in rows if x["loss"] == "eager"}
     rows = [row for row in rows if (row["source"], row["batch"]) in eager][::-1]
-    files = []
-    for theme, colours in THEMES.items():
-        ink = colours["text"]
-        text = dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor"), ink)
-        faces = {key: value for key, value in colours.items() if key != "text"}
-        with plt.rc_context(faces | text | {"svg.hashsalt": "end to end"}):
-            figure, axes = plt.subplots(figsize=(8, 0.4 * len(rows) + 1.2), layout="constrained")
-            for y, row in enumerate(rows):
-                whole, left = eager[row["source"], row["batch"]], 0.0
-                for part, colour in zip(PARTS, ("C7", "C0", "C1"), strict=True):
-                    share = 100 * row["seconds"][part] / whole
-                    axes.barh(y, share, left=left, color=colour, label=part if y == 0 else None)
-                    left += share
-            names = [f"{row['source']}, {row['batch']:,}, {row['loss']}" for row in rows]
-            axes.set_yticks(range(len(rows)), names)
-            axes.set_xlabel("% of the eager step")
-            axes.legend(frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.4, 1.0))
-            axes.spines[["top", "right"]].set_visible(False)
-            files.append(path.with_name(f"{path.stem}-{theme}{path.suffix}"))
-            figure.savefig(files[-1], metadata={"Date": None} if path.suffix == ".svg" else None)
-            plt.close(figure)
-    return files
+
+    def draw(plt: Any, ink: str) -> Any:
+        figure, axes = plt.subplots(figsize=(8, 0.4 * len(rows) + 1.2), layout="constrained")
+        for y, row in enumerate(rows):
+            whole, left = eager[row["source"], row["batch"]], 0.0
+            for part, colour in zip(PARTS, ("C7", "C0", "C1"), strict=True):
+                share = 100 * row["seconds"][part] / whole
+                axes.barh(y, share, left=left, color=colour, label=part if y == 0 else None)
+                left += share
+        names = [f"{row['source']}, {row['batch']:,}, {row['loss']}" for row in rows]
+        axes.set_yticks(range(len(rows)), names)
+        axes.set_xlabel("% of the eager step")
+        axes.legend(frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.4, 1.0))
+        axes.spines[["top", "right"]].set_visible(False)
+        return figure
+
+    return light_and_dark(path, "end to end", draw)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -170,7 +159,7 @@ def main(argv: list[str] | None = None) -> None:
                 share = f"{parts['loss'] / sum(parts.values()):.0%} in the loss" if parts else row["reason"]
                 print(f"{source}, batch {batch:,}, {row['loss']}: {share}; {times}", flush=True)
             if args.json:
-                write_bytes(args.json, (json.dumps(result, indent=1) + "\n").encode())
+                write_json(args.json, result)
     if args.plot:
         print(*plot(result, args.plot), sep="\n")
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import report
 import torch
-from pacl.files import write_bytes
+from outputs import write_json
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -163,7 +163,7 @@ def main(argv: list[str] | None = None) -> None:
     def add(kind: str, found: list[dict[str, Any]]) -> None:
         result[kind] += found
         if options.json:
-            write_bytes(options.json, (json.dumps(result, indent=1) + "\n").encode())
+            write_json(options.json, result)
 
     for name in options.dtypes:
         dtype = getattr(torch, name)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import statistics
 import subprocess
@@ -24,7 +23,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from pacl.files import SUFFIX, write_bytes
+from outputs import write_json
+from pacl.files import SUFFIX
 from report import machine
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/helpers"))
@@ -160,7 +160,7 @@ def main() -> int:
 
 
 def write(path: Path, result: dict) -> None:
-    write_bytes(path, (json.dumps(result, indent=1) + "\n").encode())
+    write_json(path, result)
 
 
 if __name__ == "__main__":

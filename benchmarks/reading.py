@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import http.server
-import json
 import multiprocessing
 import os
 import statistics
@@ -29,10 +28,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from outputs import write_json
 from pacl.cli import main as pacl
 from pacl.data import features
 from pacl.data.samples import loader
-from pacl.files import write_bytes
 from report import machine
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/helpers"))
@@ -203,7 +202,7 @@ def main() -> None:
                 flush=True,
             )
             if options.json:
-                write_bytes(options.json, (json.dumps(result, indent=1) + "\n").encode())
+                write_json(options.json, result)
         server.kill()
 
 

@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from outputs import write_json
 from pacl.demo.training import ATTN_TEMPERATURE, MEAN_POOLING, embedder_config, embedder_pairs
 from pacl.embedder import VisionEmbedder
 from pacl.evaluate.metrics import IGNORE, Retrieval, ScoreCounts, class_scores, patch_labels, patch_shares
@@ -230,7 +231,7 @@ def work(out: Path, packages: Path, size: Size, towers: tuple[str, ...], json_pa
             prepare(run.tower, towers_of(run.tower, packages, out), world, scenes, out)
         print(train(run, out, size), flush=True)
         if json_path:
-            write_bytes(json_path, (json.dumps(report(out), indent=1) + "\n").encode())
+            write_json(json_path, report(out))
 
 
 def report(out: Path) -> dict:
@@ -290,7 +291,7 @@ def main() -> None:
     found = report(arguments.out)
     print(real_words(found))
     if arguments.json:
-        write_bytes(arguments.json, (json.dumps(found, indent=1) + "\n").encode())
+        write_json(arguments.json, found)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ parts are timed around the command's own functions, in processor time of all thr
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import time
 from collections.abc import Callable
@@ -22,8 +21,8 @@ from unittest.mock import patch
 import numpy as np
 import open_clip
 import torch
+from outputs import write_json
 from pacl.cli import main as pacl
-from pacl.files import write_bytes
 from pacl.segment import predict, run
 from PIL import Image
 from report import machine
@@ -118,7 +117,7 @@ def main() -> None:
             parts = "  ".join(f"{name} {100 * x['share']:.1f} %" for name, x in row["parts"].items())
             print(f"{side}: {row['images_per_s']:.2f} images/s   {parts}", flush=True)
     if options.json:
-        write_bytes(options.json, (json.dumps(result, indent=1) + "\n").encode())
+        write_json(options.json, result)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ CLIP, the training scenes and the 512 evaluation scenes are the same for all run
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import multiprocessing
@@ -26,6 +25,7 @@ from pathlib import Path
 
 import open_clip
 import torch
+from outputs import run_and_report, write_json
 from pacl.cross_attention import CrossAttention
 from pacl.demo.training import ATTN_TEMPERATURE, embedder_config, embedder_pairs
 from pacl.embedder import VisionEmbedder
@@ -348,17 +348,11 @@ def plot(found: dict, path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    run = commands.add_parser("run")
-    run.add_argument("out", type=Path, help="Folder of the runs.")
+    parser, run, show = run_and_report(__doc__)
     run.add_argument(
         "--processes", type=int, default=2, help="Number of processes, with one thread each (default: %(default)s)."
     )
     run.add_argument("--quick", action="store_true", help="Run everything once in minutes; the numbers mean nothing.")
-    show = commands.add_parser("report")
-    show.add_argument("out", type=Path, help="Folder of the runs.")
-    show.add_argument("--json", type=Path, help="Write the result.")
     show.add_argument("--plot", type=Path, help="Write a chart.")
     arguments = parser.parse_args()
     if arguments.command == "run":
@@ -367,7 +361,7 @@ def main() -> None:
     found = report(arguments.out)
     print(tables_of_study(found))
     if arguments.json:
-        write_bytes(arguments.json, (json.dumps(found, indent=1) + "\n").encode())
+        write_json(arguments.json, found)
     if arguments.plot:
         plot(found, arguments.plot)
 

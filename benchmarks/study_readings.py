@@ -11,13 +11,13 @@ table shows the better rate of each reading.
 
 from __future__ import annotations
 
-import argparse
 import json
 from functools import partial
 from pathlib import Path
 
 import open_clip
 import torch
+from outputs import run_and_report, write_json
 from pacl.backbones import freeze
 from pacl.demo import toy_clip
 from pacl.dense import dense_tokens
@@ -115,16 +115,10 @@ def report(out: Path) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    run = commands.add_parser("run")
-    run.add_argument("out", type=Path, help="Folder of the runs.")
+    parser, run, _ = run_and_report(__doc__)
     run.add_argument("--quick", action="store_true", help="Run everything once in seconds; the numbers mean nothing.")
     run.add_argument("--images", type=int, default=Size().images, help="Images of each run (default: %(default)s).")
     run.add_argument("--clip", type=Path, help="Folder of the CLIP that `pacl demo` trained, for the demo's world.")
-    show = commands.add_parser("report")
-    show.add_argument("out", type=Path, help="Folder of the runs.")
-    show.add_argument("--json", type=Path, help="Write the result.")
     arguments = parser.parse_args()
     if arguments.command == "run":
         work(arguments.out, QUICK if arguments.quick else Size(images=arguments.images, points=1), arguments.clip)
@@ -133,7 +127,7 @@ def main() -> None:
     for world in WORLDS:
         print(f"{world} world\n\n{readings(result, world)}\n")
     if arguments.json:
-        write_bytes(arguments.json, (json.dumps(result, indent=1) + "\n").encode())
+        write_json(arguments.json, result)
 
 
 if __name__ == "__main__":

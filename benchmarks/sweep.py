@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from outputs import light_and_dark
 from plan_errors import step_of
 from providers import does_not_fit
 
@@ -56,10 +57,6 @@ ARMS: tuple[dict[str, Any], ...] = (
 GIVEN = ("patches and texts", "their gradients")  # parts of the memory that the caller has in any case
 PEERS = "eager, sum;eager, max"
 REPEATS, OVERHEAD = 5, 10.0  # timed runs, and seconds of a point besides its steps (processes that measure memory)
-THEMES = {
-    "light": {"figure.facecolor": "white", "axes.facecolor": "white", "text": "black"},
-    "dark": {"figure.facecolor": "#0d1117", "axes.facecolor": "#0d1117", "text": "#e6edf3"},
-}
 
 
 def points(args: argparse.Namespace) -> Iterator[dict]:
@@ -216,46 +213,35 @@ def plot(found: dict, path: str, args: argparse.Namespace) -> list[Path]:
 
     A dotted line stands where plain PyTorch no longer fits. Return the files, PATH with -light and -dark.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     base = {name: getattr(args, name) for name in AXES}
     kind = {name: getattr(args, name) for name in KINDS}
-    files = []
-    for theme, colours in THEMES.items():
-        text = {key: colours["text"] for key in ("text.color", "axes.labelcolor", "xtick.color", "ytick.color")}
-        text["axes.edgecolor"] = colours["text"]
-        faces = {key: value for key, value in colours.items() if key != "text"}
-        with plt.rc_context(faces | text | {"svg.hashsalt": "sweep"}):
-            figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
-            for place, value, label in ((axes[0], _step_ms, "ms a step"), (axes[1], _extra_mib, "extra MiB")):
-                for name, line in series(found, "batch", base, kind, value).items():
-                    place.plot(*zip(*line, strict=True), marker="o", label=name)
-                for name, batch in walls(found, base, kind).items():
-                    place.axvline(batch, linestyle=":", color=colours["text"])
-                    place.text(batch, 1.0, f"{name}: no memory ", transform=place.get_xaxis_transform(), fontsize=7,
-                               rotation=90, ha="right", va="top")  # fmt: skip
-                place.set(xscale="log", yscale="log", xlabel="B = K", ylabel=label)
-                place.set_xscale("log", base=2)
-            for form in KINDS["form"]:
-                for name, line in series(found, "patches", base, kind | {"form": form}, _share).items():
-                    if name.startswith("fused"):
-                        axes[2].plot(*zip(*line, strict=True), marker="o", label=f"{name}, {form}")
-            axes[2].set_xscale("log", base=2)
-            axes[2].set_xticks(AXES["patches"], [f"{value:,}" for value in AXES["patches"]], fontsize=7)
-            axes[2].minorticks_off()
-            axes[2].set(xlabel="N", ylabel="% of the peak")
-            for place in (axes[0], axes[2]):
-                if place.get_legend_handles_labels()[0]:
-                    place.legend(frameon=False, fontsize=8)
-            for place in axes:
-                place.spines[["top", "right"]].set_visible(False)
-            on = found["machine"]
-            figure.suptitle(f"{kind['dtype']}, {kind['form']}, {kind['loss']}; {on and (on['gpu'] or on['cpu'])}")
-            target = Path(path)
-            files.append(target.with_name(f"{target.stem}-{theme}{target.suffix}"))
-            figure.savefig(files[-1], metadata={"Date": None} if target.suffix == ".svg" else None)
-            plt.close(figure)
-    return files
+
+    def draw(plt: Any, ink: str) -> Any:
+        figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
+        for place, value, label in ((axes[0], _step_ms, "ms a step"), (axes[1], _extra_mib, "extra MiB")):
+            for name, line in series(found, "batch", base, kind, value).items():
+                place.plot(*zip(*line, strict=True), marker="o", label=name)
+            for name, batch in walls(found, base, kind).items():
+                place.axvline(batch, linestyle=":", color=ink)
+                place.text(batch, 1.0, f"{name}: no memory ", transform=place.get_xaxis_transform(), fontsize=7,
+                           rotation=90, ha="right", va="top")  # fmt: skip
+            place.set(xscale="log", yscale="log", xlabel="B = K", ylabel=label)
+            place.set_xscale("log", base=2)
+        for form in KINDS["form"]:
+            for name, line in series(found, "patches", base, kind | {"form": form}, _share).items():
+                if name.startswith("fused"):
+                    axes[2].plot(*zip(*line, strict=True), marker="o", label=f"{name}, {form}")
+        axes[2].set_xscale("log", base=2)
+        axes[2].set_xticks(AXES["patches"], [f"{value:,}" for value in AXES["patches"]], fontsize=7)
+        axes[2].minorticks_off()
+        axes[2].set(xlabel="N", ylabel="% of the peak")
+        for place in (axes[0], axes[2]):
+            if place.get_legend_handles_labels()[0]:
+                place.legend(frameon=False, fontsize=8)
+        for place in axes:
+            place.spines[["top", "right"]].set_visible(False)
+        on = found["machine"]
+        figure.suptitle(f"{kind['dtype']}, {kind['form']}, {kind['loss']}; {on and (on['gpu'] or on['cpu'])}")
+        return figure
+
+    return light_and_dark(Path(path), "sweep", draw)

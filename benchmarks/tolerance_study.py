@@ -9,7 +9,6 @@ the same first weights and the same batches, so that they differ in the toleranc
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import statistics
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import study
 import torch
+from outputs import run_and_report, write_json
 from pacl.files import write_bytes
 from report import machine
 from study_tables import tolerance_study
@@ -89,17 +89,11 @@ def _kept_share(points: list[dict]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    run = commands.add_parser("run")
-    run.add_argument("out", type=Path, help="Folder of the runs.")
+    parser, run, _ = run_and_report(__doc__)
     run.add_argument("--batch", type=int, default=1024, help="Batch size (default: %(default)s).")
     run.add_argument("--images", type=int, help="Images of a run (default: those of study.py).")
     run.add_argument("--clip-steps", type=int, help="Steps of the frozen CLIP (default: those of study.py).")
     run.add_argument("--seeds", type=int, default=3, help="Number of seeds (default: %(default)s).")
-    show = commands.add_parser("report")
-    show.add_argument("out", type=Path, help="Folder of the runs.")
-    show.add_argument("--json", type=Path, help="Write the result.")
     arguments = parser.parse_args()
     if arguments.command == "run":
         torch.set_num_threads(1)
@@ -110,7 +104,7 @@ def main() -> None:
     result = report(arguments.out)
     print(tolerance_study(result))
     if arguments.json:
-        write_bytes(arguments.json, (json.dumps(result, indent=1) + "\n").encode())
+        write_json(arguments.json, result)
 
 
 if __name__ == "__main__":

@@ -23,8 +23,8 @@ from pathlib import Path
 
 import timm
 import torch
+from outputs import write_json
 from pacl.embedder import VisionEmbedder
-from pacl.files import write_bytes
 from peers import LOGIT_SCALE, pooled
 from report import machine
 from result_tables import training_step
@@ -188,7 +188,7 @@ def main() -> None:
         result["rows"].append(measure(device, getattr(torch, dtype), batch, arguments.form, arguments.repeats))
         print(training_step(result), flush=True)
         if arguments.json:
-            write_bytes(arguments.json, (json.dumps(result, indent=1) + "\n").encode())
+            write_json(arguments.json, result)
 
 
 if __name__ == "__main__":

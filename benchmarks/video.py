@@ -13,12 +13,12 @@ true label does not. "same place" carries each patch from its own place alone, h
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
+from outputs import write_json
 from pacl.data import scenes
 from pacl.evaluate.metrics import ConfusionMatrix
 from pacl.files import write_bytes
@@ -165,7 +165,7 @@ def main() -> None:
                 draw_picture(kept, arguments.picture)
             result["cases"].append({"stride": stride, "speed": speed, "temporal": rows})
             if arguments.json:
-                write_bytes(arguments.json, (json.dumps(result, indent=1) + "\n").encode())
+                write_json(arguments.json, result)
 
 
 if __name__ == "__main__":
