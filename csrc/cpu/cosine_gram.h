@@ -87,8 +87,7 @@ void gram(const CompatibilityParams& p, const Rows& rows, int64_t first, int64_t
 // Reduces G, as gram() leaves it, to what eᵀ G e needs: its lower triangle, doubled below the diagonal, with rows and
 // columns multiplied by `norms`.
 inline void fold_symmetric(float* matrix, int64_t capacity, int64_t count, const float* norms) {
-  I lane{};
-  for (int i = 0; i < kLanes; ++i) lane[i] = i;
+  const I lane = lane_numbers();
   for (int64_t column = 0; column < count; column += kPanel) {
     float* panel = matrix + column / kPanel * capacity * kPanel;
     float scale[kPanel] = {};

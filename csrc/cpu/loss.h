@@ -38,11 +38,7 @@ struct Logits {
 };
 
 // Returns a mask of the lane that holds the pair of row `row`.
-inline I own_lane(int64_t row, int64_t column) {
-  I lane{};
-  for (int i = 0; i < kLanes; ++i) lane[i] = i;
-  return lane == (int32_t)(row - column);
-}
+inline I own_lane(int64_t row, int64_t column) { return lane_numbers() == (int32_t)(row - column); }
 
 // The sigmoid loss log(1 + e^z) and its derivative of z, the logit, or minus the logit of a pair.
 struct Softplus {

@@ -33,8 +33,7 @@ inline Lane pair_gradient(const CompatibilityParams& p, int64_t image, int64_t t
   const float share = 1.0f / (float)p.images;
   Lane gradient;
   V by_bias[2];
-  I lane{};
-  for (int i = 0; i < kLanes; ++i) lane[i] = i;
+  const I lane = lane_numbers();
   for (int v = 0; v < 2; ++v) {
     const V z = fma(phi[v], p.logit_scale, broadcast(p.logit_bias)) + pair_bias.half[v], t = load(target + v * kLanes);
     const V e = exp2<true>(-maximum(z, -z), kLog2e), inverse = 1.0f / (e + 1.0f);

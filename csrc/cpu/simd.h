@@ -33,6 +33,13 @@ inline V load(const float* p) {
 }
 inline void store(float* p, V v) { memcpy(p, &v, sizeof v); }
 
+// Returns 0, 1, 2 and so on.
+inline I lane_numbers() {
+  I lane{};
+  for (int i = 0; i < kLanes; ++i) lane[i] = i;
+  return lane;
+}
+
 // Copies with non-temporal stores where the machine has them, for data that is not read again soon. A large result is
 // then not first read from memory only to be overwritten. store_fence() makes such copies visible to other threads.
 inline void copy_non_temporal(void* to, const void* from, int64_t bytes) {

@@ -143,13 +143,14 @@ def _padding_bytes(p: Problem, n: Any, itemsize: int) -> Any:
 
 def weights(p: Problem, size: BlockSize, tile: WeightsTile) -> Tensor:
     """Allocate W `[texts, rows]` of a block in whole tiles."""
-    texts = tiles.ceil_div(min(p.k, size.texts), tile.texts) * tile.texts
+    used = min(p.k, size.texts)
+    texts = tiles.ceil_div(used, tile.texts) * tile.texts
     rows = tiles.ceil_div(size.most(p), tile.rows) * tile.rows
     if not tile.transposed:
         return p.patches.new_empty(texts, rows)
     w = p.patches.new_empty(rows, texts)
     # No kernel writes the padding, and products sum over it: oneDNN's on AMX read it, times 0, which must not be NaN.
-    w[:, min(p.k, size.texts) :].zero_()
+    w[:, used:].zero_()
     return w.T
 
 
