@@ -30,7 +30,7 @@ from pacl.files import write_bytes
 from pacl.segment.predict import own_projection
 from report import machine
 from safetensors.torch import load_file, save
-from study import Run, coherence, measure, read_world, result_of, spread, train, write_size
+from study import Run, coherence, measure, read_world, result_of, spread, train_missing, write_size
 from study_tables import centre, coherence_towers, coherence_weights
 from study_worlds import WORLDS, Size, evaluation, tokens_of, train_clip, training_scenes, write_world
 from torch import Tensor, nn
@@ -140,9 +140,7 @@ def work(out: Path, size: Size, clip: Path) -> None:
     torch.set_num_threads(1)
     write_bytes(out / "demo.clip", (clip / "open_clip_model.safetensors").read_bytes())
     prepare(out, size)
-    for run in plan():
-        if result_of(out, run) is None:
-            print(train(run, out, size), flush=True)
+    train_missing(plan(), out, size)
 
 
 # Report

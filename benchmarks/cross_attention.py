@@ -65,9 +65,7 @@ def work(out: Path, size: Size, settings: dict) -> None:
     study.write_size(out, size)
     for world in WORLDS:
         prepare(world, out, size)
-    for run in plan(**settings):
-        if study.result_of(out, run) is None:
-            print(study.train(run, out, size), flush=True)
+    study.train_missing(plan(**settings), out, size)
     if not (out / "cost.json").exists():
         write_bytes(out / "cost.json", json.dumps(cost()).encode())
 

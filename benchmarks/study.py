@@ -17,7 +17,7 @@ import json
 import multiprocessing
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -265,6 +265,13 @@ def write_size(out: Path, size: Size) -> None:
     if settings.exists() and json.loads(settings.read_text()) != dataclasses.asdict(size):
         raise SystemExit(f"study: out: {out} holds runs of another size, expected another folder")
     write_bytes(settings, json.dumps(dataclasses.asdict(size)).encode())
+
+
+def train_missing(runs: Iterable[Run], out: Path, size: Size) -> None:
+    """Do the runs that `out` does not have yet, one after the other in this process."""
+    for run in runs:
+        if result_of(out, run) is None:
+            print(train(run, out, size), flush=True)
 
 
 def work(out: Path, size: Size, processes: int) -> None:

@@ -26,7 +26,7 @@ from pacl.readings import READINGS, Reader
 from pacl.segment.predict import own_projection
 from report import machine
 from safetensors.torch import load_file, save
-from study import SEEDS, Run, mean_of_curves, measure, result_of, train, write_size
+from study import SEEDS, Run, mean_of_curves, measure, result_of, train_missing, write_size
 from study_tables import STUDY_BATCH, readings
 from study_worlds import WORLDS, Size, evaluation, train_clip, training_scenes, write_world
 from torch import Tensor, nn
@@ -85,9 +85,7 @@ def work(out: Path, size: Size, clip: Path | None) -> None:
     for world in WORLDS:
         prepare(world, out, size)
         measure_untrained(world, out, size)
-        for run in plan(world):
-            if result_of(out, run) is None:
-                print(train(run, out, size), flush=True)
+        train_missing(plan(world), out, size)
 
 
 def report(out: Path) -> dict:

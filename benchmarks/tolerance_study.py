@@ -46,9 +46,7 @@ def work(out: Path, size: study.Size, batch: int, seeds: int) -> None:
     write_bytes(path, json.dumps(settings).encode())
     for world in study.WORLDS:
         study.prepare(world, out, size)
-    for run in plan(batch, seeds):
-        if study.result_of(out, run) is None:
-            print(study.train(run, out, size), flush=True)
+    study.train_missing(plan(batch, seeds), out, size)
 
 
 def report(out: Path) -> dict:
